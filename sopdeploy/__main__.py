@@ -14,8 +14,7 @@ def main() -> None:
     Commands import torch and other large packages. With Python's default settings, garbage collection during
     these imports and at exit takes a third of the CPU time of `sopdeploy models NAME`.
 
-    Names of files and classes are UTF-8. In a locale with another encoding, such as `LC_ALL=C`, Python starts
-    again in its UTF-8 mode.
+    Names of files and classes are UTF-8. In other locales, such as `LC_ALL=C`, Python restarts in UTF-8 mode.
     """
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # also for child processes

@@ -30,8 +30,7 @@ FIRST_DELAY = 0.2
 MAX_DELAY = 5.0
 DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
 RETRY_STATUSES = {429, 503}  # the server did not process the request
-# Errors of a connection that broke before a response.
-BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)  # before a response
 
 
 class ImageResult(StrictModel):
@@ -172,8 +171,7 @@ class Client:
     ) -> Embedding | list[Embedding]:
         """Compute the features of *image*, or of a list of images, in front of the classifier.
 
-        Arguments and errors are those of `classify`. The bundle must have been exported with
-        `--with-features`.
+        Arguments and errors are those of `classify`. The bundle must be exported with `--with-features`.
 
         Example:
             first, second = (result.values for result in client.embed(["a.jpg", "b.jpg"]))
@@ -231,8 +229,7 @@ class Client:
 
         Each request tells the server the remaining time. Retries follow 429, 503 and connections that broke
         before a response, after a delay of at least `Retry-After`. Raises `OverloadedError` or
-        `UnreachableError` when time or attempts are used up, and `ServiceError` for responses that a retry
-        would not change.
+        `UnreachableError` when time or attempts are used up, `ServiceError` if a retry would not help.
         """
         seconds = self._timeout if timeout is None else timeout
         end, attempt = time.monotonic() + seconds, 0

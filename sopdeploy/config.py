@@ -24,9 +24,9 @@ class StrictModel(pydantic.BaseModel):
 
 
 def with_registered(registry: Registry[type[StrictModel]], base: type[StrictModel]) -> pydantic.WrapValidator:
-    """Let a field whose type is a union by `kind` accept the configs in *registry*, subclasses of *base*.
+    """Let a field also accept the configs of plugins, which are in *registry* and subclasses of *base*.
 
-    The annotation of the field also needs `SerializeAsAny`.
+    The type of the field is a union of other configs by `kind`; its annotation also needs `SerializeAsAny`.
     """
 
     def validate(value: Any, validate_union: Callable[[Any], Any]) -> Any:
@@ -37,7 +37,7 @@ def with_registered(registry: Registry[type[StrictModel]], base: type[StrictMode
             problem: Any = error.errors()[0]
             if problem["type"] != "union_tag_invalid":
                 raise
-            if isinstance(value, base):  # a registered config, not a dict of its fields
+            if isinstance(value, base):  # a plugin's config, which was validated when it was built
                 return value
             registered = registry.find(problem["ctx"]["tag"])  # the `kind` as text, whatever its type
             if registered is None:
@@ -61,9 +61,10 @@ def first_problem(error: pydantic.ValidationError) -> str:
         return f"{where}: missing"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key"
-    of_whole_model = not problem["loc"] or isinstance(problem["input"], dict)
-    if problem["type"] == "value_error" and of_whole_model:  # the reason names the wrong values itself
-        reason = str(problem["ctx"]["error"])
-        return f"{where}: {reason}" if problem["loc"] else reason
-    reason = problem["msg"].removeprefix("Value error, ")
+    reason = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # raised by a validator of this package
+        if not problem["loc"]:  # the validator checked a whole model, and names the wrong values itself
+            return reason
+        if isinstance(problem["input"], dict):  # the same, for a model that is the value of a field
+            return f"{where}: {reason}"
     return f"{where}: {reason} (got {str(problem['input'])[:80]!r})"

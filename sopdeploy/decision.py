@@ -50,10 +50,8 @@ class Rejection(StrictModel):
     Attributes:
         threshold: Smallest energy, the log-sum-exp of the logits, of an image that is accepted as known.
         accepts: Fraction of known images that the threshold was chosen to accept.
-        accepted: 95 % interval of the fraction that it accepts of as many new known images as it was fitted
-            to.
-        recognized: How many images of a folder of unknown ones it rejects, and of how many. `None` without
-            such a folder.
+        accepted: 95 % interval of the fraction that it accepts of as many new known images as in the fit.
+        recognized: How many images of a folder of unknown ones it rejects, and of how many, if there is one.
     """
 
     threshold: float
@@ -109,8 +107,7 @@ class Decision(StrictModel):
         calibration: How the temperature was fitted; `None` if it was not.
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
-        reference: Distribution of the fitted predictions, which later ones are compared with; only with
-            "softmax". `None` if nothing was fitted.
+        reference: Distribution of the fitted predictions, to compare later ones with; only with "softmax".
     """
 
     activation: Activation = "softmax"
@@ -204,8 +201,7 @@ class Decision(StrictModel):
 def energy(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Compute the log-sum-exp (...) float64 of *logits* (..., C), without overflow.
 
-    It is the negative free energy of Liu et al., "Energy-based Out-of-distribution Detection" (NeurIPS 2020),
-    Eq. 4.
+    It is the negative free energy of "Energy-based Out-of-distribution Detection" (Liu et al., 2020), Eq. 4.
     """
     values = logits.astype(np.float64)
     largest = values.max(axis=-1)

@@ -94,10 +94,10 @@ def missing_extras() -> Iterator[None]:
     except ModuleNotFoundError as error:
         module = error.name or ""
         package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))  # names of their projects
-        # A requirement is such as `timm>=1; extra == "train"`; that of `onnx-ir` is none of `onnx`.
-        requirement = re.compile(rf"{re.escape(package)}\b(?!-).*\bextra == ['\"]([\w-]+)")
-        extras = [match[1] for match in map(requirement.match, metadata.requires("sopdeploy") or []) if match]
-        if not package or not extras:
+        requirements = "\n".join(metadata.requires("sopdeploy") or [])  # lines: `timm>=1; extra == "train"`
+        required = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
+        extras = [extra for name, extra in required if name == package]
+        if not extras:
             raise
         extra = "train" if "train" in extras else extras[0]  # the extra with the most packages
         raise MissingPackageError(install_hint(package, f"sopdeploy[{extra}]")) from error

@@ -61,7 +61,7 @@ def folder_project(folder: Path) -> str:
     named = path.parent if path.is_file() else path
     name = folder_name(named)
     if name.lower() in {"train", "training"}:
-        name = folder_name(named / "..")
+        name = folder_name(named / "..")  # `named.parent` would be wrong where *folder* ends with `..`
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200]
 
 

@@ -2,8 +2,7 @@
 
 The manifest is the first entry and determines the rest: the other files sorted by name, as plain files with
 mode 0644, no owner and time 0. The reader does not parse tar. It computes each expected header and compares
-bytes, so links, paths, devices, long names, duplicates and trailing data are rejected. Archives of equal
-bundles are equal.
+bytes, so links, paths, devices, long names, duplicates and trailing data are rejected.
 
 Archives are stored in folders, and in stores that fsspec opens, such as S3 and the Hugging Face Hub. Stores
 are not trusted: an archive is checked by its hashes, and by a signature if one is required.
@@ -42,12 +41,12 @@ def write_archive(bundle: Bundle, file: BinaryIO) -> None:
 def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
     """Yield what an archive contains: bytes, never empty, and names of files where their contents follow."""
     raw = manifest.to_bytes()
-    before = header(MANIFEST, len(raw)) + raw + padding(len(raw))
+    pending = header(MANIFEST, len(raw)) + raw + padding(len(raw))
     for name, record in sorted(manifest.files.items()):
-        yield before + header(name, record.bytes)
+        yield pending + header(name, record.bytes)
         yield name
-        before = padding(record.bytes)
-    yield before + END
+        pending = padding(record.bytes)  # can be empty, so it is yielded with the next header
+    yield pending + END
 
 
 def archived_manifest(archive: Path) -> Manifest:
@@ -74,18 +73,19 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
     for name in manifest.files:
         check_file_name(Path(archive.name), name)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    mismatch = f"{archive.name}: is not packed as `sopdeploy push` packs it; push the bundle again"
     with archive.open("rb") as file:
-        for piece in (*archive_layout(manifest), b""):  # b"" is the end of the file
+        for piece in archive_layout(manifest):
             if isinstance(piece, str):
                 size = manifest.files[piece].bytes
                 with writing(piece, BundleError), (folder / piece).open("xb") as target:
                     while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
                         target.write(block)
                         size -= len(block)
-            elif file.read(max(1, len(piece))) != piece:  # at the end, there is no byte to read
-                raise BundleError(
-                    f"{archive.name}: is not packed as `sopdeploy push` packs it; push the bundle again"
-                )
+            elif file.read(len(piece)) != piece:  # other bytes, or fewer because the file ends
+                raise BundleError(mismatch)
+        if file.read(1):  # bytes after the last piece
+            raise BundleError(mismatch)
 
 
 def header(name: str, size: int) -> bytes:
@@ -123,8 +123,8 @@ def put(file: Path, destination: str, name: str) -> str:
             with atomic_write(target) as partial:
                 shutil.copyfile(file, partial)
     except BundleError:
-        with suppress(OSError):  # of a folder that another process uses meanwhile
-            for folder in new:
+        for folder in new:
+            with suppress(OSError):  # it was not created yet, or another process uses it meanwhile
                 folder.rmdir()
         raise
     return str(target)

@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic
@@ -97,9 +97,8 @@ def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
 def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     """Rename a sealed *folder* to `destination/<project>-<id>` and return the new path.
 
-    An identical bundle that already exists is kept and gets the time of *manifest*. The link
-    `destination/latest` then leads to the bundle. Raises `BundleError` if a different or damaged bundle has
-    the name.
+    An identical bundle that already exists is kept and gets the time of *manifest*. Then `destination/latest`
+    is linked to the bundle. Raises `BundleError` if a different or damaged bundle has the name.
     """
     target = destination / manifest.name
     if not target.exists():
@@ -204,8 +203,9 @@ def _check_size(file: Path, record: FileRecord) -> None:
 
 def check_file_name(bundle: Path, name: str) -> None:
     """Raise `BundleError` unless *name*, which a manifest lists, is a plain file name other than its own."""
-    is_one_part = PurePosixPath(name).parts == (name,) and len(name.encode()) <= MAX_NAME_BYTES
-    if not is_one_part or name.casefold() in {"/", "..", MANIFEST} or "\\" in name or "\0" in name:
+    is_plain = name not in {"", ".", ".."} and not any(character in name for character in "/\\\0")
+    is_manifest = name.casefold() == MANIFEST  # some file systems ignore case
+    if not is_plain or is_manifest or len(name.encode()) > MAX_NAME_BYTES:
         raise BundleError(
             f"{bundle}: the manifest names {name!r}, which is not a plain file name; export the bundle again"
         )
@@ -278,13 +278,15 @@ def list_bundles(folder: Path) -> list[Listed]:
     Reads all manifests, and every file of the bundles that are served. Calls do not depend on earlier ones.
     """
     listed, served = [], dict[str, Manifest]()
-    for path, manifest, reason, *_ in sorted(read_bundles(folder), key=_age, reverse=True):
-        instead = None if manifest is None else served.get(manifest.project)
-        if manifest is None:
-            pass  # *reason* says why it cannot be read
-        elif instead is None:
+    for bundle in sorted(read_bundles(folder), key=_age, reverse=True):  # the last export first
+        manifest, reason = bundle.manifest, ""
+        if manifest is None:  # `read_bundles` gave the reason
+            listed.append(bundle)
+            continue
+        instead = served.get(manifest.project)
+        if instead is None:
             try:
-                open_bundle(path)
+                open_bundle(bundle.path)
                 served[manifest.project] = manifest
             except (BundleError, OSError) as error:
                 reason = str(error)
@@ -294,7 +296,7 @@ def list_bundles(folder: Path) -> list[Listed]:
             reason = "exported at the same time"
         else:
             reason = f"exported earlier, {manifest.exported_at[:19]}Z"
-        listed.append(Listed(path, manifest, reason, replaced=instead is not None))
+        listed.append(Listed(bundle.path, manifest, reason, replaced=instead is not None))
     return listed
 
 
@@ -309,14 +311,14 @@ def _age(bundle: Listed) -> tuple[str, str, bool, Path]:
 def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:
     """Describe in one line per project which bundle is served, and the others with their reasons.
 
-    Also yields whether one of them cannot be served.
+    Also yields whether a bundle is damaged or unreadable. A bundle that a later one replaces is neither.
     """
     lines: dict[str, list[str]] = {}
     failed = set()
     for path, manifest, reason, replaced in listed:
         project = path.name if manifest is None else manifest.project
         texts = lines.setdefault(project, [])
-        if reason and not replaced:
+        if reason and not replaced:  # damaged or unreadable
             failed.add(project)
         if manifest is None or reason:
             texts.append(f"not {path.name}, {reason}")

@@ -29,7 +29,7 @@ from sopdeploy.images.preprocess import Preprocess
 
 GOLDEN = "golden.json"
 NUM_EXAMPLES = 3  # of an export; that of a mixture leaves out those whose route rounding can change
-# Of the probes: one limits the difference of a runtime from the network, an example compares two.
+# Limit in tolerances of the probes: an example compares two runtimes, and each may be one off the network.
 TOLERANCES = 2
 _MAX_LEVELS = 1  # gray levels between decoders
 _SEED = 11
@@ -71,14 +71,14 @@ def golden_jpegs(preprocess: Preprocess) -> list[bytes]:
     """
     random = np.random.default_rng(_SEED)
     side, files = preprocess.resize, []
-    for size, mode, subsampling in (
-        ((side * 3 // 2, side + 7), "RGB", 2),
-        ((max(1, side * 3 // 4), side), "RGB", 0),
-        ((side, side * 5 // 4), "L", 0),
+    for width, height, mode, subsampling in (
+        (side * 3 // 2, side + 7, "RGB", 2),  # wide; with 7 more rows the last JPEG blocks are incomplete
+        (max(1, side * 3 // 4), side, "RGB", 0),  # tall; the shorter side is enlarged to `resize`
+        (side, side * 5 // 4, "L", 0),  # gray
     ):
-        cells = tuple(length // CELL + 2 for length in reversed(size))  # rows and columns, at least 2
+        cells = (height // CELL + 2, width // CELL + 2)  # rows and columns, at least 2
         coarse = random.integers(0, 256, (*cells, 3) if mode == "RGB" else cells, dtype=np.uint8)
-        image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         file = io.BytesIO()
         image.save(file, "JPEG", quality=90, subsampling=subsampling)
         files.append(file.getvalue())
@@ -122,8 +122,9 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             pixels = np.frombuffer(raw, np.uint8).reshape(manifest.image_shape)
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
             opened.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
-        largest = TOLERANCES * read_probes(bundle.probes).tolerance[manifest.outputs[0].name]
-        fits = index.tolerance <= largest and (is_mixture or len(opened) == NUM_EXAMPLES)
+        of_logits = read_probes(bundle.probes).tolerance[manifest.outputs[0].name]  # the first output
+        is_strict = index.tolerance <= TOLERANCES * of_logits  # otherwise a wrong runtime could pass
+        fits = is_strict and (is_mixture or len(opened) == NUM_EXAMPLES)
     except (KeyError, ValueError):
         fits = False
     if not fits:

@@ -105,13 +105,12 @@ class Manifest(StrictModel):
     def from_bytes(cls, raw: bytes) -> "Manifest":
         """Parse a manifest file.
 
-        Raises `ValueError` if *raw* is not JSON, has another schema, or differs from the serialization of
-        its manifest by any byte.
+        Raises `ValueError` if *raw* is not JSON, has another schema, or differs by any byte from `to_bytes`.
         """
         fields = json.loads(raw)
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
-        for name in ("id", "sha256"):
+        for name in ("id", "sha256"):  # computed by `to_bytes`, and compared with all other bytes below
             fields.pop(name, None)
         try:
             manifest = cls.model_validate(fields)

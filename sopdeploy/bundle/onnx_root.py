@@ -4,8 +4,7 @@ The export records the root of `model.onnx`. The hash of a node covers its opera
 hashes of its operands in order. The hash of a constant covers dtype, shape and content, the hash of an input
 its position and type. Names, documentation and unused nodes have no effect. A file has a root only if every
 reader finds the same model in it: it is the deterministic serialization of what the `onnx` package reads, and
-the graph defines each name once. `verify` recomputes the root where `onnx` is installed; a server does not
-need it.
+the graph defines each name once. `verify` recomputes the root where `onnx` is installed.
 """
 
 import hashlib
@@ -56,15 +55,14 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
                 "the file has unknown or repeated fields, which a runtime may read in another way"
             )
         return model, onnx_root(model)
-    except (DecodeError, ValueError, KeyError, TypeError) as error:
+    except (DecodeError, ValueError, KeyError, TypeError) as error:  # `CertificateError` is none of these
         raise CertificateError("not a complete ONNX model; its root cannot be computed") from error
 
 
 def onnx_root(model: "onnx.ModelProto") -> str:
     """Compute the root of the graph of *model*, as `read_model` does.
 
-    Raises `CertificateError` if a runtime could read the graph in two ways, and `ValueError` or `KeyError` if
-    it is not complete.
+    Raises `CertificateError` if runtimes could read the graph in two ways, other types if it is not complete.
     """
     if not model.HasField("graph"):
         raise ValueError("no graph")
@@ -138,12 +136,10 @@ def _tensor_hash(tensor: "onnx.TensorProto") -> str:
 def check_roots(bundle: Bundle) -> str | None:
     """Compare the graph of *bundle*, its manifest and its certificate.
 
-    Returns the root of `model.onnx`, or None if `onnx` is not installed, so that it cannot be recomputed. The
-    following must hold:
+    Returns the root of `model.onnx`, or None if `onnx` is not installed. All of this must hold:
 
     - `model.onnx` has the root, the opset, the inputs and the outputs in the manifest;
-    - the certificate belongs to the captured program in the manifest, and names the same operators that mix
-      images;
+    - the certificate names the captured program and the operators that mix images as the manifest does;
     - in float32, the graph is the certified one.
 
     Raises `BundleError` naming the file that does not fit.

@@ -50,6 +50,7 @@ def score_checkpoint(
     """
     checkpoint = read_checkpoint(path)
     is_multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
+    # The metrics of one class per image need sorted classes. Thresholds of several are in output order.
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
     if accepts is not None and not is_multi_label and len(images) < MIN_IMAGES:
@@ -72,7 +73,7 @@ def _fit(
     accepts: float,
 ) -> Decision:
     """Fit a decision to *logits_NC* of *images*; *outputs* are the classes in output order."""
-    if images.targets.ndim == 2:
+    if images.targets.ndim == 2:  # the columns of targets are in output order, as `score_checkpoint` asked
         thresholds = fit_thresholds(images.targets, sigmoid(logits_NC))
         return Decision(activation="sigmoid", thresholds=thresholds)
     output_of_class = np.array([outputs.index(label) for label in images.labels])

@@ -102,24 +102,26 @@ def missing_threshold(images: int, classes: int, accepts: float) -> str:
 
 
 def threshold_rank(images: int, accepts: float) -> int:
-    """Return the rank among the energies of *images*, from the lowest, that is the threshold; 0 if none is.
+    """Return which energy of *images* is the threshold: rank 1 is the lowest one, 0 means no threshold.
 
-    The energy of a new known image is below rank k with a probability of at most k / (images + 1).
+    The energy of a new known image is below that of rank k, so that it is rejected, with a probability of at
+    most k / (images + 1). The result is the largest k for which this is at most 1 - *accepts*.
     """
-    return min(images, math.floor((images + 1) * (1 - accepts) + 1e-9))  # 10 * (1 - 0.9) is below 1
+    rank = math.floor((images + 1) * (1 - accepts) + 1e-9)  # 1e-9: in floats, 10 * (1 - 0.9) is below 1
+    return min(images, rank)  # *accepts* = 0 gives images + 1
 
 
 def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     """Compute the 95 % interval of the fraction that the threshold accepts of as many new known images.
 
-    The threshold is the energy with this *rank* among those of *images*. The number of accepted new
-    images then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the threshold and
-    the share of a finite number of new images vary.
+    The threshold is the energy with this *rank*, from the lowest, among those of *images*. The number of
+    accepted new images then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the
+    threshold and the share of a finite number of new images vary.
     """
     from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
 
-    a, b = images - rank + 1, rank  # parameters of the distribution of the share
-    accepted = np.arange(images + 1)
+    a, b = images - rank + 1, rank  # parameters of the beta distribution of the accepted share
+    accepted = np.arange(images + 1)  # all possible numbers k of accepted new images; n is *images*
     # P(k) = C(n, k) B(k + a, n - k + b) / B(a, b), where C(n, k) = 1 / ((n + 1) B(n - k + 1, k + 1))
     log_ratio = betaln(accepted + a, images - accepted + b) - betaln(a, b)
     log_coefficient = -np.log(images + 1) - betaln(images - accepted + 1, accepted + 1)
@@ -142,9 +144,8 @@ def lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:
 def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     """Find the temperature with the smallest negative log-likelihood, in [1/20, 20].
 
-    The result is 1 where the data do not determine a temperature: no prediction is wrong (the likelihood then
-    grows until the bound), the optimum is at a bound, or a likelihood ratio test at the 5 % level does not
-    reject 1 (Wilks, 1938).
+    The result is 1 if the data determine no temperature: no prediction is wrong (the likelihood then grows
+    until the bound), the optimum is at a bound, or a likelihood ratio test at 5 % keeps 1 (Wilks, 1938).
     """
     if (logits.argmax(axis=1) == targets).all():
         return 1.0
@@ -164,8 +165,7 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
     """Choose the threshold of each class that maximizes F1 of *probabilities* (N, C) for *targets* (N, C).
 
     The logit of the best threshold is multiplied by n / (n + PRIOR_IMAGES), where n images show the class:
-    few images determine it only roughly, so the threshold moves towards 0.5. It is 0.5 if no image or every
-    image shows the class.
+    few images determine it only roughly, so the threshold moves towards 0.5. It is 0.5 if none or all do.
     """
     thresholds = []
     for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
@@ -190,15 +190,14 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
     halfway = (logits + lower_neighbors) / 2
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     f1 = f1[:-1]  # the last one is that of no prediction
-    best = halfway[f1 >= f1.max() - 1e-12][::-1]  # `argmin` takes the first, so of +x and -x the larger
-    return float(best[np.abs(best).argmin()])
+    best = halfway[f1 >= f1.max() - 1e-12]  # equal but for rounding
+    return float(min(best, key=lambda logit: (abs(logit), -logit)))  # of +x and -x, +x
 
 
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
 
-    "Few" is less than half of the images that test the threshold, "clearly fewer" a 95 % interval that lies
-    below that of *before*.
+    "Few" is less than half of the images that test the threshold, "clearly" a 95 % interval below the other.
     """
     now, was = _recognition(rule), _recognition(before)
     if now is None:

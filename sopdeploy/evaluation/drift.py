@@ -3,8 +3,7 @@
 Two tests compare how often each class is the most probable one, and how the largest probabilities are
 distributed. Each is Pearson's chi-square test of homogeneity of two samples, because the reference is itself
 a sample, often a small one. Categories that are rare in both samples are merged, because the test needs an
-expected count of about 5 (Cochran, "Some methods for strengthening the common chi-square tests", Biometrics
-1954).
+expected count of about 5 (Cochran, "Some methods for strengthening the common chi-square tests", 1954).
 """
 
 import math
@@ -73,20 +72,20 @@ def compare(first: _Counts, second: _Counts) -> Comparison:
 
     Rare categories are merged for the p-value. An empty sample has the distance 0 and the p-value 1.
     """
-    counts = np.stack([first, second]).astype(np.float64)
-    sizes = counts.sum(axis=1, keepdims=True)
-    if not sizes.all():
+    counts_2K = np.stack([first, second]).astype(np.float64)
+    sizes_21 = counts_2K.sum(axis=1, keepdims=True)
+    if not sizes_21.all():
         return Comparison(0.0, 1.0)
-    shares = counts / sizes
-    distance = float(np.abs(shares[0] - shares[1]).sum() / 2)
-    merged = _merge_rare(counts)
-    expected = sizes * merged.sum(axis=0) / sizes.sum()
-    statistic = float((np.square(merged - expected) / expected).sum())
-    return Comparison(distance, chi_square_tail(statistic, merged.shape[1] - 1))
+    shares_2K = counts_2K / sizes_21
+    distance = float(np.abs(shares_2K[0] - shares_2K[1]).sum() / 2)
+    merged_2M = _merge_rare(counts_2K)
+    expected_2M = sizes_21 * merged_2M.sum(axis=0) / sizes_21.sum()  # if both have the same distribution
+    statistic = float((np.square(merged_2M - expected_2M) / expected_2M).sum())  # Pearson's chi-square
+    return Comparison(distance, chi_square_tail(statistic, degrees=merged_2M.shape[1] - 1))
 
 
 def _merge_rare(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Merge the categories of *counts* (2, K) that are rare into one, the last one, unless all are empty.
+    """Merge the rare categories of *counts* (2, K) into one last column; leave it out if it has no counts.
 
     A category is rare if its expected count in the smaller sample is below `MIN_EXPECTED`.
     """

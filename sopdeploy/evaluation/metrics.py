@@ -118,21 +118,22 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
     if not count:
         raise DataError(NO_IMAGES)
     shown = sorted({score.target for score in scores} | {score.top5[0] for score in scores})
-    position = {index: number for number, index in enumerate(shown)}
-    confusion = [[0] * len(shown) for _ in shown]
+    row_of_class = {class_index: row for row, class_index in enumerate(shown)}
+    confusion = [[0] * len(shown) for _ in shown]  # a row per target, a column per answer
     for score in scores:
-        confusion[position[score.target]][position[score.top5[0]]] += 1
-    answers = [sum(column) for column in zip(*confusion, strict=True)]
-    classes = (
+        confusion[row_of_class[score.target]][row_of_class[score.top5[0]]] += 1
+    counts = [sum(row) for row in confusion]
+    answers = [sum(row[column] for row in confusion) for column in range(len(shown))]
+    classes = [
         ClassMetrics(
-            label=labels[index],
-            count=sum(row),
-            answered=answered,
-            precision=row[position[index]] / answered if answered else None,
-            recall=Rate.of(row[position[index]], sum(row)) if any(row) else None,
+            label=labels[class_index],
+            count=counts[row],
+            answered=answers[row],
+            precision=confusion[row][row] / answers[row] if answers[row] else None,
+            recall=Rate.of(confusion[row][row], counts[row]) if counts[row] else None,
         )
-        for index, row, answered in zip(shown, confusion, answers, strict=True)
-    )
+        for row, class_index in enumerate(shown)
+    ]
     known = [score.known for score in scores if score.known is not None]
     return ClassificationReport(
         count=count,

@@ -83,8 +83,7 @@ class MultiLabelMetrics(StrictModel):
 class MultiLabelClass(StrictModel):
     """Metrics of one class at its threshold.
 
-    `count` images show the class; for `answered` images it is predicted. A metric is None if its denominator
-    is 0.
+    `count` images show the class; for `answered` images it is predicted. A metric with denominator 0 is None.
     """
 
     label: str
@@ -184,7 +183,9 @@ def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> f
     """
     if not true.any():
         return None
-    return float(min(1.0, resampled_precision(true, scores, np.ones((1, len(true)), np.int64))[0]))
+    each_image_once = np.ones((1, len(true)), np.int64)  # as the only resample
+    (precision,) = resampled_precision(true, scores, each_image_once)
+    return float(min(1.0, precision))  # the rounding of its sums can exceed 1
 
 
 def _ratio(part: np.int64, whole: np.int64) -> float | None:

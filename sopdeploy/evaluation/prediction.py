@@ -88,8 +88,7 @@ def evaluate_network(
 ) -> HeldOutMetrics:
     """Evaluate the main head of *model* on *dataset*, on the device of the model.
 
-    *options* are those of `predict_logits`. Raises `DataError` if there are no images, `TrainingError` if the
-    loss is not finite.
+    Raises `DataError` without images, `TrainingError` if the loss is not finite. *options*: `predict_logits`.
     """
     if not len(dataset):
         raise DataError(NO_IMAGES)
@@ -148,17 +147,17 @@ def predict_logits(
     """
     device, was_training = next(model.parameters()).device, model.training
     normalize = Normalize(preprocess).to(device)
-    images_here = range(processes.rank, len(dataset), processes.world)
+    images_here = range(processes.rank, len(dataset), processes.world)  # of two: 0, 2, ... and 1, 3, ...
     positions_by_batch = sequential_batches(len(images_here), batch_size)
     batches = [[images_here[position] for position in positions] for positions in positions_by_batch]
     images_per_round = batch_size * processes.world
-    num_rounds = -(-len(dataset) // images_per_round)  # rounded up: of the process with the most batches
+    num_rounds = math.ceil(len(dataset) / images_per_round)  # the largest number of batches of a process
     computed: list[Tensor] = []
     model.eval()
     try:
         loader = load_batches(dataset, batches, workers, device)
         for number, batch in zip_longest(range(1, num_rounds + 1), loader):
-            if batch is not None:  # other processes may have one more
+            if batch is not None:  # None in the last round, if only other processes have images left
                 computed.append(model(normalize(batch[0])).double().cpu())
             on_batch(min(len(dataset), number * images_per_round))
     finally:
@@ -166,7 +165,7 @@ def predict_logits(
     classes = computed[0].shape[1] if computed else len(dataset.images.labels)  # no image here
     logits = torch.zeros(len(dataset), classes, dtype=torch.float64)
     if computed:
-        logits[processes.rank :: processes.world] = torch.cat(computed)
+        logits[processes.rank :: processes.world] = torch.cat(computed)  # the rows of `images_here`
     # The rows of other processes are 0, so the sum holds all rows.
     return processes.all_reduce(logits).numpy(), dataset.images.targets
 
@@ -200,8 +199,7 @@ def score_images(
 ) -> NDArray[np.float64]:
     """Compute the logits (N, C) of *model* on *images*; raise `TrainingError` if one is not finite.
 
-    *on_image* receives the numbers of images done and in total. Raises `DataError` that names all images
-    that cannot be read.
+    *on_image* receives the numbers of images done and in total. A `DataError` names all unreadable images.
     """
     try:
         logits_NC, _ = predict_logits(

@@ -24,8 +24,8 @@ def make_predictions(
 ) -> Predictions:
     """Predict *images* by the calibrated *logits* (C,) of each of them.
 
-    *labels* are the classes in output order. The labels of *images* may have another order, which indices of
-    the scores follow, if each image has one class.
+    *labels* are the classes in output order. With one class per image, `images.labels` may have another
+    order; the classes of each `ImageScore` are indices into `images.labels`.
     """
     decision = decision or Decision()
     if decision.thresholds is not None:

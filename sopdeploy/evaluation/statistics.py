@@ -73,17 +73,18 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def score_statistic(wins: int, losses: int, images: int, difference: float) -> float:
-    """Compute the standardized deviation of the observed difference from *difference*, in (-1, 1).
+    """Compute how many standard deviations the observed difference is above *difference*, in (-1, 1).
 
     The variance is that of the most likely shares with this difference (Tango, "Equivalence Test and
     Confidence Interval for the Difference in Proportions for the Paired-Sample Design", 1998, Eq. 6 and 7).
     """
-    # The share of images on which only the first is right solves 2 images x^2 + linear x + constant = 0.
+    # The share x of images on which only the first is right (x + difference: only the second) maximizes
+    # x^losses (x + difference)^wins (1 - 2 x - difference)^others, so 2 images x^2 + linear x + constant = 0.
     linear = (2 * images - wins + losses) * difference - wins - losses
     constant = -losses * difference * (1 - difference)
     share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)  # larger root
-    variance = images * (2 * share + difference * (1 - difference))
-    return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))  # 0 if both always agree
+    variance = images * (2 * share + difference * (1 - difference))  # 0 only if *difference* is 0
+    return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))  # then 0, not 0 / 0
 
 
 def difference_interval(wins: int, losses: int, images: int) -> Interval:
@@ -122,12 +123,12 @@ def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int =
     If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 % of cases. A
     caller that compares again after a refusal gives the number of this *attempt*: see `share_of_level`.
     """
-    p = mcnemar(wins, losses)
+    p = mcnemar(wins, losses)  # of the hypothesis that both accuracies are equal
     if wins > losses and p <= ALPHA * share_of_level(attempt):
         return "better"
-    if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(attempt):
+    if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(attempt):  # above -tolerance
         return "not worse"
-    # Neither accepts the second classifier, so the attempts need not share ALPHA.
+    # Both "worse" and "undecided" refuse the second classifier, so these attempts need not share ALPHA.
     return "worse" if losses > wins and p <= ALPHA else "undecided"
 
 
@@ -135,10 +136,10 @@ def images_to_decide(wins: int, losses: int, images: int, tolerance: float, atte
     """Estimate how many more images decide in 80 % of cases if the shares stay; None if no number does."""
     difference = (wins - losses) / images
     variance = (wins + losses + 1) / (images + 2)  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
-    needed = []
-    if difference > -tolerance:  # for "not worse"
+    needed = []  # for each verdict: variance ((quantile + Z_POWER) / distance to the excluded difference)^2
+    if difference > -tolerance:  # "not worse" excludes the difference -tolerance
         quantile = _quantile_not_worse(attempt)
         needed.append(variance * ((quantile + Z_POWER) / (difference + tolerance)) ** 2)
-    if difference < 0:  # for "worse"
+    if difference < 0:  # "worse" excludes the difference 0
         needed.append(variance * ((Z_95 + Z_POWER) / difference) ** 2)
     return max(1, math.ceil(min(needed)) - images) if needed else None  # for the verdict that needs fewer

@@ -29,8 +29,9 @@ def plot(curves: Mapping[str, Points], x_label: str, y_label: str, *, logarithmi
 
     def draw(axes: Any) -> None:
         for number, points in enumerate(curves.values()):
-            style = ("-", "--", ":", "-.")[number // 10 % 4]  # there are ten colors
-            axes.plot(*zip(*points, strict=True), style, marker="." if len(points) < 20 else "")
+            style = ("-", "--", ":", "-.")[number // 10 % 4]  # another one after each ten curves: ten colors
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            axes.plot(xs, ys, style, marker="." if len(points) < 20 else "")
         axes.set(xlabel=sanitize(x_label), ylabel=sanitize(y_label))
         if logarithmic:
             axes.set_xscale("log")

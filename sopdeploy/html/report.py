@@ -72,10 +72,10 @@ def _template() -> Any:
 
 def sanitize(text: str) -> str:
     """Replace control and text direction characters by U+FFFD."""
-    if text.isprintable():  # fast for photographs
+    if text.isprintable():  # saves the loop over the long `data:` URLs of photographs
         return text
-    shown = "\n" + _NO_BREAK_SPACE
-    return "".join(c if c.isprintable() or c in shown else "\N{REPLACEMENT CHARACTER}" for c in text)
+    kept = "\n" + _NO_BREAK_SPACE  # harmless, although `isprintable` is false for them
+    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def percent(fraction: float, digits: int = 1) -> str:

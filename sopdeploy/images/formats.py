@@ -68,7 +68,7 @@ def open_image(
         raise too_large_error(max_bytes)
     kind = image_format(body, formats)
     try:
-        _check_size(webp_size(body), max_pixels)  # 0 x 0 for other formats
+        _check_size(webp_size(body), max_pixels)  # before `Image.open`, which allocates the pixels of a WebP
         if kind == "HEIF":
             _use_heif()
         image = Image.open(io.BytesIO(body), formats=(kind,))
@@ -131,13 +131,14 @@ def image_format(body: bytes, formats: Collection[str] | None = None) -> str:
 
     Raises `ImageError` if it is not one of *formats*: by default all, in a server those of its settings.
     """
-    kind, names = _detect_format(body), formats or FORMATS
+    kind, names = _detect_format(body), FORMATS if formats is None else formats
     if any(FORMATS[name] == kind for name in names):
         return kind
     accepted = f"use {describe_formats(names)}{'' if formats is None else ' (the setting formats)'}"
     if not kind:
         raise ImageError(f"this is not an image; {accepted}", code="not_an_image", status=415)
-    raise _unsupported(f"{kind.replace('HEIF', 'HEIC')} files are not accepted; {accepted}")
+    shown = "HEIC" if kind == "HEIF" else kind  # Pillow's name of the format is not the common one
+    raise _unsupported(f"{shown} files are not accepted; {accepted}")
 
 
 def _detect_format(body: bytes) -> str:
@@ -181,12 +182,12 @@ def webp_size(body: bytes) -> tuple[int, int]:
     RFC 9649, sections 2.5 to 2.7.
     """
     kind, chunk = body[8:16], body[20:30]  # the content of the first chunk, after its name and length
-    if kind == b"WEBPVP8X":
+    if kind == b"WEBPVP8X":  # extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each
         return 1 + int.from_bytes(chunk[4:7], "little"), 1 + int.from_bytes(chunk[7:10], "little")
-    if kind == b"WEBPVP8L":
+    if kind == b"WEBPVP8L":  # lossless: a signature byte, then width - 1 and height - 1 of 14 bits each
         bits = int.from_bytes(chunk[1:5], "little")
         return 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
-    if kind == b"WEBPVP8 ":
+    if kind == b"WEBPVP8 ":  # lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale
         return int.from_bytes(chunk[6:8], "little") & 0x3FFF, int.from_bytes(chunk[8:], "little") & 0x3FFF
     return 0, 0
 

@@ -14,7 +14,6 @@ from sopdeploy.images.preprocess import Preprocess
 
 MAX_COPIED_PIXELS = 12_000_000  # of a file that is not a JPEG
 JFIF, _END = 0xE0, 0xD9
-JFIF_BYTES = 16  # of the segment without a thumbnail
 # The segments that pixels depend on, by marker, with the start of their content: frames, scans, tables of the
 # Huffman code, the arithmetic code and quantization, number of lines, restart interval.
 NEEDED = dict.fromkeys((*FRAMES, SCAN, 0xC4, 0xCC, 0xDB, 0xDC, 0xDD), b"")
@@ -37,7 +36,8 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
         try:
             pixels = to_rgb(image, Preprocess())
             if pixels is image:
-                pixels = image.copy()  # Pillow saves an opened file only where it may ask for the folder
+                # `save` of an opened file asks for the current folder, which the server's decoder may not.
+                pixels = image.copy()
             pixels.info.clear()
             pixels.save(file, "PNG", compress_level=1)
         except Exception as error:  # a decoder may raise anything
@@ -49,8 +49,10 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     """Copy the segments of the first image in the JPEG *body* that its pixels depend on."""
     parts = [b"\xff\xd8"]
     if orientation != UPRIGHT:
-        exif = b"Exif\0\0" + struct.pack(">2sHIHHHIHxxI", b"MM", 42, 8, 1, ORIENTATION, 3, 1, orientation, 0)
-        parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]  # a TIFF header with one tag
+        tiff_header = b"MM" + struct.pack(">HI", 42, 8)  # big-endian, with the directory of tags at byte 8
+        tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)  # one value of type 3, 16 bits
+        exif = b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)  # one tag, no second directory
+        parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]
     scan: int | None = None  # where the data of the last scan begin
     for marker, start in jpeg_segments(body):
         begin, end = start - MARKER_BYTES, start + int.from_bytes(body[start : start + 2], "big")
@@ -61,7 +63,8 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
             break
         content = body[start + 2 : end]  # after the length
         if marker == JFIF and content.startswith(b"JFIF\0"):
-            parts += [b"\xff\xe0\0\x10", body[start + 2 : start + JFIF_BYTES - 2], b"\0\0"]  # no thumbnail
+            # A segment of 16 bytes: its length, 12 bytes of fields, the size 0 x 0 of a thumbnail.
+            parts += [b"\xff\xe0\0\x10", body[start + 2 : start + 14], b"\0\0"]
         elif marker in NEEDED and content.startswith(NEEDED[marker]):
             parts.append(body[begin:end])
     if scan is not None:  # the file has no end marker

@@ -38,7 +38,8 @@ GRAY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit levels between the gray values of P
 def exif_orientation(image: Image.Image) -> int:
     """Read the orientation of *image* from EXIF, else from XMP; 1 (upright) if absent or not in 1 to 8.
 
-    Of a PNG it loads the pixels, because the tags may follow them.
+    Of a PNG, where EXIF can also be a text of an empty line, a name, a length and lines of hexadecimal
+    digits, it loads the pixels, because the tags may follow them.
     """
     try:
         if image.format == "PNG" and "exif" not in image.info:
@@ -46,7 +47,8 @@ def exif_orientation(image: Image.Image) -> int:
         info: dict[Any, Any] = image.info
         data = info.get("exif")
         if data is None and TEXT_PROFILE in info:
-            data = bytes.fromhex("".join(info[TEXT_PROFILE].split("\n")[3:]))  # after "", name, length
+            hexadecimal_lines = info[TEXT_PROFILE].split("\n")[3:]
+            data = bytes.fromhex("".join(hexadecimal_lines))
         found = _read_orientation(data) if data else None
         if found is None:
             xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
@@ -64,10 +66,10 @@ def _read_orientation(data: bytes) -> int | None:
     with suppress(struct.error):  # the data are cut
         (start,) = struct.unpack_from(order + "I", data, 4)  # of the directory
         (count,) = struct.unpack_from(order + "H", data, start)
-        for entry in range(count):
-            tag, kind, _, value = struct.unpack_from(order + "HHII", data, start + 2 + 12 * entry)
-            if tag == ORIENTATION:  # *value* begins with it, in 1, 2 or 4 bytes
-                return int(struct.unpack_from(order + INTEGERS[kind], struct.pack(order + "I", value))[0])
+        for entry in range(count):  # 12 bytes: tag, type, number of values, and the value if it fits
+            tag, kind, _, value_bytes = struct.unpack_from(order + "HHI4s", data, start + 2 + 12 * entry)
+            if tag == ORIENTATION:  # the first 1, 2 or 4 of the bytes; another type is a `KeyError`
+                return int(struct.unpack_from(order + INTEGERS[kind], value_bytes)[0])
     return None
 
 
@@ -81,9 +83,9 @@ def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
     if rules.fit == "squash":
         return rules.crop, rules.crop
     shorter, longer = min(size), max(size)
-    if rules.fit == "pad":
+    if rules.fit == "pad":  # rounded as by timm's `ResizeKeepRatio`
         new_shorter, new_longer = max(1, round(rules.crop * shorter / longer)), rules.crop
-    else:
+    else:  # cut off as by torchvision's `Resize`
         new_shorter, new_longer = rules.resize, max(1, int(rules.resize * longer / shorter))
     return (new_shorter, new_longer) if size[0] <= size[1] else (new_longer, new_shorter)
 
@@ -100,7 +102,7 @@ def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     if image.mode not in SIXTEEN_BIT and not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
-    for box in tile_boxes(image.size):
+    for box in tile_boxes(image.size):  # a tile at a time, because the copies in RGBA need much memory
         tile = _to_rgba(image.crop(box))
         canvas = Image.new("RGBA", tile.size, (*rules.background, 255))
         rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
@@ -137,8 +139,7 @@ def match_transparency(image: Image.Image) -> None:
     """Convert the transparent color of an opened PNG to 8 bits, as its decoded pixels will be.
 
     Pillow stores that color at the file's bit depth, so that it matches no decoded pixel or a wrong one. Of
-    48-bit colors only the upper bytes are compared, because Pillow decodes only these. The pixels are not
-    decoded here.
+    48-bit colors only the upper bytes are compared, because Pillow decodes only these.
     """
     tiles = getattr(image, "tile", None)
     if image.format != "PNG" or not tiles:
@@ -164,6 +165,7 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     if max(width, height) <= MAX_ASPECT_RATIO * rules.resize:
         return np.asarray(image.resize((width, height), resampling).crop(window))
     x, y = image.width / width, image.height / height  # source pixels per pixel of the resized image
+    # Rounding may move right and bottom out of the image. Left and top are not negative: crop <= resize.
     box = (left * x, top * y, min(image.width, window[2] * x), min(image.height, window[3] * y))
     return np.asarray(image.resize((rules.crop, rules.crop), resampling, box=box))
 
@@ -172,7 +174,7 @@ def pad_to_square(image: Image.Image, rules: Preprocess) -> Pixels:
     """Resize the longer side of an RGB *image* and center it on the background; returns (crop, crop, 3)."""
     size = resized_size(image.size, rules)
     canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
-    left, top = (-round((side - rules.crop) / 2.0) for side in size)
+    left, top = (round((rules.crop - side) / 2) for side in size)
     canvas.paste(image.resize(size, RESAMPLING[rules.interpolation]), (left, top))
     return np.asarray(canvas)
 

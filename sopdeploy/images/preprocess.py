@@ -88,7 +88,7 @@ class Preprocess(StrictModel):
         Raises `ConfigError` for another object, or an interpolation other than bilinear and bicubic.
         """
         try:
-            (crop,), (resize,) = transforms.crop_size, transforms.resize_size
+            (crop,), (resize,) = transforms.crop_size, transforms.resize_size  # a `ValueError` for two sides
             interpolation = str(transforms.interpolation.value)
             colors = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
         except (AttributeError, TypeError, ValueError) as error:
@@ -96,9 +96,7 @@ class Preprocess(StrictModel):
                 f"torchvision: {type(transforms).__name__} does not resize and crop to a square; pass "
                 "weights.transforms() of a classifier"
             ) from error
-        return cls._published(
-            "torchvision", crop=crop, resize=max(crop, resize), interpolation=interpolation, **colors
-        )
+        return cls._published("torchvision", crop=crop, resize=resize, interpolation=interpolation, **colors)
 
     @classmethod
     def _published(cls, source: str, **fields: Any) -> "Preprocess":

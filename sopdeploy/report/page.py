@@ -38,6 +38,7 @@ _DECISION = (
     "Fitted to predictions of images that were not used for training. The export divides the last layer by "
     "the temperature. An image counts as unknown if its energy is below the threshold."
 )
+_TRAINING_LOSSES = "Losses of the heads, the penalties, and their weighted sum."
 
 
 def write_run_page(
@@ -89,10 +90,9 @@ def _predict(
     run: Run, data: Split, checkpoint: Checkpoint, best: Path, on_image: Callable[[int, int], None]
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
     """Return the images that the page evaluates, what they are, and their calibrated logits (N, C)."""
-    if not len(data.held_out):
+    if not len(data.held_out):  # as in the few-shot procedure, which also fits no temperature
         description = "the training images, each predicted by a network that was fitted without it"
-        logits_NC = run.state["out_of_fold"].double().numpy()  # the few-shot procedure fits no temperature
-        return data.train, description, logits_NC
+        return data.train, description, run.state["out_of_fold"].double().numpy()
     description = "the held-out images"
     if run.recipe.procedure.kind == "loop":
         description += ", which also selected the epoch, so all scores of this section are too high"
@@ -143,28 +143,26 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     parts = dict.fromkeys(part for row in history for part in row.losses)
     heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
     shown = heads if len(heads) > 1 else ()  # a single head is the deployed network
-    columns = {  # of the history, by chart and curve
-        "training loss": {part: f"train_{part}" for part in parts},
-        name: {"deployed": score, **{head: f"{head}_{score}" for head in shown}},
-        "loss on held-out images": {"deployed": "loss", **{head: f"{head}_loss" for head in shown}},
-    }
-    captions = (
-        "Losses of the heads, the penalties, and their weighted sum.",
-        f"{name} on held-out images.",
-        f"If the loss rises and {name} does not fall, the network is overconfident.",
-    )
+    columns_of_scores = {"deployed": score} | {head: f"{head}_{score}" for head in shown}
+    columns_of_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown}
+    overconfident = f"If the loss rises and {name} does not fall, the network is overconfident."
+    charts = [  # label of the y axis, columns of the history by curve, caption
+        ("training loss", {part: f"train_{part}" for part in parts}, _TRAINING_LOSSES),
+        (name, columns_of_scores, f"{name} on held-out images."),
+        ("loss on held-out images", columns_of_losses, overconfident),
+    ]
     if shown and last.diagnostics is not None:
         text.append(
             f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
             f"fixed subset of {last.diagnostics.num_images} with the raw weights."
         )
-    charts = []
-    for (label, curves), caption in zip(columns.items(), captions, strict=True):
-        drawn = {curve: history_curve(history, column) for curve, column in curves.items()}
-        charts.append(Figure(image=plot(drawn, "epoch", label), caption=caption))
+    figures = []
+    for label, columns, caption in charts:
+        curves = {curve: history_curve(history, column) for curve, column in columns.items()}
+        figures.append(Figure(image=plot(curves, "epoch", label), caption=caption))
     if counts := last.component_counts:
-        charts.append(component_chart(counts, "Training images that the gate sent to each component"))
-    return Section(title="Learning", text=text, figures=charts)
+        figures.append(component_chart(counts, "Training images that the gate sent to each component"))
+    return Section(title="Learning", text=text, figures=figures)
 
 
 def _describe_decision(best: Checkpoint) -> Iterator[Section]:
@@ -242,12 +240,13 @@ def _show(
 
 def _describe_run(run: Run, best: Checkpoint) -> Iterator[Section]:
     """List the recipe and the environment of the run."""
-    recipe = run.recipe.model_dump(mode="json")
-    values = [
+    hidden = "summary", "model.config."  # no value of the run, and a part of the network's config below
+    recipe = [
         (key, value)
-        for key, value in [*flatten(recipe), *flatten(best.config, "network.")]
-        if run.recipe.reads(key) and not key.startswith(("summary", "model.config."))  # `network.` has all
+        for key, value in flatten(run.recipe.model_dump(mode="json"))
+        if run.recipe.reads(key) and not key.startswith(hidden)
     ]
+    values = [*recipe, *flatten(best.config, "network.")]
     settings = Table(caption="All values of the run", columns=["key", "value"], rows=values)
     yield Section(title="Recipe", tables=[settings])
     record = best.training

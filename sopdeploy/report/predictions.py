@@ -74,8 +74,9 @@ def _describe_presence(metrics: MultiLabelReport, images: str) -> Section:
     """Describe the metrics of predictions of several classes per image; classes without images are last."""
     values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
     scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
+    order = sorted(metrics.classes, key=lambda c: 2.0 if c.average_precision is None else c.average_precision)
     rows = []
-    for row in sorted(metrics.classes, key=lambda row: row.average_precision or 2.0):  # None: no images
+    for row in order:
         rates = (row.average_precision, row.precision, row.recall, row.f1)
         cells = ("-" if rate is None else percent(rate) for rate in rates)
         rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))

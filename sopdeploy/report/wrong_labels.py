@@ -36,8 +36,9 @@ class WrongLabel(StrictModel):
 def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
     """Find the training images of the run in the folder *run* whose label is probably wrong, the worst first.
 
-    *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for a run without
-    out-of-fold predictions of one class per image, `DataError` if the images have changed since the run.
+    *data* is the folder of the images, by default that of the recipe. Predictions belong to images by their
+    order, so no image may have moved to another folder. Raises `ConfigError` for a run without out-of-fold
+    predictions of one class per image, `DataError` if the images have changed since the run.
     """
     path = run / "last.pt"
     if not path.is_file():
@@ -46,7 +47,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     recipe = validate_recipe(last.training.get("recipe", {}), str(path))
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
-    images = select_procedure(recipe, open_data(recipe.data)).data.train
+    images = select_procedure(recipe, open_data(recipe.data)).data.train  # none that the run held out
     logits_NC = (last.resume or {}).get("procedure", {}).get("label_logits")
     if logits_NC is None:
         raise ConfigError(
@@ -69,8 +70,8 @@ def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> 
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     sums_C = np.bincount(labels, of_label_N, minlength=probabilities_NC.shape[1])
     average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)  # 0 without images
-    at_least = of_label_N.mean() / 2  # the few images of a class may all be wrong
-    relative_NC = probabilities_NC / np.maximum(average_C, at_least)
+    floor = of_label_N.mean() / 2  # a class of few images whose labels are all wrong has an average near 0
+    relative_NC = probabilities_NC / np.maximum(average_C, floor)
     relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
     suggested_N = relative_NC.argmax(axis=1)
     is_wrong_N = relative_NC.max(axis=1) > LISTED_RATIO * relative_of_label_N

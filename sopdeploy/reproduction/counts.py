@@ -33,28 +33,29 @@ class RowFigure(NamedTuple):
         """Mark the figure if the count is not the printed one to its last digit, rounded or cut off."""
         if self.printed is None or self.found is None:
             return self
-        decimals = len(f"{self.printed:.10f}".rstrip("0").partition(".")[2]) or 1  # 25 stands for 25.0
-        step, excess = 10**-decimals, self.found - self.printed
+        digits = f"{self.printed:.10f}".rstrip("0").partition(".")[2]  # those after the point
+        step = 10 ** -max(1, len(digits))  # of the last printed digit; 25 stands for 25.0
+        excess = self.found - self.printed
         is_rounded = abs(excess) <= step / 2 * (1 + 1e-9)  # 1e-9 covers the rounding of floats
-        is_cut_off = 0 <= excess < step
+        is_cut_off = 0 <= excess < step  # needs no 1e-9: an excess near 0 counts as rounded
         return self._replace(mark="" if is_rounded or is_cut_off else "✗")
 
 
 def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
     """Return the printed figures of a row, whose network *recipe* trains, with counts where one is known."""
     counts = _count_network(printed, recipe, table)
-    facts = {"epochs": recipe.epochs, **_extra_costs(printed, table, counts)}
     figures = {name: figure for name, figure in counts.items() if figure.printed is not None}
-    figures |= {name: RowFigure(value, facts.get(name)) for name, value in printed.facts.items()}
-    vector, _ = COUNTS["dim"]  # not compared: it is printed in thousands
+    our_facts = {"epochs": recipe.epochs, **_extra_costs(printed, table, counts)}
+    figures |= {name: RowFigure(value, our_facts.get(name)) for name, value in printed.facts.items()}
+    vector, _ = COUNTS["dim"]  # not compared, because papers print its length in thousands, such as 8K
     return {name: figure if name == vector else figure.compare() for name, figure in figures.items()}
 
 
 def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
-    """Count the network that *recipe* trains, by name, each beside the figure that *table* prints.
+    """Count the network that *recipe* trains; return each count, by name, beside the printed figure.
 
-    If *table* prints a column that the row itself lacks, both numbers are those of `published.toml`: the
-    figure that the paper prints for this network, here or in another table, and its count by its convention.
+    If the row lacks a column of *table*, both are those of `published.toml`: the figure that the paper prints
+    for this network in any table, and the count of this package by the convention of the paper.
     """
     model, side, num_classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
     described = describe(model.name, image_size=side, num_classes=num_classes, **model.config)
@@ -68,33 +69,38 @@ def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> 
     figures = {}
     for column, (name, _) in COUNTS.items():
         figures[name] = RowFigure(printed.counts.get(column), counts[column])
-        wanted = column in table.columns and column not in printed.counts
-        known = _find_published(described, column, table) if wanted else None
+        is_missing = column in table.columns and column not in printed.counts
+        known = _find_published(described, column, table) if is_missing else None
         if known is not None:
-            factor = 1000 if column == "dim" else 1  # `published.toml` has thousands
+            scale = 1000 if column == "dim" else 1  # `published.toml` has the vector's length in thousands
             unit = "x" if known.unit == "x" else ""
-            figures[name] = RowFigure(known.printed * factor, known.ours * factor, known.note, unit)
+            figures[name] = RowFigure(known.printed * scale, known.ours * scale, known.note, unit)
     return figures
 
 
 def _find_published(described: Description, column: Column, table: PrintedTable) -> Published | None:
-    """Find the figure that the paper prints for this network, in *table* or else in another table."""
+    """Find the figure that the paper prints for this network, in *table* or else in another of its tables."""
     _, quantity = COUNTS[column]
     quantities = {quantity}
     if described.training == described.shipped:
         quantities.add(quantity.replace("training", "shipped"))  # papers print one figure for both
-    figures = sorted(described.published, key=lambda figure: figure.source != table.source)  # *table* first
-    paper, _, _ = table.source.partition(",")
-    of_paper = (figure for figure in figures if figure.source.startswith(paper))
-    return next((figure for figure in of_paper if figure.quantity in quantities), None)
+    paper, _, _ = table.source.partition(",")  # "DSoP" of "DSoP, Table I"
+    of_quantity = [figure for figure in described.published if figure.quantity in quantities]
+    of_table = [figure for figure in of_quantity if figure.source == table.source]
+    of_paper = [figure for figure in of_quantity if figure.source.startswith(paper)]
+    return next(iter(of_table + of_paper), None)
 
 
 def _extra_costs(printed: PrintedRow, table: PrintedTable, counts: dict[str, RowFigure]) -> dict[str, float]:
     """Subtract the counts of the row's baseline from its own *counts*, by fact; empty without a baseline."""
     baseline = next((row for row in table.rows if row.id == printed.baseline), None)
-    trained = None if baseline is None else table.recipe_of(baseline)
-    if baseline is None or trained is None:
+    recipe_and_changes = None if baseline is None else table.recipe_of(baseline)
+    if baseline is None or recipe_and_changes is None:
         return {}
-    reference = _count_network(baseline, read_recipe(*trained), table)
-    costs = ("GFLOPs", "parameters (M)")
-    return {f"extra {name}": (counts[name].found or 0) - (reference[name].found or 0) for name in costs}
+    reference = _count_network(baseline, read_recipe(*recipe_and_changes), table)
+    costs = {}
+    for name in ("GFLOPs", "parameters (M)"):
+        count, reference_count = counts[name].found, reference[name].found
+        if count is not None and reference_count is not None:
+            costs[f"extra {name}"] = count - reference_count
+    return costs

@@ -16,7 +16,7 @@ _ERRORS = {"top1": "top-1 error in %", "top5": "top-5 error in %"}
 def render_page(results: Reproduction) -> str:
     """Render the page as HTML; the same results always give the same text."""
     table, finished = results.table, [row for row in results.rows if row.runs]
-    curves = {row.printed.name: (row.runs[0].history, "") for row in finished}
+    curves = {row.printed.name: (row.runs[0].history, "") for row in finished}  # seed 0; no column prefix
     commands = Table(
         caption="Each command trains one row, with seed 0",
         columns=("row", "command"),
@@ -93,7 +93,8 @@ def fact_table(rows: Sequence[ReproducedRow]) -> Table:
         return Table(caption="Printed figures", columns=("row", "figure", "printed"), rows=lines)
     compared = []
     for row, name, figure in figures:
-        printed = _number(figure.printed) + (" x ResNet-50" if figure.unit else "")  # a multiple
+        multiple = " x ResNet-50" if figure.unit == "x" else ""  # a multiple of the count of ResNet-50
+        printed = _number(figure.printed) + multiple
         compared.append((row, name, printed, _number(figure.found), figure.mark))
     caption = (
         "Counts of the paper's networks at its image size and number of classes. GFLOPs are multiply-adds, "
@@ -167,12 +168,13 @@ def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterato
 
 
 def _row_charts(row: ReproducedRow) -> Iterator[Figure]:
-    """Plot the errors of the heads, and draw the use of the components."""
+    """Plot the errors of the heads, and draw the use of the components, in the run with seed 0."""
     run = row.runs[0]
     heads = sorted(run.heads, key=lambda head: head == "main")  # the network's own head is the last one
     diagnostics = run.history[-1].diagnostics
     if diagnostics is not None and diagnostics.num_images:
         caption = f"Heads of {row.printed.name} on a fixed subset of {diagnostics.num_images} held-out images"
-        yield from _error_charts({head: (run.history, f"{head}_") for head in heads}, caption)
+        curves = {head: (run.history, f"{head}_") for head in heads}  # columns such as `main_top1`
+        yield from _error_charts(curves, caption)
     if run.usage:
         yield component_chart(run.usage, f"Images per component, {row.printed.name}")

@@ -16,8 +16,8 @@ from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
 # the forward pass, and a multiply-add is two operations.
-_STEP_COST = 3 * 2
-GPU_OPERATIONS = 20e12  # per second that one GPU sustains
+_OPERATIONS_PER_MAC = 3 * 2
+GPU_OPERATIONS_PER_SECOND = 20e12  # that one GPU sustains
 ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
     "images and evaluation are not counted"
@@ -30,8 +30,7 @@ class ReproducedRow:
 
     `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
     recipe `source`, without the seed and the checkpoints of other rows. `figures` are those of the table's
-    columns and of `PrintedRow.facts`, by name. `gpu_hours` is the estimated time of one run at the scale of
-    the paper.
+    columns and of `PrintedRow.facts`, by name. `gpu_hours` is the estimated time of one run as in the paper.
     """
 
     printed: PrintedRow
@@ -177,7 +176,7 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
 
 def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
     """Set figures, recipe and times of *row*; raise `ConfigError` if its network cannot be built."""
-    of_paper = read_recipe(row.source, row.overrides)  # without the user's data and settings
+    of_paper = read_recipe(row.source, row.overrides)  # without the user's data and settings, added below
     row.figures = count_figures(row.printed, of_paper, table)
     if table.measures == "counts":
         row.reason = "counted, not trained"
@@ -186,7 +185,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
         row.overrides += (f"data.path={format_toml(str(options.data))}",)
     pretrained = row.printed.pretrained
     weights = None if pretrained is None else options.out / pretrained / "seed-0/best.pt"
-    if weights is not None and weights.is_file():
+    if weights is not None and weights.is_file():  # else from random weights: that table need not have run
         row.overrides += (f"start.weights={format_toml(str(weights))}",)
     row.overrides += options.set
     row.recipe = read_recipe(row.source, row.overrides)
@@ -208,4 +207,5 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
         describe(network.name, image_size=side, num_classes=data.classes, **network.config).training.macs
         for network in networks
     )
-    return macs * _STEP_COST * images / GPU_OPERATIONS / 3600  # seconds per hour
+    seconds = macs * _OPERATIONS_PER_MAC * images / GPU_OPERATIONS_PER_SECOND
+    return seconds / 3600

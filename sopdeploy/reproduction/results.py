@@ -47,7 +47,8 @@ class MeanError(StrictModel):
 def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     """Collect the results of a finished run for the table and the charts."""
     checkpoint = read_checkpoint(trained.last)
-    history = Position.model_validate((checkpoint.resume or {})["position"]).history  # `last.pt` has it
+    resume: Any = checkpoint.resume  # never None in `last.pt`
+    history = Position.model_validate(resume["position"]).history
     model = build_classifier(checkpoint, trained.last)
     return SeedResult(
         seed=recipe.seed,
@@ -69,7 +70,7 @@ def _measure_heads(model: Classifier, checkpoint: Checkpoint, recipe: Recipe) ->
     images = select_procedure(recipe, open_data(recipe.data)).data.held_out
     network = AllHeads(model.to(select_device(recipe.device)))
     logits = network.split(score_images(network, checkpoint.preprocess, images, workers=recipe.workers))
-    return {name: held_out_metrics((), logits_NC, images.targets) for name, logits_NC in logits.items()}
+    return {name: held_out_metrics(images.labels, row, images.targets) for name, row in logits.items()}
 
 
 def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
@@ -77,8 +78,8 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     errors = [1 - getattr(run.history[-1].metrics, name) for run in runs]
     if not errors:
         return None
-    center, count = mean(errors), runs[0].held_out_count  # that of all runs
-    low, high = student(errors) if len(errors) > 1 else wilson(round(center * count), count)
+    center, num_images = mean(errors), runs[0].held_out_count
+    low, high = student(errors) if len(errors) > 1 else wilson(round(center * num_images), num_images)
     return MeanError(mean=100 * center, low=100 * max(0.0, low), high=100 * min(1.0, high))
 
 

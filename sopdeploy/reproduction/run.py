@@ -35,7 +35,7 @@ def reproduce(
     results of another recipe in the folder, and the errors of `train`.
     """
     results = plan(table, options)
-    must_run = options.rows is not None and table.measures == "errors"
+    must_run = options.rows is not None and table.measures == "errors"  # other tables are not trained
     for row in results.rows:
         if row.recipe is None and must_run:
             raise ConfigError(
@@ -54,6 +54,7 @@ def reproduce(
                 stored = measure_run(recipe, train_recipe(recipe, path, resume="auto", callback=callback))
                 _write(path / _RESULT, stored.model_dump_json() + "\n")
             row.runs.append(stored)
+        # The baseline is above in the table, so it has already run, unless the user left it out.
         baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
         for name, value in measured_facts(row.runs, baseline).items():
             if name in row.figures:

@@ -1,8 +1,8 @@
 """The tables of the papers as data: printed figures, and the recipe that trains each row; options of a run.
 
-`tables/*.toml` hold one entry per printed table or figure; `[named]` has values that several of them share,
-also those of other files. A list as `note` is joined to one.
-The counts that papers print for networks are in `sopdeploy/models/published.toml`.
+`tables/*.toml` hold one entry per printed table or figure. `[named]` has values that several tables share,
+also those of other files; "@NAME" stands for the value NAME. A list as `note` is joined to one text. The
+counts that papers print for networks are in `sopdeploy/models/published.toml`.
 """
 
 import difflib
@@ -147,36 +147,38 @@ class PrintedTable(StrictModel):
 def load_tables() -> dict[str, PrintedTable]:
     """Read all tables, by id."""
     folder = files("sopdeploy.reproduction") / "tables"
-    names = "dsop", "gsop", "gmsop", "slides"
-    contents = [tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8")) for name in names]
-    named = {name: value for content in contents for name, value in content.get("named", {}).items()}
+    papers = "dsop", "gsop", "gmsop", "slides"
+    contents = [tomllib.loads((folder / f"{paper}.toml").read_text(encoding="utf-8")) for paper in papers]
+    shared = {name: value for content in contents for name, value in content.get("named", {}).items()}
     tables: dict[str, PrintedTable] = {}
     for table in chain.from_iterable(content["tables"] for content in contents):
-        for variant in _variants(_with_named(table, named)):
+        for variant in _variants(_with_shared(table, shared)):
             tables[variant["id"]] = PrintedTable.model_validate(variant)
     return tables
 
 
-def _with_named(value: Any, named: Mapping[str, Any]) -> Any:
-    """Replace each "@NAME" in *value* by the value NAME of *named*, a list in a list by its elements."""
+def _with_shared(value: Any, shared: Mapping[str, Any]) -> Any:
+    """Replace each "@NAME" in *value* by the value NAME of *shared*; in a list, by the elements of a list."""
     if isinstance(value, str):
-        return named[value[1:]] if value.startswith("@") else value
+        return shared[value[1:]] if value.startswith("@") else value
     if isinstance(value, dict):
-        return {key: _with_named(inner, named) for key, inner in value.items()}
+        return {key: _with_shared(inner, shared) for key, inner in value.items()}
     if not isinstance(value, list):
         return value
     resolved: list[Any] = []
     for item in value:
-        part = _with_named(item, named)
+        part = _with_shared(item, shared)
         names_a_list = isinstance(item, str) and isinstance(part, list)
-        resolved += part if names_a_list else [part]
+        resolved += part if names_a_list else [part]  # ["a", "@bc"] becomes ["a", "b", "c"]
     return resolved
 
 
 def _variants(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield *table*, or each of its `variants`: their own values, and their element of each list `top1`."""
-    variants = table.pop("variants", [{}])
-    for index, variant in enumerate(variants):
+    """Yield *table*, or one for each of its `variants`, with its values and its element of lists `top1`."""
+    if "variants" not in table:
+        yield table
+        return
+    for index, variant in enumerate(table.pop("variants")):
         rows = [
             {**row, "top1": row["top1"][index]} if isinstance(row.get("top1"), list) else row
             for row in table["rows"]

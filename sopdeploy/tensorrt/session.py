@@ -2,8 +2,7 @@
 
 Two batches can be in flight: while one is computed, the next is copied to the GPU on a second stream, into
 the other of two buffers. Each profile has its own execution context, because switching profiles takes time.
-Kernels run in order on one stream, so both buffers share a context. The CUDA runtime is called through
-`cuda-python`.
+Kernels run in order on one stream, so both buffers share a context. CUDA is called through `cuda-python`.
 """
 
 import ctypes
@@ -201,7 +200,8 @@ class BatchBuffer:
         self.host: dict[str, NDArray[Any]] = {}
         self.device: dict[str, int] = {}
         for tensor in tensors:
-            shape = (largest, *(int(size or 1) for size in tensor.shape[1:]))  # only the first size is None
+            sizes = [size for size in tensor.shape[1:] if size is not None]  # only the first size is None
+            shape = (largest, *sizes)
             self.host[tensor.name] = resources.pinned_array(shape, np.dtype(tensor.dtype))
             self.device[tensor.name] = resources.device_memory(self.host[tensor.name].nbytes)
         self.uploaded, self.done = resources.event(), resources.event()
@@ -225,7 +225,7 @@ class EngineSession:
         self._contexts: list[Any] = []  # one per profile
         self._resources = CudaResources(cuda)
         self._finalizer = weakref.finalize(self, _release, self._resources, self._contexts, self._loaded)
-        self._finalizer.atexit = False
+        self._finalizer.atexit = False  # at process exit the driver releases everything
         self.largest_batch = key.largest_batch
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
@@ -235,7 +235,7 @@ class EngineSession:
             self._free = [BatchBuffer(self._resources, tensors, self.largest_batch) for _ in range(BUFFERS)]
             self._add_contexts(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         except BaseException:
-            self.close()
+            self.close()  # does not use the attributes that may be missing yet
             raise
 
     def _add_contexts(self, strategy: Any) -> None:
@@ -248,15 +248,16 @@ class EngineSession:
         shared = self._resources.device_memory(max(1, size))  # 0 bytes would have no address
         for index, profile in enumerate(self._profiles):
             try:
-                # No local variables: a traceback would keep the engine and the context alive.
+                # `_loaded[-1]` is the engine. It and the context get no local variables, because those of a
+                # traceback would keep them alive.
                 self._contexts.append(self._loaded[-1].create_execution_context(strategy))
                 if self._contexts[-1] is None:
-                    raise RuntimeError(last_error(self._logger))
+                    raise RuntimeError("TensorRT gave no reason")
                 self._contexts[-1].set_device_memory(shared, size)
                 if not self._contexts[-1].set_optimization_profile_async(index, int(self._stream)):
-                    raise RuntimeError(last_error(self._logger))
+                    raise RuntimeError("TensorRT gave no reason")
                 self._cuda.call("cudaStreamSynchronize", self._stream)
-            except RuntimeError as error:  # TensorRT raises it without the reason
+            except RuntimeError as error:  # the reason is the last message that TensorRT logged, if any
                 reason = self._logger.errors[-1] if self._logger.errors else error
                 raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}") from error
 
@@ -275,8 +276,7 @@ class EngineSession:
 
         Call this function once; it returns the outputs *names*, by default all, by name, (n, ...) float32;
         others are not copied from the GPU. The images are copied before `begin` returns. Raises
-        `RuntimeError` if two batches are already in flight, `ConfigError` if no profile accepts that many
-        images.
+        `RuntimeError` if two batches are in flight, `ConfigError` if no profile accepts that many images.
         """
         if not self._free:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")
