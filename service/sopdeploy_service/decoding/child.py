@@ -36,7 +36,7 @@ from sopdeploy_service.runtime.device_memory import limit_heaps
 REQUEST = struct.Struct("<QII")
 # Number of the request, kind, warnings as bits (of a copy 1: a PNG), bytes of the result or message.
 REPLY = struct.Struct("<QBBI")
-TEMPLATE_REPLY = struct.Struct("<I")  # the reply of a template
+TEMPLATE_REPLY = struct.Struct("<I")  # the id of the child that a template has forked or killed
 READY, FAILED, PIXELS, COPY, LARGER, FIRST_ERROR = range(6)
 MAX_MESSAGE = 500
 ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_ERROR + index
@@ -85,37 +85,37 @@ def read_rules(text: bytes) -> Preprocess:
 
 
 def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> list[Buffer]:
-    """Decode *image* by *rules*, or copy it if there are none; return the parts of the reply."""
+    """Decode *image* by *rules*, or copy it if there are none; return the header and data of the reply."""
+    data: Buffer
+    bits = 0
     try:
-        if not rules:
-            copy, suffix = copy_without_metadata(image, options.max_pixels)
-            return [REPLY.pack(number, COPY, suffix == ".png", len(copy)), copy]
-        decoded = decode(
-            image,
-            read_rules(rules),
-            max_bytes=options.max_bytes,
-            max_pixels=options.max_pixels,
-            formats=options.formats or None,
-        )
+        if rules:
+            limits = {"max_bytes": options.max_bytes, "max_pixels": options.max_pixels}
+            decoded = decode(image, read_rules(rules), **limits, formats=options.formats or None)
+            kind, data = PIXELS, np.ascontiguousarray(decoded.pixels).data.cast("B")
+            bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
+        else:
+            data, suffix = copy_without_metadata(image, options.max_pixels)
+            kind, bits = COPY, int(suffix == ".png")
     except ImageError as error:
         if options.is_light and error.code == "too_many_pixels":
             return [REPLY.pack(number, LARGER, 0, 0)]
-        # Not the error itself, whose traceback would keep the memory of the failed decoder.
-        entry, text = (error.code, error.status), str(error)  # an entry of `ERRORS`
+        # *error* is not kept beyond this block: its traceback holds the memory of the failed decoder.
+        code, status, message = error.code, error.status, str(error)
+        # Without memory, most decoders raise `MemoryError`, but libwebp says that the image is damaged.
         width, height = webp_size(image)
-        is_too_large = width * height * PIXEL_BYTES > options.memory  # libwebp then calls it damaged
-        if isinstance(error.__cause__, MemoryError) or (error.code == "damaged_image" and is_too_large):
+        is_large_webp = width * height * PIXEL_BYTES > options.memory
+        if isinstance(error.__cause__, MemoryError) or (code == "damaged_image" and is_large_webp):
+            code, status = "too_much_memory", 413
             limit = f"{options.memory // 10**6} MB, the memory for an image"
-            entry, text = ("too_much_memory", 413), f"decoding needs more than {limit}; send it smaller"
+            message = f"decoding needs more than {limit}; send it smaller"
     except Exception:  # a bug fails its own image
         sys.excepthook(*sys.exc_info())
-        entry, text = ("decoder_failed", 500), "the decoder failed on this image"
+        code, status, message = "decoder_failed", 500, "the decoder failed on this image"
     else:
-        changes = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
-        pixels = np.ascontiguousarray(decoded.pixels).data.cast("B")
-        return [REPLY.pack(number, PIXELS, changes, len(pixels)), pixels]
-    message = text.encode()[:MAX_MESSAGE]
-    return [REPLY.pack(number, FIRST_ERROR + ERRORS.index(entry), 0, len(message)), message]
+        return [REPLY.pack(number, kind, bits, len(data)), data]
+    kind, data = FIRST_ERROR + ERRORS.index((code, status)), message.encode()[:MAX_MESSAGE]
+    return [REPLY.pack(number, kind, 0, len(data)), data]
 
 
 def serve_requests(end: socket.socket, options: ChildOptions) -> NoReturn:
@@ -123,11 +123,9 @@ def serve_requests(end: socket.socket, options: ChildOptions) -> NoReturn:
     while True:
         number, rules_size, size = REQUEST.unpack(receive(end, REQUEST.size))
         rules, image = receive(end, rules_size), receive(end, size)
-        if options.cpu_seconds:
-            signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)  # SIGPROF ends this process
+        signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)  # SIGPROF ends this process; 0: no timer
         reply = answer(number, rules, image, options)
-        if options.cpu_seconds:
-            signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         del image  # frees it before the reply is sent
         for part in reply:
             end.sendall(part)
@@ -138,6 +136,7 @@ def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes
     parts = []
     while count:
         part = end.recv(count, socket.MSG_WAITALL)
+        # The timeout of the socket limits each wait; *deadline* limits a sender of one byte at a time.
         if not part or time.monotonic() > deadline:
             raise BrokenPipeError
         parts.append(part)
@@ -148,12 +147,13 @@ def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes
 def restrict(options: ChildOptions) -> str:
     """Limit this process until it ends; return the names of the restrictions."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):  # Linux only
+    with contextlib.suppress(FileNotFoundError):  # only Linux has this file
         lines = Path("/proc/self/status").read_text().splitlines()
         used = next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (used + options.memory,) * 2)  # soft and hard limit
     os.nice(options.niceness)
-    # Freed blocks of pixels that Pillow keeps for the next image.
+    # Pillow keeps up to this number of freed blocks of pixels for the next image. A light child decodes all
+    # the time; one for large images is mostly idle, and would occupy memory for nothing.
     Image.core.set_blocks_max(1 if options.is_light else 0)  # type: ignore[attr-defined]
     return "" if options.sandbox == "off" else sandbox.enter()
 
@@ -162,9 +162,10 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
     """Restrict this process, say so, and serve until the server ends."""
     try:
         try:
-            text, kind = restrict(options).encode(), READY
+            kind, text = READY, restrict(options).encode()
         except OSError as error:
-            text, kind = str(error.strerror).encode(), FAILED
+            kind, text = FAILED, str(error.strerror).encode()
+        # This reply has the number 0, of no request, and no bits.
         end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)
         serve_requests(end, options)
     except OSError:  # the server has ended
@@ -188,14 +189,17 @@ def run_template(control: socket.socket) -> None:
                 control.close()
                 if sys.platform == "linux":
                     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-                run_child(socket.socket(fileno=descriptors[0]), ChildOptions(**request))
+                end = socket.socket(fileno=descriptors[0])
+                run_child(end, ChildOptions(**request))  # never returns
             os.close(descriptors[0])
             children.add(process)
-        else:  # it is the id of a child to kill
+        else:  # *request* is the id of a child to kill
             process = request
             _end(children, process)
-        for child in list(children):  # not yet waited for, so no other process has its id
-            if os.waitpid(child, os.WNOHANG)[0]:  # it has ended
+        # Forget the children that ended by themselves. The system gives the id of a process to another one
+        # only after `waitpid` has returned it, so an id in *children* is always that of a child.
+        for child in list(children):  # a copy, because the loop changes *children*
+            if os.waitpid(child, os.WNOHANG)[0] == child:
                 children.discard(child)
         control.sendall(TEMPLATE_REPLY.pack(process))
     for process in list(children):
@@ -211,10 +215,10 @@ def _end(children: set[int], process: int) -> None:
 
 
 def main() -> None:
-    """Run the template on the descriptor of the command line."""
+    """Run the template on the socket whose file descriptor is the argument of the command line."""
     os.environ.clear()
     limit_heaps()
     warnings.filterwarnings("ignore", module="PIL")
-    sandbox.preload()
-    gc.freeze()
+    sandbox.preload()  # before the forks, so that the children share these pages of memory
+    gc.freeze()  # the garbage collector of a child would write to the pages, and thereby copy them
     run_template(socket.socket(fileno=int(sys.argv[1])))

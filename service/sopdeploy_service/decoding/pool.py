@@ -1,7 +1,6 @@
 """The server's side of decoder processes. What a child sends is not trusted: sizes are fixed or limited.
 
-An image that ends its child, takes too long, or gets a wrong reply raises `DecoderEndedError`; the child is
-killed and replaced.
+An image whose child ends, takes too long or sends a wrong reply raises `DecoderEndedError`.
 """
 
 import atexit
@@ -48,10 +47,7 @@ class Template:
         self._process: subprocess.Popen[bytes] | None = None
 
     def fork(self, options: child.ChildOptions) -> tuple[socket.socket, int]:
-        """Fork a child; return the socket to it and its process id.
-
-        Raises `RuntimeUnavailableError` if the template does not start.
-        """
+        """Fork a child, or raise `RuntimeUnavailableError`; return the socket to it and its id."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -74,14 +70,14 @@ class Template:
     def _ask(self, message: bytes, descriptors: list[int]) -> int:
         """Send *message* and *descriptors* to the template, which is started if needed; return its reply.
 
-        If the template has ended, a new one gets the message. Without descriptors, the message kills a child,
-        which has ended with the template, and is not repeated.
+        If the template has ended, a message that forks a child, with descriptors, is sent again to a new one.
+        A message that kills a child is sent once: the child has ended with its template.
         """
         with self._lock:
             if descriptors:
                 with suppress(OSError):
                     return self._ask_once(message, descriptors)
-            return self._ask_once(message, descriptors)  # of a new template, if the first one has ended
+            return self._ask_once(message, descriptors)  # starts a new template if the first try failed
 
     def _ask_once(self, message: bytes, descriptors: list[int]) -> int:
         """Send *message* and *descriptors*, and return the reply; an `OSError` ends the template."""
@@ -97,20 +93,21 @@ class Template:
         return int(child.TEMPLATE_REPLY.unpack(reply)[0])
 
     def _start(self) -> socket.socket:
+        """Start the template, which gets nothing of this process but the modules; return the socket to it."""
         control, end = socket.socketpair()
         control.settimeout(START_SECONDS)
         path = [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 - an entry may be empty
         code = f"import sys; sys.path[:] = {path!r}; from {self._program} import main; main()"
         with end:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-c", code, str(end.fileno())],
+                [sys.executable, "-I", "-c", code, str(end.fileno())],  # -I: ignores the user's site-packages
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={"OPENBLAS_NUM_THREADS": "1"},
+                env={"OPENBLAS_NUM_THREADS": "1"},  # no secrets, and no threads: a fork would lose them
                 pass_fds=[end.fileno()],
                 cwd="/",
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C ends only the server, which decodes until it has drained
             )
         self._control = control
         threading.Thread(target=_log_errors, args=(self._process,), name="stderr", daemon=True).start()
@@ -150,8 +147,7 @@ class DecoderProcess:
     def __init__(self, template: Template, options: child.ChildOptions, seconds: float) -> None:
         """Start a child that may take *seconds* for an image.
 
-        Raises `RuntimeUnavailableError` if it does not start, and `ConfigError` for a required sandbox that
-        the system does not have.
+        Raises `RuntimeUnavailableError` if it does not start, `ConfigError` if a required sandbox is missing.
         """
         self._template, self._options, self._seconds = template, options, seconds
         self._end: socket.socket | None = None
@@ -159,24 +155,21 @@ class DecoderProcess:
         self.restrictions = self._start()
 
     def decode(self, image: bytes, preprocess: Preprocess) -> Decoded:
-        """Decode *image* as `decode` does.
-
-        Raises `ImageError`, `LargerImageError` for an image that needs another child, `DecoderEndedError`.
-        """
+        """Decode *image* as `decode` does; also raises `LargerImageError` and `DecoderEndedError`."""
         shape = (preprocess.crop, preprocess.crop, 3)
-        changes, pixels = self._request(image, _write_rules(preprocess), child.PIXELS, math.prod(shape))
-        warnings = tuple(name for bit, name in enumerate(child.WARNINGS) if changes >> bit & 1)
+        bits, pixels = self._request(image, _write_rules(preprocess), child.PIXELS, math.prod(shape))
+        warnings = tuple(name for index, name in enumerate(child.WARNINGS) if bits & (1 << index))
         return Decoded(np.frombuffer(pixels, np.uint8).reshape(shape), warnings)
 
     def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* as `copy_without_metadata` does; raises what `decode` raises."""
-        is_png, copy = self._request(image, b"", child.COPY)
+        is_png, copy = self._request(image, b"", child.COPY, size=None)
         return copy, ".png" if is_png else ".jpg"
 
-    def _request(self, image: bytes, rules: bytes, expected: int, num_bytes: int = 0) -> tuple[int, bytes]:
-        """Send *image* and *rules* to the child; return the bits and the bytes of its reply.
+    def _request(self, image: bytes, rules: bytes, expected: int, size: int | None) -> tuple[int, bytes]:
+        """Send *image* and *rules* to the child; return the bits and the data of its reply.
 
-        The reply has the kind *expected* and *num_bytes* bytes or, if this is 0, up to `MAX_COPY_BYTES`.
+        The reply has the kind *expected* and *size* bytes of data; None: up to `MAX_COPY_BYTES`.
         """
         end = self._idle_end()
         self._number += 1
@@ -185,14 +178,14 @@ class DecoderProcess:
         try:
             end.sendall(header + rules)
             end.sendall(image)
-            number, kind, bits, size = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
-            has_valid_size = size == num_bytes if num_bytes else size <= MAX_COPY_BYTES
+            number, kind, bits, num_bytes = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
+            has_valid_size = num_bytes <= MAX_COPY_BYTES if size is None else (num_bytes == size)
             is_result = kind == expected and has_valid_size
-            is_error_kind = kind == child.LARGER or kind - child.FIRST_ERROR in range(len(child.ERRORS))
-            is_error = is_error_kind and size <= child.MAX_MESSAGE
+            error_kinds = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
+            is_error = (kind == child.LARGER or kind in error_kinds) and num_bytes <= child.MAX_MESSAGE
             if number != self._number or not (is_result or is_error):
                 raise OSError("wrong reply")
-            data = child.receive(end, size, deadline)
+            data = child.receive(end, num_bytes, deadline)
         except OSError as error:
             self._replace()
             raise DecoderEndedError from error

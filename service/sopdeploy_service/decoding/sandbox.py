@@ -50,31 +50,33 @@ ALLOWED: dict[str, tuple[int, int]] = {
 
 
 class AllowedValues(NamedTuple):
-    """A system call that is allowed if its *argument*, an index, `& mask` is one of *values*."""
+    """A system call that is allowed if its argument with index *argument*, `& mask`, is one of *values*."""
 
     name: str
-    numbers: tuple[int, int]
+    numbers: tuple[int, int]  # as in `ALLOWED`
     argument: int
     mask: int
     values: Sequence[int]
 
 
-INT = 0xFFFFFFFF
+INT = 0xFFFFFFFF  # the bits of an argument of the type `int`
 EXECUTABLE = 4  # PROT_EXEC
+EMPTY_PATH = 0x1000  # AT_EMPTY_PATH: `newfstatat` describes an open file, as `fstat` does
 THREAD, NAMESPACES = 0x10000, 0x7E020080  # CLONE_THREAD; CLONE_NEW*
+SET_NAME, SET_VMA = 15, 0x53564D41  # PR_SET_NAME and PR_SET_VMA: names of threads and of memory
 
 
 def limits(process: int) -> tuple[AllowedValues, ...]:
     """List the system calls that *process* may use with certain arguments only."""
     return (
-        AllowedValues("mmap", (9, 222), 2, EXECUTABLE, (0,)),
-        AllowedValues("mprotect", (10, 226), 2, EXECUTABLE, (0,)),
-        AllowedValues("clone", (56, 220), 0, THREAD | NAMESPACES, (THREAD,)),
-        AllowedValues("newfstatat", (262, 79), 3, 0x1000, (0x1000,)),  # AT_EMPTY_PATH: an open file, as fstat
-        AllowedValues("prctl", (157, 167), 0, INT, (15, 0x53564D41)),  # PR_SET_NAME, PR_SET_VMA
-        AllowedValues("prlimit64", (302, 261), 0, INT, (0,)),  # of this process
-        AllowedValues("kill", (62, 129), 0, INT, (process,)),
-        AllowedValues("tgkill", (234, 131), 0, INT, (process,)),
+        AllowedValues("mmap", (9, 222), argument=2, mask=EXECUTABLE, values=(0,)),  # no programs in memory
+        AllowedValues("mprotect", (10, 226), argument=2, mask=EXECUTABLE, values=(0,)),
+        AllowedValues("clone", (56, 220), argument=0, mask=THREAD | NAMESPACES, values=(THREAD,)),  # no fork
+        AllowedValues("newfstatat", (262, 79), argument=3, mask=EMPTY_PATH, values=(EMPTY_PATH,)),
+        AllowedValues("prctl", (157, 167), argument=0, mask=INT, values=(SET_NAME, SET_VMA)),
+        AllowedValues("prlimit64", (302, 261), argument=0, mask=INT, values=(0,)),  # 0: the calling process
+        AllowedValues("kill", (62, 129), argument=0, mask=INT, values=(process,)),
+        AllowedValues("tgkill", (234, 131), argument=0, mask=INT, values=(process,)),
     )
 
 
@@ -82,11 +84,11 @@ ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # colum
 CLONE3 = 435
 ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, EQUAL, AND, RETURN = 0x20, 0x15, 0x54, 0x06  # BPF instructions on 32 bits
-NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+NUMBER_AT, ARCHITECTURE_AT, ARGUMENTS_AT = 0, 4, 16  # offsets in struct seccomp_data
 NO_NEW_PRIVS, SET_FILTER, ALL_THREADS = 38, 1, 1
 SECCOMP = {"x86_64": 317, "aarch64": 277}
 CREATE_RULESET, RESTRICT_SELF = 444, 446
-# Rights of files, of TCP and scopes (abstract sockets, signals) that each version of Landlock can restrict.
+# Numbers of rights of files, of TCP and of scopes (abstract sockets, signals) in each version of Landlock.
 LANDLOCK = {1: (13, 0, 0), 2: (14, 0, 0), 3: (15, 0, 0), 4: (15, 2, 0), 5: (16, 2, 0), 6: (16, 2, 2)}
 
 
@@ -102,35 +104,32 @@ def preload() -> None:
 def build_filter(machine: str, process: int) -> bytes:
     """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`.
 
-    An instruction has four fields: its operation, how many instructions it skips if a comparison holds, how
-    many if it does not, and the operand.
+    An instruction is (operation, instructions to skip if a comparison holds, to skip if not, operand).
     """
     column, architecture = ARCHITECTURES[machine]
     deny = FAIL | errno.EPERM
     code = [
-        (LOAD, 0, 0, ARCHITECTURE),
-        (EQUAL, 1, 0, architecture),
+        (LOAD, 0, 0, ARCHITECTURE_AT),
+        (EQUAL, 1, 0, architecture),  # skips the next instruction
         (RETURN, 0, 0, KILL),
-        (LOAD, 0, 0, NUMBER),
+        (LOAD, 0, 0, NUMBER_AT),
     ]
     for numbers in ALLOWED.values():
         code += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, ALLOW)]
     for limit in limits(process):
-        check = [(LOAD, 0, 0, ARGUMENTS + 8 * limit.argument), (AND, 0, 0, limit.mask)]
+        offset = ARGUMENTS_AT + 8 * limit.argument  # the low four of the eight bytes come first
+        check = [(LOAD, 0, 0, offset), (AND, 0, 0, limit.mask)]
         for value in limit.values:
             check += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
-        check.append((RETURN, 0, 0, deny))  # so a check never falls through
-        code += [(EQUAL, 0, len(check), limit.numbers[column]), *check]
+        check.append((RETURN, 0, 0, deny))
+        code += [(EQUAL, 0, len(check), limit.numbers[column]), *check]  # other calls skip the check
     code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, FAIL | errno.ENOSYS)]  # the C library then calls clone
     code += [(RETURN, 0, 0, deny)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
 def enter() -> str:
-    """Restrict this process forever; return the names of the restrictions.
-
-    Raises `OSError` if the system does not support them.
-    """
+    """Restrict this process forever, or raise `OSError`; return the names of the restrictions."""
     machine = platform.machine()
     if platform.system() != "Linux" or machine not in ARCHITECTURES:
         raise OSError(
@@ -149,12 +148,16 @@ def enter() -> str:
 
 
 def _enter_landlock(libc: ctypes.CDLL) -> int:
-    """Deny files and TCP to this thread and those that it starts; return Landlock's version or 0."""
+    """Deny files and TCP to this thread and those that it starts; return Landlock's version or 0.
+
+    Landlock denies every right of a rule set except those that a rule allows, and this set has no rules.
+    """
     version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)  # 1: asks for the version
     if version < 1:
         return 0
-    known_version = min(version, max(LANDLOCK))
-    rights = struct.pack("QQQ", *((1 << bits) - 1 for bits in LANDLOCK[known_version]))  # all bits
+    numbers = LANDLOCK[min(version, max(LANDLOCK))]  # a later version also has the rights of earlier ones
+    # struct landlock_ruleset_attr: a mask for each kind of rights, with a bit for each right of the kind.
+    rights = struct.pack("QQQ", *((1 << number) - 1 for number in numbers))
     ruleset = libc.syscall(CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0)
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), "landlock does not create a rule set")

@@ -72,7 +72,8 @@ async def send_metrics(file: int, page: bytes) -> None:
 def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     """Merge the metrics *pages* of processes by name; add the label `process` and `sopdeploy_worker_up`.
 
-    A page is empty if its process is down. *ids*, by name, are the processes of the `process_*` metrics.
+    A page is empty if its process is down. *ids* has the id of each process, by name, from which this process
+    collects the `process_*` metrics; the supervisor has an id but no page.
     """
     up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
     found: list[tuple[str, Metric]] = []  # each with the name of its process
@@ -81,12 +82,11 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
         up.add_sample(up.name, {"process": name}, 1.0 if page else 0.0)
         found += [(name, family) for family in text_string_to_metric_families(page.decode())]
     for name, pid in ids.items():
-        own = ProcessCollector(pid=partial(str, pid), registry=None)
+        own = ProcessCollector(pid=partial(str, pid), registry=None)  # calls *pid* to get the id
         found += [(name, family) for family in own.collect()]
     for name, family in found:
         merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-        merged.samples += [
-            sample._replace(labels={**sample.labels, "process": name}) for sample in family.samples
-        ]
+        for sample in family.samples:
+            merged.samples.append(sample._replace(labels={**sample.labels, "process": name}))
     collector = SimpleNamespace(collect=lambda: [up, *families.values()])
-    return generate_latest(cast(CollectorRegistry, collector))  # which calls only `collect`
+    return generate_latest(cast(CollectorRegistry, collector))  # uses no other method than `collect`

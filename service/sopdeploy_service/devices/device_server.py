@@ -108,14 +108,16 @@ def main() -> int:
         settings = config.settings
         supervisor = socket.socket(fileno=config.control)
         with configured_process(settings):
-            limits = memoryview(mmap.mmap(config.buckets, 0)).cast("d")
-            links = links_among(config.sources) if settings.follow else {}  # a later move reloads
+            limits = memoryview(mmap.mmap(config.buckets, 0)).cast("d")  # float64, shared by all processes
+            # Read before the bundles: a link that moves while they are loaded then counts as moved.
+            links = links_among(config.sources) if settings.follow else {}
             app = load_app(config.sources, settings, limits=limits)
             service: Service = app.state.service
             service.metrics_of_all = partial(control.request_metrics, supervisor)
             server = DeviceServer(app, settings, supervisor, config.sources, links)
-            at_rest = resident_bytes(os.getppid()) + config.num_processes * resident_bytes()
             service.max_upload_bytes = upload_budget(settings, config.num_processes)
+            # The supervisor, and processes that have loaded the same models as this one.
+            at_rest = resident_bytes(os.getppid()) + config.num_processes * resident_bytes()
             service.decoders.budget = decode_budget(settings, at_rest, config.num_processes)
             return server.serve_until_end()
     except SopdeployError as problem:

@@ -86,10 +86,10 @@ def list_processes(settings: Settings) -> list[Process]:
     processes: list[Process] = []
     for position, device in enumerate(devices):
         name = f"{device}-{position}" if devices.count(device) > 1 else device
-        changed: dict[str, object] = {"devices": ()}
-        if device == "cpu" and settings.runtime == "auto":
+        changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
+        if device == "cpu" and settings.runtime == "auto":  # which chooses CUDA wherever it is installed
             changed["runtime"] = "onnxruntime-cpu"
-        if device != "cpu" and settings.decoders == "auto":
+        if device != "cpu" and settings.decoders == "auto":  # which would take all cores for one GPU
             changed["decoders"] = decoders
         if settings.keep is not None:  # one process writes to a folder
             changed["keep"] = settings.keep / name.replace("/", "_")

@@ -37,8 +37,7 @@ log = logging.getLogger("sopdeploy.supervisor")
 def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* with a process for each of the devices of *settings*.
 
-    Returns the exit code: 0 after a drain, 2 if a process cannot start at all. Raises `ConfigError` for a
-    device that this process cannot use.
+    Returns 0 after a drain, 2 if a process cannot start; raises `ConfigError` for a device it cannot use.
     """
     with logs.configured(settings), bind(settings.host, settings.port) as listener:
         processes = list_processes(settings)
@@ -161,8 +160,9 @@ class Supervisor:
         if is_new:
             log.info("device %s: ready", process.name)
         if not self._announced and all(other.bundles is not None for other in self._processes):
-            self._announce(process.bundles or "")
-        if self._announced and self._listener.fileno() >= 0:
+            self._announce(process)
+        is_closed = self._listener.fileno() == -1  # after the drain
+        if self._announced and not is_closed:  # accept again, in case `_accept` has paused
             self._loop.add_reader(self._listener, self._accept)
 
     def _stop_sending(self, process: Process) -> None:
@@ -176,18 +176,18 @@ class Supervisor:
             self._listener.close()
         self._close_control(process)
 
-    def _announce(self, bundles: str) -> None:
-        """Open the port, and print that the server is ready."""
+    def _announce(self, process: Process) -> None:
+        """Open the port, and print that the server is ready, with the bundles of any *process*."""
         self._announced = True
         self._listener.listen(MAX_PENDING)
         with contextlib.suppress(OSError):  # nobody reads it
-            sys.stdout.write(f"ready: {url(self._listener)}  {bundles}\n")
+            sys.stdout.write(f"ready: {url(self._listener)}  {process.bundles}\n")
             sys.stdout.flush()
 
     def _accept(self) -> None:
-        """Pass a waiting connection to the process with the fewest open connections."""
+        """Pass a waiting connection to the least loaded process that takes it; close it if none does."""
         accepting = [process for process in self._processes if process.accepts]
-        if not accepting:  # until one of them reports again
+        if not accepting:  # pause until a process reports that it has received more
             self._loop.remove_reader(self._listener)
             return
         try:
@@ -195,6 +195,7 @@ class Supervisor:
         except OSError:  # the client has gone
             return
         with connection:
+            # Among processes with as many open connections, in turn: the one with the fewest so far.
             for process in sorted(accepting, key=lambda one: (one.load, one.sent)):
                 if process.send(control.CLIENT, connection.fileno()):
                     process.sent += 1
@@ -205,10 +206,11 @@ class Supervisor:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             for process in self._processes:
-                process.silent_beats += 1
+                process.silent_beats += 1  # `Process.report` sets it to 0
                 is_silent = process.silent_beats * BEAT_SECONDS > HANG_SECONDS
-                has_reported = process.bundles is not None and process.control is not None
-                if is_silent and has_reported and process.child is not None:
+                # A process is silent while it loads, before its first report, and while it drains.
+                reports = process.bundles is not None and process.control is not None
+                if is_silent and reports and process.child is not None:
                     log.error("device %s: hangs; it is killed", process.name)
                     process.child.kill()
                     self._close_control(process)

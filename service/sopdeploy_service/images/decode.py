@@ -1,8 +1,7 @@
 """Decode the bytes of a request to the network's input.
 
 Each step is cheaper than the next and may reject the image: opening the file (`sopdeploy.images.formats`, as
-in training), decoding, preprocessing. The bytes decide the format. Invalid bytes raise `ImageError` and no
-other exception.
+in training), decoding, preprocessing. The bytes decide the format. Invalid bytes raise only `ImageError`.
 """
 
 import io
@@ -31,7 +30,8 @@ from sopdeploy.images.preprocess import Preprocess
 ANIMATED = {"GIF", "PNG", "WEBP"}  # the second image of a JPEG is a thumbnail
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
-RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")  # a restart marker, number 0 to 7 in turn
+FIRST_RESTART, NUM_RESTARTS = 0xD0, 8
 
 
 class Decoded(NamedTuple):
@@ -51,8 +51,7 @@ def decode(
 ) -> Decoded:
     """Decode the file *body* to the pixels of training and apply *preprocess*.
 
-    Only the first frame of an animation is decoded. *formats* are those to accept, all by default. Raises
-    `ImageError` with a code and an HTTP status.
+    Of an animation, this is the first frame. *formats* (None: all) are accepted. Raises `ImageError`.
     """
     if not body:
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
@@ -81,17 +80,20 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     last = image.getpixel((image.width - 1, image.height - 1))
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
-    end = len(body)  # of the first scan
-    for (marker, _), (_, next_length) in itertools.pairwise(jpeg_segments(body)):
-        if marker == SCAN:
-            end = next_length - MARKER_BYTES
+    scan_end = len(body)
+    for scan, following in itertools.pairwise(jpeg_segments(body)):
+        if scan[0] == SCAN:
+            scan_end = following[1] - MARKER_BYTES  # where the marker of the next segment begins
             break
-    # A decoder that expects a restart marker reads noise only after it, so all eight markers follow in turn.
-    restarts = RESTART.findall(body[:end])
-    due = restarts[-1][0] + 1 if restarts else 0  # its low three bits are the number of the next marker
-    noise = NOISE + b"".join(b"\xff%c" % (0xD0 | ((due + count) & 7)) + NOISE for count in range(8))
+    # A decoder that expects a certain restart marker skips everything before it. So the noise is repeated
+    # after each of the markers, in their order, beginning with the one that follows the last in the scan.
+    restarts = RESTART.findall(body[:scan_end])
+    due = restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0
+    noise = NOISE
+    for number in range(due, due + NUM_RESTARTS):
+        noise += bytes([0xFF, FIRST_RESTART + number % NUM_RESTARTS]) + NOISE
     thumbnails = []
-    for data in (body, body[:end] + noise + body[end:]):
+    for data in (body, body[:scan_end] + noise + body[scan_end:]):
         thumbnail = Image.open(io.BytesIO(data), formats=("JPEG",))
         thumbnail.draft(thumbnail.mode, (1, 1))  # at the smallest scale, 1/8
         thumbnails.append(thumbnail.tobytes())

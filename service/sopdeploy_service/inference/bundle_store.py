@@ -30,26 +30,26 @@ def _parse_source(source: str | Path) -> tuple[str, Path]:
 
 def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
     """Return where the links among *sources* lead now; raises `ConfigError` if there are none."""
-    targets = _targets(path for _, path in map(_parse_source, sources) if path.is_symlink())
-    if not targets:
+    target_of_link = _read_links(path for _, path in map(_parse_source, sources) if path.is_symlink())
+    if not target_of_link:
         raise ConfigError("no BUNDLE is a link; name one, such as bundles/live", setting="follow")
-    return targets
+    return target_of_link
 
 
-def _targets(links: Iterable[Path]) -> dict[Path, Path]:
+def _read_links(links: Iterable[Path]) -> dict[Path, Path]:
     return {link: follow_link(link) for link in links}
 
 
-async def moves_of(targets: Mapping[Path, Path]) -> AsyncIterator[None]:
-    """Yield whenever a link of *targets*, which maps links to targets, leads elsewhere; check each second."""
+async def moves_of(target_of_link: Mapping[Path, Path]) -> AsyncIterator[None]:
+    """Yield whenever a link, a key of *target_of_link*, leads elsewhere; check each second."""
     while True:
         await asyncio.sleep(FOLLOW_SECONDS)
         try:
-            now = await asyncio.to_thread(_targets, targets)  # of the same links
+            found = await asyncio.to_thread(_read_links, target_of_link.keys())
         except OSError:  # the folder cannot be read now
             continue
-        if now != targets:
-            targets = now
+        if found != target_of_link:
+            target_of_link = found
             yield
 
 

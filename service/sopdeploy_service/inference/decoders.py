@@ -66,15 +66,18 @@ def decode_budget(settings: Settings, at_rest: int, processes: int = 1) -> int:
 def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     """Divide *budget* bytes among up to *decoders* children for light images and at least one for large ones.
 
-    A light one gets `LIGHT_MEMORY`; one for large images gets more only as far as *max_pixels* need it.
+    A light one gets `LIGHT_MEMORY`; one for large images gets more only as far as *max_pixels* need it. Of
+    1000 MiB, 4 light children and one for large images get 80 and 640 MiB, each with 8 MiB of its own.
     """
     light_bytes = LIGHT_MEMORY + OWN_MEMORY  # of one child
     light = max(1, min(decoders, budget // light_bytes - 1))  # leaves as much for one for large images
     rest = budget - light * light_bytes
     large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
     useful = max_pixels * PIXEL_BYTES
-    memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, useful))  # a body needs some anyway
-    if light < decoders or memory < min(LARGE_MEMORY // 2, useful):  # half suffices for 10 megapixels
+    # Even if *max_pixels* is small, the file of an image can be large.
+    memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, useful))
+    enough = min(LARGE_MEMORY // 2, useful)  # for 10 megapixels, such as a photo of a phone
+    if light < decoders or memory < enough:
         log.warning(
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
             light, decoders, memory // 10**6,
@@ -85,23 +88,19 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
 class Decoders:
     """Decodes images, from `start` to `stop`."""
 
-    def __init__(self, decoders: int, settings: Settings, metrics: Metrics) -> None:
-        """Decode light images in up to *decoders* children."""
-        self._decoders, self._settings, self._metrics = decoders, settings, metrics
+    def __init__(self, max_children: int, settings: Settings, metrics: Metrics) -> None:
+        """Decode light images in up to *max_children* children."""
+        self._max_children, self._settings, self._metrics = max_children, settings, metrics
         self.light: SimpleQueue[Job | None] = SimpleQueue()
         self.large: SimpleQueue[Job | None] = SimpleQueue()
-        self.budget: int | None = None  # bytes of memory of the children; None: see `start`
-        self._plan = Plan(0, 0, 0)
+        self.budget: int | None = None  # bytes of memory of the children; None: what this process may use
+        self._plan = Plan(light=0, large=0, large_memory=0)  # no children before `start`
 
     def start(self) -> None:
-        """Start children and threads; `budget` is by default the memory that this process may use.
-
-        Raises `RuntimeUnavailableError` if they do not start, and `ConfigError` for a required sandbox that
-        the system does not have.
-        """
+        """Start children and threads; raises the errors of `DecoderProcess`."""
         if self.budget is None:
             self.budget = decode_budget(self._settings, resident_bytes())
-        self._plan = plan = plan_children(self.budget, self._decoders, self._settings.max_pixels)
+        self._plan = plan = plan_children(self.budget, self._max_children, self._settings.max_pixels)
         log.debug("decoder processes", extra=plan._asdict())
         self._metrics.decoders.set(plan.light)
         self._metrics.max_decode_bytes.set(plan.large_memory)
@@ -148,6 +147,7 @@ class Decoders:
             jobs.put(run)
             with suppress(LargerImageError, DecoderEndedError):
                 return result.result()
+        # The child for large images has ended or took too long; see also `_decode_item`.
         raise ImageError(DAMAGED.message, code=DAMAGED.code, status=DAMAGED.status)
 
     def _start_child(self, *, is_light: bool) -> DecoderProcess:
@@ -157,7 +157,7 @@ class Decoders:
             memory=LIGHT_MEMORY if is_light else self._plan.large_memory,
             niceness=0 if is_light else NICENESS,
             is_light=is_light,
-            cpu_seconds=LIGHT_SECONDS if is_light else 0.0,
+            cpu_seconds=LIGHT_SECONDS if is_light else 0.0,  # 0: no limit
             max_bytes=settings.max_body_bytes,
             max_pixels=min(LIGHT_PIXELS, settings.max_pixels) if is_light else settings.max_pixels,
             formats=settings.formats,
@@ -182,9 +182,10 @@ class Decoders:
         """
         if item.outcome.done():
             return
-        started, reason = time.monotonic(), model.queue.closed_with
+        started = time.monotonic()
+        reason = model.queue.closed_with  # why *item* gets no prediction; None: it is queued
         try:
-            if reason is None:  # the queue is open
+            if reason is None:
                 item.image, item.warnings = child.decode(image, model.bundle.manifest.preprocess)
         except ImageError as error:
             reason = HttpError.of(error)
@@ -197,11 +198,11 @@ class Decoders:
             ended = time.monotonic()
             self._metrics.decode_seconds.inc(ended - started)
         if reason is None:
-            item.late = DEADLINE
+            item.late = DEADLINE  # no longer the error of `_put_large`
             item.decode_seconds = ended - item.arrived
-            item.arrived = ended  # in the queue of the model
+            item.arrived = ended  # from now on, the arrival in the queue of the model
             self._metrics.stage("decode", item.decode_seconds)
-            reason = model.queue.put(item)  # None unless the queue was closed meanwhile
+            reason = model.queue.put(item)  # the queue may have been closed meanwhile
         if reason is not None:
             call_soon(item.outcome.get_loop(), item.settle, reason)
 

@@ -89,10 +89,7 @@ def open_checked(path: Path, settings: Settings) -> Bundle:
 
 
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
-    """Open the runtime that *settings* name, or for `auto` the first one that is set up here.
-
-    Raises `RuntimeUnavailableError` if the runtime cannot run *bundle*.
-    """
+    """Open the runtime of *settings*, for `auto` the first one here, or raise `RuntimeUnavailableError`."""
     name: str = settings.runtime
     if name == "auto":
         name, reason = _choose(bundle, settings)
@@ -113,6 +110,7 @@ def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
     if folders := TensorRTRuntime.usable_engines(bundle, settings):
         return "tensorrt", f"engines in {' and '.join(map(str, folders))}"
     if has_cuda():
+        # Who names this runtime accepts float32; `auto` would choose it, or the CPU, without being noticed.
         if bundle.manifest.precision == "int8":
             raise RuntimeUnavailableError(
                 f"{bundle.path}: onnxruntime computes int8 on CUDA in float32; export the checkpoint in "
@@ -170,7 +168,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
 def _replay_all(
     probes: Probes, runtime: Runtime, max_batch: int, timings: list[tuple[int, float]], *, thorough: bool
 ) -> dict[int, Replay]:
-    """Replay *probes* alone, in batches and, if possible, overlapping; add the times of runs to *timings*."""
+    """Replay *probes* as `load_model` says, also overlapping; add (images, seconds) of runs to *timings*."""
 
     def timed_run(images: NDArray[np.uint8]) -> Outputs:
         started = time.monotonic()
@@ -179,8 +177,9 @@ def _replay_all(
         return outputs
 
     size = min(max_batch, len(probes.images))
-    parts = {1: probes, size: probes}  # by batch size; if *thorough*, all of them run in both ways
-    if not thorough and size > 1:
+    if thorough or size == 1:
+        parts = {1: probes, size: probes}  # by batch size: all of them alone, and all in batches
+    else:
         parts = {1: _select(probes, slice(1)), size: _select(probes, slice(1, None))}
     replays = {batch: replay(part, timed_run, batch=batch) for batch, part in parts.items()}
     if isinstance(runtime, OverlappingRuntime):

@@ -53,13 +53,14 @@ class BudgetEntry:
     """A bundle whose model is assumed to need *bytes*; *placeholder* takes its place while it is not loaded.
 
     *placeholder* is in use by every request that uses the model or waits for it. After a failed load,
-    *failed* has the time until which no load is tried again, and the error that requests get.
+    requests get *load_error*, and no other load is tried before the time *retry_at*.
     """
 
     placeholder: Model
     bytes: int
     loading: asyncio.Task[HttpError | None] | None = None
-    failed: tuple[float, HttpError] | None = None
+    load_error: HttpError | None = None
+    retry_at: float = 0.0
 
 
 class BudgetedRegistry(ModelRegistry):
@@ -103,7 +104,7 @@ class BudgetedRegistry(ModelRegistry):
         """Give *reason* to every image without an outcome, and `DRAINING` to waiting requests."""
         for entry in self._entries.values():
             if entry.loading is not None:
-                entry.loading.cancel()
+                entry.loading.cancel()  # `_load_entry` then returns `DRAINING`
         super().close(reason)
 
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:
@@ -121,8 +122,8 @@ class BudgetedRegistry(ModelRegistry):
         name = entry.placeholder.name
         try:
             async with self.changing:
-                if entry.failed is not None and time.monotonic() < entry.failed[0]:
-                    return entry.failed[1]
+                if time.monotonic() < entry.retry_at:
+                    return entry.load_error
                 await self._make_room(entry.bytes)
                 loaded = await asyncio.to_thread(load_model, entry.placeholder.bundle.path, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
@@ -134,14 +135,15 @@ class BudgetedRegistry(ModelRegistry):
             return None
         except RejectedError as error:
             return error.reason
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # only `close` cancels a load
             return DRAINING
         except Exception as error:  # every waiting request gets a response
             is_bug = not isinstance(error, SopdeployError)
             log.error("%s: cannot be loaded: %s", name, str(error), exc_info=is_bug)
-            reason = HttpError("load_failed", 500, f"{name}: cannot be loaded; the server's log says why")
-            entry.failed = time.monotonic() + RETRY_SECONDS, reason
-            return reason
+            message = f"{name}: cannot be loaded; the server's log says why"
+            entry.load_error = HttpError("load_failed", 500, message)
+            entry.retry_at = time.monotonic() + RETRY_SECONDS
+            return entry.load_error
         finally:
             entry.loading = None
 
@@ -152,7 +154,7 @@ class BudgetedRegistry(ModelRegistry):
             loaded = [entry for name, entry in self._entries.items() if self._by_name[name].is_loaded]
             if sum(entry.bytes for entry in loaded) + needed <= self._budget:
                 return
-            # Requests are users of `placeholder`, see `use`; the model used longest ago comes first.
+            # `use` counts users of placeholders and moves the entry last, so the first is the longest unused.
             if unused := [entry.placeholder for entry in loaded if entry.placeholder.unused.is_set()]:
                 await self._release(unused[0])
             elif time.monotonic() >= end:

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,10 +89,7 @@ class RequestQueue:
             return self.closed_with
 
     def reject(self, items: Sequence[QueuedImage], reason: HttpError) -> None:
-        """Give *reason* to all *items* without an outcome, and remove *items* from the queue.
-
-        Call it on the event loop.
-        """
+        """Give *reason* to *items* without an outcome and remove them; call it on the event loop."""
         with self._changed:
             for item in items:
                 if item in self._items:
@@ -100,14 +98,15 @@ class RequestQueue:
             item.settle(reason)
 
     def take(self, max_size: int, *, only_full: bool = False) -> list[QueuedImage]:
-        """Wait for 1 to *max_size* images; return none if the queue is closed.
+        """Wait for *max_size* images, or until the oldest has waited for `max_delay`; return them.
 
-        With *only_full*, take exactly *max_size* images, or none if fewer are queued; never wait.
+        The result is empty if the queue is closed. With *only_full*, never wait: take exactly *max_size*
+        images, or none if fewer are queued.
         """
         with self._changed:
             while True:
                 now = time.monotonic()
-                # A generator, because local variables would keep images alive while this waits.
+                # A loop here would leave its last image in a variable, and so alive, during the wait below.
                 self._items = deque(
                     item for item in self._items if not item.outcome.done() and item.deadline > now
                 )
@@ -115,12 +114,12 @@ class RequestQueue:
                     return [self._items.popleft() for _ in range(max_size)]
                 if only_full or self.closed_with is not None:  # a closed queue is empty
                     return []
-                wait = None  # without a limit, for the first image
+                seconds = None  # waits without a limit for the first image
                 if self._items:
-                    wait = self._items[0].arrived + self.max_delay - now
-                    if wait <= 0:
+                    seconds = self._items[0].arrived + self.max_delay - now
+                    if seconds <= 0:
                         return [self._items.popleft() for _ in range(len(self._items))]
-                self._changed.wait(wait)
+                self._changed.wait(seconds)
 
     def close(self, reason: HttpError) -> list[QueuedImage]:
         """Give *reason* to every image from now on; return those that are still queued."""
@@ -172,7 +171,7 @@ class LatencyTable:
 
 @dataclass(slots=True)
 class _Batch:
-    """A batch in flight; *wait* returns its outputs if it has begun."""
+    """A batch in flight; *wait* returns its outputs. If *wait* is None, `_run_images` runs the batch."""
 
     items: list[QueuedImage]
     wait: Callable[[], Outputs] | None = None
@@ -191,7 +190,7 @@ class Model:
         self.top_k = settings.classes_per_image(multi_label=self.thresholds is not None)
         self.version, self.logits = manifest.id, manifest.outputs[0].name
         self.largest_batch = largest_batch(loaded.runtime, settings)
-        self.dead = False
+        self.dead = False  # whether a batch hung or the thread failed
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         self.latency = LatencyTable(loaded.timings)
         self.users = 0  # requests
@@ -203,8 +202,9 @@ class Model:
         self._metrics, self._timeout = metrics, settings.batch_timeout_seconds
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
-        # Of the thread; the watchdog reads the last two.
+        # Used by the thread, except that the watchdog and `close` read `_in_flight` and `_batch_started`.
         self._runtime = loaded.runtime
+        # The same runtime if it can have two batches in flight.
         self._overlapping = loaded.runtime if isinstance(loaded.runtime, OverlappingRuntime) else None
         self._outputs = tuple(output.name for output in manifest.outputs)
         self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
@@ -224,7 +224,8 @@ class Model:
     def close(self, reason: HttpError) -> None:
         """Accept no more images and give *reason* to every image without an outcome."""
         if self.queue.closed_with is None:
-            items = self.queue.close(reason)  # first: the thread then begins no other batch
+            # First: the thread then begins no other batch. `settle` ignores its outcomes of those in flight.
+            items = self.queue.close(reason)
             items += [item for batch in tuple(self._in_flight) for item in batch.items]
             for item in items:
                 item.settle(reason)
@@ -238,7 +239,8 @@ class Model:
                 await self._watchdog
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 0.0 if self.dead else _JOIN_SECONDS)
-            if not self.dead and not self._thread.is_alive():  # otherwise a batch may still use the memory
+            # A batch that has not ended still uses the memory; after a hang, `close` may hang, too.
+            if not self.dead and not self._thread.is_alive():
                 await asyncio.to_thread(self.loaded.runtime.close)
 
     def hang_seconds(self, num_images: int) -> float:
@@ -249,9 +251,11 @@ class Model:
     async def _watch(self) -> None:
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
         while not self.dead:
-            # The thread changes both at any time; read last, the start is not that of an older batch.
-            batches, started = tuple(self._in_flight), self._batch_started
-            num_images = len(batches[0].items) if batches else 0  # 0: the blank one of `check_device`
+            # The thread sets the start of a batch before the batch becomes the oldest. Read in the opposite
+            # order here, the start is never that of an earlier batch, which would seem to hang.
+            batches = tuple(self._in_flight)
+            started = self._batch_started
+            num_images = len(batches[0].items) if batches else 0  # without a batch, `check_device` may run
             seconds = 0.0 if started is None else time.monotonic() - started
             limit = self.hang_seconds(num_images)
             if seconds > limit:
@@ -270,13 +274,16 @@ class Model:
         """Run batches until the queue is closed or the thread fails."""
         try:
             while True:
-                if self._failed and not self._in_flight:  # the device may be lost
-                    self._batch_started = time.monotonic()
-                    check_device(self._runtime, self.bundle.manifest.image_shape)
-                    self._batch_started, self._failed = None, False
-                if not self._in_flight and not self._begin_next():
-                    break  # the queue is closed
-                if self._overlapping is not None and not self._failed:  # else the device is checked first
+                if not self._in_flight:
+                    if self._failed:  # the device may be lost; the start is for the watchdog
+                        self._batch_started = time.monotonic()
+                        check_device(self._runtime, self.bundle.manifest.image_shape)
+                        self._batch_started, self._failed = None, False
+                    has_begun = self._begin_next()
+                    if not has_begun:  # the queue is closed
+                        break
+                # A second batch, unless the device must be checked after the batch in flight.
+                if self._overlapping is not None and not self._failed:
                     self._begin_next(only_full=True)
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
@@ -290,10 +297,11 @@ class Model:
         if not items:
             return False
         batch = _Batch(items)
-        self._batch_started = self._batch_started or time.monotonic()
+        if self._batch_started is None:
+            self._batch_started = time.monotonic()
         self._in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
         if self._overlapping is not None:
-            with contextlib.suppress(Exception):  # `_run_images` begins it again, when it is the oldest
+            with contextlib.suppress(Exception):  # `_run_images` tries again, and handles errors
                 batch.wait = self._overlapping.begin([item.image for item in items], self._names_of(items))
         return True
 
@@ -303,10 +311,10 @@ class Model:
         images = [item.image for item in batch.items]
         names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
-        started, ended = self._batch_started or 0.0, time.monotonic()  # not None: a batch is in flight
+        started, ended = cast(float, self._batch_started), time.monotonic()  # a batch in flight has a start
         self._failed = all(row is results.INFERENCE_FAILED or row is results.OUT_OF_MEMORY for row in rows)
+        self._batch_started = ended if len(self._in_flight) > 1 else None  # first, see `_watch`
         del self._in_flight[0]
-        self._batch_started = ended if self._in_flight else None
         outcomes: list[Outcome] = []
         for item, row in zip(batch.items, rows, strict=True):
             if isinstance(row, HttpError):
@@ -322,16 +330,17 @@ class Model:
         return self._outputs if any(item.features for item in items) else self._outputs_without_features
 
     def _run_images(self, images: _Pixels, batch: _Batch, names: Sequence[str]) -> Outputs:
-        """Return the outputs *names* of *images*.
+        """Return the outputs *names* of *images*, perhaps with others.
 
         The first call is for all images of *batch*, which may have begun already; later ones are for parts.
         """
-        wait, batch.wait = batch.wait, None
-        if wait is not None:
-            return wait()
-        if self._overlapping is not None:
-            return self._overlapping.begin(images, names)()
-        return self._runtime.run(np.stack(images))
+        if batch.wait is not None:
+            wait, batch.wait = batch.wait, None
+        elif self._overlapping is not None:
+            wait = self._overlapping.begin(images, names)
+        else:
+            return self._runtime.run(np.stack(images))
+        return wait()
 
     def _settle(
         self, items: Sequence[QueuedImage], outcomes: Sequence[Outcome], started: float, ended: float
@@ -365,8 +374,7 @@ def run_bisected(
 ) -> list[ImageOutputs]:
     """Run *images* (H, W, 3) as one batch; halve it as long as it fails.
 
-    Returns for each image its row of each output of *names*, or an `HttpError`. Raises `DeviceLostError`,
-    because another run would fail too.
+    Returns each image's row of the outputs *names*, or an `HttpError`. Raises `DeviceLostError` at once.
     """
     try:
         return _split_rows(run(images), names, len(images))

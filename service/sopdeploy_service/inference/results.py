@@ -1,8 +1,7 @@
 """Outcomes of one image: a `Prediction` or an `HttpError`. `RejectedError` refuses a whole request.
 
-An `HttpError` has a stable `code` and an HTTP status that tells clients whether to retry: 4xx is an error of
-the request, 429 and 503 may be sent again after `retry_after` seconds, 504 missed the deadline, 500 is an
-error of the server.
+An `HttpError` has a stable `code` and an HTTP status: 4xx is an error of the request, 429 and 503 may be sent
+again after `retry_after` seconds, 504 missed the deadline, 500 is an error of the server.
 """
 
 from collections.abc import Mapping

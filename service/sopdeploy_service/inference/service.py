@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -68,19 +69,15 @@ class ModelRegistry:
         return [model for _, model in sorted(self._by_name.items())]
 
     def find(self, name: str | None = None, version: str | None = None) -> Model:
-        """Find the model with *name*, by default the only one; it must have *version*, if this is given.
-
-        Raises `RejectedError` if there is none.
-        """
+        """Find the model *name* (None: the only one) with *version* (None: any), or raise `RejectedError`."""
         if name is None:
             if len(self._by_name) > 1:
                 names = shorten(sorted(self._by_name))
                 message = f"the server has several models; choose one with ?model= ({names})"
                 raise RejectedError(HttpError("model_needed", 400, message))
-            name = next(iter(self._by_name))
+            name = next(iter(self._by_name))  # a server has at least one model
         if name not in self._by_name:
-            listed = shorten(sorted(self._by_name)) or "none"
-            message = f"no model {name[:100]!r}; available: {listed}"
+            message = f"no model {name[:100]!r}; available: {shorten(sorted(self._by_name))}"
             raise RejectedError(HttpError("unknown_model", 404, message))
         model = self._by_name[name]
         if version not in {None, model.version}:
@@ -90,7 +87,7 @@ class ModelRegistry:
 
     @contextmanager
     def use(self, model: Model) -> Iterator[None]:
-        """Keep *model*, which was just found, loaded during the block."""
+        """Keep *model* loaded during the block. Await nothing since `find`, or it can be released before."""
         model.users += 1
         model.unused.clear()
         try:
@@ -107,8 +104,7 @@ class ModelRegistry:
     async def follow(self, bundles: Mapping[str, Path]) -> None:
         """Serve exactly *bundles*, by name; those that are already served are not loaded again.
 
-        New bundles are loaded before any of them is served. The errors of `load_model`, and `BundleError` for
-        a path without a bundle, change nothing.
+        All new bundles are loaded before any is served: an error, such as of `load_model`, changes nothing.
         """
         async with self.changing:
             loaded: dict[str, LoadedModel] = {}
@@ -184,19 +180,20 @@ class Service:
         self.metrics_of_all: CollectMetrics | None = None  # if the server has several processes
         self.keep: KeepImage | None = None
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
-        self.admitted = 0  # images; a request whose images are not known yet counts as one
+        self.admitted = 0  # images without an outcome; a request that is not parsed yet counts as one
         self.max_upload_bytes = upload_budget(settings)
         self.decoders = Decoders(self._count_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
-        self._draining = True
+        self._draining = True  # until `start`
 
     def _count_decoders(self) -> int:
+        """Return how many children decode light images, if the server has no other process."""
         if self.settings.decoders != "auto":
             return self.settings.decoders
         if all(model.loaded.runtime.device == "cpu" for model in self.registry.models()):
             return DECODERS_BESIDE_CPU_INFERENCE
-        return decoders_per_process(1)
+        return decoders_per_process(processes=1)
 
     @property
     def state(self) -> State:
@@ -217,10 +214,7 @@ class Service:
         self._draining = False
 
     def drain(self, *, abort: bool = False) -> None:
-        """Reject new requests; finish those already admitted.
-
-        With *abort*, also reject every image without an outcome.
-        """
+        """Reject new requests; finish those already admitted or, with *abort*, reject them, too."""
         self._draining = True
         if abort:
             self.registry.close(results.DRAINING)
@@ -233,16 +227,14 @@ class Service:
         await self.registry.stop()
 
     def check_admission(self, model: Model, deadline: float) -> None:
-        """Raise `RejectedError` if a request cannot be admitted or meet its *deadline*.
-
-        Call it before the body is read.
-        """
+        """Raise `RejectedError` if a request, not yet read, cannot be admitted or meet its *deadline*."""
         if model.dead:
             raise RejectedError(results.RUNTIME_DEAD)
         if self._draining:
             raise RejectedError(results.DRAINING)
         self.check_queue(model, 1)
-        # Without other images, a request is always admitted: only a batch can correct an estimate.
+        # A request that is alone is always admitted: its batch corrects an estimate that is too high, with
+        # which every request would be rejected from now on.
         if self.admitted:
             seconds = model.latency.total_seconds(self.admitted + 1, model.largest_batch)
             if time.monotonic() + seconds > deadline:
@@ -273,12 +265,8 @@ class Service:
         Raises `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
         """
         loop = asyncio.get_running_loop()
-        items = [
-            QueuedImage(
-                outcome=loop.create_future(), deadline=deadline, features=features, is_occluded=are_occluded
-            )
-            for _ in images
-        ]
+        create = partial(QueuedImage, deadline=deadline, features=features, is_occluded=are_occluded)
+        items = [create(outcome=loop.create_future()) for _ in images]
         timer = loop.call_later(deadline - time.monotonic(), self._miss_deadline, model, items)
         self.admitted += len(images)
         try:
@@ -296,7 +284,7 @@ class Service:
         finally:
             self.admitted -= len(images)
             timer.cancel()
-        for outcome in outcomes:  # one image that is late ends the request
+        for outcome in outcomes:  # one image that is late ends the request; a `Prediction` cannot be hashed
             if isinstance(outcome, HttpError) and outcome in {results.DEADLINE, results.DECODERS_BUSY}:
                 raise RejectedError(outcome)
         if self.keep is not None and may_keep:
@@ -314,7 +302,7 @@ class Service:
         self.admitted += num_copies * len(images)
         try:
             outcomes = await self.infer(model, images, deadline, may_keep=True)
-        finally:
+        finally:  # nothing is awaited before the second `infer`, which counts its copies itself
             self.admitted -= num_copies * len(images)
         predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
         if not predictions:

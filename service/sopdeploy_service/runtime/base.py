@@ -71,7 +71,7 @@ class OverlappingRuntime(Runtime, Protocol):
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that waits for its outputs *names*, or all.
 
-        At most two batches are in flight; after an error, the caller may wait for the later one first.
+        At most two batches are in flight. Their functions may be called in either order.
         *images* may be overwritten after this returns. Raises as `run` does, or the returned function does.
         """
         ...

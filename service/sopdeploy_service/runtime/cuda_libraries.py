@@ -1,7 +1,6 @@
 """Load CUDA and cuDNN for ONNX Runtime, and name the library that is missing.
 
-ONNX Runtime searches NVIDIA's pip packages only beside its own package, and its message about a missing
-library is long.
+ONNX Runtime searches NVIDIA's pip packages only beside its own, and its message about a missing one is long.
 """
 
 import contextlib
@@ -43,8 +42,7 @@ def package_folders() -> list[Path]:
 def load_cuda_libraries(onnxruntime: Any) -> None:
     """Load what the CUDA provider of *onnxruntime* needs, from pip packages or the system's folders.
 
-    Raises `RuntimeUnavailableError` with the name of the first library that cannot be loaded. Libraries are
-    checked on Linux only.
+    On Linux, raises `RuntimeUnavailableError` with the name of the first library that cannot be loaded.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # `preload_dlls` prints what it cannot load
         folders = package_folders()

@@ -23,10 +23,7 @@ MALLOPT = (
 
 
 def limit_heaps() -> None:
-    """Apply `MALLOPT` before the threads start; allocator settings in the environment take precedence.
-
-    It does nothing on C libraries other than glibc.
-    """
+    """Apply `MALLOPT` if the C library is glibc; allocator settings in the environment take precedence."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "malloc" not in os.environ.get("GLIBC_TUNABLES", ""):
         for name, option, value in MALLOPT:
@@ -43,14 +40,17 @@ def memory_limit() -> int:
     with suppress(OSError):
         for line in PROCESS_CGROUP.read_text().splitlines():
             number, controllers, path = line.split(":", 2)
-            if number == "0" or "memory" in controllers.split(","):  # version 2 of cgroups has number 0
-                version1 = number != "0"
-                root = CGROUP / "memory" if version1 else CGROUP
-                name = "memory.limit_in_bytes" if version1 else "memory.max"
-                folder = root / path.lstrip("/")
-                for parent in (folder, *folder.parents):  # in a container, the path may be that of the host
-                    with suppress(OSError, ValueError):  # `max`
-                        limits.append(int((parent / name).read_text()))
+            if number == "0":  # version 2 of cgroups, such as `0::/user.slice`
+                root, name = CGROUP, "memory.max"
+            elif "memory" in controllers.split(","):  # version 1, such as `9:memory:/docker/1f`
+                root, name = CGROUP / "memory", "memory.limit_in_bytes"
+            else:
+                continue
+            folder = root / path.lstrip("/")
+            # A container can have the limit in *root*, with a path that exists on its host only.
+            for parent in (folder, *folder.parents):
+                with suppress(OSError, ValueError):  # no such file, or `max` instead of a number
+                    limits.append(int((parent / name).read_text()))
     return min(limits)
 
 

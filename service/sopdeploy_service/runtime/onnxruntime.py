@@ -31,6 +31,7 @@ CUDA_OPTIONS = {
 SHAPE_OPERATORS = {"Shape", "Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Cast", "Add", "Mul"}
 PREFER_NHWC = {"prefer_nhwc": "1"}
 DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
+FATAL = 4  # severity of log lines; errors are raised as exceptions and need no line
 _Job: TypeAlias = tuple[Callable[[], list[NDArray[np.float32]]], Future[list[NDArray[np.float32]]]]
 
 
@@ -42,14 +43,13 @@ class OnnxRuntime:
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         """Load *bundle*; *threads* defaults to one per core.
 
-        Raises `RuntimeUnavailableError` if onnxruntime is not installed, cannot load the graph, or would run
-        it on another provider.
+        Raises `RuntimeUnavailableError` if onnxruntime is missing or cannot run the graph on its provider.
         """
         onnxruntime = import_onnxruntime()
         manifest = bundle.manifest
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)  # without the provider, `_open_session` raises
-            onnxruntime.set_default_logger_severity(4)  # for the provider; a session has its own logger
+            onnxruntime.set_default_logger_severity(FATAL)  # of the CUDA provider; sessions have their own
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[self._provider]
         self.largest_batch = manifest.batch.maximum
@@ -72,9 +72,8 @@ class OnnxRuntime:
 class CudaOnnxRuntime(OnnxRuntime):
     """A session on a GPU, an `OverlappingRuntime`.
 
-    A thread runs the batches in turn, because `InferenceSession.run` waits for the GPU; meanwhile the next
-    batch is prepared. Batches are padded to one of `padded_sizes`, because cuDNN plans every convolution anew
-    when the size changes.
+    A thread runs the batches, because `InferenceSession.run` waits for the GPU; meanwhile the next one is
+    prepared. Batches are padded to `padded_sizes`, because cuDNN plans convolutions anew for another size.
     """
 
     _provider = CUDA
@@ -95,9 +94,11 @@ class CudaOnnxRuntime(OnnxRuntime):
         self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
-        names, count = self._outputs if names is None else list(names), len(images)
+        names = self._outputs if names is None else list(names)
+        count = len(images)
         sizes = [size for size in padded_sizes(self.largest_batch) if size >= count]
-        padded = np.zeros((min(sizes, default=count), *images[0].shape), np.uint8)
+        size = min(sizes, default=count)  # a batch that is too large is not padded, and may fail
+        padded = np.zeros((size, *images[0].shape), np.uint8)
         np.stack(images, out=padded[:count])
         values: Future[list[NDArray[np.float32]]] = Future()
         self._jobs.put((partial(self._session.run, names, {self._input: padded}), values))
@@ -132,7 +133,7 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # errors are raised as exceptions
+    options.log_severity_level = FATAL
     # Spinning threads would take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if provider == CPU and lacks_vnni():
@@ -167,8 +168,7 @@ def open_graph(onnxruntime: Any, path: str, options: Any, provider: str, precisi
 def operators_on_cpu(session: Any) -> list[str]:
     """Return the operators of a GPU's *session* that run on the CPU, except those that compute shapes.
 
-    *session* was opened with `session_options`. Copying activations between GPU and CPU is slower than a CPU
-    alone. Shapes are on the CPU in any case.
+    *session* was opened with `session_options`. Copying activations to the CPU is slower than a CPU alone.
     """
     assigned = session.get_provider_graph_assignment_info()
     on_cpu = [subgraph for subgraph in assigned if subgraph.ep_name == CPU]

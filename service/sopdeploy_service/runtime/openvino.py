@@ -31,8 +31,7 @@ class OpenVINORuntime:
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         """Compile the graph of *bundle*; *threads* defaults to one per core.
 
-        Raises `RuntimeUnavailableError` if OpenVINO is not installed, cannot compile the graph, or finds
-        other tensors in it than the manifest.
+        Raises `RuntimeUnavailableError` if OpenVINO is missing, fails or finds other tensors in the graph.
         """
         core = openvino_core()
         version = importlib.metadata.version("openvino")
@@ -57,7 +56,8 @@ class OpenVINORuntime:
             raise RuntimeUnavailableError(
                 f"{bundle.onnx}: has other tensors than the manifest; export it again"
             )
-        self._outputs = {next(iter(port.names & declared)): port for port in model.outputs}  # one name each
+        # A port may have other names, too; the manifest declares one of them.
+        self._outputs = {next(iter(port.names & declared)): port for port in model.outputs}
         self._request = model.create_infer_request()
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:

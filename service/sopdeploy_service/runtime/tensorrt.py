@@ -22,10 +22,7 @@ class TensorRTRuntime:
     device = "cuda:0"
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
-        """Load the engine of *bundle* from the cache.
-
-        Raises `RuntimeUnavailableError` if TensorRT, a GPU or a matching engine is missing.
-        """
+        """Load the engine of *bundle* from the cache; raises `RuntimeUnavailableError` if this fails."""
         trt = import_tensorrt()
         cuda = open_cuda()
         self.name = f"tensorrt {trt.__version__}"

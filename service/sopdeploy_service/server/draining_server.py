@@ -109,7 +109,7 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
         if self._links:
-            start_task(self._reloads, self._follow())
+            start_task(self._reloads, self._follow_links())
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -143,7 +143,8 @@ class DrainingServer(uvicorn.Server):
         elif self._drain_until is None:
             start_task(self._reloads, self._service.registry.reload(self._sources))
 
-    async def _follow(self) -> None:
+    async def _follow_links(self) -> None:
+        """Reload whenever one of the links leads elsewhere."""
         async for _ in moves_of(self._links):
             self.reload()
 
@@ -174,7 +175,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port and respond to the connections that were pending, unless a runtime has died."""
-        if self._is_draining:
+        if self._is_draining:  # otherwise a runtime has died, and the process ends at once
             pending = [connection for listener in sockets or [] for connection in accept_pending(listener)]
             for server in self.servers:
                 server.close()
@@ -184,6 +185,6 @@ class DrainingServer(uvicorn.Server):
             while not all_answered and time.monotonic() < end:
                 await asyncio.sleep(_POLL_SECONDS)  # the loop reads what has arrived
                 protocols = cast(set[LimitedHttpProtocol], self.server_state.connections)
-                # This timer runs from the end of a response to the next request.
+                # uvicorn runs this timer while a connection waits for its next request.
                 all_answered = all(one.timeout_keep_alive_task is not None for one in protocols)
         await super().shutdown(sockets)

@@ -1,8 +1,7 @@
 """uvicorn's HTTP/1.1 protocol with time and size limits, and limits on the number of connections.
 
 uvicorn waits without limit for request headers of any size, and for clients that do not read their response.
-This protocol rejects such requests with a problem response and closes such connections. `http.middleware`
-limits the bodies.
+This protocol rejects such requests and closes such connections. `http.middleware` limits the bodies.
 """
 
 import asyncio
@@ -83,8 +82,8 @@ class Connections:
             del self.idle[longest_idle]
             longest_idle.close()
             return None
-        if excess > SPARE:  # too many even for a response, which `_reject` then omits
-            connection.abort()
+        if excess > SPARE:  # fewer connections than this over the limit stay open for the response `FULL`
+            connection.abort()  # `_reject` then sends nothing
         return FULL
 
     def wait(self, connection: "LimitedHttpProtocol") -> None:
@@ -95,8 +94,7 @@ class Connections:
     def _find_slow(self, now: float) -> "LimitedHttpProtocol | None":
         """Find the connection that has been in its headers longest, if for at least `HEADER_GRACE`.
 
-        Otherwise, find the oldest one of an address that has more of them than `MAX_WAITING` and than a
-        quarter of `max_connections`.
+        Otherwise, find the oldest of an address with more than `MAX_WAITING` and `max_connections / 4`.
         """
         oldest = next(iter(self.waiting), None)
         if oldest is not None and now - self.waiting[oldest] >= HEADER_GRACE:
@@ -122,18 +120,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared = shared
         self._limits = shared.settings
         self._error: HttpError | None = None  # set by a callback of the parser
-        self._in_headers = self._in_body = False  # what arrives now, of the last request
-        self._header_bytes = 0  # of complete headers
-        self._overhead_bytes = 0  # of incomplete headers, or of chunk extensions and trailers
+        # Whether the headers or the body of a request are arriving now; neither between two requests.
+        self._in_headers = self._in_body = False
+        self._header_bytes = 0  # of the names and values of complete headers and trailers
+        # What has arrived of the headers or, without its content and `CHUNK_BYTES` per chunk, of the body.
+        self._overhead_bytes = 0
         self._held = b""  # input that follows queued requests and is not parsed yet
-        self._ignores_input = self._closed = False
-        self._timer: asyncio.TimerHandle | None = None  # of headers, the rest of a body, or closing
+        self._ignores_input = False  # true after the last request
+        self._closed = False  # whether `close` was called; the transport may still have output
+        self._timer: asyncio.TimerHandle | None = None  # limits the wait for headers, a body or the end
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accept or reject the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
-        self.is_closing = self.transport.is_closing  # for the response, whose transport is this object
+        # uvicorn's response cycle calls `is_closing` and `write` of this object, see `on_headers_complete`.
+        self.is_closing = self.transport.is_closing
         self.address = self.client[0] if self.client else ""
         reason = self._shared.admit(self)
         if reason is not None:
@@ -146,12 +148,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.remove(self)
         self._unset_keepalive_if_required()
         self._restart_timer(None)
-        self.resume_writing()
+        self.resume_writing()  # stops the write timeout
         self.pipeline.clear()
         self._held = b""
         super().connection_lost(exc)
         if self.cycle is not None:
-            self.cycle.transport = self.transport  # break the reference cycle
+            self.cycle.transport = self.transport  # was this object, which in turn refers to the cycle
 
     def data_received(self, data: bytes) -> None:
         """Parse *data*; hold back what follows queued requests until their responses are complete."""
@@ -161,7 +163,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self._held += data
             return
-        if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:  # one request, or a body: at once, which is faster
+        # Without a second request at its beginning, *data* is parsed at once, which is faster. Parsing a body
+        # that looks like requests in pieces only takes longer; `MAX_PIPELINE` rejects what this overlooks.
+        if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:
             self._parse(data)
             return
         for start in range(0, len(data), PIECE_BYTES):
@@ -179,9 +183,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is what follows the last request
                 self._error = self._error or _MALFORMED
-        in_request = self._in_headers or self._in_body
-        # The callbacks subtract what is no overhead, so the number can be negative.
-        self._overhead_bytes = max(0, self._overhead_bytes) if in_request else 0
+        if self._in_headers or self._in_body:
+            # Negative after chunks whose size needs less than `CHUNK_BYTES`, which is no credit for later.
+            self._overhead_bytes = max(0, self._overhead_bytes)
+        else:
+            self._overhead_bytes = 0
         limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES  # with the URL
         if self._overhead_bytes > limit:
             self._error = self._error or LARGE_HEADERS
@@ -195,25 +201,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _feed_without_upgrade(self, data: bytes) -> None:
         """Parse *data*; answer a request for an upgrade as if it had not asked for one, then close.
 
-        httptools skips the body of such a request, which Java's client sends by default, so a second parser
-        reads it.
+        httptools skips the body of such a request, which Java sends by default, so a new parser reads it.
         """
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self._error is not None or self._ignores_input:
+            if self._error is not None or self._ignores_input:  # the request is rejected
                 return
             self.cycle.keep_alive = False
-            # The new parser gets a head that says only how long the body is, then the body.
-            lengths = [header for header in self.headers if header[0] in BODY_LENGTH]
-            lines = [b"POST / HTTP/1.1", *map(b": ".join, lengths), b"", b""]
+            # The new parser gets headers that say only how long the body is, then the body.
+            lengths = [name + b": " + value for name, value in self.headers if name in BODY_LENGTH]
+            head = b"\r\n".join([b"POST / HTTP/1.1", *lengths]) + b"\r\n\r\n"
+            body_start = upgrade.args[0]  # httptools's offset of the first byte after the headers
             callbacks = SimpleNamespace(
                 on_body=self.on_body,
                 on_chunk_header=self.on_chunk_header,
                 on_message_complete=self._end_last_request,
             )
             self.parser = httptools.HttpRequestParser(callbacks)
-            self.parser.feed_data(b"\r\n".join(lines) + data[upgrade.args[0] :])  # after the headers
+            self.parser.feed_data(head + data[body_start:])
 
     def _end_last_request(self) -> None:
         """End the request of `_feed_without_upgrade`; ignore what the parser takes for further ones."""
@@ -246,8 +252,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the ASGI task unless the request is rejected.
 
-        RFC 9112, section 3.2: an HTTP/1.1 request has exactly one `Host`. If there were several, a proxy in
-        front of this server could use a different one.
+        RFC 9112, section 3.2: an HTTP/1.1 request has one `Host`. Of several, a proxy could use another one.
         """
         self._in_headers = False
         self._overhead_bytes = 0
@@ -265,13 +270,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._error = self._error or UNKNOWN_CODING
         if self._error is None:
             super().on_headers_complete()
-            # uvicorn appends trailers to this list, and the request must not use them: it keeps the original.
+            # The request has the present list. Trailers, which it must not use, are appended to a copy.
             self.headers = list(self.headers)
             self._in_body = True
-            self.cycle.transport = cast(asyncio.Transport, self)  # so that the response calls this `close`
+            self.cycle.transport = cast(asyncio.Transport, self)  # so that it calls `write` and `close` here
 
     def on_chunk_header(self) -> None:
-        """Exclude the size and line ends of a chunk from the overhead, which its extensions are."""
+        """Exclude the size and line ends of a chunk, but not its extensions, from the overhead."""
         self._overhead_bytes -= CHUNK_BYTES
 
     def on_body(self, body: bytes) -> None:
@@ -282,12 +287,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request, unless it is rejected: the app then never receives the end of the body."""
-        if self._error is not None or self.parser.should_upgrade():  # `_feed_without_upgrade` reads its body
+        # httptools calls this after the headers of a request for an upgrade. The parser that
+        # `_feed_without_upgrade` then starts calls it after the body.
+        if self._error is not None or self.parser.should_upgrade():
             return
         self._in_body = False
         super().on_message_complete()
-        if self.cycle.response_complete:  # the response did not wait for the body
-            self._restart_timer(None)
+        if self.cycle.response_complete:  # it did not wait for the body, so the idle time begins only now
+            self._restart_timer(None)  # stops the timer of the rest of the body
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
@@ -303,8 +310,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.flow.pause_reading()  # uvicorn has resumed it
         elif self._held:
             held, self._held = self._held, b""
-            self.data_received(held)  # may begin the next request, which the lines below test
-        if self.transport.is_closing() or not self.cycle.response_complete:  # the next request has begun
+            self.data_received(held)
+        # The held data may have begun the next request, which is then `cycle`, or closed the connection.
+        is_next_running = not self.cycle.response_complete
+        if self.transport.is_closing() or is_next_running:
             return
         if self._in_body:
             self._unset_keepalive_if_required()
@@ -338,13 +347,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._closed:
             return
         self._ignores_input = self._closed = True
-        if self._in_body or self._in_headers:
+        if self._in_body or self._in_headers:  # the client still sends: read on, as `LINGER_SECONDS` says
             self.flow.resume_reading()
             if self.transport.can_write_eof() and not self.transport.is_closing():
                 self.transport.write_eof()
             self._restart_timer(LINGER_SECONDS, self.abort)
         else:
-            self.transport.close()
+            self.transport.close()  # after the pending output, for which the client has limited time
             self._restart_timer(self._limits.write_timeout, self.abort)
 
     timeout_keep_alive_handler = close
@@ -356,10 +365,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _reject(self, reason: HttpError) -> None:
-        """Respond with *reason* and close.
-
-        A response that has started, or to an earlier request, is completed instead.
-        """
+        """Respond with *reason*, or complete a response that has begun or is to an earlier request; close."""
         if self.transport.is_closing():
             return
         if reason is SLOW_HEADERS and not self._in_headers:  # no request was started
@@ -369,15 +375,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._restart_timer(None)
         self._ignores_input = True
         is_responding = self.cycle is not None and not self.cycle.response_complete
-        is_to_earlier = bool(self.pipeline) or not self._in_body  # this one is queued, or in its headers
+        # The response is to an earlier request if the rejected one is queued or still in its headers.
+        is_to_earlier = bool(self.pipeline) or not self._in_body
         if is_responding and (is_to_earlier or self.cycle.response_started):
             self.cycle.keep_alive = False  # closes after the response
             return
-        if is_responding:
-            self.cycle.disconnected = True  # the body is invalid: the app sees a client that disconnected
+        if is_responding:  # the app is reading the invalid body; it sees a client that has disconnected
+            self.cycle.disconnected = True
             self.cycle.message_event.set()
             self._write_error(reason)
-        elif not self._in_body:  # else the request was answered before its body was complete
+        elif not self._in_body:  # the invalid headers have no response yet; an invalid body has one
             self._shared.metrics.request("other", reason.status, 0.0)
             self._write_error(reason)
         self._in_headers = True  # so that `close` waits for input in transit

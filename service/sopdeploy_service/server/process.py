@@ -24,13 +24,14 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
     when the probes are verified and the port is open. Returns the exit code: 0 after a drain, 70 if a runtime
-    died. Raises `ConfigError` if it cannot listen and for invalid keys, and the errors of
-    `find_bundles` and `load_model`.
+    died. Raises `ConfigError` if it cannot listen, and the errors of `find_bundles` and `load_model`.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
             signal.signal(number, signal.SIG_IGN)
-    links = links_among(sources) if settings.follow else {}  # before `load_app`: a later move reloads
+    # Read before the bundles: a link that moves while they are loaded then counts as moved. With several
+    # devices, this only checks that there are links; each process reads them on its own.
+    links = links_among(sources) if settings.follow else {}
     if settings.devices:
         from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 

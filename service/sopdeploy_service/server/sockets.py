@@ -12,10 +12,7 @@ OTHER_FILES = 64  # bundles, libraries
 
 
 def allow_files(num_connections: int) -> None:
-    """Raise the limit of open files of this process to the number that *num_connections* need.
-
-    Raises `ConfigError` if the system does not allow it.
-    """
+    """Raise the limit of open files for *num_connections*; raises `ConfigError` if this is not possible."""
     needed = num_connections + SPARE + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
@@ -28,10 +25,7 @@ def allow_files(num_connections: int) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket to *host* and *port* without listening; port 0 is any free port.
-
-    Raises `ConfigError` if the address does not exist on this machine or is in use.
-    """
+    """Bind a socket to *host* and *port* (0: any free one) without listening; raises `ConfigError`."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -52,8 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
 def accept_pending(listener: socket.socket) -> list[socket.socket]:
     """Accept all pending connections of the non-blocking *listener*.
 
-    Call it before closing the listener: the kernel completes connections on its own and resets those that are
-    not accepted by then.
+    Call it before closing the listener: the kernel resets the connections that are not accepted by then.
     """
     accepted: list[socket.socket] = []
     with contextlib.suppress(OSError):  # no pending connection is left, or no file descriptor
