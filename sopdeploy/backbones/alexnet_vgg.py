@@ -33,7 +33,7 @@ _CONVOLUTIONS = (  # channels, kernel, stride, padding, groups
     (384, 3, 1, 1, 2),
     (256, 3, 1, 1, 2),
 )
-MAX_POOLED = (0, 1)  # positions of the convolutions before a response normalization and a max pooling
+MAX_POOLED = (0, 1)  # convolutions whose ReLU a response normalization and a max pooling follow
 
 
 class VGGConfig(StrictModel):
@@ -129,7 +129,7 @@ class AlexNet(SingleStage):
     config: AlexNetConfig
 
     def build_layers(self) -> list[nn.Module]:
-        """Build convolutions, and a max pooling after the first two."""
+        """Build convolutions with ReLU; response normalization and max pooling follow the first two."""
         layers: list[nn.Module] = []
         channels = 3
         for position, (width, kernel, stride, padding, groups) in enumerate(_CONVOLUTIONS):

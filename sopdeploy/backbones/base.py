@@ -95,8 +95,8 @@ class Backbone(nn.Module):
 def initialize(network: nn.Module) -> None:
     """Initialize convolutions by Kaiming's normal distribution (fan out), batch norms to weight 1 and bias 0.
 
-    The fan out of a depthwise convolution is k^2, equal to its fan in, as the released code of EfficientNet
-    counts; torch counts C k^2. With the small weights of that fan out, activations vanish in eval mode until
+    The fan out of a depthwise convolution with a kernel k x k is k^2, as the released code of EfficientNet
+    counts. torch's fan out, C k^2, gives smaller weights. With these, activations vanish in eval mode until
     the running statistics of the batch norms have converged: all images then have equal logits.
     Modules on the `meta` device are skipped, because their weights have no values.
     """
@@ -105,6 +105,7 @@ def initialize(network: nn.Module) -> None:
             continue
         if isinstance(module, nn.Conv2d):
             is_depthwise = module.groups == module.in_channels == module.out_channels
+            # torch counts k^2 as the fan in of a depthwise convolution
             mode: Literal["fan_in", "fan_out"] = "fan_in" if is_depthwise else "fan_out"
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None:

@@ -107,10 +107,12 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convert (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride))."""
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        # With its zeros, a side holds ceil(side / stride) windows: (windows - 1) * stride + kernel pixels.
-        rows, columns = (max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in x.shape[2:])
-        return super().forward(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)))
+        padding: list[int] = []  # zeros at the left, right, top and bottom
+        for side in (x.shape[3], x.shape[2]):
+            windows = (side + self.stride[0] - 1) // self.stride[0]  # side / stride, rounded up
+            zeros = max(0, (windows - 1) * self.stride[0] + self.kernel_size[0] - side)
+            padding += [zeros // 2, zeros - zeros // 2]
+        return super().forward(F.pad(x, padding))
 
 
 def convolution(
@@ -137,12 +139,10 @@ class LiteBlock(nn.Sequential):
         super().__init__()
         wide = channels * expansion
         depthwise = convolution(wide, wide, kernel, stride, groups=wide)
-        layers = {
-            "conv_pw": convolution(channels, wide),
-            "conv_dw": depthwise,
-            "conv_pwl": convolution(wide, out),
-        }
-        if expansion == 1:  # two layers above are drawn but unused, so that a seed gives the same weights
+        expand, project = convolution(channels, wide), convolution(wide, out)
+        # timm's names, in the order in which the layers run
+        layers = {"conv_pw": expand, "conv_dw": depthwise, "conv_pwl": project}
+        if expansion == 1:  # `project` is drawn again, so that a seed gives the weights of earlier versions
             layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
         for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)

@@ -92,21 +92,21 @@ def choose_config(
 ) -> StrictModel:
     """Build the config of *model* from defaults, the user's *settings* and the values detected in the file.
 
-    *settings* are values by dotted key, such as `pooling.iterations`. The defaults are those of the catalog
-    and of the project that published the file. Raises `WeightsError` if the file belongs to another network,
-    `ConfigError` if a setting contradicts the file or is missing.
+    *settings* are values by dotted key, such as `pooling.iterations`. Raises `WeightsError` if the file
+    belongs to another network, `ConfigError` if a setting contradicts the file or is missing.
     """
     defaults = entry(model).defaults
     # the config without the values of the file: the network that the user asks for
     asked = make_config(model, _set_values(defaults, settings)).model_dump()
-    asked["pooling.kind"] = (asked.get("pooling") or {}).get("kind")  # None: it has no option `pooling`
-    for key, detected in converted.detected.items():
-        if key in IDENTITY and asked.get(key) != detected:
-            raise _misfit(file, converted, model, f"{key} is {asked.get(key)}, not {detected}")
+    identity = {key: asked.get(key) for key in IDENTITY}
+    identity["pooling.kind"] = asked.get("pooling", {}).get("kind")  # None without an option `pooling`
+    for key, detected in converted.detected.items():  # first check that the file is of this network
+        if key in IDENTITY and identity[key] != detected:
+            raise _misfit(file, converted, model, f"{key} is {identity[key]}, not {detected}")
     for key, reason in converted.undetermined.items():
         if key not in settings:
             raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")
-    for key, detected in converted.detected.items():
+    for key, detected in converted.detected.items():  # then that no setting contradicts it
         if key in settings and settings[key] != detected:
             raise ConfigError(
                 f"--option {key}={settings[key]}: {file.path} holds {detected}; leave the setting out"
@@ -138,12 +138,14 @@ def fit_tensors(
     """
     with torch.device("meta"):
         network = create_model(model, num_classes=converted.num_classes, **config.model_dump())
-    expected = network.to_empty(device="cpu").state_dict()  # devices are compared, too
+    # Of these tensors only names, shapes, types and device are used; their values are not initialized.
+    expected = network.to_empty(device="cpu").state_dict()
     state = {name: torch.zeros_like(tensor) for name, tensor in expected.items() if name.endswith(COUNTER)}
     for name, tensor in converted.tensors.items():
         has_one_count = name.endswith(COUNTER) and tensor.numel() == 1  # maybe of shape (1,)
         shaped = tensor.reshape(()) if has_one_count else tensor
-        fits = name in expected and expected[name].shape == shaped.shape  # others are only named in the error
+        # A tensor that does not fit is kept, so that `first_difference` can name it.
+        fits = name in expected and expected[name].shape == shaped.shape
         state[name] = shaped.detach().to(expected[name].dtype).contiguous().clone() if fits else shaped
     if problem := first_difference(expected, state):
         raise _misfit(file, converted, model, problem)
@@ -165,7 +167,8 @@ def make_row_wise(tensors: dict[str, Tensor], names: Iterable[str], channels: in
     A tensor of another length stays, so that `fit_tensors` reports its shape.
     """
     rows, columns = torch.triu_indices(channels, channels)  # row by row
-    order = columns * (columns + 1) // 2 + rows  # the places of these elements column by column
+    # Column c follows 1 + 2 + ... + c elements: for 3 channels, the order is 0, 1, 3, 2, 4, 5.
+    order = columns * (columns + 1) // 2 + rows
     for name in names:
         if tensors[name].shape[-1] == len(order):
             tensors[name] = tensors[name].index_select(-1, order)

@@ -2,11 +2,9 @@
 
 Paper: Wang et al., GM-SOP (NeurIPS 2018). The files are MatConvNet networks (DagNN): `net.params` has the
 arrays by name, `net.layers` the settings of each layer, `net.meta` the color that is subtracted from images.
-Training files also hold `state` and `stats`, which are not read.
 
 The released networks take pixels of 0 to 255 minus the mean. Here they are also divided by 60, so the weights
-of conv1 are multiplied by 60. Triangle vectors are stored column by column; each tensor with such an axis is
-made row-wise.
+of conv1 are multiplied by 60. Triangle vectors are stored column by column and are made row-wise.
 """
 
 import re
@@ -60,23 +58,19 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights:
     tensors = _rename(file)
     blocks = sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors)
     widen = len(tensors["layer1.0.conv1.weight"]) // WIDTHS[0]
-    config = {
-        **_pooling_config(file),
-        "blocks_per_stage": blocks,
-        "widen": widen,
-        "components": 1,
-        "conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride")),
-    }
+    config = {**_pooling_config(file), "blocks_per_stage": blocks, "widen": widen, "components": 1}
+    config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
     component, gated = config["component"], "gating_w" in file.tensors
-    width = WIDTHS[-1] * widen  # channels of the pooled map
+    pooled_channels = WIDTHS[-1] * widen  # of the last stage
     if gated:
-        weights = _join_components(tensors)
-        config |= _gate_config(file, tensors) | {"component_widths": [weight.shape[1] for weight in weights]}
+        weights = _join_components(tensors)  # (N, out, in) of each convolution
+        widths = [weight.shape[1] for weight in weights]
+        pooled_channels = widths[-1]  # of a component's last convolution
+        config |= {**_gate_config(file, tensors), "component_widths": widths}
         tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
-        width = config["component_widths"][-1]
-    if component == "sop":
-        of_triangles = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
-        make_row_wise(tensors, of_triangles, width)
+    if component == "sop":  # the head and the gate read triangle vectors
+        of_head = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
+        make_row_wise(tensors, of_head, pooled_channels)
         if gated:
             make_row_wise(tensors, GATE_WEIGHTS.values(), config["gate_widths"][-1])
     return ConvertedWeights(
@@ -96,23 +90,24 @@ def _rename(file: WeightFile) -> dict[str, Tensor]:
     """Give the arrays of *file* our axes and, where `RENAMES` has their layers, our names."""
     tensors: dict[str, Tensor] = {}
     for name, values in file.tensors.items():
-        source, _, kind = name.rpartition("_")
+        source, _, kind = name.rpartition("_")  # conv2_1a_bn_w: conv2_1a_bn and w
         layer, norm = _our_names(source.removesuffix("_bn"))
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
-        elif name.endswith("_bn_m"):  # (C, 2): the mean and sqrt(variance + eps)
+        elif name.endswith("_bn_m"):  # conv2_1a_bn_m is (C, 2): the mean and sqrt(variance + eps)
             mean, deviation = values.unbind(dim=1)
             variance = (deviation.square() - EPS).clamp_min(0.0)  # rounding may make it negative
             tensors |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance}
-        elif kind == "f":
-            tensors[f"{layer}.weight"] = conv_kernel(values)
-        elif kind in PARAMETERS:
+        elif kind == "f":  # conv2_1a_f is (height, width, in, out), or (in, out) for a kernel of 1x1
+            kernel = values[None, None] if values.dim() == 2 else values
+            tensors[f"{layer}.weight"] = kernel.permute(3, 2, 0, 1)
+        elif kind in PARAMETERS:  # conv2_1a_bn_w and conv2_1a_bn_b of a batch norm, or prediction_b
             part = norm if source.endswith("_bn") else layer
             tensors[f"{part}.{PARAMETERS[kind]}"] = values.reshape(-1)
-        else:
+        else:  # in no released file; it is reported as a tensor that the network does not have
             tensors[name] = values
     tensors["conv1.weight"] = tensors["conv1.weight"] * PIXEL_DEVIATION
-    tensors["head.fc.weight"] = tensors["head.fc.weight"].flatten(1)
+    tensors["head.fc.weight"] = tensors["head.fc.weight"].flatten(start_dim=1)
     return tensors
 
 
@@ -126,31 +121,31 @@ def _our_names(source: str) -> tuple[str, str]:
 
 
 def _join_components(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """Remove the convolutions of N components, CM_1_a to CM_N_a and so on; return (N, out, in) per letter."""
-    joined, numbers = [], range(1, len(tensors["gate.weight"]) + 1)
-    for letter in "abcdefgh":
+    """Move the kernels of the N components out of *tensors*; return (N, out, in) of each convolution."""
+    joined, components = [], len(tensors["gate.weight"])  # the gate has one row per component
+    for letter in "abcdefgh":  # CM_2_a is the first convolution of component 2, CM_2_b the second one
         if f"CM_1_{letter}.weight" in tensors:
-            kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in numbers]
-            joined.append(torch.stack(kernels).flatten(2))
+            kernels = [tensors.pop(f"CM_{n}_{letter}.weight") for n in range(1, components + 1)]
+            joined.append(torch.stack(kernels).flatten(start_dim=2))  # from (N, out, in, 1, 1)
     return joined
 
 
 def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str | None:
     """Name the network of the catalog with this gate, component, blocks per stage and widening, if any."""
-    backbone = {(2, 1): "resnet18", (6, 1): "resnet50", (4, 2): "wrn36-2"}.get((blocks, widen), "other")
-    plain = backbone if backbone == "wrn36-2" else f"{backbone}-64px"
-    single = {"gap": plain, "sop": f"srsop-{backbone}"}
-    name = f"gm{component}-16-8-{backbone}" if gated else single[component]
-    return name if name in CATALOG else None
+    backbone = {(2, 1): "resnet18", (6, 1): "resnet50", (4, 2): "wrn36-2"}.get((blocks, widen))
+    plain = "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"  # resnet18 is for 224 pixels
+    ungated = plain if component == "gap" else f"srsop-{backbone}"
+    name = f"gm{component}-16-8-{backbone}" if gated else ungated  # 16 components, 8 of them kept
+    return name if name in CATALOG else None  # no name with a backbone of None is in the catalog
 
 
 def _preprocess(file: WeightFile) -> Preprocess:
-    """Build the preprocessing: pixels of 0 to 255 minus a color; that of an image (H, W, 3) is its mean."""
-    color = np.ravel(file.normalization.get("averageImage", ()))
-    if not color.size:
+    """Build the preprocessing: pixels of 0 to 255 minus a color, or minus the mean color of an image."""
+    average = np.ravel(file.normalization.get("averageImage", ()))  # a color (3,), or an image (H, W, 3)
+    if not average.size:
         raise WeightsError(f"{file.path}: has no meta.normalization.averageImage; save the network with meta")
     side = float(np.ravel(file.normalization.get("imageSize", SIDE))[0])
-    mean, std = tuple(color.reshape(-1, 3).mean(axis=0) / 255.0), (PIXEL_DEVIATION / 255,) * 3
+    mean, std = tuple(average.reshape(-1, 3).mean(axis=0) / 255.0), (PIXEL_DEVIATION / 255,) * 3
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": std})
 
 
@@ -165,7 +160,8 @@ def _pooling_config(file: WeightFile) -> dict[str, Any]:
     roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
     if not roots:
         return {"component": "gap"}
-    (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}  # ValueError unless equal
+    # If the square roots differ, unpacking raises a ValueError, which the import converts to a WeightsError.
+    (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}
     (norm,) = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
     return {"component": "sop", "iterations": iterations, "prenorm": norm}
 
@@ -189,8 +185,8 @@ def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> dict[str, Any]
 def read_dagnn(path: Path, digest: str) -> WeightFile:
     """Read the network in a MATLAB file of version 5 to 7 with sha256 *digest*; raises `WeightsError`.
 
-    scipy makes a struct a dict, a struct array a list of dicts, text a `str`, an array a NumPy array with
-    MATLAB's axes but those of length 1, and one number a Python number.
+    scipy makes a struct a dict, a struct array a list of dicts, text a `str`, one number a Python number, and
+    an array a NumPy array; axes of length 1 are removed.
     """
     scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[train]", WeightsError, str(path))
     try:
@@ -200,29 +196,24 @@ def read_dagnn(path: Path, digest: str) -> WeightFile:
         raise WeightsError(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
     net = content.get("net", content)  # a file may hold the fields of `net` themselves
     try:
-        values = {record["name"]: np.asarray(record["value"]) for record in net["params"]}
-        tensors = {
-            name: torch.from_numpy(value.astype(np.float64, casting="same_kind"))  # TypeError for text
-            for name, value in values.items()
-        }
+        tensors = {}
+        for record in net["params"]:
+            values = np.asarray(record["value"]).astype(np.float64, casting="same_kind")  # TypeError for text
+            tensors[record["name"]] = torch.from_numpy(values)
         layers = {
             record["name"]: Layer(record["type"].removeprefix("dagnn."), record.get("block"))
             for record in net["layers"]
         }
-        tensors, normalization = check_tensors(path, tensors), net.get("meta", {}).get("normalization", {})
+        checked = check_tensors(path, tensors)
+        normalization = net.get("meta", {}).get("normalization", {})
         return WeightFile(
-            path=path, sha256=digest, tensors=tensors, layers=layers, normalization=normalization
+            path=path, sha256=digest, tensors=checked, layers=layers, normalization=normalization
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{path}: holds no MatConvNet network (`net` with `params` and `layers`, on the CPU); save the "
             "whole network"
         ) from error
-
-
-def conv_kernel(kernel: Tensor) -> Tensor:
-    """Return *kernel* (height, width, in, out), or (in, out) if 1x1, as (out, in, height, width)."""
-    return (kernel[None, None] if kernel.dim() == 2 else kernel).permute(3, 2, 0, 1)
 
 
 def layer_number(file: WeightFile, name: str, key: str) -> float:

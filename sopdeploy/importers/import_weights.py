@@ -33,10 +33,7 @@ CONVERTERS = (
 
 
 class ImportReport(StrictModel):
-    """Result of an import.
-
-    `num_tensors` counts those of the checkpoint, `labels` is the origin of the class names.
-    """
+    """Result of an import; `num_tensors` are in the checkpoint, `labels` is the origin of the class names."""
 
     looks_like: str
     model: str
@@ -130,8 +127,9 @@ def choose_network(file: WeightFile, default: str) -> str:
     found = find_network(file) if recognized is None else recognized.model
     if found is None or found == default:
         return default
-    exists = found.startswith(TIMM_PREFIX) or found in list_models()  # "resnet20 --option depth=32" does not
-    return found if exists else default
+    # An importer may return a name with options, "resnet20 --option depth=32", which names no network.
+    is_network = found.startswith(TIMM_PREFIX) or found in list_models()
+    return found if is_network else default
 
 
 def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:

@@ -34,12 +34,13 @@ OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user
 def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
     """Find the ImageNet weights for the backbone of catalog *model* with *config*, and fetch them if needed.
 
-    Returns the file, and the catalog name under which the importers read it. Raises `ConfigError` if none are
-    published, `WeightsError` if the file cannot be downloaded or has another hash; such a file is removed.
+    Returns the file, and the catalog name under which the importers read it, such as `vgg16-bn`,
+    `efficientnet-lite0` or `timm:resnet26`. Raises `ConfigError` if none are published, `WeightsError` if the
+    file cannot be downloaded or has another hash; such a file is removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
         return _fetch_from_hub(_lite_repository(model)), model
-    published = _published_network(model, config)
+    published = _published_network(model, config)  # "timm:resnet26", or torchvision's name "vgg16_bn"
     family, _, name = published.rpartition(":")
     if family == "timm":
         repository = import_timm(name).get_pretrained_cfg(name).hf_hub_id
@@ -50,7 +51,7 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
             )
         return _fetch_from_hub(repository), published
     weights = importlib.import_module("torchvision.models").get_model_weights(name)[TORCHVISION_VERSION]
-    return _fetch_url(weights.url), name.replace("_", "-")
+    return _fetch_url(weights.url), name.replace("_", "-")  # the catalog's name is vgg16-bn
 
 
 def find_lite_weights(model: str) -> Path | None:
@@ -69,7 +70,7 @@ def _published_network(model: str, config: StrictModel) -> str:
     family, _, name = model.rpartition(":")
     if family:  # timm or dsop-timm
         return f"timm:{name}"
-    if issubclass(entry(model).network, EfficientNet):
+    if issubclass(entry(model).network, EfficientNet):  # only b0; the Lite networks are no subclasses
         return "timm:efficientnet_b0"
     if isinstance(config, VGGConfig):
         return "vgg16_bn" if config.batch_norm else "vgg16"

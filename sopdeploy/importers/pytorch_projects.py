@@ -1,8 +1,7 @@
 """Importers of PyTorch projects: networks of torchvision, ResNets for CIFAR, fast-MPN-COV and GSoP.
 
 fast-MPN-COV publishes files with torchvision's names and `layer_reduce`; its training checkpoints number the
-parts. GSoP's training script saves torchvision's names and those of the blocks inside the last bottleneck of
-a stage.
+parts. GSoP's files have torchvision's names and those of the blocks in the last bottleneck of a stage.
 """
 
 import importlib
@@ -75,10 +74,10 @@ def resnet_depth(file: WeightFile) -> int:
     )
 
 
-def name_network(family: str, depth: int, other: int) -> str:
-    """Name the network of *family* with *depth* layers, or that with *other* layers and an option `depth`."""
+def name_network(family: str, depth: int, *, fallback: int) -> str:
+    """Name a network: "resnet20", or "resnet20 --option depth=32" if the catalog has no "resnet32"."""
     name = f"{family}{depth}"
-    return name if name in CATALOG else f"{family}{other} --option depth={depth}"
+    return name if name in CATALOG else f"{family}{fallback} --option depth={depth}"
 
 
 def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str, ...]]:
@@ -89,7 +88,8 @@ def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple
     else, without a note, the usual resize to 256 and crop of 224.
     """
     models = importlib.import_module("torchvision.models")
-    for weights in models.get_model_weights(name) if name in models.list_models() else ():  # not resnet26
+    published = models.get_model_weights(name) if name in models.list_models() else ()  # it has no resnet26
+    for weights in published:
         if weights.url.endswith(f"-{file.sha256[:8]}.pth"):
             preprocess = Preprocess.from_torchvision(weights.transforms())
             return preprocess, (f"preprocessing of torchvision's {weights}",)
@@ -108,9 +108,11 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     pooling = detect_pooling(renamed, channels, length)
     kind = str(pooling["pooling.kind"])
     detected = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling}
+    # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is `features.0`
     is_torchvisions = kind == "gap" and "conv1.weight" in file.tensors
     project = "torchvision" if is_torchvisions else "fast-MPN-COV"
-    stride = None if is_torchvisions else conv5_stride(file, depth)
+    stride = None if is_torchvisions else conv5_stride(file, depth)  # torchvision's is the default
+    must_ask_stride = stride is None and not is_torchvisions
     if stride is not None:
         detected["conv5_stride"] = stride
     preprocess, notes = published_preprocess(f"resnet{depth}", file)
@@ -118,22 +120,23 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     return ConvertedWeights(
         project=project,
         description=f"{_TITLES[kind]}ResNet-{depth} of {project}",
-        model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, other=50) + option,
+        model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, fallback=50) + option,
         tensors=renamed.tensors,
         num_classes=classes,
         preprocess=preprocess,
         detected=detected,
-        undetermined={} if is_torchvisions or stride else {"conv5_stride": STRIDE_UNKNOWN},
+        undetermined={"conv5_stride": STRIDE_UNKNOWN} if must_ask_stride else {},
         notes=notes,
     )
 
 
 def conv5_stride(file: WeightFile, depth: int) -> int | None:
-    """Find the stride of conv5_x in a file of fast-MPN-COV: 1 with `layer_reduce`, else that of its `arch`.
+    """Find the stride of conv5_x in a file of fast-MPN-COV; None if neither tensors nor `arch` determine it.
 
-    It is 1 for `mpncovresnet50` and 2 for a `resnet50` that was trained with the pooling; else None.
+    It is 1 with the convolution `layer_reduce`, which training checkpoints call `features.8`. Otherwise an
+    `arch` like `mpncovresnet50` has stride 1, and one like `resnet50`, trained with the pooling, stride 2.
     """
-    if {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys():
+    if "layer_reduce.weight" in file.tensors or "features.8.weight" in file.tensors:
         return 1
     return {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
 
@@ -147,6 +150,7 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str,
     width = channels if reduction is None else len(reduction)
     if length == width * (width + 1) // 2:
         return {"pooling.kind": "isqrt", "pooling.width": width}
+    # fast-MPN-COV's average and bilinear pooling never reduce the channels
     if reduction is None and length in {channels, channels**2}:
         return {"pooling.kind": "gap" if length == channels else "bcnn"}
     raise WeightsError(
@@ -157,8 +161,10 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str,
 
 def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert VGG-16 of torchvision or, with iSQRT-COV or B-CNN, of fast-MPN-COV; None for other files."""
-    linear = "classifier.weight" in file.tensors
-    classifier = file.tensors.get("classifier.weight" if linear else "classifier.0.weight")
+    # the classifier is one linear layer, or the layers 0, 3 and 6 of the module `classifier`
+    is_linear = "classifier.weight" in file.tensors
+    first, last = ("classifier", "classifier") if is_linear else ("classifier.0", "classifier.6")
+    classifier = file.tensors.get(f"{first}.weight")
     if classifier is None or "features.0.weight" not in file.tensors:
         return None
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
@@ -166,20 +172,22 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if convolutions != 13:
         raise WeightsError(f"{file.path}: a VGG with {convolutions} convolutions, not 13; give VGG-16")
     length = classifier.shape[1]
-    flattens = length == VGG_FLATTENED  # as in torchvision's network
-    pooling = {"pooling.kind": "flatten"} if flattens else detect_pooling(renamed, VGG_CHANNELS, length)
-    project = "torchvision" if flattens else "fast-MPN-COV"
+    pooling: dict[str, str | int] = {"pooling.kind": "flatten"}
+    project, option = "torchvision", ""
+    if length != VGG_FLATTENED:  # the classifier reads the vector of a global pooling
+        project, pooling = "fast-MPN-COV", detect_pooling(renamed, VGG_CHANNELS, length)
+        option = f" --option pooling={pooling['pooling.kind']}"
     batch_norm = "features.1.running_mean" in file.tensors
     name = "vgg16-bn" if batch_norm else "vgg16"
     preprocess, notes = published_preprocess(name.replace("-", "_"), file)
     return ConvertedWeights(
         project=project,
         description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
-        model=name if flattens else f"{name} --option pooling={pooling['pooling.kind']}",
+        model=name + option,
         tensors=renamed.tensors,
-        num_classes=len(file.tensor("classifier.weight" if linear else "classifier.6.weight")),
+        num_classes=len(file.tensor(f"{last}.weight")),
         preprocess=preprocess,
-        detected=pooling | {"classifier": "linear" if linear else "mlp", "batch_norm": batch_norm},
+        detected=pooling | {"classifier": "linear" if is_linear else "mlp", "batch_norm": batch_norm},
         notes=notes,
     )
 
@@ -195,7 +203,7 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
     return ConvertedWeights(
         project="pytorch_resnet_cifar10",
         description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
-        model=name_network("resnet", depth, other=20),  # "resnet20 --option depth=.." if not in the catalog
+        model=name_network("resnet", depth, fallback=20),
         tensors=rename_tensors(file, RENAMES["pytorch_resnet_cifar10"]),
         num_classes=len(file.tensor("linear.weight")),
         preprocess=Preprocess(resize=32, crop=32),
@@ -213,7 +221,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
     """Convert GSoP-Net1, or GSoP-Net2, which has `layer_reduce` and triangle vectors column by column."""
     depth = resnet_depth(file)
     detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_block_config(file)}
-    attention = detected.get("attention")  # None: sum or maximum
+    attention = detected.get("attention")  # None: the sum or the maximum, which the user must choose
     reduction = file.tensors.get("layer_reduce.weight")
     net = 1 if reduction is None else 2
     tensors = rename_tensors(file, RENAMES["GSoP"])
@@ -226,7 +234,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
     return ConvertedWeights(
         project="GSoP",
         description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
-        model=name_network(f"gsop-net{net}-resnet", depth, other=50),
+        model=name_network(f"gsop-net{net}-resnet", depth, fallback=50),
         tensors=tensors,
         num_classes=len(file.tensor("fc.weight")),
         detected=detected,
@@ -244,13 +252,14 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
         name.split(".")[-2]: len(tensor) for name, tensor in file.tensors.items() if name.endswith(".weight")
     }
     stages = {name.partition(".")[0] for name in file.tensors if ".conv_for_DR" in name}
-    config: dict[str, Any] = {"block_stages": sorted(stages)}
-    if "conv_for_DR_spatial" in lengths:
-        config["cov_width"] = lengths["conv_for_DR_spatial"]
+    has_channel, has_position = "conv_for_DR" in lengths, "conv_for_DR_spatial" in lengths
+    reduction = "conv_for_DR_spatial" if has_position else "conv_for_DR"
+    config: dict[str, Any] = {"block_stages": sorted(stages), "cov_width": lengths[reduction]}
+    if has_position:
         config["position_side"] = math.isqrt(lengths["row_bn_for_spatial"])
-    else:
-        config |= {"cov_width": lengths["conv_for_DR"], "attention": "channel"}
-    if "conv_for_DR" not in lengths:
+    if not has_position:
+        config["attention"] = "channel"
+    elif not has_channel:
         config["attention"] = "position"
     elif "dilate_conv_for_concat1" in lengths:
         config["attention"] = "concatenation"

@@ -1,7 +1,6 @@
 """Weight files of timm's networks: `timm:NAME`, and EfficientNet-Lite with timm's names.
 
-Files of timm's hub lie next to a `config.json` with their preprocessing. Without it, the preprocessing of
-timm's default weights is used.
+Files of timm's hub lie next to a `config.json` with their preprocessing; without it, timm's default is used.
 """
 
 import importlib
@@ -42,16 +41,17 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
         refuse_other_network(file, model)
     pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
-    classifier = pretrained.get("classifier") or ""  # DINOv2's and SigLIP's files have none
-    if not isinstance(classifier, str):  # a distilled network has two classifiers of the same classes
+    classifier = pretrained.get("classifier")
+    if isinstance(classifier, tuple):  # a distilled network has two classifiers of the same classes
         classifier = classifier[0]
-    weight = f"{classifier}.weight"
+    # DINOv2's and SigLIP's networks have no classifier, and other networks may be stored without theirs
+    has_classifier = classifier is not None and f"{classifier}.weight" in file.tensors
     return ConvertedWeights(
         project="timm",
         description=f"timm's {backbone}",
         model=model,
         tensors=file.tensors,
-        num_classes=len(file.tensor(weight)) if weight in file.tensors else 0,
+        num_classes=len(file.tensor(f"{classifier}.weight")) if has_classifier else 0,
         preprocess=Preprocess.from_timm({**pretrained, **config}),
         notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
     )

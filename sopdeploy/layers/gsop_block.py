@@ -85,10 +85,10 @@ class RowConv(nn.Conv2d):
         super().__init__(rows, OUTPUTS_PER_ROW * rows, (rows, 1), groups=rows)
 
     def forward(self, cov_Bnn1: Tensor) -> Tensor:
-        """Convolve each of the n rows separately: (B, n, n, 1) to (B, 4n, 1, 1)."""
+        """Convolve each row with its r = 4 filters; the parameter `weight` of all filters is (R, 1, n, 1)."""
         rows = self.in_channels
         cov_nBn = cov_Bnn1.squeeze(3).transpose(0, 1)
-        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)
+        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)  # row, column, output
         out_nBr = torch.matmul(cov_nBn, weight_nnr)
         out_BR11 = out_nBr.transpose(0, 1).reshape(-1, rows * OUTPUTS_PER_ROW, 1, 1)
         return out_BR11 if self.bias is None else out_BR11 + self.bias[:, None, None]
@@ -188,8 +188,8 @@ class PositionAttention(nn.Module, ExportHints):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
             if config.position_covariance == "uncentred":
-                cov_BPP = uncentred_covariance(small_BdP)
-            else:  # of the positions; the d channels are the samples
+                cov_BPP = uncentred_covariance(small_BdP)  # correlates the last axis
+            else:  # `covariance` correlates the second axis, which must be that of the positions
                 cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
         build_rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
@@ -213,8 +213,8 @@ class Concatenation(nn.Module):
     """Fuse two tensors (B, C, H, W): grouped convolutions with kernel (k, 1), sum, batch norm.
 
     This equals the "one convolutional layer" of the concatenation in section 4.1, with the kernel and groups
-    of the released code, because the paper does not print them (assumption). k is 11, 9, 7, 5 for
-    C = 256, 512, 1024, 2048: fewer groups have longer kernels.
+    of the released code, because the paper does not print them (assumption). k, along the height, is 11, 9,
+    7, 5 for C = 256, 512, 1024, 2048: fewer groups have longer kernels.
     """
 
     def __init__(self, channels: int) -> None:
@@ -225,7 +225,7 @@ class Concatenation(nn.Module):
                 f"attention=concatenation: needs a multiple of {CHANNELS_PER_GROUP} channels, got {channels}"
                 "; choose average, sum or maximum, or a wider network"
             )
-        reach = int(math.log2(MOST_GROUPS / groups)) + 2
+        reach = int(math.log2(MOST_GROUPS / groups)) + 2  # 5, 4, 3, 2 for 4, 8, 16, 32 groups
         kernel, padding = (2 * reach + 1, 1), (reach, 0)
         self.conv_channel = nn.Conv2d(channels, channels, kernel, padding=padding, groups=groups)
         self.conv_position = nn.Conv2d(channels, channels, kernel, padding=padding, groups=groups)
@@ -263,7 +263,7 @@ class GSoPBlock(nn.Module):
         if self.position is None:
             return by_channel
         by_position = features_BCHW * self.position(features_BCHW)
-        if self.config.position_rectify == "scaled":
+        if self.config.position_rectify == "scaled":  # otherwise the ReLU is inside of `self.position`
             by_position = F.relu(by_position)
         if self.channel is None:
             return by_position

@@ -11,9 +11,9 @@ truncated iterate, not the square root: at N = 5 it differs from the root by 18 
 therefore part of the trained network and never changes.
 
 The iteration runs on A = X X^T / n or on the M x M Gram matrix G = X^T X / n. Every iterate is a polynomial
-in A, so with Z_N the second iterate of Newton-Schulz on G, Y_N(A) = X Z_N(G) X^T / n. This is the same
-polynomial, not an approximation. Where M < d it takes fewer products: 7 x 7 and 14 x 14 maps of 256 channels,
-8 x 8 maps of 128. Both run in float32 or float64: in half precision the Gram matrix has negative eigenvalues.
+in A, so with Z_N the second iterate of Newton-Schulz on G, Y_N(A) = X Z_N(G) X^T / n. G takes fewer products
+where M < 0.95 d (N = 5): 7 x 7 and 14 x 14 maps of 256 channels, 8 x 8 maps of 128. Both run in float32 or
+float64: in half precision the Gram matrix has negative eigenvalues.
 """
 
 from collections import deque
@@ -80,13 +80,13 @@ class Step(NamedTuple):
 
 
 def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
-    """Yield the N steps on *a_BCC*; the caller computes Y_N or Z_N from the last one."""
+    """Yield the N steps on A, *a_BCC*, with T_k = (3 I - Z_k Y_k) / 2; the last one gives Y_N or Z_N."""
     identity = torch.eye(a_BCC.shape[-1], dtype=a_BCC.dtype, device=a_BCC.device)
-    step = Step(a_BCC, None, 1.5 * identity - 0.5 * a_BCC)
+    step = Step(y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC)  # Z_0 = I, so T_0 = (3 I - A) / 2
     yield step
     for _ in range(iterations - 1):
         y_BCC, z_BCC = step.next_y(), step.next_z()
-        step = Step(y_BCC, z_BCC, torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5))
+        step = Step(y=y_BCC, z=z_BCC, t=torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5))
         yield step
 
 
@@ -104,15 +104,17 @@ def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor 
     F is Y or Z. *f_grad_BCC* is symmetric. *ts* are T_0 .. T_(N-1), *fs* are F_0 .. F_(N-1): F_0 is the input
     matrix where F is Y, and `None`, the identity, where F is Z.
 
-    Let W_k = Z_k Y_k, T = (3 I - W_k) / 2, so W_(k+1) = T W_k T. T has the gradient T_grad from F_(k+1), and
-    Q W_k + (Q W_k)^T from W_(k+1), where Q = W_grad T and Q W_k = 3 Q - 2 Q T. So the gradient of W_k is
-    T Q - H - H^T, where H = T_grad / 4 + Q W_k / 2.
+    Let W_k = Z_k Y_k, T = (3 I - W_k) / 2, so W_(k+1) = T W_k T. Let W_grad be the gradient of W_(k+1). T has
+    the gradient T_grad from F_(k+1), and Q W_k + (Q W_k)^T from W_(k+1), where Q = W_grad T. Because
+    W_k = 3 I - 2 T, Q W_k is 3 Q - 2 Q T. So the gradient of W_k is T Q - H - H^T, where
+    H = T_grad / 4 + Q W_k / 2 = T_grad / 4 - Q T + 1.5 Q.
     """
     f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
     w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))  # W_N has no gradient, so Q is 0
     for t_BCC, f_BCC in zip(reversed(ts[:-1]), reversed(fs[:-1]), strict=True):
         f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, f_BCC, t_BCC)
         q_BCC = w_grad_BCC @ t_BCC
+        # H = T_grad / 4 - Q T + 1.5 Q, then the gradient of W_k: (T Q - H) - H^T
         h_BCC = torch.baddbmm(t_grad_BCC, q_BCC, t_BCC, beta=0.25, alpha=-1.0).add_(q_BCC, alpha=1.5)
         w_grad_BCC = torch.baddbmm(h_BCC, t_BCC, q_BCC, beta=-1.0).sub_(h_BCC.transpose(1, 2))
     if fs[0] is None:  # F is Z, so the input matrix is only W_0; otherwise it is Y_0, too
@@ -148,20 +150,20 @@ class ISqrtCov(nn.Module, ExportHints):
         """Compute the upper triangle, row by row."""
         trains = features_BdHW.requires_grad and torch.is_grad_enabled()
         with without_autocast(features_BdHW):
-            if trains and not torch.compiler.is_compiling():
+            if trains and not torch.compiler.is_compiling():  # compilers and exporters trace the other
                 return ISqrtVector.apply(features_BdHW, self.triangle, self.config)
             return isqrt_vector(features_BdHW, self.triangle, self.config)
 
 
 def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
-    """Decide whether the iteration on G takes fewer multiply-adds than on A (for N = 5: M < 0.95 d).
+    """Decide whether the N *iterations* on G (M x M) take fewer multiply-adds than on A (d x d).
 
-    Shapes that are symbolic during tracing use A.
+    d is *channels*, M is *positions*. Shapes that are symbolic during tracing use A.
     """
     if type(positions) is not int or type(channels) is not int:
         return False
-    products = max(1, 3 * iterations - 3)
-    # both also take d^2 M, for X X^T or (X Z_N) X^T; the 2 d M^2 of G are for X^T X and X Z_N
+    products = max(1, 3 * iterations - 3)  # of two square matrices, as counted at the top of this file
+    # On G, X^T X and X Z_N also take d M^2 each. Not counted is the d^2 M of X X^T on A and (X Z_N) X^T on G.
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
 
 
@@ -218,13 +220,14 @@ class ISqrtVector(torch.autograd.Function):
     def forward(ctx: Any, features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig) -> Tensor:
         """Compute the upper triangle (B, d (d + 1) / 2) of the root."""
         start = prenormalize(features_BdHW, config)
-        ts, fs = [], []
+        ts, fs = [], []  # T_k and F_k of `steps_adjoint`, where F is Z on G and Y on A
         for step in steps(start.matrix, config.iterations):
             ts.append(step.t)
             fs.append(step.z if start.use_gram else step.y)
         root_Bdd = _root(start, step, config)  # `step` is the last one
         vector = root_Bdd.flatten(start_dim=1).index_select(1, triangle)
         ctx.config, ctx.use_gram = config, start.use_gram
+        # F_0 is not saved: it is the identity on G and the matrix itself on A.
         ctx.save_for_backward(features_BdHW, triangle, vector, start.norm, start.matrix, *ts, *fs[1:])
         return vector
 
@@ -233,7 +236,8 @@ class ISqrtVector(torch.autograd.Function):
         """Compute the gradient (B, d, H, W) of the map; second derivatives go through autograd.
 
         The root is n^p Y_N on A, where p is 1/2 with compensation and 0 without, and n^p X Z_N X^T on G,
-        where p is -1/2 and -1. Through n^p, n receives the gradient p <root, its gradient> / n.
+        where p is -1/2 and -1. Let R be the gradient of the root; through n^p, that of n is p <root, R> / n.
+        Matrices with the suffix nn are M x M on G and d x d on A; F is Z on G and Y on A.
         """
         config: NewtonSchulzConfig = ctx.config
         features_BdHW, triangle, vector, norm_B11, matrix_Bnn, *factors = ctx.saved_tensors
@@ -241,12 +245,12 @@ class ISqrtVector(torch.autograd.Function):
             again = isqrt_vector(features_BdHW, triangle, config)
             return torch.autograd.grad(again, features_BdHW, grad, create_graph=True)[0], None, None
         ts = factors[: config.iterations]
-        fs = [None if ctx.use_gram else matrix_Bnn, *factors[config.iterations :]]  # F_0 is not in *factors*
+        fs = [None if ctx.use_gram else matrix_Bnn, *factors[config.iterations :]]  # Z_0 = I or Y_0 = A
 
         channels = features_BdHW.shape[1]
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)
         upper_Bdd = upper.view(-1, channels, channels)
-        root_grad_Bdd = (upper_Bdd + upper_Bdd.transpose(1, 2)).mul_(0.5)
+        root_grad_Bdd = (upper_Bdd + upper_Bdd.transpose(1, 2)).mul_(0.5)  # R
         root_dot_grad_B11 = (grad * vector).sum(dim=1)[:, None, None]
 
         # X times sqrt(M); not saved, because it is as large as the map
@@ -254,20 +258,21 @@ class ISqrtVector(torch.autograd.Function):
         positions = x_BdM.shape[2]
         if ctx.use_gram:
             power = -0.5 if config.compensate else -1.0
-            scale_B11 = norm_B11.pow(power) / positions
+            scale_B11 = norm_B11.pow(power) / positions  # n^p / M, because x is X times sqrt(M)
             outer_grad_BdM = root_grad_Bdd @ x_BdM
-            f_grad_Bnn = (x_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11
+            f_grad_Bnn = (x_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11  # of Z_N: n^p X^T R X
         elif config.compensate:
-            power, f_grad_Bnn = 0.5, root_grad_Bdd * norm_B11.sqrt()
+            power, f_grad_Bnn = 0.5, root_grad_Bdd * norm_B11.sqrt()  # of Y_N: n^p R
         else:
             power, f_grad_Bnn = 0.0, root_grad_Bdd
 
         matrix_grad_Bnn = steps_adjoint(f_grad_Bnn, ts, fs)
         norm_term_B11 = power * root_dot_grad_B11
         product_grad_Bnn = _prenorm_adjoint(matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config)
-        product_grad_Bnn *= 2.0 / positions  # P = x x^T / M or x^T x / M
+        product_grad_Bnn *= 2.0 / positions  # P is x x^T / M or x^T x / M and symmetric
         if ctx.use_gram:
-            z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]  # Z_N
+            z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]  # Z_N = T Z_(N-1)
+            # X receives 2 n^p R X Z_N from the root and 2 X P_grad from P; the map, both divided by sqrt(M).
             outer_part_BdM = outer_grad_BdM @ (z_BMM * (2.0 * scale_B11))
             gradient_BdM = torch.baddbmm(outer_part_BdM, x_BdM, product_grad_Bnn)
         else:
@@ -282,10 +287,11 @@ def _prenorm_adjoint(
     norm_term_B11: Tensor,
     config: NewtonSchulzConfig,
 ) -> Tensor:
-    """Compute the gradient of the product P = X X^T or X^T X from that of *matrix_Bnn*, P / n.
+    """Compute the gradient of the product P = X X^T or X^T X from the gradient D of *matrix_Bnn*, P / n.
 
-    *norm_term_B11* is n times the gradient that n receives outside of the iteration. A norm below
-    `SMALLEST_NORM` is a constant and has no gradient. Modifies *matrix_grad_Bnn*.
+    It is (D + (n g - <D, P / n>) dn / dP) / n, where g is the gradient that n receives outside of the
+    iteration and *norm_term_B11* is n g. A norm below `SMALLEST_NORM` is a constant and has no gradient.
+    Modifies *matrix_grad_Bnn*.
     """
     through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
     total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)

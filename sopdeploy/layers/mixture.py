@@ -65,13 +65,14 @@ class Components(nn.Module):
         super().__init__()
         self.components, self.evaluated = components, evaluated
         self.is_linear = kind == "linear"
-        self.weights = nn.ParameterList(  # each convolution reads the output of the previous one
+        self.weights = nn.ParameterList(  # (N, out, in); each convolution reads the output of the previous
             torch.randn(components, outputs, inputs) * math.sqrt(2.0 / inputs)
             for inputs, outputs in pairwise((channels, *widths))
         )
-        self.biases = nn.ParameterList(torch.zeros(components * size) for size in widths if self.is_linear)
+        biased = widths if self.is_linear else ()
+        self.biases = nn.ParameterList(torch.zeros(components * outputs) for outputs in biased)
         self.before = nn.AdaptiveAvgPool2d(1) if self.is_linear else nn.Identity()
-        self.after, self.out_features = pooling(kind, (channels, *widths)[-1], root)
+        self.after, self.out_features = pooling(kind, widths[-1] if widths else channels, root)
 
     def forward(
         self, features_BCHW: Tensor, weights_BN: Tensor | None = None, *, gather: bool = False
@@ -86,9 +87,11 @@ class Components(nn.Module):
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
             groups = 1 if step == 0 else self.components  # all components read the same features first
-            kernel = weight_Noi.flatten(end_dim=1).unsqueeze(2).unsqueeze(3)
-            x = F.conv2d(x, kernel, self.biases[step] if self.is_linear else None, groups=groups)
-            x = x if self.is_linear else F.relu(x)
+            kernel = weight_Noi.flatten(end_dim=1).unsqueeze(2).unsqueeze(3)  # (N o, i, 1, 1)
+            if self.is_linear:
+                x = F.conv2d(x, kernel, self.biases[step], groups=groups)
+            else:
+                x = F.relu(F.conv2d(x, kernel, groups=groups))
         maps = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)  # (B N, c, H, W)
         pooled_BND: Tensor = self.after(maps).unflatten(0, (-1, self.components))
         return pooled_BND if weights_BN is None else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
@@ -96,11 +99,11 @@ class Components(nn.Module):
     def can_gather(self, features_BCHW: Tensor) -> bool:
         """Return whether `gathered_sum` applies and is faster than evaluating all components.
 
-        For one position, as after the average of linear components, gathering the weights takes longer than
-        multiplying by all of them.
+        For one position, gathering the weights takes longer than multiplying by all of them. Linear
+        components always have one position, because they average first.
         """
-        has_positions = not self.is_linear and features_BCHW[0, 0].numel() > 1
-        return self.evaluated < self.components and has_positions
+        positions = 1 if self.is_linear else features_BCHW[0, 0].numel()
+        return self.evaluated < self.components and positions > 1
 
     def gathered_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum of the `evaluated` components of largest weight of each image.
@@ -111,10 +114,11 @@ class Components(nn.Module):
         sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)  # ties: the lower index
         largest_BK, index = sorted_BN[:, : self.evaluated], order_BN[:, : self.evaluated].flatten()
         by_image = (-1, self.evaluated)  # splits an axis of length B K into (B, K)
-        x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)  # the same features for all K at first
+        x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)  # (B, 1, C, M), the same for all K at first
         for weight_Noi in self.weights:
-            x_BKcM = F.relu(weight_Noi.index_select(0, index).unflatten(0, by_image) @ x_BKcM)
-        maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
+            filters_BKoi = weight_Noi.index_select(0, index).unflatten(0, by_image)
+            x_BKcM = F.relu(filters_BKoi @ x_BKcM)
+        maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])  # (B K, c, H, W)
         root = self.after if isinstance(self.after, ISqrtCov) else None
         pooled = self.after(maps) if root is None else covariance_root(maps, root.config).flatten(start_dim=1)
         pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, by_image)
@@ -124,18 +128,20 @@ class Components(nn.Module):
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0."""
         x_BCHW = self.before(features_BCHW)
-        weights = [weight_Noi.unbind() for weight_Noi in self.weights]  # by step, then by component
-        biases = [bias.chunk(self.components) for bias in self.biases]
+        filters = [weight_Noi.unbind() for weight_Noi in self.weights]  # by step, then by component
+        biases = [bias.chunk(self.components) for bias in self.biases]  # of linear components only
         weighted, indices = [], []
         for component in range(self.components):
             images = weights_BN[:, component].nonzero().squeeze(1)
             if len(images) == 0:
                 continue
             x = x_BCHW[images]
-            for step in range(len(weights)):
-                bias = biases[step][component] if self.is_linear else None
-                x = F.conv2d(x, weights[step][component][:, :, None, None], bias)
-                x = x if self.is_linear else F.relu(x)
+            for step in range(len(filters)):
+                kernel = filters[step][component][:, :, None, None]
+                if self.is_linear:
+                    x = F.conv2d(x, kernel, biases[step][component])
+                else:
+                    x = F.relu(F.conv2d(x, kernel))
             weighted.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
             indices.append(images)
         vectors = torch.cat(weighted)  # one for each pair of an image and one of its components
@@ -221,7 +227,7 @@ def rank(logits_BN: Tensor) -> Tensor:
     """
     own_BN1, other_B1N = logits_BN.unsqueeze(2), logits_BN.unsqueeze(1)
     index_N = torch.arange(logits_BN.shape[1], device=logits_BN.device)
-    earlier_NN = index_N.unsqueeze(0) < index_N.unsqueeze(1)
+    earlier_NN = index_N.unsqueeze(0) < index_N.unsqueeze(1)  # [own, other]: the other has the lower index
     ahead_BNN = (other_B1N > own_BN1) | ((other_B1N == own_BN1) & earlier_NN)
     return ahead_BNN.sum(dim=2, dtype=torch.int32)
 
@@ -234,16 +240,15 @@ def keep_largest(logits_BN: Tensor, chosen: int) -> Tensor:
 def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     """Compute alpha / S times (std / mean)^2 of the summed weights of all S images: Eq. (4) divided by S.
 
-    The sum includes all ranks where `torch.distributed` is initialized, so the loss does not depend on how a
-    batch is divided. The gradient is exact when the ranks' gradients are averaged, each weighted by its
-    fraction of the images.
-
-    The released trainer sums the cross entropy over the batch and then divides every gradient by S. With a
-    mean cross entropy, the weight alpha of Eq. (4) is therefore alpha / S, in the paper 100 / 256 = 0.39.
+    Eq. (4) belongs to a cross entropy that is summed over the batch, as in the released trainer. Here it is
+    the mean over the S images, so Eq. (4) is divided by S, too; in the paper alpha / S is 100 / 256 = 0.39.
+    Where `torch.distributed` is initialized, weights and images of all ranks are summed. The gradient is then
+    that of the whole batch if the trainer averages the gradients of the ranks, each weighted by its fraction
+    of the images.
     """
     count = weights_BN.new_full((1,), weights_BN.shape[0])
-    summed = torch.cat([weights_BN.sum(dim=0), count])
+    summed = torch.cat([weights_BN.sum(dim=0), count])  # one tensor, so that one reduction sums both
     if dist.is_available() and dist.is_initialized():
         summed = all_reduce(summed)  # type: ignore[no-untyped-call]
-    load_N, images = summed[:-1], summed[-1].detach()
+    load_N, images = summed[:-1], summed[-1].detach()  # `images` is S
     return alpha / images * (load_N.var(correction=1) / load_N.mean().square())

@@ -93,12 +93,12 @@ class ResidualBlock(nn.Module):
         identity = x if self.downsample is None else self.downsample(active)
         residual = self.residual(active)
         if self.attention is not None and not self.attention_after:
-            residual = self.attention(residual)
+            residual = self.attention(residual)  # the place in GSoP's released code
         out = residual + identity
         if not self.pre_activation:
             out = F.relu(out, inplace=True)
         if self.attention is not None and self.attention_after:
-            out = out + self.attention(out)
+            out = out + self.attention(out)  # the place in GSoP's paper
         return out
 
 

@@ -71,7 +71,8 @@ class Classifier(Backbone):
         if not (self.training and has_heads):
             return super().forward(images)
         branches = self.heads(images)
-        return TrainingOutput(branches.pop("main"), branches, {})
+        logits = branches.pop("main")
+        return TrainingOutput(logits, branches=branches, penalties={})
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the (B, classes) logits of every head: `main` and the training-only ones."""
@@ -115,7 +116,7 @@ class Classifier(Backbone):
 
         The network then returns this vector. Raises `ConfigError` if the last layer is not linear.
         """
-        layer = Classifier.logits_layer(self)  # an override returns the layer of the new head
+        layer = Classifier.logits_layer(self)  # the method of a subclass returns the layer of its new head
         if layer is None:
             raise ConfigError("head: the last layer of this network is not linear; choose another network")
         name = next(name for name, module in self.named_modules() if module is layer)

@@ -148,9 +148,8 @@ class Published(StrictModel):
     def sentence(self) -> str:
         """Format the figure in one line."""
         note = f" ({self.note})" if self.note else ""
-        return (
-            f"{self.source}: {self.quantity} {self.printed} {self.unit}, here {self.ours} {self.unit}{note}"
-        )
+        figures = f"{self.printed} {self.unit}, here {self.ours} {self.unit}"
+        return f"{self.source}: {self.quantity} {figures}{note}"
 
 
 def _load_rows() -> tuple[PublishedRow, ...]:

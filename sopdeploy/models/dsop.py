@@ -103,10 +103,10 @@ class DSoP(Classifier):
             stage = tap if self.taps_are_stages else tap.rpartition(".")[0]
             self.tap_stages.setdefault(stage, []).append(tap)
         plans = self.plan()
-        self.plans = {plan.tap.replace(".", "_"): plan for plan in plans}
+        self.plans = {plan.tap.replace(".", "_"): plan for plan in plans}  # by the name of the branch
         self.branches = nn.ModuleDict({name: self._branch(plan) for name, plan in self.plans.items()})
         initialize(self.branches)
-        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.used}  # tap to branch
+        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.used}  # its branch by tap
 
     def paper_branches(self) -> PaperBranches:
         """Return the paper's branches on this backbone.
@@ -132,23 +132,23 @@ class DSoP(Classifier):
             if len(values) != len(stages):
                 raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
         plans = []
-        by_stage = zip(stages.items(), blocks, widths, weights, strides, strict=True)
-        for (stage, taps), stage_blocks, stage_width, weight, stride in by_stage:
-            before_last = (0,) * (len(taps) - 1)
-            counts = stage_blocks if isinstance(stage_blocks, tuple) else (*before_last, stage_blocks)
+        for index, (stage, taps) in enumerate(stages.items()):
+            counts = blocks[index]
+            if isinstance(counts, int):  # of the one branch of the stage, after its last block
+                counts = (0,) * (len(taps) - 1) + (counts,)
             if len(counts) != len(taps):
                 raise ConfigError(
                     f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
                 )
             for tap, count in zip(taps, counts, strict=True):
                 used = count > 0
-                kept = config.keep_unused_branches and tap == taps[-1]
+                kept = config.keep_unused_branches and tap == taps[-1]  # with one block
                 if not (used or kept):
                     continue
-                width = min(stage_width, self.tap_channels[tap])
+                width = min(widths[index], self.tap_channels[tap])
                 dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
-                num_blocks = max(count, 1)  # an unused branch keeps one block
-                plans.append(BranchPlan(tap, used, num_blocks, stride, weight, width, dropout))
+                stride, weight = strides[index], weights[index]
+                plans.append(BranchPlan(tap, used, max(count, 1), stride, weight, width, dropout))
         return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ class DSoP(Classifier):
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         if self.config.aux_pooling == "isqrt":
-            if channels > plan.width:
+            if channels > plan.width:  # otherwise they are equal: `plan` limits the width to the channels
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
             root = ISqrtCov(plan.width, self.config.newton_schulz())
             pooling, length = root, root.out_features

@@ -42,8 +42,8 @@ class DSoPResNet(DSoP, ResNet):
     config: DSoPResNetConfig
 
     def paper_branches(self) -> PaperBranches:
-        """Return four branches of 2 basic blocks, or of 3, 4, 6, 3 bottlenecks."""
-        table = self.config.aux_stride == "table"
+        """Return four branches of 2 basic blocks, or of 3, 4, 6, 3 bottlenecks (7 in the printed counts)."""
+        table = self.config.aux_stride == "table"  # the paper's printed counts do not fit its text
         blocks, widths = (2, 2, 2, 2), (64, 128, 256, 256)
         if self.bottlenecks:
             blocks = (3, 4, 7, 3) if table else (3, 4, 6, 3)
@@ -75,7 +75,7 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
         return PaperBranches(
             blocks=(0, 0, 0, 0, MBCONV_STAGES["blocks.4"].blocks, 0, MBCONV_STAGES["blocks.6"].blocks),
-            widths=(64,) * 7,
+            widths=(64,) * 7,  # a stage with 0 blocks has no branch, so its width is not used
             dropout_rate=0.2,
         )
 
@@ -85,8 +85,8 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         plans = super().plan()  # raises for a number of widths other than that of the stages
         widths = self.paper_branches().widths if self.config.aux_widths is None else self.config.aux_widths
         for index, plan in enumerate(plans):
-            if plan.used and plan.tap.startswith("blocks.6."):
-                width = min(widths[-1], HEAD_CHANNELS)
+            if plan.used and plan.tap.startswith(f"{self.stage_names[-1]}."):
+                width = min(widths[-1], HEAD_CHANNELS)  # `plan.width` is limited by the channels of the block
                 plans[index] = plan._replace(tap="conv_head", blocks=0, width=width)
         return plans
 
@@ -103,8 +103,9 @@ class DSoPThreeStages(DSoP):
     def paper_branches(self) -> PaperBranches:
         """Return section V-D's branches, the same in every stage."""
         count = len(list(self.get_submodule("layer1").children()))
+        last_only = min(2, count)  # without a pattern: blocks of one branch after the last block of the stage
         return PaperBranches(
-            blocks=(self.patterns.get(count, min(2, count)),) * 3,
+            blocks=(self.patterns.get(count, last_only),) * 3,
             widths=(128,) * 3,
             weights=(0.1, 0.2, 0.3),
             dropout_rate=0.5,

@@ -142,13 +142,12 @@ class GMSOPResNet(Classifier, GatedResNet):
         if self.config.chosen == 1:
             raise ConfigError("chosen: must be at least 2 to train; with 1 the gate has no gradient")
         features, weights_BN = self.noisy_gate(images)
-        if features.is_meta:  # `meta` has no weights to route by
-            mixed = self.mixture(features, weights_BN)
-        else:
-            mixed = self.mixture.routed_sum(features, weights_BN)
-        logits: Tensor = self.head(mixed)
+        # on `meta`, weights have no values that could be compared with 0 to route by them
+        mix = self.mixture if features.is_meta else self.mixture.routed_sum
+        logits: Tensor = self.head(mix(features, weights_BN))
         balance = balance_loss(weights_BN, self.config.balance_weight)
-        return TrainingOutput(logits, {}, {"balance": balance}, (weights_BN > 0).sum(dim=0))
+        counts = (weights_BN > 0).sum(dim=0)
+        return TrainingOutput(logits, branches={}, penalties={"balance": balance}, component_counts=counts)
 
     def noisy_gate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the last feature map (B, C, H, W) and the gate's weights (B, N) with noise."""
@@ -204,7 +203,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
             self.channels,
             config.component_widths,
             components=config.components,
-            evaluated=config.components,
+            evaluated=config.components,  # all, because there is no gate
             root=config.newton_schulz(),
         )
         self.head = FusionHead(

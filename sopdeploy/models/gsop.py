@@ -74,10 +74,10 @@ class GSoP(Classifier):
             self._add_second_order_pooling()
 
     def _add_block(self, tap: str) -> None:
-        """Add a GSoP block to the residual block *tap*; rebuild it if it is not the first of its stage."""
+        """Add a GSoP block to the residual block *tap*."""
         stage, _, index = tap.partition(".")
         channels = self.tap_channels[tap]
-        if index != "0":  # the weights that a seed gives depend on this second draw
+        if index != "0":  # earlier versions built this block twice; a seed must give the same weights
             self.set_submodule(tap, self.branch_block(channels, channels, 1))
         block: Any = self.get_submodule(tap)
         dr_stride = 2 if stage in self.config.strided_dr_stages else 1

@@ -107,7 +107,7 @@ class SupervisedPSDRResNet(PSDRResNet):
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every auxiliary head and of the network itself."""
-        if "auxiliary" not in self._modules:
+        if "auxiliary" not in self._modules:  # the heads were removed, as for the export
             return super().heads(images)
         *intermediate, last = self.pooling.steps(self.feature_maps(images)[0])
         logits = {

@@ -72,6 +72,7 @@ def at_64(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
 
 RESNET, VGG = "backbones.resnet:ResNet", "backbones.alexnet_vgg:VGG"
 LITE = "backbones.efficientnet:EfficientNetLite"
+CIFAR, DSOP_NETWORKS = "backbones.cifar_resnet", "models.dsop_networks"
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
     "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
     "preact-resnet164": ({"blocks": 18, "block": "bottleneck"}, "pre-activation ResNet-164"),
@@ -96,19 +97,15 @@ POOLED = {
         LITE, {"width": 1.1, "depth": 1.2, "dropout": 0.3}, "plain EfficientNet-Lite2", image_size=260
     ),
     **{
-        f"resnet{depth}": at_32(
-            "backbones.cifar_resnet:SmallResNet", {"depth": depth}, f"plain ResNet-{depth}"
-        )
+        f"resnet{depth}": at_32(f"{CIFAR}:SmallResNet", {"depth": depth}, f"plain ResNet-{depth}")
         for depth in (8, 20)
     },
     **{
-        name: at_32("backbones.cifar_resnet:PreActResNet", defaults, f"plain {title}")
+        name: at_32(f"{CIFAR}:PreActResNet", defaults, f"plain {title}")
         for name, (defaults, title) in PREACT_NETWORKS.items()
     },
     **{
-        f"resnext29-{n}x64d": at_32(
-            "backbones.cifar_resnet:ResNeXt", {"cardinality": n}, f"plain ResNeXt-29 {n}x64d"
-        )
+        f"resnext29-{n}x64d": at_32(f"{CIFAR}:ResNeXt", {"cardinality": n}, f"plain ResNeXt-29 {n}x64d")
         for n in (8, 16)
     },
     **{
@@ -127,47 +124,40 @@ POOLED = {
 DSOP = {
     **{
         f"dsop-resnet{depth}": with_config(
-            "models.dsop_networks:DSoPResNet",
+            f"{DSOP_NETWORKS}:DSoPResNet",
             {"depth": depth},
             f"DSoP on ResNet-{depth}: four second-order branches, detached before export",
         )
         for depth in (18, 34, 50)
     },
     "dsop-efficientnet-b0": with_config(
-        "models.dsop_networks:DSoPEfficientNet",
+        f"{DSOP_NETWORKS}:DSoPEfficientNet",
         {},
         "DSoP on EfficientNet-b0: two second-order branches, detached before export",
     ),
     **{
-        f"dsop-resnet{depth}": at_32(
-            "models.dsop_networks:DSoPSmallResNet", {"depth": depth}, f"DSoP on ResNet-{depth}"
-        )
-        for depth in (8, 20)
+        f"dsop-resnet{n}": at_32(f"{DSOP_NETWORKS}:DSoPSmallResNet", {"depth": n}, f"DSoP on ResNet-{n}")
+        for n in (8, 20)
     },
     **{
-        f"dsop-{name}": at_32("models.dsop_networks:DSoPPreActResNet", defaults, f"DSoP on {title}")
+        f"dsop-{name}": at_32(f"{DSOP_NETWORKS}:DSoPPreActResNet", defaults, f"DSoP on {title}")
         for name, (defaults, title) in PREACT_NETWORKS.items()
     },
     **{
         f"dsop-resnext29-{n}x64d": at_32(
-            "models.dsop_networks:DSoPResNeXt", {"cardinality": n}, f"DSoP on ResNeXt-29 {n}x64d"
+            f"{DSOP_NETWORKS}:DSoPResNeXt", {"cardinality": n}, f"DSoP on ResNeXt-29 {n}x64d"
         )
         for n in (8, 16)
     },
 }
 PSDR = {
-    "psdr-resnet50": Entry(
-        "models.psdr:SupervisedPSDRResNet",
-        "models.psdr:PSDRConfig",
-        {"depth": 50},
-        "ResNet-50 before PSDR and iSQRT-COV; its auxiliary heads are detached",
-    ),
-    "psdr-resnet50-no-aux": Entry(
-        "models.psdr:PSDRResNet",
-        "models.psdr:PSDRConfig",
-        {"depth": 50},
-        "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
-    ),
+    f"psdr-resnet50{suffix}": Entry(
+        f"models.psdr:{network}", "models.psdr:PSDRConfig", {"depth": 50}, f"ResNet-50 before {summary}"
+    )
+    for suffix, network, summary in (
+        ("", "SupervisedPSDRResNet", "PSDR and iSQRT-COV; its auxiliary heads are detached"),
+        ("-no-aux", "PSDRResNet", "progressive reduction and iSQRT-COV, without auxiliary heads"),
+    )
 }
 FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
 GSOP = {

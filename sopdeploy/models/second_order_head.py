@@ -211,7 +211,8 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead
     """
     with_head_name = head_name(name)
     fields = entry(with_head_name).config.model_fields
-    options = {key: value for key, value in model.config.model_dump().items() if key in fields}  # not DSoP's
+    # Options that `head:NAME` lacks are left out: they are of the training-only parts, such as DSoP's.
+    options = {key: value for key, value in model.config.model_dump().items() if key in fields}
     options["head"] = head.model_dump()
     network = cast(SecondOrderHead, create_model(with_head_name, num_classes=model.num_classes, **options))
     state = network.state_dict()

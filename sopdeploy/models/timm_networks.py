@@ -94,8 +94,8 @@ def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, i
 class TimmBackbone(Backbone):
     """A network of timm, with taps if it has feature maps or patch tokens.
 
-    State-dict keys are timm's, without a prefix. It shares its dicts of modules, parameters and buffers with
-    timm's own module, which is no child. Moving, loading or saving this module thus does the same to timm's.
+    It shares its dicts of modules, parameters and buffers with timm's own module, so that state-dict keys are
+    timm's: a child would add a prefix. Moving, loading or saving this module does the same to timm's.
     """
 
     config: TimmConfig
@@ -106,7 +106,7 @@ class TimmBackbone(Backbone):
         self._modules, self._parameters = network._modules, network._parameters
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        self.wrapped = (network,)  # a tuple, because a module would become a child
+        self.wrapped = (network,)  # a tuple, because an attribute that is a module becomes a child
         self.tap_channels = timm_taps(config.backbone)
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg

@@ -91,9 +91,9 @@ class UserNetwork(Classifier):
             name = next(name for name, module in self.network.named_modules() if module is layer)
             logits, outputs = run_once(self.network, self.source.image_size)
             output: Any = outputs.get(name)  # `None` if the layer does not run in eval mode
-            same_shape = _shape(logits) == _shape(output) != ()
-            is_returned = same_shape and (logits.is_meta or torch.equal(logits, output))  # `meta`: no values
-            if not is_returned:
+            same_shape = isinstance(output, Tensor) and _shape(logits) == output.shape
+            has_values = same_shape and not logits.is_meta
+            if not same_shape or (has_values and not torch.equal(logits, output)):
                 raise ConfigError(
                     f"head: the network does not return the output of its last linear layer {name}; build it "
                     "so that these are the logits"
@@ -211,9 +211,12 @@ def _apply(
     config: dict[str, Any],
 ) -> Trained:
     """Build *trained*, the class of the method *name*, from *network*, with as many logits as *network*."""
-    options = parse_options(name, METHODS[name][1], config)
+    _, config_class = METHODS[name]
+    options = parse_options(name, config_class, config)
     _, num_classes = find_taps(network, taps, image_size)
-    return trained(options, num_classes, Source(lambda _: network, tuple(taps), image_size))
+    # `trained` calls `build` for its part `network`, which exists already with this number of classes
+    source = Source(build=lambda _num_classes: network, taps=tuple(taps), image_size=image_size)
+    return trained(options, num_classes, source)
 
 
 def register_model(
@@ -251,14 +254,16 @@ def register_model(
     source = Source(partial(_build, name, build), tuple(taps), image_size)
 
     def with_source(base: type[UserNetwork], inference_class: type[Classifier] | None) -> type[UserNetwork]:
-        """Derive a class from *base* that is built without a source, as the catalog builds networks."""
+        """Derive a class from *base* with this source, which the catalog calls as (config, num_classes)."""
 
         def construct(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
             base.__init__(self, config, num_classes, source)
 
+        # by `__module__`, training finds the package whose version a checkpoint records
         members = {"__init__": construct, "__module__": build.__module__, "inference_class": inference_class}
         return type(base.__name__, (base,), members)
 
+    # a network with training-only parts is exported as the network without a method
     inference = with_source(UserNetwork, None) if trained.training_only else None
     registered = Entry(with_source(trained, inference), options, {}, f"of {build.__module__}", image_size)
     MODELS.register(name, registered, build.__module__)
@@ -343,7 +348,7 @@ def last_map(network: nn.Module, image_size: int) -> str:
     if tokens (1, N, C) follow: the map may then be the weights of an attention.
     """
     _, outputs = run_once(network, image_size)
-    for name, output in reversed(outputs.items()):
+    for name, output in reversed(outputs.items()):  # a module returns after the modules inside of it
         shape = _shape(output)
         if len(shape) == 4 and shape[2] == shape[3] > 1:
             return name
@@ -368,6 +373,7 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
         if not contains_tap and list(network.get_submodule(name).parameters()):
             removed.append(name)
     for name in removed:
-        if not is_in(name.rpartition(".")[0], *removed):  # otherwise it is removed with its parent
+        parent_is_removed = is_in(name.rpartition(".")[0], *removed)
+        if not parent_is_removed:
             network.set_submodule(name, nn.Identity())
     run_once(network, image_size)

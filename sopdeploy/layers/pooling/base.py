@@ -55,7 +55,7 @@ class ReducedPooling(GlobalPooling):
     def __init__(self, channels: int, width: int, *, linear: bool = False) -> None:
         super().__init__()
         self.channels = min(channels, width)
-        self.layer_reduce: nn.Module
+        self.layer_reduce: nn.Module  # missing if nothing is reduced: `reduce` runs the children that exist
         if self.channels < channels and linear:
             self.layer_reduce = nn.Conv2d(channels, self.channels, 1, bias=False)
         elif self.channels < channels:
