@@ -150,7 +150,7 @@ class AugmentedDataset(Dataset):
     color: ColorConfig = NO_COLOR_SHIFT
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        copy, sample = divmod(index, len(self.images))  # an epoch may have several copies of a sample
+        copy, sample = divmod(index, len(self.images))
         random = Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
         rules, augmentation = self.preprocess, self.augmentation
         image, target = self.images[sample]
@@ -163,9 +163,12 @@ class AugmentedDataset(Dataset):
             padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
             top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
             array = padded[top : top + rules.crop, left : left + rules.crop]
-        is_mirrored = random.random() < augmentation.flip
-        if isinstance(augmentation, PadCrop) and augmentation.doubled:
+        if (
+            isinstance(augmentation, PadCrop) and augmentation.doubled
+        ):  # every second copy is the mirror image
             is_mirrored = copy % 2 == 1
+        else:
+            is_mirrored = random.random() < augmentation.flip
         if is_mirrored:
             array = array[:, ::-1]
         return self.color(array, derive_seed(self.seed, "color", self.epoch, index)), target
@@ -177,7 +180,7 @@ def _crop_box(
     """Crop a random box of *image* and resize it."""
     if rules.fit == "crop":
         image = to_rgb(image, rules)
-    else:
+    else:  # the square that evaluation sees, but larger, so that a small box of it keeps its details
         enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop})
         image = Image.fromarray(preprocess_image(image, enlarged))
     box = augmentation.box(image.size, rules.crop, random)

@@ -205,8 +205,8 @@ def hash_images(images: LabeledImages) -> NDArray[np.int64]:
         try:
             digest = hashlib.blake2b(images.read(index), digest_size=8).digest()
         except DataError:
-            return 0
-        return int.from_bytes(digest, "big", signed=True)
+            return 0  # stands for an unreadable image
+        return int.from_bytes(digest, "big", signed=True)  # in the range of int64
 
     return np.fromiter(map_threaded(hash_image, len(images)), dtype=np.int64, count=len(images))
 
@@ -224,22 +224,22 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
 
 
 def find_unreadable(images: LabeledImages) -> dict[int, str]:
-    """Find the images that cannot be decoded; returns error messages by index.
+    """Find the images that cannot be decoded; returns error messages by index."""
 
-    JPEGs are decoded at an eighth of their size, which still reads every byte.
-    """
-
-    def check(index: int) -> str:
+    def error_of(index: int) -> str:
+        """Return the message of the error of an image, "" if it can be decoded."""
         try:
             with image_errors(images.describe(index)):
                 image = images.open(index)
-                image.draft(None, (1, 1))
+                image.draft(
+                    None, (1, 1)
+                )  # decodes a JPEG at an eighth of its size, but still reads every byte
                 load_pixels(image)
         except DataError as error:
             return str(error)
         return ""
 
-    return {index: error for index, error in enumerate(map_threaded(check, len(images))) if error}
+    return {index: error for index, error in enumerate(map_threaded(error_of, len(images))) if error}
 
 
 def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
@@ -324,7 +324,7 @@ def hold_out(
     iterative stratification of Sechidis et al. (ECML 2011), section 4.
     """
     ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
-    order = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)
+    order = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # of image indices
     if targets.ndim == 1:
         sorted_by_class = order[np.argsort(targets[order], kind="stable")]
         starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
@@ -334,10 +334,11 @@ def hold_out(
         of_classes = [order[targets[order, column] > 0] for column in rarest_first]
         of_classes.append(order[~targets[order].any(axis=1)])
     held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
-    for members in of_classes:  # in the order of `ranks`; an image can have several classes
-        quota = min(max(1, round(fraction * len(members))), len(members) - 1)  # of a single image, none
-        missing = max(0, quota - held_out[members].sum())  # rarer classes may have held out some
+    for members in of_classes:  # the images of a class in random order; an image can have several classes
+        at_most = max(0, len(members) - 1)  # one image remains for training; a class may have no images here
+        quota = min(max(1, round(fraction * len(members))), at_most)
+        missing = max(0, quota - held_out[members].sum())  # rarer classes may have held out some of these
         undecided = members[~decided[members]]
         held_out[undecided[:missing]] = True
-        decided[members] = True  # the others are training images
+        decided[members] = True  # those that are not held out are training images
     return held_out

@@ -44,10 +44,7 @@ def sequential_batches(samples: int, batch_size: int) -> list[list[int]]:
 def load_batches(
     dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Load *batches*, lists of indices of *dataset*, onto *device* with up to *workers* loader processes.
-
-    Raises the `DataError` of the first unusable image.
-    """
+    """Load *batches* of indices onto *device* with up to *workers* processes; raises a `DataError` of one."""
     on_gpu = device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(
         _BatchedDataset(dataset),  # type: ignore[arg-type]  # not torch's Dataset
@@ -58,7 +55,7 @@ def load_batches(
         pin_memory=on_gpu,
     )
     for loaded in loader:
-        if len(loaded) == 1:  # the message of an error
+        if isinstance(loaded[0], str):  # the message of an error
             raise DataError(loaded[0])
         images, labels = loaded
         yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)
@@ -66,7 +63,10 @@ def load_batches(
 
 @dataclass
 class _BatchedDataset:
-    """Load whole batches, or return the message of a `DataError`: DataLoader adds a traceback to errors."""
+    """Load whole batches (images, labels). After a `DataError`, the result is its message, as a tuple of one.
+
+    DataLoader would add a traceback to a raised error; `load_batches` raises it instead.
+    """
 
     dataset: Dataset
 

@@ -41,11 +41,7 @@ class PartReport(StrictModel):
 
 
 class Duplicates(StrictModel):
-    """Files with identical pixels, or near-duplicates.
-
-    `across`: the files are in different parts (train/test leakage). `labels_differ`: they have different
-    labels.
-    """
+    """Files with identical pixels, or near-duplicates; `across`: in several parts, a train/test leakage."""
 
     files: tuple[str, ...]
     across: bool
@@ -56,8 +52,7 @@ class DataReport(StrictModel):
     """Result of a check.
 
     Attributes:
-        shorter_side: Minimum, median and maximum in pixels.
-        longer_side: Minimum, median and maximum in pixels.
+        shorter_side, longer_side: Minimum, median and maximum in pixels.
         classes: Problems of class folders that stop a training run: a folder has no images, or the held-out
             classes differ from the training classes.
         unreadable: Errors of the files that cannot be decoded.
@@ -110,17 +105,17 @@ def check_data(
 ) -> DataReport:
     """Decode every image below *path* and report contents and problems; with *near*, also near-duplicates.
 
-    Among up to `MAX_FEATURES` images, *group_by_features* finds them by a network. Without it, or among more
-    images, they are found by edges.
+    Near-duplicates among up to `MAX_FEATURES` images are found by *group_by_features*, which returns a group
+    number (N,) per image. Without it, and among more images, they are found by edges.
 
     *path* is a folder with one subfolder per class or with `labels.csv`, or the root of an official layout
     (`official`). Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
     opened = open_parts(data_folder(path))
     parts = opened.parts
-    if sum(len(images) for images in parts.values()) > MAX_FEATURES:
-        group_by_features = None
-    by_edges = near and group_by_features is None
+    can_compare_features = sum(len(images) for images in parts.values()) <= MAX_FEATURES
+    group = group_by_features if can_compare_features else None
+    by_edges = near and group is None
     infos = [
         info
         for name, images in parts.items()
@@ -131,6 +126,10 @@ def check_data(
     if by_edges:
         notes.append(EDGES_MISS)
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T  # two sides per image
+    train, *held_out = parts.values()
+    too_few = (
+        () if held_out else tuple(single_images(train))
+    )  # given held-out images, training uses all classes
     return DataReport(
         path=path,
         parts=tuple(_describe_part(name, images, infos) for name, images in parts.items()),
@@ -139,9 +138,9 @@ def check_data(
         longer_side=(int(longer.min()), int(np.median(longer)), int(longer.max())),
         classes=tuple(opened.problems),
         unreadable=tuple(info.error for info in infos if info.error),
-        too_few=tuple(single_images(*parts.values())) if len(parts) == 1 else (),
+        too_few=too_few,
         duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
-        near=tuple(_find_near(readable, group_by_features)) if near else None,
+        near=tuple(_find_near(readable, group)) if near else None,
         passed_over=dict(opened.ignored),
         notes=tuple(notes),
     )
@@ -189,7 +188,7 @@ def _find_near(
     if group_by_features is not None:
         groups = group_by_features(images)
     else:
-        signatures = np.stack([info.signature for info in infos if info.signature is not None])
+        signatures = np.asarray([info.signature for info in infos], np.float32)  # all files have one then
         groups = group_by_signatures(images, signatures)
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist()):

@@ -55,7 +55,8 @@ def list_subfolders(folder: Path) -> list[str]:
 def list_images(root: Path, folder: str = "") -> tuple[list[bytes], list[str]]:
     """List the images below the subfolder *folder* of *root*, sorted, and the other files below it.
 
-    All paths are relative to *root*. Raises `DataError` for a folder that cannot be listed.
+    All paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them in an array; the
+    others are text for messages. Raises `DataError` for a folder that cannot be listed.
     """
     images, others = [], []
     for path in walk(root / folder):
@@ -123,22 +124,17 @@ def part_kind(name: str) -> str:
 
 
 def find_parts(root: Path) -> Parts:
-    """Find the parts of the data set in *root*; raises `DataError` for two folders of training images.
-
-    Next to other folders, a folder named as a part of training images may be a class. It is a part if it
-    contains folders.
-    """
+    """Find the parts of the data set in *root*; raises `DataError` for two folders of training images."""
     names = list_subfolders(root)
     kinds = {name: part_kind(name) for name in names}
-    only_parts = all(kinds.values())
+    only_parts = all(kinds.values())  # otherwise `train` may be a class; it is a part if it contains folders
     candidates = [
         name for name in names if kinds[name] in TRAINING and (only_parts or list_subfolders(root / name))
     ]
     if len(candidates) > 1:
         raise DataError(f"{root}: {shorten(candidates)} may all hold the training images; rename all but one")
-    held_out = sorted(
-        (name for name in names if kinds[name] in HELD_OUT), key=lambda name: HELD_OUT.index(kinds[name])
-    )
+    held_out = [name for name in names if kinds[name] in HELD_OUT]
+    held_out.sort(key=lambda name: HELD_OUT.index(kinds[name]))
     train = candidates[0] if candidates else ""
     others = tuple(name for name in names if name not in (train, *held_out))
     return Parts(train, tuple(held_out), others)

@@ -15,6 +15,7 @@ Letters: N images, M copies, V views, D components of a vector.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ Groups = NDArray[np.int64]  # a number per image
 _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts
 _RULES = Preprocess()  # for the conversion to upright RGB
 CROPS = (0.85, 0.7)  # shares of each side of copies, in turn; 0.7 is half of the photograph
+COPY_SIDES, COPY_BRIGHTNESS, COPY_QUALITY = 0.6, 1.15, 60  # relative to the photograph; quality of the JPEG
 MISSED = 0.2  # share of the copies that may have a lower cosine
 DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 MAX_COMPARED = 500  # images that are compared with those of other classes
@@ -66,22 +68,22 @@ class Copies(LabeledImages):
         seeds = np.asarray([crc32(key.encode()) for key in keys], np.int64)
         by_seed = np.argsort(seeds, kind="stable")
         crop_numbers = seeds[by_seed] % len(crops)
-        originals = np.concatenate(
-            [by_seed[crop_numbers == number][:per_crop] for number in range(len(crops))]
-        )
+        # For each crop: of the images whose hash selects it, the `per_crop` ones with the lowest hashes.
+        of_crops = [by_seed[crop_numbers == number][:per_crop] for number in range(len(crops))]
+        originals = np.concatenate(of_crops)
         return cls(images.labels, images.targets[originals], images, originals, seeds[originals], crops)
 
     def read(self, index: int) -> bytes:
         """Crop, shrink and brighten an image, as its seed says, and encode it as JPEG."""
         pixels = to_rgb(self.images[int(self.originals[index])][0], _RULES)
         seed, sides = int(self.seeds[index]), np.asarray(pixels.size, np.float64)
-        crop = self.crops[seed % len(self.crops)]
+        crop = self.crops[seed % len(self.crops)]  # the share of each side that remains
         corner = np.random.default_rng(seed).random(2) * (1 - crop) * sides  # left and top
-        box = (*corner.tolist(), *(corner + crop * sides).tolist())
-        width, height = np.maximum(0.6 * sides, 1).astype(int).tolist()  # at least one pixel
+        box = (*corner.tolist(), *(corner + crop * sides).tolist())  # left, top, right and bottom
+        width, height = np.maximum(COPY_SIDES * sides, 1).astype(int).tolist()  # at least one pixel
         small = pixels.resize((width, height), Image.Resampling.BILINEAR, box)
         file = BytesIO()
-        ImageEnhance.Brightness(small).enhance(1.15).save(file, "JPEG", quality=60)
+        ImageEnhance.Brightness(small).enhance(COPY_BRIGHTNESS).save(file, "JPEG", quality=COPY_QUALITY)
         return file.getvalue()
 
     def identity(self, index: int) -> str:
@@ -90,10 +92,7 @@ class Copies(LabeledImages):
 
 
 def find_pairs(
-    views: Sequence[NDArray[np.float32]],
-    copies: _Parts,
-    originals: NDArray[np.intp],
-    targets: NDArray[Any],
+    views: Sequence[NDArray[np.float32]], copies: _Parts, originals: NDArray[np.intp], targets: NDArray[Any]
 ) -> NDArray[np.intp]:
     """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C), in any order.
 
@@ -102,14 +101,15 @@ def find_pairs(
     """
     count, num_views = len(targets), views[0].shape[1]
     classes = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)  # equal rows are one class
-    parts_of_view = [[part[:, number] for part in views] for number in range(num_views)]  # (N, D) each
-    parts_of_whole = parts_of_view[0]
-    whiten = _fit_whitening([np.concatenate(pair) for pair in zip(parts_of_whole, copies, strict=True)])
-    whole = whiten(parts_of_whole)
+    parts_of_views = [[part[:, number] for part in views] for number in range(num_views)]  # (N, D) each
+    whole_parts = parts_of_views[0]
+    # The whitening is fitted to the whole images and their copies together: (N + M, D) for each part.
+    whiten = _fit_whitening([np.concatenate(pair) for pair in zip(whole_parts, copies, strict=True)])
+    whole = whiten(whole_parts)
 
     def largest_cosines(indices: Any, others: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the largest cosine (K, L) of a view of each image at *indices* with each of *others*."""
-        whitened_views = (whiten([part[indices] for part in parts]) for parts in parts_of_view)
+        whitened_views = (whiten([part[indices] for part in parts]) for parts in parts_of_views)
         return np.maximum.reduce([view @ others.T for view in whitened_views])
 
     step = -(-count // MAX_COMPARED)  # rounded up
@@ -117,7 +117,8 @@ def find_pairs(
     of_different = _bound_of_different(largest_cosines(compared, whole), compared, classes)
     cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     of_copies = float(np.quantile(cosines_of_copies, MISSED))
-    threshold = max(of_different, (of_different + of_copies) / 2)  # halfway; `of_copies` may be smaller
+    halfway = (of_different + of_copies) / 2
+    threshold = max(of_different, halfway)  # different images stay below it even if copies are less similar
     pairs = []
     for start in range(0, count, _BLOCK):  # to save memory
         block = slice(start, start + _BLOCK)
@@ -131,16 +132,19 @@ def _bound_of_different(
 ) -> float:
     """Estimate the bound of the *cosines* (K, N) between the images *compared* (K,) and different images.
 
-    It is `DEVIATIONS` above the median of those in a class, or of the largest ones with other classes if that
-    is more. The deviation is estimated by the quartile, which a few copies or wrong labels do not change.
+    Both the cosines of two images of a class, and the largest cosine of each image with other classes, give a
+    bound: `DEVIATIONS` standard deviations above their median. The higher one is returned. The upper quartile
+    estimates the deviation, because a few copies or wrong labels do not change it.
     """
-    same_class = classes[compared, None] == classes
-    nearest_other = np.where(same_class, -1.0, cosines).max(axis=1)
-    in_class = cosines[same_class & (compared[:, None] != np.arange(len(classes)))]
+    same_class_KN = classes[compared, None] == classes
+    same_image_KN = compared[:, None] == np.arange(len(classes))
+    largest_with_others_K = np.where(same_class_KN, -1.0, cosines).max(axis=1)
+    in_class = cosines[same_class_KN & ~same_image_KN]  # one-dimensional
     bound = -1.0  # the smallest cosine
-    for values in filter(len, (nearest_other, in_class)):  # classes of one image have no pairs
-        median, upper = np.quantile(values, [0.5, 0.75])
-        bound = max(bound, float(median + DEVIATIONS * (upper - median) / QUARTILE))
+    for values in (largest_with_others_K, in_class):
+        if len(values):  # there are no pairs in a class if each class has one image
+            median, upper = np.quantile(values, [0.5, 0.75])
+            bound = max(bound, float(median + DEVIATIONS * (upper - median) / QUARTILE))
     return bound
 
 
@@ -152,17 +156,21 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
     edges = [pairs]
     for key in keys:
         if key is not None:
-            first, inverse = np.unique(key, return_index=True, return_inverse=True)[1:]
+            _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
             edges.append(np.stack([np.arange(count), first[inverse]]))  # to the first image with its value
     one, other = np.concatenate(edges, axis=1)
-    # Each image takes over the lowest index of the images connected to it until no index changes.
-    lowest, before = np.arange(count), np.zeros(0, int)
-    while not np.array_equal(lowest, before):
+    # Label propagation: each image takes over the lowest index among its neighbors until no index changes.
+    lowest, has_changed = np.arange(count), True
+    while has_changed:
         before = lowest.copy()
         np.minimum.at(lowest, one, before[other])
         np.minimum.at(lowest, other, before[one])
-        lowest = lowest[lowest]  # follows chains in fewer rounds
-    return np.unique(lowest, return_inverse=True)[1].astype(np.int64)
+        lowest = lowest[
+            lowest
+        ]  # an image with index i takes over that of image i: long chains need few rounds
+        has_changed = not np.array_equal(lowest, before)
+    _, groups = np.unique(lowest, return_inverse=True)  # without gaps in the numbers
+    return groups.astype(np.int64)
 
 
 def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
@@ -179,16 +187,17 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
         scaled = [(part - mean) / norm for part, mean, norm in zip(given, means, norms, strict=True)]
         return np.concatenate(scaled, axis=1)
 
-    rows = join(parts)
-    # Both products have the same eigenvalues above 0; the smaller one is decomposed. For an eigenvector v of
-    # rows @ rows.T, rows.T @ v is one of rows.T @ rows, and its norm is the root of the eigenvalue.
-    is_wide = rows.shape[0] <= rows.shape[1]
-    product = rows @ rows.T if is_wide else rows.T @ rows
-    variances, vectors = np.linalg.eigh(product.astype(np.float64))  # times N, which cancels in `whiten`
-    damping = max(float(variances.mean()), 1e-12)
+    rows_ND = join(parts)
+    # The eigenvalues of rows.T @ rows (D, D) are the variances times N; the norm in `whiten` removes N. With
+    # fewer rows than columns, rows @ rows.T (N, N) is decomposed: its eigenvalues above 0 are the same, and
+    # for each of its eigenvectors v, rows.T @ v is one of rows.T @ rows, with the norm sqrt(eigenvalue).
+    is_wide = rows_ND.shape[0] <= rows_ND.shape[1]
+    product = rows_ND @ rows_ND.T if is_wide else rows_ND.T @ rows_ND
+    variances, vectors = np.linalg.eigh(product.astype(np.float64))
+    damping = max(float(variances.mean()), 1e-12)  # the mean over min(N, D) components
     kept = variances > 1e-6 * damping  # the others are rounding errors
     variances, vectors = variances[kept], vectors[:, kept]
-    directions = rows.T @ (vectors / np.sqrt(variances)) if is_wide else vectors  # columns of norm 1
+    directions = rows_ND.T @ (vectors / np.sqrt(variances)) if is_wide else vectors  # columns of norm 1
     projection = (directions / np.sqrt(variances + damping)).astype(np.float32)
 
     def whiten(given: _Parts) -> NDArray[np.float32]:
@@ -200,9 +209,10 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
 
 
 def effective_count(groups: NDArray[np.integer]) -> float:
-    """Compute the number of independent images among images of *groups* (N,): N^2 / sum of squared sizes.
+    """Compute the number of independent images among N images: N^2 / sum of squared sizes of their groups.
 
-    Equal groups count as one image each (the effective sample size of Kish, "Survey Sampling", 1965).
+    *groups* (N,) has the number of the group of each image. If all groups have the same size, the result is
+    their number. It is the effective sample size of Kish, "Survey Sampling" (1965).
     """
     sizes = np.unique(groups, return_counts=True)[1]
     return float(len(groups) ** 2 / max(1, np.square(sizes).sum()))  # 0 without images
@@ -214,22 +224,20 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
     It finds re-encoded, resized and slightly cropped copies, and about half of those cropped to 90 %.
     """
     small = to_rgb(image, _RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    down, right = np.gradient(np.asarray(small, np.float32))
+    down, right = np.gradient(np.asarray(small, np.float32))  # (64, 64) each, as all arrays of pixels below
     length = np.hypot(down, right)
     turns = np.arctan2(down, right) / (2 * np.pi)  # -0.5 to 0.5
     direction = (turns % 1) * DIRECTIONS  # in bins, 0 to 8
     lower = direction.astype(int)
     share_of_next = direction - lower  # each edge counts in the two bins next to its direction
-    cell = np.arange(THUMBNAIL) * CELLS // THUMBNAIL  # of each row, and of each column
-    first_bin = (cell[:, None] * CELLS + cell) * DIRECTIONS  # of the cell of each pixel
-    histogram = sum(
-        np.bincount(
-            (first_bin + (lower + shift) % DIRECTIONS).ravel(),
-            (length * share).ravel(),
-            minlength=CELLS * CELLS * DIRECTIONS,
-        )
-        for shift, share in ((0, 1 - share_of_next), (1, share_of_next))
-    )
+    cell_of_row = np.arange(THUMBNAIL) * CELLS // THUMBNAIL  # (64,), 0 to 7; the same for columns
+    first_bin = (
+        cell_of_row[:, None] * CELLS + cell_of_row
+    ) * DIRECTIONS  # (64, 64): of the cell of each pixel
+    histogram = np.zeros(CELLS * CELLS * DIRECTIONS)
+    for shift, share in ((0, 1 - share_of_next), (1, share_of_next)):
+        bins = first_bin + (lower + shift) % DIRECTIONS  # after the last direction comes the first one
+        histogram += np.bincount(bins.ravel(), (length * share).ravel(), minlength=len(histogram))
     root = np.sqrt(histogram)  # a few strong edges then do not determine the cosine
     return (root / max(float(np.linalg.norm(root)), 1e-12)).astype(np.float32)
 
@@ -238,8 +246,10 @@ def group_by_signatures(images: LabeledImages, signatures: NDArray[np.float32]) 
     """Group *images* by their *signatures* (N, 512) and by the groups that are known."""
     identities = [images.identity(index) for index in range(len(images))]
     copies = Copies.of(images, identities, crops=(0.95,))  # signatures miss most smaller crops
-    of_copies = np.stack([signature(copies[index][0]) for index in range(len(copies))])
-    pairs = find_pairs([signatures[:, None]], [of_copies], copies.originals, images.targets)
+    copied_images = (copies[index][0] for index in range(len(copies)))  # without their targets
+    of_copies = np.stack([signature(image) for image in copied_images])  # (M, 512)
+    views = signatures[:, None]  # (N, 1, 512): the whole image is the only view
+    pairs = find_pairs([views], [of_copies], copies.originals, images.targets)  # one part per vector
     return connect(len(images), pairs, images.groups)
 
 
@@ -253,13 +263,10 @@ def hold_out_images(split: Split, fraction: float, seed: int) -> Split:
         return split
     images = split.train
     if len(images) <= MAX_COMPARED_PIXELS:
-        try:
+        with suppress(DataError):  # an unreadable image: the run finds and names all of them later
             signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
-            groups = group_by_signatures(images, signatures)
-        except DataError:  # the run names all unreadable files
-            pass
-        else:
-            if groups.max() + 1 < len(images):  # otherwise each image is a group
+            groups = group_by_signatures(images, signatures)  # these contain the groups that are known
+            if groups.max() + 1 < len(images):  # otherwise no two images belong together, as without groups
                 images = images.replaced(groups=groups)
     mask = _hold_out_groups(images, fraction, seed)
     return replace(split, train=images.select(~mask), held_out=images.select(mask))

@@ -105,13 +105,14 @@ def _open_table(root: Path) -> OpenedParts:
     """Open the images that `labels.csv` in *root* lists."""
     where, table = root / LABELS_FILE, read_label_table(root)
     parts = {name: table.part(name) for name in (TRAIN, VAL)} if table.is_split else {UNSPLIT: table.images}
-    train = next(iter(parts.values()))  # or all images
+    train = parts[TRAIN] if table.is_split else table.images
     problems = [
         f"{where}: no training image of {train.labels[index]}; set the split of one of its images to {TRAIN}"
         for index in np.flatnonzero(train.class_counts() == 0)
     ]
     notes = []
-    unlisted = sorted(set(list_images(root)[0]) - set(table.images.paths.tolist()))
+    image_paths, _other_files = list_images(root)
+    unlisted = sorted(set(image_paths) - set(table.images.paths.tolist()))  # paths of images are bytes
     if unlisted:
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
         notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {files}")
@@ -126,17 +127,19 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     only_held_out = parts.held_out and not (parts.train or parts.others)
     if only_held_out:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
-    names = (parts.train, *parts.held_out[:max_held_out]) if parts.train else ()
-    folders = {name: part_folder(root, name) for name in names} or {UNSPLIT: root}
+    folders = {UNSPLIT: root}
+    if parts.train:
+        names = (parts.train, *parts.held_out[:max_held_out])  # None selects all
+        folders = {name: part_folder(root, name) for name in names}
     listings = {name: list_classes(folder) for name, folder in folders.items()}
-    train = next(iter(listings.values())).images
+    train = listings[parts.train if parts.train else UNSPLIT].images
     if len(train.labels) < 2:
         raise _too_few_classes(train)
     problems, notes, other_files = list[str](), [*_describe_parts(root, parts)], list[str]()
     for listing in listings.values():
         problems += class_problems(listing, train.labels)
         notes += _describe_nested(listing)
-        other_files += [file for files in listing.others.values() for file in files]
+        other_files += [file for files in listing.other_files.values() for file in files]
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, _count_suffixes(other_files))
 
@@ -144,12 +147,12 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
 class ClassListing(NamedTuple):
     """What class folders hold.
 
-    `others` are the files without an image suffix by class, `nested` the folders with images in class
+    `other_files` are the files without an image suffix by class, `nested` the folders with images in class
     folders. Their paths are relative to the root of `images`.
     """
 
     images: ImageFiles
-    others: dict[str, list[str]]
+    other_files: dict[str, list[str]]
     nested: list[str]
 
 
@@ -165,13 +168,14 @@ def list_classes(root: Path) -> ClassListing:
     groups: list[bytes] = []
     nested: set[str] = set()
     for paths in of_classes:
-        # `class/folder` of each image; of one directly in the class folder, `class/image`, which is its path.
+        # The place of `cat/x/1.jpg` and `cat/x/y/2.jpg` is the folder `cat/x`, that of `cat/3.jpg` this file.
         places = [b"/".join(path.split(b"/")[:2]) for path in paths]
-        in_one_folder = len(set(places)) == 1  # which is then no group
-        groups += paths if in_one_folder else places
-        nested.update(map(os.fsdecode, set(places).difference(paths)))  # the folders among them
-    all_alone = len(set(groups)) == len(groups)
-    known_groups = None if all_alone else np.asarray(groups, dtype=np.bytes_)
+        is_one_place = len(set(places)) == 1  # then each image is a group of its own
+        groups += paths if is_one_place else places
+        folders = set(places).difference(paths)
+        nested.update(os.fsdecode(folder) for folder in folders)
+    no_two_together = len(set(groups)) == len(groups)
+    known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
     images = ImageFiles(root, tuple(found), np.asarray(all_paths, dtype=np.bytes_), targets, known_groups)
     return ClassListing(images, {label: others for label, (_, others) in found.items()}, sorted(nested))
 
@@ -189,7 +193,7 @@ def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[s
     empty = [label for index, label in enumerate(images.labels) if index not in used]
     if empty:
         more = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
-        ignored = describe_suffixes(_count_suffixes(listing.others[empty[0]]))
+        ignored = describe_suffixes(_count_suffixes(listing.other_files[empty[0]]))
         only_others = f", only other files ({ignored})" if ignored else ""
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
@@ -239,10 +243,11 @@ def _too_few_classes(images: ImageFiles) -> DataError:
 
 def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
     """Describe the folders of *root* that training ignores, and folders such as val that count as classes."""
-    unused = (*parts.held_out[1:], *parts.others)
-    if parts.train and unused:
-        used = " and ".join((parts.train, *parts.held_out[:1]))
-        yield f"{root}: training uses {used} only, not {shorten(unused)}"
+    if parts.train:
+        used = (parts.train, *parts.held_out[:1])  # the first folder of held-out images, if there is one
+        unused = (*parts.held_out[1:], *parts.others)
+        if unused:
+            yield f"{root}: training uses {' and '.join(used)} only, not {shorten(unused)}"
     elif parts.held_out and parts.others:
         yield f"{root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
 
@@ -283,16 +288,17 @@ def open_evaluation_images(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        return read_label_table(root, labels, multi_label=True).held_out()
-    if (kind := detect_kind(root)) is not None:
-        images, other_classes = open_part(kind, "held_out", root), True  # other classes are left out
+        return read_label_table(root, labels, multi_label=True).held_out()  # has exactly the classes *labels*
+    kind = detect_kind(root)
+    if kind is not None:
+        images = open_part(kind, "held_out", root)
     else:
         folder = _held_out_folder(root, labels, log)
         if has_label_table(folder):
             images = read_label_table(folder, labels, multi_label=False).held_out()
         else:
             images = list_classes(folder).images
-    images = _match_classes(root, images, labels, other_classes, log)
+    images = _match_classes(root, images, labels, other_classes or kind is not None, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
         log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")
@@ -300,14 +306,14 @@ def open_evaluation_images(
 
 
 def _match_classes(
-    root: Path, images: ImageFiles, labels: tuple[str, ...], other_classes: bool, log: Log
+    root: Path, images: ImageFiles, labels: tuple[str, ...], allow_unknown: bool, log: Log
 ) -> ImageFiles:
-    """Give *images* the classes *labels*; raises `DataError` for other classes unless *other_classes*."""
-    aliases = class_aliases()
-    names = tuple(name if name in labels else aliases.get(name, name) for name in images.labels)
-    unknown = [label for label, name in zip(images.labels, names, strict=True) if name not in labels]
-    none_is_known = len(unknown) == len(names)
-    if unknown and (none_is_known or not other_classes):
+    """Give *images* the classes *labels*; raises `DataError` for other classes unless *allow_unknown*."""
+    aliases, found = class_aliases(), images.labels
+    names = tuple(name if name in labels else aliases.get(name, name) for name in found)
+    unknown = [folder for folder, name in zip(found, names, strict=True) if name not in labels]
+    none_is_known = len(unknown) == len(found)  # which is never allowed: no image would remain
+    if unknown and (none_is_known or not allow_unknown):
         verb = "are not classes" if len(unknown) > 1 else "is no class"
         raise DataError(
             f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "
@@ -351,12 +357,12 @@ def open_any_images(root: Path) -> ImageFiles:
 
 
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
-    """Return the folder with the held-out images in *root*, or *root* itself without one."""
-    if set(list_subfolders(root)) <= set(labels):  # a class may be named as a part is
+    """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
+    if set(list_subfolders(root)) <= set(labels):  # each one is a class of the network, even if named val
         return root
     parts = find_parts(root)
-    only_classes = parts.others and not parts.train  # then a folder named val counts as a class, too
-    if only_classes or not parts.held_out:
+    val_is_a_class = parts.others and not parts.train  # as in training, which needs a train/ next to a val/
+    if val_is_a_class or not parts.held_out:
         return root
     folder = part_folder(root, parts.held_out[0])
     log(f"{folder}: the images in this folder are used")

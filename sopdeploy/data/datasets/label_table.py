@@ -68,12 +68,13 @@ def has_label_table(root: Path) -> bool:
     path = root / LABELS_FILE
     if not path.is_file():
         return False
-    header = path.read_bytes()[:1000].partition(b"\n")[0].decode("utf-8-sig", "replace")
+    start = path.read_bytes()[:1000]  # longer than any header
+    header = start.partition(b"\n")[0].decode("utf-8-sig", "replace")
     columns = {column.strip(' "\r') for column in re.split("[,;\t]", header)}
-    if columns & set(_REQUIRED):
+    if columns & set(_REQUIRED):  # one right name is enough: reading the table names what is wrong
         return True
     folders = list_subfolders(root)
-    has_class_folders = len(folders) >= 2 or TRAIN in folders
+    has_class_folders = len(folders) >= 2 or TRAIN in folders  # a single folder may hold the listed images
     return not has_class_folders
 
 
@@ -112,12 +113,14 @@ def read_label_table(
 def _targets(
     table: Path, rows: list["_Row"], labels: tuple[str, ...], multi_label: bool | None
 ) -> NDArray[Any]:
-    """Build the targets of *rows*, (N,) or (N, C); *multi_label* is that of `read_label_table`."""
+    """Build the targets of *rows*: (N, C) if *multi_label*, else (N,); None: (N,) if all have one class."""
     targets = np.array([[label in row.classes for label in labels] for row in rows], dtype=np.float32)
-    not_single = np.flatnonzero(targets.sum(axis=1) != 1)
-    if multi_label or (multi_label is None and not_single.size):
+    not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
+    if multi_label is None:
+        multi_label = not_single.size > 0
+    if multi_label:
         return targets
-    if not_single.size:
+    if not_single.size > 0:
         line = rows[not_single[0]].line
         raise DataError(
             f"{table}: line {line}: has no class or several, but the network predicts one; keep one class"

@@ -85,7 +85,7 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
     dataset_class: Any = getattr(importlib.import_module("torchvision.datasets"), layout.class_name)
     options: dict[str, Any] = {"loader": str}  # the images are their paths
     if kind == "places365":
-        options["small"] = (root / "val_256").is_dir()
+        options["small"] = (root / "val_256").is_dir()  # the official files with images of 256 pixels
     try:
         dataset = dataset_class(str(root), split=split, download=False, **options)
         files, targets = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
@@ -95,9 +95,9 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
             "use the official files in its layout"
         ) from error
     labels = sorted(dataset.class_to_idx, key=dataset.class_to_idx.get)
-    if kind == "places365":  # `/a/apartment_building/outdoor` is `apartment_building-outdoor` in folders
-        labels = [name.strip("/").partition("/")[2].replace("/", "-") for name in labels]
-    paths = [os.fsencode(file.removeprefix(f"{root}/")) for file in files]
-    return ImageFiles(
-        root, tuple(labels), np.asarray(paths, dtype=np.bytes_), np.asarray(targets, dtype=np.int64)
-    )
+    if kind == "places365":  # the label of `/a/apartment_building/outdoor` is `apartment_building-outdoor`
+        without_letter = [name.strip("/").partition("/")[2] for name in labels]  # apartment_building/outdoor
+        labels = [name.replace("/", "-") for name in without_letter]
+    relative = [os.fsencode(file.removeprefix(f"{root}/")) for file in files]
+    paths = np.asarray(relative, dtype=np.bytes_)
+    return ImageFiles(root, tuple(labels), paths, np.asarray(targets, dtype=np.int64))
