@@ -1,7 +1,6 @@
 """Per-epoch records: held-out metrics, and diagnostics for the report.
 
-Diagnostics never influence training: they are computed in eval mode on a fixed subset of the held-out
-images, without random numbers.
+Diagnostics never influence training: they use eval mode, fixed held-out images, and no random numbers.
 
 The field names of the classes here are keys in checkpoints and columns of `history.csv`.
 """
@@ -27,8 +26,7 @@ HELD_OUT_METRICS = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")  # th
 class Diagnostics(StrictModel):
     """Diagnostics on `num_images` images.
 
-    `right` has one character per image: 1 if the top class of the main head is right, otherwise 0. It is
-    empty with several classes per image.
+    `right` has a character per image: 1 if the main head's top class is right, else 0; empty if multi-label.
     """
 
     num_images: int

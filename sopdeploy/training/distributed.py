@@ -69,19 +69,20 @@ class Strategy(ProcessGroup):
         """
         if not self.joined or not parameters:
             return list(tensors)
-        num_given = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int()).tolist()
-        dense = [
-            torch.zeros_like(parameter) if tensor is None else tensor
-            for tensor, parameter, count in zip(tensors, parameters, num_given, strict=True)
-            if count > 0
-        ]
+        num_given = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
+        sums: list[Tensor | None] = [None] * len(parameters)
+        given_by_any = num_given.nonzero().flatten().tolist()  # indices of parameters
+        if not given_by_any:
+            return sums
+        pairs = [(tensors[index], parameters[index]) for index in given_by_any]
+        dense = [torch.zeros_like(like) if tensor is None else tensor for tensor, like in pairs]
         total = torch.cat([tensor.reshape(-1) for tensor in dense])
         dist.all_reduce(total)  # in place; `total` is a copy
-        parts = iter(torch.split(total, [tensor.numel() for tensor in dense]))
-        return [  # each with the memory layout of its parameter
-            torch.empty_like(parameter).copy_(next(parts).view_as(parameter)) if count > 0 else None
-            for parameter, count in zip(parameters, num_given, strict=True)
-        ]
+        parts = torch.split(total, [tensor.numel() for tensor in dense])
+        for index, part in zip(given_by_any, parts, strict=True):
+            like_parameter = torch.empty_like(parameters[index])  # with the memory layout of the parameter
+            sums[index] = like_parameter.copy_(part.view_as(like_parameter))
+        return sums
 
     def shard(self, samples: Sequence[int]) -> list[int]:
         """Select this process' part of *samples*; the sizes differ by at most one."""
@@ -117,8 +118,7 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
 def join_processes() -> Iterator[None]:
     """Connect the processes of the run, if there are several, while the context is active.
 
-    Raises `TrainingError` if the connection to another process is lost, `ConfigError` if a process has no GPU
-    of its own.
+    Raises `TrainingError` after a lost connection, and `ConfigError` if a process has no GPU of its own.
     """
     if not is_distributed():
         yield
@@ -128,9 +128,11 @@ def join_processes() -> Iterator[None]:
     store, rank, world = next(rendezvous("env://"))
     store = PrefixStore(_attempt_prefix(), store)
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
+    # Only if all processes end, at the end of the run or by a stop, which all raise after the same step, they
+    # leave the group. After an error of this process, another one may wait for a sum, and the group remains.
     try:
         yield
-    except TrainingStoppedError:  # raised by all; after other errors, a process may still wait for a sum
+    except TrainingStoppedError:
         dist.destroy_process_group()
         raise
     except RuntimeError as error:

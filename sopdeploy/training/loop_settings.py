@@ -139,11 +139,12 @@ class OneCycle(StrictModel):
 
     def factor(self, time: float, epochs: int) -> float:
         """Compute the factor on the base learning rate after *time* of *epochs* epochs."""
+        first, last = 1 / 25, 1 / 25 / 1e4  # PyTorch's `div_factor` is 25, its `final_div_factor` 1e4
         progress = time / epochs
         if progress < self.rise:
-            start, end, part = 1 / 25, 1.0, progress / self.rise
+            start, end, part = first, 1.0, progress / self.rise
         else:
-            start, end, part = 1.0, 1 / 25 / 1e4, (progress - self.rise) / (1 - self.rise)
+            start, end, part = 1.0, last, (progress - self.rise) / (1 - self.rise)
         return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 
@@ -151,10 +152,7 @@ Schedule = Annotated[Milestones | Cosine | OneCycle, pydantic.Field(discriminato
 
 
 class EmaConfig(StrictModel):
-    """The decay of the averaged weights, which are evaluated and exported.
-
-    In update n the decay is at most (1 + n) / (10 + n).
-    """
+    """The decay of the averaged weights that are exported; in update n, at most (1 + n) / (10 + n)."""
 
     decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999
 

@@ -89,8 +89,7 @@ class StartConfig(StrictModel):
 class ModelConfig(CatalogModel):
     """The network to train: a model of the catalog, and the fields of its config that are not defaults.
 
-    `remove_branches_at` is an ablation: the epoch (from 0) at which the branches are removed; None keeps
-    them.
+    `remove_branches_at` is an ablation: the branches are removed at this epoch (from 0), or kept (None).
     """
 
     remove_branches_at: Count | None = None
@@ -190,10 +189,9 @@ def change_recipe(
     """Read the recipe *source*, a packaged name or a `.toml` file, or take the *recorded* values of a run.
 
     A recipe may name another packaged one as its `base`, whose values apply where it has none itself.
-    *source* also names the recorded values in messages.
-    *changes* are dotted keys with their values. If they select another network, the values of `model.config`
-    that this network does not have are dropped; if another `data.kind` or `procedure.kind`, those of the
-    table that this kind does not have. Raises `ConfigError` that names the file or key, and the closest key.
+    *source* also names the recorded values in messages. *changes* are dotted keys with their values. If they
+    select another network, data source or procedure, the options of the one before that the selected one does
+    not have are dropped. Raises `ConfigError` that names the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     _drop_values_of_others(values, dict(changes))
@@ -209,7 +207,7 @@ def change_recipe(
 
 
 def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Drop the values of another network, data source or procedure than *overrides* select."""
+    """Drop the values that the network, data source or procedure selected by *overrides* does not have."""
     for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
         table, chosen = values.get(name), overrides.get(f"{name}.{selector}")
         if not isinstance(table, dict) or not isinstance(chosen, str) or chosen == table.get(selector):
@@ -252,10 +250,7 @@ def validate_recipe(values: dict[str, Any], source: str) -> Recipe:
 
 
 def check_same_recipe(recipe: Recipe, values: dict[str, Any], source: Path) -> None:
-    """Check that *recipe* differs from *values*, recorded in *source*, only in `CHANGEABLE_KEYS`.
-
-    Raises `ConfigError` that names the first other key.
-    """
+    """Raise `ConfigError` if *recipe* and the *values* in *source* differ in more than `CHANGEABLE_KEYS`."""
     recorded = validate_recipe(values, str(source))
     before = dict(flatten(recorded.model_dump(mode="json")))
     now = dict(flatten(recipe.model_dump(mode="json")))
@@ -280,31 +275,33 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
             return f"{key}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
         case "extra_forbidden":
             return f"{key}: unknown key{_suggest_key(key)}"
-    path_with_tags = ".".join(map(str, problem["loc"]))  # with which `first_problem` begins
-    return key + first_problem(error).removeprefix(path_with_tags)
+    path_with_tags = ".".join(map(str, problem["loc"]))
+    reason = first_problem(error).removeprefix(f"{path_with_tags}: ")
+    return f"{key}: {reason}"
 
 
 def _name_key(path: Sequence[str | int], values: Any) -> str:
     """Return the dotted key of *path* in *values*, without what pydantic inserts for unions.
 
-    That is the `kind` of a table behind its key, and the type behind the key of another value.
+    That is the `kind` of a table behind its key, and the type behind the key of another value: the key of
+    ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder", "path", "str") `data.path`.
     """
-    keys, value, kind = [], values, None
+    keys, value, tag = [], values, None
     for part in path:
-        is_key = isinstance(value, dict | list) and part != kind
-        kind = None
-        if is_key:
-            keys.append(str(part))
-            value = value.get(part) if isinstance(value, dict) else None
-            kind = value.get("kind", "sgd") if isinstance(value, dict) else None  # optimizers may lack it
+        if part == tag or not isinstance(value, dict | list):
+            tag = None  # it stands only once behind the key
+            continue
+        keys.append(str(part))
+        value = value.get(part) if isinstance(value, dict) else None
+        tag = value.get("kind", "sgd") if isinstance(value, dict) else None  # only optimizers may omit it
     return ".".join(keys)
 
 
 def _suggest_key(key: str) -> str:
-    """Say what the unknown *key* may mean: one of another kind, one in a table, or a similar one."""
-    known = sorted(set(_list_keys(Recipe)))
+    """Return the end of the message "unknown key" about *key*: "; did you mean optimizer.lr?", or ""."""
+    known = sorted(set(_list_keys(Recipe)))  # of all kinds of optimizers, data sources and others
     if key in known:
-        return " of this kind"
+        return " of this kind"  # for example, `optimizer.nesterov` of the kind adamw
     same_name = [name for name in known if name.endswith(f".{key}")]
     close = same_name or difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -320,14 +317,11 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested tables with dotted keys.
-
-    An empty optional table, such as `ema`, is a value: it selects the defaults.
-    """
+    """Yield the values of nested tables with dotted keys."""
     for key, value in table.items():
-        field = Recipe.model_fields.get(prefix + key)
+        field = None if prefix else Recipe.model_fields.get(key)  # only whole tables of a recipe are optional
         is_optional = field is not None and field.default is None
-        is_value = is_optional and not value
+        is_value = is_optional and not value  # an empty table `ema` selects its defaults
         if isinstance(value, Mapping) and not is_value:
             yield from flatten(value, f"{prefix}{key}.")
         else:

@@ -36,8 +36,7 @@ def recipe_text(source: str | Path) -> str:
 def read_values(source: str | Path) -> dict[str, Any]:
     """Read the values of *source*, and of its `base` where it has none.
 
-    A table with another `kind` or `name` replaces that of the base; otherwise its keys do.
-    Raises `ConfigError`.
+    A table with another `kind` or `name` replaces that of the base, otherwise its keys. Raises `ConfigError`.
     """
     try:
         values = tomllib.loads(recipe_text(source))

@@ -203,10 +203,7 @@ _ADAPTER: pydantic.TypeAdapter[AnyProcedureResult] = pydantic.TypeAdapter(AnyPro
 
 
 def read_result(training: Mapping[str, Any]) -> AnyProcedureResult | None:
-    """Read the result of the procedure from the record of a training; None before its end.
-
-    Raises `CheckpointError` if it is invalid.
-    """
+    """Read the result from the record of a training, None before its end; raises `CheckpointError`."""
     if "procedure" not in training:
         return None
     try:

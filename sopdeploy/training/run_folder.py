@@ -86,16 +86,17 @@ class RunFolder:
     def unlock(self) -> None:
         """Release the lock, if this process holds it; an empty folder that `lock` created is removed."""
         if self._lock is not None:
-            self._lock.close()
             with suppress(OSError):
-                (self.path / LOCK_FILE).unlink()
-                if self._created:
+                (self.path / LOCK_FILE).unlink()  # before another process can lock it
+            self._lock.close()
+            if self._created:
+                with suppress(OSError):
                     self.path.rmdir()  # fails if it holds files
 
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
         """Lock the folder and read `last.pt` to *resume*; otherwise check that a new run can be written here.
 
-        Returns None for a new run. Raises `ConfigError` if the folder cannot be used.
+        Returns None for a new run, which calls `lock` itself. Raises `ConfigError` for an unusable folder.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:
@@ -110,7 +111,8 @@ class RunFolder:
                 remedies={"resume": "always"},
             )
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        others = {name for name in names - {LOCK_FILE} if not name.endswith(PARTIAL)}  # left by a killed run
+        # A run that was killed before its first checkpoint may have left the lock file and partial files.
+        others = {name for name in names - {LOCK_FILE} if not name.endswith(PARTIAL)}
         is_no_folder = os.path.lexists(self.path) and not self.path.is_dir()
         if others or is_no_folder:
             raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
@@ -148,7 +150,7 @@ class RunFolder:
         best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
         has_best_weights = position.step == 0 and best.epoch == position.epoch  # no step since the best epoch
         if has_best_weights:
-            self.save_best(run)
+            self.save_best(run)  # in all processes, which together average the running statistics
         if self.strategy.rank != 0:
             return
         with writing(self.history, CheckpointError), atomic_write(self.history) as partial:

@@ -38,8 +38,7 @@ class SignalState:
     def exchange(self, *, save_due: bool = False) -> bool:
         """Exchange the signals of all processes, which must call this the same number of times.
 
-        Raises `TrainingStoppedError` if one of them has received a stop signal; returns whether *save_due* is
-        true in one of them.
+        Returns whether *save_due* is true in one of them; raises `TrainingStoppedError` if one was stopped.
         """
         flags = [number in self.received for number in STOP_SIGNALS] + [save_due]
         *counts, due_count = self.processes.all_reduce(torch.tensor(flags).int()).tolist()
@@ -53,9 +52,9 @@ class SignalState:
 def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
     """Record signals instead of acting on them; the second stop signal calls the previous handler.
 
-    With several processes, the second one is only recorded, too: torchrun and the batch system often both
-    send one, and torchrun kills processes that take too long. Outside the main thread, where Python delivers
-    no signals, no handlers are installed.
+    With several processes, all signals are only recorded: torchrun and the batch system often both send one,
+    and the second one must not end a process that is saving. torchrun kills processes that take too long.
+    Outside the main thread, where Python delivers no signals, no handlers are installed.
     """
     state = SignalState(processes)
     if threading.current_thread() is not threading.main_thread():

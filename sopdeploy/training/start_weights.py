@@ -9,7 +9,7 @@ Preprocessing values that the recipe's `[preprocess]` does not set are those of 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pydantic
 import torch
@@ -96,11 +96,11 @@ def read_start_weights(
 
 def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
-    # The tensors of NAME have the same names in `head:NAME`, and those of `timm:NAME` in `dsop-timm:NAME`.
-    model = recipe.model.name.removeprefix("head:")
+    model = recipe.model.name.removeprefix("head:")  # `head:resnet50` reads the file of `resnet50`
     weights = recipe.start.weights if recipe.start is not None else None
     if isinstance(weights, Path):
         path = expand_user(weights)
+        # `dsop-timm:NAME` reads the file of `timm:NAME`; importers know names without a colon as they are.
         source_model = model.removeprefix("dsop-") if ":" in model else model
     else:  # "imagenet"
         from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
@@ -133,11 +133,9 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
 def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
     """Add the values of *base* that the `[preprocess]` of *recipe* does not set.
 
-    If the recipe sets `crop` without `resize`, `resize` keeps the ratio of *base*.
-    Raises `ConfigError` if the values do not fit together.
+    If the recipe sets `crop` without `resize`, `resize` keeps the ratio of *base*. Raises `ConfigError`.
     """
-    names = recipe.preprocess.model_fields_set if "preprocess" in recipe.model_fields_set else set()
-    given: dict[str, Any] = {name: getattr(recipe.preprocess, name) for name in names}
+    given = recipe.preprocess.model_dump(exclude_unset=True)
     if "crop" in given and "resize" not in given:
         given["resize"] = max(given["crop"], round(given["crop"] * base.resize / base.crop))
     try:
@@ -163,12 +161,14 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     of_other_classes = [*classifiers, *of_branches] if predicts_others else []  # these layers are not loaded
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*of_other_classes, *training_only, *classifiers)
-    container = last_layer.rpartition(".")[0]  # "" without one
-    contains_backbone = is_in(next(iter(own)), container)
-    whole_classifier = "" if contains_backbone else container  # "": the classifier is a single layer
+    container = last_layer.rpartition(".")[0]  # `classifier` of the layer `classifier.6`; "" of `fc`
+    contains_backbone = is_in(next(iter(own)), container)  # the first tensor belongs to the backbone
+    has_several_layers = (
+        container != "" and not contains_backbone
+    )  # the classifier, which is then *container*
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
-    for name, tensor in own.items():
+    for name, tensor in own.items():  # each one is loaded, in a new part, or an error
         given = None if is_in(name, *of_other_classes) else weights.tensors.get(name)
         if given is not None and given.shape == tensor.shape:
             if given.is_floating_point() and not bool(torch.isfinite(given).all()):
@@ -179,7 +179,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
             matching[name] = given
         elif part := _added_part(name, may_be_new):
             new.add(part)
-        elif given is not None and is_in(name, whole_classifier):
+        elif given is not None and has_several_layers and is_in(name, container):
             new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length
         elif given is not None:
             raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
@@ -201,10 +201,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
 def _unused_parts(
     weights: StartWeights, own: Collection[str], training_only: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """List the parts of *weights* that have tensors outside of *own*.
-
-    Raises `WeightsError` for the first such tensor, by name, that belongs to the backbone.
-    """
+    """List the parts of *weights* with tensors outside of *own*; raises `WeightsError` for the backbone."""
     unused: set[str] = set()
     for name in sorted(weights.tensors.keys() - own):
         part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
@@ -227,9 +224,9 @@ def create_initial_model(
 ) -> InitialModel:
     """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
 
-    *source* is the file of `start.weights`, if it was opened before. Start weights are loaded if the recipe
-    selects some, and their preprocessing completes that of the recipe; for "none", the default does. Raises
-    the errors of `read_start_weights` and `load_start_weights`.
+    *source* is the file of `start.weights`, if it was opened before. Without `start`, the recipe stays as it
+    is; with weights, these are loaded, and their preprocessing completes that of the recipe; with "none", the
+    default preprocessing does. Raises the errors of `read_start_weights` and `load_start_weights`.
     """
     weights = read_start_weights(recipe, strategy, source)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))

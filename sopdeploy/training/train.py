@@ -150,8 +150,8 @@ def start_or_resume(
 ) -> tuple[Run, Split]:
     """Create the run, or rebuild it from the *checkpoint* in *folder*, and open its data.
 
-    All checks run before a checkpoint is written. A new run's folder is locked here, a resumed one's by
-    `folder.open`.
+    All checks run before a file is written: for a resumed run by `save_derived_files` here, for a new one by
+    its procedure. A new run's folder is locked here, a resumed one's by `folder.open`.
     """
     strategy = folder.strategy
     recorded = None  # the procedure of the run to resume
@@ -178,8 +178,9 @@ def start_or_resume(
     if reason:
         callback.on_message(reason)
     side, next_epoch = run.recipe.preprocess.crop, run.position.epoch + 1
-    has_epochs = isinstance(recipe.procedure, LoopConfig) and next_epoch <= recipe.epochs
-    resumed = f", resumed at epoch {next_epoch}" if checkpoint is not None and has_epochs else ""
+    resumed = ""
+    if checkpoint is not None and isinstance(recipe.procedure, LoopConfig) and next_epoch <= recipe.epochs:
+        resumed = f", resumed at epoch {next_epoch}"
     callback.on_message(
         f"{len(data.train)} training images, {len(data.held_out)} held out{resumed}; the network sees "
         f"{side} x {side} pixels"
@@ -258,8 +259,8 @@ def _record_origin(
 ) -> None:
     """Set the origin of the *run*, which may continue *checkpoint*, and the hashes of the training images.
 
-    Hashes stay empty above `MAX_HASHED` images and outside of the first process. Warns of equal files with
-    different labels.
+    Hashes stay empty above `MAX_HASHED` images and outside of the first process. It alone writes files, so
+    the others may have other ids of the run. Warns of equal files with different labels.
     """
     if run.strategy.rank == 0 and len(data.train) <= MAX_HASHED:
         hashes = hash_images(data.train)
@@ -267,11 +268,12 @@ def _record_origin(
         if warning := describe_contradictions(data.train, hashes):
             callback.on_warning(warning)
     before = None if checkpoint is None else checkpoint.origin
+    data_path = getattr(run.recipe.data, "path", None)  # some data sources have none
     run.origin = Origin(
         run=folder_name(folder.path),
         run_id=token_hex(6) if before is None else before.run_id,
         started=utc_now() if before is None else before.started,
-        data=folder_name(getattr(run.recipe.data, "path", None) or run.recipe.data.kind),  # some have no path
+        data=run.recipe.data.kind if data_path is None else folder_name(data_path),
         num_images=len(data.train) + len(data.held_out),
         num_classes=len(run.labels),
         sample=run.image_hashes[:SAMPLED].tolist(),  # the lowest: `np.unique` sorts
@@ -281,8 +283,7 @@ def _record_origin(
 def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Run:
     """Create a run that trains *initial* on *images*, of the class that the procedure of its recipe needs.
 
-    Raises `DataError` for a single image, `ConfigError` for settings that do not fit the images or the
-    network.
+    Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or network.
     """
     if len(images) < 2:
         raise DataError("there is only one training image; add another, a step needs two")
@@ -306,6 +307,7 @@ def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel)
 def check_same_step(run: Run, folder: Path) -> None:
     """Raise `ConfigError`, in at least one process, if the processes would resume from different steps."""
     position = torch.tensor([run.position.epoch, run.position.step])
+    # If positions differ, some process is not at their mean: the sum is not its position times their number.
     if not torch.equal(run.strategy.all_reduce(position), position * run.strategy.world):
         raise ConfigError(
             f"{folder}: the processes find different checkpoints; use a disk that all machines share"
@@ -335,9 +337,9 @@ def resume_run(
         start = checkpoint.training.get("start")
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
         run = create_run(images, strategy, initial)
-        run.name = checkpoint.model  # to which a finished few-shot run has added its head
+        run.name = checkpoint.model  # after a few-shot run, this is `head:` and the name in the recipe
         run.result = read_result(checkpoint.training)
-        is_finished = run.result is not None  # before, the thresholds of a checkpoint are defaults
+        is_finished = run.result is not None  # otherwise the checkpoint has default thresholds
         run.decision = checkpoint.decision if is_finished else None
         run.load_resume_state(state)
     except pydantic.ValidationError as error:

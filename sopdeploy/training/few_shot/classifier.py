@@ -6,7 +6,7 @@ weights; the bias is not regularized. The optimum lies in the span of the inputs
 orthonormal basis of this span, with at most as many dimensions as there are images. Of more than `MAX_RANK`
 images, a random choice of that many spans the space, so that time and memory grow linearly with the images.
 
-Letters: N images, D features, R dimensions of the basis, K classes, G values of C.
+Letters: N images, D features, R dimensions of the basis, K classes, G values of C, the weight of the losses.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,16 +55,17 @@ class Targets:
         """
         targets, ones = images.targets.astype(np.int64), np.ones(len(images))
         if targets.ndim == 2:
-            # Entry (N, K) is the size of the class if the image shows it, otherwise larger than any class.
-            sizes = np.where(targets > 0, targets.sum(axis=0), np.iinfo(np.int64).max)
-            rarest_class = np.where(targets.any(axis=1), sizes.argmin(axis=1), -1)
-            return cls((targets > 0).astype(np.float64), ones, rarest_class, "sigmoid", False)
+            is_shown_NK = targets > 0
+            # A class that an image does not show counts as larger than all others, so that it is not chosen.
+            sizes_NK = np.where(is_shown_NK, targets.sum(axis=0), np.iinfo(np.int64).max)
+            rarest_N = np.where(is_shown_NK.any(axis=1), sizes_NK.argmin(axis=1), -1)
+            return cls(is_shown_NK.astype(np.float64), ones, rarest_N, activation="sigmoid", balanced=False)
         classes = np.eye(len(images.labels))[targets]
         counts = classes.sum(axis=0)
         at_least_one = np.maximum(counts, 1)  # a class may have no images here
         balanced = bool(counts.max() > BALANCE_ABOVE * at_least_one.min())
         weights = classes @ (counts.mean() / at_least_one) if balanced else ones
-        return cls(classes, weights, targets, "softmax", balanced)
+        return cls(classes, weights, targets, activation="softmax", balanced=balanced)
 
     def losses(self, logits: Array) -> Array:
         """Compute the weighted loss (..., N) of logits (..., N, K); "sigmoid" is the mean over classes."""
@@ -84,9 +85,9 @@ class Targets:
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
         """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.
 
-        Images with equal *keys* share a fold, so that there are at most as many folds as keys. There may be
-        more folds than images of a class: heads that are fitted to nearly all images give energies like
-        those of the final head. Raises `DataError` if all keys are equal.
+        Images with equal *keys* share a fold, so that there are at most as many folds as keys. Many folds are
+        wanted, even more than a class has images: each head is then fitted to nearly all images, and its
+        energies are similar to those of the final head. Raises `DataError` if all keys are equal.
         """
         groups_N = np.unique(keys, return_inverse=True)[1]
         num_groups = int(groups_N.max()) + 1
@@ -151,6 +152,7 @@ class Problem:
             """Compute the inputs (n, D) of *images*, a slice or indices."""
             return (np.concatenate([part[images] for part in parts], axis=1) - center_D) * scale_D
 
+        # Up to `MAX_RANK` images, these are all images in their order, and the basis is exact.
         spanning = np.sort(np.random.default_rng(0).permutation(count)[:MAX_RANK])
         basis = np.linalg.qr(inputs(spanning).T)[0]  # (D, R)
         reduced = np.concatenate([inputs(block) @ basis for block in blocks])
@@ -204,12 +206,13 @@ class Problem:
         contradict their labels more clearly (Northcutt et al., "Confident Learning", JAIR 2021, section 3).
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
-        of_label_N = log_probabilities_NK[self.targets.classes > 0]  # one class per image
+        is_label_NK = self.targets.classes > 0  # true once in each row
+        of_label_N = log_probabilities_NK[is_label_NK]
         other_is_likelier_N = of_label_N < log_probabilities_NK.max(axis=1)
         doubted_N = other_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
         if not doubted_N.any():
             return logits_NK
-        return self.cross_validate(folds_N, [strength], ~doubted_N)[0]
+        return self.cross_validate(folds_N, [strength], fitted=~doubted_N)[0]
 
     def fit_all(self, strength: float) -> LinearHead:
         """Fit a head to all images with C = *strength*; it reads the vectors of the network, not `reduced`.
@@ -218,7 +221,8 @@ class Problem:
         large C, the solver stops before the optimum, so that its logits depend on the start. Thresholds that
         were fitted to out-of-fold logits must suit this head, too.
         """
-        *_, head = self.fit(np.arange(len(self.reduced)), GRID[: GRID.index(strength) + 1])
+        head = list(self.fit(np.arange(len(self.reduced)), GRID[: GRID.index(strength) + 1]))[-1]
+        # Its input is reduced = ((vector - center) * scale) @ basis; these factors become a part of the head.
         weight_KD = (head.weight @ self.basis.T) * self.scale
         return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
 
@@ -232,14 +236,14 @@ class Problem:
         return distances_N
 
     def distance_weight(self, logits_NK: Array, distances_N: Array) -> float:
-        """Compute the weight of the distance, whose multiple is subtracted from all logits of an image.
+        """Compute the weight w: all logits of an image are reduced by w times its distance (*distances_N*).
 
         The logits of a linear classifier grow with the distance from the mean of the training images, also
         for images that resemble none of them. The subtraction lowers the energy of distant images and keeps
-        all probabilities; ViM subtracts the norm of a residual (Wang et al., CVPR 2022, section 4). A
-        standard deviation of *distances_N* then counts as `DISTANCE_WEIGHT` of that of the energy.
+        all probabilities; ViM subtracts the norm of a residual (Wang et al., CVPR 2022, section 4). With the
+        standard deviations s over the images, w = `DISTANCE_WEIGHT` * s(energy) / s(distance).
         """
-        if self.targets.activation == "sigmoid":  # without energy
+        if self.targets.activation == "sigmoid":  # no energy is used there
             return 0.0
         return DISTANCE_WEIGHT * float(energy(logits_NK).std() / max(distances_N.std(), 1e-12))
 
@@ -254,16 +258,17 @@ def _fit_softmax(
     present = np.flatnonzero(classes.any(axis=0))
     targets, shares = classes[:, present], image_weights / image_weights.sum()
     parameters = np.zeros((len(present), inputs.shape[1] + 1))  # the last column is the bias
-    # scikit-learn regularizes the difference d of two classes; their rows are d / 2 and -d / 2.
-    norm_factor = 2 if len(present) == 2 else 1  # the squared norms of these rows add up to half of that of d
+    # For two classes, scikit-learn fits only the difference d of their rows and regularizes |d|^2. The rows
+    # here are then d / 2 and -d / 2, whose squared norms add up to |d|^2 / 2, so they count twice.
+    norm_factor = 2 if len(present) == 2 else 1
     for strength in grid:
         if len(present) > 1:  # otherwise there is nothing to fit, or no image at all
             regularization = norm_factor / (strength * image_weights.sum())
             fixed, start = (inputs, targets, shares, regularization), parameters.ravel()
             found = minimize(_softmax_loss, start, fixed, "L-BFGS-B", jac=True, options=_OPTIONS)
             parameters = found.x.reshape(parameters.shape)
-        # The rule of succession gives an absent class the probability 1 / (N + 2), which are odds of 1 to
-        # N + 1, here against the class with the lowest bias. `initial` is for the case of no image.
+        # By the rule of succession, an absent class has the probability 1 / (N + 2), so its odds are 1 to
+        # N + 1: its logit is log(N + 1) below that of another class, here the lowest bias (at most 0).
         of_absent = parameters[:, -1].min(initial=0.0) - np.log(len(inputs) + 1.0)
         weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.full(classes.shape[1], of_absent)
         weight[present], bias[present] = parameters[:, :-1], parameters[:, -1]
@@ -273,11 +278,12 @@ def _fit_softmax(
 def _softmax_loss(
     parameters: Array, inputs: Array, targets: Array, shares: Array, regularization: float
 ) -> tuple[float, Array]:
-    """Compute the loss of a linear classifier and its gradient by *parameters*, the rows (weight, bias).
+    """Compute the loss of a linear classifier, and its gradient (K * (R + 1),) by *parameters* of this shape.
 
-    *shares* (N,) are the weights of the images, with the sum 1.
+    The parameters are a row (weight, bias) for each class. *inputs* are (N, R), *targets* (N, K), and
+    *shares* (N,) the weights of the images, with the sum 1.
     """
-    weight, bias = np.split(parameters.reshape(targets.shape[1], -1), [-1], axis=1)
+    weight, bias = np.split(parameters.reshape(targets.shape[1], -1), [-1], axis=1)  # (K, R) and (K, 1)
     logs = log_softmax(inputs @ weight.T + bias[:, 0], axis=1)
     loss = regularization / 2 * np.square(weight).sum() - shares @ (targets * logs).sum(axis=1)
     errors = shares[:, None] * (np.exp(logs) - targets)
@@ -326,10 +332,9 @@ def _most_even_fold(images_FS: Array, group_S: Array, sizes_S: Indices) -> int:
 
 
 def compose(losses_GN: Array, logits_GNK: Array, folds_N: Indices) -> Array:
-    """Choose C for each fold by the losses on the other folds; join the logits of the choices to (N, K).
+    """Choose C, axis G, for each fold by the losses on the other folds; join the chosen logits to (N, K).
 
-    The images of a fold have no part in the choice that is scored on them (Varma and Simon, BMC
-    Bioinformatics 2006).
+    The images of a fold have no part in the choice that is scored on them (Varma and Simon, 2006).
     """
     composed_NK = np.zeros(logits_GNK.shape[1:])
     for fold in range(int(folds_N.max()) + 1):
@@ -343,7 +348,7 @@ def shift_energies(validations: Sequence[OutOfFold], distance_weight: float) -> 
     """Shift the logits (N, K) of the first validation to the mean energies of all *validations*.
 
     As in the deployed network, *distance_weight* times the distance is subtracted. All logits of an image are
-    shifted by the same number, so that its probabilities stay.
+    shifted by the same number, which shifts the energy (log-sum-exp) by it, too, and keeps the probabilities.
     """
     energies = [energy(one.logits) - distance_weight * one.distances for one in validations]
     logits_NK = validations[0].logits
@@ -356,13 +361,14 @@ def estimate(
 ) -> Rate | MeanPrecision:
     """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval; *groups_N* are independent.
 
-    The heads of a cross-validation share most of their training images. With its number of *folds*, 0 for
-    images that no head was fitted to, the interval of top-1 is widened by the factor of Nadeau and Bengio,
-    "Inference for the Generalization Error" (2003), section 3.
+    *folds* is the number of folds of a cross-validation, or 0 for held-out images. The heads of a
+    cross-validation share most of their training images, so the interval of top-1 is widened: Nadeau and
+    Bengio, "Inference for the Generalization Error" (2003), section 3.
     """
     if activation == "softmax":
         right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
-        # (1 / J + test / training) / (1 / J), where J folds have test / training images = 1 / (J - 1)
-        variance_factor = 1 + folds / (folds - 1) if folds else 1.0
+        # With J folds, the factor is (1 / J + r) * J. Each head is tested on one fold and fitted to the other
+        # ones, so that the ratio r of test images to training images is 1 / (J - 1).
+        variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
         return Rate.of(int(right.sum()), len(right), effective_count(groups_N) / variance_factor)
     return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)

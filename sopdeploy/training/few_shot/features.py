@@ -14,7 +14,6 @@ from torch import Tensor
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
 from sopdeploy.data.batches import load_batches
 from sopdeploy.data.near import Copies, find_pairs
-from sopdeploy.errors import ConfigError
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
@@ -52,18 +51,16 @@ class Features:
     def columns(self, head: HeadConfig) -> list[slice]:
         """Find the columns of `vectors` that *head* reads: one slice per statistic and tap.
 
-        A vector has the network's own vector ("gap"), the means of all taps, and the roots of all taps.
+        A vector of `full` is the network's own vector ("gap"), then the means of all taps, then all roots.
         """
         pooled = self.full.pooled_head
-        means = {("mean", tap): length for tap, length in pooled.channels.items()}
-        roots = {  # none if no head of this run reads roots
-            ("isqrt", tap): pooled.pooling(tap).out_features for tap in pooled.channels if pooled.poolings
-        }
-        own_length = self.full.num_features() - sum(means.values()) - sum(roots.values())
+        means = [("mean", tap, length) for tap, length in pooled.channels.items()]
+        roots = [("isqrt", tap, pooled.pooling(tap).out_features) for tap in pooled.channels]
+        own_length = self.full.num_features() - sum(length for _, _, length in means + roots)
         columns, start = [], 0
-        for (statistic, tap), length in {("gap", ""): own_length, **means, **roots}.items():
-            of_head = tap == "" or tap in (head.taps or ())  # "": the network's own vector is of no tap
-            if statistic in head.parts and of_head:
+        for statistic, tap, length in [("gap", None, own_length), *means, *roots]:
+            is_of_head = tap is None or (head.taps is not None and tap in head.taps)
+            if statistic in head.parts and is_of_head:
                 columns.append(slice(start, start + length))
             start += length
         return columns
@@ -71,10 +68,11 @@ class Features:
     @torch.no_grad()
     def find_copies(self, images: LabeledImages) -> Indices:
         """Find the pairs (2, P) of near-duplicates among *images* by the averages of the feature maps."""
-        copies = Copies.of(images, self.hashes)  # modified ones, which show the features of near-duplicates
+        copies = Copies.of(images, self.hashes)  # modified: they show how similar near-duplicates are
         batches = self.outputs.batches(copies, list(range(len(copies))))
-        of_batches = [average_views(batch.own, batch.maps) for batch in batches]
-        whole = [np.concatenate(of_map)[:, 0] for of_map in zip(*of_batches, strict=True)]  # without corners
+        views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
+        views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
+        whole = [views[:, 0] for views in views_of_maps]  # the first view, not those of the corners
         return find_pairs(self.views, whole, copies.originals, images.targets)
 
     @torch.no_grad()
@@ -87,7 +85,7 @@ class Features:
         config = self.head.model_copy(update={"distance": with_distance})
         model = with_head(self.recipe.model.name, self.model, config)
         pooled, weight = model.pooled_head, fitted.weight
-        if pooled.poolings:  # the head reads roots
+        if pooled.poolings:  # the head reads roots of covariances: it gets the projections that `full` fitted
             for tap in pooled.channels:
                 pooled.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
         if with_distance:  # the head appends the distance to its vector
@@ -101,11 +99,11 @@ class Features:
 
 
 class Batch(NamedTuple):
-    """Images at `indices`: hashes of the pixels, the network's own vectors, and its maps by tap."""
+    """Images at `indices`: hashes of the pixels, the network's own vectors (B, D_0), and its maps by tap."""
 
     indices: list[int]
     hashes: list[str]
-    own: Tensor
+    own_vectors: Tensor
     maps: dict[str, Tensor]
 
 
@@ -122,23 +120,24 @@ class CachedNetwork:
         entries = self._entries(images, indices)
         for start in range(0, len(indices), self.batch_size):
             chosen = indices[start : start + self.batch_size]
-            by_output = zip(*islice(entries, len(chosen)), strict=True)
-            digests, own, *maps = (np.ascontiguousarray(np.stack(arrays)) for arrays in by_output)
+            by_output = zip(*islice(entries, len(chosen)), strict=True)  # instead of by image
+            digests, own_vectors, *maps = (np.ascontiguousarray(np.stack(arrays)) for arrays in by_output)
             hashes = [digest.tobytes().hex() for digest in digests]
-            of_tap = {
+            maps_by_tap = {
                 tap: torch.from_numpy(one).to(self.device, memory_format=torch.channels_last)
                 for tap, one in zip(self.network.maps, maps, strict=True)
             }
-            yield Batch(chosen, hashes, torch.from_numpy(own).to(self.device), of_tap)
+            yield Batch(chosen, hashes, torch.from_numpy(own_vectors).to(self.device), maps_by_tap)
 
     def vectors(self, batch: Batch) -> NDArray[np.float32]:
         """Compute the vectors that the head reads."""
-        return self.network.pooled_head.vector(batch.own, batch.maps).float().cpu().numpy()
+        return self.network.pooled_head.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
 
     def _entries(self, images: LabeledImages, indices: list[int]) -> Iterator[Entry]:
-        """Yield the entries of the images at *indices*: hash of the pixels, own vector, the maps.
+        """Yield the entries of the images at *indices*: [hash of the pixels, own vector, map of each tap].
 
-        Those that the cache does not have are computed in full batches, one batch ahead at most.
+        Those without a file in the cache are computed in full batches, one batch ahead at most. Files are
+        read one by one: a damaged one is found only in its turn, and its entry is then computed on its own.
         """
         paths = {index: self.cache.find(images.read(index)) for index in indices}
         missing = [index for index in indices if not paths[index].exists()]
@@ -146,8 +145,9 @@ class CachedNetwork:
         for index in indices:
             if index in to_compute:
                 yield next(computed)  # in the order of `missing`, which is that of `indices`
-            else:  # a damaged entry is None
-                yield self.cache.read(paths[index]) or next(self._compute(images, [index], paths))
+                continue
+            entry = self.cache.read(paths[index])
+            yield next(self._compute(images, [index], paths)) if entry is None else entry
 
     def _compute(
         self, images: LabeledImages, indices: list[int], paths: Mapping[int, Path]
@@ -187,27 +187,27 @@ def compute_features(
     first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
     outputs.network.pooled_head.fit_projection([batch.maps for batch in first])
     vectors = np.zeros((len(images), outputs.network.num_features()), np.float32)
-    views: list[NDArray[np.float32]] = []
+    views: list[NDArray[np.float32]] = []  # (N, V, C) for each map
     hashes: dict[int, str] = {}
     for batch in chain(first, batches):
         vectors[batch.indices] = outputs.vectors(batch)
-        of_batch = average_views(batch.own, batch.maps)
+        views_of_batch = average_views(batch.own_vectors, batch.maps)  # (B, V, C) for each map
         if not views:  # the first batch gives their shapes
-            views = [np.zeros((len(images), *view.shape[1:]), np.float32) for view in of_batch]
-        for view, part in zip(views, of_batch, strict=True):
-            view[batch.indices] = part
-        hashes |= zip(batch.indices, batch.hashes, strict=True)
+            views = [np.zeros((len(images), *part.shape[1:]), np.float32) for part in views_of_batch]
+        for of_all, of_batch in zip(views, views_of_batch, strict=True):
+            of_all[batch.indices] = of_batch
+        hashes.update(zip(batch.indices, batch.hashes, strict=True))
         on_image(len(hashes), len(images))
     return vectors, views, [hashes[index] for index in range(len(images))]
 
 
-def average_views(own: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
+def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
     """Average each of *maps* (B, C, H, W) as a whole and in its four corners, which overlap; (B, 5, C).
 
-    Without maps, the only view is the network's *own* vector, (B, 1, D).
+    Without maps, the only view is the network's own vector, (B, 1, D_0).
     """
     if not maps:
-        return [own.float().cpu().numpy()[:, None]]
+        return [own_vectors.float().cpu().numpy()[:, None]]
     averages = []
     for features in maps.values():
         high, wide = (max(1, round(CORNER * side)) for side in features.shape[2:])
@@ -221,14 +221,11 @@ def average_views(own: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.fl
 def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
     """Give *model* a head on all statistics of its last taps, or without taps a head on its own vector."""
     torch.manual_seed(derive_seed(recipe.seed, "head"))
-    taps = tuple(model.tap_channels)[-TAPS:] or None
-    head = HeadConfig(kind="gap+mean+isqrt", taps=taps, width=WIDTH)
-    try:
-        return with_head(recipe.model.name, model, head).eval()
-    except ConfigError as error:
-        if not str(error).startswith("head.taps"):  # which says that there are no feature maps
-            raise
-        return with_head(recipe.model.name, model, HeadConfig(kind="gap")).eval()
+    head = HeadConfig(kind="gap")
+    if model.tap_channels:
+        last_taps = tuple(model.tap_channels)[-TAPS:]
+        head = HeadConfig(kind="gap+mean+isqrt", taps=last_taps, width=WIDTH)
+    return with_head(recipe.model.name, model, head).eval()
 
 
 def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:

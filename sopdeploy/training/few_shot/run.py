@@ -72,6 +72,7 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
     _fit_decision(run, data.train, result)
     seconds = time.monotonic() - since
     targets = Targets.of(data.train)
+    # The weights of the classes are for the fit only: the history shows the mean loss of all training images.
     unweighted_N = targets.losses(run.state["out_of_fold"].numpy()) / targets.weights
     losses = {"loss": float(unweighted_N.mean())}
     row = EpochRow(epoch=1, lr=run.recipe.optimizer.lr, losses=losses, metrics=metrics, seconds=seconds)
@@ -106,13 +107,10 @@ def fit_classifier(
     judged = _largest_copies(images, connect(count, pairs, features.hashes))  # given groups are no copies
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
-    first_G = np.unique(groups_N, return_index=True)[1]  # the first image of each group names the group
-    keys_N = np.asarray(features.hashes)[first_G][groups_N]
     targets = Targets.of(images)
-    is_repeated = targets.activation == "softmax" and len(first_G) < FEW_GROUPS
-    attempts = ((), (1,), (2,)) if is_repeated else ((),)  # the first one has the same folds in both cases
-    seeds = [derive_seed(run.recipe.seed, "folds", *attempt) for attempt in attempts]
-    folds = [targets.folds(keys_N.tolist(), config.folds, seed) for seed in seeds]
+    _, first_G = np.unique(groups_N, return_index=True)  # the hash of its first image names a group
+    keys_N = [features.hashes[first] for first in first_G[groups_N].tolist()]
+    folds = _make_folds(targets, keys_N, config.folds, run.recipe.seed)
     parts = [features.vectors[:, columns] for columns in features.columns(features.head)]
     problem = Problem.create(parts, targets)
     validations = [problem.out_of_fold(folds_N) for folds_N in folds]
@@ -122,13 +120,9 @@ def fit_classifier(
     distance_weight = float(np.mean(distance_weights))
     shifted_NK = shift_energies(validations, distance_weight)
     choice_done = time.monotonic()
+    classes, num_folds = targets.classes[judged], int(folds[0].max()) + 1
     score = estimate(
-        targets.classes[judged],
-        targets.activation,
-        logits_NK[judged],
-        run.recipe.seed,
-        groups_N[judged],
-        int(folds[0].max()) + 1,
+        classes, targets.activation, logits_NK[judged], run.recipe.seed, groups_N[judged], num_folds
     )
     taps = f" of {', '.join(features.head.taps)}" if features.head.taps else ""
     result = FewShotResult(
@@ -159,14 +153,19 @@ def fit_classifier(
     return result
 
 
-def _largest_copies(images: LabeledImages, copies_N: Indices) -> Indices:
-    """Return the index of the image with the most pixels, the least cropped one, of each group of *copies_N*.
+def _make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
+    """Assign images to folds (N,): for one cross-validation, or three below `FEW_GROUPS` different keys."""
+    seeds = [derive_seed(seed, "folds")]
+    if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
+        seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]
+    return [targets.folds(keys_N, at_most, of_attempt) for of_attempt in seeds]
 
-    Only images of groups with several ones are opened.
-    """
+
+def _largest_copies(images: LabeledImages, copies_N: Indices) -> Indices:
+    """Return the index of the image with the most pixels, the least cropped one, for each of the groups."""
     has_copy_N = np.bincount(copies_N)[copies_N] > 1
     pixels_N = np.zeros(len(copies_N))
-    for index in np.flatnonzero(has_copy_N).tolist():
+    for index in np.flatnonzero(has_copy_N).tolist():  # only these images are opened
         pixels_N[index] = np.prod(images[index][0].size)
     by_group_largest_first = np.lexsort((-pixels_N, copies_N))
     first_of_group = np.unique(copies_N[by_group_largest_first], return_index=True)[1]
@@ -179,22 +178,25 @@ def _describe_groups(images: LabeledImages, targets: Targets, groups_N: Indices)
         label: set(groups_N[of_class > 0].tolist())
         for label, of_class in zip(images.labels, targets.classes.T, strict=True)
     }
-    contradictions = (map(images.identity, group) for group in targets.contradictions(groups_N))
+    contradictions = tuple(
+        " = ".join(images.identity(index) for index in indices.tolist())
+        for indices in targets.contradictions(groups_N)  # of the images of each group with different classes
+    )
     return {
         "num_groups": int(groups_N.max()) + 1,
         "one_group": tuple(label for label, groups in groups_of_class.items() if len(groups) == 1),
-        "contradictions": tuple(" = ".join(names) for names in contradictions),
+        "contradictions": contradictions,
     }
 
 
 def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResult, HeldOutMetrics]:
     """Return *result* with the score to report, and the metrics of the same predictions.
 
-    They are those of the held-out images, or, without such images, the cross-validated ones.
+    They are those of the held-out images. Without such images, *result* has the score of cross-validation.
     """
     recipe, images = run.recipe, data.held_out
     if not len(images):
-        judged = run.state["judged"].numpy()
+        judged = run.state["judged"].numpy()  # indices: of copies of a photograph, only one is counted
         logits_NK = run.state["out_of_fold"].numpy()[judged]
         return result, held_out_metrics(run.labels, logits_NK, data.train.targets[judged])
     logits_NK, targets = predict_logits(
@@ -205,8 +207,8 @@ def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResu
         workers=recipe.workers,
     )
     groups_N = np.arange(len(images)) if images.groups is None else images.groups
-    held_out = Targets.of(images)
-    score = estimate(held_out.classes, held_out.activation, logits_NK, recipe.seed, groups_N)
+    expected = Targets.of(images)
+    score = estimate(expected.classes, expected.activation, logits_NK, recipe.seed, groups_N)
     field = "top1" if isinstance(score, Rate) else "map"
     result = result.model_copy(update={field: score, "estimated_on": "held-out"})
     return result, held_out_metrics(run.labels, logits_NK, targets)

@@ -1,7 +1,6 @@
 """Exponential moving average (EMA) of the weights.
 
-Source: Polyak and Juditsky (1992). The warm-up of the decay is that of TensorFlow's
-`ExponentialMovingAverage`.
+Source: Polyak and Juditsky (1992); the warm-up of the decay is TensorFlow's (`ExponentialMovingAverage`).
 """
 
 import copy

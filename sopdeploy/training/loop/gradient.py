@@ -19,8 +19,9 @@ def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> t
     loss, the gradient or a buffer is not finite; the weights are then unchanged.
     """
     recipe, position = run.recipe, run.position
-    other_rank = (run.strategy.rank,) if run.strategy.rank else ()  # the first draws as a single process does
-    torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *other_rank))
+    # Each process draws other random numbers; process 0 draws those of a run of a single process.
+    rank_key = [run.strategy.rank] if run.strategy.rank > 0 else []
+    torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *rank_key))
     factor = recipe.schedule.factor(position.epoch + position.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
@@ -74,10 +75,8 @@ def _backward(run: LoopRun, loss: Tensor) -> None:
 
 
 def _check_finite_step(run: LoopRun, loss: Loss, norm: Tensor) -> None:
-    """Raise `TrainingError` if the gradient, the loss or a buffer is not finite.
-
-    At this point, batch norm's running statistics include the batch, but the weights are unchanged.
-    """
+    """Raise `TrainingError` if the gradient, the loss or a buffer is not finite, before weights change."""
+    # Batch norm's running statistics, which include this batch already.
     buffers = [buffer for buffer in run.trained().buffers() if buffer.is_floating_point()]
     finite = torch.stack([value.isfinite().all() for value in (norm, loss.total, *buffers)])
     if int(run.strategy.all_reduce(finite.all().int())) == run.strategy.world:  # one wait for the device

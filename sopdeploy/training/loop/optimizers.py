@@ -41,21 +41,21 @@ class AdaHessian(Optimizer):
 
         z is a vector of random signs that depends on *seed*, so |H z| estimates the diagonal of H. With the
         same seed in all processes of a step, the sum of their products is that of the whole batch. The
-        network must be twice differentiable.
+        network must be twice differentiable. H z is the gradient of the product of the gradient and z.
         """
         gradients = torch.autograd.grad(loss, self.trainable, create_graph=True, allow_unused=True)
-        used = [(p, g) for p, g in zip(self.trainable, gradients, strict=True) if g is not None]
-        curved = {p: g for p, g in used if g.requires_grad}  # of the others, H z is 0
+        pairs = zip(self.trainable, gradients, strict=True)
+        used = {p: g for p, g in pairs if g is not None}  # None: the loss does not depend on p
+        curved = {p: g for p, g in used.items() if g.requires_grad}  # the other gradients are constant
+        signs = [random_signs(seed, number, p) for number, p in enumerate(curved)]
         products = torch.autograd.grad(
-            list(curved.values()),
-            list(curved),
-            grad_outputs=[random_signs(seed, number, p) for number, p in enumerate(curved)],
-            allow_unused=True,
+            list(curved.values()), list(curved), grad_outputs=signs, allow_unused=True
         )
-        for parameter, gradient in used:
+        for parameter, gradient in used.items():
             parameter.grad = gradient.detach().clone()
-        pairs = zip(curved, products, strict=True)
-        self.curvatures = {parameter: product for parameter, product in pairs if product is not None}
+        # `step` takes 0 for parameters without a product: no gradient depends on them.
+        found = zip(curved, products, strict=True)
+        self.curvatures = {parameter: product for parameter, product in found if product is not None}
 
     def all_reduce(self, add: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
         """Replace gradients and curvatures by their sums over processes; *add* is `sum_by_parameter`."""
@@ -69,9 +69,11 @@ class AdaHessian(Optimizer):
 
     @torch.no_grad()
     def step(self, _closure: Any = None, /) -> None:  # type: ignore[override]
-        """Update the parameters that have a gradient by Eqs. (11) and (12).
+        """Update the parameters w that have a gradient by Eqs. (11) and (12) of the paper of the class.
 
-        The Hessian diagonal of 4-D weights is averaged over the kernel. Closures are not supported.
+        With the unbiased means m of the gradients and v of the squared Hessian diagonals, w is multiplied by
+        1 - lr * weight_decay, and lr * m / (v^(k/2) + eps) is subtracted. The Hessian diagonal of 4-D weights
+        is averaged over the kernel. Closures are not supported.
         """
         updates = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, group in updates:
@@ -90,9 +92,10 @@ class AdaHessian(Optimizer):
             state["curvature"].mul_(decay_curvature)
             state["curvature"].addcmul_(diagonal, diagonal, value=1 - decay_curvature)
             # Divided by 1 - decay^count, the means are unbiased, as in Adam.
-            root = (state["curvature"] / (1 - decay_curvature**count)).sqrt().pow(group["power"])
+            root = (state["curvature"] / (1 - decay_curvature**count)).sqrt()
+            denominator = root.pow(group["power"]) + group["eps"]
             parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.addcdiv_(state["mean"], root.add_(group["eps"]), value=-lr / (1 - decay**count))
+            parameter.addcdiv_(state["mean"], denominator, value=-lr / (1 - decay**count))
 
 
 def random_signs(seed: int, number: int, like: Tensor) -> Tensor:

@@ -31,11 +31,11 @@ _RESAMPLES = 1000
 def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -> None:
     """Train all weights of *run*, which may be a resumed one, by gradient descent.
 
-    Writes `best.pt` of the best epoch, `last.pt` and the history to *folder*, and sets `run.result` and
-    `run.decision`.
+    Writes `best.pt` of the best epoch, `last.pt` and the history; sets `run.result` and `run.decision`.
     """
     recipe = run.recipe
-    pad = recipe.augment.pad if isinstance(recipe.augment, PadCrop) and recipe.augment.held_out else 0
+    augment = recipe.augment
+    pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0  # of held-out images
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad)
     with handle_signals(run.strategy) as signals:
         try:
@@ -47,7 +47,7 @@ def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -
                 folder.save_last(run)
                 folder.save_derived_files(run)
                 callback.on_epoch_end(run.position.history[-1])
-            fit_best(run, held_out, folder, callback)
+            fit_best(run, held_out, folder, callback)  # which no signal stops
         except TrainingStoppedError as stop:
             folder.save_last(run)
             stop.message = (
@@ -78,7 +78,7 @@ def train_epoch(
     shards = [run.strategy.shard(samples) for samples in batches[run.position.step :]]
     since = time.monotonic()
     for batch in load_batches(dataset, shards, recipe.workers, run.strategy.device):
-        step = run.position.step
+        step = run.position.step  # which `after_step` increases
         size = len(batches[step])  # samples of all processes
         loss, gradient_norm = train_step(run, batch, num_samples=size, steps=len(batches))
         now = time.monotonic()
@@ -110,6 +110,7 @@ def evaluate_epoch(
         processes=run.strategy,
         on_batch=on_batch,
     )
+    # Every process computes these for the same few images itself, so its batches are whole ones.
     diagnostics = diagnose(run.exported, held_out, recipe.preprocess, recipe.batch_size)
     run.after_epoch(metrics, diagnostics, time.monotonic() - since)
 
@@ -166,10 +167,11 @@ def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False)
         score: dict[str, Any] = {"map": metrics.score}
     else:
         accuracy = metrics.score
-        predictions = [row.diagnostics.right if row.diagnostics else "" for row in history]
-        are_complete = count > 1 and all(len(right) == count for right in predictions)
+        # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".
+        texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
+        are_complete = count > 1 and all(len(text) == count for text in texts)
         if selected_by == "same images" and are_complete:
-            right_EN = np.array([list(right) for right in predictions]) == "1"
+            right_EN = np.array([list(text) for text in texts]) == "1"
             accuracy, selected_by = corrected_score(right_EN), "other images"
         score = {"top1": Rate.of(round(accuracy * count), count)}  # rounded if corrected
     return LoopResult(

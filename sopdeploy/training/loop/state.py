@@ -29,10 +29,7 @@ LR_FACTOR = "times"
 
 @dataclass(kw_only=True)
 class LoopRun(Run):
-    """A run of the training loop; `groups` are the optimizer's parameter groups.
-
-    Raises `ConfigError` for a teacher if images have several classes.
-    """
+    """A run of the training loop; `groups` are the optimizer's parameter groups."""
 
     normalize: Normalize = field(init=False)
     groups: list[dict[str, Any]] = field(init=False)
@@ -47,7 +44,7 @@ class LoopRun(Run):
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing
             self.teacher = Teacher(recipe.teacher, self.labels, recipe.preprocess, smoothing, recipe.seed)
-        self.replace_model(self.name, self.model)  # prepares both for training
+        self.replace_model(self.name, self.model)  # prepares the model and the teacher for training
         self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
 
     @cached_property
@@ -79,19 +76,19 @@ class LoopRun(Run):
         position.seen += count
         position.gradient += gradient_norm * count
         position.train_seconds += seconds
-        position.seconds += seconds
+        position.seconds += seconds  # to which `after_epoch` adds the time of the evaluation
 
     def after_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
         """Add an epoch with its metrics, whose evaluation took *seconds*, to the position."""
         position = self.position
         row = EpochRow(
             epoch=position.epoch + 1,
-            lr=self.optimizer.param_groups[0]["lr"],  # of the last step; the factor of this group is 1
+            lr=self.optimizer.param_groups[0]["lr"],  # of the last step; the `LR_FACTOR` of this group is 1
             losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,
             gradient=position.gradient / position.seen,
             component_counts=position.component_counts,
-            images_per_second=position.seen / max(position.train_seconds, 1e-9),  # 0 on a coarse clock
+            images_per_second=position.seen / max(position.train_seconds, 1e-9),  # a coarse clock gives 0 s
             diagnostics=diagnostics,
             seconds=position.seconds + seconds,
         )
@@ -110,7 +107,7 @@ class LoopRun(Run):
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def replace_model(self, name: str, model: Classifier) -> None:
-        """Replace the model by *model*, named *name*; parameters that both have keep their optimizer state.
+        """Replace the model by *model*, named *name*; parameters of equal names keep their optimizer state.
 
         Their averages are kept, too, so that *model* must not have tensors that the model before lacks.
         """
@@ -118,13 +115,13 @@ class LoopRun(Run):
         if "optimizer" in self.__dict__:  # the cached property was used
             states = {
                 key: self.optimizer.state[parameter]
-                for key, parameter in self.trained().named_parameters()
+                for key, parameter in self.trained().named_parameters()  # of the model before
                 if parameter in self.optimizer.state
             }
             del self.optimizer  # the next access creates one for the new groups
         super().replace_model(name, model)
         self._prepare_training()
-        for key, parameter in self.trained().named_parameters():
+        for key, parameter in self.trained().named_parameters():  # of the new model, with equal names
             if key in states:
                 self.optimizer.state[parameter] = states[key]
         if self.ema is not None:
