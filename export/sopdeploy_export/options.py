@@ -54,9 +54,9 @@ class ExportOptions(Options):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ConfigError("only with precision int8", setting=name)
         elif self.calibrate is None:
-            raise ConfigError(
-                "int8 needs images to measure ranges on", setting="precision", remedies={"calibrate": None}
-            )
+            problem = "int8 needs images to measure ranges on"
+            remedies = {"calibrate": None}  # without a value to try: only the user knows the folder
+            raise ConfigError(problem, setting="precision", remedies=remedies)
         return self
 
 
@@ -92,9 +92,9 @@ class NetworkExportOptions(NetworkOptions):
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "NetworkExportOptions":
         if self.network is None:
-            for name in self.model_fields_set:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    remedies = {"network": None}
+            for name, field in type(self).model_fields.items():
+                if getattr(self, name) != field.default:
+                    remedies = {"network": None}  # without a value to try: only the user knows the builder
                     raise ConfigError("only for a network of your own", setting=name, remedies=remedies)
         if self.plain_option and self.plain is None:
             raise ConfigError("only with a plain network", setting="plain_option", remedies={"plain": None})

@@ -58,7 +58,7 @@ def export_checkpoint(
     options = options or ExportOptions()
     checkpoint = read_checkpoint(path)
     project = options.name or checkpoint.project or checkpoint.model.replace(":", "-")
-    if options.name is None:
+    if options.name is None:  # a name that the user gave may be that of a bundle, in order to replace it
         check_same_images(destination, project, checkpoint)
     network = build_classifier(checkpoint, path)
     subject = ExportSubject(
@@ -80,7 +80,8 @@ def export_checkpoint(
 def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` if *destination* has bundles of *project*, but none with images of *checkpoint*.
 
-    A server would replace one network by the other. Without hashes, a checkpoint or a bundle fits any other.
+    A server would replace one network by the other. The caller omits this check if the user named the
+    *project*. Without hashes, a checkpoint or a bundle fits any other.
     """
     images = set(checkpoint.image_hashes.tolist())
     manifests = [found.manifest for found in read_bundles(destination)]
@@ -101,7 +102,7 @@ def export_subject(
     check_exportable(subject.network, subject.detachment.training_only)
     accuracy = None
     if options.calibrate is not None or options.evaluate is not None:
-        from sopdeploy_export.precision.accuracy_gate import AccuracyCheck  # noqa: PLC0415 # for images only
+        from sopdeploy_export.precision.accuracy_gate import AccuracyCheck  # noqa: PLC0415 # rarely needed
 
         accuracy = AccuracyCheck(subject, options)
     preprocess, images = subject.preprocess, generated_images(subject.preprocess.crop)
@@ -119,13 +120,11 @@ def export_subject(
         if accuracy is not None:
             measured = accuracy.measure(certified.model, file)
             precision = precision.model_copy(update={"accuracy": measured})
-            accuracy.reject(precision)
+            accuracy.check_drop(precision)
         on_step("comparing the file with the network")
         deployed = Deployed(certified.network, preprocess).eval()
-        expected = compare.compute_reference(
-            deployed, images, converted.run, options.precision, converted.gate
-        )
-        parity = compare.compare_file(file, expected, images, options.batch, allow_drift=options.allow_drift)
+        exact = compare.compute_reference(deployed, images, converted.run, options.precision, converted.gate)
+        parity = compare.compare_file(file, exact, images, options.batch, allow_drift=options.allow_drift)
         if options.pt2:
             on_step("writing and checking network.pt2")
             content = torch_program.serialize_program(certified.program, certificate)
@@ -140,12 +139,13 @@ def export_subject(
             decision=subject.decision,
         )
         on_step("writing the bundle")
-        probes = as_probes(images, expected, parity)
+        probes = as_probes(images, exact, parity)
         write_probes(folder / "probes.npz", probes)
         write_golden_examples(subject, folder, converted.gate, parity, probes.tolerance[LOGITS])
         manifest = _write_reports(subject, folder, options, probes, results)
         path, seconds = bundle.publish(folder, manifest, destination), time.monotonic() - started
-    return Exported(path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds, **vars(results))
+    # `Exported` has all fields of `ExportResults`, its base class, and these four.
+    return Exported(**vars(results), path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds)
 
 
 def _prove(
@@ -200,7 +200,7 @@ def certify_onnx(
             raise CertificateError(f"the ONNX graph of the {role} network is not that of the detached one")
     if mixing and not options.allow_batch_dependence:
         problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
-        if mixing[0].startswith(NO_RULE):  # the subject of the sentence: "no rule for ..."
+        if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
             problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
         raise LoweringError(problem, remedies={"allow_batch_dependence": True})
     roots = certificate.roots.model_copy(update={"onnx": root})
@@ -222,11 +222,12 @@ def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Coun
 
 
 def as_probes(images: NDArray[np.uint8], expected: compare.ParityReference, parity: ParityReport) -> Probes:
-    """Create the bundle's probes from the *images* (P, H, W, 3) that were compared.
+    """Create the bundle's probes from those of *images* (P, H, W, 3) whose outputs *parity* compared.
 
-    If drift was allowed, the tolerance of an output is at least twice its observed drift.
+    If drift was allowed, the tolerance of an output is at least twice the difference that was measured from
+    float64 and between batch sizes.
     """
-    compared = parity.compared_images
+    compared = compare.compared_images(parity.routing, len(images))
     factor = 2 if parity.drift_allowed else 0  # otherwise the drift is within the tolerance
     return Probes(
         images=images[compared],
@@ -269,7 +270,7 @@ def _write_reports(
         report = getattr(results, name).model_dump(mode="json")
         (folder / f"{name}.json").write_bytes(to_json(report))
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
-    certificate, side, precision = results.certificate, subject.preprocess.crop, results.precision.precision
+    certificate, side, precision = results.certificate, subject.preprocess.crop, options.precision
     model = onnx.load(folder / ONNX_FILE)
     versions = {
         "sopdeploy": __version__,
@@ -298,7 +299,7 @@ def _write_reports(
         "lineage": Lineage(
             checkpoint_sha256=subject.sha256,
             program_root=certificate.roots.any_batch,
-            onnx_root=certificate.roots.onnx if precision == "fp32" else onnx_root(model),
+            onnx_root=onnx_root(model),
         ),
         "versions": {**versions, **subject.plugins()},
         "precision": precision,

@@ -118,12 +118,6 @@ class ParityReport(StrictModel):
         return self.precision != "int8" and self.logits.tolerance >= self.spread / 2
 
     @property
-    def compared_images(self) -> list[int]:
-        """The indices of the images whose outputs were compared."""
-        left_out = () if self.routing is None else self.routing.left_out
-        return [image for image in range(self.num_images) if image not in left_out]
-
-    @property
     def logits(self) -> OutputParity:
         """The drift of the logits."""
         return self.outputs[LOGITS]
@@ -150,13 +144,7 @@ def count_flips(
 
 
 class Quantization(StrictModel):
-    """The quantization to int8.
-
-    Attributes:
-        runtime: The runtime that the graph is quantized for.
-        num_images: Number of calibration images.
-        num_layers: Number of int8 convolutions.
-    """
+    """The quantization to int8 for `runtime`: the numbers of calibration images and of int8 convolutions."""
 
     runtime: Int8For
     num_images: int

@@ -36,8 +36,7 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
     broken = [label for label in bundle.labels if len(f"{label}.".splitlines()) > 1]  # also "label\n"
     if broken:
         raise BundleError(
-            f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {_LABELS}"
-            "; rename the class"
+            f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {_LABELS}; rename it"
         )
     target = repository / bundle.name
     with staging(repository) as folder:
@@ -117,13 +116,8 @@ def _model_config(bundle: Bundle) -> str:
         onnx_sha256=manifest.files[bundle.onnx.name].sha256,
     )
     for size in sorted({1, batch.optimum, batch.maximum}):  # Triton repeats one probe image to this size
-        text += WARMUP_CONFIG.format(
-            size=size,
-            name=json.dumps(image.name),
-            kind=TYPES[image.dtype],
-            dims=_dims(image),
-            file=WARMUP,
-        )
+        name, kind = json.dumps(image.name), TYPES[image.dtype]
+        text += WARMUP_CONFIG.format(size=size, name=name, kind=kind, dims=_dims(image), file=WARMUP)
     if batch.maximum > 1:
         text += BATCHING.format(preferred=sorted({batch.optimum, batch.maximum} - {1}))
     return text

@@ -75,13 +75,14 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
 def build_plan(trt: Any, gpu: cache.Gpu, bundle: Bundle, key: EngineKey, report: Report) -> bytes:
     """Build the plan for *key* from the graph of *bundle*, or from its program by torch-tensorrt.
 
-    A build may use a quarter of the GPU's memory.
+    A build may use a quarter of the GPU's memory. torch-tensorrt does not *report* its progress.
     """
     workspace = gpu.memory // 4
     if key.via == "torch-tensorrt":
         from sopdeploy_export.engine_builder.from_program import build_from_program  # noqa: PLC0415 # torch
 
-        return build_from_program(bundle, key.profiles[0], workspace)
+        (profile,) = key.profiles  # `get_engine` requests a single one for torch-tensorrt
+        return build_from_program(bundle, profile, workspace)
     graph = cast_images_first(onnx.load(bundle.onnx)).SerializeToString(deterministic=True)
     return parse_and_build(trt, graph, key.profiles, workspace, report)
 

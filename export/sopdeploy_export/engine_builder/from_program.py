@@ -35,11 +35,13 @@ def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> byte
         )
     except RuntimeError as error:  # it asks for the GPU when it is imported
         raise RuntimeUnavailableError(f"torch-tensorrt: {first_line(error)}") from error
-    program = torch.export.load(path).run_decompositions({torch.ops.aten.sort.stable: sort_by_topk})
+    program = torch.export.load(path)
+    # torch-tensorrt has no converter for a stable sort, but one for `topk`.
+    program = program.run_decompositions({torch.ops.aten.sort.stable: sort_by_topk})
     _cast_images_first(program)
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
-        opt_shape=(profile.maximum, *manifest.image_shape),
+        opt_shape=(profile.maximum, *manifest.image_shape),  # the engine is tuned for the largest batch
         max_shape=(profile.maximum, *manifest.image_shape),
         dtype=torch.uint8,
     )
@@ -67,12 +69,10 @@ def _cast_images_first(program: ExportedProgram) -> None:
 
     The only operator that TensorRT has for uint8 is a cast; moving pixels after it gives the same values.
     """
-    (name,) = program.graph_signature.user_inputs
-    images = next(node for node in program.graph.nodes if node.name == name)
-    with program.graph.inserting_after(images):
-        cast = program.graph.call_function(
-            torch.ops.aten._to_copy.default, (images,), {"dtype": torch.float32}
-        )
+    (name,), graph = program.graph_signature.user_inputs, program.graph
+    images = next(node for node in graph.nodes if node.name == name)
+    with graph.inserting_after(images):
+        cast = graph.call_function(torch.ops.aten._to_copy.default, (images,), {"dtype": torch.float32})
     cast.meta["val"] = images.meta["val"].to(torch.float32)
     images.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     program.graph_module.recompile()

@@ -39,10 +39,10 @@ Arrays = dict[str, NDArray[Any]]
 BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
 GateRun = Callable[[Tensor], NDArray[Any]]
 SINGLE_IMAGES, BATCH = 4, 16
-LARGEST_BATCH = 13  # odd, and more than the generated probes; larger ones take time and memory only
+LARGEST_BATCH = 13  # an odd size above the 12 generated probes; larger ones take more time and memory
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
-FOUR_ROUNDINGS = 4 * float(np.finfo(np.float32).eps)  # of a value to float32, relative to it
+FOUR_ROUNDINGS = 4 * float(np.finfo(np.float32).eps)  # four float32 rounding errors, relative to the value
 GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -58,8 +58,9 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation in float64 if an argument names a smaller type or an operand is float64."""
         del types
-        call = (tuple(map(in_float64, args)), {key: in_float64(v) for key, v in (kwargs or {}).items()})
-        with torch._C.DisableTorchFunction():  # without `ReportsFloat32`
+        named = {} if kwargs is None else {name: widen_dtype(value) for name, value in kwargs.items()}
+        call = tuple(map(widen_dtype, args)), named
+        with torch._C.DisableTorchFunction():  # so that `ReportsFloat32` does not change `value.dtype` here
             dtypes = {value.dtype for value in tree_leaves(call) if isinstance(value, Tensor)}
             # An operation that writes to an operand needs this operand itself, not a converted copy.
             if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
@@ -77,8 +78,8 @@ class ReportsFloat32(TorchFunctionMode):
         return torch.float32 if result is torch.float64 and function == GET_DTYPE else result
 
 
-def in_float64(value: Any) -> Any:
-    """Replace *value*, an argument of an operation, by float64 if it is a smaller floating-point type."""
+def widen_dtype(value: Any) -> Any:
+    """Replace *value*, an argument of an operation, by `torch.float64` if it is a smaller `torch.dtype`."""
     return torch.float64 if isinstance(value, torch.dtype) and value in REDUCED else value
 
 
@@ -105,12 +106,12 @@ def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch
     for start in range(0, len(images), batch):
         indices = np.arange(start, start + batch) % len(images)
         try:
-            chunks.append(session.run(names, {INPUT: images[indices]}))
+            outputs = session.run(names, {INPUT: images[indices]})
         except Exception as problem:  # onnxruntime's errors share no base class
             reason = str(problem).strip().partition("\n")[0][:200]
             raise ParityError(f"the exported file rejects a batch of {batch}: {reason}") from problem
-    joined = (np.concatenate(values)[: len(images)] for values in zip(*chunks, strict=True))
-    return dict(zip(names, joined, strict=True))
+        chunks.append(dict(zip(names, outputs, strict=True)))
+    return {name: np.concatenate([chunk[name] for chunk in chunks])[: len(images)] for name in names}
 
 
 def find_gate(network: nn.Module) -> Any:
@@ -126,9 +127,7 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
     """Compute the gate logits (P, N) for *pixels*, in the dtype that *deployed* uses for them."""
     gate = find_gate(deployed.network)
     computed: list[Tensor] = []
-    hook = gate.feature.register_forward_hook(
-        lambda _, _inputs, feature: computed.append(gate.logits(feature))
-    )
+    hook = gate.feature.register_forward_hook(lambda _, _args, feature: computed.append(gate.logits(feature)))
     with hook, torch.no_grad():
         deployed(pixels)
     return computed[0].numpy()
@@ -150,18 +149,21 @@ def compare_routes(
     is *floors* times their difference.
     """
     noise = max(FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max()))
-    compared = decided = is_decided(exact, chosen, floors * noise)
-    if not decided.any():  # then the images with the same components after rounding are compared
-        # A stable sort resolves ties in favor of the lower index, as the gate does.
-        routes = (np.argsort(-logits, axis=1, kind="stable")[:, :chosen] for logits in (exact, rounded))
-        route, route_after_rounding = (np.sort(route, axis=1) for route in routes)
-        compared = (route == route_after_rounding).all(axis=1)
+    decided = is_decided(exact, chosen, floors * noise)
+    is_same_route = (_choose(exact, chosen) == _choose(rounded, chosen)).all(axis=1)
+    compared = decided if decided.any() else is_same_route
     return results.RoutingParity(
         noise_floor=noise,
         tolerance=floors * noise,
         num_undecided=int((~decided).sum()),
         left_out=tuple(np.flatnonzero(~compared).tolist()),
     )
+
+
+def _choose(logits: NDArray[Any], chosen: int) -> NDArray[np.int64]:
+    """Return the components (P, chosen) with the largest *logits* (P, N), in the order of their indices."""
+    # A stable sort resolves ties in favor of the lower index, as the gate does.
+    return np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :chosen], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,25 +190,27 @@ def compute_reference(
     these two errors and of four roundings of its largest value to float32.
     Raises `ParityError` if outputs are not finite or the route of no image can be compared.
     """
-    in_precision = run or deployed
     names, network64 = output_names(deployed.network), copy_module(deployed).double()
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         exact = _run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
-    batched = _run_in_batches(in_precision, names, images, BATCH)
-    single = _run_in_batches(in_precision, names, images[:SINGLE_IMAGES], 1)
+    run = deployed if run is None else run
+    batched = _run_in_batches(run, names, images, BATCH)
+    single = _run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
     routing = None
     if (gate_layer := find_gate(deployed.network)) is not None:
         pixels = torch.from_numpy(images)
-        rounded = gate_logits(deployed, pixels) if gate is None else gate(pixels)
-        exact_logits, floors = gate_logits(network64, pixels), results.FLOORS_BY_PRECISION[precision]
-        routing = compare_routes(exact_logits, rounded, gate_layer.chosen, floors)
-    compared = _compared_images(routing, len(images))
+        routing = compare_routes(
+            exact=gate_logits(network64, pixels),
+            rounded=gate_logits(deployed, pixels) if gate is None else gate(pixels),
+            chosen=gate_layer.chosen,
+            floors=results.FLOORS_BY_PRECISION[precision],
+        )
+    compared = compared_images(routing, len(images))
     if not compared.any():
         raise ParityError(
             f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
             f"so no output can be compared; {UNDECIDED}"
         )
-    compared_single = compared[:SINGLE_IMAGES]
     noise_floor = {}
     for name, values in exact.items():
         if not np.isfinite(values).all():
@@ -219,16 +223,18 @@ def compute_reference(
                 f"the network's own {name} are not finite in {precision} on the probe images: activations "
                 f"overflow; {remedy}"
             )
+        errors = np.abs(batched[name] - values)[compared]
+        errors_of_single = np.abs(single[name] - values[:SINGLE_IMAGES])[compared[:SINGLE_IMAGES]]
         noise_floor[name] = max(
             FOUR_ROUNDINGS * float(np.abs(values).max()),
-            float(np.abs(batched[name] - values)[compared].max(initial=0.0)),
-            float(np.abs(single[name] - values[:SINGLE_IMAGES])[compared_single].max(initial=0.0)),
+            float(errors.max()),
+            float(errors_of_single.max(initial=0.0)),  # 0 if none of the single images is compared
         )
     return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
 
 
-def _compared_images(routing: results.RoutingParity | None, count: int) -> NDArray[np.bool_]:
-    """Mark those of *count* images that *routing* does not leave out."""
+def compared_images(routing: results.RoutingParity | None, count: int) -> NDArray[np.bool_]:
+    """Mark those of *count* images (P,) whose outputs are compared: *routing* does not leave them out."""
     compared = np.ones(count, dtype=np.bool_)
     if routing is not None:
         compared[list(routing.left_out)] = False
@@ -240,8 +246,8 @@ def _run_in_batches(run: BatchRun, names: Sequence[str], images: NDArray[np.uint
     pixels = torch.from_numpy(images)
     with torch.no_grad():
         chunks = [run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
-    joined = (torch.cat(values).numpy() for values in zip(*chunks, strict=True))
-    return dict(zip(names, joined, strict=True))
+    by_name = [dict(zip(names, outputs, strict=True)) for outputs in chunks]
+    return {name: torch.cat([outputs[name] for outputs in by_name]).numpy() for name in names}
 
 
 def compare_file(
@@ -259,11 +265,12 @@ def compare_file(
     always raise.
     """
     session, model = open_session(path), onnx.load(path)
-    below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)  # odd if the maximum is even
+    # The maximum is mostly even; an odd size detects a graph that works for even sizes only.
+    below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, below_maximum})
     by_size = {size: file_outputs(session, images, size) for size in sizes}
     routing = expected.routing
-    compared = _compared_images(routing, len(images))
+    compared = compared_images(routing, len(images))
     outputs = {name: _compare_output(name, by_size, expected, compared) for name in expected.outputs}
     logits = expected.outputs[results.LOGITS]
     report = results.ParityReport(
@@ -308,8 +315,8 @@ def _compare_output(
 def logit_spread(logits: NDArray[Any]) -> float:
     """Compute the range over images of each class's logit in *logits* (P, C), and return the largest.
 
-    A single image gives the range over its classes. A file that returns the same logits for every image has
-    an error of at least half of this range.
+    A single image gives the range over its classes. The tolerance must be below half of the spread: a file
+    that returns the middle of each range for every image has an error of half of the largest range.
     """
     return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
 
@@ -329,14 +336,16 @@ def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], compared:
 def _first_violation(report: results.ParityReport) -> str | None:
     """Describe the first limit that *report* exceeds, if any; a cause is checked before its effects."""
     if report.unverifiable:
+        if report.spread == 0:
+            return "cannot be verified: the spread of the network's logits is 0; train longer"
         floor = report.logits.noise_floor
-        share = floor / max(report.spread, floor * 1e-6)  # limited, because the spread can be 0
-        # `unverifiable` is floors_allowed * floor >= spread / 2, solved for floor / spread.
+        advice = "train longer" if report.precision == "fp32" else "train longer, or choose precision fp32"
+        # The tolerance, floors_allowed * floor, is at least spread / 2; so floor / spread is at least this.
         too_large_share = 0.5 / report.floors_allowed
         return (
-            f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is {share:.0%} of the "
-            f"spread of the logits, and at {too_large_share:.1%} or more a file that ignores its input would "
-            "pass; train longer" + ("" if report.precision == "fp32" else ", or choose precision fp32")
+            f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
+            f"{floor / report.spread:.0%} of the spread of the logits, and at {too_large_share:.1%} or more "
+            f"a file that ignores its input would pass; {advice}"
         )
     for name, output in report.outputs.items():
         if output.largest_drift > output.tolerance:

@@ -1,8 +1,8 @@
 """Serialize the certified network as `network.pt2`, a torch.export file.
 
 torch.export records the source lines of every operation and may store tensors that the program does not need.
-Both are removed. The serialized bytes are then verified: loaded again, they have the certified graph hash,
-and exactly the kept tensors, each in its own storage. The same program gives the same bytes.
+Both are removed. The serialized bytes are then verified: loaded again, they have the certified graph hash
+and no tensors beside the kept ones, each in its own storage. The same program gives the same bytes.
 """
 
 import io
@@ -42,9 +42,10 @@ def serialize_program(program: ExportedProgram, certificate: Certificate) -> byt
 
 
 def check_program(content: bytes, certificate: Certificate) -> None:
-    """Verify that *content* holds the certified program, exactly the kept tensors and no other weights.
+    """Verify that *content* holds the certified program and no weights beside the kept tensors.
 
-    Raises `CertificateError` otherwise.
+    No kept tensor can be missing that the outputs depend on, because the certified graph hash covers its
+    content. Raises `CertificateError` otherwise.
     """
     loaded = torch.export.load(io.BytesIO(content))
     root = program_root(loaded).sha256
@@ -52,11 +53,11 @@ def check_program(content: bytes, certificate: Certificate) -> None:
         raise CertificateError(f"{PROGRAM}: its graph hash {root[:16]} is not the certified one")
     kept = {entry.name: entry for entry in certificate.kept}
     constants = loaded.graph_signature.lifted_tensor_constants  # created in `forward`, covered by the root
-    stored_bytes = 0
+    loaded_bytes = 0
     for full_name, tensor in {**loaded.state_dict, **loaded.constants}.items():
         name = full_name.removeprefix(NETWORK_PREFIX)
         tensor_bytes = tensor.numel() * tensor.element_size()
-        stored_bytes += tensor_bytes
+        loaded_bytes += tensor_bytes
         if tensor.untyped_storage().nbytes() != tensor_bytes:
             raise CertificateError(f"{PROGRAM}: the storage of {name} is larger than the tensor")
         if name.startswith(NORMALIZE_PREFIX) or full_name in constants:
@@ -67,6 +68,6 @@ def check_program(content: bytes, certificate: Certificate) -> None:
             raise CertificateError(f"{PROGRAM}: {name} differs from the tensor that was kept")
     entries = zipfile.ZipFile(io.BytesIO(content)).infolist()
     written_bytes = sum(entry.file_size for entry in entries if _WEIGHTS in entry.filename)
-    extra_bytes = written_bytes - stored_bytes
+    extra_bytes = written_bytes - loaded_bytes  # negative if two names share one written tensor
     if extra_bytes > 0:
         raise CertificateError(f"{PROGRAM}: holds {extra_bytes} bytes of weights that belong to no tensor")

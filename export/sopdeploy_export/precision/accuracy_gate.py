@@ -23,7 +23,7 @@ from sopdeploy_export.results import LOGITS, Accuracy, PrecisionReport
 _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
 MIN_DISTINCT = 32
-MEASURED = 4  # every fourth distinct image of `calibrate` measures, the others calibrate
+EVERY = 4  # of the distinct images of `calibrate`, every fourth measures and the others calibrate
 ALIKE, GRAY_SIDE = 5.0, 8  # root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
 
 
@@ -74,7 +74,7 @@ class AccuracyCheck:
         positions = evenly_spread(len(self._labeled), most).tolist()
         return [preprocess_image(self._labeled[position][0], self._preprocess) for position in positions]
 
-    def reject(self, report: PrecisionReport) -> None:
+    def check_drop(self, report: PrecisionReport) -> None:
         """Raise `ParityError` if *report* lost more accuracy than `max_drop`, unless drift is allowed."""
         measured, limit = report.accuracy, self.options.max_drop
         if measured is None or measured.drop <= limit or self.options.allow_drift:
@@ -93,14 +93,15 @@ class AccuracyCheck:
         return np.concatenate([logits.argmax(axis=1) for logits in batches])
 
     def _batches(self) -> Iterator[NDArray[np.uint8]]:
-        """Yield batches (B, H, W, 3) of the images that measure; those of `calibrate` one by one."""
+        """Yield batches (B, H, W, 3) of the images that measure; those of `calibrate` are batches of one."""
         if self._labeled is not None:
             size = min(_BATCH, self.options.batch.maximum)
             for start in range(0, len(self._labeled), size):
                 files = (self._labeled[i][0] for i in range(start, min(start + size, len(self._labeled))))
                 yield np.stack([preprocess_image(image, self._preprocess) for image in files])
         elif self._measured is not None:
-            yield from self._measured[:, None]
+            for image in self._measured:
+                yield image[None]
 
 
 def accuracy(
@@ -145,7 +146,7 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     pixels = np.stack([np.asarray(image, np.float32).reshape(-1) for image in thumbnails])
     distances = np.stack([np.sqrt(np.square(pixels - one).mean(axis=1)) for one in pixels])
     pairs = np.argwhere(distances <= ALIKE).T
-    groups = connect(len(images), pairs)  # the number of the distinct image that each one shows
+    groups = connect(len(images), pairs)  # (P,): images that are alike have the same number, from 0
     count = int(groups.max()) + 1
     if count < MIN_DISTINCT:
         raise DataError(
@@ -153,5 +154,5 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
             "some calibrate, the others measure the loss",
             setting="calibrate",
         )
-    measured: NDArray[np.bool_] = groups % MEASURED == MEASURED - 1
+    measured: NDArray[np.bool_] = groups % EVERY == EVERY - 1  # the distinct images 3, 7, 11 and so on
     return measured

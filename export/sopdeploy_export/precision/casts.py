@@ -5,9 +5,7 @@ receives its inputs in the dtype of its own weights. Layers that declare `keep_f
 including their operations without weights: covariance, trace, Newton-Schulz, gate, softmax, and means over
 a feature map. Experts multiply maps by their weights in the dtype of the maps, and compute roots and sums
 in float32. A local response norm also computes in float32, because squares of activations overflow in
-float16. All outputs are float32.
-
-Everything else is converted to float16, including the classifier.
+float16. Everything else is converted to float16, including the classifier; all outputs are float32.
 
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
 convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,
@@ -39,9 +37,10 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.
     Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
-    The comparison of the file cannot detect such an error, because it raises the noise floor as well.
+    Later, the exported file is compared with this copy's own error, which would contain a wrong fold.
     """
     exact = copy_module(network).double()
+    # `InFloat64` computes in float64; `ReportsFloat32` shows the network's code the dtype it usually gets.
     with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         expected = compute_outputs(exact, pixels.double())[0]
         fold_batch_norms(exact, program)
@@ -69,6 +68,7 @@ def place_casts(network: _Part) -> _Part:
         dtype = _input_dtype(part, dtypes[name])
         if dtype is not None:
             part.register_forward_pre_hook(partial(_cast_first_input, dtype))
+        # Both compute in float32, and the layers around them in float16.
         if export_hints(part).keep_output_dtype or isinstance(part, nn.LocalResponseNorm):
             part.register_forward_hook(lambda _part, _inputs, output: _cast(output, torch.float16))
     return network.eval()
@@ -77,17 +77,18 @@ def place_casts(network: _Part) -> _Part:
 def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype that *part* needs its first input in; None if it accepts every dtype.
 
-    A part with tensors of its own computes in their dtype, *weight_dtype*. Without them, float32 is needed
-    where squares of activations could overflow, and where a hint requests it.
+    A part with weights or floating-point buffers of its own computes in their dtype, *weight_dtype*.
     """
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())  # as its own weights
+    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())  # of its own weights
     if has_lists or any(tensor.is_floating_point() for tensor in tensors):
         return weight_dtype
+    if isinstance(part, nn.LocalResponseNorm):  # squares of activations can overflow in float16
+        return torch.float32
     hints = export_hints(part)
-    child_receives_input = any(hasattr(part, child) for child in hints.low_precision_children)
-    needs_float32 = hints.cast_inputs and not child_receives_input
-    return torch.float32 if needs_float32 or isinstance(part, nn.LocalResponseNorm) else None
+    if any(hasattr(part, child) for child in hints.low_precision_children):
+        return None  # such a child, a convolution in float16, receives the input
+    return torch.float32 if hints.cast_inputs else None
 
 
 def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
@@ -109,6 +110,7 @@ def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
 
 def float32_parts(network: nn.Module) -> list[str]:
     """List the names of the parts of *network* that stay in float32 in reduced precisions."""
+    # BatchNorm1d mostly reads second-order features, which are in float32; the other one squares activations.
     types = (nn.BatchNorm1d, nn.LocalResponseNorm)
     return [
         name
@@ -134,10 +136,10 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
     for node in program.graph.nodes:
         if node.target is not BATCH_NORM:
             continue
-        convolved, norm_weight = node.args[:2]
+        convolved, norm_weight = node.args[:2]  # the input and the weight of the batch norm
         if convolved.target not in _CONVOLUTIONS or norm_weight is None:
             continue
-        weights = convolved.args[1], norm_weight
+        weights = convolved.args[1], norm_weight  # of the convolution and of the batch norm
         weight_names = [names.get(weight.name) for weight in weights]  # None if computed
         if None in weight_names or any(len(value.users) != 1 for value in (convolved, *weights)):
             continue  # it runs twice, or something else reads its output or weights
@@ -145,11 +147,11 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
             str(name).removeprefix(NETWORK_PREFIX).rpartition(".")[0] for name in weight_names
         )
         convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
-        remaining = without_normalization(norm)
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and remaining is not None:
+        activation = without_normalization(norm)  # None: not a class whose normalization can be removed
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and activation is not None:
             fold(convolution, norm)
             owner, _, leaf = norm_name.rpartition(".")
-            setattr(network.get_submodule(owner), leaf, remaining)
+            setattr(network.get_submodule(owner), leaf, activation)
             folds += 1
     return folds
 

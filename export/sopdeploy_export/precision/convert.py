@@ -64,11 +64,11 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
-    """Raise `LoweringError` if a weight of *model* has another type than fp16 gives it, or none is float16.
+    """Raise `LoweringError` if a weight of *model* is not in its type of `weight_dtypes`, or none is float16.
 
     *network* is the certified network, without casts, so that a missing cast is detected.
     """
-    actual = weight_types(model)
+    in_graph = weight_types(model)
     dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in weight_dtypes(network).items()}
     expected = {
         part: dtypes[part]
@@ -76,13 +76,13 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear | nn.ParameterList)
     }
     # Folding can remove the weights of a part from the graph.
-    wrong = [part for part, dtype in expected.items() if part in actual and actual[part] != dtype]
+    wrong = [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]
     if wrong:
         raise LoweringError(
-            f"fp16 was requested, but the graph holds {wrong[0]} in {actual[wrong[0]]}: "
+            f"fp16 was requested, but the graph holds {wrong[0]} in {in_graph[wrong[0]]}: "
             f"{len(wrong)} of {len(expected)} parts have the wrong type"
         )
-    if "float16" not in actual.values():
+    if "float16" not in in_graph.values():
         raise LoweringError("no part has weights in float16; choose precision fp32")
 
 
@@ -153,35 +153,27 @@ def convert_precision(
     int8 needs *accuracy* with calibration images. Raises `LoweringError` if the types in the graph are not
     the requested ones, or as `check_headroom` does.
     """
-    detached = certified.network
-    source = certified  # of the conversion; in fp16, with casts
+    network, model, quantization = certified.network, certified.model, None
     if options.precision == "fp16":
-        source = cast_types(certified, preprocess, options)
+        network, program, model = cast_types(certified, preprocess, options)
         photographs = [] if accuracy is None else accuracy.photographs(PHOTOGRAPHS)
         probes = [*photographs, *generated_images(preprocess.crop)]
-        check_headroom(source.program, probes, options.max_batch)
-    for node in source.model.graph.node:
-        del node.metadata_props[:]  # the parts, which only messages name
+        check_headroom(program, probes, options.max_batch)
+        check_float16(model, certified.network)
+    for node in model.graph.node:
+        del node.metadata_props[:]  # the part of every node, which is needed for messages only
     run: compare.BatchRun
     gate: compare.GateRun | None
-    quantization = None
-    if options.precision == "int8" and accuracy is not None:
-        model, quantization = _quantize(source, accuracy.calibration, options.int8_for)
-        run, gate = run_unfused(model), _gate_of_file(model, detached)
+    if options.precision == "int8" and accuracy is not None:  # None is for other precisions only
+        model, quantization = _quantize(certified, accuracy.calibration, options.int8_for)
+        run, gate = run_unfused(model), _gate_of_file(model, network)
     else:
-        model = source.model
-        run = deployed = Deployed(source.network, preprocess).eval()
-        gate = None if compare.find_gate(detached) is None else partial(compare.gate_logits, deployed)
-    if options.precision == "fp16":
-        check_float16(model, detached)
-    return ConvertedGraph(
-        model=model,
-        run=run,
-        gate=gate,
-        precision=PrecisionReport(
-            precision=options.precision, parts=weight_types(model), quantisation=quantization
-        ),
+        run = deployed = Deployed(network, preprocess).eval()
+        gate = None if compare.find_gate(network) is None else partial(compare.gate_logits, deployed)
+    report = PrecisionReport(
+        precision=options.precision, parts=weight_types(model), quantisation=quantization
     )
+    return ConvertedGraph(model=model, run=run, gate=gate, precision=report)
 
 
 def _quantize(
@@ -191,8 +183,9 @@ def _quantize(
     from sopdeploy_export.precision.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
 
     quantizer = Int8Quantizer(source.model, images, float32_parts(source.network), runtime)
-    model, layers = quantizer.quantize(), len(quantizer.chosen)
-    return model, Quantization(runtime=runtime, num_images=len(images), num_layers=layers)
+    num_layers = len(quantizer.chosen)
+    quantization = Quantization(runtime=runtime, num_images=len(images), num_layers=num_layers)
+    return quantizer.quantize(), quantization
 
 
 def run_unfused(model: onnx.ModelProto) -> compare.BatchRun:

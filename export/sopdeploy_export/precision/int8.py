@@ -24,10 +24,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import partial
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +43,7 @@ from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.parity.compare import file_outputs, open_session
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
-IMAGE_CHANNELS = 3
+IMAGE_CHANNELS = 3  # a convolution of so many channels reads the image, and stays in float32 as said above
 CORRECTION_IMAGES = 64
 
 
@@ -70,6 +68,16 @@ FORMS: Mapping[Int8For, Form] = {
         },
     ),
 }
+
+
+class _OneImage:
+    """Gives *image* (H, W, 3) to ONNX Runtime's calibrator as a batch, then None, which ends the data."""
+
+    def __init__(self, image: NDArray[np.uint8]) -> None:
+        self._batches = [{INPUT: image[None]}]
+
+    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+        return self._batches.pop() if self._batches else None
 
 
 class Int8Quantizer:
@@ -102,16 +110,15 @@ class Int8Quantizer:
 
     def quantize(self) -> onnx.ModelProto:
         """Quantize the chosen convolutions, with corrected biases, and their activations or shortcuts."""
-        copied = onnx.ModelProto()  # the quantizer changes it
-        copied.CopyFrom(self.model)
-        convolved = {name for node in copied.graph.node if node.name in self.chosen for name in node.output}
+        nodes = self.model.graph.node
+        convolved = {name for node in nodes if node.name in self.chosen for name in node.output}
         activations = {  # quantized only if the form lists their operator
-            node.name
-            for node in copied.graph.node
-            if node.op_type in ACTIVATIONS and convolved.intersection(node.input)
+            node.name for node in nodes if node.op_type in ACTIVATIONS and convolved.intersection(node.input)
         }
+        copied = onnx.ModelProto()
+        copied.CopyFrom(self.model)
         quantizer = QDQQuantizer(
-            copied,
+            copied,  # which the quantizer changes
             per_channel=True,
             reduce_range=False,
             weight_qType=QuantType.QInt8,
@@ -123,12 +130,13 @@ class Int8Quantizer:
             extra_options=dict(self.form.options),
         )
         if self.runtime == "tensorrt":
-            for value in _shortcuts(copied, self.chosen):
+            for value in _shortcuts(self.model, self.chosen):
                 quantizer.quantize_activation_tensor(value)
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         quantized: onnx.ModelProto = quantizer.model.model
         self._correct_biases(quantized)
+        # The quantizer has changed the header and added the shapes of intermediate values and metadata.
         del quantized.opset_import[:]
         quantized.opset_import.extend(self.original.opset_import)
         quantized.producer_name = self.original.producer_name
@@ -150,13 +158,12 @@ class Int8Quantizer:
                 augmented_model_path=str(Path(folder) / "augmented.onnx"),
                 calibrate_method=CalibrationMethod.MinMax,
             )
-            for image in self.images:  # one per reader, because a reader's activations stay in memory
-                feeds = iter([{INPUT: image[None]}])
-                calibrator.collect_data(SimpleNamespace(get_next=partial(next, feeds, None)))  # None: the end
+            for image in self.images:  # a reader for each, because a reader's activations stay in memory
+                calibrator.collect_data(_OneImage(image))
             return calibrator.compute_data()
 
     def _convolutions(self, in_float: Sequence[str]) -> set[str]:
-        """Name the convolutions with constant weights and more input channels than an image."""
+        """Name the convolutions with constant weights outside of *in_float* that do not read the image."""
         sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
         chosen = set()
         for node in self.model.graph.node:
@@ -192,44 +199,47 @@ class Int8Quantizer:
     def _correct_biases(self, quantized: onnx.ModelProto) -> None:
         """Correct the biases of *quantized*, in place, by the mean error that rounded weights cause."""
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
-        codes_and_scale = {  # names of these two tensors, by the name of the dequantized tensor
+        # A dequantized tensor is codes * scale. Map its name to the names of both.
+        codes_and_scale = {
             node.output[0]: node.input[:2]
             for node in quantized.graph.node
             if node.op_type == "DequantizeLinear"
         }
         inputs = {node.name: node.input for node in quantized.graph.node if node.name in self.chosen}
-        errors = {}  # of the weights, by convolution
-        for convolution, weight in self._weights_with_bias().items():
-            weight_name = inputs[convolution][1]
+        errors = {}  # of the weights (C, ...), C output channels, by the name of the convolution
+        for convolution, weight in self._constant_weights().items():
+            _, weight_name, _ = inputs[convolution]
             codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
-            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # weights have zero point 0
+            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # (C,) to (C, 1, ...)
             errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)
         # A convolution is linear: with the weight errors as weights, it computes the missing output.
-        for convolution, missing in self._mean_outputs(errors).items():
-            bias = inputs[convolution][2]
-            if bias in codes_and_scale:  # int32, in the form for CPUs
+        for convolution, missing in self._mean_outputs(errors).items():  # (C,)
+            _, _, bias = inputs[convolution]
+            if bias in codes_and_scale:  # int32 codes (C,), in the form for CPUs
                 stored, scale_tensor = (tensors[name] for name in codes_and_scale[bias])
                 steps = np.rint(missing / numpy_helper.to_array(scale_tensor).astype(np.float64))
                 low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
                 corrected = np.clip(numpy_helper.to_array(stored) + steps, low, high).astype(np.int32)
-            else:
+            else:  # float32 (C,), in the form for TensorRT
                 stored = tensors[bias]
                 corrected = (numpy_helper.to_array(stored) + missing).astype(np.float32)
             stored.CopyFrom(numpy_helper.from_array(corrected, stored.name))
 
-    def _weights_with_bias(self) -> dict[str, NDArray[np.float32]]:
-        """Return the float32 weights of the chosen convolutions whose bias is constant, by name."""
+    def _constant_weights(self) -> dict[str, NDArray[np.float32]]:
+        """Return the float32 weights of the chosen convolutions whose bias can be corrected, by name."""
         constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        return {
-            node.name: numpy_helper.to_array(constants[node.input[1]])
-            for node in self.model.graph.node
-            if node.name in self.chosen and node.input[2] in constants
-        }
+        weights = {}
+        for node in self.model.graph.node:
+            if node.name in self.chosen:
+                _, weight, bias = node.input  # since `_separate_biases`, all of them have a bias
+                if bias in constants:  # not computed by the graph
+                    weights[node.name] = numpy_helper.to_array(constants[weight])
+        return weights
 
     def _mean_outputs(self, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:
         """Compute mean outputs per channel (C,) of convolutions with these *weights*, without biases."""
         probed = onnx.ModelProto()
-        probed.CopyFrom(self.original)
+        probed.CopyFrom(self.original)  # its values have the same names as those of `self.model`
         del probed.graph.output[:]
         for node in self.model.graph.node:
             if node.name not in weights:
@@ -251,7 +261,7 @@ class Int8Quantizer:
 
 
 def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
-    """List the outputs of convolutions in shortcuts, which TensorRT fuses as int8.
+    """List the outputs of *chosen* convolutions in shortcuts, which the caller quantizes for TensorRT.
 
     Of two convolutions whose outputs are added, the one in the shortcut shares its input with other nodes.
     """
@@ -261,4 +271,5 @@ def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
     for node in model.graph.node:
         if node.op_type == "Add" and all(name in producers for name in node.input):
             added += node.input
-    return [name for name in added if num_readers[producers[name].input[0]] > 1]
+    inputs = {name: producers[name].input[0] for name in added}  # of the convolution with this output
+    return [name for name in added if num_readers[inputs[name]] > 1]

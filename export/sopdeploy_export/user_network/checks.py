@@ -84,9 +84,7 @@ def check_module(where: str, module: nn.Module) -> None:
         check_backend(where, vars(module)["_compiled_call_impl"])
     for attribute, value in vars(module).items():
         if callable(value) and callable(getattr(type(module), attribute, None)):
-            raise CertificateError(
-                f"{attribute} of {where} was replaced on the instance; put the change into a class"
-            )
+            raise CertificateError(f"{attribute} of {where} was replaced on the instance; change the class")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -119,9 +117,10 @@ def check_outputs(
     """
     images, network = torch.from_numpy(graph.generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     at_start = state.read_state(network)
-    first_logits = _run(deployed, images, role, classes)
+    first_logits = _run(deployed, images, role, classes)  # the first two runs may fill caches
     _run(deployed, images[:1], role, classes)
     filled = state.read_state(network)
+    # The last two runs must change nothing. The operations of one are recorded; the other one has the same.
     with state.InPlaceWrites(network) as writes, state.PythonReads() as reads:
         _run(deployed, images[:1], role, classes)
     logits = _run(deployed, images, role, classes)
@@ -183,13 +182,13 @@ def _run(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor
 
 @contextmanager
 def prepared(given: nn.Module, logits: str | int | None) -> Iterator[None]:
-    """Put *given*, the user's network, into eval mode, uncompiled, until the block ends."""
+    """Put *given*, the user's network, into eval mode, uncompiled, with its *logits* named, for the block."""
     with state.preserved(given):
         given.eval()
         for _, module in state.modules(given):
             vars(module)["_compiled_call_impl"] = None
         if logits is not None:
-            vars(given)[graph.EXPORT_LOGITS] = logits
+            vars(given)[graph.EXPORT_LOGITS] = logits  # not by `setattr`, which a class can define
         yield
 
 
@@ -218,10 +217,11 @@ def capture_given(
         allowed = 0.0 if same_layout else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    if same_layout and not options.with_features:  # is exported, or `certify` compares it with the copy
+    if same_layout and not options.with_features:
+        # The graph of *given* is exported, or `certify` compares it with that of the network without parts.
         return graph.capture(given, preprocess, options.batch)
     captured = graph.capture(copied, preprocess, options.batch)
-    if on_cpu:  # a graph for a GPU names this device; the roots of values ignore strides
+    if on_cpu:  # a graph for a GPU names the GPU, so it would differ; roots of values ignore the layout
         program = graph.capture_any_batch(given, preprocess, options.batch)
         if value_root(program).sha256 != value_root(captured.any_batch).sha256:
             raise LoweringError(OTHER_COPY)

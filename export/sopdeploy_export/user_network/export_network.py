@@ -108,7 +108,7 @@ def export_network(
             training_only=parts,
             plain=None if plain is None else _checked_builder(plain, given, logits_key),
             rename=rename or str,
-            captured=None if options.with_features else captured,
+            captured=None if options.with_features else captured,  # features change the programs
         ),
         labels=tuple(labels),
         preprocess=preprocess,
@@ -127,9 +127,7 @@ def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -
     if not are_names or len(set(labels)) != len(labels):
         raise ConfigError("give one name per class, each once", setting="labels")
     if not isinstance(preprocess, Preprocess):
-        raise ConfigError(
-            f"is a {type(preprocess).__name__}, not a sopdeploy.Preprocess", setting="preprocess"
-        )
+        raise ConfigError(f"is a {type(preprocess).__name__}, not a Preprocess", setting="preprocess")
 
 
 def unused_modules(
@@ -155,8 +153,9 @@ def find_usage(network: nn.Module, captured: Captured) -> tuple[set[str], set[st
     states = [program_root(program).state for program in (captured.any_batch, captured.batch_of_one)]
     reached = {name.removeprefix(NETWORK_PREFIX) for state in states for name in state}
     named = tensors(network)
-    reached_tensors = {id(named[name]) for name in reached if name in named}
-    used = {name for name, tensor in named.items() if id(tensor) in reached_tensors}  # also tied ones
+    # The programs have one name of a tensor; it is used under all names that the network has for it.
+    reached_ids = {id(tensor) for name, tensor in named.items() if name in reached}
+    used = {name for name, tensor in named.items() if id(tensor) in reached_ids}
     used_modules = {name.rpartition(".")[0] for name in used}
     unused = set()
     for name in named.keys() - used:
@@ -191,7 +190,8 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
                 f"no such part; the network has {children}", setting="training_only", value=pattern
             )
         matched += matches
-    outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))  # in no other match
+    # A match is outermost if its parent module is neither a match nor inside one.
+    outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))
     return tuple(dict.fromkeys(outer))  # each once
 
 
@@ -237,8 +237,8 @@ def _checked_builder(
     def build() -> nn.Module:
         built = plain()
         networks.check_torch_state()  # which the builder can change
-        copied = checks.copy_for_export(built, "plain", logits_key)  # first, because it checks the type
-        if addresses(checks.unwrap(built)) & addresses(trained):
+        copied = checks.copy_for_export(built, "plain", logits_key)  # raises unless *built* is a module
+        if addresses(checks.unwrap(built)) & addresses(trained):  # *trained* is already unwrapped
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )

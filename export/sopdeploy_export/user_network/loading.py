@@ -101,9 +101,8 @@ def _choose_table(path: Path, content: Any, table: str | None) -> tuple[str, Map
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {ADVICE}")
     if table is None and len(tables) > 1:
-        raise WeightsError(
-            f"{path}: holds several tables of tensors ({names}); choose one", remedies={"weights_key": None}
-        )
+        remedies = {"weights_key": None}  # without a value to try: the user has to choose
+        raise WeightsError(f"{path}: holds several tables of tensors ({names})", remedies=remedies)
     if table is not None and table not in tables:
         raise WeightsError(f"{path} has only {names}", setting="weights_key", value=table)
     name = next(iter(tables)) if table is None else table

@@ -175,6 +175,13 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
     assert allowed.unverifiable
 
 
+def test_logits_of_zeros_cannot_be_verified(measure: Measure, probes: Tensor, tmp_path: Path) -> None:
+    zeros = {"logits": np.zeros((measure().num_images, 10))}
+    expected = ParityReference(outputs=zeros, noise_floor={"logits": 0.0})
+    with pytest.raises(ParityError, match="spread of the network's logits is 0"):
+        compare_file(tmp_path / "model.onnx", expected, probes.numpy(), BATCH)
+
+
 def test_every_changed_class_is_counted_by_its_cause() -> None:
     expected = np.array([[1.0, 0.0, 0.9]] * 5)
     values = np.array([[1.0, 0.0, 0.9], [1.0, 0.0, 1.1], *[[0.0, 1.0, 0.9]] * 3])
