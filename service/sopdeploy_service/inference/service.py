@@ -276,7 +276,7 @@ class Service:
                     continue
                 item.image = image
                 if (closed_with := model.queue.put(item)) is not None:
-                    item.settle(closed_with)
+                    item.settle(closed_with)  # an outcome of the image, as a decoder would settle it
             outcomes = [await item.outcome for item in items]
         except asyncio.CancelledError:
             model.queue.reject(items, results.CLIENT_GONE)

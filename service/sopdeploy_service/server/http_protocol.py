@@ -82,7 +82,7 @@ class Connections:
             del self.idle[longest_idle]
             longest_idle.close()
             return None
-        if excess > SPARE:  # fewer connections than this over the limit stay open for the response `FULL`
+        if excess > SPARE:  # up to this number over the limit stay open until they have the response `FULL`
             connection.abort()  # `_reject` then sends nothing
         return FULL
 
@@ -153,7 +153,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._held = b""
         super().connection_lost(exc)
         if self.cycle is not None:
-            self.cycle.transport = self.transport  # was this object, which in turn refers to the cycle
+            self.cycle.transport = self.transport  # not this object, which also refers to the cycle
 
     def data_received(self, data: bytes) -> None:
         """Parse *data*; hold back what follows queued requests until their responses are complete."""
