@@ -186,8 +186,8 @@ def compute_reference(
     """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3) and the noise floor of *run*.
 
     *run* computes the outputs in *precision*, by default with *deployed* itself, and *gate* the gate logits.
-    The images run in batches of 16 and some of them alone. The noise floor of an output is the largest of
-    these two errors and of four roundings of its largest value to float32.
+    The images run in batches of 16, and the first four also alone. The noise floor of an output is the
+    largest of the errors of these runs and of four roundings of its largest value to float32.
     Raises `ParityError` if outputs are not finite or the route of no image can be compared.
     """
     names, network64 = output_names(deployed.network), copy_module(deployed).double()
@@ -223,12 +223,12 @@ def compute_reference(
                 f"the network's own {name} are not finite in {precision} on the probe images: activations "
                 f"overflow; {remedy}"
             )
-        errors = np.abs(batched[name] - values)[compared]
-        errors_of_single = np.abs(single[name] - values[:SINGLE_IMAGES])[compared[:SINGLE_IMAGES]]
+        batched_errors = np.abs(batched[name] - values)[compared]
+        single_errors = np.abs(single[name] - values[:SINGLE_IMAGES])[compared[:SINGLE_IMAGES]]
         noise_floor[name] = max(
             FOUR_ROUNDINGS * float(np.abs(values).max()),
-            float(errors.max()),
-            float(errors_of_single.max(initial=0.0)),  # 0 if none of the single images is compared
+            float(batched_errors.max()),
+            float(single_errors.max(initial=0.0)),  # 0 if none of the single images is compared
         )
     return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
 

@@ -164,7 +164,7 @@ def convert_precision(
         del node.metadata_props[:]  # the part of every node, which is needed for messages only
     run: compare.BatchRun
     gate: compare.GateRun | None
-    if options.precision == "int8" and accuracy is not None:  # None is for other precisions only
+    if options.precision == "int8" and accuracy is not None:  # int8 requires images, so it is not None
         model, quantization = _quantize(certified, accuracy.calibration, options.int8_for)
         run, gate = run_unfused(model), _gate_of_file(model, network)
     else:

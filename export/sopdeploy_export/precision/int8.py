@@ -43,7 +43,7 @@ from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.parity.compare import file_outputs, open_session
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
-IMAGE_CHANNELS = 3  # a convolution of so many channels reads the image, and stays in float32 as said above
+IMAGE_CHANNELS = 3  # a convolution with more input channels does not read the image
 CORRECTION_IMAGES = 64
 
 
@@ -136,7 +136,7 @@ class Int8Quantizer:
         quantizer.model.topological_sort()
         quantized: onnx.ModelProto = quantizer.model.model
         self._correct_biases(quantized)
-        # The quantizer has changed the header and added the shapes of intermediate values and metadata.
+        # Versions stay those of the original. Nothing needs the metadata and shapes that the quantizer added.
         del quantized.opset_import[:]
         quantized.opset_import.extend(self.original.opset_import)
         quantized.producer_name = self.original.producer_name
@@ -206,11 +206,11 @@ class Int8Quantizer:
             if node.op_type == "DequantizeLinear"
         }
         inputs = {node.name: node.input for node in quantized.graph.node if node.name in self.chosen}
-        errors = {}  # of the weights (C, ...), C output channels, by the name of the convolution
+        errors = {}  # of the weights (C, ...) for C output channels, by the name of the convolution
         for convolution, weight in self._constant_weights().items():
             _, weight_name, _ = inputs[convolution]
             codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
-            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # (C,) to (C, 1, ...)
+            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # (C, 1, ...); zero points are 0
             errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)
         # A convolution is linear: with the weight errors as weights, it computes the missing output.
         for convolution, missing in self._mean_outputs(errors).items():  # (C,)
