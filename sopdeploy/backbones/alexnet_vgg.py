@@ -33,7 +33,7 @@ _CONVOLUTIONS = (  # channels, kernel, stride, padding, groups
     (384, 3, 1, 1, 2),
     (256, 3, 1, 1, 2),
 )
-MAX_POOLED = (0, 1)  # convolutions whose ReLU a response normalization and a max pooling follow
+MAX_POOLED = (0, 1)  # positions of convolutions that response normalization and max pooling follow
 
 
 class VGGConfig(StrictModel):

@@ -98,11 +98,11 @@ def choose_config(
     defaults = entry(model).defaults
     # the config without the values of the file: the network that the user asks for
     asked = make_config(model, _set_values(defaults, settings)).model_dump()
-    identity = {key: asked.get(key) for key in IDENTITY}
-    identity["pooling.kind"] = asked.get("pooling", {}).get("kind")  # None without an option `pooling`
+    pooling = asked.get("pooling")  # not a table in every network, and some networks have no such option
+    identity = {**asked, "pooling.kind": pooling.get("kind") if isinstance(pooling, dict) else None}
     for key, detected in converted.detected.items():  # first check that the file is of this network
-        if key in IDENTITY and identity[key] != detected:
-            raise _misfit(file, converted, model, f"{key} is {identity[key]}, not {detected}")
+        if key in IDENTITY and identity.get(key) != detected:
+            raise _misfit(file, converted, model, f"{key} is {identity.get(key)}, not {detected}")
     for key, reason in converted.undetermined.items():
         if key not in settings:
             raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")

@@ -111,7 +111,7 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is `features.0`
     is_torchvisions = kind == "gap" and "conv1.weight" in file.tensors
     project = "torchvision" if is_torchvisions else "fast-MPN-COV"
-    stride = None if is_torchvisions else conv5_stride(file, depth)  # torchvision's is the default
+    stride = None if is_torchvisions else conv5_stride(file, depth)  # torchvision's networks have the default
     must_ask_stride = stride is None and not is_torchvisions
     if stride is not None:
         detected["conv5_stride"] = stride

@@ -150,7 +150,7 @@ class ISqrtCov(nn.Module, ExportHints):
         """Compute the upper triangle, row by row."""
         trains = features_BdHW.requires_grad and torch.is_grad_enabled()
         with without_autocast(features_BdHW):
-            if trains and not torch.compiler.is_compiling():  # compilers and exporters trace the other
+            if trains and not torch.compiler.is_compiling():  # compilers and exporters trace the last line
                 return ISqrtVector.apply(features_BdHW, self.triangle, self.config)
             return isqrt_vector(features_BdHW, self.triangle, self.config)
 
@@ -250,7 +250,7 @@ class ISqrtVector(torch.autograd.Function):
         channels = features_BdHW.shape[1]
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)
         upper_Bdd = upper.view(-1, channels, channels)
-        root_grad_Bdd = (upper_Bdd + upper_Bdd.transpose(1, 2)).mul_(0.5)  # R
+        root_grad_Bdd = (upper_Bdd + upper_Bdd.transpose(1, 2)).mul_(0.5)  # R, symmetric
         root_dot_grad_B11 = (grad * vector).sum(dim=1)[:, None, None]
 
         # X times sqrt(M); not saved, because it is as large as the map
@@ -260,9 +260,9 @@ class ISqrtVector(torch.autograd.Function):
             power = -0.5 if config.compensate else -1.0
             scale_B11 = norm_B11.pow(power) / positions  # n^p / M, because x is X times sqrt(M)
             outer_grad_BdM = root_grad_Bdd @ x_BdM
-            f_grad_Bnn = (x_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11  # of Z_N: n^p X^T R X
+            f_grad_Bnn = (x_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11  # gradient of Z_N: n^p X^T R X
         elif config.compensate:
-            power, f_grad_Bnn = 0.5, root_grad_Bdd * norm_B11.sqrt()  # of Y_N: n^p R
+            power, f_grad_Bnn = 0.5, root_grad_Bdd * norm_B11.sqrt()  # gradient of Y_N: n^p R
         else:
             power, f_grad_Bnn = 0.0, root_grad_Bdd
 

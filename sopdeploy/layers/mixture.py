@@ -69,7 +69,7 @@ class Components(nn.Module):
             torch.randn(components, outputs, inputs) * math.sqrt(2.0 / inputs)
             for inputs, outputs in pairwise((channels, *widths))
         )
-        biased = widths if self.is_linear else ()
+        biased = widths if self.is_linear else ()  # convolutions with ReLU have no bias, as in GM-SOP's code
         self.biases = nn.ParameterList(torch.zeros(components * outputs) for outputs in biased)
         self.before = nn.AdaptiveAvgPool2d(1) if self.is_linear else nn.Identity()
         self.after, self.out_features = pooling(kind, widths[-1] if widths else channels, root)

@@ -106,7 +106,7 @@ class DSoP(Classifier):
         self.plans = {plan.tap.replace(".", "_"): plan for plan in plans}  # by the name of the branch
         self.branches = nn.ModuleDict({name: self._branch(plan) for name, plan in self.plans.items()})
         initialize(self.branches)
-        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.used}  # its branch by tap
+        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.used}  # tap to branch name
 
     def paper_branches(self) -> PaperBranches:
         """Return the paper's branches on this backbone.
@@ -134,7 +134,7 @@ class DSoP(Classifier):
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
             counts = blocks[index]
-            if isinstance(counts, int):  # of the one branch of the stage, after its last block
+            if isinstance(counts, int):  # of one branch, after the last block of the stage
                 counts = (0,) * (len(taps) - 1) + (counts,)
             if len(counts) != len(taps):
                 raise ConfigError(
@@ -142,7 +142,7 @@ class DSoP(Classifier):
                 )
             for tap, count in zip(taps, counts, strict=True):
                 used = count > 0
-                kept = config.keep_unused_branches and tap == taps[-1]  # with one block
+                kept = config.keep_unused_branches and tap == taps[-1]  # it keeps one block
                 if not (used or kept):
                     continue
                 width = min(widths[index], self.tap_channels[tap])

@@ -77,7 +77,8 @@ class GSoP(Classifier):
         """Add a GSoP block to the residual block *tap*."""
         stage, _, index = tap.partition(".")
         channels = self.tap_channels[tap]
-        if index != "0":  # earlier versions built this block twice; a seed must give the same weights
+        # Earlier versions built every block but the first of a stage twice; a seed still gives their weights.
+        if index != "0":
             self.set_submodule(tap, self.branch_block(channels, channels, 1))
         block: Any = self.get_submodule(tap)
         dr_stride = 2 if stage in self.config.strided_dr_stages else 1

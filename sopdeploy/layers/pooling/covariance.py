@@ -40,7 +40,7 @@ NO_SECOND_GRADIENT = (
 def root_of_eigenvalues(lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
     """Compute f = l^0.5 of ascending eigenvalues (B, C) and f'; both are 0 where l is 0 up to rounding."""
     rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
-    # Up to this limit, l is 0; `tiny`, the smallest normal float32, is the limit of a matrix of zeros.
+    # Eigenvalues up to this limit count as 0; for a matrix of zeros it is the smallest normal float32.
     smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
     positive_BC = lambda_BC > smallest_B1
     base_BC = lambda_BC.where(positive_BC, 1.0)  # 1 avoids a division by 0; its results are replaced below
