@@ -124,7 +124,7 @@ def put(file: Path, destination: str, name: str) -> str:
                 shutil.copyfile(file, partial)
     except BundleError:
         for folder in new:
-            with suppress(OSError):  # it was not created yet, or another process uses it meanwhile
+            with suppress(OSError):  # it was not created, or another process uses it meanwhile
                 folder.rmdir()
         raise
     return str(target)

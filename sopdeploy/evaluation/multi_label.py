@@ -1,8 +1,7 @@
 """Metrics for images with any number of classes: average precision, F1, and thresholds per class.
 
-This module does not import torch. Average precision is the mean of the precision at the rank of every image
-that shows the class, with equal probabilities at the same rank; mAP is its mean over the classes. F1 is
-2 TP / (2 TP + FP + FN).
+Does not import torch. Average precision is the mean precision at the rank of every image that shows the
+class, with equal probabilities at one rank; mAP is its mean over the classes. F1 is 2 TP / (2 TP + FP + FN).
 """
 
 from collections.abc import Sequence

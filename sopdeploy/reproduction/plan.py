@@ -207,5 +207,4 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
         describe(network.name, image_size=side, num_classes=data.classes, **network.config).training.macs
         for network in networks
     )
-    seconds = macs * _OPERATIONS_PER_MAC * images / GPU_OPERATIONS_PER_SECOND
-    return seconds / 3600
+    return macs * _OPERATIONS_PER_MAC * images / GPU_OPERATIONS_PER_SECOND / 3600

@@ -78,7 +78,7 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     errors = [1 - getattr(run.history[-1].metrics, name) for run in runs]
     if not errors:
         return None
-    center, num_images = mean(errors), runs[0].held_out_count
+    center, num_images = mean(errors), runs[0].held_out_count  # the same number in every run
     low, high = student(errors) if len(errors) > 1 else wilson(round(center * num_images), num_images)
     return MeanError(mean=100 * center, low=100 * max(0.0, low), high=100 * min(1.0, high))
 

@@ -149,7 +149,9 @@ def load_tables() -> dict[str, PrintedTable]:
     folder = files("sopdeploy.reproduction") / "tables"
     papers = "dsop", "gsop", "gmsop", "slides"
     contents = [tomllib.loads((folder / f"{paper}.toml").read_text(encoding="utf-8")) for paper in papers]
-    shared = {name: value for content in contents for name, value in content.get("named", {}).items()}
+    shared: dict[str, Any] = {}  # values by NAME
+    for content in contents:
+        shared |= content.get("named", {})
     tables: dict[str, PrintedTable] = {}
     for table in chain.from_iterable(content["tables"] for content in contents):
         for variant in _variants(_with_shared(table, shared)):
