@@ -231,9 +231,7 @@ def find_unreadable(images: LabeledImages) -> dict[int, str]:
         try:
             with image_errors(images.describe(index)):
                 image = images.open(index)
-                image.draft(
-                    None, (1, 1)
-                )  # decodes a JPEG at an eighth of its size, but still reads every byte
+                image.draft(None, (1, 1))  # decodes a JPEG at 1/8 of its size, but still reads every byte
                 load_pixels(image)
         except DataError as error:
             return str(error)

@@ -114,8 +114,8 @@ def check_data(
     opened = open_parts(data_folder(path))
     parts = opened.parts
     can_compare_features = sum(len(images) for images in parts.values()) <= MAX_FEATURES
-    group = group_by_features if can_compare_features else None
-    by_edges = near and group is None
+    group_images = group_by_features if can_compare_features else None
+    by_edges = near and group_images is None
     infos = [
         info
         for name, images in parts.items()
@@ -127,9 +127,8 @@ def check_data(
         notes.append(EDGES_MISS)
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T  # two sides per image
     train, *held_out = parts.values()
-    too_few = (
-        () if held_out else tuple(single_images(train))
-    )  # given held-out images, training uses all classes
+    # If no images are held out by folder, training leaves out classes of one image: it cannot divide them.
+    too_few = () if held_out else tuple(single_images(train))
     return DataReport(
         path=path,
         parts=tuple(_describe_part(name, images, infos) for name, images in parts.items()),
@@ -140,7 +139,7 @@ def check_data(
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=too_few,
         duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
-        near=tuple(_find_near(readable, group)) if near else None,
+        near=tuple(_find_near(readable, group_images)) if near else None,
         passed_over=dict(opened.ignored),
         notes=tuple(notes),
     )

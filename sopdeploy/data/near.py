@@ -165,9 +165,7 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
         before = lowest.copy()
         np.minimum.at(lowest, one, before[other])
         np.minimum.at(lowest, other, before[one])
-        lowest = lowest[
-            lowest
-        ]  # an image with index i takes over that of image i: long chains need few rounds
+        lowest = lowest[lowest]  # and the index that the image of this index has: chains need few rounds
         has_changed = not np.array_equal(lowest, before)
     _, groups = np.unique(lowest, return_inverse=True)  # without gaps in the numbers
     return groups.astype(np.int64)
@@ -231,9 +229,8 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
     lower = direction.astype(int)
     share_of_next = direction - lower  # each edge counts in the two bins next to its direction
     cell_of_row = np.arange(THUMBNAIL) * CELLS // THUMBNAIL  # (64,), 0 to 7; the same for columns
-    first_bin = (
-        cell_of_row[:, None] * CELLS + cell_of_row
-    ) * DIRECTIONS  # (64, 64): of the cell of each pixel
+    cell_of_pixel = cell_of_row[:, None] * CELLS + cell_of_row  # (64, 64), 0 to 63
+    first_bin = cell_of_pixel * DIRECTIONS
     histogram = np.zeros(CELLS * CELLS * DIRECTIONS)
     for shift, share in ((0, 1 - share_of_next), (1, share_of_next)):
         bins = first_bin + (lower + shift) % DIRECTIONS  # after the last direction comes the first one

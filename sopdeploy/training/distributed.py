@@ -128,8 +128,8 @@ def join_processes() -> Iterator[None]:
     store, rank, world = next(rendezvous("env://"))
     store = PrefixStore(_attempt_prefix(), store)
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
-    # Only if all processes end, at the end of the run or by a stop, which all raise after the same step, they
-    # leave the group. After an error of this process, another one may wait for a sum, and the group remains.
+    # A process leaves the group only where all do: at the end of the run, and at a stop, which all raise
+    # after the same step. After another error, which the others do not know, they may still wait for a sum.
     try:
         yield
     except TrainingStoppedError:

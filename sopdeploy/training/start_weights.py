@@ -160,12 +160,11 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     predicts_others = weights.labels is not None and weights.labels != labels
     of_other_classes = [*classifiers, *of_branches] if predicts_others else []  # these layers are not loaded
     training_only = (*model.training_only, *weights.training_only)
+    # Parts whose tensors may be missing in the file, or may have another shape there.
     may_be_new = (*of_other_classes, *training_only, *classifiers)
     container = last_layer.rpartition(".")[0]  # `classifier` of the layer `classifier.6`; "" of `fc`
     contains_backbone = is_in(next(iter(own)), container)  # the first tensor belongs to the backbone
-    has_several_layers = (
-        container != "" and not contains_backbone
-    )  # the classifier, which is then *container*
+    container_is_classifier = container != "" and not contains_backbone  # one of several layers
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():  # each one is loaded, in a new part, or an error
@@ -179,7 +178,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
             matching[name] = given
         elif part := _added_part(name, may_be_new):
             new.add(part)
-        elif given is not None and has_several_layers and is_in(name, container):
+        elif given is not None and container_is_classifier and is_in(name, container):
             new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length
         elif given is not None:
             raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")

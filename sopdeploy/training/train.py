@@ -172,7 +172,7 @@ def start_or_resume(
     check_same_step(run, folder.path)
     _record_origin(run, data, folder, checkpoint, callback)
     if checkpoint is not None:
-        folder.save_derived_files(run)
+        folder.save_derived_files(run)  # only now are files written
     elif run.start is not None:
         callback.on_message(run.start.describe())
     if reason:
@@ -307,7 +307,7 @@ def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel)
 def check_same_step(run: Run, folder: Path) -> None:
     """Raise `ConfigError`, in at least one process, if the processes would resume from different steps."""
     position = torch.tensor([run.position.epoch, run.position.step])
-    # If positions differ, some process is not at their mean: the sum is not its position times their number.
+    # If positions differ, at least one differs from their mean; its multiple is then not their sum.
     if not torch.equal(run.strategy.all_reduce(position), position * run.strategy.world):
         raise ConfigError(
             f"{folder}: the processes find different checkpoints; use a disk that all machines share"

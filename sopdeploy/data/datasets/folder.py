@@ -298,7 +298,8 @@ def open_evaluation_images(
             images = read_label_table(folder, labels, multi_label=False).held_out()
         else:
             images = list_classes(folder).images
-    images = _match_classes(root, images, labels, other_classes or kind is not None, log)
+    allow_unknown = other_classes or kind is not None  # the names of official classes are no mistakes
+    images = _match_classes(root, images, labels, allow_unknown, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
         log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")

@@ -113,7 +113,10 @@ def read_label_table(
 def _targets(
     table: Path, rows: list["_Row"], labels: tuple[str, ...], multi_label: bool | None
 ) -> NDArray[Any]:
-    """Build the targets of *rows*: (N, C) if *multi_label*, else (N,); None: (N,) if all have one class."""
+    """Build the targets of *rows*: (N, C) with *multi_label*, otherwise class indices (N,).
+
+    None selects class indices if every image has exactly one class. Raises `DataError` if False does not fit.
+    """
     targets = np.array([[label in row.classes for label in labels] for row in rows], dtype=np.float32)
     not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
     if multi_label is None:

@@ -332,7 +332,7 @@ def _most_even_fold(images_FS: Array, group_S: Array, sizes_S: Indices) -> int:
 
 
 def compose(losses_GN: Array, logits_GNK: Array, folds_N: Indices) -> Array:
-    """Choose C, axis G, for each fold by the losses on the other folds; join the chosen logits to (N, K).
+    """Choose one of the G values of C for each fold by the losses on other folds; join the logits to (N, K).
 
     The images of a fold have no part in the choice that is scored on them (Varma and Simon, 2006).
     """

@@ -120,7 +120,7 @@ class CachedNetwork:
         entries = self._entries(images, indices)
         for start in range(0, len(indices), self.batch_size):
             chosen = indices[start : start + self.batch_size]
-            by_output = zip(*islice(entries, len(chosen)), strict=True)  # instead of by image
+            by_output = zip(*islice(entries, len(chosen)), strict=True)  # the arrays of the images by output
             digests, own_vectors, *maps = (np.ascontiguousarray(np.stack(arrays)) for arrays in by_output)
             hashes = [digest.tobytes().hex() for digest in digests]
             maps_by_tap = {

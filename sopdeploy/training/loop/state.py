@@ -44,7 +44,8 @@ class LoopRun(Run):
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing
             self.teacher = Teacher(recipe.teacher, self.labels, recipe.preprocess, smoothing, recipe.seed)
-        self.replace_model(self.name, self.model)  # prepares the model and the teacher for training
+        # Also for the first model, this checks its image size, and prepares it and the teacher for training.
+        self.replace_model(self.name, self.model)
         self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
 
     @cached_property
@@ -121,7 +122,7 @@ class LoopRun(Run):
             del self.optimizer  # the next access creates one for the new groups
         super().replace_model(name, model)
         self._prepare_training()
-        for key, parameter in self.trained().named_parameters():  # of the new model, with equal names
+        for key, parameter in self.trained().named_parameters():  # of the new model, which has the same names
             if key in states:
                 self.optimizer.state[parameter] = states[key]
         if self.ema is not None:
