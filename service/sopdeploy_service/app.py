@@ -43,9 +43,8 @@ def create_app(
     """
     keys = None if settings.keys is None else read_keys(settings.keys)
     if keys is not None and not keys:
-        raise ConfigError(
-            f"{settings.keys}: has no key, so no request would be accepted; see `sopdeploy key`"
-        )
+        reason = "has no key, so no request would be accepted; see `sopdeploy key`"
+        raise ConfigError(f"{settings.keys}: {reason}")
     registry = models if isinstance(models, ModelRegistry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
     keeper: Keeper | None = None
@@ -61,7 +60,7 @@ def create_app(
             keeper.start()
         yield
         if keeper is not None:
-            await asyncio.to_thread(keeper.stop)
+            await asyncio.to_thread(keeper.stop)  # before the service, whose decoders make its copies
         await service.stop()
 
     names = sorted({model.name for model in service.registry.models()})
@@ -77,14 +76,15 @@ def create_app(
     app.state.service = service
     for router in ROUTERS:
         app.include_router(router)
-    problems.handle_errors(
-        app, [str(getattr(route, "path", "")) for router in ROUTERS for route in router.routes]
-    )
+    paths = [str(getattr(route, "path", "")) for router in ROUTERS for route in router.routes]
+    problems.handle_errors(app, paths)
     guard: Guard | None = None
     if keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
         guard = KeyGuard(keys, open_paths, limits)
-    elif is_loopback(settings.host):  # under another address, this host may have any name
+    elif is_loopback(settings.host):
+        # Without keys, any web page could send requests to this machine, under a name that leads to it (DNS
+        # rebinding). With another address, the names by which clients reach this host are not known.
         guard = partial(refuse_foreign, {"localhost", settings.host})
     app.add_middleware(RequestContextMiddleware, service=service, guard=guard)
     return app

@@ -100,10 +100,11 @@ class Keeper:
         self._store, self._share, self._copy = store, share, copy
         self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
         self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
-        # Bytes that were put into the queue and taken out of it; one thread changes each, so without a lock.
+        # Two totals instead of one counter: each is written by one thread only, so no lock is needed. The
+        # event loop adds the bytes that it puts into the queue, the keeper's thread those that it takes out.
         self._bytes_in = self._bytes_out = 0
-        # Seconds that copies may take, negative if they took more, and when the last ones were added.
-        self._copy_budget, self._refilled = COPY_BURST, time.monotonic()
+        self._copy_budget = COPY_BURST  # seconds that copies may take; negative if they took more
+        self._refilled = time.monotonic()  # when seconds were last added to the budget
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -117,10 +118,7 @@ class Keeper:
         self._thread.join(_STOP_SECONDS)
 
     def offer(self, model: Model, image: bytes, prediction: Prediction) -> None:
-        """Queue *image* with its *prediction* by *model*; drop it if the queue is full.
-
-        Call it on the event loop.
-        """
+        """Queue *image* with its *prediction* by *model*, on the event loop; drop it if the queue is full."""
         size = len(image) + prediction.pixels.nbytes
         queued = self._bytes_in - self._bytes_out
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
@@ -157,13 +155,15 @@ class Keeper:
         except ImageError:
             return "dropped"
         finally:
-            if not is_sample:  # also the time that the copy waited for a decoder process
-                self._copy_budget = max(-COPY_BURST, self._copy_budget - (time.monotonic() - started))
+            if not is_sample:  # the sample stays uniform because its copies need no budget
+                spent = time.monotonic() - started  # includes the wait for a decoder process
+                self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)  # limits what one copy costs
         return self._store(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
 
     def _refuse_copy(self, photo: PredictedPhoto) -> KeptResult | None:
         """Return why *photo*, outside of the sample, is not copied; else remember it and return None."""
         now, near = time.monotonic(), int(near_hash(photo.pixels), 16)
+        # The budget grows with the time since the last call; `_keep` subtracts the seconds of a copy.
         self._copy_budget = min(COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled))
         self._refilled = now
         if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):

@@ -21,8 +21,6 @@ KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 FILE_BLOCK = 4096  # bytes
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
 _OWN = re.compile(rf"[0-9a-f]{{32}}\.(?:jpg|png|json)(?:{re.escape(PARTIAL)})?")
-# Suffixes of the files of which one must exist beside a file; a partial file is always deleted.
-_PARTNERS = {".json": (".jpg", ".png"), ".jpg": (".json",), ".png": (".json",), PARTIAL: ()}
 
 log = logging.getLogger("sopdeploy.keep")
 
@@ -83,7 +81,9 @@ class KeptFolder:
         for file in set(self.path.iterdir()) - complete:
             if _OWN.fullmatch(file.name) is None:
                 continue
-            if not any(file.with_suffix(suffix).exists() for suffix in _PARTNERS[file.suffix]):
+            partners = (".jpg", ".png") if file.suffix == ".json" else (".json",)
+            has_partner = any(file.with_suffix(suffix).exists() for suffix in partners)
+            if file.suffix == PARTIAL or not has_partner:
                 file.unlink()
 
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
@@ -120,16 +120,17 @@ class KeptFolder:
                 return "near_duplicate"
             reasons = tuple(sorted(kept.reasons.union(record.reasons)))
             record = record.model_copy(update={"reasons": reasons})
-        elif "sample" not in record.reasons:
+        elif "sample" not in record.reasons:  # the sample shows all photographs, with their near-duplicates
             near_hash = int(record.near_hash, 16)
             if any((near_hash ^ one.near_hash).bit_count() <= NEAR_BITS for one in self._entries.values()):
                 return "near_duplicate"
-        files = {path: image, path.with_suffix(".json"): record.model_dump_json().encode()}  # in this order
+        # The photograph is written first: its record shows that it is complete.
+        files = {path: image, path.with_suffix(".json"): record.model_dump_json().encode()}
         size = sum(_size_on_disk(len(content)) for content in files.values())
         if size > self._max_bytes:
             return "dropped"
         if kept is not None:
-            self._delete(kept)
+            self._delete(kept)  # so that its bytes do not count, and its place in the order becomes the last
         self._make_room(size)
         entry = self._insert(path, record, size)
         try:

@@ -89,9 +89,7 @@ class Settings(pydantic.BaseModel):
 
     max_body_bytes: Count = setting(MAX_BYTES, "per request")
     max_json_bytes: Count = setting(16_000_000, "a JSON body, or the JSON before binary tensors")
-    max_upload_bytes: Count = setting(
-        256_000_000, "all bodies of unfinished requests; at most an eighth of the memory"
-    )
+    max_upload_bytes: Count = setting(256_000_000, "all unfinished bodies; at most an eighth of the memory")
     decode_seconds: Seconds = setting(20.0, "an image whose decoding takes longer gets 422")
     formats: Formats = setting(
         tuple(name for name in FORMATS if name != "heic"), "to accept; also heic, with the extra heif"
@@ -129,16 +127,12 @@ class Settings(pydantic.BaseModel):
     keep: Path | None = setting(None, "folder for photographs that are worth a label; not set: none is kept")
     keep_bytes: PositiveBytes = setting(1_000_000_000, "at most in that folder; the oldest make room")
     keep_days: Annotated[float, pydantic.Field(gt=0, le=36_500)] = setting(30.0, "then they are deleted")
-    keep_sample: Fraction = setting(
-        0.01, "share of all photographs to keep in addition, for unbiased figures"
-    )
+    keep_sample: Fraction = setting(0.01, "share of all photographs to keep too, for unbiased figures")
 
     keys: Path | None = setting(None, "API key file, see `sopdeploy key`; not set: no authentication")
     metrics_need_key: bool = setting(False, "otherwise /metrics is public, like /livez and /readyz")
 
-    log: LogForm | None = setting(
-        None, "lines as json or console; not set: console on terminals, else warnings"
-    )
+    log: LogForm | None = setting(None, "json or console; not set: console on terminals, else warnings")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "debug: also health checks")
 
     def classes_per_image(self, *, multi_label: bool) -> int | None:
@@ -154,14 +148,11 @@ class Settings(pydantic.BaseModel):
         if self.follow and self.memory_budget is not None:  # bundles under a budget are not reloaded
             raise ValueError("follow excludes memory_budget; remove one of them")
         if self.max_images > self.queue_size:  # else a request of so many images is never admitted
-            raise ValueError(
-                f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size}); lower it"
-            )
+            sizes = f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})"
+            raise ValueError(f"{sizes}; lower it")
         if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:  # such a body is never admitted
-            raise ValueError(
-                f"max_body_bytes ({self.max_body_bytes}) is larger than {LARGE_BODY_SHARE:.1%} of "
-                f"max_upload_bytes ({self.max_upload_bytes}); lower it"
-            )
+            limit = f"{LARGE_BODY_SHARE:.1%} of max_upload_bytes ({self.max_upload_bytes})"
+            raise ValueError(f"max_body_bytes ({self.max_body_bytes}) is larger than {limit}; lower it")
         return self
 
 
@@ -194,10 +185,7 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
 
 
 def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any]:
-    """Parse `name=value` *assignments* and override them with the *flags* that are not None.
-
-    Raises `ConfigError` for an unknown name or a missing `=`.
-    """
+    """Parse `name=value` *assignments*, which *flags* that are not None override; raises `ConfigError`."""
     assigned: dict[str, Any] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
@@ -220,7 +208,8 @@ def to_toml(settings: Settings) -> str:
     """Format *settings* as a settings file; settings without a value become comments."""
     lines = []
     for name, value in settings.model_dump(mode="json").items():
-        text = json.dumps(value, ensure_ascii=False)  # is TOML, which does not have the escapes of surrogates
+        # JSON text is also TOML, without escapes of surrogate pairs such as \ud83d\ude00, which TOML forbids.
+        text = json.dumps(value, ensure_ascii=False)
         lines.append(f"# {name} is not set" if value is None else f"{name} = {text}")
     return "\n".join(lines) + "\n"
 

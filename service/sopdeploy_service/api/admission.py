@@ -48,7 +48,7 @@ STRIPPED = HttpError(
     400,
     "curl's --data and -d remove bytes from files; send the image with --data-binary @FILE",
 )
-REMOVED = re.compile(rb"[\0\r\n]")
+CURL_REMOVES = re.compile(rb"[\0\r\n]")
 NOT_A_FORM = HttpError("unsupported_multipart", 415, "send the image itself or multipart/form-data")
 
 _Value = TypeVar("_Value")
@@ -62,10 +62,7 @@ def service_of(request: Request) -> Service:
 
 
 def find_and_record_model(request: Request, name: str | None, version: str | None) -> Model:
-    """Find the model of *request*; record it for the digest header, the metrics and the access log.
-
-    Raises `RejectedError` if it does not exist.
-    """
+    """Find the model of *request*, or raise `RejectedError`; record it for headers, metrics and log."""
     model = service_of(request).registry.find(name, version)
     context: RequestContext = request.scope["state"]["context"]
     context.model_name, context.model_version = model.name, model.version
@@ -189,7 +186,7 @@ def timeout_of(headers: Mapping[str, str], longest: float) -> float:
 async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Receive) -> _Value:
     """Run *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
 
-    The request body must have been read: the next message of *receive* is the disconnect.
+    The request body must have been read; a message of *receive* other than the disconnect is ignored.
     """
     with anyio.CancelScope() as scope:
 
@@ -203,7 +200,8 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
             return await work
         finally:
             watcher.cancel()
-    raise RejectedError(results.CLIENT_GONE)  # the scope was cancelled
+    # A finished *work* has returned above. A cancelled scope ends here: it raises nothing by itself.
+    raise RejectedError(results.CLIENT_GONE)
 
 
 class ClassifyRequest(pydantic.BaseModel):
@@ -244,8 +242,9 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
         return Upload(images, is_list=len(images) > 1)
     if kind != "application/json":
         body = await read_body(admitted, settings.max_body_bytes)
-        # curl's --data sends this type, and removes bytes that every image file has.
-        if kind == "application/x-www-form-urlencoded" and body and not REMOVED.search(body):
+        # curl's --data sends this type, and removes zero bytes and line ends, which every image file has.
+        is_stripped = CURL_REMOVES.search(body) is None
+        if kind == "application/x-www-form-urlencoded" and body and is_stripped:
             raise RejectedError(STRIPPED)
         return Upload([body])
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
@@ -256,10 +255,7 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
 
 
 def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
-    """Parse a JSON body. Call it in a thread.
-
-    Raises `RejectedError` for anything that is not a `ClassifyRequest` with base64 images.
-    """
+    """Parse a JSON body, in a thread; raises `RejectedError` unless it is a valid `ClassifyRequest`."""
     body = parse_json(ClassifyRequest, raw, max_bytes)
     if body.image is not None:
         return Upload([decode_text(body.image, "image")])
@@ -285,8 +281,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     pieces: list[bytes] = []
     grace, more = settings.body_grace_seconds, True
     while more:
-        # Also before the first byte: a client that waits for `100 Continue` must not send the body in vain.
-        _check_budget(service, context.bytes, max(0, announced - context.bytes))
+        # Already before the first byte: a client that waits for `100 Continue` must not send a body in vain.
+        _check_budget(service, received=context.bytes, more=max(0, announced - context.bytes))
         began = time.monotonic()
         try:
             async with asyncio.timeout(min(grace, deadline - began)):
@@ -296,10 +292,10 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise RejectedError(results.CLIENT_GONE)
         piece = message.get("body", b"")
-        waited = time.monotonic() - began
-        # The time that the piece takes at the minimum rate is given back.
-        grace = min(settings.body_grace_seconds, grace - waited + len(piece) / settings.min_body_rate)
-        _check_budget(service, context.bytes, len(piece))  # again: other bodies grow, and some have no length
+        waited, allowed = time.monotonic() - began, len(piece) / settings.min_body_rate  # in seconds
+        grace = min(settings.body_grace_seconds, grace - waited + allowed)
+        # Other bodies may have grown during the wait, and a chunked one does not announce its length.
+        _check_budget(service, received=context.bytes, more=len(piece))
         service.upload_bytes += len(piece)
         context.bytes += len(piece)
         if context.bytes > limit:
@@ -312,8 +308,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
 
 def _check_budget(service: Service, received: int, more: int) -> None:
     """Raise `RejectedError` (429) if a body of *received* bytes may not grow by *more* bytes."""
-    budget = service.max_upload_bytes
+    budget = service.max_upload_bytes  # for the bodies of all requests together
     if received + more > SMALL_BODY:
-        budget = int(budget * LARGE_BODY_SHARE)
+        budget = int(budget * LARGE_BODY_SHARE)  # large bodies leave the rest to small ones
     if service.upload_bytes + more > budget:
         raise RejectedError(UPLOADS_FULL)

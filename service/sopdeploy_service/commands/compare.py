@@ -42,7 +42,7 @@ from sopdeploy_service.settings import Settings, load_settings
 
 Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
 LOG = "promotions.jsonl"  # beside a link: one line for each promotion, refused or not
-TESTABLE = 6  # images on which only one bundle is right, below which no McNemar test reaches 5 %
+TESTABLE = 6  # with fewer images on which only one bundle is right, no McNemar test reaches 5 %
 
 
 class BundleScore(StrictModel):
@@ -233,35 +233,37 @@ def compare(
     images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
     images, left_out = _select(images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)
-    is_common = np.array([label in common_labels for label in labels])  # (C,)
-    common = is_common[targets]  # mask (N,) of photographs
-    if not common.any():
+    is_common_C = np.array([label in common_labels for label in labels])
+    common_N = is_common_C[targets]  # the photographs of classes that both bundles have
+    if not common_N.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
     unknown_images = None if unknown is None else open_any_images(unknown)
     total = len(pair) * (len(images) + len(unknown_images or ()))  # predictions
     done = itertools.count(1)
     evaluated = [
-        _evaluate(one, images, common, unknown_images, settings, lambda: on_image(next(done), total))
+        _evaluate(one, images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
         for one in pair
     ]
-    right = [one.right for one in evaluated]  # the mask (N,) of each bundle
-    changes = compare_classes(labels, targets[common], [mask[common] for mask in right])  # of common classes
-    others = compare_classes(labels, targets[~common], [mask[~common] for mask in right])
-    wins, losses = sum(one.wins for one in changes), sum(one.losses for one in changes)
-    count, share = int(common.sum()), tolerance / 100
+    common_classes, other_classes = (
+        compare_classes(labels, targets[chosen_N], [one.right[chosen_N] for one in evaluated])
+        for chosen_N in (common_N, ~common_N)
+    )
+    wins, losses = sum(one.wins for one in common_classes), sum(one.losses for one in common_classes)
+    count, tolerated = int(common_N.sum()), tolerance / 100
     low, high = difference_interval(wins, losses, count)
     attempt = count_comparisons(first) + 1
-    verdict = decide(wins, losses, count, share, attempt)
+    verdict = decide(wins, losses, count, tolerated, attempt)
     rejections = _compare_rejections(*(one.rejected for one in evaluated))
-    if rejections is not None and rejections.is_worse:  # whatever the photographs say
+    if rejections is not None and rejections.is_worse:  # even if it is better on the photographs
         verdict = "worse"
     return BundleComparison(
         first=evaluated[0].score, second=evaluated[1].score, num_images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
-        p=mcnemar(wins, losses), tolerance=share, attempt=attempt,
-        verdict=verdict, unknown=rejections, classes=changes, removed=sorted(first_labels - second_labels),
-        num_more_images=images_to_decide(wins, losses, count, share, attempt + 1),
-        new=[one for one in others if one.label in second_labels], notes=notes,
+        p=mcnemar(wins, losses), tolerance=tolerated, attempt=attempt, verdict=verdict, unknown=rejections,
+        classes=common_classes, new=[one for one in other_classes if one.label in second_labels],
+        removed=sorted(first_labels - second_labels), notes=notes,
+        # More images are for another attempt, which needs stronger evidence than this one.
+        num_more_images=images_to_decide(wins, losses, count, tolerated, attempt + 1),
     )  # fmt: skip
 
 
@@ -294,31 +296,40 @@ def _select(
 
     Also returns the fields of `BundleComparison` that say what was left out; appends to *notes*.
     """
-    hashes, in_sample, suspects = hash_images(images), np.zeros(len(images), np.bool_), []
+    recorded_N, suspects = _find_recorded(images, pair, notes)
+    group_N = np.arange(len(images))  # near-duplicates have the same number; here, every image has its own
+    if len(images) <= MAX_COMPARED_PIXELS:
+        signatures = map_threaded(lambda index: signature(images[index][0]), len(images))
+        group_N = group_by_signatures(images, np.stack(list(signatures)))
+    else:
+        notes.append(f"{images.root}: over {MAX_COMPARED_PIXELS:,} images; no near-duplicates are left out")
+    trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of training images
+    is_first_N = np.zeros(len(images), np.bool_)
+    is_first_N[np.unique(group_N, return_index=True)[1]] = True  # the first image of each group
+    kept_N = is_first_N & ~trained_on_N
+    if not kept_N.any():
+        raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
+    num_copies = int((~is_first_N & ~trained_on_N).sum())
+    left_out = {"num_copies": num_copies, "trained_on": int(trained_on_N.sum()), "suspects": suspects}
+    return images.select(kept_N), left_out
+
+
+def _find_recorded(
+    images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
+) -> tuple[NDArray[np.bool_], list[str]]:
+    """Find the *images* (N,) in the bundles' records of training images, and `BundleComparison.suspects`."""
+    hashes, recorded_N, suspects = hash_images(images), np.zeros(len(images), np.bool_), []
     for one in pair:
         name, origin = one.bundle.name, one.bundle.manifest.origin
         if origin is None or not origin.sample:
             notes.append(f"{name}: its training images are not recorded; leave them out yourself")
             continue
-        found = np.isin(hashes, origin.sample)
-        if found.any() and len(origin.sample) == SAMPLED:  # there may be more training images
+        found_N = np.isin(hashes, origin.sample)
+        is_full = len(origin.sample) == SAMPLED  # there may be training images that are not recorded
+        if is_full and found_N.any():
             suspects.append(name)
-        in_sample |= found
-    groups = np.arange(len(images))  # the number of the group of each image, at first its own
-    if len(images) <= MAX_COMPARED_PIXELS:
-        signatures = map_threaded(lambda index: signature(images[index][0]), len(images))
-        groups = group_by_signatures(images, np.stack(list(signatures)))
-    else:
-        notes.append(f"{images.root}: over {MAX_COMPARED_PIXELS:,} images; no near-duplicates are left out")
-    trained_on = np.isin(groups, groups[in_sample])  # also the near-duplicates of training images
-    kept = np.zeros(len(images), np.bool_)
-    _, first_of_groups = np.unique(groups, return_index=True)  # indices of images
-    kept[first_of_groups] = True
-    kept &= ~trained_on
-    if not kept.any():
-        raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
-    counts = {"num_copies": int((~kept & ~trained_on).sum()), "trained_on": int(trained_on.sum())}
-    return images.select(kept), {**counts, "suspects": suspects}
+        recorded_N |= found_N
+    return recorded_N, suspects
 
 
 class Evaluated(NamedTuple):
@@ -332,27 +343,27 @@ class Evaluated(NamedTuple):
 def _evaluate(
     loaded: LoadedModel,
     images: ImageFiles,
-    common: NDArray[np.bool_],
+    common_N: NDArray[np.bool_],
     unknown: ImageFiles | None,
     settings: Settings,
     on_image: Callable[[], None],
 ) -> Evaluated:
-    """Run a bundle on *images* and, if given, *unknown* ones; score it on the *common* ones (N,)."""
+    """Run a bundle on *images* and, if given, *unknown* ones; score it on those of the mask *common_N*."""
     bundle, labels = loaded.bundle, images.labels
     logits, known = _answer(loaded, images, settings, on_image)
     rejected = None if unknown is None else ~_answer(loaded, unknown, settings, on_image)[1]
-    # *images* and the outputs of the bundle number the classes differently.
+    # A class has two numbers: its target, the index in *labels*, and its output, the index in the bundle.
     target_of_output = np.array([labels.index(label) for label in bundle.labels])
-    answers = target_of_output[logits.argmax(axis=1)]
-    true_outputs = np.array([bundle.labels.index(labels[target]) for target in images.targets[common]])
-    right, count = answers == images.targets, int(common.sum())
+    right = target_of_output[logits.argmax(axis=1)] == images.targets
+    common_labels = [labels[target] for target in images.targets[common_N]]
+    common_outputs = np.array([bundle.labels.index(label) for label in common_labels])
     has_rule = bundle.manifest.rules.rejection is not None
     score = BundleScore(
         bundle=bundle.name,
         id=bundle.manifest.id,
-        top1=Rate.of(int(right[common].sum()), count),
-        log_loss=log_loss(logits[common].astype(np.float64), true_outputs),
-        accepted=Rate.of(int(known[common].sum()), count) if has_rule else None,
+        top1=Rate.of(int(right[common_N].sum()), len(common_labels)),
+        log_loss=log_loss(logits[common_N].astype(np.float64), common_outputs),
+        accepted=Rate.of(int(known[common_N].sum()), len(common_labels)) if has_rule else None,
         rejected=Rate.of(int(rejected.sum()), len(rejected)) if has_rule and rejected is not None else None,
     )
     return Evaluated(score, right, rejected)
@@ -388,6 +399,8 @@ def compare_classes(
         masks = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
         counts = {name: int(mask.sum()) for name, mask in masks.items()}
         changes.append(ClassChange(label=labels[target], num_images=len(first), **counts))
+    # Classes below `TESTABLE` cannot become significant, so they are left out of the correction. Which ones
+    # these are depends only on the sum of wins and losses, which says nothing about the better bundle.
     tested = [one for one in changes if one.wins + one.losses >= TESTABLE]
     corrected = holm([mcnemar(one.wins, one.losses) for one in tested])
     p_values = {one.label: p for one, p in zip(tested, corrected, strict=True)}

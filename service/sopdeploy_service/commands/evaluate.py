@@ -40,8 +40,10 @@ def scores_of_bundle(
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
     multi_label = loaded.bundle.manifest.rules.thresholds is not None
-    order = labels if multi_label else sorted_labels  # multi-label targets have the columns of the logits
-    images = open_evaluation_images(data, order, multi_label=multi_label, log=log)
+    # Multi-label targets have the columns of the logits, in the bundle's order. Other targets are indices of
+    # the sorted names; `make_predictions` converts the outputs to such indices.
+    target_labels = labels if multi_label else sorted_labels
+    images = open_evaluation_images(data, target_labels, multi_label=multi_label, log=log)
     done = itertools.count(1)
     logits = logits_of_images(loaded, images, settings, lambda: on_image(next(done), len(images)))
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}

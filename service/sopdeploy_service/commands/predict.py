@@ -74,7 +74,7 @@ def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings)
     if isinstance(image, bytes):
         return decode(image, preprocess, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
     try:
-        match_transparency(image)  # of a file that is open but not decoded yet
+        match_transparency(image)  # changes `image.info` of an open PNG, as `decode` does for its bytes
         return Decoded(preprocess_image(image, preprocess), list_changes(image, preprocess))
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError("the image is damaged", code="damaged_image", status=422) from error
@@ -106,10 +106,10 @@ def _print_prediction(prediction: FilePrediction) -> None:
     line = plain_text(f"{prediction.image}: {classes}{score}")
     out.print(Text.assemble(line, (unknown, "yellow"), (warnings, "dim")))
     if prediction.explanation is not None:
-        losses = np.array(prediction.explanation)
+        losses = np.array(prediction.explanation)  # of the first class, if a cell of the image is hidden
         row, column = np.unravel_index(losses.argmax(), losses.shape)
         place = f"row {row + 1}, column {column + 1} of {GRID} x {GRID}"
-        label = plain_text(prediction.classes[0].label)
+        label = plain_text(prediction.classes[0].label)  # without a class there is no explanation
         out.print(Text.assemble("  ", label, f" loses {losses.max():.4f}, most of all, without {place}"))
 
 
@@ -153,10 +153,9 @@ def predict(
         BundleError: The bundle is damaged.
         ConfigError: Unknown or invalid settings.
     """
-    single = isinstance(images, str | Path | Image.Image) or (
-        isinstance(images, np.ndarray) and images.ndim < 4
-    )
-    items: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
+    is_one_array = isinstance(images, np.ndarray) and images.ndim < 4
+    is_one = is_one_array or isinstance(images, str | Path | Image.Image)
+    items: Iterable[Any] = [images] if is_one else images  # type: ignore[assignment]
     opened = [_open(image, number) for number, image in enumerate(items)]
     loaded_settings = load_settings(top_k=top_k, **settings)
     loaded = load_model(Path(bundle), loaded_settings)

@@ -71,7 +71,7 @@ def promote(
         PromotionError: The objections, or there is no bundle to go back to.
         ConfigError: *over* or *back* is no link, or arguments that do not fit together.
     """
-    if back is not None and {new, over, data, unknown, force} == {None}:
+    if back is not None and all(other is None for other in (new, over, data, unknown, force)):
         return _promote_back(back)
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK alone")
@@ -81,20 +81,18 @@ def promote(
     if has_live and data is None and force is None:
         raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     after = os.path.relpath(new.resolve(), over.parent.resolve())
-    comparison, reason = None, force or "first bundle"
-    if has_live and data is not None:
-        comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
-        objections = _list_objections(comparison, read_manifest(over).project, read_manifest(new).project)
-        if objections and force is None:
-            _record(over, before, after, "; ".join(objections), comparison, refused=True)
-            raise PromotionError(
-                f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
-                lists={"objections": objections},
-            )
-        reason = force or comparison.summary
-    else:
+    if not has_live or data is None:  # nothing to compare
         load_model(new, load_settings())  # raises an error for a damaged bundle, as `compare` does
-    return _record(over, before, after, reason, comparison)
+        return _record(over, before, after, force or "first bundle", None)
+    comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
+    objections = _list_objections(comparison, read_manifest(over).project, read_manifest(new).project)
+    if objections and force is None:
+        _record(over, before, after, "; ".join(objections), comparison, refused=True)
+        raise PromotionError(
+            f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
+            lists={"objections": objections},
+        )
+    return _record(over, before, after, force or comparison.summary, comparison)
 
 
 def _promote_back(link: Path) -> Promotion:

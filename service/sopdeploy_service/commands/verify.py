@@ -109,7 +109,11 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
 
 
 def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
-    """Raise `BundleError` if `parity.json` of *bundle* does not explain the tolerances of its *probes*."""
+    """Raise `BundleError` if `parity.json` of *bundle* does not explain the tolerances of its *probes*.
+
+    A tolerance may be `floors_allowed` noise floors, a number that depends on the precision of the bundle, or
+    `ALLOWED_DRIFTS` times the observed drift if the user of `export` allowed it.
+    """
     advice = "export the bundle again"
     try:
         parity = json.loads((bundle.path / "parity.json").read_bytes())
@@ -135,11 +139,9 @@ def _notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:
     for name, tolerance in probes.tolerance.items():
         spread = float(np.ptp(probes.expected[name]))
         if tolerance > WIDE * spread:
-            notes.append(
-                f"{name}: the tolerance {tolerance:.2g} is above {WIDE:.0%} of the probes' range {spread:.2g}"
-            )
+            wide = f"{WIDE:.0%} of the probes' range {spread:.2g}"
+            notes.append(f"{name}: the tolerance {tolerance:.2g} is above {wide}")
     if bundle.manifest.mixes_images:
-        notes.append(
-            f"outputs may depend on other images of a batch: {', '.join(bundle.manifest.mixes_images)}"
-        )
+        mixing = ", ".join(bundle.manifest.mixes_images)
+        notes.append(f"outputs may depend on other images of a batch: {mixing}")
     return tuple(notes)

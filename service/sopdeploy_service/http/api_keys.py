@@ -25,8 +25,10 @@ _PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
 _ROUNDING = 1e-6  # tokens that may be missing after the announced time
 
-# Tokens, and the time of the last fill; 0 before the first one.
+# The tokens, and the time of the last fill, 0 before the first one. Processes may share this memory, without
+# a lock: if two of them change it at once, a few requests more may pass.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
+_TOKENS, _FILLED = 0, 1
 KeyName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
@@ -53,10 +55,7 @@ def find_key(keys: Sequence[Key], secret: bytes) -> Key | None:
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """Read the key file at *path*.
-
-    Raises `ConfigError` if it is missing or malformed, or if two keys have the same name or hash.
-    """
+    """Read the key file *path*; raises `ConfigError` if it is malformed or has a name or a hash twice."""
     try:
         keys = KeyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).key
     except OSError as problem:
@@ -101,8 +100,8 @@ class TokenBucket:
 
     def __init__(self, rate: float, burst: int, state: BucketState) -> None:
         self._rate, self.burst, self._state = rate, burst, state
-        if not state[1]:  # was never filled
-            state[0], state[1] = float(burst), time.monotonic()
+        if not state[_FILLED]:
+            state[_TOKENS], state[_FILLED] = float(burst), time.monotonic()
 
     def spend(self, num_images: int, *, check_only: bool = False) -> None:
         """Take the tokens of *num_images*, unless *check_only*.
@@ -111,16 +110,14 @@ class TokenBucket:
         """
         tokens = self._fill()
         if num_images > self.burst:
-            message = (
-                f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
-            )
+            message = f"{num_images} images exceed the limit of this key ({self.burst}); send fewer at once"
             raise RejectedError(HttpError("too_many_images", 400, message))
         if num_images > tokens + _ROUNDING:
             wait = math.ceil((num_images - tokens) / self._rate)
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
-            self._state[0] = max(0.0, tokens - num_images)  # up to `_ROUNDING` may be missing
+            self._state[_TOKENS] = max(0.0, tokens - num_images)  # up to `_ROUNDING` may be missing
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""
@@ -132,9 +129,9 @@ class TokenBucket:
         }
 
     def _fill(self) -> float:
-        """Add the tokens since the last fill; return their number."""
-        tokens, filled = self._state
+        """Add the tokens since the last fill; store and return their number."""
         now = time.monotonic()
-        tokens = min(float(self.burst), tokens + (now - filled) * self._rate)
-        self._state[0], self._state[1] = tokens, now
+        gained = (now - self._state[_FILLED]) * self._rate
+        tokens = min(float(self.burst), self._state[_TOKENS] + gained)
+        self._state[_TOKENS], self._state[_FILLED] = tokens, now
         return tokens

@@ -42,10 +42,10 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
     except FormParserError as problem:
         raise RejectedError(NO_BOUNDARY) from problem
     start = 0 if body.startswith(b"--" + boundary) else body.find(b"\r\n--" + boundary)
-    if start < 0:  # no delimiter; the parser itself skips the line break before one
+    if start < 0:  # there is no delimiter
         raise RejectedError(_MALFORMED)
     try:
-        parser.write(body[start:])
+        parser.write(body[start:])  # the parser skips the line break before the delimiter
     except FormParserError as problem:
         raise RejectedError(_MALFORMED) from problem
     if parser.state != MultipartState.END:  # truncated

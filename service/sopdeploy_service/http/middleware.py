@@ -94,7 +94,7 @@ class RequestContextMiddleware:
         scope.setdefault("state", {})["context"] = context
         # A copy: the server reads the method from its own scope.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
-        status = 0
+        status = 0  # until the response starts
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -126,7 +126,8 @@ class RequestContextMiddleware:
             self.service.active_requests -= 1
             self.service.upload_bytes -= context.bytes  # counted by `read_body`
             seconds = time.monotonic() - started
-            self._record(context, scope["method"], inner.get("route"), status, seconds)
+            route = inner.get("route")  # the router adds it to the scope that the app was called with
+            self._record(context, scope["method"], route, status, seconds)
 
     def _error_of(self, error: Exception, scope: Scope) -> HttpError:
         """Return the `HttpError` that answers *error*; count it, or log an *error* that is a defect."""
@@ -142,10 +143,7 @@ class RequestContextMiddleware:
     def _record(
         self, context: RequestContext, method: str, route: object, status: int, seconds: float
     ) -> None:
-        """Record a request to *route*, which took *seconds*, in metrics and access log.
-
-        *status* is 0 if no response was sent.
-        """
+        """Record a request in metrics and access log; *status* is 0 if no response was sent."""
         path = getattr(route, "path", "other")  # the template: few values, whatever clients send
         self.service.metrics.request(path, status, seconds, context.model_name)
         level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
@@ -180,18 +178,26 @@ def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: b
 
     Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` tell those of other
     pages. A page whose host was made to resolve to this machine (DNS rebinding) has its host in `Host`, which
-    is then none of *names* and no IP address. With *is_link*, links of other pages may lead here.
+    is then none of *names* and no IP address. With *is_link*, links of other pages may lead here; a browser
+    sends no `Origin` for a link.
     """
     host = headers.get("host", "localhost")
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        if name not in {own.lower() for own in names}:  # `hostname` is in lower case
-            ip_address(name)  # raises ValueError for what is no address
-    except ValueError:
-        return True
     is_own_origin = headers.get("origin") in {None, f"http://{host}"}
     is_own_site = headers.get("sec-fetch-site") in {None, "none", "same-origin"}
-    return not (is_own_origin and (is_own_site or is_link))
+    is_of_own_page = is_own_origin and (is_own_site or is_link)
+    return not (is_of_own_page and _is_own_host(host, names))
+
+
+def _is_own_host(host: str, names: Collection[str]) -> bool:
+    """Tell whether *host*, the value of the header, is an IP address or one of *names*."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""  # in lower case, without the port
+        if name in {own.lower() for own in names}:
+            return True
+        ip_address(name)
+    except ValueError:  # neither a name of this host nor an IP address
+        return False
+    return True
 
 
 def refuse_foreign(names: Collection[str], path: str, context: RequestContext) -> None:

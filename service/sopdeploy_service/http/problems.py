@@ -68,10 +68,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
-    """Make *app*, which has *paths*, respond to FastAPI's errors with problems.
-
-    `RequestContextMiddleware` handles all other errors.
-    """
+    """Make *app*, which has *paths*, respond with problems to the errors that FastAPI raises itself."""
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

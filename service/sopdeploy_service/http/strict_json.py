@@ -33,9 +33,7 @@ def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int) -> ParsedBod
     lists and objects.
     """
     if len(raw) > limit:
-        message = (
-            f"the JSON is larger than {limit} bytes, the limit of this server; send binary images or tensors"
-        )
+        message = f"the JSON is larger than the limit, {limit} bytes; send binary images or tensors"
         raise RejectedError(HttpError("json_too_large", 413, message))
     if raw.count(b'"') > MAX_QUOTES or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
         raise RejectedError(TOO_COMPLEX)

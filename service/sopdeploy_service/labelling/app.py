@@ -42,9 +42,8 @@ IMAGE_HEADERS = {
     "Cache-Control": "no-store",
 }
 _FOLDER = files("sopdeploy_service.labelling") / "pages"
-_PAGE = Page(
-    (_FOLDER / "label.html").read_text("utf-8"), ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER
-)
+_HTML = (_FOLDER / "label.html").read_text("utf-8")
+_PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER)
 
 
 class GivenLabel(StrictModel):

@@ -63,7 +63,7 @@ class LabelFolders:
         self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
         self.steps: list[LabelStep] = []
-        self._sampled: set[int] = set()  # near_hash of the uniform sample
+        self._sampled: set[int] = set()  # near hashes of the uniform sample, which `label` compares
         self.read()
         others = [name for name in list_subfolders(self.kept) if not (self.kept / name / LOCK).exists()]
         if not self.waiting and others:  # subfolders that are not those of a server's devices
@@ -79,8 +79,8 @@ class LabelFolders:
         samples = [photo for photo in found if "sample" in photo.record.reasons]
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
         queue = order_records([photo for photo in found if "sample" not in photo.record.reasons])
-        for number, photo in enumerate(samples):
-            queue.insert(SAMPLE_EVERY * number, photo)  # appends to a shorter list
+        for number, photo in enumerate(samples):  # every `SAMPLE_EVERY`-th place, then all others at the end
+            queue.insert(SAMPLE_EVERY * number, photo)
         self.waiting = {photo.path.stem: photo for photo in queue}
 
     def classes(self) -> list[str]:
@@ -139,13 +139,16 @@ class LabelFolders:
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photographs yourself")
         photo, target, new_folder = self.steps[-1]
-        image, current = photo.path, target or photo.path
+        image = photo.path
+        current = image if target is None else target  # None: it was skipped, so it was not moved
         if not current.exists():
             self.steps.pop()
             raise GoneError(f"{current}: no longer there, so the last step cannot be undone")
         if target is None:
             image.with_suffix(SKIPPED).unlink(missing_ok=True)
-        else:  # the record first: a server deletes a photograph without one when it starts
+        else:
+            # The record first: a server that starts deletes a photograph without one. If the process stops
+            # in between, the photograph is still labelled, and `read_kept` skips the record.
             with atomic_write(image.with_suffix(".json")) as partial:
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
             _move(target, image)
@@ -166,12 +169,13 @@ class LabelFolders:
 
 
 def order_records(found: list[Kept]) -> list[Kept]:
-    """Order photographs by the value of their labels; their bundles may have different classes."""
+    """Order photographs by how useful their labels are; their bundles may have different classes."""
     names = {label for _, record in found for label in record.labels}
     columns = {name: column for column, name in enumerate(sorted(names))}
     probabilities_NC = np.zeros((len(found), len(names)))
     for row, (_, record) in zip(probabilities_NC, found, strict=True):
         row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
+    # None: the bundle has no threshold, so nothing says that the photograph shows none of its classes.
     known_N = np.asarray([record.known is not False for _, record in found], np.bool_)
     return [found[index] for index in order_by_value(probabilities_NC, known_N)]
 
@@ -185,13 +189,13 @@ def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bo
     from the closest ones chosen before (k-center: Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the
     uncertainty decides alone.
     """
-    padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))  # there may be fewer than two classes
-    second_N, first_N = np.sort(padded, axis=1)[:, -2:].T
-    uncertainties_N = 1 - (first_N - second_N)
+    at_least_two_columns = np.pad(probabilities_NC, ((0, 0), (2, 0)))  # with two of zeros before the classes
+    ascending = np.sort(at_least_two_columns, axis=1)
+    uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])
     order: list[int] = []
     for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
         left = group[np.argsort(-uncertainties_N[group], kind="stable")]
-        distances = np.ones(len(left))  # of those left from the closest one chosen before; 1 without one
+        distances = np.ones(len(left))  # to the closest one chosen before; at most 1, and 1 before the first
         for _ in range(min(MAX_SPREAD, len(left))):
             best = int((distances * uncertainties_N[left]).argmax())
             order.append(int(left[best]))
@@ -210,11 +214,13 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     """
     if name not in classes:  # names that exist stay as they are
         name = unicodedata.normalize("NFC", name.strip())
+    has_length = 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES
+    is_printable = not any(unicodedata.category(one)[0] == "C" or one in NOT_IN_NAMES for one in name)
     same = [other for other in classes if _folded(other) == _folded(name)]
-    needs_folder, problem = name not in folders, ""
-    if needs_folder and not 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES:
+    is_new_folder, problem = name not in folders, ""
+    if is_new_folder and not has_length:
         problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
-    elif needs_folder and any(unicodedata.category(one)[0] == "C" or one in NOT_IN_NAMES for one in name):
+    elif is_new_folder and not is_printable:
         problem = f"leave out control characters and {' '.join(NOT_IN_NAMES)}"
     elif is_hidden(name) or name.endswith("."):
         problem = "the folder would be hidden; do not begin or end with a dot"

@@ -56,9 +56,7 @@ class Metrics:
         )
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
         self.decoders = gauge("decoders", "Child processes that decode images of up to 3 megapixels")
-        self.max_decode_bytes = gauge(
-            "max_decode_bytes", "Memory of a child process that decodes large images"
-        )
+        self.max_decode_bytes = gauge("max_decode_bytes", "Memory of a process that decodes large images")
         self.batch_size = histogram("batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS)
         self.batch_close = counter(
             "batch_close", "Why a batch closed: full, or the worker was idle", ("model", "reason")
@@ -80,7 +78,7 @@ class Metrics:
         self.runtime_seconds = counter("runtime_seconds", "Busy time of the runtime", ("model",))
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
-        self.dropped_log_lines = DROPPED  # of this process; the documentation lists all attributes
+        self.dropped_log_lines = DROPPED  # global; an attribute because the documentation lists attributes
         registry.register(DROPPED)
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
         self.drift_distance = gauge(

@@ -22,9 +22,9 @@ from sopdeploy_service.inference.results import RejectedError
 
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
-IMAGE = "IMAGE"  # the input for encoded files; a request gives either it or the input of the bundle
-PIXELS, ENCODED = "UINT8", "BYTES"  # the datatypes of these inputs
-FLOATS = "FP32"  # of all outputs; clients that compute in floating point also send pixels in it
+IMAGE_INPUT = "IMAGE"  # the input for encoded files; a request gives either it or the input of the bundle
+UINT8, BYTES = "UINT8", "BYTES"  # datatypes of the bundle's input and of encoded files
+FP32 = "FP32"  # datatype of all outputs; clients that compute in floating point also send pixels in it
 PIXELS_ONLY = (
     "values must be whole numbers from 0 to 255: send pixels before any scaling and normalization, "
     "which are part of the network, and round the result of a resize"
@@ -100,10 +100,7 @@ class InferRequest:
 def parse_body(
     body: bytes, header_length: str | None, manifest: Manifest, max_images: int, max_json: int
 ) -> InferRequest:
-    """Parse *body*, with at most *max_images* images and *max_json* bytes of JSON; call it in a thread.
-
-    Raises `RejectedError` with status 400 or 413.
-    """
+    """Parse *body*, in a thread; raises `RejectedError` if it is invalid or has too many images or bytes."""
     text, binary = body, memoryview(b"")
     if header_length is not None:
         digits = header_length.strip()
@@ -144,19 +141,20 @@ def _read_images(
     inputs: Sequence[InputTensor], binary: memoryview, record: TensorRecord, max_images: int
 ) -> list[bytes] | NDArray[np.uint8]:
     """Return the images of the only input, `IMAGE` or that of *record*, from its JSON or from *binary*."""
-    if len(inputs) != 1 or inputs[0].name not in {record.name, IMAGE}:
+    if len(inputs) != 1 or inputs[0].name not in {record.name, IMAGE_INPUT}:
         raise bad_request(
             "wrong_inputs",
-            f"give one of the inputs {record.name!r} ({PIXELS} {_describe(record.shape[1:])}) and {IMAGE!r} "
-            f"({ENCODED} [n], encoded images)",
+            f"give one of the inputs {record.name!r} ({UINT8} {_describe(record.shape[1:])}) and "
+            f"{IMAGE_INPUT!r} ({BYTES} [n], encoded images)",
         )
     item = inputs[0]
-    is_encoded = item.name == IMAGE
-    allowed = (ENCODED,) if is_encoded else (PIXELS, FLOATS)
+    is_encoded = item.name == IMAGE_INPUT
+    allowed = (BYTES,) if is_encoded else (UINT8, FP32)
     if item.datatype not in allowed:
         message = f"the datatype must be {' or '.join(allowed)}, not {item.datatype[:20]!r}"
         raise _invalid("wrong_datatype", item, message)
-    shape = _check_shape(item, (1,) if is_encoded else record.shape[1:], max_images)
+    size = (1,) if is_encoded else record.shape[1:]  # some clients send encoded images as a column, [n, 1]
+    shape = _check_shape(item, size, max_images)
     declared = item.parameters.binary_data_size
     if (declared is None) == (item.data is None):
         raise _invalid("wrong_data", item, "must have either `data` or the parameter `binary_data_size`")
@@ -170,7 +168,7 @@ def _read_images(
         return _decode_texts(item, shape) if is_encoded else _pixels_from_json(item, shape)
     if is_encoded:
         return _split_elements(item, binary, shape[0])
-    dtype = np.dtype("<f4" if item.datatype == FLOATS else np.uint8)
+    dtype = np.dtype("<f4" if item.datatype == FP32 else np.uint8)
     needed = prod(shape) * dtype.itemsize
     if declared != needed:
         message = f"{list(shape)} {item.datatype} is {needed} bytes, not {declared}"
@@ -188,11 +186,11 @@ def _describe(size: Sequence[int | None]) -> str:
 
 
 def _check_shape(item: InputTensor, size: tuple[int | None, ...], max_images: int) -> tuple[int, ...]:
-    """Return the shape of *item*, n images of *size*; `IMAGE`, whose size is (1,), may also be [n]."""
+    """Return the shape of *item*, n images of *size*, which has no None; `IMAGE` may also have [n]."""
     shape = item.shape
     rule = f"the shape must be {_describe(size)} with n from 1 to {max_images}"
-    allowed = {size, ()} if item.name == IMAGE else {size}
-    if not shape or shape[0] < 1 or tuple(shape[1:]) not in allowed:
+    allowed_sizes = {size, ()} if item.name == IMAGE_INPUT else {size}
+    if not shape or shape[0] < 1 or tuple(shape[1:]) not in allowed_sizes:
         raise _invalid("wrong_shape", item, f"{rule}, not {str(shape)[:100]}")
     if shape[0] > max_images:
         raise _invalid("too_many_images", item, f"{rule}, the limit of this server")
@@ -238,12 +236,12 @@ def _split_elements(item: InputTensor, raw: memoryview, count: int) -> list[byte
     elements, position = [], 0
     for number in range(count):
         begin = position + LENGTH_BYTES
-        end = begin + (unpack_from("<I", raw, position)[0] if begin <= len(raw) else 0)
-        if end > len(raw):  # the bytes of the element, or those of its length, are incomplete
+        length = unpack_from("<I", raw, position)[0] if begin <= len(raw) else None
+        if length is None or begin + length > len(raw):
             message = f"element {number} does not fit into {len(raw)} bytes"
             raise _invalid("wrong_binary_size", item, message)
-        elements.append(bytes(raw[begin:end]))
-        position = end
+        position = begin + length
+        elements.append(bytes(raw[begin:position]))
     if position != len(raw):
         message = f"{len(raw) - position} bytes remain after element {count - 1}"
         raise _invalid("wrong_binary_size", item, message)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import admit, find_and_record_model, json_response, read_body, service_of
-from sopdeploy_service.api.v2.request import ENCODED, FLOATS, IMAGE, PIXELS, parse_body
+from sopdeploy_service.api.v2.request import BYTES, FP32, IMAGE_INPUT, UINT8, parse_body
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
@@ -26,9 +26,8 @@ _ERROR: dict[str, Any] = {
         }
     },
 }
-_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
-    (400, 404, 408, 413, 415, 422, 429, 500, 503, 504), _ERROR
-)
+_STATUSES = (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(_STATUSES, _ERROR)
 
 MODEL, VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 _VERSION = package_version("sopdeploy")
@@ -121,16 +120,13 @@ def describe_model(model: Model) -> dict[str, Any]:
         "name": model.name,
         "versions": [model.version],
         "platform": "tensorrt_plan" if is_engine else "onnxruntime_onnx",
-        "inputs": [describe(pixels.name, PIXELS, pixels.shape), describe(IMAGE, ENCODED, (None, 1))],
-        "outputs": [describe(output.name, FLOATS, output.shape) for output in manifest.outputs],
+        "inputs": [describe(pixels.name, UINT8, pixels.shape), describe(IMAGE_INPUT, BYTES, (None, 1))],
+        "outputs": [describe(output.name, FP32, output.shape) for output in manifest.outputs],
     }
 
 
 def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:
-    """Stack the outputs of all images to (n, ...) by name.
-
-    The protocol has one status per request, so the first rejected image rejects the request.
-    """
+    """Stack the outputs of all images to (n, ...) by name; the first rejected image rejects the request."""
     predictions: list[Prediction] = []
     for index, outcome in enumerate(outcomes):
         if isinstance(outcome, HttpError):
@@ -143,15 +139,12 @@ def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]
 def format_response(
     head: Mapping[str, Any], values: Mapping[str, NDArray[Any]], requested: Mapping[str, bool]
 ) -> tuple[bytes, dict[str, str]]:
-    """Build the body and headers from *head* and the *requested* ones of *values*, (n, ...) by name.
-
-    *requested* tells whether an output is returned in binary.
-    """
+    """Build body and headers from *head* and the *requested* ones of *values* (n, ...), in binary if True."""
     binary_parts: list[bytes] = []
     outputs = []
     for name, is_binary in requested.items():
         array = np.ascontiguousarray(values[name], "<f4")
-        described: dict[str, Any] = {"name": name, "datatype": FLOATS, "shape": list(array.shape)}
+        described: dict[str, Any] = {"name": name, "datatype": FP32, "shape": list(array.shape)}
         if is_binary:
             binary_parts.append(array.tobytes())
             described["parameters"] = {"binary_data_size": array.nbytes}

@@ -58,8 +58,8 @@ OnImages = Callable[[int], None]  # is called with a number of images when they 
 class BatchClassifier:
     """Classifies parts in this process, with the bundle in the folder *path*.
 
-    `state` is what the rows depend on, besides the images. Raises what `load_model` raises, and `ConfigError`
-    if the bundle does not have the requested features.
+    `state` is what the rows depend on, besides the images; a run with another one must not continue this run.
+    Raises what `load_model` raises, and `ConfigError` if the bundle does not have the requested features.
     """
 
     def __init__(self, path: Path, settings: Settings, options: "ClassifyOptions") -> None:
@@ -71,7 +71,7 @@ class BatchClassifier:
             if EMBEDDING not in {output.name for output in manifest.outputs}:
                 raise ConfigError(f"{path} has no features; export it with_features", setting="features")
             optional["features"] = EMBEDDING
-        self._optional = optional  # column: output
+        self._optional = optional  # the outputs that become columns, by the name of the column
         self._workers = options.workers or min(usable_cores(), MAX_WORKERS)
         self._batch_size = largest_batch(loaded.runtime, settings)
         self._top_k = settings.classes_per_image(multi_label=manifest.rules.thresholds is not None)
@@ -89,10 +89,7 @@ class BatchClassifier:
         self._runtime.close()
 
     def write_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
-        """Classify *parts* of the list in *folder* and write their rows.
-
-        Raises `RuntimeUnavailableError` if the device fails, or if the decoder processes do not start.
-        """
+        """Write the rows of *parts*; raises `RuntimeUnavailableError` if the device or the decoders fail."""
         sizes = folder.sizes()
         schema = pa.schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
         images = (image for part in parts for image in folder.images(part))
@@ -102,9 +99,8 @@ class BatchClassifier:
                 for start in range(0, sizes[part], self._batch_size):
                     batch = list(itertools.islice(decoded, min(self._batch_size, sizes[part] - start)))
                     outputs = self._run([pixels for _, pixels in batch])
-                    rows += [
-                        self._complete(row, output) for (row, _), output in zip(batch, outputs, strict=True)
-                    ]
+                    for (row, _), output in zip(batch, outputs, strict=True):
+                        rows.append(self._complete(row, output))
                     on_images(len(batch))
                 folder.write(part, rows, schema)
 
@@ -145,10 +141,12 @@ class BatchClassifier:
         names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})  # each once
         try:
             outputs = run_bisected(lambda images: self._runtime.run(np.stack(images)), pixels, names)
-            if all(output is INFERENCE_FAILED for output in outputs):  # perhaps the device is lost
-                check_device(self._runtime, pixels[0].shape)
+            if all(output is INFERENCE_FAILED for output in outputs):
+                check_device(self._runtime, pixels[0].shape)  # raises `DeviceLostError` if no image can run
         except DeviceLostError as error:
             raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error
+        # An image on which inference fails gets a row with its error. A lack of memory would pass, so no row
+        # may record it. A folder belongs to one size of batches, on which the last bits of results depend.
         if any(output is OUT_OF_MEMORY for output in outputs):
             raise RuntimeUnavailableError(
                 f"{self._runtime.name} failed on a batch of {len(pixels)}; run again to continue, or choose "

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from sopdeploy_service.commands.batch.run import ClassifyOptions
 
 CONNECT_SECONDS = 5.0
-ERROR_OF_ACTOR = re.compile(r"sopdeploy\.errors\.(\w+): (.+)")  # in the traceback that Ray raises
+# Finds the lines of a traceback with our errors, such as "sopdeploy.errors.ConfigError: no such file".
+ERROR_OF_ACTOR = re.compile(r"sopdeploy\.errors\.(\w+): (.+)")
 
 
 class PartActor:
@@ -68,8 +69,10 @@ class RayClassifier:
         _connect(options)
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         self._actors = options.actors or len(cores)
-        # Ray starts an actor only on a machine with as many free cores as the actor has workers.
-        workers = options.workers or max(1, min(MAX_WORKERS, *cores, sum(cores) // self._actors))
+        # Ray starts an actor only on a machine with as many free cores as the actor has workers. Therefore
+        # even the smallest machine must have a core for each worker, and all actors together as many.
+        fitting_workers = min(MAX_WORKERS, *cores, sum(cores) // self._actors)
+        workers = options.workers or max(1, fitting_workers)
         self._resources = {"num_cpus": workers, "num_gpus": options.gpus_per_actor}
         self._arguments = bundle.resolve(), settings, options.model_copy(update={"workers": workers})
 
@@ -122,6 +125,7 @@ def errors_of_actors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Ray's own, or made by it from an actor's
-        found = ERROR_OF_ACTOR.findall(str(error))
-        kind, text = found[-1] if found else ("", str(error).strip().rpartition("\n")[2])
+        kind, text = "RuntimeUnavailableError", str(error).strip().rpartition("\n")[2]
+        if found := ERROR_OF_ACTOR.findall(str(error)):
+            kind, text = found[-1]  # a traceback ends with the error that was raised; others were its cause
         raise getattr(errors, kind, RuntimeUnavailableError)(f"on the Ray cluster: {text}") from error

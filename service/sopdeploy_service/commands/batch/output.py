@@ -25,9 +25,8 @@ from sopdeploy.files import PARTIAL, atomic_write, writing
 from sopdeploy_service.commands.batch.sources import ListedImage
 
 ROWS_FOLDER, LISTING, STATE = "rows", "_list.parquet", "_run.json"
-LIST_SCHEMA = pa.schema(
-    {"path": pa.string(), "location": pa.string(), "offset": pa.int64(), "size": pa.int64()}
-)
+_TEXT, _NUMBER = pa.string(), pa.int64()
+LIST_SCHEMA = pa.schema({"path": _TEXT, "location": _TEXT, "offset": _NUMBER, "size": _NUMBER})
 
 
 class OutputFolder:
@@ -48,12 +47,14 @@ class OutputFolder:
             except OSError as error:
                 message = f"another run is writing to {self.path}; wait for it"
                 raise ConfigError(message, setting="out") from error
-            with writing(str(self.path), StorageError):  # sources raise no `OSError`
-                self._remove_partial()  # of a run that was killed
+            # An `OSError` in the caller's block is also one of this folder: reading an image raises others.
+            with writing(str(self.path), StorageError):
+                self._remove_partial()
                 yield
-                self._remove_partial()  # of machines of a Ray cluster that were lost
+                self._remove_partial()
 
     def _remove_partial(self) -> None:
+        """Remove what killed processes left: those of an earlier run, and lost machines of a Ray cluster."""
         for partial in self.path.rglob(f"*{PARTIAL}"):
             partial.unlink(missing_ok=True)
 
@@ -68,10 +69,11 @@ class OutputFolder:
             before = {}
             with suppress(OSError, ValueError, TypeError):  # no file, or a damaged one
                 before = dict(json.loads((self.path / STATE).read_bytes()))
-            if before or any((self.path / ROWS_FOLDER).iterdir()):  # or rows of another run, without a state
+            # Rows without a readable state are those of an unknown run, which differs in every value.
+            if before or any((self.path / ROWS_FOLDER).iterdir()):
                 for name in sorted({*before, *now}):
                     if before.get(name) != now.get(name):
-                        raise ConfigError(  # the old list stays
+                        raise ConfigError(  # `atomic_write` then keeps the old list
                             f"{self.path} was begun with {name} {before.get(name)}, not {now.get(name)}; "
                             "continue with the same images and options, or choose another folder",
                             setting="out",

@@ -129,7 +129,8 @@ def classify(
                 classifier.write_parts(folder, pending, add_done)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; run the same command again to continue") from None
-        num_errors = sum(folder.num_errors(part, size) or 0 for part, size in enumerate(sizes))  # all exist
+        counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
+    num_errors = sum(count for count in counts if count is not None)  # now all parts are written
     return Classified(rows=folder.path / ROWS_FOLDER, num_images=done, num_errors=num_errors)
 
 
@@ -142,7 +143,8 @@ def _open_classifier(
     if options.ray is None:
         return BatchClassifier(bundle, settings, options)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if options.starts_cluster:  # its ports are on loopback only, on every system
+    if options.starts_cluster:
+        # A cluster that no other machine can join has its ports on loopback only, also on Linux.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     module = "sopdeploy_service.commands.batch.on_ray"
     on_ray = import_optional(module, "Ray Data", "sopdeploy[batch,ray]", MissingPackageError, "--ray")

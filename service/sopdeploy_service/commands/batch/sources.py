@@ -27,8 +27,8 @@ UNKNOWN = -1  # size of an image that is not known before it is read
 class ListedImage(NamedTuple):
     """One image of a list.
 
-    *path* is its name in the output, *location* the file or address with its bytes. *offset* is its position
-    in an archive, otherwise 0. *size* is in bytes, or `UNKNOWN`.
+    *path* is its name in the output, *location* the address or the absolute path of the file with its bytes,
+    which may be an archive. *offset* is its position there, otherwise 0. *size* is in bytes, or `UNKNOWN`.
     """
 
     path: str
@@ -89,17 +89,16 @@ def _list_source(source: str) -> Iterator[ListedImage]:
     elif path.exists() and is_image(path.name):
         yield _list_file(source)
     else:
-        raise DataError(
-            f"{source}: not found, or no image; name a folder, an uncompressed .tar or a list (.txt)"
-        )
+        advice = "name a folder, an uncompressed .tar or a list (.txt)"
+        raise DataError(f"{source}: not found, or no image; {advice}")
 
 
 def _list_file(path: str) -> ListedImage:
-    """Describe the image file *path*; one that does not exist gets a row with its error."""
+    """Describe the image file *path*; if it does not exist, `read_listed` raises the error later."""
     size = UNKNOWN
-    with suppress(OSError, ValueError):  # a name in a list may have null bytes
-        size = os.stat(path).st_size  # noqa: PTH116 - a name in a list may be no path
-    return ListedImage(path, os.path.abspath(path), size=size)  # noqa: PTH100
+    with suppress(OSError, ValueError):  # the file does not exist, or a line of a list has null bytes
+        size = os.stat(path).st_size  # noqa: PTH116 - `Path` would change the text of a line
+    return ListedImage(path=path, location=os.path.abspath(path), size=size)  # noqa: PTH100
 
 
 def _list_store(address: str) -> Iterator[ListedImage]:
@@ -107,8 +106,10 @@ def _list_store(address: str) -> Iterator[ListedImage]:
     store, root = fsspec.core.url_to_fs(address)
     for name, facts in sorted(store.find(root, detail=True).items()):
         if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
-            location = store.unstrip_protocol(name)
-            yield ListedImage(location, location, size=facts.get("size") or UNKNOWN)  # 0: not known
+            location, size = store.unstrip_protocol(name), facts.get("size")
+            if not size:  # some stores report 0 or None for a size that they do not know
+                size = UNKNOWN
+            yield ListedImage(path=location, location=location, size=size)
 
 
 def _list_tar(name: str) -> Iterator[ListedImage]:
@@ -123,13 +124,15 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
                 continue
             if member.islnk():
                 raise DataError(f"{name}: {member.name} is a hard link; pack with `tar --hard-dereference`")
-            if member.isreg() and member.sparse is None:  # its bytes are in one place
-                yield ListedImage("/".join((name, *parts)), location, member.offset_data, member.size)
+            is_sparse = member.sparse is not None  # a file with holes, whose bytes are not in one place
+            if member.isreg() and not is_sparse:
+                path = "/".join((name, *parts))
+                yield ListedImage(path, location, offset=member.offset_data, size=member.size)
 
 
 def _list_lines(location: str) -> Iterator[ListedImage]:
     """Yield the images of the list *location*: one image or archive per line, relative to its folder."""
-    folder = location[: location.rfind("/") + 1]  # with the slash, which alone names a root
+    folder = location[: location.rfind("/") + 1]  # "lists/" of "lists/a.txt", "/" of "/a.txt"
     with io.TextIOWrapper(_open(location), "utf-8-sig") as lines:
         for line in filter(None, map(str.strip, lines)):
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
