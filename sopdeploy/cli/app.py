@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -61,7 +60,7 @@ TOPICS = {
     },
 }
 COMMANDS = {name: command for commands in TOPICS.values() for name, command in commands.items()}
-GROUPS = {"data": "check"}  # a command with one command in it
+ONLY_COMMAND_OF_GROUP = {"data": "check"}  # `sopdeploy data check`; the group has no other command
 QUICK_START = (
     "sopdeploy train --data photos",
     "sopdeploy export runs/latest/best.pt --detach",
@@ -76,11 +75,14 @@ class CommandLine(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse *args*; raises the usage errors of Typer."""
-        for before, arg in pairwise(["the first argument", *args]):
+        before = "the first argument"
+        for arg in args:
             name, equals, value = arg.partition("=")
-            is_empty_option = name.startswith("--") and equals and not value
-            if not arg or is_empty_option:
-                ctx.fail(f"{name or before}: an empty value")  # an empty *arg* is the value of the one before
+            if name.startswith("--") and equals and not value:
+                ctx.fail(f"{name}: an empty value")
+            if not arg:  # the value of the option before it
+                ctx.fail(f"{before}: an empty value")
+            before = arg
         ctx.allow_extra_args = True  # they are returned instead of rejected
         rest: list[str] = super().parse_args(ctx, args)
         if rest:
@@ -99,8 +101,8 @@ class Commands(Mapping[str, Any]):
         module, _, function = COMMANDS[name][0].partition(":")
         run = getattr(import_module(module), function).run_command  # set by the decorator `command`
         app = typer.Typer(add_completion=False, **SETTINGS)
-        app.command(GROUPS.get(name, name), cls=CommandLine)(run)
-        if name in GROUPS:  # with a callback, Typer keeps a group of a single command
+        app.command(ONLY_COMMAND_OF_GROUP.get(name, name), cls=CommandLine)(run)
+        if name in ONLY_COMMAND_OF_GROUP:  # with a callback, Typer keeps a group of a single command
             app.callback(help=run.__doc__)(lambda: None)
         return typer.main.get_command(app)
 
@@ -185,23 +187,30 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The search for plugins of pydantic reads the metadata of every installed package, which takes 50 ms.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    code: Any = 0
     try:
-        try:
-            app(prog_name="sopdeploy")
-        except SystemExit as stop:
-            code = stop.code
-        try:
-            sys.stdout.flush()  # the interpreter flushes it too late to handle an error
-        except OSError:
-            if not code:  # otherwise the command has printed its own error
-                raise
+        code = _run_and_flush()
     except BrokenPipeError:
         code = OUTPUT_CLOSED
     except Exception as error:
         code = _print_user_error(error)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still in the buffer
+    # The interpreter flushes stdout again; what is still in the buffer goes nowhere and cannot fail.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _run_and_flush() -> Any:
+    """Run the command line, write the rest of its output, and return the exit code."""
+    code: Any = 0
+    try:
+        app(prog_name="sopdeploy")
+    except SystemExit as stop:
+        code = stop.code
+    try:
+        sys.stdout.flush()  # the interpreter would do it too late to handle an error
+    except OSError:
+        if not code:  # a command that failed has printed its own error, so this one is not shown
+            raise
+    return code
 
 
 def _usage_error(error: Any) -> Exception:

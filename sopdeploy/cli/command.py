@@ -61,21 +61,25 @@ def command(
         json_flag: list[inspect.Parameter] = []
         if show is not None:
             result_name = next(iter(inspect.signature(show).parameters))  # the first is the result
-            of_show = _declare(show, (), {result_name, "as_json"})
+            of_show = _declare(show, options=(), hidden={result_name, "as_json"})
             json_flag = [_option("as_json", bool, False, "Print JSON for scripts.", "--json")]
         of_settings = () if settings is None else _declare_settings(settings)
         parameters = [*_declare(function, options), *of_show, *of_settings, *json_flag]
 
         def run(**values: Any) -> None:
-            """Call *function* and show its result; Typer gives the *values* of all `parameters` by name."""
-            as_json = values.pop("as_json", False)  # what remains at the end is for *function*
+            """Call *function* and show its result; Typer gives the *values* of all `parameters` by name.
+
+            Those of *show* and of the settings are taken out of *values*; the others are for *function*.
+            """
+            as_json = values.pop("as_json", False)
             show_values = {parameter.name: values.pop(parameter.name) for parameter in of_show}
             with one_line_errors(as_json), ExitStack() as stack:
                 stack.callback(setattr, err, "quiet", err.quiet)  # restores it at the end
                 err.quiet = err.quiet or as_json  # no progress
                 if settings is not None:
                     flags = {flag: values.pop(flag) for flag in settings.flags}
-                    values |= settings.parse(values.pop("setting") or (), **flags)
+                    assignments = values.pop("setting") or ()  # None without --setting
+                    values |= settings.parse(assignments, **flags)
                 result = function(**values, **_progress(function, as_json, stack))
             if is_main_process():
                 with one_line_errors():  # not as JSON: stdout may already hold the document of the result
@@ -159,9 +163,9 @@ def _finish(
 ) -> None:
     """Print *result*, and exit with the code that *show* or the function has returned."""
     code = None
-    if show is None:
+    if show is None:  # the function has printed its result, and returned the code; there is no --json
         code = result
-    elif "as_json" in inspect.signature(show).parameters:
+    elif "as_json" in inspect.signature(show).parameters:  # *show* itself prints text or JSON
         code = show(result, **show_values, as_json=as_json)
     elif as_json:
         print_json(as_data(result if summarize is None else summarize(result)))
@@ -218,12 +222,13 @@ def _declare_settings(settings: SettingOptions) -> Iterator[inspect.Parameter]:
 def _option(
     name: str, kind: Any, default: Any, text: str, flag: str = "", limits: Mapping[str, Any] = {}
 ) -> inspect.Parameter:
-    """Declare the option of the parameter *name*."""
+    """Declare the option of the parameter *name*, such as `from_`, whose underscore avoids a keyword."""
     flag = flag or "--" + name.strip("_").replace("_", "-")
-    option = typer.Option(f"{flag}/--no-{flag[2:]}" if default is True else flag, help=text, **limits)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-    )
+    if default is True:  # the flag itself would change nothing, so its negation is added
+        flag = f"{flag}/--no-{flag[2:]}"
+    option = typer.Option(flag, help=text, **limits)
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _limits(annotation: Any) -> dict[str, float]:
@@ -238,7 +243,8 @@ def _limits(annotation: Any) -> dict[str, float]:
 def _command_line_type(annotation: Any) -> Any:
     """Return the type of an argument or option, or None if the command line cannot express *annotation*.
 
-    `str | Sequence[str]` is a repeated value on the command line, and `str | Path` a path.
+    `str | Sequence[str]` is a repeated value on the command line, and `str | Path` a path. Other unions of
+    two types do not occur.
     """
     annotation = _without_metadata(annotation)
     is_union = get_origin(annotation) in {Union, UnionType}
@@ -249,7 +255,7 @@ def _command_line_type(annotation: Any) -> Any:
         return list[str]
     if not all(kind in _SCALARS or get_origin(kind) is Literal for kind in kinds):
         return None
-    kind = Path if Path in kinds else kinds.pop()  # the only one
+    kind = Path if Path in kinds else kinds.pop()
     return Optional[kind] if may_be_none else kind  # noqa: UP045 - of a variable
 
 

@@ -56,7 +56,7 @@ def check(
     if wrong_labels is None:
         from sopdeploy.data.check import check_data
 
-        group_by_features = None
+        group_by_features = None  # then only the pixels tell near-duplicates: features need torch and weights
         if near and find_spec("torch") is not None:
             from sopdeploy.training.few_shot import copies
 

@@ -129,8 +129,8 @@ def evaluate(
     kind: Literal["checkpoint", "bundle"] = "bundle" if is_bundle else "checkpoint"
     _check_options(path, kind, options)
     notes: list[str] = []
-    facts: dict[str, str] = {}  # of a bundle
-    decision = None  # fitted
+    facts: dict[str, str] = {}  # stays empty for a checkpoint
+    fitted_decision = None  # stays None for a bundle, and without `fit_decision`
     shared: Any = {"on_image": on_image, "log": notes.append}
     if is_bundle:
         from sopdeploy_service.commands.evaluate import scores_of_bundle
@@ -145,19 +145,19 @@ def evaluate(
         from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 
         accepts = None if options.fit_decision is None else options.accepts
-        checkpoint, labels, scores, decision = score_checkpoint(
+        checkpoint, labels, scores, fitted_decision = score_checkpoint(
             path, data, accepts=accepts, workers=options.workers, **shared
         )
         if options.fit_decision is not None:
-            write_checkpoint(options.fit_decision, replace(checkpoint, decision=decision))
+            write_checkpoint(options.fit_decision, replace(checkpoint, decision=fitted_decision))
     return Evaluation(
         source=str(source),
         kind=kind,
         facts=facts,
         metrics=measure_predictions(scores, labels),
         labels=labels,
-        scores=tuple(scores) if isinstance(scores, list) else scores,
-        decision=decision,
+        scores=tuple(scores) if isinstance(scores, list) else scores,  # a list with one class per image
+        decision=fitted_decision,
         notes=tuple(notes),
     )
 
@@ -169,6 +169,5 @@ def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
             raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
     fitted = options.fit_decision
     if fitted is not None and fitted.exists() and source.exists() and fitted.samefile(source):
-        raise ConfigError(
-            "is the evaluated checkpoint; give another file", setting="fit_decision", value=fitted
-        )
+        message = "is the evaluated checkpoint; give another file"
+        raise ConfigError(message, setting="fit_decision", value=fitted)

@@ -117,13 +117,11 @@ def _export_weights(
     from sopdeploy_export.user_network.loading import network_builder
 
     if options.detach:
-        raise ConfigError(
-            "name the parts of the network to remove", setting="detach", remedies={"training_only": None}
-        )
+        message = "name the parts of the network to remove"
+        raise ConfigError(message, setting="detach", remedies={"training_only": None})
     if source.labels is None:
-        raise ConfigError(
-            "missing; give a file with one class name per line, in the order of the logits", setting="labels"
-        )
+        message = "missing; give a file with one class name per line, in the order of the logits"
+        raise ConfigError(message, setting="labels")
     labels, preprocess = read_class_names(source.labels), read_preprocess(source.preprocess)
     plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
     attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
@@ -222,9 +220,8 @@ def read_preprocess(text: str | None) -> Preprocess:
         return Preprocess.model_validate_json(Path(text).read_bytes())
     except (AttributeError, KeyError, OSError, ValueError) as error:
         reason = first_problem(error) if isinstance(error, pydantic.ValidationError) else str(error)
-        raise ConfigError(
-            f"cannot be read ({reason}); give {EXAMPLE}", setting="preprocess", value=text
-        ) from error
+        message = f"cannot be read ({reason}); give {EXAMPLE}"
+        raise ConfigError(message, setting="preprocess", value=text) from error
 
 
 def _index_or_name(key: str | None) -> str | int | None:

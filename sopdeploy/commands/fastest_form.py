@@ -100,8 +100,7 @@ def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key,
 
 def _quantize(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> Bundle:
     """Write the int8 graph of *bundle* into *folder*; return the bundle with this graph."""
-    quantized = replace(
-        bundle, path=folder, manifest=bundle.manifest.model_copy(update={"precision": "int8"})
-    )
+    manifest = bundle.manifest.model_copy(update={"precision": "int8"})
+    quantized = replace(bundle, path=folder, manifest=manifest)
     quantized.onnx.write_bytes(Int8Quantizer(onnx.load(bundle.onnx), images).quantize().SerializeToString())
     return quantized

@@ -33,10 +33,7 @@ def health(*, url: str | None = None) -> int:
 
 
 def _check_ready(url: str) -> str | None:
-    """Return why the server at *url* accepts no requests, or `None` if it is ready.
-
-    Raises `ConfigError` for an invalid URL.
-    """
+    """Return why the server at *url* is not ready, None if it is; raises `ConfigError` for an invalid URL."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:

@@ -45,10 +45,7 @@ class Speed(NamedTuple):
 
 
 class Validated(NamedTuple):
-    """A cross-validation: its score, which of N images are right (N,), and their groups (N,).
-
-    With several classes per image, `right` is None.
-    """
+    """A score, which of N images are `right` (N,), None with several classes per image, and `groups` (N,)."""
 
     score: Rate | MeanPrecision
     right: NDArray[np.bool_] | None
@@ -128,9 +125,8 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
         sessions = {
             name: onnxruntime.InferenceSession(graph, options, [CPU]) for name, graph in graphs.items()
         }
-        return measure_alternately(
-            {name: partial(session.run, None, inputs[name]) for name, session in sessions.items()}
-        )
+        runs = {name: partial(session.run, None, inputs[name]) for name, session in sessions.items()}
+        return measure_alternately(runs)
 
     with ThreadPoolExecutor(1) as thread:  # whose floating-point mode the option above changes
         times = thread.submit(run_alternately).result()
@@ -144,14 +140,14 @@ def cross_validate(
     strategy: Strategy,
     callback: Callback,
 ) -> Validated:
-    """Cross-validate the network of *recipe* on *images*; their features stay in the cache for the run."""
+    """Cross-validate the network of *recipe* on *images*; a cache keeps their features for a later run."""
     initial = create_initial_model(recipe, images.labels, strategy, weights)
     run = create_run(images, strategy, initial)
     result = fit_classifier(
         run, images, lambda step, done, total: callback.on_stage(name=step, done=done, total=total)
     )
     right = None
-    if images.targets.ndim == 1:
+    if images.targets.ndim == 1:  # one class per image, so that a prediction is either right or wrong
         right = run.state["out_of_fold"].numpy().argmax(axis=1) == images.targets
     return Validated(result.score, right, run.state["groups"].numpy())
 

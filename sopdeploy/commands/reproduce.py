@@ -53,15 +53,15 @@ def reproduce(
 
     with ExitStack() as stack:
         stack.enter_context(join_processes())
-        progress = progress and is_main_process()
-        bars: Any = stack.enter_context(ProgressBars(err)) if progress else None
+        shows_progress = progress and is_main_process()
+        bars: Any = stack.enter_context(ProgressBars(err)) if shows_progress else None
+
+        def print_run(row: str, seed: int) -> None:
+            if shows_progress:
+                err.print(plain_text(f"{row}, seed {seed}"))
+
         try:
-            return run.reproduce(
-                printed,
-                options,
-                callback=bars,
-                on_run=lambda row, seed: err.print(plain_text(f"{row}, seed {seed}")) if progress else None,
-            )
+            return run.reproduce(printed, options, callback=bars, on_run=print_run)
         except TrainingStoppedError as stopped:
             stopped.message += " with the same command"  # it ends in "can be resumed"
             raise

@@ -99,9 +99,8 @@ def serve(
         asyncio.get_running_loop()
     except RuntimeError:  # there is none
         return run_server(sources, loaded)
-    raise ConfigError(
-        "serve: an event loop runs in this thread, as in a notebook; run the command in another process"
-    )
+    reason = "an event loop runs in this thread, as in a notebook"
+    raise ConfigError(f"serve: {reason}; run the command in another process")
 
 
 @command()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sopdeploy.training.train import TrainingResult
 
 FOLDER_RECIPE = "photos"
+RECIPE_NETWORK = ""  # stands for the name of the only network, that of the recipe, if none is chosen
 PUBLISHED = ("imagenet", "none")  # start weights that are no file
 # A path and a number are converted.
 Text = Annotated[str | None, pydantic.BeforeValidator(lambda value: None if value is None else str(value))]
@@ -58,18 +59,16 @@ class TrainOptions(Options):
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 
     def per_network(self) -> "dict[str, TrainOptions]":
-        """Return the options with each of `models`, by name; without `models`, these options by the name "".
+        """Return the options with each of `models`, by name; without `models`, these by `RECIPE_NETWORK`.
 
         Raises `ConfigError` if there are not as many `weights`, or for an option that needs `models`.
         """
         if self.models is None:
             if self.within is not None:
                 raise ConfigError("not without models to choose from", setting="within")
-            return {"": self}
+            return {RECIPE_NETWORK: self}
         if self.resume != "never":
-            raise ConfigError(
-                "not with resume, which continues with the network of the run", setting="models"
-            )
+            raise ConfigError("not with resume, which continues the network of a run", setting="models")
         if self.within is not None:
             _milliseconds(self.within)  # raises the error of an invalid time
         names = [name.strip() for name in self.models.split(",")]
@@ -169,6 +168,7 @@ def train(
             for name, of_network in options.per_network().items()
         }
         networks: tuple[NetworkScore, ...] = ()
+        chosen = RECIPE_NETWORK
         if options.models is not None:
             from sopdeploy.commands.network_choice import choose_network
 
@@ -176,11 +176,11 @@ def train(
             if out is not None:  # refused before minutes of measurements
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
             networks = choose_network(configured, within, observer)
-        chosen = next((network.name for network in networks if network.chosen), "")  # "": see `per_network`
+            chosen = next(network.name for network in networks if network.chosen)
         loaded, keys, weights = configured[chosen]
         strategy = Strategy(select_device(loaded.device))
         resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
-        folder = out or numbered_folder(str(loaded.project), strategy, resume=bool(resume))
+        folder = out or numbered_folder(str(loaded.project), strategy, resume=options.resume != "never")
         run, images = train_run(
             loaded,
             folder,
@@ -218,14 +218,13 @@ def _check(
         parse_override(assignment)
     if recipe is not None:
         read_values(recipe)
-    elif data is not None and not changed:  # changes may select other data
+    elif data is not None and not changed:  # a recipe and changes may need images of another form
         open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
     if options.from_ is not None and not Path(options.from_).exists():
-        raise ConfigError(
-            f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them", setting="from"
-        )
+        message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
+        raise ConfigError(message, setting="from")
     for of_network in options.per_network().values():
         _check_weights(of_network.weights)
     if options.unknown is not None:
@@ -259,17 +258,18 @@ def read_previous(source: Path) -> "Checkpoint":
     from sopdeploy.training.run_folder import RUNS
 
     best = source / "best.pt" if (source / "best.pt").is_file() else source
-    of_bundle = None
+    bundle_origin = None
     if (source / MANIFEST).is_file():
-        of_bundle = read_manifest(source).origin
-        if of_bundle is None or not (RUNS / of_bundle.run / "best.pt").is_file():
+        bundle_origin = read_manifest(source).origin
+        if bundle_origin is None or not (RUNS / bundle_origin.run / "best.pt").is_file():
             raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
-        best = RUNS / of_bundle.run / "best.pt"
+        best = RUNS / bundle_origin.run / "best.pt"
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
-    is_other_run = of_bundle is not None and origin is not None and of_bundle.run_id != origin.run_id
-    has_result = read_result(checkpoint.training) is not None
-    if origin is None or is_other_run or not has_result:
+    is_of_run = origin is not None and read_result(checkpoint.training) is not None
+    # Another run may have the folder by now, under the name of the one from which the bundle was exported.
+    is_same_run = bundle_origin is None or (origin is not None and origin.run_id == bundle_origin.run_id)
+    if not is_of_run or not is_same_run:
         raise ConfigError(f"{best}: not the run to start from; give the run", setting="from")
     return checkpoint
 
@@ -307,7 +307,7 @@ def configure(
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
     if recipe is not None and previous is not None:
         raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
-    recorded = None if previous is None else previous.training["recipe"]  # replaces *source* below
+    previous_recipe = None if previous is None else previous.training["recipe"]  # used instead of *source*
     source = recipe or FOLDER_RECIPE
     of_options = {
         "project": options.name,
@@ -317,15 +317,15 @@ def configure(
     }
     changes = [*map(parse_override, options.set), *flatten(settings)]
     changes += [(key, value) for key, value in of_options.items() if value is not None]
-    loaded = change_recipe(source, changes, recorded)
+    loaded = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in changes]
     opened = None
-    has_no_network = recipe is None and recorded is None and "model.name" not in keys
-    if has_no_network:
+    names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
+    if not names_network:
         opened = _open_start_weights(loaded)
         if isinstance(opened, WeightFile):
             network = choose_network(opened, loaded.model.name)
-            loaded = change_recipe(source, [*changes, ("model.name", network)])
+            loaded = change_recipe(source, [*changes, ("model.name", network)])  # there is no previous recipe
     if loaded.project is None:
         loaded = loaded.model_copy(update={"project": _name_project(loaded, source)})
     return loaded, keys, opened
@@ -335,9 +335,10 @@ def _open_start_weights(recipe: "Recipe") -> "WeightSource | None":
     """Open the file of `start.weights`; None if it is no file."""
     from sopdeploy.importers.weight_files import open_weights
 
-    weights = None if recipe.start is None else recipe.start.weights
-    path = expand_user(weights) if isinstance(weights, Path) else None
-    return open_weights(path) if path is not None and path.is_file() else None
+    if recipe.start is None or not isinstance(recipe.start.weights, Path):  # none, or published weights
+        return None
+    path = expand_user(recipe.start.weights)
+    return open_weights(path) if path.is_file() else None
 
 
 def _name_project(recipe: "Recipe", source: str | Path) -> str:

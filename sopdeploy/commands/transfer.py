@@ -105,12 +105,11 @@ def pull(
             try:
                 get(source + signing.SUFFIX, signature, signing.MAX_FILE_BYTES)
             except BundleError as error:
-                raise BundleError(
-                    f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
-                ) from error
+                message = f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
+                raise BundleError(message) from error
         digest = sha256_of(archive)
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
-            raise BundleError(
+            raise BundleError(  # users see "--sha256: that of ..."
                 f"that of {source} is {digest}; check both and download it again", setting="sha256"
             )
         manifest = tar.archived_manifest(archive)
@@ -121,7 +120,7 @@ def pull(
                 signing.check_signature(folder, signature, require_signature)
         except BundleError as error:  # users know the source, not the hidden folder
             raise BundleError(str(error).replace(str(folder), source)) from error
-        path = publish(folder, manifest, destination)
+        path = publish(folder, manifest, destination)  # keeps an equal bundle that is there already
         if require_signature is not None:
             signature.replace(signing.signature_path(path))
     return Pulled(path=path, sha256=digest, verified=require_signature is not None)
