@@ -55,7 +55,7 @@ def find_key(keys: Sequence[Key], secret: bytes) -> Key | None:
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """Read the key file *path*; raises `ConfigError` if it is malformed or has a name or a hash twice."""
+    """Read the key file *path*; raises `ConfigError` if it is missing, malformed or has equal keys."""
     try:
         keys = KeyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).key
     except OSError as problem:
@@ -110,7 +110,9 @@ class TokenBucket:
         """
         tokens = self._fill()
         if num_images > self.burst:
-            message = f"{num_images} images exceed the limit of this key ({self.burst}); send fewer at once"
+            message = (
+                f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
+            )
             raise RejectedError(HttpError("too_many_images", 400, message))
         if num_images > tokens + _ROUNDING:
             wait = math.ceil((num_images - tokens) / self._rate)
