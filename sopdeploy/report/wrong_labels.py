@@ -36,9 +36,8 @@ class WrongLabel(StrictModel):
 def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
     """Find the training images of the run in the folder *run* whose label is probably wrong, the worst first.
 
-    *data* is the folder of the images, by default that of the recipe. Predictions belong to images by their
-    order, so no image may have moved to another folder. Raises `ConfigError` for a run without out-of-fold
-    predictions of one class per image, `DataError` if the images have changed since the run.
+    *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for a run without
+    out-of-fold predictions of one class per image, `DataError` if images or labels have changed since.
     """
     path = run / "last.pt"
     if not path.is_file():
@@ -54,7 +53,9 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
         )
-    if not np.array_equal(np.unique(hash_images(images)), np.asarray(last.image_hashes)):  # both sorted
+    counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
+    is_equal = np.array_equal(np.unique(hash_images(images)), np.asarray(last.image_hashes))  # both sorted
+    if not is_equal or counts != last.training["procedure"]["class_counts"]:  # or the order differs
         raise DataError(f"{run}: the images have changed since the run; train again")
     return tuple(wrong for _, wrong in list_wrong_labels(logits_NC.double().numpy(), images))
 
