@@ -150,7 +150,7 @@ def _describe(output: Any) -> str:
 class Captured:
     """The functional torch.export programs of one network: for the whole batch range and for a batch of one.
 
-    `traces` are the hashes of both programs before they were made functional, see `trace_hash`.
+    `traces` are the hashes of both programs before they were made functional; None if `trace_hash` has none.
     """
 
     any_batch: ExportedProgram
@@ -172,7 +172,7 @@ def capture(
     traced = [trace(network, preprocess, one) for one in ranges]
     traces = tuple(map(trace_hash, traced))
     for captured in known:
-        if captured.traces == traces and None not in traces:
+        if captured.traces == traces and None not in traces:  # None equals None, but proves nothing
             return captured
     programs = [functional(program, one) for program, one in zip(traced, ranges, strict=True)]
     return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)  # equal if maximum is 1
@@ -192,10 +192,13 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
     size = min(2, batch.maximum)  # torch.export makes a dimension of size 1 constant
     images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     shapes = None if size == 1 else ({0: Dim("batch", min=1, max=batch.maximum)},)
-    # torch prints part of the graph on failure, and leaves tensors without values in caches
-    quiet = redirect_stderr(io.StringIO())
-    with capturing(), SymbolicForms(), quiet, preserved(deployed), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
+    with (
+        capturing(),  # raises the `LoweringError`
+        SymbolicForms(),
+        redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
+        preserved(deployed),  # resets `is_captured`, and caches, where torch leaves tensors without values
+        warnings.catch_warnings(action="ignore"),  # torch warns about caches that forward assigns
+    ):
         for _, module in modules(deployed):
             if isinstance(module, ExportHints):
                 module.is_captured = True
@@ -203,12 +206,14 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
 
 
 def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
-    """Rewrite operations of *program* that write to operands, pooling and `einsum`; check its batch sizes.
+    """Rewrite *program*: writes to operands, some forms of pooling, and the ellipsis of `einsum`.
 
-    Raises `LoweringError` if torch cannot do this, or if the program does not accept the whole range.
+    Raises `LoweringError` if torch cannot do this, or if the program does not accept batches of 1 to
+    `batch.maximum` images.
     """
     with capturing():
-        _simplify_pooling(program)
+        _simplify_average_pooling(program)
+        _simplify_max_pooling(program)
         _name_all_axes(program)
         program = program.run_decompositions({})
     if batch.maximum == 1:
@@ -217,6 +222,7 @@ def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
     if isinstance(dimension, int):
         raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept every size")
+    # `trace` asks for 1 to `batch.maximum`; torch.export narrows this if code needs it. 0 includes 1.
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(
@@ -226,30 +232,43 @@ def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     return program
 
 
-def _simplify_pooling(program: ExportedProgram) -> None:
-    """Write pooling in *program*, in place, in forms that all runtimes read alike.
+def _simplify_average_pooling(program: ExportedProgram) -> None:
+    """Replace average pooling to one position, in place, by the mean that ATen computes for it.
 
-    Average pooling to one position becomes the mean that ATen computes for it. After the mean, ATen restores
-    the strides of a map in channels-last layout with `as_strided` (AdaptiveAveragePooling.cpp), which
-    torch-tensorrt cannot convert, and ONNX needs five operators for it. `ceil_mode` of max pooling is turned
-    off where the result has the same size without it: ONNX counts windows that begin behind the map, ATen
-    does not.
+    After the mean, ATen restores the strides of a map in channels-last layout with `as_strided`
+    (AdaptiveAveragePooling.cpp), which torch-tensorrt cannot convert, and ONNX needs five operators for it.
     """
     aten = torch.ops.aten
     for node in program.graph.find_nodes(op="call_function", target=aten.adaptive_avg_pool2d.default):
-        if node.args[1] == [1, 1]:
-            node.target, node.args = aten.mean.dim, (node.args[0], [-1, -2], True)
+        x, output_size = node.args
+        if output_size == [1, 1]:
+            node.target, node.args = aten.mean.dim, (x, [-1, -2], True)
+    program.graph_module.recompile()
+
+
+def _simplify_max_pooling(program: ExportedProgram) -> None:
+    """Turn `ceil_mode` off, in place, where the result (B, C, H, W) has the same size without it.
+
+    With it, ONNX counts windows that begin behind the map, ATen does not.
+    """
+    aten = torch.ops.aten
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
-        x, *options, ceil_mode = node.args if len(node.args) == 6 else (*node.args, False)  # the default
+        if len(node.args) < 6:  # `ceil_mode` is off by default
+            continue
+        x, kernel, stride, padding, dilation, ceil_mode = node.args
         if ceil_mode:
             image = torch.empty(x.meta["val"].shape[1:], device="meta")  # (C, H, W)
-            if aten.max_pool2d(image, *options).shape[1:] == node.meta["val"].shape[2:]:  # height and width
-                node.args = (x, *options)
+            floored = aten.max_pool2d(image, kernel, stride, padding, dilation)
+            if floored.shape[-2:] == node.meta["val"].shape[-2:]:
+                node.args = (x, kernel, stride, padding, dilation)
     program.graph_module.recompile()
 
 
 def _name_all_axes(program: ExportedProgram) -> None:
-    """Replace the ellipsis in `einsum` by labels, in place; ONNX Runtime does not accept every form of it."""
+    """Replace the ellipsis in `einsum` by labels, in place; ONNX Runtime does not accept every form of it.
+
+    For example, "...ij,...jk" of operands with 4 and 3 axes becomes "baij,ajk->baik".
+    """
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default):
         text, arrow, result = node.args[0].replace(" ", "").partition("->")
         if "..." not in text:
@@ -260,9 +279,9 @@ def _name_all_axes(program: ExportedProgram) -> None:
         terms, longest = [], ""
         for term, operand in zip(text.split(","), node.args[1], strict=True):
             num_hidden = operand.meta["val"].ndim - len(term.replace("...", ""))
-            # The last hidden axes of all terms are the same ones, so labels are counted from the last.
+            # Operands are aligned at their last hidden axis, so this one has the same label in all terms.
             labels = "".join(reversed(free[:num_hidden]))
-            longest = max(longest, labels, key=len)
+            longest = max(longest, labels, key=len)  # the result has all hidden axes
             terms.append(term.replace("...", labels))
         equation = f"{','.join(terms)}->{result.replace('...', longest)}"
         node.args = (equation, *node.args[1:])
@@ -270,7 +289,7 @@ def _name_all_axes(program: ExportedProgram) -> None:
 
 
 class SymbolicForms(TorchFunctionMode):
-    """Replaces functions whose result torch.export finds for one batch size only, by views and `gather`.
+    """Replaces functions that torch.export captures for one batch size only, by views and `gather`.
 
     These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`.
     """
@@ -299,13 +318,13 @@ def is_batch_axis(x: Tensor, dim: int) -> bool:
 
 
 def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
-    """Select by `gather`, after all axes but *dim* are expanded to common sizes."""
+    """Compute `take_along_dim` by `gather`, after all axes but *dim* are expanded to common sizes."""
     if dim is None:  # both are flattened
         return torch.take_along_dim(input, indices)
-    x, chosen = input.movedim(dim, -1), indices.movedim(dim, -1)
+    x, chosen = input.movedim(dim, -1), indices.movedim(dim, -1)  # (..., n) and (..., k)
     shape = torch.broadcast_shapes(x.shape[:-1], chosen.shape[:-1])  # type: ignore[no-untyped-call]
-    found = x.expand(*shape, x.shape[-1]).gather(-1, chosen.expand(*shape, chosen.shape[-1]))
-    return found.movedim(-1, dim)
+    x, chosen = x.expand(*shape, x.shape[-1]), chosen.expand(*shape, chosen.shape[-1])
+    return x.gather(-1, chosen).movedim(-1, dim)
 
 
 OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given by position (split)
@@ -359,11 +378,12 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
 
     The metadata `part` of a node names the part of the network that computes it; `convert_precision` removes
-    it. Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
+    it, all other metadata is removed here. Raises `LoweringError` if an operator has no ONNX form or the
+    weights exceed 2 GB.
     """
     check_bfloat16(program)
     model = convert(program, [INPUT], outputs)
-    _keep_names_only(model)
+    _drop_metadata_except_parts(model)
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if size > _MAX_BYTES:
@@ -450,18 +470,17 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
     return decomposed
 
 
-def _keep_names_only(model: ir.Model) -> None:
-    """Keep names and the part of each node; remove source lines, shapes of inner values, other metadata."""
+def _drop_metadata_except_parts(model: ir.Model) -> None:
+    """Drop source lines, shapes of inner values and other metadata; keep the part of each node."""
     scopes = {node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
-    common.ClearMetadataAndDocStringPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)  # of nodes and the graph; that of values is cleared below
     for node, scope in scopes.items():
         if scope is not None:  # the modules from the outermost to the innermost, then the operation
             node.metadata_props["part"] = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape, output.type = None, None
-    for name in list(model.graph.initializers):
-        value = model.graph.initializers[name]
+    for name, value in list(model.graph.initializers.items()):  # a list, because a new name changes the dict
         value.name = name.removeprefix(NETWORK_PREFIX)
         value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -469,7 +488,6 @@ def _keep_names_only(model: ir.Model) -> None:
         if value.shape is not None and not isinstance(value.shape[0], int):
             value.shape[0] = ir.SymbolicDim("batch")
     model.metadata_props.clear()
-    model.graph.metadata_props.clear()
 
 
 def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:

@@ -30,17 +30,16 @@ from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.results import PROVIDER
 
 ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
-TOLERANCE = 1e-4  # relative
-ROUNDING = 16  # units in the last place of the operands
+TOLERANCE = 1e-4  # relative to the result
+ROUNDING = 16  # units in the last place of the operands, for the error of elementwise operators
 MAX_ROUNDS = 100  # of an operator with few elements
 CONVOLUTIONS = ("aten::convolution", "aten::conv2d")
-# Elementwise operators and these have one form for all sizes from `LARGE`.
+# Elementwise operators and these have one ONNX form for all sizes from `LARGE`.
 SIZELESS = (*CONVOLUTIONS, "aten::_native_batch_norm_legit_no_training", "aten::pad")
 LARGE = 4
-# Products of matrices and elementwise operators are compared on the first elements of large operands.
 PRODUCTS = ("aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
-ENOUGH = 64
-NOT_NEAR_ZERO = ("aten::elu", "aten::celu", "aten::selu")  # ONNX Runtime computes exp(x) - 1
+ENOUGH = 64  # elements along an axis, on which a product of matrices or an elementwise operator is compared
+NOT_NEAR_ZERO = ("aten::elu", "aten::celu", "aten::selu")  # ONNX Runtime computes exp(x) - 1, which cancels
 SORTED = ("aten::argsort", "aten::sort", "aten::topk")  # in no defined order of equal values
 NOT_NAN = ("aten::sign",)  # 0 in ATen, NaN in ONNX Runtime
 
@@ -76,8 +75,8 @@ class _Call(NamedTuple):
         return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the used results for other *operands*."""
-        given = iter(operands)
+        """Compute the used results for other *operands*, in the order of the property `operands`."""
+        given = iter(operands)  # `tree_map_only` visits the tensors in the order of `tree_leaves`
         args, kwargs = tree_map_only(Tensor, lambda _: next(given), self.arguments)
         results = self.target(*args, **kwargs)
         return [results] if isinstance(results, Tensor) else [results[position] for position in self.used]
@@ -128,6 +127,7 @@ def _as_call(node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any)
     positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
     target = cast(OpOverload, node.target)
     call = _Call(target, arguments, tuple(sorted(positions)), module_of(node))
+    # A part of large operands is enough, and faster. Other operators may not accept operands of other sizes.
     if call.elementwise or call.name in PRODUCTS:
         cropped = tree_map_only(Tensor, lambda x: x[tuple(slice(ENOUGH) for _ in x.shape)], arguments)
         call = call._replace(arguments=cropped)
@@ -135,13 +135,16 @@ def _as_call(node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any)
 
 
 def _describe(call: _Call) -> str:
-    """Describe *call* by operator, attributes, types and sizes; all large sizes with one form are equal."""
+    """Describe *call* by operator, attributes, types and sizes; one of equally described calls is compared.
+
+    Sizes above `LARGE` are described as `LARGE` if the ONNX form of the operator does not depend on them.
+    """
     limit = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
     described = tree_map_only(
         Tensor, lambda x: (x.dtype, [min(size, limit) for size in x.shape]), call.arguments
     )
-    if call.name in SIZELESS:
-        described = tree_map_only(int, lambda number: min(number, limit), described)  # also attributes
+    if call.name in SIZELESS:  # its integers are sizes, too, such as a padding; that of `x + 5` is a value
+        described = tree_map_only(int, lambda number: min(number, limit), described)
     return f"{call.target} {described} {call.used}"
 
 
@@ -160,52 +163,56 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
 
 
 def _compare(calls: Sequence[_Call]) -> None:
-    """Compare *calls*; raise `LoweringError` for the first that ONNX Runtime cannot run or that differs."""
+    """Compare *calls*; raise `LoweringError` for the first that ONNX Runtime cannot run or that differs.
+
+    All are converted at once, in a graph where call i reads "operand i j" and returns "result i j".
+    """
     operands = [_fill(call, ORDINARY, 0) for call in calls]
-    # The names of the operands and results of each call in one graph that contains all calls.
-    inputs = [[f"operand {i} {j}" for j in range(len(some))] for i, some in enumerate(operands)]
+    inputs = [[f"operand {i} {j}" for j in range(len(call.operands))] for i, call in enumerate(calls)]
     outputs = [[f"result {i} {j}" for j in call.used] for i, call in enumerate(calls)]
     with capturing():
         program = torch.export.export(_Calls(calls), tuple(chain(*operands))).run_decompositions({})
     model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs))))
     extractor, constants = Extractor(model), {tensor.name for tensor in model.graph.initializer}
-    for call, names, results in zip(calls, inputs, outputs, strict=True):
-        if constants.intersection(results):  # the call depends on shapes only, as `zeros_like` does
+    for i, call in enumerate(calls):
+        if constants.intersection(outputs[i]):  # the call depends on shapes only, as `zeros_like` does
             continue
-        part = extractor.extract_model(names, results).SerializeToString()
-        _compare_values(call, part, names, results)
+        part = extractor.extract_model(inputs[i], outputs[i]).SerializeToString()
+        _compare_values(call, part, inputs[i], outputs[i])
 
 
 def _compare_values(call: _Call, part: bytes, names: Sequence[str], results: Sequence[str]) -> None:
     """Compare *call* with the ONNX graph *part*; raise `LoweringError` if it differs or cannot run."""
     options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # prints fatal errors only; the others are raised
     try:
         session = ort.InferenceSession(part, options, providers=[PROVIDER])
     except Exception as error:  # onnxruntime's errors share no base class
         raise LoweringError(
             f"{call.target}: ONNX Runtime cannot run its ONNX form: {first_line(error)}"
         ) from error
-    read = {value.name for value in session.get_inputs()}
+    read = {value.name for value in session.get_inputs()}  # the ONNX form can need fewer operands
     for given in _rounds(call):
-        feed = zip(names, (operand.numpy() for operand in given), strict=True)
-        found = session.run(results, {name: values for name, values in feed if name in read})
+        operands = dict(zip(names, given, strict=True))
+        found = session.run(results, {name: operands[name].numpy() for name in names if name in read})
         for values, expected in zip(found, call.run(given), strict=True):
             _check(call, given, torch.from_numpy(values), expected)
 
 
 def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
-    """Fill operands of *call* with *values* in turn, from number *start* on; keep integers.
+    """Fill the operands of *call* with *values* in turn, from number *start* on; keep integers.
 
     The operands of an elementwise operator count like the digits of a number, so that all pairs of values
-    occur. Those of other operators begin at different values.
+    occur: of two values, the first operand gets 0 1 0 1, the second one 0 0 1 1. Those of other operators
+    begin at different values.
     """
-    filled, stride = [], 1
+    filled, stride = [], 1  # how often an operand repeats a value before the next one
     for number, operand in enumerate(call.operands):
         elements = start + np.arange(operand.numel())
-        positions = (elements // stride if call.elementwise else elements + 5 * number) % len(values)
+        first_value = 5 * number  # any step that leads to different values
+        positions = (elements // stride if call.elementwise else elements + first_value) % len(values)
         content = operand  # integers stay
-        if operand.dtype == torch.bool:
+        if operand.dtype == torch.bool:  # alternates like the digit of the next number
             content = torch.from_numpy(positions % 2 == 0).reshape(operand.shape)
         elif operand.is_floating_point():
             chosen = torch.tensor(values)[torch.from_numpy(positions)].reshape(operand.shape)
@@ -218,23 +225,23 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
 def _rounds(call: _Call) -> Iterator[list[Tensor]]:
     """Yield operands of *call*: the ordinary values, negative ones, and those that are far from them.
 
-    Operators that add elements get fourth roots of the extreme values and no NaN, because the order of
-    additions decides whether a sum overflows. Operators with integer results get no extreme values.
+    Operators with integer results get no extreme values.
     """
-    info = torch.finfo(torch.float32)
-    extreme = (info.tiny, -info.tiny, info.tiny / 4, -info.tiny / 4, info.max, -info.max, math.nan)
-    if not call.elementwise:
-        extreme = tuple(sign * value**0.25 for value in (info.tiny, info.max) for sign in (1, -1))
     ordinary = _fill(call, ORDINARY, 0)
     yield ordinary
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
     if any(result.dtype not in (torch.float32, torch.bool) for result in call.run(ordinary)):
         return
-    values = (*ORDINARY, *extreme)
-    num_pairs = len(values) ** 2
-    rounds = math.ceil(num_pairs / call.size) if call.elementwise else 1  # a pair for each element
-    for number in range(min(rounds, MAX_ROUNDS)):
-        yield _fill(call, values, number * call.size)
+    tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if not call.elementwise:
+        # The order of additions decides whether a sum overflows; products of fourth roots never do.
+        roots = (tiny**0.25, -(tiny**0.25), largest**0.25, -(largest**0.25))
+        yield _fill(call, (*ORDINARY, *roots), 0)
+        return
+    values = (*ORDINARY, tiny, -tiny, tiny / 4, -tiny / 4, largest, -largest, math.nan)
+    num_pairs = len(values) ** 2  # each element of the operands is another pair, counted through all rounds
+    for number in range(min(math.ceil(num_pairs / call.size), MAX_ROUNDS)):
+        yield _fill(call, values, start=number * call.size)
 
 
 def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:
@@ -261,6 +268,7 @@ def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Ten
         return found != expected
     sizes = [operand.nan_to_num(0).abs() for operand in given if operand.is_floating_point()]
     if call.elementwise:
+        # Allowed are the rounding of operands, or of the 1 in exp(x) - 1, and a relative error of the result.
         scale = sum(sizes, torch.zeros_like(expected)) + (1 if call.name in NOT_NEAR_ZERO else 0)
         allowed = ROUNDING * torch.finfo(expected.dtype).eps * scale + TOLERANCE * expected.abs()
         compared = ~expected.isnan()
@@ -269,7 +277,8 @@ def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Ten
         factors = sorted(float(values.max()) for values in sizes if values.numel())[-2:]
         finite = expected.where(expected.isfinite(), 0).abs()
         largest = max(math.prod(factors), float(finite.max()) if finite.numel() else 0.0)
-        allowed, compared = torch.tensor(TOLERANCE * largest), expected.isfinite()
+        allowed = torch.tensor(TOLERANCE * largest)
+        compared = expected.isfinite()  # whether a sum overflows depends on the order of additions
     if call.name in NOT_NAN:
         compared &= ~found.isnan()
     is_within = (found - expected).abs() <= allowed  # false for NaN

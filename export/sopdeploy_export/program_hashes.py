@@ -17,7 +17,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from sopdeploy.bundle.onnx_root import hash_parts
 from sopdeploy.errors import CertificateError
@@ -58,6 +58,7 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
         if node.op == "call_function" and not node.users and node.is_impure()
     ]
     needed = [*outputs.all_input_nodes, *side_effects]
+    # The nodes in `hashes` are those that *needed* depend on; it raises for random numbers.
     hashes, operations = _hash_nodes(program.graph, _leaf_hashes(program), needed)
     lines = [_encode(value, hashes.__getitem__) for value in (outputs.args[0], *side_effects)]
     signature = program.graph_signature
@@ -78,8 +79,8 @@ def trace_hash(program: ExportedProgram) -> str | None:
     try:
         leaves = _leaf_hashes(program)
         for spec in program.graph_signature.input_specs:
-            tensor = program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
-            strides = tensor.stride() if isinstance(tensor, Tensor) else ""
+            stored = _stored_value(program, spec)
+            strides = stored.stride() if isinstance(stored, Tensor) else ""
             lines.append(f"{spec.kind} {spec.persistent} {strides} {leaves[spec.arg.name]}")
         for node in program.graph.nodes:
             if node.op == "call_function":
@@ -117,11 +118,17 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
         leaves[spec.arg.name] = hash_parts("input", str(position), str(value.dtype), *shape)
     for spec in specs:
         if spec.kind != InputKind.USER_INPUT:
-            tensor = program.state_dict.get(spec.target, program.constants.get(spec.target))
+            tensor = _stored_value(program, spec)
             if not isinstance(tensor, Tensor):
                 raise CertificateError(f"{spec.target}: the graph depends on an object that is not a tensor")
             leaves[spec.arg.name] = tensor_hash(tensor)
     return leaves
+
+
+def _stored_value(program: ExportedProgram, spec: InputSpec) -> Any:
+    """Return the weight, buffer or constant that an input of *program* stands for; None for images."""
+    name = spec.target or ""  # images have no name
+    return program.state_dict.get(name, program.constants.get(name))
 
 
 def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
@@ -188,13 +195,11 @@ def _operation(node: fx.Node) -> str:
     return f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
 
 
-VALUE_LAYOUT = frozenset(
-    f"aten.{name}"
-    for name in (
-        *("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "view", "_unsafe_view", "reshape"),
-        *("squeeze", "unsqueeze", "flatten", "unflatten", "view_copy", "_reshape_copy", "_reshape_alias"),
-    )
-)
+VALUE_LAYOUT = (
+    "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.view",
+    "aten._unsafe_view", "aten.reshape", "aten.squeeze", "aten.unsqueeze", "aten.flatten", "aten.unflatten",
+    "aten.view_copy", "aten._reshape_copy", "aten._reshape_alias",
+)  # fmt: skip
 
 
 def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoot:
@@ -212,32 +217,31 @@ def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoo
 
 
 class _ValueHasher:
-    """Computes the hash of every value of a program, or the value if it does not depend on the images.
-
-    `hashes` and `known` hold these by node, `sizes` maps the symbolic batch size to its replacement, and
-    `operations` describes the operation of each hash.
-    """
+    """Computes the hash of every value of a program, or the value if it does not depend on the images."""
 
     def __init__(self, program: ExportedProgram, batch: int | None) -> None:
-        self.program, self.root, self.operations = program, "", dict[str, str]()
-        self.known: dict[fx.Node, Any] = {}
-        self.hashes: dict[fx.Node, str] = {}
+        self.program, self.root = program, ""
+        self.known: dict[
+            fx.Node, Any
+        ] = {}  # the values without the images: tensors, and sizes as int or text
+        self.hashes: dict[fx.Node, str] = {}  # the hashes of the other values
+        self.operations: dict[str, str] = {}  # maps each hash to the name and module of its operation
         self.reshaped: dict[fx.Node, tuple[str, str]] = {}  # hash and shape of the operand of a reshape
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         (images,) = program.graph_signature.user_inputs
         batch_size = next(node for node in program.graph.nodes if node.name == images).meta["val"].shape[0]
         replacement = sympy.Symbol("batch") if batch is None else sympy.Integer(batch)
-        self.sizes = {} if isinstance(batch_size, int) else {batch_size.node.expr: replacement}
+        is_static = isinstance(batch_size, int)
+        self.sizes = {} if is_static else {batch_size.node.expr: replacement}  # of the symbolic batch size
 
     def visit(self, node: fx.Node) -> None:
         """Compute the hash or the value of *node*, whose operands were visited before."""
         if node.op == "placeholder":
             spec = self.specs[node.name]
-            target = str(spec.target)
             if spec.kind == InputKind.USER_INPUT:
                 self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._shape(node))
             else:
-                self.known[node] = self.program.state_dict.get(target, self.program.constants.get(target))
+                self.known[node] = _stored_value(self.program, spec)
         elif node.op == "get_attr":
             self.known[node] = _constant(node)
         elif node.op == "output":
@@ -250,14 +254,14 @@ class _ValueHasher:
         target: Any = node.target
         value = node.meta.get("val")
         known_operands = [self.known.get(operand) for operand in node.all_input_nodes]
-        # The value of an image is unknown; a size that stays symbolic is known as text.
-        are_numbers = not any(operand is None or isinstance(operand, str) for operand in known_operands)
+        # What depends on images is not in `known`; a size that stays symbolic is there as text.
+        can_evaluate = not any(operand is None or isinstance(operand, str) for operand in known_operands)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             size = value.node.expr.subs(self.sizes)
             self.known[node] = int(size) if size.is_Integer else str(size)
         elif _is_random(node):
             raise CertificateError(f"{target} draws random numbers")
-        elif are_numbers:
+        elif can_evaluate:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
             with torch.no_grad():
                 self.known[node] = target(*args, **kwargs)
@@ -273,10 +277,10 @@ class _ValueHasher:
             self.operations[self.hashes[node]] = f"{target} in {module_of(node)}"
 
     def _keeps_values(self, node: fx.Node) -> bool:
-        """Return whether *node* changes the layout or the shape of its operand only."""
-        if _name(node) == "aten.expand":
+        """Return whether *node* has the values of its operand in the same order, in any layout or shape."""
+        if _name(node) == "aten.expand":  # repeats values, unless the shape stays the same
             return self._shape(node) == self._shape(node.all_input_nodes[0])
-        reads_bytes = str(node.target) == "aten.view.dtype"  # as another type
+        reads_bytes = str(node.target) == "aten.view.dtype"  # an overload of `view` for another type
         return _name(node) in VALUE_LAYOUT and not reads_bytes
 
     def _unified_arguments(self, node: fx.Node) -> list[Any]:

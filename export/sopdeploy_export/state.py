@@ -34,7 +34,7 @@ VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dt
 LIBRARIES = sys.stdlib_module_names | {
     *("numpy", "pydantic", "pydantic_core", "sopdeploy", "sympy", "timm", "torch", "torchvision")
 }
-_PLAIN = (dict, list, tuple, deque, OrderedDict)
+_PLAIN = (dict, list, tuple, deque, OrderedDict)  # these hold nothing but their items
 _MODULES = {  # of libraries whose objects are read
     *("argparse", "array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
 }
@@ -65,14 +65,14 @@ def tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Identity:
+class ObjectId:
     """An object, compared by `is`, with numbers that a write to it changes, such as a tensor's version."""
 
     value: object
     changed_by_writes: tuple[int, ...] = ()
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Identity):
+        if not isinstance(other, ObjectId):
             return False
         return self.value is other.value and self.changed_by_writes == other.changed_by_writes
 
@@ -107,8 +107,9 @@ def read_state(network: nn.Module) -> dict[str, Any]:
         path, value = unread.pop()
         content = _content(value)
         state[path] = _identify(value) if content is None else content
-        is_plain = content is not None and type(value).__module__.partition(".")[0] in LIBRARIES
-        if not is_plain and id(value) not in seen:  # a user's subclass of float can have attributes
+        # A value with comparable content holds nothing else; but a user's subclass of float can.
+        can_hold_more = content is None or type(value).__module__.partition(".")[0] not in LIBRARIES
+        if can_hold_more and id(value) not in seen:
             seen.add(id(value))
             unread += [(path + inside, item) for inside, item in _children(value)]
         if len(state) > MOST_OBJECTS:
@@ -117,7 +118,10 @@ def read_state(network: nn.Module) -> dict[str, Any]:
 
 
 def _content(value: Any) -> Any:
-    """Return the comparable content of a value, array, random generator or empty container, else None."""
+    """Return the comparable content of a value, array, random generator or empty container.
+
+    None for another object, which is compared by identity, and by what it holds.
+    """
     if isinstance(value, VALUES):
         return type(value), repr(value)  # NaN equals itself here
     if isinstance(value, np.ndarray) and value.dtype != object:
@@ -126,12 +130,15 @@ def _content(value: Any) -> Any:
         return repr(value.get_state(legacy=False))
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)
-    is_empty = type(value) in (*_PLAIN, set) and not value  # as most attributes of torch's modules are
-    return type(value) if is_empty else None
+    is_empty = type(value) in (*_PLAIN, set) and not value
+    return type(value) if is_empty else None  # two empty lists are equal
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what *value* holds, with the suffix of each path; of libraries, only modules and containers."""
+    """Yield what *value* holds, with the suffix of each path.
+
+    Functions, classes and objects of libraries hold no state of the network, except modules and containers.
+    """
     if isinstance(value, (Tensor, ModuleType, *FIXED)):
         return  # a tensor has a version; of a module, only the variables that functions use are read
     definition = value if isinstance(value, type | FunctionType) else type(value)
@@ -147,8 +154,9 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
             held = object.__getattribute__(value, "__dict__")
         yield from ((f".{name}", item) for name, item in held.items())
+        # `_items` can list the dict of attributes as one more item.
         yield from ((end, item) for end, item in _items(value) if item is not held)
-        yield f" ({definition.__name__})", definition
+        yield f" ({definition.__name__})", definition  # a class of a user has attributes, too
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
@@ -159,30 +167,32 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
             yield f"[{shown}]", item
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
-    if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # `gc` finds slots, iterators, methods
-        if isinstance(value, GeneratorType):
-            yield " (state)", value.gi_frame.f_lasti if value.gi_frame else None  # None: it has ended
-        elif type(value).__module__ in _MODULES:
-            yield " (state)", _shown(value)
-        yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
+    if type(value) in _PLAIN or isinstance(value, nn.Module):  # a module holds attributes only
+        return
+    if isinstance(value, GeneratorType):
+        yield " (state)", value.gi_frame.f_lasti if value.gi_frame else None  # None: it has ended
+    elif type(value).__module__ in _MODULES:
+        yield " (state)", _shown(value)
+    # Slots, and what iterators, methods and subclasses of containers hold, are known to `gc` only.
+    yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
 
 
 def _shown(value: Any) -> str:
-    """Describe the position of an iterator such as `itertools.count`, or the items of a set or an array."""
+    """Describe the position of an iterator such as `itertools.count`, or the items of a set or an array.
+
+    For example, "(<class 'itertools.count'>, (3,))" is what `pickle` would store of one that returns 3 next.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python deprecates the copies of some iterators
-            return str(value if isinstance(value, set | frozenset) else value.__reduce_ex__(4))
+            return str(value.__reduce_ex__(4))
     except Exception:  # not every object can be reduced
         return object.__repr__(value)
 
 
 def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """List attributes and defaults of *function*, and the enclosing, global and module variables it uses."""
-    codes = [function.__code__]
-    for code in codes:  # grows by the functions that are defined inside
-        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
-    names = {name for code in codes for name in code.co_names}
+    names = set(_names_in(function.__code__))
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]
         yield f" uses {name}", value
@@ -196,11 +206,19 @@ def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
     yield " (defaults)", function.__defaults__
 
 
-def _identify(value: object) -> Identity:
+def _names_in(code: CodeType) -> Iterator[str]:
+    """Yield the names of global variables and attributes in *code* and in the functions defined inside."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            yield from _names_in(constant)
+
+
+def _identify(value: object) -> ObjectId:
     """Identify *value*. Tensors of torch.export's tracing have no address, inference tensors no version."""
     if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
-        return Identity(value, (-1 if value.is_inference() else value._version, value.data_ptr()))
-    return Identity(value, (len(value),) if isinstance(value, set) else ())
+        return ObjectId(value, (-1 if value.is_inference() else value._version, value.data_ptr()))
+    return ObjectId(value, (len(value),) if isinstance(value, set) else ())
 
 
 def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
@@ -216,7 +234,8 @@ def unwritten(network: nn.Module) -> Iterator[None]:
     yield
     after = read_state(network)
     for path, leaf in before.items():
-        if isinstance(leaf, Identity) and isinstance(leaf.value, Tensor) and after.get(path) != leaf:
+        is_tensor = isinstance(leaf, ObjectId) and isinstance(leaf.value, Tensor)
+        if is_tensor and after.get(path) != leaf:  # another tensor, version or address
             owner = dict(modules(network)).get(path.rpartition(".")[0])
             scales_rows = getattr(owner, "max_norm", None) is not None  # as `nn.Embedding` can
             remedy = ": scale its rows once, and set max_norm to None" if scales_rows else ""
@@ -225,7 +244,7 @@ def unwritten(network: nn.Module) -> Iterator[None]:
 
 def held_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Map the path of every tensor in the state of *network*, also outside of its parameters and buffers."""
-    leaves = ((path, leaf.value) for path, leaf in read_state(network).items() if isinstance(leaf, Identity))
+    leaves = ((path, leaf.value) for path, leaf in read_state(network).items() if isinstance(leaf, ObjectId))
     return {path: value for path, value in leaves if isinstance(value, Tensor)}
 
 
@@ -239,22 +258,24 @@ class InPlaceWrites(TorchDispatchMode):
         self._paths = {tensor.untyped_storage().data_ptr(): path for path, tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation."""
+        """Run one operation; record the paths of the tensors that its schema declares as written."""
         del types
         declared = func._schema.arguments
         values = dict(zip((argument.name for argument in declared), args, strict=False)) | (kwargs or {})
-        written = [values.get(argument.name) for argument in declared if argument.is_write]
-        tensors_written = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]  # also in lists
-        paths = [self._paths.get(tensor.untyped_storage().data_ptr()) for tensor in tensors_written]
-        self.written += [path for path in paths if path is not None]
+        arguments = [values.get(argument.name) for argument in declared if argument.is_write]
+        for leaf in tree_leaves(arguments):  # an argument can be a list of tensors
+            path = self._paths.get(leaf.untyped_storage().data_ptr()) if isinstance(leaf, Tensor) else None
+            if path is not None:
+                self.written.append(path)
         return func(*args, **(kwargs or {}))
 
 
 class PythonReads(TorchFunctionMode):
     """Record the first Python code that reads the layout or the values of a tensor: no graph contains this.
 
-    Every call counts that returns anything but tensors, unless it is known to return what a graph fixes.
-    torch.export raises an error where code reads values, but the code can catch it.
+    A call is a read if it returns anything but tensors, unless it is known to return what a graph fixes, or
+    if it gives values to a callback. torch.export raises an error where code reads values, but the code can
+    catch it.
     """
 
     FIXED_BY_GRAPH = frozenset({
@@ -263,7 +284,7 @@ class PythonReads(TorchFunctionMode):
         "is_same_size", "is_signed", "ndimension", "nelement", "numel", "requires_grad_", "result_type",
         "size", "type",
     })  # fmt: skip
-    CALLBACKS = frozenset({"apply_", "map_", "map2_"})  # they give values to a function
+    CALLBACKS = frozenset({"apply_", "map_", "map2_"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,8 +294,8 @@ class PythonReads(TorchFunctionMode):
         """Call *function*; record it if it is the first read by code outside of torch.nn and this package."""
         del types
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
-        tensors_only = all(isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result))
-        is_read = name in self.CALLBACKS or not (tensors_only or name in self.FIXED_BY_GRAPH)
+        returns_data = not all(isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result))
+        is_read = (returns_data and name not in self.FIXED_BY_GRAPH) or name in self.CALLBACKS
         if self.first is None and is_read:
             module = _caller()
             if module.partition(".")[0] != "sopdeploy_export" and not module.startswith("torch.nn."):
@@ -295,20 +316,19 @@ def _caller() -> str:
 
 @contextmanager
 def preserved(network: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules of *network*, and the lists and dicts in them, at the end."""
+    """Restore the attributes of all modules of *network*, and the containers in them, at the end."""
     tables = [vars(module) for _, module in modules(network)]
-    saved = [(table, dict(table)) for table in tables]
-    inside = [inner for table in tables for inner in _containers(table, DEPTH)]
-    saved_inside = [(container, container.copy()) for container in inside]
+    inside = [container for table in tables for container in _containers(table, DEPTH)]
+    saved: list[tuple[Any, Any]] = [(container, container.copy()) for container in (*tables, *inside)]
     try:
         yield
     finally:
-        for table, before in saved:
-            table.clear()
-            table.update(before)
-        for container, content in saved_inside:
+        for container, content in saved:
             container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+            if isinstance(container, list):
+                container.extend(content)
+            else:  # a dict or a set
+                container.update(content)
 
 
 def _containers(value: Any, depth: int) -> Iterator[Any]:

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,13 +29,17 @@ Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 
 
 class Place(NamedTuple):
-    """The batch axis of a value, if any, and its `inner` rows per image; None if equal rows fit any image."""
+    """The batch axis of a value, and how many neighboring rows along it belong to one image.
+
+    For example, (batch * 3, 4) has `axis` 0 and `inner` 3: rows 0 to 2 belong to the first image. A value
+    without the images has neither. `inner` alone is None if all rows are equal and thus fit any image.
+    """
 
     axis: int | None = None
     inner: int | None = None
 
 
-_NONE = Place()
+_NO_BATCH = Place()
 
 
 class MixesError(Exception):
@@ -51,18 +54,15 @@ def _require(condition: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TracedValue:
-    """What is known of a value; `mixed` names the operators through which it depends on other images.
+    """What is known of a value, where lists have one item for each size in `_BATCHES`."""
 
-    `shapes` is empty if unknown. `contents` exist for values that depend on sizes only, for each batch size.
-    `counts` tells which numbers are the number of the image in its batch: all, or the first of the last axis.
-    """
-
-    type: int = 0
-    shapes: Shapes = ()
-    contents: Sequence[NDArray[Any]] = ()
-    place: Place = _NONE
-    counts: Literal["", "all", "first"] = ""
-    mixed: tuple[str, ...] = ()
+    type: int = 0  # in the numbering of ONNX
+    shapes: Shapes = ()  # empty if they are unknown
+    contents: Sequence[NDArray[Any]] = ()  # empty unless the value is small and depends on sizes only
+    place: Place = _NO_BATCH
+    # Which elements are the number of their image in the batch: none, all, or the first of the last axis.
+    image_numbers: Literal["", "all", "first"] = ""
+    mixed: tuple[str, ...] = ()  # the operators through which the value depends on other images
 
     @property
     def axis(self) -> int | None:
@@ -81,11 +81,11 @@ class TracedValue:
 
     def at(self, axis: int) -> Place:
         """Return the place with the batch axis, if any, moved to *axis*."""
-        return _NONE if self.axis is None else Place(axis, self.place.inner)
+        return _NO_BATCH if self.axis is None else Place(axis, self.place.inner)
 
     def shifted(self, axes: int) -> Place:
         """Return the place with the batch axis, if any, moved by *axes*, to the right if this is positive."""
-        return _NONE if self.axis is None else Place(self.axis + axes, self.place.inner)
+        return _NO_BATCH if self.axis is None else Place(self.axis + axes, self.place.inner)
 
     def numbers(self) -> list[int]:
         """List the integers of a constant."""
@@ -94,11 +94,12 @@ class TracedValue:
 
 
 class Call:
-    """An operator; `x` is its first input, *shapes* those of its first result."""
+    """An operator; `x` is its first input, `shapes` and `rank` are those of its first result."""
 
     def __init__(self, node: onnx.NodeProto, inputs: Sequence[TracedValue | None], shapes: Shapes) -> None:
         self.attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         self.inputs, self.shapes, self.rank = inputs, shapes, len(shapes[0])
+        self.given = [value for value in inputs if value is not None]  # without optional ones that are absent
         self.num_outputs = len([name for name in node.output if name])  # "" is one that nothing reads
         self.x = self[0]
 
@@ -123,10 +124,10 @@ class Call:
 
 def agree(*places: Place) -> Place:
     """Return the place of a result whose rows are computed from the same row of every operand."""
-    axes = {axis for axis, _ in places if axis is not None}
-    inner = {length for axis, length in places if axis is not None and length is not None}
+    axes = {place.axis for place in places} - {None}  # an operand without the images fits all others
+    inner = {place.inner for place in places} - {None}  # so do equal rows
     _require(len(axes) <= 1 and len(inner) <= 1)
-    return Place(next(iter(axes), None), next(iter(inner), None))
+    return Place(axis=next(iter(axes), None), inner=next(iter(inner), None))
 
 
 def common(values: Sequence[TracedValue | None]) -> Place:
@@ -139,24 +140,29 @@ def varying(shapes: Shapes) -> int | None:
     axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     if not axes:
         return None
+    _require(len(axes) == 1)
     sizes = [shape[axes[0]] for shape in shapes]
-    factor, rest = divmod(sizes[0], _BATCHES[0])
-    _require(len(axes) == 1 and rest == 0 and sizes == [factor * batch for batch in _BATCHES])
+    factor = sizes[0] // _BATCHES[0]
+    _require(sizes == [factor * batch for batch in _BATCHES])
     return axes[0]
 
 
 def elementwise(call: Call) -> Place:
     """Align the operands at their last axes, as broadcasting does."""
-    return agree(*(value.shifted(call.rank - value.rank) for value in call.inputs if value is not None))
+    return agree(*(value.shifted(call.rank - value.rank) for value in call.given))
 
 
-def along(call: Call, axes: Sequence[int], *, keeps: Any = True) -> Place:
-    """Combine elements of `x` along *axes*, which the result lacks unless the operator *keeps* them."""
+def along(call: Call, axes: Sequence[int], *, keeps: bool = True) -> Place:
+    """Combine elements of `x` along *axes*, which the result lacks unless the operator *keeps* them.
+
+    None of them may be the batch axis, and the other inputs must be the same for all images.
+    """
     axis = call.x.axis
-    _require(axis not in axes and common(call.inputs[1:]) == _NONE)
+    _require(axis not in axes and common(call.inputs[1:]) == _NO_BATCH)
     if keeps or axis is None:
         return call.x.place
-    return call.x.shifted(-len({removed for removed in axes if removed < axis}))
+    removed_before = {removed for removed in axes if removed < axis}  # each moves the batch axis to the left
+    return call.x.shifted(-len(removed_before))
 
 
 def reduces(call: Call) -> Place:
@@ -166,59 +172,65 @@ def reduces(call: Call) -> Place:
 
 
 def _rows(call: Call, operands: int = 1) -> Place:
-    """Compute each row of the first *operands* with weights that all images share.
-
-    The rows are along the first axis, of which the result has as many as `x`. Refused are the resizing of
-    regions, which can shift this axis, and batch norm in training mode.
-    """
-    place = common(call.inputs[:operands])
-    _require(place.axis in (None, 0) and common(call.inputs[operands:]) == _NONE)
-    _require(call.num_outputs == 1)  # the second output of MaxPool numbers the elements of the whole batch
+    """Compute each row, along the first axis, from this row of the first *operands* and shared weights."""
+    place, weights = common(call.inputs[:operands]), common(call.inputs[operands:])
+    _require(place.axis in (None, 0) and weights == _NO_BATCH)
+    # The second output of MaxPool numbers the elements of the whole batch.
+    _require(call.num_outputs == 1)
+    # Resize can make more or fewer rows, which are then mixtures of rows.
     _require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
-    crops = call.attributes.get("coordinate_transformation_mode") == b"tf_crop_and_resize"
-    _require(not crops and not call.attributes.get("training_mode"))
+    # This mode of Resize cuts a region first, so that row 0 may be computed from another row.
+    _require(call.attributes.get("coordinate_transformation_mode") != b"tf_crop_and_resize")
+    # In training mode, batch norm subtracts the mean of all images.
+    _require(not call.attributes.get("training_mode"))
     return place
 
 
 def reshapes(call: Call) -> Place:
-    """Keep the order of all elements, so that neighboring elements of an image become rows of the result."""
+    """Keep the order of all elements, so that neighboring elements of an image become rows of the result.
+
+    For example, (batch, 3, 8) becomes (batch * 6, 4): the 24 elements of an image fill 6 rows of 4.
+    """
     axis, inner = call.x.place
     new_axis = varying(call.shapes)
     if axis is None or new_axis is None:
         _require(axis == new_axis)  # neither has the batch
-        return _NONE
+        return _NO_BATCH
     shape, new_shape, batch = call.x.shapes[0], call.shapes[0], _BATCHES[0]
-    rows_of_image = inner or shape[axis] // batch  # None: all rows are equal, so each image may have as many
+    rows_of_image = shape[axis] // batch if inner is None else inner  # of equal rows, any number is right
     elements_of_image = rows_of_image * math.prod(shape[axis + 1 :])
     elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 1 for a value without elements
     new_inner, rest = divmod(elements_of_image, elements_of_row)
     _require(rest == 0 and new_inner and (new_shape[new_axis] // batch) % new_inner == 0)
-    return Place(new_axis, new_inner)
+    return Place(axis=new_axis, inner=new_inner)
 
 
 def transposes(call: Call) -> Place:
     """Permute the axes."""
     order = list(call.attributes.get("perm", reversed(range(call.x.rank))))
-    return _NONE if call.x.axis is None else call.x.at(order.index(call.x.axis))
+    return _NO_BATCH if call.x.axis is None else call.x.at(order.index(call.x.axis))
 
 
 def multiplies(call: Call) -> Place:
-    """Multiply (..., m, k) by (..., k, n), or vectors (k,), where the batch is not the axis k of the sums."""
+    """Multiply *a* (..., m, k) by *b* (..., k, n), or by a vector (k,); the batch may be any axis but k."""
     a, b = call.x, call[1]
-    _require(a.axis != a.rank - 1)
+    _require(a.axis != a.rank - 1)  # so a vector *a* has no batch axis
     if a.rank == 1 or b.rank == 1:
-        _require(b.axis is None)  # which also refuses a vector by matrices of images
-        return a.place  # (..., m) keeps the axes of *a* before k
+        _require(b.axis is None)
+        return a.place  # the result (..., m) has the axes of *a* before k
     _require(b.axis != b.rank - 2)
     return elementwise(call)  # the axes before the last two are broadcast, m and n stay where they are
 
 
 def gemm(call: Call) -> Place:
-    """Multiply (m, k) by (k, n), where m or n is the batch; add a value, which is broadcast."""
-    a, b = call.x, call[1]
-    _require(a.axis in (None, call.attributes.get("transA", 0)))  # of m: axis 0, transposed 1
-    _require(b.axis in (None, 1 - call.attributes.get("transB", 0)))  # of n: axis 1, transposed 0
-    return agree(a.at(0), b.at(1), *(added.shifted(2 - added.rank) for added in call.inputs[2:] if added))
+    """Multiply *a* (m, k) by *b* (k, n), where m or n is the batch; add a value, which is broadcast."""
+    a, b, added = call.x, call[1], call.given[2:]
+    axis_of_m = 1 if call.attributes.get("transA") else 0
+    axis_of_n = 0 if call.attributes.get("transB") else 1
+    _require(a.axis in (None, axis_of_m) and b.axis in (None, axis_of_n))
+    return agree(
+        a.at(0), b.at(1), *(value.shifted(2 - value.rank) for value in added)
+    )  # the result is (m, n)
 
 
 def einsum(call: Call) -> Place:
@@ -236,33 +248,36 @@ def einsum(call: Call) -> Place:
 
 def splits(call: Call) -> Place:
     """Split along an axis; along that of the batch, `locate` checks that every part has whole images."""
-    _require(common(call.inputs[1:]) == _NONE)
+    _require(common(call.inputs[1:]) == _NO_BATCH)
     return call.x.place
 
 
 def joins(call: Call) -> Place:
     """Join values along an axis; along that of the batch, the rows of the operands keep their images."""
     place = common(call.inputs)
-    if place.axis == call.axis(0):  # rows of a constant would belong to no image
-        _require(all(value.axis == place.axis for value in call.inputs if value is not None))
+    if place.axis == call.axis(0):  # then all have this axis: rows of a constant would belong to no image
+        _require(all(value.axis == place.axis for value in call.given))
     return place
 
 
 def within(call: Call) -> Place:
     """Index or write along another axis than the batch; all operands have the batch axis, or none has it."""
-    _require(len({value.axis for value in call.inputs if value is not None}) == 1)
+    _require(len({value.axis for value in call.given}) == 1)
     place = common(call.inputs)
     _require(place.axis != call.axis(0))
     return place
 
 
 def slices(call: Call) -> Place:
-    """Cut other axes than the batch at constant positions, and this one between whole batches."""
-    starts = [start.reshape(-1).tolist() for start in call[1].contents]  # by batch size
-    axes = call.axes(3, range(len(starts[0])))
+    """Cut other axes than the batch at constant positions, and this one between whole batches.
+
+    The inputs are the data, starts, ends, axes and steps. The shape of the result shows where a slice ends.
+    """
+    starts = [start.reshape(-1).tolist() for start in call[1].contents]  # a list for each batch size
+    axes = call.axes(3, default=range(len(starts[0])))
     steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(axes)
     for i, axis in enumerate(axes):
-        starts_of_axis = [numbers[i] for numbers in starts]
+        starts_of_axis = [numbers[i] for numbers in starts]  # a number for each batch size
         if axis == call.x.axis:
             _require(steps[i] == 1 and _cuts_whole_batches(call, axis, starts_of_axis))
         else:
@@ -271,14 +286,17 @@ def slices(call: Call) -> Place:
 
 
 def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
-    """Return whether the slice that begins at *starts* has the same whole batches for each batch size."""
+    """Return whether the slice that begins at *starts* has the same whole batches for each batch size.
+
+    For example, of (2 * batch * 3, 4), two batches with 3 rows per image, it may be the second batch.
+    """
     slices_in_batches = set()
     for batch, start, shape, result in zip(_BATCHES, starts, call.x.shapes, call.shapes, strict=True):
-        rows = batch * (call.x.place.inner or 1)
+        rows_of_batch = batch * (call.x.place.inner or 1)  # equal rows (None) can be cut between any two
         first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
-        if first % rows or result[axis] % rows:
+        if first % rows_of_batch or result[axis] % rows_of_batch:
             return False
-        slices_in_batches.add((first // rows, result[axis] // rows))
+        slices_in_batches.add((first // rows_of_batch, result[axis] // rows_of_batch))
     return len(slices_in_batches) == 1
 
 
@@ -290,69 +308,76 @@ def pads(call: Call) -> Place:
 
 
 def repeats(call: Call, *, tile: bool = False) -> Place:
-    """Repeat a value with a batch axis, or a constant so often that the result gets a batch axis.
+    """Repeat `x`; if it has no batch axis, the result can get one.
 
-    All rows of an expanded constant are equal and fit any image. With *tile*, each image gets a whole copy.
+    A constant (1, 4) that is expanded to (batch, 4) has equal rows, which fit any image. With *tile*, a
+    constant (3, 4) becomes (batch * 3, 4), where the 3 rows of each image are a copy of it.
     """
     axis = varying(call.shapes)
     if axis is None or call.x.axis is not None:  # the result has the batch axis of `x`, or none
         return elementwise(call)
-    rows_of_image = call.shapes[0][axis] // _BATCHES[0]
-    return Place(axis, rows_of_image if tile else None)
+    return Place(axis=axis, inner=call.shapes[0][axis] // _BATCHES[0] if tile else None)
 
 
 def ranges(call: Call) -> Place:
-    """Accept a range of constant length, or one from 0 to the number of images, which numbers these."""
+    """Accept a range of constant length, or 0, 1, ..., batch - 1: the number of each image in the batch.
+
+    The inputs are the start, the limit and the step.
+    """
     if varying(call.shapes) is None:
-        return _NONE
+        return _NO_BATCH
     start, step = call.x.numbers(), call[2].numbers()
     _require(start == [0] and step == [1] and call.shapes[0] == (_BATCHES[0],))
-    return Place(0, 1)
+    return Place(axis=0, inner=1)
 
 
 def gathers(call: Call) -> Place:
-    """Select along another axis than the batch, from a constant table, or the row of the own image."""
+    """Select along another axis than the batch, from a constant table, or the row of the own image.
+
+    The axes of the indices replace the axis that they select from: data (5, 7) with indices (batch, 2) for
+    axis 0 gives (batch, 2, 7). Data (batch, 7) needs the numbers of the images as indices for axis 0.
+    """
     data, indices, axis = call.x, call[1], call.axis(0)
-    place_of_indices = indices.shifted(axis)  # their axes replace *axis* in the result
-    if data.axis == axis:
-        _require(indices.counts == "all" and data.shapes[0][axis] == _BATCHES[0])  # image i takes row i
+    place_of_indices = indices.shifted(axis)
+    if data.axis == axis:  # of one row per image, image i takes row i
+        _require(indices.image_numbers == "all" and data.shapes[0][axis] == _BATCHES[0])
         return place_of_indices
-    _require(_NONE in (data.place, indices.place) and not indices.counts)  # at most one has the batch
+    _require(_NO_BATCH in (data.place, indices.place) and not indices.image_numbers)
     is_behind = data.axis is not None and data.axis > axis
     return agree(data.shifted(indices.rank - 1 if is_behind else 0), place_of_indices)
 
 
 def gathers_nd(call: Call) -> Place:
-    """Select by indices of several axes: within each row, in a constant, or along axes before the batch.
+    """Select by positions in several axes: data (*shared, *selected, *kept), indices (*shared, *others, n).
 
-    Both have the first *shared* axes. The last axis of the indices holds positions in the next axes of data.
+    The n numbers of a position are for the n selected axes. The result is (*shared, *others, *kept).
     """
-    data, indices, shared = call.x, call[1], call.attributes.get("batch_dims", 0)
+    data, indices, num_shared = call.x, call[1], call.attributes.get("batch_dims", 0)
     _require(indices.axis is None or indices.axis < indices.rank - 1)
-    if own_rows(data, indices, shared):  # each image in its row
+    if own_rows(data, indices, num_shared):  # data (batch, 7), pairs of image and column (batch, 2)
         return indices.place
-    _require(not indices.counts)
-    if data.axis is None:  # in a constant
+    _require(not indices.image_numbers)
+    if data.axis is None:  # data (5, 7), indices (batch, 2)
         return indices.place
-    if data.axis < shared:  # within each row
+    if data.axis < num_shared:  # data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
         _require(data.axis == indices.axis)
         return common([data, indices])
-    first_kept = shared + indices.shapes[0][-1]  # axis of the data behind those of the positions
-    _require(indices.axis is None and data.axis >= first_kept)
-    return data.shifted(indices.rank - 1 - first_kept)  # axes of indices but the last, then kept ones
+    first_kept = num_shared + indices.shapes[0][-1]  # an axis of the data
+    _require(indices.axis is None and data.axis >= first_kept)  # data (7, batch), indices (3, 1)
+    return data.shifted(indices.rank - 1 - first_kept)  # the kept axes follow all axes of indices but n
 
 
 def writes_nd(call: Call) -> Place:
-    """Write by indices of several axes: each image into its row, or at positions in axes before the batch."""
+    """Write updates (*others, *kept) to data (*selected, *kept) at positions, indices (*others, n)."""
     data, indices, updates = call.x, call[1], call[2]
     has_own_rows = own_rows(data, indices, 0) and indices.axis is not None
-    if has_own_rows and updates.axis == indices.axis:  # each image writes into its row
+    if has_own_rows and updates.axis == indices.axis:  # data (batch, 7), indices (batch, 2), updates (batch,)
         return agree(data.place, indices.at(0), updates.at(0))  # `inner` must agree, too
-    first_kept = indices.shapes[0][-1]  # axis of the data behind those of the positions
+    # The batch axis is a kept one: data (7, batch), indices (3, 1), updates (3, batch).
+    first_kept, first_kept_of_updates = indices.shapes[0][-1], indices.rank - 1
     _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
     _require(data.axis is None or data.axis >= first_kept)
-    # updates: axes of indices but the last, then kept axes of data
-    return agree(data.place, updates.shifted(first_kept - (indices.rank - 1)))
+    return agree(data.place, updates.shifted(first_kept - first_kept_of_updates))
 
 
 def encodes(call: Call) -> Place:
@@ -361,23 +386,25 @@ def encodes(call: Call) -> Place:
     return call.x.shifted(1 if is_moved else 0)
 
 
-def own_rows(data: TracedValue, indices: TracedValue, shared: int) -> bool:
+def own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -> bool:
     """Return whether each position in *indices* begins with the number of its image, a row of *data*."""
-    numbers_images = indices.counts == ("first" if indices.shapes[0][-1] > 1 else "all")
+    begin_with_image = indices.image_numbers == ("first" if indices.shapes[0][-1] > 1 else "all")
     has_row_per_image = data.axis == 0 and data.shapes[0][0] == _BATCHES[0]
-    return has_row_per_image and shared == 0 and numbers_images
+    return has_row_per_image and num_shared == 0 and begin_with_image
 
 
 def recurs(call: Call) -> list[Place]:
     """Run a recurrent layer over (length, batch, features), with states (directions, batch, features).
 
-    Inputs 5 and 6 are the first states, the others weights and lengths. The outputs are all results
-    (length, directions, batch, features) and the last states.
+    The outputs are all results (length, directions, batch, features) and the last states.
     """
-    place = common([call.x, *call.inputs[5:7]])
-    _require(place.axis in (None, 1) and common([*call.inputs[1:5], *call.inputs[7:]]) == _NONE)
-    _require(not call.attributes.get("layout"))
-    return [Place(None if place.axis is None else 2, place.inner), place, place]
+    first_states = call.inputs[5:7]  # `initial_h` and `initial_c`
+    shared = [*call.inputs[1:5], *call.inputs[7:]]  # `W`, `R`, `B`, `sequence_lens` and `P`
+    place = common([call.x, *first_states])
+    _require(place.axis in (None, 1) and common(shared) == _NO_BATCH)
+    _require(not call.attributes.get("layout"))  # another layout has the batch first
+    place_in_results = place if place.axis is None else Place(axis=2, inner=place.inner)
+    return [place_in_results, place, place]
 
 
 TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
@@ -401,13 +428,13 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "DFT": lambda call: along(call, [call.axis(1)]),
     "OneHot": encodes,
     "Expand ConstantOfShape": repeats, "Tile": partial(repeats, tile=True),
-    "Concat": joins, "Split": splits, "EyeLike": lambda _: _NONE,
+    "Concat": joins, "Split": splits, "EyeLike": lambda _: _NO_BATCH,
     "GatherElements ScatterElements": within, "GatherND": gathers_nd, "ScatterND": writes_nd,
     "Gather": gathers, "Slice": slices, "Pad": pads, "Transpose": transposes, "Range": ranges,
     "MatMul": multiplies, "Gemm": gemm, "Einsum": einsum, "LSTM GRU RNN": recurs,
 }  # fmt: skip
 _RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
-_SIZES = {  # the inputs that are sizes or positions
+_SIZES = {  # the numbers of the inputs that are sizes or positions
     "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (1,), "Slice": (1, 2),
     "Split": (1,), "Resize": (3,),
 }  # fmt: skip
@@ -436,26 +463,33 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         known = [array] * len(_BATCHES) if array.size <= _MOST_NUMBERS else ()
         values[tensor.name] = TracedValue(tensor.data_type, [array.shape] * len(_BATCHES), known)
     for node in model.graph.node:
-        inputs = [values[name] if name else None for name in node.input]
-        read = () if node.op_type == "Shape" else inputs  # shapes never depend on the contents of images
-        mixed = tuple(dict.fromkeys(name for value in read if value for name in value.mixed))
-        results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
-        try:
-            results = infer(node, inputs, opsets)
-            are_sizes = all(len(result.contents) for result in results)
-            if not mixed and not are_sizes:
-                results = locate(node, inputs, results)
-        except Exception as error:  # no rule, or an operator that onnx does not know
-            mixed = mixed or (_name_problem(node, error),)
-        for name, result in zip(node.output, results, strict=True):
-            values[name] = replace(result, mixed=mixed)
+        results = _trace(node, [values[name] if name else None for name in node.input], opsets)
+        values |= zip(node.output, results, strict=True)
     outputs = {output.name: values[output.name] for output in model.graph.output}
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
         has_row_per_image = value.axis == 0 and value.shapes[0][0] == _BATCHES[0]
-        if not value.mixed and (not has_row_per_image or value.counts):  # numbers of images are positions
+        # The number of an image depends on how many images are in front of it in the batch.
+        if not value.mixed and (not has_row_per_image or value.image_numbers):
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
+
+
+def _trace(
+    node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]
+) -> list[TracedValue]:
+    """Find out what is known of the results of *node*; an operator that mixes images is named in them."""
+    read = () if node.op_type == "Shape" else inputs  # shapes never depend on the contents of images
+    mixed = tuple(dict.fromkeys(name for value in read if value for name in value.mixed))
+    results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
+    try:
+        results = infer(node, inputs, opsets)
+        are_sizes = all(len(result.contents) for result in results)
+        if not mixed and not are_sizes:
+            results = locate(node, inputs, results)
+    except Exception as error:  # no rule, or an operator that onnx does not know
+        mixed = mixed or (_name_problem(node, error),)
+    return [replace(result, mixed=mixed) for result in results]
 
 
 def _name_problem(node: onnx.NodeProto, error: Exception) -> str:
@@ -467,32 +501,50 @@ def _name_problem(node: onnx.NodeProto, error: Exception) -> str:
 
 def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]) -> list[TracedValue]:
     """Infer the shapes of the results of *node*, and the contents of small ones that depend on sizes only."""
+    named = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
+    results = _infer_shapes(node, named, opsets)
+    feeds = _known_operands(node, named, results[0].shapes)
+    if not feeds:
+        return results
+    runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]  # one for each batch size
+    results = [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
+    if any(value.is_size for value in named.values()):  # `is_linear` says why three batch sizes are enough
+        _require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, results)))
+    return results
+
+
+def _infer_shapes(
+    node: onnx.NodeProto, named: dict[str, TracedValue], opsets: list[Any]
+) -> list[TracedValue]:
+    """Infer the types and shapes of the results of *node*, whose operands are *named*."""
     version = next(opset.version for opset in opsets if opset.domain == node.domain)
     schema = defs.get_schema(node.op_type, version, node.domain)
-    named = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
-    types = []  # of all results, for each batch size
+    types = []  # for each batch size, a dict with the types of all results
     for i in range(len(_BATCHES)):
         known = {name: numpy_helper.from_array(v.contents[i]) for name, v in named.items() if v.contents}
         given = {name: helper.make_tensor_type_proto(v.type, v.shapes[i]) for name, v in named.items()}
         types.append(shape_inference.infer_node_outputs(schema, node, given, known, opset_imports=opsets))
     results = []
     for name in node.output:
-        tensors = [found[name].tensor_type for found in types] if name else []
+        if not name:  # an optional result that the graph leaves out
+            results.append(TracedValue())
+            continue
+        tensors = [found[name].tensor_type for found in types]
         if not all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim):
             raise ValueError("onnx infers no shape")
-        sizes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
-        results.append(TracedValue(tensors[0].elem_type, sizes) if tensors else TracedValue())
-    feeds = _known_operands(node, named, results[0].shapes)
-    runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]
-    results = [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
-    if runs and any(value.is_size for value in named.values()):  # three sizes must determine all others
-        _require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, results)))
+        shapes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
+        results.append(TracedValue(tensors[0].elem_type, shapes))
     return results
 
 
-def _known_operands(node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes) -> list[Any]:
-    """Return the operands of *node* by batch size; none if its result, of *shapes*, is not evaluated."""
-    if node.op_type == "Shape":  # does not read the contents
+def _known_operands(
+    node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes
+) -> list[dict[str, NDArray[Any]]]:
+    """Return the operands of *node* for each batch size; none if its result, of *shapes*, is not evaluated.
+
+    Evaluated are small results with the same shape for all batch sizes.
+    """
+    if node.op_type == "Shape":  # reads no contents, so an array that takes no memory stands for each operand
         return [{node.input[0]: np.broadcast_to(False, shape)} for shape in named[node.input[0]].shapes]
     is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
     if not is_small or not all(value.contents for value in named.values()):
@@ -501,19 +553,19 @@ def _known_operands(node: onnx.NodeProto, named: dict[str, TracedValue], shapes:
 
 
 def is_linear(value: TracedValue) -> bool:
-    """Return whether every number is a b + c for each batch size b of `_BATCHES`.
+    """Return whether every number is a * batch + c for the three sizes of `_BATCHES`.
 
-    With `_SIZE_OPERATORS`, this then holds for all sizes between them: a product of two sizes is not linear,
-    and the rounding of a quotient is monotonic.
+    If so, it has this form for all sizes between them, because it was computed with `_SIZE_OPERATORS`: a
+    product of two sizes is not linear, and the rounding of a quotient is monotonic.
     """
     if not value.contents:
         return True
-    if value.contents[0].dtype.kind == "b":
+    if value.contents[0].dtype.kind == "b":  # of two sizes, a truth value tells no slope
         return False
-    exact = [content.astype(object) for content in value.contents]  # Python's numbers do not overflow
-    steps = [after - before for before, after in pairwise(_BATCHES)]
-    changes = [after - before for before, after in pairwise(exact)]
-    return bool(np.all(changes[0] * steps[1] == changes[1] * steps[0]))  # the slopes are equal
+    first, second, third = (content.astype(object) for content in value.contents)  # integers of any length
+    before, between, last = _BATCHES
+    # Both slopes, (second - first) / (between - before) and the next one, are equal; without divisions:
+    return bool(np.all((second - first) * (last - between) == (third - second) * (between - before)))
 
 
 def locate(
@@ -527,37 +579,45 @@ def locate(
     places = _RULES[node.op_type](call)
     if isinstance(places, Place):  # one for all results
         places = [places] * len(results)
-    counts = counting(node.op_type, call)
-    numbering = [i for i, value in enumerate(inputs) if value and value.counts]
-    are_indices = node.op_type in TAKES_INDICES and numbering == [1]
-    _require(not numbering or counts or are_indices)  # numbers of images stay numbers, or select rows
+    # The number of an image may stay such a number, or be an index that selects the row of this image.
+    image_numbers = find_image_numbers(node.op_type, call)
+    with_numbers = [i for i, value in enumerate(inputs) if value and value.image_numbers]
+    are_indices = node.op_type in TAKES_INDICES and with_numbers == [1]  # input 1 holds the indices
+    _require(not with_numbers or image_numbers or are_indices)
     pairs = zip(results, places, strict=False)  # a recurrent layer can have fewer results
-    located = [replace(result, place=place, counts=counts) for result, place in pairs]
+    located = [replace(result, place=place, image_numbers=image_numbers) for result, place in pairs]
     _require(all(map(has_whole_images, located)))
     return located
 
 
 def has_whole_images(value: TracedValue) -> bool:
-    """Return whether the batch axis is the one whose size changes, with as many rows for every image."""
+    """Return whether the batch axis is the one whose size changes, with as many rows for every image.
+
+    For example, 3 neighboring rows per image (`inner`) fit an axis of size batch * 6, but not batch * 4.
+    """
     if not value.shapes:  # an optional result that the graph leaves out
         return True
     axis = varying(value.shapes)
-    if axis != value.axis:
-        return False
-    rows_of_batch = _BATCHES[0] * (value.place.inner or 1)
-    return axis is None or value.shapes[0][axis] % rows_of_batch == 0
+    if axis is None or axis != value.axis:
+        return axis == value.axis
+    rows_of_image = value.shapes[0][axis] // _BATCHES[0]  # for every batch size, as `varying` has checked
+    return value.place.inner is None or rows_of_image % value.place.inner == 0
 
 
-def counting(kind: str, call: Call) -> Literal["", "all", "first"]:
-    """Return the `TracedValue.counts` of the result of an operator."""
-    numbers_images = call.x.counts == "all"
+def find_image_numbers(kind: str, call: Call) -> Literal["", "all", "first"]:
+    """Return `TracedValue.image_numbers` of the result of an operator.
+
+    Such numbers begin with `Range`. For `x[arange(batch), k]`, `Concat` joins them as the first column with
+    *k* as the second one, and `GatherND` takes the pairs.
+    """
+    are_numbers = call.x.image_numbers == "all"
     if kind in SAME_NUMBERS:
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64  # smaller types repeat numbers
-        return "all" if numbers_images and not wraps else ""
-    if kind == "Range":  # from 0, see `ranges`
-        counts_batch = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
-        return "all" if counts_batch else ""
-    if kind != "Concat" or any(value.counts for value in call.inputs[1:] if value is not None):
-        return ""
-    has_one_column = call.axis(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
-    return "first" if numbers_images and has_one_column else ""
+        return "all" if are_numbers and not wraps else ""
+    if kind == "Range":  # from 0, as `ranges` requires
+        has_batch = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
+        return "all" if has_batch else ""
+    if kind == "Concat" and are_numbers and not any(value.image_numbers for value in call.given[1:]):
+        is_column = call.axis(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
+        return "first" if is_column else ""
+    return ""

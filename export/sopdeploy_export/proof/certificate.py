@@ -117,10 +117,9 @@ def certify(
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
-    given = {"trained": trained, "detached": detached}
     check_torch_state()
-    for role, network in given.items():
-        check_network_state(network, role)
+    check_network_state(trained, "trained")
+    check_network_state(detached, "detached")
     nothing_detached = detached is trained
     removed, kept = build_inventory(trained, detached, detachment.training_only)
     compared = {"trained": contiguous(trained)}
@@ -133,13 +132,14 @@ def certify(
     )
     deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
     sizes = assert_equal_outputs(deployed, probes)
-    # Each network once: one with contiguous tensors is in both dicts, of another *compared* has a copy.
-    checked = {id(network): (role, network) for role, network in (*given.items(), *compared.items())}
-    for role, network in checked.values():
-        rename = detachment.rename if role == "plain" else str  # from the names in *kept*
-        _assert_unchanged(network, kept, rename)
-    kind: ProofKind = "trained-plain" if nothing_detached else "three-way"
-    if detachment.plain is None:
+    # Of a network with tensors that are not contiguous, *compared* has a copy: then both are checked.
+    networks = (trained, detached, compared["trained"], compared["detached"])
+    for network in {id(network): network for network in networks}.values():
+        _assert_unchanged(network, kept, rename=str)
+    if "plain" in compared:
+        _assert_unchanged(compared["plain"], kept, detachment.rename)
+        kind: ProofKind = "trained-plain" if nothing_detached else "three-way"
+    else:
         kind = "trained-only" if nothing_detached else "trained-detached"
     certificate = Certificate(
         model=model,
@@ -169,23 +169,23 @@ def build_plain_network(
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # a layer, but *rename* knows the names of tensors only
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
-    named_as_trained, target = tensors(detached), tensors(plain)
-    source = {rename(name): tensor for name, tensor in named_as_trained.items()}
-    if len(source) != len(named_as_trained):
+    trained_tensors, plain_tensors = tensors(detached), tensors(plain)
+    renamed = {rename(name): tensor for name, tensor in trained_tensors.items()}
+    if len(renamed) != len(trained_tensors):
         raise CertificateError("rename gives two tensors of the trained network the same name")
-    missing, extra = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
-    if missing:
+    if missing := sorted(plain_tensors.keys() - renamed.keys()):
         raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
-    if extra:
+    if extra := sorted(renamed.keys() - plain_tensors.keys()):
         raise CertificateError(f"the detached network still has {extra[0]}, which the plain one lacks")
-    stored = plain.state_dict().keys()
+    stored_names = plain.state_dict().keys()  # without the buffers that checkpoints do not store
     with torch.no_grad():
-        for name, tensor in target.items():
-            if source[name].shape != tensor.shape or source[name].dtype != tensor.dtype:
+        for name, tensor in plain_tensors.items():
+            source = renamed[name]
+            if source.shape != tensor.shape or source.dtype != tensor.dtype:
                 raise CertificateError(f"{name} has a different shape or dtype in the plain network")
-            if name in stored:
-                tensor.copy_(source[name])
-            elif tensor_hash(tensor) != tensor_hash(source[name]):
+            if name in stored_names:
+                tensor.copy_(source)
+            elif tensor_hash(tensor) != tensor_hash(source):
                 raise CertificateError(
                     f"{name} differs from the plain network's; checkpoints do not store this buffer, "
                     "so its values must follow from the config"
@@ -248,12 +248,12 @@ def _capture_networks(
 ) -> dict[str, Captured]:
     """Capture *networks*; those with the same operations and weights share programs.
 
-    The detached one comes first: its programs name what the exported file holds. Messages call it trained
-    if both are one network.
+    The detached one comes first, because its programs name what the exported file holds.
     """
     trained, detached = networks["trained"], networks["detached"]
     captured = {} if captured_trained is None else {id(trained): captured_trained}
-    for role in ("trained" if detached is trained else "detached", *networks):
+    first = "trained" if detached is trained else "detached"  # error messages call it so
+    for role in (first, *networks):
         network = networks[role]
         if id(network) in captured:
             continue

@@ -113,20 +113,20 @@ class ExportSubject:
 def detach(network: _Network, training_only: tuple[str, ...] | None = None) -> _Network:
     """Return a copy of *network*, in eval mode, without its *training_only* parts.
 
-    *training_only* defaults to the parts that a network of the catalog declares. In a network outside of the
-    catalog, a removed part becomes `None`, because its `forward` may test for that, unless a container such
-    as `nn.Sequential` holds it. A network whose training-only parts have no tensors, such as an empty list of
-    branches, is returned as is. Raises `DetachError` if a name does not exist.
+    It is *network* itself if these parts have no tensors, such as an empty list of branches. *training_only*
+    defaults to the parts that a network of the catalog declares. In a network outside of the catalog, a
+    removed part becomes `None`, because its `forward` may test for that, unless a container such as
+    `nn.Sequential` holds it. Raises `DetachError` if a name does not exist.
     """
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
-    memo: dict[int, Any] = {}
+    copies: dict[int, Any] = {}  # what `copy.deepcopy` puts in place of an object: None for each part
     for name in training_only:
         owner, attribute = _find_owner(network, name)  # raises for an unknown name
-        memo[id(getattr(owner, attribute))] = None
+        copies[id(getattr(owner, attribute))] = None
     if not has_tensors(network, training_only):
         return network
-    detached = copy_module(network, memo)  # with None in place of the parts
+    detached = copy_module(network, memo=copies)
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
         if isinstance(network, Classifier) or isinstance(owner, _CONTAINERS):
