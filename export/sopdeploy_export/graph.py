@@ -4,10 +4,6 @@ The program takes uint8 images (batch, height, width, 3) from `Preprocess`, norm
 float32 outputs for any batch size of the bundle; a program that does not support the whole range is rejected.
 Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18 is
 the lowest that torch writes and the most widely supported.
-
-Probes are the images on which the exported file is compared with the network: noise, smooth fields at several
-scales, a ramp, a checkerboard and saturated colors. They exercise many parts of a network and are the same on
-every machine.
 """
 
 import ast
@@ -206,15 +202,15 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
 
 
 def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
-    """Rewrite *program*: writes to operands, some forms of pooling, and the ellipsis of `einsum`.
+    """Replace writes to operands, some forms of pooling, and the ellipsis of `einsum` in *program*.
 
-    Raises `LoweringError` if torch cannot do this, or if the program does not accept batches of 1 to
-    `batch.maximum` images.
+    Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is not accepted.
     """
     with capturing():
         _simplify_average_pooling(program)
         _simplify_max_pooling(program)
         _name_all_axes(program)
+        program.graph_module.recompile()
         program = program.run_decompositions({})
     if batch.maximum == 1:
         return program
@@ -243,7 +239,6 @@ def _simplify_average_pooling(program: ExportedProgram) -> None:
         x, output_size = node.args
         if output_size == [1, 1]:
             node.target, node.args = aten.mean.dim, (x, [-1, -2], True)
-    program.graph_module.recompile()
 
 
 def _simplify_max_pooling(program: ExportedProgram) -> None:
@@ -253,22 +248,17 @@ def _simplify_max_pooling(program: ExportedProgram) -> None:
     """
     aten = torch.ops.aten
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
-        if len(node.args) < 6:  # `ceil_mode` is off by default
-            continue
-        x, kernel, stride, padding, dilation, ceil_mode = node.args
-        if ceil_mode:
+        if len(node.args) == 6 and node.args[5]:  # the last argument is `ceil_mode`, by default False
+            x, kernel, stride, padding, dilation, _ = node.args
             image = torch.empty(x.meta["val"].shape[1:], device="meta")  # (C, H, W)
             floored = aten.max_pool2d(image, kernel, stride, padding, dilation)
             if floored.shape[-2:] == node.meta["val"].shape[-2:]:
                 node.args = (x, kernel, stride, padding, dilation)
-    program.graph_module.recompile()
 
 
 def _name_all_axes(program: ExportedProgram) -> None:
-    """Replace the ellipsis in `einsum` by labels, in place; ONNX Runtime does not accept every form of it.
-
-    For example, "...ij,...jk" of operands with 4 and 3 axes becomes "baij,ajk->baik".
-    """
+    """Replace the ellipsis in `einsum` by labels, in place; ONNX Runtime does not accept every form of it."""
+    # For example, "...ij,...jk" of operands with 4 and 3 axes becomes "baij,ajk->baik".
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default):
         text, arrow, result = node.args[0].replace(" ", "").partition("->")
         if "..." not in text:
@@ -285,7 +275,6 @@ def _name_all_axes(program: ExportedProgram) -> None:
             terms.append(term.replace("...", labels))
         equation = f"{','.join(terms)}->{result.replace('...', longest)}"
         node.args = (equation, *node.args[1:])
-    program.graph_module.recompile()
 
 
 class SymbolicForms(TorchFunctionMode):
@@ -378,8 +367,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
 
     The metadata `part` of a node names the part of the network that computes it; `convert_precision` removes
-    it, all other metadata is removed here. Raises `LoweringError` if an operator has no ONNX form or the
-    weights exceed 2 GB.
+    it. Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
     """
     check_bfloat16(program)
     model = convert(program, [INPUT], outputs)
@@ -495,7 +483,7 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
-            converted = torch.onnx.export(
+            converted: Any = torch.onnx.export(
                 _decompose(program),
                 (),
                 dynamo=True,
@@ -506,23 +494,18 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
                 verbose=False,
                 optimize=False,
             )
-            if converted is not None:
-                _simplify(converted.model)
+            model: ir.Model = converted.model
+            _simplify(model)
         except Exception as error:  # the converter does not limit what its passes raise
             cause: BaseException = error
             while cause.__cause__ is not None:  # only the first error names the operator
                 cause = cause.__cause__
             raise LoweringError(f"no ONNX form: {first_line(cause)}") from error
-    if converted is None:
-        raise LoweringError("no ONNX form: the converter returned nothing")
-    return converted.model
+    return model
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold constants of *model* and remove operators, as the converter's optimizer (onnxscript) does.
-
-    Only rules that change no result are applied. `INEXACT` lists the others of the optimizer.
-    """
+    """Simplify *model* as the converter's optimizer (onnxscript) does, but with exact rules only."""
     common.InlinePass()(model)
     for _ in range(PASSES):
         fold_constants(model, onnx_shape_inference=True)
@@ -553,7 +536,7 @@ def check_graph(proto: onnx.ModelProto) -> None:
 
 
 def generated_images(side: int) -> NDArray[np.uint8]:
-    """Generate the twelve probes, uint8 (12, side, side, 3), from a fixed seed."""
+    """Generate the probes, uint8 (12, side, side, 3), on which file and network are compared."""
     random = np.random.default_rng(_SEED)
     ramp = np.linspace(0, 255, side)
     checkerboard = 255.0 * ((np.arange(side)[:, None] // 4 + np.arange(side)[None] // 4) % 2)

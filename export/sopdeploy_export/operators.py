@@ -135,11 +135,8 @@ def _as_call(node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any)
 
 
 def _describe(call: _Call) -> str:
-    """Describe *call* by operator, attributes, types and sizes; one of equally described calls is compared.
-
-    Sizes above `LARGE` are described as `LARGE` if the ONNX form of the operator does not depend on them.
-    """
-    limit = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
+    """Describe *call* by operator, attributes, types and sizes; equal ones are compared once."""
+    limit = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize  # larger ones count as this
     described = tree_map_only(
         Tensor, lambda x: (x.dtype, [min(size, limit) for size in x.shape]), call.arguments
     )
@@ -163,10 +160,8 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
 
 
 def _compare(calls: Sequence[_Call]) -> None:
-    """Compare *calls*; raise `LoweringError` for the first that ONNX Runtime cannot run or that differs.
-
-    All are converted at once, in a graph where call i reads "operand i j" and returns "result i j".
-    """
+    """Compare *calls*; raise `LoweringError` for the first that ONNX Runtime cannot run or that differs."""
+    # One graph contains all calls. In it, call i reads "operand i j" and returns "result i j".
     operands = [_fill(call, ORDINARY, 0) for call in calls]
     inputs = [[f"operand {i} {j}" for j in range(len(call.operands))] for i, call in enumerate(calls)]
     outputs = [[f"result {i} {j}" for j in call.used] for i, call in enumerate(calls)]
@@ -223,15 +218,12 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
 
 
 def _rounds(call: _Call) -> Iterator[list[Tensor]]:
-    """Yield operands of *call*: the ordinary values, negative ones, and those that are far from them.
-
-    Operators with integer results get no extreme values.
-    """
+    """Yield operands of *call*: the ordinary values, negative ones, and those that are far from them."""
     ordinary = _fill(call, ORDINARY, 0)
     yield ordinary
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
     if any(result.dtype not in (torch.float32, torch.bool) for result in call.run(ordinary)):
-        return
+        return  # an integer cannot hold extreme values
     tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     if not call.elementwise:
         # The order of additions decides whether a sum overflows; products of fourth roots never do.

@@ -52,11 +52,8 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
                 f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
             )
     outputs = next(node for node in program.graph.nodes if node.op == "output")
-    side_effects = [  # such as an assertion, whose result no node uses
-        node
-        for node in program.graph.nodes
-        if node.op == "call_function" and not node.users and node.is_impure()
-    ]
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    side_effects = [node for node in calls if not node.users and node.is_impure()]  # such as an assertion
     needed = [*outputs.all_input_nodes, *side_effects]
     # The nodes in `hashes` are those that *needed* depend on; it raises for random numbers.
     hashes, operations = _hash_nodes(program.graph, _leaf_hashes(program), needed)
@@ -231,8 +228,8 @@ class _ValueHasher:
         (images,) = program.graph_signature.user_inputs
         batch_size = next(node for node in program.graph.nodes if node.name == images).meta["val"].shape[0]
         replacement = sympy.Symbol("batch") if batch is None else sympy.Integer(batch)
-        is_static = isinstance(batch_size, int)
-        self.sizes = {} if is_static else {batch_size.node.expr: replacement}  # of the symbolic batch size
+        # What replaces the batch size in shapes, unless the program has a single one, which is an integer.
+        self.sizes = {} if isinstance(batch_size, int) else {batch_size.node.expr: replacement}
 
     def visit(self, node: fx.Node) -> None:
         """Compute the hash or the value of *node*, whose operands were visited before."""
@@ -344,9 +341,5 @@ def _arguments(node: fx.Node) -> list[Any]:
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return [*node.args, dict(node.kwargs)]
-    return [  # what is not given by position is given by name, or has a default
-        node.args[position]
-        if position < len(node.args) and not argument.kwarg_only
-        else node.kwargs.get(argument.name, argument.default_value)
-        for position, argument in enumerate(target._schema.arguments)
-    ]
+    others = target._schema.arguments[len(node.args) :]  # given by name, or not at all
+    return [*node.args, *(node.kwargs.get(argument.name, argument.default_value) for argument in others)]

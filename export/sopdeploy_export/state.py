@@ -14,7 +14,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType, FrameType, FunctionType, GeneratorType, ModuleType, NoneType
 from typing import Any
 
@@ -64,17 +64,13 @@ def tensors(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class ObjectId:
-    """An object, compared by `is`, with numbers that a write to it changes, such as a tensor's version."""
+    """An object, compared by its address, with numbers that a write to it changes, such as a version."""
 
-    value: object
+    value: object = field(compare=False)  # kept, so that no other object gets its address
+    address: int
     changed_by_writes: tuple[int, ...] = ()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ObjectId):
-            return False
-        return self.value is other.value and self.changed_by_writes == other.changed_by_writes
 
 
 def read_state(network: nn.Module) -> dict[str, Any]:
@@ -118,10 +114,7 @@ def read_state(network: nn.Module) -> dict[str, Any]:
 
 
 def _content(value: Any) -> Any:
-    """Return the comparable content of a value, array, random generator or empty container.
-
-    None for another object, which is compared by identity, and by what it holds.
-    """
+    """Return the comparable content of a value, array, random generator or empty container, else None."""
     if isinstance(value, VALUES):
         return type(value), repr(value)  # NaN equals itself here
     if isinstance(value, np.ndarray) and value.dtype != object:
@@ -131,14 +124,11 @@ def _content(value: Any) -> Any:
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)
     is_empty = type(value) in (*_PLAIN, set) and not value
-    return type(value) if is_empty else None  # two empty lists are equal
+    return type(value) if is_empty else None  # None: its identity is compared
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what *value* holds, with the suffix of each path.
-
-    Functions, classes and objects of libraries hold no state of the network, except modules and containers.
-    """
+    """Yield what *value* holds, with the suffix of each path; of libraries, only modules and containers."""
     if isinstance(value, (Tensor, ModuleType, *FIXED)):
         return  # a tensor has a version; of a module, only the variables that functions use are read
     definition = value if isinstance(value, type | FunctionType) else type(value)
@@ -149,7 +139,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, type):
         attributes = vars(value).items() if is_users else ()
         yield from ((f".{name}", item) for name, item in attributes if name != "__weakref__")
-    elif is_users or isinstance(value, nn.Module) or package in _MODULES:
+    elif is_users or isinstance(value, nn.Module) or package in _MODULES:  # not other objects of libraries
         held: dict[str, Any] = {}
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
             held = object.__getattribute__(value, "__dict__")
@@ -178,13 +168,11 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    """Describe the position of an iterator such as `itertools.count`, or the items of a set or an array.
-
-    For example, "(<class 'itertools.count'>, (3,))" is what `pickle` would store of one that returns 3 next.
-    """
+    """Describe the position of an iterator such as `itertools.count`, or the items of a set or an array."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python deprecates the copies of some iterators
+            # What `pickle` would store, such as "(<class 'itertools.count'>, (3,))" before number 3.
             return str(value.__reduce_ex__(4))
     except Exception:  # not every object can be reduced
         return object.__repr__(value)
@@ -192,7 +180,12 @@ def _shown(value: Any) -> str:
 
 def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """List attributes and defaults of *function*, and the enclosing, global and module variables it uses."""
-    names = set(_names_in(function.__code__))
+    names: set[str] = set()  # of global variables and attributes
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += filter(inspect.iscode, code.co_consts)  # the functions that are defined inside
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]
         yield f" uses {name}", value
@@ -206,19 +199,12 @@ def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
     yield " (defaults)", function.__defaults__
 
 
-def _names_in(code: CodeType) -> Iterator[str]:
-    """Yield the names of global variables and attributes in *code* and in the functions defined inside."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from _names_in(constant)
-
-
 def _identify(value: object) -> ObjectId:
     """Identify *value*. Tensors of torch.export's tracing have no address, inference tensors no version."""
     if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
-        return ObjectId(value, (-1 if value.is_inference() else value._version, value.data_ptr()))
-    return ObjectId(value, (len(value),) if isinstance(value, set) else ())
+        version = -1 if value.is_inference() else value._version
+        return ObjectId(value, id(value), (version, value.data_ptr()))
+    return ObjectId(value, id(value), (len(value),) if isinstance(value, set) else ())
 
 
 def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
@@ -262,8 +248,8 @@ class InPlaceWrites(TorchDispatchMode):
         del types
         declared = func._schema.arguments
         values = dict(zip((argument.name for argument in declared), args, strict=False)) | (kwargs or {})
-        arguments = [values.get(argument.name) for argument in declared if argument.is_write]
-        for leaf in tree_leaves(arguments):  # an argument can be a list of tensors
+        written = [values.get(argument.name) for argument in declared if argument.is_write]
+        for leaf in tree_leaves(written):  # an argument can be a list of tensors
             path = self._paths.get(leaf.untyped_storage().data_ptr()) if isinstance(leaf, Tensor) else None
             if path is not None:
                 self.written.append(path)

@@ -31,8 +31,8 @@ Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 class Place(NamedTuple):
     """The batch axis of a value, and how many neighboring rows along it belong to one image.
 
-    For example, (batch * 3, 4) has `axis` 0 and `inner` 3: rows 0 to 2 belong to the first image. A value
-    without the images has neither. `inner` alone is None if all rows are equal and thus fit any image.
+    For example, (batch * 3, 4) has `axis` 0 and `inner` 3: rows 0 to 2 belong to the first image. Both are
+    None for a value without the images; only `inner` is None if all rows are equal and thus fit any image.
     """
 
     axis: int | None = None
@@ -54,7 +54,7 @@ def _require(condition: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TracedValue:
-    """What is known of a value, where lists have one item for each size in `_BATCHES`."""
+    """What is known of a value; `shapes` and `contents` have one item for each size in `_BATCHES`."""
 
     type: int = 0  # in the numbering of ONNX
     shapes: Shapes = ()  # empty if they are unknown
@@ -124,8 +124,8 @@ class Call:
 
 def agree(*places: Place) -> Place:
     """Return the place of a result whose rows are computed from the same row of every operand."""
-    axes = {place.axis for place in places} - {None}  # an operand without the images fits all others
-    inner = {place.inner for place in places} - {None}  # so do equal rows
+    axes = {place.axis for place in places} - {None}  # an operand without the images (None) fits all others
+    inner = {place.inner for place in places} - {None}  # equal rows (None) fit any number of rows per image
     _require(len(axes) <= 1 and len(inner) <= 1)
     return Place(axis=next(iter(axes), None), inner=next(iter(inner), None))
 
@@ -142,8 +142,8 @@ def varying(shapes: Shapes) -> int | None:
         return None
     _require(len(axes) == 1)
     sizes = [shape[axes[0]] for shape in shapes]
-    factor = sizes[0] // _BATCHES[0]
-    _require(sizes == [factor * batch for batch in _BATCHES])
+    rows_of_image = sizes[0] // _BATCHES[0]
+    _require(sizes == [rows_of_image * batch for batch in _BATCHES])
     return axes[0]
 
 
@@ -153,12 +153,9 @@ def elementwise(call: Call) -> Place:
 
 
 def along(call: Call, axes: Sequence[int], *, keeps: bool = True) -> Place:
-    """Combine elements of `x` along *axes*, which the result lacks unless the operator *keeps* them.
-
-    None of them may be the batch axis, and the other inputs must be the same for all images.
-    """
+    """Combine elements of `x` along other *axes*, which the result lacks unless the operator *keeps* them."""
     axis = call.x.axis
-    _require(axis not in axes and common(call.inputs[1:]) == _NO_BATCH)
+    _require(axis not in axes and common(call.inputs[1:]) == _NO_BATCH)  # weights are the same for all images
     if keeps or axis is None:
         return call.x.place
     removed_before = {removed for removed in axes if removed < axis}  # each moves the batch axis to the left
@@ -175,14 +172,11 @@ def _rows(call: Call, operands: int = 1) -> Place:
     """Compute each row, along the first axis, from this row of the first *operands* and shared weights."""
     place, weights = common(call.inputs[:operands]), common(call.inputs[operands:])
     _require(place.axis in (None, 0) and weights == _NO_BATCH)
-    # The second output of MaxPool numbers the elements of the whole batch.
-    _require(call.num_outputs == 1)
-    # Resize can make more or fewer rows, which are then mixtures of rows.
+    _require(call.num_outputs == 1)  # the second output of MaxPool numbers the elements of the whole batch
+    _require(not call.attributes.get("training_mode"))  # in which batch norm subtracts the mean of all images
+    # Resize can change the number of rows, or cut a region first, so that a row comes from other rows of `x`.
     _require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
-    # This mode of Resize cuts a region first, so that row 0 may be computed from another row.
     _require(call.attributes.get("coordinate_transformation_mode") != b"tf_crop_and_resize")
-    # In training mode, batch norm subtracts the mean of all images.
-    _require(not call.attributes.get("training_mode"))
     return place
 
 
@@ -223,14 +217,12 @@ def multiplies(call: Call) -> Place:
 
 
 def gemm(call: Call) -> Place:
-    """Multiply *a* (m, k) by *b* (k, n), where m or n is the batch; add a value, which is broadcast."""
+    """Multiply *a* (m, k) by *b* (k, n) to (m, n), where m or n is the batch; add a value by broadcasting."""
     a, b, added = call.x, call[1], call.given[2:]
     axis_of_m = 1 if call.attributes.get("transA") else 0
     axis_of_n = 0 if call.attributes.get("transB") else 1
     _require(a.axis in (None, axis_of_m) and b.axis in (None, axis_of_n))
-    return agree(
-        a.at(0), b.at(1), *(value.shifted(2 - value.rank) for value in added)
-    )  # the result is (m, n)
+    return agree(a.at(0), b.at(1), *(value.shifted(2 - value.rank) for value in added))
 
 
 def einsum(call: Call) -> Place:
@@ -244,12 +236,6 @@ def einsum(call: Call) -> Place:
         _require(term.count(term[axis]) == 1 and term[axis] in result)
         places.append(call[i].at(result.index(term[axis])))
     return agree(*places)
-
-
-def splits(call: Call) -> Place:
-    """Split along an axis; along that of the batch, `locate` checks that every part has whole images."""
-    _require(common(call.inputs[1:]) == _NO_BATCH)
-    return call.x.place
 
 
 def joins(call: Call) -> Place:
@@ -269,10 +255,8 @@ def within(call: Call) -> Place:
 
 
 def slices(call: Call) -> Place:
-    """Cut other axes than the batch at constant positions, and this one between whole batches.
-
-    The inputs are the data, starts, ends, axes and steps. The shape of the result shows where a slice ends.
-    """
+    """Cut other axes than the batch at constant positions, and this one between whole batches."""
+    # The inputs are data, starts, ends, axes and steps; the shape of the result shows where a slice ends.
     starts = [start.reshape(-1).tolist() for start in call[1].contents]  # a list for each batch size
     axes = call.axes(3, default=range(len(starts[0])))
     steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(axes)
@@ -286,10 +270,7 @@ def slices(call: Call) -> Place:
 
 
 def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
-    """Return whether the slice that begins at *starts* has the same whole batches for each batch size.
-
-    For example, of (2 * batch * 3, 4), two batches with 3 rows per image, it may be the second batch.
-    """
+    """Return whether the slice from *starts* is the same whole batches, such as the second, for each size."""
     slices_in_batches = set()
     for batch, start, shape, result in zip(_BATCHES, starts, call.x.shapes, call.shapes, strict=True):
         rows_of_batch = batch * (call.x.place.inner or 1)  # equal rows (None) can be cut between any two
@@ -308,10 +289,10 @@ def pads(call: Call) -> Place:
 
 
 def repeats(call: Call, *, tile: bool = False) -> Place:
-    """Repeat `x`; if it has no batch axis, the result can get one.
+    """Repeat `x`; a constant can get a batch axis.
 
-    A constant (1, 4) that is expanded to (batch, 4) has equal rows, which fit any image. With *tile*, a
-    constant (3, 4) becomes (batch * 3, 4), where the 3 rows of each image are a copy of it.
+    Expanded from (1, 4) to (batch, 4), it has equal rows, which fit any image. With *tile*, (3, 4) becomes
+    (batch * 3, 4), where each image has a copy.
     """
     axis = varying(call.shapes)
     if axis is None or call.x.axis is not None:  # the result has the batch axis of `x`, or none
@@ -320,28 +301,22 @@ def repeats(call: Call, *, tile: bool = False) -> Place:
 
 
 def ranges(call: Call) -> Place:
-    """Accept a range of constant length, or 0, 1, ..., batch - 1: the number of each image in the batch.
-
-    The inputs are the start, the limit and the step.
-    """
+    """Accept a range of constant length, or 0, 1, ..., batch - 1: the number of each image in the batch."""
     if varying(call.shapes) is None:
         return _NO_BATCH
-    start, step = call.x.numbers(), call[2].numbers()
+    start, step = call.x.numbers(), call[2].numbers()  # inputs 0 and 2; input 1 is the limit
     _require(start == [0] and step == [1] and call.shapes[0] == (_BATCHES[0],))
     return Place(axis=0, inner=1)
 
 
 def gathers(call: Call) -> Place:
-    """Select along another axis than the batch, from a constant table, or the row of the own image.
-
-    The axes of the indices replace the axis that they select from: data (5, 7) with indices (batch, 2) for
-    axis 0 gives (batch, 2, 7). Data (batch, 7) needs the numbers of the images as indices for axis 0.
-    """
+    """Select along another axis than the batch, from a constant table, or the row of the own image."""
     data, indices, axis = call.x, call[1], call.axis(0)
-    place_of_indices = indices.shifted(axis)
-    if data.axis == axis:  # of one row per image, image i takes row i
+    place_of_indices = indices.shifted(axis)  # data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7)
+    if data.axis == axis:  # data (batch, 7), indices (batch,): image i must take row i
         _require(indices.image_numbers == "all" and data.shapes[0][axis] == _BATCHES[0])
         return place_of_indices
+    # One of them is constant. A number of an image would select a row by the position in the batch.
     _require(_NO_BATCH in (data.place, indices.place) and not indices.image_numbers)
     is_behind = data.axis is not None and data.axis > axis
     return agree(data.shifted(indices.rank - 1 if is_behind else 0), place_of_indices)
@@ -394,15 +369,13 @@ def own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -> bool:
 
 
 def recurs(call: Call) -> list[Place]:
-    """Run a recurrent layer over (length, batch, features), with states (directions, batch, features).
-
-    The outputs are all results (length, directions, batch, features) and the last states.
-    """
+    """Run a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
     first_states = call.inputs[5:7]  # `initial_h` and `initial_c`
     shared = [*call.inputs[1:5], *call.inputs[7:]]  # `W`, `R`, `B`, `sequence_lens` and `P`
     place = common([call.x, *first_states])
     _require(place.axis in (None, 1) and common(shared) == _NO_BATCH)
     _require(not call.attributes.get("layout"))  # another layout has the batch first
+    # The outputs are all results (length, directions, batch, features), and the last states.
     place_in_results = place if place.axis is None else Place(axis=2, inner=place.inner)
     return [place_in_results, place, place]
 
@@ -426,9 +399,9 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "Trilu": lambda call: along(call, range(call.x.rank)[-2:]),
     "Det": lambda call: along(call, range(call.x.rank)[-2:], keeps=False),
     "DFT": lambda call: along(call, [call.axis(1)]),
-    "OneHot": encodes,
+    "OneHot": encodes, "Split": lambda call: along(call, []),  # `has_whole_images` checks every part
     "Expand ConstantOfShape": repeats, "Tile": partial(repeats, tile=True),
-    "Concat": joins, "Split": splits, "EyeLike": lambda _: _NO_BATCH,
+    "Concat": joins, "EyeLike": lambda _: _NO_BATCH,
     "GatherElements ScatterElements": within, "GatherND": gathers_nd, "ScatterND": writes_nd,
     "Gather": gathers, "Slice": slices, "Pad": pads, "Transpose": transposes, "Range": ranges,
     "MatMul": multiplies, "Gemm": gemm, "Einsum": einsum, "LSTM GRU RNN": recurs,
@@ -463,8 +436,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         known = [array] * len(_BATCHES) if array.size <= _MOST_NUMBERS else ()
         values[tensor.name] = TracedValue(tensor.data_type, [array.shape] * len(_BATCHES), known)
     for node in model.graph.node:
-        results = _trace(node, [values[name] if name else None for name in node.input], opsets)
-        values |= zip(node.output, results, strict=True)
+        values |= zip(node.output, _trace(node, values, opsets), strict=True)
     outputs = {output.name: values[output.name] for output in model.graph.output}
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
@@ -475,10 +447,9 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _trace(
-    node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]
-) -> list[TracedValue]:
+def _trace(node: onnx.NodeProto, values: dict[str, TracedValue], opsets: list[Any]) -> list[TracedValue]:
     """Find out what is known of the results of *node*; an operator that mixes images is named in them."""
+    inputs = [values[name] if name else None for name in node.input]
     read = () if node.op_type == "Shape" else inputs  # shapes never depend on the contents of images
     mixed = tuple(dict.fromkeys(name for value in read if value for name in value.mixed))
     results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
@@ -502,8 +473,8 @@ def _name_problem(node: onnx.NodeProto, error: Exception) -> str:
 def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]) -> list[TracedValue]:
     """Infer the shapes of the results of *node*, and the contents of small ones that depend on sizes only."""
     named = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
-    results = _infer_shapes(node, named, opsets)
-    feeds = _known_operands(node, named, results[0].shapes)
+    results = _shaped(node, named, opsets)
+    feeds = _feeds(node, named, results[0].shapes)
     if not feeds:
         return results
     runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]  # one for each batch size
@@ -513,9 +484,7 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
     return results
 
 
-def _infer_shapes(
-    node: onnx.NodeProto, named: dict[str, TracedValue], opsets: list[Any]
-) -> list[TracedValue]:
+def _shaped(node: onnx.NodeProto, named: dict[str, TracedValue], opsets: list[Any]) -> list[TracedValue]:
     """Infer the types and shapes of the results of *node*, whose operands are *named*."""
     version = next(opset.version for opset in opsets if opset.domain == node.domain)
     schema = defs.get_schema(node.op_type, version, node.domain)
@@ -525,26 +494,18 @@ def _infer_shapes(
         given = {name: helper.make_tensor_type_proto(v.type, v.shapes[i]) for name, v in named.items()}
         types.append(shape_inference.infer_node_outputs(schema, node, given, known, opset_imports=opsets))
     results = []
-    for name in node.output:
-        if not name:  # an optional result that the graph leaves out
-            results.append(TracedValue())
-            continue
-        tensors = [found[name].tensor_type for found in types]
+    for name in node.output:  # "" is an optional result that the graph leaves out
+        tensors = [found[name].tensor_type for found in types] if name else []
         if not all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim):
             raise ValueError("onnx infers no shape")
         shapes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
-        results.append(TracedValue(tensors[0].elem_type, shapes))
+        results.append(TracedValue(tensors[0].elem_type, shapes) if name else TracedValue())
     return results
 
 
-def _known_operands(
-    node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes
-) -> list[dict[str, NDArray[Any]]]:
-    """Return the operands of *node* for each batch size; none if its result, of *shapes*, is not evaluated.
-
-    Evaluated are small results with the same shape for all batch sizes.
-    """
-    if node.op_type == "Shape":  # reads no contents, so an array that takes no memory stands for each operand
+def _feeds(node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes) -> list[dict[str, Any]]:
+    """Return the operands of *node* for each batch size; none if its results, of *shapes*, stay unknown."""
+    if node.op_type == "Shape":  # reads no contents, so the operand can be an array that takes no memory
         return [{node.input[0]: np.broadcast_to(False, shape)} for shape in named[node.input[0]].shapes]
     is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
     if not is_small or not all(value.contents for value in named.values()):
@@ -591,25 +552,18 @@ def locate(
 
 
 def has_whole_images(value: TracedValue) -> bool:
-    """Return whether the batch axis is the one whose size changes, with as many rows for every image.
-
-    For example, 3 neighboring rows per image (`inner`) fit an axis of size batch * 6, but not batch * 4.
-    """
+    """Return whether the batch axis is the one whose size changes, with as many rows for every image."""
     if not value.shapes:  # an optional result that the graph leaves out
         return True
     axis = varying(value.shapes)
-    if axis is None or axis != value.axis:
-        return axis == value.axis
-    rows_of_image = value.shapes[0][axis] // _BATCHES[0]  # for every batch size, as `varying` has checked
-    return value.place.inner is None or rows_of_image % value.place.inner == 0
+    if axis != value.axis:
+        return False
+    rows_of_batch = _BATCHES[0] * (value.place.inner or 1)  # 3 rows per image fit batch * 6, not batch * 4
+    return axis is None or value.shapes[0][axis] % rows_of_batch == 0  # so also for others, by `varying`
 
 
 def find_image_numbers(kind: str, call: Call) -> Literal["", "all", "first"]:
-    """Return `TracedValue.image_numbers` of the result of an operator.
-
-    Such numbers begin with `Range`. For `x[arange(batch), k]`, `Concat` joins them as the first column with
-    *k* as the second one, and `GatherND` takes the pairs.
-    """
+    """Return `TracedValue.image_numbers` of the result of an operator."""
     are_numbers = call.x.image_numbers == "all"
     if kind in SAME_NUMBERS:
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64  # smaller types repeat numbers
@@ -617,6 +571,7 @@ def find_image_numbers(kind: str, call: Call) -> Literal["", "all", "first"]:
     if kind == "Range":  # from 0, as `ranges` requires
         has_batch = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
         return "all" if has_batch else ""
+    # For `x[arange(batch), k]`, `GatherND` takes pairs of an image and its k, which `Concat` joins.
     if kind == "Concat" and are_numbers and not any(value.image_numbers for value in call.given[1:]):
         is_column = call.axis(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
         return "first" if is_column else ""

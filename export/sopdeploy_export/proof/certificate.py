@@ -15,10 +15,9 @@ It makes six statements. Each is checked, and the export stops if one does not h
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
 names the weights that the output still depends on.
 
-For networks of the catalog, all three networks are compared (`three-way`). For a network of the user, the
-plain network or the training-only parts may be missing, and `Certificate.proof` says which networks were
-compared. Without a plain network, the proof cannot detect changes that both compared networks share: frozen
-buffers, constants and patched methods.
+A network of the user may have no plain network or no training-only parts; `Certificate.proof` says which
+networks were compared. Without a plain network, the proof cannot detect changes that both compared networks
+share: frozen buffers, constants and patched methods.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -112,8 +111,7 @@ def certify(
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
     declares its own. Returns the certificate and the captured networks: `trained`, `detached`, and `plain` if
-    it exists. Raises `CertificateError` with the statement that does not hold and the tensor or
-    operation that violates it; neither network is changed.
+    it exists. Raises `CertificateError` with the violated statement; neither network is changed.
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
@@ -162,8 +160,7 @@ def build_plain_network(
 
     *rename* maps the name of a tensor in *detached* to its name in the plain network. Buffers that
     checkpoints do not store follow from the config, so they are compared instead of copied. Raises
-    `CertificateError` if such a buffer differs, or if the tensors of the two networks do not correspond one
-    to one.
+    `CertificateError` if such a buffer differs, or if the networks have tensors of other names or shapes.
     """
     plain = build()
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
@@ -214,8 +211,7 @@ def _assert_equal_graphs(
     for role, programs in captured.items():
         roots = expected if programs is first_programs else _compute_roots(programs)
         for size, root in roots.items():
-            reached = sorted({name.removeprefix(NETWORK_PREFIX) for name in root.state} & removed)
-            if reached:
+            if reached := sorted({name.removeprefix(NETWORK_PREFIX) for name in root.state} & removed):
                 raise CertificateError(
                     f"the output still depends on training-only weights, for {size}: "
                     f"{shorten(reached)}; a branch affects the main output"
@@ -292,10 +288,7 @@ def _first_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) 
 
 
 def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
-    """Check that *networks* return bitwise equal outputs for *probes*; return the compared batch sizes.
-
-    Raises `CertificateError` with the largest difference.
-    """
+    """Raise `CertificateError` unless all outputs for *probes* are bitwise equal; return the batch sizes."""
     single = [probes[i : i + 1] for i in range(min(_SINGLE_PROBES, len(probes)))]
     batches = [probes[i : i + MAX_BATCH] for i in range(0, len(probes), MAX_BATCH)]
     reference = next(iter(networks))
@@ -323,15 +316,13 @@ def build_inventory(
     memory with a removed tensor, or if a removed tensor is not in *training_only*.
     """
     before, after = tensors(trained), tensors(detached)
-    new = sorted(after.keys() - before.keys())
-    if new:
+    if new := sorted(after.keys() - before.keys()):
         raise CertificateError(f"the detached network has a tensor {new[0]} that was never trained")
     removed = {name: tensor for name, tensor in before.items() if name not in after}
     for name in removed:
         if not is_in(name, *training_only):
             raise CertificateError(f"{name} was removed, but is not training-only: {list(training_only)}")
-    still_held = [name for name in after if is_in(name, *training_only)]
-    if still_held:
+    if still_held := [name for name in after if is_in(name, *training_only)]:
         raise CertificateError(f"{still_held[0]} is training-only, but the detached network still has it")
     check_removed_memory(removed, {name: before[name] for name in after})
     kept = []
@@ -344,10 +335,7 @@ def build_inventory(
 
 
 def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Raise `CertificateError` with both names if a removed and a kept tensor overlap in memory.
-
-    Addresses are compared, because tensors with different storages can overlap.
-    """
+    """Raise `CertificateError` if a removed and a kept tensor overlap in memory, even in two storages."""
     kept_ranges = [(name, *_addresses(tensor)) for name, tensor in kept.items()]
     for name, tensor in removed.items():
         start, end = _addresses(tensor)

@@ -188,10 +188,7 @@ def check_hooks(network: nn.Module, role: str) -> None:
 
 
 def check_network_state(network: nn.Module, role: str) -> None:
-    """Reject train mode, forward hooks, and tensors whose memory does not hold their values.
-
-    Raises `CertificateError` that names *role* and the module or tensor.
-    """
+    """Raise `CertificateError` for train mode, hooks, or a tensor whose memory does not hold its values."""
     for name, module in modules(network):
         if module.training:
             where = name or "the whole network"
@@ -204,14 +201,10 @@ def check_network_state(network: nn.Module, role: str) -> None:
         if tensor.layout != torch.strided:
             layout = str(tensor.layout).removeprefix("torch.")
             raise CertificateError(f"{where} has the layout {layout}; replace it by its .to_dense()")
-        for lazy, view, remedy in (
-            (tensor.is_neg(), "negated", ".resolve_neg()"),
-            (tensor.is_conj(), "conjugated", ".resolve_conj()"),
-        ):
-            if lazy:
-                raise CertificateError(
-                    f"{where} is a {view} view, whose memory holds other numbers; replace it by its {remedy}"
-                )
+        if tensor.is_neg() or tensor.is_conj():
+            view, name = ("negated", "neg") if tensor.is_neg() else ("conjugated", "conj")
+            remedy = f"replace it by its .resolve_{name}()"
+            raise CertificateError(f"{where} is a {view} view, whose memory holds other numbers; {remedy}")
 
 
 def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Network:
@@ -229,8 +222,7 @@ def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Netwo
     except Exception as error:  # classes can define how they are copied
         raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
     originals = {id(module) for _, module in modules(network)}
-    # Every GraphModule has a class of its own.
-    kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)
+    kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)  # each has its own class
     if not isinstance(copied, kind) or any(id(module) in originals for _, module in modules(copied)):
         raise LoweringError("the network is not copied by copy.deepcopy; remove its __deepcopy__")
     return copied
