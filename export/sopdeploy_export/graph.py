@@ -190,7 +190,7 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
     shapes = None if size == 1 else ({0: Dim("batch", min=1, max=batch.maximum)},)
     with (
         capturing(),  # raises the `LoweringError`
-        SymbolicForms(),
+        SymbolicForms(),  # replaces functions that fit one batch size only
         redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
         preserved(deployed),  # resets `is_captured`, and caches, where torch leaves tensors without values
         warnings.catch_warnings(action="ignore"),  # torch warns about caches that forward assigns
@@ -218,7 +218,7 @@ def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
     if isinstance(dimension, int):
         raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept every size")
-    # `trace` asks for 1 to `batch.maximum`; torch.export narrows this if code needs it. 0 includes 1.
+    # torch.export narrows the range that `trace` asks for, 1 to `batch.maximum`, if code requires it.
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(

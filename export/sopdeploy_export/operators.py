@@ -201,13 +201,13 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
     occur: of two values, the first operand gets 0 1 0 1, the second one 0 0 1 1. Those of other operators
     begin at different values.
     """
-    filled, stride = [], 1  # how often an operand repeats a value before the next one
+    filled, stride = [], 1  # so many elements in a row get the same value
     for number, operand in enumerate(call.operands):
         elements = start + np.arange(operand.numel())
-        first_value = 5 * number  # any step that leads to different values
+        first_value = 5 * number  # another one for each operand
         positions = (elements // stride if call.elementwise else elements + first_value) % len(values)
         content = operand  # integers stay
-        if operand.dtype == torch.bool:  # alternates like the digit of the next number
+        if operand.dtype == torch.bool:  # True and False in turn
             content = torch.from_numpy(positions % 2 == 0).reshape(operand.shape)
         elif operand.is_floating_point():
             chosen = torch.tensor(values)[torch.from_numpy(positions)].reshape(operand.shape)
@@ -226,12 +226,12 @@ def _rounds(call: _Call) -> Iterator[list[Tensor]]:
         return  # an integer cannot hold extreme values
     tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     if not call.elementwise:
-        # The order of additions decides whether a sum overflows; products of fourth roots never do.
+        # The order of additions decides whether a sum overflows; one of products of these roots does not.
         roots = (tiny**0.25, -(tiny**0.25), largest**0.25, -(largest**0.25))
         yield _fill(call, (*ORDINARY, *roots), 0)
         return
     values = (*ORDINARY, tiny, -tiny, tiny / 4, -tiny / 4, largest, -largest, math.nan)
-    num_pairs = len(values) ** 2  # each element of the operands is another pair, counted through all rounds
+    num_pairs = len(values) ** 2  # each round has `call.size` of them, one for each element
     for number in range(min(math.ceil(num_pairs / call.size), MAX_ROUNDS)):
         yield _fill(call, values, start=number * call.size)
 

@@ -55,7 +55,7 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     side_effects = [node for node in calls if not node.users and node.is_impure()]  # such as an assertion
     needed = [*outputs.all_input_nodes, *side_effects]
-    # The nodes in `hashes` are those that *needed* depend on; it raises for random numbers.
+    # `hashes` holds all nodes that *needed* depend on; `_hash_nodes` raises if one draws random numbers.
     hashes, operations = _hash_nodes(program.graph, _leaf_hashes(program), needed)
     lines = [_encode(value, hashes.__getitem__) for value in (outputs.args[0], *side_effects)]
     signature = program.graph_signature
@@ -218,9 +218,7 @@ class _ValueHasher:
 
     def __init__(self, program: ExportedProgram, batch: int | None) -> None:
         self.program, self.root = program, ""
-        self.known: dict[
-            fx.Node, Any
-        ] = {}  # the values without the images: tensors, and sizes as int or text
+        self.known: dict[fx.Node, Any] = {}  # the values without the images; a size is an int or text
         self.hashes: dict[fx.Node, str] = {}  # the hashes of the other values
         self.operations: dict[str, str] = {}  # maps each hash to the name and module of its operation
         self.reshaped: dict[fx.Node, tuple[str, str]] = {}  # hash and shape of the operand of a reshape
@@ -265,7 +263,8 @@ class _ValueHasher:
         elif self._keeps_values(node):
             operand, shape = node.all_input_nodes[0], self._shape(node)
             # If the operand is itself reshaped, both reshapes become one.
-            source, first_shape = self.reshaped.get(operand) or (self._hash(operand), self._shape(operand))
+            first = self._hash(operand), self._shape(operand)
+            source, first_shape = self.reshaped.get(operand, first)
             self.reshaped[node] = source, first_shape
             self.hashes[node] = source if shape == first_shape else hash_parts("reshape", source, shape)
         else:

@@ -134,6 +134,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     definition = value if isinstance(value, type | FunctionType) else type(value)
     package = (definition.__module__ or "").partition(".")[0]
     is_users = package not in LIBRARIES
+    # Functions and classes of libraries hold no state of the network.
     if isinstance(value, FunctionType):
         yield from (_used_by(value) if is_users else ())
     elif isinstance(value, type):

@@ -164,7 +164,7 @@ def build_plain_network(
     """
     plain = build()
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
-    if embedding_layer is not None:  # a layer, but *rename* knows the names of tensors only
+    if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
     trained_tensors, plain_tensors = tensors(detached), tensors(plain)
     renamed = {rename(name): tensor for name, tensor in trained_tensors.items()}
