@@ -146,7 +146,7 @@ def _describe(output: Any) -> str:
 class Captured:
     """The functional torch.export programs of one network: for the whole batch range and for a batch of one.
 
-    `traces` are the hashes of both programs before they were made functional; None if `trace_hash` has none.
+    `traces` are the hashes of both programs before they were made functional; None: it cannot be hashed.
     """
 
     any_batch: ExportedProgram

@@ -58,7 +58,7 @@ def add_embedding_output(
             setting="with_features",
         )
     name = next(name for name, module in network.named_modules() if module is layer)
-    vars(network)[EXPORT_EMBEDDING] = name  # `compute_outputs` reads it; not through a user's `__setattr__`
+    vars(network)[EXPORT_EMBEDDING] = name  # for `compute_outputs`; `vars` avoids a user's `__setattr__`
 
 
 @torch.no_grad()

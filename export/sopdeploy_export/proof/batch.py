@@ -521,12 +521,12 @@ def is_linear(value: TracedValue) -> bool:
     """
     if not value.contents:
         return True
-    if value.contents[0].dtype.kind == "b":  # of two sizes, a truth value tells no slope
+    if value.contents[0].dtype.kind == "b":  # a truth value, such as that of size > 100, can change anywhere
         return False
-    first, second, third = (content.astype(object) for content in value.contents)  # integers of any length
-    before, between, last = _BATCHES
-    # Both slopes, (second - first) / (between - before) and the next one, are equal; without divisions:
-    return bool(np.all((second - first) * (last - between) == (third - second) * (between - before)))
+    low, middle, high = _BATCHES
+    at_low, at_middle, at_high = (content.astype(object) for content in value.contents)  # cannot overflow
+    # The slope (at_middle - at_low) / (middle - low) equals the next one. Without divisions:
+    return bool(np.all((at_middle - at_low) * (high - middle) == (at_high - at_middle) * (middle - low)))
 
 
 def locate(
@@ -535,7 +535,7 @@ def locate(
     """Find the batch axes of *results*; raise `MixesError` if no rule shows that images are independent."""
     sizes = _SIZES.get(node.op_type, ())
     data = [value for i, value in enumerate(inputs) if value and i not in sizes]
-    _require(not any(value.is_size for value in data))
+    _require(not any(value.is_size for value in data))  # no data is computed from the batch size
     call = Call(node, inputs, results[0].shapes)
     places = _RULES[node.op_type](call)
     if isinstance(places, Place):  # one for all results
@@ -559,7 +559,7 @@ def has_whole_images(value: TracedValue) -> bool:
     if axis != value.axis:
         return False
     rows_of_batch = _BATCHES[0] * (value.place.inner or 1)  # 3 rows per image fit batch * 6, not batch * 4
-    return axis is None or value.shapes[0][axis] % rows_of_batch == 0  # so also for others, by `varying`
+    return axis is None or value.shapes[0][axis] % rows_of_batch == 0  # `varying` covers other sizes
 
 
 def find_image_numbers(kind: str, call: Call) -> Literal["", "all", "first"]:
