@@ -413,11 +413,8 @@ def _atan2(y: Tensor, x: Tensor) -> Tensor:
     return angle + torch.where(left, torch.where(below, -torch.pi, torch.pi), 0.0)
 
 
-def sort_by_topk(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable: bool) -> Any:
-    """Write a stable sort as the choice of all elements: `TopK` of ONNX is stable.
-
-    The converter's form of a sort reads a shape at run time, on the CPU; torch-tensorrt has no form of it.
-    """
+def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable: bool) -> Any:
+    """Write a stable sort as the choice of all elements: `TopK` is stable, and needs no shape at run time."""
     if values.dim() == 0 or not isinstance(values.shape[dim], int):
         return torch.ops.aten.sort.default(values, dim, descending)
     return torch.ops.aten.topk.default(values, values.shape[dim], dim, descending)
@@ -430,8 +427,8 @@ DECOMPOSED = {
     torch.ops.aten.expm1.default: _expm1,
     torch.ops.aten.log1p.default: _log1p,
     torch.ops.aten.log_sigmoid.default: lambda values: -torch.nn.functional.softplus(-values),
-    torch.ops.aten.argsort.stable: lambda *args, **options: sort_by_topk(*args, **options)[1],
-    torch.ops.aten.sort.stable: sort_by_topk,
+    torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
+    torch.ops.aten.sort.stable: _sort,
 }
 
 

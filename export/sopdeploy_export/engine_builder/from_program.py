@@ -1,7 +1,7 @@
 """Build a TensorRT plan from the certified program, `network.pt2`, with torch-tensorrt.
 
-This is a second way to a plan, beside TensorRT's ONNX parser. torch-tensorrt converts the operators of torch;
-the plan has the tensors of the bundle, so that the same runtime serves it after the same probes.
+This is a second way to a plan, beside TensorRT's ONNX parser. The plan has the
+tensors of the bundle, so that the same runtime serves it after the same probes.
 """
 
 import torch
@@ -12,7 +12,6 @@ from sopdeploy.bundle.folder import PROGRAM, Bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import EngineError, RuntimeUnavailableError, first_line
 from sopdeploy.tensorrt.cache import Profile
-from sopdeploy_export.graph import sort_by_topk
 
 
 def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> bytes:
@@ -35,9 +34,11 @@ def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> byte
         )
     except RuntimeError as error:  # it asks for the GPU when it is imported
         raise RuntimeUnavailableError(f"torch-tensorrt: {first_line(error)}") from error
-    program = torch.export.load(path)
-    # torch-tensorrt has no converter for a stable sort, but one for `topk`.
-    program = program.run_decompositions({torch.ops.aten.sort.stable: sort_by_topk})
+    # torch-tensorrt has no converter for a stable sort, but one for `topk`, which differs for ties only.
+    stable_sort = torch.ops.aten.sort.stable
+    program = torch.export.load(path).run_decompositions(
+        {stable_sort: lambda x, dim=-1, descending=False, **_: x.topk(x.shape[dim], dim, descending)}
+    )
     _cast_images_first(program)
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
