@@ -533,7 +533,7 @@ def check_graph(proto: onnx.ModelProto) -> None:
 
 
 def generated_images(side: int) -> NDArray[np.uint8]:
-    """Generate the probes, uint8 (12, side, side, 3), on which file and network are compared."""
+    """Generate the probes, uint8 (12, side, side, 3), from a fixed seed, on which the file is compared."""
     random = np.random.default_rng(_SEED)
     ramp = np.linspace(0, 255, side)
     checkerboard = 255.0 * ((np.arange(side)[:, None] // 4 + np.arange(side)[None] // 4) % 2)

@@ -299,7 +299,7 @@ def _write_reports(
         "lineage": Lineage(
             checkpoint_sha256=subject.sha256,
             program_root=certificate.roots.any_batch,
-            onnx_root=onnx_root(model),
+            onnx_root=certificate.roots.onnx if precision == "fp32" else onnx_root(model),
         ),
         "versions": {**versions, **subject.plugins()},
         "precision": precision,

@@ -44,7 +44,11 @@ def sequential_batches(samples: int, batch_size: int) -> list[list[int]]:
 def load_batches(
     dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Load *batches* of indices onto *device* with up to *workers* processes; raises a `DataError` of one."""
+    """Load *batches*, lists of indices of *dataset*, onto *device* with up to *workers* loader processes.
+
+    Yields images (B, H, W, 3) uint8 and labels (B,) int64 or (B, C) float32. Raises the `DataError` of the
+    first unusable image.
+    """
     on_gpu = device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(
         _BatchedDataset(dataset),  # type: ignore[arg-type]  # not torch's Dataset

@@ -108,7 +108,7 @@ def find_pairs(
     whole = whiten(whole_parts)
 
     def largest_cosines(indices: Any, others: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the largest cosine (K, L) of a view of each image at *indices* with each of *others*."""
+        """Return the largest cosine (K, L) of a view of each image at *indices* with *others* (L, D)."""
         whitened_views = (whiten([part[indices] for part in parts]) for parts in parts_of_views)
         return np.maximum.reduce([view @ others.T for view in whitened_views])
 

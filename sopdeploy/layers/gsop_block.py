@@ -85,10 +85,10 @@ class RowConv(nn.Conv2d):
         super().__init__(rows, OUTPUTS_PER_ROW * rows, (rows, 1), groups=rows)
 
     def forward(self, cov_Bnn1: Tensor) -> Tensor:
-        """Convolve each row with its r = 4 filters; the parameter `weight` of all filters is (R, 1, n, 1)."""
+        """Convolve each of the n rows with its r = 4 filters: (B, n, n, 1) to (B, R, 1, 1), where R = 4n."""
         rows = self.in_channels
         cov_nBn = cov_Bnn1.squeeze(3).transpose(0, 1)
-        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)  # row, column, output
+        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)  # from (R, 1, n, 1)
         out_nBr = torch.matmul(cov_nBn, weight_nnr)
         out_BR11 = out_nBr.transpose(0, 1).reshape(-1, rows * OUTPUTS_PER_ROW, 1, 1)
         return out_BR11 if self.bias is None else out_BR11 + self.bias[:, None, None]

@@ -151,13 +151,18 @@ DSOP = {
     },
 }
 PSDR = {
-    f"psdr-resnet50{suffix}": Entry(
-        f"models.psdr:{network}", "models.psdr:PSDRConfig", {"depth": 50}, f"ResNet-50 before {summary}"
-    )
-    for suffix, network, summary in (
-        ("", "SupervisedPSDRResNet", "PSDR and iSQRT-COV; its auxiliary heads are detached"),
-        ("-no-aux", "PSDRResNet", "progressive reduction and iSQRT-COV, without auxiliary heads"),
-    )
+    "psdr-resnet50": Entry(
+        "models.psdr:SupervisedPSDRResNet",
+        "models.psdr:PSDRConfig",
+        {"depth": 50},
+        "ResNet-50 before PSDR and iSQRT-COV; its auxiliary heads are detached",
+    ),
+    "psdr-resnet50-no-aux": Entry(
+        "models.psdr:PSDRResNet",
+        "models.psdr:PSDRConfig",
+        {"depth": 50},
+        "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
+    ),
 }
 FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
 GSOP = {

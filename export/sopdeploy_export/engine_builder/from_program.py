@@ -1,7 +1,7 @@
 """Build a TensorRT plan from the certified program, `network.pt2`, with torch-tensorrt.
 
-This is a second way to a plan, beside TensorRT's ONNX parser. The plan has the
-tensors of the bundle, so that the same runtime serves it after the same probes.
+This is a second way to a plan, beside TensorRT's ONNX parser. The plan has the tensors of the bundle, so that
+the same runtime serves it after the same probes.
 """
 
 import torch

@@ -29,10 +29,10 @@ LR_FACTOR = "times"
 
 @dataclass(kw_only=True)
 class LoopRun(Run):
-    """A run of the training loop; `groups` are the optimizer's parameter groups."""
+    """A run of the training loop; raises `ConfigError` for a teacher if images have several classes."""
 
     normalize: Normalize = field(init=False)
-    groups: list[dict[str, Any]] = field(init=False)
+    groups: list[dict[str, Any]] = field(init=False)  # of the optimizer's parameters
     ema: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
 
