@@ -42,7 +42,7 @@ def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tm
         return shown[-1]
 
     first = identity_shown()
-    assert page.locator("#photo").evaluate("image => image.complete && image.naturalWidth > 0")
+    assert page.locator("#photo").evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
     best = page.locator("#classes .name").first.text_content()
     press(page, "1", 5)
     assert files_below(tmp_path / "photos") == {f"{best}/{first}.jpg"}

@@ -29,7 +29,7 @@ def test_a_dropped_or_pasted_image_shows_the_classes_of_the_api(page, client, jp
     assert len(shown(page)) == 5
     widths = page.locator("#classes .track > span").evaluate_all("all => all.map(e => e.clientWidth)")
     assert widths == sorted(widths, reverse=True)
-    assert page.locator("#preview").evaluate("image => image.naturalWidth") == 50
+    assert page.locator("#preview").evaluate("image => image.decode().then(() => image.naturalWidth)") == 50
 
 
 def test_the_page_works_by_keyboard_alone(page, client, jpeg):
@@ -91,6 +91,7 @@ def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(open_page, s
     assert largest > 0
     expected = [190 * max(0, loss / largest) for row in losses for loss in row]
     assert opacities == pytest.approx(expected, abs=1)
+    page.locator("#map").wait_for()  # the preview is decoded
     boxes = [page.locator(name).bounding_box() for name in ("#map", "#crop")]
     assert boxes[0] == pytest.approx(boxes[1], abs=1)
     page.locator("#explain").uncheck()
@@ -120,9 +121,10 @@ def test_several_images_are_classified_and_listed(page, client, jpeg):
     results = page.locator("#list .result").all_text_contents()
     assert "not an image" in results.pop(1)
     assert results == [" ".join(expected(client, body)[0]) for body in (jpeg, *others)]
-    assert page.locator("#list img").evaluate_all("all => all.map(e => e.naturalWidth > 0)") == [
-        body != b"no picture" for body in bodies
-    ]
+    previews = page.locator("#list img").evaluate_all(
+        "all => Promise.all(all.map(e => e.decode().then(() => true, () => false)))"
+    )
+    assert previews == [body != b"no picture" for body in bodies]
     assert shown(page) == expected(client, jpeg)
     page.locator("#list button").nth(4).click()
     assert shown(page) == expected(client, others[2])
