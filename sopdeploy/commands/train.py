@@ -257,13 +257,13 @@ def read_previous(source: Path) -> "Checkpoint":
     from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.training.run_folder import RUNS
 
-    best = source / "best.pt" if (source / "best.pt").is_file() else source
-    bundle_origin = None
-    if (source / MANIFEST).is_file():
-        bundle_origin = read_manifest(source).origin
-        if bundle_origin is None or not (RUNS / bundle_origin.run / "best.pt").is_file():
-            raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
-        best = RUNS / bundle_origin.run / "best.pt"
+    is_bundle = (source / MANIFEST).is_file()
+    bundle_origin = read_manifest(source).origin if is_bundle else None
+    run = RUNS / bundle_origin.run if bundle_origin is not None else source
+    has_best = (run / "best.pt").is_file()
+    if is_bundle and (bundle_origin is None or not has_best):
+        raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
+    best = run / "best.pt" if has_best else run  # *source* can be the checkpoint itself
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
     is_of_run = origin is not None and read_result(checkpoint.training) is not None

@@ -43,10 +43,10 @@ class RowFigure(NamedTuple):
 
 def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
     """Return the printed figures of a row, whose network *recipe* trains, with counts where one is known."""
-    counts = _count_network(printed, recipe, table)
-    figures = {name: figure for name, figure in counts.items() if figure.printed is not None}
-    our_facts = {"epochs": recipe.epochs, **_extra_costs(printed, table, counts)}
-    figures |= {name: RowFigure(value, our_facts.get(name)) for name, value in printed.facts.items()}
+    counted = _count_network(printed, recipe, table)
+    found = {"epochs": recipe.epochs, **_extra_costs(printed, table, counted)}
+    facts = {name: RowFigure(value, found.get(name)) for name, value in printed.facts.items()}
+    figures = {name: figure for name, figure in (counted | facts).items() if figure.printed is not None}
     vector, _ = COUNTS["dim"]  # not compared, because papers print its length in thousands, such as 8K
     return {name: figure if name == vector else figure.compare() for name, figure in figures.items()}
 

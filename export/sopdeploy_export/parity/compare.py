@@ -194,8 +194,7 @@ def compute_reference(
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         exact = _run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
     run = deployed if run is None else run
-    batched = _run_in_batches(run, names, images, BATCH)
-    single = _run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
+    runs = _run_in_batches(run, names, images, BATCH), _run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
     routing = None
     if (gate_layer := find_gate(deployed.network)) is not None:
         pixels = torch.from_numpy(images)
@@ -213,24 +212,27 @@ def compute_reference(
         )
     noise_floor = {}
     for name, values in exact.items():
-        if not np.isfinite(values).all():
-            raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
-        if not (np.isfinite(batched[name]).all() and np.isfinite(single[name]).all()):
-            remedy = "choose precision fp32"
-            if precision == "fp32":
-                remedy = "train it again with weight decay or a lower learning rate"
-            raise ParityError(
-                f"the network's own {name} are not finite in {precision} on the probe images: activations "
-                f"overflow; {remedy}"
-            )
-        batched_errors = np.abs(batched[name] - values)[compared]
-        single_errors = np.abs(single[name] - values[:SINGLE_IMAGES])[compared[:SINGLE_IMAGES]]
-        noise_floor[name] = max(
-            FOUR_ROUNDINGS * float(np.abs(values).max()),
-            float(batched_errors.max()),
-            float(single_errors.max(initial=0.0)),  # 0 if none of the single images is compared
-        )
+        found = [outputs[name] for outputs in runs]  # of all images, and of the first ones
+        _require_finite(name, values, found, precision)
+        errors = [np.abs(few - values[: len(few)])[compared[: len(few)]].max(initial=0.0) for few in found]
+        noise_floor[name] = float(max(FOUR_ROUNDINGS * np.abs(values).max(), *errors))
     return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
+
+
+def _require_finite(
+    name: str, exact: NDArray[Any], found: Sequence[NDArray[Any]], precision: Precision
+) -> None:
+    """Raise `ParityError` unless output *name* is finite in float64, *exact*, and in *precision*, *found*."""
+    if not np.isfinite(exact).all():
+        raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
+    if not all(np.isfinite(values).all() for values in found):
+        remedy = "choose precision fp32"
+        if precision == "fp32":
+            remedy = "train it again with weight decay or a lower learning rate"
+        raise ParityError(
+            f"the network's own {name} are not finite in {precision} on the probe images: activations "
+            f"overflow; {remedy}"
+        )
 
 
 def compared_images(routing: results.RoutingParity | None, count: int) -> NDArray[np.bool_]:

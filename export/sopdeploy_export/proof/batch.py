@@ -247,7 +247,7 @@ def joins(call: Call) -> Place:
 
 
 def within(call: Call) -> Place:
-    """Index or write along another axis than the batch; all operands have the batch axis, or none has it."""
+    """Index or write single elements along another axis than the batch; all operands have it, or none."""
     _require(len({value.axis for value in call.given}) == 1)
     place = common(call.inputs)
     _require(place.axis != call.axis(0))

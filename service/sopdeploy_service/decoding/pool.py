@@ -157,19 +157,20 @@ class DecoderProcess:
     def decode(self, image: bytes, preprocess: Preprocess) -> Decoded:
         """Decode *image* as `decode` does; also raises `LargerImageError` and `DecoderEndedError`."""
         shape = (preprocess.crop, preprocess.crop, 3)
-        bits, pixels = self._request(image, _write_rules(preprocess), child.PIXELS, math.prod(shape))
+        sizes = range(math.prod(shape), math.prod(shape) + 1)
+        bits, pixels = self._request(image, _write_rules(preprocess), child.PIXELS, sizes)
         warnings = tuple(name for index, name in enumerate(child.WARNINGS) if bits & (1 << index))
         return Decoded(np.frombuffer(pixels, np.uint8).reshape(shape), warnings)
 
     def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* as `copy_without_metadata` does; raises what `decode` raises."""
-        is_png, copy = self._request(image, b"", child.COPY, size=None)
+        is_png, copy = self._request(image, b"", child.COPY, sizes=range(MAX_COPY_BYTES + 1))
         return copy, ".png" if is_png else ".jpg"
 
-    def _request(self, image: bytes, rules: bytes, expected: int, size: int | None) -> tuple[int, bytes]:
+    def _request(self, image: bytes, rules: bytes, expected: int, sizes: range) -> tuple[int, bytes]:
         """Send *image* and *rules* to the child; return the bits and the data of its reply.
 
-        The reply has the kind *expected* and *size* bytes of data; None: up to `MAX_COPY_BYTES`.
+        The reply has the kind *expected* and one of *sizes* bytes of data, or it is an error with a message.
         """
         end = self._idle_end()
         self._number += 1
@@ -179,11 +180,11 @@ class DecoderProcess:
             end.sendall(header + rules)
             end.sendall(image)
             number, kind, bits, num_bytes = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
-            has_valid_size = num_bytes <= MAX_COPY_BYTES if size is None else (num_bytes == size)
-            is_result = kind == expected and has_valid_size
             error_kinds = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
-            is_error = (kind == child.LARGER or kind in error_kinds) and num_bytes <= child.MAX_MESSAGE
-            if number != self._number or not (is_result or is_error):
+            is_error = kind == child.LARGER or kind in error_kinds
+            valid_sizes = range(child.MAX_MESSAGE + 1) if is_error else sizes
+            is_known = is_error or kind == expected
+            if number != self._number or not is_known or num_bytes not in valid_sizes:
                 raise OSError("wrong reply")
             data = child.receive(end, num_bytes, deadline)
         except OSError as error:
