@@ -1,10 +1,11 @@
-"""Checkpoint files (`.pt`), the interface between training and export.
+"""Checkpoint files (`.pt`), the interface between training and export, and weight files that users bring.
 
-A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads
-it without running code. Writing flushes a `.partial` file, renames it and flushes the folder, so after a
-power failure either the old or the new file exists. No other module reads `.pt` files.
+Both are dicts of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads them
+without running code. Writing flushes a `.partial` file, renames it and flushes the folder, so after a power
+failure either the old or the new file exists. No other module reads `.pt` files.
 """
 
+import argparse
 import hashlib
 import io
 import os
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from sopdeploy.config import first_problem
 from sopdeploy.decision import Decision
-from sopdeploy.errors import CheckpointError, ConfigError
-from sopdeploy.files import atomic_write, check_is_file
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
+from sopdeploy.files import atomic_write, check_is_file, check_is_weights
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
+ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"  # for other weight files
+_MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
 
 
 @dataclass(
@@ -183,6 +187,47 @@ def is_state_dict(weights: Any) -> bool:
     if not isinstance(weights, dict) or not weights:
         return False
     return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
+
+
+def read_pytorch(path: Path) -> tuple[Any, str]:
+    """Read a `.pth`, `.pth.tar`, `.th`, `.pt` or `.safetensors` file once; returns content and sha256.
+
+    A safetensors file is one table of tensors. Raises `WeightsError`.
+    """
+    check_is_weights(path)
+    raw = path.read_bytes()
+    digest = hashlib.sha256(raw).hexdigest()
+    if raw[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
+        safetensors = import_optional(
+            "safetensors.torch", "safetensors", "sopdeploy[train]", WeightsError, str(path)
+        )
+        try:
+            return safetensors.load(raw), digest
+        except Exception as error:  # SafetensorError
+            raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints
+            return load_plain(path, raw, ADVICE), digest
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from error
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Check that *tensors* are dense, real and not too large in total; raises `WeightsError`.
+
+    Returns a copy of the mapping. With strides of 0, a few bytes can declare a tensor of any shape.
+    """
+    total = 0
+    for name, tensor in tensors.items():
+        is_dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not is_dense or tensor.is_complex():
+            raise WeightsError(f"{path}: {name} is not a dense tensor of real numbers; save it as float32")
+        total += tensor.numel() * tensor.element_size()
+        if total > _MAX_BYTES:
+            raise WeightsError(
+                f"{path}: its tensors have more than {_MAX_BYTES >> 30} GiB, which is the limit"
+            )
+    return dict(tensors)
 
 
 def _storage(tensor: Tensor) -> str:

@@ -1,7 +1,8 @@
-"""Atomic file writes, opening of regular files, and file hashes."""
+"""Atomic file writes, opening of regular files, file hashes, and lists of class names."""
 
 import errno
 import hashlib
+import json
 import os
 import platform
 import stat
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sopdeploy.errors import CheckpointError, SopdeployError, WeightsError
+from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError, WeightsError
 
 PARTIAL = ".partial"
 LATEST = "latest"  # the link to the newest run or bundle of a folder
@@ -162,3 +163,17 @@ def check_is_checkpoint(path: Path) -> None:
         is_checkpoint = False
     if not is_checkpoint:
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again")
+
+
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Read class names from *file*, one per line or as a JSON list; raises `ConfigError`."""
+    try:
+        content = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+        names = json.loads(content) if file.suffix == ".json" else content.split("\n")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError('no list of names such as ["cat", "dog"]')
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}); give one name per line", setting="labels"
+        ) from error
+    return tuple(name.strip() for name in names if name.strip())

@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from gain.task import Task
+from sopdeploy.checkpoint import read_pytorch
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
@@ -28,7 +29,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.dsop import DSoPConfig
 from sopdeploy.models.dsop_networks import DSoPTimm
 from sopdeploy.models.timm_networks import TimmBackbone, TimmConfig
-from sopdeploy.user_files import read_pytorch
 
 BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 4
 SIDE, VARIANTS, BATCH = 128, 6, 32

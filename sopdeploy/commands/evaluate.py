@@ -15,8 +15,8 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
+from sopdeploy.evaluation.predictions import describe_predictions, measure_predictions
 from sopdeploy.files import check_is_checkpoint
-from sopdeploy.report.predictions import describe_predictions, measure_predictions
 
 _MAX_ROWS = 50  # of a table; the page of a run and --json have all
 MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix

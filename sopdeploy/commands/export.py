@@ -15,7 +15,7 @@ from sopdeploy.config import first_problem
 from sopdeploy.data.folders import data_folder
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
-from sopdeploy.files import check_is_checkpoint
+from sopdeploy.files import check_is_checkpoint, read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
 
@@ -112,7 +112,6 @@ def _export_weights(
     on_step: Callable[[str], None],
 ) -> "Exported":
     """Export the network that *source* names with the weights of the file *weights*."""
-    from sopdeploy.user_files import read_class_names
     from sopdeploy_export.user_network.export_network import export_network
     from sopdeploy_export.user_network.loading import network_builder
 

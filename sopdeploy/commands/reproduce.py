@@ -48,8 +48,7 @@ def reproduce(
 
         return plan(printed, options, dry_run=True)
     from sopdeploy.reproduction import run
-    from sopdeploy.training.distributed import join_processes
-    from sopdeploy.training.signals import TrainingStoppedError
+    from sopdeploy.training.distributed import TrainingStoppedError, join_processes
 
     with ExitStack() as stack:
         stack.enter_context(join_processes())

@@ -1,4 +1,4 @@
-"""Predictions of images from the logits of a checkpoint, a bundle or a cross-validation.
+"""Predictions of images from the logits of a checkpoint, a bundle or a cross-validation; their metrics.
 
 This module does not import torch.
 """
@@ -10,8 +10,18 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.evaluation.metrics import TOP_K, ImageScore
-from sopdeploy.evaluation.multi_label import MultiLabelPredictions
+from sopdeploy.evaluation.metrics import (
+    TOP_K,
+    ClassificationReport,
+    ImageScore,
+    Rate,
+    classification_report,
+)
+from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelPredictions, MultiLabelReport
+from sopdeploy.html.report import Section, Table, percent
+
+_MAX_MATRIX_CLASSES = 30
+_MAX_CONFUSIONS = 15
 
 Predictions = list[ImageScore] | MultiLabelPredictions
 
@@ -44,3 +54,78 @@ def make_predictions(
         likelihood = probabilities[ranked.index(target)]
         scores.append(ImageScore(target, tuple(ranked[:TOP_K]), probabilities[0], likelihood, answer.known))
     return scores
+
+
+def measure_predictions(
+    predicted: Predictions, labels: Sequence[str], score: Rate | MeanPrecision | float | None = None
+) -> ClassificationReport | MultiLabelReport:
+    """Compute the metrics of *predicted* for the sorted *labels*.
+
+    *score* is that of the run. If it counts the same images, it replaces the accuracy, because its interval
+    takes copies and folds into account.
+    """
+    if isinstance(predicted, MultiLabelPredictions):
+        return predicted.report()
+    metrics = classification_report(labels, predicted)
+    top1 = metrics.top1
+    if isinstance(score, Rate) and (score.right, score.count) == (top1.right, top1.count):
+        metrics = metrics.model_copy(update={"top1": score})
+    return metrics
+
+
+def describe_predictions(metrics: ClassificationReport | MultiLabelReport, images: str) -> Section:
+    """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first."""
+    if isinstance(metrics, MultiLabelReport):
+        return _describe_presence(metrics, images)
+    return _describe_classes(metrics, images)
+
+
+def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
+    """Describe accuracies, confusions, and precision and recall of each class, those without images last."""
+    top1, top5 = _with_interval(metrics.top1, 2), _with_interval(metrics.top5, 2)
+    scores = f"Top-1 {top1}, top-5 {top5}, log loss {metrics.log_loss:.4f}."
+    if metrics.accepted is not None:
+        scores += f" {_with_interval(metrics.accepted)} accepted as known."
+    names = [row.label for row in metrics.classes]
+    tables = []
+    if len(names) <= _MAX_MATRIX_CLASSES:
+        rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
+        caption = "Confusion matrix: rows are true classes, columns are predicted classes"
+        tables.append(Table(caption=caption, columns=["class", *names], rows=rows))
+    frequent, columns = metrics.mistakes()[:_MAX_CONFUSIONS], ["true", "predicted", "images"]
+    tables.append(Table(caption="Most frequent mistakes", columns=columns, rows=frequent))
+    worst_first = sorted(metrics.classes, key=lambda row: 2.0 if row.recall is None else row.recall.share)
+    rows_of_classes = [
+        (
+            row.label,
+            row.count,
+            row.answered,
+            "none predicted" if row.precision is None else percent(row.precision),
+            "no images" if row.recall is None else percent(row.recall.share),
+            "" if row.recall is None else f"{percent(row.recall.low)} to {percent(row.recall.high)}",
+        )
+        for row in worst_first
+    ]
+    columns = ["class", "images", "predicted", "precision", "recall", "95 % interval of recall"]
+    tables.append(Table(caption="Every class", columns=columns, rows=rows_of_classes, folded=True))
+    return Section(title="Predictions", text=[images, scores], tables=tables)
+
+
+def _with_interval(rate: Rate, digits: int = 1) -> str:
+    return f"{percent(rate.share, digits)} ({percent(rate.low)} to {percent(rate.high)})"
+
+
+def _describe_presence(metrics: MultiLabelReport, images: str) -> Section:
+    """Describe the metrics of predictions of several classes per image; classes without images are last."""
+    values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
+    scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
+    order = sorted(metrics.classes, key=lambda c: 2.0 if c.average_precision is None else c.average_precision)
+    rows = []
+    for row in order:
+        rates = (row.average_precision, row.precision, row.recall, row.f1)
+        cells = ("-" if rate is None else percent(rate) for rate in rates)
+        rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
+    columns = ["class", "images", "predicted", "threshold", "average precision", "precision", "recall", "F1"]
+    explained = f"{scores}. A class counts as present if its probability reaches its threshold."
+    tables = [Table(caption="Every class", columns=columns, rows=rows)]
+    return Section(title="Predictions", text=[images, explained], tables=tables)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
+from sopdeploy.checkpoint import check_tensors
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, make_row_wise
 from sopdeploy.models.registry import CATALOG
-from sopdeploy.user_files import check_tensors
 
 # A layer of the released networks, our name of it, and that of its batch norm; our numbers are one lower.
 RENAMES = {

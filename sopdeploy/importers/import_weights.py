@@ -11,12 +11,12 @@ import pydantic
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.files import read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
 from sopdeploy.importers.timm_files import TIMM_PREFIX, find_network, refuse_other_network
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.registry import list_models, load
-from sopdeploy.user_files import read_class_names
 from sopdeploy.version import __version__
 
 # Parts of tensor names that the files of a project have, and its function (file, model), which returns None

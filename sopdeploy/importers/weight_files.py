@@ -10,11 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
-from sopdeploy.checkpoint import CHECKPOINT_FORMAT, Checkpoint, is_state_dict, parse_checkpoint
+from sopdeploy.checkpoint import (
+    ADVICE,
+    CHECKPOINT_FORMAT,
+    Checkpoint,
+    check_tensors,
+    is_state_dict,
+    parse_checkpoint,
+    read_pytorch,
+)
 from sopdeploy.errors import WeightsError
 from sopdeploy.files import check_is_weights, sha256
 from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.user_files import ADVICE, check_tensors, read_pytorch
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 MATLAB_MAGIC, HDF5_MAGIC = b"MATLAB ", b"MATLAB 7.3"

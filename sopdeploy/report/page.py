@@ -16,13 +16,17 @@ from sopdeploy.errors import CheckpointError
 from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.evaluation.prediction import score_images
-from sopdeploy.evaluation.predictions import Predictions, make_predictions
+from sopdeploy.evaluation.predictions import (
+    Predictions,
+    describe_predictions,
+    make_predictions,
+    measure_predictions,
+)
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, render
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.report.predictions import describe_predictions, measure_predictions
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.recipe import flatten

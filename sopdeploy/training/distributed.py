@@ -1,4 +1,4 @@
-"""The processes of a run: their devices, the sums over them, and the samples that each computes.
+"""The processes of a run: their devices, the sums over them, each one's samples, and signals to them.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them, or with WORLD_SIZE=1,
 there is only this process.
@@ -6,11 +6,18 @@ there is only this process.
 Each process computes a shard of every batch. A step of several processes equals that of one process with the
 whole batch: gradients are summed, and the loss of a process is weighted by its number of samples. Layers that
 couple samples sum their statistics over the processes themselves (balance loss), or not (batch norm).
+
+Ctrl-C and SIGTERM save the run and end it between two steps. With several processes, a signal to one of them
+takes effect in all after the same step.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -22,7 +29,8 @@ from sopdeploy.environment import is_distributed
 from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.evaluation.prediction import ProcessGroup
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.signals import TrainingStoppedError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Strategy(ProcessGroup):
@@ -112,6 +120,64 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
             f"batch_size: steps of {smallest} samples leave some of {world} processes without a sample; "
             "start fewer processes"
         )
+
+
+class TrainingStoppedError(TrainingError):
+    """The run was stopped between two steps by the signal `signal_number`; `message` says what is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number  # as shells expect
+
+
+@dataclass(slots=True)
+class SignalState:
+    """The stop signals that this process has received; in `exchange`, all processes learn about them."""
+
+    processes: ProcessGroup
+    received: set[int] = field(default_factory=set)
+
+    def exchange(self, *, save_due: bool = False) -> bool:
+        """Exchange the signals of all processes, which must call this the same number of times.
+
+        Returns whether *save_due* is true in one of them; raises `TrainingStoppedError` if one was stopped.
+        """
+        flags = [number in self.received for number in STOP_SIGNALS] + [save_due]
+        *counts, due_count = self.processes.all_reduce(torch.tensor(flags).int()).tolist()
+        for number, count in zip(STOP_SIGNALS, counts, strict=True):
+            if count:
+                raise TrainingStoppedError(number)
+        return bool(due_count)
+
+
+@contextmanager
+def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
+    """Record signals instead of acting on them; the second stop signal calls the previous handler.
+
+    With several processes, all signals are only recorded: torchrun and the batch system often both send one,
+    and the second one must not end a process that is saving. torchrun kills processes that take too long.
+    Outside the main thread, where Python delivers no signals, no handlers are installed.
+    """
+    state = SignalState(processes)
+    if threading.current_thread() is not threading.main_thread():
+        yield state
+        return
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def record(number: int, _frame: FrameType | None) -> None:
+        state.received.add(number)
+        if processes.world == 1:  # the previous handlers receive the next signal
+            for stop in STOP_SIGNALS:
+                signal.signal(stop, previous[stop])
+
+    for number in previous:
+        signal.signal(number, record)
+    try:
+        yield state
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import is_state_dict
+from sopdeploy.checkpoint import ADVICE, check_tensors, is_state_dict, read_pytorch
 from sopdeploy.errors import ConfigError, WeightsError, first_line
 from sopdeploy.training.recipe_files import parse_override
-from sopdeploy.user_files import ADVICE, check_tensors, read_pytorch
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
 AVERAGING_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel

@@ -30,12 +30,12 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
 from sopdeploy.training.few_shot.classifier import GRID, Indices, Problem, Targets, estimate, shift_energies
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run import Callback, Position, Run
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.signals import TrainingStoppedError, handle_signals
 
 # Below this number of groups, the energies are the means of three cross-validations. The threshold is one of
 # the lowest energies, which other folds change: for 100 photographs of clothing, five seeds rejected 58 to

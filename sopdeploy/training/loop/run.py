@@ -17,13 +17,13 @@ from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits, predict_unknown
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
+from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
 from sopdeploy.training.loop.gradient import train_step
 from sopdeploy.training.loop.state import LoopRun, set_train_mode
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
 from sopdeploy.training.run import Callback
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.signals import SignalState, TrainingStoppedError, handle_signals
 
 _RESAMPLES = 1000
 

@@ -23,10 +23,10 @@ from sopdeploy.evaluation.decision_fit import fit_thresholds
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision
 from sopdeploy.evaluation.prediction import classification_loss, evaluate_network
+from sopdeploy.evaluation.predictions import describe_predictions
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.report.predictions import describe_predictions
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make

@@ -14,7 +14,7 @@ from sopdeploy.reproduction.plan import ReproducedRow, Reproduction
 from sopdeploy.reproduction.results import mean_error
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.tables import PrintedRow, PrintedTable, ReproduceOptions, load_tables
-from sopdeploy.training.signals import TrainingStoppedError
+from sopdeploy.training.distributed import TrainingStoppedError
 from tests.pages import charts
 from tests.sopdeploy.data.small_data import write_classes
 from tests.sopdeploy.reproduction.small import small_table

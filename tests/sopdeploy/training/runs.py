@@ -21,11 +21,10 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.report.page import write_run_page
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.distributed import Strategy, TrainingStoppedError
 from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.run import Callback
-from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.start_weights import create_initial_model
 from sopdeploy.training.train import TrainingResult, create_run, summarize_run, train_recipe, train_run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.loop import run as loop
-from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make
 from tests.sopdeploy.training.distributed.processes import held_port, run_in_processes, start_module, wait_for
