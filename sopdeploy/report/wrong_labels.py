@@ -47,17 +47,17 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
     images = select_procedure(recipe, open_data(recipe.data)).data.train  # none that the run held out
-    logits_NC = (last.resume or {}).get("procedure", {}).get("label_logits")
-    if logits_NC is None:
+    state = (last.resume or {}).get("procedure", {})
+    if "label_logits" not in state:
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
         )
-    counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
-    is_equal = np.array_equal(np.unique(hash_images(images)), np.asarray(last.image_hashes))  # both sorted
-    if not is_equal or counts != last.training["procedure"]["class_counts"]:  # or the order differs
+    has_same_files = np.array_equal(hash_images(images), state["file_hashes"])  # in the same order
+    has_same_labels = np.array_equal(images.targets, state["targets"]) and images.labels == last.labels
+    if not (has_same_files and has_same_labels):
         raise DataError(f"{run}: the images have changed since the run; train again")
-    return tuple(wrong for _, wrong in list_wrong_labels(logits_NC.double().numpy(), images))
+    return tuple(wrong for _, wrong in list_wrong_labels(state["label_logits"].double().numpy(), images))
 
 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:

@@ -20,6 +20,7 @@ from sopdeploy.data.base import (
     PreprocessedDataset,
     Split,
     derive_seed,
+    hash_images,
     unreadable_images_error,
 )
 from sopdeploy.data.near import connect
@@ -89,8 +90,9 @@ def fit_classifier(
 
     `run.state` becomes what the decision and the report need: `out_of_fold` logits (N, K), `groups` (N,) of
     copies, the indices `judged` of the images that the score counts, and, with one class per image, the
-    `label_logits` (N, K) that contradict wrong labels. *on_progress* receives (step, done, total). Raises
-    `DataError` if all images are one group of copies.
+    `label_logits` (N, K) that contradict wrong labels, with the `targets` (N,) and `file_hashes` (N,) that
+    they belong to. *on_progress* receives (step, done, total). Raises `DataError` if all images are one group
+    of copies.
     """
     config: Any = run.recipe.procedure
     name, count = run.recipe.model.name, len(images)
@@ -150,6 +152,8 @@ def fit_classifier(
     if targets.activation == "softmax":
         doubted_NK = problem.doubt_labels(logits_NK, folds[0], strength)
         run.state["label_logits"] = torch.from_numpy(doubted_NK)
+        run.state["targets"] = torch.from_numpy(images.targets)
+        run.state["file_hashes"] = torch.from_numpy(hash_images(images))
     return result
 
 

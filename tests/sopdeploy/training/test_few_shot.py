@@ -190,7 +190,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert not any("resumed" in values.get("message", "") for _, values in callback.events)
     assert again.procedure == found
     after = read_checkpoint(result.best)
-    (tmp_path / "photos" / "red" / "0.png").rename(tmp_path / "photos" / "blue" / "moved.png")
+    (tmp_path / "photos" / "red" / "0.png").rename(tmp_path / "photos" / "red" / "z.png")  # another order
     changed = CliRunner().invoke(app, command)
     assert (changed.exit_code, changed.stdout) == (2, "")
     assert "the images have changed since the run" in changed.stderr
