@@ -218,10 +218,11 @@ class _ValueHasher:
 
     def __init__(self, program: ExportedProgram, batch: int | None) -> None:
         self.program, self.root = program, ""
-        self.known: dict[fx.Node, Any] = {}  # the values without the images; a size is an int or text
-        self.hashes: dict[fx.Node, str] = {}  # the hashes of the other values
+        self.known: dict[fx.Node, Any] = {}  # the values that do not depend on the images
+        self.hashes: dict[fx.Node, str] = {}  # the hashes of the others, among them those of symbolic sizes
         self.operations: dict[str, str] = {}  # maps each hash to the name and module of its operation
-        self.reshaped: dict[fx.Node, tuple[str, str]] = {}  # hash and shape of the operand of a reshape
+        # The hash and the shape of the value that a reshape, or a chain of them, begins with.
+        self.unshaped: dict[fx.Node, tuple[str, str]] = {}
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         (images,) = program.graph_signature.user_inputs
         batch_size = next(node for node in program.graph.nodes if node.name == images).meta["val"].shape[0]
@@ -247,30 +248,31 @@ class _ValueHasher:
     def _visit_call(self, node: fx.Node) -> None:
         """Compute the value of a call without the images, otherwise its hash; see `value_root`."""
         target: Any = node.target
-        value = node.meta.get("val")
-        known_operands = [self.known.get(operand) for operand in node.all_input_nodes]
-        # What depends on images is not in `known`; a size that stays symbolic is there as text.
-        can_evaluate = not any(operand is None or isinstance(operand, str) for operand in known_operands)
-        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        if isinstance(value := node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
             size = value.node.expr.subs(self.sizes)
-            self.known[node] = int(size) if size.is_Integer else str(size)
+            if size.is_Integer:
+                self.known[node] = int(size)
+            else:
+                self.hashes[node] = _encode(str(size), self._hash)
         elif _is_random(node):
             raise CertificateError(f"{target} draws random numbers")
-        elif can_evaluate:
+        elif all(operand in self.known for operand in node.all_input_nodes):
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
             with torch.no_grad():
                 self.known[node] = target(*args, **kwargs)
         elif self._keeps_values(node):
-            operand, shape = node.all_input_nodes[0], self._shape(node)
-            # If the operand is itself reshaped, both reshapes become one.
-            first = self._hash(operand), self._shape(operand)
-            source, first_shape = self.reshaped.get(operand, first)
-            self.reshaped[node] = source, first_shape
-            self.hashes[node] = source if shape == first_shape else hash_parts("reshape", source, shape)
+            self._visit_reshape(node)
         else:
             encoded = (_encode(argument, self._hash) for argument in self._unified_arguments(node))
             self.hashes[node] = hash_parts(str(target), *encoded)
             self.operations[self.hashes[node]] = f"{target} in {module_of(node)}"
+
+    def _visit_reshape(self, node: fx.Node) -> None:
+        """Hash a change of the shape alone; a chain of them has the hash of a single one."""
+        operand, shape = node.all_input_nodes[0], self._shape(node)
+        source, source_shape = self.unshaped.get(operand, (self._hash(operand), self._shape(operand)))
+        self.unshaped[node] = source, source_shape
+        self.hashes[node] = source if shape == source_shape else hash_parts("reshape", source, shape)
 
     def _keeps_values(self, node: fx.Node) -> bool:
         """Return whether *node* has the values of its operand in the same order, in any layout or shape."""

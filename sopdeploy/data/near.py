@@ -39,7 +39,7 @@ MISSED = 0.2  # share of the copies that may have a lower cosine
 DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
-MAX_COMPARED_PIXELS = 20_000  # with more images, pixels are not compared
+MAX_SIGNATURES = 20_000  # more images are split without a search for near-duplicates
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
 
 
@@ -254,16 +254,18 @@ def hold_out_images(split: Split, fraction: float, seed: int) -> Split:
     """Hold out *fraction* of the images of every class if *split* has no held-out images.
 
     *seed* and the identities of the images determine which. Images of one group are on one side, as are
-    near-duplicates among readable images, if not too many; a class that is one group has no held-out image.
+    near-duplicates, unless there are too many images or one cannot be read. A class that is one group has no
+    held-out image.
     """
     if len(split.held_out):
         return split
     images = split.train
-    if len(images) <= MAX_COMPARED_PIXELS:
+    if len(images) <= MAX_SIGNATURES:
         with suppress(DataError):  # an unreadable image: the run finds and names all of them later
             signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
             groups = group_by_signatures(images, signatures)  # these contain the groups that are known
-            if groups.max() + 1 < len(images):  # otherwise no two images belong together, as without groups
+            num_groups = groups.max() + 1
+            if num_groups < len(images):  # at least two images belong together
                 images = images.replaced(groups=groups)
     mask = _hold_out_groups(images, fraction, seed)
     return replace(split, train=images.select(~mask), held_out=images.select(mask))

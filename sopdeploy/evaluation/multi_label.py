@@ -164,14 +164,15 @@ def resampled_precision(
     how often each resample contains each image. Images with equal scores have the same rank.
     """
     best_first = np.argsort(-scores, kind="stable")
-    last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)  # the last image with its score
-    weights = draws[:, best_first].astype(np.float64)
-    # For each rank, the numbers of images up to it that show the class, and of all images up to it.
-    hits = np.cumsum(weights * true[best_first], axis=1)[:, last_of_rank]
-    images = np.maximum(np.cumsum(weights, axis=1)[:, last_of_rank], 1)  # 0 before the first image drawn
+    is_last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)  # the next image has another score
+    counts = draws[:, best_first].astype(np.float64)
+    # (B, R): for each of R ranks, how many images have this rank or a better one, and how many of them show
+    # the class. hits / images is the precision of a rank; its weight is the number of hits it adds.
+    images = np.maximum(np.cumsum(counts, axis=1)[:, is_last_of_rank], 1)  # 0 before the first image drawn
+    hits = np.cumsum(counts * true[best_first], axis=1)[:, is_last_of_rank]
+    added_hits = np.diff(hits, axis=1, prepend=0)
     with np.errstate(invalid="ignore"):  # without an image of the class, 0 / 0 is NaN
-        new_hits = np.diff(hits, axis=1, prepend=0)  # images of the class that have exactly this rank
-        precisions: NDArray[np.float64] = (new_hits * hits / images).sum(axis=1) / hits[:, -1]
+        precisions: NDArray[np.float64] = (added_hits * hits / images).sum(axis=1) / hits[:, -1]
     return precisions
 
 

@@ -96,21 +96,22 @@ def choose_config(
     belongs to another network, `ConfigError` if a setting contradicts the file or is missing.
     """
     defaults = entry(model).defaults
-    # the config without the values of the file: the network that the user asks for
+    # First, the file must be of the network that the user asks for.
     asked = make_config(model, _set_values(defaults, settings)).model_dump()
-    pooling = asked.get("pooling")  # not a table in every network, and some networks have no such option
-    identity = {**asked, "pooling.kind": pooling.get("kind") if isinstance(pooling, dict) else None}
-    for key, detected in converted.detected.items():  # first check that the file is of this network
-        if key in IDENTITY and identity.get(key) != detected:
-            raise _misfit(file, converted, model, f"{key} is {identity.get(key)}, not {detected}")
-    for key, reason in converted.undetermined.items():
-        if key not in settings:
-            raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")
-    for key, detected in converted.detected.items():  # then that no setting contradicts it
+    if isinstance(pooling := asked.get("pooling"), dict):  # some networks have a name here, or no pooling
+        asked["pooling.kind"] = pooling.get("kind")
+    for key, detected in converted.detected.items():
+        if key in IDENTITY and asked.get(key) != detected:
+            raise _misfit(file, converted, model, f"{key} is {asked.get(key)}, not {detected}")
+    # Then the settings must agree with the file, and contain what cannot be read from it.
+    for key, detected in converted.detected.items():
         if key in settings and settings[key] != detected:
             raise ConfigError(
                 f"--option {key}={settings[key]}: {file.path} holds {detected}; leave the setting out"
             )
+    for key, reason in converted.undetermined.items():
+        if key not in settings:
+            raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")
     values = {**converted.defaults, **settings, **converted.detected}
     return make_config(model, _set_values(defaults, values))
 

@@ -18,7 +18,7 @@ class ExportHints:
             the 1x1 convolution that precedes a covariance.
         cast_inputs: A layer without weights of its own receives its first input in float32. It has no
             effect where one of `low_precision_children` exists: that child receives the input instead.
-        keep_output_dtype: The output is cast to the network's own type, because it scales a feature map.
+        output_in_network_dtype: The output, which scales a feature map, is cast to the network's type.
         is_gate: A mixture gate with `feature`, `logits(feature)` and `chosen`; parity checks report routing.
         not_exportable: Why the layer has no ONNX form that every runtime accepts, and what to use instead.
             The exporter refuses the network with this message.
@@ -29,7 +29,7 @@ class ExportHints:
     keep_float32: ClassVar[bool] = False
     low_precision_children: ClassVar[tuple[str, ...]] = ()
     cast_inputs: ClassVar[bool] = False
-    keep_output_dtype: ClassVar[bool] = False
+    output_in_network_dtype: ClassVar[bool] = False
     is_gate: ClassVar[bool] = False
     not_exportable: str | None = None
     is_captured: bool = False

@@ -120,7 +120,7 @@ class Excitation(nn.Module, ExportHints):
 class ChannelAttention(nn.Module, ExportHints):
     """Map features (B, C, H, W) to channel weights (B, C, 1, 1)."""
 
-    keep_output_dtype = True
+    output_in_network_dtype = True
 
     def __init__(self, config: GSoPBlockConfig, channels: int, dr_stride: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def resample(x_BCHW: Tensor, height: int, width: int, build_rows: RowBuilder) ->
 class PositionAttention(nn.Module, ExportHints):
     """Map features (B, C, H, W) to position weights (B, 1, H, W)."""
 
-    keep_output_dtype = True
+    output_in_network_dtype = True
 
     def __init__(self, config: GSoPBlockConfig, channels: int) -> None:
         super().__init__()

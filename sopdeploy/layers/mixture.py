@@ -178,18 +178,21 @@ class FusionHead(nn.Module):
 
 
 class GateNoise(nn.Module):
-    """Noise gamma softplus(Wn f) (B, N) of the gate, computed from f (B, D); only for training."""
+    """Noise gamma softplus(Wn f) (B, N) of the gate, computed from f (B, D); only for training.
 
-    def __init__(self, length: int, components: int, per: NoisePer) -> None:
+    *length* is D, and *noise_per* says whether gamma is drawn once per image or for each of its N components.
+    """
+
+    def __init__(self, length: int, components: int, noise_per: NoisePer) -> None:
         super().__init__()
-        self.per = per
+        self.noise_per = noise_per
         self.weight = nn.Parameter(torch.full((components, length), 1.0 / length))
 
     def forward(self, feature_BD: Tensor) -> Tensor:
         """Draw the noise (B, N) that is added to the gate's logits."""
         with without_autocast(feature_BD):
             scale_BN = F.softplus(F.linear(at_least_float32(feature_BD), self.weight))
-            gamma = torch.randn_like(scale_BN[:, :1] if self.per == "image" else scale_BN)
+            gamma = torch.randn_like(scale_BN[:, :1] if self.noise_per == "image" else scale_BN)
             return gamma * scale_BN
 
 

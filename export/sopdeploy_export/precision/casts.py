@@ -68,8 +68,8 @@ def place_casts(network: _Part) -> _Part:
         dtype = _input_dtype(part, dtypes[name])
         if dtype is not None:
             part.register_forward_pre_hook(partial(_cast_first_input, dtype))
-        # Both compute in float32, and the layers around them in float16.
-        if export_hints(part).keep_output_dtype or isinstance(part, nn.LocalResponseNorm):
+        # These parts compute in float32, and the layers that follow them in float16.
+        if export_hints(part).output_in_network_dtype or isinstance(part, nn.LocalResponseNorm):
             part.register_forward_hook(lambda _part, _inputs, output: _cast(output, torch.float16))
     return network.eval()
 

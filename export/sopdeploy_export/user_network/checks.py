@@ -109,23 +109,23 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 def check_outputs(
     deployed: graph.Deployed, preprocess: Preprocess, classes: int, role: str
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Run the network twice on four probe images and twice on one, and check shape, finiteness and state.
+    """Run the network on four probe images and on one, then on both again: check shape, finiteness and state.
 
-    Only the first run with each batch size may fill caches: returns the path of the first attribute that
-    these runs change, or None, and warnings. Raises `LoweringError` if the network fails, returns no
-    (B, classes) logits, changes its state in the second runs, or returns other logits in them.
+    The first runs may fill caches: returns the path of the first attribute that they change, or None, and
+    warnings. Raises `LoweringError` if the network fails, returns no (B, classes) logits, or if it changes
+    its state in the second runs or returns other logits.
     """
     images, network = torch.from_numpy(graph.generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     at_start = state.read_state(network)
-    first_logits = _run(deployed, images, role, classes)  # the first two runs may fill caches
+    first_logits = _run(deployed, images, role, classes)
     _run(deployed, images[:1], role, classes)
-    filled = state.read_state(network)
-    # The last two runs must change nothing. The operations of one are recorded; the other one has the same.
+    after_first = state.read_state(network)
+    # The operations of one of the second runs are recorded; the other one has the same.
     with state.InPlaceWrites(network) as writes, state.PythonReads() as reads:
         _run(deployed, images[:1], role, classes)
     logits = _run(deployed, images, role, classes)
     # A write through `tensor.data` changes no version, so `first_change` misses it and `writes` has it.
-    changed = state.first_change(filled, state.read_state(network)) or next(iter(writes.written), None)
+    changed = state.first_change(after_first, state.read_state(network)) or next(iter(writes.written), None)
     if changed is not None:
         raise LoweringError(f"{changed} changes while the {role} network runs; {state.STATELESS}")
     if reads.first is not None:
@@ -141,11 +141,8 @@ def check_outputs(
         warnings.append(f"the {role} network returns the same logits for every probe image; is it trained?")
     are_probabilities = (logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()
     if are_probabilities:
-        warnings.append(
-            f"the {role} network ends in a softmax, and the service applies another one: export the network "
-            "without it"
-        )
-    return state.first_change(at_start, filled), tuple(warnings)
+        warnings.append(f"the {role} network ends in a softmax; the service applies another, so remove it")
+    return state.first_change(at_start, after_first), tuple(warnings)
 
 
 def check_finite(logits: Tensor, role: str) -> None:

@@ -23,7 +23,7 @@ from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import ImageFiles, hash_images, map_threaded
 from sopdeploy.data.datasets.folder import open_any_images, open_evaluation_images
-from sopdeploy.data.near import MAX_COMPARED_PIXELS, group_by_signatures, signature
+from sopdeploy.data.near import MAX_SIGNATURES, group_by_signatures, signature
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
@@ -298,11 +298,11 @@ def _select(
     """
     recorded_N, suspects = _find_recorded(images, pair, notes)
     group_N = np.arange(len(images))  # near-duplicates have the same number; here, every image has its own
-    if len(images) <= MAX_COMPARED_PIXELS:
+    if len(images) <= MAX_SIGNATURES:
         signatures = map_threaded(lambda index: signature(images[index][0]), len(images))
         group_N = group_by_signatures(images, np.stack(list(signatures)))
     else:
-        notes.append(f"{images.root}: over {MAX_COMPARED_PIXELS:,} images; no near-duplicates are left out")
+        notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; no near-duplicates are left out")
     trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of training images
     is_first_N = np.zeros(len(images), np.bool_)
     is_first_N[np.unique(group_N, return_index=True)[1]] = True  # the first image of each group

@@ -367,8 +367,8 @@ def estimate(
     """
     if activation == "softmax":
         right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
-        # With J folds, the factor is (1 / J + r) * J. Each head is tested on one fold and fitted to the other
-        # ones, so that the ratio r of test images to training images is 1 / (J - 1).
+        # The variance of a mean of J folds is s (1 / J + r), not s / J, where r = 1 / (J - 1) is the ratio of
+        # test images to training images of a fold. So the factor is 1 + r J.
         variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
         return Rate.of(int(right.sum()), len(right), effective_count(groups_N) / variance_factor)
     return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)

@@ -302,7 +302,6 @@ def test_an_unused_part_and_a_softmax_are_warnings(tmp_path: Path) -> None:
     assert unused_modules(network, n.PREPROCESS) == ("aux",)
     exported = n.export_small(network, tmp_path, options=QUICK)
     assert exported.warnings == (
-        "the trained network ends in a softmax, and the service applies another one: export the network "
-        "without it",
+        "the trained network ends in a softmax; the service applies another, so remove it",
         "the output does not depend on aux; name it as training-only to prove its removal",
     )
