@@ -86,17 +86,15 @@ def read_rules(text: bytes) -> Preprocess:
 
 def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> list[Buffer]:
     """Decode *image* by *rules*, or copy it if there are none; return the header and data of the reply."""
-    data: Buffer
-    bits = 0
     try:
-        if rules:
-            limits = {"max_bytes": options.max_bytes, "max_pixels": options.max_pixels}
-            decoded = decode(image, read_rules(rules), **limits, formats=options.formats or None)
-            kind, data = PIXELS, np.ascontiguousarray(decoded.pixels).data.cast("B")
-            bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
-        else:
-            data, suffix = copy_without_metadata(image, options.max_pixels)
-            kind, bits = COPY, int(suffix == ".png")
+        if not rules:
+            copy, suffix = copy_without_metadata(image, options.max_pixels)
+            return [REPLY.pack(number, COPY, int(suffix == ".png"), len(copy)), copy]
+        limits = {"max_bytes": options.max_bytes, "max_pixels": options.max_pixels}
+        decoded = decode(image, read_rules(rules), **limits, formats=options.formats or None)
+        pixels = np.ascontiguousarray(decoded.pixels).data.cast("B")
+        bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
+        return [REPLY.pack(number, PIXELS, bits, len(pixels)), pixels]
     except ImageError as error:
         if options.is_light and error.code == "too_many_pixels":
             return [REPLY.pack(number, LARGER, 0, 0)]
@@ -112,8 +110,6 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
     except Exception:  # a bug fails its own image
         sys.excepthook(*sys.exc_info())
         code, status, message = "decoder_failed", 500, "the decoder failed on this image"
-    else:
-        return [REPLY.pack(number, kind, bits, len(data)), data]
     kind, data = FIRST_ERROR + ERRORS.index((code, status)), message.encode()[:MAX_MESSAGE]
     return [REPLY.pack(number, kind, 0, len(data)), data]
 

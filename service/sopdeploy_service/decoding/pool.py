@@ -157,7 +157,7 @@ class DecoderProcess:
     def decode(self, image: bytes, preprocess: Preprocess) -> Decoded:
         """Decode *image* as `decode` does; also raises `LargerImageError` and `DecoderEndedError`."""
         shape = (preprocess.crop, preprocess.crop, 3)
-        sizes = range(math.prod(shape), math.prod(shape) + 1)
+        sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
         bits, pixels = self._request(image, _write_rules(preprocess), child.PIXELS, sizes)
         warnings = tuple(name for index, name in enumerate(child.WARNINGS) if bits & (1 << index))
         return Decoded(np.frombuffer(pixels, np.uint8).reshape(shape), warnings)
@@ -182,7 +182,7 @@ class DecoderProcess:
             number, kind, bits, num_bytes = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
             error_kinds = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
             is_error = kind == child.LARGER or kind in error_kinds
-            valid_sizes = range(child.MAX_MESSAGE + 1) if is_error else sizes
+            valid_sizes = range(child.MAX_MESSAGE + 1) if is_error else sizes  # of the data
             is_known = is_error or kind == expected
             if number != self._number or not is_known or num_bytes not in valid_sizes:
                 raise OSError("wrong reply")
@@ -207,7 +207,7 @@ class DecoderProcess:
         """Return the socket; first replace a child that has ended or sent more than its replies."""
         if self._end is not None:
             try:
-                self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # returns b"" if the child has ended
+                self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # returns: it ended or sent too much
             except BlockingIOError:  # nothing to read: the child waits for a request
                 return self._end
             except OSError:  # the child has ended

@@ -81,14 +81,14 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
     scan_end = len(body)
-    for scan, following in itertools.pairwise(jpeg_segments(body)):
-        if scan[0] == SCAN:
-            scan_end = following[1] - MARKER_BYTES  # where the marker of the next segment begins
+    for (marker, _), (_, after_next_marker) in itertools.pairwise(jpeg_segments(body)):
+        if marker == SCAN:
+            scan_end = after_next_marker - MARKER_BYTES
             break
     # A decoder that expects a certain restart marker skips everything before it. So the noise is repeated
     # after each of the markers, in their order, beginning with the one that follows the last in the scan.
     restarts = RESTART.findall(body[:scan_end])
-    due = restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0
+    due = restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0  # number of the next marker, modulo 8
     noise = NOISE
     for number in range(due, due + NUM_RESTARTS):
         noise += bytes([0xFF, FIRST_RESTART + number % NUM_RESTARTS]) + NOISE

@@ -21,7 +21,7 @@ log = logging.getLogger("sopdeploy.models")
 def _parse_source(source: str | Path) -> tuple[str, Path]:
     """Split *source* into a name, empty if it has none, and a path; raises `ConfigError`."""
     name, equals, text = str(source).partition("=")
-    if not equals or Path(source).exists():
+    if not equals or Path(source).exists():  # a path may contain `=`
         return "", Path(source)
     if re.fullmatch(r"[\w.-]+", name) is None:
         raise ConfigError(f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`")
@@ -60,19 +60,17 @@ def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
     Raises `BundleError` for a path without a bundle and `ConfigError` for two bundles with one name.
     """
     bundles: dict[str, Path] = {}
-    for given, source in map(_parse_source, sources):
-        path = follow_link(source)  # every process must serve the same bundle
+    for given_name, source in map(_parse_source, sources):
+        path = follow_link(source)  # every process then serves the same bundle, even if the link changes
         may_hold_bundles = path.is_dir() and not (path / MANIFEST).is_file()
-        if given or not may_hold_bundles:  # NAME= needs one bundle
-            named = [(given or read_manifest(path).project, path)]
+        if given_name or not may_hold_bundles:  # with a name, *path* must be one bundle
+            named = [(given_name or read_manifest(path).project, path)]
         else:
             named = _find_in_folder(path)
         for name, bundle in named:
             if name in bundles:
-                raise ConfigError(
-                    f"{bundle}: the name {name} is already used by {bundles[name]}; "
-                    f"choose another one: NAME={bundle}"
-                )
+                reason = f"the name {name} is already used by {bundles[name]}"
+                raise ConfigError(f"{bundle}: {reason}; choose another one: NAME={bundle}")
             bundles[name] = bundle
     return bundles
 

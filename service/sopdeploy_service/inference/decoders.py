@@ -66,23 +66,23 @@ def decode_budget(settings: Settings, at_rest: int, processes: int = 1) -> int:
 def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     """Divide *budget* bytes among up to *decoders* children for light images and at least one for large ones.
 
-    A light one gets `LIGHT_MEMORY`; one for large images gets more only as far as *max_pixels* need it. Of
-    1000 MiB, 4 light children and one for large images get 80 and 640 MiB, each with 8 MiB of its own.
+    Each light child gets `LIGHT_MEMORY`; the others share the rest, up to the need of *max_pixels*.
+    Of 1000 MiB, 4 light ones get 80 MiB each and one for large images gets 640, each beside 8 MiB of its own.
     """
     light_bytes = LIGHT_MEMORY + OWN_MEMORY  # of one child
-    light = max(1, min(decoders, budget // light_bytes - 1))  # leaves as much for one for large images
+    light = max(1, min(decoders, budget // light_bytes - 1))  # - 1: for a child for large images
     rest = budget - light * light_bytes
     large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
-    useful = max_pixels * PIXEL_BYTES
-    # Even if *max_pixels* is small, the file of an image can be large.
-    memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, useful))
-    enough = min(LARGE_MEMORY // 2, useful)  # for 10 megapixels, such as a photo of a phone
-    if light < decoders or memory < enough:
+    largest_need = max_pixels * PIXEL_BYTES  # of any image
+    # At least `LIGHT_MEMORY`: even if *max_pixels* is small, the file of an image can be large.
+    large_memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, largest_need))
+    usual_need = min(LARGE_MEMORY // 2, largest_need)  # of 10 megapixels, such as a photo of a phone
+    if light < decoders or large_memory < usual_need:
         log.warning(
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
-            light, decoders, memory // 10**6,
+            light, decoders, large_memory // 10**6,
         )  # fmt: skip
-    return Plan(light, large, memory)
+    return Plan(light, large, large_memory)
 
 
 class Decoders:
@@ -133,7 +133,7 @@ class Decoders:
         return self._wait_for(image, lambda child: child.copy(image))
 
     def _wait_for(self, image: bytes, request: Callable[[DecoderProcess], _Result]) -> _Result:
-        """Return the result of a light child or, for a large body or if that one fails, of a large one."""
+        """Run *request* in a light child; for a large body, or if that fails, in one for large images."""
         queues = [self.light, self.large] if len(image) <= LIGHT_BODY else [self.large]
         for jobs in queues:
             result: Future[_Result] = Future()
@@ -145,7 +145,7 @@ class Decoders:
                     result.set_exception(error)
 
             jobs.put(run)
-            with suppress(LargerImageError, DecoderEndedError):
+            with suppress(LargerImageError, DecoderEndedError):  # then try the next queue
                 return result.result()
         # The child for large images has ended or took too long; see also `_decode_item`.
         raise ImageError(DAMAGED.message, code=DAMAGED.code, status=DAMAGED.status)
@@ -183,28 +183,28 @@ class Decoders:
         if item.outcome.done():
             return
         started = time.monotonic()
-        reason = model.queue.closed_with  # why *item* gets no prediction; None: it is queued
+        refusal = model.queue.closed_with  # None, or the outcome of *item*, which is then not queued
         try:
-            if reason is None:
+            if refusal is None:
                 item.image, item.warnings = child.decode(image, model.bundle.manifest.preprocess)
         except ImageError as error:
-            reason = HttpError.of(error)
+            refusal = HttpError.of(error)
         except (LargerImageError, DecoderEndedError):
             if is_light:
                 self._put_large(model, item, image)
                 return
-            reason = DAMAGED
+            refusal = DAMAGED
         finally:
             ended = time.monotonic()
             self._metrics.decode_seconds.inc(ended - started)
-        if reason is None:
+        if refusal is None:
             item.late = DEADLINE  # no longer the error of `_put_large`
             item.decode_seconds = ended - item.arrived
             item.arrived = ended  # from now on, the arrival in the queue of the model
             self._metrics.stage("decode", item.decode_seconds)
-            reason = model.queue.put(item)  # the queue may have been closed meanwhile
-        if reason is not None:
-            call_soon(item.outcome.get_loop(), item.settle, reason)
+            refusal = model.queue.put(item)  # the queue may have been closed meanwhile
+        if refusal is not None:
+            call_soon(item.outcome.get_loop(), item.settle, refusal)
 
 
 def _run(jobs: "SimpleQueue[Job | None]", child: DecoderProcess) -> None:

@@ -97,7 +97,7 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     try:
         return _open(name, bundle, settings)
     except RuntimeUnavailableError as error:
-        if settings.runtime != "auto" or name == "onnxruntime-cpu":
+        if settings.runtime != "auto" or name == "onnxruntime-cpu":  # else `auto` has chosen a GPU
             raise
         raise RuntimeUnavailableError(
             f"{name} is set up here but does not work: {error} "
@@ -110,7 +110,7 @@ def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
     if folders := TensorRTRuntime.usable_engines(bundle, settings):
         return "tensorrt", f"engines in {' and '.join(map(str, folders))}"
     if has_cuda():
-        # Who names this runtime accepts float32; `auto` would choose it, or the CPU, without being noticed.
+        # A user who names this runtime accepts float32; `auto` must not choose it, or the CPU, unnoticed.
         if bundle.manifest.precision == "int8":
             raise RuntimeUnavailableError(
                 f"{bundle.path}: onnxruntime computes int8 on CUDA in float32; export the checkpoint in "
@@ -151,7 +151,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     timings: list[tuple[int, float]] = []
     sizes = () if runtime.device == "cpu" else padded_sizes(max_batch)
     for size in sizes:
-        images = probes.images[np.arange(size) % len(probes.images)]
+        images = probes.images[np.arange(size) % len(probes.images)]  # repeated if there are too few
         try:
             for _ in range(2):  # the second one shows the usual time
                 started = time.monotonic()
@@ -168,7 +168,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
 def _replay_all(
     probes: Probes, runtime: Runtime, max_batch: int, timings: list[tuple[int, float]], *, thorough: bool
 ) -> dict[int, Replay]:
-    """Replay *probes* as `load_model` says, also overlapping; add (images, seconds) of runs to *timings*."""
+    """Replay *probes* alone and in batches, as `load_model` says; add (images, seconds) to *timings*."""
 
     def timed_run(images: NDArray[np.uint8]) -> Outputs:
         started = time.monotonic()
@@ -178,10 +178,10 @@ def _replay_all(
 
     size = min(max_batch, len(probes.images))
     if thorough or size == 1:
-        parts = {1: probes, size: probes}  # by batch size: all of them alone, and all in batches
-    else:
-        parts = {1: _select(probes, slice(1)), size: _select(probes, slice(1, None))}
-    replays = {batch: replay(part, timed_run, batch=batch) for batch, part in parts.items()}
+        probes_by_size = {1: probes, size: probes}  # all of them alone and, unless *size* is 1, in batches
+    else:  # the first one alone, the others in batches
+        probes_by_size = {1: _select(probes, slice(1)), size: _select(probes, slice(1, None))}
+    replays = {batch: replay(part, timed_run, batch=batch) for batch, part in probes_by_size.items()}
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)
     return replays
@@ -193,17 +193,18 @@ def _select(probes: Probes, part: slice) -> Probes:
 
 
 def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: int) -> None:
-    """Replay *probes* with two batches in flight, as the second and as the first of the two.
+    """Replay *probes* twice beside another batch in flight: it begins before theirs, then after theirs.
 
     This detects, before the first request, batches that overwrite each other's memory. Raises `ParityError`.
     """
-    for position in (1, 0):
+    for position in (1, 0):  # of the probes' batch among the two
 
         def run(images: NDArray[np.uint8], position: int = position) -> Outputs:
-            batches = [~images, ~images]  # inverted, so that their outputs differ
+            batches = [~images, ~images]  # the other batch has inverted images, so that the outputs differ
             batches[position] = images
             waits = [runtime.begin(list(batch)) for batch in batches]
-            return [wait() for wait in waits][position]
+            outputs = [wait() for wait in waits]
+            return outputs[position]
 
         replay(probes, run, batch=max_batch)
 

@@ -84,7 +84,7 @@ class BudgetedRegistry(ModelRegistry):
     def use(self, model: Model) -> Iterator[None]:
         """Do not release *model*, loaded or not, during the block."""
         self._entries.move_to_end(model.name)
-        with super().use(self._entries[model.name].placeholder):
+        with super().use(self._entries[model.name].placeholder):  # counts the users, see `_make_room`
             yield
 
     async def wait_until_loaded(self, model: Model) -> Model:
@@ -110,12 +110,12 @@ class BudgetedRegistry(ModelRegistry):
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:
         """Check the bundle at *path*, and let requests find its model, not loaded, under *name*."""
         bundle = open_checked(path, self._settings)
-        placeholder = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
-        model = self._by_name[name] = Model(name, placeholder, self._settings, self.metrics)
-        model.is_loaded = False
+        not_loaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
+        placeholder = self._by_name[name] = Model(name, not_loaded, self._settings, self.metrics)
+        placeholder.is_loaded = False
         self.metrics.model_memory.labels(name).set(0)
         size = FILE_FACTOR * bundle.manifest.files["model.onnx"].bytes + ACTIVATION_BYTES
-        return BudgetEntry(model, size)
+        return BudgetEntry(placeholder, size)
 
     async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
         """Load *entry* after earlier loads; return the error for waiting requests if it fails."""

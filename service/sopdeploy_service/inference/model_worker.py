@@ -158,10 +158,12 @@ class LatencyTable:
 
         A size without measurement takes the value of the next larger size, or scales the largest one.
         """
-        if larger := [size for size in self._seconds if size >= num_images]:
-            return self._seconds[min(larger)]
-        largest = max(self._seconds, default=1)
-        return self._seconds.get(largest, 0.0) * num_images / largest
+        if not self._seconds:
+            return 0.0
+        if large_enough := [size for size in self._seconds if size >= num_images]:
+            return self._seconds[min(large_enough)]
+        largest = max(self._seconds)
+        return self._seconds[largest] * num_images / largest
 
     def total_seconds(self, num_images: int, max_batch: int) -> float:
         """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
@@ -208,7 +210,7 @@ class Model:
         self._overlapping = loaded.runtime if isinstance(loaded.runtime, OverlappingRuntime) else None
         self._outputs = tuple(output.name for output in manifest.outputs)
         self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
-        self._failed = False  # whether every image of the last batch failed
+        self._must_check = False  # the device, because every image of the last batch failed
         self._in_flight: list[_Batch] = []  # oldest first
         self._batch_started: float | None = None  # when the oldest batch got the device to itself
 
@@ -251,8 +253,8 @@ class Model:
     async def _watch(self) -> None:
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
         while not self.dead:
-            # The thread sets the start of a batch before the batch becomes the oldest. Read in the opposite
-            # order here, the start is never that of an earlier batch, which would seem to hang.
+            # The thread sets the start of a batch before the batch becomes the oldest. So the batch is read
+            # first: the start that is read next is not that of an earlier batch, which would seem to hang.
             batches = tuple(self._in_flight)
             started = self._batch_started
             num_images = len(batches[0].items) if batches else 0  # without a batch, `check_device` may run
@@ -275,15 +277,15 @@ class Model:
         try:
             while True:
                 if not self._in_flight:
-                    if self._failed:  # the device may be lost; the start is for the watchdog
-                        self._batch_started = time.monotonic()
+                    if self._must_check:
+                        self._batch_started = time.monotonic()  # for the watchdog
                         check_device(self._runtime, self.bundle.manifest.image_shape)
-                        self._batch_started, self._failed = None, False
+                        self._batch_started, self._must_check = None, False
                     has_begun = self._begin_next()
                     if not has_begun:  # the queue is closed
                         break
-                # A second batch, unless the device must be checked after the batch in flight.
-                if self._overlapping is not None and not self._failed:
+                # Begin a second batch, unless the device must be checked when the batch in flight has ended.
+                if self._overlapping is not None and not self._must_check:
                     self._begin_next(only_full=True)
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
@@ -312,8 +314,9 @@ class Model:
         names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
         started, ended = cast(float, self._batch_started), time.monotonic()  # a batch in flight has a start
-        self._failed = all(row is results.INFERENCE_FAILED or row is results.OUT_OF_MEMORY for row in rows)
-        self._batch_started = ended if len(self._in_flight) > 1 else None  # first, see `_watch`
+        self._must_check = all(row in (results.INFERENCE_FAILED, results.OUT_OF_MEMORY) for row in rows)
+        # Set before the batch is removed, see `_watch`: the next one has the device to itself from now on.
+        self._batch_started = ended if len(self._in_flight) > 1 else None
         del self._in_flight[0]
         outcomes: list[Outcome] = []
         for item, row in zip(batch.items, rows, strict=True):
@@ -336,11 +339,10 @@ class Model:
         """
         if batch.wait is not None:
             wait, batch.wait = batch.wait, None
-        elif self._overlapping is not None:
-            wait = self._overlapping.begin(images, names)
-        else:
-            return self._runtime.run(np.stack(images))
-        return wait()
+            return wait()
+        if self._overlapping is not None:
+            return self._overlapping.begin(images, names)()
+        return self._runtime.run(np.stack(images))
 
     def _settle(
         self, items: Sequence[QueuedImage], outcomes: Sequence[Outcome], started: float, ended: float

@@ -188,7 +188,7 @@ class Service:
         self._draining = True  # until `start`
 
     def _count_decoders(self) -> int:
-        """Return how many children decode light images, if the server has no other process."""
+        """Return the largest number of children for light images, if the server has no other process."""
         if self.settings.decoders != "auto":
             return self.settings.decoders
         if all(model.loaded.runtime.device == "cpu" for model in self.registry.models()):
@@ -233,8 +233,8 @@ class Service:
         if self._draining:
             raise RejectedError(results.DRAINING)
         self.check_queue(model, 1)
-        # A request that is alone is always admitted: its batch corrects an estimate that is too high, with
-        # which every request would be rejected from now on.
+        # A request that is alone is always admitted. Otherwise, an estimate that is too high would reject
+        # every request, and no batch would correct it.
         if self.admitted:
             seconds = model.latency.total_seconds(self.admitted + 1, model.largest_batch)
             if time.monotonic() + seconds > deadline:
@@ -276,7 +276,7 @@ class Service:
                     continue
                 item.image = image
                 if (closed_with := model.queue.put(item)) is not None:
-                    item.settle(closed_with)  # an outcome of the image, as a decoder would settle it
+                    item.settle(closed_with)  # as a decoder does for an encoded image
             outcomes = [await item.outcome for item in items]
         except asyncio.CancelledError:
             model.queue.reject(items, results.CLIENT_GONE)
@@ -284,7 +284,7 @@ class Service:
         finally:
             self.admitted -= len(images)
             timer.cancel()
-        for outcome in outcomes:  # one image that is late ends the request; a `Prediction` cannot be hashed
+        for outcome in outcomes:  # one image that is late ends the whole request
             if isinstance(outcome, HttpError) and outcome in {results.DEADLINE, results.DECODERS_BUSY}:
                 raise RejectedError(outcome)
         if self.keep is not None and may_keep:
@@ -294,9 +294,10 @@ class Service:
         return outcomes
 
     async def explain(self, model: Model, images: Images, deadline: float) -> list[Outcome]:
-        """Run `infer`, which may keep the images, and then `infer` on the occluded copies of all images.
+        """Run `infer`, then run it on occluded copies of each image; add their logits to its `Prediction`.
 
-        The copies count as admitted from the start, so that they find room in the queue.
+        An image gets the error of its first copy that fails. The images may be kept, their copies not. The
+        copies count as admitted from the start, so that they find room in the queue.
         """
         num_copies = GRID**2
         self.admitted += num_copies * len(images)
@@ -309,16 +310,16 @@ class Service:
             return outcomes
         started, rules = time.monotonic(), model.bundle.manifest.preprocess
         copies = np.concatenate([occlude(prediction.pixels, rules) for prediction in predictions])
-        copy_outcomes = iter(await self.infer(model, copies, deadline, are_occluded=True))
+        outcomes_left = iter(await self.infer(model, copies, deadline, are_occluded=True))  # of all copies
         seconds = time.monotonic() - started
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, Prediction):
-                own = list(itertools.islice(copy_outcomes, num_copies))  # of the copies of this image
-                errors = [one for one in own if isinstance(one, HttpError)]
-                logits = [one.outputs[model.logits] for one in own if isinstance(one, Prediction)]
+                copy_outcomes = list(itertools.islice(outcomes_left, num_copies))  # of this image
+                errors = [one for one in copy_outcomes if isinstance(one, HttpError)]
+                logits = [one.outputs[model.logits] for one in copy_outcomes if isinstance(one, Prediction)]
                 stages = {**outcome.stage_seconds, "explain": seconds}
-                result = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
-                outcomes[number] = errors[0] if errors else result  # one copy fails the explanation
+                explained = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
+                outcomes[number] = errors[0] if errors else explained
         return outcomes
 
     def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:

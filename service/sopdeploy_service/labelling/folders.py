@@ -79,7 +79,7 @@ class LabelFolders:
         samples = [photo for photo in found if "sample" in photo.record.reasons]
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
         queue = order_records([photo for photo in found if "sample" not in photo.record.reasons])
-        for number, photo in enumerate(samples):  # every `SAMPLE_EVERY`-th place, then all others at the end
+        for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
         self.waiting = {photo.path.stem: photo for photo in queue}
 
@@ -175,7 +175,7 @@ def order_records(found: list[Kept]) -> list[Kept]:
     probabilities_NC = np.zeros((len(found), len(names)))
     for row, (_, record) in zip(probabilities_NC, found, strict=True):
         row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
-    # None: the bundle has no threshold, so nothing says that the photograph shows none of its classes.
+    # A photograph counts as known if its bundle has no threshold, so that `known` is None.
     known_N = np.asarray([record.known is not False for _, record in found], np.bool_)
     return [found[index] for index in order_by_value(probabilities_NC, known_N)]
 
@@ -194,7 +194,7 @@ def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bo
     uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])
     order: list[int] = []
     for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
-        left = group[np.argsort(-uncertainties_N[group], kind="stable")]
+        left = group[np.argsort(-uncertainties_N[group], kind="stable")]  # not chosen yet, by index
         distances = np.ones(len(left))  # to the closest one chosen before; at most 1, and 1 before the first
         for _ in range(min(MAX_SPREAD, len(left))):
             best = int((distances * uncertainties_N[left]).argmax())
@@ -214,20 +214,20 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     """
     if name not in classes:  # names that exist stay as they are
         name = unicodedata.normalize("NFC", name.strip())
-    has_length = 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES
-    is_printable = not any(unicodedata.category(one)[0] == "C" or one in NOT_IN_NAMES for one in name)
-    same = [other for other in classes if _folded(other) == _folded(name)]
-    is_new_folder, problem = name not in folders, ""
-    if is_new_folder and not has_length:
+    has_valid_length = 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES
+    is_printable = not any(unicodedata.category(char)[0] == "C" or char in NOT_IN_NAMES for char in name)
+    spellings = [other for other in classes if _folded(other) == _folded(name)]
+    problem = ""
+    if name not in folders and not has_valid_length:
         problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
-    elif is_new_folder and not is_printable:
+    elif name not in folders and not is_printable:
         problem = f"leave out control characters and {' '.join(NOT_IN_NAMES)}"
     elif is_hidden(name) or name.endswith("."):
         problem = "the folder would be hidden; do not begin or end with a dot"
     elif part_kind(name):
         problem = "`train` takes such a folder for a part of the data; choose another name"
-    elif same and name not in same:
-        problem = f"use the class {same[0]!r}, which has the same name in other letters"
+    elif spellings and name not in spellings:
+        problem = f"use the class {spellings[0]!r}, which has the same name in other letters"
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")
     return name

@@ -16,7 +16,8 @@ from sopdeploy_service.settings import Settings
 
 def padded_sizes(largest: int) -> tuple[int, ...]:
     """List the batch sizes 1, 2, 4 and so on below *largest*, and *largest*."""
-    return (*(1 << power for power in range((largest - 1).bit_length())), largest)
+    num_powers = (largest - 1).bit_length()  # of the powers of two below *largest*
+    return (*(1 << power for power in range(num_powers)), largest)
 
 
 class OutOfMemoryError(Exception):

@@ -96,13 +96,13 @@ class CudaOnnxRuntime(OnnxRuntime):
         """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
         names = self._outputs if names is None else list(names)
         count = len(images)
-        sizes = [size for size in padded_sizes(self.largest_batch) if size >= count]
-        size = min(sizes, default=count)  # a batch that is too large is not padded, and may fail
+        large_enough = [size for size in padded_sizes(self.largest_batch) if size >= count]
+        size = min(large_enough, default=count)  # a batch that is too large is not padded, and may fail
         padded = np.zeros((size, *images[0].shape), np.uint8)
         np.stack(images, out=padded[:count])
-        values: Future[list[NDArray[np.float32]]] = Future()
-        self._jobs.put((partial(self._session.run, names, {self._input: padded}), values))
-        return lambda: {name: value[:count] for name, value in zip(names, values.result(), strict=True)}
+        future: Future[list[NDArray[np.float32]]] = Future()  # of an array for each name
+        self._jobs.put((partial(self._session.run, names, {self._input: padded}), future))
+        return lambda: {name: value[:count] for name, value in zip(names, future.result(), strict=True)}
 
     def close(self) -> None:
         """End the thread and release the session."""

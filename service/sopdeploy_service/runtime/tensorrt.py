@@ -27,10 +27,10 @@ class TensorRTRuntime:
         cuda = open_cuda()
         self.name = f"tensorrt {trt.__version__}"
         fields = key_fields(bundle, str(trt.__version__), cuda.gpu())
-        reasons: list[str] = []  # why no engine of a folder can be used
+        reasons: list[str] = []  # of each folder without an engine that can be used
         for folder in engine_folders(bundle, settings):
             found = load_engine(folder, fields)
-            if not isinstance(found, str):
+            if not isinstance(found, str):  # an engine, not the reason why there is none
                 self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, found.record.key)
                 self.largest_batch = self._session.largest_batch
                 return
@@ -44,7 +44,7 @@ class TensorRTRuntime:
         folders = engine_folders(bundle, settings)
         try:
             if folders:
-                import_tensorrt()
+                import_tensorrt()  # only to see whether this is possible
         except RuntimeUnavailableError as error:
             log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
             return []
