@@ -104,7 +104,8 @@ class BudgetedRegistry(ModelRegistry):
         """Give *reason* to every image without an outcome, and `DRAINING` to waiting requests."""
         for entry in self._entries.values():
             if entry.loading is not None:
-                entry.loading.cancel()  # `_load_entry` then returns `DRAINING`
+                # After the task's first step, so that `_load_entry` has begun and returns `DRAINING`.
+                asyncio.get_running_loop().call_soon(entry.loading.cancel)
         super().close(reason)
 
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:

@@ -171,13 +171,14 @@ def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_again(bundle
         assert client.get("/readyz").status_code == 200
 
 
-def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path, monkeypatch) -> None:
+@pytest.mark.parametrize("steps", [1, 5])  # of the loop: before the load has begun, and in it
+def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path, monkeypatch, steps) -> None:
     device = Device(70 * MB, monkeypatch)
 
     async def scenario(registry: BudgetedRegistry) -> None:
         device.gate.clear()
         waiting = asyncio.create_task(request(registry, "a"))
-        for _ in range(5):  # until the load has begun
+        for _ in range(steps):
             await asyncio.sleep(0)
         registry.close(DRAINING)
         with pytest.raises(RejectedError, match="shutting down"):
