@@ -107,7 +107,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     content = {
         "format": CHECKPOINT_FORMAT,
         "version": _VERSION,
-        **{entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)},  # four change below
+        **{entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)},  # four are replaced
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "preprocess": checkpoint.preprocess.model_dump(mode="json"),
         "decision": None if decision is None else decision.model_dump(mode="json"),

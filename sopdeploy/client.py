@@ -142,11 +142,11 @@ class Client:
 
         A list is sent as one request; one of several images that cannot be classified has `error` set.
         *top_k* is the number of classes, *model* the model to use if the server has several. *threshold*
-        replaces the thresholds of a multi-label network.
-        *explain* requests the `explanation` of the first class; an image then counts as 50 for the server.
-        *timeout* replaces that of the client. Raises `ServiceError` if the server rejects the request or its
-        only image, `OverloadedError` if it is overloaded, `UnreachableError` without a response in time, and
-        `DataError` or `ConfigError` for an image that cannot be sent.
+        replaces the thresholds of a multi-label network. *explain* requests the `explanation` of the first
+        class; an image then counts as 50 for the server. *timeout* replaces that of the client. Raises
+        `ServiceError` if the server rejects the request or its only image, `OverloadedError` if it is
+        overloaded, `UnreachableError` without a response in time, and `DataError` or `ConfigError` for an
+        image that cannot be sent.
 
         Example:
             best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]
@@ -216,9 +216,10 @@ class Client:
         bodies = [encode_image(each) for each in images]
         if not bodies:
             return []
-        content: dict[str, Any] = {"content": bodies[0], "headers": {"Content-Type": CONTENT_TYPE}}
         if is_list:
-            content = {"files": [("image", ("image", body, CONTENT_TYPE)) for body in bodies]}
+            content: dict[str, Any] = {"files": [("image", ("image", body, CONTENT_TYPE)) for body in bodies]}
+        else:
+            content = {"content": bodies[0], "headers": {"Content-Type": CONTENT_TYPE}}
         given = {name: value for name, value in params.items() if value is not None}
         response = self._send("POST", path, timeout, params=given, **content)
         results = _parse_results(response, kind, len(bodies))
@@ -248,7 +249,8 @@ class Client:
                     return response
                 error, delay = _response_error(response), backoff(attempt) + retry_after(response)
                 may_retry = response.status_code in RETRY_STATUSES
-            if not may_retry or attempt == self._retries or delay >= end - time.monotonic():
+            is_last = attempt == self._retries or delay >= end - time.monotonic()
+            if is_last or not may_retry:
                 raise error
             time.sleep(delay)
             attempt += 1

@@ -62,9 +62,8 @@ def first_problem(error: pydantic.ValidationError) -> str:
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key"
     reason = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "value_error":  # raised by a validator of this package
-        if not problem["loc"]:  # the validator checked a whole model, and names the wrong values itself
-            return reason
-        if isinstance(problem["input"], dict):  # the same, for a model that is the value of a field
-            return f"{where}: {reason}"
+    is_of_validator = problem["type"] == "value_error"  # a validator of this package raised it
+    checked_whole_model = not problem["loc"] or isinstance(problem["input"], dict)
+    if is_of_validator and checked_whole_model:  # the message names the wrong values
+        return f"{where}: {reason}" if problem["loc"] else reason
     return f"{where}: {reason} (got {str(problem['input'])[:80]!r})"

@@ -55,7 +55,7 @@ def is_main_process() -> bool:
 
 
 def lacks_vnni() -> bool:
-    """Check for an x86 processor that lists no VNNI, or no features; `SLOW_INT8` describes the effect."""
+    """Check for an x86 processor without VNNI, or with unknown features; `SLOW_INT8` tells the effect."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     return not CPUINFO.exists() or "vnni" not in CPUINFO.read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def missing_extras() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = error.name or ""
-        package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))  # names of their projects
+        package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))  # its name on PyPI
         requirements = "\n".join(metadata.requires("sopdeploy") or [])  # lines: `timm>=1; extra == "train"`
         required = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
         extras = [extra for name, extra in required if name == package]

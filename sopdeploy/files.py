@@ -122,12 +122,13 @@ def check_is_file(path: Path) -> None:
     """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
     if path.is_file():
         return
-    problem, advice = "no such file", "use the best.pt of a training run"
+    advice = "use the best.pt of a training run"
     if (path / "manifest.json").is_file():
         problem = "a bundle, which is already exported"
-    elif path.is_dir():
-        problem = "a folder"
-        advice = f"use {path / 'best.pt'}" if (path / "best.pt").is_file() else advice
+    elif (path / "best.pt").is_file():
+        problem, advice = "a folder", f"use {path / 'best.pt'}"
+    else:
+        problem = "a folder" if path.is_dir() else "no such file"
     raise CheckpointError(f"{path}: {problem}; {advice}")
 
 

@@ -74,8 +74,8 @@ def read_kept(folder: Path) -> list[Kept]:
     `OSError` if *folder* cannot be read.
     """
     kept = []
-    of_devices = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
-    files = [file for place in (folder, *of_devices) for file in sorted(place.glob("*.json"))]
+    device_folders = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
+    files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
     for path in files:
         with suppress(OSError, pydantic.ValidationError):
             record = KeptRecord.model_validate_json(path.read_bytes())

@@ -53,9 +53,9 @@ def archived_manifest(archive: Path) -> Manifest:
     """Read the manifest at the start of *archive*; raise `BundleError` if that is no archive of a bundle."""
     try:
         with archive.open("rb") as file:
-            first = file.read(BLOCK)
-            size = int(first[SIZE_FIELD].rstrip(b"\0 "), 8)
-            if not 0 <= size <= MAX_MANIFEST_BYTES or first != header(MANIFEST, size):
+            first_block = file.read(BLOCK)
+            size = int(first_block[SIZE_FIELD].rstrip(b"\0 "), 8)
+            if not 0 <= size <= MAX_MANIFEST_BYTES or first_block != header(MANIFEST, size):
                 raise ValueError("does not begin with a manifest")
             return Manifest.from_bytes(file.read(size))
     except (ValueError, RecursionError) as error:
@@ -76,12 +76,12 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
     mismatch = f"{archive.name}: is not packed as `sopdeploy push` packs it; push the bundle again"
     with archive.open("rb") as file:
         for piece in archive_layout(manifest):
-            if isinstance(piece, str):
-                size = manifest.files[piece].bytes
+            if isinstance(piece, str):  # the name of a file, whose contents follow
+                missing = manifest.files[piece].bytes
                 with writing(piece, BundleError), (folder / piece).open("xb") as target:
-                    while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
+                    while missing > 0 and (block := file.read(min(missing, BLOCK_BYTES))):
                         target.write(block)
-                        size -= len(block)
+                        missing -= len(block)
             elif file.read(len(piece)) != piece:  # other bytes, or fewer because the file ends
                 raise BundleError(mismatch)
         if file.read(1):  # bytes after the last piece

@@ -137,21 +137,23 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the bundle folder *path*; raise `BundleError` if it is missing or invalid."""
     file = path / MANIFEST
     if not path.is_dir():
-        hint = f"no bundle here; a bundle is a folder with a {MANIFEST}"
         if path.suffix == ".pt" and path.is_file():
             hint = f"a checkpoint, not a bundle; run: sopdeploy export {path} --detach"
         elif path.suffix == ".tar" and path.is_file():
             hint = f"an archive, not a bundle; run: sopdeploy pull {path} bundles"
+        else:
+            hint = f"no bundle here; a bundle is a folder with a {MANIFEST}"
         raise BundleError(f"{path}: {hint}")
     if not file.is_file() or file.is_symlink():
         bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
-        hint = f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
         if (best := path / "best.pt").is_file():
             hint = f"a run, not a bundle; run: sopdeploy export {best} --detach"
         elif bundles:
             newest = path / LATEST
             shown = newest if newest in bundles else bundles[0]
             hint = f"a folder of bundles; choose one, such as {shown}"
+        else:
+            hint = f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
         raise BundleError(f"{path}: {hint}")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(
@@ -212,13 +214,13 @@ def check_file_name(bundle: Path, name: str) -> None:
 
 
 def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
-    classes = manifest.outputs[0].shape[-1]  # their number
+    count = manifest.outputs[0].shape[-1]  # of classes
     try:
         labels = pydantic.TypeAdapter(tuple[str, ...]).validate_json(file.read_bytes())
     except pydantic.ValidationError as error:
         raise BundleError(f"{file}: not a list of class names; export the bundle again") from error
-    if len(labels) != classes:
-        raise BundleError(f"{file}: {len(labels)} class names for {classes} outputs; export the bundle again")
+    if len(labels) != count:
+        raise BundleError(f"{file}: {len(labels)} class names for {count} outputs; export the bundle again")
     if wrong := label_problem(labels):
         raise BundleError(f"{file}: {wrong}; export the bundle again")
     if problem := manifest.rules.problem_with(len(labels)):
@@ -277,30 +279,30 @@ def list_bundles(folder: Path) -> list[Listed]:
 
     Reads all manifests, and every file of the bundles that are served. Calls do not depend on earlier ones.
     """
-    listed, served = [], dict[str, Manifest]()
-    for bundle in sorted(read_bundles(folder), key=_age, reverse=True):  # the last export first
+    listed, served_by_project = [], dict[str, Manifest]()
+    for bundle in sorted(read_bundles(folder), key=_preference, reverse=True):  # the last export first
         manifest, reason = bundle.manifest, ""
         if manifest is None:  # `read_bundles` gave the reason
             listed.append(bundle)
             continue
-        instead = served.get(manifest.project)
-        if instead is None:
+        served = served_by_project.get(manifest.project)
+        if served is None:  # this bundle is served if its files are complete
             try:
                 open_bundle(bundle.path)
-                served[manifest.project] = manifest
+                served_by_project[manifest.project] = manifest
             except (BundleError, OSError) as error:
                 reason = str(error)
-        elif manifest.id == instead.id:
-            reason = f"a copy of {instead.name}"
-        elif manifest.exported_at == instead.exported_at:
+        elif manifest.id == served.id:
+            reason = f"a copy of {served.name}"
+        elif manifest.exported_at == served.exported_at:
             reason = "exported at the same time"
         else:
             reason = f"exported earlier, {manifest.exported_at[:19]}Z"
-        listed.append(Listed(bundle.path, manifest, reason, replaced=instead is not None))
+        listed.append(Listed(bundle.path, manifest, reason, replaced=served is not None))
     return listed
 
 
-def _age(bundle: Listed) -> tuple[str, str, bool, Path]:
+def _preference(bundle: Listed) -> tuple[str, str, bool, Path]:
     """Return the key by which the bundle to serve is the greatest; of copies, one with its own name."""
     path, manifest, *_ = bundle
     if manifest is None:
@@ -309,19 +311,19 @@ def _age(bundle: Listed) -> tuple[str, str, bool, Path]:
 
 
 def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:
-    """Describe in one line per project which bundle is served, and the others with their reasons.
+    """Describe each project in a line: the bundle that is served, then the others with their reasons.
 
-    Also yields whether a bundle is damaged or unreadable. A bundle that a later one replaces is neither.
+    Yields the line, and whether a bundle is damaged or unreadable. One that a later one replaces is neither.
     """
-    lines: dict[str, list[str]] = {}
-    failed = set()
+    all_texts: dict[str, list[str]] = {}  # by project
+    damaged = set()  # projects with a damaged or unreadable bundle
     for path, manifest, reason, replaced in listed:
         project = path.name if manifest is None else manifest.project
-        texts = lines.setdefault(project, [])
-        if reason and not replaced:  # damaged or unreadable
-            failed.add(project)
-        if manifest is None or reason:
-            texts.append(f"not {path.name}, {reason}")
-        else:
+        texts = all_texts.setdefault(project, [])
+        if manifest is not None and not reason:
             texts.insert(0, f"serves {path} (exported {manifest.exported_at[:19]}Z)")
-    return ((f"{project}: {'; '.join(texts)}", project in failed) for project, texts in lines.items())
+        else:
+            texts.append(f"not {path.name}, {reason}")
+        if reason and not replaced:
+            damaged.add(project)
+    return ((f"{project}: {'; '.join(texts)}", project in damaged) for project, texts in all_texts.items())

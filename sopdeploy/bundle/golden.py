@@ -122,8 +122,8 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             pixels = np.frombuffer(raw, np.uint8).reshape(manifest.image_shape)
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
             opened.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
-        of_logits = read_probes(bundle.probes).tolerance[manifest.outputs[0].name]  # the first output
-        is_strict = index.tolerance <= TOLERANCES * of_logits  # otherwise a wrong runtime could pass
+        logit_tolerance = read_probes(bundle.probes).tolerance[manifest.outputs[0].name]
+        is_strict = index.tolerance <= TOLERANCES * logit_tolerance  # otherwise a wrong runtime could pass
         fits = is_strict and (is_mixture or len(opened) == NUM_EXAMPLES)
     except (KeyError, ValueError):
         fits = False

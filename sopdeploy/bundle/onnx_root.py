@@ -144,13 +144,13 @@ def check_roots(bundle: Bundle) -> str | None:
 
     Raises `BundleError` naming the file that does not fit.
     """
-    lineage, precision = bundle.manifest.lineage, bundle.manifest.precision
+    manifest, lineage = bundle.manifest, bundle.manifest.lineage
     certificate, advice = bundle.path / "certificate.json", "export the bundle again"
     root: str | None
     try:
         model, root = read_model(bundle.onnx.read_bytes())
         _check_interface(bundle, model)
-    except ImportError:
+    except ImportError:  # `onnx` is not installed
         root = None
     except CertificateError as error:
         raise BundleError(f"{bundle.onnx}: {error}; {advice}") from error
@@ -161,13 +161,13 @@ def check_roots(bundle: Bundle) -> str | None:
         )
     try:  # no OSError, because `open_bundle` has read the file
         fields = json.loads(certificate.read_bytes())
-        program, certified = fields["roots"]["any_batch"], fields["roots"]["onnx"]
+        program_root, certified_root = fields["roots"]["any_batch"], fields["roots"]["onnx"]
         mixes_images = tuple(fields["mixes_images"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleError(f"{certificate}: contains no graph roots; {advice}") from error
-    if program != lineage.program_root or mixes_images != bundle.manifest.mixes_images:
+    if program_root != lineage.program_root or mixes_images != manifest.mixes_images:
         raise BundleError(f"{certificate}: belongs to another network than the manifest; {advice}")
-    if precision == "fp32" and certified != lineage.onnx_root:
+    if manifest.precision == "fp32" and certified_root != lineage.onnx_root:
         raise BundleError(f"{certificate}: certifies another graph than model.onnx; {advice}")
     return root
 

@@ -97,10 +97,11 @@ def read_probes(path: Path, manifest: Manifest | None = None) -> Probes:
     if len({image.tobytes() for image in probes.images}) < len(probes.images):
         raise BundleError(f"{path}: has the same image twice; export the bundle again")
     if manifest is not None:
-        count, shapes = len(probes.images), {name: values.shape for name, values in probes.expected.items()}
+        count = len(probes.images)
         required = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
-        has_all_outputs = required.items() <= shapes.items()
-        if not count or probes.images.shape[1:] != manifest.image_shape or not has_all_outputs:
+        given = {name: values.shape for name, values in probes.expected.items() if name in required}
+        has_images = count > 0 and probes.images.shape[1:] == manifest.image_shape
+        if not has_images or given != required:
             raise BundleError(f"{path}: does not probe every output; export the bundle again")
     return probes
 

@@ -163,10 +163,8 @@ class AugmentedDataset(Dataset):
             padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
             top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
             array = padded[top : top + rules.crop, left : left + rules.crop]
-        if isinstance(augmentation, PadCrop) and augmentation.doubled:
-            is_mirrored = copy % 2 == 1  # every second copy of a sample is its mirror image
-        else:
-            is_mirrored = random.random() < augmentation.flip
+        is_doubled = isinstance(augmentation, PadCrop) and augmentation.doubled  # every second copy mirrored
+        is_mirrored = (copy % 2 == 1) if is_doubled else (random.random() < augmentation.flip)
         if is_mirrored:
             array = array[:, ::-1]
         return self.color(array, derive_seed(self.seed, "color", self.epoch, index)), target

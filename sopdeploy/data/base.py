@@ -213,13 +213,13 @@ def hash_images(images: LabeledImages) -> NDArray[np.int64]:
 
 def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
     """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
-    _, indices, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    first = indices[inverse].tolist()  # for each image, the index of the first one with its hash
-    same = images.targets[first] == images.targets
-    same_labels = same if same.ndim == 1 else same.all(axis=1)
-    readable = hashes != 0  # as `hash_images` marks them
-    contradictions = np.flatnonzero(readable & ~same_labels).tolist()
-    pairs = [f"{images.describe(first[index])} = {images.describe(index)}" for index in contradictions]
+    _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
+    first_N = first_of_hash[hash_number_N].tolist()  # for each image, the index of the first with its hash
+    is_equal = images.targets[first_N] == images.targets  # (N,), or (N, C) if an image has several classes
+    same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
+    is_readable_N = hashes != 0  # as `hash_images` marks them
+    contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()  # never the first of its hash
+    pairs = [f"{images.describe(first_N[index])} = {images.describe(index)}" for index in contradictions]
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
 
 
@@ -322,21 +322,21 @@ def hold_out(
     iterative stratification of Sechidis et al. (ECML 2011), section 4.
     """
     ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
-    order = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # of image indices
+    shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # image indices
     if targets.ndim == 1:
-        sorted_by_class = order[np.argsort(targets[order], kind="stable")]
+        sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
         starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
-        of_classes = np.split(sorted_by_class, starts)
+        class_members = np.split(sorted_by_class, starts)
     else:
         rarest_first = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
-        of_classes = [order[targets[order, column] > 0] for column in rarest_first]
-        of_classes.append(order[~targets[order].any(axis=1)])
+        class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
+        class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])  # the images without a class
     held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
-    for members in of_classes:  # the images of a class in random order; an image can have several classes
+    for members in class_members:  # image indices in random order; an image can have several classes
         at_most = max(0, len(members) - 1)  # one image remains for training; a class may have no images here
         quota = min(max(1, round(fraction * len(members))), at_most)
         missing = max(0, quota - held_out[members].sum())  # rarer classes may have held out some of these
-        undecided = members[~decided[members]]
+        undecided = members[~decided[members]]  # each rarer class has decided about all of its images
         held_out[undecided[:missing]] = True
         decided[members] = True  # those that are not held out are training images
     return held_out

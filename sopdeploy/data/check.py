@@ -113,18 +113,16 @@ def check_data(
     """
     opened = open_parts(data_folder(path))
     parts = opened.parts
-    can_compare_features = sum(len(images) for images in parts.values()) <= MAX_FEATURES
-    group_images = group_by_features if can_compare_features else None
-    by_edges = near and group_images is None
+    if sum(len(images) for images in parts.values()) > MAX_FEATURES:
+        group_by_features = None
+    by_edges = near and group_by_features is None
     infos = [
         info
         for name, images in parts.items()
         for info in map_threaded(partial(_inspect_file, images, name, by_edges), len(images))
     ]
     readable = [info for info in infos if not info.error]
-    notes = [*opened.notes]
-    if by_edges:
-        notes.append(EDGES_MISS)
+    notes = (*opened.notes, EDGES_MISS) if by_edges else tuple(opened.notes)
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T  # two sides per image
     train, *held_out = parts.values()
     # If no images are held out by folder, training leaves out classes of one image: it cannot divide them.
@@ -139,9 +137,9 @@ def check_data(
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=too_few,
         duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
-        near=tuple(_find_near(readable, group_images)) if near else None,
+        near=tuple(_find_near(readable, group_by_features)) if near else None,
         passed_over=dict(opened.ignored),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 

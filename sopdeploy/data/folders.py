@@ -117,7 +117,7 @@ def is_image(name: str) -> bool:
 
 
 def part_kind(name: str) -> str:
-    """Return the word of `TRAINING` or `HELD_OUT` in the folder *name*: `train` of `seg_train`; else ""."""
+    """Return *name* without affixes, `train` for `seg_train`; "" if it is not in `TRAINING` or `HELD_OUT`."""
     words = [word for word in re.split(r"[\s_.-]+", name.lower()) if word and word not in AFFIXES]
     kind = words[0].removesuffix("set") if len(words) == 1 else ""  # as in `trainset`
     return kind if kind in TRAINING or kind in HELD_OUT else ""
@@ -127,10 +127,9 @@ def find_parts(root: Path) -> Parts:
     """Find the parts of the data set in *root*; raises `DataError` for two folders of training images."""
     names = list_subfolders(root)
     kinds = {name: part_kind(name) for name in names}
-    only_parts = all(kinds.values())  # otherwise `train` may be a class; it is a part if it contains folders
-    candidates = [
-        name for name in names if kinds[name] in TRAINING and (only_parts or list_subfolders(root / name))
-    ]
+    candidates = [name for name in names if kinds[name] in TRAINING]
+    if not all(kinds.values()):  # beside others, `train` may be a class; as a part it contains folders
+        candidates = [name for name in candidates if list_subfolders(root / name)]
     if len(candidates) > 1:
         raise DataError(f"{root}: {shorten(candidates)} may all hold the training images; rename all but one")
     held_out = [name for name in names if kinds[name] in HELD_OUT]

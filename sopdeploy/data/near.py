@@ -64,13 +64,13 @@ class Copies(LabeledImages):
 
         The hashes of the *keys* of the images choose images and crops: added images change few copies.
         """
-        per_crop = int(np.clip(len(images) // 8, 8, 32)) // len(crops)
+        num_per_crop = int(np.clip(len(images) // 8, 8, 32)) // len(crops)
         seeds = np.asarray([crc32(key.encode()) for key in keys], np.int64)
-        by_seed = np.argsort(seeds, kind="stable")
-        crop_numbers = seeds[by_seed] % len(crops)
-        # For each crop: of the images whose hash selects it, the `per_crop` ones with the lowest hashes.
-        of_crops = [by_seed[crop_numbers == number][:per_crop] for number in range(len(crops))]
-        originals = np.concatenate(of_crops)
+        by_seed = np.argsort(seeds, kind="stable")  # indices of the images, the lowest hash first
+        crop_numbers = seeds[by_seed] % len(crops)  # in the same order: the crop that each hash selects
+        # An array for each crop: of the images whose hash selects it, those with the lowest hashes.
+        chosen = [by_seed[crop_numbers == number][:num_per_crop] for number in range(len(crops))]
+        originals = np.concatenate(chosen)
         return cls(images.labels, images.targets[originals], images, originals, seeds[originals], crops)
 
     def read(self, index: int) -> bytes:
@@ -100,44 +100,44 @@ def find_pairs(
     image, the whole one first. *copies* has (M, D) for each part, of copies of the images *originals* (M,).
     """
     count, num_views = len(targets), views[0].shape[1]
-    classes = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)  # equal rows are one class
+    class_N = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)  # equal rows are one class
     parts_of_views = [[part[:, number] for part in views] for number in range(num_views)]  # (N, D) each
     whole_parts = parts_of_views[0]
     # The whitening is fitted to the whole images and their copies together: (N + M, D) for each part.
     whiten = _fit_whitening([np.concatenate(pair) for pair in zip(whole_parts, copies, strict=True)])
-    whole = whiten(whole_parts)
+    whole_ND = whiten(whole_parts)
 
     def largest_cosines(indices: Any, others: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the largest cosine (K, L) of a view of each image at *indices* with *others* (L, D)."""
+        """Return the largest cosine (K, L) of any view of the images at *indices* with *others* (L, D)."""
         whitened_views = (whiten([part[indices] for part in parts]) for parts in parts_of_views)
         return np.maximum.reduce([view @ others.T for view in whitened_views])
 
     step = -(-count // MAX_COMPARED)  # rounded up
     compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
-    of_different = _bound_of_different(largest_cosines(compared, whole), compared, classes)
-    cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
-    of_copies = float(np.quantile(cosines_of_copies, MISSED))
-    halfway = (of_different + of_copies) / 2
-    threshold = max(of_different, halfway)  # different images stay below it even if copies are less similar
+    reached_by_different = _bound_of_different(largest_cosines(compared, whole_ND), compared, class_N)
+    cosine_of_copy_M = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
+    reached_by_copies = float(np.quantile(cosine_of_copy_M, MISSED))
+    halfway = (reached_by_different + reached_by_copies) / 2
+    threshold = max(reached_by_different, halfway)  # different images stay below it if copies reach less
     pairs = []
     for start in range(0, count, _BLOCK):  # to save memory
         block = slice(start, start + _BLOCK)
-        first, second = np.nonzero(largest_cosines(block, whole) >= threshold)
-        pairs.append(np.stack([first + start, second]))
+        row, second = np.nonzero(largest_cosines(block, whole_ND) >= threshold)
+        pairs.append(np.stack([start + row, second]))
     return np.concatenate(pairs, axis=1)
 
 
 def _bound_of_different(
-    cosines: NDArray[np.float32], compared: NDArray[np.intp], classes: NDArray[np.intp]
+    cosines: NDArray[np.float32], compared: NDArray[np.intp], class_N: NDArray[np.intp]
 ) -> float:
-    """Estimate the bound of the *cosines* (K, N) between the images *compared* (K,) and different images.
+    """Estimate which cosine different images reach; *cosines* (K, N) are of the images *compared* with all.
 
     Both the cosines of two images of a class, and the largest cosine of each image with other classes, give a
     bound: `DEVIATIONS` standard deviations above their median. The higher one is returned. The upper quartile
     estimates the deviation, because a few copies or wrong labels do not change it.
     """
-    same_class_KN = classes[compared, None] == classes
-    same_image_KN = compared[:, None] == np.arange(len(classes))
+    same_class_KN = class_N[compared, None] == class_N
+    same_image_KN = compared[:, None] == np.arange(len(class_N))
     largest_with_others_K = np.where(same_class_KN, -1.0, cosines).max(axis=1)
     in_class = cosines[same_class_KN & ~same_image_KN]  # one-dimensional
     bound = -1.0  # the smallest cosine
@@ -151,28 +151,28 @@ def _bound_of_different(
 def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
     """Group *count* images: *pairs* (2, P) and images with equal values in one of *keys* (N,) are connected.
 
-    A key may be None. The groups are numbered by their first image.
+    A key may be None. Returns the group of each image (N,), numbered in the order of their first images.
     """
-    edges = [pairs]
+    edges = [pairs]  # (2, E) each: two connected images per column
     for key in keys:
-        if key is not None:
-            _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-            edges.append(np.stack([np.arange(count), first[inverse]]))  # to the first image with its value
+        if key is not None:  # an edge from each image to the first one with its value
+            _, first_of_value, value_N = np.unique(key, return_index=True, return_inverse=True)
+            edges.append(np.stack([np.arange(count), first_of_value[value_N]]))
     one, other = np.concatenate(edges, axis=1)
     # Label propagation: each image takes over the lowest index among its neighbors until no index changes.
-    lowest, has_changed = np.arange(count), True
+    lowest_N, has_changed = np.arange(count), True
     while has_changed:
-        before = lowest.copy()
-        np.minimum.at(lowest, one, before[other])
-        np.minimum.at(lowest, other, before[one])
-        lowest = lowest[lowest]  # and the index that the image of this index has: chains need few rounds
-        has_changed = not np.array_equal(lowest, before)
-    _, groups = np.unique(lowest, return_inverse=True)  # without gaps in the numbers
+        before = lowest_N.copy()
+        np.minimum.at(lowest_N, one, before[other])
+        np.minimum.at(lowest_N, other, before[one])
+        lowest_N = lowest_N[lowest_N]  # the lowest index of that image, too: long chains need few rounds
+        has_changed = not np.array_equal(lowest_N, before)
+    _, groups = np.unique(lowest_N, return_inverse=True)  # without gaps in the numbers
     return groups.astype(np.int64)
 
 
 def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
-    """Fit the whitening of vectors to those with the *parts*; returns a function of the parts of any vectors.
+    """Fit a whitening to vectors, given in *parts*; returns the function that whitens any vectors in parts.
 
     It scales the parts to equal norms, divides the principal components by their damped standard deviations,
     and returns rows of norm 1.
@@ -181,25 +181,25 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     squares = [np.square(part - mean).sum(axis=1).mean() for part, mean in zip(parts, means, strict=True)]
     norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]  # not 0 if all vectors are equal
 
-    def join(given: _Parts) -> NDArray[np.float32]:
+    def center_and_join(given: _Parts) -> NDArray[np.float32]:
         scaled = [(part - mean) / norm for part, mean, norm in zip(given, means, norms, strict=True)]
         return np.concatenate(scaled, axis=1)
 
-    rows_ND = join(parts)
-    # The eigenvalues of rows.T @ rows (D, D) are the variances times N; the norm in `whiten` removes N. With
-    # fewer rows than columns, rows @ rows.T (N, N) is decomposed: its eigenvalues above 0 are the same, and
-    # for each of its eigenvectors v, rows.T @ v is one of rows.T @ rows, with the norm sqrt(eigenvalue).
+    rows_ND = center_and_join(parts)
+    # The components are the eigenvectors of rows.T @ rows (D, D). Its eigenvalues are N times the variances;
+    # the norm in `whiten` removes this factor. If N <= D, rows @ rows.T (N, N) is decomposed: it has the same
+    # eigenvalues above 0, and for each of its eigenvectors v, rows.T @ v / sqrt(eigenvalue) is a component.
     is_wide = rows_ND.shape[0] <= rows_ND.shape[1]
     product = rows_ND @ rows_ND.T if is_wide else rows_ND.T @ rows_ND
-    variances, vectors = np.linalg.eigh(product.astype(np.float64))
-    damping = max(float(variances.mean()), 1e-12)  # the mean over min(N, D) components
-    kept = variances > 1e-6 * damping  # the others are rounding errors
-    variances, vectors = variances[kept], vectors[:, kept]
-    directions = rows_ND.T @ (vectors / np.sqrt(variances)) if is_wide else vectors  # columns of norm 1
-    projection = (directions / np.sqrt(variances + damping)).astype(np.float32)
+    eigenvalues, vectors = np.linalg.eigh(product.astype(np.float64))
+    damping = max(float(eigenvalues.mean()), 1e-12)  # the mean over min(N, D) components
+    kept = eigenvalues > 1e-6 * damping  # the others are rounding errors
+    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
+    components = rows_ND.T @ (vectors / np.sqrt(eigenvalues)) if is_wide else vectors  # (D, K), norm 1
+    projection = (components / np.sqrt(eigenvalues + damping)).astype(np.float32)
 
     def whiten(given: _Parts) -> NDArray[np.float32]:
-        whitened = join(given) @ projection
+        whitened = center_and_join(given) @ projection
         length = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-12)
         return (whitened / length).astype(np.float32)
 
@@ -223,18 +223,18 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
     """
     small = to_rgb(image, _RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     down, right = np.gradient(np.asarray(small, np.float32))  # (64, 64) each, as all arrays of pixels below
-    length = np.hypot(down, right)
-    turns = np.arctan2(down, right) / (2 * np.pi)  # -0.5 to 0.5
+    strength = np.hypot(down, right)  # of the edge at each pixel
+    turns = np.arctan2(down, right) / (2 * np.pi)  # its direction, -0.5 to 0.5
     direction = (turns % 1) * DIRECTIONS  # in bins, 0 to 8
-    lower = direction.astype(int)
-    share_of_next = direction - lower  # each edge counts in the two bins next to its direction
+    lower_bin = direction.astype(int)
+    share_of_next = direction - lower_bin  # an edge between two directions counts in both, in shares
     cell_of_row = np.arange(THUMBNAIL) * CELLS // THUMBNAIL  # (64,), 0 to 7; the same for columns
     cell_of_pixel = cell_of_row[:, None] * CELLS + cell_of_row  # (64, 64), 0 to 63
-    first_bin = cell_of_pixel * DIRECTIONS
+    first_bin = cell_of_pixel * DIRECTIONS  # position in the histogram, where a cell has 8 bins
     histogram = np.zeros(CELLS * CELLS * DIRECTIONS)
     for shift, share in ((0, 1 - share_of_next), (1, share_of_next)):
-        bins = first_bin + (lower + shift) % DIRECTIONS  # after the last direction comes the first one
-        histogram += np.bincount(bins.ravel(), (length * share).ravel(), minlength=len(histogram))
+        bins = first_bin + (lower_bin + shift) % DIRECTIONS  # after the last direction comes the first one
+        histogram += np.bincount(bins.ravel(), (strength * share).ravel(), minlength=len(histogram))
     root = np.sqrt(histogram)  # a few strong edges then do not determine the cosine
     return (root / max(float(np.linalg.norm(root)), 1e-12)).astype(np.float32)
 

@@ -131,10 +131,11 @@ def image_format(body: bytes, formats: Collection[str] | None = None) -> str:
 
     Raises `ImageError` if it is not one of *formats*: by default all, in a server those of its settings.
     """
-    kind, names = _detect_format(body), FORMATS if formats is None else formats
+    kind = _detect_format(body)
+    names, source = (FORMATS, "") if formats is None else (formats, " (the setting formats)")
     if any(FORMATS[name] == kind for name in names):
         return kind
-    accepted = f"use {describe_formats(names)}{'' if formats is None else ' (the setting formats)'}"
+    accepted = f"use {describe_formats(names)}{source}"
     if not kind:
         raise ImageError(f"this is not an image; {accepted}", code="not_an_image", status=415)
     shown = "HEIC" if kind == "HEIF" else kind  # Pillow's name of the format is not the common one
@@ -171,8 +172,7 @@ def _use_heif() -> None:
         raise _unsupported(
             f'HEIC needs pillow-heif, which is not installed; run: pip install "sopdeploy[heif]" ({CAMERA})'
         ) from error
-    options = {"decode_threads": 1, "thumbnails": False, "depth_images": False, "aux_images": False}
-    pillow_heif.register_heif_opener(**options)
+    pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
 
 
 def webp_size(body: bytes) -> tuple[int, int]:

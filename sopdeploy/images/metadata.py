@@ -53,20 +53,20 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
         tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)  # one value of type 3, 16 bits
         exif = b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)  # one tag, no second directory
         parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]
-    scan: int | None = None  # where the data of the last scan begin
-    for marker, start in jpeg_segments(body):
-        begin, end = start - MARKER_BYTES, start + int.from_bytes(body[start : start + 2], "big")
-        if scan is not None:
-            parts.append(body[scan:begin])
-        scan = end if marker == SCAN else None
+    scan_end: int | None = None  # end of the last segment if it is a scan, whose data follow it
+    for marker, position in jpeg_segments(body):  # the position of the length, after the marker
+        begin, end = position - MARKER_BYTES, position + int.from_bytes(body[position : position + 2], "big")
+        if scan_end is not None:
+            parts.append(body[scan_end:begin])
+        scan_end = end if marker == SCAN else None
         if marker == _END:
             break
-        content = body[start + 2 : end]  # after the length
+        content = body[position + 2 : end]  # after the length
         if marker == JFIF and content.startswith(b"JFIF\0"):
             # A segment of 16 bytes: its length, 12 bytes of fields, the size 0 x 0 of a thumbnail.
-            parts += [b"\xff\xe0\0\x10", body[start + 2 : start + 14], b"\0\0"]
+            parts += [b"\xff\xe0\0\x10", body[position + 2 : position + 14], b"\0\0"]
         elif marker in NEEDED and content.startswith(NEEDED[marker]):
             parts.append(body[begin:end])
-    if scan is not None:  # the file has no end marker
-        parts.append(body[scan:])
+    if scan_end is not None:  # the file has no end marker
+        parts.append(body[scan_end:])
     return b"".join((*parts, b"\xff\xd9"))

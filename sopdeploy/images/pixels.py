@@ -38,8 +38,8 @@ GRAY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit levels between the gray values of P
 def exif_orientation(image: Image.Image) -> int:
     """Read the orientation of *image* from EXIF, else from XMP; 1 (upright) if absent or not in 1 to 8.
 
-    Of a PNG, where EXIF can also be a text of an empty line, a name, a length and lines of hexadecimal
-    digits, it loads the pixels, because the tags may follow them.
+    The pixels of a PNG are loaded, because its tags may follow them. A PNG can also have EXIF as text: an
+    empty line, a name, a length and lines of hexadecimal digits.
     """
     try:
         if image.format == "PNG" and "exif" not in image.info:

@@ -57,18 +57,18 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
     size is not a number or outside the range that the bundle was verified for.
     """
     try:
-        sizes = text.split(",") if text is not None else (batch.minimum, batch.optimum, batch.maximum)
-        ordered = sorted({int(size) for size in sizes})
+        given = (batch.minimum, batch.optimum, batch.maximum) if text is None else text.split(",")
+        sizes = sorted({int(size) for size in given})
     except ValueError as error:
         raise ConfigError("write batch sizes such as 1,8,32", setting="profiles", value=text) from error
-    if ordered[0] < batch.minimum or ordered[-1] > batch.maximum:
+    if sizes[0] < batch.minimum or sizes[-1] > batch.maximum:
         raise ConfigError(
             f"the bundle was verified for batches of {batch.minimum} to {batch.maximum}; choose from these",
             setting="profiles",
             value=text,
         )
-    starts = [batch.minimum, *(size + 1 for size in ordered[:-1])]
-    return tuple(Profile(minimum=start, maximum=size) for start, size in zip(starts, ordered, strict=True))
+    starts = [batch.minimum, *(size + 1 for size in sizes[:-1])]
+    return tuple(Profile(minimum=start, maximum=size) for start, size in zip(starts, sizes, strict=True))
 
 
 def index_for(profiles: Sequence[Profile], batch: int) -> int:
@@ -161,13 +161,12 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
 
     *fields* are those of `key_fields`, or all of a key. Returns the reason if there is none.
     """
-    found = records(folder)
-    if not found:
+    stored = [(record, _differences(record.key, fields)) for record in records(folder)]
+    if not stored:
         return EMPTY
-    differences = [_differences(record.key, fields) for record in found]
-    matching = [record for record, others in zip(found, differences, strict=True) if not others]
+    matching = [record for record, differences in stored if not differences]
     if not matching:
-        nearest = min(differences, key=len)
+        nearest = min((differences for _, differences in stored), key=len)
         return f"the nearest engine here was built for {'; '.join(nearest)}"
     best = max(matching, key=lambda record: (record.key.largest_batch, record.key.name))
     path = folder / f"{best.key.name}.plan"
@@ -184,8 +183,8 @@ def _differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str]:
     texts = []
     for field, expected in wanted.items():
         found = getattr(key, field)
-        if field == "profiles":
-            found, expected = (",".join(map(str, profiles)) for profiles in (found, expected))  # as texts
+        if field == "profiles":  # compared as texts such as 1,2-8
+            found, expected = (",".join(map(str, profiles)) for profiles in (found, expected))
         if found != expected:
             length = NAME_LENGTH if field == "bundle_onnx" else None
             texts.append(f"{field.replace('_', ' ')} {str(found)[:length]}, not {str(expected)[:length]}")

@@ -272,11 +272,11 @@ class EngineSession:
     def begin(
         self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Start a batch of *images* (H, W, 3) uint8; return a function that waits for its outputs.
+        """Start a batch of n *images* (H, W, 3) uint8; return a function to call once, which waits for it.
 
-        Call this function once; it returns the outputs *names*, by default all, by name, (n, ...) float32;
-        others are not copied from the GPU. The images are copied before `begin` returns. Raises
-        `RuntimeError` if two batches are in flight, `ConfigError` if no profile accepts that many images.
+        That function returns the outputs *names* by name, by default all, (n, ...) float32. Others are not
+        copied from the GPU. The images are copied before `begin` returns. Raises `RuntimeError` if two
+        batches are in flight, `ConfigError` if no profile accepts that many images.
         """
         if not self._free:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")
@@ -289,13 +289,13 @@ class EngineSession:
             np.stack(images, out=pinned)
             self._cuda.copy(pinned, buffer.device[self._input], self._upload_stream, upload=True)
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
-            call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
+            call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)  # kernels start after the upload
             self._compute(index, buffer, count)
             for name in names:
                 self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
             call("cudaEventRecord", buffer.done, self._stream)
         except BaseException:
-            with suppress(RuntimeUnavailableError):  # the buffer must not be reused during a copy
+            with suppress(RuntimeUnavailableError):  # wait: a copy may still use the buffer
                 call("cudaStreamSynchronize", self._upload_stream)
                 call("cudaStreamSynchronize", self._stream)
             self._free.append(buffer)

@@ -127,15 +127,17 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     only_held_out = parts.held_out and not (parts.train or parts.others)
     if only_held_out:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
-    folders = {UNSPLIT: root}
     if parts.train:
         names = (parts.train, *parts.held_out[:max_held_out])  # None selects all
         folders = {name: part_folder(root, name) for name in names}
+    else:
+        folders = {UNSPLIT: root}
     listings = {name: list_classes(folder) for name, folder in folders.items()}
-    train = listings[parts.train if parts.train else UNSPLIT].images
+    train = listings[parts.train or UNSPLIT].images
     if len(train.labels) < 2:
         raise _too_few_classes(train)
-    problems, notes, other_files = list[str](), [*_describe_parts(root, parts)], list[str]()
+    problems, other_files = list[str](), list[str]()
+    notes = [*_describe_parts(root, parts)]
     for listing in listings.values():
         problems += class_problems(listing, train.labels)
         notes += _describe_nested(listing)
@@ -162,18 +164,18 @@ def list_classes(root: Path) -> ClassListing:
     The images of a folder in a class folder are a group, unless it holds all images of the class.
     """
     found = {label: list_images(root, label) for label in list_subfolders(root)}
-    of_classes = [paths for paths, _ in found.values()]
-    all_paths = [path for paths in of_classes for path in paths]
-    targets = np.repeat(np.arange(len(found)), [len(paths) for paths in of_classes])
-    groups: list[bytes] = []
+    class_paths = [image_paths for image_paths, _ in found.values()]  # a list for each class
+    all_paths = [path for paths in class_paths for path in paths]
+    targets = np.repeat(np.arange(len(found)), [len(paths) for paths in class_paths])
+    groups: list[bytes] = []  # for each image of `all_paths`
     nested: set[str] = set()
-    for paths in of_classes:
+    for paths in class_paths:
         # The place of `cat/x/1.jpg` and `cat/x/y/2.jpg` is the folder `cat/x`, that of `cat/3.jpg` this file.
         places = [b"/".join(path.split(b"/")[:2]) for path in paths]
         is_one_place = len(set(places)) == 1  # then each image is a group of its own
         groups += paths if is_one_place else places
-        folders = set(places).difference(paths)
-        nested.update(os.fsdecode(folder) for folder in folders)
+        folders = set(places) - set(paths)  # the places that are not the file itself
+        nested.update(map(os.fsdecode, folders))
     no_two_together = len(set(groups)) == len(groups)
     known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
     images = ImageFiles(root, tuple(found), np.asarray(all_paths, dtype=np.bytes_), targets, known_groups)
@@ -310,11 +312,11 @@ def _match_classes(
     root: Path, images: ImageFiles, labels: tuple[str, ...], allow_unknown: bool, log: Log
 ) -> ImageFiles:
     """Give *images* the classes *labels*; raises `DataError` for other classes unless *allow_unknown*."""
-    aliases, found = class_aliases(), images.labels
-    names = tuple(name if name in labels else aliases.get(name, name) for name in found)
-    unknown = [folder for folder, name in zip(found, names, strict=True) if name not in labels]
-    none_is_known = len(unknown) == len(found)  # which is never allowed: no image would remain
-    if unknown and (none_is_known or not allow_unknown):
+    aliases, given = class_aliases(), images.labels  # the aliases translate WordNet IDs
+    names = tuple(name if name in labels else aliases.get(name, name) for name in given)
+    unknown = [label for label, name in zip(given, names, strict=True) if name not in labels]
+    are_allowed = allow_unknown and len(unknown) < len(given)  # at least one class must remain
+    if unknown and not are_allowed:
         verb = "are not classes" if len(unknown) > 1 else "is no class"
         raise DataError(
             f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "

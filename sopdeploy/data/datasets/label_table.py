@@ -162,8 +162,8 @@ def _read_rows(table: Path) -> list[_Row]:
         if None in record or None in record.values():  # more or fewer cells than columns
             raise DataError(f"{where}: does not have {len(columns)} columns; quote names with commas")
         values = {column: value.strip() for column, value in record.items()}
-        path, split = PurePosixPath(values["file"]), values.get(SPLIT)
-        listed = values["classes"]
+        path = PurePosixPath(values["file"])
+        file, listed, split = str(path), values["classes"], values.get(SPLIT)  # the split may be None
         classes = [name.strip() for name in listed.split(SEPARATOR)] if listed else []
         is_inside = not path.is_absolute() and ".." not in path.parts
         if not is_inside or not is_image(path.name):
@@ -176,9 +176,9 @@ def _read_rows(table: Path) -> list[_Row]:
             )
         if split not in (TRAIN, VAL, None):
             raise DataError(f"{where}: split is {split!r}; write {TRAIN} or {VAL}")
-        if (name := str(path)) in rows:
+        if file in rows:
             raise DataError(
-                f"{where}: {name} is listed in line {rows[name].line}, too; keep one line per file"
+                f"{where}: {file} is listed in line {rows[file].line}, too; keep one line per file"
             )
-        rows[name] = _Row(line, name, set(classes), split, values.get(GROUP, ""))
+        rows[file] = _Row(line, file, set(classes), split, values.get(GROUP, ""))
     return list(rows.values())

@@ -98,6 +98,5 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
     if kind == "places365":  # the label of `/a/apartment_building/outdoor` is `apartment_building-outdoor`
         without_letter = [name.strip("/").partition("/")[2] for name in labels]  # apartment_building/outdoor
         labels = [name.replace("/", "-") for name in without_letter]
-    relative = [os.fsencode(file.removeprefix(f"{root}/")) for file in files]
-    paths = np.asarray(relative, dtype=np.bytes_)
+    paths = np.asarray([os.fsencode(file.removeprefix(f"{root}/")) for file in files], dtype=np.bytes_)
     return ImageFiles(root, tuple(labels), paths, np.asarray(targets, dtype=np.int64))
