@@ -75,9 +75,9 @@ def reasons_to_keep(
 def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
     """Describe *photo*, which is kept as the file *image* for *reasons*."""
     manifest, labels = photo.bundle.manifest, photo.bundle.labels
-    listed = list(range(len(labels)))
+    indexes = list(range(len(labels)))  # of the labels in the record: all, or those with the largest logits
     if len(labels) > MAX_KEPT_LABELS:
-        listed = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
+        indexes = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
     answer = manifest.rules.answer(photo.logits, top_k=1)
     return KeptRecord(
         image=image,
@@ -85,8 +85,8 @@ def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) 
         model=photo.model,
         time=photo.time,
         reasons=reasons,
-        labels=tuple(labels[index] for index in listed),
-        logits=tuple(photo.logits[listed].tolist()),
+        labels=tuple(labels[index] for index in indexes),
+        logits=tuple(photo.logits[indexes].tolist()),
         known=answer.known,
         score=answer.score,
         near_hash=near_hash(photo.pixels),
@@ -147,7 +147,8 @@ class Keeper:
         if not reasons:
             return None
         is_sample = "sample" in reasons
-        if not is_sample and (refusal := self._refuse_copy(photo)) is not None:
+        refusal = None if is_sample else self._refuse_copy(photo)
+        if refusal is not None:
             return refusal
         started = time.monotonic()
         try:
@@ -157,7 +158,7 @@ class Keeper:
         finally:
             if not is_sample:  # the sample stays uniform because its copies need no budget
                 spent = time.monotonic() - started  # includes the wait for a decoder process
-                self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)  # limits what one copy costs
+                self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)  # the debt is limited
         return self._store(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
 
     def _refuse_copy(self, photo: PredictedPhoto) -> KeptResult | None:

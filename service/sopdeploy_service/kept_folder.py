@@ -114,11 +114,11 @@ class KeptFolder:
     def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* as `add` does; raises `OSError`."""
         path = self.path / record.image
-        kept = self._entries.get(path.name)  # the name is a hash of the original bytes
-        if kept is not None:
-            if kept.reasons.issuperset(record.reasons):
+        previous = self._entries.get(path.name)  # of the same image: the name is a hash of the original bytes
+        if previous is not None:
+            if previous.reasons.issuperset(record.reasons):
                 return "near_duplicate"
-            reasons = tuple(sorted(kept.reasons.union(record.reasons)))
+            reasons = tuple(sorted(previous.reasons.union(record.reasons)))
             record = record.model_copy(update={"reasons": reasons})
         elif "sample" not in record.reasons:  # the sample shows all photographs, with their near-duplicates
             near_hash = int(record.near_hash, 16)
@@ -129,8 +129,8 @@ class KeptFolder:
         size = sum(_size_on_disk(len(content)) for content in files.values())
         if size > self._max_bytes:
             return "dropped"
-        if kept is not None:
-            self._delete(kept)  # so that its bytes do not count, and its place in the order becomes the last
+        if previous is not None:
+            self._delete(previous)  # so that its bytes do not count, and its place in the order is the last
         self._make_room(size)
         entry = self._insert(path, record, size)
         try:

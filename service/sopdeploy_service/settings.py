@@ -165,7 +165,6 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
     path = file or (Path(named) if named else None)
     if path is not None and not path.is_file():
         raise ConfigError(f"{path}: settings file not found; check its name and SOPDEPLOY_CONFIG")
-
     try:
         values = {} if path is None else tomllib.loads(path.read_text("utf-8"))
         for name in Settings.model_fields:

@@ -110,11 +110,11 @@ class AdmittedRequest:
     async def infer(
         self, images: Images, *, features: bool = False, may_keep: bool = False, explain: bool = False
     ) -> list[Outcome]:
-        """Run `Service.infer`, which a disconnect of the client cancels; record the slowest image's stages.
+        """Run `Service.infer`, or with *explain* `Service.explain`; return the outcome of each image.
 
-        With *explain*, run `Service.explain`; an image then counts as `IMAGES_PER_MAP` images. Raises
-        `RejectedError` if all count as too many, the queue is full or the rate limit is exceeded, and what
-        `Service.infer` raises.
+        A disconnect of the client cancels it. With *explain*, an image counts as `IMAGES_PER_MAP` images.
+        Raises `RejectedError` if these exceed `max_images`, the queue is full or the rate limit is exceeded,
+        and what `Service.infer` raises.
         """
         context, service = self.context, self.service
         num_images = len(images) * (IMAGES_PER_MAP if explain else 1)
@@ -126,13 +126,13 @@ class AdmittedRequest:
             context.rate_limit.spend(num_images)
         context.num_images += num_images
         stages = context.stage_seconds
-        stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)
+        stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)  # all but the load
         if explain:
             work = service.explain(self.model, images, self.deadline)
         else:
             work = service.infer(self.model, images, self.deadline, features=features, may_keep=may_keep)
         outcomes = await cancel_on_disconnect(work, self.request.receive)
-        for outcome in outcomes:
+        for outcome in outcomes:  # the longest time of each stage counts
             if isinstance(outcome, Prediction):
                 for stage, seconds in outcome.stage_seconds.items():
                     stages[stage] = max(seconds, stages.get(stage, 0.0))
@@ -243,8 +243,8 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
     if kind != "application/json":
         body = await read_body(admitted, settings.max_body_bytes)
         # curl's --data sends this type, and removes zero bytes and line ends, which every image file has.
-        is_stripped = CURL_REMOVES.search(body) is None
-        if kind == "application/x-www-form-urlencoded" and body and is_stripped:
+        may_be_curl_data = kind == "application/x-www-form-urlencoded"
+        if may_be_curl_data and body and CURL_REMOVES.search(body) is None:
             raise RejectedError(STRIPPED)
         return Upload([body])
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
@@ -279,8 +279,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     settings = service.settings
     announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
     pieces: list[bytes] = []
-    grace, more = settings.body_grace_seconds, True
-    while more:
+    grace = settings.body_grace_seconds  # seconds of delay that are left
+    while True:
         # Already before the first byte: a client that waits for `100 Continue` must not send a body in vain.
         _check_budget(service, received=context.bytes, more=max(0, announced - context.bytes))
         began = time.monotonic()
@@ -292,7 +292,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise RejectedError(results.CLIENT_GONE)
         piece = message.get("body", b"")
-        waited, allowed = time.monotonic() - began, len(piece) / settings.min_body_rate  # in seconds
+        waited = time.monotonic() - began
+        allowed = len(piece) / settings.min_body_rate  # seconds that the piece may take
         grace = min(settings.body_grace_seconds, grace - waited + allowed)
         # Other bodies may have grown during the wait, and a chunked one does not announce its length.
         _check_budget(service, received=context.bytes, more=len(piece))
@@ -302,8 +303,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
             raise RejectedError(HttpError.of(too_large_error(limit)))
         if piece:
             pieces.append(piece)
-        more = message.get("more_body", False)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if not message.get("more_body", False):
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _check_budget(service: Service, received: int, more: int) -> None:

@@ -121,7 +121,7 @@ def _respond(
     outcomes: Sequence[Outcome],
     format_result: Callable[[Prediction], dict[str, Any]],
 ) -> Response:
-    """Create the response with the *outcomes* of *upload*; raises the error of an image outside of a list."""
+    """Create the response with the *outcomes* of *upload*; the error of a single image is raised instead."""
     if not upload.is_list and isinstance(outcomes[0], HttpError):
         raise RejectedError(outcomes[0])
     results: list[dict[str, Any]] = []

@@ -59,7 +59,7 @@ async def request_metrics(control: socket.socket | None) -> bytes:
                 while piece := await asyncio.get_running_loop().sock_recv(ours, 1 << 16):
                     page += piece
                 return page
-    return b""
+    return b""  # no answer in time, or an error
 
 
 async def send_metrics(file: int, page: bytes) -> None:
@@ -77,7 +77,7 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     """
     up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
     found: list[tuple[str, Metric]] = []  # each with the name of its process
-    families: dict[str, Metric] = {}
+    families: dict[str, Metric] = {}  # by name of the metric, with the samples of all processes
     for name, page in pages.items():
         up.add_sample(up.name, {"process": name}, 1.0 if page else 0.0)
         found += [(name, family) for family in text_string_to_metric_families(page.decode())]

@@ -69,7 +69,7 @@ class DeviceServer(DrainingServer):
             if message == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
-            else:
+            else:  # `CLIENT`
                 self._received += 1
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
         self._report()

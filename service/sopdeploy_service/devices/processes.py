@@ -87,15 +87,14 @@ def list_processes(settings: Settings) -> list[Process]:
     for position, device in enumerate(devices):
         name = f"{device}-{position}" if devices.count(device) > 1 else device
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
-        if device == "cpu" and settings.runtime == "auto":  # which chooses CUDA wherever it is installed
+        if device == "cpu" and settings.runtime == "auto":  # "auto" chooses CUDA wherever it is installed
             changed["runtime"] = "onnxruntime-cpu"
-        if device != "cpu" and settings.decoders == "auto":  # which would take all cores for one GPU
+        if device != "cpu" and settings.decoders == "auto":  # "auto" would take all cores for one GPU
             changed["decoders"] = decoders
         if settings.keep is not None:  # one process writes to a folder
             changed["keep"] = settings.keep / name.replace("/", "_")
             changed["keep_bytes"] = settings.keep_bytes // len(devices)
-        own = settings.model_copy(update=changed)
-        processes.append(Process(name, visible_devices(device), own))
+        processes.append(Process(name, visible_devices(device), settings.model_copy(update=changed)))
     return processes
 
 
@@ -110,13 +109,13 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
     if VISIBLE in environment:
         listed = [name.strip() for name in environment[VISIBLE].split(",")]
         allowed = list(itertools.takewhile(lambda name: name and name != "-1", listed))  # as CUDA does
-        # A number is a position in the list; anything else is the UUID of a GPU.
-        chosen = dict(enumerate(allowed)).get(int(device)) if device.isdecimal() else device
-        if chosen is None or chosen not in allowed:
+        is_position = device.isdecimal()  # in the list; anything else is the UUID of a GPU
+        is_listed = int(device) < len(allowed) if is_position else device in allowed
+        if not is_listed:
             raise ConfigError(
                 f"devices: {device} is not among the {len(allowed)} GPUs of "
                 f"CUDA_VISIBLE_DEVICES={environment[VISIBLE]}; choose a position, from 0, or a listed UUID"
             )
-        return {VISIBLE: chosen}
+        return {VISIBLE: allowed[int(device)] if is_position else device}
     order = environment.get(ORDER, "PCI_BUS_ID")  # CUDA's own default is the fastest GPU first
     return {VISIBLE: device, ORDER: order}

@@ -155,20 +155,20 @@ class Supervisor:
         if not message:  # the process drains or has ended
             self._stop_sending(process)
             return
-        is_new = process.bundles is None
-        process.report(message)
-        if is_new:
+        is_first_report = process.bundles is None
+        process.report(message)  # sets `bundles`
+        if is_first_report:
             log.info("device %s: ready", process.name)
         if not self._announced and all(other.bundles is not None for other in self._processes):
-            self._announce(process)
-        is_closed = self._listener.fileno() == -1  # after the drain
-        if self._announced and not is_closed:  # accept again, in case `_accept` has paused
+            self._announce(process)  # the last process has become ready
+        # `_accept` removes this reader while no process accepts; now *process* may accept again.
+        if self._announced and self._listener.fileno() != -1:  # -1: closed at the end of the drain
             self._loop.add_reader(self._listener, self._accept)
 
     def _stop_sending(self, process: Process) -> None:
-        """Send nothing more to *process*; the last one that drains gets the pending connections."""
-        others = [other for other in self._processes if other is not process and other.control is not None]
-        if self._stopping.is_set() and not others:
+        """Send nothing more to *process*; the last one of a drain gets the pending connections first."""
+        is_last = all(other.control is None for other in self._processes if other is not process)
+        if is_last and self._stopping.is_set():
             self._loop.remove_reader(self._listener)
             for connection in accept_pending(self._listener):
                 with connection:
@@ -208,18 +208,17 @@ class Supervisor:
             for process in self._processes:
                 process.silent_beats += 1  # `Process.report` sets it to 0
                 is_silent = process.silent_beats * BEAT_SECONDS > HANG_SECONDS
-                # A process is silent while it loads, before its first report, and while it drains.
-                reports = process.bundles is not None and process.control is not None
-                if is_silent and reports and process.child is not None:
+                # It need not report while it loads (`bundles` is None) or drains (`control` is None).
+                must_report = process.bundles is not None and process.control is not None
+                if is_silent and must_report and process.child is not None:
                     log.error("device %s: hangs; it is killed", process.name)
                     process.child.kill()
                     self._close_control(process)
 
     async def _send_metrics(self, file: int) -> None:
         """Send the metrics of all processes to the socket *file*."""
-        pages = await asyncio.gather(
-            *(control.request_metrics(process.control) for process in self._processes)
-        )
+        controls = [process.control for process in self._processes]
+        pages = await asyncio.gather(*map(control.request_metrics, controls))
         names = [process.name for process in self._processes]
         ids = {process.name: process.child.pid for process in self._processes if process.child is not None}
         ids["supervisor"] = os.getpid()

@@ -176,14 +176,14 @@ def request_id(headers: Mapping[str, str]) -> str:
 def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: bool = False) -> bool:
     """Tell whether a browser sent a request with *headers* for a page of another host.
 
-    Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` tell those of other
-    pages. A page whose host was made to resolve to this machine (DNS rebinding) has its host in `Host`, which
-    is then none of *names* and no IP address. With *is_link*, links of other pages may lead here; a browser
-    sends no `Origin` for a link.
+    Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` tell whose page it
+    is. They seem to be right if its host was made to resolve to this machine (DNS rebinding), but then `Host`
+    is the name of that host: none of *names* and no IP address. With *is_link*, a link on another page may
+    lead here; a browser sends no `Origin` for it.
     """
     host = headers.get("host", "localhost")
     is_own_origin = headers.get("origin") in {None, f"http://{host}"}
-    is_own_site = headers.get("sec-fetch-site") in {None, "none", "same-origin"}
+    is_own_site = headers.get("sec-fetch-site") in {None, "none", "same-origin"}  # "none": opened by the user
     is_of_own_page = is_own_origin and (is_own_site or is_link)
     return not (is_of_own_page and _is_own_host(host, names))
 
@@ -194,8 +194,8 @@ def _is_own_host(host: str, names: Collection[str]) -> bool:
         name = urlsplit(f"//{host}").hostname or ""  # in lower case, without the port
         if name in {own.lower() for own in names}:
             return True
-        ip_address(name)
-    except ValueError:  # neither a name of this host nor an IP address
+        ip_address(name)  # raises ValueError unless it is one
+    except ValueError:  # also if *host* is malformed
         return False
     return True
 

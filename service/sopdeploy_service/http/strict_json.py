@@ -39,7 +39,7 @@ def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int) -> ParsedBod
         raise RejectedError(TOO_COMPLEX)
     try:
         value = orjson.loads(raw)
-        if count_keys(raw) != count_keys(orjson.dumps(value)):  # which has the last of equal keys only
+        if count_keys(raw) != count_keys(orjson.dumps(value)):  # *value* has the last of equal keys only
             raise bad_request("duplicate_key", "an object in the JSON has the same key twice")
         return body_type.model_validate(value)
     except orjson.JSONDecodeError as problem:
@@ -51,7 +51,8 @@ def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int) -> ParsedBod
 def count_keys(text: bytes) -> int:
     """Count the keys of all objects in the valid JSON *text*: its strings before a colon."""
     masked = text.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in text else text
-    after_strings = masked.split(b'"')[2::2]  # text outside and inside of strings alternates
+    # Now every quote begins or ends a string: parts 1, 3 ... are inside of strings, parts 2, 4 ... after one.
+    after_strings = masked.split(b'"')[2::2]
     return sum(part.lstrip().startswith(b":") for part in after_strings)
 
 
@@ -70,7 +71,7 @@ def decode_text(text: object, where: str) -> bytes:
         raise bad_request("bad_base64", f"{where}: not base64: characters outside of the alphabet")
     plain = text.encode("ascii").translate(URL_SAFE, WHITESPACE)
     if not plain.endswith(b"="):
-        plain += b"=" * (-len(plain) % 4)
+        plain += b"=" * (-len(plain) % 4)  # to a multiple of 4
     try:
         return binascii.a2b_base64(plain, strict_mode=True)
     except binascii.Error as problem:

@@ -61,7 +61,7 @@ class LineQueue(logging.Handler):
             data = f"{line}\n".encode(errors="backslashreplace")
             try:
                 while data:
-                    data = data[os.write(self._file, data) :]
+                    data = data[os.write(self._file, data) :]  # the rest, if only a part was written
             except OSError:  # the disk is full, or nobody has the pipe open
                 DROPPED.inc()
 
@@ -86,7 +86,7 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
         ]
     else:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
-    added: list[Processor] = [
+    added: list[Processor] = [  # run before `processors`
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),

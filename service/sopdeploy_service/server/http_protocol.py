@@ -61,10 +61,9 @@ class Connections:
     waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)  # ordered by this time
 
     def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
-        """Admit *connection*, and close another one if there are too many.
+        """Admit *connection*; if there are too many, close another one, or return the error for this one.
 
-        The other one has been in its headers for too long or else has been idle for longest. If none can be
-        closed, the result is the error for *connection*.
+        The other one is a slow one as `_find_slow` defines it, or else the one that has been idle longest.
         """
         self.open[connection] = None
         self.metrics.connections.set(len(self.open))
@@ -82,7 +81,7 @@ class Connections:
             del self.idle[longest_idle]
             longest_idle.close()
             return None
-        if excess > SPARE:  # up to this number over the limit stay open until they have the response `FULL`
+        if excess > SPARE:  # only so many over the limit stay open until they have the response `FULL`
             connection.abort()  # `_reject` then sends nothing
         return FULL
 
@@ -92,16 +91,16 @@ class Connections:
         self.waiting[connection] = connection.loop.time()
 
     def _find_slow(self, now: float) -> "LimitedHttpProtocol | None":
-        """Find the connection that has been in its headers longest, if for at least `HEADER_GRACE`.
+        """Find the connection that has waited longest for its headers, if for at least `HEADER_GRACE`.
 
-        Otherwise, find the oldest of an address with more than `MAX_WAITING` and `max_connections / 4`.
+        Otherwise, find the oldest one of an address that has too many of those that wait.
         """
         oldest = next(iter(self.waiting), None)
         if oldest is not None and now - self.waiting[oldest] >= HEADER_GRACE:
             return oldest
         counts = Counter(connection.address for connection in self.waiting)
-        limit = max(MAX_WAITING, self.settings.max_connections // 4)
-        return next((waiting for waiting in self.waiting if counts[waiting.address] > limit), None)
+        limit = max(MAX_WAITING, self.settings.max_connections // 4)  # for one address
+        return next((one for one in self.waiting if counts[one.address] > limit), None)
 
     def remove(self, connection: "LimitedHttpProtocol") -> None:
         """Remove *connection*, which is closed."""
@@ -163,9 +162,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self._held += data
             return
-        # Without a second request at its beginning, *data* is parsed at once, which is faster. Parsing a body
-        # that looks like requests in pieces only takes longer; `MAX_PIPELINE` rejects what this overlooks.
-        if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:
+        # One request is parsed at once, which is faster than in pieces. The number is an estimate: a body
+        # with this text only takes longer, and `MAX_PIPELINE` limits requests beyond the first piece.
+        num_requests = data.count(b" HTTP/1.", 0, PIECE_BYTES)
+        if num_requests < 2:
             self._parse(data)
             return
         for start in range(0, len(data), PIECE_BYTES):
@@ -177,11 +177,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         """Parse *data* and reject the request if it exceeds a limit."""
-        self._overhead_bytes += len(data)
+        self._overhead_bytes += len(data)  # the callbacks of the parser subtract the content of the body
         try:
             self._feed_without_upgrade(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            if not self._ignores_input:  # else it is what follows the last request
+            if not self._ignores_input:  # else it is in what follows the last request, which is ignored
                 self._error = self._error or _MALFORMED
         if self._in_headers or self._in_body:
             # Negative after chunks whose size needs less than `CHUNK_BYTES`, which is no credit for later.
@@ -315,10 +315,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         is_next_running = not self.cycle.response_complete
         if self.transport.is_closing() or is_next_running:
             return
-        if self._in_body:
+        if self._in_body:  # of this request; the app did not wait for its end
             self._unset_keepalive_if_required()
             self._restart_timer(LINGER_SECONDS, self.abort)
-        elif self._in_headers:
+        elif self._in_headers:  # of the next request
             self._unset_keepalive_if_required()
             self._limit_headers()
         else:
@@ -374,17 +374,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.metrics.rejected.labels(reason.code).inc()
         self._restart_timer(None)
         self._ignores_input = True
-        is_responding = self.cycle is not None and not self.cycle.response_complete
-        # The response is to an earlier request if the rejected one is queued or still in its headers.
-        is_to_earlier = bool(self.pipeline) or not self._in_body
-        if is_responding and (is_to_earlier or self.cycle.response_started):
-            self.cycle.keep_alive = False  # closes after the response
-            return
-        if is_responding:  # the app is reading the invalid body; it sees a client that has disconnected
-            self.cycle.disconnected = True
+        if self.cycle is not None and not self.cycle.response_complete:  # the app still responds
+            # The response is to an earlier request if the rejected one is queued or still in its headers.
+            is_to_earlier = bool(self.pipeline) or not self._in_body
+            if is_to_earlier or self.cycle.response_started:
+                self.cycle.keep_alive = False  # closes after the response
+                return
+            self.cycle.disconnected = True  # the app, which reads the invalid body, sees this
             self.cycle.message_event.set()
             self._write_error(reason)
-        elif not self._in_body:  # the invalid headers have no response yet; an invalid body has one
+        elif not self._in_body:  # invalid headers; a request whose body is invalid has its response already
             self._shared.metrics.request("other", reason.status, 0.0)
             self._write_error(reason)
         self._in_headers = True  # so that `close` waits for input in transit

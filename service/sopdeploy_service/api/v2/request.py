@@ -101,7 +101,7 @@ def parse_body(
     body: bytes, header_length: str | None, manifest: Manifest, max_images: int, max_json: int
 ) -> InferRequest:
     """Parse *body*, in a thread; raises `RejectedError` if it is invalid or has too many images or bytes."""
-    text, binary = body, memoryview(b"")
+    text, binary = body, memoryview(b"")  # without the header, all of it is JSON
     if header_length is not None:
         digits = header_length.strip()
         is_number = digits.isascii() and digits.isdecimal() and len(digits) <= MAX_DIGITS
@@ -120,7 +120,7 @@ def parse_body(
 
 
 def _requested_outputs(request: InferBody, names: Sequence[str]) -> dict[str, bool]:
-    """Map each requested one of *names*, by default all except the embedding, to whether it is in binary."""
+    """Map each output to return, by default all of *names* but the embedding, to whether it is in binary."""
     binary_by_default = bool(request.parameters.binary_data_output)  # of outputs that choose no format
     requested: dict[str, bool] = {}
     for output in request.outputs:
@@ -156,7 +156,7 @@ def _read_images(
     size = (1,) if is_encoded else record.shape[1:]  # some clients send encoded images as a column, [n, 1]
     shape = _check_shape(item, size, max_images)
     declared = item.parameters.binary_data_size
-    if (declared is None) == (item.data is None):
+    if (declared is None) == (item.data is None):  # it has neither or both
         raise _invalid("wrong_data", item, "must have either `data` or the parameter `binary_data_size`")
     if len(binary) != (declared or 0):
         raise bad_request(
@@ -186,7 +186,7 @@ def _describe(size: Sequence[int | None]) -> str:
 
 
 def _check_shape(item: InputTensor, size: tuple[int | None, ...], max_images: int) -> tuple[int, ...]:
-    """Return the shape of *item*, n images of *size*, which has no None; `IMAGE` may also have [n]."""
+    """Return the shape of *item* if it is [n, *size], or [n] for `IMAGE`; else raise `RejectedError`."""
     shape = item.shape
     rule = f"the shape must be {_describe(size)} with n from 1 to {max_images}"
     allowed_sizes = {size, ()} if item.name == IMAGE_INPUT else {size}
@@ -236,12 +236,12 @@ def _split_elements(item: InputTensor, raw: memoryview, count: int) -> list[byte
     elements, position = [], 0
     for number in range(count):
         begin = position + LENGTH_BYTES
-        length = unpack_from("<I", raw, position)[0] if begin <= len(raw) else None
-        if length is None or begin + length > len(raw):
+        end = None if begin > len(raw) else begin + unpack_from("<I", raw, position)[0]
+        if end is None or end > len(raw):
             message = f"element {number} does not fit into {len(raw)} bytes"
             raise _invalid("wrong_binary_size", item, message)
-        position = begin + length
-        elements.append(bytes(raw[begin:position]))
+        elements.append(bytes(raw[begin:end]))
+        position = end
     if position != len(raw):
         message = f"{len(raw) - position} bytes remain after element {count - 1}"
         raise _invalid("wrong_binary_size", item, message)
