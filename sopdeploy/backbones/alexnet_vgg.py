@@ -69,7 +69,8 @@ class SingleStage(Backbone):
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        layers, channels = self.build_layers(), 0  # channels of the last convolution so far
+        layers = self.build_layers()
+        channels = 0  # of the last convolution so far
         for position, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d):
                 channels = layer.out_channels

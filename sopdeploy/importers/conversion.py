@@ -122,9 +122,9 @@ def _set_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
     for key, value in values.items():
         *tables, last = key.split(".")
         table = config
-        for name in tables:
-            inner = table.get(name, {})
-            table[name] = inner if isinstance(inner, dict) else {"kind": inner}
+        for name in tables:  # go to the table that holds the value
+            if not isinstance(table.setdefault(name, {}), dict):
+                table[name] = {"kind": table[name]}
             table = table[name]
         table[last] = value
     return config
@@ -143,11 +143,11 @@ def fit_tensors(
     expected = network.to_empty(device="cpu").state_dict()
     state = {name: torch.zeros_like(tensor) for name, tensor in expected.items() if name.endswith(COUNTER)}
     for name, tensor in converted.tensors.items():
-        has_one_count = name.endswith(COUNTER) and tensor.numel() == 1  # maybe of shape (1,)
-        shaped = tensor.reshape(()) if has_one_count else tensor
-        # A tensor that does not fit is kept, so that `first_difference` can name it.
-        fits = name in expected and expected[name].shape == shaped.shape
-        state[name] = shaped.detach().to(expected[name].dtype).contiguous().clone() if fits else shaped
+        is_count = name.endswith(COUNTER) and tensor.numel() == 1
+        state[name] = tensor.reshape(()) if is_count else tensor  # some files have counters of shape (1,)
+        if name in expected and expected[name].shape == state[name].shape:
+            state[name] = state[name].detach().to(expected[name].dtype).contiguous().clone()
+    # `state` still contains the tensors that do not fit, so that `first_difference` can name them.
     if problem := first_difference(expected, state):
         raise _misfit(file, converted, model, problem)
     return {name: state[name] for name in expected}

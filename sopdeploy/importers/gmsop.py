@@ -61,16 +61,17 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights:
     config = {**_pooling_config(file), "blocks_per_stage": blocks, "widen": widen, "components": 1}
     config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
     component, gated = config["component"], "gating_w" in file.tensors
-    pooled_channels = WIDTHS[-1] * widen  # of the last stage
     if gated:
         weights = _join_components(tensors)  # (N, out, in) of each convolution
         widths = [weight.shape[1] for weight in weights]
         pooled_channels = widths[-1]  # of a component's last convolution
-        config |= {**_gate_config(file, tensors), "component_widths": widths}
+        config |= {**_gate_config(file, tensors), "component_widths": widths}  # with N as "components"
         tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
+    else:
+        pooled_channels = WIDTHS[-1] * widen  # of the last stage
     if component == "sop":  # the head and the gate read triangle vectors
-        of_head = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
-        make_row_wise(tensors, of_head, pooled_channels)
+        head_names = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
+        make_row_wise(tensors, head_names, pooled_channels)
         if gated:
             make_row_wise(tensors, GATE_WEIGHTS.values(), config["gate_widths"][-1])
     return ConvertedWeights(
@@ -133,9 +134,12 @@ def _join_components(tensors: dict[str, Tensor]) -> list[Tensor]:
 def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str | None:
     """Name the network of the catalog with this gate, component, blocks per stage and widening, if any."""
     backbone = {(2, 1): "resnet18", (6, 1): "resnet50", (4, 2): "wrn36-2"}.get((blocks, widen))
-    plain = "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"  # resnet18 is for 224 pixels
-    ungated = plain if component == "gap" else f"srsop-{backbone}"
-    name = f"gm{component}-16-8-{backbone}" if gated else ungated  # 16 components, 8 of them kept
+    if gated:
+        name = f"gm{component}-16-8-{backbone}"  # 16 components, 8 of them kept
+    elif component == "gap":
+        name = "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"  # resnet18 is for 224 pixels
+    else:
+        name = f"srsop-{backbone}"
     return name if name in CATALOG else None  # no name with a backbone of None is in the catalog
 
 
@@ -167,7 +171,7 @@ def _pooling_config(file: WeightFile) -> dict[str, Any]:
 
 
 def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Read the options of the gate and of the mixture; norms and noise are those of all released ones."""
+    """Read the options of the gate and of the mixture; norms and noise are the same in all released files."""
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
     gates = sorted(name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name))
     return {

@@ -57,9 +57,9 @@ def import_weights(
 ) -> ImportReport:
     """Write the weight file *source* as a checkpoint of catalog *model* to *destination*.
 
-    The file does not contain the *settings*, values of the model's config by dotted key, nor the class names
-    in the file *labels*. *preprocess* replaces values of the preprocessing. Raises a `SopdeployError` if the
-    file cannot be read, is of an unknown project or of another network.
+    *settings* are values of the model's config, by dotted key, that *source* does not contain. The file
+    *labels* has the class names. *preprocess* replaces values of the preprocessing. Raises a `SopdeployError`
+    if *source* cannot be read, is of an unknown project or of another network.
     """
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(f"{destination} is the file to import; give another name", setting="out_file")

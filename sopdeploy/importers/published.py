@@ -123,7 +123,7 @@ def _downloading(name: str, advice: str, **remedies: str) -> Iterator[None]:
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    """Remove *path* and raise `WeightsError` unless its SHA-256 starts with *expected*."""
+    """Remove *path* and raise `WeightsError` unless its SHA-256 starts with *expected*; "" fits all files."""
     digest = sha256(path)
     if digest.startswith(expected):
         return

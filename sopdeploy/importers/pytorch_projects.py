@@ -61,15 +61,16 @@ SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have th
 
 def resnet_depth(file: WeightFile) -> int:
     """Find the depth of the ResNet in *file*; raises `WeightsError`."""
-    counts = tuple(
-        len({name.split(".")[1] for name in file.tensors if name.startswith(f"{stage}.")}) for stage in STAGES
-    )
-    basic = "layer1.0.conv3.weight" not in file.tensors
-    for depth, blocks in BLOCKS.items():
-        if blocks == counts and (depth in {18, 34}) == basic:
+    blocks = {tuple(name.split(".")[:2]) for name in file.tensors if "." in name}  # such as ("layer3", "0")
+    stages = [stage for stage, _ in blocks]  # each stage once per block
+    counts = tuple(stages.count(stage) for stage in STAGES)
+    kind = "bottlenecks" if "layer1.0.conv3.weight" in file.tensors else "basic blocks"
+    for depth, expected_counts in BLOCKS.items():
+        expected_kind = "basic blocks" if depth in {18, 34} else "bottlenecks"
+        if (counts, kind) == (expected_counts, expected_kind):
             return depth
     raise WeightsError(
-        f"{file.path}: a ResNet of {counts} {'basic blocks' if basic else 'bottlenecks'} is not in the "
+        f"{file.path}: a ResNet of {counts} {kind} is not in the "
         "catalog; `sopdeploy models` lists the networks"
     )
 
@@ -111,10 +112,13 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is `features.0`
     is_torchvisions = kind == "gap" and "conv1.weight" in file.tensors
     project = "torchvision" if is_torchvisions else "fast-MPN-COV"
-    stride = None if is_torchvisions else conv5_stride(file, depth)  # torchvision's networks have the default
-    must_ask_stride = stride is None and not is_torchvisions
-    if stride is not None:
-        detected["conv5_stride"] = stride
+    undetermined = {}
+    if not is_torchvisions:  # torchvision's networks have the default stride
+        stride = conv5_stride(file, depth)
+        if stride is None:
+            undetermined["conv5_stride"] = STRIDE_UNKNOWN
+        else:
+            detected["conv5_stride"] = stride
     preprocess, notes = published_preprocess(f"resnet{depth}", file)
     option = " --option pooling=bcnn" if kind == "bcnn" else ""
     return ConvertedWeights(
@@ -125,7 +129,7 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
         num_classes=classes,
         preprocess=preprocess,
         detected=detected,
-        undetermined={"conv5_stride": STRIDE_UNKNOWN} if must_ask_stride else {},
+        undetermined=undetermined,
         notes=notes,
     )
 
@@ -172,9 +176,10 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if convolutions != 13:
         raise WeightsError(f"{file.path}: a VGG with {convolutions} convolutions, not 13; give VGG-16")
     length = classifier.shape[1]
-    pooling: dict[str, str | int] = {"pooling.kind": "flatten"}
-    project, option = "torchvision", ""
-    if length != VGG_FLATTENED:  # the classifier reads the vector of a global pooling
+    if length == VGG_FLATTENED:
+        project, option = "torchvision", ""
+        pooling: dict[str, str | int] = {"pooling.kind": "flatten"}
+    else:  # the classifier reads the vector of a global pooling
         project, pooling = "fast-MPN-COV", detect_pooling(renamed, VGG_CHANNELS, length)
         option = f" --option pooling={pooling['pooling.kind']}"
     batch_norm = "features.1.running_mean" in file.tensors

@@ -82,8 +82,8 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
 def find_network(file: WeightFile) -> str | None:
     """Find the network of timm that has the tensors of *file*, as `timm:NAME`.
 
-    It is the longest name that occurs in the architecture in the config.json next to the file or in the file,
-    or else in the name of the file. None if there is no such name or its network has other tensors.
+    NAME is the longest of timm's names that occurs in one text: the architecture in the config.json next to
+    the file, else the one in the file, else the file's name. None if no name occurs or the tensors differ.
     """
     text = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name)
     names = [name for name in importlib.import_module("timm").list_models() if name in text]
@@ -92,7 +92,7 @@ def find_network(file: WeightFile) -> str | None:
 
 
 def refuse_other_network(file: WeightFile, model: str) -> None:
-    """Raise `WeightsError` if *file* does not fit *model* but a network of timm; it names that one."""
+    """Raise `WeightsError` with the network of timm that has the tensors of *file*, if there is one."""
     if found := find_network(file):
         raise WeightsError(
             f"{file.path}: does not fit {model}; its tensors are those of {found}; name that network"

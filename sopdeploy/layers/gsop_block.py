@@ -160,9 +160,9 @@ def nearest_rows(size: int, target: int) -> list[list[float]]:
 
 def resample(x_BCHW: Tensor, height: int, width: int, build_rows: RowBuilder) -> Tensor:
     """Resize *x_BCHW* to (B, C, height, width), each side by the matrix that *build_rows* builds."""
-    down = torch.tensor(build_rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device)
-    across = torch.tensor(build_rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device)
-    return down @ x_BCHW @ across.T
+    matrix_hH = torch.tensor(build_rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device)
+    matrix_wW = torch.tensor(build_rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device)
+    return matrix_hH @ x_BCHW @ matrix_wW.T
 
 
 class PositionAttention(nn.Module, ExportHints):
@@ -204,9 +204,8 @@ def uncentred_covariance(small_BdP: Tensor) -> Tensor:
     """
     positions = small_BdP.shape[2]
     sums_B1P = small_BdP.sum(dim=1, keepdim=True)
-    return (
-        small_BdP.transpose(1, 2) @ small_BdP / positions - sums_B1P.transpose(1, 2) @ sums_B1P / positions**2
-    )
+    moments_BPP = small_BdP.transpose(1, 2) @ small_BdP / positions
+    return moments_BPP - sums_B1P.transpose(1, 2) @ sums_B1P / positions**2
 
 
 class Concatenation(nn.Module):

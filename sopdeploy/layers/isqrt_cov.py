@@ -104,10 +104,10 @@ def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor 
     F is Y or Z. *f_grad_BCC* is symmetric. *ts* are T_0 .. T_(N-1), *fs* are F_0 .. F_(N-1): F_0 is the input
     matrix where F is Y, and `None`, the identity, where F is Z.
 
-    Let W_k = Z_k Y_k, T = (3 I - W_k) / 2, so W_(k+1) = T W_k T. Let W_grad be the gradient of W_(k+1). T has
-    the gradient T_grad from F_(k+1), and Q W_k + (Q W_k)^T from W_(k+1), where Q = W_grad T. Because
-    W_k = 3 I - 2 T, Q W_k is 3 Q - 2 Q T. So the gradient of W_k is T Q - H - H^T, where
-    H = T_grad / 4 + Q W_k / 2 = T_grad / 4 - Q T + 1.5 Q.
+    Let W_k = Z_k Y_k. A step computes T = (3 I - W_k) / 2, F_(k+1) = F_k T and W_(k+1) = T W_k T. T_grad is
+    the gradient of T through F_(k+1), W_grad that of W_(k+1), and Q = W_grad T. From W_(k+1), T receives
+    Q W_k + (Q W_k)^T and W_k receives T Q. From T, W_k receives -1/2 of all of T's gradient, made symmetric.
+    The sum is T Q - H - H^T with H = T_grad / 4 + Q W_k / 2 = T_grad / 4 - Q T + 1.5 Q, as W_k = 3 I - 2 T.
     """
     f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
     w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))  # W_N has no gradient, so Q is 0
@@ -123,8 +123,8 @@ def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor 
 
 
 def _factor_gradients(f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the gradient of F_(k+1) = F_k T, for F = Z equal to T Z_k, into those of F_k and T."""
-    if f_BCC is None:  # the identity: F_1 is T; the caller does not use the gradient of F_0
+    """Return the gradients of F_k and of T from that of F_(k+1) = F_k T; F is Y or Z, and Z_k T = T Z_k."""
+    if f_BCC is None:  # F_0 is the identity, so F_1 is T; the caller does not use the gradient of F_0
         return f_grad_BCC, f_grad_BCC
     return f_grad_BCC @ t_BCC, f_BCC @ f_grad_BCC
 
@@ -163,7 +163,7 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     if type(positions) is not int or type(channels) is not int:
         return False
     products = max(1, 3 * iterations - 3)  # of two square matrices, as counted at the top of this file
-    # On G, X^T X and X Z_N also take d M^2 each. Not counted is the d^2 M of X X^T on A and (X Z_N) X^T on G.
+    # On G, X^T X and X Z_N also take d M^2 each. Left out: X X^T on A and (X Z_N) X^T on G, d^2 M each.
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
 
 
@@ -235,9 +235,9 @@ class ISqrtVector(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Compute the gradient (B, d, H, W) of the map; second derivatives go through autograd.
 
-        The root is n^p Y_N on A, where p is 1/2 with compensation and 0 without, and n^p X Z_N X^T on G,
-        where p is -1/2 and -1. Let R be the gradient of the root; through n^p, that of n is p <root, R> / n.
-        Matrices with the suffix nn are M x M on G and d x d on A; F is Z on G and Y on A.
+        The root is n^p Y_N if the iteration ran on A = X X^T / n, and n^p X Z_N X^T on G = X^T X / n. With
+        compensation p is 1/2 on A and -1/2 on G, without it 0 and -1. R is the gradient of the root. Matrices
+        with the suffix nn are those of A, d x d, or of G, M x M; F is Y on A and Z on G.
         """
         config: NewtonSchulzConfig = ctx.config
         features_BdHW, triangle, vector, norm_B11, matrix_Bnn, *factors = ctx.saved_tensors
@@ -251,32 +251,31 @@ class ISqrtVector(torch.autograd.Function):
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)
         upper_Bdd = upper.view(-1, channels, channels)
         root_grad_Bdd = (upper_Bdd + upper_Bdd.transpose(1, 2)).mul_(0.5)  # R, symmetric
-        root_dot_grad_B11 = (grad * vector).sum(dim=1)[:, None, None]
+        root_dot_grad_B11 = (grad * vector).sum(dim=1)[:, None, None]  # <root, R>
 
-        # X times sqrt(M); not saved, because it is as large as the map
-        x_BdM = deviations(at_least_float32(features_BdHW))
-        positions = x_BdM.shape[2]
-        if ctx.use_gram:
+        # V = X sqrt(M), the centered map; not saved, because it is as large as the map
+        centered_BdM = deviations(at_least_float32(features_BdHW))
+        positions = centered_BdM.shape[2]
+        if ctx.use_gram:  # Z_N has the gradient X^T R X n^p = V^T R V n^p / M
             power = -0.5 if config.compensate else -1.0
-            scale_B11 = norm_B11.pow(power) / positions  # n^p / M, because x is X times sqrt(M)
-            outer_grad_BdM = root_grad_Bdd @ x_BdM
-            f_grad_Bnn = (x_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11  # gradient of Z_N: n^p X^T R X
-        elif config.compensate:
-            power, f_grad_Bnn = 0.5, root_grad_Bdd * norm_B11.sqrt()  # gradient of Y_N: n^p R
-        else:
-            power, f_grad_Bnn = 0.0, root_grad_Bdd
+            scale_B11 = norm_B11.pow(power) / positions
+            rv_BdM = root_grad_Bdd @ centered_BdM
+            f_grad_Bnn = (centered_BdM.transpose(1, 2) @ rv_BdM) * scale_B11
+        else:  # Y_N has the gradient R n^p
+            power = 0.5 if config.compensate else 0.0
+            f_grad_Bnn = root_grad_Bdd * norm_B11.sqrt() if config.compensate else root_grad_Bdd
 
         matrix_grad_Bnn = steps_adjoint(f_grad_Bnn, ts, fs)
-        norm_term_B11 = power * root_dot_grad_B11
+        norm_term_B11 = power * root_dot_grad_B11  # n times the gradient that n receives from n^p
         product_grad_Bnn = _prenorm_adjoint(matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config)
-        product_grad_Bnn *= 2.0 / positions  # P is x x^T / M or x^T x / M and symmetric
+        product_grad_Bnn *= 2.0 / positions  # the product is V V^T / M on A, V^T V / M on G
         if ctx.use_gram:
             z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]  # Z_N = T Z_(N-1)
-            # X receives 2 n^p R X Z_N from the root and 2 X P_grad from P; the map, both divided by sqrt(M).
-            outer_part_BdM = outer_grad_BdM @ (z_BMM * (2.0 * scale_B11))
-            gradient_BdM = torch.baddbmm(outer_part_BdM, x_BdM, product_grad_Bnn)
+            # Besides, V is a factor of the root, V Z_N V^T n^p / M. This gives it 2 R V Z_N n^p / M.
+            direct_gradient_BdM = rv_BdM @ (z_BMM * (2.0 * scale_B11))
+            gradient_BdM = torch.baddbmm(direct_gradient_BdM, centered_BdM, product_grad_Bnn)
         else:
-            gradient_BdM = product_grad_Bnn @ x_BdM
+            gradient_BdM = product_grad_Bnn @ centered_BdM
         return gradient_BdM.view_as(features_BdHW).to(features_BdHW.dtype), None, None
 
 

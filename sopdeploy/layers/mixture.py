@@ -112,18 +112,21 @@ class Components(nn.Module):
         sum, once per image instead of K times.
         """
         sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)  # ties: the lower index
-        largest_BK, index = sorted_BN[:, : self.evaluated], order_BN[:, : self.evaluated].flatten()
-        by_image = (-1, self.evaluated)  # splits an axis of length B K into (B, K)
+        largest_BK = sorted_BN[:, : self.evaluated]
+        chosen = order_BN[:, : self.evaluated].flatten()  # (B K,), the K components of each image
         x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)  # (B, 1, C, M), the same for all K at first
         for weight_Noi in self.weights:
-            filters_BKoi = weight_Noi.index_select(0, index).unflatten(0, by_image)
+            filters_BKoi = weight_Noi.index_select(0, chosen).unflatten(0, (-1, self.evaluated))
             x_BKcM = F.relu(filters_BKoi @ x_BKcM)
         maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])  # (B K, c, H, W)
-        root = self.after if isinstance(self.after, ISqrtCov) else None
-        pooled = self.after(maps) if root is None else covariance_root(maps, root.config).flatten(start_dim=1)
-        pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, by_image)
+        root_layer = self.after if isinstance(self.after, ISqrtCov) else None
+        if root_layer is None:
+            pooled = self.after(maps)
+        else:
+            pooled = covariance_root(maps, root_layer.config).flatten(start_dim=1)  # whole roots, c^2 numbers
+        pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, (-1, self.evaluated))
         sum_BD = (largest_BK.unsqueeze(1) @ pooled_BKD).squeeze(1)
-        return sum_BD if root is None else sum_BD.index_select(1, root.triangle)
+        return sum_BD if root_layer is None else sum_BD.index_select(1, root_layer.triangle)
 
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0."""
@@ -241,13 +244,12 @@ def keep_largest(logits_BN: Tensor, chosen: int) -> Tensor:
 
 
 def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
-    """Compute alpha / S times (std / mean)^2 of the summed weights of all S images: Eq. (4) divided by S.
+    """Compute alpha / S (std / mean)^2 of the load (N,), the sum of *weights_BN* over the S images.
 
-    Eq. (4) belongs to a cross entropy that is summed over the batch, as in the released trainer. Here it is
-    the mean over the S images, so Eq. (4) is divided by S, too; in the paper alpha / S is 100 / 256 = 0.39.
-    Where `torch.distributed` is initialized, weights and images of all ranks are summed. The gradient is then
-    that of the whole batch if the trainer averages the gradients of the ranks, each weighted by its fraction
-    of the images.
+    Eq. (4) has no S, because the paper sums the cross entropy over the images of a step, as in the released
+    trainer; here it is their mean. In the paper, alpha / S is 100 / 256 = 0.39. Where `torch.distributed` is
+    initialized, load and S are sums over all ranks. The gradient is then that of the whole batch if the
+    trainer averages the gradients of the ranks, each weighted by its fraction of the images.
     """
     count = weights_BN.new_full((1,), weights_BN.shape[0])
     summed = torch.cat([weights_BN.sum(dim=0), count])  # one tensor, so that one reduction sums both

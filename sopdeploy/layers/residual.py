@@ -209,10 +209,9 @@ def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3
     It maps (B, in, H, W) to (B, out, H / stride, W / stride) without a final activation, and adds a shortcut
     if it keeps the shape.
     """
-    timm = import_optional(
-        "timm.models._efficientnet_blocks", "timm", "sopdeploy[train]", MissingPackageError
-    )
-    excitation = partial(timm.SqueezeExcite, rd_channels=max(1, in_channels // SQUEEZE))
-    return timm.InvertedResidual(
+    module = "timm.models._efficientnet_blocks"
+    blocks = import_optional(module, "timm", "sopdeploy[train]", MissingPackageError)
+    excitation = partial(blocks.SqueezeExcite, rd_channels=max(1, in_channels // SQUEEZE))
+    return blocks.InvertedResidual(
         in_channels, out_channels, kernel, stride, exp_ratio=6, act_layer=nn.SiLU, se_layer=excitation
     )

@@ -75,11 +75,13 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     handles = [
         part.register_forward_hook(partial(_add, counts, name)) for name, part in network.named_modules()
     ]
+    # Batch norms take most of the time, also on `meta`, so they return their input. An attribute `forward` of
+    # the instance hides the method of the class until it is deleted; one that a caller has set stays.
     norms: list[Any] = [
         part for part in network.modules() if isinstance(part, NORMS) and "forward" not in vars(part)
-    ]  # a caller's own `forward`, an attribute of the instance, stays
+    ]
     for norm in norms:
-        norm.forward = _unchanged  # shapes are enough; the values take most of the time, also on `meta`
+        norm.forward = _unchanged
     device = next((parameter.device for parameter in network.parameters()), torch.device("meta"))
     try:
         with torch.no_grad():

@@ -133,22 +133,22 @@ class DSoP(Classifier):
                 raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            counts = blocks[index]
-            if isinstance(counts, int):  # of one branch, after the last block of the stage
-                counts = (0,) * (len(taps) - 1) + (counts,)
+            given = blocks[index]  # a number is that of one branch, after the last block of the stage
+            counts = (0,) * (len(taps) - 1) + (given,) if isinstance(given, int) else given
             if len(counts) != len(taps):
                 raise ConfigError(
                     f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
                 )
             for tap, count in zip(taps, counts, strict=True):
                 used = count > 0
-                kept = config.keep_unused_branches and tap == taps[-1]  # it keeps one block
+                kept = config.keep_unused_branches and tap == taps[-1]
                 if not (used or kept):
                     continue
                 width = min(widths[index], self.tap_channels[tap])
                 dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
                 stride, weight = strides[index], weights[index]
-                plans.append(BranchPlan(tap, used, max(count, 1), stride, weight, width, dropout))
+                length = max(count, 1)  # an unused branch is kept with one block
+                plans.append(BranchPlan(tap, used, length, stride, weight, width, dropout))
         return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
@@ -156,10 +156,8 @@ class DSoP(Classifier):
         if "branches" not in self._modules:
             return super().heads(images)
         features, tapped = self.feature_maps(images, self.taps)
-        logits = {
-            name: self.branches[name](feature)
-            for name, feature in zip(self.taps.values(), tapped, strict=True)
-        }
+        named_maps = zip(self.taps.values(), tapped, strict=True)  # by the name of the branch
+        logits = {name: self.branches[name](feature_map) for name, feature_map in named_maps}
         return {**logits, "main": self.classify(features)}
 
     def loss_weights(self) -> dict[str, float]:

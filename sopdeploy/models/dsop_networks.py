@@ -80,13 +80,13 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         )
 
     def plan(self) -> list[BranchPlan]:
-        """Plan the branches; that of the last stage starts at `conv_head`."""
+        """Plan the branches; that of the last stage reads `conv_head` and has no blocks of its own."""
         self.tap_channels["conv_head"] = HEAD_CHANNELS
-        plans = super().plan()  # raises for a number of widths other than that of the stages
+        plans = super().plan()  # its check ensures that `widths` has one value per stage
         widths = self.paper_branches().widths if self.config.aux_widths is None else self.config.aux_widths
         for index, plan in enumerate(plans):
             if plan.used and plan.tap.startswith(f"{self.stage_names[-1]}."):
-                width = min(widths[-1], HEAD_CHANNELS)  # `plan.width` is limited by the channels of the block
+                width = min(widths[-1], HEAD_CHANNELS)  # `plan.width` is at most the channels of the block
                 plans[index] = plan._replace(tap="conv_head", blocks=0, width=width)
         return plans
 
@@ -103,9 +103,10 @@ class DSoPThreeStages(DSoP):
     def paper_branches(self) -> PaperBranches:
         """Return section V-D's branches, the same in every stage."""
         count = len(list(self.get_submodule("layer1").children()))
-        last_only = min(2, count)  # without a pattern: blocks of one branch after the last block of the stage
+        # without a pattern, a number: the blocks of one branch, which follows the last block of the stage
+        blocks = self.patterns[count] if count in self.patterns else min(2, count)
         return PaperBranches(
-            blocks=(self.patterns.get(count, last_only),) * 3,
+            blocks=(blocks,) * 3,
             widths=(128,) * 3,
             weights=(0.1, 0.2, 0.3),
             dropout_rate=0.5,

@@ -109,10 +109,11 @@ class GSoP(Classifier):
         taps: list[str] = []
         for stage in self.stage_names if config.block_stages is None else config.block_stages:
             length = len(list(self.get_submodule(stage).children()))
-            spacing = min(self.block_spacing or length, length)  # so each stage has a block
+            spacing = min(self.block_spacing or length, length)  # at most `length`, so each stage has a block
             taps += [f"{stage}.{index}" for index in range(spacing - 1, length, spacing)]
-        is_papers_net2 = config.block_stages is None and config.final_pooling == "isqrt"
-        return taps[:-1] if is_papers_net2 else taps  # its pooling replaces the last block
+        if config.block_stages is None and config.final_pooling == "isqrt":
+            del taps[-1]  # the final pooling of the paper's GSoP-Net2 replaces the last block
+        return taps
 
 
 class GSoPResNetConfig(ResNetConfig, GSoPConfig):

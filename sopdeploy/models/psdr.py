@@ -100,9 +100,8 @@ class SupervisedPSDRResNet(PSDRResNet):
         for step, channels in enumerate(self.pooling.widths, start=1):
             root = ISqrtCov(config.width, config.newton_schulz())
             fc = nn.Linear(root.out_features, self.num_classes)
-            self.auxiliary[f"step{step}"] = nn.Sequential(
-                dimension_reduction(channels, config.width), root, fc
-            )
+            reduction = dimension_reduction(channels, config.width)
+            self.auxiliary[f"step{step}"] = nn.Sequential(reduction, root, fc)
         initialize(self.auxiliary)
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
@@ -110,10 +109,8 @@ class SupervisedPSDRResNet(PSDRResNet):
         if "auxiliary" not in self._modules:  # the heads were removed, as for the export
             return super().heads(images)
         *intermediate, last = self.pooling.steps(self.feature_maps(images)[0])
-        logits = {
-            name: head(features)
-            for (name, head), features in zip(self.auxiliary.items(), intermediate, strict=True)
-        }
+        heads_and_maps = zip(self.auxiliary.items(), intermediate, strict=True)
+        logits = {name: head(features) for (name, head), features in heads_and_maps}
         return {**logits, "main": self.fc(self.pooling.root(last))}
 
     def loss_weights(self) -> dict[str, float]:

@@ -43,8 +43,7 @@ class Entry:
     @property
     def config(self) -> type[StrictModel]:
         """The class of the network's config."""
-        found: type[StrictModel] = load(self.config_source)
-        return found
+        return load(self.config_source)
 
 
 def load(source: str | type) -> Any:
@@ -255,17 +254,16 @@ def entry(name: str) -> Entry:
     """
     family, colon, rest = name.partition(":")
     if colon and family in PREFIXES:
-        found: Entry = load(PREFIXES[family])(family, rest)
-        return found
+        return load(PREFIXES[family])(family, rest)
     if name in CATALOG:
         return CATALOG[name]
     registered: Entry | None = MODELS.find(name)  # of the user or a plug-in
-    if registered is None:
-        has_tag = "." in name  # of timm, such as resnet18.a1_in1k
-        similar = [f"timm:{name}"] if has_tag else difflib.get_close_matches(name, CATALOG, n=3)
-        hint = f"did you mean {', '.join(similar)}?" if similar else "`sopdeploy models` lists them all"
-        raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
-    return registered
+    if registered is not None:
+        return registered
+    has_tag = "." in name  # of timm, such as resnet18.a1_in1k
+    similar = [f"timm:{name}"] if has_tag else difflib.get_close_matches(name, CATALOG, n=3)
+    hint = f"did you mean {', '.join(similar)}?" if similar else "`sopdeploy models` lists them all"
+    raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
 
 
 def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:

@@ -14,6 +14,7 @@ Letters: B images, C channels, H height, W width, d channels after the projectio
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import pydantic
@@ -187,14 +188,8 @@ def head_entry(_prefix: str, name: str) -> Entry:
         f"Head{base.config.__name__}", __base__=base.config, head=(HeadConfig, HeadConfig())
     )
     network: Any = type(f"Head{base.network.__name__}", (SecondOrderHead, base.network), {})
-    return Entry(
-        network,
-        config,  # type: ignore[arg-type]
-        base.defaults,
-        f"{base.summary}, first-order and second-order head",
-        base.image_size,
-        base.num_classes,
-    )
+    summary = f"{base.summary}, first-order and second-order head"
+    return replace(base, network_source=network, config_source=config, summary=summary)  # type: ignore[arg-type]
 
 
 def head_name(name: str) -> str:
@@ -228,9 +223,9 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead
 def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     """Compute the first *width* principal components (d, C) float64 of the positions of maps (B, C, H, W).
 
-    Of all projections to d channels, the one to them keeps most of the trace of the covariance.
-    *batches* are of any floating-point type and device. Components have length 1 and descending order. The
-    largest element of each is positive, so that the result does not depend on the library. Raises
+    They are the eigenvectors of the covariance (C, C) over all positions of *batches*, which are of any
+    floating-point type and device. The largest eigenvalue is first. Each component has length 1, and its
+    element of largest absolute value is positive, so that the result does not depend on the library. Raises
     `DataError` if the values of the maps are not finite.
     """
 
@@ -247,5 +242,5 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
         raise DataError("principal components: the feature maps have values that are not finite")
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
     components_dC = vectors_CC.flip(1)[:, :width].T  # `eigh` puts the largest eigenvalue last
-    largest = components_dC.abs().argmax(dim=1, keepdim=True)
-    return components_dC * components_dC.gather(1, largest).sign()
+    largest_d1 = components_dC.abs().argmax(dim=1, keepdim=True)  # index of each component's largest element
+    return components_dC * components_dC.gather(1, largest_d1).sign()

@@ -136,8 +136,7 @@ class TimmBackbone(Backbone):
             return network.forward_features(images), []
         wanted = [number for number, stage in enumerate(network.feature_info) if stage["module"] in taps]
         with_norm = hasattr(network, "norm")  # two networks without this module do not accept norm=True
-        last, maps = network.forward_intermediates(images, indices=wanted, norm=with_norm)
-        return last, maps
+        return network.forward_intermediates(images, indices=wanted, norm=with_norm)
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute logits by timm's `forward_head`."""

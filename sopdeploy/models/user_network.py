@@ -92,8 +92,7 @@ class UserNetwork(Classifier):
             logits, outputs = run_once(self.network, self.source.image_size)
             output: Any = outputs.get(name)  # `None` if the layer does not run in eval mode
             same_shape = isinstance(output, Tensor) and _shape(logits) == output.shape
-            has_values = same_shape and not logits.is_meta
-            if not same_shape or (has_values and not torch.equal(logits, output)):
+            if not (same_shape and (logits.is_meta or torch.equal(logits, output))):  # `meta` has no values
                 raise ConfigError(
                     f"head: the network does not return the output of its last linear layer {name}; build it "
                     "so that these are the logits"
