@@ -57,7 +57,7 @@ def fit_decision(
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
     """
     if groups is not None:
-        first_of_group = np.sort(np.unique(groups, return_index=True)[1])
+        first_of_group = np.sort(np.unique(groups, return_index=True)[1])  # indices, in the images' order
         logits, targets = logits[first_of_group], targets[first_of_group]
     if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
         return Decision()
@@ -177,19 +177,19 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
 
 
 def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
-    """Find the threshold of *scores* (N,) with the largest F1 for the class of the images *true*; as a logit.
+    """Return the logit of the threshold of *scores* (N,) with the largest F1 for the targets *true* (N,).
 
     It lies half-way between two neighboring logits; of several best ones, it is the nearest to 0 (0.5).
     """
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 
-    precision, recall, ascending = precision_recall_curve(true, scores)
+    precision, recall, distinct = precision_recall_curve(true, scores)  # the distinct scores, ascending
+    precision, recall = precision[:-1], recall[:-1]  # at each of them; the last is that of no prediction
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     with np.errstate(divide="ignore"):
-        logits = np.clip(np.log(ascending) - np.log1p(-ascending), -MAX_LOGIT, MAX_LOGIT)
+        logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
     lower_neighbors = np.append(logits[0], logits[:-1])  # the lowest logit has none
     halfway = (logits + lower_neighbors) / 2
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    f1 = f1[:-1]  # the last one is that of no prediction
     best = halfway[f1 >= f1.max() - 1e-12]  # equal but for rounding
     return float(min(best, key=lambda logit: (abs(logit), -logit)))  # of +x and -x, +x
 

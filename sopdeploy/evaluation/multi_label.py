@@ -43,14 +43,15 @@ class MeanPrecision(StrictModel):
         The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default images,
         and is extended to contain the value. Raises `DataError` if no image shows any class.
         """
-        shown = [(marks, logits) for marks, logits in zip(true.T, scores.T, strict=True) if marks.any()]
+        by_class = zip(true.T, scores.T, strict=True)
+        shown = [(marks, logits) for marks, logits in by_class if marks.any()]  # classes that have an image
         if not shown:
             raise DataError(NO_CLASS)
         value = float(np.mean([average_precision(marks, logits) for marks, logits in shown]))
-        unique, group_N = np.unique(np.arange(len(true)) if groups is None else groups, return_inverse=True)
-        num_groups = len(unique)
-        random = np.random.default_rng(seed)
-        draws_BG = random.multinomial(num_groups, [1 / num_groups] * num_groups, _RESAMPLES)
+        given_N = np.arange(len(true)) if groups is None else groups
+        unique, group_N = np.unique(given_N, return_inverse=True)  # the groups as numbers from 0
+        equal_shares_G = [1 / len(unique)] * len(unique)
+        draws_BG = np.random.default_rng(seed).multinomial(len(unique), equal_shares_G, _RESAMPLES)
         draws_BN = draws_BG[:, group_N]  # how often each resample contains each image
         resampled_BC = np.stack([resampled_precision(*of_class, draws_BN) for of_class in shown], axis=1)
         shows_a_class_B = ~np.isnan(resampled_BC).all(axis=1)

@@ -162,8 +162,9 @@ def predict_logits(
             on_batch(min(len(dataset), number * images_per_round))
     finally:
         model.train(was_training)
-    classes = computed[0].shape[1] if computed else len(dataset.images.labels)  # no image here
-    logits = torch.zeros(len(dataset), classes, dtype=torch.float64)
+    # A process without images has no logits that show the number.
+    num_classes = computed[0].shape[1] if computed else len(dataset.images.labels)
+    logits = torch.zeros(len(dataset), num_classes, dtype=torch.float64)
     if computed:
         logits[processes.rank :: processes.world] = torch.cat(computed)  # the rows of `images_here`
     # The rows of other processes are 0, so the sum holds all rows.

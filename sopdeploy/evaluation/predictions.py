@@ -10,13 +10,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.evaluation.metrics import (
-    TOP_K,
-    ClassificationReport,
-    ImageScore,
-    Rate,
-    classification_report,
-)
+from sopdeploy.evaluation.metrics import TOP_K, ClassificationReport, ImageScore, Rate, classification_report
 from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelPredictions, MultiLabelReport
 from sopdeploy.html.report import Section, Table, percent
 
@@ -92,8 +86,8 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
         caption = "Confusion matrix: rows are true classes, columns are predicted classes"
         tables.append(Table(caption=caption, columns=["class", *names], rows=rows))
-    frequent, columns = metrics.mistakes()[:_MAX_CONFUSIONS], ["true", "predicted", "images"]
-    tables.append(Table(caption="Most frequent mistakes", columns=columns, rows=frequent))
+    mistakes, columns_of_mistakes = metrics.mistakes()[:_MAX_CONFUSIONS], ["true", "predicted", "images"]
+    tables.append(Table(caption="Most frequent mistakes", columns=columns_of_mistakes, rows=mistakes))
     worst_first = sorted(metrics.classes, key=lambda row: 2.0 if row.recall is None else row.recall.share)
     rows_of_classes = [
         (

@@ -136,10 +136,12 @@ def images_to_decide(wins: int, losses: int, images: int, tolerance: float, atte
     """Estimate how many more images decide in 80 % of cases if the shares stay; None if no number does."""
     difference = (wins - losses) / images
     variance = (wins + losses + 1) / (images + 2)  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
-    needed = []  # for each verdict: variance ((quantile + Z_POWER) / distance to the excluded difference)^2
+    totals = []  # for each verdict: variance ((quantile + Z_POWER) / distance to the excluded difference)^2
     if difference > -tolerance:  # "not worse" excludes the difference -tolerance
         quantile = _quantile_not_worse(attempt)
-        needed.append(variance * ((quantile + Z_POWER) / (difference + tolerance)) ** 2)
+        totals.append(variance * ((quantile + Z_POWER) / (difference + tolerance)) ** 2)
     if difference < 0:  # "worse" excludes the difference 0
-        needed.append(variance * ((Z_95 + Z_POWER) / difference) ** 2)
-    return max(1, math.ceil(min(needed)) - images) if needed else None  # for the verdict that needs fewer
+        totals.append(variance * ((Z_95 + Z_POWER) / difference) ** 2)
+    if not totals:
+        return None
+    return max(1, math.ceil(min(totals)) - images)  # for the verdict that needs fewer images

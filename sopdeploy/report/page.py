@@ -144,18 +144,19 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     last, text = history[-1], list(result.lines())
     name = last.metrics.score_name  # on the page
     score = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"  # in the history
-    parts = dict.fromkeys(part for row in history for part in row.losses)
+    # The names of losses and heads in any epoch, each once and in their order.
+    losses = dict.fromkeys(part for row in history for part in row.losses)
     heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
-    shown = heads if len(heads) > 1 else ()  # a single head is the deployed network
-    columns_of_scores = {"deployed": score} | {head: f"{head}_{score}" for head in shown}
-    columns_of_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown}
+    shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
+    columns_of_scores = {"deployed": score} | {head: f"{head}_{score}" for head in shown_heads}
+    columns_of_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown_heads}
     overconfident = f"If the loss rises and {name} does not fall, the network is overconfident."
     charts = [  # label of the y axis, columns of the history by curve, caption
-        ("training loss", {part: f"train_{part}" for part in parts}, _TRAINING_LOSSES),
+        ("training loss", {part: f"train_{part}" for part in losses}, _TRAINING_LOSSES),
         (name, columns_of_scores, f"{name} on held-out images."),
         ("loss on held-out images", columns_of_losses, overconfident),
     ]
-    if shown and last.diagnostics is not None:
+    if shown_heads and last.diagnostics is not None:
         text.append(
             f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
             f"fixed subset of {last.diagnostics.num_images} with the raw weights."

@@ -61,11 +61,11 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
 
 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
-    """List images with a relatively more probable class than the label, the least probable label first.
+    """List (index, description) of images whose label is probably wrong, the least probable label first.
 
-    Probabilities are relative to the average one that images of a class have for it, because similar classes
-    are never certain ("confident learning", Northcutt et al., JAIR 2021). An image is listed, with its index,
-    if a class has `LISTED_RATIO` times the relative probability of the label.
+    An image is listed if a class has more than `LISTED_RATIO` times the relative probability of the label:
+    relative to the average one that images of the class have for it, because similar classes are never
+    certain ("confident learning", Northcutt et al., JAIR 2021).
     """
     probabilities_NC, labels = softmax(logits_NC), images.targets.astype(np.int64)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]

@@ -60,13 +60,13 @@ def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) ->
     epoch is then the last one with the highest sum of the scores of the branches.
     """
     if not frozen_backbone:
-        return max(history, key=lambda row: (row.metrics.score, -row.epoch))
+        return max(history, key=lambda row: (row.metrics.score, -row.epoch))  # of equal ones, the first
 
     def branch_scores(row: EpochRow) -> float:
         heads = row.diagnostics.heads if row.diagnostics is not None else {}
         return sum(head.score for name, head in heads.items() if name != "main")
 
-    return max(history, key=lambda row: (branch_scores(row), row.epoch))
+    return max(history, key=lambda row: (branch_scores(row), row.epoch))  # of equal ones, the last
 
 
 def epoch_metrics(row: EpochRow) -> dict[str, float]:
@@ -123,12 +123,11 @@ def diagnose(
     subset = replace(held_out, images=held_out.images.select(mask))
     network = AllHeads(model)
     joined, targets = predict_logits(network, subset, preprocess, batch_size=batch_size)
-    logits = network.split(joined)
+    logits = network.split(joined)  # by head
+    labels = held_out.images.labels
     right = logits["main"].argmax(axis=1) == targets if targets.ndim == 1 else []  # one class per image
     return Diagnostics(
         num_images=count,
         right="".join("01"[int(correct)] for correct in right),
-        heads={
-            name: held_out_metrics(held_out.images.labels, found, targets) for name, found in logits.items()
-        },
+        heads={name: held_out_metrics(labels, logits_NC, targets) for name, logits_NC in logits.items()},
     )

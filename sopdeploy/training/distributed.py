@@ -83,10 +83,10 @@ class Strategy(ProcessGroup):
         if not given_by_any:
             return sums
         pairs = [(tensors[index], parameters[index]) for index in given_by_any]
-        dense = [torch.zeros_like(like) if tensor is None else tensor for tensor, like in pairs]
-        total = torch.cat([tensor.reshape(-1) for tensor in dense])
-        dist.all_reduce(total)  # in place; `total` is a copy
-        parts = torch.split(total, [tensor.numel() for tensor in dense])
+        summands = [torch.zeros_like(like) if tensor is None else tensor for tensor, like in pairs]
+        flat = torch.cat([tensor.reshape(-1) for tensor in summands])  # a copy of all, for a single sum
+        dist.all_reduce(flat)  # in place
+        parts = torch.split(flat, [tensor.numel() for tensor in summands])
         for index, part in zip(given_by_any, parts, strict=True):
             like_parameter = torch.empty_like(parameters[index])  # with the memory layout of the parameter
             sums[index] = like_parameter.copy_(part.view_as(like_parameter))

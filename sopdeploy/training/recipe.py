@@ -140,9 +140,9 @@ class Recipe(LoopSettings):
     rejection: RejectionConfig = RejectionConfig()
 
     def reads(self, key: str) -> bool:
-        """Check whether the procedure reads the dotted *key*."""
-        of_loop = any(key == name or key.startswith(f"{name}.") for name in LOOP_KEYS)
-        return not of_loop or isinstance(self.procedure, LoopConfig)
+        """Check whether the procedure reads the dotted *key*; only the training loop reads `LOOP_KEYS`."""
+        is_loop_key = any(key == name or key.startswith(f"{name}.") for name in LOOP_KEYS)
+        return isinstance(self.procedure, LoopConfig) or not is_loop_key
 
     def check_effect(self, given: Sequence[str]) -> None:
         """Raise `ConfigError` if the procedure ignores a *given* key."""
@@ -210,8 +210,10 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
     """Drop the values that the network, data source or procedure selected by *overrides* does not have."""
     for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
         table, chosen = values.get(name), overrides.get(f"{name}.{selector}")
-        if not isinstance(table, dict) or not isinstance(chosen, str) or chosen == table.get(selector):
-            continue  # nothing to drop, or a value that the validation of the recipe names
+        if not isinstance(table, dict) or not isinstance(chosen, str):
+            continue  # no values or no choice; the validation of the recipe finds those of a wrong type
+        if chosen == table.get(selector):
+            continue
         config = _chosen_config(name, chosen)
         options = table.get("config") if name == "model" else table
         if isinstance(options, dict) and config is not None:  # None: the validation names the unknown kind
@@ -286,14 +288,16 @@ def _name_key(path: Sequence[str | int], values: Any) -> str:
     That is the `kind` of a table behind its key, and the type behind the key of another value: the key of
     ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder", "path", "str") `data.path`.
     """
-    keys, value, tag = [], values, None
+    keys = []
+    value, kind = values, None  # of the last key: its value, and its `kind` if it is a table
     for part in path:
-        if part == tag or not isinstance(value, dict | list):
-            tag = None  # it stands only once behind the key
+        is_inserted = part == kind or not isinstance(value, dict | list)
+        if is_inserted:
+            kind = None  # only the part right behind the key is a kind
             continue
         keys.append(str(part))
         value = value.get(part) if isinstance(value, dict) else None
-        tag = value.get("kind", "sgd") if isinstance(value, dict) else None  # only optimizers may omit it
+        kind = value.get("kind", "sgd") if isinstance(value, dict) else None  # only optimizers may omit it
     return ".".join(keys)
 
 
@@ -319,9 +323,9 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested tables with dotted keys."""
     for key, value in table.items():
-        field = None if prefix else Recipe.model_fields.get(key)  # only whole tables of a recipe are optional
+        field = None if prefix else Recipe.model_fields.get(key)  # tables in tables are never optional
         is_optional = field is not None and field.default is None
-        is_value = is_optional and not value  # an empty table `ema` selects its defaults
+        is_value = is_optional and not value  # like None: an empty table, such as `ema`, selects its defaults
         if isinstance(value, Mapping) and not is_value:
             yield from flatten(value, f"{prefix}{key}.")
         else:

@@ -36,7 +36,7 @@ def recipe_text(source: str | Path) -> str:
 def read_values(source: str | Path) -> dict[str, Any]:
     """Read the values of *source*, and of its `base` where it has none.
 
-    A table with another `kind` or `name` replaces that of the base, otherwise its keys. Raises `ConfigError`.
+    A table of another `kind` or `name` replaces that of the base; others only set keys. Raises `ConfigError`.
     """
     try:
         values = tomllib.loads(recipe_text(source))
@@ -50,10 +50,11 @@ def read_values(source: str | Path) -> dict[str, Any]:
     merged = read_values(base)
     for key, value in values.items():
         inherited = merged.get(key)
+        merged[key] = value
         if isinstance(value, dict) and isinstance(inherited, dict):
             is_other_kind = any(name in value and value[name] != inherited.get(name) for name in _KINDS)
-            value = value if is_other_kind else {**inherited, **value}
-        merged[key] = value
+            if not is_other_kind:
+                merged[key] = {**inherited, **value}
     return merged
 
 
@@ -68,5 +69,6 @@ def parse_override(override: str) -> tuple[str, Any]:
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        parsed = {}
-    return key, (parsed["value"] if parsed.keys() == {"value"} else text)  # text may define more keys
+        return key, text
+    is_one_value = parsed.keys() == {"value"}  # a text of several lines may define more keys
+    return key, parsed["value"] if is_one_value else text

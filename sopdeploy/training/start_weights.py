@@ -154,21 +154,20 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     """
     own, last_layer = model.state_dict(), classifier_name(model)
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    of_width = [name for name, layer in linear if layer.out_features == model.num_classes]
-    classifiers = {last_layer, *CLASSIFIER_PARTS.intersection(of_width)}  # other layers may have this width
-    of_branches = [name for name in of_width if is_in(name, *model.training_only)]
-    predicts_others = weights.labels is not None and weights.labels != labels
-    of_other_classes = [*classifiers, *of_branches] if predicts_others else []  # these layers are not loaded
+    class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
+    classifiers = {last_layer, *CLASSIFIER_PARTS.intersection(class_wide)}  # others are so wide by chance
+    branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
+    has_other_classes = weights.labels is not None and weights.labels != labels
+    not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []  # even if their shapes fit
     training_only = (*model.training_only, *weights.training_only)
     # Parts whose tensors may be missing in the file, or may have another shape there.
-    may_be_new = (*of_other_classes, *training_only, *classifiers)
+    may_be_new = (*not_loaded, *training_only, *classifiers)
     container = last_layer.rpartition(".")[0]  # `classifier` of the layer `classifier.6`; "" of `fc`
     contains_backbone = is_in(next(iter(own)), container)  # the first tensor belongs to the backbone
-    container_is_classifier = container != "" and not contains_backbone  # one of several layers
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():  # each one is loaded, in a new part, or an error
-        given = None if is_in(name, *of_other_classes) else weights.tensors.get(name)
+        given = None if is_in(name, *not_loaded) else weights.tensors.get(name)
         if given is not None and given.shape == tensor.shape:
             if given.is_floating_point() and not bool(torch.isfinite(given).all()):
                 raise WeightsError(
@@ -178,12 +177,13 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
             matching[name] = given
         elif part := _added_part(name, may_be_new):
             new.add(part)
-        elif given is not None and container_is_classifier and is_in(name, container):
+        elif given is None:
+            if not name.endswith("num_batches_tracked"):  # which old files lack
+                raise _misfit(weights, f"{name} is missing")
+        elif is_in(name, container) and not contains_backbone:
             new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length
-        elif given is not None:
+        else:
             raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
-        elif not name.endswith("num_batches_tracked"):  # which old files lack
-            raise _misfit(weights, f"{name} is missing")
     unused = _unused_parts(weights, own.keys(), training_only)  # before a tensor of the model changes
     model.load_state_dict(matching, strict=False)
     return StartReport(

@@ -199,10 +199,10 @@ class Selection(NamedTuple):
 def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig | None = None) -> Selection:
     """Select the procedure of *recipe*, and hold out images of *data* if it needs them.
 
-    "auto" continues with the *recorded* procedure. In a new run, it is `few_shot` for up to `FEW_IMAGES`
-    training images, if the network has such a head and torchrun did not start it, and else the training loop.
-    Cross-validation replaces a hold-out, so `few_shot` gets all images. Raises `ConfigError` if it has no
-    head for the network.
+    "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot` for up to
+    `FEW_IMAGES` training images if the network has a head for it and torchrun did not start the run, and else
+    the training loop. Cross-validation replaces a hold-out, so `few_shot` gets all images. Raises
+    `ConfigError` if `few_shot` has no head for the network.
     """
     config = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure
     reason = ""

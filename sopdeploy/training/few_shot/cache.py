@@ -64,7 +64,7 @@ class FeatureCache:
         return [arrays[str(number)] for number in range(len(arrays))]
 
     def write(self, path: Path, entry: Entry) -> None:
-        """Write an entry; none from then on if the folder is not writable or full of entries of this run."""
+        """Write an entry; stop writing any if the folder is not writable or full of entries of this run."""
         size = sum(array.nbytes for array in entry)
         if self.writable and self.bytes + size > self.limit:
             self._shrink(self.limit * 9 // 10 - size)  # so that many more fit before the next time
@@ -117,10 +117,9 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
         else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
     facts = [recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor]
-    facts += installed(_PACKAGES).values()
-    facts += list(network.maps)  # names of the taps
+    facts += [*installed(_PACKAGES).values(), *network.maps]  # versions, and names of the taps
     digest = hashlib.sha256(repr(facts).encode())
-    sources: set[str | None] = set()
+    sources: set[str | None] = set()  # files that define the classes of modules; None for a class without one
     for name, module in network.named_modules():
         if name.split(".")[0] != POOLED_HEAD:
             digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())

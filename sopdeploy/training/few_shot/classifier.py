@@ -56,16 +56,16 @@ class Targets:
         targets, ones = images.targets.astype(np.int64), np.ones(len(images))
         if targets.ndim == 2:
             is_shown_NK = targets > 0
-            # A class that an image does not show counts as larger than all others, so that it is not chosen.
-            sizes_NK = np.where(is_shown_NK, targets.sum(axis=0), np.iinfo(np.int64).max)
-            rarest_N = np.where(is_shown_NK.any(axis=1), sizes_NK.argmin(axis=1), -1)
+            # The number of images of each class that an image shows; infinite for the other classes.
+            counts_NK = np.where(is_shown_NK, targets.sum(axis=0), np.inf)
+            rarest_N = np.where(is_shown_NK.any(axis=1), counts_NK.argmin(axis=1), -1)
             return cls(is_shown_NK.astype(np.float64), ones, rarest_N, activation="sigmoid", balanced=False)
-        classes = np.eye(len(images.labels))[targets]
-        counts = classes.sum(axis=0)
-        at_least_one = np.maximum(counts, 1)  # a class may have no images here
-        balanced = bool(counts.max() > BALANCE_ABOVE * at_least_one.min())
-        weights = classes @ (counts.mean() / at_least_one) if balanced else ones
-        return cls(classes, weights, targets, activation="softmax", balanced=balanced)
+        one_hot_NK = np.eye(len(images.labels))[targets]
+        counts_K = one_hot_NK.sum(axis=0)
+        at_least_one_K = np.maximum(counts_K, 1)  # a class may have no images here
+        balanced = bool(counts_K.max() > BALANCE_ABOVE * at_least_one_K.min())
+        weights_N = (counts_K.mean() / at_least_one_K)[targets] if balanced else ones  # by the image's class
+        return cls(one_hot_NK, weights_N, targets, activation="softmax", balanced=balanced)
 
     def losses(self, logits: Array) -> Array:
         """Compute the weighted loss (..., N) of logits (..., N, K); "sigmoid" is the mean over classes."""
@@ -89,17 +89,17 @@ class Targets:
         wanted, even more than a class has images: each head is then fitted to nearly all images, and its
         energies are similar to those of the final head. Raises `DataError` if all keys are equal.
         """
-        groups_N = np.unique(keys, return_inverse=True)[1]
+        _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
         if num_groups == 1:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"
             )
-        count = min(at_most, num_groups)
-        largest_stratum = np.unique(self.strata, return_counts=True)[1].max()
-        # If no stratum has an image for every fold, only the sizes of the folds are balanced.
-        strata = self.strata if largest_stratum >= count else np.zeros_like(self.strata)
-        return _spread(strata, groups_N, count, seed % 2**32)  # NumPy's limit for seeds
+        num_folds = min(at_most, num_groups)
+        _, stratum_sizes = np.unique(self.strata, return_counts=True)
+        # If no stratum has an image for every fold, only the sizes of the folds are balanced: one stratum.
+        strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
+        return _spread(strata, groups_N, num_folds, seed % 2**32)  # NumPy's limit for seeds
 
 
 class LinearHead(NamedTuple):
@@ -152,7 +152,7 @@ class Problem:
             """Compute the inputs (n, D) of *images*, a slice or indices."""
             return (np.concatenate([part[images] for part in parts], axis=1) - center_D) * scale_D
 
-        # Up to `MAX_RANK` images, these are all images in their order, and the basis is exact.
+        # At most `MAX_RANK` random images. If these are all, they are in their order, and the basis is exact.
         spanning = np.sort(np.random.default_rng(0).permutation(count)[:MAX_RANK])
         basis = np.linalg.qr(inputs(spanning).T)[0]  # (D, R)
         reduced = np.concatenate([inputs(block) @ basis for block in blocks])
@@ -169,9 +169,10 @@ class Problem:
         if self.targets.activation == "softmax":
             yield from _fit_softmax(inputs, classes, weights, grid)
             return
-        absent_and_present = (np.stack([1 - column, column], axis=1) for column in classes.T)
-        of_classes = [_fit_softmax(inputs, two, weights, grid) for two in absent_and_present]
-        for heads in zip(*of_classes, strict=True):  # for each C, the head of each class
+        absent_and_present = (np.stack([1 - column, column], axis=1) for column in classes.T)  # (n, 2) each
+        # For each class, an iterator over its heads (two rows), one for each C.
+        heads_of_classes = [_fit_softmax(inputs, pair, weights, grid) for pair in absent_and_present]
+        for heads in zip(*heads_of_classes, strict=True):  # of all classes, for the next C
             yield LinearHead(
                 np.stack([head.weight[1] - head.weight[0] for head in heads]),
                 np.stack([head.bias[1] - head.bias[0] for head in heads]),
@@ -187,7 +188,7 @@ class Problem:
         logits_GNK = np.zeros((len(grid), *self.targets.classes.shape))
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
-            for number, head in enumerate(self.fit(np.flatnonzero(fitted & ~tested), grid)):
+            for number, head in enumerate(self.fit(np.flatnonzero(fitted & ~tested), grid)):  # of each C
                 logits_GNK[number, tested] = self.reduced[tested] @ head.weight.T + head.bias
         return logits_GNK
 
@@ -202,11 +203,11 @@ class Problem:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
         A label is doubtful if, by the out-of-fold *logits_NK*, its probability is below `IMPLAUSIBLE` and
-        another class is more probable. If no label is, *logits_NK* are returned. Heads without these images
+        another class is more probable. Without any, *logits_NK* are returned. Heads without these images
         contradict their labels more clearly (Northcutt et al., "Confident Learning", JAIR 2021, section 3).
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
-        is_label_NK = self.targets.classes > 0  # true once in each row
+        is_label_NK = self.targets.classes > 0  # true once in each row, so that it selects N values
         of_label_N = log_probabilities_NK[is_label_NK]
         other_is_likelier_N = of_label_N < log_probabilities_NK.max(axis=1)
         doubted_N = other_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
@@ -221,8 +222,8 @@ class Problem:
         large C, the solver stops before the optimum, so that its logits depend on the start. Thresholds that
         were fitted to out-of-fold logits must suit this head, too.
         """
-        head = list(self.fit(np.arange(len(self.reduced)), GRID[: GRID.index(strength) + 1]))[-1]
-        # Its input is reduced = ((vector - center) * scale) @ basis; these factors become a part of the head.
+        *_, head = self.fit(np.arange(len(self.reduced)), GRID[: GRID.index(strength) + 1])  # the last one
+        # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @ (vector - center).
         weight_KD = (head.weight @ self.basis.T) * self.scale
         return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
 
@@ -251,26 +252,26 @@ class Problem:
 def _fit_softmax(
     inputs: Array, classes: Array, image_weights: Array, grid: Sequence[float]
 ) -> Iterator[LinearHead]:
-    """Fit heads to one-hot *classes* (N, K); each C of *grid* starts from the head of the previous one.
+    """Fit a head to one-hot *classes* (N, K) for each C of *grid*, starting from the head of the previous C.
 
     A class without images gets the same low logit for every image.
     """
-    present = np.flatnonzero(classes.any(axis=0))
+    present = np.flatnonzero(classes.any(axis=0))  # indices of the P classes with images
     targets, shares = classes[:, present], image_weights / image_weights.sum()
-    parameters = np.zeros((len(present), inputs.shape[1] + 1))  # the last column is the bias
+    parameters = np.zeros((len(present), inputs.shape[1] + 1))  # (P, R + 1): the last column is the bias
     # For two classes, scikit-learn fits only the difference d of their rows and regularizes |d|^2. The rows
     # here are then d / 2 and -d / 2, whose squared norms add up to |d|^2 / 2, so they count twice.
     norm_factor = 2 if len(present) == 2 else 1
     for strength in grid:
         if len(present) > 1:  # otherwise there is nothing to fit, or no image at all
             regularization = norm_factor / (strength * image_weights.sum())
-            fixed, start = (inputs, targets, shares, regularization), parameters.ravel()
-            found = minimize(_softmax_loss, start, fixed, "L-BFGS-B", jac=True, options=_OPTIONS)
+            fixed = (inputs, targets, shares, regularization)  # the other arguments of the loss
+            found = minimize(_softmax_loss, parameters.ravel(), fixed, "L-BFGS-B", jac=True, options=_OPTIONS)
             parameters = found.x.reshape(parameters.shape)
-        # By the rule of succession, an absent class has the probability 1 / (N + 2), so its odds are 1 to
+        # By the rule of succession, a class without images has the probability 1 / (N + 2), odds of 1 to
         # N + 1: its logit is log(N + 1) below that of another class, here the lowest bias (at most 0).
-        of_absent = parameters[:, -1].min(initial=0.0) - np.log(len(inputs) + 1.0)
-        weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.full(classes.shape[1], of_absent)
+        absent_logit = parameters[:, -1].min(initial=0.0) - np.log(len(inputs) + 1.0)
+        weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.full(classes.shape[1], absent_logit)
         weight[present], bias[present] = parameters[:, :-1], parameters[:, -1]
         yield LinearHead(weight, bias)
 
@@ -278,17 +279,18 @@ def _fit_softmax(
 def _softmax_loss(
     parameters: Array, inputs: Array, targets: Array, shares: Array, regularization: float
 ) -> tuple[float, Array]:
-    """Compute the loss of a linear classifier, and its gradient (K * (R + 1),) by *parameters* of this shape.
+    """Compute the loss of a linear classifier, and its gradient by *parameters*, both (K * (R + 1),).
 
-    The parameters are a row (weight, bias) for each class. *inputs* are (N, R), *targets* (N, K), and
+    The parameters are a row (weight, bias) for each class, joined. *inputs* are (N, R), *targets* (N, K), and
     *shares* (N,) the weights of the images, with the sum 1.
     """
     weight, bias = np.split(parameters.reshape(targets.shape[1], -1), [-1], axis=1)  # (K, R) and (K, 1)
-    logs = log_softmax(inputs @ weight.T + bias[:, 0], axis=1)
-    loss = regularization / 2 * np.square(weight).sum() - shares @ (targets * logs).sum(axis=1)
-    errors = shares[:, None] * (np.exp(logs) - targets)
-    of_weight = errors.T @ inputs + regularization * weight
-    return float(loss), np.concatenate([of_weight, errors.sum(axis=0)[:, None]], axis=1).ravel()
+    log_probabilities = log_softmax(inputs @ weight.T + bias[:, 0], axis=1)  # (N, K)
+    loss = regularization / 2 * np.square(weight).sum() - shares @ (targets * log_probabilities).sum(axis=1)
+    grad_logits = shares[:, None] * (np.exp(log_probabilities) - targets)  # (N, K)
+    grad_weight = grad_logits.T @ inputs + regularization * weight
+    grad_bias = grad_logits.sum(axis=0)[:, None]
+    return float(loss), np.concatenate([grad_weight, grad_bias], axis=1).ravel()
 
 
 def _spread(strata_N: NDArray[np.int64], groups_N: Indices, count: int, seed: int) -> Indices:
@@ -296,18 +298,19 @@ def _spread(strata_N: NDArray[np.int64], groups_N: Indices, count: int, seed: in
 
     The groups with the most uneven strata are assigned first, as long as others can compensate them.
     """
-    stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)[1:]
+    _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)  # numbered from 0
     images_GS = np.zeros((int(groups_N.max()) + 1, len(sizes_S)))  # number by group and stratum
-    np.add.at(images_GS, (groups_N, stratum_N), 1)
-    shuffled = np.random.RandomState(seed).permutation(len(images_GS))  # as scikit-learn
-    uneven_first = shuffled[np.argsort(-images_GS[shuffled].std(axis=1), kind="stable")]
+    np.add.at(images_GS, (groups_N, stratum_N), 1)  # counts each image
+    shuffled = np.random.RandomState(seed).permutation(len(images_GS))  # groups in scikit-learn's order
+    unevenness = images_GS[shuffled].std(axis=1)  # of the shuffled groups
     fold_G = np.zeros(len(images_GS), np.intp)
-    images_FS = np.zeros((count, len(sizes_S)))  # number by fold and stratum
-    for group in uneven_first:
+    images_FS = np.zeros((count, len(sizes_S)))  # number by fold and stratum, of the groups assigned so far
+    for group in shuffled[np.argsort(-unevenness, kind="stable")]:
         fold = _most_even_fold(images_FS, images_GS[group], sizes_S)
         fold_G[group] = fold
         images_FS[fold] += images_GS[group]
-    return np.unique(fold_G[groups_N], return_inverse=True)[1].astype(np.intp)  # without empty folds
+    _, folds_N = np.unique(fold_G[groups_N], return_inverse=True)  # renumbered, without empty folds
+    return folds_N.astype(np.intp)
 
 
 def _most_even_fold(images_FS: Array, group_S: Array, sizes_S: Indices) -> int:
@@ -316,7 +319,7 @@ def _most_even_fold(images_FS: Array, group_S: Array, sizes_S: Indices) -> int:
     The strata are then spread most evenly over the folds. Of equally good folds, the smallest is chosen.
     """
     count = len(images_FS)
-    # Entry [f] is `images_FS` with the group in fold f.
+    # Entry [f] is `images_FS` with the group added to its row f, where the identity matrix is 1.
     attempts_FFS = images_FS + np.eye(count)[:, :, None] * group_S
     share_of_stratum_FFS = attempts_FFS / sizes_S
     deviation_over_folds_FS = share_of_stratum_FFS.std(axis=1)
@@ -359,7 +362,7 @@ def shift_energies(validations: Sequence[OutOfFold], distance_weight: float) -> 
 def estimate(
     classes_NK: Array, activation: Activation, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
 ) -> Rate | MeanPrecision:
-    """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval; *groups_N* are independent.
+    """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval, of independent *groups_N*.
 
     *folds* is the number of folds of a cross-validation, or 0 for held-out images. The heads of a
     cross-validation share most of their training images, so the interval of top-1 is widened: Nadeau and

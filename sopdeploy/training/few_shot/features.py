@@ -59,8 +59,8 @@ class Features:
         own_length = self.full.num_features() - sum(length for _, _, length in means + roots)
         columns, start = [], 0
         for statistic, tap, length in [("gap", None, own_length), *means, *roots]:
-            is_of_head = tap is None or (head.taps is not None and tap in head.taps)
-            if statistic in head.parts and is_of_head:
+            reads_tap = tap is None or tap in (head.taps or ())  # the network's own vector is of no tap
+            if statistic in head.parts and reads_tap:
                 columns.append(slice(start, start + length))
             start += length
         return columns
@@ -68,7 +68,7 @@ class Features:
     @torch.no_grad()
     def find_copies(self, images: LabeledImages) -> Indices:
         """Find the pairs (2, P) of near-duplicates among *images* by the averages of the feature maps."""
-        copies = Copies.of(images, self.hashes)  # modified: they show how similar near-duplicates are
+        copies = Copies.of(images, self.hashes)  # made here, to measure how similar near-duplicates are
         batches = self.outputs.batches(copies, list(range(len(copies))))
         views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
         views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
@@ -120,12 +120,13 @@ class CachedNetwork:
         entries = self._entries(images, indices)
         for start in range(0, len(indices), self.batch_size):
             chosen = indices[start : start + self.batch_size]
-            by_output = zip(*islice(entries, len(chosen)), strict=True)  # the arrays of the images by output
-            digests, own_vectors, *maps = (np.ascontiguousarray(np.stack(arrays)) for arrays in by_output)
+            image_entries = islice(entries, len(chosen))  # [hash, own vector, map of each tap] of each image
+            outputs = zip(*image_entries, strict=True)  # all hashes, all own vectors, all maps of each tap
+            digests, own_vectors, *maps = (np.ascontiguousarray(np.stack(arrays)) for arrays in outputs)
             hashes = [digest.tobytes().hex() for digest in digests]
             maps_by_tap = {
-                tap: torch.from_numpy(one).to(self.device, memory_format=torch.channels_last)
-                for tap, one in zip(self.network.maps, maps, strict=True)
+                tap: torch.from_numpy(features).to(self.device, memory_format=torch.channels_last)
+                for tap, features in zip(self.network.maps, maps, strict=True)
             }
             yield Batch(chosen, hashes, torch.from_numpy(own_vectors).to(self.device), maps_by_tap)
 
@@ -145,9 +146,10 @@ class CachedNetwork:
         for index in indices:
             if index in to_compute:
                 yield next(computed)  # in the order of `missing`, which is that of `indices`
-                continue
-            entry = self.cache.read(paths[index])
-            yield next(self._compute(images, [index], paths)) if entry is None else entry
+            elif (entry := self.cache.read(paths[index])) is not None:
+                yield entry
+            else:  # a damaged file
+                yield next(self._compute(images, [index], paths))
 
     def _compute(
         self, images: LabeledImages, indices: list[int], paths: Mapping[int, Path]
@@ -163,8 +165,9 @@ class CachedNetwork:
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         loader = load_batches(dataset, batches, self.recipe.workers, torch.device("cpu"))
         for batch, (pixels, _) in zip(batches, loader, strict=True):
-            filled = pixels[torch.arange(size).clamp(max=len(batch) - 1)]
-            own, maps = self.network.head_inputs(normalize(filled.to(self.device)))
+            positions = torch.arange(size).clamp(max=len(batch) - 1)  # 0, 1, ... and repeats of the last one
+            full_batch = pixels[positions].to(self.device)
+            own, maps = self.network.head_inputs(normalize(full_batch))
             outputs = [output.cpu().numpy() for output in (own, *maps.values())]
             for position, index in enumerate(batch):
                 digest = hashlib.sha256(pixels[position].numpy().tobytes()).digest()

@@ -106,23 +106,26 @@ def fit_classifier(
     )
     pairs = features.find_copies(images) if config.group_copies else np.zeros((2, 0), np.intp)
     groups_N = connect(count, pairs, features.hashes, images.groups)
-    judged = _largest_copies(images, connect(count, pairs, features.hashes))  # given groups are no copies
+    copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
+    judged = _largest_copies(images, copies_N)
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
     targets = Targets.of(images)
-    _, first_G = np.unique(groups_N, return_index=True)  # the hash of its first image names a group
-    keys_N = [features.hashes[first] for first in first_G[groups_N].tolist()]
-    folds = _make_folds(targets, keys_N, config.folds, run.recipe.seed)
+    _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
+    keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
+    folds_of_validations = _make_folds(targets, keys_N, config.folds, run.recipe.seed)
     parts = [features.vectors[:, columns] for columns in features.columns(features.head)]
     problem = Problem.create(parts, targets)
-    validations = [problem.out_of_fold(folds_N) for folds_N in folds]
-    logits_NK = validations[0].logits
-    strength = GRID[int(np.mean([one.losses for one in validations], axis=0).argmin())]
+    validations = [problem.out_of_fold(folds_N) for folds_N in folds_of_validations]
+    folds_N, logits_NK = folds_of_validations[0], validations[0].logits  # the others count only in means
+    mean_losses_G = np.mean([one.losses for one in validations], axis=0)  # for each C of `GRID`
+    strength = GRID[int(mean_losses_G.argmin())]
     distance_weights = [problem.distance_weight(one.logits, one.distances) for one in validations]
     distance_weight = float(np.mean(distance_weights))
     shifted_NK = shift_energies(validations, distance_weight)
     choice_done = time.monotonic()
-    classes, num_folds = targets.classes[judged], int(folds[0].max()) + 1
+    seconds = {"features": round(features_done - started, 3), "choice": round(choice_done - features_done, 3)}
+    classes, num_folds = targets.classes[judged], int(folds_N.max()) + 1
     score = estimate(
         classes, targets.activation, logits_NK[judged], run.recipe.seed, groups_N[judged], num_folds
     )
@@ -138,10 +141,7 @@ def fit_classifier(
         head=f"{name} {features.head.kind}{taps}",
         num_features=len(problem.center),
         strength=strength,
-        seconds={
-            "features": round(features_done - started, 3),
-            "choice": round(choice_done - features_done, 3),
-        },
+        seconds=seconds,
     )
     run.replace_model(head_name(name), features.build(problem, problem.fit_all(strength), distance_weight))
     run.state = {
@@ -150,8 +150,8 @@ def fit_classifier(
         "judged": torch.from_numpy(judged),
     }
     if targets.activation == "softmax":
-        doubted_NK = problem.doubt_labels(logits_NK, folds[0], strength)
-        run.state["label_logits"] = torch.from_numpy(doubted_NK)
+        label_logits_NK = problem.doubt_labels(logits_NK, folds_N, strength)
+        run.state["label_logits"] = torch.from_numpy(label_logits_NK)
         run.state["targets"] = torch.from_numpy(images.targets)
         run.state["file_hashes"] = torch.from_numpy(hash_images(images))
     return result
@@ -166,14 +166,13 @@ def _make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) ->
 
 
 def _largest_copies(images: LabeledImages, copies_N: Indices) -> Indices:
-    """Return the index of the image with the most pixels, the least cropped one, for each of the groups."""
-    has_copy_N = np.bincount(copies_N)[copies_N] > 1
-    pixels_N = np.zeros(len(copies_N))
-    for index in np.flatnonzero(has_copy_N).tolist():  # only these images are opened
-        pixels_N[index] = np.prod(images[index][0].size)
-    by_group_largest_first = np.lexsort((-pixels_N, copies_N))
-    first_of_group = np.unique(copies_N[by_group_largest_first], return_index=True)[1]
-    return by_group_largest_first[first_of_group]
+    """Return the index of the least cropped image, that with the most pixels, of each group of *copies_N*."""
+    _, largest_G = np.unique(copies_N, return_index=True)  # the first image of each group, often its only one
+    for group in np.flatnonzero(np.bincount(copies_N) > 1):  # only the images of these groups are opened
+        members = np.flatnonzero(copies_N == group)
+        num_pixels = [np.prod(images[index][0].size) for index in members.tolist()]
+        largest_G[group] = members[np.argmax(num_pixels)]
+    return largest_G
 
 
 def _describe_groups(images: LabeledImages, targets: Targets, groups_N: Indices) -> dict[str, Any]:
@@ -203,12 +202,9 @@ def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResu
         judged = run.state["judged"].numpy()  # indices: of copies of a photograph, only one is counted
         logits_NK = run.state["out_of_fold"].numpy()[judged]
         return result, held_out_metrics(run.labels, logits_NK, data.train.targets[judged])
+    dataset = PreprocessedDataset(images, recipe.preprocess)
     logits_NK, targets = predict_logits(
-        run.model,
-        PreprocessedDataset(images, recipe.preprocess),
-        recipe.preprocess,
-        batch_size=recipe.batch_size,
-        workers=recipe.workers,
+        run.model, dataset, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
     )
     groups_N = np.arange(len(images)) if images.groups is None else images.groups
     expected = Targets.of(images)

@@ -48,13 +48,12 @@ class AdaHessian(Optimizer):
         used = {p: g for p, g in pairs if g is not None}  # None: the loss does not depend on p
         curved = {p: g for p, g in used.items() if g.requires_grad}  # the other gradients are constant
         signs = [random_signs(seed, number, p) for number, p in enumerate(curved)]
-        products = torch.autograd.grad(
-            list(curved.values()), list(curved), grad_outputs=signs, allow_unused=True
-        )
+        parameters, curved_gradients = list(curved), list(curved.values())
+        products = torch.autograd.grad(curved_gradients, parameters, grad_outputs=signs, allow_unused=True)
         for parameter, gradient in used.items():
             parameter.grad = gradient.detach().clone()
         # `step` takes 0 for parameters without a product: no gradient depends on them.
-        found = zip(curved, products, strict=True)
+        found = zip(parameters, products, strict=True)
         self.curvatures = {parameter: product for parameter, product in found if product is not None}
 
     def all_reduce(self, add: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:

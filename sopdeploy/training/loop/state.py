@@ -199,10 +199,6 @@ def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[
         return [{"params": list(model.parameters())}]
     head = classifier_name(model)
     named = list(model.named_parameters())
-    return [
-        {"params": [parameter for name, parameter in named if not is_in(name, head)], LR_FACTOR: 1.0},
-        {
-            "params": [parameter for name, parameter in named if is_in(name, head)],
-            LR_FACTOR: start.head_factor,
-        },
-    ]
+    classifier = [parameter for name, parameter in named if is_in(name, head)]
+    others = [parameter for name, parameter in named if not is_in(name, head)]
+    return [{"params": others, LR_FACTOR: 1.0}, {"params": classifier, LR_FACTOR: start.head_factor}]
