@@ -75,14 +75,14 @@ class CommandLine(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse *args*; raises the usage errors of Typer."""
-        before = "the first argument"
+        previous = "the first argument"
         for arg in args:
             name, equals, value = arg.partition("=")
-            if name.startswith("--") and equals and not value:
+            if name.startswith("--") and equals and not value:  # --data=
                 ctx.fail(f"{name}: an empty value")
-            if not arg:  # the value of the option before it
-                ctx.fail(f"{before}: an empty value")
-            before = arg
+            if not arg:  # --data ""
+                ctx.fail(f"{previous}: an empty value")
+            previous = arg
         ctx.allow_extra_args = True  # they are returned instead of rejected
         rest: list[str] = super().parse_args(ctx, args)
         if rest:

@@ -57,14 +57,14 @@ def command(
 
     def decorate(function: _Function) -> _Function:
         """Set `function.run_command`, which Typer calls with the values of arguments and options."""
-        of_show: list[inspect.Parameter] = []
+        show_parameters: list[inspect.Parameter] = []
         json_flag: list[inspect.Parameter] = []
         if show is not None:
             result_name = next(iter(inspect.signature(show).parameters))  # the first is the result
-            of_show = _declare(show, options=(), hidden={result_name, "as_json"})
+            show_parameters = _declare(show, options=(), hidden={result_name, "as_json"})
             json_flag = [_option("as_json", bool, False, "Print JSON for scripts.", "--json")]
-        of_settings = () if settings is None else _declare_settings(settings)
-        parameters = [*_declare(function, options), *of_show, *of_settings, *json_flag]
+        setting_parameters = () if settings is None else _declare_settings(settings)
+        parameters = [*_declare(function, options), *show_parameters, *setting_parameters, *json_flag]
 
         def run(**values: Any) -> None:
             """Call *function* and show its result; Typer gives the *values* of all `parameters` by name.
@@ -72,7 +72,7 @@ def command(
             Those of *show* and of the settings are taken out of *values*; the others are for *function*.
             """
             as_json = values.pop("as_json", False)
-            show_values = {parameter.name: values.pop(parameter.name) for parameter in of_show}
+            show_values = {parameter.name: values.pop(parameter.name) for parameter in show_parameters}
             with one_line_errors(as_json), ExitStack() as stack:
                 stack.callback(setattr, err, "quiet", err.quiet)  # restores it at the end
                 err.quiet = err.quiet or as_json  # no progress
@@ -127,12 +127,12 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
                 keywords[name] = _validate(model, given)
         return function(*args, **keywords)
 
-    fields = [
+    option_lines = [
         f"    {name}: {' '.join((field.description or '').split())}"
         for model in models.values()
         for name, field in model.model_fields.items()
     ]
-    call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *fields])
+    call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *option_lines])
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
@@ -236,7 +236,8 @@ def _limits(annotation: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for field in getattr(annotation, "__metadata__", ()):
         for limit in field.metadata:  # `Ge` or `Le`, each with one bound
-            found |= {"min": limit.ge} if hasattr(limit, "ge") else {"max": limit.le}
+            name, bound = ("min", limit.ge) if hasattr(limit, "ge") else ("max", limit.le)
+            found[name] = bound
     return found
 
 
@@ -248,15 +249,15 @@ def _command_line_type(annotation: Any) -> Any:
     """
     annotation = _without_metadata(annotation)
     is_union = get_origin(annotation) in {Union, UnionType}
-    kinds = set(map(_without_metadata, get_args(annotation) if is_union else (annotation,)))
-    may_be_none = NoneType in kinds
-    kinds.discard(NoneType)
-    if _SEQUENCES & {get_origin(kind) for kind in kinds}:
+    members = get_args(annotation) if is_union else (annotation,)
+    all_kinds = {_without_metadata(member) for member in members}
+    kinds = all_kinds - {NoneType}
+    if any(get_origin(kind) in _SEQUENCES for kind in kinds):
         return list[str]
     if not all(kind in _SCALARS or get_origin(kind) is Literal for kind in kinds):
         return None
     kind = Path if Path in kinds else kinds.pop()
-    return Optional[kind] if may_be_none else kind  # noqa: UP045 - of a variable
+    return Optional[kind] if NoneType in all_kinds else kind  # noqa: UP045 - of a variable
 
 
 def _without_metadata(annotation: Any) -> Any:

@@ -41,9 +41,9 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 2.
 
     With *as_json*, also print its code, message and complete lists as JSON on stdout. Errors of the operating
-    system in `STORAGE_ERRNOS`, exhausted memory and missing packages of an extra are user errors. A
-    signal that stopped a run has an exit code of its own, and its line, which only the first process of the
-    run prints, does not begin with `error:`.
+    system in `STORAGE_ERRNOS`, exhausted memory and missing packages of an extra are user errors. If a signal
+    has stopped a run, the exit code is another one, and only the first process of the run prints the line,
+    without `error:` before it.
     """
     try:
         try:

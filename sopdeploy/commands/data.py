@@ -89,7 +89,7 @@ def _print_report(report: "DataReport") -> None:
     rows, lines = [], []
     for part in report.parts:
         rarest_first = sorted(part.classes.items(), key=lambda pair: pair[1])
-        counts = [count for _, count in rarest_first] or [0]
+        counts = [count for _, count in rarest_first] or [0]  # a part may have no class
         numbers = (len(rarest_first), counts[0], counts[-1])  # classes, fewest and most images
         rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *map(str, numbers)))
         listed = shorten([f"{label} {count}" for label, count in rarest_first])

@@ -63,26 +63,22 @@ def choose_network(
     `ConfigError` if all networks take longer, or if one would not be trained by the few-shot procedure.
     """
     weights = {name: opened for name, (_, _, opened) in configured.items()}
-    shared, *_ = (recipe for recipe, _, _ in configured.values())  # the recipes differ in the network only
+    shared, _, _ = next(iter(configured.values()))  # the recipes differ in the network only
     data, strategy = open_data(shared.data), Strategy(select_device(shared.device))
     if shared.threads:
         torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
     recipes = {name: select_procedure(recipe, data).recipe for name, (recipe, _, _) in configured.items()}
     for name, recipe in recipes.items():
         if not isinstance(recipe.procedure, FewShotConfig):
-            raise ConfigError(
-                f"{name}: the procedure {recipe.procedure.kind} trains it, without cross-validation; "
-                "choose a network with --set model.name",
-                setting="models",
-            )
+            reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
+            advice = "choose a network with --set model.name"
+            raise ConfigError(f"{name}: {reason}; {advice}", setting="models")
     speeds = measure_networks(recipes, len(data.train.labels), callback)
     fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
     if not fast:
         name, speed = min(speeds.items(), key=lambda item: item[1].milliseconds)
-        raise ConfigError(
-            f"no network needs at most {within:g} ms; the fastest is {name} with {speed.milliseconds:.1f} ms",
-            setting="within",
-        )
+        fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
+        raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
     validated = {
         name: cross_validate(recipes[name], data.train, weights[name], strategy, callback) for name in fast
     }
@@ -128,7 +124,8 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
         runs = {name: partial(session.run, None, inputs[name]) for name, session in sessions.items()}
         return measure_alternately(runs)
 
-    with ThreadPoolExecutor(1) as thread:  # whose floating-point mode the option above changes
+    # `set_denormal_as_zero` changes the floating-point mode of the thread, so the sessions have their own.
+    with ThreadPoolExecutor(1) as thread:
         times = thread.submit(run_alternately).result()
     return {name: Speed(1000 * statistics.median(times[name]), len(graphs[name]) / 1e6) for name in recipes}
 
@@ -161,6 +158,6 @@ def is_better(best: Validated, other: Validated) -> bool:
     if best.right is None or other.right is None:
         return other.score.value < best.score.low
     first_G = np.unique(best.groups, return_index=True)[1]  # the first image of each group
-    of_best, of_other = best.right[first_G], other.right[first_G]
-    wins, losses = int((of_best & ~of_other).sum()), int((of_other & ~of_best).sum())
+    best_right, other_right = best.right[first_G], other.right[first_G]
+    wins, losses = int((best_right & ~other_right).sum()), int((other_right & ~best_right).sum())
     return difference_interval(wins, losses, len(first_G)).low > 0

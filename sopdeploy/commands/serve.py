@@ -87,17 +87,13 @@ def serve(
     from sopdeploy_service.server.process import run_server
 
     if loaded.keep is not None and loaded.keep_sample > 0:
-        share = loaded.keep_sample
-        err.print(
-            plain_text(
-                f"keep: about {1000 * share:.3g} of 1,000 photographs are the uniform sample "
-                f"(keep_sample={share:g}); compare needs about {COMPARED} of it, from "
-                f"{math.ceil(COMPARED / share):,} photographs"
-            )
-        )
+        rate = loaded.keep_sample
+        sample = f"about {1000 * rate:.3g} of 1,000 photographs are the uniform sample (keep_sample={rate:g})"
+        needed = f"about {COMPARED} of it, from {math.ceil(COMPARED / rate):,} photographs"
+        err.print(plain_text(f"keep: {sample}; compare needs {needed}"))
     try:
         asyncio.get_running_loop()
-    except RuntimeError:  # there is none
+    except RuntimeError:  # no event loop runs in this thread, as it should be
         return run_server(sources, loaded)
     reason = "an event loop runs in this thread, as in a notebook"
     raise ConfigError(f"serve: {reason}; run the command in another process")

@@ -59,9 +59,10 @@ class TrainOptions(Options):
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 
     def per_network(self) -> "dict[str, TrainOptions]":
-        """Return the options with each of `models`, by name; without `models`, these by `RECIPE_NETWORK`.
+        """Return the options that train each of the networks `models` alone, by the name of the network.
 
-        Raises `ConfigError` if there are not as many `weights`, or for an option that needs `models`.
+        Without `models`, returns these options, by the name `RECIPE_NETWORK`. Raises `ConfigError` if there
+        are not as many `weights` as networks, and for options that do not fit together.
         """
         if self.models is None:
             if self.within is not None:
@@ -76,10 +77,8 @@ class TrainOptions(Options):
         if len(weights) == 1 and weights[0] in {None, *PUBLISHED}:  # the same for every network
             weights *= len(names)
         if len(weights) != len(names):
-            raise ConfigError(
-                f"{len(weights)} for {len(names)} networks; give one for each, separated by commas",
-                setting="weights",
-            )
+            message = f"{len(weights)} for {len(names)} networks; give one for each, separated by commas"
+            raise ConfigError(message, setting="weights")
         options = {}
         for name, file in zip(names, weights, strict=True):
             change = {"models": None, "within": None, "weights": file}
@@ -182,13 +181,7 @@ def train(
         resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
         folder = out or numbered_folder(str(loaded.project), strategy, resume=options.resume != "never")
         run, images = train_run(
-            loaded,
-            folder,
-            resume=resume,
-            callback=observer,
-            strategy=strategy,
-            given=keys,
-            weights=weights,
+            loaded, folder, resume=resume, callback=observer, strategy=strategy, given=keys, weights=weights
         )
         result = summarize_run(run, images, folder)
         if not is_main_process():
@@ -206,8 +199,8 @@ def train(
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
     changes = "" if previous is None else _describe_changes(previous, result, run.labels)
-    of_page = {"networks": networks, "report": folder / PAGE, "mistakes": tuple(mistakes[:2])}
-    return result.model_copy(update={**of_page, "previous": changes})
+    page_fields = {"networks": networks, "report": folder / PAGE, "mistakes": tuple(mistakes[:2])}
+    return result.model_copy(update={**page_fields, "previous": changes})
 
 
 def _check(
@@ -309,14 +302,14 @@ def configure(
         raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
     previous_recipe = None if previous is None else previous.training["recipe"]  # used instead of *source*
     source = recipe or FOLDER_RECIPE
-    of_options = {
+    option_values = {
         "project": options.name,
         "data.path": data,
         "start.weights": options.weights,
         "rejection.unknown": options.unknown,
     }
     changes = [*map(parse_override, options.set), *flatten(settings)]
-    changes += [(key, value) for key, value in of_options.items() if value is not None]
+    changes += [(key, value) for key, value in option_values.items() if value is not None]
     loaded = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in changes]
     opened = None

@@ -109,9 +109,8 @@ def pull(
                 raise BundleError(message) from error
         digest = sha256_of(archive)
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
-            raise BundleError(  # users see "--sha256: that of ..."
-                f"that of {source} is {digest}; check both and download it again", setting="sha256"
-            )
+            message = f"that of {source} is {digest}; check both and download it again"
+            raise BundleError(message, setting="sha256")  # users see "--sha256: that of ..."
         manifest = tar.archived_manifest(archive)
         tar.unpack(archive, manifest, folder)
         try:

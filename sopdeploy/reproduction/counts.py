@@ -94,9 +94,8 @@ def _find_published(described: Description, column: Column, table: PrintedTable)
 def _extra_costs(printed: PrintedRow, table: PrintedTable, counts: dict[str, RowFigure]) -> dict[str, float]:
     """Subtract the counts of the row's baseline from its own *counts*, by fact; empty without a baseline."""
     baseline = next((row for row in table.rows if row.id == printed.baseline), None)
-    recipe_and_changes = None if baseline is None else table.recipe_of(baseline)
-    if baseline is None or recipe_and_changes is None:
-        return {}
+    if baseline is None or (recipe_and_changes := table.recipe_of(baseline)) is None:
+        return {}  # there is no baseline, or it is only cited
     reference = _count_network(baseline, read_recipe(*recipe_and_changes), table)
     costs = {}
     for name in ("GFLOPs", "parameters (M)"):

@@ -58,7 +58,7 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
 
 
 def notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
-    """Yield the notes on *rows* and on their counts, each with the name of what it explains."""
+    """Yield the notes on *rows* and their counts, each once for a row, with the names of what it explains."""
     for row in rows:
         if row.printed.note:
             yield row.printed.name, row.printed.note
@@ -114,9 +114,9 @@ def _branch_table(rows: Sequence[ReproducedRow]) -> Table:
                 continue
             stage = name.partition("_")[0]  # a branch is named after its stage and block
             printed_top1, printed_top5 = row.printed.heads.get(stage, (None, None))
+            heads = [run.heads[name] for run in row.runs]  # the metrics of this branch, with each seed
             top1, top5 = (
-                sum(100 * (1 - getattr(run.heads[name], metric)) for run in row.runs) / len(row.runs)
-                for metric in _ERRORS
+                sum(100 * (1 - getattr(head, key)) for head in heads) / len(heads) for key in _ERRORS
             )
             cells = _printed_error(printed_top1), f"{top1:.2f}", _printed_error(printed_top5), f"{top5:.2f}"
             lines.append((f"{row.printed.name}, {name}", *cells))
@@ -144,26 +144,31 @@ def _error_charts(curves: Mapping[str, tuple[Sequence[EpochRow], str]], caption:
 
     These are histories by name, each with the prefix of its columns: "" for the network, "HEAD_" for a head.
     """
-    for metric, label in (_ERRORS if curves else {}).items():
-        points = {
-            name: [(epoch, 100 * (1 - share)) for epoch, share in history_curve(history, f"{prefix}{metric}")]
-            for name, (history, prefix) in curves.items()
-        }
+    if not curves:
+        return
+    for metric, label in _ERRORS.items():
+        points = {}
+        for name, (history, prefix) in curves.items():
+            shares = history_curve(history, f"{prefix}{metric}")
+            points[name] = [(epoch, 100 * (1 - share)) for epoch, share in shares]
         yield Figure(image=plot(points, "epoch", label), caption=f"{caption}: {label}.")
 
 
 def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
-    """Draw the paper's chart, errors of finished *rows* over the option of *table*, if it has two values."""
+    """Draw the paper's chart: errors of finished *rows* over the value of the network option `table.over`.
+
+    Each value of the option `table.curve` has a curve. No chart if all rows have the same value of `over`.
+    """
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         options, error = row.runs[0].network, mean_error(row.runs, "top1")
         if table.over in options and error is not None:
             name = f"{table.curve} = {options[table.curve]}" if table.curve else "measured"
             curves.setdefault(name, []).append((float(options[table.over]), error.mean))
-    used = {x for points in curves.values() for x, _ in points}
-    if len(used) > 1:
+    values = {value for points in curves.values() for value, _ in points}
+    if len(values) > 1:
         ordered = {name: sorted(points) for name, points in curves.items()}
-        chart = plot(ordered, table.over, _ERRORS["top1"], logarithmic=max(used) > 100 * min(used))
+        chart = plot(ordered, table.over, _ERRORS["top1"], logarithmic=max(values) > 100 * min(values))
         yield Figure(image=chart, caption=f"Top-1 error over {table.over}, {table.title}.")
 
 

@@ -107,9 +107,11 @@ class Reproduction:
 
     def commands(self, row: ReproducedRow) -> list[str]:
         """Format the commands that train *row* alone, one for each seed; none if it is not trained."""
+        if row.recipe is None:
+            return []
         lines = []
-        for seed in range(0 if row.recipe is None else self.seeds):
-            settings = (word for override in self.overrides(row, seed) for word in ("--set", override))
+        for seed in range(self.seeds):
+            settings = [word for override in self.overrides(row, seed) for word in ("--set", override)]
             out = str(self.run_folder(row.printed.id, seed))
             lines.append(shlex.join(["sopdeploy", "train", "--recipe", row.source, *settings, "--out", out]))
         return lines
@@ -159,14 +161,15 @@ def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = Fals
 
 
 def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> ReproducedRow:
+    """Plan how the row *printed* of *table* is trained, or set the reason why it is not."""
     figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
-    row, trained = ReproducedRow(printed=printed, figures=figures), table.recipe_of(printed)
+    row, recipe_and_changes = ReproducedRow(printed=printed, figures=figures), table.recipe_of(printed)
     if table.measures == "nothing":
         row.reason = "printed, not measured"
-    elif trained is None:
+    elif recipe_and_changes is None:
         row.reason = "cited: no network of the catalog"
     else:
-        row.source, row.overrides = trained
+        row.source, row.overrides = recipe_and_changes
         try:
             _plan_training(row, table, options)
         except ConfigError as error:
@@ -176,8 +179,8 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
 
 def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
     """Set figures, recipe and times of *row*; raise `ConfigError` if its network cannot be built."""
-    of_paper = read_recipe(row.source, row.overrides)  # without the user's data and settings, added below
-    row.figures = count_figures(row.printed, of_paper, table)
+    paper_recipe = read_recipe(row.source, row.overrides)  # without the user's data and settings
+    row.figures = count_figures(row.printed, paper_recipe, table)
     if table.measures == "counts":
         row.reason = "counted, not trained"
         return
@@ -189,7 +192,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
         row.overrides += (f"start.weights={format_toml(str(weights))}",)
     row.overrides += options.set
     row.recipe = read_recipe(row.source, row.overrides)
-    row.gpu_hours = estimate_hours(of_paper, DATA_SETS[table.data])
+    row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
 
 
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:
@@ -201,10 +204,11 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     networks: list[CatalogModel] = [recipe.model]
     if recipe.teacher is not None and recipe.teacher.model is not None:
         networks.append(recipe.teacher.model)
-    side, doubled = recipe.training_crop, isinstance(recipe.augment, PadCrop) and recipe.augment.doubled
-    images = data.images * recipe.epochs * (2 if doubled else 1)
+    is_doubled = isinstance(recipe.augment, PadCrop) and recipe.augment.doubled  # by their mirror images
+    num_images = data.images * recipe.epochs * (2 if is_doubled else 1)  # of all epochs
+    side = recipe.training_crop
     macs = sum(
         describe(network.name, image_size=side, num_classes=data.classes, **network.config).training.macs
         for network in networks
     )
-    return macs * _OPERATIONS_PER_MAC * images / GPU_OPERATIONS_PER_SECOND / 3600
+    return macs * _OPERATIONS_PER_MAC * num_images / GPU_OPERATIONS_PER_SECOND / 3600

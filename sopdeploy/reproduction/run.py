@@ -38,9 +38,8 @@ def reproduce(
     must_run = options.rows is not None and table.measures == "errors"  # other tables are not trained
     for row in results.rows:
         if row.recipe is None and must_run:
-            raise ConfigError(
-                f"cannot be run ({row.reason}); leave it out", setting="rows", value=row.printed.id
-            )
+            message = f"cannot be run ({row.reason}); leave it out"
+            raise ConfigError(message, setting="rows", value=row.printed.id)
     by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
         if row.recipe is None:
@@ -73,10 +72,8 @@ def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:
     except pydantic.ValidationError as error:
         raise ConfigError(f"{path}: not a result ({first_problem(error)}); remove this file") from error
     if stored.recipe != recipe.model_dump(mode="json"):
-        raise ConfigError(
-            f"{path}: the row was trained with another recipe or other data; choose another folder",
-            setting="out",
-        )
+        message = f"{path}: the row was trained with another recipe or other data; choose another folder"
+        raise ConfigError(message, setting="out")
     return stored
 
 

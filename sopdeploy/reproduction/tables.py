@@ -113,10 +113,10 @@ class PrintedTable(StrictModel):
     def _convert_accuracies(cls, values: dict[str, Any]) -> dict[str, Any]:
         if not values.get("accuracy"):
             return values
-        rows = [
-            {**row, **{key: round(100 - row[key], 2) for key in ("top1", "top5") if key in row}}
-            for row in values["rows"]
-        ]
+        rows = []
+        for row in values["rows"]:
+            errors = {key: round(100 - row[key], 2) for key in ("top1", "top5") if key in row}
+            rows.append({**row, **errors})
         return {**values, "rows": rows}
 
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
@@ -136,9 +136,8 @@ class PrintedTable(StrictModel):
         wanted: set[str] = set()
         for name in map(str.strip, names.split(",")):
             if name not in by_id:
-                raise ConfigError(
-                    f"no row of {self.id}; choose one of {', '.join(by_id)}", setting="rows", value=name
-                )
+                message = f"no row of {self.id}; choose one of {', '.join(by_id)}"
+                raise ConfigError(message, setting="rows", value=name)
             wanted |= {name, *by_id[name].needs.values()}
         return tuple(row for row in self.rows if row.id in wanted)
 
@@ -160,7 +159,10 @@ def load_tables() -> dict[str, PrintedTable]:
 
 
 def _with_shared(value: Any, shared: Mapping[str, Any]) -> Any:
-    """Replace each "@NAME" in *value* by the value NAME of *shared*; in a list, by the elements of a list."""
+    """Replace each "@NAME" in *value*, at any depth, by the value NAME of *shared*.
+
+    Within a list, a NAME that is a list stands for its elements: ["a", "@bc"] becomes ["a", "b", "c"].
+    """
     if isinstance(value, str):
         return shared[value[1:]] if value.startswith("@") else value
     if isinstance(value, dict):
@@ -171,12 +173,15 @@ def _with_shared(value: Any, shared: Mapping[str, Any]) -> Any:
     for item in value:
         part = _with_shared(item, shared)
         names_a_list = isinstance(item, str) and isinstance(part, list)
-        resolved += part if names_a_list else [part]  # ["a", "@bc"] becomes ["a", "b", "c"]
+        resolved += part if names_a_list else [part]
     return resolved
 
 
 def _variants(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield *table*, or one for each of its `variants`, with its values and its element of lists `top1`."""
+    """Yield *table*, or a table for each of its `variants`.
+
+    It has the values of the variant. If `top1` of a row is a list, it has the variant's element instead.
+    """
     if "variants" not in table:
         yield table
         return

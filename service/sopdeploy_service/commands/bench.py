@@ -129,11 +129,7 @@ def _measure(loaded: LoadedModel, batch: int) -> Latency:
         loaded.runtime.run(images)
         seconds.append(time.perf_counter() - start)
     median, p95, p99 = (float(value) * 1e3 for value in np.percentile(seconds, (50, 95, 99)))
+    rate = batch / median * 1e3  # images per second
     return Latency(
-        batch=batch,
-        num_runs=len(seconds),
-        median_ms=median,
-        p95_ms=p95,
-        p99_ms=p99,
-        images_per_s=batch / median * 1e3,
+        batch=batch, num_runs=len(seconds), median_ms=median, p95_ms=p95, p99_ms=p99, images_per_s=rate
     )

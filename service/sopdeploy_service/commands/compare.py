@@ -244,10 +244,8 @@ def compare(
         _evaluate(one, images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
         for one in pair
     ]
-    common_classes, other_classes = (
-        compare_classes(labels, targets[chosen_N], [one.right[chosen_N] for one in evaluated])
-        for chosen_N in (common_N, ~common_N)
-    )
+    common_classes = compare_classes(labels, targets[common_N], [one.right[common_N] for one in evaluated])
+    other_classes = compare_classes(labels, targets[~common_N], [one.right[~common_N] for one in evaluated])
     wins, losses = sum(one.wins for one in common_classes), sum(one.losses for one in common_classes)
     count, tolerated = int(common_N.sum()), tolerance / 100
     low, high = difference_interval(wins, losses, count)
@@ -278,14 +276,14 @@ def read_promotions(link: Path) -> list[Promotion]:
 
 
 def count_comparisons(link: Path) -> int:
-    """Count the recorded comparisons with the bundle that *link* leads to; a repeated one counts once."""
+    """Count the recorded comparisons with the bundle that *link* leads to; equal ones count once."""
     if not link.is_symlink():
         return 0
-    different, before = set(), str(link.readlink())
+    different, live = set(), str(link.readlink())
     for promotion in read_promotions(link):
-        found = promotion.comparison
-        if promotion.before == before and found is not None:
-            different.add((promotion.after, found.num_images, found.wins, found.losses))
+        compared = promotion.comparison
+        if promotion.before == live and compared is not None:
+            different.add((promotion.after, compared.num_images, compared.wins, compared.losses))
     return len(different)
 
 
@@ -297,15 +295,15 @@ def _select(
     Also returns the fields of `BundleComparison` that say what was left out; appends to *notes*.
     """
     recorded_N, suspects = _find_recorded(images, pair, notes)
-    group_N = np.arange(len(images))  # near-duplicates have the same number; here, every image has its own
     if len(images) <= MAX_SIGNATURES:
         signatures = map_threaded(lambda index: signature(images[index][0]), len(images))
-        group_N = group_by_signatures(images, np.stack(list(signatures)))
+        group_N = group_by_signatures(images, np.stack(list(signatures)))  # equal for near-duplicates
     else:
+        group_N = np.arange(len(images))  # every image has its own number
         notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; no near-duplicates are left out")
-    trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of training images
-    is_first_N = np.zeros(len(images), np.bool_)
-    is_first_N[np.unique(group_N, return_index=True)[1]] = True  # the first image of each group
+    trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of recorded images
+    _, first_G = np.unique(group_N, return_index=True)  # the index of the first image of each of G groups
+    is_first_N = np.isin(np.arange(len(images)), first_G)
     kept_N = is_first_N & ~trained_on_N
     if not kept_N.any():
         raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
@@ -317,7 +315,11 @@ def _select(
 def _find_recorded(
     images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
 ) -> tuple[NDArray[np.bool_], list[str]]:
-    """Find the *images* (N,) in the bundles' records of training images, and `BundleComparison.suspects`."""
+    """Return the mask (N,) of the *images* that a bundle has recorded as training images, and the suspects.
+
+    A suspect is the name of a bundle that was trained on some of *images*, and perhaps on more of them than
+    its record shows, because the record has the largest size, `SAMPLED`. Appends to *notes*.
+    """
     hashes, recorded_N, suspects = hash_images(images), np.zeros(len(images), np.bool_), []
     for one in pair:
         name, origin = one.bundle.name, one.bundle.manifest.origin
@@ -325,10 +327,10 @@ def _find_recorded(
             notes.append(f"{name}: its training images are not recorded; leave them out yourself")
             continue
         found_N = np.isin(hashes, origin.sample)
-        is_full = len(origin.sample) == SAMPLED  # there may be training images that are not recorded
-        if is_full and found_N.any():
-            suspects.append(name)
         recorded_N |= found_N
+        may_be_incomplete = len(origin.sample) == SAMPLED
+        if may_be_incomplete and found_N.any():
+            suspects.append(name)
     return recorded_N, suspects
 
 
@@ -351,7 +353,10 @@ def _evaluate(
     """Run a bundle on *images* and, if given, *unknown* ones; score it on those of the mask *common_N*."""
     bundle, labels = loaded.bundle, images.labels
     logits, known = _answer(loaded, images, settings, on_image)
-    rejected = None if unknown is None else ~_answer(loaded, unknown, settings, on_image)[1]
+    rejected = None
+    if unknown is not None:
+        _, known_U = _answer(loaded, unknown, settings, on_image)
+        rejected = ~known_U
     # A class has two numbers: its target, the index in *labels*, and its output, the index in the bundle.
     target_of_output = np.array([labels.index(label) for label in bundle.labels])
     right = target_of_output[logits.argmax(axis=1)] == images.targets

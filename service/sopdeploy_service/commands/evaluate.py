@@ -40,8 +40,8 @@ def scores_of_bundle(
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
     multi_label = loaded.bundle.manifest.rules.thresholds is not None
-    # Multi-label targets have the columns of the logits, in the bundle's order. Other targets are indices of
-    # the sorted names; `make_predictions` converts the outputs to such indices.
+    # Multi-label targets have a column for each logit, in the bundle's order. Other targets are indices of
+    # the sorted names; `make_predictions` converts the indices of the logits to them.
     target_labels = labels if multi_label else sorted_labels
     images = open_evaluation_images(data, target_labels, multi_label=multi_label, log=log)
     done = itertools.count(1)

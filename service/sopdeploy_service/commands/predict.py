@@ -42,6 +42,7 @@ class FilePrediction(Classes):
 
     @pydantic.model_serializer(mode="wrap")
     def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit the fields that are None, except `error`."""
         fields: dict[str, Any] = dump(self)
         return {key: value for key, value in fields.items() if value is not None or key == "error"}
 
@@ -56,7 +57,7 @@ def _predict_image(
     except ImageError as error:
         return FilePrediction(image=name, error=describe_error(HttpError.of(error)))
     copies = occlude(decoded.pixels, manifest.preprocess) if explain else ()
-    rows: list[NDArray[np.float32]] = []
+    rows: list[NDArray[np.float32]] = []  # the logits (C,) of the image, then those of its occluded copies
     for pixels in (decoded.pixels, *copies):
         with must_run(loaded.runtime):
             outputs = loaded.runtime.run(pixels[None])
@@ -156,19 +157,21 @@ def predict(
     is_one_array = isinstance(images, np.ndarray) and images.ndim < 4
     is_one = is_one_array or isinstance(images, str | Path | Image.Image)
     items: Iterable[Any] = [images] if is_one else images  # type: ignore[assignment]
-    opened = [_open(image, number) for number, image in enumerate(items)]
+    checked = [_check_image(image, number) for number, image in enumerate(items)]
     loaded_settings = load_settings(top_k=top_k, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
-    for number, image in enumerate(opened):
-        file = image if isinstance(image, Path) else getattr(image, "filename", "")  # set by Image.open
-        name = str(file or f"image {number}")
-        source = read_image(image, loaded_settings.max_body_bytes) if isinstance(image, Path) else image
-        predictions.append(_predict_image(loaded, source, name, loaded_settings, explain=explain))
+    for number, image in enumerate(checked):
+        content: bytes | Image.Image
+        if isinstance(image, Path):
+            name, content = str(image), read_image(image, loaded_settings.max_body_bytes)
+        else:  # `Image.open` sets the name of the file
+            name, content = str(getattr(image, "filename", "") or f"image {number}"), image
+        predictions.append(_predict_image(loaded, content, name, loaded_settings, explain=explain))
     return tuple(predictions)
 
 
-def _open(image: object, number: int) -> Path | Image.Image:
+def _check_image(image: object, number: int) -> Path | Image.Image:
     """Check *image*, the one with *number*, and convert an array; raises `DataError`. Opens no file."""
     if isinstance(image, str | Path):
         return Path(image)

@@ -81,7 +81,7 @@ def promote(
     if has_live and data is None and force is None:
         raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     after = os.path.relpath(new.resolve(), over.parent.resolve())
-    if not has_live or data is None:  # nothing to compare
+    if not has_live or data is None:  # a first bundle, or a forced one without photographs to compare
         load_model(new, load_settings())  # raises an error for a damaged bundle, as `compare` does
         return _record(over, before, after, force or "first bundle", None)
     comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
@@ -161,6 +161,6 @@ def _record(
             if not refused:
                 move_link(link, after)
         except OSError:
-            log.truncate(len(recorded))
+            log.truncate(len(recorded))  # removes the line of the move that failed
             raise
     return move

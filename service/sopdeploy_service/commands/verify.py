@@ -111,8 +111,8 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
 def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
     """Raise `BundleError` if `parity.json` of *bundle* does not explain the tolerances of its *probes*.
 
-    A tolerance may be `floors_allowed` noise floors, a number that depends on the precision of the bundle, or
-    `ALLOWED_DRIFTS` times the observed drift if the user of `export` allowed it.
+    The largest tolerance of an output is `floors_allowed` times its noise floor. If the user of `export`
+    allowed drift, it may also be `ALLOWED_DRIFTS` times the observed drift.
     """
     advice = "export the bundle again"
     try:
@@ -122,11 +122,10 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
         for name, tolerance in probes.tolerance.items():
             noise = float(parity["floors_allowed"]) * float(outputs[name]["noise_floor"])
             drift = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])
-            if not tolerance <= _ROUNDING * max(noise, allowed_drifts * drift):  # larger, or NaN
-                raise BundleError(
-                    f"{bundle.probes}: parity.json does not explain the tolerance {tolerance:.2g} of {name}; "
-                    f"{advice}"
-                )
+            largest = _ROUNDING * max(noise, allowed_drifts * drift)
+            if not tolerance <= largest:  # it is larger, or one of them is NaN
+                problem = f"parity.json does not explain the tolerance {tolerance:.2g} of {name}"
+                raise BundleError(f"{bundle.probes}: {problem}; {advice}")
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleError(f"{bundle.path / 'parity.json'}: records no noise floor; {advice}") from error
 

@@ -93,7 +93,7 @@ class BatchClassifier:
         sizes = folder.sizes()
         schema = pa.schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
         images = (image for part in parts for image in folder.images(part))
-        with closing(self._decode_ahead(images)) as decoded:
+        with closing(self._decode_ahead(images)) as decoded:  # yields the images of all parts, in order
             for part in parts:
                 rows: list[Row] = []
                 for start in range(0, sizes[part], self._batch_size):
@@ -145,8 +145,8 @@ class BatchClassifier:
                 check_device(self._runtime, pixels[0].shape)  # raises `DeviceLostError` if no image can run
         except DeviceLostError as error:
             raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error
-        # An image on which inference fails gets a row with its error. A lack of memory would pass, so no row
-        # may record it. A folder belongs to one size of batches, on which the last bits of results depend.
+        # A row records that inference fails on its image, but not a lack of memory, which may be over in the
+        # next run. A smaller batch needs another folder, because the last bits of results depend on its size.
         if any(output is OUT_OF_MEMORY for output in outputs):
             raise RuntimeUnavailableError(
                 f"{self._runtime.name} failed on a batch of {len(pixels)}; run again to continue, or choose "

@@ -69,8 +69,8 @@ class RayClassifier:
         _connect(options)
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         self._actors = options.actors or len(cores)
-        # Ray starts an actor only on a machine with as many free cores as the actor has workers. Therefore
-        # even the smallest machine must have a core for each worker, and all actors together as many.
+        # Ray reserves a core of one machine for each worker of an actor. By default, the workers of an actor
+        # fit on the smallest machine, and those of all actors on the cluster.
         fitting_workers = min(MAX_WORKERS, *cores, sum(cores) // self._actors)
         workers = options.workers or max(1, fitting_workers)
         self._resources = {"num_cpus": workers, "num_gpus": options.gpus_per_actor}
@@ -125,7 +125,7 @@ def errors_of_actors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Ray's own, or made by it from an actor's
-        kind, text = "RuntimeUnavailableError", str(error).strip().rpartition("\n")[2]
-        if found := ERROR_OF_ACTOR.findall(str(error)):
-            kind, text = found[-1]  # a traceback ends with the error that was raised; others were its cause
+        last_line = str(error).strip().rpartition("\n")[2]
+        found = ERROR_OF_ACTOR.findall(str(error))  # class and message of our errors, each after its cause
+        kind, text = found[-1] if found else ("RuntimeUnavailableError", last_line)
         raise getattr(errors, kind, RuntimeUnavailableError)(f"on the Ray cluster: {text}") from error

@@ -70,14 +70,13 @@ class OutputFolder:
             with suppress(OSError, ValueError, TypeError):  # no file, or a damaged one
                 before = dict(json.loads((self.path / STATE).read_bytes()))
             # Rows without a readable state are those of an unknown run, which differs in every value.
-            if before or any((self.path / ROWS_FOLDER).iterdir()):
-                for name in sorted({*before, *now}):
-                    if before.get(name) != now.get(name):
-                        raise ConfigError(  # `atomic_write` then keeps the old list
-                            f"{self.path} was begun with {name} {before.get(name)}, not {now.get(name)}; "
-                            "continue with the same images and options, or choose another folder",
-                            setting="out",
-                        )
+            belongs_to_run = bool(before) or any((self.path / ROWS_FOLDER).iterdir())
+            different = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+            if belongs_to_run and different:
+                name = different[0]
+                begun = f"{self.path} was begun with {name} {before.get(name)}, not {now.get(name)}"
+                advice = "continue with the same images and options, or choose another folder"
+                raise ConfigError(f"{begun}; {advice}", setting="out")  # `atomic_write` keeps the old list
         with atomic_write(self.path / STATE) as partial:
             partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 

@@ -116,21 +116,22 @@ def classify(
     with closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier, folder.locked():
         folder.begin(list_sources(names), options.part_images, classifier.state)
         sizes = folder.sizes()
+        total = sum(sizes)
 
         def add_done(num_images: int) -> None:
             nonlocal done
             done += num_images
-            on_image(done, sum(sizes))
+            on_image(done, total)
 
         pending = [part for part, size in enumerate(sizes) if folder.num_errors(part, size) is None]
-        add_done(sum(sizes) - sum(sizes[part] for part in pending))  # the parts of earlier runs
+        add_done(total - sum(sizes[part] for part in pending))  # the images that earlier runs classified
         try:
             if pending:
                 classifier.write_parts(folder, pending, add_done)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; run the same command again to continue") from None
-        counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
-    num_errors = sum(count for count in counts if count is not None)  # now all parts are written
+        error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
+    num_errors = sum(count for count in error_counts if count is not None)  # now all parts are written
     return Classified(rows=folder.path / ROWS_FOLDER, num_images=done, num_errors=num_errors)
 
 
