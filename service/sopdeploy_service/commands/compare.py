@@ -328,8 +328,7 @@ def _find_recorded(
             continue
         found_N = np.isin(hashes, origin.sample)
         recorded_N |= found_N
-        may_be_incomplete = len(origin.sample) == SAMPLED
-        if may_be_incomplete and found_N.any():
+        if found_N.any() and len(origin.sample) == SAMPLED:  # a record of this size may be incomplete
             suspects.append(name)
     return recorded_N, suspects
 

@@ -104,8 +104,7 @@ class BudgetedRegistry(ModelRegistry):
         """Give *reason* to every image without an outcome, and `DRAINING` to waiting requests."""
         for entry in self._entries.values():
             if entry.loading is not None:
-                # After the task's first step, so that `_load_entry` has begun and returns `DRAINING`.
-                asyncio.get_running_loop().call_soon(entry.loading.cancel)
+                asyncio.get_running_loop().call_soon(entry.loading.cancel)  # when `_load_entry` has begun
         super().close(reason)
 
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:
