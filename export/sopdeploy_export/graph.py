@@ -124,10 +124,8 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
         except (AttributeError, LookupError, TypeError) as error:
             raise LoweringError(f"the network returns {_describe(output)}, without logits {key!r}") from error
     if not isinstance(output, Tensor):
-        raise LoweringError(
-            f"the network returns {_describe(output)}; choose one as the logits",
-            remedies={"logits_key": None},
-        )
+        problem = f"the network returns {_describe(output)}; choose one as the logits"
+        raise LoweringError(problem, remedies={"logits_key": None})
     return (output,)
 
 
@@ -269,7 +267,7 @@ def _name_all_axes(program: ExportedProgram) -> None:
         terms, longest = [], ""
         for term, operand in zip(text.split(","), node.args[1], strict=True):
             num_hidden = operand.meta["val"].ndim - len(term.replace("...", ""))
-            # Operands are aligned at their last hidden axis, so this one has the same label in all terms.
+            # Reversed, so that the last hidden axis, at which operands are aligned, is free[0] in all terms.
             labels = "".join(reversed(free[:num_hidden]))
             longest = max(longest, labels, key=len)  # the result has all hidden axes
             terms.append(term.replace("...", labels))

@@ -53,10 +53,8 @@ def add_embedding_output(
     layer = find_last_layer(network, preprocess, images, classes, training_only)
     if layer is None:
         kind = type(network).__name__
-        raise LoweringError(
-            f"no last linear layer computes the logits of {kind}, so it has no features in front of it",
-            setting="with_features",
-        )
+        problem = f"no last linear layer computes the logits of {kind}, so it has no features in front of it"
+        raise LoweringError(problem, setting="with_features")
     name = next(name for name, module in network.named_modules() if module is layer)
     vars(network)[EXPORT_EMBEDDING] = name  # for `compute_outputs`; `vars` avoids a user's `__setattr__`
 

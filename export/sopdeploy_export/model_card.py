@@ -35,9 +35,8 @@ def render_model_card(subject: ExportSubject, results: ExportResults, fields: Ma
         f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
         for output in fields["outputs"]
     )
-    training = "\n".join(
-        f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in training_rows(subject.training)
-    )
+    rows = training_rows(subject.training)
+    training = "\n".join(f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in rows)
     facts = "\n".join(f"- {name}: {as_markdown(text)}" for name, text in results.facts().items())
     resizing = {
         "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "

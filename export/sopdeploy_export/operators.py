@@ -107,9 +107,11 @@ class _Recorder(fx.Interpreter):
         arguments: Any = self.fetch_args_kwargs_from_env(n)
         results = super().run_node(n)
         call = _as_call(n, arguments, results)
-        if call is not None and (description := _describe(call)) not in _equal:
-            known = self.calls.setdefault(description, call)
-            if call.size < known.size:  # of calls with one description, the smallest is compared
+        if call is not None:
+            description = _describe(call)
+            known = self.calls.get(description)
+            is_smallest = known is None or call.size < known.size  # of the calls with this description
+            if is_smallest and description not in _equal:
                 self.calls[description] = call
         return results
 
@@ -136,11 +138,12 @@ def _as_call(node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any)
 
 def _describe(call: _Call) -> str:
     """Describe *call* by operator, attributes, types and sizes; equal ones are compared once."""
-    limit = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize  # larger ones count as this
+    # All sizes above the limit count as the limit.
+    limit = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
     described = tree_map_only(
         Tensor, lambda x: (x.dtype, [min(size, limit) for size in x.shape]), call.arguments
     )
-    if call.name in SIZELESS:  # its integers are sizes, too, such as a padding; that of `x + 5` is a value
+    if call.name in SIZELESS:  # all integers are sizes, such as a padding; the 5 of `x + 5` is a value
         described = tree_map_only(int, lambda number: min(number, limit), described)
     return f"{call.target} {described} {call.used}"
 
@@ -170,10 +173,9 @@ def _compare(calls: Sequence[_Call]) -> None:
     model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs))))
     extractor, constants = Extractor(model), {tensor.name for tensor in model.graph.initializer}
     for i, call in enumerate(calls):
-        if constants.intersection(outputs[i]):  # the call depends on shapes only, as `zeros_like` does
-            continue
-        part = extractor.extract_model(inputs[i], outputs[i]).SerializeToString()
-        _compare_values(call, part, inputs[i], outputs[i])
+        if constants.isdisjoint(outputs[i]):  # otherwise it depends on shapes only, as `zeros_like` does
+            part = extractor.extract_model(inputs[i], outputs[i]).SerializeToString()
+            _compare_values(call, part, inputs[i], outputs[i])
 
 
 def _compare_values(call: _Call, part: bytes, names: Sequence[str], results: Sequence[str]) -> None:
@@ -183,9 +185,8 @@ def _compare_values(call: _Call, part: bytes, names: Sequence[str], results: Seq
     try:
         session = ort.InferenceSession(part, options, providers=[PROVIDER])
     except Exception as error:  # onnxruntime's errors share no base class
-        raise LoweringError(
-            f"{call.target}: ONNX Runtime cannot run its ONNX form: {first_line(error)}"
-        ) from error
+        problem = f"ONNX Runtime cannot run its ONNX form: {first_line(error)}"
+        raise LoweringError(f"{call.target}: {problem}") from error
     read = {value.name for value in session.get_inputs()}  # the ONNX form can need fewer operands
     for given in _rounds(call):
         operands = dict(zip(names, given, strict=True))
@@ -199,26 +200,27 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
 
     The operands of an elementwise operator count like the digits of a number, so that all pairs of values
     occur: of two values, the first operand gets 0 1 0 1, the second one 0 0 1 1. Those of other operators
-    begin at different values.
+    begin at different values, five apart.
     """
-    filled, stride = [], 1  # so many elements in a row get the same value
+    filled, run_length = [], 1  # so many elements in a row get the same value
     for number, operand in enumerate(call.operands):
         elements = start + np.arange(operand.numel())
-        first_value = 5 * number  # another one for each operand
-        positions = (elements // stride if call.elementwise else elements + first_value) % len(values)
-        content = operand  # integers stay
+        counts = elements // run_length if call.elementwise else elements + 5 * number
+        positions = counts % len(values)  # which of *values* each element gets (numel,)
         if operand.dtype == torch.bool:  # True and False in turn
             content = torch.from_numpy(positions % 2 == 0).reshape(operand.shape)
         elif operand.is_floating_point():
             chosen = torch.tensor(values)[torch.from_numpy(positions)].reshape(operand.shape)
             content = torch.empty_like(operand, dtype=torch.float32).copy_(chosen)  # with the same strides
-            stride *= len(values)
+            run_length *= len(values)
+        else:  # integers stay
+            content = operand
         filled.append(content.clone())  # torch.export takes one tensor in two calls for one input
     return filled
 
 
 def _rounds(call: _Call) -> Iterator[list[Tensor]]:
-    """Yield operands of *call*: the ordinary values, negative ones, and those that are far from them."""
+    """Yield operands of *call* with ordinary values, then with negative ones, then also with extreme ones."""
     ordinary = _fill(call, ORDINARY, 0)
     yield ordinary
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
@@ -258,20 +260,20 @@ def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Ten
         return torch.tensor(True)
     if not expected.is_floating_point():
         return found != expected
-    sizes = [operand.nan_to_num(0).abs() for operand in given if operand.is_floating_point()]
+    magnitudes = [operand.nan_to_num(0).abs() for operand in given if operand.is_floating_point()]
     if call.elementwise:
-        # Allowed are the rounding of operands, or of the 1 in exp(x) - 1, and a relative error of the result.
-        scale = sum(sizes, torch.zeros_like(expected)) + (1 if call.name in NOT_NEAR_ZERO else 0)
+        # Allowed: the rounding of the operands and of the 1 in exp(x) - 1, plus a share of the result.
+        scale = sum(magnitudes, torch.zeros_like(expected)) + (1 if call.name in NOT_NEAR_ZERO else 0)
         allowed = ROUNDING * torch.finfo(expected.dtype).eps * scale + TOLERANCE * expected.abs()
         compared = ~expected.isnan()
     else:
-        # A sum of products can cancel, so its error is relative to the product of the largest operands.
-        factors = sorted(float(values.max()) for values in sizes if values.numel())[-2:]
+        # A sum of products can cancel, so its error is relative to the largest product or result.
+        factors = sorted(float(values.max()) for values in magnitudes if values.numel())[-2:]
         finite = expected.where(expected.isfinite(), 0).abs()
         largest = max(math.prod(factors), float(finite.max()) if finite.numel() else 0.0)
         allowed = torch.tensor(TOLERANCE * largest)
         compared = expected.isfinite()  # whether a sum overflows depends on the order of additions
     if call.name in NOT_NAN:
         compared &= ~found.isnan()
-    is_within = (found - expected).abs() <= allowed  # false for NaN
-    return (found != expected) & ~is_within & compared
+    is_close = (found - expected).abs() <= allowed  # false for NaN
+    return compared & (found != expected) & ~is_close

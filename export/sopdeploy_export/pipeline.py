@@ -84,8 +84,8 @@ def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -
     *project*. Without hashes, a checkpoint or a bundle fits any other.
     """
     images = set(checkpoint.image_hashes.tolist())
-    manifests = [found.manifest for found in read_bundles(destination)]
-    origins = [one.origin for one in manifests if one is not None and one.origin and one.project == project]
+    manifests = [found.manifest for found in read_bundles(destination) if found.manifest is not None]
+    origins = [manifest.origin for manifest in manifests if manifest.project == project and manifest.origin]
     have_other_images = all(origin.sample and images.isdisjoint(origin.sample) for origin in origins)
     if images and origins and have_other_images:
         raise ConfigError(

@@ -59,8 +59,8 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     hashes, operations = _hash_nodes(program.graph, _leaf_hashes(program), needed)
     lines = [_encode(value, hashes.__getitem__) for value in (outputs.args[0], *side_effects)]
     signature = program.graph_signature
-    names = signature.inputs_to_parameters | signature.inputs_to_buffers
-    reached = frozenset(names[node.name] for node in hashes if node.name in names)
+    state_names = signature.inputs_to_parameters | signature.inputs_to_buffers  # by placeholder
+    reached = frozenset(state_names[node.name] for node in hashes if node.name in state_names)
     return ProgramRoot(sha256=hash_parts(*lines), nodes=operations, state=reached)
 
 
@@ -109,8 +109,8 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
             raise CertificateError(f"input {position} is not a tensor")
         shape = []
         for size in value.shape:
-            new = f"S{len(symbols)}"  # symbolic sizes are numbered by their first appearance
-            name = str(size) if isinstance(size, int) else symbols.setdefault(str(size.node.expr), new)
+            new_symbol = f"S{len(symbols)}"  # symbolic sizes are numbered by their first appearance
+            name = str(size) if isinstance(size, int) else symbols.setdefault(str(size.node.expr), new_symbol)
             shape.append(name)
         leaves[spec.arg.name] = hash_parts("input", str(position), str(value.dtype), *shape)
     for spec in specs:
@@ -153,8 +153,9 @@ def _hash_nodes(
     *leaves* are the hashes of the placeholders by name. A description names operation and module.
     """
     needed = set(results)
-    for node in reversed(graph.nodes):
-        needed.update(node.all_input_nodes if node in needed else ())
+    for node in reversed(graph.nodes):  # a node comes before its operands
+        if node in needed:
+            needed.update(node.all_input_nodes)
     hashes: dict[fx.Node, str] = {}
     operations: dict[str, str] = {}
     for node in graph.nodes:  # in topological order
@@ -246,17 +247,18 @@ class _ValueHasher:
             self._visit_call(node)
 
     def _visit_call(self, node: fx.Node) -> None:
-        """Compute the value of a call without the images, otherwise its hash; see `value_root`."""
+        """Compute the value of a call that does not depend on the images, or else its hash."""
         target: Any = node.target
-        if isinstance(value := node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
-            size = value.node.expr.subs(self.sizes)
-            if size.is_Integer:
-                self.known[node] = int(size)
-            else:
-                self.hashes[node] = _encode(str(size), self._hash)
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):  # computed from sizes only
+            number = value.node.expr.subs(self.sizes)
+            if number.is_Integer:
+                self.known[node] = int(number)
+            else:  # such as a multiple of the batch size
+                self.hashes[node] = _encode(str(number), self._hash)
         elif _is_random(node):
             raise CertificateError(f"{target} draws random numbers")
-        elif all(operand in self.known for operand in node.all_input_nodes):
+        elif all(operand in self.known for operand in node.all_input_nodes):  # none depends on the images
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
             with torch.no_grad():
                 self.known[node] = target(*args, **kwargs)
@@ -268,9 +270,12 @@ class _ValueHasher:
             self.operations[self.hashes[node]] = f"{target} in {module_of(node)}"
 
     def _visit_reshape(self, node: fx.Node) -> None:
-        """Hash a change of the shape alone; a chain of them has the hash of a single one."""
+        """Hash a change of the shape alone; of a chain of them, the first value and the last shape count."""
         operand, shape = node.all_input_nodes[0], self._shape(node)
-        source, source_shape = self.unshaped.get(operand, (self._hash(operand), self._shape(operand)))
+        if operand in self.unshaped:  # another such change
+            source, source_shape = self.unshaped[operand]
+        else:
+            source, source_shape = self._hash(operand), self._shape(operand)
         self.unshaped[node] = source, source_shape
         self.hashes[node] = source if shape == source_shape else hash_parts("reshape", source, shape)
 
@@ -282,7 +287,7 @@ class _ValueHasher:
         return _name(node) in VALUE_LAYOUT and not reads_bytes
 
     def _unified_arguments(self, node: fx.Node) -> list[Any]:
-        """List the arguments of *node*, equal sizes of `expand` and positions of `slice` in one form."""
+        """List the arguments of *node*; those of `expand` and `slice` that mean the same get one form."""
         arguments = _arguments(node)
         if _name(node) == "aten.expand":
             return [arguments[0], self._shape(node)]

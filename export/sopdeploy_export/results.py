@@ -132,12 +132,12 @@ def count_flips(
     """
     top_of_network, top_of_file = expected.argmax(axis=1), values.argmax(axis=1)
     images = np.arange(len(expected))
-    margins = expected[images, top_of_network] - expected[images, top_of_file]
-    within = margins <= 2 * tolerance  # both logits may drift, towards each other
+    margins = expected[images, top_of_network] - expected[images, top_of_file]  # of the network (P,)
+    is_small = margins <= 2 * tolerance  # both logits may drift, towards each other
     by_cause: dict[FlipCause, NDArray[np.bool_]] = {
-        "noise": within & ~rerouted,
+        "noise": is_small & ~rerouted,
         "routing": rerouted,
-        "error": ~within & ~rerouted,
+        "error": ~is_small & ~rerouted,
     }
     flipped = top_of_network != top_of_file
     return {cause: int((mask & flipped).sum()) for cause, mask in by_cause.items()}

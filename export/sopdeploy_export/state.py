@@ -134,12 +134,12 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     definition = value if isinstance(value, type | FunctionType) else type(value)
     package = (definition.__module__ or "").partition(".")[0]
     is_users = package not in LIBRARIES
-    # Functions and classes of libraries hold no state of the network.
+    if definition is value and not is_users:
+        return  # functions and classes of libraries hold no state of the network
     if isinstance(value, FunctionType):
-        yield from (_used_by(value) if is_users else ())
+        yield from _used_by(value)
     elif isinstance(value, type):
-        attributes = vars(value).items() if is_users else ()
-        yield from ((f".{name}", item) for name, item in attributes if name != "__weakref__")
+        yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
     elif is_users or isinstance(value, nn.Module) or package in _MODULES:  # not other objects of libraries
         held: dict[str, Any] = {}
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
@@ -250,10 +250,9 @@ class InPlaceWrites(TorchDispatchMode):
         declared = func._schema.arguments
         values = dict(zip((argument.name for argument in declared), args, strict=False)) | (kwargs or {})
         written = [values.get(argument.name) for argument in declared if argument.is_write]
-        for leaf in tree_leaves(written):  # an argument can be a list of tensors
-            path = self._paths.get(leaf.untyped_storage().data_ptr()) if isinstance(leaf, Tensor) else None
-            if path is not None:
-                self.written.append(path)
+        leaves = tree_leaves(written)  # an argument can be a list of tensors
+        addresses = [leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor)]
+        self.written += [self._paths[address] for address in addresses if address in self._paths]
         return func(*args, **(kwargs or {}))
 
 

@@ -38,9 +38,8 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
         if unsigned.isdisjoint(node.input) or node.op_type == "Cast":
             continue
         if node.op_type not in MOVES | {"Shape"}:
-            raise LoweringError(
-                f"{images.name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast"
-            )
+            problem = f"{node.op_type} uses unsigned bytes, which TensorRT can only cast"
+            raise LoweringError(f"{images.name}: {problem}")
         unsigned.update(node.output if node.op_type in MOVES else ())  # a shape is int64
         needs_cast = True
     if not needs_cast:

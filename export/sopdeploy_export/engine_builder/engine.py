@@ -99,7 +99,8 @@ def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: Engine
     replays = []
     with closing(EngineSession(trt, cuda, plan, bundle.manifest, key)) as session:
         for size in sizes:
-            indices = np.arange(-(-count // size) * size) % count  # repeat images to fill whole batches
+            num_batches = -(-count // size)  # rounded up
+            indices = np.arange(num_batches * size) % count  # repeats images to fill the last batch
             repeated = Probes(
                 images=probes.images[indices],
                 expected={name: values[indices] for name, values in probes.expected.items()},

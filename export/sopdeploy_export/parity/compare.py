@@ -135,9 +135,10 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
 
 def is_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
     """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
-    ranked = -np.sort(-logits, axis=1)  # the largest first
-    margins = ranked[:, chosen - 1 : chosen] - ranked[:, chosen:]  # of the last chosen logit to each other
-    return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)  # as both of them may drift
+    ranked = -np.sort(-logits, axis=1)  # (P, N), the largest first
+    smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
+    margins = smallest_chosen - ranked[:, chosen:]  # to each logit that is not chosen (P, N - chosen)
+    return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)  # the two logits may both drift
 
 
 def compare_routes(
@@ -151,7 +152,7 @@ def compare_routes(
     noise = max(FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max()))
     decided = is_decided(exact, chosen, floors * noise)
     is_same_route = (_choose(exact, chosen) == _choose(rounded, chosen)).all(axis=1)
-    compared = decided if decided.any() else is_same_route
+    compared = decided if decided.any() else is_same_route  # rather than no image
     return results.RoutingParity(
         noise_floor=noise,
         tolerance=floors * noise,
@@ -214,7 +215,10 @@ def compute_reference(
     for name, values in exact.items():
         found = [outputs[name] for outputs in runs]  # of all images, and of the first ones
         _require_finite(name, values, found, precision)
-        errors = [np.abs(few - values[: len(few)])[compared[: len(few)]].max(initial=0.0) for few in found]
+        errors = []
+        for rounded in found:
+            differences = np.abs(rounded - values[: len(rounded)])
+            errors.append(differences[compared[: len(rounded)]].max(initial=0.0))
         noise_floor[name] = float(max(FOUR_ROUNDINGS * np.abs(values).max(), *errors))
     return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
 

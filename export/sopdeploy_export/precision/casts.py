@@ -37,7 +37,7 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.
     Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
-    Later, the exported file is compared with this copy's own error, which would contain a wrong fold.
+    Later comparisons would miss a wrong fold, because their tolerance is a multiple of this copy's error.
     """
     exact = copy_module(network).double()
     # `InFloat64` computes in float64; `ReportsFloat32` shows the network's code the dtype it usually gets.
@@ -102,21 +102,18 @@ def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
     for name, _ in network.named_modules():  # parents come before their children
         if name:
             parent, _, child = name.rpartition(".")
-            exceptions = export_hints(network.get_submodule(parent)).low_precision_children
-            inherited = low if child in exceptions else dtypes[parent]
+            low_children = export_hints(network.get_submodule(parent)).low_precision_children
+            inherited = low if child in low_children else dtypes[parent]
             dtypes[name] = torch.float32 if name in kept else inherited
     return dtypes
 
 
 def float32_parts(network: nn.Module) -> list[str]:
     """List the names of the parts of *network* that stay in float32 in reduced precisions."""
-    # BatchNorm1d mostly reads second-order features, which are in float32; the other one squares activations.
+    # BatchNorm1d mostly reads second-order features, in float32; squares in LocalResponseNorm can overflow.
     types = (nn.BatchNorm1d, nn.LocalResponseNorm)
-    return [
-        name
-        for name, part in network.named_modules()
-        if isinstance(part, types) or export_hints(part).keep_float32
-    ]
+    parts = network.named_modules()
+    return [name for name, part in parts if isinstance(part, types) or export_hints(part).keep_float32]
 
 
 def _cast_first_input(dtype: torch.dtype, _part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -143,15 +140,13 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
         weight_names = [names.get(weight.name) for weight in weights]  # None if computed
         if None in weight_names or any(len(value.users) != 1 for value in (convolved, *weights)):
             continue  # it runs twice, or something else reads its output or weights
-        convolution_name, norm_name = (
-            str(name).removeprefix(NETWORK_PREFIX).rpartition(".")[0] for name in weight_names
-        )
-        convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
+        part_names = [str(name).removeprefix(NETWORK_PREFIX).rpartition(".")[0] for name in weight_names]
+        convolution, norm = map(network.get_submodule, part_names)
         activation = without_normalization(norm)  # None: not a class whose normalization can be removed
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and activation is not None:
             fold(convolution, norm)
-            owner, _, leaf = norm_name.rpartition(".")
-            setattr(network.get_submodule(owner), leaf, activation)
+            owner, _, attribute = part_names[1].rpartition(".")
+            setattr(network.get_submodule(owner), attribute, activation)  # in place of the batch norm
             folds += 1
     return folds
 

@@ -70,11 +70,8 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
     """
     in_graph = weight_types(model)
     dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in weight_dtypes(network).items()}
-    expected = {
-        part: dtypes[part]
-        for part, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.ParameterList)
-    }
+    kinds = nn.Conv2d | nn.Linear | nn.ParameterList
+    expected = {part: dtypes[part] for part, module in network.named_modules() if isinstance(module, kinds)}
     # Folding can remove the weights of a part from the graph.
     wrong = [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]
     if wrong:
@@ -153,7 +150,7 @@ def convert_precision(
     int8 needs *accuracy* with calibration images. Raises `LoweringError` if the types in the graph are not
     the requested ones, or as `check_headroom` does.
     """
-    network, model, quantization = certified.network, certified.model, None
+    network, model, quantization = certified.network, certified.model, None  # those of fp32
     if options.precision == "fp16":
         network, program, model = cast_types(certified, preprocess, options)
         photographs = [] if accuracy is None else accuracy.photographs(PHOTOGRAPHS)
@@ -170,9 +167,8 @@ def convert_precision(
     else:
         run = deployed = Deployed(network, preprocess).eval()
         gate = None if compare.find_gate(network) is None else partial(compare.gate_logits, deployed)
-    report = PrecisionReport(
-        precision=options.precision, parts=weight_types(model), quantisation=quantization
-    )
+    parts = weight_types(model)
+    report = PrecisionReport(precision=options.precision, parts=parts, quantisation=quantization)
     return ConvertedGraph(model=model, run=run, gate=gate, precision=report)
 
 

@@ -200,11 +200,8 @@ class Int8Quantizer:
         """Correct the biases of *quantized*, in place, by the mean error that rounded weights cause."""
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
         # A dequantized tensor is codes * scale. Map its name to the names of both.
-        codes_and_scale = {
-            node.output[0]: node.input[:2]
-            for node in quantized.graph.node
-            if node.op_type == "DequantizeLinear"
-        }
+        dequantizers = [node for node in quantized.graph.node if node.op_type == "DequantizeLinear"]
+        codes_and_scale = {node.output[0]: node.input[:2] for node in dequantizers}
         inputs = {node.name: node.input for node in quantized.graph.node if node.name in self.chosen}
         errors = {}  # of the weights (C, ...) for C output channels, by the name of the convolution
         for convolution, weight in self._constant_weights().items():
@@ -237,7 +234,10 @@ class Int8Quantizer:
         return weights
 
     def _mean_outputs(self, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:
-        """Compute mean outputs per channel (C,) of convolutions with these *weights*, without biases."""
+        """Compute the mean output (C,) per channel of the convolutions with these *weights*, without biases.
+
+        A copy of the float32 graph gets these convolutions, and a mean after each, as outputs.
+        """
         probed = onnx.ModelProto()
         probed.CopyFrom(self.original)  # its values have the same names as those of `self.model`
         del probed.graph.output[:]
@@ -253,11 +253,9 @@ class Int8Quantizer:
             probed.graph.node.extend([conv, helper.make_node("ReduceMean", [raw, axes], [mean], keepdims=0)])
             probed.graph.output.append(helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None))
         images = self.images[evenly_spread(len(self.images), CORRECTION_IMAGES)]
-        outputs = file_outputs(open_session(probed), images, 1)
-        return {
-            name.removesuffix(":mean"): values.mean(axis=0, dtype=np.float64)
-            for name, values in outputs.items()
-        }
+        outputs = file_outputs(open_session(probed), images, 1)  # (P, C) of each convolution
+        means = {name: values.mean(axis=0, dtype=np.float64) for name, values in outputs.items()}
+        return {name.removesuffix(":mean"): mean for name, mean in means.items()}
 
 
 def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:

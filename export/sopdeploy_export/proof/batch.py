@@ -190,12 +190,13 @@ def reshapes(call: Call) -> Place:
     if axis is None or new_axis is None:
         _require(axis == new_axis)  # neither has the batch
         return _NO_BATCH
-    shape, new_shape, batch = call.x.shapes[0], call.shapes[0], _BATCHES[0]
+    shape, new_shape, batch = call.x.shapes[0], call.shapes[0], _BATCHES[0]  # all for the smallest batch
     rows_of_image = shape[axis] // batch if inner is None else inner  # of equal rows, any number is right
     elements_of_image = rows_of_image * math.prod(shape[axis + 1 :])
     elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 1 for a value without elements
     new_inner, rest = divmod(elements_of_image, elements_of_row)
-    _require(rest == 0 and new_inner and (new_shape[new_axis] // batch) % new_inner == 0)
+    _require(rest == 0 and new_inner > 0)  # the neighboring elements of an image fill whole rows
+    _require(new_shape[new_axis] // batch % new_inner == 0)  # and whole batches of these fill the axis
     return Place(axis=new_axis, inner=new_inner)
 
 
@@ -247,7 +248,7 @@ def joins(call: Call) -> Place:
 
 
 def within(call: Call) -> Place:
-    """Index or write single elements along another axis than the batch; all operands have it, or none."""
+    """Index or write single elements along another axis than the batch, which all operands have, or none."""
     _require(len({value.axis for value in call.given}) == 1)
     place = common(call.inputs)
     _require(place.axis != call.axis(0))
@@ -297,7 +298,7 @@ def repeats(call: Call, *, tile: bool = False) -> Place:
     axis = varying(call.shapes)
     if axis is None or call.x.axis is not None:  # the result has the batch axis of `x`, or none
         return elementwise(call)
-    return Place(axis=axis, inner=call.shapes[0][axis] // _BATCHES[0] if tile else None)
+    return Place(axis=axis, inner=call.shapes[0][axis] // _BATCHES[0] if tile else None)  # None: equal rows
 
 
 def ranges(call: Call) -> Place:
@@ -318,7 +319,7 @@ def gathers(call: Call) -> Place:
         return place_of_indices
     # One of them is constant. A number of an image would select a row by the position in the batch.
     _require(_NO_BATCH in (data.place, indices.place) and not indices.image_numbers)
-    is_behind = data.axis is not None and data.axis > axis
+    is_behind = data.axis is not None and data.axis > axis  # and moves: the axes of indices replace *axis*
     return agree(data.shifted(indices.rank - 1 if is_behind else 0), place_of_indices)
 
 
@@ -348,7 +349,7 @@ def writes_nd(call: Call) -> Place:
     has_own_rows = own_rows(data, indices, 0) and indices.axis is not None
     if has_own_rows and updates.axis == indices.axis:  # data (batch, 7), indices (batch, 2), updates (batch,)
         return agree(data.place, indices.at(0), updates.at(0))  # `inner` must agree, too
-    # The batch axis is a kept one: data (7, batch), indices (3, 1), updates (3, batch).
+    # Otherwise the batch axis, if any, is a kept one: data (7, batch), indices (3, 1), updates (3, batch).
     first_kept, first_kept_of_updates = indices.shapes[0][-1], indices.rank - 1
     _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
     _require(data.axis is None or data.axis >= first_kept)
@@ -363,7 +364,8 @@ def encodes(call: Call) -> Place:
 
 def own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -> bool:
     """Return whether each position in *indices* begins with the number of its image, a row of *data*."""
-    begin_with_image = indices.image_numbers == ("first" if indices.shapes[0][-1] > 1 else "all")
+    numbers_of_position = indices.shapes[0][-1]
+    begin_with_image = indices.image_numbers == ("first" if numbers_of_position > 1 else "all")
     has_row_per_image = data.axis == 0 and data.shapes[0][0] == _BATCHES[0]
     return has_row_per_image and num_shared == 0 and begin_with_image
 
@@ -455,7 +457,7 @@ def _trace(node: onnx.NodeProto, values: dict[str, TracedValue], opsets: list[An
     results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
     try:
         results = infer(node, inputs, opsets)
-        are_sizes = all(len(result.contents) for result in results)
+        are_sizes = all(len(result.contents) for result in results)  # and so no data of images
         if not mixed and not are_sizes:
             results = locate(node, inputs, results)
     except Exception as error:  # no rule, or an operator that onnx does not know
@@ -477,8 +479,9 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
     feeds = _feeds(node, named, results[0].shapes)
     if not feeds:
         return results
-    runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]  # one for each batch size
-    results = [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
+    runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]  # by batch size, result
+    contents = [[np.asarray(run[i]) for run in runs] for i in range(len(results))]  # by result, batch size
+    results = [replace(result, contents=arrays) for result, arrays in zip(results, contents, strict=True)]
     if any(value.is_size for value in named.values()):  # `is_linear` says why three batch sizes are enough
         _require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, results)))
     return results
@@ -488,18 +491,21 @@ def _shaped(node: onnx.NodeProto, named: dict[str, TracedValue], opsets: list[An
     """Infer the types and shapes of the results of *node*, whose operands are *named*."""
     version = next(opset.version for opset in opsets if opset.domain == node.domain)
     schema = defs.get_schema(node.op_type, version, node.domain)
-    types = []  # for each batch size, a dict with the types of all results
+    types = []  # for each batch size, a dict from the name of each result to its type
     for i in range(len(_BATCHES)):
         known = {name: numpy_helper.from_array(v.contents[i]) for name, v in named.items() if v.contents}
         given = {name: helper.make_tensor_type_proto(v.type, v.shapes[i]) for name, v in named.items()}
         types.append(shape_inference.infer_node_outputs(schema, node, given, known, opset_imports=opsets))
     results = []
-    for name in node.output:  # "" is an optional result that the graph leaves out
-        tensors = [found[name].tensor_type for found in types] if name else []
+    for name in node.output:
+        if not name:  # an optional result that the graph leaves out
+            results.append(TracedValue())
+            continue
+        tensors = [found[name].tensor_type for found in types]  # one for each batch size
         if not all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim):
             raise ValueError("onnx infers no shape")
         shapes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
-        results.append(TracedValue(tensors[0].elem_type, shapes) if name else TracedValue())
+        results.append(TracedValue(tensors[0].elem_type, shapes))
     return results
 
 
@@ -507,7 +513,7 @@ def _feeds(node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes) 
     """Return the operands of *node* for each batch size; none if its results, of *shapes*, stay unknown."""
     if node.op_type == "Shape":  # reads no contents, so the operand can be an array that takes no memory
         return [{node.input[0]: np.broadcast_to(False, shape)} for shape in named[node.input[0]].shapes]
-    is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
+    is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS  # for every batch size
     if not is_small or not all(value.contents for value in named.values()):
         return []
     return [{name: value.contents[i] for name, value in named.items()} for i in range(len(_BATCHES))]
@@ -542,9 +548,10 @@ def locate(
         places = [places] * len(results)
     # The number of an image may stay such a number, or be an index that selects the row of this image.
     image_numbers = find_image_numbers(node.op_type, call)
-    with_numbers = [i for i, value in enumerate(inputs) if value and value.image_numbers]
-    are_indices = node.op_type in TAKES_INDICES and with_numbers == [1]  # input 1 holds the indices
-    _require(not with_numbers or image_numbers or are_indices)
+    inputs_with_numbers = [i for i, value in enumerate(inputs) if value and value.image_numbers]
+    if inputs_with_numbers:
+        are_indices = node.op_type in TAKES_INDICES and inputs_with_numbers == [1]  # input 1 holds indices
+        _require(image_numbers or are_indices)
     pairs = zip(results, places, strict=False)  # a recurrent layer can have fewer results
     located = [replace(result, place=place, image_numbers=image_numbers) for result, place in pairs]
     _require(all(map(has_whole_images, located)))

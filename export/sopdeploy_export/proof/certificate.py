@@ -130,9 +130,9 @@ def certify(
     )
     deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
     sizes = assert_equal_outputs(deployed, probes)
-    # Of a network with tensors that are not contiguous, *compared* has a copy: then both are checked.
-    networks = (trained, detached, compared["trained"], compared["detached"])
-    for network in {id(network): network for network in networks}.values():
+    # *compared* has a copy of a network whose tensors are not contiguous; the original is checked as well.
+    checked = (trained, detached, compared["trained"], compared["detached"])
+    for network in {id(network): network for network in checked}.values():  # each network once
         _assert_unchanged(network, kept, rename=str)
     if "plain" in compared:
         _assert_unchanged(compared["plain"], kept, detachment.rename)
@@ -166,9 +166,9 @@ def build_plain_network(
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
-    trained_tensors, plain_tensors = tensors(detached), tensors(plain)
-    renamed = {rename(name): tensor for name, tensor in trained_tensors.items()}
-    if len(renamed) != len(trained_tensors):
+    detached_tensors, plain_tensors = tensors(detached), tensors(plain)
+    renamed = {rename(name): tensor for name, tensor in detached_tensors.items()}
+    if len(renamed) != len(detached_tensors):
         raise CertificateError("rename gives two tensors of the trained network the same name")
     if missing := sorted(plain_tensors.keys() - renamed.keys()):
         raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
@@ -211,16 +211,16 @@ def _assert_equal_graphs(
     for role, programs in captured.items():
         roots = expected if programs is first_programs else _compute_roots(programs)
         for size, root in roots.items():
-            if reached := sorted({name.removeprefix(NETWORK_PREFIX) for name in root.state} & removed):
+            weights = {name.removeprefix(NETWORK_PREFIX) for name in root.state}
+            if reached := sorted(weights & removed):
                 raise CertificateError(
                     f"the output still depends on training-only weights, for {size}: "
                     f"{shorten(reached)}; a branch affects the main output"
                 )
             if root.sha256 != expected[size].sha256:
                 difference = _first_difference(root, expected[size], first_role)
-                raise CertificateError(
-                    f"the {role} network is not the {first_role} one, for {size}: {difference}"
-                )
+                problem = f"the {role} network is not the {first_role} one, for {size}"
+                raise CertificateError(f"{problem}: {difference}")
     shared = Roots(
         any_batch=expected["any batch size"].sha256,
         batch_of_one=expected["a batch of one"].sha256,
@@ -247,8 +247,8 @@ def _capture_networks(
     The detached one comes first, because its programs name what the exported file holds.
     """
     trained, detached = networks["trained"], networks["detached"]
-    captured = {} if captured_trained is None else {id(trained): captured_trained}
-    first = "trained" if detached is trained else "detached"  # error messages call it so
+    captured = {} if captured_trained is None else {id(trained): captured_trained}  # by the network's id
+    first = "trained" if detached is trained else "detached"  # the name of this network in error messages
     for role in (first, *networks):
         network = networks[role]
         if id(network) in captured:
@@ -297,8 +297,9 @@ def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> t
             outputs = {role: network(images) for role, network in networks.items()}
         for role in outputs:
             for values, expected in zip(outputs[role], outputs[reference], strict=True):
-                # as bytes, because 0 equals -0 and NaN differs from itself
-                if not torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (values, expected))):
+                # As bytes, because 0 equals -0 and NaN differs from itself.
+                pair = [tensor.contiguous().view(torch.uint8) for tensor in (values, expected)]
+                if not torch.equal(*pair):
                     difference = (values - expected).abs().max().item()
                     raise CertificateError(
                         f"the {role} network gives other logits than the {reference} one at batch "
@@ -341,9 +342,8 @@ def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) ->
         start, end = _addresses(tensor)
         for kept_name, kept_start, kept_end in kept_ranges:
             if start < kept_end and kept_start < end:
-                raise CertificateError(
-                    f"{name} was removed but shares its memory with {kept_name}, which was kept"
-                )
+                problem = f"shares its memory with {kept_name}, which was kept"
+                raise CertificateError(f"{name} was removed but {problem}")
 
 
 def _addresses(tensor: Tensor) -> tuple[int, int]:

@@ -109,18 +109,18 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 def check_outputs(
     deployed: graph.Deployed, preprocess: Preprocess, classes: int, role: str
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Run the network on four probe images and on one, then on both again: check shape, finiteness and state.
+    """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
 
-    The first runs may fill caches: returns the path of the first attribute that they change, or None, and
-    warnings. Raises `LoweringError` if the network fails, returns no (B, classes) logits, or if it changes
-    its state in the second runs or returns other logits.
+    Returns the path of the first attribute that the first two runs change, such as a cache, or None, and
+    warnings. Raises `LoweringError` if the network fails, returns no (B, classes) logits, or if the last two
+    runs change its state or return other logits.
     """
     images, network = torch.from_numpy(graph.generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
-    at_start = state.read_state(network)
+    before = state.read_state(network)
     first_logits = _run(deployed, images, role, classes)
     _run(deployed, images[:1], role, classes)
     after_first = state.read_state(network)
-    # The operations of one of the second runs are recorded; the other one has the same.
+    # Writes and reads are recorded for one image only: four images cause the same.
     with state.InPlaceWrites(network) as writes, state.PythonReads() as reads:
         _run(deployed, images[:1], role, classes)
     logits = _run(deployed, images, role, classes)
@@ -142,7 +142,7 @@ def check_outputs(
     are_probabilities = (logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()
     if are_probabilities:
         warnings.append(f"the {role} network ends in a softmax; the service applies another, so remove it")
-    return state.first_change(at_start, after_first), tuple(warnings)
+    return state.first_change(before, after_first), tuple(warnings)
 
 
 def check_finite(logits: Tensor, role: str) -> None:
@@ -201,7 +201,7 @@ def capture_given(
     devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
     device = next(iter(devices))  # of the images; the network itself moves values between several
     on_cpu = devices == {torch.device("cpu")}
-    same_layout = on_cpu and all(tensor.is_contiguous() for tensor in tensors)  # as the copy, so equal bits
+    is_exact = on_cpu and all(tensor.is_contiguous() for tensor in tensors)  # stored as in *copied*
     tolerance = LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE
     images = torch.from_numpy(graph.generated_images(preprocess.crop))
     deployed = graph.Deployed(given, preprocess).eval()
@@ -211,11 +211,11 @@ def capture_given(
             expected = _run(deployed, batch.to(device), "given", classes).cpu()
             logits = _run(graph.Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")
-        allowed = 0.0 if same_layout else tolerance * expected.abs().max()
+        allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    if same_layout and not options.with_features:
-        # The graph of *given* is exported, or `certify` compares it with that of the network without parts.
+    if is_exact and not options.with_features:  # `certify` does not use programs without the features
+        # The graph of *given* is exported, or `certify` compares it with that of the detached network.
         return graph.capture(given, preprocess, options.batch)
     captured = graph.capture(copied, preprocess, options.batch)
     if on_cpu:  # a graph for a GPU names the GPU, so it would differ; roots of values ignore the layout

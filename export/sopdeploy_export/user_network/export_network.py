@@ -186,9 +186,8 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             children = ", ".join(name for name, _ in network.named_children())
-            raise DetachError(
-                f"no such part; the network has {children}", setting="training_only", value=pattern
-            )
+            problem = f"no such part; the network has {children}"
+            raise DetachError(problem, setting="training_only", value=pattern)
         matched += matches
     # A match is outermost if its parent module is neither a match nor inside one.
     outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))

@@ -89,9 +89,8 @@ def _choose_table(path: Path, content: Any, table: str | None) -> tuple[str, Map
     """
     if is_state_dict(content):
         if table is not None:
-            raise WeightsError(
-                f"{path} is a single table of tensors; omit it", setting="weights_key", value=table
-            )
+            problem = f"{path} is a single table of tensors; omit it"
+            raise WeightsError(problem, setting="weights_key", value=table)
         return "", content
     tables = {}
     if isinstance(content, dict):
