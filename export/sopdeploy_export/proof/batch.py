@@ -248,8 +248,8 @@ def joins(call: Call) -> Place:
 
 
 def within(call: Call) -> Place:
-    """Index or write single elements along another axis than the batch, which all operands have, or none."""
-    _require(len({value.axis for value in call.given}) == 1)
+    """Index or write single elements along the axis of the attribute, which is not that of the batch."""
+    _require(len({value.axis for value in call.given}) == 1)  # all operands have the batch axis, or none has
     place = common(call.inputs)
     _require(place.axis != call.axis(0))
     return place

@@ -192,10 +192,11 @@ def prepared(given: nn.Module, logits: str | int | None) -> Iterator[None]:
 def capture_given(
     given: nn.Module, copied: nn.Module, preprocess: Preprocess, classes: int, options: ExportOptions
 ) -> graph.Captured:
-    """Capture *given*, the user's network, and check that *copied*, which is exported, computes the same.
+    """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
 
-    They can differ because a class can define how it is copied. Both networks run on probe images; unless
-    *given* is on a GPU, their graphs are also compared. Raises `LoweringError` if they differ.
+    They can differ because a class can define how it is copied. Both networks run on probe images. Unless
+    *given* is on a GPU, their graphs are compared, too: here, or by `certify` if the result is the graph of
+    *given*. Raises `LoweringError` if they differ.
     """
     tensors = list(state.tensors(given).values())
     devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
@@ -214,8 +215,8 @@ def capture_given(
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    if is_exact and not options.with_features:  # `certify` does not use programs without the features
-        # The graph of *given* is exported, or `certify` compares it with that of the detached network.
+    certify_compares = is_exact and not options.with_features  # it needs programs with all outputs
+    if certify_compares:
         return graph.capture(given, preprocess, options.batch)
     captured = graph.capture(copied, preprocess, options.batch)
     if on_cpu:  # a graph for a GPU names the GPU, so it would differ; roots of values ignore the layout

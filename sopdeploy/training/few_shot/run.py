@@ -195,7 +195,8 @@ def _describe_groups(images: LabeledImages, targets: Targets, groups_N: Indices)
 def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResult, HeldOutMetrics]:
     """Return *result* with the score to report, and the metrics of the same predictions.
 
-    They are those of the held-out images. Without such images, *result* has the score of cross-validation.
+    These are predictions for the held-out images, or else those of the cross-validation, whose score *result*
+    has already.
     """
     recipe, images = run.recipe, data.held_out
     if not len(images):
