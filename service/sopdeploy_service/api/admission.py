@@ -184,23 +184,23 @@ def timeout_of(headers: Mapping[str, str], longest: float) -> float:
 
 
 async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Receive) -> _Value:
-    """Run *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
+    """Return the result of *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
 
     The request body must have been read; a message of *receive* other than the disconnect is ignored.
     """
     with anyio.CancelScope() as scope:
 
-        async def watch() -> None:
+        async def cancel_work() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             scope.cancel()
 
-        watcher = asyncio.create_task(watch())
+        watcher = asyncio.create_task(cancel_work())
         try:
             return await work
         finally:
             watcher.cancel()
-    # A finished *work* has returned above. A cancelled scope ends here: it raises nothing by itself.
+    # Reached only after `scope.cancel()`: the scope cancels *work*, and ends without an exception.
     raise RejectedError(results.CLIENT_GONE)
 
 

@@ -22,7 +22,6 @@ from sopdeploy_service.http.middleware import PAGE_FILES
 _FOLDER = files("sopdeploy_service.api") / "pages"
 _LOGO = (_FOLDER / "mark.svg").read_text("utf-8")
 _ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
-_NONE = "'none'"
 TRUSTED_TYPES = "require-trusted-types-for 'script'"  # no script can turn a string into markup
 
 router = APIRouter(include_in_schema=False)
@@ -40,20 +39,20 @@ class Page:
         policy: str = "",
         folder: Traversable = _FOLDER,
     ) -> None:
-        """Insert the logo, the styles and the files *scripts* into *html*.
+        """Replace comments in *html* by the logo, the icon and styles; add the files *scripts* to its end.
 
-        *assets* are further sources of styles and scripts, *policy* further rules of the security policy.
-        Files that *folder* does not have are those of this package.
+        The security policy allows these styles and scripts, those of the sources *assets*, and what the rules
+        *policy* say. Files that *folder* does not have are those of this package.
         """
         html = html.replace("<!-- mark -->", _LOGO)
         html = html.replace("<!-- icon -->", f'<link rel="icon" href="{_ICON}">')
         html = re.sub(r"<!-- (\w+\.css) -->", lambda match: f"<style>{_read(match[1], folder)}</style>", html)
         inline = "\n".join(f"<script>{_read(name, folder)}</script>" for name in scripts)
         self.html = html.replace("</body>", f"{inline}</body>")
-        allowed = {tag: [*_policy_hashes(tag, self.html), *assets] for tag in ("style", "script")}
         rules = [
-            f"default-src {_NONE}",
-            *(f"{tag}-src {' '.join(sources) or _NONE}" for tag, sources in allowed.items()),
+            "default-src 'none'",
+            f"style-src {_policy_sources('style', self.html, assets)}",
+            f"script-src {_policy_sources('script', self.html, assets)}",
             "img-src blob: data:",
             "connect-src 'self'",
             "base-uri 'none'",
@@ -74,11 +73,12 @@ def _read(name: str, folder: Traversable = _FOLDER) -> str:
     return (path if path.is_file() else _FOLDER / name).read_text("utf-8")
 
 
-def _policy_hashes(tag: str, html: str) -> list[str]:
-    """Return the hashes of the inline elements *tag* in *html*, as the security policy contains them."""
+def _policy_sources(tag: str, html: str, assets: tuple[str, ...]) -> str:
+    """Return the hashes of the inline elements *tag* in *html*, and *assets*, for the security policy."""
     texts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     digests = (hashlib.sha256(text.encode()).digest() for text in texts)
-    return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+    hashes = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+    return " ".join([*hashes, *assets]) or "'none'"
 
 
 def _swagger_page() -> str:

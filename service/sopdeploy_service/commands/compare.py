@@ -230,9 +230,9 @@ def compare(
     notes: list[str] = []
     first_labels, second_labels = (set(one.bundle.labels) for one in pair)
     all_labels, common_labels = tuple(sorted(first_labels | second_labels)), first_labels & second_labels
-    images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
-    images, left_out = _select(images, pair, notes)
-    labels, targets = images.labels, images.targets.astype(np.int64)
+    found = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
+    images, left_out = _select(found, pair, notes)
+    labels, targets = images.labels, images.targets.astype(np.int64)  # a target is an index in *labels*
     is_common_C = np.array([label in common_labels for label in labels])
     common_N = is_common_C[targets]  # the photographs of classes that both bundles have
     if not common_N.any():
@@ -351,26 +351,26 @@ def _evaluate(
 ) -> Evaluated:
     """Run a bundle on *images* and, if given, *unknown* ones; score it on those of the mask *common_N*."""
     bundle, labels = loaded.bundle, images.labels
-    logits, known = _answer(loaded, images, settings, on_image)
-    rejected = None
+    logits_NC, known_N = _answer(loaded, images, settings, on_image)
+    rejected = None  # or a mask (U,)
     if unknown is not None:
         _, known_U = _answer(loaded, unknown, settings, on_image)
         rejected = ~known_U
     # A class has two numbers: its target, the index in *labels*, and its output, the index in the bundle.
     target_of_output = np.array([labels.index(label) for label in bundle.labels])
-    right = target_of_output[logits.argmax(axis=1)] == images.targets
-    common_labels = [labels[target] for target in images.targets[common_N]]
-    common_outputs = np.array([bundle.labels.index(label) for label in common_labels])
+    right_N = target_of_output[logits_NC.argmax(axis=1)] == images.targets
+    labels_K = [labels[target] for target in images.targets[common_N]]  # of the K photographs in the mask
+    outputs_K = np.array([bundle.labels.index(label) for label in labels_K])
     has_rule = bundle.manifest.rules.rejection is not None
     score = BundleScore(
         bundle=bundle.name,
         id=bundle.manifest.id,
-        top1=Rate.of(int(right[common_N].sum()), len(common_labels)),
-        log_loss=log_loss(logits[common_N].astype(np.float64), common_outputs),
-        accepted=Rate.of(int(known[common_N].sum()), len(common_labels)) if has_rule else None,
+        top1=Rate.of(int(right_N[common_N].sum()), len(labels_K)),
+        log_loss=log_loss(logits_NC[common_N].astype(np.float64), outputs_K),
+        accepted=Rate.of(int(known_N[common_N].sum()), len(labels_K)) if has_rule else None,
         rejected=Rate.of(int(rejected.sum()), len(rejected)) if has_rule and rejected is not None else None,
     )
-    return Evaluated(score, right, rejected)
+    return Evaluated(score, right_N, rejected)
 
 
 def _answer(

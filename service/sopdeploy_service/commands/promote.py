@@ -76,12 +76,13 @@ def promote(
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK alone")
     before, has_live = _target(over), over.exists()  # a link may lead to a bundle that was deleted
-    if has_live and over.resolve() == new.resolve():
-        raise ConfigError(f"{over}: leads to this bundle already; name another one")
-    if has_live and data is None and force is None:
-        raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
+    if has_live:
+        if over.resolve() == new.resolve():
+            raise ConfigError(f"{over}: leads to this bundle already; name another one")
+        if data is None and force is None:
+            raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     after = os.path.relpath(new.resolve(), over.parent.resolve())
-    if not has_live or data is None:  # a first bundle, or a forced one without photographs to compare
+    if not has_live or data is None:  # nothing to compare with, or a forced move without photographs
         load_model(new, load_settings())  # raises an error for a damaged bundle, as `compare` does
         return _record(over, before, after, force or "first bundle", None)
     comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
@@ -141,9 +142,9 @@ def _record(
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, and make it unless it is *refused*.
 
-    Raises `ConfigError` if *link* does not lead to *before* any more.
+    A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more.
     """
-    user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for it
+    user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for the user
     move = Promotion(
         time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
         refused=refused, comparison=comparison,
@@ -153,14 +154,14 @@ def _record(
         if _target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")
         recorded = link.with_name(LOG).read_bytes()
-        end_of_torn_line = b"\n" if recorded[-1:] not in {b"", b"\n"} else b""
-        log.write(end_of_torn_line + move.model_dump_json().encode() + b"\n")
+        is_torn = bool(recorded) and not recorded.endswith(b"\n")  # its last line is not complete
+        log.write((b"\n" if is_torn else b"") + move.model_dump_json().encode() + b"\n")
         log.flush()
         os.fsync(log.fileno())
-        try:
-            if not refused:
+        if not refused:
+            try:
                 move_link(link, after)
-        except OSError:
-            log.truncate(len(recorded))  # removes the line of the move that failed
-            raise
+            except OSError:
+                log.truncate(len(recorded))  # removes the line of this move
+                raise
     return move

@@ -155,16 +155,16 @@ def restrict(options: ChildOptions) -> str:
 
 
 def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
-    """Restrict this process, say so, and serve until the server ends."""
+    """Restrict this process, tell the server whether this succeeded, and serve until the server ends."""
     try:
         try:
             kind, text = READY, restrict(options).encode()
         except OSError as error:
             kind, text = FAILED, str(error.strerror).encode()
-        # This reply has the number 0, of no request, and no bits.
-        end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)
+        end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)  # number 0: of no request
+        # After FAILED, a server that requires a sandbox closes its end; others use this child without one.
         serve_requests(end, options)
-    except OSError:  # the server has ended
+    except OSError:  # the server has ended, or has closed its end
         os._exit(0)
     except BaseException:
         sys.excepthook(*sys.exc_info())

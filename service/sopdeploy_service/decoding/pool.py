@@ -48,10 +48,13 @@ class Template:
 
     def fork(self, options: child.ChildOptions) -> tuple[socket.socket, int]:
         """Fork a child, or raise `RuntimeUnavailableError`; return the socket to it and its id."""
+        request = json.dumps(options._asdict()).encode()
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, self._lock:
+            with suppress(OSError):  # the template has ended; the second try starts a new one
+                return ours, self._ask(request, [theirs.fileno()])
             try:
-                return ours, self._ask(json.dumps(options._asdict()).encode(), [theirs.fileno()])
+                return ours, self._ask(request, [theirs.fileno()])
             except OSError as error:
                 ours.close()
                 message = "the decoder processes do not start; see the message above"
@@ -59,7 +62,7 @@ class Template:
 
     def kill(self, process: int) -> None:
         """Kill the child *process*; one of a template that has ended has ended, too."""
-        with suppress(OSError):
+        with self._lock, suppress(OSError):
             self._ask(str(process).encode(), [])
 
     def close(self) -> None:
@@ -70,17 +73,8 @@ class Template:
     def _ask(self, message: bytes, descriptors: list[int]) -> int:
         """Send *message* and *descriptors* to the template, which is started if needed; return its reply.
 
-        If the template has ended, a message that forks a child, with descriptors, is sent again to a new one.
-        A message that kills a child is sent once: the child has ended with its template.
+        An `OSError` ends the template. The caller holds the lock.
         """
-        with self._lock:
-            if descriptors:
-                with suppress(OSError):
-                    return self._ask_once(message, descriptors)
-            return self._ask_once(message, descriptors)  # starts a new template if the first try failed
-
-    def _ask_once(self, message: bytes, descriptors: list[int]) -> int:
-        """Send *message* and *descriptors*, and return the reply; an `OSError` ends the template."""
         control = self._control or self._start()
         try:
             socket.send_fds(control, [message], descriptors)
@@ -170,7 +164,7 @@ class DecoderProcess:
     def _request(self, image: bytes, rules: bytes, expected: int, sizes: range) -> tuple[int, bytes]:
         """Send *image* and *rules* to the child; return the bits and the data of its reply.
 
-        The reply has the kind *expected* and one of *sizes* bytes of data, or it is an error with a message.
+        That reply has the kind *expected* and one of *sizes* bytes of data. Raises what `decode` raises.
         """
         end = self._idle_end()
         self._number += 1
@@ -181,21 +175,20 @@ class DecoderProcess:
             end.sendall(image)
             number, kind, bits, num_bytes = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
             error_kinds = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
-            is_error = kind == child.LARGER or kind in error_kinds
-            valid_sizes = range(child.MAX_MESSAGE + 1) if is_error else sizes  # of the data
-            is_known = is_error or kind == expected
+            is_known = kind in {expected, child.LARGER, *error_kinds}
+            valid_sizes = sizes if kind == expected else range(child.MAX_MESSAGE + 1)
             if number != self._number or not is_known or num_bytes not in valid_sizes:
                 raise OSError("wrong reply")
             data = child.receive(end, num_bytes, deadline)
         except OSError as error:
             self._replace()
             raise DecoderEndedError from error
+        if kind == expected:
+            return bits, data
         if kind == child.LARGER:
             raise child.LargerImageError
-        if kind >= child.FIRST_ERROR:
-            code, status = child.ERRORS[kind - child.FIRST_ERROR]
-            raise ImageError(data.decode(errors="replace"), code=code, status=status)
-        return bits, data
+        code, status = child.ERRORS[kind - child.FIRST_ERROR]
+        raise ImageError(data.decode(errors="replace"), code=code, status=status)
 
     def close(self) -> None:
         """End the child."""

@@ -106,19 +106,19 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
 
 
 def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
-    """Return the name of the first runtime that is set up here, and the reason."""
+    """Return the name of the runtime for `auto`, the first one that is set up here, and the reason."""
     if folders := TensorRTRuntime.usable_engines(bundle, settings):
         return "tensorrt", f"engines in {' and '.join(map(str, folders))}"
-    if has_cuda():
-        # A user who names this runtime accepts float32; `auto` must not choose it, or the CPU, unnoticed.
-        if bundle.manifest.precision == "int8":
-            raise RuntimeUnavailableError(
-                f"{bundle.path}: onnxruntime computes int8 on CUDA in float32; export the checkpoint in "
-                "precision fp16, or build a TensorRT engine (sopdeploy engine)",
-                remedies={"runtime": "onnxruntime-cuda"},
-            )
-        return "onnxruntime-cuda", "the bundle has no TensorRT engine that can be used here"
-    return "onnxruntime-cpu", "ONNX Runtime has no CUDA here"
+    if not has_cuda():
+        return "onnxruntime-cpu", "ONNX Runtime has no CUDA here"
+    if bundle.manifest.precision == "int8":
+        # Only a user who names the runtime gets float32 instead of int8, or the CPU instead of this GPU.
+        raise RuntimeUnavailableError(
+            f"{bundle.path}: onnxruntime computes int8 on CUDA in float32; export the checkpoint in "
+            "precision fp16, or build a TensorRT engine (sopdeploy engine)",
+            remedies={"runtime": "onnxruntime-cuda"},
+        )
+    return "onnxruntime-cuda", "the bundle has no TensorRT engine that can be used here"
 
 
 def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:

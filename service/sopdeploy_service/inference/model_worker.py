@@ -273,18 +273,10 @@ class Model:
             self.close(results.RUNTIME_DEAD)
 
     def _run_batches(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run batches until the queue is closed or the thread fails."""
+        """Run batches until the queue is closed or the thread fails; each iteration completes one batch."""
         try:
-            while True:
-                if not self._in_flight:
-                    if self._must_check:
-                        self._batch_started = time.monotonic()  # for the watchdog
-                        check_device(self._runtime, self.bundle.manifest.image_shape)
-                        self._batch_started, self._must_check = None, False
-                    has_begun = self._begin_next()
-                    if not has_begun:  # the queue is closed
-                        break
-                # Begin a second batch, unless the device must be checked when the batch in flight has ended.
+            while self._in_flight or self._begin_first():
+                # Begin a second batch, but none after one that failed: `_begin_first` then checks the device.
                 if self._overlapping is not None and not self._must_check:
                     self._begin_next(only_full=True)
                 self._complete_oldest(loop)
@@ -292,6 +284,14 @@ class Model:
             log.critical("the model worker ends", exc_info=True)
         finally:
             call_soon(loop, self._declare_dead, "the model worker has ended")
+
+    def _begin_first(self) -> bool:
+        """Check the device if needed, then wait for a batch and begin it; False: the queue is closed."""
+        if self._must_check:
+            self._batch_started = time.monotonic()  # for the watchdog
+            check_device(self._runtime, self.bundle.manifest.image_shape)
+            self._batch_started, self._must_check = None, False
+        return self._begin_next()
 
     def _begin_next(self, *, only_full: bool = False) -> bool:
         """Take a batch from the queue, as `RequestQueue.take` does, and begin it; return False for none."""

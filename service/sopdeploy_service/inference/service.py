@@ -273,10 +273,10 @@ class Service:
             for item, image in zip(items, images, strict=True):
                 if isinstance(image, bytes):
                     self.decoders.put(model, item, image)  # queues it, decoded, at the model
-                    continue
-                item.image = image
-                if (closed_with := model.queue.put(item)) is not None:
-                    item.settle(closed_with)  # as a decoder does for an encoded image
+                else:
+                    item.image = image
+                    if (closed_with := model.queue.put(item)) is not None:
+                        item.settle(closed_with)  # as a decoder does for an encoded image
             outcomes = [await item.outcome for item in items]
         except asyncio.CancelledError:
             model.queue.reject(items, results.CLIENT_GONE)
@@ -284,7 +284,7 @@ class Service:
         finally:
             self.admitted -= len(images)
             timer.cancel()
-        for outcome in outcomes:  # one image that is late ends the whole request
+        for outcome in outcomes:  # an image that is late or gets no decoder ends the request
             if isinstance(outcome, HttpError) and outcome in {results.DEADLINE, results.DECODERS_BUSY}:
                 raise RejectedError(outcome)
         if self.keep is not None and may_keep:

@@ -101,26 +101,27 @@ class LabelFolders:
         cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
-        image, folder = photo.path, self.unknown
-        if name is not None:
-            near_hash = int(photo.record.near_hash, 16)
+        if name is None:
+            folder = self.unknown
+        else:
+            near_hash = int(photo.record.near_hash, 16)  # in `_sampled` if the photograph is of the sample
             is_held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
             parent = self.held_out if is_held_out else self.photos
             folder = parent / check_class_name(name, self.classes(), self._folders())
-        target = folder / image.name
-        new_folder = not folder.is_dir()
+        target = folder / photo.path.name
+        is_new_folder = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            _move(image, target)
+            _move(photo.path, target)
         except FileNotFoundError:
             raise self._gone(identity) from None
         finally:
-            if new_folder:
-                with suppress(OSError):  # after a successful move, the folder is not empty and stays
+            if is_new_folder:
+                with suppress(OSError):  # only an empty folder is removed: after a move that failed
                     folder.rmdir()
         del self.waiting[identity]
-        self.steps.append(LabelStep(photo, target, new_folder))
-        image.with_suffix(".json").unlink(missing_ok=True)
+        self.steps.append(LabelStep(photo, target, is_new_folder))
+        photo.path.with_suffix(".json").unlink(missing_ok=True)
 
     def skip(self, identity: str) -> None:
         """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
@@ -189,20 +190,21 @@ def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bo
     from the closest ones chosen before (k-center: Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the
     uncertainty decides alone.
     """
-    at_least_two_columns = np.pad(probabilities_NC, ((0, 0), (2, 0)))  # with two of zeros before the classes
-    ascending = np.sort(at_least_two_columns, axis=1)
+    padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))  # two columns of zeros, in case C is below 2
+    ascending = np.sort(padded, axis=1)
     uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])
     order: list[int] = []
     for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
-        left = group[np.argsort(-uncertainties_N[group], kind="stable")]  # not chosen yet, by index
-        distances = np.ones(len(left))  # to the closest one chosen before; at most 1, and 1 before the first
-        for _ in range(min(MAX_SPREAD, len(left))):
-            best = int((distances * uncertainties_N[left]).argmax())
-            order.append(int(left[best]))
-            from_best = np.linalg.norm(probabilities_NC[left] - probabilities_NC[left[best]], axis=1)
-            distances = np.delete(np.minimum(distances, from_best), best)
-            left = np.delete(left, best)
-        order += left.tolist()
+        # Indices of the L photographs of the group that are not chosen yet, the most uncertain one first.
+        left_L = group[np.argsort(-uncertainties_N[group], kind="stable")]
+        distances_L = np.ones(len(left_L))  # to the closest one chosen before; at most 1
+        for _ in range(min(MAX_SPREAD, len(left_L))):
+            best = int((distances_L * uncertainties_N[left_L]).argmax())  # a position in *left_L*
+            order.append(int(left_L[best]))
+            from_best_L = np.linalg.norm(probabilities_NC[left_L] - probabilities_NC[left_L[best]], axis=1)
+            distances_L = np.delete(np.minimum(distances_L, from_best_L), best)
+            left_L = np.delete(left_L, best)
+        order += left_L.tolist()
     return np.asarray(order, np.intp)
 
 

@@ -77,7 +77,12 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
         yield
         return
     for_people = settings.log == "console" or (settings.log is None and os.isatty(file))
-    is_quiet = settings.log is None and not for_people
+    added: list[Processor] = [  # run first
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if for_people:
         processors += [
@@ -86,15 +91,10 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
         ]
     else:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
-    added: list[Processor] = [  # run before `processors`
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.stdlib.ExtraAdder(),
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
     handler = LineQueue(file)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
+    is_quiet = settings.log is None and not for_people  # then writes warnings and errors only
     level = "warning" if is_quiet and settings.log_level in {"debug", "info"} else settings.log_level
     logging.getLogger(ROOT).setLevel(level.upper())
     try:

@@ -176,9 +176,9 @@ def operators_on_cpu(session: Any) -> list[str]:
 
 
 def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str) -> Any:
-    """Open a session on *provider* only and check the tensors of the graph.
+    """Return a session on *provider* with the tensors of the manifest, or raise `RuntimeUnavailableError`.
 
-    onnxruntime adds the CPU provider by itself; with another *provider* only shapes may be computed there.
+    onnxruntime adds the CPU to a session on a GPU; only operators that compute shapes may run there.
     """
     version = onnxruntime.__version__
     if provider not in onnxruntime.get_available_providers():

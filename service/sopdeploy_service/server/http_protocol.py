@@ -201,18 +201,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _feed_without_upgrade(self, data: bytes) -> None:
         """Parse *data*; answer a request for an upgrade as if it had not asked for one, then close.
 
-        httptools skips the body of such a request, which Java sends by default, so a new parser reads it.
+        Java asks for one by default. httptools does not read the body of such a request; a new parser does.
         """
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self._error is not None or self._ignores_input:  # the request is rejected
+            if self._error is not None or self._ignores_input:  # the request is rejected or ignored
                 return
-            self.cycle.keep_alive = False
+            self.cycle.keep_alive = False  # closes after the response
             # The new parser gets headers that say only how long the body is, then the body.
             lengths = [name + b": " + value for name, value in self.headers if name in BODY_LENGTH]
             head = b"\r\n".join([b"POST / HTTP/1.1", *lengths]) + b"\r\n\r\n"
-            body_start = upgrade.args[0]  # httptools's offset of the first byte after the headers
+            body_start = upgrade.args[0]  # httptools's offset, in *data*, of the first byte after the headers
             callbacks = SimpleNamespace(
                 on_body=self.on_body,
                 on_chunk_header=self.on_chunk_header,
@@ -228,9 +228,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._ignores_input = True
 
     def on_message_begin(self) -> None:
-        """End the idle time, which may have begun within the same data, and reset the header counters."""
+        """Begin a request: end the idle time before it, and count its headers from zero."""
         super().on_message_begin()
-        self._unset_keepalive_if_required()
+        self._unset_keepalive_if_required()  # stops the timer of the idle time
         self._shared.idle.pop(self, None)
         self._in_headers = True
         self._header_bytes = self._overhead_bytes = 0
@@ -287,13 +287,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request, unless it is rejected: the app then never receives the end of the body."""
-        # httptools calls this after the headers of a request for an upgrade. The parser that
-        # `_feed_without_upgrade` then starts calls it after the body.
-        if self._error is not None or self.parser.should_upgrade():
+        if self._error is not None:
+            return
+        # If an upgrade is asked for, httptools calls this before the body, `_end_last_request` after it.
+        if self.parser.should_upgrade():
             return
         self._in_body = False
         super().on_message_complete()
-        if self.cycle.response_complete:  # it did not wait for the body, so the idle time begins only now
+        if self.cycle.response_complete:  # before the end of the body: the idle time begins only now
             self._restart_timer(None)  # stops the timer of the rest of the body
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler

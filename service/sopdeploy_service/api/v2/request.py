@@ -153,10 +153,10 @@ def _read_images(
     if item.datatype not in allowed:
         message = f"the datatype must be {' or '.join(allowed)}, not {item.datatype[:20]!r}"
         raise _invalid("wrong_datatype", item, message)
-    size = (1,) if is_encoded else record.shape[1:]  # some clients send encoded images as a column, [n, 1]
+    size = (1,) if is_encoded else record.shape[1:]  # encoded images are [n, 1] or [n]
     shape = _check_shape(item, size, max_images)
     declared = item.parameters.binary_data_size
-    if (declared is None) == (item.data is None):  # it has neither or both
+    if (declared is None) == (item.data is None):  # the input has neither or both
         raise _invalid("wrong_data", item, "must have either `data` or the parameter `binary_data_size`")
     if len(binary) != (declared or 0):
         raise bad_request(
@@ -166,14 +166,7 @@ def _read_images(
         )
     if declared is None:
         return _decode_texts(item, shape) if is_encoded else _pixels_from_json(item, shape)
-    if is_encoded:
-        return _split_elements(item, binary, shape[0])
-    dtype = np.dtype("<f4" if item.datatype == FP32 else np.uint8)
-    needed = prod(shape) * dtype.itemsize
-    if declared != needed:
-        message = f"{list(shape)} {item.datatype} is {needed} bytes, not {declared}"
-        raise _invalid("wrong_binary_size", item, message)
-    return _as_pixels(item, np.frombuffer(binary, dtype).reshape(shape))
+    return _split_elements(item, binary, shape[0]) if is_encoded else _pixels_from_binary(item, binary, shape)
 
 
 def _invalid(code: str, item: InputTensor, message: str) -> RejectedError:
@@ -206,6 +199,16 @@ def _pixels_from_json(item: InputTensor, shape: tuple[int, ...]) -> NDArray[np.u
     if values.dtype.kind not in "iuf":
         raise _invalid("wrong_data", item, PIXELS_ONLY)
     return _as_pixels(item, values)
+
+
+def _pixels_from_binary(item: InputTensor, raw: memoryview, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Convert *raw*, the numbers of *item* in its datatype, to an array of *shape*."""
+    dtype = np.dtype("<f4" if item.datatype == FP32 else np.uint8)
+    needed = prod(shape) * dtype.itemsize
+    if len(raw) != needed:
+        message = f"{list(shape)} {item.datatype} is {needed} bytes, not {len(raw)}"
+        raise _invalid("wrong_binary_size", item, message)
+    return _as_pixels(item, np.frombuffer(raw, dtype).reshape(shape))
 
 
 def _as_pixels(item: InputTensor, values: NDArray[Any]) -> NDArray[np.uint8]:
