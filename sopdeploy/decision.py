@@ -159,9 +159,9 @@ class Decision(StrictModel):
         ranked = tuple((index, float(probabilities[index])) for index in indices[:top_k])
         explanation = None
         if occluded is not None and ranked:
-            first, probability = ranked[0]
-            side = math.isqrt(len(occluded))  # n
-            losses = (probability - activate(occluded)[:, first]).reshape(side, side)
+            first_class, probability = ranked[0]
+            n = math.isqrt(len(occluded))
+            losses = (probability - activate(occluded)[:, first_class]).reshape(n, n)
             explanation = tuple(tuple(row) for row in losses.tolist())
         if self.rejection is None:
             return Answer(ranked, explanation=explanation)

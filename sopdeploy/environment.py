@@ -88,16 +88,16 @@ def import_optional(
 
 @contextmanager
 def missing_extras() -> Iterator[None]:
-    """Turn the failed import of a package that belongs to an extra into a `MissingPackageError`."""
+    """Turn the failed import of a package that an extra of sopdeploy installs into `MissingPackageError`."""
     try:
         yield
     except ModuleNotFoundError as error:
         module = error.name or ""
         package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))  # its name on PyPI
         requirements = "\n".join(metadata.requires("sopdeploy") or [])  # lines: `timm>=1; extra == "train"`
-        required = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
-        extras = [extra for name, extra in required if name == package]
-        if not extras:
+        pairs = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
+        extras = [extra for required, extra in pairs if required == package]
+        if not extras:  # no extra installs it: the error stays as it is
             raise
-        extra = "train" if "train" in extras else extras[0]  # the extra with the most packages
-        raise MissingPackageError(install_hint(package, f"sopdeploy[{extra}]")) from error
+        advised = "train" if "train" in extras else extras[0]  # "train" has the most packages
+        raise MissingPackageError(install_hint(package, f"sopdeploy[{advised}]")) from error

@@ -63,15 +63,16 @@ class Registry(Generic[_Item]):
         self.register(names[0], config, config.__module__)
 
     def find(self, name: str) -> _Item | None:
-        """Return what is registered under *name* or None; import the plug-ins if nothing is yet.
+        """Return what is registered under *name*, if necessary after the import of all plug-ins, or None.
 
         Raises `ConfigError` if nothing is found and a plug-in cannot be imported.
         """
-        if name not in self.registered:
-            problems = import_plugins()
-            if name not in self.registered and problems:
-                raise ConfigError(f"{self.kind} {name!r}: not found; {problems[0]}")
-        return self.registered[name][0] if name in self.registered else None
+        problems = [] if name in self.registered else import_plugins()  # their import may register *name*
+        if name in self.registered:
+            return self.registered[name][0]
+        if problems:
+            raise ConfigError(f"{self.kind} {name!r}: not found; {problems[0]}")
+        return None
 
     def names(self) -> list[str]:
         """Import the plug-ins and list the registered names; warn of plug-ins that cannot be imported."""

@@ -110,9 +110,9 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
         try:
             folder.rename(target)
         except OSError as error:
-            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # both: another process was faster
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # these: *target* exists by now
                 raise
-    if folder.exists():  # it was not renamed, because *target* exists
+    if folder.exists():  # not renamed: *target* existed before, or another process has just created it
         existing = open_bundle(target).manifest
         if existing.model_copy(update={"exported_at": manifest.exported_at}) != manifest:
             raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
@@ -204,7 +204,7 @@ def _check_size(file: Path, record: FileRecord) -> None:
 
 
 def check_file_name(bundle: Path, name: str) -> None:
-    """Raise `BundleError` unless *name*, which a manifest lists, is a plain file name other than its own."""
+    """Raise `BundleError` unless *name*, from the manifest, is a plain file name other than `MANIFEST`."""
     is_plain = name not in {"", ".", ".."} and not any(character in name for character in "/\\\0")
     is_manifest = name.casefold() == MANIFEST  # some file systems ignore case
     if not is_plain or is_manifest or len(name.encode()) > MAX_NAME_BYTES:
@@ -254,10 +254,10 @@ class Listed(NamedTuple):
 
 
 def read_bundles(folder: Path) -> Iterator[Listed]:
-    """Yield every bundle directly in *folder*, by name, with the reason if its manifest cannot be read.
+    """Yield the bundles directly in *folder*, by name; `reason` tells why a manifest cannot be read.
 
-    Hidden folders are incomplete and links to folders in *folder* repeat them; both are left out. A *folder*
-    that does not exist has no bundles. Raises `BundleError` if *folder* cannot be read.
+    A folder with a manifest or a required file counts; hidden folders, which are incomplete, and links to
+    folders in *folder* do not. Raises `BundleError` if *folder* exists but cannot be read.
     """
     try:
         entries = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -265,11 +265,11 @@ def read_bundles(folder: Path) -> Iterator[Listed]:
         raise BundleError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
     for path in entries:
         try:
-            repeated = path.is_symlink() and path.resolve().parent == folder.resolve()
-            if path.name.startswith(".") or repeated or not path.is_dir():
+            is_repeated = path.is_symlink() and path.resolve().parent == folder.resolve()
+            if path.name.startswith(".") or is_repeated or not path.is_dir():
                 continue
-            if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):  # an incomplete one raises
-                yield Listed(path, read_manifest(path))
+            if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
+                yield Listed(path, read_manifest(path))  # raises without a valid manifest
         except (BundleError, OSError) as error:
             yield Listed(path, None, str(error))
 

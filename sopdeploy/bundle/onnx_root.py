@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.manifest import TensorRecord
 from sopdeploy.errors import BundleError, CertificateError
 
 if TYPE_CHECKING:
@@ -173,25 +174,27 @@ def check_roots(bundle: Bundle) -> str | None:
 
 
 def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
-    """Raise `BundleError` unless *model* has the opset, inputs and outputs in the manifest of *bundle*.
+    """Raise `BundleError` unless *model* has the opset, inputs and outputs in the manifest of *bundle*."""
+    manifest, graph = bundle.manifest, model.graph
+    is_same = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
+    for records, values in ((manifest.inputs, graph.input), (manifest.outputs, graph.output)):
+        is_same &= len(records) == len(values) and all(map(_is_recorded, values, records))
+    if not is_same:
+        raise BundleError(
+            f"{bundle.onnx}: has another opset, other inputs or other outputs than the manifest says; "
+            "export the bundle again"
+        )
+
+
+def _is_recorded(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:
+    """Check whether an input or output *value* of a graph has the name, dtype and shape in *record*.
 
     The batch size, and sizes that the graph does not state, are not compared.
     """
     from onnx import helper  # noqa: PLC0415 # a server runs without it
 
-    manifest, graph = bundle.manifest, model.graph
-    same = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
-    for records, values in ((manifest.inputs, graph.input), (manifest.outputs, graph.output)):
-        same &= [record.name for record in records] == [value.name for value in values]
-        for record, value in zip(records, values, strict=False):  # `same` is false for other lengths
-            tensor = value.type.tensor_type
-            sizes = [dimension.dim_value for dimension in tensor.shape.dim]  # 0: the graph states none
-            same &= tensor.elem_type == helper.np_dtype_to_tensor_dtype(np.dtype(record.dtype))
-            same &= len(sizes) == len(record.shape)
-            without_batch = zip(sizes[1:], record.shape[1:], strict=False)
-            same &= all(size in {0, expected} for size, expected in without_batch)
-    if not same:
-        raise BundleError(
-            f"{bundle.onnx}: has another opset, other inputs or other outputs than the manifest says; "
-            "export the bundle again"
-        )
+    tensor, dtype = value.type.tensor_type, helper.np_dtype_to_tensor_dtype(np.dtype(record.dtype))
+    sizes = [dimension.dim_value for dimension in tensor.shape.dim]  # 0: the graph states none
+    if value.name != record.name or tensor.elem_type != dtype or len(sizes) != len(record.shape):
+        return False
+    return all(size in {0, expected} for size, expected in zip(sizes[1:], record.shape[1:], strict=True))

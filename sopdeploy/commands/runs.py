@@ -45,15 +45,14 @@ def runs() -> list[dict[str, Any]]:
     """
     row_of_run = _read_runs()
     rows, exported = [], set()  # `exported` are the ids of runs with a bundle
-    for path, manifest, reason, *_ in list_bundles(Path("bundles")):
+    for path, manifest, why_not_served, *_ in list_bundles(Path("bundles")):  # the newest one is served
         row = _row(None)  # of a bundle whose manifest cannot be read
         if manifest is not None:
             run_id = "" if manifest.origin is None else manifest.origin.run_id
             exported.add(run_id)
             row = row_of_run.get(run_id, _row(manifest.origin))  # the run may not be on this machine
             row = {**row, "project": manifest.project, "date": manifest.exported_at}
-        is_newest = reason == ""  # otherwise, *reason* says why a server of `bundles` does not serve this one
-        rows.append({**row, "bundle": path.name, "newest": is_newest, "problem": reason})
+        rows.append({**row, "bundle": path.name, "newest": not why_not_served, "problem": why_not_served})
     rows += [row for run_id, row in row_of_run.items() if run_id not in exported]
     return sorted(rows, key=lambda row: str(row["date"]), reverse=True)
 

@@ -76,19 +76,20 @@ class RandomResizedCrop(BoxCrop):
 
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:  # noqa: ARG002
         """Draw a box in source pixels; if ten do not fit, return the largest centered one of valid ratio."""
-        width, height = size
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        image_width, image_height = size
+        log_ratios = [math.log(bound) for bound in self.ratio]
         for _ in range(10):
-            area = width * height * random.uniform(*self.scale)
-            aspect = math.exp(random.uniform(low, high))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = random.randint(0, width - w), random.randint(0, height - h)
-                return left, top, left + w, top + h
-        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])  # the nearest valid ratio
-        w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
-        left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
+            area = image_width * image_height * random.uniform(*self.scale)
+            ratio = math.exp(random.uniform(*log_ratios))
+            width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < width <= image_width and 0 < height <= image_height:
+                left, top = random.randint(0, image_width - width), random.randint(0, image_height - height)
+                return left, top, left + width, top + height
+        ratio = min(max(image_width / image_height, self.ratio[0]), self.ratio[1])  # the nearest valid one
+        width = min(image_width, max(1, round(image_height * ratio)))  # at least one side is the image's
+        height = min(image_height, max(1, round(image_width / ratio)))
+        left, top = (image_width - width) // 2, (image_height - height) // 2
+        return left, top, left + width, top + height
 
 
 class RandomSide(BoxCrop):

@@ -101,29 +101,29 @@ def find_pairs(
     """
     count, num_views = len(targets), views[0].shape[1]
     class_N = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)  # equal rows are one class
-    parts_of_views = [[part[:, number] for part in views] for number in range(num_views)]  # (N, D) each
-    whole_parts = parts_of_views[0]
+    parts_by_view = [[part[:, view] for part in views] for view in range(num_views)]  # lists of (N, D)
+    whole_parts = parts_by_view[0]
     # The whitening is fitted to the whole images and their copies together: (N + M, D) for each part.
     whiten = _fit_whitening([np.concatenate(pair) for pair in zip(whole_parts, copies, strict=True)])
     whole_ND = whiten(whole_parts)
 
-    def largest_cosines(indices: Any, others: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the largest cosine (K, L) of any view of the images at *indices* with *others* (L, D)."""
-        whitened_views = (whiten([part[indices] for part in parts]) for parts in parts_of_views)
-        return np.maximum.reduce([view @ others.T for view in whitened_views])
+    def largest_cosines(indices: NDArray[np.intp], others_LD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Compute cosines (K, L) of the images at *indices* (K,) with others: the largest of all views."""
+        whitened_views = (whiten([part[indices] for part in parts]) for parts in parts_by_view)
+        return np.maximum.reduce([view_KD @ others_LD.T for view_KD in whitened_views])
 
     step = -(-count // MAX_COMPARED)  # rounded up
     compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
     reached_by_different = _bound_of_different(largest_cosines(compared, whole_ND), compared, class_N)
     cosine_of_copy_M = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     reached_by_copies = float(np.quantile(cosine_of_copy_M, MISSED))
-    halfway = (reached_by_different + reached_by_copies) / 2
-    threshold = max(reached_by_different, halfway)  # different images stay below it if copies reach less
+    # Usually halfway between both; if copies reach less than different images, what the latter reach.
+    threshold = max(reached_by_different, (reached_by_different + reached_by_copies) / 2)
     pairs = []
     for start in range(0, count, _BLOCK):  # to save memory
-        block = slice(start, start + _BLOCK)
+        block = np.arange(start, min(start + _BLOCK, count))
         row, second = np.nonzero(largest_cosines(block, whole_ND) >= threshold)
-        pairs.append(np.stack([start + row, second]))
+        pairs.append(np.stack([block[row], second]))
     return np.concatenate(pairs, axis=1)
 
 
@@ -264,8 +264,7 @@ def hold_out_images(split: Split, fraction: float, seed: int) -> Split:
         with suppress(DataError):  # an unreadable image: the run finds and names all of them later
             signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
             groups = group_by_signatures(images, signatures)  # these contain the groups that are known
-            num_groups = groups.max() + 1
-            if num_groups < len(images):  # at least two images belong together
+            if groups.max() + 1 < len(images):  # fewer groups than images: at least two belong together
                 images = images.replaced(groups=groups)
     mask = _hold_out_groups(images, fraction, seed)
     return replace(split, train=images.select(~mask), held_out=images.select(mask))

@@ -112,23 +112,22 @@ def threshold_rank(images: int, accepts: float) -> int:
 
 
 def accepted_interval(images: int, rank: int) -> tuple[float, float]:
-    """Compute the 95 % interval of the fraction that the threshold accepts of as many new known images.
+    """Compute the 95 % interval of the fraction of new known images that the threshold accepts.
 
-    The threshold is the energy with this *rank*, from the lowest, among those of *images*. The number of
-    accepted new images then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the
-    threshold and the share of a finite number of new images vary.
+    The threshold is the energy with this *rank*, from the lowest, among those of *images*. Of as many new
+    images, the number of accepted ones has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023):
+    both the threshold and the share of a finite number of new images vary.
     """
     from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
 
     a, b = images - rank + 1, rank  # parameters of the beta distribution of the accepted share
-    accepted = np.arange(images + 1)  # all possible numbers k of accepted new images; n is *images*
+    n, k = images, np.arange(images + 1)  # new images, and all possible numbers of accepted ones
     # P(k) = C(n, k) B(k + a, n - k + b) / B(a, b), where C(n, k) = 1 / ((n + 1) B(n - k + 1, k + 1))
-    log_ratio = betaln(accepted + a, images - accepted + b) - betaln(a, b)
-    log_coefficient = -np.log(images + 1) - betaln(images - accepted + 1, accepted + 1)
-    cumulative = np.cumsum(np.exp(log_ratio + log_coefficient))
-    ends = np.searchsorted(cumulative, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = (ends / images).tolist()
-    return low, high
+    log_ratio = betaln(k + a, n - k + b) - betaln(a, b)
+    log_coefficient = -np.log(n + 1) - betaln(n - k + 1, k + 1)
+    cumulative = np.cumsum(np.exp(log_ratio + log_coefficient))  # P(at most k are accepted)
+    low, high = np.searchsorted(cumulative, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return low / n, high / n
 
 
 def lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:

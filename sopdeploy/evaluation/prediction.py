@@ -142,8 +142,8 @@ def predict_logits(
     """Compute the logits (N, C) of *model* on *dataset*; return them and the targets of its images.
 
     The model is in eval mode meanwhile. Each of *processes* computes a different part of the images; each
-    returns the logits of all images. *on_batch* is called after every batch with the number of images done,
-    the same number of times in each process.
+    returns the logits of all images. In a round, every process computes a batch, if it has images left, and
+    calls *on_batch* with the number of images that all processes have done.
     """
     device, was_training = next(model.parameters()).device, model.training
     normalize = Normalize(preprocess).to(device)
@@ -151,18 +151,18 @@ def predict_logits(
     positions_by_batch = sequential_batches(len(images_here), batch_size)
     batches = [[images_here[position] for position in positions] for positions in positions_by_batch]
     images_per_round = batch_size * processes.world
-    num_rounds = math.ceil(len(dataset) / images_per_round)  # the largest number of batches of a process
+    rounds = range(1, math.ceil(len(dataset) / images_per_round) + 1)  # process 0 has a batch in each one
     computed: list[Tensor] = []
     model.eval()
     try:
         loader = load_batches(dataset, batches, workers, device)
-        for number, batch in zip_longest(range(1, num_rounds + 1), loader):
+        for finished_rounds, batch in zip_longest(rounds, loader):
             if batch is not None:  # None in the last round, if only other processes have images left
                 computed.append(model(normalize(batch[0])).double().cpu())
-            on_batch(min(len(dataset), number * images_per_round))
+            on_batch(min(len(dataset), finished_rounds * images_per_round))
     finally:
         model.train(was_training)
-    # A process without images has no logits that show the number.
+    # Without images in this process, no logits show the number of classes.
     num_classes = computed[0].shape[1] if computed else len(dataset.images.labels)
     logits = torch.zeros(len(dataset), num_classes, dtype=torch.float64)
     if computed:

@@ -73,17 +73,18 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def score_statistic(wins: int, losses: int, images: int, difference: float) -> float:
-    """Compute how many standard deviations the observed difference is above *difference*, in (-1, 1).
+    """Compute how many standard deviations (wins - losses) / images is above a *difference* in (-1, 1).
 
     The variance is that of the most likely shares with this difference (Tango, "Equivalence Test and
     Confidence Interval for the Difference in Proportions for the Paired-Sample Design", 1998, Eq. 6 and 7).
     """
-    # The share x of images on which only the first is right (x + difference: only the second) maximizes
-    # x^losses (x + difference)^wins (1 - 2 x - difference)^others, so 2 images x^2 + linear x + constant = 0.
+    # Only the first classifier is right on a share x of the images, only the second on x + difference. The
+    # most likely x maximizes x^losses (x + difference)^wins (1 - 2 x - difference)^others: it is the larger
+    # root of 2 images x^2 + linear x + constant.
     linear = (2 * images - wins + losses) * difference - wins - losses
     constant = -losses * difference * (1 - difference)
-    share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)  # larger root
-    variance = images * (2 * share + difference * (1 - difference))  # 0 only if *difference* is 0
+    share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)
+    variance = images * (2 * share + difference * (1 - difference))  # 0 if wins = losses = difference = 0
     return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))  # then 0, not 0 / 0
 
 
@@ -138,8 +139,7 @@ def images_to_decide(wins: int, losses: int, images: int, tolerance: float, atte
     variance = (wins + losses + 1) / (images + 2)  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
     totals = []  # for each verdict: variance ((quantile + Z_POWER) / distance to the excluded difference)^2
     if difference > -tolerance:  # "not worse" excludes the difference -tolerance
-        quantile = _quantile_not_worse(attempt)
-        totals.append(variance * ((quantile + Z_POWER) / (difference + tolerance)) ** 2)
+        totals.append(variance * ((_quantile_not_worse(attempt) + Z_POWER) / (difference + tolerance)) ** 2)
     if difference < 0:  # "worse" excludes the difference 0
         totals.append(variance * ((Z_95 + Z_POWER) / difference) ** 2)
     if not totals:

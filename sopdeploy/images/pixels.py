@@ -36,7 +36,7 @@ GRAY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit levels between the gray values of P
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """Read the orientation of *image* from EXIF, else from XMP; 1 (upright) if absent or not in 1 to 8.
+    """Read the orientation of *image*, 1 to 8, from EXIF, else from XMP; 1 (upright) if absent or invalid.
 
     The pixels of a PNG are loaded, because its tags may follow them. A PNG can also have EXIF as text: an
     empty line, a name, a length and lines of hexadecimal digits.
@@ -45,22 +45,22 @@ def exif_orientation(image: Image.Image) -> int:
         if image.format == "PNG" and "exif" not in image.info:
             image.load()
         info: dict[Any, Any] = image.info
-        data = info.get("exif")
-        if data is None and TEXT_PROFILE in info:
+        exif = info.get("exif")
+        if exif is None and TEXT_PROFILE in info:
             hexadecimal_lines = info[TEXT_PROFILE].split("\n")[3:]
-            data = bytes.fromhex("".join(hexadecimal_lines))
-        found = _read_orientation(data) if data else None
-        if found is None:
+            exif = bytes.fromhex("".join(hexadecimal_lines))
+        orientation = _read_orientation(exif) if exif else None
+        if orientation is None:  # EXIF does not tell it
             xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
             match = XMP.search(xmp if isinstance(xmp, bytes) else xmp.encode())
-            found = int(match[1]) if match else UPRIGHT
+            orientation = int(match[1]) if match else UPRIGHT
     except Exception:  # damaged tags fail in many ways
         return UPRIGHT
-    return found if found in TURNS else UPRIGHT
+    return orientation if orientation in TURNS else UPRIGHT
 
 
 def _read_orientation(data: bytes) -> int | None:
-    """Read the orientation from the first directory of tags; None if it has none before *data* ends."""
+    """Read the orientation in the first directory of *data*; None if absent, `KeyError` if no integer."""
     data = data.removeprefix(b"Exif\0\0")
     order = "<" if data.startswith(b"II") else ">"
     with suppress(struct.error):  # the data are cut
@@ -68,7 +68,7 @@ def _read_orientation(data: bytes) -> int | None:
         (count,) = struct.unpack_from(order + "H", data, start)
         for entry in range(count):  # 12 bytes: tag, type, number of values, and the value if it fits
             tag, kind, _, value_bytes = struct.unpack_from(order + "HHI4s", data, start + 2 + 12 * entry)
-            if tag == ORIENTATION:  # the first 1, 2 or 4 of the bytes; another type is a `KeyError`
+            if tag == ORIENTATION:  # the value is in the first 1, 2 or 4 of the bytes
                 return int(struct.unpack_from(order + INTEGERS[kind], value_bytes)[0])
     return None
 

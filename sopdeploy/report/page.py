@@ -142,25 +142,25 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     if not isinstance(result, LoopResult):
         return Section(title="Learning", text=result.lines())
     last, text = history[-1], list(result.lines())
-    name = last.metrics.score_name  # on the page
-    score = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"  # in the history
-    # The names of losses and heads in any epoch, each once and in their order.
-    losses = dict.fromkeys(part for row in history for part in row.losses)
+    score_name = last.metrics.score_name
+    score = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"  # its column in the history
+    # The names of training losses and heads in any epoch, each once: the keys of a dict keep their order.
+    losses = dict.fromkeys(loss for row in history for loss in row.losses)
     heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
     shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
-    columns_of_scores = {"deployed": score} | {head: f"{head}_{score}" for head in shown_heads}
-    columns_of_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown_heads}
-    overconfident = f"If the loss rises and {name} does not fall, the network is overconfident."
-    charts = [  # label of the y axis, columns of the history by curve, caption
-        ("training loss", {part: f"train_{part}" for part in losses}, _TRAINING_LOSSES),
-        (name, columns_of_scores, f"{name} on held-out images."),
-        ("loss on held-out images", columns_of_losses, overconfident),
-    ]
     if shown_heads and last.diagnostics is not None:
         text.append(
             f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
             f"fixed subset of {last.diagnostics.num_images} with the raw weights."
         )
+    columns_of_scores = {"deployed": score} | {head: f"{head}_{score}" for head in shown_heads}
+    columns_of_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown_heads}
+    overconfident = f"If the loss rises and {score_name} does not fall, the network is overconfident."
+    charts = [  # label of the y axis, columns of the history by the names of their curves, caption
+        ("training loss", {loss: f"train_{loss}" for loss in losses}, _TRAINING_LOSSES),
+        (score_name, columns_of_scores, f"{score_name} on held-out images."),
+        ("loss on held-out images", columns_of_losses, overconfident),
+    ]
     figures = []
     for label, columns, caption in charts:
         curves = {curve: history_curve(history, column) for curve, column in columns.items()}

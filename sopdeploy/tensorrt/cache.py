@@ -179,15 +179,15 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
 
 
 def _differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str]:
-    """Describe each field of *key* that is not as *wanted*; hashes are shortened."""
+    """Describe each field of *key* that is not as *wanted*, such as "architecture sm_80, not sm_90"."""
     texts = []
-    for field, expected in wanted.items():
-        found = getattr(key, field)
-        if field == "profiles":  # compared as texts such as 1,2-8
+    for field, value in wanted.items():
+        found, expected = getattr(key, field), value
+        if field == "profiles":  # compared and shown as texts such as 1,2-8
             found, expected = (",".join(map(str, profiles)) for profiles in (found, expected))
         if found != expected:
-            length = NAME_LENGTH if field == "bundle_onnx" else None
-            texts.append(f"{field.replace('_', ' ')} {str(found)[:length]}, not {str(expected)[:length]}")
+            end = NAME_LENGTH if field == "bundle_onnx" else None  # only this hash is shown in part
+            texts.append(f"{field.replace('_', ' ')} {str(found)[:end]}, not {str(expected)[:end]}")
     return texts
 
 

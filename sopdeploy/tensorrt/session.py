@@ -246,10 +246,9 @@ class EngineSession:
         """
         size = int(self._loaded[-1].device_memory_size_v2)
         shared = self._resources.device_memory(max(1, size))  # 0 bytes would have no address
+        # The engine, `_loaded[-1]`, and the contexts get no local variables: a traceback keeps these alive.
         for index, profile in enumerate(self._profiles):
             try:
-                # `_loaded[-1]` is the engine. It and the context get no local variables, because those of a
-                # traceback would keep them alive.
                 self._contexts.append(self._loaded[-1].create_execution_context(strategy))
                 if self._contexts[-1] is None:
                     raise RuntimeError("TensorRT gave no reason")
@@ -257,7 +256,7 @@ class EngineSession:
                 if not self._contexts[-1].set_optimization_profile_async(index, int(self._stream)):
                     raise RuntimeError("TensorRT gave no reason")
                 self._cuda.call("cudaStreamSynchronize", self._stream)
-            except RuntimeError as error:  # the reason is the last message that TensorRT logged, if any
+            except RuntimeError as error:  # its text is the reason only if TensorRT logged none
                 reason = self._logger.errors[-1] if self._logger.errors else error
                 raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}") from error
 

@@ -113,15 +113,14 @@ def read_label_table(
 def _targets(
     table: Path, rows: list["_Row"], labels: tuple[str, ...], multi_label: bool | None
 ) -> NDArray[Any]:
-    """Build the targets of *rows*: (N, C) with *multi_label*, otherwise class indices (N,).
+    """Build the targets of *rows*: (N, C) if *multi_label* is true, class indices (N,) if it is false.
 
-    None selects class indices if every image has exactly one class. Raises `DataError` if False does not fit.
+    None selects class indices if every image has exactly one class. Raises `DataError` if false does not fit.
     """
     targets = np.array([[label in row.classes for label in labels] for row in rows], dtype=np.float32)
     not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
-    if multi_label is None:
-        multi_label = not_single.size > 0
-    if multi_label:
+    is_multi_label = not_single.size > 0 if multi_label is None else multi_label
+    if is_multi_label:
         return targets
     if not_single.size > 0:
         line = rows[not_single[0]].line
