@@ -98,8 +98,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     If *network* has an attribute `export_embedding`, the name of a linear layer, the input (B, D) of this
     layer is the last output. Raises the errors of `_network_outputs`.
     """
-    name = vars(network).get(EXPORT_EMBEDDING)
-    if name is None:
+    if (name := vars(network).get(EXPORT_EMBEDDING)) is None:
         return _network_outputs(network, pixels)
     inputs: list[Tensor] = []
     layer = network.get_submodule(name)
@@ -133,8 +132,7 @@ def _describe(output: Any) -> str:
     """Describe *output*, the return value of a network: its type with its keys, fields or length."""
     if isinstance(output, Mapping):
         return f"a dict with {', '.join(map(repr, output))}"
-    fields = getattr(output, "_fields", None)
-    if fields is not None:
+    if (fields := getattr(output, "_fields", None)) is not None:
         return f"a named tuple with {', '.join(fields)}"
     length = f" of {len(output)}" if isinstance(output, list | tuple) else ""
     return f"a {type(output).__name__}{length}"
@@ -256,23 +254,27 @@ def _simplify_max_pooling(program: ExportedProgram) -> None:
 
 def _name_all_axes(program: ExportedProgram) -> None:
     """Replace the ellipsis in `einsum` by labels, in place; ONNX Runtime does not accept every form of it."""
-    # For example, "...ij,...jk" of operands with 4 and 3 axes becomes "baij,ajk->baik".
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default):
-        text, arrow, result = node.args[0].replace(" ", "").partition("->")
-        if "..." not in text:
-            continue
-        if not arrow:  # then the result has the labels that occur once, in alphabetical order
-            result = "..." + "".join(sorted(x for x in set(text) - set(",.") if text.count(x) == 1))
-        free = [letter for letter in ascii_letters if letter not in text]
-        terms, longest = [], ""
-        for term, operand in zip(text.split(","), node.args[1], strict=True):
-            num_hidden = operand.meta["val"].ndim - len(term.replace("...", ""))
-            # Reversed, so that the last hidden axis, at which operands are aligned, is free[0] in all terms.
-            labels = "".join(reversed(free[:num_hidden]))
-            longest = max(longest, labels, key=len)  # the result has all hidden axes
-            terms.append(term.replace("...", labels))
-        equation = f"{','.join(terms)}->{result.replace('...', longest)}"
-        node.args = (equation, *node.args[1:])
+        equation, operands = node.args
+        if "..." in equation.partition("->")[0]:
+            ranks = [operand.meta["val"].ndim for operand in operands]
+            node.args = (_label_hidden_axes(equation, ranks), operands)
+
+
+def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
+    """Replace every "..." by labels: for *ranks* 4 and 3, "...ij,...jk" becomes "baij,ajk->baik"."""
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:  # then the result has the labels that occur once, in alphabetical order
+        result = "..." + "".join(sorted(x for x in set(terms) - set(",.") if terms.count(x) == 1))
+    unused = [letter for letter in ascii_letters if letter not in terms]
+    new_terms, longest = [], ""
+    for term, rank in zip(terms.split(","), ranks, strict=True):
+        num_hidden = rank - len(term.replace("...", ""))
+        # Reversed, so that the last hidden axis, at which operands are aligned, is always unused[0].
+        labels = "".join(reversed(unused[:num_hidden]))
+        new_terms.append(term.replace("...", labels))
+        longest = max(longest, labels, key=len)  # the result has all hidden axes
+    return f"{','.join(new_terms)}->{result.replace('...', longest)}"
 
 
 class SymbolicForms(TorchFunctionMode):
@@ -405,10 +407,12 @@ def _expm1(values: Tensor) -> Tensor:
 
 
 def _atan2(y: Tensor, x: Tensor) -> Tensor:
-    """Write the angle of the point (x, y), also if a coordinate is 0 or -0."""
+    """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0 or -0."""
     below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
-    angle = torch.where(y == 0, y, (y / x).atan())  # of (x, y) or, on the left, of the opposite point
-    return angle + torch.where(left, torch.where(below, -torch.pi, torch.pi), 0.0)
+    # atan(y / x) is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x, -y).
+    angle = torch.where(y == 0, y, (y / x).atan())  # of y = 0 without a division, also for x = 0
+    half_turn = torch.where(below, -torch.pi, torch.pi)
+    return angle + torch.where(left, half_turn, 0.0)
 
 
 def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable: bool) -> Any:
@@ -525,27 +529,27 @@ def check_graph(proto: onnx.ModelProto) -> None:
     opsets = {imported.domain: imported.version for imported in proto.opset_import}
     if opsets != {"": OPSET}:
         raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed")
-    rejected = sorted({node.op_type for node in proto.graph.node} & REJECTED)
-    if rejected:
+    if rejected := sorted({node.op_type for node in proto.graph.node} & REJECTED):
         raise LoweringError(f"the graph contains {rejected[0]}; control flow is not allowed")
 
 
 def generated_images(side: int) -> NDArray[np.uint8]:
-    """Generate the probes, uint8 (12, side, side, 3), from a fixed seed, on which the file is compared."""
+    """Generate the images on which the file is compared, uint8 (12, side, side, 3), always the same ones."""
     random = np.random.default_rng(_SEED)
-    ramp = np.linspace(0, 255, side)
-    checkerboard = 255.0 * ((np.arange(side)[:, None] // 4 + np.arange(side)[None] // 4) % 2)
+    horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
+    square = np.arange(side) // 4  # number of the square, 4 pixels wide, that a row or column belongs to
+    checkerboard = 255.0 * ((square[:, None] + square) % 2)
     colors = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
     images = [
         *(np.broadcast_to(color, (side, side, 3)) for color in colors),
         np.stack([checkerboard] * 3, axis=2),
-        np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), checkerboard], axis=2),
+        np.stack([horizontal_ramp, horizontal_ramp.T, checkerboard], axis=2),
         random.integers(0, 256, (side, side, 3)),
     ]
-    for scale in range(GENERATED - len(images)):
-        cells = min(side, 2 + 6 * scale)  # in a row of the small image
-        coarse = random.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
-        images.append(np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)))
+    for i in range(GENERATED - len(images)):  # the others are enlarged noise, first the coarsest
+        size = min(side, 2 + 6 * i)
+        noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        images.append(np.asarray(Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)))
     return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])
 
 

@@ -87,20 +87,20 @@ def as_markdown(text: str) -> str:
 
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     """List scalars and the result of the training loop, or start weights and result of another procedure."""
-    result = None  # if no procedure is recorded
-    if "procedure" in training:
-        from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
+    if "procedure" not in training:  # nor a result
+        return _scalars(training)
+    from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
 
-        result = read_result(training)
-    if result is not None and not isinstance(result, LoopResult):
-        rows = list(result.rows())
-        if start := training.get("start"):
-            weights = f"{start['network']}, {start['file']}, sha256 {start['sha256']}"
-            rows.insert(0, ("start weights", weights))
-        return rows
-    scalars: list[tuple[str, object]] = [
-        (key, value)
-        for key, value in sorted(training.items())
-        if isinstance(value, int | float | str) and not isinstance(value, bool)
-    ]
-    return [*scalars, *(() if result is None else result.rows())]
+    result = read_result(training)
+    rows = [] if result is None else list(result.rows())
+    if result is None or isinstance(result, LoopResult):
+        return [*_scalars(training), *rows]
+    if start := training.get("start"):
+        rows.insert(0, ("start weights", f"{start['network']}, {start['file']}, sha256 {start['sha256']}"))
+    return rows
+
+
+def _scalars(training: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """List the numbers and texts in the record of a training, but no truth values, sorted by key."""
+    scalars = ((key, value) for key, value in sorted(training.items()) if not isinstance(value, bool))
+    return [(key, value) for key, value in scalars if isinstance(value, int | float | str)]

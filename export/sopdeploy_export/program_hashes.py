@@ -68,8 +68,8 @@ def trace_hash(program: ExportedProgram) -> str | None:
     """Hash every operation of *program* in order, used or not, with its operands by position.
 
     Weights are hashed by content, kind and strides. Two programs with equal hashes differ in names only, so
-    torch's passes give both the same result. Returns None for a program with an argument, a subgraph or an
-    operation that cannot be hashed.
+    torch's passes give both the same result. Returns None, without an error, for a program with an argument,
+    a subgraph or an operation that cannot be hashed.
     """
     positions = {node: str(position) for position, node in enumerate(program.graph.nodes)}
     lines = [str(program.range_constraints)]
@@ -80,12 +80,10 @@ def trace_hash(program: ExportedProgram) -> str | None:
             strides = stored.stride() if isinstance(stored, Tensor) else ""
             lines.append(f"{spec.kind} {spec.persistent} {strides} {leaves[spec.arg.name]}")
         for node in program.graph.nodes:
-            if node.op == "call_function":
-                lines.append(_operation(node))
-            elif node.op not in ("placeholder", "output"):
-                return None
+            if node.op not in ("placeholder", "output"):
+                lines.append(_operation(node))  # raises an error unless the node is a call
             lines.append(_encode([node.args, node.kwargs], positions.__getitem__))
-    except CertificateError:  # `program_root` names the operation
+    except CertificateError:
         return None
     return hash_parts(*lines)
 
@@ -272,11 +270,8 @@ class _ValueHasher:
     def _visit_reshape(self, node: fx.Node) -> None:
         """Hash a change of the shape alone; of a chain of them, the first value and the last shape count."""
         operand, shape = node.all_input_nodes[0], self._shape(node)
-        if operand in self.unshaped:  # another such change
-            source, source_shape = self.unshaped[operand]
-        else:
-            source, source_shape = self._hash(operand), self._shape(operand)
-        self.unshaped[node] = source, source_shape
+        source, source_shape = self.unshaped.get(operand) or (self._hash(operand), self._shape(operand))
+        self.unshaped[node] = source, source_shape  # those of the chain's first value
         self.hashes[node] = source if shape == source_shape else hash_parts("reshape", source, shape)
 
     def _keeps_values(self, node: fx.Node) -> bool:

@@ -103,7 +103,7 @@ def read_state(network: nn.Module) -> dict[str, Any]:
         path, value = unread.pop()
         content = _content(value)
         state[path] = _identify(value) if content is None else content
-        # A value with comparable content holds nothing else; but a user's subclass of float can.
+        # A value with content, such as a float, holds nothing else; a user's subclass can have attributes.
         can_hold_more = content is None or type(value).__module__.partition(".")[0] not in LIBRARIES
         if can_hold_more and id(value) not in seen:
             seen.add(id(value))
@@ -151,15 +151,19 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """List the items of a container, or the state of an iterator or a generator."""
+    """List the items of a container, and what other objects than modules and plain containers hold inside."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             shown = repr(key) if isinstance(key, VALUES) else f"{type(key).__name__} {id(key)}"
             yield f"[{shown}]", item
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
-    if type(value) in _PLAIN or isinstance(value, nn.Module):  # a module holds attributes only
-        return
+    if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # a module holds attributes only
+        yield from _inside(value)
+
+
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """List the position of an iterator or a generator, and all objects that *value* refers to."""
     if isinstance(value, GeneratorType):
         yield " (state)", value.gi_frame.f_lasti if value.gi_frame else None  # None: it has ended
     elif type(value).__module__ in _MODULES:
@@ -201,9 +205,10 @@ def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _identify(value: object) -> ObjectId:
-    """Identify *value*. Tensors of torch.export's tracing have no address, inference tensors no version."""
+    """Identify *value*; writes change the version and the memory of a tensor, and the length of a set."""
+    # Sparse tensors, and those of torch.export's tracing, whose types are others, have no address of memory.
     if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
-        version = -1 if value.is_inference() else value._version
+        version = -1 if value.is_inference() else value._version  # inference tensors have no version
         return ObjectId(value, id(value), (version, value.data_ptr()))
     return ObjectId(value, id(value), (len(value),) if isinstance(value, set) else ())
 
@@ -311,10 +316,8 @@ def preserved(network: nn.Module) -> Iterator[None]:
     finally:
         for container, content in saved:
             container.clear()
-            if isinstance(container, list):
-                container.extend(content)
-            else:  # a dict or a set
-                container.update(content)
+            fill = container.extend if isinstance(container, list) else container.update  # of a dict or a set
+            fill(content)
 
 
 def _containers(value: Any, depth: int) -> Iterator[Any]:

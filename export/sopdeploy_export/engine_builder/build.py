@@ -30,25 +30,23 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
-    images = copied.graph.input[0]
-    if images.type.tensor_type.elem_type != TensorProto.UINT8:
+    name = copied.graph.input[0].name
+    if copied.graph.input[0].type.tensor_type.elem_type != TensorProto.UINT8:
         return copied
-    unsigned, needs_cast = {images.name}, False
+    unsigned, readers = {name}, set()  # the names of uint8 values, and the operators that read them
     for node in copied.graph.node:  # in topological order
-        if unsigned.isdisjoint(node.input) or node.op_type == "Cast":
+        if unsigned.isdisjoint(node.input):
             continue
-        if node.op_type not in MOVES | {"Shape"}:
-            problem = f"{node.op_type} uses unsigned bytes, which TensorRT can only cast"
-            raise LoweringError(f"{images.name}: {problem}")
-        unsigned.update(node.output if node.op_type in MOVES else ())  # a shape is int64
-        needs_cast = True
-    if not needs_cast:
+        readers.add(node.op_type)
+        if node.op_type in MOVES:
+            unsigned.update(node.output)  # moved values are uint8, too
+        elif node.op_type not in ("Cast", "Shape"):  # whose results are not uint8
+            raise LoweringError(f"{name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast")
+    if readers <= {"Cast"}:  # the graph casts the images first
         return copied
-    cast = helper.make_node(
-        "Cast", [images.name], [f"{images.name}_float32"], f"{images.name}_cast", to=TensorProto.FLOAT
-    )
+    cast = helper.make_node("Cast", [name], [f"{name}_float32"], f"{name}_cast", to=TensorProto.FLOAT)
     for node in copied.graph.node:
-        node.input[:] = [cast.output[0] if name == images.name else name for name in node.input]
+        node.input[:] = [cast.output[0] if operand == name else operand for operand in node.input]
     copied.graph.node.insert(0, cast)
     del copied.graph.value_info[:]  # has the types of moved uint8 values
     return copied

@@ -52,12 +52,13 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     fields: dict[str, Any] = {**cache.key_fields(bundle, str(trt.__version__), gpu)}
     key = EngineKey(**fields, profiles=profiles, via=options.via)
     folder = cache.cache_folder(bundle, options.cache)
-    engine_or_reason = "--rebuild was given" if options.rebuild else cache.load_engine(folder, dict(key))
-    if isinstance(engine_or_reason, cache.StoredEngine):
+    found = None if options.rebuild else cache.load_engine(folder, dict(key))
+    if isinstance(found, cache.StoredEngine):
         report("replaying the probes on the cached engine")
-        replay_probes(trt, cuda, bundle, engine_or_reason.plan, key)
-        return Engine(path=folder / f"{key.name}.plan", record=engine_or_reason.record, reason=None)
-    report(f"building: {engine_or_reason}")
+        replay_probes(trt, cuda, bundle, found.plan, key)
+        return Engine(path=folder / f"{key.name}.plan", record=found.record, reason=None)
+    reason = "--rebuild was given" if found is None else found  # `load_engine` says why it found none
+    report(f"building: {reason}")
     begin = time.monotonic()
     plan = build_plan(trt, gpu, bundle, key, report)
     seconds = round(time.monotonic() - begin, 3)
@@ -69,7 +70,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
         build_seconds=seconds,
         replays=replay_probes(trt, cuda, bundle, plan, key),
     )
-    return Engine(path=cache.store_engine(folder, plan, record), record=record, reason=engine_or_reason)
+    return Engine(path=cache.store_engine(folder, plan, record), record=record, reason=reason)
 
 
 def build_plan(trt: Any, gpu: cache.Gpu, bundle: Bundle, key: EngineKey, report: Report) -> bytes:

@@ -73,8 +73,7 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
     kinds = nn.Conv2d | nn.Linear | nn.ParameterList
     expected = {part: dtypes[part] for part, module in network.named_modules() if isinstance(module, kinds)}
     # Folding can remove the weights of a part from the graph.
-    wrong = [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]
-    if wrong:
+    if wrong := [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]:
         raise LoweringError(
             f"fp16 was requested, but the graph holds {wrong[0]} in {in_graph[wrong[0]]}: "
             f"{len(wrong)} of {len(expected)} parts have the wrong type"
@@ -150,23 +149,21 @@ def convert_precision(
     int8 needs *accuracy* with calibration images. Raises `LoweringError` if the types in the graph are not
     the requested ones, or as `check_headroom` does.
     """
-    network, model, quantization = certified.network, certified.model, None  # those of fp32
+    source = certified  # fp32 exports its graph as it is, int8 quantizes this graph
     if options.precision == "fp16":
-        network, program, model = cast_types(certified, preprocess, options)
+        source = cast_types(certified, preprocess, options)
         photographs = [] if accuracy is None else accuracy.photographs(PHOTOGRAPHS)
-        probes = [*photographs, *generated_images(preprocess.crop)]
-        check_headroom(program, probes, options.max_batch)
-        check_float16(model, certified.network)
-    for node in model.graph.node:
+        check_headroom(source.program, [*photographs, *generated_images(preprocess.crop)], options.max_batch)
+        check_float16(source.model, certified.network)
+    for node in source.model.graph.node:
         del node.metadata_props[:]  # the part of every node, which is needed for messages only
-    run: compare.BatchRun
-    gate: compare.GateRun | None
     if options.precision == "int8" and accuracy is not None:  # int8 requires images, so it is not None
-        model, quantization = _quantize(certified, accuracy.calibration, options.int8_for)
-        run, gate = run_unfused(model), _gate_of_file(model, network)
+        model, quantization = _quantize(source, accuracy.calibration, options.int8_for)
+        run, gate = run_unfused(model), _gate_of_file(model, source.network)  # no module computes in int8
     else:
-        run = deployed = Deployed(network, preprocess).eval()
-        gate = None if compare.find_gate(network) is None else partial(compare.gate_logits, deployed)
+        model, quantization = source.model, None
+        run = deployed = Deployed(source.network, preprocess).eval()
+        gate = None if compare.find_gate(source.network) is None else partial(compare.gate_logits, deployed)
     parts = weight_types(model)
     report = PrecisionReport(precision=options.precision, parts=parts, quantisation=quantization)
     return ConvertedGraph(model=model, run=run, gate=gate, precision=report)
@@ -198,8 +195,7 @@ def run_unfused(model: onnx.ModelProto) -> compare.BatchRun:
 
 def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> compare.GateRun | None:
     """Build a function that computes the gate's logits with *model*, without fusions; None without a gate."""
-    gate = compare.find_gate(network)
-    if gate is None:
+    if (gate := compare.find_gate(network)) is None:
         return None
     name = next(name for name, module in network.named_modules() if module is gate)
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]

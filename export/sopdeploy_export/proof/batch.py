@@ -88,9 +88,9 @@ class TracedValue:
         return _NO_BATCH if self.axis is None else Place(self.axis + axes, self.place.inner)
 
     def numbers(self) -> list[int]:
-        """List the integers of a constant."""
+        """List the integers of a constant; raise `MixesError` if they depend on images or the batch size."""
         _require(len(self.contents) and not self.is_size)
-        return [int(number) for number in self.contents[0].reshape(-1)]
+        return [int(number) for number in self.contents[0].reshape(-1)]  # equal for every batch size
 
 
 class Call:
@@ -329,31 +329,32 @@ def gathers_nd(call: Call) -> Place:
     The n numbers of a position are for the n selected axes. The result is (*shared, *others, *kept).
     """
     data, indices, num_shared = call.x, call[1], call.attributes.get("batch_dims", 0)
-    _require(indices.axis is None or indices.axis < indices.rank - 1)
+    _require(indices.axis is None or indices.axis < indices.rank - 1)  # n is no batch axis
     if own_rows(data, indices, num_shared):  # data (batch, 7), pairs of image and column (batch, 2)
         return indices.place
     _require(not indices.image_numbers)
-    if data.axis is None:  # data (5, 7), indices (batch, 2)
+    if data.axis is None:  # all images select from the same data (5, 7), indices (batch, 2)
         return indices.place
     if data.axis < num_shared:  # data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
         _require(data.axis == indices.axis)
         return common([data, indices])
-    first_kept = num_shared + indices.shapes[0][-1]  # an axis of the data
-    _require(indices.axis is None and data.axis >= first_kept)  # data (7, batch), indices (3, 1)
-    return data.shifted(indices.rank - 1 - first_kept)  # the kept axes follow all axes of indices but n
+    # The batch axis must be a kept one: data (7, batch), indices (3, 1), result (3, batch).
+    first_kept, first_kept_of_result = num_shared + indices.shapes[0][-1], indices.rank - 1
+    _require(indices.axis is None and data.axis >= first_kept)
+    return data.shifted(first_kept_of_result - first_kept)
 
 
 def writes_nd(call: Call) -> Place:
     """Write updates (*others, *kept) to data (*selected, *kept) at positions, indices (*others, n)."""
     data, indices, updates = call.x, call[1], call[2]
-    has_own_rows = own_rows(data, indices, 0) and indices.axis is not None
-    if has_own_rows and updates.axis == indices.axis:  # data (batch, 7), indices (batch, 2), updates (batch,)
+    if indices.axis is not None:  # data (batch, 7), pairs of image and column (batch, 2), updates (batch,)
+        _require(own_rows(data, indices, 0) and updates.axis == indices.axis)
         return agree(data.place, indices.at(0), updates.at(0))  # `inner` must agree, too
-    # Otherwise the batch axis, if any, is a kept one: data (7, batch), indices (3, 1), updates (3, batch).
+    # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3, batch).
     first_kept, first_kept_of_updates = indices.shapes[0][-1], indices.rank - 1
-    _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
-    _require(data.axis is None or data.axis >= first_kept)
-    return agree(data.place, updates.shifted(first_kept - first_kept_of_updates))
+    place_of_updates = updates.shifted(first_kept - first_kept_of_updates)  # as an operand of the data's rank
+    _require(data.axis == place_of_updates.axis and (data.axis is None or data.axis >= first_kept))
+    return agree(data.place, place_of_updates)
 
 
 def encodes(call: Call) -> Place:
@@ -476,8 +477,7 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
     """Infer the shapes of the results of *node*, and the contents of small ones that depend on sizes only."""
     named = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
     results = _shaped(node, named, opsets)
-    feeds = _feeds(node, named, results[0].shapes)
-    if not feeds:
+    if not (feeds := _feeds(node, named, results[0].shapes)):
         return results
     runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]  # by batch size, result
     contents = [[np.asarray(run[i]) for run in runs] for i in range(len(results))]  # by result, batch size
@@ -570,16 +570,17 @@ def has_whole_images(value: TracedValue) -> bool:
 
 
 def find_image_numbers(kind: str, call: Call) -> Literal["", "all", "first"]:
-    """Return `TracedValue.image_numbers` of the result of an operator."""
-    are_numbers = call.x.image_numbers == "all"
+    """Return which elements of an operator's result are the number of their image in the batch."""
+    if kind == "Range":  # 0, ..., batch - 1, as `ranges` requires, or a range of constant length
+        is_batch = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
+        return "all" if is_batch else ""
+    if call.x.image_numbers != "all":
+        return ""
     if kind in SAME_NUMBERS:
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64  # smaller types repeat numbers
-        return "all" if are_numbers and not wraps else ""
-    if kind == "Range":  # from 0, as `ranges` requires
-        has_batch = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
-        return "all" if has_batch else ""
+        return "" if wraps else "all"
     # For `x[arange(batch), k]`, `GatherND` takes pairs of an image and its k, which `Concat` joins.
-    if kind == "Concat" and are_numbers and not any(value.image_numbers for value in call.given[1:]):
+    if kind == "Concat" and not any(value.image_numbers for value in call.given[1:]):
         is_column = call.axis(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
         return "first" if is_column else ""
     return ""

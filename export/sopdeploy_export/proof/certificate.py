@@ -130,7 +130,7 @@ def certify(
     )
     deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
     sizes = assert_equal_outputs(deployed, probes)
-    # *compared* has a copy of a network whose tensors are not contiguous; the original is checked as well.
+    # Both the given networks and their copies by `contiguous`, if any: `forward` may have written to either.
     checked = (trained, detached, compared["trained"], compared["detached"])
     for network in {id(network): network for network in checked}.values():  # each network once
         _assert_unchanged(network, kept, rename=str)
@@ -278,13 +278,15 @@ def _assert_equal_sizes(programs: Captured) -> None:
 
 def _first_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
     """Describe how *root* differs from *expected*, which is the root of the *reference* network."""
-    extra = [operation for sha256, operation in root.nodes.items() if sha256 not in expected.nodes]
-    missing = [operation for sha256, operation in expected.nodes.items() if sha256 not in root.nodes]
-    if extra and missing and extra[0] == missing[0]:
-        return f"{extra[0]} has other weights, operands or arguments than in the {reference} one"
-    if extra:
-        return f"it computes {extra[0]}" + (f", the {reference} one {missing[0]}" if missing else "")
-    return f"it lacks {missing[0]}" if missing else "its inputs or outputs differ"
+    extra = next((name for sha256, name in root.nodes.items() if sha256 not in expected.nodes), None)
+    missing = next((name for sha256, name in expected.nodes.items() if sha256 not in root.nodes), None)
+    if extra is None:
+        return "its inputs or outputs differ" if missing is None else f"it lacks {missing}"
+    if missing is None:
+        return f"it computes {extra}"
+    if extra == missing:  # the same operation, with another hash
+        return f"{extra} has other weights, operands or arguments than in the {reference} one"
+    return f"it computes {extra}, the {reference} one {missing}"
 
 
 def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
