@@ -140,9 +140,9 @@ class LiteBlock(nn.Sequential):
         wide = channels * expansion
         depthwise = convolution(wide, wide, kernel, stride, groups=wide)
         expand, project = convolution(channels, wide), convolution(wide, out)
-        # timm's names, in the order in which the layers run
-        layers = {"conv_pw": expand, "conv_dw": depthwise, "conv_pwl": project}
-        if expansion == 1:  # `project` is drawn again, so that a seed gives the weights of earlier versions
+        if expansion > 1:  # timm's names, in the order in which the layers run
+            layers = {"conv_pw": expand, "conv_dw": depthwise, "conv_pwl": project}
+        else:  # a second last layer is drawn, so that a seed gives the weights of earlier versions
             layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
         for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)

@@ -69,13 +69,13 @@ def command(
         def run(**values: Any) -> None:
             """Call *function* and show its result; Typer gives the *values* of all `parameters` by name.
 
-            Those of *show* and of the settings are taken out of *values*; the others are for *function*.
+            Those of --json, *show* and the settings are taken out of *values*; the others are for *function*.
             """
             as_json = values.pop("as_json", False)
             show_values = {parameter.name: values.pop(parameter.name) for parameter in show_parameters}
             with one_line_errors(as_json), ExitStack() as stack:
-                stack.callback(setattr, err, "quiet", err.quiet)  # restores it at the end
-                err.quiet = err.quiet or as_json  # no progress
+                stack.callback(setattr, err, "quiet", err.quiet)  # at the end, *err* is as before
+                err.quiet = err.quiet or as_json  # JSON comes without progress
                 if settings is not None:
                     flags = {flag: values.pop(flag) for flag in settings.flags}
                     assignments = values.pop("setting") or ()  # None without --setting
@@ -103,19 +103,14 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     parameters: list[inspect.Parameter] = []
     models: dict[str, type[Options]] = {}
     for parameter in inspect.signature(function).parameters.values():
-        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Options):
-            model = models[parameter.name] = parameter.annotation
-            parameters += [
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=inspect.Parameter.empty if field.is_required() else field.default,
-                    annotation=field.annotation,
-                )
-                for name, field in model.model_fields.items()
-            ]
-        else:
+        model = parameter.annotation
+        if not (isinstance(model, type) and issubclass(model, Options)):
             parameters.append(parameter)
+            continue
+        models[parameter.name] = model
+        for name, field in model.model_fields.items():
+            option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation)
+            parameters.append(option if field.is_required() else option.replace(default=field.default))
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
 
     @functools.wraps(function)
@@ -226,8 +221,7 @@ def _option(
     flag = flag or "--" + name.strip("_").replace("_", "-")
     if default is True:  # the flag itself would change nothing, so its negation is added
         flag = f"{flag}/--no-{flag[2:]}"
-    option = typer.Option(flag, help=text, **limits)
-    annotation = Annotated[kind, option]
+    annotation = Annotated[kind, typer.Option(flag, help=text, **limits)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -166,13 +166,13 @@ def train(
             name: configure(data, recipe, of_network, settings, previous)
             for name, of_network in options.per_network().items()
         }
-        networks: tuple[NetworkScore, ...] = ()
+        networks: tuple[NetworkScore, ...] = ()  # those that were compared
         chosen = RECIPE_NETWORK
         if options.models is not None:
             from sopdeploy.commands.network_choice import choose_network
 
             within = None if options.within is None else _milliseconds(options.within)
-            if out is not None:  # refused before minutes of measurements
+            if out is not None:  # raises the error of another run there before minutes of measurements
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
             networks = choose_network(configured, within, observer)
             chosen = next(network.name for network in networks if network.chosen)
@@ -186,13 +186,11 @@ def train(
         result = summarize_run(run, images, folder)
         if not is_main_process():
             return result
-        mistakes = write_run_page(
-            run,
-            images,
-            folder,
-            lambda done, total: observer.on_stage(name="report", done=done, total=total),
-            networks,
-        )
+
+        def on_image(done: int, total: int) -> None:
+            observer.on_stage(name="report", done=done, total=total)
+
+        mistakes = write_run_page(run, images, folder, on_image, networks)
         decision_before = None if previous is None else previous.decision
         rule = None if run.decision is None else run.decision.rejection
         rule_before = None if decision_before is None else decision_before.rejection
@@ -250,13 +248,13 @@ def read_previous(source: Path) -> "Checkpoint":
     from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.training.run_folder import RUNS
 
-    is_bundle = (source / MANIFEST).is_file()
-    bundle_origin = read_manifest(source).origin if is_bundle else None
-    run = RUNS / bundle_origin.run if bundle_origin is not None else source
-    has_best = (run / "best.pt").is_file()
-    if is_bundle and (bundle_origin is None or not has_best):
-        raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
-    best = run / "best.pt" if has_best else run  # *source* can be the checkpoint itself
+    bundle_origin = None
+    if (source / MANIFEST).is_file():  # a bundle
+        bundle_origin = read_manifest(source).origin
+        if bundle_origin is None or not (RUNS / bundle_origin.run / "best.pt").is_file():
+            raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
+    run = source if bundle_origin is None else RUNS / bundle_origin.run
+    best = run / "best.pt" if (run / "best.pt").is_file() else run  # *source* can be the checkpoint itself
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
     is_of_run = origin is not None and read_result(checkpoint.training) is not None
@@ -300,8 +298,8 @@ def configure(
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
     if recipe is not None and previous is not None:
         raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
-    previous_recipe = None if previous is None else previous.training["recipe"]  # used instead of *source*
-    source = recipe or FOLDER_RECIPE
+    previous_recipe = None if previous is None else previous.training["recipe"]
+    source = recipe or FOLDER_RECIPE  # without a previous recipe, this one is read
     option_values = {
         "project": options.name,
         "data.path": data,
@@ -313,8 +311,8 @@ def configure(
     loaded = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in changes]
     opened = None
-    names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
-    if not names_network:
+    is_recipe_given = recipe is not None or previous_recipe is not None
+    if not is_recipe_given and "model.name" not in keys:  # only the weights can determine the network
         opened = _open_start_weights(loaded)
         if isinstance(opened, WeightFile):
             network = choose_network(opened, loaded.model.name)

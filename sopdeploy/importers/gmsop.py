@@ -92,19 +92,19 @@ def _rename(file: WeightFile) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, values in file.tensors.items():
         source, _, kind = name.rpartition("_")  # conv2_1a_bn_w: conv2_1a_bn and w
-        layer, norm = _our_names(source.removesuffix("_bn"))
+        is_norm = source.endswith("_bn")
+        layer, norm = _our_names(source.removesuffix("_bn"))  # of conv2_1a and of its batch norm
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
-        elif name.endswith("_bn_m"):  # conv2_1a_bn_m is (C, 2): the mean and sqrt(variance + eps)
+        elif is_norm and kind == "m":  # (C, 2): the mean and sqrt(variance + eps)
             mean, deviation = values.unbind(dim=1)
             variance = (deviation.square() - EPS).clamp_min(0.0)  # rounding may make it negative
             tensors |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance}
-        elif kind == "f":  # conv2_1a_f is (height, width, in, out), or (in, out) for a kernel of 1x1
+        elif kind == "f":  # of a convolution: (height, width, in, out), or (in, out) for a kernel of 1x1
             kernel = values[None, None] if values.dim() == 2 else values
             tensors[f"{layer}.weight"] = kernel.permute(3, 2, 0, 1)
-        elif kind in PARAMETERS:  # conv2_1a_bn_w and conv2_1a_bn_b of a batch norm, or prediction_b
-            part = norm if source.endswith("_bn") else layer
-            tensors[f"{part}.{PARAMETERS[kind]}"] = values.reshape(-1)
+        elif kind in PARAMETERS:  # of a batch norm, or the bias of a convolution
+            tensors[f"{norm if is_norm else layer}.{PARAMETERS[kind]}"] = values.reshape(-1)
         else:  # in no released file; it is reported as a tensor that the network does not have
             tensors[name] = values
     tensors["conv1.weight"] = tensors["conv1.weight"] * PIXEL_DEVIATION
@@ -189,6 +189,7 @@ def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> dict[str, Any]
 def read_dagnn(path: Path, digest: str) -> WeightFile:
     """Read the network in a MATLAB file of version 5 to 7 with sha256 *digest*; raises `WeightsError`.
 
+    The arrays of `net.params` become float64 tensors, the settings of `net.layers` a `Layer` each, by name.
     scipy makes a struct a dict, a struct array a list of dicts, text a `str`, one number a Python number, and
     an array a NumPy array; axes of length 1 are removed.
     """
@@ -199,7 +200,7 @@ def read_dagnn(path: Path, digest: str) -> WeightFile:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
     net = content.get("net", content)  # a file may hold the fields of `net` themselves
-    try:
+    try:  # a field may be missing or have another type
         tensors = {}
         for record in net["params"]:
             values = np.asarray(record["value"]).astype(np.float64, casting="same_kind")  # TypeError for text

@@ -69,10 +69,8 @@ def resnet_depth(file: WeightFile) -> int:
         expected_kind = "basic blocks" if depth in {18, 34} else "bottlenecks"
         if (counts, kind) == (expected_counts, expected_kind):
             return depth
-    raise WeightsError(
-        f"{file.path}: a ResNet of {counts} {kind} is not in the "
-        "catalog; `sopdeploy models` lists the networks"
-    )
+    problem = f"a ResNet of {counts} {kind} is not in the catalog"
+    raise WeightsError(f"{file.path}: {problem}; `sopdeploy models` lists the networks")
 
 
 def name_network(family: str, depth: int, *, fallback: int) -> str:
@@ -204,7 +202,6 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
     if not known or any(source.startswith("layer4.") for source in sources):
         return None
     depth = 6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")}) + 2
-    has_projections = any(".shortcut." in source for source in sources)
     return ConvertedWeights(
         project="pytorch_resnet_cifar10",
         description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
@@ -216,7 +213,7 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
             "depth": depth,
             "pooling.kind": "gap",
             "base_width": len(file.tensor("conv1.weight")),
-            "shortcut": "projection" if has_projections else "pad",
+            "shortcut": "projection" if any(".shortcut." in source for source in sources) else "pad",
         },
         class_names=CIFAR10,
     )
@@ -253,18 +250,16 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
 
     Without a key `attention`, the kind is the sum or the maximum, which have the same tensors.
     """
-    lengths = {  # by the last name of a layer, which is the same in all blocks
+    lengths = {  # of weights; `layer4.2.conv_for_DR.weight` is under `conv_for_DR`, alike in all blocks
         name.split(".")[-2]: len(tensor) for name, tensor in file.tensors.items() if name.endswith(".weight")
     }
-    stages = {name.partition(".")[0] for name in file.tensors if ".conv_for_DR" in name}
-    has_channel, has_position = "conv_for_DR" in lengths, "conv_for_DR_spatial" in lengths
-    reduction = "conv_for_DR_spatial" if has_position else "conv_for_DR"
-    config: dict[str, Any] = {"block_stages": sorted(stages), "cov_width": lengths[reduction]}
-    if has_position:
-        config["position_side"] = math.isqrt(lengths["row_bn_for_spatial"])
-    if not has_position:
-        config["attention"] = "channel"
-    elif not has_channel:
+    stages = sorted({name.partition(".")[0] for name in file.tensors if ".conv_for_DR" in name})
+    if "conv_for_DR_spatial" not in lengths:  # no block has a position-wise half
+        return {"block_stages": stages, "cov_width": lengths["conv_for_DR"], "attention": "channel"}
+    width = lengths["conv_for_DR_spatial"]
+    side = math.isqrt(lengths["row_bn_for_spatial"])  # the root of the number of positions
+    config: dict[str, Any] = {"block_stages": stages, "cov_width": width, "position_side": side}
+    if "conv_for_DR" not in lengths:  # no block has a channel-wise half
         config["attention"] = "position"
     elif "dilate_conv_for_concat1" in lengths:
         config["attention"] = "concatenation"

@@ -178,7 +178,7 @@ class PositionAttention(nn.Module, ExportHints):
         self.excitation = Excitation(positions, positions, config.position_activation, norm=False)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Compute the weights; the covariance is float32 or float64."""
+        """Compute the weights; the covariance of P = s x s positions over d channels is at least float32."""
         config, side = self.config, self.config.position_side
         height, width = features_BCHW.shape[2:]
         reduced_BdHW = self.reduction(F.relu(features_BCHW) if config.pre_relu else features_BCHW)
@@ -187,10 +187,10 @@ class PositionAttention(nn.Module, ExportHints):
         with without_autocast(reduced_BdHW):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
-            if config.position_covariance == "uncentred":
-                cov_BPP = uncentred_covariance(small_BdP)  # correlates the last axis
-            else:  # `covariance` correlates the second axis, which must be that of the positions
+            if config.position_covariance == "centred":  # `covariance_factor` reads (B, variables, samples)
                 cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
+            else:  # `uncentred_covariance` reads (B, samples, variables)
+                cov_BPP = uncentred_covariance(small_BdP)
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
         build_rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
         return resample(weights_B1ss, height, width, build_rows)

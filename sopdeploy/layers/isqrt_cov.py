@@ -109,8 +109,10 @@ def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor 
     Q W_k + (Q W_k)^T and W_k receives T Q. From T, W_k receives -1/2 of all of T's gradient, made symmetric.
     The sum is T Q - H - H^T with H = T_grad / 4 + Q W_k / 2 = T_grad / 4 - Q T + 1.5 Q, as W_k = 3 I - 2 T.
     """
-    f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
-    w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))  # W_N has no gradient, so Q is 0
+    f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])  # of F_(N-1) and T_(N-1)
+    # The gradient of W_(N-1) is -H - H^T with H = T_grad / 4: W_N has no gradient, so Q is 0.
+    w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))
+    # For k = N-2 .. 0, from the gradients of F_(k+1) and W_(k+1) to those of F_k and W_k:
     for t_BCC, f_BCC in zip(reversed(ts[:-1]), reversed(fs[:-1]), strict=True):
         f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, f_BCC, t_BCC)
         q_BCC = w_grad_BCC @ t_BCC
@@ -288,12 +290,13 @@ def _prenorm_adjoint(
 ) -> Tensor:
     """Compute the gradient of the product P = X X^T or X^T X from the gradient D of *matrix_Bnn*, P / n.
 
-    It is (D + (n g - <D, P / n>) dn / dP) / n, where g is the gradient that n receives outside of the
-    iteration and *norm_term_B11* is n g. A norm below `SMALLEST_NORM` is a constant and has no gradient.
-    Modifies *matrix_grad_Bnn*.
+    P receives D / n directly, and through its norm n the gradient of n times dn / dP. The gradient of n is
+    -<D, P / n> / n from the division, and g from the root's factor n^p; *norm_term_B11* is n g. The sum is
+    (D + (n g - <D, P / n>) dn / dP) / n. A norm up to `SMALLEST_NORM` was replaced by this constant and has
+    no gradient. Modifies *matrix_grad_Bnn*.
     """
     through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
-    total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
+    total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)  # n g - <D, P / n>
     if config.prenorm == "trace":  # dn / dP = I
         matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(total_term_B11[:, :, 0])
     else:  # dn / dP = P / n

@@ -98,15 +98,16 @@ class DSoP(Classifier):
 
     def __init__(self, config: Any, *arguments: Any) -> None:
         super().__init__(config, *arguments)
-        self.tap_stages: dict[str, list[str]] = {}
+        self.tap_stages: dict[str, list[str]] = {}  # the taps of each stage
         for tap in self.tap_channels:
             stage = tap if self.taps_are_stages else tap.rpartition(".")[0]
             self.tap_stages.setdefault(stage, []).append(tap)
-        plans = self.plan()
-        self.plans = {plan.tap.replace(".", "_"): plan for plan in plans}  # by the name of the branch
+        # By the name of the branch: `layer2_0` for the tap `layer2.0`, as names of parts contain no dots.
+        self.plans: dict[str, BranchPlan] = {plan.tap.replace(".", "_"): plan for plan in self.plan()}
         self.branches = nn.ModuleDict({name: self._branch(plan) for name, plan in self.plans.items()})
         initialize(self.branches)
-        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.used}  # tap to branch name
+        # By the tap: the name of its branch, if that branch runs.
+        self.taps: dict[str, str] = {plan.tap: name for name, plan in self.plans.items() if plan.used}
 
     def paper_branches(self) -> PaperBranches:
         """Return the paper's branches on this backbone.
@@ -133,7 +134,7 @@ class DSoP(Classifier):
                 raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            given = blocks[index]  # a number is that of one branch, after the last block of the stage
+            given = blocks[index]  # one number per tap of the stage, or only that of the last tap
             counts = (0,) * (len(taps) - 1) + (given,) if isinstance(given, int) else given
             if len(counts) != len(taps):
                 raise ConfigError(
@@ -141,14 +142,12 @@ class DSoP(Classifier):
                 )
             for tap, count in zip(taps, counts, strict=True):
                 used = count > 0
-                kept = config.keep_unused_branches and tap == taps[-1]
-                if not (used or kept):
-                    continue
-                width = min(widths[index], self.tap_channels[tap])
-                dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
-                stride, weight = strides[index], weights[index]
-                length = max(count, 1)  # an unused branch is kept with one block
-                plans.append(BranchPlan(tap, used, length, stride, weight, width, dropout))
+                if used or (config.keep_unused_branches and tap == taps[-1]):
+                    width = min(widths[index], self.tap_channels[tap])
+                    dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
+                    stride, weight = strides[index], weights[index]
+                    length = max(count, 1)  # an unused branch has one block
+                    plans.append(BranchPlan(tap, used, length, stride, weight, width, dropout))
         return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:

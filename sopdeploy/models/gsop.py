@@ -74,11 +74,10 @@ class GSoP(Classifier):
             self._add_second_order_pooling()
 
     def _add_block(self, tap: str) -> None:
-        """Add a GSoP block to the residual block *tap*."""
+        """Add a GSoP block to the residual block *tap*, such as `layer1.2`, and initialize both."""
         stage, _, index = tap.partition(".")
         channels = self.tap_channels[tap]
-        # Earlier versions built every block but the first of a stage twice; a seed still gives their weights.
-        if index != "0":
+        if index != "0":  # is built a second time, so that a seed gives the weights of earlier versions
             self.set_submodule(tap, self.branch_block(channels, channels, 1))
         block: Any = self.get_submodule(tap)
         dr_stride = 2 if stage in self.config.strided_dr_stages else 1

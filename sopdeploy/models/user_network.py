@@ -250,22 +250,24 @@ def register_model(
     if chosen == "dsop" and not taps:
         raise ConfigError("register_model: method 'dsop' needs taps; name modules of the network")
     trained, options = METHODS[chosen]
-    source = Source(partial(_build, name, build), tuple(taps), image_size)
-
-    def with_source(base: type[UserNetwork], inference_class: type[Classifier] | None) -> type[UserNetwork]:
-        """Derive a class from *base* with this source, which the catalog calls as (config, num_classes)."""
-
-        def construct(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
-            base.__init__(self, config, num_classes, source)
-
-        # by `__module__`, training finds the package whose version a checkpoint records
-        members = {"__init__": construct, "__module__": build.__module__, "inference_class": inference_class}
-        return type(base.__name__, (base,), members)
-
+    source, module = Source(partial(_build, name, build), tuple(taps), image_size), build.__module__
     # a network with training-only parts is exported as the network without a method
-    inference = with_source(UserNetwork, None) if trained.training_only else None
-    registered = Entry(with_source(trained, inference), options, {}, f"of {build.__module__}", image_size)
-    MODELS.register(name, registered, build.__module__)
+    inference = _with_source(UserNetwork, source, module, None) if trained.training_only else None
+    network = _with_source(trained, source, module, inference)
+    MODELS.register(name, Entry(network, options, {}, f"of {module}", image_size), module)
+
+
+def _with_source(
+    base: type[UserNetwork], source: Source, module: str, inference_class: type[Classifier] | None
+) -> type[UserNetwork]:
+    """Derive a class from *base* with *source*, which the catalog calls as (config, num_classes)."""
+
+    def construct(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
+        base.__init__(self, config, num_classes, source)
+
+    # by `__module__`, training finds the package whose version a checkpoint records
+    members = {"__init__": construct, "__module__": module, "inference_class": inference_class}
+    return type(base.__name__, (base,), members)
 
 
 def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:
@@ -372,7 +374,6 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
         if not contains_tap and list(network.get_submodule(name).parameters()):
             removed.append(name)
     for name in removed:
-        parent_is_removed = is_in(name.rpartition(".")[0], *removed)
-        if not parent_is_removed:
+        if not is_in(name.rpartition(".")[0], *removed):  # otherwise it is removed with its parent
             network.set_submodule(name, nn.Identity())
     run_once(network, image_size)

@@ -152,17 +152,38 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     other classes. Raises `WeightsError` for the first tensor of the backbone that is missing, has another
     shape or does not exist in *model*, or any tensor to load that is not finite.
     """
-    own, last_layer = model.state_dict(), classifier_name(model)
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
-    classifiers = {last_layer, *CLASSIFIER_PARTS.intersection(class_wide)}  # others are so wide by chance
+    # Other layers are so wide by chance.
+    classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
     branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
     has_other_classes = weights.labels is not None and weights.labels != labels
     not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []  # even if their shapes fit
     training_only = (*model.training_only, *weights.training_only)
-    # Parts whose tensors may be missing in the file, or may have another shape there.
-    may_be_new = (*not_loaded, *training_only, *classifiers)
-    container = last_layer.rpartition(".")[0]  # `classifier` of the layer `classifier.6`; "" of `fc`
+    matching, new = _match_tensors(weights, model, not_loaded, (*not_loaded, *training_only, *classifiers))
+    unused = _unused_parts(weights, model.state_dict().keys(), training_only)
+    model.load_state_dict(matching, strict=False)  # after all checks
+    return StartReport(
+        file=weights.file,
+        sha256=weights.sha256,
+        network=weights.network,
+        loaded=len(matching),
+        new=new,
+        unused=unused,
+        preprocess=weights.preprocess,
+    )
+
+
+def _match_tensors(
+    weights: StartWeights, model: Classifier, not_loaded: Collection[str], may_be_new: tuple[str, ...]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Find the tensors of *weights* that *model* loads, and list its parts that keep random weights.
+
+    The parts *not_loaded* keep them in any case, those that *may_be_new* if the file lacks a tensor of them
+    or has one of another shape. Raises the errors of `load_start_weights`.
+    """
+    own = model.state_dict()
+    container = classifier_name(model).rpartition(".")[0]  # `classifier` of `classifier.6`; "" of `fc`
     contains_backbone = is_in(next(iter(own)), container)  # the first tensor belongs to the backbone
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
@@ -170,10 +191,8 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
         given = None if is_in(name, *not_loaded) else weights.tensors.get(name)
         if given is not None and given.shape == tensor.shape:
             if given.is_floating_point() and not bool(torch.isfinite(given).all()):
-                raise WeightsError(
-                    f"start.weights: {weights.file}: {name} has values that are not finite; choose another "
-                    "file"
-                )
+                problem = f"{name} has values that are not finite; choose another file"
+                raise WeightsError(f"start.weights: {weights.file}: {problem}")
             matching[name] = given
         elif part := _added_part(name, may_be_new):
             new.add(part)
@@ -184,17 +203,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
             new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length
         else:
             raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
-    unused = _unused_parts(weights, own.keys(), training_only)  # before a tensor of the model changes
-    model.load_state_dict(matching, strict=False)
-    return StartReport(
-        file=weights.file,
-        sha256=weights.sha256,
-        network=weights.network,
-        loaded=len(matching),
-        new=tuple(sorted(new)),
-        unused=unused,
-        preprocess=weights.preprocess,
-    )
+    return matching, tuple(sorted(new))
 
 
 def _unused_parts(

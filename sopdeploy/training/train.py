@@ -158,29 +158,32 @@ def start_or_resume(
     if checkpoint is not None:
         recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(folder.last)).procedure
     opened = open_data(recipe.data, callback.on_warning)
-    recipe, data, reason = select_procedure(recipe, opened, recorded)
-    _check_data(recipe, opened, data, callback)
-    recipe.check_effect(given)
-    if isinstance(recipe.procedure, LoopConfig):
-        check_divisible(recipe, len(data.train), strategy.world)
+    selected = select_procedure(recipe, opened, recorded)
+    data = selected.data
+    uses_loop = isinstance(selected.recipe.procedure, LoopConfig)
+    _check_data(selected.recipe, opened, data, callback)
+    selected.recipe.check_effect(given)
+    if uses_loop:
+        check_divisible(selected.recipe, len(data.train), strategy.world)
     if checkpoint is None:
-        initial = create_initial_model(recipe, data.train.labels, strategy, weights)
+        initial = create_initial_model(selected.recipe, data.train.labels, strategy, weights)
         run = create_run(data.train, strategy, initial)
         folder.lock()
     else:
-        run = resume_run(recipe, data.train, strategy, checkpoint, folder.last)
+        run = resume_run(selected.recipe, data.train, strategy, checkpoint, folder.last)
     check_same_step(run, folder.path)
     _record_origin(run, data, folder, checkpoint, callback)
-    if checkpoint is not None:
-        folder.save_derived_files(run)  # only now are files written
-    elif run.start is not None:
-        callback.on_message(run.start.describe())
-    if reason:
-        callback.on_message(reason)
     side, next_epoch = run.recipe.preprocess.crop, run.position.epoch + 1
     resumed = ""
-    if checkpoint is not None and isinstance(recipe.procedure, LoopConfig) and next_epoch <= recipe.epochs:
-        resumed = f", resumed at epoch {next_epoch}"
+    if checkpoint is None:
+        if run.start is not None:
+            callback.on_message(run.start.describe())
+    else:
+        folder.save_derived_files(run)  # only now are files written
+        if uses_loop and next_epoch <= run.recipe.epochs:
+            resumed = f", resumed at epoch {next_epoch}"
+    if selected.reason:
+        callback.on_message(selected.reason)
     callback.on_message(
         f"{len(data.train)} training images, {len(data.held_out)} held out{resumed}; the network sees "
         f"{side} x {side} pixels"
@@ -211,10 +214,8 @@ def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig |
         can_be_few_shot = not torch.distributed.is_initialized() and _has_head(recipe)
         if can_be_few_shot and len(data.train) <= FEW_IMAGES:
             config = FewShotConfig()
-            reason = (
-                f"few-shot procedure: there are at most {FEW_IMAGES:,} images; procedure.kind=loop trains "
-                "all weights"
-            )
+            size = f"there are at most {FEW_IMAGES:,} images"
+            reason = f"few-shot procedure: {size}; procedure.kind=loop trains all weights"
     recipe = recipe.model_copy(update={"procedure": config})
     if isinstance(config, FewShotConfig):
         if torch.distributed.is_initialized():

@@ -83,13 +83,17 @@ class SpectralFunction(torch.autograd.Function):
 
 
 def _divided_differences(lambda_BC: Tensor, function: EigenvalueFunction) -> Tensor:
-    """Compute K (B, C, C), defined at the top of this file."""
+    """Compute K (B, C, C): the slope of f between each two of the ascending eigenvalues (B, C).
+
+    K_ij is (f(l_i) - f(l_j)) / (l_i - l_j), or the mean of f'(l_i) and f'(l_j) if l_i and l_j are too close.
+    """
     value_BC, slope_BC = function(lambda_BC)
     gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
     rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
     mean_slope_BCC = 0.5 * (slope_BC[:, :, None] + slope_BC[:, None, :])
     close_BCC = gap_BCC.abs() <= TOO_CLOSE * lambda_BC[:, -1:, None]  # the last one is the largest
-    return torch.where(close_BCC, mean_slope_BCC, rise_BCC / gap_BCC.masked_fill(close_BCC, 1.0))
+    divisor_BCC = gap_BCC.masked_fill(close_BCC, 1.0)  # 1 avoids a division by 0; its results are not used
+    return torch.where(close_BCC, mean_slope_BCC, rise_BCC / divisor_BCC)
 
 
 def spectral(a_BCC: Tensor, function: EigenvalueFunction) -> Tensor:

@@ -161,22 +161,19 @@ def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False)
     *frozen_backbone*, all epochs export the same network: nothing to select.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
-    metrics, count = best.metrics, best.metrics.count
-    selected_by: SelectedBy = "nothing" if len(history) == 1 or frozen_backbone else "same images"
-    if metrics.score_name == "mAP":
-        score: dict[str, Any] = {"map": metrics.score}
-    else:
-        accuracy = metrics.score
-        # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".
-        texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
-        are_complete = count > 1 and all(len(text) == count for text in texts)
-        if selected_by == "same images" and are_complete:
-            right_EN = np.array([list(text) for text in texts]) == "1"
-            accuracy, selected_by = corrected_score(right_EN), "other images"
-        score = {"top1": Rate.of(round(accuracy * count), count)}  # rounded if corrected
-    return LoopResult(
-        epoch=best.epoch, num_epochs=len(history), count=count, selected_by=selected_by, **score
-    )
+    count, score = best.metrics.count, best.metrics.score
+    is_selected = len(history) > 1 and not frozen_backbone
+    selected_by: SelectedBy = "same images" if is_selected else "nothing"
+    facts: dict[str, Any] = {"epoch": best.epoch, "num_epochs": len(history), "count": count}
+    if best.metrics.score_name == "mAP":
+        return LoopResult(**facts, selected_by=selected_by, map=score)
+    # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".
+    texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
+    are_complete = count > 1 and all(len(text) == count for text in texts)
+    if is_selected and are_complete:
+        corrected = corrected_score(np.array([list(text) for text in texts]) == "1")
+        return LoopResult(**facts, selected_by="other images", top1=Rate.of(round(corrected * count), count))
+    return LoopResult(**facts, selected_by=selected_by, top1=Rate.of(round(score * count), count))
 
 
 def corrected_score(right_EN: NDArray[np.bool_]) -> float:

@@ -108,23 +108,22 @@ class LoopRun(Run):
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def replace_model(self, name: str, model: Classifier) -> None:
-        """Replace the model by *model*, named *name*; parameters of equal names keep their optimizer state.
+        """Replace the old model by *model*, whose network is *name*.
 
-        Their averages are kept, too, so that *model* must not have tensors that the model before lacks.
+        A parameter takes over the optimizer state of the old one with its name, and a tensor the average.
+        With averages, *model* must not have tensors that the old model lacks.
         """
-        states = {}
-        if "optimizer" in self.__dict__:  # the cached property was used
-            states = {
-                key: self.optimizer.state[parameter]
-                for key, parameter in self.trained().named_parameters()  # of the model before
-                if parameter in self.optimizer.state
-            }
+        old_states = {}  # of the optimizer, by the name of the parameter
+        if "optimizer" in self.__dict__:  # the cached property has created one
+            for key, old_parameter in self.trained().named_parameters():
+                if old_parameter in self.optimizer.state:
+                    old_states[key] = self.optimizer.state[old_parameter]
             del self.optimizer  # the next access creates one for the new groups
         super().replace_model(name, model)
         self._prepare_training()
-        for key, parameter in self.trained().named_parameters():  # of the new model, which has the same names
-            if key in states:
-                self.optimizer.state[parameter] = states[key]
+        for key, parameter in self.trained().named_parameters():
+            if key in old_states:
+                self.optimizer.state[parameter] = old_states[key]
         if self.ema is not None:
             averages = self.ema.model.state_dict()
             self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
