@@ -332,11 +332,12 @@ def hold_out(
         class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
         class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])  # the images without a class
     held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
-    for members in class_members:  # image indices in random order; an image can have several classes
+    # An image of several classes is decided once, with the rarest of them, and counts for all of them.
+    for members in class_members:  # image indices in random order
         at_most = max(0, len(members) - 1)  # one image remains for training; a class may have no images here
         quota = min(max(1, round(fraction * len(members))), at_most)
-        missing = max(0, quota - held_out[members].sum())  # rarer classes may have held out some of these
-        undecided = members[~decided[members]]  # each rarer class has decided about all of its images
-        held_out[undecided[:missing]] = True
-        decided[members] = True  # those that are not held out are training images
+        missing = max(0, quota - held_out[members].sum())  # some may be held out already
+        undecided = members[~decided[members]]
+        held_out[undecided[:missing]] = True  # the others are training images
+        decided[members] = True
     return held_out

@@ -50,7 +50,8 @@ def score_checkpoint(
     """
     checkpoint = read_checkpoint(path)
     is_multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
-    # The metrics of one class per image need sorted classes. Thresholds of several are in output order.
+    # With several classes per image, targets have a column for each output, like the thresholds. Otherwise
+    # they are indices of the sorted classes, to which `make_predictions` converts the outputs.
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
     if accepts is not None and not is_multi_label and len(images) < MIN_IMAGES:

@@ -245,7 +245,7 @@ def _show(
 
 def _describe_run(run: Run, best: Checkpoint) -> Iterator[Section]:
     """List the recipe and the environment of the run."""
-    hidden = "summary", "model.config."  # no value of the run, and a part of the network's config below
+    hidden = "summary", "model.config."  # the whole config of the network is listed as `network.`
     recipe = [
         (key, value)
         for key, value in flatten(run.recipe.model_dump(mode="json"))

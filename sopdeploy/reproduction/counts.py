@@ -54,8 +54,8 @@ def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> d
 def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
     """Count the network that *recipe* trains; return each count, by name, beside the printed figure.
 
-    For a column of *table* that the row lacks, both are from `published.toml`, if it has them: the figure
-    that the paper prints for this network in any table, and our count by the convention of the paper.
+    If the row has no figure in a column of *table*, both come from `published.toml` where that has them: the
+    figure that the paper prints for this network elsewhere, and our count by the convention of the paper.
     """
     model, side, num_classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
     described = describe(model.name, image_size=side, num_classes=num_classes, **model.config)
@@ -69,11 +69,10 @@ def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> 
     figures = {}
     for column, (name, _) in COUNTS.items():
         figures[name] = RowFigure(printed.counts.get(column), counts[column])
-        if column not in table.columns or column in printed.counts:
-            continue  # the row lacks no figure
-        if known := _find_published(described, column, table):
+        lacks_figure = column in table.columns and column not in printed.counts
+        if lacks_figure and (known := _find_published(described, column, table)):
             scale = 1000 if column == "dim" else 1  # `published.toml` has the vector's length in thousands
-            unit = "x" if known.unit == "x" else ""
+            unit = "x" if known.unit == "x" else ""  # others, such as "M", are those of the column
             figures[name] = RowFigure(known.printed * scale, known.ours * scale, known.note, unit)
     return figures
 

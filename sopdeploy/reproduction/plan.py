@@ -186,10 +186,10 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
         return
     if options.data is not None:
         row.overrides += (f"data.path={format_toml(str(options.data))}",)
-    pretrained = row.printed.pretrained
-    weights = None if pretrained is None else options.out / pretrained / "seed-0/best.pt"
-    if weights is not None and weights.is_file():  # else from random weights: that table need not have run
-        row.overrides += (f"start.weights={format_toml(str(weights))}",)
+    if row.printed.pretrained is not None:
+        weights = options.out / row.printed.pretrained / "seed-0/best.pt"  # the result of another table's row
+        if weights.is_file():  # otherwise the row starts from random weights
+            row.overrides += (f"start.weights={format_toml(str(weights))}",)
     row.overrides += options.set
     row.recipe = read_recipe(row.source, row.overrides)
     row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])

@@ -313,14 +313,14 @@ def ranges(call: Call) -> Place:
 def gathers(call: Call) -> Place:
     """Select along another axis than the batch, from a constant table, or the row of the own image."""
     data, indices, axis = call.x, call[1], call.axis(0)
-    place_of_indices = indices.shifted(axis)  # data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7)
     if data.axis == axis:  # data (batch, 7), indices (batch,): image i must take row i
         _require(indices.image_numbers == "all" and data.shapes[0][axis] == _BATCHES[0])
-        return place_of_indices
-    # One of them is constant. A number of an image would select a row by the position in the batch.
-    _require(_NO_BATCH in (data.place, indices.place) and not indices.image_numbers)
-    is_behind = data.axis is not None and data.axis > axis  # and moves: the axes of indices replace *axis*
-    return agree(data.shifted(indices.rank - 1 if is_behind else 0), place_of_indices)
+        return indices.shifted(axis)
+    _require(not indices.image_numbers)  # they would select a row by the position in the batch
+    if data.place == _NO_BATCH:  # data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7)
+        return indices.shifted(axis)
+    _require(indices.place == _NO_BATCH)  # data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
+    return data.shifted(indices.rank - 1 if data.axis is not None and data.axis > axis else 0)
 
 
 def gathers_nd(call: Call) -> Place:

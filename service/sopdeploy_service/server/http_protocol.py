@@ -366,7 +366,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _reject(self, reason: HttpError) -> None:
-        """Respond with *reason*, or complete a response that has begun or is to an earlier request; close."""
+        """Respond with *reason*, or let a response that has begun or is to an earlier request end; close."""
         if self.transport.is_closing():
             return
         if reason is SLOW_HEADERS and not self._in_headers:  # no request was started

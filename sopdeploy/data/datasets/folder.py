@@ -170,12 +170,12 @@ def list_classes(root: Path) -> ClassListing:
     groups: list[bytes] = []  # for each image of `all_paths`
     nested: set[str] = set()
     for paths in class_paths:
-        # The place of `cat/x/1.jpg` and `cat/x/y/2.jpg` is the folder `cat/x`, that of `cat/3.jpg` this file.
-        places = [b"/".join(path.split(b"/")[:2]) for path in paths]
-        is_one_place = len(set(places)) == 1  # then each image is a group of its own
-        groups += paths if is_one_place else places
-        folders = set(places) - set(paths)  # the places that are not the file itself
-        nested.update(map(os.fsdecode, folders))
+        # For each image the entry of the class folder that it is in, or is itself: the folder `cat/x` of
+        # `cat/x/1.jpg` and of `cat/x/y/2.jpg`, the file `cat/3.jpg`.
+        entries = [b"/".join(path.split(b"/")[:2]) for path in paths]
+        nested.update(map(os.fsdecode, set(entries) - set(paths)))  # the folders among the entries
+        has_one_entry = len(set(entries)) == 1  # it says nothing: each image is then a group of its own
+        groups += paths if has_one_entry else entries
     no_two_together = len(set(groups)) == len(groups)
     known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
     images = ImageFiles(root, tuple(found), np.asarray(all_paths, dtype=np.bytes_), targets, known_groups)
