@@ -8,6 +8,7 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pydantic
 import torch
 from torch import Tensor
@@ -80,7 +81,8 @@ class Run:
     """A run in progress: what every procedure has, and what checkpoints contain of it.
 
     `name` is the catalog name of `model`. A procedure that has ended sets its `result` and `decision`, and in
-    `state` the tensors that `last.pt` contains for it. `image_hashes` and `origin` are those of a checkpoint.
+    `state` the tensors that `last.pt` contains for it. `file_hashes` (N,) are those of the training images in
+    their order, or empty if unknown; `origin` is that of a checkpoint.
     """
 
     recipe: Recipe
@@ -95,11 +97,16 @@ class Run:
     result: AnyProcedureResult | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     decision: Decision | None = None
-    image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    file_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
         self.replace_model(self.name, self.model)
+
+    @property
+    def image_hashes(self) -> Tensor:
+        """The different `file_hashes`, sorted, as a checkpoint contains them."""
+        return torch.from_numpy(np.unique(self.file_hashes.numpy()))
 
     @property
     def exported(self) -> Classifier:

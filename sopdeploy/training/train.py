@@ -10,7 +10,6 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import pydantic
 import torch
 
@@ -265,7 +264,7 @@ def _record_origin(
     """
     if run.strategy.rank == 0 and len(data.train) <= MAX_HASHED:
         hashes = hash_images(data.train)
-        run.image_hashes = torch.from_numpy(np.unique(hashes))
+        run.file_hashes = torch.from_numpy(hashes)
         if warning := describe_contradictions(data.train, hashes):
             callback.on_warning(warning)
     before = None if checkpoint is None else checkpoint.origin
@@ -277,7 +276,7 @@ def _record_origin(
         data=run.recipe.data.kind if data_path is None else folder_name(data_path),
         num_images=len(data.train) + len(data.held_out),
         num_classes=len(run.labels),
-        sample=run.image_hashes[:SAMPLED].tolist(),  # the lowest: `np.unique` sorts
+        sample=run.image_hashes[:SAMPLED].tolist(),  # the lowest, as they are sorted
     )
 
 

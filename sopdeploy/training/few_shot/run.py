@@ -20,7 +20,6 @@ from sopdeploy.data.base import (
     PreprocessedDataset,
     Split,
     derive_seed,
-    hash_images,
     unreadable_images_error,
 )
 from sopdeploy.data.near import connect
@@ -153,7 +152,7 @@ def fit_classifier(
         label_logits_NK = problem.doubt_labels(logits_NK, folds_N, strength)
         run.state["label_logits"] = torch.from_numpy(label_logits_NK)
         run.state["targets"] = torch.from_numpy(images.targets)
-        run.state["file_hashes"] = torch.from_numpy(hash_images(images))
+        run.state["file_hashes"] = run.file_hashes
     return result
 
 
