@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
-ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"  # for other weight files
+WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
 
 
@@ -207,7 +207,7 @@ def read_pytorch(path: Path) -> tuple[Any, str]:
             raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints
-            return load_plain(path, raw, ADVICE), digest
+            return load_plain(path, raw, WEIGHTS_ADVICE), digest
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
 

@@ -103,15 +103,15 @@ def choose_config(
     for key, detected in converted.detected.items():
         if key in IDENTITY and asked.get(key) != detected:
             raise _misfit(file, converted, model, f"{key} is {asked.get(key)}, not {detected}")
-    # Then the settings must agree with the file, and contain what cannot be read from it.
+    # Then the settings must contain what cannot be read from the file, and agree with it.
+    for key, reason in converted.undetermined.items():
+        if key not in settings:
+            raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")
     for key, detected in converted.detected.items():
         if key in settings and settings[key] != detected:
             raise ConfigError(
                 f"--option {key}={settings[key]}: {file.path} holds {detected}; leave the setting out"
             )
-    for key, reason in converted.undetermined.items():
-        if key not in settings:
-            raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")
     values = {**converted.defaults, **settings, **converted.detected}
     return make_config(model, _set_values(defaults, values))
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from sopdeploy.checkpoint import (
-    ADVICE,
     CHECKPOINT_FORMAT,
+    WEIGHTS_ADVICE,
     Checkpoint,
     check_tensors,
     is_state_dict,
@@ -60,4 +60,5 @@ def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
         for state in states:
             if is_state_dict(state):
                 return state
-    raise WeightsError(f"{path}: holds no table of tensors, by itself or as `state_dict`; {ADVICE}")
+    problem = "holds no table of tensors, by itself or as `state_dict`"
+    raise WeightsError(f"{path}: {problem}; {WEIGHTS_ADVICE}")

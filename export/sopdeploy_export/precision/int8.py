@@ -199,7 +199,6 @@ class Int8Quantizer:
     def _correct_biases(self, quantized: onnx.ModelProto) -> None:
         """Correct the biases of *quantized*, in place, by the mean error that rounded weights cause."""
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
-        arrays = {name: numpy_helper.to_array(tensor) for name, tensor in tensors.items()}
         # A dequantized tensor is codes * scale. Map its name to the names of both.
         dequantizers = [node for node in quantized.graph.node if node.op_type == "DequantizeLinear"]
         codes_and_scale = {node.output[0]: node.input[:2] for node in dequantizers}
@@ -207,21 +206,21 @@ class Int8Quantizer:
         errors = {}  # of the weights (C, ...) for C output channels, by the name of the convolution
         for convolution, weight in self._constant_weights().items():
             _, weight_name, _ = inputs[convolution]
-            codes, scale = (arrays[name] for name in codes_and_scale[weight_name])
+            codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
             scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # (C, 1, ...); zero points are 0
             errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)
         # A convolution is linear: with the weight errors as weights, it computes the missing output.
         for convolution, missing in self._mean_outputs(errors).items():  # (C,)
             _, _, bias = inputs[convolution]
             if bias in codes_and_scale:  # int32 codes (C,), in the form for CPUs
-                stored, scale_name = codes_and_scale[bias]
-                steps = np.rint(missing / arrays[scale_name].astype(np.float64))
+                stored, scale = (tensors[name] for name in codes_and_scale[bias])
+                steps = np.rint(missing / numpy_helper.to_array(scale).astype(np.float64))
                 low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
-                corrected = np.clip(arrays[stored] + steps, low, high).astype(np.int32)
+                corrected = np.clip(numpy_helper.to_array(stored) + steps, low, high).astype(np.int32)
             else:  # float32 (C,), in the form for TensorRT
-                stored = bias
-                corrected = (arrays[stored] + missing).astype(np.float32)
-            tensors[stored].CopyFrom(numpy_helper.from_array(corrected, stored))
+                stored = tensors[bias]
+                corrected = (numpy_helper.to_array(stored) + missing).astype(np.float32)
+            stored.CopyFrom(numpy_helper.from_array(corrected, stored.name))
 
     def _constant_weights(self) -> dict[str, NDArray[np.float32]]:
         """Return the float32 weights of the chosen convolutions whose bias can be corrected, by name."""

@@ -215,7 +215,7 @@ def capture_given(
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    certify_compares = is_exact and not options.with_features  # it needs programs with all outputs
+    certify_compares = is_exact and not options.with_features  # which change the programs that it compares
     if certify_compares:
         return graph.capture(given, preprocess, options.batch)
     captured = graph.capture(copied, preprocess, options.batch)

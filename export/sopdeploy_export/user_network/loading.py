@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import ADVICE, check_tensors, is_state_dict, read_pytorch
+from sopdeploy.checkpoint import WEIGHTS_ADVICE, check_tensors, is_state_dict, read_pytorch
 from sopdeploy.errors import ConfigError, WeightsError, first_line
 from sopdeploy.training.recipe_files import parse_override
 
@@ -97,7 +97,7 @@ def _choose_table(path: Path, content: Any, table: str | None) -> tuple[str, Map
         tables = {str(key): value for key, value in content.items() if is_state_dict(value)}
     names = ", ".join(tables)
     if not tables:
-        raise WeightsError(f"{path}: holds no table of tensors; {ADVICE}")
+        raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
     if table is None and len(tables) > 1:
         remedies = {"weights_key": None}  # without a value to try: the user has to choose
         raise WeightsError(f"{path}: holds several tables of tensors ({names})", remedies=remedies)

@@ -176,10 +176,10 @@ def request_id(headers: Mapping[str, str]) -> str:
 def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: bool = False) -> bool:
     """Tell whether a browser sent a request with *headers* for a page of another host.
 
-    Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` tell whose page it
-    is. They seem to be right if its host was made to resolve to this machine (DNS rebinding), but then `Host`
-    is the name of that host: none of *names* and no IP address. With *is_link*, a link on another page may
-    lead here; a browser sends no `Origin` for it.
+    Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` reveal a page of
+    another host. If that host was made to resolve to this machine (DNS rebinding), they do not, but `Host` is
+    then its name: none of *names* and no IP address. With *is_link*, a link on another page may lead here; a
+    browser sends no `Origin` for it.
     """
     host = headers.get("host", "localhost")
     is_own_origin = headers.get("origin") in {None, f"http://{host}"}

@@ -104,7 +104,7 @@ class LabelFolders:
         if name is None:
             folder = self.unknown
         else:
-            near_hash = int(photo.record.near_hash, 16)  # in `_sampled` if the photograph is of the sample
+            near_hash = int(photo.record.near_hash, 16)  # in `_sampled` for a photograph of the sample
             is_held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
             parent = self.held_out if is_held_out else self.photos
             folder = parent / check_class_name(name, self.classes(), self._folders())

@@ -170,8 +170,8 @@ def list_classes(root: Path) -> ClassListing:
     groups: list[bytes] = []  # for each image of `all_paths`
     nested: set[str] = set()
     for paths in class_paths:
-        # For each image the entry of the class folder that it is in, or is itself: the folder `cat/x` of
-        # `cat/x/1.jpg` and of `cat/x/y/2.jpg`, the file `cat/3.jpg`.
+        # The entry of the class folder that holds each image: the folder `cat/x` for `cat/x/1.jpg` and for
+        # `cat/x/y/2.jpg`, the file itself for `cat/3.jpg`.
         entries = [b"/".join(path.split(b"/")[:2]) for path in paths]
         nested.update(map(os.fsdecode, set(entries) - set(paths)))  # the folders among the entries
         has_one_entry = len(set(entries)) == 1  # it says nothing: each image is then a group of its own
