@@ -67,7 +67,9 @@ def choose_network(
     data, strategy = open_data(shared.data), Strategy(select_device(shared.device))
     if shared.threads:
         torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
-    recipes = {name: select_procedure(recipe, data).recipe for name, (recipe, _, _) in configured.items()}
+    recipes = {
+        name: select_procedure(recipe, len(data.train)).recipe for name, (recipe, _, _) in configured.items()
+    }
     for name, recipe in recipes.items():
         if not isinstance(recipe.procedure, FewShotConfig):
             reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"

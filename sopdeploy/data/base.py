@@ -257,7 +257,7 @@ class Split:
     """Training and held-out images with the same labels.
 
     `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
-    holds out some of the training images (`near.hold_out_images`).
+    holds out some of the training images (`held_out.choose_held_out`).
     """
 
     train: LabeledImages

@@ -1,6 +1,5 @@
 """`sopdeploy data check`: the content and the problems of a folder of images."""
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from sopdeploy.data.base import ImageFiles, image_errors, map_threaded
 from sopdeploy.data.datasets.folder import open_parts, single_images
 from sopdeploy.data.datasets.label_table import SEPARATOR
 from sopdeploy.data.folders import data_folder
-from sopdeploy.data.near import Groups, group_by_signatures, signature
+from sopdeploy.data.near import Groups, group_by_signatures, hash_pixels, signature
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import to_rgb
@@ -96,7 +95,7 @@ class _FileInfo:
     error: str = ""
     format: str = ""
     size: tuple[int, int] = (0, 0)
-    pixel_hash: bytes = b""
+    pixel_hash: str = ""
     signature: NDArray[np.float32] | None = None
 
 
@@ -168,7 +167,7 @@ def _inspect_file(images: ImageFiles, part: str, by_edges: bool, index: int) -> 
         length=len(data),
         format=image_format,
         size=pixels.size,
-        pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
+        pixel_hash=hash_pixels(pixels),
         signature=signature(pixels) if by_edges else None,
     )
 
@@ -185,8 +184,8 @@ def _find_near(
     if group_by_features is not None:
         groups = group_by_features(images)
     else:
-        signatures = np.asarray([info.signature for info in infos], np.float32)  # all files have one then
-        groups = group_by_signatures(images, signatures)
+        signatures = [info.signature for info in infos if info.signature is not None]  # all have one then
+        groups = group_by_signatures(images, [info.pixel_hash for info in infos], signatures)
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist()):
         if len({hashes[file] for file in group.files}) > 1:

@@ -15,8 +15,8 @@ Letters: N images, M copies, V views, D components of a vector.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from hashlib import blake2b
 from io import BytesIO
 from typing import Any, ClassVar
 from zlib import crc32
@@ -25,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from sopdeploy.data.base import LabeledImages, Split, hold_out, map_threaded
-from sopdeploy.errors import DataError
+from sopdeploy.data.base import LabeledImages, map_threaded
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
@@ -39,8 +38,9 @@ MISSED = 0.2  # share of the copies that may have a lower cosine
 DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
-MAX_SIGNATURES = 20_000  # more images are split without a search for near-duplicates
+MAX_SIGNATURES = 20_000  # among more images, only equal files are found
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
+DECIMALS = 4  # of a signature; float32 differs between processors from the seventh decimal on
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +92,21 @@ class Copies(LabeledImages):
 
 
 def find_pairs(
-    views: Sequence[NDArray[np.float32]], copies: _Parts, originals: NDArray[np.intp], targets: NDArray[Any]
+    views: Sequence[NDArray[np.float32]],
+    copies: _Parts,
+    originals: NDArray[np.intp],
+    targets: NDArray[Any],
+    hashes: Sequence[str],
 ) -> NDArray[np.intp]:
     """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C), in any order.
 
     An image may pair with itself. *views* has an array (N, V, D) for each part of the vectors: V views of an
     image, the whole one first. *copies* has (M, D) for each part, of copies of the images *originals* (M,).
+    Images with equal *hashes* (N,) are exact copies, which `connect` groups by the hashes.
     """
     count, num_views = len(targets), views[0].shape[1]
     class_N = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)  # equal rows are one class
+    photograph_N = np.unique(hashes, return_inverse=True)[1]  # equal for exact copies
     parts_by_view = [[part[:, view] for part in views] for view in range(num_views)]  # lists of (N, D)
     whole_parts = parts_by_view[0]
     # The whitening is fitted to the whole images and their copies together: (N + M, D) for each part.
@@ -114,11 +120,16 @@ def find_pairs(
 
     step = -(-count // MAX_COMPARED)  # rounded up
     compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
-    reached_by_different = _bound_of_different(largest_cosines(compared, whole_ND), compared, class_N)
+    cosines = largest_cosines(compared, whole_ND)
+    reached_by_different = _bound_of_different(cosines, compared, class_N, photograph_N)
     cosine_of_copy_M = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     reached_by_copies = float(np.quantile(cosine_of_copy_M, MISSED))
     # Usually halfway between both; if copies reach less than different images, what the latter reach.
     threshold = max(reached_by_different, (reached_by_different + reached_by_copies) / 2)
+    # The largest rounding error of a cosine. Cosines that are equal but for it are on one side: those of
+    # identical images above the threshold, those of different images that determine it below.
+    rounding = float(np.finfo(np.float32).eps) * whole_ND.shape[1]
+    threshold = min(threshold + rounding, 1 - rounding)
     pairs = []
     for start in range(0, count, _BLOCK):  # to save memory
         block = np.arange(start, min(start + _BLOCK, count))
@@ -128,18 +139,22 @@ def find_pairs(
 
 
 def _bound_of_different(
-    cosines: NDArray[np.float32], compared: NDArray[np.intp], class_N: NDArray[np.intp]
+    cosines: NDArray[np.float32],
+    compared: NDArray[np.intp],
+    class_N: NDArray[np.intp],
+    photograph_N: NDArray[np.intp],
 ) -> float:
     """Estimate which cosine different images reach; *cosines* (K, N) are of the images *compared* with all.
 
-    Both the cosines of two images of a class, and the largest cosine of each image with other classes, give a
-    bound: `DEVIATIONS` standard deviations above their median. The higher one is returned. The upper quartile
-    estimates the deviation, because a few copies or wrong labels do not change it.
+    Images with equal *photograph_N* are exact copies, whose cosines do not count. Both the cosines of two
+    images of a class, and the largest cosine of each image with other classes, give a bound: `DEVIATIONS`
+    standard deviations above their median. The higher one is returned. The upper quartile estimates the
+    deviation, because a few copies or wrong labels do not change it.
     """
     same_class_KN = class_N[compared, None] == class_N
-    same_image_KN = compared[:, None] == np.arange(len(class_N))
-    largest_with_others_K = np.where(same_class_KN, -1.0, cosines).max(axis=1)
-    in_class = cosines[same_class_KN & ~same_image_KN]  # one-dimensional
+    same_photograph_KN = photograph_N[compared, None] == photograph_N
+    largest_with_others_K = np.where(same_class_KN | same_photograph_KN, -1.0, cosines).max(axis=1)
+    in_class = cosines[same_class_KN & ~same_photograph_KN]  # one-dimensional
     bound = -1.0  # the smallest cosine
     for values in (largest_with_others_K, in_class):
         if len(values):  # there are no pairs in a class if each class has one image
@@ -236,45 +251,34 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
         bins = first_bin + (lower_bin + shift) % DIRECTIONS  # after the last direction comes the first one
         histogram += np.bincount(bins.ravel(), (strength * share).ravel(), minlength=len(histogram))
     root = np.sqrt(histogram)  # a few strong edges then do not determine the cosine
-    return (root / max(float(np.linalg.norm(root)), 1e-12)).astype(np.float32)
+    return (root / max(float(np.linalg.norm(root)), 1e-12)).round(DECIMALS).astype(np.float32)
 
 
-def group_by_signatures(images: LabeledImages, signatures: NDArray[np.float32]) -> Groups:
-    """Group *images* by their *signatures* (N, 512) and by the groups that are known."""
+def hash_pixels(image: Image.Image) -> str:
+    """Hash the upright RGB pixels of *image*: equal for files that show the same pixels."""
+    pixels = to_rgb(image, _RULES)
+    return blake2b(f"{pixels.size} ".encode() + pixels.tobytes(), digest_size=16).hexdigest()
+
+
+def group_by_signatures(
+    images: LabeledImages, hashes: Sequence[str], signatures: Sequence[NDArray[np.float32]]
+) -> Groups:
+    """Group *images* by the *hashes* of their pixels, their *signatures*, and the groups that are known."""
     identities = [images.identity(index) for index in range(len(images))]
     copies = Copies.of(images, identities, crops=(0.95,))  # signatures miss most smaller crops
     copied_images = (copies[index][0] for index in range(len(copies)))  # without their targets
     of_copies = np.stack([signature(image) for image in copied_images])  # (M, 512)
-    views = signatures[:, None]  # (N, 1, 512): the whole image is the only view
-    pairs = find_pairs([views], [of_copies], copies.originals, images.targets)  # one part per vector
-    return connect(len(images), pairs, images.groups)
+    views = np.stack(signatures)[:, None]  # (N, 1, 512): the whole image is the only view
+    pairs = find_pairs([views], [of_copies], copies.originals, images.targets, hashes)  # one part per vector
+    return connect(len(images), pairs, hashes, images.groups)
 
 
-def hold_out_images(split: Split, fraction: float, seed: int) -> Split:
-    """Hold out *fraction* of the images of every class if *split* has no held-out images.
+def group_by_appearance(images: LabeledImages) -> Groups:
+    """Group *images* by their pixels, as `group_by_signatures`; raises `DataError` for an unreadable one."""
 
-    *seed* and the identities of the images determine which. Images of one group are on one side, as are
-    near-duplicates, unless there are too many images or one cannot be read. A class that is one group has no
-    held-out image.
-    """
-    if len(split.held_out):
-        return split
-    images = split.train
-    if len(images) <= MAX_SIGNATURES:
-        with suppress(DataError):  # an unreadable image: the run finds and names all of them later
-            signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
-            groups = group_by_signatures(images, signatures)  # these contain the groups that are known
-            if groups.max() + 1 < len(images):  # fewer groups than images: at least two belong together
-                images = images.replaced(groups=groups)
-    mask = _hold_out_groups(images, fraction, seed)
-    return replace(split, train=images.select(~mask), held_out=images.select(mask))
+    def describe(index: int) -> tuple[str, NDArray[np.float32]]:
+        image = images[index][0]
+        return hash_pixels(image), signature(image)
 
-
-def _hold_out_groups(images: LabeledImages, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Select *fraction* of the groups of every class by *seed*; returns a mask (N,)."""
-    groups = np.arange(len(images)) if images.groups is None else images.groups
-    # Of G groups, the first image stands for the others; N is the number of images.
-    _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)
-    keys_G = [images.identity(index) for index in first_G.tolist()]
-    held_out_G: NDArray[np.bool_] = hold_out(keys_G, images.targets[first_G], fraction, seed)
-    return held_out_G[group_N]
+    hashes, signatures = zip(*map_threaded(describe, len(images)), strict=True)
+    return group_by_signatures(images, hashes, signatures)

@@ -12,7 +12,6 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.training.recipe import validate_recipe
-from sopdeploy.training.train import select_procedure
 
 # A label is listed if another class is so many times as probable, both relative to the average probability of
 # the class for its own images. Labels that are contradicted less are mostly right
@@ -46,13 +45,13 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     recipe = validate_recipe(last.training.get("recipe", {}), str(path))
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
-    images = select_procedure(recipe, open_data(recipe.data)).data.train  # none that the run held out
     state = (last.resume or {}).get("procedure", {})
     if "label_logits" not in state:
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
         )
+    images = open_data(recipe.data).train  # the few-shot procedure holds none of them out
     has_same_files = np.array_equal(hash_images(images), state["file_hashes"])  # in the same order
     has_same_labels = np.array_equal(images.targets, state["targets"]) and images.labels == last.labels
     if not (has_same_files and has_same_labels):

@@ -6,7 +6,6 @@ from typing import Any
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
-from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import AllHeads, HeldOutMetrics, held_out_metrics, score_images
 from sopdeploy.evaluation.statistics import student, wilson
 from sopdeploy.models.base import Classifier
@@ -14,7 +13,7 @@ from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position
-from sopdeploy.training.train import TrainingResult, select_procedure
+from sopdeploy.training.train import TrainingResult, open_held_out
 
 
 class SeedResult(StrictModel):
@@ -67,7 +66,7 @@ def _measure_heads(model: Classifier, checkpoint: Checkpoint, recipe: Recipe) ->
     """Evaluate all heads of *model* on all held-out images, of one class each; empty for a single head."""
     if len(model.loss_weights()) < 2:
         return {}
-    images = select_procedure(recipe, open_data(recipe.data)).data.held_out
+    images = open_held_out(recipe, checkpoint)
     network = AllHeads(model.to(select_device(recipe.device)))
     logits = network.split(score_images(network, checkpoint.preprocess, images, workers=recipe.workers))
     return {name: held_out_metrics(images.labels, row, images.targets) for name, row in logits.items()}

@@ -82,7 +82,8 @@ class Run:
 
     `name` is the catalog name of `model`. A procedure that has ended sets its `result` and `decision`, and in
     `state` the tensors that `last.pt` contains for it. `file_hashes` (N,) are those of the training images in
-    their order, or empty if unknown; `origin` is that of a checkpoint.
+    their order, or empty if unknown; `held_out` is the `Record` of the images that the run holds out, empty
+    if it holds none out or their files are not hashed. `origin` is that of a checkpoint.
     """
 
     recipe: Recipe
@@ -98,6 +99,7 @@ class Run:
     state: dict[str, Tensor] = field(default_factory=dict)
     decision: Decision | None = None
     file_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    held_out: Tensor = field(default_factory=lambda: torch.zeros((0, 2), dtype=torch.int64))
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +127,7 @@ class Run:
         return {
             "position": self.position.model_dump(mode="json"),
             "train_count": self.train_count,
+            "held_out": self.held_out,
             "weights": self.model.state_dict(),
             "procedure": self.state,
         }

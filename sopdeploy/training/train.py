@@ -10,14 +10,22 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pydantic
 import torch
+from torch import Tensor
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.data.base import LabeledImages, Split, describe_contradictions, hash_images
 from sopdeploy.data.datasets.folder import open_any_images
-from sopdeploy.data.near import hold_out_images
+from sopdeploy.data.held_out import (
+    NONE,
+    choose_held_out,
+    divide,
+    record_choice,
+    recorded_choice,
+)
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError, DataError, shorten
@@ -157,10 +165,11 @@ def start_or_resume(
     if checkpoint is not None:
         recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(folder.last)).procedure
     opened = open_data(recipe.data, callback.on_warning)
-    selected = select_procedure(recipe, opened, recorded)
-    data = selected.data
+    selected = select_procedure(recipe, len(opened.train), recorded)
+    division = divide_images(selected.recipe, opened, checkpoint, strategy)
+    data = division.data
     uses_loop = isinstance(selected.recipe.procedure, LoopConfig)
-    _check_data(selected.recipe, opened, data, callback)
+    _check_data(selected.recipe, opened, division, callback)
     selected.recipe.check_effect(given)
     if uses_loop:
         check_divisible(selected.recipe, len(data.train), strategy.world)
@@ -171,7 +180,8 @@ def start_or_resume(
     else:
         run = resume_run(selected.recipe, data.train, strategy, checkpoint, folder.last)
     check_same_step(run, folder.path)
-    _record_origin(run, data, folder, checkpoint, callback)
+    run.file_hashes, run.held_out = division.file_hashes, division.held_out
+    _record_origin(run, data, folder, checkpoint)
     side, next_epoch = run.recipe.preprocess.crop, run.position.epoch + 1
     resumed = ""
     if checkpoint is None:
@@ -191,38 +201,79 @@ def start_or_resume(
 
 
 class Selection(NamedTuple):
-    """The recipe with the config of the selected procedure, its images, and why "auto" took few_shot."""
+    """The recipe with the config of the selected procedure, and why "auto" took few_shot."""
 
     recipe: Recipe
-    data: Split
     reason: str = ""
 
 
-def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig | None = None) -> Selection:
-    """Select the procedure of *recipe*, and hold out images of *data* if it needs them.
+def select_procedure(
+    recipe: Recipe, num_images: int, recorded: AnyProcedureConfig | None = None
+) -> Selection:
+    """Select the procedure of *recipe* for *num_images* training images.
 
     "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot` for up to
     `FEW_IMAGES` training images if the network has a head for it and torchrun did not start the run, and else
-    the training loop. Cross-validation replaces a hold-out, so `few_shot` gets all images. Raises
-    `ConfigError` if `few_shot` has no head for the network.
+    the training loop. Raises `ConfigError` if `few_shot` has no head for the network.
     """
     config = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure
     reason = ""
     if config is None:  # "auto" in a new run
         config = LoopConfig()
         can_be_few_shot = not torch.distributed.is_initialized() and _has_head(recipe)
-        if can_be_few_shot and len(data.train) <= FEW_IMAGES:
+        if can_be_few_shot and num_images <= FEW_IMAGES:
             config = FewShotConfig()
             size = f"there are at most {FEW_IMAGES:,} images"
             reason = f"few-shot procedure: {size}; procedure.kind=loop trains all weights"
-    recipe = recipe.model_copy(update={"procedure": config})
     if isinstance(config, FewShotConfig):
         if torch.distributed.is_initialized():
             raise ConfigError("procedure few_shot: needs one process; start it without torchrun")
         entry(head_name(recipe.model.name))  # raises the error if there is no head
-    elif isinstance(recipe.data, HoldOut):
-        data = hold_out_images(data, recipe.data.hold_out, recipe.data.hold_out_seed)
-    return Selection(recipe, data, reason)
+    return Selection(recipe.model_copy(update={"procedure": config}), reason)
+
+
+class Division(NamedTuple):
+    """The images of a run, and the tensors of `Run` about their files."""
+
+    data: Split
+    file_hashes: Tensor
+    held_out: Tensor
+
+
+def divide_images(
+    recipe: Recipe, opened: Split, checkpoint: Checkpoint | None, strategy: Strategy
+) -> Division:
+    """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
+
+    A new run chooses them; the run of *checkpoint* has recorded its choice. The first process decides for
+    all. It alone hashes the files, up to `MAX_HASHED`.
+    """
+    images, is_first = opened.train, strategy.rank == 0
+    hashes = np.zeros(0, np.int64)
+    if is_first and len(images) <= MAX_HASHED:
+        hashes = hash_images(images)
+    config, record = recipe.data, np.zeros((0, 2), np.int64)
+    is_cross_validated = isinstance(recipe.procedure, FewShotConfig)
+    if is_cross_validated or not isinstance(config, HoldOut) or len(opened.held_out):
+        return Division(opened, torch.from_numpy(hashes), torch.from_numpy(record))
+    choice = np.zeros(len(images), np.int64)
+    if is_first:
+        recorded = None if checkpoint is None else (checkpoint.resume or {}).get("held_out")
+        if recorded is not None and len(recorded) and len(hashes):
+            choice = recorded_choice(recorded.numpy(), hashes)
+        else:
+            choice = choose_held_out(images, hashes, config.hold_out, config.hold_out_seed)
+        record = record_choice(choice, hashes)
+    choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()  # the others add zeros
+    of_training_files = hashes[choice == NONE] if len(hashes) else hashes
+    return Division(divide(opened, choice), torch.from_numpy(of_training_files), torch.from_numpy(record))
+
+
+def open_held_out(recipe: Recipe, checkpoint: Checkpoint) -> LabeledImages:
+    """Open the images that the run of *recipe*, whose `last.pt` is *checkpoint*, held out."""
+    opened = open_data(recipe.data)
+    selected = select_procedure(recipe, len(opened.train)).recipe
+    return divide_images(selected, opened, checkpoint, Strategy(torch.device("cpu"))).data.held_out
 
 
 def _has_head(recipe: Recipe) -> bool:
@@ -234,12 +285,16 @@ def _has_head(recipe: Recipe) -> bool:
     return True
 
 
-def _check_data(recipe: Recipe, opened: Split, data: Split, callback: Callback) -> None:
+def _check_data(recipe: Recipe, opened: Split, division: Division, callback: Callback) -> None:
     """Check the images before the training.
 
-    Warns of the classes of which no image could be held out, if *data* has images held out of *opened*.
-    Raises `ConfigError` or `DataError` if `rejection.unknown` could not be used after the training.
+    Warns of the classes of which no image could be held out, if *division* has images held out of *opened*,
+    and of equal files with different labels. Raises `ConfigError` or `DataError` if `rejection.unknown` could
+    not be used after the training.
     """
+    data, file_hashes = division.data, division.file_hashes.numpy()
+    if len(file_hashes) and (warning := describe_contradictions(data.train, file_hashes)):
+        callback.on_warning(warning)
     were_held_out_here = len(data.held_out) and not len(opened.held_out)
     if were_held_out_here:
         counts = data.held_out.class_counts().tolist()
@@ -254,19 +309,11 @@ def _check_data(recipe: Recipe, opened: Split, data: Split, callback: Callback) 
         open_any_images(recipe.rejection.unknown)
 
 
-def _record_origin(
-    run: Run, data: Split, folder: RunFolder, checkpoint: Checkpoint | None, callback: Callback
-) -> None:
-    """Set the origin of the *run*, which may continue *checkpoint*, and the hashes of the training images.
+def _record_origin(run: Run, data: Split, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+    """Set the origin of the *run*, which may continue *checkpoint*.
 
-    Hashes stay empty above `MAX_HASHED` images and outside of the first process. It alone writes files, so
-    the others may have other ids of the run. Warns of equal files with different labels.
+    The first process alone writes files, so the others may have other ids of the run.
     """
-    if run.strategy.rank == 0 and len(data.train) <= MAX_HASHED:
-        hashes = hash_images(data.train)
-        run.file_hashes = torch.from_numpy(hashes)
-        if warning := describe_contradictions(data.train, hashes):
-            callback.on_warning(warning)
     before = None if checkpoint is None else checkpoint.origin
     data_path = getattr(run.recipe.data, "path", None)  # some data sources have none
     run.origin = Origin(

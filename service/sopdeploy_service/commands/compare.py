@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import ImageFiles, hash_images, map_threaded
+from sopdeploy.data.base import ImageFiles, hash_images
 from sopdeploy.data.datasets.folder import open_any_images, open_evaluation_images
-from sopdeploy.data.near import MAX_SIGNATURES, group_by_signatures, signature
+from sopdeploy.data.near import MAX_SIGNATURES, connect, group_by_appearance
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
@@ -296,11 +296,10 @@ def _select(
     """
     recorded_N, suspects = _find_recorded(images, pair, notes)
     if len(images) <= MAX_SIGNATURES:
-        signatures = map_threaded(lambda index: signature(images[index][0]), len(images))
-        group_N = group_by_signatures(images, np.stack(list(signatures)))  # equal for near-duplicates
+        group_N = group_by_appearance(images)  # equal for near-duplicates
     else:
-        group_N = np.arange(len(images))  # every image has its own number
-        notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; no near-duplicates are left out")
+        group_N = connect(len(images), np.zeros((2, 0), np.intp), hash_images(images))
+        notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out")
     trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of recorded images
     _, first_G = np.unique(group_N, return_index=True)  # the index of the first image of each of G groups
     is_first_N = np.isin(np.arange(len(images)), first_G)

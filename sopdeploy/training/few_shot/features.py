@@ -73,7 +73,7 @@ class Features:
         views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
         views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
         whole = [views[:, 0] for views in views_of_maps]  # the first view, not those of the corners
-        return find_pairs(self.views, whole, copies.originals, images.targets)
+        return find_pairs(self.views, whole, copies.originals, images.targets, self.hashes)
 
     @torch.no_grad()
     def build(self, problem: Problem, fitted: LinearHead, distance_weight: float) -> SecondOrderHead:

@@ -3,15 +3,16 @@
 import json
 import os
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import Split
+from sopdeploy.data.base import Split, hash_images
 from sopdeploy.data.check import check_data
 from sopdeploy.data.datasets.folder import open_evaluation_images, open_folder
-from sopdeploy.data.near import hold_out_images
+from sopdeploy.data.held_out import choose_held_out, divide
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from tests.sopdeploy.data.small_data import jpeg, write_classes
@@ -25,12 +26,12 @@ def paint(path: Path, seed: int = 0) -> None:
 
 
 def make(root: Path, **counts: int) -> Path:
-    """Make a folder with so many images per class; `__` in a name is a slash."""
+    """Make a folder with so many images per class, all different; `__` in a name is a slash."""
     for name, count in counts.items():
         folder = root / name.replace("__", "/")
         folder.mkdir(parents=True)
         for number in range(count):
-            paint(folder / f"{number:03}.jpg", number)
+            paint(folder / f"{number:03}.jpg", crc32(f"{name} {number}".encode()))
     return root
 
 
@@ -40,6 +41,12 @@ def names(images) -> list[str]:
 
 def open_at(path: Path, hold_out: float = 0.2, seed: int = 0):
     return hold_out_images(open_folder(path), hold_out, seed)
+
+
+def hold_out_images(split: Split, hold_out: float, seed: int) -> Split:
+    if len(split.held_out):
+        return split
+    return divide(split, choose_held_out(split.train, hash_images(split.train), hold_out, seed))
 
 
 def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None:

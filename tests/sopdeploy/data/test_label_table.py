@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sopdeploy.data.base import hash_images
 from sopdeploy.data.check import check_data
 from sopdeploy.data.datasets.folder import open_evaluation_images, open_folder
-from sopdeploy.data.near import hold_out_images
+from sopdeploy.data.held_out import choose_held_out, divide
 from sopdeploy.errors import DataError
 from tests.two_objects import CLASSES, draw_scenes
 
@@ -102,7 +103,10 @@ def test_a_table_of_other_columns_next_to_class_folders_is_ignored(folder: Path)
 
 def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> None:
     scenes = draw_scenes(tmp_path / "scenes", count=60)
-    split, again = (hold_out_images(open_folder(scenes), 0.2, 0) for _ in range(2))
+    opened = open_folder(scenes)
+    split, again = (
+        divide(opened, choose_held_out(opened.train, hash_images(opened.train), 0.2, 0)) for _ in range(2)
+    )
     assert split.train.labels == CLASSES
     assert len(split.train) + len(split.held_out) == 60
     held = split.held_out.targets.sum(axis=0)

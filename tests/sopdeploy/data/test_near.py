@@ -13,24 +13,18 @@ from PIL import Image, ImageEnhance, ImageOps
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import ArrayImages, Split
+from sopdeploy.data.base import ArrayImages, Split, hash_images
 from sopdeploy.data.check import EDGES_MISS, check_data
 from sopdeploy.data.datasets.folder import list_classes, open_folder
 from sopdeploy.data.datasets.label_table import read_label_table
-from sopdeploy.data.near import (
-    Copies,
-    connect,
-    effective_count,
-    find_pairs,
-    group_by_signatures,
-    hold_out_images,
-    signature,
-)
+from sopdeploy.data.held_out import NONE, choose_held_out, divide
+from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, group_by_appearance
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import create_model
+from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run import Callback
-from sopdeploy.training.train import select_procedure, train_recipe
+from sopdeploy.training.train import divide_images, train_recipe
 from tests.sopdeploy.data.small_data import jpeg, write_classes, write_photos
 
 TINY = (
@@ -41,6 +35,7 @@ TINY = (
     "preprocess.resize=16",
     "preprocess.crop=16",
 )
+CPU = torch.device("cpu")
 
 
 def scene(seed: int) -> Image.Image:
@@ -83,8 +78,7 @@ def true_groups(paths: np.ndarray) -> list[str]:
 @pytest.mark.parametrize("copies", [0, 1, 2])
 def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies: int):
     images = list_classes(write_scenes(tmp_path, copies=copies)).images
-    signatures = np.stack([signature(images[index][0]) for index in range(len(images))])
-    groups = group_by_signatures(images, signatures)
+    groups = group_by_appearance(images)
     scenes = true_groups(images.paths)
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(one) for one in scenes]
 
@@ -115,7 +109,7 @@ def test_vectors_that_do_not_tell_copies_from_other_images_group_nothing():
     vectors = np.eye(4, 16)[classes] + 0.01 * random.normal(size=(40, 16))
     originals = np.arange(8)
     copies = random.normal(size=(8, 16))
-    pairs = find_pairs([vectors[:, None]], [copies], originals, classes)
+    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, range(len(classes)))
     assert (pairs[0] == pairs[1]).all()
 
 
@@ -125,8 +119,45 @@ def test_a_few_copies_under_other_labels_do_not_raise_the_threshold():
     vectors[1:25:8] = vectors[:24:8] + 0.05 * random.normal(size=(3, 64))  # 3 photographs in two classes
     originals = np.arange(30, 38)
     copies = vectors[originals] + 0.3 * random.normal(size=(8, 64))
-    pairs = find_pairs([vectors[:, None]], [copies], originals, classes)
+    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, range(len(classes)))
     assert sorted(first for first, second in pairs.T.tolist() if second == first + 1) == [0, 8, 16]
+
+
+def test_identical_images_of_two_classes_do_not_raise_the_threshold():
+    random, classes = np.random.default_rng(0), np.arange(60) % 2
+    vectors = np.repeat(random.normal(size=(30, 64)), 2, axis=0)  # every image is in both classes
+    vectors[1] += 0.05 * random.normal(size=64)  # but this one is a near-duplicate
+    photographs = [0, 1, *np.repeat(np.arange(1, 30), 2) + 1]
+    originals = np.arange(30, 38)
+    copies = vectors[originals] + 0.3 * random.normal(size=(8, 64))
+    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, photographs)
+    expected = {(first, second) for first in range(60) for second in range(60) if first // 2 == second // 2}
+    assert set(map(tuple, pairs.T.tolist())) == expected
+
+
+BROKEN = "an image that cannot be read"
+
+
+@pytest.mark.parametrize("case", ["other bytes", "many images", BROKEN])
+def test_equal_images_are_on_one_side_whatever_the_measure_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+):
+    for number in range(30):
+        for label, ending in (("cat", "png"), ("dog", "bmp" if case == "other bytes" else "png")):
+            (tmp_path / label).mkdir(exist_ok=True)
+            scene(number).save(tmp_path / label / f"{number}.{ending}")
+    if case == BROKEN:
+        (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
+    if case == "many images":
+        monkeypatch.setattr("sopdeploy.data.held_out.MAX_SIGNATURES", 10)
+    monkeypatch.setattr("sopdeploy.data.near.find_pairs", lambda *_: np.zeros((2, 0), np.intp))
+    images = list_classes(tmp_path).images
+    choice = choose_held_out(images, hash_images(images), 0.3, 0)
+    sides: dict[str, set[bool]] = {}
+    for path, group in zip(images.paths, choice, strict=True):
+        sides.setdefault(Path(path.decode()).stem, set()).add(bool(group != NONE))
+    assert {len(side) for side in sides.values()} == {1}
+    assert len(set(choice[choice != NONE].tolist())) == 9
 
 
 def test_an_image_that_equals_a_corner_of_another_one_is_its_crop():
@@ -135,7 +166,7 @@ def test_an_image_that_equals_a_corner_of_another_one_is_its_crop():
     views[24, 0] = views[3, 4] + 0.3 * random.normal(size=64)
     originals = np.arange(30, 38)
     copies = views[originals, 2] + 0.3 * random.normal(size=(8, 64))
-    pairs = find_pairs([views], [copies], originals, classes)
+    pairs = find_pairs([views], [copies], originals, classes, range(len(classes)))
     assert [pair for pair in pairs.T.tolist() if pair[0] != pair[1]] == [[3, 24]]
 
 
@@ -153,7 +184,9 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
             scene(10 * place + number).save(tmp_path / name / f"{number}.png")
     images = list_classes(tmp_path).images
     assert len(set(images.groups.tolist())) == 3 + 4  # the only folder of a class is no group
-    held_out = hold_out_images(Split.undivided(images), 0.3, 0).held_out
+    held_out = divide(
+        Split.undivided(images), choose_held_out(images, np.zeros(0, np.int64), 0.3, 0)
+    ).held_out
     assert len({path.split(b"/")[1] for path in held_out.paths if path.startswith(b"cat")}) == 1
     rows = [
         f"{path.decode()},{path.decode()[:3]},{'burst' * (number < 4)}"
@@ -180,7 +213,7 @@ def test_a_class_of_one_group_is_named_and_not_held_out(tmp_path: Path):
 
     settings = [f"data.path={tmp_path}", *TINY]
     recipe = read_recipe("photos-dsop", settings)
-    split = select_procedure(recipe, open_folder(recipe.data.path)).data
+    split = divide_images(recipe, open_folder(recipe.data.path), None, Strategy(CPU)).data
     assert split.held_out.class_counts().tolist() == [0, 1]
     train_recipe(recipe, tmp_path / "run", callback=Warnings())
     assert any(line.startswith("cat: all images are one group") for line in warnings)
@@ -190,7 +223,7 @@ def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):
     root = write_scenes(tmp_path, copies=1)
     recipe = read_recipe("photos-dsop", [f"data.path={root}"])
     before = open_folder(recipe.data.path)
-    split = select_procedure(recipe, before).data
+    split = divide_images(recipe, before, None, Strategy(CPU)).data
     parts = [set(true_groups(part.paths)) for part in (split.train, split.held_out)]
     assert not parts[0] & parts[1]
     assert len(split.train) + len(split.held_out) == 48

@@ -23,12 +23,12 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.report.wrong_labels import list_wrong_labels
-from sopdeploy.training import train
+from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import OutOfFold, Problem, Targets, compose, estimate
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
 from sopdeploy.training.run import Callback
-from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
+from sopdeploy.training.train import FEW_IMAGES, divide_images, select_procedure, train_recipe
 from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
 
 FEW_SHOT = ["procedure.kind=few_shot"]
@@ -260,7 +260,8 @@ def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
         f"data.path={paint(tmp_path / 'photos', 40)}",
     ]
     data = open_data(read_recipe("photos", settings).data)
-    chosen, joined, reason = select_procedure(read_recipe("photos", settings), data)
+    chosen, reason = select_procedure(read_recipe("photos", settings), len(data.train))
+    joined = divide_images(chosen, data, None, Strategy(torch.device("cpu"))).data
     assert reason.startswith("few-shot procedure: there are at most 10,000 images")
     assert chosen.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
@@ -269,16 +270,12 @@ def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
-    copies = np.arange(FEW_IMAGES + 1) % 120
-    many = replace(data.train, paths=data.train.paths[copies], targets=data.train.targets[copies])
-    large = replace(data, train=many)
-    monkeypatch.setattr(train, "hold_out_images", lambda split, *_: split)
-    assert select_procedure(read_recipe("photos", settings), large).recipe.procedure == LoopConfig()
-    monkeypatch.undo()
+    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).recipe.procedure == LoopConfig()
     for recipe in (loop, other):
-        selected = select_procedure(recipe, data)
+        selected = select_procedure(recipe, len(data.train))
         assert (selected.recipe.procedure, selected.reason) == (LoopConfig(), "")
-        assert len(selected.data.train) + len(selected.data.held_out) == 120
+        divided = divide_images(selected.recipe, data, None, Strategy(torch.device("cpu"))).data
+        assert len(divided.train) + len(divided.held_out) == 120
 
 
 def test_a_head_that_reads_the_span_of_some_images_predicts_as_well(monkeypatch):

@@ -1,5 +1,6 @@
 """Errors before and during a run, numbers that are not finite, and the files that remain."""
 
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -8,15 +9,16 @@ import pytest
 import torch
 
 from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.data.base import hash_images
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.training import train
 from sopdeploy.training.loop import gradient
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run_folder import LOCK_FILE
-from sopdeploy.training.train import train_recipe
+from sopdeploy.training.train import open_held_out, train_recipe
 from tests.sopdeploy.data.test_data_folder import make
-from tests.sopdeploy.training.runs import RecordingCallback, interrupt, short_recipe
+from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -123,11 +125,48 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
         train_recipe(recipe, stopped / "run", resume=True)
     (moved / "c").rename(moved / "b")
     make(moved / "a", more=3)
-    with pytest.raises(DataError, match="started with 8 training images, now there are 10"):
+    with pytest.raises(DataError, match="started with 8 training images, now there are 11"):
         train_recipe(recipe, stopped / "run", resume=True)
     for number in range(3):
         (moved / "a" / "more" / f"{number:03}.jpg").unlink()
     assert train_recipe(recipe, stopped / "run", resume=True).num_epochs == 1
+
+
+RESUME = """
+import sys
+from pathlib import Path
+from tests.sopdeploy.training.runs import short_recipe
+from sopdeploy.training.train import open_held_out, train_recipe
+train_recipe(short_recipe(*sys.argv[2:]), Path(sys.argv[1]), resume=True)
+"""
+
+
+def test_a_run_that_is_resumed_on_another_processor_keeps_its_held_out_images(stopped) -> None:
+    whole = train_recipe(short_recipe(*ONE, f"data.path={stopped / 'images'}"), stopped / "whole")
+    moved = stopped / "moved"
+    (stopped / "images").rename(moved)
+    elsewhere = {**os.environ, "OPENBLAS_CORETYPE": "Prescott", "PYTHONPATH": os.pathsep.join(sys.path)}
+    settings = [*ONE, f"data.path={moved}"]
+    subprocess.run([sys.executable, "-c", RESUME, stopped / "run", *settings], env=elsewhere, check=True)
+    runs = [read_checkpoint(stopped / name / "last.pt") for name in ("whole", "run")]
+    assert whole.held_out_count == len(runs[0].resume["held_out"]) == 2
+    assert runs[0].resume["held_out"].equal(runs[1].resume["held_out"])
+    assert same_run(stopped / "run", stopped / "whole")
+
+
+def test_the_record_decides_what_is_held_out(stopped, monkeypatch) -> None:
+    def choose(images, *_):
+        raise AssertionError("the run has recorded its choice")
+
+    monkeypatch.setattr(train, "choose_held_out", choose)
+    record = read_checkpoint(stopped / "run" / "last.pt").resume["held_out"][:, 0].tolist()
+    (stopped / "images" / "a" / "000.jpg").rename(stopped / "images" / "a" / "renamed.jpg")
+    recipe = short_recipe(*ONE, f"data.path={stopped / 'images'}")
+    train_recipe(recipe, stopped / "run", resume=True)
+    last = read_checkpoint(stopped / "run" / "last.pt")
+    assert last.resume["held_out"][:, 0].tolist() == record
+    assert len(record) == len(open_held_out(recipe, last)) == 2
+    assert set(hash_images(open_held_out(recipe, last)).tolist()) == set(record)
 
 
 def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) -> None:
