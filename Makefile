@@ -35,7 +35,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens format docs \
+.PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens elsewhere format docs \
 	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
@@ -90,6 +90,9 @@ $(CUDA)/.built: $(STAMP) deploy/lock/gpu.txt tests/cuda/build.py tests/cuda/cuda
 
 goldens: $(STAMP)  ## rewrite tests/goldens; review the diff
 	$(BIN)/pytest --rewrite-goldens tests/sweep/test_goldens.py
+
+elsewhere: $(STAMP)  ## the default tests in other surroundings: processors, locales, users, clocks; one hour; OPTIONS="--list"
+	$(BIN)/python deploy/elsewhere.py $(OPTIONS)
 
 format: $(STAMP)  ## format the code and apply ruff's automatic fixes
 	$(BIN)/ruff format .

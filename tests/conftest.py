@@ -71,6 +71,7 @@ MISSING = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--reverse", action="store_true", help="run the tests in reverse order")
     parser.addoption("--rewrite-goldens", action="store_true", help="rewrite tests/goldens; review the diff")
 
 
@@ -140,6 +141,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from tests.scheduling import start_position
 
         items.sort(key=lambda item: start_position(item.nodeid))
+    if config.getoption("--reverse"):
+        items.reverse()
 
 
 def pytest_collection_finish() -> None:
