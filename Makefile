@@ -178,7 +178,7 @@ release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]
 lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions with the hashes of their files
 	$(COMPILE) pyproject.toml --extra cpu --extra openvino --extra sign --extra s3 --output-file deploy/lock/cpu.txt
 	$(COMPILE) pyproject.toml --extra gpu --extra sign --extra s3 --output-file deploy/lock/gpu.txt
-	printf 'build>=1.2\nhatchling>=1.27\n' | $(COMPILE) - --output-file deploy/lock/build.txt
+	printf 'build>=1.2\nhatchling>=1.27\npip>=26\n' | $(COMPILE) - --output-file deploy/lock/build.txt
 
 $(STAMP): pyproject.toml tests/plugin/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
