@@ -160,10 +160,8 @@ container-test:  ## build the image with Docker, or buildah and debootstrap, the
 container-base:
 	$(PYTHON) deploy/builders.py
 
-audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities
-	for lock in cpu gpu build; do \
-		$(BIN)/pip-audit --require-hashes --disable-pip --progress-spinner off -r deploy/lock/$$lock.txt || exit 1; \
-	done
+audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities; fails if an entry was not audited
+	$(BIN)/python deploy/audit.py $(OPTIONS)
 
 sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sbom-cpu.json and dist/sbom-gpu.json
 	mkdir -p dist
