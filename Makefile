@@ -148,10 +148,10 @@ wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train
 	cd build/wheel && $(ALONE)/python $(CURDIR)/deploy/no_torch.py && $(ALONE)/sopdeploy verify bundles/latest
 
 samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs g++ with headers, and `npm install` there
-	$(BIN)/pytest --slow tests/deploy/test_samples.py
+	$(BIN)/pytest --slow --no-skips tests/deploy/test_samples.py
 
 extras-test: $(STAMP)  ## resolve the wheel from a folder with every extra, Python and platform; needs a package index
-	$(BIN)/pytest --slow tests/deploy/test_workflows.py -k extra
+	$(BIN)/pytest --slow --no-skips tests/deploy/test_workflows.py -k extra
 
 container-test:  ## build the image with Docker, or buildah and debootstrap, then run and inspect it; TARGET=cpu or gpu
 	$(MAKE) --jobs=2 $(STAMP) container-base
