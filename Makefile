@@ -151,10 +151,10 @@ wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train
 	cd build/wheel && $(ALONE)/python $(CURDIR)/deploy/no_torch.py && $(ALONE)/sopdeploy verify bundles/latest
 
 samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs g++ with headers, and `npm install` there
-	$(BIN)/pytest --slow tests/deploy/test_samples.py
+	$(BIN)/pytest --slow --no-skips tests/deploy/test_samples.py
 
 extras-test: $(STAMP)  ## resolve the wheel from a folder with every extra, Python and platform; needs a package index
-	$(BIN)/pytest --slow tests/deploy/test_workflows.py -k extra
+	$(BIN)/pytest --slow --no-skips tests/deploy/test_workflows.py -k extra
 
 container-test:  ## build the image with Docker, or buildah and debootstrap, then run and inspect it; TARGET=cpu or gpu
 	$(MAKE) --jobs=2 $(STAMP) container-base
@@ -163,10 +163,8 @@ container-test:  ## build the image with Docker, or buildah and debootstrap, the
 container-base:
 	$(PYTHON) deploy/builders.py
 
-audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities
-	for lock in cpu gpu build; do \
-		$(BIN)/pip-audit --require-hashes --disable-pip --progress-spinner off -r deploy/lock/$$lock.txt || exit 1; \
-	done
+audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities; fails if an entry was not audited
+	$(BIN)/python deploy/audit.py $(OPTIONS)
 
 sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sbom-cpu.json and dist/sbom-gpu.json
 	mkdir -p dist
@@ -181,7 +179,7 @@ release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]
 lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions with the hashes of their files
 	$(COMPILE) pyproject.toml --extra cpu --extra openvino --extra sign --extra s3 --output-file deploy/lock/cpu.txt
 	$(COMPILE) pyproject.toml --extra gpu --extra sign --extra s3 --output-file deploy/lock/gpu.txt
-	printf 'build>=1.2\nhatchling>=1.27\n' | $(COMPILE) - --output-file deploy/lock/build.txt
+	printf 'build>=1.2\nhatchling>=1.27\npip>=26\n' | $(COMPILE) - --output-file deploy/lock/build.txt
 
 $(STAMP): pyproject.toml tests/plugin/pyproject.toml
 	$(PYTHON) -m venv $(VENV)

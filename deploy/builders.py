@@ -23,10 +23,12 @@ CONTAINER = "sopdeploy-check"
 SECRETS = {"pip": Path("/etc/pip.conf"), "ca": Path("/etc/ssl/certs/ca-certificates.crt")}
 STOP_SECONDS = 60
 
-DEBIAN = "bookworm"  # has the Python version of the Dockerfile's base image
+DEBIAN = "bookworm"  # as the Dockerfile's base image, but with Debian's Python 3.11 instead of 3.12
 DEBIAN_PACKAGES = "python3,python3-venv,ca-certificates"
 UNITS = {"MB": 1e6, "GB": 1e9}  # of the sizes that `buildah images` prints
 OPEN_FILES = 4096  # buildah's default of 1024 is too low for a thousand connections
+# Prints its process ID, which `exec` keeps; without a PID namespace it is also that of the host.
+PRINT_PID = ["sh", "-c", 'echo "pid $$" && exec "$@"', "sh"]
 
 
 class Docker:
@@ -147,37 +149,35 @@ class Buildah:
         command = [*config["Entrypoint"], *config["Cmd"]]  # `buildah run` ignores both
         mount = f"--volume={bundles}:/models:ro"
         with self._log.open("w") as log:
-            full_command = [*self._buildah, "run", mount, CONTAINER, "--", *command]
+            full_command = [*self._buildah, "run", mount, CONTAINER, "--", *PRINT_PID, *command]
             self._server = subprocess.Popen(full_command, stdout=log, stderr=log, text=True)
 
     def execute(self, *command: str) -> tuple[int, str]:  # noqa: D102
         return exit_and_output([*self._buildah, "run", CONTAINER, "--", *command])
 
     def logs(self) -> str:  # noqa: D102
-        return self._log.read_text()
+        return self._log.read_text().partition("\n")[2]
 
     def server_user(self) -> int:  # noqa: D102
         return effective_uid(Path(f"/proc/{self._server_pid()}/status").read_text())
 
     def _server_pid(self) -> int:
-        """Find the server, which is the innermost child of buildah; chroot has no PID namespace."""
-        if self._server is None:
-            sys.exit("no server was started")
-        pid, started = self._server.pid, time.monotonic()
-        while time.monotonic() < started + STOP_SECONDS:
-            threads = Path(f"/proc/{pid}/task").glob("*/children")  # any thread of Go may be the parent
-            children = [child for thread in threads for child in thread.read_text().split()]
-            if not children:
-                return pid
-            pid = int(children[0])
-        sys.exit("the server process was not found")
+        """Read the process ID of the container's main process from the first line of its output."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._server is not None and self._server.poll() is None and time.monotonic() < deadline:
+            first, ended, _ = self._log.read_text().partition("\n")
+            if ended and first.startswith("pid "):
+                return int(first.removeprefix("pid "))
+            time.sleep(0.1)
+        sys.exit(f"container-test: no server is running; its output: {self._log.read_text()}")
 
     def wait(self) -> int:  # noqa: D102
         if self._server is None:
-            sys.exit("no server was started")
-        code = self._server.wait(STOP_SECONDS)
-        self._server = None
-        return code
+            sys.exit("container-test: no server was started")
+        try:
+            return self._server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            sys.exit(f"container-test: the server did not end within {STOP_SECONDS} s; see {self._log}")
 
     def stop(self) -> int:  # noqa: D102
         os.kill(self._server_pid(), signal.SIGTERM)

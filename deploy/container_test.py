@@ -42,6 +42,8 @@ except OSError as error:
     print(error)
 """
 TENSORRT = "import importlib.util as u; print('TensorRT' if u.find_spec('tensorrt') else 'no TensorRT')"
+# The reasons why `touch` may fail; any other one says nothing about permissions.
+NOT_WRITABLE = ("Permission denied", "Read-only file system")
 NO_TORCH = "import importlib.util as u; print([n for n in ('torch', 'onnx', 'timm') if u.find_spec(n)])"
 
 
@@ -144,7 +146,8 @@ def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> N
     code, output = builder.execute("/opt/sopdeploy/bin/python", "-c", NO_TORCH)
     check(f"torch is not installed: {output.strip()}", holds=code == 0 and output.strip().endswith("[]"))
     for path in ("/models/x", "/opt/sopdeploy/x", "/x"):
-        check(f"the user cannot write {path}", holds=builder.execute("touch", path)[0] != 0)
+        output = builder.execute("touch", path)[1]  # buildah adds lines
+        check(f"the user cannot write {path}", holds=any(reason in output for reason in NOT_WRITABLE))
     writable = builder.execute("mkdir", "-p", ENGINE_CACHE)[0] == 0
     check("the user can write to the engine cache", holds=writable)
     with timed("server stopped"):
@@ -159,7 +162,7 @@ def main() -> None:
     if target not in MAX_ADDED_BYTES:
         sys.exit(f"container-test: no target {target}; use TARGET=cpu or TARGET=gpu")
     builder = builder_for_test(target)
-    sys.stdout.write(f"     target {target} with {type(builder).__name__.lower()}\n")
+    sys.stdout.write(f"     target {target} with {type(builder).__name__.lower()} on {builder.base}\n")
     with timed("bundle and image built in parallel"), ThreadPoolExecutor() as pool:
         bundle = pool.submit(make_bundle)
         builder.build(ROOT, target)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ MISSING = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--reverse", action="store_true", help="run the tests in reverse order")
+    parser.addoption("--no-skips", action="store_true", help="a test that cannot run here fails")
     parser.addoption("--rewrite-goldens", action="store_true", help="rewrite tests/goldens; review the diff")
 
 
@@ -143,6 +144,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: start_position(item.nodeid))
     if config.getoption("--reverse"):
         items.reverse()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips"):
+        report.outcome = "failed"
+    return report
 
 
 def pytest_collection_finish() -> None:

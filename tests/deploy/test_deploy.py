@@ -288,6 +288,15 @@ def test_lock_files_pin_all_server_packages_by_hash_without_an_index(name: str) 
     assert not {"torch", "onnx", "timm", "scikit-learn"} & set(pinned)
 
 
+def test_the_image_is_built_with_locked_tools() -> None:
+    """Pip of the base image rejects extras in a file with hashes (pypa/pip#12345)."""
+    lock = (DEPLOY / "lock" / "build.txt").read_text(encoding="utf-8")
+    assert {"build", "hatchling", "pip"} <= set(re.findall(r"^([\w-]+)==", lock, re.MULTILINE))
+    first, *later = re.findall(r"tools/bin/pip .*", DOCKERFILE)
+    assert "--require-hashes --requirement lock/build.txt" in first
+    assert all("--no-index" in command for command in later)
+
+
 @needs_helm
 def test_helm_finds_no_fault_in_the_chart() -> None:
     for case, report in zip(VALUES, helm()[0], strict=True):

@@ -1,0 +1,54 @@
+"""The container's main process is signalled and inspected, however many processes are around it."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from builders import Buildah
+
+# Starts a child, as the server does, and ends with 0 after SIGTERM.
+SERVER = """
+import signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+def end(*_):
+    child.kill()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+# `buildah run` with the container's command below as many processes as DEPTH says.
+STAND_IN = f"""#!{sys.executable}
+import json, os, subprocess, sys
+if "inspect" in sys.argv:
+    command = {{"Entrypoint": [sys.executable, "-c"], "Cmd": [{SERVER!r}]}}
+    print(json.dumps({{"Docker": {{"config": command}}}}))
+if "run" in sys.argv:
+    command = sys.argv[sys.argv.index("--") + 1:]
+    wait = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+    for _ in range(int(os.environ["DEPTH"])):
+        command = [sys.executable, "-c", wait, *command]
+    sys.exit(subprocess.call(command))
+"""
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_the_main_process_of_a_container_is_stopped(
+    depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "buildah").write_text(STAND_IN)
+    (tmp_path / "buildah").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("DEPTH", str(depth))
+    monkeypatch.setenv("BUILDAH_ISOLATION", "chroot")
+    builder = Buildah("image", tmp_path)
+    builder.start(tmp_path, {})
+    while builder.logs() != "ready\n":
+        time.sleep(0.01)
+    assert builder.server_user() == os.geteuid()
+    assert builder.stop() == 0
+    with pytest.raises(SystemExit, match="no server is running; its output: pid"):
+        builder.stop()
+    builder.clean()
