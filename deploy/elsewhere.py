@@ -131,12 +131,13 @@ def other_locale(process: Process, stack: ExitStack) -> Process:
 
 
 def later(process: Process, _: ExitStack) -> Process:
-    """Set the clock ahead by 400 days; intervals stay true."""
+    """Set the clock ahead by 400 days; intervals stay true. Chromium hangs then, so it is not started."""
     found = [path for pattern in FAKETIME for path in Path("/").glob(pattern.removeprefix("/"))]
     if not found:
         raise UnavailableError("libfaketime not installed")
     clock = {"LD_PRELOAD": str(found[0]), "FAKETIME": "+400d", "DONT_FAKE_MONOTONIC": "1"}
-    return replace(process, environment={**process.environment, **clock})
+    options = [*process.options, "-m", "not browser"]
+    return replace(process, options=options, environment={**process.environment, **clock})
 
 
 def one_core(process: Process, _: ExitStack) -> Process:
@@ -260,7 +261,7 @@ JOURNEYS: dict[str, list[Surroundings]] = {
     ],
     "later": [
         variables("OpenBLAS' kernels for Zen", OPENBLAS_CORETYPE="Zen"),
-        Surroundings("a clock 400 days ahead", later),
+        Surroundings("a clock 400 days ahead, without the tests in Chromium", later),
         Surroundings("tests in reverse order", in_reverse),
         Surroundings("a path with a space and an umlaut", other_path),
     ],
