@@ -1,9 +1,15 @@
 # Commands of this project. `make demo` and `make test` need Python 3.11 to 3.13 and a package index.
 PYTHON ?= python3
 OPTIONS ?=
-VENV := .venv
+# The versions of packages: those of the commit; with NEWEST=1 the newest; with LOWEST=1 the lowest of pyproject.toml.
+NEWEST ?=
+LOWEST ?=
+$(if $(and $(NEWEST),$(LOWEST)),$(error choose NEWEST=1 or LOWEST=1))
+VENV := .venv$(if $(NEWEST),-newest)$(if $(LOWEST),-lowest)
+LOCK := $(if $(NEWEST)$(LOWEST),,deploy/lock/dev.txt)
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# The newest packages are resolved once a day.
+STAMP := $(VENV)/.installed$(if $(NEWEST),-$(shell date +%F))
 CUDA := $(VENV)/cuda
 # Empty where the CUDA provider of ONNX Runtime does not exist.
 CUDA_STAND_IN := $(if $(and $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(shell command -v gcc)),cuda-stand-in)
@@ -14,22 +20,42 @@ CARRY ?= build/gpu
 GPU_VENV := .venv-gpu
 # A source package that downloads its libraries from NVIDIA's index, with build tools that only isolation gives it.
 TENSORRT := tensorrt-cu13>=11,<12
-GPU_INSTALL = $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
+# It measures the packages of its machine, whatever their versions are.
+GPU_INSTALL = env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
 # One worker more than cores: many tests wait for servers and processes.
 WORKERS = $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
-COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
-	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+COMPILE := env -u UV_CONSTRAINT -u UV_BUILD_CONSTRAINT -u UV_RESOLUTION $(BIN)/uv pip compile --quiet --universal \
+	--python-version 3.11 --upgrade --no-header --no-annotate --no-emit-index-url --no-emit-find-links $(OPTIONS)
+HASHED := $(COMPILE) --generate-hashes
+# What the environment of this project contains.
+EXTRAS := cpu train otel sign s3 ray batch docs dev
+EMPTY :=
+COMMA := ,
+INSTALLED := .[$(subst $(EMPTY) ,$(COMMA),$(EXTRAS))]
+# Its packages do not fit the environment. It is the same for all versions of the others.
+STAND_IN := env UV_CONSTRAINT=deploy/lock/cuda-stand-in.txt UV_RESOLUTION=highest $(BIN)/uv pip install --quiet --no-deps --target
 # The same bytes for the same commit: its time, and locked build tools.
 BUILD = env SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --build-constraints deploy/lock/build.txt --require-hashes
 # An environment with nothing but the wheel and some extras; `--exact` removes what the extras before needed.
 ALONE := env -u PYTHONPATH nice .venv/bin
-INSTALL_ALONE = nice $(CURDIR)/$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
-EVERY_COMMAND = $(ALONE)/python $(CURDIR)/deploy/every_command.py bundles/latest
+INSTALL_ALONE = $(if $(LOCK),UV_CONSTRAINT=../../$(LOCK)) nice ../../$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
+EVERY_COMMAND = $(ALONE)/python ../../deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
 UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation) \
 	$(addprefix tests/service/,http images) tests/sweep/test_goldens.py
 
 export OMP_WAIT_POLICY := PASSIVE
+# Every pip and uv that a target starts uses these, also to build a package.
+ifneq ($(LOCK),)
+# A relative path, because these are lists separated by spaces.
+export UV_CONSTRAINT := $(LOCK)
+export UV_BUILD_CONSTRAINT := $(LOCK)
+export PIP_CONSTRAINT := $(LOCK)
+export PIP_BUILD_CONSTRAINT := $(LOCK)
+endif
+ifneq ($(LOWEST),)
+export UV_RESOLUTION := lowest-direct
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
@@ -80,11 +106,11 @@ test-models: $(STAMP)  ## the slow tests: every network at full width through tr
 
 cuda-stand-in: $(CUDA)/.built  ## ONNX Runtime with CUDA and torch-tensorrt, on a stand-in for CUDA; needs gcc, 260 MB
 
-$(CUDA)/.built: $(STAMP) deploy/lock/gpu.txt tests/cuda/build.py tests/cuda/cudart.c
-	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA) "$$(grep -o '^onnxruntime-gpu==[0-9.]*' deploy/lock/gpu.txt)"
-	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/headers nvidia-cuda-runtime nvidia-cuda-crt
-	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/torch-tensorrt 'torch-tensorrt-rtx>=2.14,<2.15' dllist psutil
-	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/bindings 'tensorrt-cu13-bindings>=11.4,<12'
+$(CUDA)/.built: $(STAMP) deploy/lock/cuda-stand-in.txt tests/cuda/build.py tests/cuda/cudart.c
+	$(STAND_IN) $(CUDA) onnxruntime-gpu
+	$(STAND_IN) $(CUDA)/headers nvidia-cuda-runtime nvidia-cuda-crt
+	$(STAND_IN) $(CUDA)/torch-tensorrt torch-tensorrt-rtx dllist psutil
+	$(STAND_IN) $(CUDA)/bindings tensorrt-cu13-bindings
 	$(BIN)/python tests/cuda/build.py $(CUDA)
 	touch $@
 
@@ -148,9 +174,9 @@ wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train
 	cd build/wheel && $(INSTALL_ALONE)[train]" && $(EVERY_COMMAND)
 	cd build/wheel && $(INSTALL_ALONE)" && $(EVERY_COMMAND)
 	cd build/wheel && $(INSTALL_ALONE)[cpu]" && $(EVERY_COMMAND)
-	cd build/wheel && $(ALONE)/python $(CURDIR)/deploy/no_torch.py && $(ALONE)/sopdeploy verify bundles/latest
+	cd build/wheel && $(ALONE)/python ../../deploy/no_torch.py && $(ALONE)/sopdeploy verify bundles/latest
 
-samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs g++ with headers, and `npm install` there
+samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs g++ with headers, and `npm ci` there
 	$(BIN)/pytest --slow --no-skips tests/deploy/test_samples.py
 
 extras-test: $(STAMP)  ## resolve the wheel from a folder with every extra, Python and platform; needs a package index
@@ -169,22 +195,26 @@ audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities; fails if an en
 sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sbom-cpu.json and dist/sbom-gpu.json
 	mkdir -p dist
 	for lock in cpu gpu; do \
-		$(BIN)/uv tool run --from 'cyclonedx-bom>=7,<8' cyclonedx-py requirements --output-reproducible \
+		$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py requirements --output-reproducible \
 			--spec-version 1.6 --pyproject pyproject.toml --output-file dist/sbom-$$lock.json deploy/lock/$$lock.txt || exit 1; \
 	done
 
 release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]: commit and tag; docs/releasing.md
-	$(BIN)/uv tool run --from 'bump-my-version>=1,<2' bump-my-version bump --new-version $(VERSION) $(OPTIONS)
+	$(BIN)/uv tool run bump-my-version bump --new-version $(VERSION) $(OPTIONS)
 
-lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions with the hashes of their files
-	$(COMPILE) pyproject.toml --extra cpu --extra openvino --extra sign --extra s3 --output-file deploy/lock/cpu.txt
-	$(COMPILE) pyproject.toml --extra gpu --extra sign --extra s3 --output-file deploy/lock/gpu.txt
-	printf 'build>=1.2\nhatchling>=1.27\npip>=26\n' | $(COMPILE) - --output-file deploy/lock/build.txt
+# `make lock OPTIONS='--constraint FILE'` keeps versions.
+lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions, for images with the hashes of their files
+	$(HASHED) pyproject.toml --extra cpu --extra openvino --extra sign --extra s3 --output-file deploy/lock/cpu.txt
+	$(HASHED) pyproject.toml --extra gpu --extra sign --extra s3 --output-file deploy/lock/gpu.txt
+	$(HASHED) --group build --output-file deploy/lock/build.txt
+	$(COMPILE) pyproject.toml $(addprefix --extra ,$(EXTRAS)) --group build --group tools --output-file deploy/lock/dev.txt
+	$(COMPILE) --group cuda-stand-in --no-deps --constraint deploy/lock/gpu.txt --output-file deploy/lock/cuda-stand-in.txt
+	! command -v npm || npm install --package-lock-only --omit-lockfile-registry-resolved --prefix deploy/samples/javascript
 
-$(STAMP): pyproject.toml tests/plugin/pyproject.toml
+$(STAMP): pyproject.toml tests/plugin/pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python deploy/install.py --editable '.[cpu,train,otel,sign,s3,ray,batch,docs,dev]' --editable tests/plugin
-	touch $(STAMP)
+	$(BIN)/python deploy/install.py $(if $(LOCK),,--upgrade) --editable '$(INSTALLED)' --editable tests/plugin
+	touch $@
 
 clean:  ## remove everything that the targets above create
-	rm -rf $(VENV) $(GPU_VENV) .container demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-newest .venv-lowest $(GPU_VENV) .container demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

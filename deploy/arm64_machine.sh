@@ -16,7 +16,7 @@ mkdir "$root"
 mmdebstrap --variant=extract --architectures=arm64 \
     --include=base-files,busybox-static,libgomp1,libstdc++6,linux-image-arm64,python3 trixie - |
     tar -x --exclude='./dev/*' --exclude='./usr/share/doc' --exclude='./usr/lib/modules' -C "$root"
-python3 -m pip install --quiet --no-compile --only-binary=:all: --python-version=3.13 \
+python3 -m pip install --quiet --constraint deploy/lock/dev.txt --no-compile --only-binary=:all: --python-version=3.13 \
     --platform=manylinux_2_28_aarch64 --platform=manylinux2014_aarch64 \
     --target="$root/usr/local/lib/python3.13/dist-packages" ".[cpu]" hypothesis onnx pytest pytest-timeout
 mv "$root"/boot/vmlinuz-* "$work/kernel"

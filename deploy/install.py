@@ -3,9 +3,11 @@
     python deploy/install.py --editable '.[dev]'
 
 uv does not read pip's settings. Therefore pip installs if its settings name an index, and also if uv fails.
+The Makefile exports constraints for both; pip has no counterpart of `UV_RESOLUTION=lowest-direct`.
 This is the first program that runs in a new environment, so it uses the standard library only.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -45,11 +47,16 @@ def find_uv() -> Path | None:
 def install(python: Path, *arguments: str) -> None:
     """Install *arguments*, those of `pip install`, for *python*; exit if neither uv nor pip succeeds."""
     if has_custom_index():
-        sys.stdout.write("installing with pip, because its settings name an index\n")
-    elif uv := find_uv():
-        if succeeds([str(uv), "pip", "install", "--quiet", "--python", str(python), *arguments]):
-            return
-        sys.stdout.write("uv failed; trying pip\n")
+        reason = "pip's settings name an index"
+    elif (uv := find_uv()) and succeeds(
+        [str(uv), "pip", "install", "--quiet", "--python", str(python), *arguments]
+    ):
+        return
+    else:
+        reason = "uv failed"
+    if resolution := os.environ.get("UV_RESOLUTION"):
+        sys.exit(f"cannot resolve {resolution} versions: this needs uv, but {reason}")
+    sys.stdout.write(f"installing with pip, because {reason}\n")
     if not succeeds([*PIP, "--python", str(python), "install", "--quiet", *arguments]):
         sys.exit(f"cannot install {' '.join(arguments)}: see the errors above")
 

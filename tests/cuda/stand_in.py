@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / ".venv" / "cuda"
+FOLDER = Path(sys.prefix) / "cuda"
 ABSENT = "the CUDA provider is not installed (`make cuda-stand-in`: Linux on x86-64 with gcc)"
 
 

@@ -96,7 +96,7 @@ def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-@pytest.mark.skipif(not NODE_MODULES.is_dir(), reason="run `npm install` in deploy/samples/javascript")
+@pytest.mark.skipif(not NODE_MODULES.is_dir(), reason="run `npm ci` in deploy/samples/javascript")
 def test_the_javascript_sample_reproduces_the_golden_examples(bundle: Path, tmp_path: Path) -> None:
     run_sample(["node", SAMPLES / "javascript" / "classify.mjs"], bundle, tmp_path / "photo.jpg")
 

@@ -20,7 +20,7 @@ from sopdeploy_export.results import Exported
 from tests.export.conftest import export_once
 from tests.service.children import PYTHONPATH
 
-FOLDER = Path(__file__).parents[2] / ".venv" / "cuda" / "torch-tensorrt"
+FOLDER = Path(sys.prefix) / "cuda" / "torch-tensorrt"
 PROFILE = Profile(minimum=1, maximum=4)
 needs_converters = pytest.mark.skipif(
     not FOLDER.is_dir(), reason="torch-tensorrt is not installed (`make cuda-stand-in`)"
