@@ -21,10 +21,11 @@ from sopdeploy.data.held_out import NONE, choose_held_out, divide
 from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, group_by_appearance
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import create_model
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.run import Callback
-from sopdeploy.training.train import divide_images, train_recipe
+from sopdeploy.training.start import divide_images
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.small_data import jpeg, write_classes, write_photos
 
 TINY = (

@@ -23,12 +23,14 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.report.wrong_labels import list_wrong_labels
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import OutOfFold, Problem, Targets, compose, estimate
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
-from sopdeploy.training.run import Callback
-from sopdeploy.training.train import FEW_IMAGES, divide_images, select_procedure, train_recipe
+from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import FEW_IMAGES, divide_images, select_procedure, start_run
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
 
 FEW_SHOT = ["procedure.kind=few_shot"]
@@ -259,22 +261,24 @@ def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
         "model.config={}",
         f"data.path={paint(tmp_path / 'photos', 40)}",
     ]
-    data = open_data(read_recipe("photos", settings).data)
-    chosen, reason = select_procedure(read_recipe("photos", settings), len(data.train))
-    joined = divide_images(chosen, data, None, Strategy(torch.device("cpu"))).data
-    assert reason.startswith("few-shot procedure: there are at most 10,000 images")
-    assert chosen.procedure == FewShotConfig()
+    data, processes = open_data(read_recipe("photos", settings).data), Strategy(torch.device("cpu"))
+    start = start_run(
+        read_recipe("photos", settings), RunFolder(tmp_path / "run", processes), None, Callback()
+    )
+    joined = start.data
+    assert start.reason.startswith("few-shot procedure: there are at most 10,000 images")
+    assert start.recipe.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
     expected = [f"{name}/{number}.png" for name in COLORS for number in range(40)]
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
-    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).recipe.procedure == LoopConfig()
+    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).procedure == LoopConfig()
     for recipe in (loop, other):
         selected = select_procedure(recipe, len(data.train))
-        assert (selected.recipe.procedure, selected.reason) == (LoopConfig(), "")
-        divided = divide_images(selected.recipe, data, None, Strategy(torch.device("cpu"))).data
+        assert selected.procedure == LoopConfig()
+        divided = divide_images(selected, data, None, processes).data
         assert len(divided.train) + len(divided.held_out) == 120
 
 

@@ -19,7 +19,7 @@ from sopdeploy import checkpoint as module
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.training import run_folder
-from sopdeploy.training.run import Callback
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import (
     RecordingCallback,
