@@ -43,6 +43,7 @@ class Fit:
         network: The network with the weights that are evaluated and exported.
         learning: The network that learns, if `network` has an average of its weights.
         position: The progress, with the history.
+        file_hashes: Hashes (N,) int64 of the files of the training images; empty if unknown.
         result: The score to expect on new images; None before the end.
         decision: Temperature and thresholds; None if none were fitted.
     """
@@ -51,6 +52,7 @@ class Fit:
     network: Classifier
     learning: Classifier | None = None
     position: Position
+    file_hashes: NDArray[np.int64]
     result: AnyProcedureResult | None = None
     decision: Decision | None = None
 

@@ -25,6 +25,7 @@ from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, TrainingError
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.plugins import makers
+from sopdeploy.project import SAMPLED
 from sopdeploy.training.fits import FewShotFit, Fit, Position
 from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.results import AnyProcedureResult, read_result
@@ -49,6 +50,8 @@ def best_record(start: "Start", fit: Fit, resume: dict[str, Any] | None = None) 
             "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
             "optimizer.clip_norm"
         )
+    hashes = np.unique(fit.file_hashes)  # sorted
+    origin = start.origin and start.origin.model_copy(update={"sample": tuple(hashes[:SAMPLED].tolist())})
     return Checkpoint(
         model=fit.name,
         config=fit.network.config.model_dump(mode="json"),
@@ -58,9 +61,9 @@ def best_record(start: "Start", fit: Fit, resume: dict[str, Any] | None = None) 
         training=_describe_training(start, fit),
         resume=resume,
         decision=fit.decision or _multi_label_decision(start, fit.position),
-        image_hashes=torch.from_numpy(np.unique(start.file_hashes)),
+        image_hashes=torch.from_numpy(hashes),
         project=start.recipe.project or "",
-        origin=start.origin,
+        origin=origin,
     )
 
 
@@ -121,7 +124,7 @@ def last_few_shot_record(start: "Start", fit: FewShotFit) -> Checkpoint:
     """Build the content of `last.pt` of a few-shot run, which is finished."""
     arrays = {"out_of_fold": fit.logits, "groups": fit.groups, "judged": fit.judged}
     if fit.label_logits is not None:
-        labels = {"targets": start.data.train.targets, "file_hashes": start.file_hashes}
+        labels = {"targets": start.data.train.targets, "file_hashes": fit.file_hashes}
         arrays |= {"label_logits": fit.label_logits, **labels}
     resume = _resume(start, fit.position, fit.network.state_dict())
     resume["procedure"] = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -197,6 +200,7 @@ def read_few_shot_fit(start: "Start", last: Checkpoint, source: Path) -> FewShot
             name=last.model,
             network=start.model,
             position=start.position,
+            file_hashes=last.image_hashes.numpy(),
             result=read_result(last.training),
             decision=last.decision,
             logits=arrays["out_of_fold"].double().numpy(),

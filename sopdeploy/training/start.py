@@ -19,7 +19,7 @@ from sopdeploy.errors import ConfigError, DataError, first_line, is_out_of_memor
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.project import SAMPLED, Origin, folder_name, utc_now
+from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, check_divisible
 from sopdeploy.training.fits import Position
@@ -221,15 +221,16 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
     """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
 
     A new run chooses them; the run of *last* has recorded its choice. The first process decides for all. It
-    alone hashes the files, up to `MAX_HASHED`.
+    alone hashes the files, up to `MAX_HASHED`; the few-shot procedure hashes them when it reads them.
     """
     images, is_first = opened.train, strategy.rank == 0
-    hashes = np.zeros(0, np.int64)
+    hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
+    if isinstance(recipe.procedure, FewShotConfig):
+        return Division(opened, hashes, record)
     if is_first and len(images) <= MAX_HASHED:
         hashes = hash_images(images)
-    config, record = recipe.data, np.zeros((0, 2), np.int64)
-    is_cross_validated = isinstance(recipe.procedure, FewShotConfig)
-    if is_cross_validated or not isinstance(config, HoldOut) or len(opened.held_out):
+    config = recipe.data
+    if not isinstance(config, HoldOut) or len(opened.held_out):
         return Division(opened, hashes, record)
     choice = np.zeros(len(images), np.int64)
     if is_first:
@@ -316,7 +317,7 @@ def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
         data=start.recipe.data.kind if data_path is None else folder_name(data_path),
         num_images=len(start.data.train) + len(start.data.held_out),
         num_classes=len(start.labels),
-        sample=np.unique(start.file_hashes)[:SAMPLED].tolist(),
+        sample=(),  # the record adds it
     )
 
 

@@ -20,6 +20,7 @@ from sopdeploy.data.base import (
     LabeledImages,
     PreprocessedDataset,
     derive_seed,
+    describe_contradictions,
     unreadable_images_error,
 )
 from sopdeploy.data.near import connect
@@ -93,6 +94,8 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
 
         try:
             found = cross_validate(recipe, start.model, images, on_progress)
+            if warning := describe_contradictions(images, found.features.file_hashes):
+                callback.on_warning(warning)
             network = place(recipe, found.build(), start.strategy)
             result, metrics = _evaluate(start, network, found)
             label_logits = found.label_logits()
@@ -111,6 +114,7 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
         name=head_name(recipe.model.name),
         network=network,
         position=Position(epoch=1, seconds=seconds, history=(row,)),
+        file_hashes=found.features.file_hashes,
         result=result,
         decision=decision,
         logits=found.shifted_logits,

@@ -151,7 +151,7 @@ def fit_best(
     """
     recipe = run.recipe
     result = estimate_best(run.position.history, frozen_backbone=recipe.frozen_backbone)
-    fit = Fit(name=recipe.model.name, network=run.exported, position=run.position, result=result)
+    fit = replace(run.fit(), result=result)
     if run.strategy.rank != 0:
         return fit, {}
     checkpoint = read_checkpoint(folder.best)

@@ -118,7 +118,13 @@ class LoopRun:
         self.synchronize_buffers()
         learning = None if self.ema is None else self.model
         name = self.recipe.model.name
-        return Fit(name=name, network=self.exported, learning=learning, position=self.position)
+        return Fit(
+            name=name,
+            network=self.exported,
+            learning=learning,
+            position=self.position,
+            file_hashes=self.start.file_hashes,
+        )
 
     def replace_model(self, model: Classifier) -> None:
         """Replace the old model by *model*.

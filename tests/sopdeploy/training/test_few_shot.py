@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
+from sopdeploy import checkpoint
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
+from sopdeploy.commands.train import train
 from sopdeploy.data.base import ArrayImages, ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
@@ -22,7 +25,9 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
+from sopdeploy.models import registry, second_order_head
 from sopdeploy.report.wrong_labels import list_wrong_labels
+from sopdeploy.training import start_weights
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import OutOfFold, Problem, Targets, compose, estimate
@@ -340,3 +345,34 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
         path.write_bytes((data / "red" / "0.png").read_bytes())
     with pytest.raises(DataError, match="copies of one photograph"):
         train_recipe(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_photograph_is_read_once_and_three_networks_are_built(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reads, built = tmp_path / "reads", list[str]()
+    read = ImageFiles.read
+
+    def record(images: ImageFiles, index: int) -> bytes:
+        with reads.open("a") as file:  # loader processes read, too
+            file.write(f"{images.identity(index)}\n")
+        return read(images, index)
+
+    create = registry.create_model
+
+    def count(name: str, **options: Any) -> Any:
+        built.append(name)
+        return create(name, **options)
+
+    monkeypatch.setattr(ImageFiles, "read", record)
+    for module in (start_weights, second_order_head, checkpoint):
+        monkeypatch.setattr(module, "create_model", count)
+    photos = paint(tmp_path / "photos", 27)
+    settings = [*SMALL, f"workers={workers}"]
+    train(photos, out=tmp_path / "run", set=settings)
+    first = len(reads.read_text().splitlines())
+    assert first <= 1.5 * 81
+    assert len(built) <= 3
+    train(photos, out=tmp_path / "again", set=settings)  # with features in the cache
+    assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
