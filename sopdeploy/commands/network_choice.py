@@ -19,7 +19,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.commands.fastest_form import measure_alternately
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.sources import open_data
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import difference_interval
@@ -149,7 +149,9 @@ def score_network(
     right = None
     if images.targets.ndim == 1:  # one class per image, so that a prediction is either right or wrong
         right = found.shifted_logits.argmax(axis=1) == images.targets
-    return Validated(found.score(), right, found.groups)
+    if (score := found.score()) is None:
+        raise DataError("networks cannot be compared: fewer than two classes have two different photographs")
+    return Validated(score, right, found.groups)
 
 
 def is_better(best: Validated, other: Validated) -> bool:

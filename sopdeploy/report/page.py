@@ -66,6 +66,7 @@ def write_run_page(
     images, description, logits_NC = _predict(start, fit, on_image)
     predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
+    is_measured = result.score is not None  # otherwise the predictions say nothing about other photographs
     classes = ", ".join(labels[:_MAX_LABELS])
     if len(labels) > _MAX_LABELS:
         classes += f" and {len(labels) - _MAX_LABELS} more"
@@ -77,9 +78,12 @@ def write_run_page(
         sections=[
             *_describe_networks(networks),
             _describe_learning(fit.position.history, result),
-            describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}."),
+            *(
+                [describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}.")]
+                * is_measured
+            ),
             *_describe_decision(fit.decision, labels),
-            *_show_mistakes(predicted, images, rules),
+            *(_show_mistakes(predicted, images, rules) if is_measured else ()),
             *(_show_wrong_labels(train, fit, rules) if isinstance(fit, FewShotFit) else ()),
             *(_show_copies(train, fit, rules) if isinstance(fit, FewShotFit) else ()),
             *_describe_run(start, fit, run.record),
@@ -87,7 +91,7 @@ def write_run_page(
     )
     with writing(page, CheckpointError), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
-    return metrics.mistakes() if isinstance(metrics, ClassificationReport) else []
+    return metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
 
 
 def _predict(
@@ -123,7 +127,9 @@ def _describe_score(result: AnyProcedureResult) -> dict[str, str]:
     """Return the tiles of the page: the score with its interval, and the best epoch of the training loop."""
     score = result.score
     tiles = {"epoch": f"{result.epoch} of {result.num_epochs}"} if isinstance(result, LoopResult) else {}
-    if isinstance(score, float):
+    if score is None:
+        text = "no estimate"
+    elif isinstance(score, float):
         text = percent(score)
     else:
         text = f"{percent(score.value)} ({100 * score.low:.0f} to {100 * score.high:.0f})"

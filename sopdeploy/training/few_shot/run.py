@@ -153,8 +153,10 @@ class CrossValidation:
         """The targets of the images."""
         return self.problem.targets
 
-    def score(self) -> Rate | MeanPrecision:
-        """Estimate the score of the classifier by the images that count."""
+    def score(self) -> Rate | MeanPrecision | None:
+        """Estimate the score of the classifier by the images that count; None if they are of one class."""
+        if len(np.unique(self.targets.strata[self.judged])) < 2 and self.targets.activation == "softmax":
+            return None
         classes, num_folds = self.targets.classes[self.judged], int(self.folds.max()) + 1
         logits, groups = self.logits[self.judged], self.groups[self.judged]
         seed = self.features.recipe.seed
@@ -193,12 +195,16 @@ def cross_validate(
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
     pairs = features.find_copies(images) if config.group_copies else np.zeros((2, 0), np.intp)
-    groups_N = connect(count, pairs, features.hashes, images.groups)
+    targets, groups_N = Targets.of(images), connect(count, pairs, features.hashes, images.groups)
     copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
     judged = _largest_copies(images, copies_N)
+    if images.targets.ndim == 1:  # no classifier is fitted without all images of a class that is one group
+        one_group = [
+            number for number, groups in enumerate(_groups_of_classes(targets, groups_N)) if len(groups) == 1
+        ]
+        judged = judged[~np.isin(images.targets[judged], one_group)]
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
-    targets = Targets.of(images)
     _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = _make_folds(targets, keys_N, config.folds, recipe.seed)
@@ -242,19 +248,24 @@ def _largest_copies(images: LabeledImages, copies_N: Indices) -> Indices:
     return largest_G
 
 
+def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
+    """Return the groups that have images of each class."""
+    return [set(groups_N[of_class > 0].tolist()) for of_class in targets.classes.T]
+
+
 def _describe_groups(images: LabeledImages, targets: Targets, groups_N: Indices) -> dict[str, Any]:
     """Return the fields of `FewShotResult` about the groups of copies *groups_N*."""
-    groups_of_class = {
-        label: set(groups_N[of_class > 0].tolist())
-        for label, of_class in zip(images.labels, targets.classes.T, strict=True)
-    }
+    groups = _groups_of_classes(targets, groups_N)
+    num_groups = {label: len(found) for label, found in zip(images.labels, groups, strict=True)}
+    counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
     contradictions = tuple(
         " = ".join(images.identity(index) for index in indices.tolist())
         for indices in targets.contradictions(groups_N)  # of the images of each group with different classes
     )
     return {
         "num_groups": int(groups_N.max()) + 1,
-        "one_group": tuple(label for label, groups in groups_of_class.items() if len(groups) == 1),
+        "one_group": tuple(label for label, number in num_groups.items() if number == 1),
+        "two_groups": tuple(label for label, number in num_groups.items() if number == 2 < counts[label]),
         "contradictions": contradictions,
     }
 
@@ -268,6 +279,7 @@ def _evaluate(
     """
     recipe, held_out, images = start.recipe, start.data.held_out, start.data.train
     estimated_on: Estimate = "cross-validation"
+    score: Rate | MeanPrecision | None
     if len(held_out):
         estimated_on = "held-out"
         dataset = PreprocessedDataset(held_out, recipe.preprocess)
@@ -278,12 +290,13 @@ def _evaluate(
         expected = Targets.of(held_out)
         score = estimate(expected.classes, expected.activation, logits, recipe.seed, groups)
     else:  # of copies of a photograph, only one is counted
-        logits, targets = found.shifted_logits[found.judged], images.targets[found.judged]
         score = found.score()
+        counted = np.arange(len(images)) if score is None else found.judged
+        logits, targets = found.shifted_logits[counted], images.targets[counted]
     head, counts = found.features.head, found.targets.classes.sum(axis=0).astype(int).tolist()
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
     result = FewShotResult(
-        **{"top1" if isinstance(score, Rate) else "map": score},
+        **{"map" if isinstance(score, MeanPrecision) else "top1": score},
         estimated_on=estimated_on,
         class_counts=dict(zip(images.labels, counts, strict=True)),
         balanced=found.targets.balanced,

@@ -1,6 +1,7 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -318,7 +319,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     random, lines = np.random.default_rng(0), ["file,classes"]
     (tmp_path / "photos").mkdir()
     for number in range(32):
-        pixels = random.integers(0, 60, (20, 20, 3), dtype=np.uint8)
+        pixels = random.integers(0, 60, (5, 5, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
         shown = [name for place, name in enumerate(("green", "red")) if number >> place & 1]
         for name in shown:
             pixels[:, :10] += np.asarray(COLORS[name], np.uint8) // 3
@@ -376,3 +377,45 @@ def test_a_photograph_is_read_once_and_three_networks_are_built(
     assert len(built) <= 3
     train(photos, out=tmp_path / "again", set=settings)  # with features in the cache
     assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
+
+
+def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path:
+    """Write folders of objects: numbers of photographed objects by class, and *views* files of each."""
+    random = np.random.default_rng(0)
+    for label, count in photographs.items():
+        for number in range(count):
+            image = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            (root / label / str(number)).mkdir(parents=True)
+            for view in range(views):
+                Image.fromarray(image).save(root / label / str(number) / f"{view}.png")
+    return root
+
+
+NO_ESTIMATE = "no estimate of the accuracy, which needs two different photographs of two classes or more"
+OBJECTS = {
+    "one class of two objects": ({"a": 2, "b": 1}, True, ["are two groups", NO_ESTIMATE]),
+    "two objects per class": ({"a": 2, "b": 2}, False, ["all images of a, b are two groups"]),
+    "three objects per class": ({"a": 3, "b": 3}, False, []),
+}
+
+
+@pytest.mark.parametrize("case", OBJECTS)
+def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
+    objects, has_none, expected = OBJECTS[case]
+    photos = write_views(tmp_path / "photos", objects)
+    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    lines = "\n".join(result.procedure.lines())
+    assert (result.procedure.score is None) == (NO_ESTIMATE in lines) == has_none
+    assert [text for text in expected if text not in lines] == []
+    assert expected or "two groups" not in lines
+    assert not (has_none and result.mistakes)
+    assert ("no estimate" in result.report.read_text()) == has_none
+
+
+def test_photographs_that_are_all_in_two_classes_give_no_estimate(tmp_path: Path):
+    photos = paint(tmp_path / "photos", 6)
+    shutil.rmtree(photos / "red")
+    shutil.rmtree(photos / "green")
+    shutil.copytree(photos / "blue", photos / "navy")
+    result = train(photos, out=tmp_path / "run", set=SMALL)
+    assert (result.procedure.score, result.mistakes) == (None, ())
