@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
@@ -98,7 +99,7 @@ def _show(result: "TrainingResult") -> None:
         say(result.previous)
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
-    say(f"next: sopdeploy export {result.best} --detach")
+    say(f"next: sopdeploy export {quote(str(result.best))} --detach")
 
 
 @command(_show, options={"data", "recipe", "out"})

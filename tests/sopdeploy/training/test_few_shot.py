@@ -1,6 +1,7 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -419,3 +420,11 @@ def test_photographs_that_are_all_in_two_classes_give_no_estimate(tmp_path: Path
     shutil.copytree(photos / "blue", photos / "navy")
     result = train(photos, out=tmp_path / "run", set=SMALL)
     assert (result.procedure.score, result.mistakes) == (None, ())
+
+
+def test_the_suggested_command_can_be_pasted(tmp_path: Path):
+    photos, out = paint(tmp_path / "photos", 6), tmp_path / "my run"
+    settings = [part for value in SMALL for part in ("--set", value)]
+    shown = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(out), *settings])
+    (line,) = [line for line in shown.output.splitlines() if line.startswith("next: ")]
+    assert shlex.split(line)[-2] == str(out / "best.pt")
