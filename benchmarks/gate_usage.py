@@ -30,7 +30,7 @@ from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import Position
+from sopdeploy.training.record import read_resumed
 from sopdeploy.training.train import train_recipe
 
 EPOCHS, MILESTONES = 20, [13, 17]  # two and six sevenths of the run, nearly as in section 3.2
@@ -75,7 +75,7 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
     with tempfile.TemporaryDirectory() as folder:
         result = train_recipe(recipe, Path(folder) / "run")
         checkpoint = read_checkpoint(result.last)
-        position = Position.model_validate((checkpoint.resume or {})["position"])
+        position = read_resumed(checkpoint, result.last).position
         component_counts = sorted(position.history[-1].component_counts)
         model: Any = build_classifier(checkpoint, result.last)
     sums = {}

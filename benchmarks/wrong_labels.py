@@ -29,7 +29,9 @@ from measure import Result, one_line_errors, report
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.datasets.folder import list_classes
 from sopdeploy.decision import softmax
+from sopdeploy.errors import DataError
 from sopdeploy.report.wrong_labels import find_wrong_labels
+from sopdeploy.training.record import read_label_check
 
 
 def run_draw(
@@ -59,8 +61,10 @@ def run_draw(
         (folder / other / file.name).symlink_to(file.resolve())
     result = train_on(given, folder, run)
     names = {file.name for file in moved}
-    images, resume = list_classes(folder).images, read_checkpoint(result.last).resume or {}
-    probabilities = softmax(resume["procedure"]["label_logits"].double().numpy())
+    images, check = list_classes(folder).images, read_label_check(read_checkpoint(result.last))
+    if check is None:
+        raise DataError(f"{folder}: not trained by the few-shot procedure; give fewer photographs")
+    probabilities = softmax(check.logits)
     files = np.asarray([images.path(index).name for index in range(len(images))])
     listed = {
         "ours": {Path(one.file).name for one in find_wrong_labels(run)},

@@ -24,7 +24,7 @@ from torch import Tensor
 from sopdeploy.config import first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
+from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 from sopdeploy.files import atomic_write, check_is_file, check_is_weights
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
@@ -56,7 +56,7 @@ class Checkpoint:
         labels: class names in output order.
         preprocess: image preprocessing.
         training: recipe, seed, epoch and its metrics, result, versions and machine.
-        resume: `Run.resume_state`; `None` if training cannot be resumed from the file.
+        resume: what `training.record` adds to `last.pt`; `None` if training cannot be resumed from the file.
         image_hashes: sorted hashes (N,) int64 of the files of the training images; empty if unknown.
         decision: how logits become a decision; `None` is softmax without calibration or rejection.
         project: name of the project; empty for imported weights.
@@ -102,7 +102,7 @@ class Checkpoint:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write *checkpoint* to *path* atomically; raise `CheckpointError` on failure."""
+    """Write *checkpoint* to *path* atomically; raise `StorageError` on failure."""
     decision, origin = checkpoint.decision, checkpoint.origin
     content = {
         "format": CHECKPOINT_FORMAT,
@@ -118,7 +118,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_plain(path: Path, content: Mapping[str, Any]) -> None:
-    """Write *content*, which `load_plain` can read, to *path* atomically; raises `CheckpointError`."""
+    """Write *content*, which `load_plain` can read, to *path* atomically; raises `StorageError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial, partial.open("wb") as file:
@@ -130,9 +130,11 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except (OSError, RuntimeError) as error:  # RuntimeError: of torch.save, also if the disk is full
-        hint = f"; is the disk of {path.parent} full?" if isinstance(error, RuntimeError) else ""
-        raise CheckpointError(f"{path}: cannot be written ({error}){hint}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: of torch.save, if the disk is full
+        reason = error.strerror if isinstance(error, OSError) else "the file is not complete"
+        raise StorageError(
+            f"{path}: cannot be written ({reason}); check permissions and free space"
+        ) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

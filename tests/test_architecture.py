@@ -60,6 +60,7 @@ def test_dunder_all_names_exactly_the_lazy_exports() -> None:
     assert all(getattr(sopdeploy, exported) is not None for exported in sopdeploy.__all__)
     lazy = set(sopdeploy.__all__) - {"__version__"}
     assert all(getattr(sopdeploy, exported).__doc__[0].isupper() for exported in lazy)
+    assert lazy <= set(dir(sopdeploy))  # for completion
     assert [name for name in lazy if (ROOT / "sopdeploy" / name).exists()] == []  # no submodule hides one
     with pytest.raises(AttributeError, match="no attribute 'create_modl'"):
         _ = sopdeploy.create_modl

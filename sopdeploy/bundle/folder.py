@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import pydantic
@@ -138,16 +139,16 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not path.is_dir():
         if path.suffix == ".pt" and path.is_file():
-            hint = f"a checkpoint, not a bundle; run: sopdeploy export {path} --detach"
+            hint = f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
         elif path.suffix == ".tar" and path.is_file():
-            hint = f"an archive, not a bundle; run: sopdeploy pull {path} bundles"
+            hint = f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
         else:
             hint = f"no bundle here; a bundle is a folder with a {MANIFEST}"
         raise BundleError(f"{path}: {hint}")
     if not file.is_file() or file.is_symlink():
         bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
         if (best := path / "best.pt").is_file():
-            hint = f"a run, not a bundle; run: sopdeploy export {best} --detach"
+            hint = f"a run, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
         elif bundles:
             newest = path / LATEST
             shown = newest if newest in bundles else bundles[0]

@@ -19,20 +19,20 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.commands.fastest_form import measure_alternately
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.sources import open_data
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import difference_interval
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model, entry
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.features import unfitted_network
-from sopdeploy.training.few_shot.run import fit_classifier
+from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import FewShotConfig, Recipe
 from sopdeploy.training.results import NetworkScore
-from sopdeploy.training.run import Callback
+from sopdeploy.training.start import check_count, place, select_procedure
 from sopdeploy.training.start_weights import WeightSource, complete_preprocess, create_initial_model
-from sopdeploy.training.train import create_run, select_procedure
 from sopdeploy_export.graph import INPUT, capture_any_batch, lower, output_names
 from sopdeploy_service.runtime.onnxruntime import CPU, import_onnxruntime, session_options
 
@@ -67,9 +67,7 @@ def choose_network(
     data, strategy = open_data(shared.data), Strategy(select_device(shared.device))
     if shared.threads:
         torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
-    recipes = {
-        name: select_procedure(recipe, len(data.train)).recipe for name, (recipe, _, _) in configured.items()
-    }
+    recipes = {name: select_procedure(recipe, len(data.train)) for name, (recipe, _, _) in configured.items()}
     for name, recipe in recipes.items():
         if not isinstance(recipe.procedure, FewShotConfig):
             reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
@@ -82,7 +80,7 @@ def choose_network(
         fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
         raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
     validated = {
-        name: cross_validate(recipes[name], data.train, weights[name], strategy, callback) for name in fast
+        name: score_network(recipes[name], data.train, weights[name], strategy, callback) for name in fast
     }
     best = max(fast, key=lambda name: validated[name].score.value)
     not_worse = [name for name in fast if not is_better(validated[best], validated[name])]  # also *best*
@@ -132,7 +130,7 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
     return {name: Speed(1000 * statistics.median(times[name]), len(graphs[name]) / 1e6) for name in recipes}
 
 
-def cross_validate(
+def score_network(
     recipe: Recipe,
     images: LabeledImages,
     weights: WeightSource | None,
@@ -140,15 +138,20 @@ def cross_validate(
     callback: Callback,
 ) -> Validated:
     """Cross-validate the network of *recipe* on *images*; a cache keeps their features for a later run."""
-    initial = create_initial_model(recipe, images.labels, strategy, weights)
-    run = create_run(images, strategy, initial)
-    result = fit_classifier(
-        run, images, lambda step, done, total: callback.on_stage(name=step, done=done, total=total)
+    check_count(images)
+    model, recipe, _ = create_initial_model(recipe, images.labels, strategy, weights)
+    found = cross_validate(
+        recipe,
+        place(recipe, model, strategy),
+        images,
+        lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
     )
     right = None
     if images.targets.ndim == 1:  # one class per image, so that a prediction is either right or wrong
-        right = run.state["out_of_fold"].numpy().argmax(axis=1) == images.targets
-    return Validated(result.score, right, run.state["groups"].numpy())
+        right = found.shifted_logits.argmax(axis=1) == images.targets
+    if (score := found.score()) is None:
+        raise DataError("networks cannot be compared: fewer than two classes have two different photographs")
+    return Validated(score, right, found.groups)
 
 
 def is_better(best: Validated, other: Validated) -> bool:

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.text import Text
@@ -144,4 +145,4 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
     labels = [step for step in folders.steps if step.target is not None]  # the others are skips
     say(f"{len(labels):,} labels")
     if folders.photos.is_dir():
-        say(f"next: sopdeploy train --data {photos}")
+        say(f"next: sopdeploy train --data {quote(str(photos))}")

@@ -2,9 +2,10 @@
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
@@ -23,8 +24,9 @@ from sopdeploy.training.results import NetworkScore, read_result
 
 if TYPE_CHECKING:
     from sopdeploy.checkpoint import Checkpoint
+    from sopdeploy.training.callback import Callback
     from sopdeploy.training.recipe import Recipe
-    from sopdeploy.training.run import Callback
+    from sopdeploy.training.start import Start
     from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.training.train import TrainingResult
 
@@ -97,7 +99,7 @@ def _show(result: "TrainingResult") -> None:
         say(result.previous)
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
-    say(f"next: sopdeploy export {result.best} --detach")
+    say(f"next: sopdeploy export {quote(str(result.best))} --detach")
 
 
 @command(_show, options={"data", "recipe", "out"})
@@ -149,8 +151,8 @@ def train(
     _check(data, recipe, out, options, changed=bool(options.set or settings))
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
+    from sopdeploy.training.callback import Callback
     from sopdeploy.training.distributed import Strategy, join_processes, select_device
-    from sopdeploy.training.run import Callback
     from sopdeploy.training.run_folder import RunFolder, numbered_folder
     from sopdeploy.training.train import summarize_run, train_run
 
@@ -180,25 +182,24 @@ def train(
         strategy = Strategy(select_device(loaded.device))
         resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
         folder = out or numbered_folder(str(loaded.project), strategy, resume=options.resume != "never")
-        run, images = train_run(
+        run = train_run(
             loaded, folder, resume=resume, callback=observer, strategy=strategy, given=keys, weights=weights
         )
-        result = summarize_run(run, images, folder)
         if not is_main_process():
-            return result
+            return summarize_run(run, folder)
 
         def on_image(done: int, total: int) -> None:
             observer.on_stage(name="report", done=done, total=total)
 
-        mistakes = write_run_page(run, images, folder, on_image, networks)
+        mistakes = write_run_page(run, folder, on_image, networks)
         decision_before = None if previous is None else previous.decision
-        rule = None if run.decision is None else run.decision.rejection
+        rule = None if run.fit.decision is None else run.fit.decision.rejection
         rule_before = None if decision_before is None else decision_before.rejection
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
-    changes = "" if previous is None else _describe_changes(previous, result, run.labels)
-    page_fields = {"networks": networks, "report": folder / PAGE, "mistakes": tuple(mistakes[:2])}
-    return result.model_copy(update={**page_fields, "previous": changes})
+    changes = "" if previous is None else _describe_changes(previous, run.start)
+    page = {"report": folder / PAGE, "mistakes": tuple(mistakes[:2]), "previous": changes}
+    return summarize_run(run, folder, networks, **page)
 
 
 def _check(
@@ -265,13 +266,13 @@ def read_previous(source: Path) -> "Checkpoint":
     return checkpoint
 
 
-def _describe_changes(before: "Checkpoint", result: "TrainingResult", labels: Sequence[str]) -> str:
-    """Say what the run *before* reached, and what the images and *labels* of *result* add to it."""
+def _describe_changes(before: "Checkpoint", start: "Start") -> str:
+    """Say what the run *before* reached, and what the images and classes of *start* add to it."""
     result_before, origin = read_result(before.training), before.origin
     if result_before is None or origin is None:
         return ""
-    names = [name for name in labels if name not in before.labels]
-    added = result.train_count + result.held_out_count - origin.num_images
+    names = [name for name in start.labels if name not in before.labels]
+    added = len(start.data.train) + len(start.data.held_out) - origin.num_images
     new = f", new: {', '.join(names)}" if names else ""
     accuracy = dict(result_before.rows())["accuracy"]
     return f"before, {origin.run}: {accuracy}; since then {added:+,} photographs{new}"

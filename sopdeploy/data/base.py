@@ -198,15 +198,19 @@ def map_threaded(function: Callable[[int], _Result], count: int) -> Iterator[_Re
             yield from results
 
 
+def hash_bytes(content: bytes) -> int:
+    """Hash the *content* of a file to 64 bits, in the range of int64."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
 def hash_images(images: LabeledImages) -> NDArray[np.int64]:
     """Hash the bytes of each of *images* to 64 bits, (N,); an unreadable image has the hash 0."""
 
     def hash_image(index: int) -> int:
         try:
-            digest = hashlib.blake2b(images.read(index), digest_size=8).digest()
+            return hash_bytes(images.read(index))
         except DataError:
             return 0  # stands for an unreadable image
-        return int.from_bytes(digest, "big", signed=True)  # in the range of int64
 
     return np.fromiter(map_threaded(hash_image, len(images)), dtype=np.int64, count=len(images))
 

@@ -9,7 +9,8 @@ if the whole of one and a view of the other reach a threshold, and a group is a 
 The threshold is measured on the given images and vectors. It is halfway between what different images reach
 and what four fifths of `Copies` of a sample of the images reach. Different images reach four standard
 deviations above the median cosine of the images of a class, or above the median of the largest cosine with
-images of other classes.
+images of other classes. If most pairs of a class are copies, as in a clip, those that chains of copies
+connect do not count.
 
 Letters: N images, M copies, V views, D components of a vector.
 """
@@ -121,9 +122,9 @@ def find_pairs(
     step = -(-count // MAX_COMPARED)  # rounded up
     compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
     cosines = largest_cosines(compared, whole_ND)
-    reached_by_different = _bound_of_different(cosines, compared, class_N, photograph_N)
     cosine_of_copy_M = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     reached_by_copies = float(np.quantile(cosine_of_copy_M, MISSED))
+    reached_by_different = _bound_of_different(cosines, compared, class_N, photograph_N, reached_by_copies)
     # Usually halfway between both; if copies reach less than different images, what the latter reach.
     threshold = max(reached_by_different, (reached_by_different + reached_by_copies) / 2)
     # The largest rounding error of a cosine. Cosines that are equal but for it are on one side: those of
@@ -143,24 +144,45 @@ def _bound_of_different(
     compared: NDArray[np.intp],
     class_N: NDArray[np.intp],
     photograph_N: NDArray[np.intp],
+    reached_by_copies: float,
 ) -> float:
     """Estimate which cosine different images reach; *cosines* (K, N) are of the images *compared* with all.
 
     Images with equal *photograph_N* are exact copies, whose cosines do not count. Both the cosines of two
-    images of a class, and the largest cosine of each image with other classes, give a bound: `DEVIATIONS`
-    standard deviations above their median. The higher one is returned. The upper quartile estimates the
-    deviation, because a few copies or wrong labels do not change it.
+    images of a class, and the largest cosine of each image with other classes, give a bound. The higher one
+    is returned, unless it covers what copies reach: the pairs of a class are then mostly copies themselves,
+    such as frames of a clip. Only pairs of a class that no chain of copies connects count in this case; the
+    lowest bound that agrees with the chains is returned.
     """
-    same_class_KN = class_N[compared, None] == class_N
-    same_photograph_KN = photograph_N[compared, None] == photograph_N
-    largest_with_others_K = np.where(same_class_KN | same_photograph_KN, -1.0, cosines).max(axis=1)
-    in_class = cosines[same_class_KN & ~same_photograph_KN]  # one-dimensional
-    bound = -1.0  # the smallest cosine
-    for values in (largest_with_others_K, in_class):
-        if len(values):  # there are no pairs in a class if each class has one image
-            median, upper = np.quantile(values, [0.5, 0.75])
-            bound = max(bound, float(median + DEVIATIONS * (upper - median) / QUARTILE))
+    different_KN = photograph_N[compared, None] != photograph_N
+    same_class_KN = (class_N[compared, None] == class_N) & different_KN
+    other_class_KN = (class_N[compared, None] != class_N) & different_KN
+    largest_with_others_K = np.where(other_class_KN, cosines, -1.0).max(axis=1)
+    reached_by_others = _upper_bound(largest_with_others_K)
+    bound = max(reached_by_others, _upper_bound(cosines[same_class_KN]))
+    tells_copies = reached_by_copies > np.median(largest_with_others_K)
+    if bound < reached_by_copies or not tells_copies:
+        return bound
+    cosines_KK, same_class_KK = cosines[:, compared], same_class_KN[:, compared]
+    bound, found = -1.0, reached_by_others
+    while found > bound:  # a higher bound connects fewer images, so that more pairs count
+        bound = found
+        linked = np.nonzero(cosines_KK >= max(bound, (bound + reached_by_copies) / 2))
+        chain_K = connect(len(compared), np.stack(linked))
+        in_other_chain_KK = chain_K[:, None] != chain_K
+        found = max(bound, _upper_bound(cosines_KK[same_class_KK & in_other_chain_KK]))
     return bound
+
+
+def _upper_bound(cosines: NDArray[np.float32]) -> float:
+    """Return `DEVIATIONS` standard deviations above the median of *cosines*, -1 if there are none.
+
+    The upper quartile estimates the deviation, because a few copies or wrong labels do not change it.
+    """
+    if not len(cosines):  # there are no pairs in a class if each class has one image
+        return -1.0
+    median, upper = np.quantile(cosines, [0.5, 0.75])
+    return float(median + DEVIATIONS * (upper - median) / QUARTILE)
 
 
 def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:

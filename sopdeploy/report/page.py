@@ -2,16 +2,15 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.data.base import LabeledImages, Split
+from sopdeploy.data.base import LabeledImages
+from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError
 from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelPredictions
@@ -29,9 +28,11 @@ from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve
+from sopdeploy.training.fits import FewShotFit, Fit
 from sopdeploy.training.recipe import flatten
-from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore, read_result
-from sopdeploy.training.run import Run
+from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
+from sopdeploy.training.start import Start
+from sopdeploy.training.train import FinishedRun
 
 PAGE = "report.html"
 _MAX_LABELS = 20
@@ -46,13 +47,12 @@ _TRAINING_LOSSES = "Losses of the heads, the penalties, and their weighted sum."
 
 
 def write_run_page(
-    run: Run,
-    data: Split,
+    run: FinishedRun,
     folder: Path,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
     networks: Sequence[NetworkScore] = (),
 ) -> list[tuple[str, str, int]]:
-    """Write `report.html` about the finished *run* on *data* to *folder*, which holds its `best.pt`.
+    """Write `report.html` about the finished *run* to *folder*.
 
     The network is evaluated on the held-out images; without such images, the page shows the out-of-fold
     predictions of the training images. *on_image* receives the numbers of images evaluated and in total.
@@ -60,68 +60,76 @@ def write_run_page(
 
     Returns the mistakes: true class, predicted class and number of images, the most frequent one first.
     """
-    best, page = folder / "best.pt", folder / PAGE
-    checkpoint = read_checkpoint(best)
-    result: Any = read_result(checkpoint.training)
-    images, description, logits_NC = _predict(run, data, checkpoint, best, on_image)
-    predicted = make_predictions(logits_NC, images, run.labels, checkpoint.decision)
+    start, fit, page = run.start, run.fit, folder / PAGE
+    result: Any = fit.result
+    labels, rules, train = start.labels, start.recipe.preprocess, start.data.train
+    images, description, logits_NC = _predict(start, fit, on_image)
+    predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
-    classes = ", ".join(run.labels[:_MAX_LABELS])
-    if len(run.labels) > _MAX_LABELS:
-        classes += f" and {len(run.labels) - _MAX_LABELS} more"
-    time = f"{run.position.seconds:.0f} s"
+    is_measured = result.score is not None  # otherwise the predictions say nothing about other photographs
+    classes = ", ".join(labels[:_MAX_LABELS])
+    if len(labels) > _MAX_LABELS:
+        classes += f" and {len(labels) - _MAX_LABELS} more"
+    tiles = {"seed": str(start.recipe.seed), "time": f"{fit.position.seconds:.0f} s"}
     content = HtmlReport(
-        title=checkpoint.model,
-        text=[_describe_training(run, checkpoint, result), f"{len(run.labels)} classes: {classes}"],
-        tiles={**_describe_score(result), "seed": str(run.recipe.seed), "time": time},
+        title=fit.name,
+        text=[_describe_training(start, result), f"{len(labels)} classes: {classes}"],
+        tiles={**_describe_score(result), **tiles},
         sections=[
             *_describe_networks(networks),
-            _describe_learning(run.position.history, result),
-            describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}."),
-            *_describe_decision(checkpoint),
-            *_show_mistakes(predicted, images, checkpoint.preprocess),
-            *_show_wrong_labels(data.train, run.state, checkpoint.preprocess),
-            *_show_copies(data.train, run.state, checkpoint.preprocess),
-            *_describe_run(run, checkpoint),
+            _describe_learning(fit.position.history, result),
+            *(
+                [describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}.")]
+                * is_measured
+            ),
+            *_describe_decision(fit.decision, labels),
+            *(_show_mistakes(predicted, images, rules) if is_measured else ()),
+            *(_show_wrong_labels(train, fit, rules) if isinstance(fit, FewShotFit) else ()),
+            *(_show_copies(train, fit, rules) if isinstance(fit, FewShotFit) else ()),
+            *_describe_run(start, fit, run.record),
         ],
     )
     with writing(page, CheckpointError), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
-    return metrics.mistakes() if isinstance(metrics, ClassificationReport) else []
+    return metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
 
 
 def _predict(
-    run: Run, data: Split, checkpoint: Checkpoint, best: Path, on_image: Callable[[int, int], None]
+    start: Start, fit: Fit, on_image: Callable[[int, int], None]
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
     """Return the images that the page evaluates, what they are, and their calibrated logits (N, C)."""
-    if not len(data.held_out):  # as in the few-shot procedure, which also fits no temperature
+    held_out, recipe = start.data.held_out, start.recipe
+    if isinstance(fit, FewShotFit) and not len(held_out):  # this procedure fits no temperature
         description = "the training images, each predicted by a network that was fitted without it"
-        return data.train, description, run.state["out_of_fold"].double().numpy()
+        return start.data.train, description, fit.logits
     description = "the held-out images"
-    if run.recipe.procedure.kind == "loop":
+    if start.uses_loop:
         description += ", which also selected the epoch, so all scores of this section are too high"
-    model = build_classifier(checkpoint, best).to(run.strategy.device)
-    workers, rules = run.recipe.workers, checkpoint.preprocess
-    logits_NC = score_images(model, rules, data.held_out, workers=workers, on_image=on_image)
-    temperature = 1.0 if checkpoint.decision is None else checkpoint.decision.temperature
-    return data.held_out, description, logits_NC / temperature
+    logits_NC = score_images(
+        fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image
+    )
+    temperature = 1.0 if fit.decision is None else fit.decision.temperature
+    return held_out, description, logits_NC / temperature
 
 
-def _describe_training(run: Run, best: Checkpoint, result: AnyProcedureResult) -> str:
+def _describe_training(start: Start, result: AnyProcedureResult) -> str:
     """Describe in a sentence what was trained: the start weights, the images and the procedure."""
-    start, side = best.training.get("start"), run.recipe.preprocess.crop
-    weights = "random weights" if start is None else f"the weights of {start['file']} ({start['network']})"
+    given, side = start.weights, start.recipe.preprocess.crop
+    weights = "random weights" if given is None else f"the weights of {given.file} ({given.network})"
     how = f"by the {result.kind.replace('_', '-')} procedure"
     if isinstance(result, LoopResult):
         how = f"for {result.num_epochs} epoch{'s' * (result.num_epochs > 1)}"
-    return f"Trained from {weights} on {run.train_count} images, scaled to {side} x {side} pixels, {how}."
+    count = len(start.data.train)
+    return f"Trained from {weights} on {count} images, scaled to {side} x {side} pixels, {how}."
 
 
 def _describe_score(result: AnyProcedureResult) -> dict[str, str]:
     """Return the tiles of the page: the score with its interval, and the best epoch of the training loop."""
     score = result.score
     tiles = {"epoch": f"{result.epoch} of {result.num_epochs}"} if isinstance(result, LoopResult) else {}
-    if isinstance(score, float):
+    if score is None:
+        text = "no estimate"
+    elif isinstance(score, float):
         text = percent(score)
     else:
         text = f"{percent(score.value)} ({100 * score.low:.0f} to {100 * score.high:.0f})"
@@ -170,11 +178,10 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     return Section(title="Learning", text=text, figures=figures)
 
 
-def _describe_decision(best: Checkpoint) -> Iterator[Section]:
+def _describe_decision(decision: Decision | None, labels: Sequence[str]) -> Iterator[Section]:
     """List temperature and thresholds."""
-    if best.decision is not None:
-        rows = best.decision.rows(best.labels)
-        table = Table(caption="Temperature and thresholds", columns=["", ""], rows=rows)
+    if decision is not None:
+        table = Table(caption="Temperature and thresholds", columns=["", ""], rows=decision.rows(labels))
         yield Section(title="Decision", text=[_DECISION], tables=[table])
 
 
@@ -192,14 +199,12 @@ def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preproc
     yield from _show("Worst mistakes", text, images, captions, rules)
 
 
-def _show_wrong_labels(
-    images: LabeledImages, state: dict[str, Tensor], rules: Preprocess
-) -> Iterator[Section]:
-    """Show the training *images* whose label is probably wrong by the *state* of a few-shot procedure."""
-    if "label_logits" not in state:
+def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Iterator[Section]:
+    """Show the training *images* whose label is probably wrong by *fit*."""
+    if fit.label_logits is None:
         return
     captions = []
-    for index, found in list_wrong_labels(state["label_logits"].double().numpy(), images)[:_MAX_SHOWN]:
+    for index, found in list_wrong_labels(fit.label_logits, images)[:_MAX_SHOWN]:
         shares = percent(found.probability), percent(found.probability_suggested)
         captions.append((index, f"{found.label} ({shares[0]}), suggested: {found.suggested} ({shares[1]})"))
     text = (
@@ -209,11 +214,9 @@ def _show_wrong_labels(
     yield from _show("Probably wrong labels", text, images, captions, rules)
 
 
-def _show_copies(images: LabeledImages, state: dict[str, Tensor], rules: Preprocess) -> Iterator[Section]:
-    """Show the largest groups of copies among training *images* by the *state* of a few-shot procedure."""
-    if "groups" not in state:
-        return
-    group_N = state["groups"].numpy()
+def _show_copies(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Iterator[Section]:
+    """Show the largest groups of copies among training *images*."""
+    group_N = fit.groups
     sizes = np.bincount(group_N)
     largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
     captions = [
@@ -243,18 +246,17 @@ def _show(
         yield Section(title=title, text=[text], figures=figures)
 
 
-def _describe_run(run: Run, best: Checkpoint) -> Iterator[Section]:
+def _describe_run(start: Start, fit: Fit, record: Mapping[str, Any]) -> Iterator[Section]:
     """List the recipe and the environment of the run."""
     hidden = "summary", "model.config."  # the whole config of the network is listed as `network.`
     recipe = [
         (key, value)
-        for key, value in flatten(run.recipe.model_dump(mode="json"))
-        if run.recipe.reads(key) and not key.startswith(hidden)
+        for key, value in flatten(start.recipe.model_dump(mode="json"))
+        if start.recipe.reads(key) and not key.startswith(hidden)
     ]
-    values = [*recipe, *flatten(best.config, "network.")]
+    values = [*recipe, *flatten(fit.network.config.model_dump(mode="json"), "network.")]
     settings = Table(caption="All values of the run", columns=["key", "value"], rows=values)
     yield Section(title="Recipe", tables=[settings])
-    record = best.training
     facts = {f"{name} version": version for name, version in record["versions"].items()} | record["machine"]
     facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
     machine = Table(caption="Versions and machine", columns=["what", "value"], rows=list(facts.items()))

@@ -11,7 +11,7 @@ from sopdeploy.data.base import LabeledImages, hash_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.training.recipe import validate_recipe
+from sopdeploy.training.record import read_label_check, read_recorded_recipe
 
 # A label is listed if another class is so many times as probable, both relative to the average probability of
 # the class for its own images. Labels that are contradicted less are mostly right
@@ -42,21 +42,21 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     if not path.is_file():
         raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
     last = read_checkpoint(path)
-    recipe = validate_recipe(last.training.get("recipe", {}), str(path))
+    recipe = read_recorded_recipe(last, path)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
-    state = (last.resume or {}).get("procedure", {})
-    if "label_logits" not in state:
+    check = read_label_check(last)
+    if check is None:
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
         )
     images = open_data(recipe.data).train  # the few-shot procedure holds none of them out
-    has_same_files = np.array_equal(hash_images(images), state["file_hashes"])  # in the same order
-    has_same_labels = np.array_equal(images.targets, state["targets"]) and images.labels == last.labels
+    has_same_files = np.array_equal(hash_images(images), check.file_hashes)  # in the same order
+    has_same_labels = np.array_equal(images.targets, check.targets) and images.labels == last.labels
     if not (has_same_files and has_same_labels):
         raise DataError(f"{run}: the images have changed since the run; train again")
-    return tuple(wrong for _, wrong in list_wrong_labels(state["label_logits"].double().numpy(), images))
+    return tuple(wrong for _, wrong in list_wrong_labels(check.logits, images))
 
 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:

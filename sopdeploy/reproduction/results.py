@@ -12,8 +12,9 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.run import Position
-from sopdeploy.training.train import TrainingResult, open_held_out
+from sopdeploy.training.record import read_resumed
+from sopdeploy.training.start import open_held_out
+from sopdeploy.training.train import TrainingResult
 
 
 class SeedResult(StrictModel):
@@ -46,8 +47,7 @@ class MeanError(StrictModel):
 def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     """Collect the results of a finished run for the table and the charts."""
     checkpoint = read_checkpoint(trained.last)
-    resume: Any = checkpoint.resume  # never None in `last.pt`
-    history = Position.model_validate(resume["position"]).history
+    history = read_resumed(checkpoint, trained.last).position.history
     model = build_classifier(checkpoint, trained.last)
     return SeedResult(
         seed=recipe.seed,

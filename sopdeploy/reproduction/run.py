@@ -14,8 +14,8 @@ from sopdeploy.reproduction.page import render_page
 from sopdeploy.reproduction.plan import Reproduction, plan
 from sopdeploy.reproduction.results import SeedResult, measure_run, measured_facts
 from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import Callback
 from sopdeploy.training.train import train_recipe
 
 _RESULT = "result.json"

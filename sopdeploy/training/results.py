@@ -97,7 +97,8 @@ class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
     Attributes:
-        top1: Accuracy with its 95 % interval (`classifier.estimate`); `None` with several classes per image.
+        top1: Accuracy with its 95 % interval (`classifier.estimate`); `None` with several classes per image,
+            and if fewer than two classes have images that can be judged.
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
@@ -105,6 +106,7 @@ class FewShotResult(StrictModel):
         num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
         num_groups: Number of groups of training images: different photographs, each with its copies.
         one_group: Classes whose images are one group, so that one fold holds all of them.
+        two_groups: Classes of more than two images that are two groups.
         contradictions: Files of groups with different labels, joined by " = ".
         num_images: Number of training images.
         head: The network, and the statistics that its classifier reads.
@@ -123,6 +125,7 @@ class FewShotResult(StrictModel):
     num_duplicates: int
     num_groups: int
     one_group: tuple[str, ...] = ()
+    two_groups: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
     num_images: Count
     head: str
@@ -132,9 +135,9 @@ class FewShotResult(StrictModel):
     seconds: dict[str, float]
 
     @property
-    def score(self) -> Rate | MeanPrecision:
-        """The accuracy, or the mAP."""
-        return self.top1 or self.map  # type: ignore[return-value]  # one of the two is set
+    def score(self) -> Rate | MeanPrecision | None:
+        """The accuracy, or the mAP; None if there is no estimate."""
+        return self.top1 or self.map
 
     @property
     def score_name(self) -> str:
@@ -157,6 +160,8 @@ class FewShotResult(StrictModel):
     def describe_score(self) -> str:
         """Describe the score; if it may be no better, add the accuracy of always naming the largest class."""
         score = self.score
+        if score is None:
+            return "no estimate of the accuracy, which needs two different photographs of two classes or more"
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         label, largest = max(self.class_counts.items(), key=lambda item: item[1])
         majority = largest / max(1, sum(self.class_counts.values()))  # multi-label images may show none
@@ -179,6 +184,11 @@ class FewShotResult(StrictModel):
             yield (
                 f"all images of {shorten(self.one_group)} are one group (copies of one photograph, or one "
                 "folder), so the accuracy of the class cannot be estimated; add different photographs"
+            )
+        if self.two_groups:
+            yield (
+                f"all images of {shorten(self.two_groups)} are two groups, so the accuracy of the class is a "
+                "rough estimate; add different photographs"
             )
         if self.contradictions:
             yield f"copies with different labels, correct or delete one: {shorten(self.contradictions, '; ')}"

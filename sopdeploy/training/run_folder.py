@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
@@ -21,10 +22,9 @@ import torch
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
-from sopdeploy.training.diagnostics import best_epoch, history_csv
+from sopdeploy.training.diagnostics import EpochRow, history_csv
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop_settings import SaveConfig
-from sopdeploy.training.run import Run
 
 LOCK_FILE = ".lock"  # remains after a run was killed, without a lock
 RUNS = Path("runs")
@@ -126,31 +126,21 @@ class RunFolder:
         elapsed = time.monotonic() - self.saved_at
         return config.every_minutes > 0 and elapsed >= config.every_minutes * 60
 
-    def save_last(self, run: Run) -> None:
+    def save_last(self, checkpoint: Checkpoint) -> None:
         """Write `last.pt`; the run may be between any two steps."""
-        self._write(self.last, run.checkpoint(resumable=True))
+        self._write(self.last, checkpoint)
         self.saved_at = time.monotonic()
 
-    def save_best(self, run: Run) -> None:
-        """Write `best.pt` with the exported weights of *run*."""
-        self._write(self.best, run.checkpoint(resumable=False))
+    def save_best(self, checkpoint: Checkpoint) -> None:
+        """Write `best.pt`."""
+        self._write(self.best, checkpoint)
 
     def _write(self, path: Path, checkpoint: Checkpoint) -> None:
         if self.strategy.rank == 0:
             write_checkpoint(path, checkpoint)
 
-    def save_derived_files(self, run: Run) -> None:
-        """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best.
-
-        A resumed run does this first, because the process may have been killed before it wrote these files.
-        """
-        position, history = run.position, run.position.history
-        if not history:
-            return
-        best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-        has_best_weights = position.step == 0 and best.epoch == position.epoch  # no step since the best epoch
-        if has_best_weights:
-            self.save_best(run)  # in all processes, which together average the running statistics
+    def save_history(self, history: Sequence[EpochRow]) -> None:
+        """Write the history and the link `latest`, after `best.pt`."""
         if self.strategy.rank != 0:
             return
         with writing(self.history, CheckpointError), atomic_write(self.history) as partial:

@@ -6,7 +6,6 @@ else that determines its features. A damaged entry is computed again. An unusabl
 
 import hashlib
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,19 +40,32 @@ class FeatureCache:
         self.limit = limit
         self.used: set[str] = set()  # names of the entries of this run
         self.identity = hash_network(network, recipe)
-        self.writable = root.is_absolute()  # the XDG specification ignores relative paths
+        # Whether entries are not read: those of another network, or of one whose code may change.
+        self.is_stale = not _is_of_packages(network)
+        # The XDG specification ignores relative paths.
+        self.writable = root.is_absolute() and not self.is_stale
         self.bytes = sum(size for _, size, _ in self._entries())
 
+    def path(self, photograph: bytes) -> Path:
+        """Return the path of the entry of a photograph whose file has the sha256 *photograph*."""
+        return self.folder / f"{hashlib.sha256(self.identity + photograph).hexdigest()}.features"
+
+    def has(self, photograph: bytes) -> bool:
+        """Tell whether there is an entry, which may be damaged."""
+        return not self.is_stale and self.path(photograph).exists()
+
     def find(self, photograph: bytes) -> Path:
-        """Return the path of the entry of an encoded *photograph*, and mark an existing entry as used."""
-        path = self.folder / f"{hashlib.sha256(self.identity + photograph).hexdigest()}.features"
+        """Return the path of the entry, as `path`, and mark an existing entry as used."""
+        path = self.path(photograph)
         self.used.add(path.name)
         with suppress(OSError):
             os.utime(path)
         return path
 
     def read(self, path: Path) -> Entry | None:
-        """Read an entry; None if there is none or it is damaged."""
+        """Read an entry; None if there is none, or if it is damaged or stale."""
+        if self.is_stale:
+            return None
         try:
             content = path.read_bytes()
             if int.from_bytes(content[:CHECKSUM_BYTES]) != crc32(content[CHECKSUM_BYTES:]):
@@ -104,11 +116,16 @@ class FeatureCache:
                     self.bytes -= size
 
 
+def _is_of_packages(network: SecondOrderHead) -> bool:
+    """Tell whether packages with a version define all classes of *network*, so that its code is known."""
+    classes = {base for module in network.modules() for base in type(module).__mro__[:-1]}
+    return {base.__module__.split(".")[0] for base in classes} <= {*_PACKAGES, "torchvision", "abc"}
+
+
 def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
     """Hash all that determines the features of a photograph: network, preprocessing, versions, processor.
 
-    The head is left out, because the features do not depend on it. The source files of all other modules are
-    included: the code of a user's network may change while its weights stay.
+    The head is left out, because the features do not depend on it.
     """
     device = next(network.parameters()).device
     processor = (
@@ -119,15 +136,9 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
     facts = [recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor]
     facts += [*installed(_PACKAGES).values(), *network.maps]  # versions, and names of the taps
     digest = hashlib.sha256(repr(facts).encode())
-    sources: set[str | None] = set()  # files that define the classes of modules; None for a class without one
     for name, module in network.named_modules():
         if name.split(".")[0] != POOLED_HEAD:
             digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
-            for base in type(module).__mro__:
-                sources.add(getattr(sys.modules.get(base.__module__), "__file__", None))
-    for source in sorted(filter(None, sources)):
-        with suppress(OSError):  # a module in an archive
-            digest.update(Path(source).read_bytes())
     for name, tensor in network.state_dict().items():
         if name.split(".")[0] != POOLED_HEAD:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -2,18 +2,22 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
+from sopdeploy.data.base import Dataset, LabeledImages, derive_seed, hash_bytes, image_errors
 from sopdeploy.data.batches import load_batches
 from sopdeploy.data.near import Copies, find_pairs
+from sopdeploy.images.formats import load_pixels, open_image
+from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
@@ -24,6 +28,8 @@ from sopdeploy.training.recipe import Recipe
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
 BATCHES = {"cpu": 4, "cuda": 64}  # images; the maps of four stay in a CPU's cache, which halves the time
 CORNER = 0.7  # share of each side of a map that a corner covers; its average finds crops
+FACTS = 9  # bytes of `_Photographs` before the sha256: a mark and a hash of 64 bits
+MAX_WAITING = 16  # batches that wait for others with photographs to compute
 PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,272 rows
 
 
@@ -31,8 +37,8 @@ class Features:
     """The network of *recipe* with the features of *images*.
 
     `full` is a copy of the network with the head that reads all statistics, `vectors` (N, D) are the inputs
-    of this head, `views` those of `average_views`, and `hashes` the hashes of the pixels. `head` is the head
-    to fit, of the configured *kind*.
+    of this head, `views` those of `average_views`, `hashes` and `file_hashes` (N,) those of the pixels and of
+    the files. `head` is the head to fit, of the configured *kind*.
     """
 
     def __init__(
@@ -45,7 +51,8 @@ class Features:
     ) -> None:
         self.recipe, self.model, self.full = recipe, model, full_head(recipe, model)
         self.outputs = CachedNetwork(self.full, recipe)
-        self.vectors, self.views, self.hashes = compute_features(self.outputs, images, on_image)
+        features = compute_features(self.outputs, images, on_image)
+        self.vectors, self.views, self.hashes, self.file_hashes = features
         self.head = head_to_fit(self.full, kind)
 
     def columns(self, head: HeadConfig) -> list[slice]:
@@ -98,10 +105,47 @@ class Features:
         return model.eval()
 
 
+class _Loaded(NamedTuple):
+    """A batch: pixels (B, H, W, 3) uint8, hashes of files (B,), and entries of the cache, None if missing."""
+
+    pixels: Tensor
+    hashes: NDArray[np.int64]
+    paths: list[Path]
+    entries: list[Entry | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Photographs(Dataset):
+    """Pixels of photographs with `FACTS` bytes and the sha256 of the file.
+
+    The bytes are 1 if the pixels were decoded, and the hash of `hash_bytes`. The pixels are black if the
+    *cache* has an entry, except those of the image *decoded*.
+    """
+
+    preprocess: Preprocess
+    cache: FeatureCache
+    decoded: int
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]:
+        photograph = self.images.read(index)
+        identity = hashlib.sha256(photograph).digest()
+        is_cached = index != self.decoded and self.cache.has(identity)
+        side = self.preprocess.crop
+        with image_errors(self.images.describe(index)):
+            pixels = np.zeros((side, side, 3), np.uint8) if is_cached else self.decode(photograph)
+        facts = bytes([not is_cached]) + hash_bytes(photograph).to_bytes(FACTS - 1, "big", signed=True)
+        return pixels, np.frombuffer(facts + identity, np.uint8)
+
+    def decode(self, photograph: bytes) -> NDArray[np.uint8]:
+        """Decode and preprocess an encoded *photograph*."""
+        return preprocess_image(load_pixels(open_image(photograph)), self.preprocess)
+
+
 class Batch(NamedTuple):
-    """Images at `indices`: hashes of the pixels, the network's own vectors (B, D_0), and its maps by tap."""
+    """Images at `indices`: hashes of files (B,) and pixels, own vectors (B, D_0), and maps by tap."""
 
     indices: list[int]
+    file_hashes: NDArray[np.int64]
     hashes: list[str]
     own_vectors: Tensor
     maps: dict[str, Tensor]
@@ -117,72 +161,97 @@ class CachedNetwork:
 
     def batches(self, images: LabeledImages, indices: list[int]) -> Iterator[Batch]:
         """Yield the outputs for the images at *indices*, in batches on the device of the network."""
-        entries = self._entries(images, indices)
-        for start in range(0, len(indices), self.batch_size):
-            chosen = indices[start : start + self.batch_size]
-            image_entries = islice(entries, len(chosen))  # [hash, own vector, map of each tap] of each image
-            outputs = zip(*image_entries, strict=True)  # all hashes, all own vectors, all maps of each tap
+        size = self.batch_size
+        chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
+        for chosen, (file_hashes, entries) in zip(chunks, self._load(images, chunks), strict=True):
+            outputs = zip(*entries, strict=True)  # all hashes, all own vectors, all maps of each tap
             digests, own_vectors, *maps = (np.ascontiguousarray(np.stack(arrays)) for arrays in outputs)
             hashes = [digest.tobytes().hex() for digest in digests]
             maps_by_tap = {
                 tap: torch.from_numpy(features).to(self.device, memory_format=torch.channels_last)
                 for tap, features in zip(self.network.maps, maps, strict=True)
             }
-            yield Batch(chosen, hashes, torch.from_numpy(own_vectors).to(self.device), maps_by_tap)
+            own = torch.from_numpy(own_vectors).to(self.device)
+            yield Batch(chosen, file_hashes, hashes, own, maps_by_tap)
 
     def vectors(self, batch: Batch) -> NDArray[np.float32]:
         """Compute the vectors that the head reads."""
         return self.network.pooled_head.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
 
-    def _entries(self, images: LabeledImages, indices: list[int]) -> Iterator[Entry]:
-        """Yield the entries of the images at *indices*: [hash of the pixels, own vector, map of each tap].
+    def _load(
+        self, images: LabeledImages, batches: list[list[int]]
+    ) -> Iterator[tuple[NDArray[np.int64], list[Entry]]]:
+        """Yield the hashes of the files (B,) and the entries of the images at the indices of each batch.
 
-        Those without a file in the cache are computed in full batches, one batch ahead at most. Files are
-        read one by one: a damaged one is found only in its turn, and its entry is then computed on its own.
+        An entry is [hash of the pixels, own vector, map of each tap]. A photograph is read once, unless its
+        entry in the cache is damaged. The first photograph is computed in any case: if its entry differs,
+        something that the name of the entry does not contain has changed, and the cache is not read.
         """
-        paths = {index: self.cache.find(images.read(index)) for index in indices}
-        missing = [index for index in indices if not paths[index].exists()]
-        to_compute, computed = set(missing), self._compute(images, missing, paths)
-        for index in indices:
-            if index in to_compute:
-                yield next(computed)  # in the order of `missing`, which is that of `indices`
-            elif (entry := self.cache.read(paths[index])) is not None:
-                yield entry
-            else:  # a damaged file
-                yield next(self._compute(images, [index], paths))
+        photographs = _Photographs(images, self.recipe.preprocess, self.cache, batches[0][0])
+        loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
+        waiting: list[_Loaded] = []  # until a full batch of photographs without an entry is there
+        for batch, (pixels, facts) in zip(batches, loader, strict=True):
+            paths = [self.cache.find(row[FACTS:].numpy().tobytes()) for row in facts]
+            entries = [self.cache.read(path) for path in paths]
+            if batch is batches[0] and entries[0] is not None:
+                (computed,) = self._compute(pixels[:1])
+                if not all(map(np.array_equal, entries[0], computed)):
+                    self.cache.is_stale = True
+                    yield from self._load(images, batches)
+                    return
+            for position, entry in enumerate(entries):
+                if entry is None and not facts[position, 0]:  # there is an entry, but it is damaged
+                    decoded = photographs.decode(images.read(batch[position]))
+                    pixels[position] = torch.from_numpy(decoded)
+            hashes = np.ascontiguousarray(facts[:, 1:FACTS].numpy()).view(">i8")[:, 0].astype(np.int64)
+            waiting.append(_Loaded(pixels, hashes, paths, entries))
+            num_missing = sum(loaded.entries.count(None) for loaded in waiting)
+            is_last = batch is batches[-1]
+            if num_missing % self.batch_size == 0 or len(waiting) == MAX_WAITING or is_last:
+                yield from self._complete(waiting)
+                waiting = []
 
-    def _compute(
-        self, images: LabeledImages, indices: list[int], paths: Mapping[int, Path]
-    ) -> Iterator[Entry]:
-        """Compute the entries of the images at *indices*, and write them to *paths*.
+    def _complete(self, waiting: list["_Loaded"]) -> Iterator[tuple[NDArray[np.int64], list[Entry]]]:
+        """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""
+        missing = [
+            (loaded, position)
+            for loaded in waiting
+            for position, entry in enumerate(loaded.entries)
+            if entry is None
+        ]
+        for start in range(0, len(missing), self.batch_size):
+            part = missing[start : start + self.batch_size]
+            computed = self._compute(torch.stack([loaded.pixels[position] for loaded, position in part]))
+            for (loaded, position), entry in zip(part, computed, strict=True):
+                loaded.entries[position] = entry
+                self.cache.write(loaded.paths[position], entry)
+        for loaded in waiting:
+            yield loaded.hashes, cast(list[Entry], loaded.entries)
 
-        The last batch is filled with copies of its last image, because the kernels, and thereby the last bits
+    def _compute(self, pixels: Tensor) -> list[Entry]:
+        """Compute the entries of *pixels* (B, H, W, 3) in a full batch.
+
+        A smaller one is filled with copies of its last image, because the kernels, and thereby the last bits
         of the features, depend on the size of the batch.
         """
-        size = self.batch_size
+        positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)  # 0, 1, ... and the last one
         normalize = Normalize(self.recipe.preprocess).to(self.device)
-        dataset = PreprocessedDataset(images, self.recipe.preprocess)
-        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-        loader = load_batches(dataset, batches, self.recipe.workers, torch.device("cpu"))
-        for batch, (pixels, _) in zip(batches, loader, strict=True):
-            positions = torch.arange(size).clamp(max=len(batch) - 1)  # 0, 1, ... and repeats of the last one
-            full_batch = pixels[positions].to(self.device)
-            own, maps = self.network.head_inputs(normalize(full_batch))
-            outputs = [output.cpu().numpy() for output in (own, *maps.values())]
-            for position, index in enumerate(batch):
-                digest = hashlib.sha256(pixels[position].numpy().tobytes()).digest()
-                entry = [np.frombuffer(digest, np.uint8), *(output[position] for output in outputs)]
-                self.cache.write(paths[index], entry)
-                yield entry
+        own, maps = self.network.head_inputs(normalize(pixels[positions].to(self.device)))
+        outputs = [output.cpu().numpy() for output in (own, *maps.values())]
+        digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in pixels]
+        return [
+            [np.frombuffer(digest, np.uint8), *(output[position] for output in outputs)]
+            for position, digest in enumerate(digests)
+        ]
 
 
 @torch.no_grad()
 def compute_features(
     outputs: CachedNetwork, images: LabeledImages, on_image: Callable[[int, int], None]
-) -> tuple[NDArray[np.float32], list[NDArray[np.float32]], list[str]]:
+) -> tuple[NDArray[np.float32], list[NDArray[np.float32]], list[str], NDArray[np.int64]]:
     """Fit the projections of the network to its feature maps, and compute the vectors that its head reads.
 
-    Returns the vectors (N, D) of all images, their `average_views`, and the hashes of their pixels.
+    Returns the vectors (N, D) of all images, their `average_views`, and the hashes of pixels and files (N,).
     *on_image* receives the numbers of images done and in total.
     """
     shuffled = np.random.default_rng(0).permutation(len(images))  # so that the first show many classes
@@ -192,8 +261,10 @@ def compute_features(
     vectors = np.zeros((len(images), outputs.network.num_features()), np.float32)
     views: list[NDArray[np.float32]] = []  # (N, V, C) for each map
     hashes: dict[int, str] = {}
+    file_hashes = np.zeros(len(images), np.int64)
     for batch in chain(first, batches):
         vectors[batch.indices] = outputs.vectors(batch)
+        file_hashes[batch.indices] = batch.file_hashes
         views_of_batch = average_views(batch.own_vectors, batch.maps)  # (B, V, C) for each map
         if not views:  # the first batch gives their shapes
             views = [np.zeros((len(images), *part.shape[1:]), np.float32) for part in views_of_batch]
@@ -201,7 +272,7 @@ def compute_features(
             of_all[batch.indices] = of_batch
         hashes.update(zip(batch.indices, batch.hashes, strict=True))
         on_image(len(hashes), len(images))
-    return vectors, views, [hashes[index] for index in range(len(images))]
+    return vectors, views, [hashes[index] for index in range(len(images))], file_hashes
 
 
 def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:

@@ -9,33 +9,48 @@ The only checkpoints are those of the finished run. Letters: N images, K classes
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
+from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.data.base import (
     LabeledImages,
     PreprocessedDataset,
-    Split,
     derive_seed,
+    describe_contradictions,
     unreadable_images_error,
 )
 from sopdeploy.data.near import connect
-from sopdeploy.decision import Decision, sigmoid
+from sopdeploy.decision import Decision, Estimate, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
-from sopdeploy.models.second_order_head import head_name
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.second_order_head import SecondOrderHead, head_name
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
-from sopdeploy.training.few_shot.classifier import GRID, Indices, Problem, Targets, estimate, shift_energies
+from sopdeploy.training.few_shot.classifier import (
+    GRID,
+    Array,
+    Indices,
+    Problem,
+    Targets,
+    estimate,
+    shift_energies,
+)
 from sopdeploy.training.few_shot.features import Features
+from sopdeploy.training.fits import FewShotFit, Position
+from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.record import best_record, last_few_shot_record, read_few_shot_fit
 from sopdeploy.training.results import FewShotResult
-from sopdeploy.training.run import Callback, Position, Run
 from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import Start, place
 
 # Below this number of groups, the energies are the means of three cross-validations. The threshold is one of
 # the lowest energies, which other folds change: for 100 photographs of clothing, five seeds rejected 58 to
@@ -43,117 +58,176 @@ from sopdeploy.training.run_folder import RunFolder
 FEW_GROUPS = 200
 
 
-def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> None:
-    """Fit a classifier to the training images of *data* and write `best.pt`, `last.pt` and the history.
+def fit_few_shot(
+    start: Start, last: Checkpoint | None, folder: RunFolder, callback: Callback
+) -> tuple[FewShotFit, Mapping[str, Any]]:
+    """Fit a classifier to the training images and write `best.pt`, `last.pt` and the history.
 
-    A finished run is not trained again. The decision is fitted to the out-of-fold predictions. Held-out
-    images, if there are any, are used only for the score. Raises `TrainingStoppedError` after a stop signal,
-    and `DataError` for images that cannot be used.
+    The run of *last* is finished and not trained again. The decision is fitted to the out-of-fold
+    predictions. Held-out images, if there are any, are used only for the score. Returns the fit and the
+    entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, and `DataError` for
+    images that cannot be used.
     """
-    if isinstance(run.result, FewShotResult):
-        _fit_decision(run, data.train, run.result)  # `rejection` may have changed
-        folder.save_best(run)
-        return
-    since = time.monotonic()
-    with handle_signals(run.strategy) as signals:
+    if last is None:
+        fit = _fit(start, callback)
+        folder.save_last(last_few_shot_record(start, fit))
+    else:  # `rejection` may have changed
+        fit = read_few_shot_fit(start, last, folder.last)
+        result, decision = _decide(start, fit.network, fit.result, fit.logits, fit.groups)
+        fit = replace(fit, result=result, decision=decision)
+    best, history = best_record(start, fit), fit.position.history
+    folder.save_best(best)
+    folder.save_history(history)
+    if last is None:
+        callback.on_epoch_end(history[-1])
+    return fit, best.training
+
+
+def _fit(start: Start, callback: Callback) -> FewShotFit:
+    """Fit and evaluate the network of a new run."""
+    since, recipe, images = time.monotonic(), start.recipe, start.data.train
+    with handle_signals(start.strategy) as signals:
 
         def on_progress(step: str, done: int, total: int) -> None:
             callback.on_stage(name=step, done=done, total=total)
             signals.exchange()
 
         try:
-            result = fit_classifier(run, data.train, on_progress)
-            result, metrics = _evaluate(run, data, result)
+            found = cross_validate(recipe, start.model, images, on_progress)
+            if warning := describe_contradictions(images, found.features.file_hashes):
+                callback.on_warning(warning)
+            network = place(recipe, found.build(), start.strategy)
+            result, metrics = _evaluate(start, network, found)
+            label_logits = found.label_logits()
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise
         except DataError as error:
-            raise unreadable_images_error(error, data.train, data.held_out) from None
-    _fit_decision(run, data.train, result)
+            raise unreadable_images_error(error, images, start.data.held_out) from None
+    result, decision = _decide(start, network, result, found.shifted_logits, found.groups)
     seconds = time.monotonic() - since
-    targets = Targets.of(data.train)
     # The weights of the classes are for the fit only: the history shows the mean loss of all training images.
-    unweighted_N = targets.losses(run.state["out_of_fold"].numpy()) / targets.weights
+    unweighted_N = found.targets.losses(found.shifted_logits) / found.targets.weights
     losses = {"loss": float(unweighted_N.mean())}
-    row = EpochRow(epoch=1, lr=run.recipe.optimizer.lr, losses=losses, metrics=metrics, seconds=seconds)
-    run.position = Position(epoch=1, seconds=seconds, history=(row,))
-    folder.save_last(run)
-    folder.save_derived_files(run)
-    callback.on_epoch_end(row)
+    row = EpochRow(epoch=1, lr=recipe.optimizer.lr, losses=losses, metrics=metrics, seconds=seconds)
+    return FewShotFit(
+        name=head_name(recipe.model.name),
+        network=network,
+        position=Position(epoch=1, seconds=seconds, history=(row,)),
+        file_hashes=found.features.file_hashes,
+        result=result,
+        decision=decision,
+        logits=found.shifted_logits,
+        groups=found.groups,
+        judged=found.judged,
+        label_logits=label_logits,
+    )
 
 
-def fit_classifier(
-    run: Run, images: LabeledImages, on_progress: Callable[[str, int, int], None]
-) -> FewShotResult:
-    """Fit the classifier to *images* and cross-validate it; `run.model` becomes the fitted network.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossValidation:
+    """The features of N images of K classes, and the out-of-fold predictions of linear classifiers on them.
 
-    `run.state` becomes what the decision and the report need: `out_of_fold` logits (N, K), `groups` (N,) of
-    copies, the indices `judged` of the images that the score counts, and, with one class per image, the
-    `label_logits` (N, K) that contradict wrong labels, with the `targets` (N,) and `file_hashes` (N,) that
-    they belong to. *on_progress* receives (step, done, total). Raises `DataError` if all images are one group
-    of copies.
+    Attributes:
+        problem: The linear problem of the features that the head reads, with the targets.
+        groups, judged: The group (N,) of each image, and the indices of the images that the score counts.
+        folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
+        shifted_logits: These logits with the mean energies of all cross-validations.
+        strength, distance_weight: The chosen C, and the weight of the distance in the network.
+        seconds: Time of each step.
     """
-    config: Any = run.recipe.procedure
-    name, count = run.recipe.model.name, len(images)
+
+    features: Features
+    problem: Problem
+    groups: Indices
+    judged: Indices
+    folds: Indices
+    logits: Array
+    shifted_logits: Array
+    strength: float
+    distance_weight: float
+    seconds: dict[str, float]
+
+    @property
+    def targets(self) -> Targets:
+        """The targets of the images."""
+        return self.problem.targets
+
+    def score(self) -> Rate | MeanPrecision | None:
+        """Estimate the score of the classifier by the images that count; None if they are of one class."""
+        if len(np.unique(self.targets.strata[self.judged])) < 2 and self.targets.activation == "softmax":
+            return None
+        classes, num_folds = self.targets.classes[self.judged], int(self.folds.max()) + 1
+        logits, groups = self.logits[self.judged], self.groups[self.judged]
+        seed = self.features.recipe.seed
+        return estimate(classes, self.targets.activation, logits, seed, groups, num_folds)
+
+    def build(self) -> SecondOrderHead:
+        """Build the network with the head that is fitted to all images."""
+        head = self.problem.fit_all(self.strength)
+        return self.features.build(self.problem, head, self.distance_weight)
+
+    def label_logits(self) -> Array | None:
+        """Compute logits (N, K) that contradict wrong labels; None with several classes per image."""
+        if self.targets.activation == "sigmoid":
+            return None
+        return self.problem.doubt_labels(self.logits, self.folds, self.strength)
+
+
+def cross_validate(
+    recipe: Recipe,
+    model: Classifier,
+    images: LabeledImages,
+    on_progress: Callable[[str, int, int], None],
+) -> CrossValidation:
+    """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
+
+    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group of copies.
+    """
+    config: Any = recipe.procedure
+    name, count = recipe.model.name, len(images)
     started = time.monotonic()
     features = Features(
-        run.recipe,
+        recipe,
         config.head,
-        run.model,
+        model,
         images,
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
     pairs = features.find_copies(images) if config.group_copies else np.zeros((2, 0), np.intp)
-    groups_N = connect(count, pairs, features.hashes, images.groups)
+    targets, groups_N = Targets.of(images), connect(count, pairs, features.hashes, images.groups)
     copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
     judged = _largest_copies(images, copies_N)
+    if images.targets.ndim == 1:  # no classifier is fitted without all images of a class that is one group
+        one_group = [
+            number for number, groups in enumerate(_groups_of_classes(targets, groups_N)) if len(groups) == 1
+        ]
+        judged = judged[~np.isin(images.targets[judged], one_group)]
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
-    targets = Targets.of(images)
     _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
-    folds_of_validations = _make_folds(targets, keys_N, config.folds, run.recipe.seed)
+    folds_of_validations = _make_folds(targets, keys_N, config.folds, recipe.seed)
     parts = [features.vectors[:, columns] for columns in features.columns(features.head)]
     problem = Problem.create(parts, targets)
     validations = [problem.out_of_fold(folds_N) for folds_N in folds_of_validations]
-    folds_N, logits_NK = folds_of_validations[0], validations[0].logits  # the others count only in means
     mean_losses_G = np.mean([one.losses for one in validations], axis=0)  # for each C of `GRID`
-    strength = GRID[int(mean_losses_G.argmin())]
     distance_weights = [problem.distance_weight(one.logits, one.distances) for one in validations]
     distance_weight = float(np.mean(distance_weights))
     shifted_NK = shift_energies(validations, distance_weight)
-    choice_done = time.monotonic()
-    seconds = {"features": round(features_done - started, 3), "choice": round(choice_done - features_done, 3)}
-    classes, num_folds = targets.classes[judged], int(folds_N.max()) + 1
-    score = estimate(
-        classes, targets.activation, logits_NK[judged], run.recipe.seed, groups_N[judged], num_folds
+    seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}
+    return CrossValidation(
+        features=features,
+        problem=problem,
+        groups=groups_N,
+        judged=judged,
+        folds=folds_of_validations[0],  # the others count only in means
+        logits=validations[0].logits,
+        shifted_logits=shifted_NK,
+        strength=GRID[int(mean_losses_G.argmin())],
+        distance_weight=distance_weight,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
     )
-    taps = f" of {', '.join(features.head.taps)}" if features.head.taps else ""
-    result = FewShotResult(
-        **{"top1" if isinstance(score, Rate) else "map": score},
-        estimated_on="cross-validation",
-        class_counts=dict(zip(images.labels, targets.classes.sum(axis=0).astype(int).tolist(), strict=True)),
-        balanced=targets.balanced,
-        num_images=count,
-        num_duplicates=count - len(set(features.hashes)),
-        **_describe_groups(images, targets, groups_N),
-        head=f"{name} {features.head.kind}{taps}",
-        num_features=len(problem.center),
-        strength=strength,
-        seconds=seconds,
-    )
-    run.replace_model(head_name(name), features.build(problem, problem.fit_all(strength), distance_weight))
-    run.state = {
-        "out_of_fold": torch.from_numpy(shifted_NK),
-        "groups": torch.from_numpy(groups_N),
-        "judged": torch.from_numpy(judged),
-    }
-    if targets.activation == "softmax":
-        label_logits_NK = problem.doubt_labels(logits_NK, folds_N, strength)
-        run.state["label_logits"] = torch.from_numpy(label_logits_NK)
-        run.state["targets"] = torch.from_numpy(images.targets)
-        run.state["file_hashes"] = run.file_hashes
-    return result
 
 
 def _make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
@@ -174,67 +248,89 @@ def _largest_copies(images: LabeledImages, copies_N: Indices) -> Indices:
     return largest_G
 
 
+def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
+    """Return the groups that have images of each class."""
+    return [set(groups_N[of_class > 0].tolist()) for of_class in targets.classes.T]
+
+
 def _describe_groups(images: LabeledImages, targets: Targets, groups_N: Indices) -> dict[str, Any]:
     """Return the fields of `FewShotResult` about the groups of copies *groups_N*."""
-    groups_of_class = {
-        label: set(groups_N[of_class > 0].tolist())
-        for label, of_class in zip(images.labels, targets.classes.T, strict=True)
-    }
+    groups = _groups_of_classes(targets, groups_N)
+    num_groups = {label: len(found) for label, found in zip(images.labels, groups, strict=True)}
+    counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
     contradictions = tuple(
         " = ".join(images.identity(index) for index in indices.tolist())
         for indices in targets.contradictions(groups_N)  # of the images of each group with different classes
     )
     return {
         "num_groups": int(groups_N.max()) + 1,
-        "one_group": tuple(label for label, groups in groups_of_class.items() if len(groups) == 1),
+        "one_group": tuple(label for label, number in num_groups.items() if number == 1),
+        "two_groups": tuple(label for label, number in num_groups.items() if number == 2 < counts[label]),
         "contradictions": contradictions,
     }
 
 
-def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResult, HeldOutMetrics]:
-    """Return *result* with the score to report, and the metrics of the same predictions.
+def _evaluate(
+    start: Start, network: Classifier, found: CrossValidation
+) -> tuple[FewShotResult, HeldOutMetrics]:
+    """Return the result with the score to report, and the metrics of the same predictions.
 
-    These are predictions for the held-out images, or else those of the cross-validation, whose score *result*
-    has already.
+    These are predictions for the held-out images, or else those of the cross-validation.
     """
-    recipe, images = run.recipe, data.held_out
-    if not len(images):
-        judged = run.state["judged"].numpy()  # indices: of copies of a photograph, only one is counted
-        logits_NK = run.state["out_of_fold"].numpy()[judged]
-        return result, held_out_metrics(run.labels, logits_NK, data.train.targets[judged])
-    dataset = PreprocessedDataset(images, recipe.preprocess)
-    logits_NK, targets = predict_logits(
-        run.model, dataset, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
-    )
-    groups_N = np.arange(len(images)) if images.groups is None else images.groups
-    expected = Targets.of(images)
-    score = estimate(expected.classes, expected.activation, logits_NK, recipe.seed, groups_N)
-    field = "top1" if isinstance(score, Rate) else "map"
-    result = result.model_copy(update={field: score, "estimated_on": "held-out"})
-    return result, held_out_metrics(run.labels, logits_NK, targets)
-
-
-def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> None:
-    """Set `run.decision`, fitted to the out-of-fold logits of *images*, and `run.result`.
-
-    The latter is *result*, with the reason if there is no threshold for unknown images.
-    """
-    logits, groups = run.state["out_of_fold"].double().numpy(), run.state["groups"].numpy()
-    recipe, accepts = run.recipe, run.recipe.rejection.accepts
-    if run.activation == "sigmoid":
-        thresholds = fit_thresholds(images.targets, sigmoid(logits))
-        run.decision = Decision(activation="sigmoid", thresholds=thresholds)
-    else:
-        reason = missing_threshold(result.num_groups, logits.shape[1], accepts)
-        result = result.model_copy(update={"unknown": reason})
-        decision = fit_decision(
-            logits,
-            images.targets.astype(np.int64),
-            estimated_on="cross-validation",
-            accepts=accepts,
-            scalable=False,  # heads that saw fewer images are less certain than the final one
-            groups=groups,
-            unknown=predict_unknown(run.model, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+    recipe, held_out, images = start.recipe, start.data.held_out, start.data.train
+    estimated_on: Estimate = "cross-validation"
+    score: Rate | MeanPrecision | None
+    if len(held_out):
+        estimated_on = "held-out"
+        dataset = PreprocessedDataset(held_out, recipe.preprocess)
+        logits, targets = predict_logits(
+            network, dataset, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
         )
-        run.decision = None if decision == Decision() else decision  # None: nothing was fitted
-    run.result = result
+        groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
+        expected = Targets.of(held_out)
+        score = estimate(expected.classes, expected.activation, logits, recipe.seed, groups)
+    else:  # of copies of a photograph, only one is counted
+        score = found.score()
+        counted = np.arange(len(images)) if score is None else found.judged
+        logits, targets = found.shifted_logits[counted], images.targets[counted]
+    head, counts = found.features.head, found.targets.classes.sum(axis=0).astype(int).tolist()
+    taps = f" of {', '.join(head.taps)}" if head.taps else ""
+    result = FewShotResult(
+        **{"map" if isinstance(score, MeanPrecision) else "top1": score},
+        estimated_on=estimated_on,
+        class_counts=dict(zip(images.labels, counts, strict=True)),
+        balanced=found.targets.balanced,
+        num_images=len(images),
+        num_duplicates=len(images) - len(set(found.features.hashes)),
+        **_describe_groups(images, found.targets, found.groups),
+        head=f"{recipe.model.name} {head.kind}{taps}",
+        num_features=len(found.problem.center),
+        strength=found.strength,
+        seconds=found.seconds,
+    )
+    return result, held_out_metrics(start.labels, logits, targets)
+
+
+def _decide(
+    start: Start, network: Classifier, result: Any, logits_NK: Array, groups_N: Indices
+) -> tuple[FewShotResult, Decision | None]:
+    """Fit the decision to out-of-fold logits; *result* is returned with why it has no threshold, if so.
+
+    The decision is None if nothing was fitted.
+    """
+    recipe, targets, accepts = start.recipe, start.data.train.targets, start.recipe.rejection.accepts
+    if start.activation == "sigmoid":
+        thresholds = fit_thresholds(targets, sigmoid(logits_NK))
+        return result, Decision(activation="sigmoid", thresholds=thresholds)
+    reason = missing_threshold(result.num_groups, logits_NK.shape[1], accepts)
+    decision = fit_decision(
+        logits_NK,
+        targets.astype(np.int64),
+        estimated_on="cross-validation",
+        accepts=accepts,
+        scalable=False,  # heads that saw fewer images are less certain than the final one
+        groups=groups_N,
+        unknown=predict_unknown(network, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+    )
+    result = result.model_copy(update={"unknown": reason})
+    return result, None if decision == Decision() else decision

@@ -1,42 +1,56 @@
 """The training loop: epochs of steps on augmented images, each with an evaluation on held-out images."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, PadCrop
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, unreadable_images_error
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.data.batches import load_batches, shuffled_batches
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits, predict_unknown
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
+from sopdeploy.training.fits import Fit
 from sopdeploy.training.loop.gradient import train_step
 from sopdeploy.training.loop.state import LoopRun, set_train_mode
 from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.record import best_record, last_loop_record, restore_loop, with_result
 from sopdeploy.training.results import LoopResult, SelectedBy
-from sopdeploy.training.run import Callback
 from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import Start
 
 _RESAMPLES = 1000
 
 
-def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -> None:
+def open_loop(start: Start, last: Checkpoint | None, folder: RunFolder) -> LoopRun:
+    """Prepare the training of *start*; to resume, restore the state of *last*, which *folder* holds."""
+    run = LoopRun(start)
+    if last is not None:
+        restore_loop(run, last, folder.last)
+    return run
+
+
+def fit_loop(run: LoopRun, folder: RunFolder, callback: Callback) -> tuple[Fit, Mapping[str, Any]]:
     """Train all weights of *run*, which may be a resumed one, by gradient descent.
 
-    Writes `best.pt` of the best epoch, `last.pt` and the history; sets `run.result` and `run.decision`.
+    Writes `best.pt` of the best epoch, `last.pt` and the history. Returns the fit and the entry
+    `training` of `best.pt`, which is empty in other processes.
     """
     recipe = run.recipe
     augment = recipe.augment
     pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0  # of held-out images
+    data = run.start.data
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad)
+    save_derived_files(run, folder)  # the process may have been killed before it wrote them
     with handle_signals(run.strategy) as signals:
         try:
             while run.position.epoch < recipe.epochs:
@@ -44,12 +58,12 @@ def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -
                 run.start_epoch()
                 train_epoch(run, data.train, folder, signals, callback)
                 evaluate_epoch(run, held_out, signals, callback)
-                folder.save_last(run)
-                folder.save_derived_files(run)
+                folder.save_last(last_loop_record(run))
+                save_derived_files(run, folder)
                 callback.on_epoch_end(run.position.history[-1])
-            fit_best(run, held_out, folder, callback)  # which no signal stops
+            return fit_best(run, held_out, folder, callback)  # which no signal stops
         except TrainingStoppedError as stop:
-            folder.save_last(run)
+            folder.save_last(last_loop_record(run))
             stop.message = (
                 f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} after "
                 f"{run.position.step} steps of it; {folder.last} is saved and can be resumed"
@@ -87,7 +101,7 @@ def train_epoch(
         progress = {"epoch": epoch, "epochs": recipe.epochs, "step": step, "steps": len(batches)}
         callback.on_step_end(**progress, loss=float(loss.total))
         if signals.exchange(save_due=folder.is_save_due(recipe.save)):
-            folder.save_last(run)
+            folder.save_last(last_loop_record(run))
 
 
 def evaluate_epoch(
@@ -115,21 +129,34 @@ def evaluate_epoch(
     run.after_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
-def fit_best(run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback) -> None:
+def save_derived_files(run: LoopRun, folder: RunFolder) -> None:
+    """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best."""
+    position, history = run.position, run.position.history
+    if not history:
+        return
+    best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
+    has_best_weights = position.step == 0 and best.epoch == position.epoch  # no step since the best epoch
+    if has_best_weights:  # in all processes, which together average the running statistics
+        folder.save_best(best_record(run.start, run.fit()))
+    folder.save_history(history)
+
+
+def fit_best(
+    run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
+) -> tuple[Fit, Mapping[str, Any]]:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
-    `run.result` becomes the estimate. In the first process, `run.decision` becomes the fitted one; with fewer
-    than `MIN_IMAGES` images, or with several classes per image, that of `best.pt` remains. A resumed run
-    repeats the fit with the same images.
+    With fewer than `MIN_IMAGES` images, or with several classes per image, the decision of `best.pt` remains.
+    A resumed run repeats the fit with the same images. The other processes only estimate the score.
     """
     recipe = run.recipe
-    run.result = estimate_best(run.position.history, frozen_backbone=recipe.frozen_backbone)
+    result = estimate_best(run.position.history, frozen_backbone=recipe.frozen_backbone)
+    fit = replace(run.fit(), result=result)
     if run.strategy.rank != 0:
-        return
+        return fit, {}
     checkpoint = read_checkpoint(folder.best)
-    run.decision = checkpoint.decision
+    model, decision = build_classifier(checkpoint, folder.best).to(run.strategy.device), checkpoint.decision
     if run.activation == "softmax" and len(held_out) >= MIN_IMAGES:
-        model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
         epochs = recipe.epochs  # the progress is that of the last one
         logits, targets = predict_logits(
             model,
@@ -139,7 +166,7 @@ def fit_best(run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, cal
             workers=recipe.workers,
             on_batch=lambda done: callback.on_evaluation_batch(epoch=epochs - 1, epochs=epochs, done=done),
         )
-        run.decision = fit_decision(
+        decision = fit_decision(
             logits,
             targets,
             estimated_on="held-out",
@@ -148,8 +175,9 @@ def fit_best(run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, cal
             groups=held_out.images.groups,
             unknown=predict_unknown(model, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
         )
-    record = {**checkpoint.training, "procedure": run.result.model_dump(mode="json")}
-    write_checkpoint(folder.best, replace(checkpoint, training=record, decision=run.decision))
+    best = with_result(checkpoint, result, decision)
+    folder.save_best(best)
+    return replace(fit, network=model, decision=decision), best.training
 
 
 def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> LoopResult:

@@ -2,7 +2,6 @@
 
 import copy
 import operator
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,42 +9,49 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
+from sopdeploy.training.fits import Fit, Position
 from sopdeploy.training.loop.ema import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
 from sopdeploy.training.loop.optimizers import OPTIMIZERS
-from sopdeploy.training.recipe import StartConfig
-from sopdeploy.training.run import Position, Run
+from sopdeploy.training.recipe import Recipe, StartConfig
+from sopdeploy.training.start import Start, place
 from sopdeploy.training.start_weights import classifier_name
 
 # Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain it.
 LR_FACTOR = "times"
 
 
-@dataclass(kw_only=True)
-class LoopRun(Run):
-    """A run of the training loop; raises `ConfigError` for a teacher if images have several classes."""
+class LoopRun:
+    """A training loop in progress; raises `ConfigError` for a teacher if images have several classes.
 
-    normalize: Normalize = field(init=False)
-    groups: list[dict[str, Any]] = field(init=False)  # of the optimizer's parameters
-    ema: ExponentialMovingAverage | None = None
-    teacher: Teacher | None = None
+    Attributes:
+        start: What the run was given.
+        model: The network that learns; `start_epoch` may replace it.
+        position: The progress.
+        groups: Groups of the optimizer's parameters.
+    """
 
-    def __post_init__(self) -> None:
-        recipe, device = self.recipe, self.strategy.device
+    groups: list[dict[str, Any]]
+
+    def __init__(self, start: Start) -> None:
+        self.start, self.recipe, self.strategy = start, start.recipe, start.strategy
+        self.activation: Activation = start.activation
+        self.model, self.position = start.model, start.position
+        recipe: Recipe = start.recipe
         if self.activation == "sigmoid" and recipe.teacher is not None:
             raise ConfigError("teacher: distillation needs one class per image; remove the table")
-        self.normalize = Normalize(recipe.preprocess).to(device)
+        self.normalize = Normalize(recipe.preprocess).to(self.strategy.device)
+        self.teacher: Teacher | None = None
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing
-            self.teacher = Teacher(recipe.teacher, self.labels, recipe.preprocess, smoothing, recipe.seed)
-        # Also for the first model, this checks its image size, and prepares it and the teacher for training.
-        self.replace_model(self.name, self.model)
+            self.teacher = Teacher(recipe.teacher, start.labels, recipe.preprocess, smoothing, recipe.seed)
+        self._prepare_training()
         self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
 
     @cached_property
@@ -107,8 +113,21 @@ class LoopRun(Run):
             for buffer in filter(torch.is_floating_point, model.buffers()):
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
-    def replace_model(self, name: str, model: Classifier) -> None:
-        """Replace the old model by *model*, whose network is *name*.
+    def fit(self) -> Fit:
+        """Return what is fitted so far, with synchronized running statistics."""
+        self.synchronize_buffers()
+        learning = None if self.ema is None else self.model
+        name = self.recipe.model.name
+        return Fit(
+            name=name,
+            network=self.exported,
+            learning=learning,
+            position=self.position,
+            file_hashes=self.start.file_hashes,
+        )
+
+    def replace_model(self, model: Classifier) -> None:
+        """Replace the old model by *model*.
 
         A parameter takes over the optimizer state of the old one with its name, and a tensor the average.
         With averages, *model* must not have tensors that the old model lacks.
@@ -119,7 +138,7 @@ class LoopRun(Run):
                 if old_parameter in self.optimizer.state:
                     old_states[key] = self.optimizer.state[old_parameter]
             del self.optimizer  # the next access creates one for the new groups
-        super().replace_model(name, model)
+        self.model = place(self.recipe, model, self.strategy)
         self._prepare_training()
         for key, parameter in self.trained().named_parameters():
             if key in old_states:
@@ -144,32 +163,7 @@ class LoopRun(Run):
         """Replace the model if this epoch trains another one (`model.remove_branches_at`)."""
         model = self.recipe.model.network_of(self.position.epoch, self.model)
         if model is not self.model:
-            self.replace_model(self.name, model)
-
-    def resume_state(self) -> dict[str, Any]:
-        """Add the optimizer, the average and a teacher that learns."""
-        state = {
-            **super().resume_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.ema is None else self.ema.state_dict(),
-        }
-        if self.teacher is not None and self.teacher.learns:
-            state["teacher"] = self.teacher.model.state_dict()
-        return state
-
-    def load_resume_state(self, state: dict[str, Any]) -> None:
-        """Restore *state* but its `weights`; raises many types of error if it is damaged."""
-        super().load_resume_state(state)
-        if self.ema is not None:
-            self.ema.load_state_dict(state["average"])
-        if self.teacher is not None and self.teacher.learns:
-            self.teacher.model.load_state_dict(state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def checkpoint(self, *, resumable: bool) -> Checkpoint:
-        """Build a checkpoint with synchronized running statistics."""
-        self.synchronize_buffers()
-        return super().checkpoint(resumable=resumable)
+            self.replace_model(model)
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:

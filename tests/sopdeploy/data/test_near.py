@@ -21,10 +21,11 @@ from sopdeploy.data.held_out import NONE, choose_held_out, divide
 from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, group_by_appearance
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import create_model
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.run import Callback
-from sopdeploy.training.train import divide_images, train_recipe
+from sopdeploy.training.start import divide_images
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.small_data import jpeg, write_classes, write_photos
 
 TINY = (
@@ -133,6 +134,31 @@ def test_identical_images_of_two_classes_do_not_raise_the_threshold():
     pairs = find_pairs([vectors[:, None]], [copies], originals, classes, photographs)
     expected = {(first, second) for first in range(60) for second in range(60) if first // 2 == second // 2}
     assert set(map(tuple, pairs.T.tolist())) == expected
+
+
+# Clips of a class, frames of a clip, and single photographs of the class.
+CLIPS = [(1, 30, 0), (1, 4, 0), (2, 12, 0), (3, 10, 0), (10, 4, 0), (1, 15, 10), (2, 10, 5), (0, 0, 30)]
+
+
+@pytest.mark.parametrize(("clips", "frames", "singles"), CLIPS)
+def test_the_frames_of_a_clip_are_a_group_however_many_pairs_of_a_class_they_are(
+    clips: int, frames: int, singles: int
+):
+    random, vectors, classes, scenes = np.random.default_rng(0), [], [], []
+    for one_class, center in enumerate(0.5 * random.normal(size=(3, 64))):
+        for number in range(clips + singles):
+            scene, drift = center + random.normal(size=64), 0.5 * random.normal(size=64)
+            count = frames if number < clips else 1
+            times = np.linspace(0, 1, count)[:, None]  # the camera moves
+            vectors += [*(scene + times * drift + 0.1 * random.normal(size=(count, 64)))]
+            classes += [one_class] * count
+            scenes += [f"{one_class} {number}"] * count
+    originals = np.arange(0, len(classes), max(1, len(classes) // 8))
+    copies = np.asarray(vectors)[originals] + 0.4 * random.normal(size=(len(originals), 64))
+    views = [np.asarray(vectors)[:, None]]
+    pairs = find_pairs(views, [copies], originals, np.asarray(classes), range(len(classes)))
+    groups = connect(len(classes), pairs)
+    assert groups.tolist() == [list(dict.fromkeys(scenes)).index(scene) for scene in scenes]
 
 
 BROKEN = "an image that cannot be read"

@@ -18,15 +18,15 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.data.base import LabeledImages
+from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.report.page import write_run_page
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy, TrainingStoppedError
 from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import Callback
-from sopdeploy.training.start_weights import create_initial_model
-from sopdeploy.training.train import TrainingResult, create_run, summarize_run, train_recipe, train_run
+from sopdeploy.training.start import Division, new_start
+from sopdeploy.training.train import TrainingResult, summarize_run, train_recipe, train_run
 
 SHORT = [
     "epochs=3",
@@ -39,9 +39,8 @@ SHORT = [
 
 def start_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> LoopRun:
     """Create a run of the training loop with the initial weights of *recipe*."""
-    run = create_run(images, strategy, create_initial_model(recipe, images.labels, strategy))
-    assert isinstance(run, LoopRun)
-    return run
+    division = Division(Split.undivided(images), np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
+    return LoopRun(new_start(recipe, division, strategy))
 
 
 @contextmanager
@@ -64,9 +63,9 @@ def forkserver() -> ForkServerContext:
 
 def train_with_page(recipe: Recipe, folder: Path, **options: Any) -> TrainingResult:
     """Train *recipe* and write the page about the run."""
-    run, data = train_run(recipe, folder, **options)
-    write_run_page(run, data, folder)
-    return summarize_run(run, data, folder)
+    run = train_run(recipe, folder, **options)
+    write_run_page(run, folder)
+    return summarize_run(run, folder)
 
 
 def short_recipe(*overrides: str) -> Recipe:

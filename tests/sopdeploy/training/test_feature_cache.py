@@ -29,13 +29,13 @@ class Folder:
         self.settings: list[str] = []
         self.computed = 0
         patch.setenv("XDG_CACHE_HOME", str(self.cache))
-        load = features.load_batches
+        write = FeatureCache.write
 
-        def counted(dataset: Any, batches: list[list[int]], *rest: Any) -> Any:
-            self.computed += sum(map(len, batches))
-            return load(dataset, batches, *rest)
+        def counted(cache: FeatureCache, *entry: Any) -> None:
+            self.computed += 1
+            write(cache, *entry)
 
-        patch.setattr(features, "load_batches", counted)
+        patch.setattr(FeatureCache, "write", counted)
 
     def compute(self) -> tuple[np.ndarray, list[str]]:
         """Compute the vectors of the photographs and the hashes of their pixels."""
@@ -50,7 +50,7 @@ class Folder:
         model.load_state_dict(fitting, strict=False)
         self.computed = 0
         outputs = features.CachedNetwork(features.full_head(recipe, model), recipe)
-        vectors, _, hashes = features.compute_features(outputs, images, lambda done, total: None)
+        vectors, _, hashes, _ = features.compute_features(outputs, images, lambda done, total: None)
         return vectors, hashes
 
     def entries(self) -> list[Path]:
@@ -173,3 +173,22 @@ def test_entries_of_this_run_stay_when_the_folder_is_full(folder: Folder):
     for path in paths:
         cache.write(path, [np.zeros(1000, np.uint8)])
     assert [path.exists() for path in paths] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("is_of_user", [True, False])
+def test_features_of_a_network_whose_code_changed_are_computed_again(
+    is_of_user: bool, folder: Folder, monkeypatch: pytest.MonkeyPatch
+):
+    if is_of_user:  # such a network has no entries at all
+        monkeypatch.setattr("sopdeploy.training.few_shot.cache._PACKAGES", ("torch",))
+    folder.compute()
+    original = features.SecondOrderHead.head_inputs
+    monkeypatch.setattr(  # no name of a class, weight or option tells the difference
+        features.SecondOrderHead, "head_inputs", lambda network, images: original(network, 0 * images)
+    )
+    vectors, _ = folder.compute()
+    assert folder.computed == EACH * CLASSES
+    assert folder.compute()[0].tobytes() == vectors.tobytes()
+    assert folder.computed == (EACH * CLASSES if is_of_user else 0)
+    folder.patch.setenv("XDG_CACHE_HOME", str(folder.cache / "empty"))
+    assert folder.compute()[0].tobytes() == vectors.tobytes()

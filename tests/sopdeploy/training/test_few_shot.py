@@ -1,8 +1,11 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +16,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
+from sopdeploy import checkpoint
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
+from sopdeploy.commands.train import train
 from sopdeploy.data.base import ArrayImages, ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
@@ -22,13 +27,17 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
+from sopdeploy.models import registry, second_order_head
 from sopdeploy.report.wrong_labels import list_wrong_labels
+from sopdeploy.training import start_weights
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import OutOfFold, Problem, Targets, compose, estimate
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
-from sopdeploy.training.run import Callback
-from sopdeploy.training.train import FEW_IMAGES, divide_images, select_procedure, train_recipe
+from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import FEW_IMAGES, divide_images, select_procedure, start_run
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
 
 FEW_SHOT = ["procedure.kind=few_shot"]
@@ -259,22 +268,24 @@ def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
         "model.config={}",
         f"data.path={paint(tmp_path / 'photos', 40)}",
     ]
-    data = open_data(read_recipe("photos", settings).data)
-    chosen, reason = select_procedure(read_recipe("photos", settings), len(data.train))
-    joined = divide_images(chosen, data, None, Strategy(torch.device("cpu"))).data
-    assert reason.startswith("few-shot procedure: there are at most 10,000 images")
-    assert chosen.procedure == FewShotConfig()
+    data, processes = open_data(read_recipe("photos", settings).data), Strategy(torch.device("cpu"))
+    start = start_run(
+        read_recipe("photos", settings), RunFolder(tmp_path / "run", processes), None, Callback()
+    )
+    joined = start.data
+    assert start.reason.startswith("few-shot procedure: there are at most 10,000 images")
+    assert start.recipe.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
     expected = [f"{name}/{number}.png" for name in COLORS for number in range(40)]
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
-    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).recipe.procedure == LoopConfig()
+    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).procedure == LoopConfig()
     for recipe in (loop, other):
         selected = select_procedure(recipe, len(data.train))
-        assert (selected.recipe.procedure, selected.reason) == (LoopConfig(), "")
-        divided = divide_images(selected.recipe, data, None, Strategy(torch.device("cpu"))).data
+        assert selected.procedure == LoopConfig()
+        divided = divide_images(selected, data, None, processes).data
         assert len(divided.train) + len(divided.held_out) == 120
 
 
@@ -309,7 +320,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     random, lines = np.random.default_rng(0), ["file,classes"]
     (tmp_path / "photos").mkdir()
     for number in range(32):
-        pixels = random.integers(0, 60, (20, 20, 3), dtype=np.uint8)
+        pixels = random.integers(0, 60, (5, 5, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
         shown = [name for place, name in enumerate(("green", "red")) if number >> place & 1]
         for name in shown:
             pixels[:, :10] += np.asarray(COLORS[name], np.uint8) // 3
@@ -336,3 +347,84 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
         path.write_bytes((data / "red" / "0.png").read_bytes())
     with pytest.raises(DataError, match="copies of one photograph"):
         train_recipe(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_photograph_is_read_once_and_three_networks_are_built(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reads, built = tmp_path / "reads", list[str]()
+    read = ImageFiles.read
+
+    def record(images: ImageFiles, index: int) -> bytes:
+        with reads.open("a") as file:  # loader processes read, too
+            file.write(f"{images.identity(index)}\n")
+        return read(images, index)
+
+    create = registry.create_model
+
+    def count(name: str, **options: Any) -> Any:
+        built.append(name)
+        return create(name, **options)
+
+    monkeypatch.setattr(ImageFiles, "read", record)
+    for module in (start_weights, second_order_head, checkpoint):
+        monkeypatch.setattr(module, "create_model", count)
+    photos = paint(tmp_path / "photos", 27)
+    settings = [*SMALL, f"workers={workers}"]
+    train(photos, out=tmp_path / "run", set=settings)
+    first = len(reads.read_text().splitlines())
+    assert first <= 1.5 * 81
+    assert len(built) <= 3
+    train(photos, out=tmp_path / "again", set=settings)  # with features in the cache
+    assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
+
+
+def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path:
+    """Write folders of objects: numbers of photographed objects by class, and *views* files of each."""
+    random = np.random.default_rng(0)
+    for label, count in photographs.items():
+        for number in range(count):
+            image = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            (root / label / str(number)).mkdir(parents=True)
+            for view in range(views):
+                Image.fromarray(image).save(root / label / str(number) / f"{view}.png")
+    return root
+
+
+NO_ESTIMATE = "no estimate of the accuracy, which needs two different photographs of two classes or more"
+OBJECTS = {
+    "one class of two objects": ({"a": 2, "b": 1}, True, ["are two groups", NO_ESTIMATE]),
+    "two objects per class": ({"a": 2, "b": 2}, False, ["all images of a, b are two groups"]),
+    "three objects per class": ({"a": 3, "b": 3}, False, []),
+}
+
+
+@pytest.mark.parametrize("case", OBJECTS)
+def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
+    objects, has_none, expected = OBJECTS[case]
+    photos = write_views(tmp_path / "photos", objects)
+    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    lines = "\n".join(result.procedure.lines())
+    assert (result.procedure.score is None) == (NO_ESTIMATE in lines) == has_none
+    assert [text for text in expected if text not in lines] == []
+    assert expected or "two groups" not in lines
+    assert not (has_none and result.mistakes)
+    assert ("no estimate" in result.report.read_text()) == has_none
+
+
+def test_photographs_that_are_all_in_two_classes_give_no_estimate(tmp_path: Path):
+    photos = paint(tmp_path / "photos", 6)
+    shutil.rmtree(photos / "red")
+    shutil.rmtree(photos / "green")
+    shutil.copytree(photos / "blue", photos / "navy")
+    result = train(photos, out=tmp_path / "run", set=SMALL)
+    assert (result.procedure.score, result.mistakes) == (None, ())
+
+
+def test_the_suggested_command_can_be_pasted(tmp_path: Path):
+    photos, out = paint(tmp_path / "photos", 6), tmp_path / "my run"
+    settings = [part for value in SMALL for part in ("--set", value)]
+    shown = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(out), *settings])
+    (line,) = [line for line in shown.output.splitlines() if line.startswith("next: ")]
+    assert shlex.split(line)[-2] == str(out / "best.pt")

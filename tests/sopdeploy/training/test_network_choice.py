@@ -14,8 +14,8 @@ from sopdeploy.commands.train import train
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import Callback
 from tests.sopdeploy.training.runs import paint
 
 IMAGES = 100
@@ -62,13 +62,13 @@ def set_results(patch: pytest.MonkeyPatch, found: dict[str, tuple[float, Validat
     """Replace measurements and cross-validations by *found*; return the names that are cross-validated."""
     names: list[str] = []
 
-    def cross_validate(recipe: Recipe, *_: Any) -> Validated:
+    def score_network(recipe: Recipe, *_: Any) -> Validated:
         names.append(recipe.project or "")
         return found[names[-1]][1]
 
     speeds = {name: Speed(time, 1.0) for name, (time, _) in found.items()}
     patch.setattr(network_choice, "measure_networks", lambda *_: speeds)
-    patch.setattr(network_choice, "cross_validate", cross_validate)
+    patch.setattr(network_choice, "score_network", score_network)
     return names
 
 
@@ -113,7 +113,7 @@ def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
         within="10.5ms",
         weights="none",
         out=photos.parent / "run",
-        set=("preprocess.resize=16", "preprocess.crop=16"),
+        set=("preprocess.resize=16", "preprocess.crop=16", "procedure={kind='few_shot', group_copies=false}"),
     )
     assert [(one.name, one.score is None) for one in result.networks] == list(
         zip(NAMES, (0, 0, 1), strict=True)

@@ -11,12 +11,14 @@ import torch
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.base import hash_images
 from sopdeploy.errors import ConfigError, DataError, TrainingError
-from sopdeploy.training import train
-from sopdeploy.training.loop import gradient
+from sopdeploy.training import start
+from sopdeploy.training.loop import gradient, run
 from sopdeploy.training.loop.losses import Loss
+from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run_folder import LOCK_FILE
-from sopdeploy.training.train import open_held_out, train_recipe
+from sopdeploy.training.start import open_held_out
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
 
@@ -136,7 +138,8 @@ RESUME = """
 import sys
 from pathlib import Path
 from tests.sopdeploy.training.runs import short_recipe
-from sopdeploy.training.train import open_held_out, train_recipe
+from sopdeploy.training.start import open_held_out
+from sopdeploy.training.train import train_recipe
 train_recipe(short_recipe(*sys.argv[2:]), Path(sys.argv[1]), resume=True)
 """
 
@@ -158,7 +161,7 @@ def test_the_record_decides_what_is_held_out(stopped, monkeypatch) -> None:
     def choose(images, *_):
         raise AssertionError("the run has recorded its choice")
 
-    monkeypatch.setattr(train, "choose_held_out", choose)
+    monkeypatch.setattr(start, "choose_held_out", choose)
     record = read_checkpoint(stopped / "run" / "last.pt").resume["held_out"][:, 0].tolist()
     (stopped / "images" / "a" / "000.jpg").rename(stopped / "images" / "a" / "renamed.jpg")
     recipe = short_recipe(*ONE, f"data.path={stopped / 'images'}")
@@ -206,15 +209,14 @@ def test_a_non_finite_buffer_ends_the_run(tmp_path, monkeypatch) -> None:
 
 
 def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch) -> None:
-    runs = []
+    runs = list[LoopRun]()
 
     class Damage(RecordingCallback):
         def on_evaluation_batch(self, **progress) -> None:
             optimizer = runs[0].optimizer
             next(iter(optimizer.state.values()))["momentum_buffer"].view(-1)[0] = float("nan")
 
-    original = train.create_run
-    monkeypatch.setattr(train, "create_run", lambda *given: runs.append(original(*given)) or runs[0])
+    monkeypatch.setattr(run, "LoopRun", lambda start: runs.append(LoopRun(start)) or runs[0])
     with pytest.raises(TrainingError, match="finite"):
         train_recipe(short_recipe("ema={}"), tmp_path / "run", callback=Damage())
     assert not (tmp_path / "run").exists()

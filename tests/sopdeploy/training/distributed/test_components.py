@@ -14,8 +14,9 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy.training import train
 from sopdeploy.training.distributed import Strategy, check_divisible
+from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import check_same_step
 from tests.sopdeploy.training.distributed.cases import (
     SHORT_CASES,
     build_recipe,
@@ -78,11 +79,12 @@ def test_running_statistics_of_batch_norms_are_averaged() -> None:
 
 def test_processes_that_resume_from_different_steps_are_refused(tmp_path) -> None:
     processes = TwoProcesses(CPU)
+    folder = RunFolder(tmp_path, processes)
     run = start_run(build_recipe("dsop", "sgd"), dataset(), processes)
-    train.check_same_step(run, tmp_path)
+    check_same_step(run.start, folder)
     processes.offset = 1.0
     with pytest.raises(ConfigError, match="find different checkpoints; use a disk that all"):
-        train.check_same_step(run, tmp_path)
+        check_same_step(run.start, folder)
 
 
 Results = dict[str, dict[str, Tensor]]

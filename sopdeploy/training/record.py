@@ -1,0 +1,238 @@
+"""What `best.pt` and `last.pt` contain: the only module that knows their keys below `training` and `resume`.
+
+Sample order, augmentation, dropout and learning rate are functions of (seed, epoch, step). Weights, optimizer
+state and position are therefore enough to resume a run bit for bit.
+"""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from sopdeploy.checkpoint import Checkpoint, is_state_dict
+from sopdeploy.config import first_problem
+from sopdeploy.decision import Decision
+from sopdeploy.environment import machine
+from sopdeploy.errors import CheckpointError, TrainingError
+from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
+from sopdeploy.plugins import makers
+from sopdeploy.project import SAMPLED
+from sopdeploy.training.fits import FewShotFit, Fit, Position
+from sopdeploy.training.recipe import Recipe, validate_recipe
+from sopdeploy.training.results import AnyProcedureResult, read_result
+from sopdeploy.training.start_weights import StartReport
+from sopdeploy.version import __version__
+
+if TYPE_CHECKING:
+    from sopdeploy.training.loop.state import LoopRun
+    from sopdeploy.training.start import Start
+
+
+def best_record(start: "Start", fit: Fit, resume: dict[str, Any] | None = None) -> Checkpoint:
+    """Build the content of `best.pt`; raise `TrainingError` if a weight is a NaN or infinity.
+
+    *resume* is what `last.pt` contains in addition.
+    """
+    weights = fit.network.state_dict()
+    learning = {} if fit.learning is None else fit.learning.state_dict()
+    checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
+    if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
+        raise TrainingError(
+            "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
+            "optimizer.clip_norm"
+        )
+    hashes = np.unique(fit.file_hashes)  # sorted
+    origin = start.origin and start.origin.model_copy(update={"sample": tuple(hashes[:SAMPLED].tolist())})
+    return Checkpoint(
+        model=fit.name,
+        config=fit.network.config.model_dump(mode="json"),
+        weights=weights,
+        labels=start.labels,
+        preprocess=start.recipe.preprocess,
+        training=_describe_training(start, fit),
+        resume=resume,
+        decision=fit.decision or _multi_label_decision(start, fit.position),
+        image_hashes=torch.from_numpy(hashes),
+        project=start.recipe.project or "",
+        origin=origin,
+    )
+
+
+def _multi_label_decision(start: "Start", position: Position) -> Decision | None:
+    """Build the decision of a multi-label network, with the thresholds of the last finished epoch."""
+    if start.activation == "softmax":
+        return None
+    metrics = position.history[-1].metrics if position.history else None
+    fitted = metrics.thresholds if isinstance(metrics, MultiLabelMetrics) else None
+    return Decision(activation="sigmoid", thresholds=fitted or (DEFAULT_THRESHOLD,) * len(start.labels))
+
+
+def _describe_training(start: "Start", fit: Fit) -> dict[str, Any]:
+    """Describe how the weights were trained."""
+    history, device = fit.position.history, start.strategy.device
+    plugins = makers([*fit.network.modules(), start.recipe.data])
+    return {
+        "recipe": start.recipe.model_dump(mode="json"),
+        **({} if start.weights is None else {"start": start.weights.model_dump(mode="json")}),
+        "seed": start.recipe.seed,
+        "epoch": fit.position.epoch,
+        "step": fit.position.step,
+        "weights": "raw" if fit.learning is None else "average",
+        "metrics": history[-1].metrics.model_dump() if history else None,
+        **({} if fit.result is None else {"procedure": fit.result.model_dump(mode="json")}),
+        "versions": {
+            "sopdeploy": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        **({"plugins": plugins} if plugins else {}),
+        "machine": {
+            **{name: fact for name, fact in machine().items() if name != "load"},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": start.strategy.world,
+        },
+    }
+
+
+def with_result(best: Checkpoint, result: AnyProcedureResult, decision: Decision | None) -> Checkpoint:
+    """Add the result and the decision to the content of `best.pt` of a finished training loop."""
+    training = {**best.training, "procedure": result.model_dump(mode="json")}
+    return replace(best, training=training, decision=decision)
+
+
+def _resume(start: "Start", position: Position, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what `last.pt` contains of every run to resume it."""
+    return {
+        "position": position.model_dump(mode="json"),
+        "train_count": len(start.data.train),
+        "held_out": torch.from_numpy(start.held_out),
+        "weights": weights,
+        "procedure": {},
+    }
+
+
+def last_few_shot_record(start: "Start", fit: FewShotFit) -> Checkpoint:
+    """Build the content of `last.pt` of a few-shot run, which is finished."""
+    arrays = {"out_of_fold": fit.logits, "groups": fit.groups, "judged": fit.judged}
+    if fit.label_logits is not None:
+        labels = {"targets": start.data.train.targets, "file_hashes": fit.file_hashes}
+        arrays |= {"label_logits": fit.label_logits, **labels}
+    resume = _resume(start, fit.position, fit.network.state_dict())
+    resume["procedure"] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return best_record(start, fit, resume)
+
+
+def last_loop_record(run: "LoopRun") -> Checkpoint:
+    """Build the content of `last.pt` of a training loop, which may be between any two steps."""
+    resume = _resume(run.start, run.position, run.model.state_dict())
+    resume["optimizer"] = run.optimizer.state_dict()
+    resume["average"] = None if run.ema is None else run.ema.state_dict()
+    if run.teacher is not None and run.teacher.learns:
+        resume["teacher"] = run.teacher.model.state_dict()
+    return best_record(run.start, run.fit(), resume)
+
+
+def read_recorded_recipe(last: Checkpoint, source: Path) -> Recipe:
+    """Read the recipe of the run of *last*; raises `ConfigError`."""
+    return validate_recipe(recorded_recipe(last), str(source))
+
+
+def recorded_recipe(last: Checkpoint) -> dict[str, Any]:
+    """Return the values of the recipe of the run of *last*."""
+    return last.training.get("recipe", {})
+
+
+def read_held_out(last: Checkpoint) -> NDArray[np.int64]:
+    """Return the record of the images that the run of *last* holds out, (M, 2); empty if it has none."""
+    record = (last.resume or {}).get("held_out")
+    return np.zeros((0, 2), np.int64) if record is None else record.numpy()
+
+
+class Resumed(NamedTuple):
+    """What every `last.pt` says about its run: weights to continue from, and number of training images."""
+
+    position: Position
+    train_count: Any
+    weights: dict[str, Tensor]
+    start_weights: StartReport | None
+
+
+def read_resumed(last: Checkpoint, source: Path) -> Resumed:
+    """Read the state of the run of *last*; raises `CheckpointError` if it has none or a damaged one."""
+    state = last.resume
+    if state is None:
+        raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
+    with state_errors(source):
+        if not is_state_dict(state.get("weights")):  # the raw ones; those of the checkpoint may be averages
+            raise ValueError
+        report = last.training.get("start")
+        report = None if report is None else StartReport.model_validate(report)
+        position = Position.model_validate(state["position"])
+        return Resumed(position, state.get("train_count"), state["weights"], report)
+
+
+@contextmanager
+def state_errors(source: Path) -> Iterator[None]:
+    """Convert the errors of a damaged state in *source* to `CheckpointError`."""
+    try:
+        yield
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: its state to resume from is damaged; start a new run") from error
+
+
+def read_few_shot_fit(start: "Start", last: Checkpoint, source: Path) -> FewShotFit:
+    """Read the fit of the finished few-shot run of *last*, whose network is that of *start*."""
+    with state_errors(source):
+        arrays: Any = (last.resume or {})["procedure"]
+        label_logits = arrays.get("label_logits")
+        return FewShotFit(
+            name=last.model,
+            network=start.model,
+            position=start.position,
+            file_hashes=last.image_hashes.numpy(),
+            result=read_result(last.training),
+            decision=last.decision,
+            logits=arrays["out_of_fold"].double().numpy(),
+            groups=arrays["groups"].numpy(),
+            judged=arrays["judged"].numpy(),
+            label_logits=None if label_logits is None else label_logits.double().numpy(),
+        )
+
+
+def restore_loop(run: "LoopRun", last: Checkpoint, source: Path) -> None:
+    """Restore the average, the teacher and the optimizer of *run*; raises `CheckpointError`."""
+    with state_errors(source):
+        state: Any = last.resume
+        if run.ema is not None:
+            run.ema.load_state_dict(state["average"])
+        if run.teacher is not None and run.teacher.learns:
+            run.teacher.model.load_state_dict(state["teacher"])
+        run.optimizer.load_state_dict(state["optimizer"])
+
+
+class LabelCheck(NamedTuple):
+    """The logits (N, K) of a few-shot run that contradict wrong labels, with the files and their targets."""
+
+    logits: NDArray[np.float64]
+    targets: NDArray[Any]
+    file_hashes: NDArray[np.int64]
+
+
+def read_label_check(last: Checkpoint) -> LabelCheck | None:
+    """Read what a few-shot run found about its labels; None without it."""
+    arrays = (last.resume or {}).get("procedure", {})
+    if "label_logits" not in arrays:
+        return None
+    logits = arrays["label_logits"].double().numpy()
+    return LabelCheck(logits, arrays["targets"].numpy(), arrays["file_hashes"].numpy())

@@ -1,0 +1,345 @@
+"""The start of a run: what it was given, after all checks, before a file is written."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from secrets import token_hex
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sopdeploy.checkpoint import Checkpoint, build_classifier
+from sopdeploy.data.base import LabeledImages, Split, describe_contradictions, hash_images
+from sopdeploy.data.datasets.folder import open_any_images
+from sopdeploy.data.held_out import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
+from sopdeploy.data.sources import HoldOut, open_data
+from sopdeploy.decision import Activation
+from sopdeploy.errors import ConfigError, DataError, first_line, is_out_of_memory, shorten
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.registry import entry
+from sopdeploy.models.second_order_head import head_name
+from sopdeploy.project import Origin, folder_name, utc_now
+from sopdeploy.training.callback import Callback
+from sopdeploy.training.distributed import Strategy, check_divisible
+from sopdeploy.training.fits import Position
+from sopdeploy.training.recipe import (
+    AnyProcedureConfig,
+    AutoConfig,
+    FewShotConfig,
+    LoopConfig,
+    Recipe,
+    check_same_recipe,
+)
+from sopdeploy.training.record import (
+    read_held_out,
+    read_recorded_recipe,
+    read_resumed,
+    recorded_recipe,
+)
+from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start_weights import (
+    StartReport,
+    WeightSource,
+    complete_preprocess,
+    create_initial_model,
+)
+
+ONE_GROUP = (
+    "all images are one group (copies of one photograph, or one folder), so the accuracy of the class cannot "
+    "be measured; add different photographs"
+)
+MAX_HASHED = 50_000  # training images; hashing more delays the start by more than a minute
+FEW_IMAGES = 10_000  # up to them, the few-shot procedure takes minutes on a CPU and 0.5 GB
+
+
+class Division(NamedTuple):
+    """The images of a run.
+
+    `file_hashes` (N,) are those of the training images in their order, or empty if unknown; `held_out` is the
+    `Record` of the images that the run holds out, empty if it holds none out or their files are not hashed.
+    """
+
+    data: Split
+    file_hashes: NDArray[np.int64]
+    held_out: Record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """What a run was given: a new one, or one to resume.
+
+    Attributes:
+        recipe: The recipe with the selected procedure and complete preprocessing.
+        data: Training and held-out images.
+        file_hashes, held_out: Those of `Division`.
+        strategy: The device, and the processes that train together.
+        model: The network with its weights on the device; the training loop changes them in place.
+        weights: The report on the start weights; None for random ones.
+        position: From where the run continues.
+        origin: The run and its images, as checkpoints contain them.
+        reason: Why "auto" selected the few-shot procedure; empty if it did not.
+    """
+
+    recipe: Recipe
+    data: Split
+    file_hashes: NDArray[np.int64]
+    held_out: Record
+    strategy: Strategy
+    model: Classifier
+    weights: StartReport | None = None
+    position: Position = field(default_factory=Position)
+    origin: Origin | None = None
+    reason: str = ""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes in output order."""
+        return self.data.train.labels
+
+    @property
+    def activation(self) -> Activation:
+        """How logits become probabilities: "sigmoid" if images have several classes."""
+        return "sigmoid" if self.data.train.targets.ndim == 2 else "softmax"
+
+    @property
+    def uses_loop(self) -> bool:
+        """Whether the training loop trains the network."""
+        return isinstance(self.recipe.procedure, LoopConfig)
+
+    def describe(self, *, is_new: bool) -> Iterator[str]:
+        """Describe weights, procedure and images in a line each."""
+        if is_new and self.weights is not None:
+            yield self.weights.describe()
+        if self.reason:
+            yield self.reason
+        next_epoch, side = self.position.epoch + 1, self.recipe.preprocess.crop
+        is_resumed = not is_new and self.uses_loop and next_epoch <= self.recipe.epochs
+        resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
+        yield (
+            f"{len(self.data.train)} training images, {len(self.data.held_out)} held out{resumed}; "
+            f"the network sees {side} x {side} pixels"
+        )
+
+
+def start_run(
+    recipe: Recipe,
+    folder: RunFolder,
+    last: Checkpoint | None,
+    callback: Callback,
+    *,
+    given: Sequence[str] = (),
+    weights: WeightSource | None = None,
+) -> Start:
+    """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
+
+    Raises `ConfigError` if the recipe changed, `DataError` if the data cannot be used or changed, and
+    `CheckpointError` if *last* has no valid state to resume from.
+    """
+    strategy = folder.strategy
+    recorded = None if last is None else read_recorded_recipe(last, folder.last).procedure
+    opened = open_data(recipe.data, callback.on_warning)
+    selected = select_procedure(recipe, len(opened.train), recorded)
+    division = divide_images(selected, opened, last, strategy)
+    _check_data(selected, opened, division, callback)
+    selected.check_effect(given)
+    if isinstance(selected.procedure, LoopConfig):
+        check_divisible(selected, len(division.data.train), strategy.world)
+    if last is None:
+        start = new_start(selected, division, strategy, weights)
+    else:
+        start = _resume_start(selected, division, folder, last)
+    check_same_step(start, folder)
+    is_auto = isinstance(recipe.procedure, AutoConfig) and recorded is None
+    reason = ""
+    if is_auto and not start.uses_loop:
+        size = f"there are at most {FEW_IMAGES:,} images"
+        reason = f"few-shot procedure: {size}; procedure.kind=loop trains all weights"
+    return replace(start, reason=reason, origin=_origin(start, folder, last))
+
+
+def new_start(
+    recipe: Recipe, division: Division, strategy: Strategy, weights: WeightSource | None = None
+) -> Start:
+    """Build the network of *recipe* with its start weights; *weights* is their file, if it is opened.
+
+    Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or network.
+    """
+    check_count(division.data.train)
+    model, recipe, report = create_initial_model(recipe, division.data.train.labels, strategy, weights)
+    placed = place(recipe, model, strategy)
+    return Start(**division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report)
+
+
+def _resume_start(recipe: Recipe, division: Division, folder: RunFolder, last: Checkpoint) -> Start:
+    """Rebuild the network of *last* for the recipe and the images that its run must have, too."""
+    source, images = folder.last, division.data.train
+    recipe = complete_preprocess(recipe, last.preprocess)
+    check_same_recipe(recipe, recorded_recipe(last), source)
+    state = read_resumed(last, source)
+    _check_same_images(last.labels, state.train_count, images, source)
+    check_count(images)
+    model = place(recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy)
+    return Start(
+        **division._asdict(),
+        recipe=recipe,
+        strategy=folder.strategy,
+        model=model,
+        weights=state.start_weights,
+        position=state.position,
+    )
+
+
+def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConfig | None = None) -> Recipe:
+    """Return *recipe* with the config of the procedure for *num_images* training images.
+
+    "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot` for up to
+    `FEW_IMAGES` training images if the network has a head for it and torchrun did not start the run, and else
+    the training loop. Raises `ConfigError` if `few_shot` has no head for the network.
+    """
+    config = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure
+    if config is None:  # "auto" in a new run
+        can_be_few_shot = not torch.distributed.is_initialized() and _has_head(recipe)
+        config = FewShotConfig() if can_be_few_shot and num_images <= FEW_IMAGES else LoopConfig()
+    if isinstance(config, FewShotConfig):
+        if torch.distributed.is_initialized():
+            raise ConfigError("procedure few_shot: needs one process; start it without torchrun")
+        entry(head_name(recipe.model.name))  # raises the error if there is no head
+    return recipe.model_copy(update={"procedure": config})
+
+
+def _has_head(recipe: Recipe) -> bool:
+    """Check whether the few-shot procedure has a head for the network."""
+    try:
+        entry(head_name(recipe.model.name))
+    except ConfigError:
+        return False
+    return True
+
+
+def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strategy: Strategy) -> Division:
+    """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
+
+    A new run chooses them; the run of *last* has recorded its choice. The first process decides for all. It
+    alone hashes the files, up to `MAX_HASHED`; the few-shot procedure hashes them when it reads them.
+    """
+    images, is_first = opened.train, strategy.rank == 0
+    hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
+    if isinstance(recipe.procedure, FewShotConfig):
+        return Division(opened, hashes, record)
+    if is_first and len(images) <= MAX_HASHED:
+        hashes = hash_images(images)
+    config = recipe.data
+    if not isinstance(config, HoldOut) or len(opened.held_out):
+        return Division(opened, hashes, record)
+    choice = np.zeros(len(images), np.int64)
+    if is_first:
+        recorded = record if last is None else read_held_out(last)
+        if len(recorded) and len(hashes):
+            choice = recorded_choice(recorded, hashes)
+        else:
+            choice = choose_held_out(images, hashes, config.hold_out, config.hold_out_seed)
+        record = record_choice(choice, hashes)
+    choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()  # the others add zeros
+    of_training_files = hashes[choice == NONE] if len(hashes) else hashes
+    return Division(divide(opened, choice), of_training_files, record)
+
+
+def open_held_out(recipe: Recipe, last: Checkpoint) -> LabeledImages:
+    """Open the images that the run of *recipe*, whose `last.pt` is *last*, held out."""
+    opened = open_data(recipe.data)
+    selected = select_procedure(recipe, len(opened.train))
+    return divide_images(selected, opened, last, Strategy(torch.device("cpu"))).data.held_out
+
+
+def _check_data(recipe: Recipe, opened: Split, division: Division, callback: Callback) -> None:
+    """Check the images before the training.
+
+    Warns of the classes of which no image could be held out, if *division* has images held out of *opened*,
+    and of equal files with different labels. Raises `ConfigError` or `DataError` if `rejection.unknown` could
+    not be used after the training.
+    """
+    data, file_hashes = division.data, division.file_hashes
+    if len(file_hashes) and (warning := describe_contradictions(data.train, file_hashes)):
+        callback.on_warning(warning)
+    were_held_out_here = len(data.held_out) and not len(opened.held_out)
+    if were_held_out_here:
+        counts = data.held_out.class_counts().tolist()
+        missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
+        if missing:
+            callback.on_warning(f"{shorten(missing)}: {ONE_GROUP}")
+    if recipe.rejection.unknown is not None:
+        if data.train.targets.ndim == 2:
+            raise ConfigError(
+                "rejection.unknown: without effect where images have several classes; remove it"
+            )
+        open_any_images(recipe.rejection.unknown)
+
+
+def check_count(images: LabeledImages) -> None:
+    """Raise `DataError` unless there are two training images."""
+    if len(images) < 2:
+        raise DataError("there is only one training image; add another, a step needs two")
+
+
+def check_same_step(start: Start, folder: RunFolder) -> None:
+    """Raise `ConfigError`, in at least one process, if the processes would resume from different steps."""
+    position = torch.tensor([start.position.epoch, start.position.step])
+    # If positions differ, at least one differs from their mean; its multiple is then not their sum.
+    if not torch.equal(start.strategy.all_reduce(position), position * start.strategy.world):
+        raise ConfigError(
+            f"{folder.path}: the processes find different checkpoints; use a disk that all machines share"
+        )
+
+
+def _check_same_images(labels: tuple[str, ...], count: object, images: LabeledImages, source: object) -> None:
+    """Raise `DataError` unless *images* have the *labels* and the *count* of the run in *source*."""
+    if labels != images.labels:
+        raise DataError(f"{source}: the run started with the classes {shorten(labels)}; give the same data")
+    if count != len(images):
+        raise DataError(
+            f"{source}: the run started with {count} training images, now there are {len(images)}; give the "
+            "same data or start a new run"
+        )
+
+
+def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
+    """Describe where the run in *folder*, which may continue *last*, comes from.
+
+    The first process alone writes files, so the others may have other ids of the run.
+    """
+    before = None if last is None else last.origin
+    data_path = getattr(start.recipe.data, "path", None)  # some data sources have none
+    return Origin(
+        run=folder_name(folder.path),
+        run_id=token_hex(6) if before is None else before.run_id,
+        started=utc_now() if before is None else before.started,
+        data=start.recipe.data.kind if data_path is None else folder_name(data_path),
+        num_images=len(start.data.train) + len(start.data.held_out),
+        num_classes=len(start.labels),
+        sample=(),  # the record adds it
+    )
+
+
+def place(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
+    """Move *model* to the device; raise `ConfigError` if it cannot compute the images of *recipe*."""
+    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
+    check_image_sizes(recipe, placed, strategy.device)
+    return placed
+
+
+@torch.no_grad()
+def check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) -> None:
+    """Put *model* into eval mode and run it on zeros of each image size; raise `ConfigError` if it cannot."""
+    model.eval()
+    for side in {recipe.preprocess.crop, recipe.training_crop}:
+        try:
+            model(torch.zeros(1, 3, side, side, device=device))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"preprocess.crop: {recipe.model.name} cannot compute images of {side} pixels "
+                f"({first_line(error)}); choose another size"
+            ) from error
