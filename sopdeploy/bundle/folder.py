@@ -27,7 +27,6 @@ from sopdeploy.errors import BundleError, StorageError
 from sopdeploy.files import FULL_ERRNOS, LATEST, atomic_write, link_latest, sha256, writing
 
 MANIFEST = "manifest.json"
-PROGRAM = "network.pt2"  # optional
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_JSON_BYTES = 16_000_000  # of any other JSON file
