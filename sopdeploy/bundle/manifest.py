@@ -96,6 +96,13 @@ class Manifest(StrictModel):
         del fields["exported_at"]
         return hashlib.sha256(to_json(fields)).hexdigest()[:ID_LENGTH]
 
+    def has_content_of(self, other: "Manifest") -> bool:
+        """Tell whether both describe the same bundle, maybe exported at another time.
+
+        Equal ids do not show this: whoever makes two bundles can give them the same 12 digits.
+        """
+        return self.model_copy(update={"exported_at": other.exported_at}) == other
+
     def to_bytes(self) -> bytes:
         """Serialize to `manifest.json`, with a hash of all fields; there is exactly one serialization."""
         fields = self.model_dump(mode="json")
