@@ -21,6 +21,7 @@ from sopdeploy_service.http.middleware import (
     RequestContextMiddleware,
     refuse_foreign,
 )
+from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import ModelRegistry, Service
 from sopdeploy_service.keep import Keeper
@@ -55,6 +56,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        # So that no work that hangs, such as reading a network disk, delays the exit.
+        asyncio.get_running_loop().set_default_executor(DaemonThreads())
         await service.start()
         if keeper is not None:
             keeper.start()

@@ -193,9 +193,11 @@ def main() -> None:
         code = OUTPUT_CLOSED
     except Exception as error:
         code = _print_user_error(error)
+    from sopdeploy.environment import exit_process
+
     # The interpreter flushes stdout again; what is still in the buffer goes nowhere and cannot fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    exit_process(code)
 
 
 def _run_and_flush() -> Any:
