@@ -50,8 +50,14 @@ def create_app(
     service = Service(registry, settings)
     keeper: Keeper | None = None
     if settings.keep is not None:
-        folder = KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days)
-        keeper = Keeper(folder.add, settings.keep_sample, service.metrics, service.decoders.copy)
+        deleted = service.metrics.kept_deleted
+        folder = KeptFolder(
+            settings.keep,
+            settings.keep_bytes,
+            settings.keep_days,
+            lambda reason: deleted.labels(reason).inc(),
+        )
+        keeper = Keeper(folder, settings.keep_sample, service.metrics, service.decoders.copy)
         service.keep = keeper.offer
 
     @asynccontextmanager

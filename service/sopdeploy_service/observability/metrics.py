@@ -73,6 +73,9 @@ class Metrics:
             "Photographs to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
             ("result",),
         )
+        self.kept_deleted = counter(
+            "kept_deleted", "Kept photographs that were deleted: expired, no_room, incomplete", ("reason",)
+        )
         self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
         self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
         self.load_failures = counter(
