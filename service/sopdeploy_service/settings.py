@@ -109,7 +109,9 @@ class Settings(pydantic.BaseModel):
     decoders: Threads | Literal["auto"] = setting(
         "auto", "child processes that decode; auto: 2 beside CPU inference, else one per core, up to 8"
     )
-    sandbox: Sandbox = setting("auto", "of decoder processes; auto: if supported; required: no start without")
+    sandbox: Sandbox = setting(
+        "auto", "of decoder processes; auto: if supported; required: no start without seccomp"
+    )
     devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")
     require_signature: Path | None = setting(None, "serve only bundles signed with this public key")
     runtime: RuntimeName = setting(
