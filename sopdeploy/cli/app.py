@@ -42,6 +42,7 @@ TOPICS = {
             "classify any number of images into parquet files",
         ),
         "key": ("sopdeploy.commands.serve:key", "create an API key for a server"),
+        "forget": ("sopdeploy_service.commands.forget:forget", "delete a photograph that was kept"),
         "health": ("sopdeploy.commands.health:health", "check whether a server is ready"),
         "sign": ("sopdeploy.commands.transfer:sign", "sign a bundle"),
         "push": ("sopdeploy.commands.transfer:push", "upload a bundle"),
