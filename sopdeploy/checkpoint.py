@@ -22,7 +22,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sopdeploy.config import first_problem
+from sopdeploy.config import check_format_version, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
@@ -31,6 +31,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.project import Origin
+from sopdeploy.version import __version__
 
 if TYPE_CHECKING:
     from sopdeploy.data.base import LabeledImages
@@ -161,12 +162,18 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
             "`sopdeploy import` for weights of other projects"
         )
-    if (version := content.pop("version", None)) != _VERSION:
-        raise CheckpointError(f"{path}: version: {version!r}, but this version of sopdeploy reads {_VERSION}")
+    training = content.get("training")
+    versions = training.get("versions") if isinstance(training, dict) else None
+    written_by = versions.get("sopdeploy") if isinstance(versions, dict) else None
+    known = {entry.name for entry in fields(Checkpoint)}
+    unknown = content.keys() - known - {"version"} if written_by not in {None, __version__} else ()
     try:
+        check_format_version(content.pop("version", None), _VERSION, written_by, map(str, unknown))
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{path}: {first_problem(error)}; train or import it again") from error
+    except ValueError as error:  # of another version
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that sopdeploy wrote") -> Any:

@@ -89,7 +89,7 @@ def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
         path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.iterdir())
     }
-    manifest = Manifest(**manifest_without_files, files=files)
+    manifest = Manifest(**manifest_without_files, files=files).complete()
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
 

@@ -19,7 +19,8 @@ BODY, OTHER = picture_bytes(), picture_bytes() + b"other"
 ID, OTHER_ID = (hashlib.sha256(body).hexdigest()[:32] for body in (BODY, OTHER))
 FILES = {  # a kept copy has other bytes than the file that was sent
     f"kept/{ID}.jpg": b"copy", f"kept/{ID}.json": b"{}", f"kept/{ID}.skipped": b"",
-    f"kept/0/{ID}.png": b"copy", f"photos/hat/{ID}.jpg": b"copy", "photos/hat/mine.jpg": BODY, "photos/shoes/sent.JPG": OTHER,
+    f"kept/0/{ID}.png": b"copy", f"photos/hat/{ID}.jpg": b"copy",
+    "photos/hat/mine.jpg": BODY, "photos/shoes/sent.JPG": OTHER,
     f"kept/{OTHER_ID}.jpg": b"other", f"kept/{OTHER_ID}.json": b"{}", "photos/notes.json": b"{}",
 }  # fmt: skip
 OF_BODY = {name for name in FILES if ID in name or name == "photos/hat/mine.jpg"}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import fsspec
 
@@ -119,7 +119,10 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
     """Yield the images of the archive *name* as if it were a folder with this name."""
     location = name if _is_address(name) else os.path.abspath(name)  # noqa: PTH100
     archive: Any  # its list of members is not part of the typed interface
-    with _open(name) as file, tarfile.open(fileobj=_Bounded(file), mode="r:", errors="replace") as archive:
+    with (
+        _open(name) as file,
+        tarfile.open(fileobj=cast(Any, _Bounded(file)), mode="r:", errors="replace") as archive,
+    ):
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep all members in memory
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
