@@ -11,11 +11,10 @@ from sopdeploy.errors import DataError, StorageError
 from sopdeploy.files import atomic_write, sha256, writing
 from sopdeploy.images.limits import SUFFIXES
 
-ID = re.compile(
-    r"[0-9a-f]{32}"
-)  # of a kept photograph, the beginning of the sha256 of the file that was sent
+ID = re.compile(r"[0-9a-f]{32}")  # of a kept photograph: the first digits of the sha256 of the sent file
 RECORDS = (".json", ".skipped")  # beside a kept photograph
-FORGOTTEN = "forgotten"  # in the place of a path
+# Values of columns that cannot be empty.
+FORGOTTEN = {"path": "forgotten", "location": "forgotten", "offset": 0, "size": 0}
 
 
 def _show(deleted: Sequence[Path]) -> None:
@@ -115,8 +114,6 @@ def _forget_rows(table: Path, name: str, is_wanted: Callable[[Path], bool]) -> b
 
 def _blank(column: Any, field: Any, marks: Sequence[bool], pa: Any) -> Any:
     """Copy *column* without the values of the marked rows."""
-    empty = (
-        FORGOTTEN if field.name in {"path", "location"} else 0 if field.name in {"offset", "size"} else None
-    )
+    empty = FORGOTTEN.get(field.name)
     values = [empty if mark else value for value, mark in zip(column.to_pylist(), marks, strict=True)]
     return pa.array(values, field.type)

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,8 @@ LOAD_SECONDS_ON_CPU, LOAD_SECONDS_ON_GPU = 120.0, 600.0
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
 
 log = logging.getLogger("sopdeploy.inference")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +83,21 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
 
 async def load_in_background(path: Path, settings: Settings) -> LoadedModel:
     """Load the bundle at *path* as `load_model` does, while the event loop runs."""
-    loading, seconds = asyncio.wrap_future(_begin_load(path, settings)), load_seconds(settings)
+    return await finish_in_time(_begin_load(path, settings), path, settings)
+
+
+async def finish_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
+    """Wait for the *work* of a daemon thread on *what* as long as a load may take.
+
+    Raises its errors, and `RuntimeUnavailableError` if it takes longer.
+    """
+    result, seconds = asyncio.wrap_future(work), load_seconds(settings)
     try:
-        return await asyncio.wait_for(loading, seconds)
+        return await asyncio.wait_for(result, seconds)
     except TimeoutError as error:
-        if not loading.cancelled():  # the load itself raised this error
+        if not result.cancelled():  # the work itself raised this error
             raise
-        raise _too_slow(path, seconds) from error
+        raise _too_slow(what, seconds) from error
 
 
 def load_seconds(settings: Settings) -> float:
@@ -103,9 +114,9 @@ def _begin_load(path: Path, settings: Settings, *, thorough: bool = False) -> Fu
     return daemon_threads.start(load, discard=lambda loaded: loaded.runtime.close())
 
 
-def _too_slow(path: Path, seconds: float) -> RuntimeUnavailableError:
+def _too_slow(what: object, seconds: float) -> RuntimeUnavailableError:
     return RuntimeUnavailableError(
-        f"{path}: not loaded within {seconds:g} s; check the device and the disk, or raise load_timeout",
+        f"{what}: not loaded within {seconds:g} s; check the device and the disk, or raise load_timeout",
         code="load_timeout",
     )
 

@@ -23,10 +23,10 @@ from prometheus_client import generate_latest
 
 from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy.images.occlusion import GRID, occlude
-from sopdeploy_service.inference import results
+from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
-from sopdeploy_service.inference.loader import LoadedModel, load_in_background, open_checked
+from sopdeploy_service.inference.loader import LoadedModel, finish_in_time, load_in_background, open_checked
 from sopdeploy_service.inference.model_worker import Model, QueuedImage
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
@@ -111,7 +111,8 @@ class ModelRegistry:
                 for name, path in bundles.items():
                     # A folder may have got another bundle, or other files under the same manifest.
                     present = self._by_name.get(name)
-                    bundle = await asyncio.to_thread(open_checked, path, self._settings)
+                    reading = daemon_threads.start(partial(open_checked, path, self._settings))
+                    bundle = await finish_in_time(reading, path, self._settings)
                     if present is None or not present.bundle.manifest.has_content_of(bundle.manifest):
                         loaded[name] = await load_in_background(path, self._settings)
                         stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded
@@ -128,7 +129,9 @@ class ModelRegistry:
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
         try:
-            await self.follow(await asyncio.to_thread(find_bundles, sources))
+            finding = daemon_threads.start(partial(find_bundles, sources))
+            bundles = await finish_in_time(finding, "the bundles", self._settings)
+            await self.follow(bundles)
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
             self.metrics.load_failure(error)

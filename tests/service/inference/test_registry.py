@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
-from sopdeploy_service.inference import loader
+from sopdeploy_service.inference import loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import RejectedError
@@ -250,6 +250,25 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
         assert await asyncio.to_thread(closed.wait, 60)
 
     caplog.set_level("ERROR")
+    run_with_registry(versions[0], scenario)
+
+
+@pytest.mark.parametrize("function", ["find_bundles", "open_checked"])
+def test_a_disk_that_hangs_does_not_block_later_reloads(
+    function: str, versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = threading.Event()
+
+    async def scenario(registry: ModelRegistry) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(service, function, lambda *_: gate.wait())
+            patch.setattr(loader, "load_seconds", lambda _: 0.01)
+            await registry.reload([versions[1]])
+        assert metric(registry, code="load_timeout") == 1
+        await registry.reload([versions[1]])
+        assert registry.find().bundle.path == versions[1]
+        gate.set()
+
     run_with_registry(versions[0], scenario)
 
 
