@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import pickle  # for the exception type of torch.load
+import zipfile
 from collections.abc import Mapping
 from dataclasses import field, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sopdeploy.config import first_problem
+from sopdeploy.config import check_format_version, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
@@ -30,6 +31,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.project import Origin
+from sopdeploy.version import __version__
 
 if TYPE_CHECKING:
     from sopdeploy.data.base import LabeledImages
@@ -38,6 +40,7 @@ CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
 WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
+_MAX_FILE_BYTES = 4 * _MAX_BYTES  # with the state of an optimizer
 
 
 @dataclass(
@@ -161,20 +164,28 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
             "`sopdeploy import` for weights of other projects"
         )
-    if (version := content.pop("version", None)) != _VERSION:
-        raise CheckpointError(f"{path}: version: {version!r}, but this version of sopdeploy reads {_VERSION}")
+    training = content.get("training")
+    versions = training.get("versions") if isinstance(training, dict) else None
+    written_by = versions.get("sopdeploy") if isinstance(versions, dict) else None
+    known = {entry.name for entry in fields(Checkpoint)}
+    unknown = content.keys() - known - {"version"} if written_by not in {None, __version__} else ()
     try:
+        check_format_version(content.pop("version", None), _VERSION, written_by, map(str, unknown))
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{path}: {first_problem(error)}; train or import it again") from error
+    except ValueError as error:  # of another version
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that sopdeploy wrote") -> Any:
     """Load *raw*, the content of *path*, by `torch.load(weights_only=True)`, which never runs code from it.
 
-    Raises `CheckpointError` if it is damaged or would run code; *advice* is the last part of that message.
+    Raises `CheckpointError` if it is damaged, expands or would run code; *advice* is the last part of that
+    message.
     """
     try:
+        _check_stored(raw)
         return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -182,6 +193,15 @@ def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that
         ) from error
     except Exception as error:  # torch raises many types for damaged files
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from error
+
+
+def _check_stored(raw: bytes) -> None:
+    """Raise `ValueError` if *raw* is a zip archive whose entries have more bytes; torch compresses none."""
+    if raw.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > len(raw):
+            raise ValueError("compressed or overlapping entries")
 
 
 def is_state_dict(weights: Any) -> bool:
@@ -197,6 +217,8 @@ def read_pytorch(path: Path) -> tuple[Any, str]:
     A safetensors file is one table of tensors. Raises `WeightsError`.
     """
     check_is_weights(path)
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise WeightsError(f"{path}: larger than {_MAX_FILE_BYTES >> 30} GiB, the limit; {WEIGHTS_ADVICE}")
     raw = path.read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     if raw[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON

@@ -1,6 +1,6 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import pydantic
@@ -51,6 +51,19 @@ class Options(StrictModel):
     """Options of a command and of its Python function; the text below a field describes it for both."""
 
     model_config = pydantic.ConfigDict(use_attribute_docstrings=True, coerce_numbers_to_str=True)
+
+
+def check_format_version(found: Any, version: int, written_by: Any, unknown: Iterable[str] = ()) -> None:
+    """Raise `ValueError` if a file has the format *version* *found*, not *version*, or has *unknown* fields.
+
+    A format keeps its version when it gets optional fields: files without them get their defaults.
+    *written_by* is the version of sopdeploy in the file, which can read it.
+    """
+    reader = f"sopdeploy {written_by}" if isinstance(written_by, str) else "a later version of sopdeploy"
+    if found != version:
+        raise ValueError(f"version: {found!r}, but this sopdeploy reads {version}; read it with {reader}")
+    if names := sorted(unknown):
+        raise ValueError(f"{names[0]}: unknown here; read it with {reader}, which wrote it")
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

@@ -4,11 +4,13 @@ import importlib
 import os
 import platform
 import re
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sopdeploy.errors import MissingPackageError, SopdeployError
 
@@ -17,6 +19,7 @@ CPUINFO = Path("/proc/cpuinfo")  # Linux only
 # this session option ONNX Runtime stores the int8 weights as uint8, which is exact. With VNNI it changes no
 # result and takes up to 2.2 times as long (ONNX Runtime 1.32).
 EXACT_INT8 = ("session.x64quantprecision", "1")
+DAEMON_THREAD, WORKER_THREAD = "daemon", "model_worker"  # names of threads that may never end
 SLOW_INT8 = "int8 is exact on this processor but slower than on one with VNNI; compare with sopdeploy bench"
 
 
@@ -101,3 +104,17 @@ def missing_extras() -> Iterator[None]:
             raise
         advised = "train" if "train" in extras else extras[0]  # "train" has the most packages
         raise MissingPackageError(install_hint(package, f"sopdeploy[{advised}]")) from error
+
+
+def exit_process(code: int | None) -> NoReturn:
+    """Exit as `sys.exit` does, also while a load or a batch that hangs is in native code.
+
+    At Python's own exit, C++ code that still runs in another thread can abort the process.
+    """
+    names = {thread.name for thread in threading.enumerate()}
+    if names & {DAEMON_THREAD, WORKER_THREAD}:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code or 0)
+    sys.exit(code)

@@ -29,6 +29,7 @@ class KeptRecord(StrictModel):
     """What was predicted for a kept photograph, and why it was kept.
 
     Attributes:
+        version: Of the format; a record of another one is skipped, and its photograph stays.
         image: Name of the file beside the record.
         bundle: ID of the bundle that predicted.
         model: Name under which the bundle was served.
@@ -42,6 +43,7 @@ class KeptRecord(StrictModel):
         near_hash: `near_hash` of the network's input.
     """
 
+    version: Literal[1] = 1
     image: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}\.(jpg|png)$")]
     bundle: str
     model: str
@@ -84,7 +86,10 @@ def read_kept(folder: Path) -> list[Kept]:
             if image.stem == path.stem and image.is_file() and not image.is_symlink():
                 kept.append(Kept(image, record))
     if skipped := len(files) - len(kept):
-        log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, skipped)
+        log.warning(
+            "%s: %d records are damaged, of a later version or have no photograph; they are skipped",
+            folder, skipped,
+        )  # fmt: skip
     return sorted(kept, key=lambda entry: entry.record.time)
 
 

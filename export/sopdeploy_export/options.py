@@ -37,8 +37,6 @@ class ExportOptions(Options):
     """Largest allowed loss of top-1 (or of agreement, without labels) in percentage points."""
     allow_batch_dependence: bool = False
     """Write the bundle although its logits may depend on other images of the batch, and record it."""
-    pt2: bool = False
-    """Also store the certified torch.export program in the bundle."""
     with_features: bool = False
     """Add the vector in front of the last linear layer, which the service returns for /v1/embed."""
 
@@ -105,10 +103,22 @@ class EngineOptions(Options):
     """Options of `sopdeploy engine`."""
 
     via: Literal["onnx", "torch-tensorrt"] = "onnx"
-    """Converter: TensorRT's ONNX parser, or torch-tensorrt (of a bundle made with --pt2)."""
+    """Converter: TensorRT's ONNX parser, or torch-tensorrt, which needs the checkpoint."""
+    checkpoint: Path | None = None
+    """Checkpoint of the bundle, for torch-tensorrt."""
     profiles: str | None = None
     """Largest batch of each optimization profile, such as 1,8,32."""
     cache: Path | None = None
     """Engine cache folder; by default $SOPDEPLOY_ENGINE_CACHE, or engines/ next to the bundle."""
     rebuild: bool = False
     """Build even if the cache has one."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_combinations(self) -> "EngineOptions":
+        if self.via == "torch-tensorrt" and self.checkpoint is None:
+            problem = "converts the program of a checkpoint"
+            raise ConfigError(problem, setting="via", remedies={"checkpoint": None})
+        if self.via == "onnx" and self.checkpoint is not None:
+            remedies = {"via": "torch-tensorrt"}
+            raise ConfigError("only for torch-tensorrt", setting="checkpoint", remedies=remedies)
+        return self

@@ -13,27 +13,37 @@ import PIL
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.export import ExportedProgram
 
 from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.folder import read_bundles
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
-from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.bundle.manifest import EMBEDDING, Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
+from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError, LoweringError
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import is_in
 from sopdeploy.models.describe import Counts, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
-from sopdeploy_export.graph import INPUT, Captured, Deployed, generated_images, lower, output_names
+from sopdeploy_export.graph import (
+    INPUT,
+    Captured,
+    Deployed,
+    capture_any_batch,
+    generated_images,
+    lower,
+    output_names,
+)
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.model_card import render_model_card
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity import compare, torch_program
+from sopdeploy_export.parity import compare
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
+from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
 from sopdeploy_export.proof.certificate import Certificate, certify
 from sopdeploy_export.proof.networks import Detachment, ExportSubject, copy_module, detach, has_tensors
@@ -57,13 +67,43 @@ def export_checkpoint(
     """
     options = options or ExportOptions()
     checkpoint = read_checkpoint(path)
-    project = options.name or checkpoint.project or checkpoint.model.replace(":", "-")
+    subject = _as_subject(checkpoint, path, options.name)
     if options.name is None:  # a name that the user gave may be that of a bundle, in order to replace it
-        check_same_images(destination, project, checkpoint)
+        check_same_images(destination, subject.project, checkpoint)
+    return export_subject(subject, destination, options, on_step)
+
+
+def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
+    """Capture the certified program of the bundle with *manifest* again, from its checkpoint at *path*.
+
+    Raises `CheckpointError` for another checkpoint, and `CertificateError` if its program has another hash
+    here than in the certificate, for example because torch captures it in another way.
+    """
+    checkpoint, lineage = read_checkpoint(path), manifest.lineage
+    if checkpoint.sha256 != lineage.checkpoint_sha256:
+        raise CheckpointError(
+            f"{path}: not the checkpoint of {manifest.name}; give the one that was exported"
+        )
+    subject, images = _as_subject(checkpoint, path), generated_images(manifest.preprocess.crop)
+    if EMBEDDING in [output.name for output in manifest.outputs]:
+        _add_embedding(subject, images)
+    network = detach(_with_temperature(subject, images), subject.detachment.training_only)
+    program = capture_any_batch(network, subject.preprocess, manifest.batch)
+    root = program_root(program).sha256
+    if root != lineage.program_root:
+        raise CertificateError(
+            f"{path}: torch {torch.__version__} captures a program with the hash {root[:16]}, but that "
+            f"of the bundle is {lineage.program_root[:16]}; use torch {manifest.versions.get('torch')}"
+        )
+    return program
+
+
+def _as_subject(checkpoint: Checkpoint, path: Path, name: str | None = None) -> ExportSubject:
+    """Build the network of *checkpoint*, read from *path*, and describe it as the subject of an export."""
     network = build_classifier(checkpoint, path)
-    subject = ExportSubject(
+    return ExportSubject(
         name=checkpoint.model,
-        project=project,
+        project=name or checkpoint.project or checkpoint.model.replace(":", "-"),
         network=network,
         detachment=Detachment.of(network),
         labels=checkpoint.labels,
@@ -74,7 +114,6 @@ def export_checkpoint(
         training=checkpoint.training,
         origin=checkpoint.origin,
     )
-    return export_subject(subject, destination, options, on_step)
 
 
 def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
@@ -107,8 +146,7 @@ def export_subject(
         accuracy = AccuracyCheck(subject, options)
     preprocess, images = subject.preprocess, generated_images(subject.preprocess.crop)
     if options.with_features:
-        classes, training_only = len(subject.labels), subject.detachment.training_only
-        add_embedding_output(subject.network, preprocess, images, classes, training_only)
+        _add_embedding(subject, images)
     started = time.monotonic()
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         certified, certificate = _prove(subject, images, options, on_step)
@@ -125,10 +163,6 @@ def export_subject(
         deployed = Deployed(certified.network, preprocess).eval()
         exact = compare.compute_reference(deployed, images, converted.run, options.precision, converted.gate)
         parity = compare.compare_file(file, exact, images, options.batch, allow_drift=options.allow_drift)
-        if options.pt2:
-            on_step("writing and checking network.pt2")
-            content = torch_program.serialize_program(certified.program, certificate)
-            (folder / bundle.PROGRAM).write_bytes(content)
         trained, shipped = count_costs(subject.network, certified.network, preprocess.crop)
         results = ExportResults(
             certificate=certificate,
@@ -153,15 +187,13 @@ def _prove(
 ) -> tuple[CapturedGraph, Certificate]:
     """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX."""
     preprocess, trained = subject.preprocess, subject.network
-    training_only, decision = subject.detachment.training_only, subject.decision
+    training_only = subject.detachment.training_only
     if not options.detach and has_tensors(trained, training_only):
         raise DetachError(
             f"{type(trained).__name__} still carries training-only parts ({', '.join(training_only)})",
             remedies={"detach": True},
         )
-    if decision is not None and decision.temperature != 1:
-        classes = len(subject.labels)
-        trained = fold_temperature(trained, decision.temperature, preprocess, images, classes)
+    trained = _with_temperature(subject, images)
     detached = detach(trained, training_only)
     on_step("proving that the detached network equals the plain network")
     certificate, captured = certify(
@@ -179,6 +211,20 @@ def _prove(
     certificate = certify_onnx(certificate, captured, model, outputs, options)
     check_operators(program, images[: min(OPERATOR_IMAGES, options.max_batch)])
     return CapturedGraph(detached, program, model), certificate
+
+
+def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
+    """Make the input of the last linear layer an output of the network of *subject*."""
+    classes, training_only = len(subject.labels), subject.detachment.training_only
+    add_embedding_output(subject.network, subject.preprocess, images, classes, training_only)
+
+
+def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.Module:
+    """Return the network of *subject* with its temperature folded into the last layer, if it has one."""
+    decision, preprocess, classes = subject.decision, subject.preprocess, len(subject.labels)
+    if decision is None or decision.temperature == 1:
+        return subject.network
+    return fold_temperature(subject.network, decision.temperature, preprocess, images, classes)
 
 
 def certify_onnx(

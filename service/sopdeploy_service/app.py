@@ -21,6 +21,7 @@ from sopdeploy_service.http.middleware import (
     RequestContextMiddleware,
     refuse_foreign,
 )
+from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import ModelRegistry, Service
 from sopdeploy_service.keep import Keeper
@@ -49,12 +50,20 @@ def create_app(
     service = Service(registry, settings)
     keeper: Keeper | None = None
     if settings.keep is not None:
-        folder = KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days)
-        keeper = Keeper(folder.add, settings.keep_sample, service.metrics, service.decoders.copy)
+        deleted = service.metrics.kept_deleted
+        folder = KeptFolder(
+            settings.keep,
+            settings.keep_bytes,
+            settings.keep_days,
+            lambda reason: deleted.labels(reason).inc(),
+        )
+        keeper = Keeper(folder, settings.keep_sample, service.metrics, service.decoders.copy)
         service.keep = keeper.offer
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        # So that no work that hangs, such as reading a network disk, delays the exit.
+        asyncio.get_running_loop().set_default_executor(DaemonThreads())
         await service.start()
         if keeper is not None:
             keeper.start()

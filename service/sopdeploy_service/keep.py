@@ -24,7 +24,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import Prediction
-from sopdeploy_service.kept_folder import KeptResult
+from sopdeploy_service.kept_folder import KeptFolder, KeptResult
 from sopdeploy_service.observability.metrics import Metrics
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
@@ -34,7 +34,6 @@ RECENT_PHOTOS = 1000  # outside of the sample, whose copies were begun; others n
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
-StoreKept: TypeAlias = Callable[[bytes, KeptRecord], KeptResult]  # `KeptFolder.add`
 CopyImage: TypeAlias = Callable[[bytes], tuple[bytes, str]]  # `Decoders.copy`
 
 
@@ -94,10 +93,13 @@ def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) 
 
 
 class Keeper:
-    """Passes copies made by *copy* to *store* in a thread; *share* of all photographs are the sample."""
+    """Passes copies made by *copy* to *folder* in a thread; *share* of all photographs are the sample.
 
-    def __init__(self, store: StoreKept, share: float, metrics: Metrics, copy: CopyImage) -> None:
-        self._store, self._share, self._copy = store, share, copy
+    The thread also deletes what is too old.
+    """
+
+    def __init__(self, folder: KeptFolder, share: float, metrics: Metrics, copy: CopyImage) -> None:
+        self._folder, self._share, self._copy = folder, share, copy
         self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
         self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
         # Two totals instead of one counter: each is written by one thread only, so no lock is needed. The
@@ -130,7 +132,17 @@ class Keeper:
         self._photos.put(PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now))
 
     def _run(self) -> None:
-        while (photo := self._photos.get()) is not None:
+        next_check = 0.0
+        while True:
+            if time.monotonic() >= next_check:
+                self._expire()
+                next_check = time.monotonic() + self._folder.check_seconds
+            try:
+                photo = self._photos.get(timeout=self._folder.check_seconds)
+            except queue.Empty:
+                continue
+            if photo is None:
+                return
             self._bytes_out += len(photo.image) + photo.pixels.nbytes
             try:
                 result = self._keep(photo)
@@ -139,6 +151,12 @@ class Keeper:
                 result = "failed"
             if result is not None:
                 self._counts[result].inc()
+
+    def _expire(self) -> None:
+        try:
+            self._folder.expire()
+        except OSError as error:
+            log.warning("%s: cannot be cleaned up (%s)", self._folder.path, error.strerror)
 
     def _keep(self, photo: PredictedPhoto) -> KeptResult | None:
         """Keep *photo* if it is worth a label; return the result, or None if it is not."""
@@ -159,7 +177,7 @@ class Keeper:
             if not is_sample:  # the sample stays uniform because its copies need no budget
                 spent = time.monotonic() - started  # includes the wait for a decoder process
                 self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)  # the debt is limited
-        return self._store(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
+        return self._folder.add(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
 
     def _refuse_copy(self, photo: PredictedPhoto) -> KeptResult | None:
         """Return why *photo*, outside of the sample, is not copied; else remember it and return None."""

@@ -2,6 +2,10 @@
 
 Every file is written under a temporary name and then renamed, the photograph before its record. What a killed
 process leaves is deleted at the next start. A file counts as whole blocks, as on most file systems.
+
+Photographs may be the only copies of their owners, so a wrong clock must not delete them. The modification
+time of the lock file is the time of the last check of their ages. If the clock is before it or before a
+photograph, or after the time in which only few of them can have expired, none expires.
 """
 
 import fcntl
@@ -9,6 +13,7 @@ import logging
 import os
 import re
 import weakref
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +23,12 @@ from sopdeploy.files import PARTIAL, atomic_write, writing
 from sopdeploy.kept import LOCK, NEAR_BITS, KeptRecord, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
+Deletion = Literal["expired", "no_room", "incomplete"]
 FILE_BLOCK = 4096  # bytes
+CHECK_SECONDS = 60.0  # between two checks of the ages; less if photographs are kept for a short time
+MAX_ABSENCE = timedelta(days=2)  # that is accepted since the last check, or `ABSENCE_SHARE` of their age
+ABSENCE_SHARE = 0.25
+CLOCK_STEP = timedelta(seconds=60)  # by which a clock may be set back
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
 _OWN = re.compile(rf"[0-9a-f]{{32}}\.(?:jpg|png|json)(?:{re.escape(PARTIAL)})?")
 
@@ -42,16 +52,22 @@ class KeptFolder:
     `SAMPLE_SHARE` of the bytes or nothing else is kept, the oldest one of the sample does.
     """
 
-    def __init__(self, path: Path, max_bytes: int, days: float) -> None:
+    def __init__(
+        self, path: Path, max_bytes: int, days: float, on_delete: Callable[[Deletion], None] = lambda _: None
+    ) -> None:
         """Reserve *path* for this process, and create it if needed; only its owner can read the files.
 
-        Raises `ConfigError` if it cannot be written, or if another process keeps photographs there.
+        *on_delete* is called for each photograph that was deleted. Raises `ConfigError` if the folder cannot
+        be written, or if another process keeps photographs there.
         """
         self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
         self._entries: dict[str, _Entry] = {}  # by name, the oldest first
         self._failed = False  # whether the last write failed
+        self._on_delete = on_delete
+        self._clock_problem = ""  # why no photograph expires; empty if they do
         with writing(path, ConfigError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            was_here = (path / LOCK).exists()
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             weakref.finalize(self, os.close, lock)  # which releases the lock
             try:
@@ -60,7 +76,9 @@ class KeptFolder:
                 message = f"{path}: another process keeps photographs there; name another folder"
                 raise ConfigError(message) from error
             self._read()
-            self._expire()
+            if not was_here and self._entries:  # as after a copy: the newest photograph shows the last run
+                self._checked_at(max(entry.time for entry in self._entries.values()))
+            self.expire()
             self._make_room(0)
 
     @property
@@ -85,6 +103,8 @@ class KeptFolder:
             has_partner = any(file.with_suffix(suffix).exists() for suffix in partners)
             if file.suffix == PARTIAL or not has_partner:
                 file.unlink()
+                log.warning("deleted %s, which is incomplete", file)
+                self._on_delete("incomplete")
 
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* unless it is a near-duplicate or too large; return what was done.
@@ -93,7 +113,7 @@ class KeptFolder:
         near-duplicates. The first write that fails is logged, and the next one that succeeds.
         """
         try:
-            self._expire()
+            self.expire()
             result = self._add(image, record)
         except OSError as error:
             if not self._failed:
@@ -105,11 +125,49 @@ class KeptFolder:
         self._failed = False
         return result
 
-    def _expire(self) -> None:
-        """Delete photographs that are too old."""
-        earliest = datetime.now(UTC) - self._age
-        for entry in [entry for entry in self._entries.values() if entry.time < earliest]:
+    @property
+    def check_seconds(self) -> float:
+        """Seconds after which `expire` should be called again."""
+        return min(CHECK_SECONDS, max(1.0, self._age.total_seconds() / 10))
+
+    def expire(self) -> None:
+        """Delete photographs that are too old, unless the clock may be wrong, and record the time."""
+        now = datetime.now(UTC)
+        problem = self._find_clock_problem(now)
+        if problem and not self._clock_problem:
+            log.warning("%s: %s; no photograph expires until then", self.path, problem)
+        self._clock_problem = problem
+        if problem:
+            return
+        earliest = now - self._age
+        self._delete_for("expired", [entry for entry in self._entries.values() if entry.time < earliest])
+        self._checked_at(now)
+
+    def _find_clock_problem(self, now: datetime) -> str:
+        """Say why *now* may be wrong, and what to do; empty if it is plausible."""
+        checked = datetime.fromtimestamp((self.path / LOCK).stat().st_mtime, UTC)
+        newest = max(self._entries.values(), key=lambda entry: entry.time, default=None)
+        if now < checked - CLOCK_STEP:
+            return f"the clock is before {checked:%Y-%m-%d %H:%M}, the last check of ages; correct it"
+        if newest is not None and now < newest.time - CLOCK_STEP:
+            return f"the clock is before that of {newest.path.name}; correct it, or forget this photograph"
+        if now - checked > max(MAX_ABSENCE, self._age * ABSENCE_SHARE):
+            return (
+                f"the last check of ages was {(now - checked).days} days ago; correct the clock or, if it is "
+                f"right, run: touch {self.path / LOCK}"
+            )
+        return ""
+
+    def _checked_at(self, time: datetime) -> None:
+        os.utime(self.path / LOCK, (time.timestamp(), time.timestamp()))
+
+    def _delete_for(self, reason: Deletion, entries: list[_Entry]) -> None:
+        """Delete *entries*, and count and log this."""
+        for entry in entries:
             self._delete(entry)
+            self._on_delete(reason)
+        if entries:
+            log.info("deleted photographs", extra={"reason": reason, "photographs": len(entries)})
 
     def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* as `add` does; raises `OSError`."""
@@ -124,23 +182,40 @@ class KeptFolder:
             near_hash = int(record.near_hash, 16)
             if any((near_hash ^ one.near_hash).bit_count() <= NEAR_BITS for one in self._entries.values()):
                 return "near_duplicate"
-        # The photograph is written first: its record shows that it is complete.
-        files = {path: image, path.with_suffix(".json"): record.model_dump_json().encode()}
-        size = sum(_size_on_disk(len(content)) for content in files.values())
+        content = record.model_dump_json().encode()
+        record_size = _size_on_disk(len(content))
+        size = _size_on_disk(len(image)) + record_size
         if size > self._max_bytes:
             return "dropped"
         if previous is not None:
-            self._delete(previous)  # so that its bytes do not count, and its place in the order is the last
+            return self._replace_record(previous, record, content)
         self._make_room(size)
         entry = self._insert(path, record, size)
-        try:
-            for file, content in files.items():
-                with atomic_write(file) as partial:
-                    partial.touch(0o600)
-                    partial.write_bytes(content)
+        try:  # the photograph is written first: its record shows that it is complete
+            _write(path, image)
+            _write(path.with_suffix(".json"), content)
         except OSError:
             self._delete(entry)
             raise
+        return "kept"
+
+    def _replace_record(self, previous: _Entry, record: KeptRecord, content: bytes) -> KeptResult:
+        """Write *content*, the *record*, for the photograph of *previous*, which stays if this fails.
+
+        Its place in the order is then the last. Without room for both records, the previous one stays.
+        """
+        record_size = _size_on_disk(len(content))
+        size = _size_on_disk(previous.path.stat().st_size) + record_size
+        if size + record_size > self._max_bytes:
+            return "near_duplicate"
+        del self._entries[previous.path.name]  # so that it does not make room
+        try:
+            self._make_room(size + record_size)
+            _write(previous.path.with_suffix(".json"), content)
+        except OSError:
+            self._entries[previous.path.name] = previous
+            raise
+        self._insert(previous.path, record, size)
         return "kept"
 
     def _insert(self, path: Path, record: KeptRecord, size: int) -> _Entry:
@@ -155,15 +230,21 @@ class KeptFolder:
             others = [entry for entry in self._entries.values() if "sample" not in entry.reasons]
             is_sample_large = sum(entry.bytes for entry in sample) > SAMPLE_SHARE * self._max_bytes
             if is_sample_large or not others:
-                self._delete(sample[0])  # the oldest one
+                self._delete_for("no_room", sample[:1])  # the oldest one
             else:  # the first one with the fewest reasons, which is the oldest of those
-                self._delete(min(others, key=lambda entry: len(entry.reasons)))
+                self._delete_for("no_room", [min(others, key=lambda entry: len(entry.reasons))])
 
     def _delete(self, entry: _Entry) -> None:
         """Delete the files of *entry*, the record first."""
         for file in (entry.path.with_suffix(".json"), entry.path):
             file.unlink(missing_ok=True)
         del self._entries[entry.path.name]
+
+
+def _write(file: Path, content: bytes) -> None:
+    with atomic_write(file) as partial:
+        partial.touch(0o600)
+        partial.write_bytes(content)
 
 
 def _size_on_disk(size: int) -> int:

@@ -109,7 +109,9 @@ class Settings(pydantic.BaseModel):
     decoders: Threads | Literal["auto"] = setting(
         "auto", "child processes that decode; auto: 2 beside CPU inference, else one per core, up to 8"
     )
-    sandbox: Sandbox = setting("auto", "of decoder processes; auto: if supported; required: no start without")
+    sandbox: Sandbox = setting(
+        "auto", "of decoder processes; auto: if supported; required: no start without seccomp"
+    )
     devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")
     require_signature: Path | None = setting(None, "serve only bundles signed with this public key")
     runtime: RuntimeName = setting(
@@ -118,6 +120,7 @@ class Settings(pydantic.BaseModel):
     engine_cache: Path | None = setting(None, "folder of TensorRT engines; not set: beside the bundle")
     threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
     max_batch: Count | None = setting(None, "images in a batch; not set: 4 on a CPU, else those verified")
+    load_timeout: Seconds | None = setting(None, "for a bundle; not set: 120 s on a CPU, 600 s with CUDA")
     memory_budget: PositiveBytes | None = setting(
         None, "such as 20GB: load bundles at first use, release those used longest ago"
     )

@@ -28,10 +28,10 @@ from sopdeploy.errors import BundleError, StorageError
 from sopdeploy.files import FULL_ERRNOS, LATEST, atomic_write, link_latest, sha256, writing
 
 MANIFEST = "manifest.json"
-PROGRAM = "network.pt2"  # optional
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_JSON_BYTES = 16_000_000  # of any other JSON file
+SIGNATURE_SUFFIX = ".sig"  # of the file beside a bundle or an archive
 MAX_NAME_BYTES = 255  # limit of common file systems
 
 
@@ -90,7 +90,7 @@ def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
         path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.iterdir())
     }
-    manifest = Manifest(**manifest_without_files, files=files)
+    manifest = Manifest(**manifest_without_files, files=files).complete()
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
 
@@ -98,8 +98,30 @@ def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
 def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     """Rename a sealed *folder* to `destination/<project>-<id>` and return the new path.
 
-    An identical bundle that already exists is kept and gets the time of *manifest*. Then `destination/latest`
-    is linked to the bundle. Raises `BundleError` if a different or damaged bundle has the name.
+    An identical bundle that already exists is kept and gets the time of *manifest*, unless it is signed. Then
+    `destination/latest` is linked to the bundle. Raises `BundleError` if a different, damaged or signed
+    bundle has the name.
+    """
+    target = destination / manifest.name
+    existing = place(folder, manifest, destination)
+    if existing != manifest:
+        signature = target.with_name(target.name + SIGNATURE_SUFFIX)
+        if signature.exists():  # it would no longer be valid
+            raise BundleError(
+                f"{target} exists, signed with the time of its export; move {signature.name} to another "
+                "folder, export again and sign it again"
+            )
+        with writing(target / MANIFEST, BundleError), atomic_write(target / MANIFEST) as partial:
+            partial.write_bytes(manifest.to_bytes())
+    link_latest(target)
+    return target
+
+
+def place(folder: Path, manifest: Manifest, destination: Path) -> Manifest:
+    """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
+
+    Returns the manifest of the bundle that then has the name: *manifest*, or one that differs by its time
+    only. Raises `BundleError` if a different or damaged bundle has the name; it stays as it is.
     """
     target = destination / manifest.name
     if not target.exists():
@@ -115,13 +137,10 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
                 raise
     if folder.exists():  # not renamed: *target* existed before, or another process has just created it
         existing = open_bundle(target).manifest
-        if existing.model_copy(update={"exported_at": manifest.exported_at}) != manifest:
+        if not existing.has_content_of(manifest):
             raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
-        if existing != manifest:
-            with writing(target / MANIFEST, BundleError), atomic_write(target / MANIFEST) as partial:
-                partial.write_bytes(manifest.to_bytes())
-    link_latest(target)
-    return target
+        return existing
+    return manifest
 
 
 def follow_link(path: Path) -> Path:

@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import StrictModel, check_format_version, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import PROJECT_NAME, Origin, Time
+from sopdeploy.version import __version__
 
+FORMAT_VERSION: Literal[1] = 1
 ID_LENGTH = 12
 GATES = "gates"  # (N,): the weights of the components of a mixture
 # (D,): the vector that the last linear layer receives, for requests that need it; `export --with-features`
@@ -69,7 +71,7 @@ class Manifest(StrictModel):
     """
 
     format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
-    version: Literal[1] = 1
+    version: Literal[1] = FORMAT_VERSION
     project: Annotated[str, pydantic.Field(pattern=PROJECT_NAME)]
     exported_at: Time
     origin: Origin | None = None
@@ -92,26 +94,42 @@ class Manifest(StrictModel):
     @property
     def id(self) -> str:
         """Bundle id: a hash over the manifest without the time; it contains the hashes of all files."""
-        fields = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json", exclude_unset=True)
         del fields["exported_at"]
         return hashlib.sha256(to_json(fields)).hexdigest()[:ID_LENGTH]
 
+    def has_content_of(self, other: "Manifest") -> bool:
+        """Tell whether both describe the same bundle, maybe exported at another time.
+
+        Equal ids do not show this: whoever makes two bundles can give them the same 12 digits.
+        """
+        return self.model_copy(update={"exported_at": other.exported_at}) == other
+
     def to_bytes(self) -> bytes:
-        """Serialize to `manifest.json`, with a hash of all fields; there is exactly one serialization."""
-        fields = self.model_dump(mode="json")
+        """Serialize to `manifest.json`, with a hash of all fields; there is exactly one serialization.
+
+        Fields that were not given are left out, so that a file of an earlier version, without the fields that
+        this one has added, keeps its bytes and its id.
+        """
+        fields = self.model_dump(mode="json", exclude_unset=True)
         return to_json({"id": self.id, "sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> "Manifest":
         """Parse a manifest file.
 
-        Raises `ValueError` if *raw* is not JSON, has another schema, or differs by any byte from `to_bytes`.
+        Raises `ValueError` if *raw* is not JSON, is of a later version, has another schema, or differs by any
+        byte from `to_bytes`.
         """
         fields = json.loads(raw)
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
         for name in ("id", "sha256"):  # computed by `to_bytes`, and compared with all other bytes below
             fields.pop(name, None)
+        versions = fields.get("versions")
+        written_by = versions.get("sopdeploy") if isinstance(versions, dict) else None
+        unknown = fields.keys() - cls.model_fields.keys() if written_by != __version__ else ()
+        check_format_version(fields.get("version", FORMAT_VERSION), FORMAT_VERSION, written_by, unknown)
         try:
             manifest = cls.model_validate(fields)
         except pydantic.ValidationError as problem:
@@ -119,6 +137,10 @@ class Manifest(StrictModel):
         if manifest.to_bytes() != raw:
             raise ValueError("was edited or damaged after the export")
         return manifest
+
+    def complete(self) -> "Manifest":
+        """Copy the manifest with its default values as given ones, so that they are written."""
+        return Manifest.model_validate(self.model_dump(mode="json"))
 
     @property
     def rules(self) -> Decision:

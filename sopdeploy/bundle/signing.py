@@ -10,19 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
 from sopdeploy.files import atomic_write, writing
 
 MAX_FILE_BYTES = 1_000_000  # of a signature
-SUFFIX = ".sig"
 
 
 def signature_path(bundle: Path) -> Path:
     """Return the path of the signature file beside *bundle*."""
     resolved = bundle.resolve()
-    return resolved.with_name(resolved.name + SUFFIX)
+    return resolved.with_name(resolved.name + SIGNATURE_SUFFIX)
 
 
 def sign(bundle: Path, key: Path) -> Path:

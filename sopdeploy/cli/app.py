@@ -42,6 +42,7 @@ TOPICS = {
             "classify any number of images into parquet files",
         ),
         "key": ("sopdeploy.commands.serve:key", "create an API key for a server"),
+        "forget": ("sopdeploy_service.commands.forget:forget", "delete a photograph that was kept"),
         "health": ("sopdeploy.commands.health:health", "check whether a server is ready"),
         "sign": ("sopdeploy.commands.transfer:sign", "sign a bundle"),
         "push": ("sopdeploy.commands.transfer:push", "upload a bundle"),
@@ -193,9 +194,11 @@ def main() -> None:
         code = OUTPUT_CLOSED
     except Exception as error:
         code = _print_user_error(error)
+    from sopdeploy.environment import exit_process
+
     # The interpreter flushes stdout again; what is still in the buffer goes nowhere and cannot fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    exit_process(code)
 
 
 def _run_and_flush() -> Any:

@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,7 +271,14 @@ def engine(
     cache_of_servers = os.environ.get("SOPDEPLOY_ENGINE_CACHE")
     if options.cache is None and cache_of_servers:
         options = options.model_copy(update={"cache": Path(cache_of_servers)})
-    return get_engine(opened, options, on_step)
+    if options.checkpoint is None:
+        return get_engine(opened, options, on_step)
+    check_is_checkpoint(options.checkpoint)
+    from sopdeploy_export.engine_builder.from_program import build_from_program
+    from sopdeploy_export.pipeline import rebuild_program
+
+    read_program = partial(rebuild_program, options.checkpoint, opened.manifest)
+    return get_engine(opened, options, on_step, partial(build_from_program, opened, read_program))
 
 
 @command()

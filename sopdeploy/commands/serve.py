@@ -132,7 +132,7 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
     Args:
         kept: Folder that `serve --setting keep=KEPT` has written.
         photos: Folder of the classes; labels go to PHOTOS, PHOTOS-held-out, PHOTOS-unknown.
-        host: IP address to listen on; one that other machines reach demands a key.
+        host: IP address to listen on; the printed address has a key, without which the page opens for nobody.
         port: TCP port to listen on; 0 is any free port.
     """
     from sopdeploy_service.labelling.app import run_label_server
@@ -145,4 +145,8 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
     labels = [step for step in folders.steps if step.target is not None]  # the others are skips
     say(f"{len(labels):,} labels")
     if folders.photos.is_dir():
-        say(f"next: sopdeploy train --data {quote(str(photos))}")
+        # Both as the user named them, unless that was `.` or `..`, which have no siblings with their names.
+        has_name = photos.name not in {"", ".."}
+        unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
+        option = f" --unknown {quote(str(unknown))}" if unknown.is_dir() else ""
+        say(f"next: sopdeploy train --data {quote(str(photos))}{option}")

@@ -9,10 +9,12 @@ from pathlib import Path
 from sopdeploy.bundle import archive as tar
 from sopdeploy.bundle import signing
 from sopdeploy.bundle.archive import get, put
-from sopdeploy.bundle.folder import open_bundle, publish, staging
+from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle, place, read_bundles, staging
+from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.files import link_latest
 from sopdeploy.files import sha256 as sha256_of
 
 
@@ -28,11 +30,15 @@ class Pushed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pulled:
-    """Path of a pulled bundle, sha256 of its archive, and whether its signature was checked."""
+    """Path of a pulled bundle, sha256 of its archive, and whether its signature was checked.
+
+    `is_new` is false if the bundle was in the folder already.
+    """
 
     path: Path
     sha256: str
     verified: bool
+    is_new: bool
 
 
 def _show_pushed(pushed: Pushed) -> None:
@@ -64,32 +70,42 @@ def push(bundle: Path, destination: str) -> Pushed:
             tar.write_archive(opened, file)
         name = opened.manifest.name + tar.ARCHIVE_SUFFIX
         if signed:
-            put(signature, destination, name + signing.SUFFIX)
+            put(signature, destination, name + SIGNATURE_SUFFIX)
         url = put(archive, destination, name)
         return Pushed(url=url, bytes=archive.stat().st_size, sha256=sha256_of(archive), signed=signed)
 
 
 def _show_pulled(pulled: Pulled) -> None:
     checked = "signature and hashes" if pulled.verified else "hashes"
-    print_field("pulled", f"{pulled.path} ({checked} checked)", style="")
+    print_field(
+        "pulled", f"{pulled.path} ({checked} checked{'' if pulled.is_new else '; already here'})", style=""
+    )
 
 
 @command(_show_pulled)
 def pull(
-    source: str, destination: Path, *, sha256: str | None = None, require_signature: Path | None = None
+    source: str,
+    destination: Path,
+    *,
+    project: str | None = None,
+    sha256: str | None = None,
+    require_signature: Path | None = None,
+    allow_older: bool = False,
 ) -> Pulled:
-    """Download a bundle, check signature and hashes, and only then move it to its final name.
+    """Download a bundle, check name, age, signature and hashes, and only then move it to its final name.
 
     A limited number of bytes is downloaded to a hidden folder. The files are unpacked and their hashes
-    checked; the bundle gets its name last. Without a key, a signature beside an earlier copy is kept.
+    checked; the bundle gets its name last. A bundle that is already there never changes.
 
     Example: sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles
 
     Args:
         source: Location printed by `push`: a path, s3://... or hf://...
         destination: Folder for the bundle.
+        project: Project that the bundle must have; by default the name of the archive says it.
         sha256: Expected sha256 of the archive.
         require_signature: Require a signature that this public key verifies.
+        allow_older: Accept a bundle that was exported before the newest one of its project in the folder.
 
     Raises:
         BundleError: A check failed.
@@ -99,11 +115,11 @@ def pull(
         raise ConfigError("use the 64 hexadecimal digits that `push` printed", setting="sha256", value=sha256)
     with staging(destination) as download, staging(destination) as folder:
         name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # shown in errors
-        archive, signature = download / name, download / (name + signing.SUFFIX)
+        archive, signature = download / name, download / (name + SIGNATURE_SUFFIX)
         get(source, archive, tar.MAX_ARCHIVE_BYTES)
         if require_signature is not None:
             try:
-                get(source + signing.SUFFIX, signature, signing.MAX_FILE_BYTES)
+                get(source + SIGNATURE_SUFFIX, signature, signing.MAX_FILE_BYTES)
             except BundleError as error:
                 message = f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
                 raise BundleError(message) from error
@@ -112,6 +128,7 @@ def pull(
             message = f"that of {source} is {digest}; check both and download it again"
             raise BundleError(message, setting="sha256")  # users see "--sha256: that of ..."
         manifest = tar.archived_manifest(archive)
+        _check_wanted(manifest, source, project)
         tar.unpack(archive, manifest, folder)
         try:
             open_bundle(folder)
@@ -119,10 +136,52 @@ def pull(
                 signing.check_signature(folder, signature, require_signature)
         except BundleError as error:  # users know the source, not the hidden folder
             raise BundleError(str(error).replace(str(folder), source)) from error
-        path = publish(folder, manifest, destination)  # keeps an equal bundle that is there already
+        if not allow_older:
+            _check_age(manifest, source, destination)
+        existing = place(folder, manifest, destination)
+        path, is_new = destination / manifest.name, not folder.exists()
         if require_signature is not None:
+            if existing != manifest:
+                raise BundleError(
+                    f"{path}: exported at {existing.exported_at}, but the signed copy at "
+                    f"{manifest.exported_at}; move this folder away and pull again"
+                )
             signature.replace(signing.signature_path(path))
-    return Pulled(path=path, sha256=digest, verified=require_signature is not None)
+        link_latest(path)
+    return Pulled(path=path, sha256=digest, verified=require_signature is not None, is_new=is_new)
+
+
+def _check_wanted(manifest: Manifest, source: str, project: str | None) -> None:
+    """Raise `BundleError` unless the bundle with *manifest* is of *project*, or has the name in *source*.
+
+    A signature does not contain the name of an archive: without this check, who can write to a store could
+    put one signed bundle in the place of another.
+    """
+    name = source.rpartition("/")[2].removesuffix(tar.ARCHIVE_SUFFIX)
+    if project is not None:
+        is_wanted = manifest.project == project
+    else:
+        is_wanted = name in {manifest.name, manifest.project}
+    if not is_wanted:
+        raise BundleError(
+            f"{source}: contains {manifest.name}, not {project or name}; check the address",
+            remedies={"project": manifest.project},
+        )
+
+
+def _check_age(manifest: Manifest, source: str, destination: Path) -> None:
+    """Raise `BundleError` if *destination* has a bundle of the project that was exported later."""
+    present = [listed.manifest for listed in read_bundles(destination) if listed.manifest is not None]
+    of_project = [other for other in present if other.project == manifest.project]
+    # A copy that is there keeps its time, so a new time in the archive does not make it newer.
+    time = next((other.exported_at for other in of_project if other.id == manifest.id), manifest.exported_at)
+    newest = max(of_project, key=lambda other: other.exported_at, default=manifest)
+    if time < newest.exported_at:
+        raise BundleError(
+            f"{source}: {manifest.name} was exported at {time}, before {newest.name} in {destination} "
+            f"({newest.exported_at})",
+            remedies={"allow_older": True},
+        )
 
 
 @command()

@@ -1,10 +1,14 @@
 """Copies of image files without metadata: no place, time, device, comment or thumbnail; upright as before.
 
-A JPEG keeps its coefficients, so its pixels do not change. Other formats are decoded and written as PNG.
+A JPEG keeps its coefficients, so its pixels do not change. Other formats are decoded and written as PNG, and
+so is a JPEG whose copy does not have the same pixels: decoders read kinds of JPEG that `_copy_jpeg` does not.
 """
 
+import hashlib
 import io
 import struct
+
+from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.formats import FRAMES, MARKER_BYTES, SCAN, jpeg_segments, open_image
@@ -13,6 +17,7 @@ from sopdeploy.images.pixels import ORIENTATION, UPRIGHT, exif_orientation, to_r
 from sopdeploy.images.preprocess import Preprocess
 
 MAX_COPIED_PIXELS = 12_000_000  # of a file that is not a JPEG
+HASHED_ROWS = 256
 JFIF, _END = 0xE0, 0xD9
 # The segments that pixels depend on, by marker, with the start of their content: frames, scans, tables of the
 # Huffman code, the arithmetic code and quantization, number of lines, restart interval.
@@ -29,7 +34,12 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
     """
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         if image.format in {"JPEG", "MPO"}:
-            return _copy_jpeg(body, exif_orientation(image)), ".jpg"
+            copy = _copy_jpeg(body, exif_orientation(image))
+            copied, original = _hash_pixels(copy), _hash_pixels(body)
+            if copied is not None and original in {None, copied}:  # None: *body* has no end marker
+                return copy, ".jpg"
+            if original is None:
+                raise ImageError("damaged", code="damaged_image", status=422)
         if image.width * image.height > MAX_COPIED_PIXELS:
             raise ImageError("too large to be written as PNG", code="too_many_pixels", status=413)
         file = io.BytesIO()
@@ -43,6 +53,19 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
         except Exception as error:  # a decoder may raise anything
             raise ImageError("damaged", code="damaged_image", status=422) from error
         return file.getvalue(), ".png"
+
+
+def _hash_pixels(body: bytes) -> bytes | None:
+    """Decode the JPEG *body* and hash its mode, size and pixels; None if it cannot be decoded."""
+    try:
+        with Image.open(io.BytesIO(body), formats=("JPEG",)) as image:
+            digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+            for top in range(0, image.height, HASHED_ROWS):  # a few rows at a time need little memory
+                rows = image.crop((0, top, image.width, min(top + HASHED_ROWS, image.height)))
+                digest.update(rows.tobytes())
+    except Exception:  # a decoder may raise anything
+        return None
+    return digest.digest()
 
 
 def _copy_jpeg(body: bytes, orientation: int) -> bytes:

@@ -7,7 +7,10 @@ The released networks take pixels of 0 to 255 minus the mean. Here they are also
 of conv1 are multiplied by 60. Triangle vectors are stored column by column and are made row-wise.
 """
 
+import os
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.checkpoint import check_tensors
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
+from sopdeploy.files import BLOCK_BYTES
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, make_row_wise
 from sopdeploy.models.registry import CATALOG
@@ -36,6 +40,9 @@ RENAMES = {
 PARAMETERS = {"w": "weight", "b": "bias"}  # of a batch norm; a convolution has `f` and `b`
 GATE_WEIGHTS = {"gating_w": "gate.weight", "gating_noise_w": "gate.noise.weight"}
 VARIABLES = ("net", "params", "layers", "meta")
+# Of a MATLAB file: the size of its header, the tag and the type of a compressed element.
+HEADER_BYTES, TAG, COMPRESSED = 128, struct.Struct("<II"), 15
+MAX_EXPANSION, MIN_EXPANDED_BYTES = 20, 1 << 26  # of all compressed elements
 SIDE = 64
 PIXEL_DEVIATION = 60.0  # standard deviation of pixels of 0 to 255 here; the released networks have 1
 EPS = 1e-5  # of every batch norm of sopdeploy
@@ -186,6 +193,30 @@ def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> dict[str, Any]
     }
 
 
+def _check_expansion(path: Path) -> None:
+    """Raise `ValueError` if the compressed elements of a MATLAB file expand to much more than its size.
+
+    Weights hardly shrink, but zlib can store a gigabyte of zeros in a megabyte, and scipy expands an element
+    at once.
+    """
+    left = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)
+    with path.open("rb") as file:
+        order = "<" if file.read(HEADER_BYTES).endswith(b"IM") else ">"
+        while len(tag := file.read(TAG.size)) == TAG.size:  # of an element: its type and size
+            kind, size = struct.unpack(f"{order}II", tag)
+            if kind != COMPRESSED:
+                file.seek(size, os.SEEK_CUR)
+                continue
+            decompressor = zlib.decompressobj()
+            while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
+                size -= len(block)
+                while block and left > 0:
+                    left -= len(decompressor.decompress(block, BLOCK_BYTES))
+                    block = decompressor.unconsumed_tail
+            if left <= 0:
+                raise ValueError("expands to far more than its size")
+
+
 def read_dagnn(path: Path, digest: str) -> WeightFile:
     """Read the network in a MATLAB file of version 5 to 7 with sha256 *digest*; raises `WeightsError`.
 
@@ -195,6 +226,7 @@ def read_dagnn(path: Path, digest: str) -> WeightFile:
     """
     scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[train]", WeightsError, str(path))
     try:
+        _check_expansion(path)
         content = scipy_io.loadmat(path, variable_names=VARIABLES, simplify_cells=True)
     except Exception as error:  # scipy raises many types for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__

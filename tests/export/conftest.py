@@ -106,14 +106,14 @@ def export_once(
     """Export *network*, which is captured once for all tests of this process."""
     checkpoint = save(network, name, folder / "ckpt.pt", preprocess, labels)
     chosen = ExportOptions.model_validate({"detach": bool(network.training_only), **options})
-    with proving_once(changes_program=chosen.pt2):
+    with proving_once():
         return export_checkpoint(checkpoint, folder / "out", options=chosen)
 
 
 @pytest.fixture(scope="session")
 def branched(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("branched")
-    return export_once(trained(), "dsop-resnet8", folder, labels=HOSTILE, max_batch=4, pt2=True)
+    return export_once(trained(), "dsop-resnet8", folder, labels=HOSTILE, max_batch=4)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Build the programs of bundles with torch-tensorrt on a machine without a GPU; prints JSON.
+"""Build the program of a bundle from its checkpoint with torch-tensorrt, without a GPU; prints JSON.
 
 torch-tensorrt on TensorRT-RTX converts and builds without a device, but asks torch for one and loads the plan
 at the end. Both are replaced here.
@@ -16,6 +16,7 @@ import torch
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.tensorrt.cache import Profile
 from sopdeploy_export.engine_builder.from_program import build_from_program
+from sopdeploy_export.pipeline import rebuild_program
 
 DEVICE: dict[str, Any] = {
     "current_device": lambda: 0,
@@ -44,7 +45,7 @@ class Runtime:
         self.deserialize_cuda_engine = Plan
 
 
-def main(paths: list[str]) -> None:
+def main(path: str, checkpoint: str) -> None:
     for name, function in DEVICE.items():
         setattr(torch.cuda, name, function)
     import torch_tensorrt
@@ -64,10 +65,10 @@ def main(paths: list[str]) -> None:
         convert, optimization_level=0
     )  # builds in less time
     profile = Profile(minimum=1, maximum=4)
-    for path in paths:
-        names.clear()
-        plan = build_from_program(open_bundle(Path(path)), profile, workspace=1 << 30)
-        print(json.dumps({"bytes": len(plan), "tensors": names}))  # noqa: T201
+    bundle = open_bundle(Path(path))
+    read_program = partial(rebuild_program, Path(checkpoint), bundle.manifest)
+    plan = build_from_program(bundle, read_program, profile, workspace=1 << 30)
+    print(json.dumps({"bytes": len(plan), "tensors": names}))  # noqa: T201
 
 
-main(sys.argv[1:])
+main(*sys.argv[1:])

@@ -4,11 +4,9 @@ A certificate captures a network up to six times and converts it up to three tim
 this cache. Other tests check that another capture gives the same bytes.
 """
 
-import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import onnx
@@ -51,18 +49,17 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextmanager
-def proving_once(*, changes_program: bool = False, alone: bool = False) -> Iterator[None]:
+def proving_once(*, alone: bool = False) -> Iterator[None]:
     """Capture networks with equal tensors once, and convert equal graphs once, while the block runs.
 
     The trained and the plain network then get the programs of the detached one. Every export compares its
-    file with its own network, so a program of another network would be found. An export that
-    *changes_program*, such as that of `network.pt2`, gets a copy for each type of network. A network outside
-    of the catalog is proved *alone*, because another one can have equal tensors.
+    file with its own network, so a program of another network would be found. A network outside of the
+    catalog is proved *alone*, because another one can have equal tensors.
     """
     with pytest.MonkeyPatch.context() as patch:
         if alone:
             patch.setitem(globals(), "CAPTURED", {})
-        patch.setattr(certificate, "capture", partial(_capture_once, copied=changes_program))
+        patch.setattr(certificate, "capture", _capture_once)
         patch.setattr(pipeline, "lower", _lower_once)
         yield
 
@@ -72,14 +69,12 @@ def _capture_once(
     preprocess: Preprocess,
     batch: BatchRange,
     known: Sequence[Captured] = (),
-    *,
-    copied: bool,
 ) -> Captured:
-    text = repr((preprocess, batch, type(network) if copied else None, output_names(network)))
-    key = digest(text, network, () if copied else getattr(network, "training_only", ()))
+    text = repr((preprocess, batch, output_names(network)))
+    key = digest(text, network, getattr(network, "training_only", ()))
     if key not in CAPTURED:
         CAPTURED[key] = capture(network, preprocess, batch)
-    return copy.deepcopy(CAPTURED[key]) if copied else CAPTURED[key]
+    return CAPTURED[key]
 
 
 def _lower_once(program: ExportedProgram, outputs: tuple[str, ...]) -> onnx.ModelProto:

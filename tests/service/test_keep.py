@@ -13,7 +13,7 @@ import signal
 import stat
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import KeptRecord, read_kept
-from sopdeploy_service import keep
+from sopdeploy_service import keep, kept_folder
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.keep import Keeper, reasons_to_keep
 from sopdeploy_service.kept_folder import FILE_BLOCK, KeptFolder, KeptResult
@@ -60,7 +60,9 @@ def photos(count: int) -> list[bytes]:
 
 
 def results(client: httpx.Client) -> dict[str, int]:
-    lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith("sopdeploy_kept")]
+    lines = [
+        line for line in client.get("/metrics").text.splitlines() if line.startswith("sopdeploy_kept_images")
+    ]
     found: Counter[str] = Counter()
     for line in lines:
         found[line.partition('result="')[2].partition('"')[0]] += int(float(line.rpartition(" ")[2]))
@@ -152,9 +154,10 @@ def test_only_files_that_are_classified_are_kept(bundle, onnx_runtime: OnnxRunti
 class KeeperOfTests(Keeper):
     """A keeper without decoder processes, to which a test offers unknown photographs."""
 
-    def __init__(self, bundle: Bundle, store: keep.StoreKept, share=0.0) -> None:
+    def __init__(self, bundle: Bundle, store: Callable[..., str], share=0.0) -> None:
         self.metrics, self._served = Metrics(), SimpleNamespace(name="tiny", bundle=rejecting_all(bundle))
-        super().__init__(store, share, self.metrics, copy_without_metadata)
+        folder = SimpleNamespace(add=store, expire=lambda: None, check_seconds=60)
+        super().__init__(folder, share, self.metrics, copy_without_metadata)  # type: ignore[arg-type]
 
     def take(self, *bodies: bytes) -> None:
         for body in bodies:
@@ -196,7 +199,7 @@ def test_a_damaged_file_and_a_bug_do_not_end_keeping(bundle, caplog) -> None:
             raise RuntimeError("bug")
         return "kept"
 
-    keeper = KeeperOfTests(bundle, store)  # type: ignore[arg-type]
+    keeper = KeeperOfTests(bundle, store)
     keeper.take(b"no image", good, bug, last)
     assert keeper.counts() == {"kept": 2, "dropped": 1, "failed": 1}
     assert "is not kept" in caplog.text
@@ -294,6 +297,108 @@ def test_old_photographs_are_deleted_at_the_start_and_with_the_next_one(tmp_path
     kept._age = timedelta(days=29)
     kept.add(PHOTO, photo(3))
     assert numbers(tmp_path) == [2, 3]
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, **ahead: float) -> None:
+    """Let the folder read a clock that is *ahead*."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + timedelta(**ahead)
+
+    monkeypatch.setattr(kept_folder, "datetime", Clock)
+
+
+def filled(folder: Path, days: float = 30) -> None:
+    """Keep five photographs, of today and each of the four weeks before."""
+    kept = KeptFolder(folder, 100 * PAIR, days)
+    for number in range(5):
+        kept.add(PHOTO, photo(number, time=datetime.now(UTC) - timedelta(weeks=number)))
+
+
+CLOCKS: dict[str, tuple[dict[str, float], list[int], str]] = {
+    "right": ({}, [0, 1, 2, 3, 4], ""),
+    "after four days": ({"days": 4}, [0, 1, 2, 3], ""),
+    "after a month": ({"days": 31}, [0, 1, 2, 3, 4], "last check of ages was 31 days ago"),
+    "60 days ahead": ({"days": 60}, [0, 1, 2, 3, 4], "last check of ages was 60 days ago"),
+    "a decade ahead": ({"days": 3650}, [0, 1, 2, 3, 4], "last check of ages was 3650 days ago"),
+    "an hour behind": ({"hours": -1}, [0, 1, 2, 3, 4], "the clock is before"),
+    "1970": ({"days": -20_000}, [0, 1, 2, 3, 4], "the clock is before"),
+}
+
+
+@pytest.mark.parametrize(("ahead", "remaining", "problem"), CLOCKS.values(), ids=CLOCKS)
+def test_a_wrong_clock_deletes_no_photograph(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ahead,
+    remaining,
+    problem,
+) -> None:
+    filled(tmp_path)
+    gc.collect()
+    set_clock(monkeypatch, **ahead)
+    deleted: list[str] = []
+    kept = KeptFolder(tmp_path, 100 * PAIR, 30, deleted.append)
+    kept.expire()
+    assert numbers(tmp_path) == remaining
+    assert deleted == ["expired"] * (5 - len(remaining))
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == bool(problem)
+    assert problem in "".join(warnings)
+    if ahead.get("days", 0) > 30:  # the line tells how the user confirms the clock
+        time = (datetime.now(UTC) + timedelta(**ahead)).timestamp()
+        os.utime(tmp_path / ".lock", (time, time))
+        kept.expire()
+        assert numbers(tmp_path) == []
+
+
+def test_a_clock_that_jumps_while_the_server_runs_deletes_no_photograph(tmp_path: Path, monkeypatch) -> None:
+    filled(tmp_path)
+    gc.collect()
+    kept = KeptFolder(tmp_path, 100 * PAIR, 30)
+    with monkeypatch.context() as patch:
+        set_clock(patch, days=60)
+        kept.add(PHOTO, photo(5))
+        assert numbers(tmp_path) == [0, 1, 2, 3, 4, 5]
+    kept.expire()
+    assert numbers(tmp_path) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_photograph_from_the_future_stops_deletion(tmp_path: Path, caplog) -> None:
+    filled(tmp_path)
+    gc.collect()
+    kept = KeptFolder(tmp_path, 100 * PAIR, 30)
+    kept.add(PHOTO, photo(5, time=datetime.now(UTC) + timedelta(days=1)))
+    kept._age = timedelta(days=1)
+    kept.expire()
+    assert numbers(tmp_path) == [0, 1, 2, 3, 4, 5]
+    assert f"before that of {5:032x}.jpg; correct it, or forget this photograph" in caplog.text
+
+
+def test_photographs_expire_while_nothing_is_sent(bundle, onnx_runtime, tmp_path: Path) -> None:
+    settings = Settings(keep=tmp_path, keep_sample=1, keep_days=0.5 / 86_400)
+    with running(onnx_runtime, bundle, settings) as client:
+        client.post("/v1/classify", content=photos(1)[0])
+        wait_for(lambda: results(client) == {"kept": 1})
+        wait_for(lambda: 'kept_deleted_total{reason="expired"} 1.0' in client.get("/metrics").text)
+    assert numbers(tmp_path) == []
+
+
+def test_a_new_reason_that_cannot_be_written_keeps_the_photograph(tmp_path: Path, monkeypatch) -> None:
+    kept = KeptFolder(tmp_path, 100 * PAIR, 30)
+    kept.add(PHOTO, photo(0, "sample"))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            kept_folder, "atomic_write", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+        )
+        assert kept.add(PHOTO, photo(0, "unknown")) == "failed"
+    assert numbers(tmp_path) == [0]
+    assert kept.add(PHOTO, photo(0, "unknown")) == "kept"
+    ((_, record),) = read_kept(tmp_path)
+    assert set(record.reasons) == {"sample", "unknown"}
 
 
 def test_a_start_counts_what_exists_and_deletes_only_what_is_incomplete(tmp_path: Path) -> None:
@@ -395,4 +500,4 @@ def test_a_process_killed_at_any_step_leaves_no_half_photograph(tmp_path: Path) 
         assert (len(files), kept.used <= limit) == (2 * len(read_kept(folder)), True), last
         if status == 0:
             break
-    assert last > 15  # steps
+    assert last > 12  # steps

@@ -1,14 +1,15 @@
-"""Build or find the TensorRT engine of a bundle for this machine; without torch, unless by torch-tensorrt.
+"""Build or find the TensorRT engine of a bundle for this machine; without torch.
 
 An engine is kept only if it reproduces the bundle's probes.
 """
 
 import hashlib
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -22,6 +23,8 @@ from sopdeploy.tensorrt.session import Cuda, EngineSession, import_tensorrt, ope
 from sopdeploy_export.engine_builder.build import Report, cast_images_first, parse_and_build
 from sopdeploy_export.options import EngineOptions
 
+BuildViaTorch: TypeAlias = Callable[[cache.Profile, int], bytes]  # *workspace* in bytes
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -32,10 +35,16 @@ class Engine:
     reason: str | None
 
 
-def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _: None) -> Engine:
+def get_engine(
+    bundle: Bundle,
+    options: EngineOptions,
+    report: Report = lambda _: None,
+    build_via_torch: BuildViaTorch | None = None,
+) -> Engine:
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
-    *report* receives the progress. Raises `RuntimeUnavailableError` without TensorRT or a GPU,
+    A build may use a quarter of the GPU's memory. *report* receives the progress; *build_via_torch* builds
+    the plan if *options* name torch-tensorrt. Raises `RuntimeUnavailableError` without TensorRT or a GPU,
     `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its outputs deviate from
     the probes.
     """
@@ -60,7 +69,12 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     reason = "--rebuild was given" if found is None else found  # `load_engine` says why it found none
     report(f"building: {reason}")
     begin = time.monotonic()
-    plan = build_plan(trt, gpu, bundle, key, report)
+    workspace = gpu.memory // 4
+    if build_via_torch is None:
+        graph = cast_images_first(onnx.load(bundle.onnx)).SerializeToString(deterministic=True)
+        plan = parse_and_build(trt, graph, profiles, workspace, report)
+    else:
+        plan = build_via_torch(profiles[0], workspace)  # without progress
     seconds = round(time.monotonic() - begin, 3)
     report("checking outputs")
     record = cache.EngineRecord(
@@ -71,21 +85,6 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
         replays=replay_probes(trt, cuda, bundle, plan, key),
     )
     return Engine(path=cache.store_engine(folder, plan, record), record=record, reason=reason)
-
-
-def build_plan(trt: Any, gpu: cache.Gpu, bundle: Bundle, key: EngineKey, report: Report) -> bytes:
-    """Build the plan for *key* from the graph of *bundle*, or from its program by torch-tensorrt.
-
-    A build may use a quarter of the GPU's memory. torch-tensorrt does not *report* its progress.
-    """
-    workspace = gpu.memory // 4
-    if key.via == "torch-tensorrt":
-        from sopdeploy_export.engine_builder.from_program import build_from_program  # noqa: PLC0415 # torch
-
-        (profile,) = key.profiles  # `get_engine` requests a single one for torch-tensorrt
-        return build_from_program(bundle, profile, workspace)
-    graph = cast_images_first(onnx.load(bundle.onnx)).SerializeToString(deterministic=True)
-    return parse_and_build(trt, graph, key.profiles, workspace, report)
 
 
 def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:

@@ -1,32 +1,35 @@
-"""Build a TensorRT plan from the certified program, `network.pt2`, with torch-tensorrt.
+"""Build a TensorRT plan from the certified program with torch-tensorrt.
 
 This is a second way to a plan, beside TensorRT's ONNX parser. The plan has the tensors of the bundle, so that
 the same runtime serves it after the same probes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from sopdeploy.bundle.folder import PROGRAM, Bundle
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import EngineError, RuntimeUnavailableError, first_line
 from sopdeploy.tensorrt.cache import Profile
 
 
-def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> bytes:
+def build_from_program(
+    bundle: Bundle, read_program: Callable[[], ExportedProgram], profile: Profile, workspace: int
+) -> bytes:
     """Convert the program of *bundle* to a plan for the batches of *profile*; *workspace* is in bytes.
 
-    Raises `RuntimeUnavailableError` without torch-tensorrt or a GPU, and `EngineError` if the bundle has no
-    program in its own precision, an operator has no converter, or the build fails.
+    *read_program* returns the program in float32. Raises its errors, `RuntimeUnavailableError` without
+    torch-tensorrt or a GPU, and `EngineError` if the bundle has another precision, an operator has no
+    converter, or the build fails.
     """
-    path, manifest = bundle.path / PROGRAM, bundle.manifest
-    if PROGRAM not in manifest.files:
-        raise EngineError(f"{bundle.path}: has no {PROGRAM}; export the checkpoint again with --pt2")
+    manifest = bundle.manifest
     if manifest.precision != "fp32":
         raise EngineError(
-            f"{bundle.path}: is in {manifest.precision}, but {PROGRAM} is in float32; omit --via, or export "
-            "in precision fp32"
+            f"{bundle.path}: is in {manifest.precision}, but the certified program is in float32; omit "
+            "--via, or export in precision fp32"
         )
     try:
         torch_tensorrt = import_optional(
@@ -36,7 +39,7 @@ def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> byte
         raise RuntimeUnavailableError(f"torch-tensorrt: {first_line(error)}") from error
     # torch-tensorrt has no converter for a stable sort, but one for `topk`, which differs for ties only.
     stable_sort = torch.ops.aten.sort.stable
-    program = torch.export.load(path).run_decompositions(
+    program = read_program().run_decompositions(
         {stable_sort: lambda x, dim=-1, descending=False, **_: x.topk(x.shape[dim], dim, descending)}
     )
     _cast_images_first(program)
@@ -62,7 +65,7 @@ def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> byte
         )
     except Exception as error:  # its errors have no common base class
         cause = first_line(error.__cause__ or error)  # names the operator; the error itself shows the graph
-        raise EngineError(f"{path}: torch-tensorrt cannot build the engine: {cause}") from error
+        raise EngineError(f"{bundle.path}: torch-tensorrt cannot build the engine: {cause}") from error
 
 
 def _cast_images_first(program: ExportedProgram) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError, shorten
+from sopdeploy.errors import CertificateError, ConfigError, DetachError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.project import check_project_name
@@ -97,7 +97,7 @@ def export_network(
         checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
-    warnings += _check_usage(copied, captured, parts, preprocess, len(labels), options)
+    warnings += _check_usage(copied, captured, parts, preprocess, len(labels))
     class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
     description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
     subject = networks.ExportSubject(
@@ -200,7 +200,6 @@ def _check_usage(
     parts: tuple[str, ...],
     preprocess: Preprocess,
     classes: int,
-    options: ExportOptions,
 ) -> tuple[str, ...]:
     """Check that the output does not depend on the training-only *parts*; return warnings."""
     used, unused = find_usage(network, captured)
@@ -217,11 +216,6 @@ def _check_usage(
     if not undeclared:
         return ()
     names = ", ".join(undeclared)
-    if options.pt2:
-        raise LoweringError(
-            f"the output does not depend on {names}; network.pt2 would contain its weights",
-            remedies={"training_only": undeclared[0]},
-        )
     return (f"the output does not depend on {names}; name it as training-only to prove its removal",)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from prometheus_client import generate_latest
 
+from sopdeploy.environment import exit_process
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.processes import CONFIG_VARIABLE, LaunchConfig
@@ -126,4 +127,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -7,10 +7,12 @@ guessed. `sopdeploy key` creates keys and prints each one once.
 import hashlib
 import hmac
 import math
+import os
 import secrets
 import time
 import tomllib
 from collections.abc import MutableSequence, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -60,6 +62,8 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         keys = KeyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).key
     except OSError as problem:
         hint = "`sopdeploy key` creates a key file"
+        if isinstance(problem, PermissionError):
+            hint = f"the server runs as user {os.geteuid()}: run chown {os.geteuid()} {path}"
         raise ConfigError(f"{path}: cannot read keys ({problem.strerror}); {hint}") from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise ConfigError(f"{path}: not TOML ({problem}); correct the file") from problem
@@ -76,7 +80,8 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 def new_key(path: Path, name: str, rate: float | None = None) -> str:
     """Create a key called *name*, add its hash to the file at *path* (mode 0600) and return the secret.
 
-    The write is atomic. Raises `ConfigError` for an invalid or used name, or if the file cannot be written.
+    The write is atomic; the owner of the file stays. Raises `ConfigError` for an invalid or used name, or if
+    the file cannot be written.
     """
     with writing(path, ConfigError):
         if path.exists() and any(key.name == name for key in read_keys(path)):
@@ -91,6 +96,9 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
         entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\n'
         with atomic_write(path) as partial:
             partial.touch(mode=0o600)
+            if path.exists():
+                with suppress(PermissionError):  # only root gives files away
+                    os.chown(partial, path.stat().st_uid, path.stat().st_gid)
             partial.write_text((path.read_text("utf-8") if path.exists() else "") + entry, "utf-8")
         return secret
 

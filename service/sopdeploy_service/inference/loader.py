@@ -5,11 +5,15 @@ computes wrongly. The runtime `auto` is the first one that is set up here, and o
 meant and does not work, the server ends with an error instead of silently using the CPU.
 """
 
+import asyncio
 import logging
 import time
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +24,7 @@ from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import RUNTIMES
+from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.runtime.base import (
     OpenRuntime,
     OverlappingRuntime,
@@ -33,9 +38,12 @@ from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 
+LOAD_SECONDS_ON_CPU, LOAD_SECONDS_ON_GPU = 120.0, 600.0
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
 
 log = logging.getLogger("sopdeploy.inference")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,14 +62,66 @@ class LoadedModel:
 
 
 def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
-    """Load the bundle at *path* and replay its probes.
+    """Load the bundle at *path* and replay its probes, in the time that *settings* allow.
 
     One of the probes runs alone, the others in batches of the largest size. With *thorough*, all of them run
     in both ways, and the root of the graph is compared with the certificate; if `onnx` is installed, it is
     recomputed first. On a CPU, this would be most of the start time of a server.
 
-    Raises `BundleError`, `RuntimeUnavailableError`, `ConfigError` for an invalid key file, and `ParityError`.
+    Raises `BundleError`, `RuntimeUnavailableError`, also for a load that takes too long, `ConfigError` for an
+    invalid key file, and `ParityError`.
     """
+    loading = _begin_load(path, settings, thorough=thorough)
+    seconds = load_seconds(settings)
+    try:
+        return loading.result(seconds)
+    except TimeoutError as error:
+        if not loading.cancel():  # it has ended meanwhile, or raised this error itself
+            return loading.result()
+        raise _too_slow(path, seconds) from error
+
+
+async def load_in_background(path: Path, settings: Settings) -> LoadedModel:
+    """Load the bundle at *path* as `load_model` does, while the event loop runs."""
+    return await finish_in_time(_begin_load(path, settings), path, settings)
+
+
+async def finish_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
+    """Wait for the *work* of a daemon thread on *what* as long as a load may take.
+
+    Raises its errors, and `RuntimeUnavailableError` if it takes longer.
+    """
+    result, seconds = asyncio.wrap_future(work), load_seconds(settings)
+    try:
+        return await asyncio.wait_for(result, seconds)
+    except TimeoutError as error:
+        if not result.cancelled():  # the work itself raised this error
+            raise
+        raise _too_slow(what, seconds) from error
+
+
+def load_seconds(settings: Settings) -> float:
+    """Return how long a load may take: on a GPU, libraries are loaded and kernels chosen, too."""
+    if settings.load_timeout is not None:
+        return settings.load_timeout
+    on_cpu = settings.runtime in {"onnxruntime-cpu", "openvino"} or not has_cuda()
+    return LOAD_SECONDS_ON_CPU if on_cpu else LOAD_SECONDS_ON_GPU
+
+
+def _begin_load(path: Path, settings: Settings, *, thorough: bool = False) -> Future[LoadedModel]:
+    """Load the bundle at *path* in a daemon thread; close its runtime if nobody waits for it any more."""
+    load = partial(_load, path, settings, thorough=thorough)
+    return daemon_threads.start(load, discard=lambda loaded: loaded.runtime.close())
+
+
+def _too_slow(what: object, seconds: float) -> RuntimeUnavailableError:
+    return RuntimeUnavailableError(
+        f"{what}: not loaded within {seconds:g} s; check the device and the disk, or raise load_timeout",
+        code="load_timeout",
+    )
+
+
+def _load(path: Path, settings: Settings, *, thorough: bool) -> LoadedModel:
     bundle = open_checked(path, settings)
     root = check_roots(bundle) if thorough else None
     with ExitStack() as stack:

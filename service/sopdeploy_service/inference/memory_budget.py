@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked
+from sopdeploy.errors import BundleError, ConfigError, SopdeployError
+from sopdeploy_service.inference.loader import LoadedModel, load_in_background, open_checked
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
@@ -125,7 +125,11 @@ class BudgetedRegistry(ModelRegistry):
                 if time.monotonic() < entry.retry_at:
                     return entry.load_error
                 await self._make_room(entry.bytes)
-                loaded = await asyncio.to_thread(load_model, entry.placeholder.bundle.path, self._settings)
+                checked = entry.placeholder.bundle
+                loaded = await load_in_background(checked.path, self._settings)
+                if not loaded.bundle.manifest.has_content_of(checked.manifest):
+                    loaded.runtime.close()
+                    raise BundleError(f"{checked.path}: another bundle than at the start; restart the server")
                 model = self._by_name[name] = self._make_model(name, loaded)
                 model.drift = entry.placeholder.drift  # it has counted since the start of the server
                 model.start()
@@ -139,6 +143,7 @@ class BudgetedRegistry(ModelRegistry):
             return DRAINING
         except Exception as error:  # every waiting request gets a response
             is_bug = not isinstance(error, SopdeployError)
+            self.metrics.load_failure(error)
             log.error("%s: cannot be loaded: %s", name, str(error), exc_info=is_bug)
             message = f"{name}: cannot be loaded; the server's log says why"
             entry.load_error = HttpError("load_failed", 500, message)

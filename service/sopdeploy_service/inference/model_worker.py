@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import Outputs
+from sopdeploy.environment import WORKER_THREAD
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction
@@ -218,7 +219,7 @@ class Model:
         """Start the thread that runs batches, and its watchdog."""
         loop = asyncio.get_running_loop()
         self._thread = threading.Thread(
-            target=self._run_batches, args=(loop,), name="model_worker", daemon=True
+            target=self._run_batches, args=(loop,), name=WORKER_THREAD, daemon=True
         )
         self._thread.start()
         self._watchdog = loop.create_task(self._watch())

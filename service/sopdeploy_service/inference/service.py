@@ -21,13 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import generate_latest
 
-from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy.images.occlusion import GRID, occlude
-from sopdeploy_service.inference import results
+from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
-from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.loader import LoadedModel, finish_in_time, load_in_background, open_checked
 from sopdeploy_service.inference.model_worker import Model, QueuedImage
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
@@ -110,10 +109,12 @@ class ModelRegistry:
             loaded: dict[str, LoadedModel] = {}
             with ExitStack() as stack:
                 for name, path in bundles.items():
-                    manifest = await asyncio.to_thread(read_manifest, path)
-                    # Compared by id, because a folder may have got another bundle.
-                    if name not in self._by_name or self._by_name[name].version != manifest.id:
-                        loaded[name] = await asyncio.to_thread(load_model, path, self._settings)
+                    # A folder may have got another bundle, or other files under the same manifest.
+                    present = self._by_name.get(name)
+                    reading = daemon_threads.start(partial(open_checked, path, self._settings))
+                    bundle = await finish_in_time(reading, path, self._settings)
+                    if present is None or not present.bundle.manifest.has_content_of(bundle.manifest):
+                        loaded[name] = await load_in_background(path, self._settings)
                         stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded
                 stack.pop_all()
             for name in set(self._by_name) - set(bundles):
@@ -128,9 +129,12 @@ class ModelRegistry:
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
         try:
-            await self.follow(await asyncio.to_thread(find_bundles, sources))
+            finding = daemon_threads.start(partial(find_bundles, sources))
+            bundles = await finish_in_time(finding, "the bundles", self._settings)
+            await self.follow(bundles)
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
+            self.metrics.load_failure(error)
             models_log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
             return
         models_log.info("reloaded", extra={"bundles": " ".join(model.bundle.name for model in self.models())})

@@ -1,9 +1,11 @@
 """The server of the label page: its routes, and the requests that it refuses.
 
 It answers only to its own names and to its own page (`http.middleware.is_foreign`), and only with the random
-key of the address that it prints: other users of this machine reach it, too.
+key of the address that it prints: other users of this machine reach it, too. Its connections have the limits
+of the service's. It decodes no image: a browser gets the files.
 """
 
+import asyncio
 import secrets
 import socket
 import threading
@@ -29,10 +31,14 @@ from sopdeploy.errors import SopdeployError
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.http.middleware import is_foreign
 from sopdeploy_service.labelling.folders import GoneError, LabelFolders
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.server.http_protocol import limited_config
 from sopdeploy_service.server.sockets import bind, url
+from sopdeploy_service.settings import Settings
 
 COOKIE = "sopdeploy-label"
-MAX_BODY_BYTES = 10_000
+MAX_BODY_BYTES, BODY_SECONDS = 10_000, 10.0
+MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
 MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 IMAGE_HEADERS = {
@@ -81,8 +87,20 @@ def refuse_request(request: Request, names: set[str], key: str) -> Response | No
 
 
 async def guard(names: set[str], key: str, request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Handle or refuse one request."""
-    return refuse_request(request, names, key) or await call_next(request)
+    """Handle or refuse one request; a body that arrives slowly is refused, too."""
+    if (refusal := refuse_request(request, names, key)) is not None:
+        return refusal
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            await request.body()  # is kept for `call_next`
+    except TimeoutError:
+        return PlainTextResponse("the body did not arrive in time", 408)
+    return await call_next(request)
+
+
+def label_config(app: FastAPI) -> uvicorn.Config:
+    """Create the uvicorn configuration of the label page: the protocol and the limits of the service."""
+    return limited_config(app, Settings(max_connections=MAX_CONNECTIONS), Metrics())
 
 
 def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAPI:
@@ -173,9 +191,8 @@ def run_label_server(
         listener.listen()  # requests from now on wait for the server
         key = secrets.token_urlsafe(16)
         app = create_label_app(folders, {"localhost", host, socket.gethostname()}, key)
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")  # for other machines
         on_ready(f"{address}/?key={key}", len(folders.waiting))
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
-            uvicorn.Server(config).run(sockets=[listener])
+            uvicorn.Server(label_config(app)).run(sockets=[listener])
     return folders

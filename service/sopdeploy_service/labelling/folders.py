@@ -6,6 +6,7 @@ deleted after that; `read_kept` skips a record that remains. A file `ID.skipped`
 """
 
 import errno
+import os
 import shutil
 import unicodedata
 from collections.abc import Collection
@@ -55,7 +56,8 @@ class LabelFolders:
         Raises `DataError` if *kept* is no folder or holds only folders, or if *photos* has its classes in a
         folder `train/`.
         """
-        self.kept, self.photos = expand_user(kept), expand_user(photos).resolve()
+        # Absolute, but through the links that the user named: the siblings have the names that commands get.
+        self.kept, self.photos = expand_user(kept), Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
         if not self.kept.is_dir():
             raise DataError(f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`")
         if self.photos.is_dir() and (train := find_parts(self.photos).train):

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import Reference
+from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.drift import SIGNIFICANCE, TESTS, Drift, PredictionCounts
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.runtime.base import Runtime
@@ -72,8 +73,16 @@ class Metrics:
             "Photographs to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
             ("result",),
         )
+        self.kept_deleted = counter(
+            "kept_deleted", "Kept photographs that were deleted: expired, no_room, incomplete", ("reason",)
+        )
         self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
         self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
+        self.load_failures = counter(
+            "load_failures",
+            "Reloads, and loads with a memory budget, that failed: code of the error",
+            ("code",),
+        )
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self.runtime_seconds = counter("runtime_seconds", "Busy time of the runtime", ("model",))
         self.connections = gauge("connections", "Open connections")
@@ -121,6 +130,10 @@ class Metrics:
         else:
             del self._loaded[labels]
             self._info.remove(*labels)
+
+    def load_failure(self, error: Exception) -> None:
+        """Count a load or reload that ended with *error*."""
+        self.load_failures.labels(error.code if isinstance(error, SopdeployError) else "internal").inc()
 
     def request(self, route: str, code: int, seconds: float, model_name: str = "") -> None:
         """Count a response with the status *code*, from *model_name* if the request chose one."""

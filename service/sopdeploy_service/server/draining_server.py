@@ -21,12 +21,11 @@ from fastapi import FastAPI
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.bundle_store import moves_of
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
+from sopdeploy_service.server.http_protocol import LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
 
-CLOSING_SECONDS = 2  # for sending the last responses after the drain
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
 _POLL_SECONDS = 0.02
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
@@ -47,19 +46,7 @@ def freeze_objects() -> None:
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
-    protocol = functools.partial(LimitedHttpProtocol, Connections(settings, app.state.service.metrics))
-    return uvicorn.Config(
-        app,
-        http=cast(type[asyncio.Protocol], protocol),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # client addresses are not used
-        timeout_keep_alive=settings.keep_alive_seconds,
-        timeout_graceful_shutdown=CLOSING_SECONDS,
-    )
+    return limited_config(app, settings, app.state.service.metrics)
 
 
 class DrainingServer(uvicorn.Server):

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import httptools
+import uvicorn
 from starlette.datastructures import Headers
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.http.middleware import request_id
@@ -23,6 +25,7 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
 
+CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
@@ -108,6 +111,22 @@ class Connections:
         self.waiting.pop(connection, None)
         self.idle.pop(connection, None)
         self.metrics.connections.set(len(self.open))
+
+
+def limited_config(app: ASGIApp, settings: Settings, metrics: Metrics) -> uvicorn.Config:
+    """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], partial(LimitedHttpProtocol, Connections(settings, metrics))),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # client addresses are not used
+        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+    )
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):

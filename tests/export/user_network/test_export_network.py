@@ -226,11 +226,6 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {"training_only": ["head*"]},
         r"no such part; the network has stem",
     ),
-    "unused weights in network.pt2": (
-        n.Small,
-        {"options": ExportOptions(pt2=True)},
-        r"does not depend on aux;",
-    ),
     "an operator without ONNX form": (n.DeformableConvolution, {}, r"no ONNX form in opset 18: .*DeformConv"),
     "a branch that is not listed": (n.HiddenBranch, {"training_only": ["aux"]}, r"output .* depends on aux"),
     "a row of a table for each position in the batch": (

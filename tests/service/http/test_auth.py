@@ -1,6 +1,8 @@
 """API keys, authentication and rate limits; the memory budget of bodies; disconnected clients."""
 
+import errno
 import hashlib
+import os
 import stat
 import time
 from contextlib import ExitStack
@@ -275,3 +277,30 @@ def test_a_disconnect_while_queued_or_running_frees_the_queue(serve_with, jpeg):
     runtime.gate.set()
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     assert runtime.batches == [1, 1]
+
+
+def test_a_file_that_belongs_to_the_user_of_the_container_stays_that_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, given, stat_of = tmp_path / "keys.toml", [], os.stat
+    new_key(path, "phone")
+    owner = os.stat_result((*stat_of(path)[:4], 10001, 10001, *stat_of(path)[6:]))
+    monkeypatch.setattr(Path, "stat", lambda _self, **_: owner)
+    monkeypatch.setattr(os, "chown", lambda file, *ids: given.append((Path(file).name, *ids)))
+    new_key(path, "tablet")
+    monkeypatch.undo()
+    assert given == [("keys.toml.partial", 10001, 10001)]
+    assert [key.name for key in read_keys(path)] == ["phone", "tablet"]
+
+
+def test_a_file_of_another_user_is_one_line_that_says_whose_it_must_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: Path, **_: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(
+        ConfigError, match=rf"\(Permission denied\); .* run chown {os.geteuid()} .*keys\.toml"
+    ):
+        read_keys(tmp_path / "keys.toml")

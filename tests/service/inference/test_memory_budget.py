@@ -31,7 +31,8 @@ class Device:
     """Counts the models that the registry has loaded and not released; they must fit into *budget*."""
 
     def __init__(self, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory_budget, "load_model", self.load)
+        load = partial(asyncio.to_thread, self.load)
+        monkeypatch.setattr(memory_budget, "load_in_background", load)
         self.budget, self.loaded, self.loads = budget, 0, 0
         self.errors = list[SopdeployError]()
         self.gate = threading.Event()

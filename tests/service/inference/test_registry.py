@@ -1,6 +1,7 @@
 """Several models in one server, reloads that replace them, and which bundles are found."""
 
 import asyncio
+import dataclasses
 import gc
 import os
 import shutil
@@ -9,12 +10,14 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
+from sopdeploy_service.inference import loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import RejectedError
@@ -188,6 +191,101 @@ def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:
         with connect(client) as wire:
             wire.sendall(post_of(jpeg)[: sent - len(jpeg) or None])
             time.sleep(0.02)
+
+
+def metric(registry: ModelRegistry, **labels: str) -> float | None:
+    return registry.metrics.registry.get_sample_value("sopdeploy_load_failures_total", labels)
+
+
+def test_a_reload_reads_the_files_of_a_bundle_and_not_only_its_manifest(
+    versions: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(registry: ModelRegistry) -> None:
+        before = registry.models()
+        copied = Path(shutil.copytree(versions[0], versions[0].parent / "copied"))
+        flip(copied / "model.onnx", 20)
+        await registry.reload([f"tiny={copied}"])
+        assert lines(caplog)[-1].startswith("not reloaded, the bundles in use stay: ")
+        assert metric(registry, code="unusable_bundle") == 1
+        flip(copied / "model.onnx", 20)  # as it was
+        await registry.reload([f"tiny={copied}"])
+        assert lines(caplog)[-1] == "reloaded"
+        assert registry.models() == before
+
+    caplog.set_level("INFO")
+    run_with_registry(versions[0], scenario)
+
+
+def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
+    versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, closed, load = threading.Event(), threading.Event(), loader._load
+    is_stuck = [False]
+
+    def stuck(path: Path, settings: Settings, *, thorough: bool) -> Any:
+        loaded = load(path, settings, thorough=thorough)
+        if is_stuck[0]:
+            gate.wait()
+            loaded = dataclasses.replace(loaded, runtime=SimpleNamespace(close=closed.set))
+        return loaded
+
+    monkeypatch.setattr(loader, "_load", stuck)
+
+    async def scenario(registry: ModelRegistry) -> None:
+        monkeypatch.setattr(loader, "load_seconds", lambda _: 0.01)
+        is_stuck[0] = True
+        await registry.reload([versions[1]])
+        assert lines(caplog) == [
+            f"not reloaded, the bundles in use stay: {versions[1]}: not loaded within 0.01 s; check the "
+            "device and the disk, or raise load_timeout"
+        ]
+        assert metric(registry, code="load_timeout") == 1
+        with pytest.raises(RuntimeUnavailableError, match=r"not loaded within 0\.01 s"):
+            load_model(versions[1], SETTINGS)
+        monkeypatch.setattr(loader, "load_seconds", lambda _: 60)
+        is_stuck[0] = False
+        await registry.reload([versions[1]])
+        assert registry.find().bundle.path == versions[1]
+        gate.set()  # the late model is released
+        assert await asyncio.to_thread(closed.wait, 60)
+
+    caplog.set_level("ERROR")
+    run_with_registry(versions[0], scenario)
+
+
+@pytest.mark.parametrize("function", ["find_bundles", "open_checked"])
+def test_a_disk_that_hangs_does_not_block_later_reloads(
+    function: str, versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = threading.Event()
+
+    async def scenario(registry: ModelRegistry) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(service, function, lambda *_: gate.wait())
+            patch.setattr(loader, "load_seconds", lambda _: 0.01)
+            await registry.reload([versions[1]])
+        assert metric(registry, code="load_timeout") == 1
+        await registry.reload([versions[1]])
+        assert registry.find().bundle.path == versions[1]
+        gate.set()
+
+    run_with_registry(versions[0], scenario)
+
+
+@pytest.mark.parametrize(
+    ("values", "cuda", "seconds"),
+    [
+        ({}, False, 120),
+        ({}, True, 600),
+        ({"runtime": "onnxruntime-cpu"}, True, 120),
+        ({"load_timeout": 7}, True, 7),
+    ],
+)
+def test_a_load_has_more_time_on_a_gpu(
+    values: dict[str, Any], cuda: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "has_cuda", lambda: cuda)
+    assert loader.load_seconds(Settings(**values)) == seconds
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
-from sopdeploy_service.labelling.app import COOKIE, create_label_app
+from sopdeploy_service.labelling.app import COOKIE, create_label_app, label_config
 from sopdeploy_service.labelling.folders import LabelFolders
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
 from tests.service.conftest import in_a_thread, picture_bytes
@@ -56,7 +55,7 @@ def label_server(folders: LabelFolders, *, cookies: dict[str, str] | None = None
     app = create_label_app(folders, {"localhost", "Desk"}, KEY)
     cookies = {COOKIE: KEY} if cookies is None else cookies
     with (
-        in_a_thread(uvicorn.Config(app, log_config=None, access_log=False)) as (_, address),
+        in_a_thread(label_config(app)) as (_, address),
         httpx.Client(base_url=address, timeout=60, cookies=cookies) as client,
     ):
         yield client

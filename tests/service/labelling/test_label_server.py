@@ -2,12 +2,20 @@
 
 import itertools
 import re
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from sopdeploy.cli.app import app as program
+from sopdeploy_service.labelling import app
 from sopdeploy_service.labelling.app import run_label_server
+from sopdeploy_service.labelling.folders import LabelFolders
+from sopdeploy_service.settings import Settings
 from tests.service.labelling.conftest import KEY, files_below, identity, label_server
+from tests.service.raw import connect
 
 ONE = identity(1)
 
@@ -165,3 +173,57 @@ def test_every_address_has_a_random_key(keep, tmp_path, host, monkeypatch):
         run_label_server(tmp_path / "kept", tmp_path / "photos", host, 0, lambda *given: ready.append(given))
     assert len({re.search(r"^http://.+:\d+/\?key=(.{22})$", url)[1] for url, _ in ready}) == 2
     assert [count for _, count in ready] == [1, 1]
+
+
+HEAD = (
+    b"POST /label HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nCookie: sopdeploy-label="
+)
+HEAD += KEY.encode() + b"\r\n"
+ENDLESS = {
+    "a header": (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 1_000_000, 431),
+    "headers": (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: a\r\n" * 10_000, 431),
+    "a path": (b"GET /" + b"a" * 100_000, 414),
+    "a negative length": (HEAD + b"Content-Length: -5\r\n\r\n", 400),
+    "digits of another script": (HEAD + b"Content-Length: \xd9\xa5\r\n\r\n", 400),
+    "a body that stops": (HEAD + b"Content-Length: 50\r\n\r\n{", 408),
+    "headers that stop": (b"GET / HTTP/1.1\r\nHost: ", 408),
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_client_that_is_endless_or_slow_is_refused_as_by_the_service(
+    case: str, keep, open_folders, monkeypatch
+) -> None:
+    request, status = ENDLESS[case]
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    seconds = 0.5 if status == 408 else 60
+    monkeypatch.setattr(app, "Settings", partial(Settings, header_timeout=seconds))
+    keep(1)
+    with label_server(open_folders()) as client, connect(client) as wire:
+        with suppress(OSError):  # the server may close the connection before the last byte
+            wire.sendall(request)
+        assert wire.recv(64).startswith(b"HTTP/1.1 %d " % status)
+        assert client.get("/state").status_code == 200
+
+
+def test_a_link_to_the_folder_of_the_classes_has_its_own_siblings(keep, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk" / "flowers").mkdir(parents=True)
+    Path("photos").symlink_to("disk/flowers")
+    keep(1)
+    keep(2)
+
+    def label(*_args: object, **_options: object) -> LabelFolders:
+        folders = LabelFolders(Path("kept"), Path("photos"))
+        folders.label(identity(1), "hat")
+        folders.label(identity(2), None)
+        return folders
+
+    monkeypatch.setattr(app, "run_label_server", label)
+    result = CliRunner().invoke(program, ["label", "kept", "--photos", "photos"])
+    assert result.exit_code == 0, result.output
+    assert "next: sopdeploy train --data photos --unknown photos-unknown" in " ".join(result.output.split())
+    assert files_below(tmp_path) >= {
+        f"disk/flowers/hat/{identity(1)}.jpg",
+        f"photos-unknown/{identity(2)}.jpg",
+    }

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError
@@ -25,7 +27,8 @@ from sopdeploy_service.server import draining_server
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving
+from tests.forged import forge, graph
+from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving, spawn
 from tests.service.conftest import wait_for, write_bundle
 from tests.service.raw import GET, POST, connect, post_of, read
 
@@ -248,6 +251,49 @@ def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(tmp_path,
         promote(second, live, None, force="newer")
         wait_for(lambda: serves(second))
         client.child.send_signal(signal.SIGHUP)  # the kernel's, of the closed terminal
+        assert client.child.wait(PATIENCE) == 0
+
+
+ENDLESS = """
+tiny (uint8[n, 32, 32, 3] images) => (float[n, 7] logits)
+<float[3, 7] weights, int64[2] axes = {1, 2}, bool always = {1}, int64 forever = {9223372036854775807}>
+{
+    wide = Cast <to = 1> (images)
+    colour = ReduceMean <keepdims = 0> (wide, axes)
+    start = MatMul (colour, weights)
+    logits = Loop (forever, always, start) <body = step
+    (int64 i, bool on, float[n, 7] x) => (bool on2, float[n, 7] x2) { on2 = Identity (on)  x2 = Neg (x) }>
+}
+"""
+
+
+def endless(folder: Path) -> Path:
+    """Write a bundle whose graph never ends: `forge` allows what no export writes."""
+    path = write_bundle(folder, seed=5)
+    weights = np.zeros((3, 7), np.float32)
+    (path / "model.onnx").write_bytes(graph(ENDLESS, weights=weights).SerializeToString())
+    return forge(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", BOTH_WAYS)
+def test_a_load_that_never_ends_delays_neither_a_start_nor_a_reload_nor_the_end(tmp_path, way) -> None:
+    live, stuck = tmp_path / "live", endless(tmp_path / "stuck")
+    first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
+    timeout = ("--setting", "load_timeout=3")
+    with spawn(str(stuck), *timeout, *WAYS[way]) as child:
+        assert child.wait(PATIENCE) == 2
+        assert "not loaded within 3 s" in child.communicate()[1]
+    promote(first, live, None)
+    with serving(str(live), *WAYS[way], *timeout, "--setting", "follow=true") as client:
+        live.unlink()
+        live.symlink_to(stuck)
+        wait_for_refusals(client.child, way, "not loaded within 3 s")
+        move_link(live, second.name)
+        wait_for(lambda: second.name.rpartition("-")[2] in client.get("/metrics").text)
+        move_link(live, str(stuck))
+        time.sleep(1.5)  # the load begins
+        client.child.send_signal(signal.SIGTERM)
         assert client.child.wait(PATIENCE) == 0
 
 

@@ -34,8 +34,8 @@ def test_the_same_error_names_arguments_in_python_and_options_on_the_command_lin
 
 ERRORS = {
     "max_batch=0: too small": ("--max-batch 0: too small", {"setting": "max_batch", "value": 0}),
-    "x; try detach=True or pt2=False": (
-        "x; try --detach or --no-pt2", {"remedies": {"detach": True, "pt2": False}},
+    "x; try detach=True or allow_drift=False": (
+        "x; try --detach or --no-allow-drift", {"remedies": {"detach": True, "allow_drift": False}},
     ),
     "out: x; try precision='fp32'": (
         "--out: x; try --precision fp32", {"setting": "out", "remedies": {"precision": "fp32"}},

@@ -237,7 +237,7 @@ MANIFEST_FILES = {"model.onnx": FileRecord(bytes=3, sha256="a" * 64)}
 
 
 def manifest(**fields: Any) -> Manifest:
-    return Manifest(**{**FIELDS, "files": MANIFEST_FILES, **fields})
+    return Manifest(**{**FIELDS, "files": MANIFEST_FILES, **fields}).complete()
 
 
 @settings(max_examples=20)
@@ -292,7 +292,12 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"{]", "Expecting"),
     "a list": (b"[]\n", "not a JSON object"),
     "an unknown key": (edited(extra=1), "extra: unknown key"),
-    "a newer version": (edited(version=2), r"version: .*\(got '2'\)"),
+    "a newer version": (edited(version=2), r"version: 2, .* reads 1; read it with sopdeploy 0\.1\.0"),
+    "a version that is no number": (edited(version=None), r"version: None, but this sopdeploy reads 1"),
+    "a field of a later version": (
+        edited(extra=1, versions={"sopdeploy": "0.9.1"}),
+        r"^extra: unknown here; read it with sopdeploy 0\.9\.1, which wrote it",
+    ),
     "another format": (edited(format="zip"), "format: .*zip"),
     "an invalid hash": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),
     "a negative size": (edited(files={"a": {"bytes": -1, "sha256": "a" * 64}}), r"files\.a\.bytes"),

@@ -18,7 +18,9 @@ from sopdeploy.bundle.signing import check_signature, sign, signature_path
 from sopdeploy.cli.app import app
 from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError, ConfigError
-from tests.forged import write_hollow, write_key
+from tests.forged import FIELDS, forge, write_hollow, write_key
+
+EARLIER, LATER = "2025-12-31T23:59:59.000000Z", "2026-02-03T04:05:06.000000Z"
 
 
 @pytest.fixture
@@ -157,14 +159,84 @@ def test_model_signing_and_sopdeploy_accept_each_others_signatures(
     check_signature(bundle, theirs, public)
 
 
-def test_a_pull_without_a_key_keeps_an_existing_signature(bundle: Path, key: Path, tmp_path: Path) -> None:
+def another_time(bundle: Path, folder: Path, time: str) -> Path:
+    """Copy *bundle* into *folder*, as if it had been exported at *time*."""
+    folder.mkdir()
+    return forge(Path(shutil.copytree(bundle, folder / bundle.name)), exported_at=time)
+
+
+@pytest.mark.parametrize("time", [FIELDS["exported_at"], EARLIER, LATER], ids=["same", "earlier", "later"])
+def test_a_pull_never_changes_a_bundle_that_is_there(
+    time: str, bundle: Path, key: Path, tmp_path: Path
+) -> None:
     sign(bundle, key)
-    archive = Path(push(bundle, str(tmp_path / "store")).url)
     public, here = key.with_name("release.key.pub"), tmp_path / "here"
-    path = pull(str(archive), here, require_signature=public).path
-    archive.with_name(f"{archive.name}.sig").write_text("unchecked")
-    assert pull(str(archive), here).path == path
+    path = pull(push(bundle, str(tmp_path / "store")).url, here, require_signature=public).path
+    before = contents(path)
+    copy = another_time(bundle, tmp_path / "copied", time)
+    again = pull(push(copy, str(tmp_path / "copies")).url, here)
+    assert (again.path, again.is_new, contents(path)) == (path, False, before)
     check_signature(path, signature_path(path), public)
+    if time != FIELDS["exported_at"]:
+        sign(copy, key)
+        other = push(copy, str(tmp_path / "copies")).url
+        with pytest.raises(BundleError, match=r"exported at .*, but the signed copy at .*; move this folder"):
+            pull(other, here, require_signature=public)
+        assert contents(path) == before
+        check_signature(path, signature_path(path), public)
+
+
+def test_an_export_does_not_invalidate_a_signature(bundle: Path, key: Path, tmp_path: Path) -> None:
+    sign(bundle, key)
+    assert write_hollow(bundle.parent) == bundle  # the same content and time
+    with pytest.raises(BundleError, match=r"exists, signed with the time of its export; move .*\.sig"):
+        write_hollow(bundle.parent, exported_at=LATER)
+    check_signature(bundle, signature_path(bundle), key.with_name("release.key.pub"))
+
+
+def test_a_signed_bundle_is_not_accepted_under_the_name_of_another(
+    bundle: Path, key: Path, tmp_path: Path
+) -> None:
+    public, here = key.with_name("release.key.pub"), tmp_path / "here"
+    cats, old = (
+        write_hollow(tmp_path / "bundles", **fields)
+        for fields in ({"project": "cats"}, {"config": {"width": 5}, "exported_at": EARLIER})
+    )
+    for other in (cats, old):
+        sign(other, key)
+        archive = Path(push(other, str(tmp_path / other.name)).url)
+        for name in (f"{bundle.name}.tar", "dogs.tar", "latest.tar"):
+            replaced = tmp_path / name
+            for suffix in ("", ".sig"):
+                shutil.copyfile(f"{archive}{suffix}", f"{replaced}{suffix}")
+            with pytest.raises(
+                BundleError, match=f"contains {other.name}, not {replaced.stem}; check the address; try"
+            ):
+                pull(str(replaced), here, require_signature=public)
+            assert not here.exists()
+    for name, project in (("cats.tar", None), ("latest.tar", "cats")):
+        for suffix in ("", ".sig"):
+            shutil.copyfile(f"{tmp_path / cats.name / cats.name}.tar{suffix}", f"{tmp_path / name}{suffix}")
+        pull(str(tmp_path / name), tmp_path / name[:4], project=project, require_signature=public)
+
+
+def test_a_bundle_older_than_the_newest_of_its_project_needs_a_flag(bundle: Path, tmp_path: Path) -> None:
+    old = write_hollow(tmp_path / "bundles", config={"width": 5}, exported_at=EARLIER)
+    cats = write_hollow(tmp_path / "bundles", project="cats", exported_at=EARLIER)
+    here, store = tmp_path / "here", str(tmp_path / "store")
+    pull(push(bundle, store).url, here)
+    pull(push(cats, store).url, here)  # of another project
+    archive = push(old, store).url
+    error = cli_error("pull", archive, here)
+    for part in (archive, old.name, EARLIER, bundle.name, FIELDS["exported_at"], "try --allow-older"):
+        assert part in error
+    assert not (here / old.name).exists()
+    assert pull(archive, here, allow_older=True).path.name == old.name
+    with pytest.raises(BundleError, match="try allow_older=True"):
+        pull(archive, here)
+    later = push(another_time(old, tmp_path / "later", LATER), str(tmp_path / "replayed")).url
+    with pytest.raises(BundleError, match="try allow_older=True"):  # the bundle that is there keeps its time
+        pull(later, here)
 
 
 def test_an_unusable_store_or_destination_is_one_error_line(bundle: Path, tmp_path: Path) -> None:

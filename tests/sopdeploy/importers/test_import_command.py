@@ -4,6 +4,9 @@ import json
 import os
 import pickle  # noqa: TID251
 import struct
+import tracemalloc
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
+from sopdeploy.errors import SopdeployError
+from sopdeploy.importers.weight_files import open_weights
 from tests.attacks.test_checkpoints import checkpoint
 from tests.sopdeploy.importers.released import prefixed, state_of
 
@@ -64,14 +69,49 @@ def written(data: bytes) -> Callable[[Path], None]:
 
 CODE = {"conv1.weight": torch.zeros(1), "x": RunsACommand()}
 
+
+def deflated(file: Path) -> None:
+    """A checkpoint of 256 MB of zeros, compressed to a quarter of a megabyte."""
+    torch.save({"conv1.weight": torch.zeros(4)}, file)
+    entries = {}
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            with archive.open(name, "w") as entry:
+                for _ in range(256 if name.endswith("data/0") else 1):
+                    entry.write(bytes(1 << 20) if name.endswith("data/0") else content)
+
+
+def deflated_matlab(file: Path) -> None:
+    """A MATLAB file with an element of 256 MB of zeros."""
+    compressor = zlib.compressobj()
+    content = b"".join(compressor.compress(bytes(1 << 20)) for _ in range(256)) + compressor.flush()
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
+    file.write_bytes(header + struct.pack("<II", 15, len(content)) + content)
+
+
 ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bare pickle": (written(pickle.dumps(RunsACommand())), "damaged or not a checkpoint"),
     "code in the state dict": (saved({"state_dict": CODE}), "refused"),
     "our checkpoint": (lambda file: write_checkpoint(file, checkpoint()), "already a sopdeploy checkpoint"),
     "unknown names": (saved({"encoder.weight": torch.zeros(2, 2)}), "encoder.weight"),
     "MATLAB 7.3": (written(b"MATLAB 7.3 MAT-file".ljust(512)), "save it in MATLAB with the option -v7"),
+    "a deflated checkpoint": (deflated, "damaged or not a checkpoint"),
+    "a deflated MATLAB file": (deflated_matlab, "expands to far more than its size"),
     "a huge header": (written(struct.pack("<Q", 1 << 62) + b"{" + bytes(64)), "damaged safetensors file"),
 }
+
+
+def test_what_expands_is_refused_before_it_does(tmp_path: Path) -> None:
+    for write in (deflated, deflated_matlab):
+        write(tmp_path / "weights.bin")
+        tracemalloc.start()
+        with pytest.raises(SopdeployError):
+            open_weights(tmp_path / "weights.bin")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 32_000_000
 
 
 @pytest.mark.parametrize(("write", "message"), ATTACKS.values(), ids=ATTACKS)

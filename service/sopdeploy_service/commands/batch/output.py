@@ -88,7 +88,7 @@ class OutputFolder:
     def images(self, part: int) -> list[ListedImage]:
         """Read *part* of the list."""
         with pq.ParquetFile(self.path / LISTING) as file:
-            columns = file.read_row_group(part).to_pydict().values()
+            columns = file.read_row_group(part, columns=LIST_SCHEMA.names).to_pydict().values()
             return list(map(ListedImage, *columns))
 
     def num_errors(self, part: int, size: int) -> int | None:

@@ -9,8 +9,9 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import fsspec
 
@@ -21,6 +22,8 @@ from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import SUFFIXES
 
 _TAR, _LIST = ".tar", ".txt"
+MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
+MAX_LINE = 65_536  # characters of a list
 UNKNOWN = -1  # size of an image that is not known before it is read
 
 
@@ -116,7 +119,10 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
     """Yield the images of the archive *name* as if it were a folder with this name."""
     location = name if _is_address(name) else os.path.abspath(name)  # noqa: PTH100
     archive: Any  # its list of members is not part of the typed interface
-    with _open(name) as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as archive:
+    with (
+        _open(name) as file,
+        tarfile.open(fileobj=cast(Any, _Bounded(file)), mode="r:", errors="replace") as archive,
+    ):
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep all members in memory
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
@@ -134,12 +140,36 @@ def _list_lines(location: str) -> Iterator[ListedImage]:
     """Yield the images of the list *location*: one image or archive per line, relative to its folder."""
     folder = location[: location.rfind("/") + 1]  # "lists/" of "lists/a.txt", "/" of "/a.txt"
     with io.TextIOWrapper(_open(location), "utf-8-sig") as lines:
-        for line in filter(None, map(str.strip, lines)):
+        for line in filter(None, map(str.strip, iter(partial(_read_line, lines), ""))):
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
             if name.lower().endswith(_TAR):
                 yield from _list_tar(name)
             else:
                 yield ListedImage(name, name) if _is_address(name) else _list_file(name)
+
+
+class _Bounded:
+    """A file in which `tarfile` reads at most `MAX_HEADER_BYTES` at once, such as a long name.
+
+    The archive itself says how long they are.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes; the limit is {MAX_HEADER_BYTES}")
+        content: bytes = self._file.read(size)
+        return content
+
+
+def _read_line(lines: IO[str]) -> str:
+    """Read a line, empty at the end; raises `ValueError` for one that is too long for an address."""
+    line = lines.readline(MAX_LINE)
+    if len(line) == MAX_LINE:
+        raise ValueError(f"a line of {MAX_LINE} characters or more; give one name per line")
+    return line
 
 
 def _open(location: str) -> Any:

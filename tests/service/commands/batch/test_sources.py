@@ -184,3 +184,29 @@ def test_ctrl_c_says_in_one_line_how_to_continue(bundle_path, photos, tmp_path, 
     found = CliRunner().invoke(app, ["classify", str(bundle_path), str(photos), "--out", str(tmp_path)])
     assert (found.exit_code, found.stderr) == (130, "stopped; run the same command again to continue\n")
     assert found.stdout == ""
+
+
+def extended(kind: bytes) -> bytes:
+    """The header of an entry of 3 GB with the name or the attributes of the next one."""
+    entry = tarfile.TarInfo("x")
+    entry.size, entry.type = 3 << 30, kind
+    return entry.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K", b"X"], ids=lambda kind: kind.decode())
+def test_a_header_that_says_it_has_gigabytes_is_not_read(kind: bytes, tmp_path: Path) -> None:
+    archive = tmp_path / "x.tar"
+    with archive.open("wb") as file:
+        file.write(extended(kind))
+        file.truncate((3 << 30) + 4096)  # a file with a hole
+    with pytest.raises(
+        DataError, match=r"x\.tar: cannot be listed \(a header of 3221225472 bytes; the limit"
+    ):
+        list(list_sources([str(archive)]))
+
+
+def test_a_line_that_never_ends_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "list.txt").open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(DataError, match=r"list\.txt: cannot be listed \(a line of 65536 characters or more"):
+        list(list_sources([str(tmp_path / "list.txt")]))
