@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.http.middleware import request_id
-from sopdeploy_service.http.problems import problem_response
+from sopdeploy_service.http.problems import problem_response, without_prefix
 from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.sockets import SPARE
@@ -392,8 +392,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _write_error(self, reason: HttpError) -> None:
         identifier = request_id(Headers(raw=self.headers or []))
-        path = self.url.partition(b"?")[0].decode("latin-1")
-        response = problem_response(reason, {"Connection": "close", "X-Request-ID": identifier}, path)
+        root, url = self._limits.root_path, self.url.partition(b"?")[0].decode("latin-1")
+        headers = {"Connection": "close", "X-Request-ID": identifier}
+        response = problem_response(reason, headers, without_prefix(url, root), root)
         lines = [STATUS_LINE[reason.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             lines += [name, b": ", value, b"\r\n"]
