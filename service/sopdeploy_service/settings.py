@@ -80,7 +80,6 @@ RootPath = Annotated[
     pydantic.Field(pattern=r"^(/[A-Za-z0-9._~-]+)*$"),
 ]
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
 DECODERS_BESIDE_CPU_INFERENCE = 2
 MAX_DECODERS = 8  # of one process
 
@@ -248,15 +247,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def cores_within_quota() -> int:
-    """Count the usable cores, at most the CPU time of the container's quota."""
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-        return min(usable_cores(), max(1, int(quota) // int(period)))  # a quota may be less than one core
-    except (OSError, ValueError):  # no cgroup, or no quota: `max 100000`
-        return usable_cores()
-
-
 def decoders_per_process(processes: int) -> int:
     """Return the decoders of each of *processes* without CPU inference: one per core, from 2 to 8."""
-    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores_within_quota() // processes))
+    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, usable_cores() // processes))

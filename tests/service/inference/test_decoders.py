@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sopdeploy import environment
 from sopdeploy.errors import ConfigError, ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import pool
@@ -251,8 +252,8 @@ def test_the_memory_limit_is_that_of_the_container(tmp_path, monkeypatch, groups
         (tmp_path / "fs" / name).write_text(str(value))
     (tmp_path / "cgroup").write_text(groups)
     (tmp_path / "meminfo").write_text("MemTotal:     1000 kB\nMemAvailable:  900 kB\n")
-    monkeypatch.setattr(device_memory, "CGROUP", tmp_path / "fs")
-    monkeypatch.setattr(device_memory, "PROCESS_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(environment, "CGROUP", tmp_path / "fs")
+    monkeypatch.setattr(environment, "PROCESS_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(device_memory, "MEMINFO", tmp_path / "meminfo")
     assert device_memory.memory_limit() == expected
 
