@@ -108,8 +108,10 @@ class Settings(pydantic.BaseModel):
     trusted_proxies: Networks = setting((), "addresses or networks whose `X-Forwarded-*` headers count")
     root_path: RootPath = setting("", "prefix of all paths at a proxy, such as `/ml`")
 
-    max_connections: Count = setting(1000, "one more closes a slow or idle connection, or gets 503")
-    keep_alive_seconds: Count = setting(65, "longer than the idle timeout of common load balancers")
+    max_connections: Count = setting(
+        1000, "one more closes a slow or idle one, first of an address that has a quarter; or gets 503"
+    )
+    keep_alive_seconds: Count = setting(3700, "idle time; longer than that of proxies in front (Envoy: 1 h)")
     header_timeout: Seconds = setting(10.0, "seconds from the first to the last byte of a request's headers")
     write_timeout: Seconds = setting(30.0, "seconds; a client that reads nothing for so long is disconnected")
 

@@ -47,7 +47,8 @@ def freeze_objects() -> None:
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
-    protocol = functools.partial(LimitedHttpProtocol, Connections(settings, app.state.service.metrics))
+    app.state.connections = Connections(settings, app.state.service.metrics)
+    protocol = functools.partial(LimitedHttpProtocol, app.state.connections)
     return uvicorn.Config(
         app,
         http=cast(type[asyncio.Protocol], protocol),
