@@ -37,6 +37,7 @@ REQUEST = struct.Struct("<QII")
 # Number of the request, kind, warnings as bits (of a copy 1: a PNG), bytes of the result or message.
 REPLY = struct.Struct("<QBBI")
 # The id of the child that a template has forked or ended; of an ended one, its exit code, -N after signal N.
+# The id 0 and an error number if the system forks no other process.
 TEMPLATE_REPLY = struct.Struct("<Ii")
 UNKNOWN_CODE = 1 << 16  # the exit code of a child that the template does not know
 READY, FAILED, PIXELS, COPY, LARGER, FIRST_ERROR = range(6)
@@ -185,17 +186,12 @@ def run_template(control: socket.socket) -> None:
             break
         request = json.loads(message)
         if descriptors:  # *request* are the options of a child to fork
-            process = os.fork()
+            process, code = _fork(control, descriptors[0], ChildOptions(**request))
             if process == 0:
-                control.close()
-                if sys.platform == "linux":
-                    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-                end = socket.socket(fileno=descriptors[0])
-                run_child(end, ChildOptions(**request))  # never returns
-            os.close(descriptors[0])
+                control.sendall(TEMPLATE_REPLY.pack(process, code))
+                continue
             children.add(process)
             ended.pop(process, None)  # of an earlier child with this id
-            code = 0
         else:  # *request* is the id of a child to kill
             process = request
             code = ended.pop(process, UNKNOWN_CODE)
@@ -211,6 +207,22 @@ def run_template(control: socket.socket) -> None:
         control.sendall(TEMPLATE_REPLY.pack(process, code))
     for process in list(children):
         _end(children, process)
+
+
+def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> tuple[int, int]:
+    """Fork a child with the socket *descriptor*; return its id and 0, or 0 and an error number."""
+    try:
+        process = os.fork()
+    except OSError as error:
+        os.close(descriptor)
+        return 0, error.errno or 0
+    if process == 0:
+        control.close()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        run_child(socket.socket(fileno=descriptor), options)  # never returns
+    os.close(descriptor)
+    return process, 0
 
 
 def _end(children: set[int], process: int) -> int:

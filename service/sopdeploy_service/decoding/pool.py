@@ -89,15 +89,24 @@ class Template:
         """Fork a child, or raise `RuntimeUnavailableError`; return the socket to it and its id."""
         request = json.dumps(options._asdict()).encode()
         ours, theirs = socket.socketpair()
-        with theirs, self._lock:
-            with suppress(OSError):  # the template has ended; the second try starts a new one
-                return ours, self._ask(request, [theirs.fileno()])[0]
+        message = "the decoder processes do not start"
+        with theirs, self._lock, ExitStack() as stack:
+            stack.callback(ours.close)  # unless a child has the other end
             try:
-                return ours, self._ask(request, [theirs.fileno()])[0]
+                try:
+                    process, code = self._ask(request, [theirs.fileno()])
+                except OSError:  # the template has ended; the second try starts a new one
+                    process, code = self._ask(request, [theirs.fileno()])
+            except BrokenPipeError as error:
+                raise RuntimeUnavailableError(f"{message}; see the message above") from error
             except OSError as error:
-                ours.close()
-                message = "the decoder processes do not start; see the message above"
-                raise RuntimeUnavailableError(message) from error
+                raise RuntimeUnavailableError(
+                    f"{message} ({error.strerror}); check the limits of this system"
+                ) from error
+            if process == 0:
+                raise RuntimeUnavailableError(f"{message} ({os.strerror(code)}); allow more processes")
+            stack.pop_all()
+        return ours, process
 
     def end(self, process: int) -> int:
         """Kill the child *process*; return its exit code, or that with which it had ended before.

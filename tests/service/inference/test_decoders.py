@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy import environment
-from sopdeploy.errors import ConfigError, ImageError
+from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.decoding.child import FAILED, ChildOptions, LargerImageError
@@ -166,6 +166,13 @@ def test_a_stopped_process_is_not_ready_until_it_is_replaced(
     wait_for(lambda: client.get("/readyz").status_code == 503)
     wait_for(lambda: client.get("/readyz").json()["status"] == "ok")
     assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+def test_a_system_without_room_for_a_process_is_an_error_in_one_line(monkeypatch) -> None:
+    template = pool.Template()
+    monkeypatch.setattr(template, "_ask", lambda *_: (0, errno.EAGAIN))
+    with pytest.raises(RuntimeUnavailableError, match=r"do not start .*; allow more processes"):
+        template.fork(OPTIONS)
 
 
 @linux

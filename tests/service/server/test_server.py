@@ -25,7 +25,7 @@ from sopdeploy_service.server import draining_server
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving
+from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving, spawn
 from tests.service.conftest import wait_for, write_bundle
 from tests.service.raw import GET, POST, connect, post_of, read
 
@@ -249,6 +249,30 @@ def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(tmp_path,
         wait_for(lambda: serves(second))
         client.child.send_signal(signal.SIGHUP)  # the kernel's, of the closed terminal
         assert client.child.wait(PATIENCE) == 0
+
+
+FAILS = """
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.inference.service import (Service)
+async def fail(self):
+    raise {error}
+Service.start = fail
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("ConfigError('sandbox=required: no seccomp')", "sandbox=required: no seccomp"),
+        ("RuntimeError('no thread')", "the server cannot start (RuntimeError: no thread); check"),
+        ("BlockingIOError(11, 'Try again')", "cannot start (BlockingIOError: [Errno 11] Try again); check"),
+    ],
+)
+def test_an_error_of_the_start_is_one_line_with_exit_code_2(bundle_path, error, line) -> None:
+    with spawn(str(bundle_path), program=faulty(FAILS.format(error=error))) as child:
+        out, err = child.communicate(timeout=PATIENCE)
+    assert (child.returncode, out, len(err.splitlines())) == (2, "", 1), err
+    assert line in err
 
 
 def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch) -> None:
