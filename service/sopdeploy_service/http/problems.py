@@ -100,5 +100,11 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "extra_forbidden" and first["loc"][0] == "query":
+            given, operations = str(first["loc"][-1])[:100], request.app.openapi()["paths"]
+            route, method = request.scope["route"].path, request.method.lower()
+            known = [one["name"] for one in operations[route][method]["parameters"] if one["in"] == "query"]
+            message = f"{given!r}: unknown parameter; known are {', '.join(known)}"
+            return reject(request.scope, HttpError("unknown_parameter", 400, message))
         message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         return reject(request.scope, HttpError("invalid_parameter", 422, message))

@@ -32,6 +32,8 @@ GRACE = (
 )
 MIN_SECONDS = 0.001  # of a body, for its rate
 MIN_SHARE = 64  # connections of an address, or a quarter of `max_connections`; more make room at once
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+PROBE_SECONDS = 0.2  # between two of them to a client that has ended its side of the connection
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 PIECE_BYTES = 4096  # of pipelined requests are parsed before the number of queued ones is checked
 MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
@@ -169,6 +171,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._overhead_bytes = 0
         self._held = b""  # input that follows queued requests and is not parsed yet
         self._ignores_input = False  # true after the last request
+        self._is_half_closed = False  # whether the client sends no more; it may still read
         self._closed = False  # whether `close` was called; the transport may still have output
         self._timer: asyncio.TimerHandle | None = None  # limits the wait for headers, a body or the end
         self._write_timer: asyncio.TimerHandle | None = None
@@ -199,6 +202,26 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.transport = self.transport  # not this object, which also refers to the cycle
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn returns None: close at once
+        """Keep the connection open for a client that sends no more but has not got its response.
+
+        A client that has closed the connection looks the same. It refuses what is sent to it, so HTTP/1.1
+        clients get an interim response, which they ignore, until the response begins.
+        """
+        if self._closed or self._in_body or self.cycle is None or self.cycle.response_complete:
+            return False
+        self._is_half_closed = True
+        self._probe()
+        return True
+
+    def _probe(self) -> None:
+        """Send an interim response; after one that is refused, the next one ends the connection."""
+        if self.transport.is_closing() or self.cycle.response_started or self.cycle.response_complete:
+            return
+        if self.cycle.scope["http_version"] == "1.1":
+            self.write(CONTINUE)
+        self.loop.call_later(PROBE_SECONDS, self._probe)
 
     def data_received(self, data: bytes) -> None:
         """Parse *data*; hold back what follows queued requests until their responses are complete."""
@@ -310,7 +333,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
         if self.parser.get_http_version() == "1.1":
             is_valid = num_hosts == 1
-        else:  # HTTP/1.0 has no transfer codings
+        else:  # HTTP/1.0 has neither transfer codings nor interim responses
+            self.expect_100_continue = False
             is_valid = self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
         if not is_valid or len(self.pipeline) >= MAX_PIPELINE:
             self._error = self._error or _MALFORMED
@@ -376,6 +400,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif self._in_headers:  # of the next request
             self._unset_keepalive_if_required()
             self._limit_headers()
+        elif self._is_half_closed:
+            self.close()
         else:
             self._shared.idle[self] = None
 

@@ -312,6 +312,29 @@ def test_expect_100_gets_100_continue_or_the_rejection_before_the_body(wire, jpe
         assert read(bad, to_the_end=False).status == status
 
 
+def test_a_client_that_ends_its_side_gets_its_response(wire, jpeg):
+    for request in (post_of(jpeg), post_of(jpeg).replace(b"HTTP/1.1", b"HTTP/1.0"), post_of(jpeg) * 2):
+        half = wire()
+        half.sendall(request)
+        half.shutdown(socket.SHUT_WR)
+        data = b""
+        while piece := half.recv(65_536):
+            data += piece
+        assert data.count(b'"classes"') == request.count(b"POST")
+        assert data.replace(http_protocol.CONTINUE, b"").startswith(b"HTTP/1.1 200")
+    unfinished = wire()
+    unfinished.sendall(post_of(jpeg)[:-1])
+    unfinished.shutdown(socket.SHUT_WR)
+    assert unfinished.recv(10) == b""
+
+
+def test_http_1_0_has_no_interim_responses(wire, jpeg):
+    old = wire()
+    old.sendall(POST.replace(b"1.1", b"1.0") + EXPECT + b"Content-Length: %d\r\n\r\n" % len(jpeg))
+    old.sendall(jpeg)
+    assert read(old).status == 200
+
+
 @pytest.fixture
 def crowded(serve_with, monkeypatch):
     """`crowded(GRACE)` is a client of a server of four connections, whose headers may take a time."""
