@@ -106,6 +106,11 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
+        "Decoders that ended, by reason",
+        "ops",
+        [(f"sum by (reason) (rate(sopdeploy_decoder_ended_total{RATE}))", "{{reason}}")],
+    ),
+    (
         "Images of unknown classes",
         "ops",
         [(f"sum by (model) (rate(sopdeploy_unknown_images_total{RATE}))", "{{model}}")],

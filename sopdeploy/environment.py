@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from sopdeploy.errors import MissingPackageError, SopdeployError
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
+CGROUP, PROCESS_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux only
 # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where the sum can saturate. With
 # this session option ONNX Runtime stores the int8 weights as uint8, which is exact. With VNNI it changes no
 # result and takes up to 2.2 times as long (ONNX Runtime 1.32).
@@ -34,10 +35,43 @@ def machine() -> dict[str, str | int | float]:
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may use; macOS has no affinity, so all cores count there."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # None if unknown
+    """Count the cores that this process may use: at least 1, at most the CPU time of the container's quota.
+
+    macOS has neither affinity nor quotas, so all cores count there.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder, version in control_groups("cpu"):
+        # Without a quota, the text `max` or -1; a group can also lack these files.
+        with suppress(OSError, ValueError):
+            if version == 2:
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+            else:
+                names = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+                quota, period = (int((folder / name).read_text()) for name in names)
+            if quota > 0:
+                cores = min(cores, max(1, quota // period))  # a quota may be less than one core
+    return cores
+
+
+def control_groups(controller: str) -> Iterator[tuple[Path, int]]:
+    """List the folders of the control groups of this process that can limit *controller*, and their version.
+
+    These are its own group and those around it, whose limits count, too. A container can have its limit at
+    the root, with a path that exists on its host only. Without control groups, the result is empty.
+    """
+    with suppress(OSError):
+        for line in PROCESS_CGROUP.read_text(encoding="utf-8").splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":  # version 2, such as `0::/user.slice`
+                roots, version = [CGROUP], 2
+            elif controller in controllers.split(","):  # version 1, such as `9:cpu,cpuacct:/docker/1f`
+                roots, version = [CGROUP / name for name in dict.fromkeys((controller, controllers))], 1
+            else:
+                continue
+            for root in roots:
+                folder = root / path.lstrip("/")
+                for group in (folder, *folder.parents):
+                    yield group, version
 
 
 def processor() -> str:

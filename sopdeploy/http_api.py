@@ -9,7 +9,9 @@ from sopdeploy.images.preprocess import Preprocess
 
 
 class ClassifyQuery(pydantic.BaseModel):
-    """Query parameters of `/v1/classify`; unknown ones are ignored."""
+    """Query parameters of `/v1/classify`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
 
     top_k: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] | None = None
     model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
@@ -23,8 +25,18 @@ class ClassifyQuery(pydantic.BaseModel):
     )
 
 
+class CardQuery(pydantic.BaseModel):
+    """Query parameters of `/v1/card`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
+
+
 class EmbedQuery(pydantic.BaseModel):
-    """Query parameters of `/v1/embed`; unknown ones are ignored."""
+    """Query parameters of `/v1/embed`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
 
     model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
     version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")

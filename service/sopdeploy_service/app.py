@@ -18,8 +18,9 @@ from sopdeploy_service.http.middleware import (
     OPEN,
     Guard,
     KeyGuard,
+    OriginGuard,
     RequestContextMiddleware,
-    refuse_foreign,
+    all_of,
 )
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
@@ -86,14 +87,19 @@ def create_app(
     for router in ROUTERS:
         app.include_router(router)
     paths = [str(getattr(route, "path", "")) for router in ROUTERS for route in router.routes]
+    first = settings.root_path.split("/")[:2]  # the names before and after the first slash
+    if any(path.split("/")[:2] == first for path in paths if path != "/"):
+        reason = "begins like a path of the server itself, so a proxy could not remove it; choose another one"
+        raise ConfigError(f"root_path: {settings.root_path} {reason}")
     problems.handle_errors(app, paths)
-    guard: Guard | None = None
+    guards: list[Guard] = []
+    # Without keys, any web page could send requests to this machine, under a name that leads to it (DNS
+    # rebinding). With another address, the names by which clients reach this host are known only if given.
+    if settings.allowed_hosts or (keys is None and is_loopback(settings.host)):
+        guards.append(OriginGuard(settings))
     if keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
-        guard = KeyGuard(keys, open_paths, limits)
-    elif is_loopback(settings.host):
-        # Without keys, any web page could send requests to this machine, under a name that leads to it (DNS
-        # rebinding). With another address, the names by which clients reach this host are not known.
-        guard = partial(refuse_foreign, {"localhost", settings.host})
+        guards.append(KeyGuard(keys, open_paths, limits))
+    guard = partial(all_of, guards) if len(guards) > 1 else next(iter(guards), None)
     app.add_middleware(RequestContextMiddleware, service=service, guard=guard)
     return app

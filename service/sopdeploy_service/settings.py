@@ -21,6 +21,7 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
 from sopdeploy.plugins import RUNTIMES, VARIABLE
+from sopdeploy_service.origins import Network, parse_host, parse_network
 
 
 def _split_commas(value: Any) -> Any:
@@ -34,6 +35,17 @@ def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
     if unknown or not value:
         raise ValueError(f"{', '.join(unknown) or 'empty'}: choose from {', '.join(FORMATS)}")
     return tuple(name.lower() for name in value)
+
+
+def _check_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
+    for text in value:
+        parse_host(text)  # raises ValueError
+    return value
+
+
+def _parse_networks(value: Any) -> Any:
+    texts = _split_commas(value)
+    return tuple(parse_network(str(text)) for text in texts) if isinstance(texts, (tuple, list)) else texts
 
 
 _OWN_RUNTIMES = ("auto", "onnxruntime-cpu", "openvino", "onnxruntime-cuda", "tensorrt")
@@ -58,8 +70,16 @@ Formats = Annotated[
 ]
 PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
 Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
+Hosts = Annotated[
+    tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_hosts)
+]
+Networks = Annotated[tuple[Network, ...], pydantic.BeforeValidator(_parse_networks)]
+RootPath = Annotated[
+    str,
+    pydantic.BeforeValidator(lambda value: value.rstrip("/") if isinstance(value, str) else value),
+    pydantic.Field(pattern=r"^(/[A-Za-z0-9._~-]+)*$"),
+]
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
 DECODERS_BESIDE_CPU_INFERENCE = 2
 MAX_DECODERS = 8  # of one process
 
@@ -82,8 +102,16 @@ class Settings(pydantic.BaseModel):
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine")
     port: Port = setting(8000, "port to listen on; 0: any free port")
 
-    max_connections: Count = setting(1000, "one more closes a slow or idle connection, or gets 503")
-    keep_alive_seconds: Count = setting(65, "longer than the idle timeout of common load balancers")
+    allowed_hosts: Hosts = setting(
+        (), "other names of this server: `shop.example`, `*.shop.example`; different ones get 403"
+    )
+    trusted_proxies: Networks = setting((), "addresses or networks whose `X-Forwarded-*` headers count")
+    root_path: RootPath = setting("", "prefix of all paths at a proxy, such as `/ml`")
+
+    max_connections: Count = setting(
+        1000, "one more closes a slow or idle one, first of an address that has a quarter; or gets 503"
+    )
+    keep_alive_seconds: Count = setting(3700, "idle time; longer than that of proxies in front (Envoy: 1 h)")
     header_timeout: Seconds = setting(10.0, "seconds from the first to the last byte of a request's headers")
     write_timeout: Seconds = setting(30.0, "seconds; a client that reads nothing for so long is disconnected")
 
@@ -224,15 +252,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def cores_within_quota() -> int:
-    """Count the usable cores, at most the CPU time of the container's quota."""
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-        return min(usable_cores(), max(1, int(quota) // int(period)))  # a quota may be less than one core
-    except (OSError, ValueError):  # no cgroup, or no quota: `max 100000`
-        return usable_cores()
-
-
 def decoders_per_process(processes: int) -> int:
     """Return the decoders of each of *processes* without CPU inference: one per core, from 2 to 8."""
-    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores_within_quota() // processes))
+    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, usable_cores() // processes))

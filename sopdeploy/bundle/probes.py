@@ -8,8 +8,8 @@ absolute float64 bound derived at export.
 import io
 import math
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,24 +106,60 @@ def read_probes(path: Path, manifest: Manifest | None = None) -> Probes:
     return probes
 
 
+def select(probes: Probes, indices: "NDArray[np.intp] | slice") -> Probes:
+    """Return the *probes* with these *indices*."""
+    expected = {name: values[indices] for name, values in probes.expected.items()}
+    return replace(probes, images=probes.images[indices], expected=expected)
+
+
+def repeat(probes: Probes, size: int) -> Probes:
+    """Repeat *probes* until they fill whole batches of *size*."""
+    count = len(probes.images)
+    return select(probes, np.arange(-(-count // size) * size) % count)  # -(-a // b) is rounded up
+
+
 def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:
     """Run the probes in batches of *batch* and compare every output.
 
     Raises `ParityError` if an output is missing, has another shape or is not within its tolerance.
     """
-    worst = dict.fromkeys(probes.expected, 0.0)
-    for start in range(0, len(probes.images), batch):
-        outputs = run(probes.images[start : start + batch])
-        for name, expected in probes.expected.items():
-            difference = deviation(name, outputs, expected[start : start + batch])
-            worst[name] = float(np.maximum(worst[name], difference))  # unlike max(), propagates NaN
-    for name, largest in worst.items():
+    return replay_in_turn({batch: probes}, run)[0]
+
+
+def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tuple[Replay, ...]:
+    """Run the probes in batches of each size, in turn, and compare every output; return a replay per size.
+
+    So consecutive batches have different sizes, and an engine uses another profile for each of them. Raises
+    `ParityError` as `replay` does.
+    """
+    replays: dict[int, list[Replay]] = {batch: [] for batch in probes_by_batch}
+    num_rounds = max(-(-len(probes.images) // batch) for batch, probes in probes_by_batch.items())
+    for number in range(num_rounds):
+        for batch, probes in probes_by_batch.items():
+            part = select(probes, slice(number * batch, (number + 1) * batch))
+            if len(part.images):
+                replays[batch].append(compare(part, run(part.images), batch))
+    return tuple(_combine(parts) for parts in replays.values())
+
+
+def compare(probes: Probes, outputs: Outputs, batch: int) -> Replay:
+    """Compare the *outputs* of a batch of *probes* with the expected values; raises as `replay` does."""
+    found = {name: deviation(name, outputs, expected) for name, expected in probes.expected.items()}
+    for name, largest in found.items():
         if not largest <= probes.tolerance[name]:  # larger, or NaN
             raise ParityError(
-                f"probes: output {name!r} deviates by {largest:.3g}, the bound is "
-                f"{probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
+                f"probes: output {name!r} deviates by {largest:.3g} in a batch of {len(probes.images)}, the "
+                f"bound is {probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
             )
-    return Replay(batch=batch, num_images=len(probes.images), deviation=worst, tolerance=probes.tolerance)
+    return Replay(batch=batch, num_images=len(probes.images), deviation=found, tolerance=probes.tolerance)
+
+
+def _combine(parts: Sequence[Replay]) -> Replay:
+    """Combine the replays of the batches of one size."""
+    first = parts[0]
+    worst = {name: max(part.deviation[name] for part in parts) for name in first.deviation}
+    num_images = sum(part.num_images for part in parts)
+    return Replay(batch=first.batch, num_images=num_images, deviation=worst, tolerance=first.tolerance)
 
 
 def deviation(name: str, outputs: Outputs, expected: NDArray[np.float32]) -> float:

@@ -46,7 +46,8 @@ _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
 ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 # Segments of JPEG files:
-FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # baseline, sequential, progressive; 0xC9, 0xCA: arithmetic code
+FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, sequential, progressive
+ARITHMETIC_FRAMES = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # T.81, table B.1
 SCAN = 0xDA
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length, and of the end
 MARKER_BYTES = 2
@@ -71,6 +72,8 @@ def open_image(
         _check_size(webp_size(body), max_pixels)  # before `Image.open`, which allocates the pixels of a WebP
         if kind == "HEIF":
             _use_heif()
+        if kind == "JPEG":
+            _check_coding(body)
         image = Image.open(io.BytesIO(body), formats=(kind,))
         _check_size(image.size, max_pixels)
         if kind == "HEIF":  # its decoder allocates all images of the file
@@ -80,6 +83,15 @@ def open_image(
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
     return image
+
+
+def _check_coding(body: bytes) -> None:
+    """Refuse the arithmetic code, of which libjpeg does not tell whether the data is complete."""
+    for marker, _ in jpeg_segments(body):
+        if marker in ARITHMETIC_FRAMES:
+            raise _unsupported("JPEG files with the arithmetic code are not accepted; use the Huffman code")
+        if marker in FRAMES or marker == SCAN:
+            return
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

@@ -20,8 +20,8 @@ MAX_COPIED_PIXELS = 12_000_000  # of a file that is not a JPEG
 HASHED_ROWS = 256
 JFIF, _END = 0xE0, 0xD9
 # The segments that pixels depend on, by marker, with the start of their content: frames, scans, tables of the
-# Huffman code, the arithmetic code and quantization, number of lines, restart interval.
-NEEDED = dict.fromkeys((*FRAMES, SCAN, 0xC4, 0xCC, 0xDB, 0xDC, 0xDD), b"")
+# Huffman code and quantization, number of lines, restart interval.
+NEEDED = dict.fromkeys((*FRAMES, SCAN, 0xC4, 0xDB, 0xDC, 0xDD), b"")
 NEEDED |= {0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}  # color profile, color transform
 
 

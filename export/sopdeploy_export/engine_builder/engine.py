@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import onnx
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
+from sopdeploy.bundle.probes import Replay, read_probes, repeat, replay_in_turn
 from sopdeploy.errors import LoweringError
 from sopdeploy.tensorrt import cache
 from sopdeploy.tensorrt.cache import EngineKey
@@ -90,21 +89,11 @@ def get_engine(
 def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
+    Batches of different profiles alternate: a context must not disturb another one.
     Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an
     output has no probes.
     """
     probes = read_probes(bundle.probes, bundle.manifest)
-    count = len(probes.images)
     sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
-    replays = []
     with closing(EngineSession(trt, cuda, plan, bundle.manifest, key)) as session:
-        for size in sizes:
-            num_batches = -(-count // size)  # rounded up
-            indices = np.arange(num_batches * size) % count  # repeats images to fill the last batch
-            repeated = Probes(
-                images=probes.images[indices],
-                expected={name: values[indices] for name, values in probes.expected.items()},
-                tolerance=probes.tolerance,
-            )
-            replays.append(replay(repeated, session.run, batch=size))
-    return tuple(replays)
+        return replay_in_turn({size: repeat(probes, size) for size in sizes}, session.run)

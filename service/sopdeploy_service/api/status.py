@@ -11,15 +11,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sopdeploy.bundle.folder import MANIFEST, Bundle
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
-from sopdeploy.http_api import ModelInfo, ServerInfo
+from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.service import State
 
 router = APIRouter()
-
-ModelName = Annotated[str | None, Query(alias="model")]
 
 
 class Health(StrictModel):
@@ -106,9 +104,9 @@ def model_info(model: Model) -> ModelInfo:
     response_model=Card,
     responses=problem_responses(400, 404, 422, 503),
 )
-async def card(request: Request, model_name: ModelName = None) -> Response:
+async def card(request: Request, query: Annotated[CardQuery, Query()]) -> Response:
     """Return the model card of `model` (required if several are loaded) and a summary of its certificate."""
-    bundle = service_of(request).registry.find(model_name).bundle
+    bundle = service_of(request).registry.find(query.model).bundle
     return json_response(await asyncio.to_thread(read_card, bundle))
 
 

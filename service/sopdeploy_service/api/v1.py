@@ -125,10 +125,11 @@ def _respond(
     if not upload.is_list and isinstance(outcomes[0], HttpError):
         raise RejectedError(outcomes[0])
     results: list[dict[str, Any]] = []
+    root_path = admitted.request.scope["root_path"]
     for outcome in outcomes:
         if isinstance(outcome, HttpError):
             admitted.service.metrics.rejected.labels(outcome.code).inc()
-            results.append({"error": describe_error(outcome).model_dump()})
+            results.append({"error": describe_error(outcome, root_path).model_dump()})
         else:
             results.append(format_result(outcome))
     body = {"results": results} if upload.is_list else results[0]

@@ -14,6 +14,7 @@ from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import RedirectResponse
 
 from sopdeploy.images.limits import describe_formats
 from sopdeploy_service.api.admission import service_of
@@ -95,6 +96,8 @@ def _swagger_page() -> str:
 
 async def _respond_page(page: Page, request: Request) -> Response:
     """Return *page* with the formats that the server accepts."""
+    if request.scope["raw_path"] == (root := request.scope["root_path"]).encode() != b"":
+        return RedirectResponse(f"{root}/")  # the links of the page are relative to it
     html = page.html.replace("{formats}", describe_formats(service_of(request).settings.formats))
     return Response(html, media_type="text/html", headers=page.headers)
 

@@ -95,6 +95,13 @@ def read_image(path: Path, max_bytes: int) -> bytes:
         raise DataError(f"{path}: {reason}") from error
 
 
+def check_readable(path: Path) -> None:
+    """Raise the error of `read_image` before a network is loaded; leave pipes as they are."""
+    is_pipe = path.exists() and not path.is_file() and not path.is_dir()
+    if not is_pipe or is_image(path.name):
+        read_image(path, max_bytes=0)
+
+
 def _print_prediction(prediction: FilePrediction) -> None:
     """Print the classes of one image in one line."""
     ranked = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
@@ -158,6 +165,9 @@ def predict(
     is_one = is_one_array or isinstance(images, str | Path | Image.Image)
     items: Iterable[Any] = [images] if is_one else images  # type: ignore[assignment]
     checked = [_check_image(image, number) for number, image in enumerate(items)]
+    for image in checked:
+        if isinstance(image, Path):
+            check_readable(image)
     loaded_settings = load_settings(top_k=top_k, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []

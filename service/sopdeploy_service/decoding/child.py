@@ -36,7 +36,10 @@ from sopdeploy_service.runtime.device_memory import limit_heaps
 REQUEST = struct.Struct("<QII")
 # Number of the request, kind, warnings as bits (of a copy 1: a PNG), bytes of the result or message.
 REPLY = struct.Struct("<QBBI")
-TEMPLATE_REPLY = struct.Struct("<I")  # the id of the child that a template has forked or killed
+# The id of the child that a template has forked or ended; of an ended one, its exit code, -N after signal N.
+# The id 0 and an error number if the system forks no other process.
+TEMPLATE_REPLY = struct.Struct("<Ii")
+UNKNOWN_CODE = 1 << 16  # the exit code of a child that the template does not know
 READY, FAILED, PIXELS, COPY, LARGER, FIRST_ERROR = range(6)
 MAX_MESSAGE = 500
 ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_ERROR + index
@@ -128,13 +131,15 @@ def serve_requests(end: socket.socket, options: ChildOptions) -> NoReturn:
 
 
 def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes:
-    """Receive *count* bytes; raises `OSError` if the other end is closed, or *deadline* passes."""
+    """Receive *count* bytes; raises `OSError` if the other end is closed, `TimeoutError` after *deadline*."""
     parts = []
     while count:
         part = end.recv(count, socket.MSG_WAITALL)
         # The timeout of the socket limits each wait; *deadline* limits a sender of one byte at a time.
-        if not part or time.monotonic() > deadline:
+        if not part:
             raise BrokenPipeError
+        if time.monotonic() > deadline:
+            raise TimeoutError
         parts.append(part)
         count -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -174,40 +179,57 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
 def run_template(control: socket.socket) -> None:
     """Fork and kill children as *control* says, until its other end is closed; then kill all."""
     children: set[int] = set()
+    ended: dict[int, int] = {}  # exit codes of children that ended by themselves
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
             break
         request = json.loads(message)
         if descriptors:  # *request* are the options of a child to fork
-            process = os.fork()
+            process, code = _fork(control, descriptors[0], ChildOptions(**request))
             if process == 0:
-                control.close()
-                if sys.platform == "linux":
-                    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-                end = socket.socket(fileno=descriptors[0])
-                run_child(end, ChildOptions(**request))  # never returns
-            os.close(descriptors[0])
+                control.sendall(TEMPLATE_REPLY.pack(process, code))
+                continue
             children.add(process)
+            ended.pop(process, None)  # of an earlier child with this id
         else:  # *request* is the id of a child to kill
             process = request
-            _end(children, process)
+            code = ended.pop(process, UNKNOWN_CODE)
+            if process in children:
+                code = _end(children, process)
         # Forget the children that ended by themselves. The system gives the id of a process to another one
         # only after `waitpid` has returned it, so an id in *children* is always that of a child.
         for child in list(children):  # a copy, because the loop changes *children*
-            if os.waitpid(child, os.WNOHANG)[0] == child:
+            waited, status = os.waitpid(child, os.WNOHANG)
+            if waited == child:
                 children.discard(child)
-        control.sendall(TEMPLATE_REPLY.pack(process))
+                ended[child] = os.waitstatus_to_exitcode(status)
+        control.sendall(TEMPLATE_REPLY.pack(process, code))
     for process in list(children):
         _end(children, process)
 
 
-def _end(children: set[int], process: int) -> None:
-    """Kill *process* if it is one of *children* and wait for its end."""
-    if process in children:
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        children.discard(process)
+def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> tuple[int, int]:
+    """Fork a child with the socket *descriptor*; return its id and 0, or 0 and an error number."""
+    try:
+        process = os.fork()
+    except OSError as error:
+        os.close(descriptor)
+        return 0, error.errno or 0
+    if process == 0:
+        control.close()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        run_child(socket.socket(fileno=descriptor), options)  # never returns
+    os.close(descriptor)
+    return process, 0
+
+
+def _end(children: set[int], process: int) -> int:
+    """Kill *process*, one of *children*; return its exit code, or that with which it was ending already."""
+    os.kill(process, signal.SIGKILL)
+    children.discard(process)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def main() -> None:

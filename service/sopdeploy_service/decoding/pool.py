@@ -1,6 +1,6 @@
 """The server's side of decoder processes. What a child sends is not trusted: sizes are fixed or limited.
 
-An image whose child ends, takes too long or sends a wrong reply raises `DecoderEndedError`.
+An image whose child ends, takes too long or sends a wrong reply raises `DecoderEndedError`, which says why.
 """
 
 import atexit
@@ -9,14 +9,17 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import BinaryIO, cast
+from pathlib import Path
+from typing import BinaryIO, TypeAlias, cast
 
 import numpy as np
 
@@ -33,8 +36,44 @@ LOGGED_CHARACTERS = 500  # of what children write to standard error at once
 log = logging.getLogger("sopdeploy.decoding")
 
 
+TIME, WRONG_REPLY, UNKNOWN, EXIT = "time", "wrong_reply", "unknown", "exit"  # and names of signals
+
+OnEnd: TypeAlias = Callable[[str], None]  # is told why a child has ended
+
+
 class DecoderEndedError(Exception):
-    """The child ended, took too long or sent a wrong reply, and has been replaced."""
+    """The child ended, took too long or sent a wrong reply, and has been replaced; *reason* says which.
+
+    *reason* is `TIME`, `WRONG_REPLY`, `EXIT`, the name of a signal, or `UNKNOWN` if its template ended, too.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.is_limit = reason in {TIME, WRONG_REPLY}  # of this program: the image is the cause
+        self.is_kill = reason in {signal.SIGKILL.name, UNKNOWN}  # of the system or a user
+
+
+def reason_of(code: int) -> str:
+    """Name the reason for the exit *code* of a child."""
+    if code == child.UNKNOWN_CODE:
+        return UNKNOWN
+    if code >= 0:
+        return EXIT
+    if -code == signal.SIGPROF:  # after the CPU time of its options
+        return TIME
+    try:
+        return signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        return f"signal {-code}"
+
+
+def is_stopped(process: int) -> bool:
+    """Tell whether *process* was stopped, as by SIGSTOP; False where the system does not tell."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] == "T"
 
 
 class Template:
@@ -50,28 +89,49 @@ class Template:
         """Fork a child, or raise `RuntimeUnavailableError`; return the socket to it and its id."""
         request = json.dumps(options._asdict()).encode()
         ours, theirs = socket.socketpair()
-        with theirs, self._lock:
-            with suppress(OSError):  # the template has ended; the second try starts a new one
-                return ours, self._ask(request, [theirs.fileno()])
+        message = "the decoder processes do not start"
+        with theirs, self._lock, ExitStack() as stack:
+            stack.callback(ours.close)  # unless a child has the other end
             try:
-                return ours, self._ask(request, [theirs.fileno()])
+                try:
+                    process, code = self._ask(request, [theirs.fileno()])
+                except OSError:  # the template has ended; the second try starts a new one
+                    process, code = self._ask(request, [theirs.fileno()])
+            except BrokenPipeError as error:
+                raise RuntimeUnavailableError(f"{message}; see the message above") from error
             except OSError as error:
-                ours.close()
-                message = "the decoder processes do not start; see the message above"
-                raise RuntimeUnavailableError(message) from error
+                raise RuntimeUnavailableError(
+                    f"{message} ({error.strerror}); check the limits of this system"
+                ) from error
+            if process == 0:
+                raise RuntimeUnavailableError(f"{message} ({os.strerror(code)}); allow more processes")
+            stack.pop_all()
+        return ours, process
 
-    def kill(self, process: int) -> None:
-        """Kill the child *process*; one of a template that has ended has ended, too."""
+    def end(self, process: int) -> int:
+        """Kill the child *process*; return its exit code, or that with which it had ended before.
+
+        A child of a template that has ended has ended, too; its code is `UNKNOWN_CODE`.
+        """
         with self._lock, suppress(OSError):
-            self._ask(str(process).encode(), [])
+            return self._ask(str(process).encode(), [])[1]
+        return child.UNKNOWN_CODE
+
+    @property
+    def process(self) -> int | None:
+        """The id of the process of the template, if there is one."""
+        process = self._process
+        return None if process is None else process.pid
 
     def close(self) -> None:
         """End the template and its children."""
         with self._lock:
             self._close()
 
-    def _ask(self, message: bytes, descriptors: list[int]) -> int:
+    def _ask(self, message: bytes, descriptors: list[int]) -> tuple[int, int]:
         """Send *message* and *descriptors* to the template, which is started if needed; return its reply.
+
+        The reply has the id of a child and its exit code, as `TEMPLATE_REPLY` says.
 
         An `OSError` ends the template. The caller holds the lock.
         """
@@ -84,7 +144,8 @@ class Template:
         except OSError:
             self._close()
             raise
-        return int(child.TEMPLATE_REPLY.unpack(reply)[0])
+        process, code = child.TEMPLATE_REPLY.unpack(reply)
+        return process, code
 
     def _start(self) -> socket.socket:
         """Start the template, which gets nothing of this process but the modules; return the socket to it."""
@@ -138,12 +199,18 @@ def _write_rules(preprocess: Preprocess) -> bytes:
 class DecoderProcess:
     """One child, which is replaced when it fails. Not thread-safe."""
 
-    def __init__(self, template: Template, options: child.ChildOptions, seconds: float) -> None:
-        """Start a child that may take *seconds* for an image.
+    def __init__(
+        self,
+        template: Template,
+        options: child.ChildOptions,
+        seconds: float,
+        on_end: OnEnd = lambda _reason: None,
+    ) -> None:
+        """Start a child that may take *seconds* for an image; *on_end* is called when it is replaced.
 
         Raises `RuntimeUnavailableError` if it does not start, `ConfigError` if a required sandbox is missing.
         """
-        self._template, self._options, self._seconds = template, options, seconds
+        self._template, self._options, self._seconds, self._on_end = template, options, seconds, on_end
         self._end: socket.socket | None = None
         self._number = self.process = 0  # number of the last request; id of the child
         self.restrictions = self._start()
@@ -178,11 +245,12 @@ class DecoderProcess:
             is_known = kind in {expected, child.LARGER, *error_kinds}
             valid_sizes = sizes if kind == expected else range(child.MAX_MESSAGE + 1)
             if number != self._number or not is_known or num_bytes not in valid_sizes:
-                raise OSError("wrong reply")
+                raise DecoderEndedError(self._replace(WRONG_REPLY))
             data = child.receive(end, num_bytes, deadline)
+        except (BlockingIOError, TimeoutError) as error:  # BlockingIOError: after the timeout of the socket
+            raise DecoderEndedError(self._replace(TIME)) from error
         except OSError as error:
-            self._replace()
-            raise DecoderEndedError from error
+            raise DecoderEndedError(self._replace()) from error
         if kind == expected:
             return bits, data
         if kind == child.LARGER:
@@ -198,25 +266,34 @@ class DecoderProcess:
 
     def _idle_end(self) -> socket.socket:
         """Return the socket; first replace a child that has ended or sent more than its replies."""
+        reason = ""
         if self._end is not None:
             try:
-                self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # returns: it ended or sent too much
+                if self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):  # nothing: it has ended
+                    reason = WRONG_REPLY
             except BlockingIOError:  # nothing to read: the child waits for a request
                 return self._end
             except OSError:  # the child has ended
                 pass
-        self._replace()
+        reason = self._replace(reason)
         if self._end is None:
-            raise DecoderEndedError
+            raise DecoderEndedError(reason)
         return self._end
 
-    def _replace(self) -> None:
-        self.close()
-        self._template.kill(self.process)
+    def _replace(self, reason: str = "") -> str:
+        """Start another child for one that has ended for *reason*, by default that of its exit code."""
+        if self._end is None:  # the child was not replaced the last time
+            reason = UNKNOWN
+        else:
+            self.close()
+            code = self._template.end(self.process)
+            reason = reason or reason_of(code)
+            self._on_end(reason)
         try:
             self._start()
         except (ConfigError, RuntimeUnavailableError) as error:  # the next image tries again
             log.error("a decoder process is not replaced: %s", error)
+        return reason
 
     def _start(self) -> str:
         """Fork a child, whose id is `process`; return its restrictions, or `no sandbox` and the reason."""

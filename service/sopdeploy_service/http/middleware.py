@@ -11,17 +11,17 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import TypeAlias
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key
-from sopdeploy_service.http.problems import INTERNAL, reject
+from sopdeploy_service.http.problems import INTERNAL, reject, without_prefix
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
+from sopdeploy_service.origins import foreign_host, is_foreign_page, is_within
+from sopdeploy_service.settings import Settings
 
 PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
 _NUMBERS = itertools.count()
@@ -37,9 +37,8 @@ MONITORING = PROBES | {METRICS_PATH}  # successful requests are logged at debug 
 NO_KEY = HttpError(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
-FOREIGN = HttpError(
-    "foreign_request", 403, "without keys, this server answers only to localhost and to its own pages"
-)
+ALLOW = "list the name that clients use in the setting allowed_hosts"
+FOREIGN_PAGE = HttpError("foreign_request", 403, f"the request is of a page of another host; {ALLOW}")
 
 log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
@@ -49,11 +48,14 @@ access_log = logging.getLogger("sopdeploy.access")
 class RequestContext:
     """The state of one request: `scope["state"]["context"]`, written to metrics and access log at its end.
 
-    `headers` are by name in lower case. `stage_seconds` maps each stage to the time of the slowest image.
+    `headers` are by name in lower case, `path` is below `root_path`, `peer` is the address of the client or
+    of the proxy. `stage_seconds` maps each stage to the time of the slowest image.
     """
 
     request_id: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    path: str = ""
+    peer: str = ""
     key_name: str | None = None
     rate_limit: TokenBucket | None = None
     model_name: str = ""
@@ -68,7 +70,7 @@ class RequestContext:
         return ", ".join([f"{stage};dur={spent * 1000:.2f}" for stage, spent in self.stage_seconds.items()])
 
 
-Guard: TypeAlias = Callable[[str, RequestContext], None]  # for the path of a request
+Guard: TypeAlias = Callable[[RequestContext], None]
 
 
 @dataclass(eq=False)
@@ -88,10 +90,7 @@ class RequestContextMiddleware:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
-        pairs = reversed(scope["headers"])  # of several with one name, the first one counts
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
-        context = RequestContext(request_id(headers), headers)
-        scope.setdefault("state", {})["context"] = context
+        context = self._create_context(scope)
         # A copy: the server reads the method from its own scope.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         status = 0  # until the response starts
@@ -112,10 +111,11 @@ class RequestContextMiddleware:
         self.service.active_requests += 1
         try:
             limit = self.service.settings.max_body_bytes
-            if int(headers.get("content-length", "0")) > limit:  # the server has checked that it is a number
+            announced = context.headers.get("content-length", "0")
+            if int(announced) > limit:  # the server has checked that it is a number
                 raise RejectedError(HttpError.of(too_large_error(limit)))
             if self.guard is not None:
-                self.guard(scope["path"], context)
+                self.guard(context)
             await self.app(inner, receive, send_with_headers)
         except Exception as error:
             reason = self._error_of(error, inner)  # which counts or logs every error
@@ -128,6 +128,18 @@ class RequestContextMiddleware:
             seconds = time.monotonic() - started
             route = inner.get("route")  # the router adds it to the scope that the app was called with
             self._record(context, scope["method"], route, status, seconds)
+
+    def _create_context(self, scope: Scope) -> RequestContext:
+        """Create the context of a request and put it into *scope*, with `root_path`."""
+        pairs = reversed(scope["headers"])  # of several with one name, the first one counts
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
+        root = self.service.settings.root_path
+        path = without_prefix(scope["path"], root)
+        scope["root_path"], scope["path"] = root, root + path  # also if a proxy has removed it
+        peer = scope["client"][0] if scope.get("client") else ""
+        context = RequestContext(request_id(headers), headers, path, peer)
+        scope.setdefault("state", {})["context"] = context
+        return context
 
     def _error_of(self, error: Exception, scope: Scope) -> HttpError:
         """Return the `HttpError` that answers *error*; count it, or log an *error* that is a defect."""
@@ -167,43 +179,36 @@ class RequestContextMiddleware:
         access_log.log(level, "request", extra=extra)
 
 
+def all_of(guards: Sequence[Guard], context: RequestContext) -> None:
+    """Call each of *guards*; the first one that refuses raises `RejectedError`."""
+    for guard in guards:
+        guard(context)
+
+
 def request_id(headers: Mapping[str, str]) -> str:
     """Return the client's `X-Request-ID` if it is valid, or a new ID of 32 hexadecimal digits."""
     given = headers.get("x-request-id", "")
     return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(_NUMBERS):016x}"
 
 
-def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: bool = False) -> bool:
-    """Tell whether a browser sent a request with *headers* for a page of another host.
+class OriginGuard:
+    """Refuses requests for foreign hosts and of foreign pages with 403, except those for `OPEN`."""
 
-    Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` reveal a page of
-    another host. If that host was made to resolve to this machine (DNS rebinding), they do not, but `Host` is
-    then its name: none of *names* and no IP address. With *is_link*, a link on another page may lead here; a
-    browser sends no `Origin` for it.
-    """
-    host = headers.get("host", "localhost")
-    is_own_origin = headers.get("origin") in {None, f"http://{host}"}
-    is_own_site = headers.get("sec-fetch-site") in {None, "none", "same-origin"}  # "none": opened by the user
-    is_of_own_page = is_own_origin and (is_own_site or is_link)
-    return not (is_of_own_page and _is_own_host(host, names))
+    def __init__(self, settings: Settings) -> None:
+        self._allowed, self._proxies = settings.allowed_hosts, settings.trusted_proxies
+        self._own = ("localhost", settings.host, *self._allowed)
 
-
-def _is_own_host(host: str, names: Collection[str]) -> bool:
-    """Tell whether *host*, the value of the header, is an IP address or one of *names*."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""  # in lower case, without the port
-        if name in {own.lower() for own in names}:
-            return True
-        ip_address(name)  # raises ValueError unless it is one
-    except ValueError:  # also if *host* is malformed
-        return False
-    return True
-
-
-def refuse_foreign(names: Collection[str], path: str, context: RequestContext) -> None:
-    """Refuse requests of foreign pages with 403, except those for `OPEN`; *names* are those of this host."""
-    if path not in OPEN and is_foreign(context.headers, names):
-        raise RejectedError(FOREIGN)
+    def __call__(self, context: RequestContext) -> None:
+        """Raise `RejectedError` unless the request is allowed."""
+        if context.path in OPEN:
+            return
+        is_proxied = is_within(context.peer, self._proxies)
+        host = foreign_host(context.headers, self._own, is_proxied=is_proxied)
+        if host is not None:
+            message = f"this server does not answer to the name {host[:100]!r}; {ALLOW}"
+            raise RejectedError(HttpError("foreign_request", 403, message))
+        if is_foreign_page(context.headers, self._allowed, is_proxied=is_proxied):
+            raise RejectedError(FOREIGN_PAGE)
 
 
 class KeyGuard:
@@ -221,9 +226,9 @@ class KeyGuard:
             if key.rate is not None
         }
 
-    def __call__(self, path: str, context: RequestContext) -> None:
-        """Raise `RejectedError` unless the request for *path* is allowed; set key and rate limit."""
-        if path in self._open_paths:
+    def __call__(self, context: RequestContext) -> None:
+        """Raise `RejectedError` unless the request is allowed; set key and rate limit."""
+        if context.path in self._open_paths:
             return
         scheme, _, token = context.headers.get("authorization", "").partition(" ")
         secret = token.strip() if scheme.lower() == "bearer" else context.headers.get("x-api-key", "")

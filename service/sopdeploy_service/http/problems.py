@@ -23,16 +23,24 @@ def bad_request(code: str, message: str) -> RejectedError:
     return RejectedError(HttpError(code, 400, message))
 
 
-def describe_error(error: HttpError) -> Problem:
-    """Create the response body of *error*."""
+def without_prefix(path: str, root_path: str) -> str:
+    """Return the part of *path* below the prefix *root_path*, which a proxy may have removed."""
+    if not root_path or (path != root_path and not path.startswith(f"{root_path}/")):
+        return path
+    return path[len(root_path) :] or "/"
+
+
+def describe_error(error: HttpError, root_path: str = "") -> Problem:
+    """Create the response body of *error*; the page about its code is below *root_path*."""
     title = "Client Closed Request" if error.status == 499 else HTTPStatus(error.status).phrase
-    return Problem(
-        type=f"/errors#{error.code}", title=title, status=error.status, code=error.code, detail=error.message
-    )
+    page = f"{root_path}/errors#{error.code}"
+    return Problem(type=page, title=title, status=error.status, code=error.code, detail=error.message)
 
 
-def problem_response(reason: HttpError, given_headers: Mapping[str, str], path: str) -> Response:
-    """Create the response of *reason* to a request for *path*, with *given_headers*.
+def problem_response(
+    reason: HttpError, given_headers: Mapping[str, str], path: str, root_path: str
+) -> Response:
+    """Create the response of *reason* to a request for *path* below *root_path*, with *given_headers*.
 
     Below `/v2`, the body is `{"error": message}` as in the Open Inference Protocol, and the code is in the
     header `X-Error-Code`.
@@ -48,14 +56,15 @@ def problem_response(reason: HttpError, given_headers: Mapping[str, str], path: 
         headers["X-Error-Code"] = reason.code
         body, media_type = orjson.dumps({"error": reason.message}), "application/json"
     else:
-        body, media_type = orjson.dumps(describe_error(reason).model_dump()), PROBLEM_JSON
+        body, media_type = orjson.dumps(describe_error(reason, root_path).model_dump()), PROBLEM_JSON
     return Response(body, status_code=reason.status, headers=headers, media_type=media_type)
 
 
 def reject(scope: Scope, reason: HttpError, headers: Mapping[str, str] | None = None) -> Response:
     """Create the response of *reason* and record its code for the access log."""
-    scope["state"]["context"].code = reason.code
-    return problem_response(reason, headers or {}, scope["path"])
+    context = scope["state"]["context"]
+    context.code = reason.code
+    return problem_response(reason, headers or {}, context.path, scope["root_path"])
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -76,18 +85,26 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
         allowed = {method.strip() for method in headers.get("Allow", "").split(",")}
         if "GET" in allowed:  # `RequestContextMiddleware` handles HEAD like it
             headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"}))
-        status, path = HTTPStatus(error.status_code), request.scope["path"]
+        status, root = HTTPStatus(error.status_code), request.scope["root_path"]
+        path = request.scope["state"]["context"].path
         detail = str(error.detail)
         if status == HTTPStatus.NOT_FOUND:
             near = difflib.get_close_matches(path[:100], paths, n=1)
-            hint = f" did you mean {near[0]}?" if near else ""
-            detail = f"no such path;{hint} /docs lists all"
+            hint = f" did you mean {root}{near[0]}?" if near else ""
+            detail = f"no such path;{hint} {root}/docs lists all"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
-            detail = f"{path} does not accept {request.method}; use {headers['Allow']} (/docs has examples)"
+            use = f"use {headers['Allow']} ({root}/docs has examples)"
+            detail = f"{root}{path} does not accept {request.method}; {use}"
         return reject(request.scope, HttpError(status.name.lower(), status, detail), headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "extra_forbidden" and first["loc"][0] == "query":
+            given, operations = str(first["loc"][-1])[:100], request.app.openapi()["paths"]
+            route, method = request.scope["route"].path, request.method.lower()
+            known = [one["name"] for one in operations[route][method]["parameters"] if one["in"] == "query"]
+            message = f"{given!r}: unknown parameter; known are {', '.join(known)}"
+            return reject(request.scope, HttpError("unknown_parameter", 400, message))
         message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         return reject(request.scope, HttpError("invalid_parameter", 422, message))

@@ -57,7 +57,7 @@ def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
     """Find the bundles of *sources*, each `PATH` or `NAME=PATH`, by name.
 
     For a folder, the log gets a line about each project, a warning if a bundle cannot be served.
-    Raises `BundleError` for a path without a bundle and `ConfigError` for two bundles with one name.
+    Raises `BundleError` for a path without a bundle and `ConfigError` for different bundles with one name.
     """
     bundles: dict[str, Path] = {}
     for given_name, source in map(_parse_source, sources):
@@ -68,10 +68,11 @@ def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
         else:
             named = _find_in_folder(path)
         for name, bundle in named:
-            if name in bundles:
+            # The same bundle may be given twice, as by `bundles/*` with the link `latest`.
+            if name in bundles and read_manifest(bundle).id != read_manifest(bundles[name]).id:
                 reason = f"the name {name} is already used by {bundles[name]}"
                 raise ConfigError(f"{bundle}: {reason}; choose another one: NAME={bundle}")
-            bundles[name] = bundle
+            bundles.setdefault(name, bundle)
     return bundles
 
 

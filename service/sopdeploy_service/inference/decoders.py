@@ -3,13 +3,18 @@
 A thread per child sends it an image and waits. Light children are small and have normal priority; an image
 that is too large or takes too long for them is tried again by a child for large images, which has more memory
 and low priority. So light images pass large ones, and the memory of all children is limited.
+
+A child can also end without any fault of its image, as when the system runs out of memory. An image whose
+child ends by another cause than its own limits is therefore decoded once more, by a child for large images.
 """
 
 import logging
 import math
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -19,10 +24,23 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions, LargerImageError
-from sopdeploy_service.decoding.pool import DecoderEndedError, DecoderProcess, shared_template
+from sopdeploy_service.decoding.pool import (
+    TIME,
+    DecoderEndedError,
+    DecoderProcess,
+    is_stopped,
+    shared_template,
+)
 from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference.model_worker import Model, QueuedImage, call_soon
-from sopdeploy_service.inference.results import DAMAGED, DEADLINE, DECODERS_BUSY, HttpError
+from sopdeploy_service.inference.results import (
+    DAMAGED,
+    DEADLINE,
+    DECODER_CRASHED,
+    DECODER_KILLED,
+    DECODERS_BUSY,
+    HttpError,
+)
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes
 from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
@@ -36,6 +54,7 @@ NICENESS = 10  # of children for large images
 USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 MAX_WAITING_LARGE = 8  # large images; one more gets 503
+WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped at both is ended
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -95,6 +114,8 @@ class Decoders:
         self.large: SimpleQueue[Job | None] = SimpleQueue()
         self.budget: int | None = None  # bytes of memory of the children; None: what this process may use
         self._plan = Plan(light=0, large=0, large_memory=0)  # no children before `start`
+        self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
+        self._ending = threading.Event()
 
     def start(self) -> None:
         """Start children and threads; raises the errors of `DecoderProcess`."""
@@ -111,9 +132,11 @@ class Decoders:
         for jobs, child in zip(queues, children, strict=True):
             # daemons: a child that hangs cannot block an exit
             threading.Thread(target=_run, args=(jobs, child), name="decoder", daemon=True).start()
+        threading.Thread(target=self._watch, args=(children,), name="decoder_watch", daemon=True).start()
 
     def stop(self) -> None:
         """End the threads and their children."""
+        self._ending.set()
         for jobs in [self.light] * self._plan.light + [self.large] * self._plan.large:
             jobs.put(None)
 
@@ -133,8 +156,13 @@ class Decoders:
         return self._wait_for(image, lambda child: child.copy(image))
 
     def _wait_for(self, image: bytes, request: Callable[[DecoderProcess], _Result]) -> _Result:
-        """Run *request* in a light child; for a large body, or if that fails, in one for large images."""
-        queues = [self.light, self.large] if len(image) <= LIGHT_BODY else [self.large]
+        """Run *request* in a light child; for a large body, or if that fails, in one for large images.
+
+        The child for large images gets it once more if it ends without the fault of the image.
+        """
+        queues = [self.light] * (len(image) <= LIGHT_BODY) + [self.large] * 2
+        num_ends = 0  # of children, without a fault of the image
+        refusal = DAMAGED
         for jobs in queues:
             result: Future[_Result] = Future()
 
@@ -145,10 +173,38 @@ class Decoders:
                     result.set_exception(error)
 
             jobs.put(run)
-            with suppress(LargerImageError, DecoderEndedError):  # then try the next queue
+            try:
                 return result.result()
-        # The child for large images has ended or took too long; see also `_decode_item`.
-        raise ImageError(DAMAGED.message, code=DAMAGED.code, status=DAMAGED.status)
+            except LargerImageError:  # then try the next queue
+                pass
+            except DecoderEndedError as error:
+                num_ends += not error.is_limit
+                refusal = refusal_after(error)
+                if jobs is self.large and (error.is_limit or num_ends > 1):
+                    break
+        raise ImageError(refusal.message, code=refusal.code, status=refusal.status)
+
+    def _watch(self, children: Sequence[DecoderProcess]) -> None:
+        """End processes that are stopped; their images are decoded again, and others are started."""
+        template = shared_template()
+        suspects: set[int] = set()  # stopped at the last look
+        while not self._ending.wait(WATCH_SECONDS):
+            processes = {
+                process for process in (template.process, *(one.process for one in children)) if process
+            }
+            stopped = {process for process in processes if is_stopped(process)}
+            self.are_stopped = bool(stopped)
+            for process in stopped & suspects:
+                log.warning("the decoder process %d is stopped; it is ended", process)
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)  # not by the template, which may be the one
+            suspects = stopped
+
+    def _note_end(self, reason: str) -> None:
+        """Count a child that has ended for *reason*; log one that did not end at its time limit."""
+        self._metrics.decoder_ended.labels(reason).inc()
+        if reason != TIME:
+            log.warning("a decoder process has ended (%s) and is replaced", reason)
 
     def _start_child(self, *, is_light: bool) -> DecoderProcess:
         """Start a child with the limits of the light ones or of those for large images."""
@@ -163,22 +219,34 @@ class Decoders:
             formats=settings.formats,
             sandbox=settings.sandbox,
         )
-        return DecoderProcess(shared_template(), options, settings.decode_seconds)
+        return DecoderProcess(shared_template(), options, settings.decode_seconds, self._note_end)
 
-    def _put_large(self, model: Model, item: QueuedImage, image: bytes) -> None:
-        """Queue *image* for a child for large images, or refuse it if too many wait there."""
+    def _put_large(self, model: Model, item: QueuedImage, image: bytes, num_ends: int = 0) -> None:
+        """Queue *image* for a child for large images, or refuse it if too many wait there.
+
+        *num_ends* children of it have ended without its fault.
+        """
         if self.large.qsize() >= MAX_WAITING_LARGE:
             call_soon(item.outcome.get_loop(), item.settle, DECODERS_BUSY)
             return
         item.late = DECODERS_BUSY  # if its deadline passes before it is decoded
-        self.large.put(partial(self._decode_item, model, item, image, is_light=False))
+        decode = partial(self._decode_item, model, item, image, is_light=False, num_ends=num_ends)
+        self.large.put(decode)
 
     def _decode_item(
-        self, model: Model, item: QueuedImage, image: bytes, child: DecoderProcess, *, is_light: bool
+        self,
+        model: Model,
+        item: QueuedImage,
+        image: bytes,
+        child: DecoderProcess,
+        *,
+        is_light: bool,
+        num_ends: int = 0,
     ) -> None:
         """Let *child* decode *image* and queue *item*, or settle an *item* that cannot be queued.
 
-        If a child that *is_light* cannot decode the image, it is queued for a child for large images.
+        If a child that *is_light* cannot decode the image, or if the first of its children ends without its
+        fault, it is queued for a child for large images. *num_ends* have ended so before.
         """
         if item.outcome.done():
             return
@@ -189,11 +257,15 @@ class Decoders:
                 item.image, item.warnings = child.decode(image, model.bundle.manifest.preprocess)
         except ImageError as error:
             refusal = HttpError.of(error)
-        except (LargerImageError, DecoderEndedError):
-            if is_light:
-                self._put_large(model, item, image)
+        except LargerImageError:  # raised by light children only
+            self._put_large(model, item, image)
+            return
+        except DecoderEndedError as error:
+            num_ends += not error.is_limit
+            if is_light or (num_ends == 1 and not error.is_limit):
+                self._put_large(model, item, image, num_ends)
                 return
-            refusal = DAMAGED
+            refusal = refusal_after(error)
         finally:
             ended = time.monotonic()
             self._metrics.decode_seconds.inc(ended - started)
@@ -205,6 +277,13 @@ class Decoders:
             refusal = model.queue.put(item)  # the queue may have been closed meanwhile
         if refusal is not None:
             call_soon(item.outcome.get_loop(), item.settle, refusal)
+
+
+def refusal_after(error: DecoderEndedError) -> HttpError:
+    """Return what a client gets for an image whose last child ended with *error*."""
+    if error.is_limit:
+        return DAMAGED
+    return DECODER_KILLED if error.is_kill else DECODER_CRASHED
 
 
 def _run(jobs: "SimpleQueue[Job | None]", child: DecoderProcess) -> None:

@@ -8,9 +8,11 @@ meant and does not work, the server ends with an error instead of silently using
 import asyncio
 import logging
 import time
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
-from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
+from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare, read_probes, replay, select
 from sopdeploy.bundle.signing import check_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import RUNTIMES
@@ -206,23 +208,36 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     """Run batches of 1, 2, 4 ... *max_batch* images twice on a GPU; return (images, seconds) per run.
 
     The first batch of a size takes many times as long as the others: libraries choose kernels and allocate
-    memory. Without this, it would be a client's batch. Nothing is run on a CPU, which has no such cost.
+    memory. Without this, it would be a client's batch. Every row of every batch is compared with the output
+    of its image, because kernels for other sizes are other kernels; small and large batches alternate the
+    second time, because an engine then changes its profile. Raises `ParityError`. Nothing is run on a CPU,
+    which has no such cost.
     """
     timings: list[tuple[int, float]] = []
     sizes = () if runtime.device == "cpu" else padded_sizes(max_batch)
-    for size in sizes:
-        images = probes.images[np.arange(size) % len(probes.images)]  # repeated if there are too few
+    largest = max_batch
+    for size in (*sizes, *alternating(sizes)):  # the second time shows the usual time
+        if size > largest:
+            continue
+        batch = select(probes, np.arange(size) % len(probes.images))  # repeated if there are too few
         try:
-            for _ in range(2):  # the second one shows the usual time
-                started = time.monotonic()
-                runtime.run(images)
-                timings.append((size, time.monotonic() - started))
+            started = time.monotonic()
+            outputs = runtime.run(batch.images)
+            timings.append((size, time.monotonic() - started))
         except Exception as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
             log.warning("out of memory for a batch of %d; the server will halve such batches", size)
-            break
+            largest = size - 1
+        else:
+            compare(batch, outputs, size)
     return timings
+
+
+def alternating(sizes: Sequence[int]) -> list[int]:
+    """Return *sizes* in the order smallest, largest, second smallest, second largest and so on."""
+    left = deque(sizes)
+    return [left.popleft() if number % 2 == 0 else left.pop() for number in range(len(sizes))]
 
 
 def _replay_all(
@@ -240,16 +255,11 @@ def _replay_all(
     if thorough or size == 1:
         probes_by_size = {1: probes, size: probes}  # all of them alone and, unless *size* is 1, in batches
     else:  # the first one alone, the others in batches
-        probes_by_size = {1: _select(probes, slice(1)), size: _select(probes, slice(1, None))}
+        probes_by_size = {1: select(probes, slice(1)), size: select(probes, slice(1, None))}
     replays = {batch: replay(part, timed_run, batch=batch) for batch, part in probes_by_size.items()}
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)
     return replays
-
-
-def _select(probes: Probes, part: slice) -> Probes:
-    expected = {name: values[part] for name, values in probes.expected.items()}
-    return replace(probes, images=probes.images[part], expected=expected)
 
 
 def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: int) -> None:
@@ -260,7 +270,9 @@ def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: i
     for position in (1, 0):  # of the probes' batch among the two
 
         def run(images: NDArray[np.uint8], position: int = position) -> Outputs:
-            batches = [~images, ~images]  # the other batch has inverted images, so that the outputs differ
+            # The other batch has inverted images, so that the outputs differ. The one that begins later has a
+            # single image, so that an engine uses its other profile, too.
+            batches = [~images, ~images[:1]]
             batches[position] = images
             waits = [runtime.begin(list(batch)) for batch in batches]
             outputs = [wait() for wait in waits]

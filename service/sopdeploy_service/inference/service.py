@@ -36,7 +36,7 @@ MAX_RETRY_SECONDS = 60
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[bytes] | NDArray[np.uint8]
-State: TypeAlias = Literal["ok", "draining", "runtime_dead"]
+State: TypeAlias = Literal["ok", "draining", "decoders_stopped", "runtime_dead"]
 CollectMetrics: TypeAlias = Callable[[], Awaitable[bytes]]
 
 models_log = logging.getLogger("sopdeploy.models")
@@ -201,10 +201,12 @@ class Service:
 
     @property
     def state(self) -> State:
-        """The health: `ok`, `draining` (also before `start`) or `runtime_dead`."""
+        """The health: `ok`, `draining` (also before `start`), `decoders_stopped` or `runtime_dead`."""
         if any(model.dead for model in self.registry.models()):
             return "runtime_dead"
-        return "draining" if self._draining else "ok"
+        if self._draining:
+            return "draining"
+        return "decoders_stopped" if self.decoders.are_stopped else "ok"
 
     async def collect_metrics(self) -> bytes:
         """Format the metrics of all processes of this server for Prometheus, or those of this process."""

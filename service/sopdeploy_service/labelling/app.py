@@ -1,6 +1,6 @@
 """The server of the label page: its routes, and the requests that it refuses.
 
-It answers only to its own names and to its own page (`http.middleware.is_foreign`), and only with the random
+It answers only to its own names and to its own page (see `origins`), and only with the random
 key of the address that it prints: other users of this machine reach it, too. Its connections have the limits
 of the service's. It decodes no image: a browser gets the files.
 """
@@ -29,10 +29,10 @@ from sopdeploy.config import StrictModel
 from sopdeploy.decision import softmax
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
-from sopdeploy_service.http.middleware import is_foreign
 from sopdeploy_service.labelling.folders import GoneError, LabelFolders
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.http_protocol import limited_config
+from sopdeploy_service.origins import foreign_host, is_foreign_page
+from sopdeploy_service.server.http_protocol import Connections, limited_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
@@ -68,7 +68,7 @@ def refuse_request(request: Request, names: set[str], key: str) -> Response | No
     """
     headers = request.headers
     navigates = request.method == "GET" and request.url.path == "/"
-    if is_foreign(headers, names, is_link=navigates):
+    if foreign_host(headers, names) is not None or is_foreign_page(headers, (), is_link=navigates):
         return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
     if request.method == "POST":
         if headers.get("content-type") != "application/json":
@@ -80,7 +80,8 @@ def refuse_request(request: Request, names: set[str], key: str) -> Response | No
         return None
     given = parse_qs(request.url.query).get("key", [""])[0]
     if navigates and secrets.compare_digest(given.encode(), key.encode()):
-        response = RedirectResponse("/", 303)  # so that the key is not in the history of the browser
+        # So that the key is not in the history of the browser; relative, because a proxy may add a prefix.
+        response = RedirectResponse("./", 303)
         response.set_cookie(COOKIE, key, httponly=True, samesite="lax")
         return response
     return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
@@ -100,7 +101,7 @@ async def guard(names: set[str], key: str, request: Request, call_next: RequestR
 
 def label_config(app: FastAPI) -> uvicorn.Config:
     """Create the uvicorn configuration of the label page: the protocol and the limits of the service."""
-    return limited_config(app, Settings(max_connections=MAX_CONNECTIONS), Metrics())
+    return limited_config(app, Connections(Settings(max_connections=MAX_CONNECTIONS), Metrics()))
 
 
 def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAPI:

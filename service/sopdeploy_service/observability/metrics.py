@@ -62,6 +62,11 @@ class Metrics:
         self.batch_close = counter(
             "batch_close", "Why a batch closed: full, or the worker was idle", ("model", "reason")
         )
+        self.decoder_ended = counter(
+            "decoder_ended",
+            "Decoder processes replaced: after a limit, a wrong reply or a signal",
+            ("reason",),
+        )
         self.rejected = counter("rejected", "Images or requests rejected", ("reason",))
         self.cancelled = counter("cancelled", "Requests whose client disconnected")
         self.nonfinite_outputs = counter("nonfinite_outputs", "Images whose output is not finite", ("model",))

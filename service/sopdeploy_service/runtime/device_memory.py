@@ -5,9 +5,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
+from sopdeploy.environment import control_groups
+
 MEMINFO = Path("/proc/meminfo")
-PROCESS_CGROUP = Path("/proc/self/cgroup")
 
 # glibc creates up to 8 heaps per core. Once a large block is freed (importing the libraries is enough), it
 # keeps blocks of up to 32 MB in these heaps and leaves up to 64 MB free at the end of each. Without these
@@ -37,20 +37,10 @@ def memory_limit() -> int:
     with suppress(OSError, ValueError, KeyError):
         lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         limits.append(int(lines["MemTotal"].split()[0]) * 1024)
-    with suppress(OSError):
-        for line in PROCESS_CGROUP.read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            if number == "0":  # version 2 of cgroups, such as `0::/user.slice`
-                root, name = CGROUP, "memory.max"
-            elif "memory" in controllers.split(","):  # version 1, such as `9:memory:/docker/1f`
-                root, name = CGROUP / "memory", "memory.limit_in_bytes"
-            else:
-                continue
-            folder = root / path.lstrip("/")
-            # A container can have the limit in *root*, with a path that exists on its host only.
-            for parent in (folder, *folder.parents):
-                with suppress(OSError, ValueError):  # no such file, or `max` instead of a number
-                    limits.append(int((parent / name).read_text()))
+    for folder, version in control_groups("memory"):
+        with suppress(OSError, ValueError):  # no such file, or `max` instead of a number
+            name = "memory.max" if version == 2 else "memory.limit_in_bytes"
+            limits.append(int((folder / name).read_text()))
     return min(limits)
 
 

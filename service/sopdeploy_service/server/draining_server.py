@@ -13,15 +13,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy_service.inference.bundle_store import moves_of
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.server.http_protocol import LimitedHttpProtocol, limited_config
+from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
@@ -46,7 +46,31 @@ def freeze_objects() -> None:
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
-    return limited_config(app, settings, app.state.service.metrics)
+    app.state.connections = Connections(settings, app.state.service.metrics)
+    return limited_config(app, app.state.connections)
+
+
+class AppLifespan:
+    """Starts and stops an app; uvicorn's class would log the traceback of an error, and exit with 3."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._context = app.router.lifespan_context(app)
+        self.state: dict[str, Any] = {}  # uvicorn reads this and the following
+        self.should_exit = False
+
+    async def startup(self) -> None:
+        """Start the app; raises `SopdeployError`, whatever error it is."""
+        try:
+            await self._context.__aenter__()
+        except SopdeployError:
+            raise
+        except Exception as error:
+            reason = f"the server cannot start ({first_line(error)}); check the limits of this system"
+            raise RuntimeUnavailableError(reason) from error
+
+    async def shutdown(self) -> None:
+        """Stop the app."""
+        await self._context.__aexit__(None, None, None)
 
 
 class DrainingServer(uvicorn.Server):
@@ -66,7 +90,7 @@ class DrainingServer(uvicorn.Server):
         links: Mapping[Path, Path] | None = None,
     ) -> None:
         super().__init__(http_config(app, settings))
-        self._service: Service = app.state.service
+        self._app, self._service = app, cast(Service, app.state.service)
         self.bundles = " ".join(model.bundle.name for model in self._service.registry.models())
         self._sources, self._links = sources, links or {}
         self._reloads: set[asyncio.Task[None]] = set()  # the end of the server does not wait for them
@@ -88,7 +112,8 @@ class DrainingServer(uvicorn.Server):
         return EXIT_RUNTIME_DEAD if state == "runtime_dead" else 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port and call `on_open`, which prints the `ready` line."""
+        """Start the app, open the port and call `on_open`, which prints the `ready` line."""
+        self.lifespan = AppLifespan(self._app)  # instead of uvicorn's own
         try:
             await super().startup(sockets)
         except OSError as problem:

@@ -6,7 +6,7 @@ This protocol rejects such requests and closes such connections. `http.middlewar
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -19,9 +19,10 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.http.middleware import request_id
-from sopdeploy_service.http.problems import problem_response
+from sopdeploy_service.http.problems import problem_response, without_prefix
 from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.origins import is_within
 from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
 
@@ -29,8 +30,13 @@ CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
-HEADER_GRACE = 1.0  # seconds; whoever takes longer for the headers makes room for another connection
-MAX_WAITING = 64  # of an address in their headers, or a quarter of `max_connections`; more make room at once
+GRACE = (
+    1.0  # seconds; whoever takes longer for headers, body or reading may have to make room for another one
+)
+MIN_SECONDS = 0.001  # of a body, for its rate
+MIN_SHARE = 64  # connections of an address, or a quarter of `max_connections`; more make room at once
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+PROBE_SECONDS = 0.2  # between two of them to a client that has ended its side of the connection
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 PIECE_BYTES = 4096  # of pipelined requests are parsed before the number of queued ones is checked
 MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
@@ -38,6 +44,9 @@ CHUNK_BYTES = 20  # the size of a chunk and its line ends
 
 FULL = HttpError("too_many_connections", 503, "too many connections; retry later", 1)
 _MALFORMED = HttpError("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
+EVICTED = HttpError(
+    "slow_body", 408, "the body arrives more slowly than others, and this server needs the connection"
+)
 SLOW_HEADERS = HttpError("slow_request", 408, "the request headers did not arrive in time")
 LONG_URL = HttpError("url_too_long", 414, "the URL is longer than the limit of this server")
 LARGE_HEADERS = HttpError(
@@ -54,7 +63,9 @@ UNKNOWN_CODING = HttpError(
 class Connections:
     """The connections of one server; used on its event loop only.
 
-    `waiting` has those whose headers are not complete, with the time at which they began to wait for them.
+    `waiting` has those whose headers are not complete, `bodies` those whose body is not, and `unread` those
+    whose client does not read, with the time at which this began. `closing` has those that have their last
+    response and do not count any more; they stay open until the client has read it, or others follow.
     """
 
     settings: Settings
@@ -62,69 +73,101 @@ class Connections:
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
     waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)  # ordered by this time
+    bodies: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
+    unread: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
+    closing: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by time of closing
+    num_by_address: Counter[str] = field(default_factory=Counter)  # without those of trusted proxies
 
     def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
-        """Admit *connection*; if there are too many, close another one, or return the error for this one.
-
-        The other one is a slow one as `_find_slow` defines it, or else the one that has been idle longest.
-        """
+        """Admit *connection*; if there are too many, close another one, or return the error for this one."""
         self.open[connection] = None
+        if not connection.is_trusted:
+            self.num_by_address[connection.address] += 1
         self.metrics.connections.set(len(self.open))
-        excess = len(self.open) - self.settings.max_connections
-        if excess <= 0:
+        if len(self.open) - len(self.closing) <= self.settings.max_connections:
             return None
-        slow = self._find_slow(connection.loop.time())
-        if slow is not None:
-            del self.waiting[slow]
-            self.metrics.rejected.labels(SLOW_HEADERS.code).inc()
-            slow.abort()
-            return None
-        if self.idle:
-            longest_idle = next(iter(self.idle))
-            del self.idle[longest_idle]
-            longest_idle.close()
-            return None
-        if excess > SPARE:  # only so many over the limit stay open until they have the response `FULL`
-            connection.abort()  # `_reject` then sends nothing
-        return FULL
+        evicted = self._find_evictable(connection.loop.time())
+        if evicted is None:
+            return FULL
+        evicted.evict()
+        self.close(evicted)  # if it has not done so itself
+        return None
 
     def wait(self, connection: "LimitedHttpProtocol") -> None:
         """Note that *connection* waits for headers from now on."""
         self.waiting.pop(connection, None)
         self.waiting[connection] = connection.loop.time()
 
-    def _find_slow(self, now: float) -> "LimitedHttpProtocol | None":
-        """Find the connection that has waited longest for its headers, if for at least `HEADER_GRACE`.
+    def close(self, connection: "LimitedHttpProtocol") -> None:
+        """Note that *connection* has its last response; abort the one that has it longest if many have."""
+        for state in (self.idle, self.waiting, self.bodies, self.unread):
+            state.pop(connection, None)
+        if connection in self.open:
+            self.closing[connection] = None
+        if len(self.closing) > SPARE:
+            longest = next(iter(self.closing))
+            del self.closing[longest], self.open[longest]
+            longest.abort()
 
-        Otherwise, find the oldest one of an address that has too many of those that wait.
+    def _find_evictable(self, now: float) -> "LimitedHttpProtocol | None":
+        """Find the connection to close for another one, or None: all are new or being answered.
+
+        If an address has more than its share, it is one of its connections, even a new one. Otherwise it is
+        one of any address, for longer than `GRACE` in its state.
         """
-        oldest = next(iter(self.waiting), None)
-        if oldest is not None and now - self.waiting[oldest] >= HEADER_GRACE:
-            return oldest
-        counts = Counter(connection.address for connection in self.waiting)
-        limit = max(MAX_WAITING, self.settings.max_connections // 4)  # for one address
-        return next((one for one in self.waiting if counts[one.address] > limit), None)
+        busiest, count = max(self.num_by_address.items(), key=lambda item: item[1], default=("", 0))
+        if count > max(MIN_SHARE, self.settings.max_connections // 4):
+            of_busiest = [one for one in self.open if one.address == busiest]
+            evictable = self._find_slowest(of_busiest, now - GRACE) or self._find_slowest(of_busiest, now)
+            if evictable is not None:
+                return evictable
+        return self._find_slowest(self.open, now - GRACE)
+
+    def _find_slowest(
+        self, among: "Iterable[LimitedHttpProtocol]", before: float
+    ) -> "LimitedHttpProtocol | None":
+        """Find the first connection to close *among* those in their state since a time *before* this one.
+
+        It is the one that is longest in its headers, or else the longest idle one, or else, of the address
+        with most connections, the one that does not read or has the slowest body.
+        """
+        chosen = set(among)
+        in_headers = next((one for one in self.waiting if one in chosen), None)
+        if in_headers is not None and self.waiting[in_headers] <= before:
+            return in_headers
+        longest_idle = next((one for one in self.idle if one in chosen), None)
+        if longest_idle is not None:
+            return longest_idle
+        # With bytes per second; a client that does not read receives nothing.
+        slow = {one: 0.0 for one, since in self.unread.items() if one in chosen and since <= before}
+        for one, since in self.bodies.items():
+            if one in chosen and since <= before:
+                slow[one] = one.body_bytes / max(one.loop.time() - since, MIN_SECONDS)
+        return min(slow, key=lambda one: (-self.num_by_address[one.address], slow[one]), default=None)
 
     def remove(self, connection: "LimitedHttpProtocol") -> None:
         """Remove *connection*, which is closed."""
-        self.open.pop(connection, None)
-        self.waiting.pop(connection, None)
-        self.idle.pop(connection, None)
+        for state in (self.open, self.waiting, self.idle, self.bodies, self.unread, self.closing):
+            state.pop(connection, None)
+        if not connection.is_trusted:
+            self.num_by_address[connection.address] -= 1
+            if not self.num_by_address[connection.address]:
+                del self.num_by_address[connection.address]
         self.metrics.connections.set(len(self.open))
 
 
-def limited_config(app: ASGIApp, settings: Settings, metrics: Metrics) -> uvicorn.Config:
-    """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
+def limited_config(app: ASGIApp, connections: Connections) -> uvicorn.Config:
+    """Create the uvicorn configuration of *app* with the limits of *connections*."""
     return uvicorn.Config(
         app,
-        http=cast(type[asyncio.Protocol], partial(LimitedHttpProtocol, Connections(settings, metrics))),
+        http=cast(type[asyncio.Protocol], partial(LimitedHttpProtocol, connections)),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,  # client addresses are not used
-        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_keep_alive=connections.settings.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
 
@@ -137,6 +180,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.url = b""  # uvicorn sets it with the first byte of a request
         self._shared = shared
         self._limits = shared.settings
+        self.address, self.is_trusted = "", False  # of the client or proxy
+        self.body_bytes = 0  # of the present request
         self._error: HttpError | None = None  # set by a callback of the parser
         # Whether the headers or the body of a request are arriving now; neither between two requests.
         self._in_headers = self._in_body = False
@@ -145,6 +190,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._overhead_bytes = 0
         self._held = b""  # input that follows queued requests and is not parsed yet
         self._ignores_input = False  # true after the last request
+        self._is_half_closed = False  # whether the client sends no more; it may still read
         self._closed = False  # whether `close` was called; the transport may still have output
         self._timer: asyncio.TimerHandle | None = None  # limits the wait for headers, a body or the end
         self._write_timer: asyncio.TimerHandle | None = None
@@ -155,9 +201,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # uvicorn's response cycle calls `is_closing` and `write` of this object, see `on_headers_complete`.
         self.is_closing = self.transport.is_closing
         self.address = self.client[0] if self.client else ""
+        self.is_trusted = is_within(self.address, self._limits.trusted_proxies)
         reason = self._shared.admit(self)
         if reason is not None:
             self._reject(reason)
+        elif self.is_trusted:  # proxies may open connections before they have a request
+            self._begin_idle_time()
         else:
             self._limit_headers()
 
@@ -172,6 +221,26 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.transport = self.transport  # not this object, which also refers to the cycle
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn returns None: close at once
+        """Keep the connection open for a client that sends no more but has not got its response.
+
+        A client that has closed the connection looks the same. It refuses what is sent to it, so HTTP/1.1
+        clients get an interim response, which they ignore, until the response begins.
+        """
+        if self._closed or self._in_body or self.cycle is None or self.cycle.response_complete:
+            return False
+        self._is_half_closed = True
+        self._probe()
+        return True
+
+    def _probe(self) -> None:
+        """Send an interim response; after one that is refused, the next one ends the connection."""
+        if self.transport.is_closing() or self.cycle.response_started or self.cycle.response_complete:
+            return
+        if self.cycle.scope["http_version"] == "1.1":
+            self.write(CONTINUE)
+        self.loop.call_later(PROBE_SECONDS, self._probe)
 
     def data_received(self, data: bytes) -> None:
         """Parse *data*; hold back what follows queued requests until their responses are complete."""
@@ -216,6 +285,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._reject(self._error)
         elif expects_headers and self._timer is None:
             self._limit_headers()
+        elif self._in_body and not self._ignores_input:  # a body that has arrived as a whole never gets here
+            self._shared.bodies.setdefault(self, self.loop.time())
 
     def _feed_without_upgrade(self, data: bytes) -> None:
         """Parse *data*; answer a request for an upgrade as if it had not asked for one, then close.
@@ -281,7 +352,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
         if self.parser.get_http_version() == "1.1":
             is_valid = num_hosts == 1
-        else:  # HTTP/1.0 has no transfer codings
+        else:  # HTTP/1.0 has neither transfer codings nor interim responses
+            self.expect_100_continue = False
             is_valid = self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
         if not is_valid or len(self.pipeline) >= MAX_PIPELINE:
             self._error = self._error or _MALFORMED
@@ -291,7 +363,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             super().on_headers_complete()
             # The request has the present list. Trailers, which it must not use, are appended to a copy.
             self.headers = list(self.headers)
-            self._in_body = True
+            self._in_body, self.body_bytes = True, 0
             self.cycle.transport = cast(asyncio.Transport, self)  # so that it calls `write` and `close` here
 
     def on_chunk_header(self) -> None:
@@ -301,6 +373,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the request."""
         self._overhead_bytes -= len(body)
+        self.body_bytes += len(body)
         if self._error is None and not self._ignores_input:
             super().on_body(body)
 
@@ -312,13 +385,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._in_body = False
+        self._shared.bodies.pop(self, None)
         super().on_message_complete()
         if self.cycle.response_complete:  # before the end of the body: the idle time begins only now
             self._restart_timer(None)  # stops the timer of the rest of the body
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
-            self._shared.idle[self] = None
+            self._begin_idle_time()
+
+    def _begin_idle_time(self) -> None:
+        """Start the timer that uvicorn starts after a response."""
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+        self._shared.idle[self] = None
 
     def on_response_complete(self) -> None:
         """Continue with the next request, after the rest of this request's body."""
@@ -341,6 +419,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif self._in_headers:  # of the next request
             self._unset_keepalive_if_required()
             self._limit_headers()
+        elif self._is_half_closed:
+            self.close()
         else:
             self._shared.idle[self] = None
 
@@ -349,6 +429,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(self._limits.write_timeout, self.abort)
+            self._shared.unread[self] = self.loop.time()
 
     def resume_writing(self) -> None:
         """Stop the write timeout."""
@@ -356,6 +437,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+            self._shared.unread.pop(self, None)
 
     def write(self, data: bytes) -> None:
         """Send *data* unless the connection was closed."""
@@ -372,11 +454,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if self.transport.can_write_eof() and not self.transport.is_closing():
                 self.transport.write_eof()
             self._restart_timer(LINGER_SECONDS, self.abort)
+            self._shared.close(self)
         else:
             self.transport.close()  # after the pending output, for which the client has limited time
             self._restart_timer(self._limits.write_timeout, self.abort)
 
     timeout_keep_alive_handler = close
+
+    def evict(self) -> None:
+        """Close for another connection; a request that has begun and has no response yet gets 408."""
+        if self in self._shared.unread:
+            self.abort()
+        elif self in self._shared.idle:
+            self.close()
+        else:
+            self._reject(EVICTED if self in self._shared.bodies else SLOW_HEADERS)
 
     def abort(self) -> None:
         """Close immediately and discard the pending output."""
@@ -411,8 +503,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _write_error(self, reason: HttpError) -> None:
         identifier = request_id(Headers(raw=self.headers or []))
-        path = self.url.partition(b"?")[0].decode("latin-1")
-        response = problem_response(reason, {"Connection": "close", "X-Request-ID": identifier}, path)
+        root, url = self._limits.root_path, self.url.partition(b"?")[0].decode("latin-1")
+        headers = {"Connection": "close", "X-Request-ID": identifier}
+        response = problem_response(reason, headers, without_prefix(url, root), root)
         lines = [STATUS_LINE[reason.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             lines += [name, b": ", value, b"\r\n"]

@@ -229,3 +229,19 @@ def test_images_in_json_have_the_same_response_as_raw_images(client, jpeg, text)
     two = client.post("/v1/classify", json={"images": [text, "aGVsbG8="]}).json()["results"]
     bad = two[1]["error"]
     assert (two[0], bad["code"], bad["status"]) == (plain, "not_an_image", 415)
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("/v1/classify?topk=2", "top_k, model, version, threshold, explain"),
+        ("/v1/embed?top_k=2", "model, version, encoding_format"),
+        ("/v1/card?modle=tiny", "model"),
+    ],
+)
+def test_an_unknown_parameter_is_400_with_the_known_ones(client, jpeg, path, known):
+    method = "GET" if "card" in path else "POST"
+    reply = client.request(method, path, content=jpeg)
+    assert (reply.status_code, reply.json()["code"]) == (400, "unknown_parameter")
+    given = path.partition("?")[2].partition("=")[0]
+    assert reply.json()["detail"] == f"{given!r}: unknown parameter; known are {known}"

@@ -50,6 +50,17 @@ def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, t
     assert large.error.code == "too_large"
 
 
+def test_predict_notices_a_missing_image_before_it_loads_the_network(
+    bundle_path, jpeg, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sopdeploy_service.commands.predict.load_model", None)
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    (tmp_path / "folder").mkdir()
+    for name, reason in {"b.jpg": "cannot be read", "folder": "a folder; name its images"}.items():
+        with pytest.raises(DataError, match=f"{name}: {reason}"):
+            predict(bundle_path, [tmp_path / "a.jpg", tmp_path / name])
+
+
 def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path, bundle):
     report = verify(bundle_path, ONE_THREAD)
     assert (report.bundle, report.id) == (bundle_path.name, bundle.manifest.id)

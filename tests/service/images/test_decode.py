@@ -22,6 +22,7 @@ from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.images.decode import decode, is_truncated
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
+from tests import hostile_images as hostile
 from tests.fake_runtime import FakeRuntime
 from tests.pictures import encoded
 from tests.service.conftest import running
@@ -93,6 +94,21 @@ def noise_image(size: tuple[int, int] = (160, 96)) -> Image.Image:
 def with_size(body: bytes, width: int, height: int) -> bytes:
     frame = next(start for start in map(body.find, FRAMES) if start > 0)
     return body[: frame + 5] + struct.pack(">HH", height, width) + body[frame + 9 :]
+
+
+def test_the_arithmetic_code_is_refused_by_name_also_if_cut() -> None:
+    body = (
+        b"\xff\xd8"
+        + hostile.segment(0xDB, bytes(1) + b"\1" * 64)
+        + hostile.segment(0xC9, b"\x08\0\x08\0\x08\1\1\x11\0")  # gray, 8 x 8 pixels
+        + hostile.segment(0xCC, b"\0\x10\x10\x05")
+        + hostile.segment(0xDA, b"\1\1\0\0?\0")
+        + b"\xff\0\xc5\xd7\xf14[\xfa+O\xcaZ\t\x96i\xcb\xff\xd9"
+    )
+    for data in (body, body[:-6], body.replace(b"\xff\xc9", b"\xff\xca")):
+        with pytest.raises(ImageError, match="arithmetic code") as caught:
+            decode(data, RULES, **LIMITS)
+        assert (caught.value.code, caught.value.status) == ("unsupported_format", 415)
 
 
 def truncated(body: bytes) -> bool:

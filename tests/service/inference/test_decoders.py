@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.errors import ConfigError, ImageError
+from sopdeploy import environment
+from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.decoding.child import FAILED, ChildOptions, LargerImageError
@@ -29,7 +30,8 @@ from sopdeploy_service.inference.decoders import (
 from sopdeploy_service.runtime import device_memory
 from tests import hostile_images as hostile
 from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import picture_bytes
+from tests.service.children import children_of, is_alive
+from tests.service.conftest import picture_bytes, wait_for
 from tests.service.raw import count
 
 MIB = 1 << 20
@@ -97,8 +99,9 @@ def template(monkeypatch) -> Iterator[pool.Template]:
 @pytest.mark.usefixtures("template")
 def test_images_that_misuse_their_children_fail_alone(serve_with, jpeg) -> None:
     client = serve_with(FakeRuntime(num_classes=7), decode_seconds=4, request_timeout=120)
-    misused = (b"die", b"hang", b"nonsense", b"too little", b"long message")
-    expected = dict.fromkeys(misused, (422, "damaged_image")) | {b"bug": (500, "decoder_failed")}
+    misused = (b"hang", b"nonsense", b"too little", b"long message")
+    expected = dict.fromkeys(misused, (422, "damaged_image"))
+    expected |= {b"bug": (500, "decoder_failed"), b"die": (422, "decoder_crashed")}
     with ThreadPoolExecutor(8) as threads:
         bad = {body: threads.submit(client.post, "/v1/classify", content=body) for body in expected}
         good = [threads.submit(client.post, "/v1/classify", content=jpeg) for _ in range(70)]
@@ -125,6 +128,51 @@ def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) 
         child._end.recv(1, 2)
     assert (child.decode(jpeg, RULES).pixels == expected).all()
     child.close()
+
+
+@linux
+@pytest.mark.parametrize(
+    ("suffix", "num_kills", "expected"),
+    [(b"hang once", 1, (200, None)), (b"hang", 2, (503, "decoder_killed"))],
+)
+def test_an_image_whose_child_is_killed_is_decoded_once_more(
+    serve_with, jpeg, template, caplog, suffix, num_kills, expected
+) -> None:
+    client = serve_with(FakeRuntime(num_classes=7), decode_seconds=60, request_timeout=120)
+    with ThreadPoolExecutor(1) as threads:
+        body = jpeg + suffix if expected[0] == 200 else suffix
+        posted = threads.submit(client.post, "/v1/classify", content=body)
+        for number in range(num_kills):
+            wait_for(lambda number=number: caplog.text.count("it hangs") > number)
+            for child in filter(is_alive, children_of(template.process)):
+                os.kill(child, signal.SIGKILL)
+        reply = posted.result()
+    assert (reply.status_code, reply.json().get("code")) == expected
+    assert count(client, 'decoder_ended_total{reason="SIGKILL"}') >= num_kills
+    assert caplog.text.count("a decoder process has ended (SIGKILL) and is replaced") >= num_kills
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+@linux
+@pytest.mark.parametrize("stops_template", [True, False])
+def test_a_stopped_process_is_not_ready_until_it_is_replaced(
+    serve_with, jpeg, template, monkeypatch, stops_template
+) -> None:
+    monkeypatch.setattr(decoders, "WATCH_SECONDS", 0.2)
+    client = serve_with(FakeRuntime(num_classes=7), request_timeout=120)
+    assert client.get("/readyz").status_code == 200
+    for process in [template.process] if stops_template else children_of(template.process):
+        os.kill(process, signal.SIGSTOP)
+    wait_for(lambda: client.get("/readyz").status_code == 503)
+    wait_for(lambda: client.get("/readyz").json()["status"] == "ok")
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+def test_a_system_without_room_for_a_process_is_an_error_in_one_line(monkeypatch) -> None:
+    template = pool.Template()
+    monkeypatch.setattr(template, "_ask", lambda *_: (0, errno.EAGAIN))
+    with pytest.raises(RuntimeUnavailableError, match=r"do not start .*; allow more processes"):
+        template.fork(OPTIONS)
 
 
 @linux
@@ -211,8 +259,8 @@ def test_the_memory_limit_is_that_of_the_container(tmp_path, monkeypatch, groups
         (tmp_path / "fs" / name).write_text(str(value))
     (tmp_path / "cgroup").write_text(groups)
     (tmp_path / "meminfo").write_text("MemTotal:     1000 kB\nMemAvailable:  900 kB\n")
-    monkeypatch.setattr(device_memory, "CGROUP", tmp_path / "fs")
-    monkeypatch.setattr(device_memory, "PROCESS_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(environment, "CGROUP", tmp_path / "fs")
+    monkeypatch.setattr(environment, "PROCESS_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(device_memory, "MEMINFO", tmp_path / "meminfo")
     assert device_memory.memory_limit() == expected
 

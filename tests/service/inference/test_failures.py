@@ -116,7 +116,7 @@ def test_a_device_that_fails_every_batch_ends_the_server_and_images_that_fail_in
     ("device", "cores", "expected"), [("cpu", 16, 2), ("cuda:0", 6, 6), ("cuda:0", 32, 8)]
 )
 def test_a_process_with_a_gpu_has_a_decoder_per_core(bundle, monkeypatch, device, cores, expected):
-    monkeypatch.setattr("sopdeploy_service.settings.cores_within_quota", lambda: cores)
+    monkeypatch.setattr("sopdeploy_service.settings.usable_cores", lambda: cores)
     loaded = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7, device=device), replays={})
     registry = service.ModelRegistry({"tiny": loaded}, Settings())
     assert service.Service(registry, Settings())._count_decoders() == expected

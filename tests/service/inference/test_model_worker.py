@@ -10,11 +10,11 @@ import pytest
 
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
-from sopdeploy_service.inference.loader import replay_overlapping
+from sopdeploy_service.inference.loader import replay_overlapping, warm_up
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected
 from sopdeploy_service.inference.results import INFERENCE_FAILED
 from sopdeploy_service.runtime.base import DeviceLostError
-from tests.fake_runtime import FakeOverlappingRuntime
+from tests.fake_runtime import FakeOverlappingRuntime, FakeRuntime
 from tests.service.conftest import picture_bytes, wait_for
 from tests.service.raw import connect, count, post_of
 from tests.service.runtimes import Held
@@ -183,6 +183,50 @@ def test_a_runtime_that_mixes_up_batches_is_rejected_by_the_probes():
     replay_overlapping(probes, runtime, 2)
     with pytest.raises(ParityError, match="deviates by"):
         replay_overlapping(probes, Leaking(), 2)
+
+
+class WrongFor(FakeRuntime):
+    """Gives wrong outputs to the batches that *is_wrong* finds, by the sizes of all batches so far."""
+
+    def __init__(self, is_wrong) -> None:
+        super().__init__(num_classes=7, largest_batch=64, device="cuda:0")
+        self._is_wrong = is_wrong
+
+    def run(self, images):
+        logits = super().run(images)["logits"]
+        if self._is_wrong(self.batches):
+            logits = np.roll(logits, 1, axis=0)  # rows of the images beside them
+        return {"logits": logits}
+
+
+WRONG = {
+    "above 12 images": lambda sizes: sizes[-1] > 12,
+    "of 2 images": lambda sizes: sizes[-1] == 2,
+    "after a batch that was much larger": lambda sizes: sizes[-2:-1] > [4 * sizes[-1]] and sizes[-1] > 1,
+    "after a batch that was much smaller": lambda sizes: len(sizes) > 1 and sizes[-1] > 16 * sizes[-2],
+}
+
+
+def mean_probes(num_images: int) -> Probes:
+    """Probes of a `FakeRuntime`: images of different grays."""
+    grays = np.arange(num_images, dtype=np.uint8)[:, None, None, None] * 7
+    images = np.full((num_images, 32, 32, 3), grays)
+    expected = FakeRuntime(num_classes=7).run(images)
+    return Probes(images=images, expected=expected, tolerance={"logits": 1e-3})
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_runtime_that_is_wrong_at_one_size_or_after_another_one_is_rejected(wrong):
+    probes = mean_probes(12)
+    with pytest.raises(ParityError, match=r"deviates by .* in a batch of"):
+        warm_up(probes, WrongFor(WRONG[wrong]), 64)
+
+
+def test_every_size_runs_twice_and_sizes_alternate_the_second_time():
+    runtime = WrongFor(lambda _sizes: False)
+    timings = warm_up(mean_probes(12), runtime, 24)
+    assert runtime.batches == [1, 2, 4, 8, 16, 24, 1, 24, 2, 16, 4, 8]  # no more runs than two per size
+    assert [size for size, _ in timings] == runtime.batches
 
 
 def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its_neighbours(serve_with, pool):

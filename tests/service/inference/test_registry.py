@@ -169,6 +169,19 @@ def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, c
     assert (reason in str(error.value), "\n" in str(error.value)) == (True, False)
 
 
+def test_a_bundle_that_is_given_twice_is_one_bundle(tmp_path, monkeypatch) -> None:
+    bundle = write_bundle(tmp_path / "bundles")
+    shutil.copytree(bundle, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    relative = bundle.relative_to(tmp_path)
+    for sources in (
+        sorted((tmp_path / "bundles").glob("*")),
+        [bundle, relative],
+        [bundle, tmp_path / "copy"],
+    ):
+        assert find_bundles(sources) == {"tiny": bundle}
+
+
 def test_invalid_sources_are_errors(versions, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"the name tiny is already used by .*NAME="):
         find_bundles(versions)

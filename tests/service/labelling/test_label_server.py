@@ -153,7 +153,7 @@ def test_every_request_needs_the_key_which_becomes_a_cookie_that_scripts_cannot_
             assert client.request(method, path + query, headers=headers, json=body).status_code == 401
         assert files_below(tmp_path) == {f"kept/{ONE}.jpg", f"kept/{ONE}.json"}
         reply = client.get(f"/?key={KEY}")
-        assert (reply.status_code, reply.headers["location"]) == (303, "/")
+        assert (reply.status_code, reply.headers["location"]) == (303, "./")
         cookie = reply.headers["set-cookie"]
         assert {"HttpOnly", "SameSite=lax"} <= set(cookie.split("; "))
         assert client.get("/state").json()["left"] == 1  # with the cookie

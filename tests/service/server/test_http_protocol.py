@@ -4,6 +4,7 @@ import itertools
 import re
 import resource
 import socket
+import sys
 import time
 from contextlib import ExitStack, suppress
 
@@ -311,12 +312,35 @@ def test_expect_100_gets_100_continue_or_the_rejection_before_the_body(wire, jpe
         assert read(bad, to_the_end=False).status == status
 
 
+def test_a_client_that_ends_its_side_gets_its_response(wire, jpeg):
+    for request in (post_of(jpeg), post_of(jpeg).replace(b"HTTP/1.1", b"HTTP/1.0"), post_of(jpeg) * 2):
+        half = wire()
+        half.sendall(request)
+        half.shutdown(socket.SHUT_WR)
+        data = b""
+        while piece := half.recv(65_536):
+            data += piece
+        assert data.count(b'"classes"') == request.count(b"POST")
+        assert data.replace(http_protocol.CONTINUE, b"").startswith(b"HTTP/1.1 200")
+    unfinished = wire()
+    unfinished.sendall(post_of(jpeg)[:-1])
+    unfinished.shutdown(socket.SHUT_WR)
+    assert unfinished.recv(10) == b""
+
+
+def test_http_1_0_has_no_interim_responses(wire, jpeg):
+    old = wire()
+    old.sendall(POST.replace(b"1.1", b"1.0") + EXPECT + b"Content-Length: %d\r\n\r\n" % len(jpeg))
+    old.sendall(jpeg)
+    assert read(old).status == 200
+
+
 @pytest.fixture
 def crowded(serve_with, monkeypatch):
     """`crowded(GRACE)` is a client of a server of four connections, whose headers may take a time."""
 
     def serve(grace):
-        monkeypatch.setattr(http_protocol, "HEADER_GRACE", grace)
+        monkeypatch.setattr(http_protocol, "GRACE", grace)
         return serve_with(FakeRuntime(num_classes=7), max_connections=4)
 
     return serve
@@ -338,15 +362,16 @@ def test_a_connection_over_the_limit_ends_the_oldest_one_in_its_headers(crowded,
     get(idle)
     for each in slow:
         each.sendall(GET)
+    waiting = client.app.state.connections.waiting
+    wait_for(lambda: sum(one._in_headers for one in waiting) == len(slow))
     for ended in slow:  # each of three others takes the place of one
         get(wire(client))
-        with suppress(ConnectionError):
-            assert ended.recv(1) == b""
+        assert read(ended).code == "slow_request"
     get(idle)
 
 
 def test_an_address_with_many_connections_in_their_headers_loses_the_oldest(crowded, wire, monkeypatch):
-    monkeypatch.setattr(http_protocol, "MAX_WAITING", 3)
+    monkeypatch.setattr(http_protocol, "MIN_SHARE", 3)
     client = crowded(float("inf"))
     oldest, *others = (wire(client) for _ in range(5))
     with suppress(ConnectionError):
@@ -369,6 +394,81 @@ def test_a_connection_over_the_limit_is_503_if_none_is_idle(crowded, wire):
         assert read(each, to_the_end=False).status == 200
         each.close()
     wait_for(lambda: count(client, "connections") == 1)
+
+
+HALF_A_BODY = POST + b"Content-Length: 400000\r\n\r\n" + bytes(200_000)
+NO_BODY = POST + b"Content-Length: 400000\r\n\r\n"
+
+
+def hold(client, wires, sent):
+    """Send *sent* on *wires*, and wait until the server waits for the rest of all of them."""
+    connections = client.app.state.connections
+    for wire in wires:
+        wire.sendall(sent)
+    wait_for(lambda: len(connections.bodies) >= len(wires))
+
+
+def test_a_connection_over_the_limit_ends_the_slowest_body_with_a_response(crowded, wire, jpeg):
+    client = crowded(0.0)
+    slow, *others = (wire(client) for _ in range(4))
+    hold(client, others, HALF_A_BODY)
+    hold(client, [slow], NO_BODY)
+    fresh = wire(client)
+    reply = read(slow)
+    assert (reply.status, reply.code) == (408, "slow_body")
+    fresh.sendall(post_of(jpeg))
+    assert read(fresh, to_the_end=False).status == 200
+    for each in others:
+        each.sendall(bytes(200_000))
+        assert read(each, to_the_end=False).status == 415  # the body is no image
+
+
+def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones(crowded, wire, monkeypatch):
+    monkeypatch.setattr(http_protocol, "SPARE", 2)
+    client = crowded(float("inf"))  # no body is slow
+    hold(client, [wire(client) for _ in range(4)], NO_BODY)
+    for _ in range(6):
+        reply = read(wire(client))
+        assert (reply.status, reply.code) == (503, "too_many_connections")
+
+
+def open_from(client, address):
+    """Open a connection from a loopback *address*."""
+    target = (client.base_url.host, client.base_url.port)
+    return socket.create_connection(target, timeout=60, source_address=(address, 0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all addresses of 127.0.0.0/8")
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_address_with_most_connections_loses_one_unless_it_is_a_trusted_proxy(
+    serve_with, monkeypatch, trusted
+):
+    monkeypatch.setattr(http_protocol, "MIN_SHARE", 2)
+    monkeypatch.setattr(http_protocol, "GRACE", 0.0 if trusted else float("inf"))
+    proxies = {"trusted_proxies": "127.0.0.3"} if trusted else {}
+    client = serve_with(FakeRuntime(num_classes=7), max_connections=5, **proxies)
+    with ExitStack() as stack:
+        addresses = ["127.0.0.2", *["127.0.0.3"] * 3, "127.0.0.4"]
+        wires = [stack.enter_context(open_from(client, address)) for address in addresses]
+        hold(client, wires, NO_BODY)
+        wires[3].sendall(bytes(100_000))
+        fresh = stack.enter_context(open_from(client, "127.0.0.5"))
+        lost = wires[0 if trusted else 1]
+        assert read(lost).code == "slow_body"
+        get(fresh)
+
+
+def test_a_silent_connection_of_a_trusted_proxy_is_an_idle_one(serve_with, wire):
+    client = serve_with(FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1", header_timeout=0.05)
+    early = wire(client)
+    wait_for(lambda: len(client.app.state.connections.idle) >= 1)
+    time.sleep(0.2)  # longer than the headers may take
+    get(early)
+
+
+def test_connections_may_be_idle_longer_than_at_common_proxies():
+    seconds = {"Caddy": 120, "Traefik": 90, "AWS": 60, "Google Cloud": 600, "Envoy": 3600}
+    assert Settings().keep_alive_seconds > max(seconds.values())
 
 
 @pytest.mark.parametrize(

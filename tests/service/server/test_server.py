@@ -297,6 +297,30 @@ def test_a_load_that_never_ends_delays_neither_a_start_nor_a_reload_nor_the_end(
         assert client.child.wait(PATIENCE) == 0
 
 
+FAILS = """
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.inference.service import (Service)
+async def fail(self):
+    raise {error}
+Service.start = fail
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("ConfigError('sandbox=required: no seccomp')", "sandbox=required: no seccomp"),
+        ("RuntimeError('no thread')", "the server cannot start (RuntimeError: no thread); check"),
+        ("BlockingIOError(11, 'Try again')", "cannot start (BlockingIOError: [Errno 11] Try again); check"),
+    ],
+)
+def test_an_error_of_the_start_is_one_line_with_exit_code_2(bundle_path, error, line) -> None:
+    with spawn(str(bundle_path), program=faulty(FAILS.format(error=error))) as child:
+        out, err = child.communicate(timeout=PATIENCE)
+    assert (child.returncode, out, len(err.splitlines())) == (2, "", 1), err
+    assert line in err
+
+
 def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr(draining_server, "time", SimpleNamespace(monotonic=lambda: now[0]))

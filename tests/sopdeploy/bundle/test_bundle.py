@@ -27,7 +27,7 @@ from sopdeploy.bundle.folder import (
     staging,
 )
 from sopdeploy.bundle.manifest import ID_LENGTH, BatchRange, FileRecord, Manifest, to_json
-from sopdeploy.bundle.probes import Probes, read_probes, replay, write_probes
+from sopdeploy.bundle.probes import Probes, read_probes, repeat, replay, replay_in_turn, write_probes
 from sopdeploy.errors import BundleError, ParityError, StorageError
 from tests.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
 from tests.strategies import json_values, texts
@@ -345,6 +345,14 @@ def test_the_same_network_passes_at_every_batch_size(batch: int) -> None:
     assert (sum(sizes), max(sizes)) == (5, min(batch, 5))
 
 
+def test_probes_of_several_sizes_run_in_turn() -> None:
+    sizes: list[int] = []
+    probes = {size: repeat(PROBES, size) for size in (1, 2, 4)}
+    found = replay_in_turn(probes, lambda images: sizes.append(len(images)) or network(images))
+    assert sizes == [1, 2, 4, 1, 2, 4, 1, 2, 1, 1]
+    assert [(one.batch, one.num_images) for one in found] == [(1, 5), (2, 6), (4, 8)]
+
+
 Wrong = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 
 
@@ -353,7 +361,10 @@ def changed(change: Callable[[NDArray[np.float32]], NDArray[Any]], name: str = "
 
 
 WRONG: dict[str, tuple[Wrong, str]] = {
-    "slightly off": (changed(lambda v: v + 0.0011), r"'logits' deviates by 0\.0011, the bound is 0\.001"),
+    "slightly off": (
+        changed(lambda v: v + 0.0011),
+        r"'logits' deviates by 0\.0011 in a batch of \d, the bound is 0\.001",
+    ),
     "wrong second output": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
     "NaN": (changed(lambda v: v * np.nan), "not finite"),
     "a missing class": (changed(lambda v: v[:, :-1]), "has another shape"),

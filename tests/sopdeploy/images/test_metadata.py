@@ -75,15 +75,6 @@ JPEGS: dict[str, Callable[[], bytes]] = {
         hostile.segment(0xE0, b"JFIF\0\x01\x01\0\0\x01\0\x01\x02\x01" + SECRET),
         1,
     ),
-    "arithmetic code": lambda: (
-        b"\xff\xd8"
-        + hostile.segment(0xFE, SECRET)
-        + hostile.segment(0xDB, bytes(1) + b"\1" * 64)
-        + hostile.segment(0xC9, b"\x08\0\x08\0\x08\1\1\x11\0")  # gray, 8 x 8 pixels
-        + hostile.segment(0xCC, b"\0\x10\x10\x05")
-        + hostile.segment(0xDA, b"\1\1\0\0?\0")
-        + b"\xff\0\xc5\xd7\xf14[\xfa+O\xcaZ\t\x96i\xcb\xff\xd9"
-    ),
     "two photographs": lambda: save(
         scene(), "MPO", save_all=True, append_images=[scene("L").convert("RGB")], exif=secret_exif()
     ),

@@ -138,7 +138,7 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
     classify(bundle_path, [str(tmp_path)], tmp_path / "out", SETTINGS, OPTIONS)
     template.close()
     errors = {Path(row["path"]).stem: row["error"] for row in rows_of(tmp_path / "out")}
-    assert errors == dict.fromkeys(bodies) | {"bad": "damaged_image"}
+    assert errors == dict.fromkeys(bodies) | {"bad": "decoder_crashed"}
     monkeypatch.setattr(decoders, "shared_template", lambda: pool.Template("sopdeploy_service.absent"))
     with pytest.raises(RuntimeUnavailableError, match="the decoder processes do not start"):
         classify(bundle_path, [str(tmp_path)], tmp_path / "more", SETTINGS, OPTIONS)

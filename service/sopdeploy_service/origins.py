@@ -1,0 +1,134 @@
+"""The names under which clients reach this server, and the pages whose requests it answers.
+
+Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` reveal a page of another
+host. If that host was made to resolve to this machine (DNS rebinding), they do not, but `Host` is then its
+name. Behind a proxy, `Host` is the name that the proxy chooses, and `X-Forwarded-Host` and
+`X-Forwarded-Proto` are what the browser sees; anyone can send these, so only those of trusted proxies count.
+"""
+
+import functools
+import re
+from collections.abc import Collection, Mapping
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import NamedTuple, TypeAlias
+from urllib.parse import urlsplit
+
+Network: TypeAlias = IPv4Network | IPv6Network
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+_PATTERN = re.compile(r"((?:https?://)?)(\*\.)?([^/\s*@?#]+)", re.IGNORECASE)
+
+
+class HostPattern(NamedTuple):
+    """Hosts and origins; without a scheme or port, those with any.
+
+    *name* is in lower case and in ASCII. A pattern for subdomains has all below *name*, but not itself.
+    """
+
+    scheme: str | None
+    name: str
+    port: int | None
+    is_for_subdomains: bool = False
+
+    def matches(self, host: "HostPattern") -> bool:
+        """Tell whether *host*, a single one, is among these hosts."""
+        name = self.name
+        is_named = host.name.endswith(f".{name}") if self.is_for_subdomains else host.name == name
+        has_scheme = self.scheme is None or host.scheme in {None, self.scheme}
+        # `Host: a.example` has the default port of the scheme, which only the proxy knows.
+        wanted = self.port or DEFAULT_PORTS.get(self.scheme or "")
+        default = DEFAULT_PORTS.get(host.scheme or "") if host.scheme else wanted
+        is_one = not host.is_for_subdomains
+        return is_one and is_named and has_scheme and (wanted is None or (host.port or default) == wanted)
+
+
+@functools.lru_cache(maxsize=256)
+def parse_host(text: str) -> HostPattern:
+    """Parse a host or origin, such as `example.com:8000`, or a pattern such as `https://*.example.com`.
+
+    Raises `ValueError` if *text* is none.
+    """
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a host such as example.com, *.example.com or https://example.com")
+    parts = urlsplit(f"//{match[3]}")  # raises ValueError for brackets that do not match
+    name = (parts.hostname or "").removesuffix(".")
+    if not name.isascii():
+        name = name.encode("idna").decode()  # raises UnicodeError, which is a ValueError
+    if not name:
+        raise ValueError(f"{text!r} has no host")
+    scheme = match[1].removesuffix("://").lower() or None
+    return HostPattern(scheme, name, parts.port, is_for_subdomains=match[2] is not None)
+
+
+def is_own_host(host: str, own: Collection[str]) -> bool:
+    """Tell whether *host*, the value of a header, is an IP address or among the patterns *own*."""
+    try:
+        parsed = parse_host(host)
+        if any(parse_host(pattern).matches(parsed) for pattern in own):
+            return True
+        ip_address(parsed.name)  # raises ValueError unless it is one
+    except ValueError:  # also if *host* is malformed
+        return False
+    return True
+
+
+def foreign_host(headers: Mapping[str, str], own: Collection[str], *, is_proxied: bool = False) -> str | None:
+    """Return the first host of a request with *headers* that is not among *own*, as `is_own_host` says.
+
+    With *is_proxied*, a trusted proxy sent the request: the host that the browser sees counts, too.
+    """
+    hosts = _hosts(headers, is_proxied=is_proxied)
+    return next((host for host in hosts if not is_own_host(host, own)), None)
+
+
+def is_foreign_page(
+    headers: Mapping[str, str], allowed: Collection[str], *, is_proxied: bool = False, is_link: bool = False
+) -> bool:
+    """Tell whether a browser sent a request with *headers* for a page of another host.
+
+    Pages of the host of the request, and of the patterns *allowed*, are this server's. With *is_link*, a link
+    on another page may lead here; a browser sends no `Origin` for it.
+    """
+    origin = headers.get("origin")
+    if origin is not None:
+        schemes = ["http", *(_listed(headers.get("x-forwarded-proto")) if is_proxied else ())]
+        hosts = _hosts(headers, is_proxied=is_proxied)
+        if origin not in {f"{scheme}://{host}" for scheme in schemes for host in hosts}:
+            return not _is_allowed(origin, allowed)
+    return not is_link and headers.get("sec-fetch-site") not in {None, "none", "same-origin"}
+
+
+def _is_allowed(origin: str, allowed: Collection[str]) -> bool:
+    try:
+        page = parse_host(origin)
+    except ValueError:  # such as `null`
+        return False
+    return any(parse_host(pattern).matches(page) for pattern in allowed)
+
+
+def _hosts(headers: Mapping[str, str], *, is_proxied: bool) -> list[str]:
+    """List the hosts to which a request was sent; HTTP/1.0 requests may have none."""
+    host = headers.get("host", "localhost")
+    return [host, *_listed(headers.get("x-forwarded-host"))] if is_proxied else [host]
+
+
+def _listed(value: str | None) -> list[str]:
+    """Split the *value* of a header to which each of several proxies adds its own."""
+    return [] if value is None else [part.strip() for part in value.split(",")]
+
+
+@functools.lru_cache(maxsize=4096)
+def is_within(address: str, networks: tuple[Network, ...]) -> bool:
+    """Tell whether the IP *address* of a connection is in one of *networks*."""
+    try:
+        parsed = ip_address(address.partition("%")[0])  # without the zone of a link-local address
+    except ValueError:  # a connection without an address
+        return False
+    mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
+    return any((mapped or parsed) in network or parsed in network for network in networks)
+
+
+def parse_network(text: str) -> Network:
+    """Parse an address or network, such as `10.0.0.0/8`; raises `ValueError` if *text* is none."""
+    return ip_network(text.strip(), strict=False)

@@ -1,0 +1,265 @@
+"""The server behind proxies: names, forwarded headers and prefixes, also with real ones."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.app import create_app
+from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.settings import Settings, load_settings
+from tests.fake_runtime import FakeRuntime
+from tests.service.children import free_port
+from tests.service.conftest import running, wait_for
+from tests.service.raw import POST, connect, read
+
+PAGE = (Path(__file__).parents[3] / "docs" / "howto" / "proxies.md").read_text(encoding="utf-8")
+TRUSTED = {"trusted_proxies": "127.0.0.0/8"}
+SHOP = {"host": "shop.example"}
+
+
+def block(language: str) -> str:
+    """The only code block of the page in *language*."""
+    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return found
+
+
+# Values of `allowed_hosts`; headers that are accepted with them, and headers that are not.
+NAMES = {
+    "": (
+        [{"host": "localhost"}, {"host": "LOCALHOST.:99"}, {"host": "10.1.2.3:80"}, {"host": "[::1]:8000"}],
+        [SHOP, {"host": "two"}, {"host": ""}, {"host": "localhost.shop.example"}, {"host": "*.localhost"}],
+    ),
+    "shop.example": (
+        [
+            SHOP,
+            {"host": "Shop.Example.:8443", "origin": "https://shop.example:8443"},
+            {**SHOP, "origin": "https://shop.example", "sec-fetch-site": "same-origin"},
+            {"origin": "http://shop.example"},
+        ],
+        [
+            *({"host": host} for host in ("a.shop.example", "shop.example.evil", "notshop.example")),
+            *(
+                {**SHOP, "origin": origin}
+                for origin in ("null", "https://evil.example", "ftp://shop.example")
+            ),
+            {**SHOP, "sec-fetch-site": "cross-site"},
+        ],
+    ),
+    "*.shop.example": ([{"host": "a.shop.example"}, {"host": "a.b.shop.example:80"}], [SHOP]),
+    "https://shop.example": (
+        [SHOP, {"host": "shop.example:443"}, {**SHOP, "origin": "https://shop.example"}],
+        [
+            {"host": "shop.example:8443"},
+            {"host": "localhost", "origin": "http://shop.example"},
+            {**SHOP, "origin": "https://shop.example:8443"},
+        ],
+    ),
+    "shop.example:8443,two": (
+        [{"host": "two", "origin": "https://shop.example:8443"}, {"host": "shop.example:8443"}],
+        [{"host": "shop.example:9000"}, {"host": "two", "origin": "https://shop.example"}],
+    ),
+    "bücher.example": ([{"host": "xn--bcher-kva.example"}], [{"host": "bucher.example"}]),
+}
+
+
+@pytest.mark.parametrize("allowed", NAMES)
+def test_requests_for_allowed_names_and_of_their_pages_are_answered(serve_with, allowed) -> None:
+    client = serve_with(FakeRuntime(num_classes=7), allowed_hosts=allowed)
+    answered, refused = NAMES[allowed]
+    assert [client.get("/info", headers=headers).status_code for headers in answered] == [200] * len(answered)
+    for headers in refused:
+        reply = client.get("/info", headers=headers)
+        assert (reply.status_code, reply.json()["code"]) == (403, "foreign_request"), headers
+        assert "the setting allowed_hosts" in reply.json()["detail"]
+
+
+def test_names_are_also_checked_with_keys_or_another_address_if_they_are_set(serve_with, tmp_path) -> None:
+    secret = new_key(tmp_path / "keys.toml", "me")
+    for settings in ({"keys": tmp_path / "keys.toml"}, {"host": "0.0.0.0"}):  # noqa: S104
+        for allowed, statuses in (("", [200, 200]), ("shop.example", [200, 403])):
+            client = serve_with(FakeRuntime(num_classes=7), allowed_hosts=allowed, **settings)
+            found = [
+                client.get("/info", headers={"host": host, "x-api-key": secret}).status_code
+                for host in ("shop.example", "other.example")
+            ]
+            assert found == statuses
+
+
+FORWARDED = {"x-forwarded-proto": "https", "x-forwarded-host": "localhost:8443"}
+PAGE_BEHIND_TLS = {**FORWARDED, "origin": "https://localhost:8443"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "status"),
+    [
+        (TRUSTED, PAGE_BEHIND_TLS, 200),
+        ({"trusted_proxies": "10.0.0.0/8, ::ffff:127.0.0.1"}, PAGE_BEHIND_TLS, 403),
+        ({"trusted_proxies": "127.0.0.1"}, PAGE_BEHIND_TLS, 200),
+        ({}, PAGE_BEHIND_TLS, 403),
+        (TRUSTED, {**FORWARDED, "origin": "https://evil.example"}, 403),
+        # The name that the browser sees counts beside that of the request: both must be own ones.
+        (TRUSTED, {"x-forwarded-host": "evil.example"}, 403),
+        (TRUSTED, {"x-forwarded-host": "localhost, evil.example"}, 403),
+        (TRUSTED, {"host": "evil.example", "x-forwarded-host": "localhost"}, 403),
+        ({}, {"host": "evil.example", "x-forwarded-host": "localhost"}, 403),
+        ({}, {"x-forwarded-host": "evil.example"}, 200),
+    ],
+)
+def test_forwarded_headers_count_only_from_trusted_proxies(serve_with, settings, headers, status) -> None:
+    client = serve_with(FakeRuntime(num_classes=7), **settings)
+    assert client.get("/info", headers=headers).status_code == status
+
+
+def check_prefix(client: httpx.Client, jpeg: bytes, headers: dict[str, str], root: str = "/ml") -> None:
+    """Check the page, its links, the API page, requests and errors of a server below *root*."""
+    page = client.get(f"{root}/", headers=headers)
+    assert page.status_code == 200
+    links = re.findall(r'(?:href|src)="([^"#]*)"', page.text)
+    assert {link for link in links if not link.startswith("data:")} == {"docs"}  # relative
+    assert client.get(f"{root}/docs", headers=headers).status_code == 200
+    api = client.get(f"{root}/openapi.json", headers=headers).json()
+    assert api["servers"][0] == {"url": root}
+    posted = client.post(f"{root}/v1/classify", content=jpeg, headers=headers)
+    assert (posted.status_code, len(posted.json()["classes"])) == (200, 5)
+    assert client.get(f"{root}/v2/health/ready", headers=headers).status_code == 200
+    files = [("image", jpeg), ("image", b"no image")]
+    second = client.post(f"{root}/v1/classify", files=files, headers=headers).json()["results"][1]
+    assert second["error"]["type"] == f"{root}/errors#{second['error']['code']}"
+    lost = client.get(f"{root}/v1/clasify", headers=headers).json()
+    assert (lost["type"], lost["status"]) == (f"{root}/errors#not_found", 404)
+    assert f"{root}/v1/classify? {root}/docs" in lost["detail"]
+    assert client.get(f"{root}/v2/nothing", headers=headers).headers["x-error-code"] == "not_found"
+
+
+@pytest.mark.parametrize("root", ["/ml", "/a/b.c/"])
+def test_a_prefix_is_honored_whether_the_proxy_removes_it_or_not(serve_with, jpeg, root) -> None:
+    client = serve_with(FakeRuntime(num_classes=7), root_path=root)
+    root = root.rstrip("/")
+    check_prefix(client, jpeg, {}, root)
+    page = client.get(root)
+    assert (page.status_code, page.headers["location"]) == (307, f"{root}/")
+    without = client.get("/nothing").json()
+    assert (client.get("/").status_code, without["type"]) == (200, f"{root}/errors#not_found")
+    assert client.get(f"{root}nothing").status_code == 404
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+    assert client.get("/v2/nothing").headers["x-error-code"] == "not_found"
+    with connect(client) as wire:
+        wire.sendall(POST.replace(b"/v1", f"{root}/v2".encode()) + b"Content-Length: -1\r\n\r\n")
+        assert read(wire).headers["x-error-code"] == "malformed_request"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"allowed_hosts": "a b"}, "'a b' is not a host such as"),
+        ({"allowed_hosts": "http://"}, "is not a host such as"),
+        ({"allowed_hosts": "a.example/ml"}, "is not a host such as"),
+        ({"allowed_hosts": "a.example:99999"}, "allowed_hosts: .*[Pp]ort"),
+        ({"trusted_proxies": "proxy.example"}, "trusted_proxies: .*proxy.example"),
+        ({"root_path": "ml"}, "root_path: "),
+        ({"root_path": "/a b"}, "root_path: "),
+    ],
+)
+def test_an_invalid_name_proxy_or_prefix_is_named(given, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_settings(**given)
+
+
+def test_a_prefix_that_is_a_path_of_the_server_is_refused() -> None:
+    for root in ("/v1", "/docs", "/metrics/ml"):
+        with pytest.raises(ConfigError, match=r"root_path: .* choose another one"):
+            create_app({}, Settings(root_path=root))
+
+
+def test_the_file_for_traefik_leads_to_the_server(serve_with, jpeg) -> None:
+    """Traefik keeps `Host` and the path, and adds these headers."""
+    file = yaml.safe_load(block("yaml"))["http"]
+    router = file["routers"]["sopdeploy"]
+    assert router["rule"] == "Host(`shop.example`) && PathPrefix(`/ml`)"
+    (server,) = file["services"][router["service"]]["loadBalancer"]["servers"]
+    assert server == {"url": f"http://127.0.0.1:{Settings().port}"}
+    client = serve_with(FakeRuntime(num_classes=7), **tomllib.loads(block("toml")))
+    sent = {
+        **SHOP,
+        **{"x-forwarded-host": "shop.example", "x-forwarded-proto": "https", "x-forwarded-port": "443"},
+        **{"x-forwarded-for": "192.0.2.1", "x-real-ip": "192.0.2.1", "origin": "https://shop.example"},
+    }
+    check_prefix(client, jpeg, {**sent, "sec-fetch-site": "same-origin"})
+
+
+def nginx(folder: Path, port: int, server: str) -> list[str]:
+    """Write the file of the page for nginx; return the command."""
+    own = block("nginx").replace("443 ssl", f"127.0.0.1:{port}").replace("127.0.0.1:8000", server)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
+    (folder / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/log;\n"
+        f"events {{}} http {{ access_log off; {temporary} {own} }}\n"
+    )
+    return ["nginx", "-p", str(folder), "-c", "nginx.conf"]
+
+
+def caddy(folder: Path, port: int, server: str) -> list[str]:
+    """Write the file of the page for Caddy; return the command."""
+    own = block("caddyfile").replace("https://shop.example", f"http://shop.example:{port}")
+    file = "{\nadmin off\nauto_https off\n}\n" + own.replace("127.0.0.1:8000", server)
+    (folder / "Caddyfile").write_text(file)
+    return ["caddy", "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
+
+
+@contextmanager
+def proxying(
+    write: Callable[[Path, int, str], list[str]], folder: Path, client: httpx.Client
+) -> Iterator[httpx.Client]:
+    """Run the proxy that *write* prepares in front of the server of *client*; yield a client for it."""
+    port = free_port()
+    command = write(folder, port, f"{client.base_url.host}:{client.base_url.port}")
+    with subprocess.Popen(command, env={"HOME": str(folder), "PATH": "/usr/sbin:/usr/bin:/bin"}) as process:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as proxied:
+
+                def is_ready() -> bool:
+                    try:
+                        return proxied.get("/ml/readyz", headers=SHOP).status_code == 200
+                    except httpx.TransportError:
+                        return False
+
+                wait_for(is_ready)
+                yield proxied
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_keys", [False, True], ids=["without keys", "with keys"])
+@pytest.mark.parametrize("write", [nginx, caddy])
+def test_the_files_for_real_proxies_lead_to_the_server(write, bundle, jpeg, tmp_path, with_keys) -> None:
+    if shutil.which(write.__name__, path="/usr/sbin:/usr/bin:/bin") is None:
+        pytest.skip(f"needs {write.__name__}")
+    settings = tomllib.loads(block("toml"))
+    headers = dict(SHOP)
+    if with_keys:
+        headers["authorization"] = f"Bearer {new_key(tmp_path / 'keys.toml', 'me')}"
+        settings["keys"] = tmp_path / "keys.toml"
+    with (
+        running(FakeRuntime(num_classes=7), bundle, Settings(**settings)) as client,
+        proxying(write, tmp_path, client) as proxied,
+    ):
+        port = proxied.base_url.port
+        for host, scheme in (("shop.example", "https"), (f"shop.example:{port}", "http")):
+            check_prefix(proxied, jpeg, {**headers, "host": host, "origin": f"{scheme}://{host}"})
+        large = proxied.post("/ml/v1/classify", content=jpeg + bytes(5_000_000), headers=headers)
+        assert large.status_code == 200
+        foreign = proxied.get("/ml/info", headers={**headers, "origin": "https://evil.example"})
+        assert foreign.status_code == 403
+        redirected = proxied.get("/ml", headers=headers)
+        assert (redirected.status_code, redirected.headers["location"]) == (307, "/ml/")

@@ -1,0 +1,51 @@
+"""The cores that a process may use."""
+
+import os
+
+import pytest
+
+from sopdeploy import environment
+from sopdeploy.environment import usable_cores
+
+QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+QUOTAS = {  # groups of the process, files, cores of 8
+    "version 2": ("0::/a/b\n", {"a/b/cpu.max": "250000 100000"}, 2),
+    "version 2, the group around it": (
+        "0::/a/b\n",
+        {"a/cpu.max": "100000 50000", "a/b/cpu.max": "max 100000"},
+        2,
+    ),
+    "version 2 in a container": ("0::/\n", {"cpu.max": "300000 100000"}, 3),
+    "version 2, less than a core": ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+    "version 2, more than the cores": ("0::/\n", {"cpu.max": "6400000 100000"}, 8),
+    "version 1": ("3:cpu,cpuacct:/a\n", {f"cpu/a/{QUOTA}": "400000", f"cpu/a/{PERIOD}": "100000"}, 4),
+    "version 1, the group around it": (
+        "3:cpuacct,cpu:/a/b\n0::/\n",
+        {
+            **{f"cpuacct,cpu/a/b/{QUOTA}": "-1", f"cpuacct,cpu/a/b/{PERIOD}": "100000"},
+            **{f"cpuacct,cpu/a/{QUOTA}": "200000", f"cpuacct,cpu/a/{PERIOD}": "100000"},
+        },
+        2,
+    ),
+    "version 1 in a container": (
+        "1:cpu:/host/path\n",
+        {f"cpu/{QUOTA}": "500000", f"cpu/{PERIOD}": "100000"},
+        5,
+    ),
+    "another controller": ("4:cpuset:/a\n", {f"cpuset/a/{QUOTA}": "1", f"cpuset/a/{PERIOD}": "1"}, 8),
+    "no quota": ("0::/\n", {"cpu.max": "max 100000"}, 8),
+    "no groups": (None, {}, 8),
+}
+
+
+@pytest.mark.parametrize(("groups", "files", "expected"), QUOTAS.values(), ids=QUOTAS)
+def test_a_process_may_use_its_cores_within_every_quota(tmp_path, monkeypatch, groups, files, expected):
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(f"{text}\n")
+    if groups is not None:
+        (tmp_path / "cgroup").write_text(groups)
+    monkeypatch.setattr(environment, "CGROUP", tmp_path / "fs")
+    monkeypatch.setattr(environment, "PROCESS_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(8)), raising=False)
+    assert usable_cores() == expected
