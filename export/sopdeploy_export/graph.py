@@ -40,7 +40,7 @@ from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.program_hashes import trace_hash
 from sopdeploy_export.state import modules, preserved, unwritten
 
@@ -76,7 +76,7 @@ class Deployed(nn.Module):
 
     def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
-        self.normalise = Normalize(preprocess)
+        self.normalise = Normalize(preprocess, images_format(network))
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from sopdeploy.decision import Activation, Decision
 from sopdeploy.environment import machine
 from sopdeploy.errors import ConfigError, TrainingError, first_line, is_out_of_memory
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
+from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
@@ -120,7 +121,7 @@ class Run:
         layout = torch.channels_last if self.recipe.channels_last else torch.preserve_format
         self.name = name
         self.model = model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
-        check_image_sizes(self.recipe, self.model, self.strategy.device)
+        vars(self.model)[IMAGES_FORMAT] = find_images_format(self.recipe, self.model, self.strategy.device)
 
     def resume_state(self) -> dict[str, Any]:
         """Return what `last.pt` contains to resume the run; `load_resume_state` restores it."""
@@ -175,6 +176,7 @@ class Run:
         start = {} if self.start is None else {"start": self.start.model_dump(mode="json")}
         return {
             "recipe": self.recipe.model_dump(mode="json"),
+            "images_format": str(images_format(self.model)).removeprefix("torch."),
             **start,
             "seed": self.recipe.seed,
             "epoch": self.position.epoch,
@@ -197,12 +199,28 @@ class Run:
 
 
 @torch.no_grad()
-def check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) -> None:
-    """Put *model* into eval mode and run it on zeros of each image size; raise `ConfigError` if it cannot."""
+def find_images_format(recipe: Recipe, model: Classifier, device: torch.device) -> torch.memory_format:
+    """Put *model* into eval mode and run it on zeros of each image size; return the layout of its images.
+
+    This is channels-last, the faster one, unless *model* needs contiguous images, as `view` behind a
+    convolution does. Raises `ConfigError` if it cannot compute an image size in either layout.
+    """
     model.eval()
+    try:
+        check_image_sizes(recipe, model, device, torch.channels_last)
+    except ConfigError:
+        check_image_sizes(recipe, model, device, torch.contiguous_format)
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def check_image_sizes(
+    recipe: Recipe, model: Classifier, device: torch.device, layout: torch.memory_format
+) -> None:
+    """Run *model* on zeros of each image size in *layout*; raise `ConfigError` if it cannot."""
     for side in {recipe.preprocess.crop, recipe.training_crop}:
         try:
-            model(torch.zeros(1, 3, side, side, device=device))
+            model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

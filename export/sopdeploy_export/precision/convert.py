@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower, output_names
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare
@@ -101,7 +101,8 @@ class ConvertedGraph:
 
 def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
     """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX."""
-    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
+    normalize = Normalize(preprocess, images_format(certified.network))
+    pixels = normalize(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
     cast = in_float16(certified.network, certified.program, pixels)
     program = capture_any_batch(cast, preprocess, options.batch)
     return CapturedGraph(cast, program, lower(program, output_names(certified.network)))

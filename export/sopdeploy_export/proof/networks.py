@@ -25,6 +25,7 @@ from sopdeploy.bundle.folder import label_problem
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
@@ -229,10 +230,14 @@ def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Netwo
 
 
 def contiguous(network: _Network) -> _Network:
-    """Return *network*, or a copy with contiguous tensors if any is not: graphs contain the strides."""
+    """Return *network*, or a copy with contiguous tensors if any is not: graphs contain the strides.
+
+    The copy keeps the layout of the images, which may follow from the strides.
+    """
     if all(tensor.is_contiguous() for tensor in tensors(network).values()):
         return network
     copied = copy_module(network)
+    vars(copied)[IMAGES_FORMAT] = images_format(network)
     for tensor in tensors(copied).values():
         tensor.data = tensor.detach().contiguous()
     return copied

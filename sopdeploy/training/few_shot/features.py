@@ -14,7 +14,7 @@ from torch import Tensor
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
 from sopdeploy.data.batches import load_batches
 from sopdeploy.data.near import Copies, find_pairs
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
@@ -111,7 +111,7 @@ class CachedNetwork:
     """The frozen `network` of *recipe*, whose outputs for photographs are kept in the cache."""
 
     def __init__(self, network: SecondOrderHead, recipe: Recipe) -> None:
-        self.network, self.recipe = network.eval().to(memory_format=torch.channels_last), recipe
+        self.network, self.recipe = network.eval().to(memory_format=images_format(network)), recipe
         self.device, self.cache = next(network.parameters()).device, FeatureCache(network, recipe)
         self.batch_size = BATCHES[self.device.type]
 
@@ -160,7 +160,7 @@ class CachedNetwork:
         of the features, depend on the size of the batch.
         """
         size = self.batch_size
-        normalize = Normalize(self.recipe.preprocess).to(self.device)
+        normalize = Normalize(self.recipe.preprocess, images_format(self.network)).to(self.device)
         dataset = PreprocessedDataset(images, self.recipe.preprocess)
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         loader = load_batches(dataset, batches, self.recipe.workers, torch.device("cpu"))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import HeldOutMetrics
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.loop.ema import ExponentialMovingAverage
@@ -120,6 +120,7 @@ class LoopRun(Run):
                     old_states[key] = self.optimizer.state[old_parameter]
             del self.optimizer  # the next access creates one for the new groups
         super().replace_model(name, model)
+        self.normalize.memory_format = images_format(self.model)
         self._prepare_training()
         for key, parameter in self.trained().named_parameters():
             if key in old_states:
