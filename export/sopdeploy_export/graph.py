@@ -468,8 +468,11 @@ def _drop_metadata_except_parts(model: ir.Model) -> None:
             if not output.is_graph_output():
                 output.shape, output.type = None, None
     for name, value in list(model.graph.initializers.items()):  # a list, because a new name changes the dict
-        value.name = name.removeprefix(NETWORK_PREFIX)
+        name_in_network = name.removeprefix(NETWORK_PREFIX)
+        if name_in_network not in model.graph.initializers:  # as `normalise.scale` of this package may be
+            value.name = name_in_network
         value.metadata_props.clear()
+    common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
         if value.shape is not None and not isinstance(value.shape[0], int):
