@@ -231,10 +231,12 @@ def _simplify_average_pooling(program: ExportedProgram) -> None:
     (AdaptiveAveragePooling.cpp), which torch-tensorrt cannot convert, and ONNX needs five operators for it.
     """
     aten = torch.ops.aten
-    for node in program.graph.find_nodes(op="call_function", target=aten.adaptive_avg_pool2d.default):
-        x, output_size = node.args
-        if output_size == [1, 1]:
-            node.target, node.args = aten.mean.dim, (x, [-1, -2], True)
+    poolings = (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d)
+    for num_axes, pooling in enumerate(poolings, start=1):
+        for node in program.graph.find_nodes(op="call_function", target=pooling.default):
+            x, output_size = node.args
+            if output_size == [1] * num_axes:
+                node.target, node.args = aten.mean.dim, (x, [*range(-1, -1 - num_axes, -1)], True)
 
 
 def _simplify_max_pooling(program: ExportedProgram) -> None:
@@ -437,23 +439,15 @@ DECOMPOSED = {
 def _decompose(program: ExportedProgram) -> ExportedProgram:
     """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
 
-    The converter's results of attention have other strides than those of torch, with which a view may be
-    impossible. Views of such results therefore read a copy.
+    The results of these forms, and the converter's of attention, have other strides than those of torch, with
+    which a view may be impossible. Every view therefore becomes a copy in another shape.
     """
     if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program
-    decomposed: ExportedProgram = program.run_decompositions(DECOMPOSED)
-    aten, graph = torch.ops.aten, decomposed.graph
-    for view in graph.find_nodes(op="call_function", target=aten.view.default):
-        source = view.args[0]
-        while source.target in (aten.transpose.int, aten.permute.default):
-            source = source.args[0]
-        if source.target is ATTENTION:
-            with graph.inserting_before(view):
-                contiguous = {"memory_format": torch.contiguous_format}
-                copied = graph.call_function(aten.clone.default, (view.args[0],), contiguous)
-            copied.meta = dict(view.args[0].meta)
-            view.replace_input_with(view.args[0], copied)
+    aten: Any = torch.ops.aten
+    decomposed: ExportedProgram = program.run_decompositions({
+        **DECOMPOSED, aten.view.default: aten.view_copy.default
+    })
     return decomposed
 
 
