@@ -117,7 +117,7 @@ def certify(
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
     check_torch_state()
-    check_network_state(trained, "trained")
+    check_network_state(trained, "trained", detachment.training_only)
     check_network_state(detached, "detached")
     nothing_detached = detached is trained
     removed, kept = build_inventory(trained, detached, detachment.training_only)
