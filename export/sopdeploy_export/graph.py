@@ -9,12 +9,16 @@ the lowest that torch writes and the most widely supported.
 import ast
 import gc
 import io
+import linecache
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from string import ascii_letters
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.sym_node import SymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +55,12 @@ EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog
 EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
 # How torch.export says that code depends on the batch size.
 BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
+NO_GRAPH = "cannot be captured as one graph"
+BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
+SIZE_REMEDY = (
+    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), and compute all images of a "
+    "batch at once instead of in a loop"
+)
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -194,7 +205,46 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
         for _, module in modules(deployed):
             if isinstance(module, ExportHints):
                 module.is_captured = True
-        return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+        try:
+            return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+        except Exception as error:  # the network's own code, which can raise anything
+            if not BATCH_GUARD.search(str(error)):
+                raise
+            with fixed_sizes() as places, suppress(Exception):  # fails again
+                torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+            where = f" in {places[0]}" if places else ""
+            raise LoweringError(f"{NO_GRAPH}: {BY_SIZE}{where}; {SIZE_REMEDY}") from error
+
+
+@contextmanager
+def fixed_sizes() -> Iterator[list[str]]:
+    """List the lines of code in the block, outside of torch and this package, that need a size as a number."""
+    places: list[str] = []
+    guards = (SymNode.guard_int.__code__, SymNode.guard_bool.__code__)
+
+    def record(frame: FrameType, event: str, _argument: object) -> None:
+        if event != "call" or frame.f_code not in guards:
+            return
+        is_number, caller = frame.f_code is guards[0], frame.f_back
+        while caller is not None:
+            package = str(caller.f_globals.get("__name__", "")).partition(".")[0]
+            if package not in ("torch", "sopdeploy", "sopdeploy_export"):
+                break
+            # Operators compare sizes, too, in ways that fit every size.
+            if not is_number and str(caller.f_globals.get("__name__")) not in ("torch", SymNode.__module__):
+                return
+            caller = caller.f_back
+        if caller is not None:
+            file, line = caller.f_code.co_filename, caller.f_lineno
+            code = linecache.getline(file, line).strip()
+            places.append(f"{Path(file).name}:{line} ({code})")
+
+    previous = sys.getprofile()
+    sys.setprofile(record)
+    try:
+        yield places
+    finally:
+        sys.setprofile(previous)
 
 
 def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
@@ -340,7 +390,7 @@ def capturing() -> Iterator[None]:
     except LoweringError:
         raise
     except Exception as error:  # tracing runs the network's own code, which can raise anything
-        raise LoweringError(f"cannot be captured as one graph: {_capture_problem(error)}") from error
+        raise LoweringError(f"{NO_GRAPH}: {_capture_problem(error)}") from error
     finally:
         if was_enabled:
             gc.enable()
@@ -350,7 +400,7 @@ def _capture_problem(error: Exception) -> str:
     """Describe an *error* of torch.export."""
     text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
     if BATCH_GUARD.search(text):
-        return "its code treats some batch sizes differently, or fixes the size; every size needs one graph"
+        return f"{BY_SIZE}; {SIZE_REMEDY}"
     return first_line(error)
 
 
