@@ -26,7 +26,7 @@ from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower, output_names
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare
-from sopdeploy_export.precision.casts import float32_parts, in_float16, weight_dtypes
+from sopdeploy_export.precision.casts import float32_parts, in_float16, sum_in_float32, weight_dtypes
 from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.results import PrecisionReport, Quantization
 
@@ -104,7 +104,7 @@ def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: Export
     normalize = Normalize(preprocess, images_format(certified.network))
     pixels = normalize(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
     cast = in_float16(certified.network, certified.program, pixels)
-    program = capture_any_batch(cast, preprocess, options.batch)
+    program = sum_in_float32(capture_any_batch(cast, preprocess, options.batch))
     return CapturedGraph(cast, program, lower(program, output_names(certified.network)))
 
 
@@ -122,7 +122,7 @@ class _Headroom(fx.Interpreter):
             raise LoweringError(
                 f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "
                 "8188, an eighth of the largest, are refused, because other images may overflow; choose "
-                "precision fp32"
+                "precision fp32, or normalize the input of this part and train longer"
             )
         return value
 
