@@ -62,7 +62,9 @@ class Options(StrictModel):
         except pydantic.ValidationError as error:
             problem: Any = error.errors(include_url=False)[0]
             name = str(problem["loc"][0]) if problem["loc"] else None
-            raise ConfigError(f"{problem['msg']} (got {str(problem['input'])[:80]!r})", setting=name) from error
+            raise ConfigError(
+                f"{problem['msg']} (got {str(problem['input'])[:80]!r})", setting=name
+            ) from error
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

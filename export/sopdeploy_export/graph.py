@@ -58,8 +58,8 @@ BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynami
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
-    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), and compute all images of a "
-    "batch at once instead of in a loop"
+    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), and compute all images "
+    "of a batch at once instead of in a loop"
 )
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
@@ -218,7 +218,7 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
 
 @contextmanager
 def fixed_sizes() -> Iterator[list[str]]:
-    """List the lines of code in the block, outside of torch and this package, that need a size as a number."""
+    """List the lines of code in the block, outside of torch and this package, that need sizes as numbers."""
     places: list[str] = []
     guards = (SymNode.guard_int.__code__, SymNode.guard_bool.__code__)
 
@@ -495,9 +495,9 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
     if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program
     aten: Any = torch.ops.aten
-    decomposed: ExportedProgram = program.run_decompositions({
-        **DECOMPOSED, aten.view.default: aten.view_copy.default
-    })
+    decomposed: ExportedProgram = program.run_decompositions(
+        {**DECOMPOSED, aten.view.default: aten.view_copy.default}
+    )
     return decomposed
 
 

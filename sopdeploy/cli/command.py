@@ -10,13 +10,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Optional, TypeVar, Union, get_args, get_origin
 
-import pydantic
 import typer
 
 from sopdeploy.cli.console import err, image_progress, one_line_errors, print_json, show_steps
 from sopdeploy.config import Options
 from sopdeploy.environment import is_main_process
-from sopdeploy.errors import ConfigError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Result = TypeVar("_Result")

@@ -103,19 +103,13 @@ def unreplaced(network: nn.Module) -> Iterator[None]:
         for attribute, value in vars(module).items():
             if not callable(value) or not callable(getattr(type(module), attribute, None)):
                 continue
-            function = getattr(value, "__func__", value)
-            is_own = getattr(value, "__self__", None) is module and any(
-                function is method for kind in type(module).__mro__ for method in vars(kind).values()
-            )
-            while isinstance(function, functools.partial):
-                function = function.func
-            function = getattr(function, "__func__", function)
-            code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+            if _is_own_method(module, value):
+                continue
+            code = _code_of(value)
             where = f"{attribute} of {f'{name} of the' if name else 'the whole'} trained network"
-            if code is None and not is_own:  # code in C, whose calls cannot be told apart
+            if code is None:  # written in C, so its calls cannot be recorded
                 raise CertificateError(f"{where} was replaced on the instance; change the class")
-            if not is_own:
-                replaced[code] = where
+            replaced[code] = where
     called: list[str] = []
 
     def record(frame: FrameType, event: str, _argument: object) -> None:
@@ -131,6 +125,22 @@ def unreplaced(network: nn.Module) -> Iterator[None]:
         sys.setprofile(previous)
     if called:
         raise CertificateError(f"{called[0]} was replaced on the instance; change the class")
+
+
+def _is_own_method(module: nn.Module, value: Any) -> bool:
+    """Return whether *value* is a method of the class of *module*, bound to it; a copy has its own."""
+    methods = (method for kind in type(module).__mro__ for method in vars(kind).values())
+    is_bound = getattr(value, "__self__", None) is module
+    return is_bound and any(method is value.__func__ for method in methods)
+
+
+def _code_of(function: Any) -> CodeType | None:
+    """Return the code that a call of *function* runs; None if it is written in C."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    code = code or getattr(type(function).__call__, "__code__", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:

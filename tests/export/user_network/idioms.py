@@ -15,7 +15,9 @@ from torch.optim.swa_utils import AveragedModel
 from tests.export.user_network.networks import CLASSES, Small, variant
 
 ONLY, PLAIN, DETACHED = "trained-only", "trained-plain", "trained-detached"
-Case = tuple[Callable[[], nn.Module], dict[str, Any], str]  # the options of the export, the proof or the message
+Case = tuple[
+    Callable[[], nn.Module], dict[str, Any], str
+]  # the options of the export, the proof or the message
 
 
 def forward(function: Callable[[Any, Tensor], Any]) -> Callable[[], nn.Module]:
@@ -73,7 +75,7 @@ class Output:
 
 
 class Metric(nn.Module):
-    """A metric as of torchmetrics: it wraps its methods on the instance, and cannot be called without targets."""
+    """A metric as of torchmetrics, which wraps its methods on the instance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,13 +217,17 @@ EXPORTED: dict[str, Case] = {
     "view behind a convolution": (pooled(lambda _, f: f.view(f.size(0), 8, -1).mean(2)), {}, ONLY),
     "view of the shape": (pooled(lambda _, f: f.view(*f.shape[:2], -1).amax(2)), {}, ONLY),
     "view of a batch and the rest": (
-        with_parts(lambda net, x: net.head(net.stem(x).view(x.size(0), -1)), head=lambda: nn.Linear(1152, CLASSES)),
+        with_parts(
+            lambda net, x: net.head(net.stem(x).view(x.size(0), -1)), head=lambda: nn.Linear(1152, CLASSES)
+        ),
         {"training_only": ["fc"]},
         DETACHED,
     ),
     "flatten": (pooled(lambda _, f: torch.flatten(F.adaptive_avg_pool2d(f, 1), 1)), {}, ONLY),
     "flatten of tokens": (
-        pooled(lambda _, f: F.adaptive_avg_pool1d(f.flatten(2).transpose(1, 2).transpose(1, 2), 1).flatten(1)),
+        pooled(
+            lambda _, f: F.adaptive_avg_pool1d(f.flatten(2).transpose(1, 2).transpose(1, 2), 1).flatten(1)
+        ),
         {},
         ONLY,
     ),
@@ -315,8 +321,16 @@ REFUSED: dict[str, Case] = {
         {},
         r"fixes the size in idioms\.py:\d+ \(.*int\(f\.shape\[0\]\).*\)",
     ),
-    "a loop over images": (forward(by_image), {}, r"in idioms\.py:\d+ \(return torch\.stack.* instead of in a loop"),
-    "a loop over numbers": (forward(by_number), {}, r"in idioms\.py:\d+ \(return torch\.cat.* instead of in a loop"),
+    "a loop over images": (
+        forward(by_image),
+        {},
+        r"in idioms\.py:\d+ \(return torch\.stack.* instead of in a loop",
+    ),
+    "a loop over numbers": (
+        forward(by_number),
+        {},
+        r"in idioms\.py:\d+ \(return torch\.cat.* instead of in a loop",
+    ),
     "squeeze of all axes": (
         pooled(lambda _, f: f.mean((2, 3), keepdim=True).squeeze()),
         {},
