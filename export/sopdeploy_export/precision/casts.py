@@ -4,8 +4,9 @@ The casts are placed in a copy of the certified network, before its conversion t
 receives its inputs in the dtype of its own weights. Layers that declare `keep_float32` stay in float32,
 including their operations without weights: covariance, trace, Newton-Schulz, gate, softmax, and means over
 a feature map. Experts multiply maps by their weights in the dtype of the maps, and compute roots and sums
-in float32; so do the means, sums, norms and average poolings of every network (`sum_in_float32`). A local response norm also computes in float32, because squares of activations overflow in
-float16. Everything else is converted to float16, including the classifier; all outputs are float32.
+in float32. A local response norm also computes in float32, because squares of activations overflow in
+float16, and so do means, sums, norms and average poolings of every network. Everything else is converted to
+float16, including the classifier; all outputs are float32.
 
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
 convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,
@@ -28,10 +29,11 @@ from sopdeploy_export.parity.compare import InFloat64, ReportsFloat32
 from sopdeploy_export.proof.networks import copy_module
 
 _Part = TypeVar("_Part", bound=nn.Module)
-SUMS = (  # operators that add many values
+SUMS = (  # operators that add many values; layer norm adds in float32 in every runtime
     "mean.dim", "mean.default", "sum.dim_IntList", "sum.default", "cumsum.default", "var.correction",
-    "linalg_vector_norm.default", "logsumexp.default", "avg_pool2d.default", "_adaptive_avg_pool2d.default",
-    "native_group_norm.default", "native_layer_norm.default",
+    "std.correction", "linalg_vector_norm.default", "logsumexp.default", "avg_pool2d.default",
+    "adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default", "group_norm.default",
+    "native_group_norm.default", "instance_norm.default",
 )  # fmt: skip
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
@@ -69,7 +71,9 @@ def sum_in_float32(program: ExportedProgram) -> ExportedProgram:
     The sum of 10,000 values of 60 / 9 exceeds the largest number of float16, although their mean does not.
     """
     aten = torch.ops.aten
-    operators = [getattr(getattr(aten, name), overload) for name, _, overload in (s.partition(".") for s in SUMS)]
+    operators = [
+        getattr(getattr(aten, name), overload) for name, _, overload in (s.partition(".") for s in SUMS)
+    ]
     summed: ExportedProgram = program.run_decompositions({op: partial(_in_float32, op) for op in operators})
     return summed
 
