@@ -14,7 +14,7 @@ from torch import Tensor
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
 from sopdeploy.data.batches import load_batches
 from sopdeploy.data.near import Copies, find_pairs
-from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
@@ -228,7 +228,9 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
     if model.tap_channels:
         last_taps = tuple(model.tap_channels)[-TAPS:]
         head = HeadConfig(kind="gap+mean+isqrt", taps=last_taps, width=WIDTH)
-    return with_head(recipe.model.name, model, head).eval()
+    full = with_head(recipe.model.name, model, head).eval()
+    vars(full)[IMAGES_FORMAT] = images_format(model)
+    return full
 
 
 def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
