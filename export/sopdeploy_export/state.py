@@ -44,14 +44,15 @@ FIXED = (type(...), type(NotImplemented), CodeType, FrameType, weakref.ref)
 def is_library(package: str) -> bool:
     """Return whether the top-level *package* is Python's, ours or an installed one, not code of the user.
 
-    A folder of installed packages has their metadata; one that is installed in editable mode is elsewhere.
+    A folder of installed packages has their metadata, unless a distribution of Linux installed them; packages
+    that are installed in editable mode are elsewhere.
     """
     if package in sys.stdlib_module_names or package in ("sopdeploy", "torch"):
         return True
     module = sys.modules.get(package)
     places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
     folders = {Path(place).parent for place in places if isinstance(place, str)}
-    return any(next(folder.glob("*.dist-info"), None) for folder in folders)
+    return any(folder.name == "dist-packages" or next(folder.glob("*.dist-info"), None) for folder in folders)
 
 
 def _is_library(definition: Any) -> bool:

@@ -1,10 +1,12 @@
 """Networks as tutorials write them are exported with proof, or refused for a reason that the pages list."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_export.options import ExportOptions
@@ -35,6 +37,48 @@ def test_it_is_refused_in_one_line_that_names_the_remedy(case: str, tmp_path: Pa
         networks.export_small(network, tmp_path, **options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def vision_transformer() -> nn.Module:
+    library = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = library.ViTConfig(**sizes, image_size=networks.SIDE, patch_size=4, num_labels=networks.CLASSES)
+    network: nn.Module = library.ViTForImageClassification(config)
+    return network
+
+
+def adapted() -> nn.Module:
+    library = pytest.importorskip("peft")
+    config = library.LoraConfig(target_modules="all-linear", r=4)
+    network: nn.Module = library.get_peft_model(vision_transformer(), config)
+    return network
+
+
+def with_metric() -> nn.Module:
+    lightning, metrics = pytest.importorskip("lightning.pytorch"), pytest.importorskip("torchmetrics")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = networks.Small(aux=False)
+            self.accuracy = metrics.Accuracy(task="multiclass", num_classes=networks.CLASSES)
+
+        def forward(self, images: Tensor) -> Any:
+            return self.model(images)
+
+    return Module()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("build", "logits_key"), [(vision_transformer, "logits"), (adapted, "logits"), (with_metric, None)]
+)
+def test_networks_of_other_libraries_are_exported(
+    build: Callable[[], nn.Module], logits_key: str | None, tmp_path: Path
+) -> None:
+    exported = networks.export_small(build().eval(), tmp_path, logits_key=logits_key)
+    assert exported.certificate.proof == "trained-only"
 
 
 def test_an_invalid_option_is_named_as_by_the_command_line() -> None:
