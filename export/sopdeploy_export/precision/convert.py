@@ -121,8 +121,8 @@ class _Headroom(fx.Interpreter):
         if largest * HEADROOM > torch.finfo(torch.float16).max:
             raise LoweringError(
                 f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "
-                "8188, an eighth of the largest, are refused, because other images may overflow; choose "
-                "precision fp32, or normalize the input of this part and train longer"
+                "8188, an eighth of the largest, are refused, because other images may overflow; train "
+                "longer, normalize the input of this part, or choose precision fp32"
             )
         return value
 

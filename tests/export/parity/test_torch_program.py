@@ -15,6 +15,7 @@ from sopdeploy.bundle.folder import PROGRAM, open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy_export.graph import Captured, capture_any_batch
 from sopdeploy_export.parity.torch_program import check_program, serialize_program
 from sopdeploy_export.proof.certificate import Certificate, certify
@@ -78,7 +79,9 @@ def test_the_file_contains_no_path_no_source_line_and_no_pickle(branched: Export
 def test_the_file_is_reproducible_and_written_only_on_request(
     branched: Exported, gated: Exported, preprocess: Preprocess
 ) -> None:
-    again = capture_any_batch(detach(trained()), preprocess, BRANCHED)
+    network = trained()
+    vars(network)[IMAGES_FORMAT] = torch.channels_last  # as in the checkpoint
+    again = capture_any_batch(detach(network), preprocess, BRANCHED)
     assert serialize_program(again, branched.certificate) == (branched.path / PROGRAM).read_bytes()
     assert not (gated.path / PROGRAM).exists()
 
