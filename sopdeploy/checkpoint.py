@@ -28,6 +28,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 from sopdeploy.files import atomic_write, check_is_file, check_is_weights
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.project import Origin
@@ -273,6 +274,8 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
     if problem:
         raise CheckpointError(f"{path}: {checkpoint.model}: {problem}; train or import it again")
     network.load_state_dict(checkpoint.weights)
+    is_contiguous = checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"  # others: channels-last
+    vars(network)[IMAGES_FORMAT] = torch.contiguous_format if is_contiguous else torch.channels_last
     return network.eval()
 
 

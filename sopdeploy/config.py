@@ -1,10 +1,11 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pydantic
 
+from sopdeploy.errors import ConfigError
 from sopdeploy.plugins import Registry
 
 Count = Annotated[int, pydantic.Field(ge=1)]
@@ -51,6 +52,19 @@ class Options(StrictModel):
     """Options of a command and of its Python function; the text below a field describes it for both."""
 
     model_config = pydantic.ConfigDict(use_attribute_docstrings=True, coerce_numbers_to_str=True)
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _name_problem(cls, values: Any, validate: Callable[[Any], Self]) -> Self:
+        """Raise `ConfigError` for the first invalid value."""
+        try:
+            return validate(values)
+        except pydantic.ValidationError as error:
+            problem: Any = error.errors(include_url=False)[0]
+            name = str(problem["loc"][0]) if problem["loc"] else None
+            raise ConfigError(
+                f"{problem['msg']} (got {str(problem['input'])[:80]!r})", setting=name
+            ) from error
 
 
 def check_format_version(found: Any, version: int, written_by: Any, unknown: Iterable[str] = ()) -> None:

@@ -9,12 +9,16 @@ the lowest that torch writes and the most widely supported.
 import ast
 import gc
 import io
+import linecache
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from string import ascii_letters
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.sym_node import SymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,7 +45,7 @@ from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.program_hashes import trace_hash
 from sopdeploy_export.state import modules, preserved, unwritten
 
@@ -50,6 +55,12 @@ EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog
 EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
 # How torch.export says that code depends on the batch size.
 BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
+NO_GRAPH = "cannot be captured as one graph"
+BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
+SIZE_REMEDY = (
+    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), and compute all images "
+    "of a batch at once instead of in a loop"
+)
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -76,7 +87,7 @@ class Deployed(nn.Module):
 
     def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
-        self.normalise = Normalize(preprocess)
+        self.normalise = Normalize(preprocess, images_format(network))
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -194,7 +205,46 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
         for _, module in modules(deployed):
             if isinstance(module, ExportHints):
                 module.is_captured = True
-        return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+        try:
+            return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+        except Exception as error:  # the network's own code, which can raise anything
+            if not BATCH_GUARD.search(str(error)):
+                raise
+            with fixed_sizes() as places, suppress(Exception):  # fails again
+                torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+            where = f" in {places[0]}" if places else ""
+            raise LoweringError(f"{NO_GRAPH}: {BY_SIZE}{where}; {SIZE_REMEDY}") from error
+
+
+@contextmanager
+def fixed_sizes() -> Iterator[list[str]]:
+    """List the lines of code in the block, outside of torch and this package, that need sizes as numbers."""
+    places: list[str] = []
+    guards = (SymNode.guard_int.__code__, SymNode.guard_bool.__code__)
+
+    def record(frame: FrameType, event: str, _argument: object) -> None:
+        if event != "call" or frame.f_code not in guards:
+            return
+        is_number, caller = frame.f_code is guards[0], frame.f_back
+        while caller is not None:
+            package = str(caller.f_globals.get("__name__", "")).partition(".")[0]
+            if package not in ("torch", "sopdeploy", "sopdeploy_export"):
+                break
+            # Operators compare sizes, too, in ways that fit every size.
+            if not is_number and str(caller.f_globals.get("__name__")) not in ("torch", SymNode.__module__):
+                return
+            caller = caller.f_back
+        if caller is not None:
+            file, line = caller.f_code.co_filename, caller.f_lineno
+            code = linecache.getline(file, line).strip()
+            places.append(f"{Path(file).name}:{line} ({code})")
+
+    previous = sys.getprofile()
+    sys.setprofile(record)
+    try:
+        yield places
+    finally:
+        sys.setprofile(previous)
 
 
 def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
@@ -231,10 +281,12 @@ def _simplify_average_pooling(program: ExportedProgram) -> None:
     (AdaptiveAveragePooling.cpp), which torch-tensorrt cannot convert, and ONNX needs five operators for it.
     """
     aten = torch.ops.aten
-    for node in program.graph.find_nodes(op="call_function", target=aten.adaptive_avg_pool2d.default):
-        x, output_size = node.args
-        if output_size == [1, 1]:
-            node.target, node.args = aten.mean.dim, (x, [-1, -2], True)
+    poolings = (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d)
+    for num_axes, pooling in enumerate(poolings, start=1):
+        for node in program.graph.find_nodes(op="call_function", target=pooling.default):
+            x, output_size = node.args
+            if output_size == [1] * num_axes:
+                node.target, node.args = aten.mean.dim, (x, [*range(-1, -1 - num_axes, -1)], True)
 
 
 def _simplify_max_pooling(program: ExportedProgram) -> None:
@@ -338,7 +390,7 @@ def capturing() -> Iterator[None]:
     except LoweringError:
         raise
     except Exception as error:  # tracing runs the network's own code, which can raise anything
-        raise LoweringError(f"cannot be captured as one graph: {_capture_problem(error)}") from error
+        raise LoweringError(f"{NO_GRAPH}: {_capture_problem(error)}") from error
     finally:
         if was_enabled:
             gc.enable()
@@ -348,7 +400,7 @@ def _capture_problem(error: Exception) -> str:
     """Describe an *error* of torch.export."""
     text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
     if BATCH_GUARD.search(text):
-        return "its code treats some batch sizes differently, or fixes the size; every size needs one graph"
+        return f"{BY_SIZE}; {SIZE_REMEDY}"
     return first_line(error)
 
 
@@ -437,23 +489,15 @@ DECOMPOSED = {
 def _decompose(program: ExportedProgram) -> ExportedProgram:
     """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
 
-    The converter's results of attention have other strides than those of torch, with which a view may be
-    impossible. Views of such results therefore read a copy.
+    The results of these forms, and the converter's of attention, have other strides than those of torch, with
+    which a view may be impossible. Every view therefore becomes a copy in another shape.
     """
     if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program
-    decomposed: ExportedProgram = program.run_decompositions(DECOMPOSED)
-    aten, graph = torch.ops.aten, decomposed.graph
-    for view in graph.find_nodes(op="call_function", target=aten.view.default):
-        source = view.args[0]
-        while source.target in (aten.transpose.int, aten.permute.default):
-            source = source.args[0]
-        if source.target is ATTENTION:
-            with graph.inserting_before(view):
-                contiguous = {"memory_format": torch.contiguous_format}
-                copied = graph.call_function(aten.clone.default, (view.args[0],), contiguous)
-            copied.meta = dict(view.args[0].meta)
-            view.replace_input_with(view.args[0], copied)
+    aten: Any = torch.ops.aten
+    decomposed: ExportedProgram = program.run_decompositions(
+        {**DECOMPOSED, aten.view.default: aten.view_copy.default}
+    )
     return decomposed
 
 
@@ -468,8 +512,11 @@ def _drop_metadata_except_parts(model: ir.Model) -> None:
             if not output.is_graph_output():
                 output.shape, output.type = None, None
     for name, value in list(model.graph.initializers.items()):  # a list, because a new name changes the dict
-        value.name = name.removeprefix(NETWORK_PREFIX)
+        name_in_network = name.removeprefix(NETWORK_PREFIX)
+        if name_in_network not in model.graph.initializers:  # as `normalise.scale` of this package may be
+            value.name = name_in_network
         value.metadata_props.clear()
+    common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
         if value.shape is not None and not isinstance(value.shape[0], int):

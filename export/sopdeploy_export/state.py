@@ -15,6 +15,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from types import CodeType, FrameType, FunctionType, GeneratorType, ModuleType, NoneType
 from typing import Any
 
@@ -31,14 +33,31 @@ STATELESS = "an exported network must be stateless"
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 MOST_OBJECTS = 200_000  # that are read; a network with more is refused
 VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device, torch.Size)
-LIBRARIES = sys.stdlib_module_names | {
-    *("numpy", "pydantic", "pydantic_core", "sopdeploy", "sympy", "timm", "torch", "torchvision")
-}
 _PLAIN = (dict, list, tuple, deque, OrderedDict)  # these hold nothing but their items
 _MODULES = {  # of libraries whose objects are read
     *("argparse", "array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
 }
 FIXED = (type(...), type(NotImplemented), CodeType, FrameType, weakref.ref)
+
+
+@cache
+def is_library(package: str) -> bool:
+    """Return whether the top-level *package* is Python's, ours or an installed one, not code of the user.
+
+    A folder of installed packages has their metadata, unless a distribution of Linux installed them; packages
+    that are installed in editable mode are elsewhere.
+    """
+    if package in sys.stdlib_module_names or package in ("sopdeploy", "torch"):
+        return True
+    module = sys.modules.get(package)
+    places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
+    folders = {Path(place).parent for place in places if isinstance(place, str)}
+    return any(folder.name == "dist-packages" or next(folder.glob("*.dist-info"), None) for folder in folders)
+
+
+def _is_library(definition: Any) -> bool:
+    """Return whether *definition*, a class or a function, is one of a library."""
+    return is_library(str(definition.__module__ or "").partition(".")[0])
 
 
 def modules(network: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -77,9 +96,10 @@ def read_state(network: nn.Module) -> dict[str, Any]:
     """Map the path of every tensor, number and object in the modules of *network* to a comparable form.
 
     Everything that is reachable from the modules is read: attributes, slots and containers, the classes and
-    functions of users with the variables that they use, and the global random numbers. Two states differ if
-    anything was assigned, added, removed or written in place between them. Raises `LoweringError` if the
-    network holds too many objects.
+    functions of users with the variables that they use, and the global random numbers. Of libraries, only
+    modules and containers are read, not what their functions and classes use. Two states differ if anything
+    was assigned, added, removed or written in place between them. Raises `LoweringError` if the network holds
+    too many objects.
     """
     numpy_state = tree_leaves(np.random.get_state(legacy=False))  # noqa: NPY002
     state: dict[str, Any] = {
@@ -104,12 +124,14 @@ def read_state(network: nn.Module) -> dict[str, Any]:
         content = _content(value)
         state[path] = _identify(value) if content is None else content
         # A value with content, such as a float, holds nothing else; a user's subclass can have attributes.
-        can_hold_more = content is None or type(value).__module__.partition(".")[0] not in LIBRARIES
+        can_hold_more = content is None or not _is_library(type(value))
         if can_hold_more and id(value) not in seen:
             seen.add(id(value))
             unread += [(path + inside, item) for inside, item in _children(value)]
         if len(state) > MOST_OBJECTS:
-            raise LoweringError(f"{path}: the network holds more than {MOST_OBJECTS:,} objects; remove them")
+            raise LoweringError(
+                f"{path}: the network holds more than {MOST_OBJECTS:,} objects, as of a data set; remove them"
+            )
     return state
 
 
@@ -132,8 +154,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (Tensor, ModuleType, *FIXED)):
         return  # a tensor has a version; of a module, only the variables that functions use are read
     definition = value if isinstance(value, type | FunctionType) else type(value)
-    package = (definition.__module__ or "").partition(".")[0]
-    is_users = package not in LIBRARIES
+    package, is_users = str(definition.__module__).partition(".")[0], not _is_library(definition)
     if definition is value and not is_users:
         return  # functions and classes of libraries hold no state of the network
     if isinstance(value, FunctionType):
@@ -152,8 +173,8 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
     """List the items of a container, and what other objects than modules and plain containers hold inside."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
+    if isinstance(value, dict):
+        for key, item in dict.items(value):  # subclasses can import or compute what they list
             shown = repr(key) if isinstance(key, VALUES) else f"{type(key).__name__} {id(key)}"
             yield f"[{shown}]", item
     elif isinstance(value, list | tuple | deque):
@@ -194,7 +215,7 @@ def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]
         yield f" uses {name}", value
-        if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in LIBRARIES:
+        if isinstance(value, ModuleType) and not is_library(value.__name__.partition(".")[0]):
             yield from ((f" uses {name}.{key}", vars(value)[key]) for key in names & vars(value).keys())
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # not set yet

@@ -10,13 +10,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Optional, TypeVar, Union, get_args, get_origin
 
-import pydantic
 import typer
 
 from sopdeploy.cli.console import err, image_progress, one_line_errors, print_json, show_steps
 from sopdeploy.config import Options
 from sopdeploy.environment import is_main_process
-from sopdeploy.errors import ConfigError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
@@ -119,7 +117,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
         for name, model in models.items():
             if not isinstance(keywords.get(name), model):  # the caller may give the model itself
                 given = {field: keywords.pop(field) for field in model.model_fields if field in keywords}
-                keywords[name] = _validate(model, given)
+                keywords[name] = model(**given)
         return function(*args, **keywords)
 
     option_lines = [
@@ -131,16 +129,6 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
-
-
-def _validate(model: type[Options], given: Mapping[str, Any]) -> Options:
-    """Build *model* of the options *given*; raises `ConfigError` about the first invalid one."""
-    try:
-        return model(**given)
-    except pydantic.ValidationError as error:
-        problem: Any = error.errors(include_url=False)[0]
-        name = str(problem["loc"][0]) if problem["loc"] else None
-        raise ConfigError(f"{problem['msg']} (got {str(problem['input'])[:80]!r})", setting=name) from error
 
 
 def _describe(function: Callable[..., Any]) -> str:

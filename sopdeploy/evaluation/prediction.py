@@ -27,7 +27,7 @@ from sopdeploy.evaluation.decision_fit import fit_thresholds
 from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier
 
 SCORE_BATCH = 32  # images
@@ -146,7 +146,7 @@ def predict_logits(
     calls *on_batch* with the number of images that all processes have done.
     """
     device, was_training = next(model.parameters()).device, model.training
-    normalize = Normalize(preprocess).to(device)
+    normalize = Normalize(preprocess, images_format(model)).to(device)
     images_here = range(processes.rank, len(dataset), processes.world)  # of two: 0, 2, ... and 1, 3, ...
     positions_by_batch = sequential_batches(len(images_here), batch_size)
     batches = [[images_here[position] for position in positions] for positions in positions_by_batch]

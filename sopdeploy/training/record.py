@@ -24,6 +24,7 @@ from sopdeploy.decision import Decision
 from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, TrainingError
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
+from sopdeploy.layers.normalize import images_format
 from sopdeploy.plugins import makers
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.fits import FewShotFit, Fit, Position
@@ -82,6 +83,7 @@ def _describe_training(start: "Start", fit: Fit) -> dict[str, Any]:
     plugins = makers([*fit.network.modules(), start.recipe.data])
     return {
         "recipe": start.recipe.model_dump(mode="json"),
+        "images_format": str(images_format(fit.network)).removeprefix("torch."),
         **({} if start.weights is None else {"start": start.weights.model_dump(mode="json")}),
         "seed": start.recipe.seed,
         "epoch": fit.position.epoch,

@@ -16,6 +16,7 @@ from sopdeploy.data.held_out import NONE, Record, choose_held_out, divide, recor
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError, DataError, first_line, is_out_of_memory, shorten
+from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
@@ -325,17 +326,33 @@ def place(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
     """Move *model* to the device; raise `ConfigError` if it cannot compute the images of *recipe*."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
-    check_image_sizes(recipe, placed, strategy.device)
+    vars(placed)[IMAGES_FORMAT] = find_images_format(recipe, placed, strategy.device)
     return placed
 
 
 @torch.no_grad()
-def check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) -> None:
-    """Put *model* into eval mode and run it on zeros of each image size; raise `ConfigError` if it cannot."""
+def find_images_format(recipe: Recipe, model: Classifier, device: torch.device) -> torch.memory_format:
+    """Put *model* into eval mode and run it on zeros of each image size; return the layout of its images.
+
+    This is channels-last, the faster one, unless *model* needs contiguous images, as `view` behind a
+    convolution does. Raises `ConfigError` if it cannot compute an image size in either layout.
+    """
     model.eval()
+    try:
+        check_image_sizes(recipe, model, device, torch.channels_last)
+    except ConfigError:
+        check_image_sizes(recipe, model, device, torch.contiguous_format)
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def check_image_sizes(
+    recipe: Recipe, model: Classifier, device: torch.device, layout: torch.memory_format
+) -> None:
+    """Run *model* on zeros of each image size in *layout*; raise `ConfigError` if it cannot."""
     for side in {recipe.preprocess.crop, recipe.training_crop}:
         try:
-            model(torch.zeros(1, 3, side, side, device=device))
+            model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

@@ -5,7 +5,8 @@ receives its inputs in the dtype of its own weights. Layers that declare `keep_f
 including their operations without weights: covariance, trace, Newton-Schulz, gate, softmax, and means over
 a feature map. Experts multiply maps by their weights in the dtype of the maps, and compute roots and sums
 in float32. A local response norm also computes in float32, because squares of activations overflow in
-float16. Everything else is converted to float16, including the classifier; all outputs are float32.
+float16, and so do means, sums, norms and average poolings of every network. Everything else is converted to
+float16, including the classifier; all outputs are float32.
 
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
 convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
@@ -27,6 +29,12 @@ from sopdeploy_export.parity.compare import InFloat64, ReportsFloat32
 from sopdeploy_export.proof.networks import copy_module
 
 _Part = TypeVar("_Part", bound=nn.Module)
+SUMS = (  # operators that add many values; layer norm adds in float32 in every runtime
+    "mean.dim", "mean.default", "sum.dim_IntList", "sum.default", "cumsum.default", "var.correction",
+    "std.correction", "linalg_vector_norm.default", "logsumexp.default", "avg_pool2d.default",
+    "adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default", "group_norm.default",
+    "native_group_norm.default", "instance_norm.default",
+)  # fmt: skip
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -55,6 +63,27 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
     folded = copy_module(network)
     fold_batch_norms(folded, program)
     return place_casts(folded)
+
+
+def sum_in_float32(program: ExportedProgram) -> ExportedProgram:
+    """Compute the sums of *program* over float16 values in float32, as ATen does and not every runtime.
+
+    The sum of 10,000 values of 60 / 9 exceeds the largest number of float16, although their mean does not.
+    """
+    aten = torch.ops.aten
+    operators = [
+        getattr(getattr(aten, name), overload) for name, _, overload in (s.partition(".") for s in SUMS)
+    ]
+    summed: ExportedProgram = program.run_decompositions({op: partial(_in_float32, op) for op in operators})
+    return summed
+
+
+def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compute *operator* in float32 if its first operand is in float16; its results stay in float16."""
+    if args[0].dtype != torch.float16:
+        return NotImplemented
+    wide, named = tree_map_only(Tensor, lambda x: _cast(x, torch.float32), (args, kwargs))
+    return tree_map_only(Tensor, lambda x: _cast(x, torch.float16), operator(*wide, **named))
 
 
 def place_casts(network: _Part) -> _Part:

@@ -22,11 +22,11 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower, output_names
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare
-from sopdeploy_export.precision.casts import float32_parts, in_float16, weight_dtypes
+from sopdeploy_export.precision.casts import float32_parts, in_float16, sum_in_float32, weight_dtypes
 from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.results import PrecisionReport, Quantization
 
@@ -101,9 +101,10 @@ class ConvertedGraph:
 
 def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
     """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX."""
-    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
+    normalize = Normalize(preprocess, images_format(certified.network))
+    pixels = normalize(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
     cast = in_float16(certified.network, certified.program, pixels)
-    program = capture_any_batch(cast, preprocess, options.batch)
+    program = sum_in_float32(capture_any_batch(cast, preprocess, options.batch))
     return CapturedGraph(cast, program, lower(program, output_names(certified.network)))
 
 
@@ -120,8 +121,8 @@ class _Headroom(fx.Interpreter):
         if largest * HEADROOM > torch.finfo(torch.float16).max:
             raise LoweringError(
                 f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "
-                "8188, an eighth of the largest, are refused, because other images may overflow; choose "
-                "precision fp32"
+                "8188, an eighth of the largest, are refused, because other images may overflow; train "
+                "longer, normalize the input of this part, or choose precision fp32"
             )
         return value
 

@@ -30,6 +30,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import EXPORT_EMBEDDING, NETWORK_PREFIX, Captured, Deployed, capture
 from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, value_root
@@ -116,7 +117,7 @@ def certify(
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
     check_torch_state()
-    check_network_state(trained, "trained")
+    check_network_state(trained, "trained", detachment.training_only)
     check_network_state(detached, "detached")
     nothing_detached = detached is trained
     removed, kept = build_inventory(trained, detached, detachment.training_only)
@@ -166,6 +167,7 @@ def build_plain_network(
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
+    vars(plain)[IMAGES_FORMAT] = images_format(detached)
     detached_tensors, plain_tensors = tensors(detached), tensors(plain)
     renamed = {rename(name): tensor for name, tensor in detached_tensors.items()}
     if len(renamed) != len(detached_tensors):

@@ -25,6 +25,7 @@ from sopdeploy.bundle.folder import label_problem
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
@@ -32,6 +33,11 @@ from sopdeploy_export.graph import Captured
 from sopdeploy_export.state import modules, tensors
 
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
+REMOVED_BY = {  # the function that removes a hook of this class in torch.nn.utils
+    "WeightNorm": "torch.nn.utils.remove_weight_norm",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
+    "BasePruningMethod": "torch.nn.utils.prune.remove",
+}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -179,21 +185,33 @@ def check_torch_state() -> None:
         raise CertificateError("a forward hook is registered on all modules; remove it before the export")
 
 
-def check_hooks(network: nn.Module, role: str) -> None:
-    """Raise `CertificateError` if a module of *network* has a forward hook."""
+def check_hooks(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> None:
+    """Raise `CertificateError` if a module of *network* outside of its *removed* parts has a forward hook."""
     for name, module in modules(network):
+        if is_in(name, *removed):
+            continue
         if module._forward_hooks or module._forward_pre_hooks:
             where = name or "the whole network"
-            raise CertificateError(f"the {role} network has a forward hook on {where}; remove it first")
+            hook = next(iter((*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
+            kind = next((kind for kind in type(hook).__mro__ if kind.__name__ in REMOVED_BY), None)
+            remedy = "remove it first" if kind is None else f"call {REMOVED_BY[kind.__name__]} first"
+            raise CertificateError(f"the {role} network has a forward hook on {where}; {remedy}")
 
 
-def check_network_state(network: nn.Module, role: str) -> None:
-    """Raise `CertificateError` for train mode, hooks, or a tensor whose memory does not hold its values."""
+def check_network_state(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> None:
+    """Raise `CertificateError` for train mode, hooks, or a tensor whose memory does not hold its values.
+
+    Modes and hooks of the *removed* parts do not matter.
+    """
     for name, module in modules(network):
-        if module.training:
+        if module.training and not is_in(name, *removed):
+            remedy = "call .eval() first"
+            if type(module).train is not nn.Module.train:
+                kind = type(module).__name__
+                remedy = f"{kind}.train() keeps it there after .eval(): replace it by a layer that does not"
             where = name or "the whole network"
-            raise CertificateError(f"the {role} network is in train mode ({where}); call .eval() first")
-    check_hooks(network, role)
+            raise CertificateError(f"the {role} network is in train mode ({where}); {remedy}")
+    check_hooks(network, role, removed)
     for name, tensor in tensors(network).items():
         where = f"the {role} network's {name}"
         if tensor.is_meta:
@@ -229,10 +247,14 @@ def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Netwo
 
 
 def contiguous(network: _Network) -> _Network:
-    """Return *network*, or a copy with contiguous tensors if any is not: graphs contain the strides."""
+    """Return *network*, or a copy with contiguous tensors if any is not: graphs contain the strides.
+
+    The copy keeps the layout of the images, which may follow from the strides.
+    """
     if all(tensor.is_contiguous() for tensor in tensors(network).values()):
         return network
     copied = copy_module(network)
+    vars(copied)[IMAGES_FORMAT] = images_format(network)
     for tensor in tensors(copied).values():
         tensor.data = tensor.detach().contiguous()
     return copied

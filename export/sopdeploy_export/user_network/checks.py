@@ -3,9 +3,12 @@
 The network that the user gave is captured, not a copy, because its classes can define how they are copied.
 """
 
+import functools
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import is_in
 from sopdeploy_export import graph, state
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import value_root
@@ -52,20 +56,23 @@ def check_backend(where: str, compiled: Any) -> None:
         raise LoweringError(f"{where} is compiled with a backend of its own; export it before it is compiled")
 
 
-def copy_for_export(network: nn.Module, role: str, logits: str | int | None = None) -> nn.Module:
+def copy_for_export(
+    network: nn.Module, role: str, logits: str | int | None = None, removed: tuple[str, ...] = ()
+) -> nn.Module:
     """Copy *network*, unwrapped, to the CPU in eval mode; *logits* says which of its outputs to export.
 
     Raises `LoweringError` for modules and weights that the exporter does not accept, and `CertificateError`
-    for hooks and replaced methods.
+    for hooks. Those of *removed* parts, and values of their tensors, do not matter.
     """
     if not isinstance(network, nn.Module):
         raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
     network = unwrap(network)
     for name, module in state.modules(network):
         check_module(f"{name} of the {role} network" if name else f"the whole {role} network", module)
-    check_hooks(network, role)
+    check_hooks(network, role, removed)
     for name, tensor in state.tensors(network).items():
-        check_tensor(name, tensor)
+        if not is_in(name, *removed):
+            check_tensor(name, tensor)
     copied = copy_module(network).cpu().eval()
     if logits is not None:
         vars(copied)[graph.EXPORT_LOGITS] = logits
@@ -73,7 +80,7 @@ def copy_for_export(network: nn.Module, role: str, logits: str | int | None = No
 
 
 def check_module(where: str, module: nn.Module) -> None:
-    """Raise `LoweringError` if *module* cannot be captured, `CertificateError` if a method was replaced."""
+    """Raise `LoweringError` if *module* cannot be captured."""
     if isinstance(module, torch.jit.ScriptModule):
         raise LoweringError(f"{where} is a ScriptModule; export the module that was scripted or traced")
     if isinstance(module, LazyModuleMixin):
@@ -82,9 +89,58 @@ def check_module(where: str, module: nn.Module) -> None:
         raise LoweringError(f"{where} is compiled; put its _orig_mod in its place")
     if vars(module).get("_compiled_call_impl") is not None:
         check_backend(where, vars(module)["_compiled_call_impl"])
-    for attribute, value in vars(module).items():
-        if callable(value) and callable(getattr(type(module), attribute, None)):
-            raise CertificateError(f"{attribute} of {where} was replaced on the instance; change the class")
+
+
+@contextmanager
+def unreplaced(network: nn.Module) -> Iterator[None]:
+    """Raise `CertificateError` if the block calls a method that was replaced on a module of *network*.
+
+    A copy of the module would still call the method with the original. Such methods are harmless where no run
+    reaches them, as those of metrics, and so is the choice of another method of the same class.
+    """
+    replaced: dict[CodeType, str] = {}
+    for name, module in state.modules(network):
+        for attribute, value in vars(module).items():
+            if not callable(value) or not callable(getattr(type(module), attribute, None)):
+                continue
+            if _is_own_method(module, value):
+                continue
+            code = _code_of(value)
+            where = f"{attribute} of {f'{name} of the' if name else 'the whole'} trained network"
+            if code is None:  # written in C, so its calls cannot be recorded
+                raise CertificateError(f"{where} was replaced on the instance; change the class")
+            replaced[code] = where
+    called: list[str] = []
+
+    def record(frame: FrameType, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code in replaced:
+            called.append(replaced[frame.f_code])
+
+    previous = sys.getprofile()
+    if replaced:
+        sys.setprofile(record)
+    try:
+        yield
+    finally:
+        sys.setprofile(previous)
+    if called:
+        raise CertificateError(f"{called[0]} was replaced on the instance; change the class")
+
+
+def _is_own_method(module: nn.Module, value: Any) -> bool:
+    """Return whether *value* is a method of the class of *module*, bound to it; a copy has its own."""
+    methods = (method for kind in type(module).__mro__ for method in vars(kind).values())
+    is_bound = getattr(value, "__self__", None) is module
+    return is_bound and any(method is value.__func__ for method in methods)
+
+
+def _code_of(function: Any) -> CodeType | None:
+    """Return the code that a call of *function* runs; None if it is written in C."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    code = code or getattr(type(function).__call__, "__code__", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -208,7 +264,8 @@ def capture_given(
     deployed = graph.Deployed(given, preprocess).eval()
     deployed.normalise.to(device)
     for batch in (images, images[:1]):
-        with state.preserved(given), state.preserved(copied):  # caches are empty again when they are captured
+        # Caches are empty again when the networks are captured.
+        with state.preserved(given), state.preserved(copied), unreplaced(given):
             expected = _run(deployed, batch.to(device), "given", classes).cpu()
             logits = _run(graph.Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")

@@ -81,9 +81,9 @@ def export_network(
     networks.check_torch_state()
     on_step("checking the network")
     given = checks.unwrap(trained)
-    copied = networks.contiguous(checks.copy_for_export(given, "trained", logits_key))
-    networks.check_network_state(copied, "trained")
-    parts = match_parts(copied, training_only)
+    parts = match_parts(given, training_only) if isinstance(given, nn.Module) else ()
+    copied = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
+    networks.check_network_state(copied, "trained", parts)
     given_tensors = tensors(given)  # those of the copy no longer share memory
     check_removed_memory(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},

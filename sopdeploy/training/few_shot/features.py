@@ -18,7 +18,7 @@ from sopdeploy.data.near import Copies, find_pairs
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
@@ -155,7 +155,7 @@ class CachedNetwork:
     """The frozen `network` of *recipe*, whose outputs for photographs are kept in the cache."""
 
     def __init__(self, network: SecondOrderHead, recipe: Recipe) -> None:
-        self.network, self.recipe = network.eval().to(memory_format=torch.channels_last), recipe
+        self.network, self.recipe = network.eval().to(memory_format=images_format(network)), recipe
         self.device, self.cache = next(network.parameters()).device, FeatureCache(network, recipe)
         self.batch_size = BATCHES[self.device.type]
 
@@ -235,7 +235,7 @@ class CachedNetwork:
         of the features, depend on the size of the batch.
         """
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)  # 0, 1, ... and the last one
-        normalize = Normalize(self.recipe.preprocess).to(self.device)
+        normalize = Normalize(self.recipe.preprocess, images_format(self.network)).to(self.device)
         own, maps = self.network.head_inputs(normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
         digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in pixels]
@@ -299,7 +299,9 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
     if model.tap_channels:
         last_taps = tuple(model.tap_channels)[-TAPS:]
         head = HeadConfig(kind="gap+mean+isqrt", taps=last_taps, width=WIDTH)
-    return with_head(recipe.model.name, model, head).eval()
+    full = with_head(recipe.model.name, model, head).eval()
+    vars(full)[IMAGES_FORMAT] = images_format(model)
+    return full
 
 
 def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:

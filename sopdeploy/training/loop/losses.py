@@ -20,6 +20,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import classification_loss
 from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import images_format
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop_settings import TeacherConfig
@@ -99,7 +100,7 @@ class Teacher:
         logits = output if isinstance(output, Tensor) else output.logits
         temperature, share = self.config.temperature, self.config.share
         with torch.set_grad_enabled(self.learns):
-            teacher_output = self.model(images)
+            teacher_output = self.model(images.contiguous(memory_format=images_format(self.model)))
         teacher_logits = teacher_output if isinstance(teacher_output, Tensor) else teacher_output.logits
         log_teacher = log_softmax(teacher_logits.detach().float() / temperature, dim=1)
         log_student = log_softmax(logits.float() / temperature, dim=1)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import HeldOutMetrics
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.fits import Fit, Position
@@ -139,6 +139,7 @@ class LoopRun:
                     old_states[key] = self.optimizer.state[old_parameter]
             del self.optimizer  # the next access creates one for the new groups
         self.model = place(self.recipe, model, self.strategy)
+        self.normalize.memory_format = images_format(self.model)
         self._prepare_training()
         for key, parameter in self.trained().named_parameters():
             if key in old_states:

@@ -219,7 +219,10 @@ SORTED = r"use torch\.sort\(stable=True\)"
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "a divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3).mean((2, 3)), r"avg_pool2d.* instead of"),
-    "strides": (lambda x: torch.as_strided(x, (1, 3), (768, 256)), r"as_strided.* instead of"),
+    "strides": (
+        lambda x: torch.as_strided(x.to(memory_format=torch.channels_last), (1, 3), (768, 1)),
+        r"as_strided.* instead of",
+    ),
     "ties of topk": (lambda x: x.flatten(1).topk(5)[1].float(), rf"topk.*{SORTED}"),
     "ties of argsort": (lambda x: x.flatten(1).argsort(1)[:, :5].float(), rf"argsort.*{SORTED}"),
     "overflow": (lambda x: torch.logaddexp(x, 2 * x).mean((2, 3)), r"logaddexp.* inf instead of 100 for 100"),

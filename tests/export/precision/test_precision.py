@@ -123,6 +123,40 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
         in_float16(network, program, pixels)
 
 
+class Sums(nn.Module):
+    """Sums and means over a map, as networks of users write them, with two layers that contain some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stem(images)
+        pooled = nn.functional.adaptive_avg_pool2d(x, 2).mean((2, 3)) + x.sum((2, 3)) / 256
+        return self.fc(pooled + torch.linalg.vector_norm(x, dim=(2, 3)) / 16)
+
+
+def test_sums_of_a_users_network_are_computed_in_float32(preprocess: Preprocess) -> None:
+    network = Sums().eval()
+    program = capture_any_batch(network, preprocess, ALONE)
+    certified = CapturedGraph(network, program, lower(program, ("logits",)))
+    options = ExportOptions(precision="fp16", max_batch=1)
+    cast = convert.cast_types(certified, preprocess, options)
+    widest = [
+        (node.target, [operand.meta["val"].dtype for operand in node.all_input_nodes[:1]])
+        for node in cast.program.graph.nodes
+        if node.op == "call_function" and torch.Tag.reduction in getattr(node.target, "tags", ())
+    ]
+    assert len(widest) >= 3
+    assert all(dtypes == [torch.float32] for _, dtypes in widest), widest
+    reductions = [node for node in cast.model.graph.node if node.op_type.startswith(("Reduce", "Instance"))]
+    types = onnx.shape_inference.infer_shapes(cast.model).graph.value_info
+    in_half = {value.name for value in types if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+    assert reductions
+    assert not any(node.input[0] in in_half for node in reductions)
+
+
 class RunsTwice(nn.Module):
     """Convolutions and batch norms of which one runs twice, then one more pair."""
 

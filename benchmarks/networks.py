@@ -1,0 +1,250 @@
+"""Export a network of every family of timm, all classifiers of torchvision and some of transformers.
+
+    python benchmarks/networks.py --results FILE [--library timm] [--part 1/2] [--page PAGE]
+
+Weights are random; batch norms have the statistics of noise. Each network is exported for batches of 1 to 64
+images, with its own builder as the plain network, and is accepted with proof or refused for one reason. FILE
+has a line of JSON per network: another call continues, and networks in FILE are not tried again. The page has
+a table of all results. transformers is optional: its networks are left out if it is not installed.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import nn
+from torchvision import models
+
+from sopdeploy import Preprocess, export_network
+from sopdeploy.errors import SopdeployError
+
+CLASSES = 4
+SIDES = (64, 96, 128, 224, 256)  # the first one that the network computes
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+}
+STAGES = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}
+WINDOWS = {"image_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+LEVIT = {
+    "hidden_sizes": [16, 24, 32],
+    "num_attention_heads": [2, 2, 2],
+    "depths": [1, 1, 1],
+    "key_dim": [8] * 3,
+}
+TRANSFORMERS: dict[str, dict[str, Any]] = {  # the options of each configuration
+    "ViT": {**VISION, "intermediate_size": 64},
+    "DeiT": {**VISION, "intermediate_size": 64},
+    "Beit": {**VISION, "intermediate_size": 64, "use_relative_position_bias": True},
+    "Swin": WINDOWS,
+    "Swinv2": WINDOWS,
+    "Dinov2": VISION,
+    "Siglip": {"vision_config": {**VISION, "intermediate_size": 64}},
+    "ConvNext": STAGES,
+    "ConvNextV2": STAGES,
+    "ResNet": {**STAGES, "embedding_size": 16},
+    "RegNet": {**STAGES, "embedding_size": 16, "groups_width": 8},
+    "MobileNetV2": {"image_size": 64, "depth_multiplier": 0.35},
+    "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
+    "Levit": {"image_size": 64, **LEVIT},
+}
+
+
+class Candidate(NamedTuple):
+    """A network to try; `build` takes the size of its images."""
+
+    library: str
+    family: str
+    name: str
+    build: Callable[[int], nn.Module]
+    logits_key: str | None = None
+
+
+def of_timm() -> Iterator[Candidate]:
+    """Yield the network with the fewest weights of every family of timm."""
+    for family in timm.list_modules():
+        names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
+        sizes = {name: size for name in names if (size := _count_weights(name)) is not None}
+        if sizes:
+            name = min(sizes, key=lambda name: sizes[name])
+            yield Candidate("timm", family, name, partial(_create_timm, name))
+
+
+def _count_weights(name: str) -> int | None:
+    """Count the parameters of a network of timm without their memory; None if it cannot be built so."""
+    with contextlib.suppress(Exception), torch.device("meta"):  # timm's code can raise anything
+        return sum(weight.numel() for weight in timm.create_model(name, num_classes=CLASSES).parameters())
+    return None
+
+
+def _create_timm(name: str, side: int) -> nn.Module:
+    try:  # transformers have a fixed size
+        return timm.create_model(name, num_classes=CLASSES, img_size=side)
+    except TypeError:
+        return timm.create_model(name, num_classes=CLASSES)
+
+
+def of_torchvision() -> Iterator[Candidate]:
+    """Yield every classifier of torchvision, those with few weights first."""
+    names = models.list_models(module=models)
+    sizes = {name: next(iter(models.get_model_weights(name))).meta["num_params"] for name in names}
+    for name in sorted(names, key=lambda name: sizes[name]):
+
+        def build(side: int, name: str = name) -> nn.Module:
+            options: dict[str, Any] = {}
+            if name.startswith("vit"):
+                options = {"image_size": side}
+            if name.startswith("maxvit"):
+                options = {"input_size": (side, side)}
+            if name in ("googlenet", "inception_v3"):
+                options = {"init_weights": False, "aux_logits": False}
+            return models.get_model(name, weights=None, num_classes=CLASSES, **options)
+
+        yield Candidate("torchvision", name, name, build)
+
+
+def of_transformers() -> Iterator[Candidate]:
+    """Yield small classifiers of transformers, if it is installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    library = importlib.import_module("transformers")
+    for family, options in TRANSFORMERS.items():
+
+        def build(_side: int, family: str = family, options: dict[str, Any] = options) -> nn.Module:
+            config = getattr(library, f"{family}Config")(**options, num_labels=CLASSES)
+            network: nn.Module = getattr(library, f"{family}ForImageClassification")(config)
+            return network
+
+        yield Candidate("transformers", family, f"{family}ForImageClassification", build, "logits")
+
+
+LIBRARIES = {"timm": of_timm, "torchvision": of_torchvision, "transformers": of_transformers}
+
+
+def prepare(candidate: Candidate) -> tuple[nn.Module, int]:
+    """Build the network of *candidate* for the smallest size that it computes, with statistics of noise."""
+    problem: Exception | None = None
+    for side in SIDES:
+        torch.manual_seed(0)
+        try:
+            network = candidate.build(side)
+            network.eval()(torch.zeros(1, 3, side, side))
+            with torch.no_grad():
+                network.train()
+                for _ in range(3):
+                    network(torch.randn(4, 3, side, side))
+        except Exception as error:  # the library's code can raise anything
+            problem = error
+        else:
+            return network.eval(), side
+    raise RuntimeError(f"no size of {SIDES} is computed: {problem}")
+
+
+def attempt(candidate: Candidate) -> dict[str, Any]:
+    """Export *candidate* and describe the result."""
+    start = time.process_time()
+    network, side = prepare(candidate)
+    row = {
+        "library": candidate.library,
+        "family": candidate.family,
+        "network": candidate.name,
+        "pixels": side,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            exported = export_network(
+                network,
+                plain=lambda: candidate.build(side),
+                labels=[f"class {number}" for number in range(CLASSES)],
+                preprocess=Preprocess(resize=side, crop=side),
+                destination=folder,
+                name="sweep",
+                logits_key=candidate.logits_key,
+            )
+            drift = exported.parity.outputs["logits"].largest_drift
+            row |= {"proof": exported.certificate.proof, "drift": drift}
+        except SopdeployError as error:
+            row["refused"] = str(error)
+        except Exception as error:  # a bug of the exporter, which the table must show
+            row["crashed"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return {**row, "seconds": round(time.process_time() - start, 1)}
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """Write the page with the table of *rows*."""
+    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "timm", "torchvision")}
+    if importlib.util.find_spec("transformers") is not None:
+        versions["transformers"] = importlib.import_module("transformers").__version__
+    accepted = sum("proof" in row for row in rows)
+    lines = [
+        "# Families of networks",
+        "",
+        f"`python benchmarks/networks.py` on {datetime.now(UTC):%Y-%m-%d}, with "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}:",
+        f"{accepted} of {len(rows)} networks are exported with proof. Weights are random; of timm, each is",
+        "the smallest of its family. `drift` is the largest difference of its logits from float64. The",
+        "others are refused for the reason in the last column.",
+        "",
+        "| library | family | network | pixels | proof | drift | refused |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["library"], row["family"])):
+        drift = f"{row['drift']:.1e}" if "drift" in row else ""
+        reason = (row.get("refused") or row.get("crashed") or "").replace("|", "\\|")
+        where = f"{row['library']} | {row['family']} | `{row['network']}` | {row['pixels']}"
+        lines.append(f"| {where} | {row.get('proof', '')} | {drift} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Try the networks that are not in the file of results, and write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--library", choices=LIBRARIES, action="append")
+    parser.add_argument("--part", default="1/1", help="NUMBER/COUNT: every COUNT-th network, from NUMBER on")
+    parser.add_argument("--page", type=Path)
+    arguments = parser.parse_args()
+    lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {(row["library"], row["family"]) for row in rows}
+    number, count = map(int, arguments.part.split("/"))
+    for library in arguments.library or LIBRARIES:
+        for position, candidate in enumerate(LIBRARIES[library]()):
+            if position % count != number - 1 or (library, candidate.family) in done:
+                continue
+            try:
+                row = attempt(candidate)
+            except RuntimeError as error:  # of `prepare`: the network is none for single tensors of images
+                place = {
+                    "library": library,
+                    "family": candidate.family,
+                    "network": candidate.name,
+                    "pixels": "",
+                }
+                row = {**place, "refused": str(error).partition("\n")[0]}
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    if arguments.page is not None:
+        arguments.page.write_text(render(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

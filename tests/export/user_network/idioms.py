@@ -1,0 +1,382 @@
+"""Pieces of code that users of PyTorch write, in small networks, and what the exporter makes of each."""
+
+import collections
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+from tests.export.user_network.networks import CLASSES, Small, variant
+
+ONLY, PLAIN, DETACHED = "trained-only", "trained-plain", "trained-detached"
+Case = tuple[
+    Callable[[], nn.Module], dict[str, Any], str
+]  # the options of the export, the proof or the message
+
+
+def forward(function: Callable[[Any, Tensor], Any]) -> Callable[[], nn.Module]:
+    """Return a builder of a network without auxiliary head whose `forward` is *function*."""
+    return lambda: variant(function, aux=False)
+
+
+def pooled(function: Callable[[Any, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """Return a builder of a network whose classifier reads what *function* makes of the feature map."""
+    return forward(lambda net, x: net.fc(function(net, net.stem(x))))
+
+
+def with_parts(function: Callable[[Any, Tensor], Any], **parts: Any) -> Callable[[], nn.Module]:
+    """Return a builder of a network with more attributes, each the result of a function."""
+
+    def build() -> nn.Module:
+        network = variant(function, aux=False)
+        for name, make in parts.items():
+            setattr(network, name, make())
+        return network
+
+    return build
+
+
+def changed(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+    """Return a builder of a network that *change* changes in place."""
+
+    def build() -> nn.Module:
+        network = Small(aux=False)
+        change(network)
+        return network
+
+    return build
+
+
+def logits(net: Any, images: Tensor) -> Tensor:
+    return net.fc(net.features(images))
+
+
+class Exits(NamedTuple):
+    logits: Tensor
+    features: Tensor
+
+
+class ModelOutput(collections.OrderedDict[str, Tensor]):
+    """The output of transformers: a dict whose keys are attributes, too."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+
+class Metric(nn.Module):
+    """A metric as of torchmetrics, which wraps its methods on the instance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = torch.zeros(())
+        self.update = self.counted(self.update)  # type: ignore[method-assign]
+
+    def counted(self, update: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(update)
+        def wrapped(*values: Tensor) -> None:
+            self.updated = True
+            update(*values)
+
+        return wrapped
+
+    def update(self, predicted: Tensor, target: Tensor) -> None:
+        self.total = self.total + (predicted == target).sum()
+
+
+class LightningModule(Small):
+    """A module that trains itself: with a metric, hyperparameters, a trainer and steps."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.accuracy, self.criterion = Metric(), nn.CrossEntropyLoss()
+        self.hparams, self.trainer = {"lr": 0.1}, None
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+        images, targets = batch
+        predicted = self(images)
+        self.accuracy.update(predicted.argmax(1), targets)
+        return self.criterion(predicted, targets)
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter of a linear layer that is not merged, as of peft."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.scaling = base, {"default": 2.0}
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+        self.active_adapters = ["default"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        for name in self.active_adapters:
+            result = result + self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
+        return result
+
+
+class Lazy(Mapping[str, Any]):
+    """A registry that imports what it lists, as of transformers."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise ImportError(key)
+
+    def __iter__(self) -> Any:
+        return iter(("one", "two"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Attention(nn.Module):
+    """Attention with views before and behind the transposition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = mixed.view(batch, 2, length, 2, 2).transpose(1, 2)
+        return self.proj(mixed.reshape(batch, length, 8))
+
+
+def tokens(net: Any, x: Tensor) -> Tensor:
+    mixed: Tensor = net.attention(net.stem(x)[:, :, ::3, ::3].flatten(2).transpose(1, 2))
+    return net.fc(mixed.mean(1))
+
+
+class Chooses(Small):
+    """Chooses one of its methods as `forward`, as FasterNet of timm does."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.forward = self.forward_sliced  # type: ignore[method-assign]
+
+    def forward_sliced(self, images: Tensor) -> Tensor:
+        return self.fc(self.features(images[:, :, 1:]))
+
+
+class AlwaysDrops(nn.Dropout):
+    def train(self, mode: bool = True) -> "AlwaysDrops":
+        return super().train(True)
+
+
+def adds_in_place(net: Any, x: Tensor) -> Tensor:
+    features = net.features(x)
+    features += features.relu()
+    return net.fc(features)
+
+
+def by_image(net: Any, x: Tensor) -> Tensor:
+    return torch.stack([net.fc(features) for features in net.features(x)])
+
+
+def by_number(net: Any, x: Tensor) -> Tensor:
+    features = net.features(x)
+    return torch.cat([net.fc(features[i : i + 1]) for i in range(features.shape[0])])
+
+
+def without_autocast(net: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return logits(net, x.float())
+
+
+def average(net: Any, x: Tensor) -> Tensor:
+    windows = F.avg_pool2d(net.stem(x)[:, :, :7], (5, 2), (3, 3), (2, 1), ceil_mode=True)
+    return net.fc(windows.mean((2, 3)))
+
+
+def by_buffers(net: Any, x: Tensor) -> Tensor:
+    return net.fc(net.features((x - net.mean) / net.std))
+
+
+class Normalized(Small):
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.register_buffer("std", torch.rand(1, 3, 1, 1) + 1, persistent=False)
+
+    forward = by_buffers
+
+
+EXPORTED: dict[str, Case] = {
+    "view behind a convolution": (pooled(lambda _, f: f.view(f.size(0), 8, -1).mean(2)), {}, ONLY),
+    "view of the shape": (pooled(lambda _, f: f.view(*f.shape[:2], -1).amax(2)), {}, ONLY),
+    "view of a batch and the rest": (
+        with_parts(
+            lambda net, x: net.head(net.stem(x).view(x.size(0), -1)), head=lambda: nn.Linear(1152, CLASSES)
+        ),
+        {"training_only": ["fc"]},
+        DETACHED,
+    ),
+    "flatten": (pooled(lambda _, f: torch.flatten(F.adaptive_avg_pool2d(f, 1), 1)), {}, ONLY),
+    "flatten of tokens": (
+        pooled(
+            lambda _, f: F.adaptive_avg_pool1d(f.flatten(2).transpose(1, 2).transpose(1, 2), 1).flatten(1)
+        ),
+        {},
+        ONLY,
+    ),
+    "reshape": (pooled(lambda _, f: f.reshape(-1, 8, 144).mean(-1)), {}, ONLY),
+    "a view that needs channels last": (
+        lambda: variant(
+            lambda net, x: net.fc(net.stem(x).permute(0, 2, 3, 1).view(x.shape[0], -1, 8).mean(1)), aux=False
+        ).to(memory_format=torch.channels_last),
+        {},
+        ONLY,
+    ),
+    "sizes by unpacking": (pooled(lambda _, f: f.sum((2, 3)) / (f.shape[2] * f.shape[3])), {}, ONLY),
+    "a dict": (forward(lambda net, x: {"logits": logits(net, x), "x": x}), {"logits_key": "logits"}, ONLY),
+    "a tuple": (forward(lambda net, x: (logits(net, x), x)), {"logits_key": 0}, ONLY),
+    "a named tuple": (
+        forward(lambda net, x: Exits(logits(net, x), net.features(x))),
+        {"logits_key": "logits"},
+        ONLY,
+    ),
+    "a ModelOutput": (
+        forward(lambda net, x: ModelOutput(loss=x.mean(), logits=logits(net, x))),
+        {"logits_key": "logits"},
+        ONLY,
+    ),
+    "a data class": (forward(lambda net, x: Output(logits(net, x))), {"logits_key": "logits"}, ONLY),
+    "auxiliary outputs in train mode": (Small, {"training_only": ["aux"]}, DETACHED),
+    "a Lightning module with a metric": (LightningModule, {}, ONLY),
+    "a metric that only training uses": (LightningModule, {"training_only": ["accuracy"]}, ONLY),
+    "a criterion with weights of the classes": (
+        with_parts(logits, criterion=lambda: nn.CrossEntropyLoss(torch.ones(CLASSES))),
+        {"training_only": ["criterion"]},
+        DETACHED,
+    ),
+    "an adapter that is not merged": (changed(lambda n: setattr(n, "fc", Adapter(n.fc))), {}, ONLY),
+    "an averaged model": (lambda: AveragedModel(Small(aux=False)), {}, ONLY),
+    "a dict of averages": (
+        changed(lambda n: setattr(n, "shadow", {k: v.clone() for k, v in n.state_dict().items()})),
+        {},
+        ONLY,
+    ),
+    "weight norm as a parametrization": (changed(lambda n: parametrizations.weight_norm(n.fc)), {}, ONLY),
+    "normalization by buffers": (Normalized, {}, ONLY),
+    "normalization by constants": (
+        forward(lambda net, x: logits(net, (x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)) / 0.5)),
+        {},
+        ONLY,
+    ),
+    "a range of bytes": (forward(lambda net, x: logits(net, x.float() / 255.0)), {}, ONLY),
+    "attention between views": (with_parts(tokens, attention=Attention), {}, ONLY),
+    "a layer of a transformer": (
+        with_parts(
+            tokens, attention=lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)
+        ),
+        {},
+        ONLY,
+    ),
+    "layers in a list": (
+        with_parts(
+            lambda net, x: net.fc(functools.reduce(lambda f, part: part(f), net.layers, net.features(x))),
+            layers=lambda: nn.ModuleList([nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)]),
+        ),
+        {},
+        ONLY,
+    ),
+    "a sum in place": (forward(adds_in_place), {}, ONLY),
+    "dropout by the mode": (
+        forward(lambda net, x: net.fc(F.dropout(net.features(x), 0.5, training=net.training))),
+        {},
+        ONLY,
+    ),
+    "forward is another method": (Chooses, {}, ONLY),
+    "a lazy registry": (with_parts(logits, registry=Lazy), {}, ONLY),
+    "paths of the training images": (
+        with_parts(logits, samples=lambda: [(f"{i}.jpg", i % 4) for i in range(1000)]),
+        {},
+        ONLY,
+    ),
+    "without autocast": (forward(without_autocast), {}, ONLY),
+    "average pooling with ceil_mode": (forward(average), {}, ONLY),
+    "no gradient": (forward(torch.no_grad()(logits)), {}, ONLY),
+}
+
+REFUSED: dict[str, Case] = {
+    "len of a batch": (
+        pooled(lambda _, f: f.view(len(f), 8, -1).mean(2)),
+        {},
+        r"fixes the size in idioms\.py:\d+ \(.*len\(f\).*\); .* write x\.shape\[0\] for len\(x\)",
+    ),
+    "the size as a number": (
+        pooled(lambda _, f: f.view(int(f.shape[0]), 8, -1).mean(2)),
+        {},
+        r"fixes the size in idioms\.py:\d+ \(.*int\(f\.shape\[0\]\).*\)",
+    ),
+    "a loop over images": (
+        forward(by_image),
+        {},
+        r"in idioms\.py:\d+ \(return torch\.stack.* instead of in a loop",
+    ),
+    "a loop over numbers": (
+        forward(by_number),
+        {},
+        r"in idioms\.py:\d+ \(return torch\.cat.* instead of in a loop",
+    ),
+    "squeeze of all axes": (
+        pooled(lambda _, f: f.mean((2, 3), keepdim=True).squeeze()),
+        {},
+        r"returns \(4,\) for 1 images, .* one row per image",
+    ),
+    "old weight norm": (
+        changed(lambda n: weight_norm(n.fc)),
+        {},
+        r"hook on fc; call torch\.nn\.utils\.remove_weight_norm first",
+    ),
+    "old spectral norm": (
+        changed(lambda n: spectral_norm(n.fc)),
+        {},
+        r"hook on fc; call torch\.nn\.utils\.remove_spectral_norm first",
+    ),
+    "pruning": (
+        changed(lambda n: prune.l1_unstructured(n.fc, "weight", 0.5)),
+        {},
+        r"hook on fc; call torch\.nn\.utils\.prune\.remove first",
+    ),
+    "a hook that reads features": (
+        changed(lambda n: n.stem.register_forward_hook(lambda *_: None)),
+        {},
+        r"hook on stem; remove it first",
+    ),
+    "orthogonal weights": (
+        changed(lambda n: parametrizations.orthogonal(n.fc)),
+        {},
+        r"no ONNX form: .*householder",
+    ),
+    "dropout that never ends": (
+        with_parts(lambda net, x: net.drop(logits(net, x)), drop=AlwaysDrops),
+        {},
+        r"train mode \(drop\); AlwaysDrops\.train\(\) keeps it there",
+    ),
+    "a value in Python": (
+        forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),
+        {},
+        r"Python code of the trained network reads tensors \(item in ",
+    ),
+    "a metric that runs": (
+        with_parts(
+            lambda net, x: (net.accuracy.update(net.fc(net.features(x)).argmax(1), 0), logits(net, x))[1],
+            accuracy=Metric,
+        ),
+        {},
+        r"accuracy",
+    ),
+}

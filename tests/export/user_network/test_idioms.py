@@ -1,0 +1,86 @@
+"""Networks as tutorials write them are exported with proof, or refused for a reason that the pages list."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy_export.options import ExportOptions
+from tests.export.once import proving_once
+from tests.export.user_network import idioms, networks
+
+QUICK, RANGE = ExportOptions(max_batch=1), ExportOptions()
+BY_SIZE = ("average pooling with ceil_mode", "attention between views", "flatten of tokens")
+
+
+@pytest.mark.parametrize("case", idioms.EXPORTED)
+def test_it_is_exported_with_proof(case: str, tmp_path: Path) -> None:
+    build, options, proof = idioms.EXPORTED[case]
+    network = networks.trained(build())
+    options = {"options": RANGE if case in BY_SIZE else QUICK} | options
+    with nullcontext() if case in BY_SIZE else proving_once(alone=True):
+        exported = networks.export_small(network, tmp_path, **options)
+    assert exported.certificate.proof == proof
+    assert exported.certificate.mixes_images == ()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("case", idioms.REFUSED)
+def test_it_is_refused_in_one_line_that_names_the_remedy(case: str, tmp_path: Path) -> None:
+    build, options, message = idioms.REFUSED[case]
+    network: nn.Module = build().eval()
+    with pytest.raises(SopdeployError, match=message) as error:
+        networks.export_small(network, tmp_path, **options)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def vision_transformer() -> nn.Module:
+    library = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = library.ViTConfig(**sizes, image_size=networks.SIDE, patch_size=4, num_labels=networks.CLASSES)
+    network: nn.Module = library.ViTForImageClassification(config)
+    return network
+
+
+def adapted() -> nn.Module:
+    library = pytest.importorskip("peft")
+    config = library.LoraConfig(target_modules="all-linear", r=4)
+    network: nn.Module = library.get_peft_model(vision_transformer(), config)
+    return network
+
+
+def with_metric() -> nn.Module:
+    lightning, metrics = pytest.importorskip("lightning.pytorch"), pytest.importorskip("torchmetrics")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = networks.Small(aux=False)
+            self.accuracy = metrics.Accuracy(task="multiclass", num_classes=networks.CLASSES)
+
+        def forward(self, images: Tensor) -> Any:
+            return self.model(images)
+
+    return Module()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("build", "logits_key"), [(vision_transformer, "logits"), (adapted, "logits"), (with_metric, None)]
+)
+def test_networks_of_other_libraries_are_exported(
+    build: Callable[[], nn.Module], logits_key: str | None, tmp_path: Path
+) -> None:
+    exported = networks.export_small(build().eval(), tmp_path, logits_key=logits_key)
+    assert exported.certificate.proof == "trained-only"
+
+
+def test_an_invalid_option_is_named_as_by_the_command_line() -> None:
+    with pytest.raises(ConfigError, match=r"max_drop: Input should be a finite number \(got 'inf'\)"):
+        ExportOptions(max_drop=float("inf"))

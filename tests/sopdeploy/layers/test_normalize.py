@@ -1,0 +1,63 @@
+"""Images have the layout that a network is trained with."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sopdeploy.training.run import find_images_format
+from torch import Tensor, nn
+
+from sopdeploy.errors import ConfigError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
+
+RULES = Preprocess(resize=8, crop=8)
+
+
+class Views(nn.Module):
+    """Views its feature map (B, 4, S, S) with the channels at *axis* as (B, -1)."""
+
+    def __init__(self, *axes: int) -> None:
+        super().__init__()
+        self.axes, self.conv = axes, nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).permute(*self.axes).view(len(images), -1)
+
+
+def of_size(crop: int) -> Any:
+    model = SimpleNamespace(name="views")
+    return SimpleNamespace(preprocess=RULES, training_crop=crop, model=model)
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [((0, 1, 2, 3), torch.contiguous_format), ((0, 2, 3, 1), torch.channels_last)],
+    ids=["of the map", "of its transposition"],
+)
+def test_a_run_trains_with_the_layout_that_the_network_can_view(axes: Any, expected: Any) -> None:
+    network: Any = Views(*axes)
+    assert find_images_format(of_size(12), network, torch.device("cpu")) == expected
+
+
+def test_a_network_without_a_layout_is_refused_with_the_size() -> None:
+    network: Any = Views(0, 2, 1, 3)
+    with pytest.raises(ConfigError, match=r"views cannot compute images of \d+ pixels"):
+        find_images_format(of_size(12), network, torch.device("cpu"))
+
+
+def test_the_layout_is_that_of_the_record_or_else_of_the_weights() -> None:
+    network = nn.Sequential(Views(0, 1, 2, 3))
+    assert images_format(network) == torch.contiguous_format
+    network.to(memory_format=torch.channels_last)
+    assert images_format(network) == torch.channels_last
+    vars(network[0])[IMAGES_FORMAT] = torch.contiguous_format
+    assert images_format(network) == torch.contiguous_format
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_normalized_images_have_the_layout(layout: torch.memory_format) -> None:
+    normalized = Normalize(RULES, layout)(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+    assert normalized.shape == (2, 3, 8, 8)
+    assert normalized.is_contiguous(memory_format=layout)
