@@ -373,7 +373,7 @@ def _compare(calls: Mapping[str, _Compared]) -> None:
     extractor, constants = Extractor(model), {tensor.name for tensor in model.graph.initializer}
     described = list(zip(calls.items(), inputs, outputs, strict=True))
 
-    def compare(call: _Compared, names: Sequence[str], results: Sequence[str]) -> None:
+    def compare(call: _Compared, names: list[str], results: list[str]) -> None:
         if constants.isdisjoint(results):  # otherwise it depends on shapes only, as `zeros_like` does
             part = extractor.extract_model(names, results).SerializeToString()
             _compare_values(call, part, names, results)

@@ -117,6 +117,8 @@ def export_subject(
         converted = convert_precision(certified, preprocess, options, accuracy)
         file, precision = folder / ONNX_FILE, converted.precision
         file.write_bytes(converted.model.SerializeToString(deterministic=True))
+        shipped = certificate.roots.model_copy(update={"shipped": onnx_root(converted.model)})
+        certificate = certificate.model_copy(update={"roots": shipped, "precision": options.precision})
         if accuracy is not None:
             measured = accuracy.measure(certified.model, file)
             precision = precision.model_copy(update={"accuracy": measured})
@@ -142,7 +144,8 @@ def export_subject(
         probes = as_probes(images, exact, parity)
         write_probes(folder / "probes.npz", probes)
         write_golden_examples(subject, folder, converted.gate, parity, probes.tolerance[LOGITS])
-        manifest = _write_reports(subject, folder, options, probes, results)
+        opset = converted.model.opset_import[0].version
+        manifest = _write_reports(subject, folder, options, probes, results, opset)
         path, seconds = bundle.publish(folder, manifest, destination), time.monotonic() - started
     # `Exported` has all fields of `ExportResults`, its base class, and these four.
     return Exported(**vars(results), path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds)
@@ -263,15 +266,19 @@ def write_golden_examples(
 
 
 def _write_reports(
-    subject: ExportSubject, folder: Path, options: ExportOptions, probes: Probes, results: ExportResults
+    subject: ExportSubject,
+    folder: Path,
+    options: ExportOptions,
+    probes: Probes,
+    results: ExportResults,
+    opset: int,
 ) -> Manifest:
     """Write the reports, class names, model card and manifest to *folder*, which has the other files."""
-    for name in ("certificate", "parity", "precision"):
+    for name in ("parity", "precision"):
         report = getattr(results, name).model_dump(mode="json")
         (folder / f"{name}.json").write_bytes(to_json(report))
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
     certificate, side, precision = results.certificate, subject.preprocess.crop, options.precision
-    model = onnx.load(folder / ONNX_FILE)
     versions = {
         "sopdeploy": __version__,
         "python": platform.python_version(),
@@ -299,15 +306,15 @@ def _write_reports(
         "lineage": Lineage(
             checkpoint_sha256=subject.sha256,
             program_root=certificate.roots.any_batch,
-            onnx_root=certificate.roots.onnx if precision == "fp32" else onnx_root(model),
+            onnx_root=certificate.roots.shipped,
         ),
         "versions": {**versions, **subject.plugins()},
         "precision": precision,
         "int8_for": options.int8_for if precision == "int8" else None,
-        "opset": model.opset_import[0].version,
+        "opset": opset,
     }
     (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
-    return bundle.seal(folder, fields)
+    return bundle.seal(folder, fields, certificate.model_dump(mode="json"))
 
 
 def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) -> None:

@@ -12,12 +12,20 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import PROJECT_NAME, Origin, Time
 
 ID_LENGTH = 12
+CERTIFICATE = "certificate.json"
 GATES = "gates"  # (N,): the weights of the components of a mixture
 # (D,): the vector that the last linear layer receives, for requests that need it; `export --with-features`
 EMBEDDING = "embedding"
 
 Precision = Literal["fp32", "fp16", "int8"]
 Int8For = Literal["cpu", "tensorrt"]
+ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
+PROOFS: dict[ProofKind, tuple[str, ...]] = {  # the networks that each kind compares
+    "three-way": ("trained", "detached", "plain"),
+    "trained-detached": ("trained", "detached"),
+    "trained-plain": ("trained", "plain"),
+    "trained-only": ("trained",),
+}
 Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -95,6 +103,14 @@ class Manifest(StrictModel):
         fields = self.model_dump(mode="json")
         del fields["exported_at"]
         return hashlib.sha256(to_json(fields)).hexdigest()[:ID_LENGTH]
+
+    @property
+    def contents(self) -> str:
+        """The sha256 that binds a certificate to its bundle: all fields but the time, all files but itself."""
+        fields = self.model_dump(mode="json")
+        del fields["exported_at"]
+        fields["files"].pop(CERTIFICATE, None)
+        return hashlib.sha256(to_json(fields)).hexdigest()
 
     def to_bytes(self) -> bytes:
         """Serialize to `manifest.json`, with a hash of all fields; there is exactly one serialization."""

@@ -21,12 +21,11 @@ share: frozen buffers, constants and patched methods.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.manifest import PROOFS, BatchRange, Precision, ProofKind
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
@@ -36,14 +35,6 @@ from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_ha
 from sopdeploy_export.proof.networks import Detachment, check_network_state, check_torch_state, contiguous
 from sopdeploy_export.state import tensors
 
-ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
-
-COMPARED: dict[ProofKind, tuple[str, ...]] = {
-    "three-way": ("trained", "detached", "plain"),
-    "trained-detached": ("trained", "detached"),
-    "trained-plain": ("trained", "plain"),
-    "trained-only": ("trained",),
-}
 _SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # largest batch of probes
 
@@ -62,13 +53,14 @@ class Roots(StrictModel):
     """The Merkle roots that the three networks share.
 
     `num_operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX
-    graphs; it is empty until `pipeline.certify_onnx` has compared them.
+    graphs in float32, and `shipped` that of `model.onnx`, which differs in other precisions.
     """
 
     any_batch: str
     batch_of_one: str
     num_operations: int
     onnx: str = ""
+    shipped: str = ""
 
 
 class Certificate(StrictModel):
@@ -90,6 +82,7 @@ class Certificate(StrictModel):
     num_images: int
     largest_difference: float = 0.0
     mixes_images: tuple[str, ...] = ()
+    precision: Precision = "fp32"
 
     @property
     def bytes_removed(self) -> int:
@@ -146,7 +139,7 @@ def certify(
         removed=removed,
         kept=kept,
         roots=roots,
-        compared=COMPARED[kind],
+        compared=PROOFS[kind],
         batches=sizes,
         num_images=len(probes),
     )
