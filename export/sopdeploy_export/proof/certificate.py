@@ -1,6 +1,6 @@
 """The certificate: proof that the detached network is the plain network.
 
-It makes six statements. Each is checked, and the export stops if one does not hold:
+It makes seven statements. Each is checked, and the export stops if one does not hold:
 
 - inventory: every tensor of the trained network is either removed or kept, and a kept tensor has the same
   sha256 before and after.
@@ -9,6 +9,7 @@ It makes six statements. Each is checked, and the export stops if one does not h
 - batch sizes: the graph for any batch size, with one image, computes what the graph for one image computes.
 - numbers: the three networks return bitwise equal logits for the probe images, alone and in batches. The
   kept tensors have the same sha256 afterwards.
+- repetition: the outputs of the detached network are bitwise equal after 300 calls on another image.
 - ONNX: the three ONNX graphs have one Merkle root.
 - images: no output of an image depends on other images of its batch (`batch.py`), unless the user allows it.
 
@@ -33,6 +34,7 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import EXPORT_EMBEDDING, NETWORK_PREFIX, Captured, Deployed, capture
 from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, value_root
 from sopdeploy_export.proof.networks import Detachment, check_network_state, check_torch_state, contiguous
+from sopdeploy_export.proof.repetition import check_repetition
 from sopdeploy_export.state import tensors
 
 _SINGLE_PROBES = 4  # compared one by one
@@ -123,6 +125,7 @@ def certify(
     )
     deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
     sizes = assert_equal_outputs(deployed, probes)
+    check_repetition(compared["detached"], preprocess, probes)
     # Both the given networks and their copies by `contiguous`, if any: `forward` may have written to either.
     checked = (trained, detached, compared["trained"], compared["detached"])
     for network in {id(network): network for network in checked}.values():  # each network once
