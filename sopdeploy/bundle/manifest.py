@@ -106,7 +106,7 @@ class Manifest(StrictModel):
 
     @property
     def contents(self) -> str:
-        """The sha256 that binds a certificate to its bundle: all fields but the time, all files but itself."""
+        """The sha256 of all fields but the time, without the file that holds it: the certificate."""
         fields = self.model_dump(mode="json")
         del fields["exported_at"]
         fields["files"].pop(CERTIFICATE, None)
