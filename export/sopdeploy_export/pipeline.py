@@ -35,7 +35,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare, torch_program
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
-from sopdeploy_export.proof.certificate import Certificate, certify
+from sopdeploy_export.proof.certificate import Certificate, NetworkProof, certify
 from sopdeploy_export.proof.networks import Detachment, ExportSubject, copy_module, detach, has_tensors
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
 
@@ -111,14 +111,15 @@ def export_subject(
         add_embedding_output(subject.network, preprocess, images, classes, training_only)
     started = time.monotonic()
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
-        certified, certificate = _prove(subject, images, options, on_step)
+        certified, proof, mixes_images = _prove(subject, images, options, on_step)
+        float32_root = onnx_root(certified.model)
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
         converted = convert_precision(certified, preprocess, options, accuracy)
         file, precision = folder / ONNX_FILE, converted.precision
         file.write_bytes(converted.model.SerializeToString(deterministic=True))
-        shipped = certificate.roots.model_copy(update={"shipped": onnx_root(converted.model)})
-        certificate = certificate.model_copy(update={"roots": shipped, "precision": options.precision})
+        shipped_root = onnx_root(converted.model)
+        certificate = Certificate.of(proof, float32_root, shipped_root, mixes_images, options.precision)
         if accuracy is not None:
             measured = accuracy.measure(certified.model, file)
             precision = precision.model_copy(update={"accuracy": measured})
@@ -153,8 +154,11 @@ def export_subject(
 
 def _prove(
     subject: ExportSubject, images: NDArray[np.uint8], options: ExportOptions, on_step: Callable[[str], None]
-) -> tuple[CapturedGraph, Certificate]:
-    """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX."""
+) -> tuple[CapturedGraph, NetworkProof, tuple[str, ...]]:
+    """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX.
+
+    Also returns the operators that mix images, as `check_onnx` does.
+    """
     preprocess, trained = subject.preprocess, subject.network
     training_only, decision = subject.detachment.training_only, subject.decision
     if not options.detach and has_tensors(trained, training_only):
@@ -167,7 +171,7 @@ def _prove(
         trained = fold_temperature(trained, decision.temperature, preprocess, images, classes)
     detached = detach(trained, training_only)
     on_step("proving that the detached network equals the plain network")
-    certificate, captured = certify(
+    proof, captured = certify(
         trained,
         detached,
         preprocess,
@@ -179,19 +183,18 @@ def _prove(
     on_step("converting to ONNX")
     program, outputs = captured["detached"].any_batch, output_names(detached)
     model = lower(program, outputs)
-    certificate = certify_onnx(certificate, captured, model, outputs, options)
+    mixes_images = check_onnx(captured, model, outputs, options)
     check_operators(program, images[: min(OPERATOR_IMAGES, options.max_batch)])
-    return CapturedGraph(detached, program, model), certificate
+    return CapturedGraph(detached, program, model), proof, mixes_images
 
 
-def certify_onnx(
-    certificate: Certificate,
+def check_onnx(
     captured: Mapping[str, Captured],
     model: onnx.ModelProto,
     outputs: tuple[str, ...],
     options: ExportOptions,
-) -> Certificate:
-    """Complete *certificate* with the root of *model*, the detached network, and what mixes its images.
+) -> tuple[str, ...]:
+    """Check that all *captured* networks have the root of *model*; return the operators that mix its images.
 
     Raises `CertificateError` if another compared network gives another graph, and `LoweringError` if an
     output for an image may depend on other images, unless the user accepts this.
@@ -206,8 +209,7 @@ def certify_onnx(
         if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
             problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
         raise LoweringError(problem, remedies={"allow_batch_dependence": True})
-    roots = certificate.roots.model_copy(update={"onnx": root})
-    return certificate.model_copy(update={"roots": roots, "mixes_images": mixing})
+    return mixing
 
 
 def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:

@@ -16,14 +16,14 @@ from sopdeploy.bundle.folder import PROGRAM
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.graph import NETWORK_PREFIX
 from sopdeploy_export.program_hashes import program_root, tensor_hash
-from sopdeploy_export.proof.certificate import Certificate
+from sopdeploy_export.proof.certificate import NetworkProof
 
 SOURCE_KEYS = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")  # may contain file paths
 NORMALIZE_PREFIX = "normalise."  # tensors of the wrapper module, which are not part of the network
 _WEIGHTS = "/data/weights/weight_"
 
 
-def serialize_program(program: ExportedProgram, certificate: Certificate) -> bytes:
+def serialize_program(program: ExportedProgram, proof: NetworkProof) -> bytes:
     """Serialize the detached *program* without source locations, and verify the bytes.
 
     *program* is modified. Raises `CertificateError` as `check_program` does.
@@ -37,11 +37,11 @@ def serialize_program(program: ExportedProgram, certificate: Certificate) -> byt
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     content = buffer.getvalue()
-    check_program(content, certificate)
+    check_program(content, proof)
     return content
 
 
-def check_program(content: bytes, certificate: Certificate) -> None:
+def check_program(content: bytes, proof: NetworkProof) -> None:
     """Verify that *content* holds the certified program and no weights beside the kept tensors.
 
     No kept tensor can be missing that the outputs depend on, because the certified graph hash covers its
@@ -49,9 +49,9 @@ def check_program(content: bytes, certificate: Certificate) -> None:
     """
     loaded = torch.export.load(io.BytesIO(content))
     root = program_root(loaded).sha256
-    if root != certificate.roots.any_batch:
+    if root != proof.roots.any_batch:
         raise CertificateError(f"{PROGRAM}: its graph hash {root[:16]} is not the certified one")
-    kept = {entry.name: entry for entry in certificate.kept}
+    kept = {entry.name: entry for entry in proof.kept}
     constants = loaded.graph_signature.lifted_tensor_constants  # created in `forward`, covered by the root
     loaded_bytes = 0
     for full_name, tensor in {**loaded.state_dict, **loaded.constants}.items():

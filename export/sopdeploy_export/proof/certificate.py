@@ -1,17 +1,8 @@
 """The certificate: proof that the detached network is the plain network.
 
-It makes seven statements. Each is checked, and the export stops if one does not hold:
-
-- inventory: every tensor of the trained network is either removed or kept, and a kept tensor has the same
-  sha256 before and after.
-- graphs: the programs of the trained network's output, of the detached network, and of a plain network built
-  from the config with the same weights have one Merkle root, for any batch size and for a batch of one.
-- batch sizes: the graph for any batch size, with one image, computes what the graph for one image computes.
-- numbers: the three networks return bitwise equal logits for the probe images, alone and in batches. The
-  kept tensors have the same sha256 afterwards.
-- repetition: the outputs of the detached network are bitwise equal after 300 calls on another image.
-- ONNX: the three ONNX graphs have one Merkle root.
-- images: no output of an image depends on other images of its batch (`batch.py`), unless the user allows it.
+`STATEMENTS` lists what is checked. The export stops at the first statement that does not hold; `Certificate`
+is created when all of them do. `certify` checks those about networks and returns a `NetworkProof`,
+`pipeline.check_onnx` checks those about the ONNX graph.
 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
 names the weights that the output still depends on.
@@ -37,6 +28,17 @@ from sopdeploy_export.proof.networks import Detachment, check_network_state, che
 from sopdeploy_export.proof.repetition import check_repetition
 from sopdeploy_export.state import tensors
 
+STATEMENTS = {
+    "Tensors": "Each tensor is removed or kept; the kept ones have the same sha256 before and after.",
+    "Graphs": "The trained network's output, the detached network and a plain network built "
+    "independently have one Merkle root.",
+    "Batch sizes": "The graph for any batch size, with one image, computes what the graph for one "
+    "image computes.",
+    "Outputs": "These networks return bitwise equal outputs for probe images, alone and in batches.",
+    "Repetition": "The detached network returns bitwise equal outputs after 300 calls on another image.",
+    "ONNX": "The ONNX graphs of these networks have one Merkle root.",
+    "Images": "No output depends on other images of the batch. Otherwise the export names the operators.",
+}
 _SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # largest batch of probes
 
@@ -52,25 +54,25 @@ class TensorEntry(StrictModel):
 
 
 class Roots(StrictModel):
-    """The Merkle roots that the three networks share.
-
-    `num_operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX
-    graphs in float32, and `shipped` that of `model.onnx`, which differs in other precisions.
-    """
+    """The Merkle roots of the programs that the networks share; `any_batch` covers `num_operations`."""
 
     any_batch: str
     batch_of_one: str
     num_operations: int
-    onnx: str = ""
-    shipped: str = ""
 
 
-class Certificate(StrictModel):
-    """The statements that were proved; a certificate exists only if all of them hold.
+class FileRoots(Roots):
+    """Also the root of the ONNX graphs in float32, and that of `model.onnx`, which differs if it is not."""
+
+    onnx: str
+    shipped: str
+
+
+class NetworkProof(StrictModel):
+    """The statements about networks that were proved.
 
     `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
     `trained-plain` (nothing to detach) or `trained-only`; `compared` lists the networks that were compared.
-    `mixes_images` names the operators through which an output may depend on other images of the batch.
     """
 
     model: str
@@ -83,13 +85,31 @@ class Certificate(StrictModel):
     batches: tuple[int, ...]
     num_images: int
     largest_difference: float = 0.0
-    mixes_images: tuple[str, ...] = ()
-    precision: Precision = "fp32"
 
     @property
     def bytes_removed(self) -> int:
         """Total size of the removed tensors in bytes."""
         return sum(entry.bytes for entry in self.removed)
+
+
+class Certificate(NetworkProof):
+    """All statements that were proved, and the graph that ships in a precision.
+
+    `mixes_images` names the operators through which an output may depend on other images of the batch.
+    """
+
+    roots: FileRoots
+    mixes_images: tuple[str, ...]
+    precision: Precision
+
+    @classmethod
+    def of(
+        cls, proof: NetworkProof, onnx: str, shipped: str, mixes_images: tuple[str, ...], precision: Precision
+    ) -> "Certificate":
+        """Complete *proof* with the roots *onnx* in float32 and *shipped* in *precision*."""
+        roots = FileRoots(**dict(proof.roots), onnx=onnx, shipped=shipped)
+        fields = {**dict(proof), "roots": roots}
+        return cls(**fields, mixes_images=mixes_images, precision=precision)
 
 
 def certify(
@@ -101,11 +121,11 @@ def certify(
     model: str = "network",
     batch: BatchRange | None = None,
     detachment: Detachment | None = None,
-) -> tuple[Certificate, dict[str, Captured]]:
+) -> tuple[NetworkProof, dict[str, Captured]]:
     """Prove that *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
-    declares its own. Returns the certificate and the captured networks: `trained`, `detached`, and `plain` if
+    declares its own. Returns the proof and the captured networks: `trained`, `detached`, and `plain` if
     it exists. Raises `CertificateError` with the violated statement; neither network is changed.
     """
     if detachment is None:
@@ -135,7 +155,7 @@ def certify(
         kind: ProofKind = "trained-plain" if nothing_detached else "three-way"
     else:
         kind = "trained-only" if nothing_detached else "trained-detached"
-    certificate = Certificate(
+    proof = NetworkProof(
         model=model,
         proof=kind,
         detached=() if nothing_detached else detachment.training_only,
@@ -146,7 +166,7 @@ def certify(
         batches=sizes,
         num_images=len(probes),
     )
-    return certificate, captured
+    return proof, captured
 
 
 def build_plain_network(

@@ -17,13 +17,13 @@ from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import Captured, capture_any_batch
 from sopdeploy_export.parity.torch_program import check_program, serialize_program
-from sopdeploy_export.proof.certificate import Certificate, certify
+from sopdeploy_export.proof.certificate import NetworkProof, certify
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.results import Exported
 from tests.export.conftest import BRANCHED, trained
 from tests.export.once import proving_once
 
-Proof = tuple[Certificate, dict[str, Captured]]
+Proof = tuple[NetworkProof, dict[str, Captured]]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.repetition import CALLS, check_repetition
+from tests.docs.reading import ROOT
 
 CHANGES_AFTER = 200
 NUMBER: ContextVar[Any] = ContextVar("number")
@@ -98,6 +99,13 @@ def test_an_error_in_a_later_call_is_one_line(preprocess: Preprocess, probes: Te
     LOCAL.number = 0
     with pytest.raises(CertificateError, match=rf"fails when it runs {CALLS} times: .*worn out"):
         check_repetition(Counting(fail).eval(), preprocess, probes)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md"])
+def test_the_pages_list_the_statements_of_the_certificate(page: str) -> None:
+    listed = enumerate(certificate.STATEMENTS.items(), start=1)
+    lines = [f"{number}. **{name}.** {sentence}" for number, (name, sentence) in listed]
+    assert "\n".join(lines) in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_a_certificate_repeats_the_calls(
