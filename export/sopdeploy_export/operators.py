@@ -62,7 +62,7 @@ FAR = 1e18  # products of such values can overflow
 _forms: dict[str, Counter[str]] = {}  # ONNX operators of what this process has compared, by description
 
 
-class _Call(NamedTuple):
+class _Operator(NamedTuple):
     """One operator of a program: its arguments, its used results and the part that calls it.
 
     `varying` are the positions of the operands that depend on the images; the others are weights. Those in
@@ -82,16 +82,6 @@ class _Call(NamedTuple):
         return str(self.target).replace(".", "::", 1).partition(".")[0]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The name of the operator."""
-        return (self.name,)
-
-    @property
-    def size(self) -> int:
-        """The number of elements of the largest operand."""
-        return max(operand.numel() for operand in self.operands)
-
-    @property
     def elementwise(self) -> bool:
         """Whether an element of the result depends on one element of each operand only."""
         return torch.Tag.pointwise in self.target.tags or self.name in CASTS
@@ -101,9 +91,8 @@ class _Call(NamedTuple):
         """The tensors among the arguments."""
         return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
 
-    @property
-    def description(self) -> str:
-        """The operator with attributes, types and sizes; calls with equal descriptions are compared once."""
+    def describe(self) -> str:
+        """Describe the operator with attributes, types and sizes; equal ones are compared once."""
         # All sizes above the limit count as the limit.
         limit = LARGE if self.elementwise or self.name in SIZELESS else sys.maxsize
         described = tree_map_only(
@@ -113,20 +102,6 @@ class _Call(NamedTuple):
             described = tree_map_only(int, lambda number: min(number, limit), described)
         return f"{self.target} {described} {self.used} {sorted(self.varying)} {sorted(self.unbounded)}"
 
-    def cropped(self) -> "_Call":
-        """Return the call with a part of large operands: enough to compare an operator, and faster."""
-        arguments = tree_map_only(Tensor, lambda x: x[tuple(slice(ENOUGH) for _ in x.shape)], self.arguments)
-        return self._replace(arguments=arguments) if self.accepts_other_sizes else self
-
-    @property
-    def accepts_other_sizes(self) -> bool:
-        """Whether the operator computes a part of its result from a part of its operands."""
-        return self.elementwise or self.name in PRODUCTS
-
-    def results(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """Compute what `run` does; a pair has an inner result, too."""
-        return self.run(operands)
-
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Compute the used results for other *operands*, in the order of the property `operands`."""
         given = iter(operands)  # `tree_map_only` visits the tensors in the order of `tree_leaves`
@@ -135,32 +110,29 @@ class _Call(NamedTuple):
         return [results] if isinstance(results, Tensor) else [results[position] for position in self.used]
 
 
-class _Pair(NamedTuple):
-    """Two successive operators: the only result of `first` is the operand of `second` at `places`."""
+class _Call(NamedTuple):
+    """What is compared: one operator, or two of which the first one's result is the second one's operand.
 
-    first: _Call
-    second: _Call
-    places: frozenset[int]
+    `places` are the positions of this operand among those of the second operator.
+    """
 
-    @property
-    def target(self) -> str:
-        """The operators, for messages."""
-        return f"{self.first.target} and {self.second.target}"
+    operators: tuple[_Operator, ...]
+    places: frozenset[int] = frozenset()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of both operators."""
-        return self.first.name, self.second.name
+    def inputs(self) -> list[tuple[Tensor, bool, bool]]:
+        """Each operand from outside, whether it depends on the images, and whether it can be infinite."""
+        return [
+            (operand, place in operator.varying, place in operator.unbounded)
+            for number, operator in enumerate(self.operators)
+            for place, operand in enumerate(operator.operands)
+            if not (number and place in self.places)
+        ]
 
     @property
-    def used(self) -> tuple[int, ...]:
-        """The positions of the used results."""
-        return self.second.used
-
-    @property
-    def part(self) -> str:
-        """The part of the network that calls the second operator."""
-        return self.second.part
+    def operands(self) -> list[Tensor]:
+        """The operands from outside."""
+        return [operand for operand, _, _ in self.inputs]
 
     @property
     def size(self) -> int:
@@ -170,68 +142,58 @@ class _Pair(NamedTuple):
     @property
     def elementwise(self) -> bool:
         """Whether an element of the result depends on one element of each operand only."""
-        return self.first.elementwise and self.second.elementwise
+        return all(operator.elementwise for operator in self.operators)
 
     @property
-    def operands(self) -> list[Tensor]:
-        """The operands of the first operator, then the others of the second one."""
-        return [*self.first.operands, *(self.second.operands[place] for place in self._others)]
+    def can_be_unbounded(self) -> bool:
+        """Whether an operand can be infinite or NaN."""
+        return any(is_unbounded for _, _, is_unbounded in self.inputs)
 
-    @property
-    def varying(self) -> frozenset[int]:
-        """The positions of the operands that depend on the images."""
-        return self.first.varying | self._own(self.second.varying)
+    def is_one_of(self, names: Sequence[str]) -> bool:
+        """Return whether an operator has one of *names*."""
+        return any(operator.name in names for operator in self.operators)
 
-    @property
-    def unbounded(self) -> frozenset[int]:
-        """The positions of the operands that can be infinite or NaN."""
-        return self.first.unbounded | self._own(self.second.unbounded)
+    def describe(self) -> str:
+        """Describe the operators; calls with equal descriptions are compared once."""
+        return f" -> {sorted(self.places)} ".join(operator.describe() for operator in self.operators)
 
-    @property
-    def description(self) -> str:
-        """Both operators with attributes, types and sizes."""
-        return f"{self.first.description} -> {sorted(self.places)} {self.second.description}"
+    def cropped(self) -> "_Call":
+        """Return the call with a part of large operands, if the operators compute parts of their results."""
+        if not all(operator.elementwise or operator.name in PRODUCTS for operator in self.operators):
+            return self
 
-    def _own(self, places: frozenset[int]) -> frozenset[int]:
-        """Return the positions in `operands` of the operands of the second operator at *places*."""
-        start = len(self.first.operands)
-        return frozenset(start + i for i, place in enumerate(self._others) if place in places)
+        def crop(x: Tensor) -> Tensor:
+            return x[tuple(slice(ENOUGH) for _ in x.shape)]
 
-    @property
-    def _others(self) -> list[int]:
-        return [place for place in range(len(self.second.operands)) if place not in self.places]
+        arguments = (tree_map_only(Tensor, crop, operator.arguments) for operator in self.operators)
+        pairs = zip(self.operators, arguments, strict=True)
+        return self._replace(operators=tuple(operator._replace(arguments=new) for operator, new in pairs))
 
-    def cropped(self) -> "_Pair":
-        """Return the pair with a part of large operands, if both operators accept this."""
-        if self.first.accepts_other_sizes and self.second.accepts_other_sizes:
-            return _Pair(self.first.cropped(), self.second.cropped(), self.places)
-        return self
-
-    def results(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the result of the first operator, then the used ones of the second."""
-        return [*self.first.run(operands), *self.run(operands)]
-
-    def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the used results for other *operands*, in the order of the property `operands`."""
-        (passed,), others = self.first.run(operands), iter(operands[len(self.first.operands) :])
-        places = range(len(self.second.operands))
-        return self.second.run([passed if place in self.places else next(others) for place in places])
-
-
-_Compared = _Call | _Pair
+    def run(self, operands: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Compute the used results of each operator for other *operands*, in the order of `operands`."""
+        given, results = iter(operands), list[list[Tensor]]()
+        for operator in self.operators:
+            places = self.places if results else frozenset[int]()
+            count = len(operator.operands)
+            results.append(
+                operator.run([results[0][0] if i in places else next(given) for i in range(count)])
+            )
+        return results
 
 
 class _Calls(nn.Module):
     """Runs *calls* one by one, each on its own operands."""
 
-    def __init__(self, calls: Sequence[_Compared]) -> None:
+    def __init__(self, calls: Sequence[_Call]) -> None:
         super().__init__()
         self.calls = calls
 
     def forward(self, *operands: Tensor) -> list[Tensor]:
         """Compute the results of all calls."""
         given = iter(operands)
-        return [result for call in self.calls for result in call.run([next(given) for _ in call.operands])]
+        return [
+            result for call in self.calls for result in call.run([next(given) for _ in call.operands])[-1]
+        ]
 
 
 class _Bounds(fx.Interpreter):
@@ -286,8 +248,8 @@ class _Recorder(fx.Interpreter):
     def __init__(self, program: ExportedProgram, unbounded: Set[str]) -> None:
         super().__init__(program.module())
         self._unbounded = unbounded
-        self.calls: dict[str, _Compared] = {}
-        self._by_node: dict[fx.Node, _Call] = {}
+        self.calls: dict[str, _Call] = {}
+        self._by_node: dict[fx.Node, _Operator] = {}
         self._varying: set[fx.Node] = set()  # the values that depend on the images
 
     def run_node(self, n: fx.Node) -> Any:
@@ -300,35 +262,35 @@ class _Recorder(fx.Interpreter):
         operands = [node for node in nodes if isinstance(self.env.get(node), Tensor)]
         varying = frozenset(place for place, node in enumerate(operands) if node in self._varying)
         unbounded = frozenset(place for place in varying if operands[place].name in self._unbounded)
-        call = _as_call(n, arguments, results, varying, unbounded)
-        if call is None:
+        operator = _as_operator(n, arguments, results, varying, unbounded)
+        if operator is None:
             return results
-        self._record(call)
+        self._record(_Call((operator,)))
         if isinstance(results, Tensor):
-            self._by_node[n] = call
+            self._by_node[n] = operator
         for node in dict.fromkeys(operands):
             if (first := self._by_node.get(node)) is not None:
                 places = frozenset(place for place, operand in enumerate(operands) if operand is node)
-                self._record(_Pair(first, call, places))
+                self._record(_Call((first, operator), places))
         return results
 
-    def _record(self, call: _Compared) -> None:
+    def _record(self, call: _Call) -> None:
         """Record *call* with small operands, unless one with its description is smaller or was compared."""
         call = call.cropped()
-        description = call.description
+        description = call.describe()
         known = self.calls.get(description)
         if description not in _forms and (known is None or call.size < known.size):
             self.calls[description] = call
 
 
-def _as_call(
+def _as_operator(
     node: fx.Node,
     arguments: tuple[Any, dict[str, Any]],
     results: Any,
     varying: frozenset[int],
     unbounded: frozenset[int],
-) -> _Call | None:
-    """Return the call of *node*; None if it has no operands or no results that can be compared."""
+) -> _Operator | None:
+    """Return the operator of *node*; None if it has no operands or no results that can be compared."""
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
     has_tensors = isinstance(results, Tensor | list | tuple)
     if not (is_aten and has_tensors and node.users):
@@ -339,8 +301,9 @@ def _as_call(
     # Of several results, the users are `getitem` nodes, whose second argument is the position.
     positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
     target = cast(OpOverload, node.target)
-    call = _Call(target, arguments, tuple(sorted(positions)), module_of(node), varying, unbounded)
-    return call if call.operands else None
+    used = tuple(sorted(positions))
+    operator = _Operator(target, arguments, used, module_of(node), varying, unbounded)
+    return operator if operator.operands else None
 
 
 @torch.no_grad()
@@ -357,7 +320,7 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
         _compare(recorder.calls)
 
 
-def _compare(calls: Mapping[str, _Compared]) -> None:
+def _compare(calls: Mapping[str, _Call]) -> None:
     """Compare *calls*; raise `LoweringError` for the first that ONNX Runtime cannot run or that differs.
 
     A pair is compared only if ONNX Runtime executes other operators for it than for its two operators.
@@ -365,7 +328,7 @@ def _compare(calls: Mapping[str, _Compared]) -> None:
     # One graph contains all calls. In it, call i reads "operand i j" and returns "result i j".
     operands = [_fill(call, ORDINARY, 0) for call in calls.values()]
     inputs = [[f"operand {i} {j}" for j in range(len(given))] for i, given in enumerate(operands)]
-    outputs = [[f"result {i} {j}" for j in call.used] for i, call in enumerate(calls.values())]
+    outputs = [[f"result {i} {j}" for j in call.operators[-1].used] for i, call in enumerate(calls.values())]
     with capturing():
         program = torch.export.export(_Calls([*calls.values()]), tuple(chain(*operands)))
         program = program.run_decompositions({})
@@ -373,20 +336,20 @@ def _compare(calls: Mapping[str, _Compared]) -> None:
     extractor, constants = Extractor(model), {tensor.name for tensor in model.graph.initializer}
     described = list(zip(calls.items(), inputs, outputs, strict=True))
 
-    def compare(call: _Compared, names: list[str], results: list[str]) -> None:
+    def compare(call: _Call, names: list[str], results: list[str]) -> None:
         if constants.isdisjoint(results):  # otherwise it depends on shapes only, as `zeros_like` does
             part = extractor.extract_model(names, results).SerializeToString()
             _compare_values(call, part, names, results)
 
     for (_, call), names, results in described:
-        if isinstance(call, _Call):
+        if len(call.operators) == 1:
             compare(call, names, results)
     count = _count_executed(model)
     forms = {description: count(results) for (description, _), _, results in described}
     known = ChainMap(forms, _forms)
     for (description, call), names, results in described:
-        if isinstance(call, _Pair):
-            first, second = (known[one.cropped().description] for one in (call.first, call.second))
+        if len(call.operators) > 1:
+            first, second = (known[_Call((one,)).cropped().describe()] for one in call.operators)
             if forms[description] != first + second:
                 compare(call, names, results)
     _forms.update(forms)
@@ -416,7 +379,7 @@ def _count_executed(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter
     return count
 
 
-def _compare_values(call: _Compared, part: bytes, names: Sequence[str], results: Sequence[str]) -> None:
+def _compare_values(call: _Call, part: bytes, names: Sequence[str], results: Sequence[str]) -> None:
     """Compare *call* with the ONNX graph *part*; raise `LoweringError` if it differs or cannot run."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # prints fatal errors only; the others are raised
@@ -424,16 +387,16 @@ def _compare_values(call: _Compared, part: bytes, names: Sequence[str], results:
         session = ort.InferenceSession(part, options, providers=[PROVIDER])
     except Exception as error:  # onnxruntime's errors share no base class
         problem = f"ONNX Runtime cannot run its ONNX form: {first_line(error)}"
-        raise LoweringError(f"{call.target}: {problem}") from error
+        raise LoweringError(f"{call.operators[-1].target}: {problem}") from error
     read = {value.name for value in session.get_inputs()}  # the ONNX form can need fewer operands
     for given in _rounds(call):
         operands = dict(zip(names, given, strict=True))
         found = session.run(results, {name: operands[name].numpy() for name in names if name in read})
-        for values, expected in zip(found, call.run(given), strict=True):
+        for values, expected in zip(found, call.run(given)[-1], strict=True):
             _check(call, given, torch.from_numpy(values), expected)
 
 
-def _fill(call: _Compared, values: Sequence[float], start: int) -> list[Tensor]:
+def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
     """Fill the operands of *call* with *values* in turn, from number *start* on; keep integers.
 
     The operands of an elementwise operator count like the digits of a number, so that all pairs of values
@@ -461,7 +424,7 @@ def _with_content(operand: Tensor, content: Tensor) -> Tensor:
     return torch.empty_like(operand, dtype=dtype).copy_(content.reshape(operand.shape))  # with its strides
 
 
-def _rounds(call: _Compared) -> Iterator[list[Tensor]]:
+def _rounds(call: _Call) -> Iterator[list[Tensor]]:
     """Yield operands of *call*: ordinary values, negative ones, extreme ones, and values without differences.
 
     An integer cannot hold infinities and NaN, and what their conversion gives is not defined.
@@ -469,7 +432,7 @@ def _rounds(call: _Compared) -> Iterator[list[Tensor]]:
     ordinary = _fill(call, ORDINARY, 0)
     yield ordinary
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
-    converts_to = [result.dtype for result in call.results(ordinary) if call.elementwise]
+    converts_to = [result[0].dtype for result in call.run(ordinary) if call.elementwise]
     if any(dtype not in (torch.float32, torch.bool) for dtype in converts_to):
         if converts_to[0] == torch.int64:
             yield _fill(call, (*ORDINARY, *BEYOND_INT32), 0)
@@ -487,14 +450,15 @@ def _rounds(call: _Compared) -> Iterator[list[Tensor]]:
         yield _fill(call, values, start=number * call.size)
 
 
-def _uniform_rounds(call: _Compared, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _uniform_rounds(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the *ordinary* operands with one that depends on the images, or all, filled as `UNIFORM` says.
 
     One that can be infinite or NaN is also filled as `NOT_FINITE` says.
     """
-    places = sorted(call.varying)
-    for chosen in [{place} for place in places] + ([set(places)] if len(places) > 1 else []):
-        for one, others in (*UNIFORM, *(NOT_FINITE if chosen <= call.unbounded else ())):
+    varying = {place for place, (_, is_varying, _) in enumerate(call.inputs) if is_varying}
+    unbounded = {place for place, (_, _, is_unbounded) in enumerate(call.inputs) if is_unbounded}
+    for chosen in [{place} for place in sorted(varying)] + ([varying] if len(varying) > 1 else []):
+        for one, others in (*UNIFORM, *(NOT_FINITE if chosen <= unbounded else ())):
             yield [_uniform(x, one, others) if place in chosen else x for place, x in enumerate(ordinary)]
 
 
@@ -504,7 +468,7 @@ def _uniform(operand: Tensor, one: float, others: float) -> Tensor:
     return _with_content(operand, torch.where(is_third, one, others))
 
 
-def _check(call: _Compared, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:
+def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:
     """Raise `LoweringError` if *found* differs from *expected* by more than rounding."""
     wrong = _is_wrong(call, given, found, expected)
     if not wrong.any():
@@ -516,12 +480,12 @@ def _check(call: _Compared, given: Sequence[Tensor], found: Tensor, expected: Te
         if call.elementwise:
             operands = (operand.expand_as(expected).flatten()[position] for operand in given)
             difference += f" for {', '.join(f'{operand:.6g}' for operand in operands)}"
-    is_sorted = not set(SORTED).isdisjoint(call.names)
-    remedy = "use torch.sort(stable=True)" if is_sorted else "use other operators"
-    raise LoweringError(f"{call.target} in {call.part}: its ONNX form gives {difference}; {remedy}")
+    remedy = "use torch.sort(stable=True)" if call.is_one_of(SORTED) else "use other operators"
+    target = " and ".join(str(operator.target) for operator in call.operators)
+    raise LoweringError(f"{target} in {call.operators[-1].part}: its ONNX form gives {difference}; {remedy}")
 
 
-def _is_wrong(call: _Compared, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:
+def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:
     """Mark the elements of *found* that differ from *expected*; all of them if the shapes differ."""
     if found.shape != expected.shape:
         return torch.tensor(True)
@@ -531,12 +495,11 @@ def _is_wrong(call: _Compared, given: Sequence[Tensor], found: Tensor, expected:
     bounded = expected.clamp(limits.min, limits.max)  # ATen's `gelu` of the largest number is infinite
     magnitudes = [operand.nan_to_num(0, 0, 0).abs() for operand in given if operand.is_floating_point()]
     compared = torch.ones_like(expected, dtype=torch.bool)
-    if call.elementwise and not call.unbounded:  # NaN does not occur
-        compared = ~expected.isnan() if set(NOT_NAN).isdisjoint(call.names) else ~found.isnan()
+    if call.elementwise and not call.can_be_unbounded:  # NaN does not occur
+        compared = ~found.isnan() if call.is_one_of(NOT_NAN) else ~expected.isnan()
     if call.elementwise:
         # Allowed: the rounding of the operands and of the 1 in exp(x) - 1, plus a share of the result.
-        cancels = not set(NOT_NEAR_ZERO).isdisjoint(call.names)
-        scale = sum(magnitudes, torch.zeros_like(expected)) + (1 if cancels else 0)
+        scale = sum(magnitudes, torch.zeros_like(expected)) + call.is_one_of(NOT_NEAR_ZERO)
         allowed = ROUNDING * limits.eps * scale + TOLERANCE * bounded.abs()
     else:
         # A sum of products can cancel, so its error is relative to the largest product or result.
