@@ -23,7 +23,14 @@ from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import EXPORT_EMBEDDING, NETWORK_PREFIX, Captured, Deployed, capture
-from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, value_root
+from sopdeploy_export.program_hashes import (
+    ProgramRoot,
+    hashing_once,
+    program_root,
+    stored_hash,
+    tensor_hash,
+    value_root,
+)
 from sopdeploy_export.proof.networks import Detachment, check_network_state, check_torch_state, contiguous
 from sopdeploy_export.proof.repetition import check_repetition
 from sopdeploy_export.state import tensors
@@ -134,15 +141,20 @@ def certify(
     check_network_state(trained, "trained")
     check_network_state(detached, "detached")
     nothing_detached = detached is trained
-    removed, kept = build_inventory(trained, detached, detachment.training_only)
-    compared = {"trained": contiguous(trained)}
-    compared["detached"] = compared["trained"] if nothing_detached else contiguous(detached)
-    if detachment.plain is not None:
-        plain = build_plain_network(detachment.plain, compared["detached"], detachment.rename)
-        compared = {"plain": contiguous(plain), **compared}  # the first one is the reference
-    captured, roots = _assert_equal_graphs(
-        compared, preprocess, batch or BatchRange(), {entry.name for entry in removed}, detachment.captured
-    )
+    with hashing_once():  # at the end, `_assert_unchanged` computes all hashes again
+        removed, kept = build_inventory(trained, detached, detachment.training_only)
+        compared = {"trained": contiguous(trained)}
+        compared["detached"] = compared["trained"] if nothing_detached else contiguous(detached)
+        if detachment.plain is not None:
+            plain = build_plain_network(detachment.plain, compared["detached"], detachment.rename)
+            compared = {"plain": contiguous(plain), **compared}  # the first one is the reference
+        captured, roots = _assert_equal_graphs(
+            compared,
+            preprocess,
+            batch or BatchRange(),
+            {entry.name for entry in removed},
+            detachment.captured,
+        )
     deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
     sizes = assert_equal_outputs(deployed, probes)
     check_repetition(compared["detached"], preprocess, probes)
@@ -315,15 +327,21 @@ def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> t
             outputs = {role: network(images) for role, network in networks.items()}
         for role in outputs:
             for values, expected in zip(outputs[role], outputs[reference], strict=True):
-                # As bytes, because 0 equals -0 and NaN differs from itself.
-                pair = [tensor.contiguous().view(torch.uint8) for tensor in (values, expected)]
-                if not torch.equal(*pair):
+                if not _are_equal(values, expected):
                     difference = (values - expected).abs().max().item()
                     raise CertificateError(
                         f"the {role} network gives other logits than the {reference} one at batch "
                         f"{len(images)}: largest difference {difference:.3g}"
                     )
     return (1, len(batches[0]))  # the last batch may be smaller
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Compare type, shape and content; as bytes, because 0 equals -0 and NaN differs from itself."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    content = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*content)
 
 
 def build_inventory(
@@ -346,10 +364,9 @@ def build_inventory(
     check_removed_memory(removed, {name: before[name] for name in after})
     kept = []
     for name, tensor in after.items():
-        entry = _entry(name, tensor)
-        if entry != _entry(name, before[name]):
+        if tensor is not before[name] and not _are_equal(tensor, before[name]):
             raise CertificateError(f"{name} changed while the network was detached")
-        kept.append(entry)
+        kept.append(_entry(name, before[name]))
     return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
 
 
@@ -388,5 +405,5 @@ def _entry(name: str, tensor: Tensor) -> TensorEntry:
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
         bytes=tensor.numel() * tensor.element_size(),
-        sha256=tensor_hash(tensor),
+        sha256=stored_hash(tensor),
     )
