@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -199,8 +200,8 @@ class _Calls(nn.Module):
 class _Bounds(fx.Interpreter):
     """Runs a program and collects the values that can be infinite or NaN, in `unbounded`.
 
-    The result of every layer with weights is replaced by ordinary values from number *start* on, or by 0
-    everywhere: division by a sum, a norm or a deviation gives NaN then, unless a constant is added to it.
+    The result of every layer with weights is replaced by *values* in turn. If they are equal, a division by a
+    sum, a norm or a deviation gives NaN, unless a constant is added to it.
     """
 
     def __init__(self, program: ExportedProgram, values: Sequence[float]) -> None:
@@ -230,11 +231,12 @@ class _Bounds(fx.Interpreter):
 
 
 def _find_unbounded(program: ExportedProgram, images: Tensor) -> set[str]:
-    """Name the nodes of *program* whose values can be infinite or NaN although those before are ordinary."""
+    """Name the nodes of *program* whose values can be infinite or NaN although layers give ordinary ones."""
     unbounded: set[str] = set()
     for values in (ORDINARY, (0.0,), (1.0,)):
         bounds = _Bounds(program, values)
-        bounds.run(images)
+        with suppress(Exception):  # of code that cannot use them all, for example as positions in a table
+            bounds.run(images)
         unbounded |= bounds.unbounded
     return unbounded
 

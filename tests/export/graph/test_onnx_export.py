@@ -281,6 +281,7 @@ def softmax_by_hand(x: Tensor) -> Tensor:
     return powers / powers.sum(1, keepdim=True)
 
 
+TABLE = nn.Parameter(torch.arange(18.0).reshape(9, 2))  # has no row 100
 EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "logsigmoid": F.logsigmoid,
     "atan2": lambda x: torch.atan2(x, x + 1) + torch.atan2(x / x.sum(), x),
@@ -288,6 +289,7 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "expm1": torch.expm1,
     "sign": torch.sign,
     "largest": lambda x: x.amax(1),
+    "a table": lambda x: F.embedding(x.long().abs(), TABLE).mean(-1),
     "maximum after a norm": lambda x: F.normalize(x).amax(1),
     "maximum after a local response norm": lambda x: F.max_pool2d(F.local_response_norm(x, 3), 2),
     "softmax by hand": lambda x: softmax_by_hand(x).amax(1),
