@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from onnx import numpy_helper
 
 from sopdeploy.bundle.folder import MANIFEST, REQUIRED, publish, seal, staging
 from sopdeploy.bundle.golden import write_golden
-from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.bundle.manifest import (
+    CERTIFICATE,
+    PROOFS,
+    BatchRange,
+    Lineage,
+    Manifest,
+    ProofKind,
+    TensorRecord,
+    to_json,
+)
 from sopdeploy.bundle.onnx_root import read_model
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.files import sha256
@@ -39,13 +49,42 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def proof_files(root: str, tolerance: float = 0.0) -> dict[str, bytes]:
-    """The certificate of a graph with *root*, and a comparison that explains *tolerance* of the logits."""
-    roots = {"any_batch": FIELDS["lineage"].program_root, "onnx": root}
+def proof_files(root: str, tolerance: float = 0.0, **fields: Any) -> dict[str, bytes]:
+    """The reports on a graph with *root* and manifest *fields*; they explain *tolerance* of the logits."""
+    detached, precision = fields.get("detached", FIELDS["detached"]), fields.get("precision", "fp32")
+    proof: ProofKind = "three-way" if detached else "trained-plain"
+    roots = {"any_batch": FIELDS["lineage"].program_root, "onnx": root, "shipped": root}
     drift = {"noise_floor": tolerance / 16, "drift": {"1": 0.0}, "batch_difference": 0.0}
-    parity = {"floors_allowed": 16, "drift_allowed": False, "outputs": {"logits": drift}}
-    certificate = {"proof": "three-way", "roots": roots, "mixes_images": []}
-    return {"certificate.json": to_json(certificate), "parity.json": to_json(parity)}
+    parity = {
+        "precision": precision,
+        "floors_allowed": 16,
+        "drift_allowed": False,
+        "outputs": {"logits": drift},
+    }
+    certificate = {
+        "proof": proof,
+        "compared": PROOFS[proof],
+        "detached": detached,
+        "removed": [{"name": f"{part}.weight"} for part in detached],
+        "roots": roots,
+        "precision": precision,
+        "mixes_images": [],
+    }
+    types = {"precision": precision, "parts": {}}
+    reports = {"certificate": certificate, "parity": parity, "precision": types}
+    return {f"{name}.json": to_json(report) for name, report in reports.items()}
+
+
+def bind(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the certificate in *folder* again, for the files and *manifest* there; return the manifest."""
+    with suppress(ValueError):  # a certificate that is no JSON object stays
+        certificate = json.loads((folder / CERTIFICATE).read_bytes())
+        (folder / CERTIFICATE).unlink()
+        (folder / MANIFEST).unlink(missing_ok=True)
+        own = {name: value for name, value in certificate.items() if name not in ("sha256", "contents")}
+        fields = {name: getattr(manifest, name) for name in Manifest.model_fields if name != "files"}
+        return seal(folder, fields, own)
+    return manifest
 
 
 def fill(folder: Path) -> None:
@@ -100,7 +139,7 @@ def write_computed(
     with staging(destination) as folder:
         (folder / "model.onnx").write_bytes(content)
         (folder / "labels.json").write_bytes(to_json(list(labels)))
-        for name, proof in proof_files(root, tolerance).items():
+        for name, proof in proof_files(root, tolerance, **fields).items():
             (folder / name).write_bytes(proof)
         tolerances = dict.fromkeys(expected, tolerance)
         write_probes(folder / "probes.npz", Probes(images=images, expected=expected, tolerance=tolerances))
@@ -116,11 +155,14 @@ def write_computed(
             "preprocess": preprocess,
             "lineage": FIELDS["lineage"].model_copy(update={"onnx_root": root}),
         }
-        return publish(folder, seal(folder, {**FIELDS, **computed, **fields}), destination)
+        return publish(folder, bind(folder, seal(folder, {**FIELDS, **computed, **fields})), destination)
 
 
-def forge(bundle: Path, **fields: Any) -> Path:
-    """Rewrite the manifest of *bundle* with the hashes of its current files and with *fields*."""
+def forge(bundle: Path, *, bound: bool = True, **fields: Any) -> Path:
+    """Rewrite the manifest of *bundle* with the hashes of its current files and with *fields*.
+
+    If *bound*, the certificate is rewritten as well, with hashes of both.
+    """
     values = json.loads((bundle / MANIFEST).read_bytes())
     values.pop("id")
     values.pop("sha256")
@@ -130,7 +172,10 @@ def forge(bundle: Path, **fields: Any) -> Path:
         if path.is_file() and path.name != MANIFEST
     }
     values.update(fields)
-    (bundle / MANIFEST).write_bytes(Manifest.model_validate_json(json.dumps(values)).to_bytes())
+    manifest = Manifest.model_validate_json(json.dumps(values))
+    (bundle / MANIFEST).write_bytes(manifest.to_bytes())
+    if bound:
+        bind(bundle, manifest)
     return bundle
 
 

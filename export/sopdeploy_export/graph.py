@@ -436,11 +436,16 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Any:
-    """Write attention on other than four dimensions as matrix products."""
+    """Write attention on other than four dimensions as matrix products, and a mask as what is added.
+
+    The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
+    """
+    if mask is not None and mask.dtype == torch.bool:
+        added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        result = ATTENTION(query, key, value, added, *args, **options)
+        return torch.where(mask.any(-1, keepdim=True), result, 0.0)
     if query.dim() == 4:
         return NotImplemented  # the operator stays
-    if mask is not None and mask.dtype == torch.bool:  # which the form below would add as 0 and 1
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
 
@@ -461,8 +466,11 @@ def _expm1(values: Tensor) -> Tensor:
 def _atan2(y: Tensor, x: Tensor) -> Tensor:
     """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0 or -0."""
     below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
-    # atan(y / x) is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x, -y).
-    angle = torch.where(y == 0, y, (y / x).atan())  # of y = 0 without a division, also for x = 0
+    far = (y.abs() == torch.inf) & (x.abs() == torch.inf)  # then the angle is that of a diagonal
+    divisor = torch.where((x == 0) & (y == 0), 1.0, x)
+    slope = torch.where(far, y.sign() * x.sign(), y / divisor)
+    # This is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x, -y).
+    angle = slope.atan()
     half_turn = torch.where(below, -torch.pi, torch.pi)
     return angle + torch.where(left, half_turn, 0.0)
 

@@ -45,7 +45,7 @@ from sopdeploy_export.parity import compare
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
-from sopdeploy_export.proof.certificate import Certificate, certify
+from sopdeploy_export.proof.certificate import Certificate, NetworkProof, certify
 from sopdeploy_export.proof.networks import Detachment, ExportSubject, copy_module, detach, has_tensors
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
 
@@ -149,12 +149,15 @@ def export_subject(
         _add_embedding(subject, images)
     started = time.monotonic()
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
-        certified, certificate = _prove(subject, images, options, on_step)
+        certified, proof, mixes_images = _prove(subject, images, options, on_step)
+        float32_root = onnx_root(certified.model)
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
         converted = convert_precision(certified, preprocess, options, accuracy)
         file, precision = folder / ONNX_FILE, converted.precision
         file.write_bytes(converted.model.SerializeToString(deterministic=True))
+        shipped_root = onnx_root(converted.model)
+        certificate = Certificate.of(proof, float32_root, shipped_root, mixes_images, options.precision)
         if accuracy is not None:
             measured = accuracy.measure(certified.model, file)
             precision = precision.model_copy(update={"accuracy": measured})
@@ -176,7 +179,8 @@ def export_subject(
         probes = as_probes(images, exact, parity)
         write_probes(folder / "probes.npz", probes)
         write_golden_examples(subject, folder, converted.gate, parity, probes.tolerance[LOGITS])
-        manifest = _write_reports(subject, folder, options, probes, results)
+        opset = converted.model.opset_import[0].version
+        manifest = _write_reports(subject, folder, options, probes, results, opset)
         path, seconds = bundle.publish(folder, manifest, destination), time.monotonic() - started
     # `Exported` has all fields of `ExportResults`, its base class, and these four.
     return Exported(**vars(results), path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds)
@@ -184,8 +188,11 @@ def export_subject(
 
 def _prove(
     subject: ExportSubject, images: NDArray[np.uint8], options: ExportOptions, on_step: Callable[[str], None]
-) -> tuple[CapturedGraph, Certificate]:
-    """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX."""
+) -> tuple[CapturedGraph, NetworkProof, tuple[str, ...]]:
+    """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX.
+
+    Also returns the operators that mix images, as `check_onnx` does.
+    """
     preprocess, trained = subject.preprocess, subject.network
     training_only = subject.detachment.training_only
     if not options.detach and has_tensors(trained, training_only):
@@ -196,7 +203,7 @@ def _prove(
     trained = _with_temperature(subject, images)
     detached = detach(trained, training_only)
     on_step("proving that the detached network equals the plain network")
-    certificate, captured = certify(
+    proof, captured = certify(
         trained,
         detached,
         preprocess,
@@ -208,9 +215,9 @@ def _prove(
     on_step("converting to ONNX")
     program, outputs = captured["detached"].any_batch, output_names(detached)
     model = lower(program, outputs)
-    certificate = certify_onnx(certificate, captured, model, outputs, options)
+    mixes_images = check_onnx(captured, model, outputs, options)
     check_operators(program, images[: min(OPERATOR_IMAGES, options.max_batch)])
-    return CapturedGraph(detached, program, model), certificate
+    return CapturedGraph(detached, program, model), proof, mixes_images
 
 
 def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
@@ -227,14 +234,13 @@ def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.M
     return fold_temperature(subject.network, decision.temperature, preprocess, images, classes)
 
 
-def certify_onnx(
-    certificate: Certificate,
+def check_onnx(
     captured: Mapping[str, Captured],
     model: onnx.ModelProto,
     outputs: tuple[str, ...],
     options: ExportOptions,
-) -> Certificate:
-    """Complete *certificate* with the root of *model*, the detached network, and what mixes its images.
+) -> tuple[str, ...]:
+    """Check that all *captured* networks have the root of *model*; return the operators that mix its images.
 
     Raises `CertificateError` if another compared network gives another graph, and `LoweringError` if an
     output for an image may depend on other images, unless the user accepts this.
@@ -249,8 +255,7 @@ def certify_onnx(
         if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
             problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
         raise LoweringError(problem, remedies={"allow_batch_dependence": True})
-    roots = certificate.roots.model_copy(update={"onnx": root})
-    return certificate.model_copy(update={"roots": roots, "mixes_images": mixing})
+    return mixing
 
 
 def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
@@ -309,15 +314,19 @@ def write_golden_examples(
 
 
 def _write_reports(
-    subject: ExportSubject, folder: Path, options: ExportOptions, probes: Probes, results: ExportResults
+    subject: ExportSubject,
+    folder: Path,
+    options: ExportOptions,
+    probes: Probes,
+    results: ExportResults,
+    opset: int,
 ) -> Manifest:
     """Write the reports, class names, model card and manifest to *folder*, which has the other files."""
-    for name in ("certificate", "parity", "precision"):
+    for name in ("parity", "precision"):
         report = getattr(results, name).model_dump(mode="json")
         (folder / f"{name}.json").write_bytes(to_json(report))
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
     certificate, side, precision = results.certificate, subject.preprocess.crop, options.precision
-    model = onnx.load(folder / ONNX_FILE)
     versions = {
         "sopdeploy": __version__,
         "python": platform.python_version(),
@@ -345,15 +354,15 @@ def _write_reports(
         "lineage": Lineage(
             checkpoint_sha256=subject.sha256,
             program_root=certificate.roots.any_batch,
-            onnx_root=certificate.roots.onnx if precision == "fp32" else onnx_root(model),
+            onnx_root=certificate.roots.shipped,
         ),
         "versions": {**versions, **subject.plugins()},
         "precision": precision,
         "int8_for": options.int8_for if precision == "int8" else None,
-        "opset": model.opset_import[0].version,
+        "opset": opset,
     }
     (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
-    return bundle.seal(folder, fields)
+    return bundle.seal(folder, fields, certificate.model_dump(mode="json"))
 
 
 def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) -> None:

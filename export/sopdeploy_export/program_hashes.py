@@ -9,7 +9,9 @@ output is computed the same way.
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sopdeploy.bundle.onnx_root import hash_parts
 from sopdeploy.errors import CertificateError
@@ -95,6 +98,34 @@ def tensor_hash(tensor: Tensor) -> str:
     return hashlib.sha256(header + content.tobytes()).hexdigest()
 
 
+_known: ContextVar[WeakIdKeyDictionary | None] = ContextVar("_known", default=None)
+
+
+@contextmanager
+def hashing_once() -> Iterator[None]:
+    """Compute the hash of each tensor object in programs, and of `stored_hash`, once while the block runs.
+
+    A write that hides from the version of the tensor has no effect then: compare `tensor_hash` at the end.
+    """
+    token = _known.set(WeakIdKeyDictionary())
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def stored_hash(tensor: Tensor) -> str:
+    """Compute `tensor_hash`; within `hashing_once` only if *tensor* is new or was written to."""
+    known = _known.get()
+    if known is None or tensor.is_inference():  # which has no version
+        return tensor_hash(tensor)
+    state = tensor._version, tensor.data_ptr()
+    found: tuple[tuple[int, int], str] | None = known.get(tensor)  # type: ignore[no-untyped-call]
+    if found is None or found[0] != state:
+        known[tensor] = found = state, tensor_hash(tensor)
+    return found[1]
+
+
 def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
     """Hash every placeholder: weights by content, inputs by position, dtype and shape."""
     symbols: dict[str, str] = {}
@@ -116,7 +147,7 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
             tensor = _stored_value(program, spec)
             if not isinstance(tensor, Tensor):
                 raise CertificateError(f"{spec.target}: the graph depends on an object that is not a tensor")
-            leaves[spec.arg.name] = tensor_hash(tensor)
+            leaves[spec.arg.name] = stored_hash(tensor)
     return leaves
 
 
@@ -131,7 +162,7 @@ def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
     if isinstance(value, fx.Node):
         return hash_of(value)
     if isinstance(value, Tensor):
-        return tensor_hash(value)
+        return stored_hash(value)
     if isinstance(value, list | tuple):
         return hash_parts("list", *(_encode(item, hash_of) for item in value))
     if isinstance(value, dict):
@@ -162,7 +193,7 @@ def _hash_nodes(
         if node.op == "placeholder":
             hashes[node] = leaves[node.name]
         elif node.op == "get_attr":
-            hashes[node] = tensor_hash(_constant(node))
+            hashes[node] = stored_hash(_constant(node))
         else:
             operation = _operation(node)
             arguments = (_encode(value, hashes.__getitem__) for value in _arguments(node))

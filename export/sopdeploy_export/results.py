@@ -160,6 +160,7 @@ class Accuracy(StrictModel):
         after: Top-1 of the exported graph as a fraction; `None` without labels.
         num_agreeing: Number of images with the same top class.
         drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
+        deviation: Root mean square difference of the logits in standard deviations of those in float32.
     """
 
     num_images: int
@@ -167,6 +168,7 @@ class Accuracy(StrictModel):
     after: float | None
     num_agreeing: int
     drop: float
+    deviation: float = 0.0
 
 
 class PrecisionReport(StrictModel):
@@ -293,6 +295,7 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
             before, after = (_share(round(top * images), images) for top in (accuracy.before, accuracy.after))
             top1 = f"top-1 {before} before, {after} after; "
         rows["images"] = f"{top1}same class as float32 on {_share(accuracy.num_agreeing, images)}"
+        rows["images"] += f"; logits differ by {accuracy.deviation:.2g} standard deviations"
         if images < SHOWS_ONE_POINT:
             rows["images"] += f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
     if (int8 := precision.quantisation) is not None:

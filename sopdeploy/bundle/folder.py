@@ -10,6 +10,7 @@ link `latest` have an effect, because copies of a folder may lack or change them
 """
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -23,12 +24,12 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from sopdeploy.bundle.manifest import FileRecord, Manifest
+from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
 from sopdeploy.errors import BundleError, StorageError
 from sopdeploy.files import FULL_ERRNOS, LATEST, atomic_write, link_latest, sha256, writing
 
 MANIFEST = "manifest.json"
-REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
+REQUIRED = ("model.onnx", "labels.json", CERTIFICATE, "parity.json", "precision.json", "probes.npz")
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_JSON_BYTES = 16_000_000  # of any other JSON file
 SIGNATURE_SUFFIX = ".sig"  # of the file beside a bundle or an archive
@@ -84,13 +85,25 @@ def staging(destination: Path) -> Iterator[Path]:
                 destination.rmdir()
 
 
-def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
-    """Hash every file in *folder*, write the manifest and return it."""
+def seal(
+    folder: Path, manifest_without_files: Mapping[str, Any], certificate: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Hash every file in *folder*, write the manifest and return it.
+
+    The *certificate*, if it is given, is written with `contents`, the hash of the manifest and of all other
+    files, and with the `sha256` of all its fields. So `verify` detects if one of them is changed alone.
+    """
     files = {
         path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.iterdir())
     }
     manifest = Manifest(**manifest_without_files, files=files).complete()
+    if certificate is not None:
+        fields = {**certificate, "contents": manifest.contents}
+        path = folder / CERTIFICATE
+        path.write_bytes(to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields}))
+        files[path.name] = FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
+        manifest = Manifest(**manifest_without_files, files=dict(sorted(files.items()))).complete()
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
 

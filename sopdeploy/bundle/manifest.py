@@ -14,12 +14,20 @@ from sopdeploy.version import __version__
 
 FORMAT_VERSION: Literal[1] = 1
 ID_LENGTH = 12
+CERTIFICATE = "certificate.json"
 GATES = "gates"  # (N,): the weights of the components of a mixture
 # (D,): the vector that the last linear layer receives, for requests that need it; `export --with-features`
 EMBEDDING = "embedding"
 
 Precision = Literal["fp32", "fp16", "int8"]
 Int8For = Literal["cpu", "tensorrt"]
+ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
+PROOFS: dict[ProofKind, tuple[str, ...]] = {  # the networks that each kind compares
+    "three-way": ("trained", "detached", "plain"),
+    "trained-detached": ("trained", "detached"),
+    "trained-plain": ("trained", "plain"),
+    "trained-only": ("trained",),
+}
 Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -104,6 +112,14 @@ class Manifest(StrictModel):
         Equal ids do not show this: whoever makes two bundles can give them the same 12 digits.
         """
         return self.model_copy(update={"exported_at": other.exported_at}) == other
+
+    @property
+    def contents(self) -> str:
+        """The sha256 of all fields but the time, without the file that holds it: the certificate."""
+        fields = self.model_dump(mode="json", exclude_unset=True)
+        del fields["exported_at"]
+        fields["files"].pop(CERTIFICATE, None)
+        return hashlib.sha256(to_json(fields)).hexdigest()
 
     def to_bytes(self) -> bytes:
         """Serialize to `manifest.json`, with a hash of all fields; there is exactly one serialization.

@@ -9,18 +9,19 @@ the graph defines each name once. `verify` recomputes the root where `onnx` is i
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import TensorRecord
+from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
 from sopdeploy.errors import BundleError, CertificateError
 
 if TYPE_CHECKING:
     import onnx
 
 _NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
+ADVICE = "export the bundle again"
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
 
@@ -135,18 +136,17 @@ def _tensor_hash(tensor: "onnx.TensorProto") -> str:
 
 
 def check_roots(bundle: Bundle) -> str | None:
-    """Compare the graph of *bundle*, its manifest and its certificate.
+    """Compare the graph of *bundle*, its manifest, its certificate and its reports.
 
     Returns the root of `model.onnx`, or None if `onnx` is not installed. All of this must hold:
 
     - `model.onnx` has the root, the opset, the inputs and the outputs in the manifest;
-    - the certificate names the captured program and the operators that mix images as the manifest does;
-    - in float32, the graph is the certified one.
+    - the certificate is as it was written, and names this graph, this manifest and all other files;
+    - its networks, `parity.json` and `precision.json` fit the manifest.
 
     Raises `BundleError` naming the file that does not fit.
     """
     manifest, lineage = bundle.manifest, bundle.manifest.lineage
-    certificate, advice = bundle.path / "certificate.json", "export the bundle again"
     root: str | None
     try:
         model, root = read_model(bundle.onnx.read_bytes())
@@ -154,23 +154,56 @@ def check_roots(bundle: Bundle) -> str | None:
     except ImportError:  # `onnx` is not installed
         root = None
     except CertificateError as error:
-        raise BundleError(f"{bundle.onnx}: {error}; {advice}") from error
+        raise BundleError(f"{bundle.onnx}: {error}; {ADVICE}") from error
     if root is not None and root != lineage.onnx_root:
         raise BundleError(
             f"{bundle.onnx}: its graph has the root {root[:16]}, the manifest says {lineage.onnx_root[:16]}; "
-            f"the graph was replaced after the export: {advice}"
+            f"the graph was replaced after the export: {ADVICE}"
         )
-    try:  # no OSError, because `open_bundle` has read the file
-        fields = json.loads(certificate.read_bytes())
-        program_root, certified_root = fields["roots"]["any_batch"], fields["roots"]["onnx"]
-        mixes_images = tuple(fields["mixes_images"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise BundleError(f"{certificate}: contains no graph roots; {advice}") from error
-    if program_root != lineage.program_root or mixes_images != manifest.mixes_images:
-        raise BundleError(f"{certificate}: belongs to another network than the manifest; {advice}")
-    if manifest.precision == "fp32" and certified_root != lineage.onnx_root:
-        raise BundleError(f"{certificate}: certifies another graph than model.onnx; {advice}")
+    _check_certificate(bundle)
+    for name in ("parity.json", "precision.json"):
+        precision = _read_fields(bundle, name).get("precision")
+        if precision != manifest.precision:
+            problem = f"is about the precision {precision}, the manifest says {manifest.precision}"
+            raise BundleError(f"{bundle.path / name}: {problem}; {ADVICE}")
     return root
+
+
+def _check_certificate(bundle: Bundle) -> None:
+    """Raise `BundleError` unless the certificate of *bundle* is unchanged and certifies this bundle."""
+    manifest, path = bundle.manifest, bundle.path / CERTIFICATE
+    certificate = _read_fields(bundle, CERTIFICATE)
+    own = certificate.pop("sha256", None)
+    try:
+        roots, precision, compared = (certificate[name] for name in ("roots", "precision", "compared"))
+        program_root, shipped_root, float32_root = (roots[name] for name in ("any_batch", "shipped", "onnx"))
+        detached, mixes_images = tuple(certificate["detached"]), tuple(certificate["mixes_images"])
+        fits_proof = PROOFS[certificate["proof"]] == tuple(compared)
+        fits_proof &= ("detached" in compared) == bool(detached) == bool(certificate["removed"])
+        contents = certificate["contents"]
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
+    if (program_root, mixes_images) != (manifest.lineage.program_root, manifest.mixes_images):
+        raise BundleError(f"{path}: belongs to another network than the manifest; {ADVICE}")
+    is_float32 = precision == "fp32"
+    if shipped_root != manifest.lineage.onnx_root or (is_float32 and float32_root != shipped_root):
+        raise BundleError(f"{path}: certifies another graph than model.onnx; {ADVICE}")
+    if precision != manifest.precision or detached != manifest.detached or contents != manifest.contents:
+        problem = "certifies other files, or another precision, preprocessing or other field of the manifest"
+        raise BundleError(f"{path}: {problem}; {ADVICE}")
+    if not fits_proof or own != hashlib.sha256(to_json(certificate)).hexdigest():
+        raise BundleError(f"{path}: was changed after the export; {ADVICE}")
+
+
+def _read_fields(bundle: Bundle, name: str) -> dict[str, Any]:
+    """Read the JSON object in the file *name* of *bundle*, whose hash was checked."""
+    try:  # no OSError, because `open_bundle` has read the file
+        fields = json.loads((bundle.path / name).read_bytes())
+        if isinstance(fields, dict):
+            return fields
+    except (ValueError, RecursionError):
+        pass
+    raise BundleError(f"{bundle.path / name}: contains no JSON object; {ADVICE}")
 
 
 def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -240,6 +241,77 @@ def test_a_manifest_of_another_graph_is_rejected(bundle: Path, attack: str) -> N
     if attack == "fewer classes":
         (bundle / "labels.json").write_bytes(to_json(LABELS[:2]))
     rejection(forge(bundle, **fields), "certificate.json" if "mixes_images" in fields else "model.onnx: has")
+
+
+def changed_json(bundle: Path, name: str, **fields: Any) -> None:
+    """Set *fields* of the JSON object in the file *name* of *bundle*."""
+    before = json.loads((bundle / name).read_bytes())
+    (bundle / name).write_bytes(to_json({**before, **fields}))
+
+
+def replace_graph_as(precision: str) -> Callable[[Path], dict[str, Any]]:
+    """Return an attack: twice the graph, under its own root, in a bundle that says *precision*."""
+
+    def attack(bundle: Path) -> dict[str, Any]:
+        (bundle / "model.onnx").write_bytes(colors(2.0))
+        _, root = read_model(colors(2.0))
+        lineage = {**json.loads((bundle / "manifest.json").read_bytes())["lineage"], "onnx_root": root}
+        for name in ("parity.json", "precision.json"):
+            changed_json(bundle, name, precision=precision)
+        return {"lineage": lineage, "precision": precision}
+
+    return attack
+
+
+def without_branches(bundle: Path) -> dict[str, Any]:
+    changed_json(bundle, "certificate.json", detached=[], removed=[])
+    return {"detached": []}
+
+
+# What is changed, with the right hashes of all files, and the file that the error names
+CHANGED: dict[str, tuple[Callable[[Path], dict[str, Any] | None], str]] = {
+    "a graph as fp16": (replace_graph_as("fp16"), "certificate.json: certifies another graph"),
+    "a graph as int8": (replace_graph_as("int8"), "certificate.json: certifies another graph"),
+    "a graph as fp32": (replace_graph_as("fp32"), "certificate.json: certifies another graph"),
+    "the precision": (lambda _: {"precision": "fp16"}, "certificate.json: certifies other files"),
+    "swapped labels": (
+        lambda bundle: (bundle / "labels.json").write_bytes(to_json(LABELS[::-1])) and None,
+        "certificate.json: certifies other files",
+    ),
+    "another mean": (
+        lambda _: {"preprocess": {**FIELDS["preprocess"].model_dump(mode="json"), "mean": [0.1, 0.2, 0.3]}},
+        "certificate.json: certifies other files",
+    ),
+    "one more file": (lambda b: (b / "x.txt").write_text("x") and None, "certifies other files"),
+    "one file less": (lambda b: (b / "golden-0.jpg").unlink(), "certifies other files"),
+    "another proof": (lambda b: changed_json(b, "certificate.json", num_images=9), "was changed"),
+    "a stronger proof": (
+        lambda b: changed_json(b, "certificate.json", proof="trained-detached"),
+        "certificate.json: was changed",
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", CHANGED)
+@pytest.mark.parametrize("has_onnx", [True, False])
+def test_a_bundle_that_was_changed_after_its_certificate_is_rejected(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, attack: str, has_onnx: bool
+) -> None:
+    change, message = CHANGED[attack]
+    fields = change(bundle) or {}
+    if not has_onnx:
+        monkeypatch.setitem(sys.modules, "onnx", None)
+    rejection(forge(bundle, bound=False, **fields), message)
+
+
+def test_a_certificate_of_one_network_cannot_say_that_three_were_compared(bundle: Path) -> None:
+    fields = without_branches(bundle)
+    rejection(forge(bundle, **fields), "certificate.json: was changed after the export")
+
+
+def test_each_report_is_about_the_precision_in_the_manifest(bundle: Path) -> None:
+    changed_json(bundle, "precision.json", precision="int8")
+    rejection(forge(bundle), "precision.json: is about the precision int8, the manifest says fp32")
 
 
 NAMES = ["[red]x", "[/]", "a\nb", "\x1b[31mred", "../outside", "", ":warning:"]

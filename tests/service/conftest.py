@@ -112,14 +112,16 @@ A **linear** layer over the mean colour. <img src=x onerror=alert(1)>
 @pytest.fixture(scope="session")
 def carded_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny bundle with a model card and a certificate."""
-    from sopdeploy_export.proof.certificate import Certificate, Roots, TensorEntry  # imports torch
+    from sopdeploy_export.proof.certificate import Certificate, FileRoots, TensorEntry  # imports torch
 
     folder = tmp_path_factory.mktemp("carded")
     entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
-    roots = Roots(any_batch="4" * 64, batch_of_one="5" * 64, num_operations=3, onnx="6" * 64)
+    roots = FileRoots(
+        any_batch="4" * 64, batch_of_one="5" * 64, num_operations=3, onnx="6" * 64, shipped="6" * 64
+    )
     certificate = Certificate(
         model="tiny", detached=("gate.noise",), removed=(entry,), kept=(entry, entry), roots=roots,
-        batches=(1,), num_images=12,
+        batches=(1,), num_images=12, mixes_images=(), precision="fp32",
     )  # fmt: skip
     (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
     (folder / "README.md").write_text(CARD)

@@ -1,4 +1,8 @@
-"""Measure the accuracy that a lower precision costs, and reject large losses."""
+"""Measure what a lower precision costs in accuracy and changes in logits, and reject large losses.
+
+A network with one frequent class keeps its classes although its logits are far off, so the logits are
+compared, too: the root mean square of their differences, in standard deviations of the float32 logits.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +27,13 @@ from sopdeploy_export.results import LOGITS, Accuracy, PrecisionReport
 _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
 MIN_DISTINCT = 32
+MAX_DEVIATION = 0.5  # standard deviations; a file that returns the mean logits of all images is 1 off
 EVERY = 4  # of the distinct images of `calibrate`, every fourth measures and the others calibrate
 ALIKE, GRAY_SIDE = 5.0, 8  # root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
 
 
 class AccuracyCheck:
-    """Compares the top classes of graphs with those of the float32 graph.
+    """Compares the top classes and the logits of graphs with those of the float32 graph.
 
     The images are the labeled ones of `evaluate`, or else a quarter of those of `calibrate`. `calibration`
     holds the others as uint8 (P, H, W, 3); it is empty without `calibrate`.
@@ -44,7 +49,7 @@ class AccuracyCheck:
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
         self._measured: NDArray[np.uint8] | None = None
         self._labeled: ImageFiles | None = None
-        self._float32_classes: NDArray[np.int64] | None = None
+        self._float32_logits: NDArray[np.float32] | None = None
         if options.calibrate is not None:
             images = calibration_images(options.calibrate, subject.preprocess)
             is_measured = choose_measured(images)
@@ -61,11 +66,13 @@ class AccuracyCheck:
             self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
     def measure(self, float32: onnx.ModelProto, exported: Path | onnx.ModelProto) -> Accuracy:
-        """Run both graphs on the images; the classes of *float32* are computed once and kept."""
-        if self._float32_classes is None:
-            self._float32_classes = self._top_classes(float32)
+        """Run both graphs on the images; the logits of *float32* are computed once and kept."""
+        if self._float32_logits is None:
+            self._float32_logits = self._logits(float32)
+        before, after = self._float32_logits, self._logits(exported)
         truth = None if self._labeled is None else np.asarray(self._labeled.targets, np.int64)
-        return accuracy(self._float32_classes, self._top_classes(exported), truth)
+        classes = accuracy(before.argmax(axis=1), after.argmax(axis=1), truth)
+        return classes.model_copy(update={"deviation": logit_deviation(before, after)})
 
     def photographs(self, most: int) -> list[NDArray[np.uint8]]:
         """Read at most *most* images of `evaluate` (H, W, 3), evenly spread; none without it."""
@@ -75,22 +82,31 @@ class AccuracyCheck:
         return [preprocess_image(self._labeled[position][0], self._preprocess) for position in positions]
 
     def check_drop(self, report: PrecisionReport) -> None:
-        """Raise `ParityError` if *report* lost more accuracy than `max_drop`, unless drift is allowed."""
+        """Raise `ParityError` if *report* lost more than the limits, unless drift is allowed.
+
+        These are `max_drop` for the accuracy and `MAX_DEVIATION` for the logits.
+        """
         measured, limit = report.accuracy, self.options.max_drop
-        if measured is None or measured.drop <= limit or self.options.allow_drift:
+        if measured is None or self.options.allow_drift:
+            return
+        advice = "" if report.quantisation is None else "; calibrate with images like those of production"
+        if not measured.deviation <= MAX_DEVIATION:  # larger, or NaN
+            raise ParityError(
+                f"{report.precision} changes the logits by {measured.deviation:.2f} standard deviations on "
+                f"{measured.num_images} images, more than {MAX_DEVIATION:g}{advice or '; choose fp32'}"
+            )
+        if measured.drop <= limit:
             return
         metric = "agreement with float32" if measured.before is None else "top-1"  # which needs labels
-        advice = "" if report.quantisation is None else "; calibrate with images like those of production"
         raise ParityError(
             f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "
             f"images, more than {limit:g}{advice}",
             setting="max_drop",
         )
 
-    def _top_classes(self, model: Path | onnx.ModelProto) -> NDArray[np.int64]:
+    def _logits(self, model: Path | onnx.ModelProto) -> NDArray[np.float32]:
         session = open_session(model)
-        batches = (session.run([LOGITS], {INPUT: images})[0] for images in self._batches())
-        return np.concatenate([logits.argmax(axis=1) for logits in batches])
+        return np.concatenate([session.run([LOGITS], {INPUT: images})[0] for images in self._batches()])
 
     def _batches(self) -> Iterator[NDArray[np.uint8]]:
         """Yield batches (B, H, W, 3) of the images that measure; those of `calibrate` are batches of one."""
@@ -102,6 +118,16 @@ class AccuracyCheck:
         elif self._measured is not None:
             for image in self._measured:
                 yield image[None]
+
+
+def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> float:
+    """Compute the root mean square of *after* - *before*, logits (P, C), in standard deviations of *before*.
+
+    These are the deviations of a class over the images, also as a root mean square over the classes.
+    """
+    spread = float(np.sqrt(np.square(before - before.mean(axis=0), dtype=np.float64).mean()))
+    error = float(np.sqrt(np.square(after - before, dtype=np.float64).mean()))
+    return error / max(spread, float(np.finfo(np.float32).tiny))  # not 0, for equal logits
 
 
 def accuracy(

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle.manifest import Int8For
-from sopdeploy.errors import LoweringError
+from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower, output_names
@@ -179,7 +179,11 @@ def _quantize(
     quantizer = Int8Quantizer(source.model, images, float32_parts(source.network), runtime)
     num_layers = len(quantizer.chosen)
     quantization = Quantization(runtime=runtime, num_images=len(images), num_layers=num_layers)
-    return quantizer.quantize(), quantization
+    try:
+        return quantizer.quantize(), quantization
+    except Exception as error:  # ONNX Runtime's quantizer does not limit what it raises
+        problem = f"ONNX Runtime cannot quantize the graph: {first_line(error)}"
+        raise LoweringError(f"{problem}; choose precision fp32 or fp16") from error
 
 
 def run_unfused(model: onnx.ModelProto) -> compare.BatchRun:

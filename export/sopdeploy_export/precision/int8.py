@@ -106,7 +106,7 @@ class Int8Quantizer:
         self.chosen = self._convolutions(in_float)
         if not self.chosen:
             raise LoweringError("the network has no convolution to quantize; export it in precision fp16")
-        self._separate_biases()
+        self._separate_constants()
 
     def quantize(self) -> onnx.ModelProto:
         """Quantize the chosen convolutions, with corrected biases, and their activations or shortcuts."""
@@ -176,14 +176,24 @@ class Int8Quantizer:
                 chosen.add(node.name)
         return chosen
 
-    def _separate_biases(self) -> None:
-        """Give every chosen convolution a constant bias of its own, zeros if it has none."""
+    def _separate_constants(self) -> None:
+        """Give every chosen convolution weights and a constant bias of its own, zeros if it has none.
+
+        The scale of weights depends on the range of the input, because that of the bias is their product.
+        """
         graph = self.model.graph
+        num_readers = Counter(name for node in graph.node for name in node.input)
         tensors = {tensor.name: tensor for tensor in graph.initializer}
         for position, node in enumerate(graph.node):
             if node.name not in self.chosen:
                 continue
-            bias = np.zeros(tensors[node.input[1]].dims[0], np.float32)
+            weight = tensors[node.input[1]]
+            if num_readers[weight.name] > 1:
+                node.input[1] = f"{weight.name}_{position}"
+                graph.initializer.append(
+                    numpy_helper.from_array(numpy_helper.to_array(weight), node.input[1])
+                )
+            bias = np.zeros(weight.dims[0], np.float32)
             if len(node.input) > 2 and node.input[2]:  # "" is no bias
                 if node.input[2] not in tensors:
                     continue  # computed by the graph: stays, and is not corrected
@@ -228,7 +238,7 @@ class Int8Quantizer:
         weights = {}
         for node in self.model.graph.node:
             if node.name in self.chosen:
-                _, weight, bias = node.input  # since `_separate_biases`, all of them have a bias
+                _, weight, bias = node.input  # since `_separate_constants`, all of them have a bias
                 if bias in constants:  # not computed by the graph
                     weights[node.name] = numpy_helper.to_array(constants[weight])
         return weights

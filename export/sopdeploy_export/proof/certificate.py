@@ -1,16 +1,8 @@
 """The certificate: proof that the detached network is the plain network.
 
-It makes six statements. Each is checked, and the export stops if one does not hold:
-
-- inventory: every tensor of the trained network is either removed or kept, and a kept tensor has the same
-  sha256 before and after.
-- graphs: the programs of the trained network's output, of the detached network, and of a plain network built
-  from the config with the same weights have one Merkle root, for any batch size and for a batch of one.
-- batch sizes: the graph for any batch size, with one image, computes what the graph for one image computes.
-- numbers: the three networks return bitwise equal logits for the probe images, alone and in batches. The
-  kept tensors have the same sha256 afterwards.
-- ONNX: the three ONNX graphs have one Merkle root.
-- images: no output of an image depends on other images of its batch (`batch.py`), unless the user allows it.
+`STATEMENTS` lists what is checked. The export stops at the first statement that does not hold; `Certificate`
+is created when all of them do. `certify` checks those about networks and returns a `NetworkProof`,
+`pipeline.check_onnx` checks those about the ONNX graph.
 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
 names the weights that the output still depends on.
@@ -21,29 +13,39 @@ share: frozen buffers, constants and patched methods.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.manifest import PROOFS, BatchRange, Precision, ProofKind
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import EXPORT_EMBEDDING, NETWORK_PREFIX, Captured, Deployed, capture
-from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, value_root
+from sopdeploy_export.program_hashes import (
+    ProgramRoot,
+    hashing_once,
+    program_root,
+    stored_hash,
+    tensor_hash,
+    value_root,
+)
 from sopdeploy_export.proof.networks import Detachment, check_network_state, check_torch_state, contiguous
+from sopdeploy_export.proof.repetition import check_repetition
 from sopdeploy_export.state import tensors
 
-ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
-
-COMPARED: dict[ProofKind, tuple[str, ...]] = {
-    "three-way": ("trained", "detached", "plain"),
-    "trained-detached": ("trained", "detached"),
-    "trained-plain": ("trained", "plain"),
-    "trained-only": ("trained",),
+STATEMENTS = {
+    "Tensors": "Each tensor is removed or kept; the kept ones have the same sha256 before and after.",
+    "Graphs": "The trained network's output, the detached network and a plain network built "
+    "independently have one Merkle root.",
+    "Batch sizes": "The graph for any batch size, with one image, computes what the graph for one "
+    "image computes.",
+    "Outputs": "These networks return bitwise equal outputs for probe images, alone and in batches.",
+    "Repetition": "The detached network returns bitwise equal outputs after 300 calls on another image.",
+    "ONNX": "The ONNX graphs of these networks have one Merkle root.",
+    "Images": "No output depends on other images of the batch. Otherwise the export names the operators.",
 }
 _SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # largest batch of probes
@@ -60,24 +62,25 @@ class TensorEntry(StrictModel):
 
 
 class Roots(StrictModel):
-    """The Merkle roots that the three networks share.
-
-    `num_operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX
-    graphs; it is empty until `pipeline.certify_onnx` has compared them.
-    """
+    """The Merkle roots of the programs that the networks share; `any_batch` covers `num_operations`."""
 
     any_batch: str
     batch_of_one: str
     num_operations: int
-    onnx: str = ""
 
 
-class Certificate(StrictModel):
-    """The statements that were proved; a certificate exists only if all of them hold.
+class FileRoots(Roots):
+    """Also the root of the ONNX graphs in float32, and that of `model.onnx`, which differs if it is not."""
+
+    onnx: str
+    shipped: str
+
+
+class NetworkProof(StrictModel):
+    """The statements about networks that were proved.
 
     `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
     `trained-plain` (nothing to detach) or `trained-only`; `compared` lists the networks that were compared.
-    `mixes_images` names the operators through which an output may depend on other images of the batch.
     """
 
     model: str
@@ -90,12 +93,31 @@ class Certificate(StrictModel):
     batches: tuple[int, ...]
     num_images: int
     largest_difference: float = 0.0
-    mixes_images: tuple[str, ...] = ()
 
     @property
     def bytes_removed(self) -> int:
         """Total size of the removed tensors in bytes."""
         return sum(entry.bytes for entry in self.removed)
+
+
+class Certificate(NetworkProof):
+    """All statements that were proved, and the graph that ships in a precision.
+
+    `mixes_images` names the operators through which an output may depend on other images of the batch.
+    """
+
+    roots: FileRoots
+    mixes_images: tuple[str, ...]
+    precision: Precision
+
+    @classmethod
+    def of(
+        cls, proof: NetworkProof, onnx: str, shipped: str, mixes_images: tuple[str, ...], precision: Precision
+    ) -> "Certificate":
+        """Complete *proof* with the roots *onnx* in float32 and *shipped* in *precision*."""
+        roots = FileRoots(**dict(proof.roots), onnx=onnx, shipped=shipped)
+        fields = {**dict(proof), "roots": roots}
+        return cls(**fields, mixes_images=mixes_images, precision=precision)
 
 
 def certify(
@@ -107,11 +129,11 @@ def certify(
     model: str = "network",
     batch: BatchRange | None = None,
     detachment: Detachment | None = None,
-) -> tuple[Certificate, dict[str, Captured]]:
+) -> tuple[NetworkProof, dict[str, Captured]]:
     """Prove that *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
-    declares its own. Returns the certificate and the captured networks: `trained`, `detached`, and `plain` if
+    declares its own. Returns the proof and the captured networks: `trained`, `detached`, and `plain` if
     it exists. Raises `CertificateError` with the violated statement; neither network is changed.
     """
     if detachment is None:
@@ -120,17 +142,23 @@ def certify(
     check_network_state(trained, "trained", detachment.training_only)
     check_network_state(detached, "detached")
     nothing_detached = detached is trained
-    removed, kept = build_inventory(trained, detached, detachment.training_only)
-    compared = {"trained": contiguous(trained)}
-    compared["detached"] = compared["trained"] if nothing_detached else contiguous(detached)
-    if detachment.plain is not None:
-        plain = build_plain_network(detachment.plain, compared["detached"], detachment.rename)
-        compared = {"plain": contiguous(plain), **compared}  # the first one is the reference
-    captured, roots = _assert_equal_graphs(
-        compared, preprocess, batch or BatchRange(), {entry.name for entry in removed}, detachment.captured
-    )
+    with hashing_once():  # at the end, `_assert_unchanged` computes all hashes again
+        removed, kept = build_inventory(trained, detached, detachment.training_only)
+        compared = {"trained": contiguous(trained)}
+        compared["detached"] = compared["trained"] if nothing_detached else contiguous(detached)
+        if detachment.plain is not None:
+            plain = build_plain_network(detachment.plain, compared["detached"], detachment.rename)
+            compared = {"plain": contiguous(plain), **compared}  # the first one is the reference
+        captured, roots = _assert_equal_graphs(
+            compared,
+            preprocess,
+            batch or BatchRange(),
+            {entry.name for entry in removed},
+            detachment.captured,
+        )
     deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
     sizes = assert_equal_outputs(deployed, probes)
+    check_repetition(compared["detached"], preprocess, probes)
     # Both the given networks and their copies by `contiguous`, if any: `forward` may have written to either.
     checked = (trained, detached, compared["trained"], compared["detached"])
     for network in {id(network): network for network in checked}.values():  # each network once
@@ -140,18 +168,18 @@ def certify(
         kind: ProofKind = "trained-plain" if nothing_detached else "three-way"
     else:
         kind = "trained-only" if nothing_detached else "trained-detached"
-    certificate = Certificate(
+    proof = NetworkProof(
         model=model,
         proof=kind,
         detached=() if nothing_detached else detachment.training_only,
         removed=removed,
         kept=kept,
         roots=roots,
-        compared=COMPARED[kind],
+        compared=PROOFS[kind],
         batches=sizes,
         num_images=len(probes),
     )
-    return certificate, captured
+    return proof, captured
 
 
 def build_plain_network(
@@ -301,15 +329,21 @@ def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> t
             outputs = {role: network(images) for role, network in networks.items()}
         for role in outputs:
             for values, expected in zip(outputs[role], outputs[reference], strict=True):
-                # As bytes, because 0 equals -0 and NaN differs from itself.
-                pair = [tensor.contiguous().view(torch.uint8) for tensor in (values, expected)]
-                if not torch.equal(*pair):
+                if not _are_equal(values, expected):
                     difference = (values - expected).abs().max().item()
                     raise CertificateError(
                         f"the {role} network gives other logits than the {reference} one at batch "
                         f"{len(images)}: largest difference {difference:.3g}"
                     )
     return (1, len(batches[0]))  # the last batch may be smaller
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Compare type, shape and content; as bytes, because 0 equals -0 and NaN differs from itself."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    content = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*content)
 
 
 def build_inventory(
@@ -332,10 +366,9 @@ def build_inventory(
     check_removed_memory(removed, {name: before[name] for name in after})
     kept = []
     for name, tensor in after.items():
-        entry = _entry(name, tensor)
-        if entry != _entry(name, before[name]):
+        if tensor is not before[name] and not _are_equal(tensor, before[name]):
             raise CertificateError(f"{name} changed while the network was detached")
-        kept.append(entry)
+        kept.append(_entry(name, before[name]))
     return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
 
 
@@ -374,5 +407,5 @@ def _entry(name: str, tensor: Tensor) -> TensorEntry:
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
         bytes=tensor.numel() * tensor.element_size(),
-        sha256=tensor_hash(tensor),
+        sha256=stored_hash(tensor),
     )

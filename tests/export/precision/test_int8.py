@@ -6,28 +6,31 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from PIL import Image
+from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import generated_images
-from sopdeploy_export.parity.compare import open_session
+from sopdeploy_export.graph import capture_any_batch, generated_images, lower
+from sopdeploy_export.parity.compare import file_outputs, open_session
 from sopdeploy_export.precision.accuracy_gate import (
     AccuracyCheck,
     accuracy,
     calibration_images,
     choose_measured,
+    logit_deviation,
 )
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.results import Exported
 from tests.export.conftest import GMSOP, export_once, trained
-from tests.export.once import graph_of
+from tests.export.once import ALONE, graph_of
 from tests.gpu_graphs import accepted
 
 
@@ -85,6 +88,72 @@ def test_an_export_that_loses_too_many_points_writes_nothing(
     ):
         run(tmp_path, calibrate=images)
     assert not any((tmp_path / "out").glob("*"))
+
+
+class Twice(nn.Module):
+    """A network that applies one convolution to two inputs, the second of them *factor* times the first."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.conv, self.fc = (
+            nn.Conv2d(3, 16, 3, 2, 1),
+            nn.Conv2d(16, 16, 3, 1, 1),
+            nn.Linear(16, 3),
+        )
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images).relu()
+        both = self.conv(features).relu() + self.conv(self.factor * features.flip(3)).relu()
+        return self.fc(both.mean((2, 3)))
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("factor", [1.0, 1e-6])
+def test_a_convolution_that_is_applied_twice_is_quantized_for_each_input(
+    factor: float, runtime: Int8For, preprocess: Preprocess, images: Path
+) -> None:
+    network = Twice(factor).eval()
+    model = lower(capture_any_batch(network, preprocess, ALONE), ("logits",))
+    pixels = calibration_images(images, preprocess)
+    quantizer = Int8Quantizer(model, pixels, runtime=runtime)
+    assert len(quantizer.chosen) == 2
+    before, after = (
+        file_outputs(open_session(graph), pixels, 1)["logits"] for graph in (model, quantizer.quantize())
+    )
+    assert logit_deviation(before, after) < 0.1
+
+
+def test_logits_that_are_far_off_are_refused_although_the_classes_agree(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = np.zeros(50, dtype=np.int64)
+    far = accuracy(truth, truth, truth).model_copy(update={"deviation": 2.07})
+    monkeypatch.setattr(AccuracyCheck, "measure", lambda *_: far)
+    message = r"int8 changes the logits by 2\.07 standard deviations on 50 images, more than 0\.5; calibrate"
+    with pytest.raises(ParityError, match=message):
+        run(tmp_path, calibrate=images)
+
+
+def test_an_error_of_the_quantizer_is_one_line(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Int8Quantizer) -> None:
+        raise ValueError("Attempt to replace\nthe existing tensor")
+
+    monkeypatch.setattr(Int8Quantizer, "quantize", fail)
+    with pytest.raises(LoweringError, match=r"cannot quantize the graph: ValueError: Attempt .*choose") as e:
+        run(tmp_path, calibrate=images)
+    assert str(e.value).isprintable()
+
+
+def test_the_deviation_of_logits_is_in_standard_deviations_of_each_class() -> None:
+    before = np.array([[0, 10], [2, 14]], np.float32)  # deviations of 1 and 2
+    assert logit_deviation(before, before) == 0
+    assert logit_deviation(before, before.mean(axis=0) + np.zeros_like(before)) == 1
+    assert logit_deviation(before, before + 1) == pytest.approx((2 / 5) ** 0.5)
+    assert logit_deviation(before * 0, before * 0) == 0
 
 
 def convolution(values: NDArray[np.float32], *after: str) -> onnx.ModelProto:

@@ -1,0 +1,89 @@
+"""Repeat the calls of a network: its outputs must not depend on how often it ran.
+
+`state.read_state` compares the objects that it can read. Code can count its calls elsewhere, for example in a
+context variable, a file or an object of another library. So the network runs on probe images, then `CALLS`
+times on another image, and on the probe images again: whatever holds the state, the outputs must be equal.
+
+The repeated calls cost the time of Python code only. What the first of them computed from the image is
+returned again in the others, and no kernel runs for it. What the network computes from anything else, such as
+a counter, is computed every time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sopdeploy.errors import CertificateError, first_line
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy_export.graph import compute_outputs
+from sopdeploy_export.proof.networks import copy_module
+from sopdeploy_export.state import STATELESS
+
+CALLS = 300
+PROBES = 4
+
+
+class _Replay(TorchDispatchMode):
+    """Returns what the first call computed from *image* again, as long as the operations are the same."""
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._computed: list[tuple[Any, Any]] = []  # the operations on the image, and their results
+        self._position = 0
+        self._from_image = WeakIdKeyDictionary({image: True})
+
+    def restart(self) -> None:
+        """Begin another call."""
+        self._position = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the result of one operation on the image again; run any other one."""
+        del types
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_image = [operand in self._from_image for operand in operands]
+        writes_elsewhere = func._schema.is_mutable and not all(on_image[:1])  # such as a counter
+        if not any(on_image) or writes_elsewhere:
+            return func(*args, **(kwargs or {}))
+        position, self._position = self._position, self._position + 1
+        is_known = position < len(self._computed) and self._computed[position][0] is func
+        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+        if is_known and not is_view:
+            return self._computed[position][1]
+        if is_known and func._schema.is_mutable:
+            return args[0]  # has its values from the first call
+        # torch does not allow that a view is returned twice; to make it takes no time.
+        result = func(*args, **(kwargs or {}))
+        self._computed[position:] = [(func, result), *(self._computed[position + 1 :] if is_known else ())]
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._from_image[leaf] = True
+        return result
+
+
+@torch.no_grad()
+def check_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor) -> None:
+    """Run a copy of *network* on uint8 *probes* (P, H, W, 3), at least two, before and after `CALLS` calls.
+
+    Raises `CertificateError` if an output differs in any bit, or if a call fails.
+    """
+    copied, pixels = copy_module(network), Normalize(preprocess)(probes[: PROBES + 1])
+    images, other = pixels[:-1], pixels[-1:].contiguous()
+    before = compute_outputs(copied, images)
+    try:
+        with _Replay(other) as replay:
+            for _ in range(CALLS):
+                replay.restart()
+                compute_outputs(copied, other)
+        after = compute_outputs(copied, images)
+    except Exception as error:  # the network's own code, which can raise anything
+        raise CertificateError(
+            f"the network fails when it runs {CALLS} times: {first_line(error)}"
+        ) from error
+    for values, expected in zip(after, before, strict=True):
+        if not torch.equal(values.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)):
+            raise CertificateError(f"the network gives other outputs after {CALLS} calls; {STATELESS}")

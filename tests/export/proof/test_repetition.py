@@ -1,0 +1,118 @@
+"""A network whose outputs change after many calls is refused, whatever holds its state."""
+
+import ctypes
+import io
+import queue
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.errors import CertificateError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.proof import certificate
+from sopdeploy_export.proof.repetition import CALLS, check_repetition
+from tests.docs.reading import ROOT
+
+CHANGES_AFTER = 200
+NUMBER: ContextVar[Any] = ContextVar("number")
+LOCAL = threading.local()
+
+
+def in_local() -> int:
+    LOCAL.number += 1
+    return int(LOCAL.number)
+
+
+def in_context(step: Any) -> Any:
+    NUMBER.set(NUMBER.get() + step)
+    return NUMBER.get()
+
+
+def in_queue(held: "queue.Queue[int]") -> int:
+    held.put(1)
+    return held.qsize()
+
+
+def in_pointer(number: ctypes.c_long) -> int:
+    number.value += 1
+    return number.value
+
+
+def in_file(file: io.BytesIO) -> int:
+    file.write(b"x")
+    return file.tell()
+
+
+COUNTERS: dict[str, Callable[[], Callable[[], Any]]] = {
+    "ctypes": lambda: (lambda number: lambda: in_pointer(number))(ctypes.c_long(0)),
+    "BytesIO": lambda: (lambda file: lambda: in_file(file))(io.BytesIO()),
+    "Queue": lambda: (lambda held: lambda: in_queue(held))(queue.Queue()),
+    "threading.local": lambda: in_local,
+    "ContextVar": lambda: lambda: in_context(1),
+    "a tensor in a ContextVar": lambda: lambda: in_context(torch.ones(1)),
+    "a tensor": lambda: (lambda count: lambda: count.add_(1))(torch.zeros(1)),
+}
+
+
+class Counting(nn.Module):
+    """Doubles its logits from the call number 200 on."""
+
+    def __init__(self, count: Callable[[], Any]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.count = nn.Conv2d(3, 8, 3), nn.Linear(8, 3), count
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images).relu_()
+        features[:, 0].mul_(2)
+        logits = self.fc(features.mean((2, 3)))
+        return logits if self.count() < CHANGES_AFTER else 2 * logits
+
+
+@pytest.mark.parametrize("holder", COUNTERS)
+def test_outputs_that_change_with_the_number_of_calls_are_refused(
+    holder: str, preprocess: Preprocess, probes: Tensor
+) -> None:
+    NUMBER.set(0)
+    LOCAL.number = 0
+    with pytest.raises(CertificateError, match=rf"other outputs after {CALLS} calls"):
+        check_repetition(Counting(COUNTERS[holder]()).eval(), preprocess, probes)
+
+
+def test_a_network_without_state_is_accepted(preprocess: Preprocess, probes: Tensor) -> None:
+    calls: list[int] = []
+    check_repetition(Counting(lambda: calls.append(1) or 0).eval(), preprocess, probes)
+    assert len(calls) == CALLS + 2
+
+
+def test_an_error_in_a_later_call_is_one_line(preprocess: Preprocess, probes: Tensor) -> None:
+    def fail() -> int:
+        in_local()
+        if LOCAL.number > CHANGES_AFTER:
+            raise RuntimeError("worn out")
+        return 0
+
+    LOCAL.number = 0
+    with pytest.raises(CertificateError, match=rf"fails when it runs {CALLS} times: .*worn out"):
+        check_repetition(Counting(fail).eval(), preprocess, probes)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md"])
+def test_the_pages_list_the_statements_of_the_certificate(page: str) -> None:
+    listed = enumerate(certificate.STATEMENTS.items(), start=1)
+    lines = [f"{number}. **{name}.** {sentence}" for number, (name, sentence) in listed]
+    assert "\n".join(lines) in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_a_certificate_repeats_the_calls(
+    make: Callable[..., nn.Module], preprocess: Preprocess, probes: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated = []
+    monkeypatch.setattr(certificate, "check_repetition", lambda network, *_: repeated.append(network))
+    network = make("resnet8")
+    certificate.certify(network, network, preprocess, probes)
+    assert repeated == [network]
