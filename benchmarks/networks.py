@@ -75,13 +75,16 @@ class Candidate(NamedTuple):
 
 
 def of_timm() -> Iterator[Candidate]:
-    """Yield the network with the fewest weights of every family of timm."""
+    """Yield the network with the fewest weights of every family of timm, small ones first."""
+    smallest: dict[str, tuple[int, str]] = {}  # the number of weights and the name, by family
     for family in timm.list_modules():
         names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
-        sizes = {name: size for name in names if (size := _count_weights(name)) is not None}
+        sizes = [(size, name) for name in names if (size := _count_weights(name)) is not None]
         if sizes:
-            name = min(sizes, key=lambda name: sizes[name])
-            yield Candidate("timm", family, name, partial(_create_timm, name))
+            smallest[family] = min(sizes)
+    for family in sorted(smallest, key=lambda family: smallest[family]):
+        name = smallest[family][1]
+        yield Candidate("timm", family, name, partial(_create_timm, name))
 
 
 def _count_weights(name: str) -> int | None:
@@ -143,15 +146,28 @@ def prepare(candidate: Candidate) -> tuple[nn.Module, int]:
         try:
             network = candidate.build(side)
             network.eval()(torch.zeros(1, 3, side, side))
-            with torch.no_grad():
-                network.train()
-                for _ in range(3):
-                    network(torch.randn(4, 3, side, side))
+            set_statistics(network.train(), side)
         except Exception as error:  # the library's code can raise anything
             problem = error
         else:
             return network.eval(), side
     raise RuntimeError(f"no size of {SIDES} is computed: {problem}")
+
+
+@torch.no_grad()
+def set_statistics(network: nn.Module, side: int) -> None:
+    """Set the statistics of batch norms in *network*, in train mode, to those of noise.
+
+    With those of a new network, the signal of some vanishes.
+    """
+    norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # for the average over all batches
+    for _ in range(2):
+        network(torch.randn(4, 3, side, side))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def attempt(candidate: Candidate) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 The root covers the outputs. The hash of an operation covers its name, every argument of its schema with
 defaults filled in, and the hashes of its operands in order. Weights and constants are hashed by content,
 inputs by position, dtype and (symbolic) shape. Names are not hashed, nor are operations that no output
-depends on. So a network that was trained with branches has the root of the plain network if and only if its
-output is computed the same way.
+depends on, nor the memory layout of the images. So a network that was trained with branches has the root of
+the plain network if and only if its output is computed the same way.
 """
 
 import hashlib
@@ -194,12 +194,19 @@ def _hash_nodes(
             hashes[node] = leaves[node.name]
         elif node.op == "get_attr":
             hashes[node] = stored_hash(_constant(node))
+        elif _lays_out_images(node):
+            hashes[node] = hashes[node.args[0]]  # type: ignore[index]
         else:
             operation = _operation(node)
             arguments = (_encode(value, hashes.__getitem__) for value in _arguments(node))
             hashes[node] = hash_parts(operation, *arguments)
             operations.setdefault(hashes[node], f"{operation} in {module_of(node)}")
     return hashes, operations
+
+
+def _lays_out_images(node: fx.Node) -> bool:
+    """Return whether *node* copies the images to the layout of the network, as `Normalize` does."""
+    return node.target is torch.ops.aten.clone.default and module_of(node) == "normalise"
 
 
 def _operation(node: fx.Node) -> str:

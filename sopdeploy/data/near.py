@@ -10,7 +10,7 @@ The threshold is measured on the given images and vectors. It is halfway between
 and what four fifths of `Copies` of a sample of the images reach. Different images reach four standard
 deviations above the median cosine of the images of a class, or above the median of the largest cosine with
 images of other classes. If most pairs of a class are copies, as in a clip, those that chains of copies
-connect do not count.
+connect do not count (`_find_threshold`).
 
 Letters: N images, M copies, V views, D components of a vector.
 """
@@ -37,6 +37,7 @@ CROPS = (0.85, 0.7)  # shares of each side of copies, in turn; 0.7 is half of th
 COPY_SIDES, COPY_BRIGHTNESS, COPY_QUALITY = 0.6, 1.15, 60  # relative to the photograph; quality of the JPEG
 MISSED = 0.2  # share of the copies that may have a lower cosine
 DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
+SHARE_UNLIKE = 0.05  # of the pairs of a class that reach less than copies if the class holds clips
 MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
 MAX_SIGNATURES = 20_000  # among more images, only equal files are found
@@ -124,9 +125,7 @@ def find_pairs(
     cosines = largest_cosines(compared, whole_ND)
     cosine_of_copy_M = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     reached_by_copies = float(np.quantile(cosine_of_copy_M, MISSED))
-    reached_by_different = _bound_of_different(cosines, compared, class_N, photograph_N, reached_by_copies)
-    # Usually halfway between both; if copies reach less than different images, what the latter reach.
-    threshold = max(reached_by_different, (reached_by_different + reached_by_copies) / 2)
+    threshold = _find_threshold(cosines, compared, class_N, photograph_N, reached_by_copies)
     # The largest rounding error of a cosine. Cosines that are equal but for it are on one side: those of
     # identical images above the threshold, those of different images that determine it below.
     rounding = float(np.finfo(np.float32).eps) * whole_ND.shape[1]
@@ -139,39 +138,49 @@ def find_pairs(
     return np.concatenate(pairs, axis=1)
 
 
-def _bound_of_different(
+def _find_threshold(
     cosines: NDArray[np.float32],
     compared: NDArray[np.intp],
     class_N: NDArray[np.intp],
     photograph_N: NDArray[np.intp],
     reached_by_copies: float,
 ) -> float:
-    """Estimate which cosine different images reach; *cosines* (K, N) are of the images *compared* with all.
+    """Find the cosine that copies reach and different images do not.
 
-    Images with equal *photograph_N* are exact copies, whose cosines do not count. Both the cosines of two
-    images of a class, and the largest cosine of each image with other classes, give a bound. The higher one
-    is returned, unless it covers what copies reach: the pairs of a class are then mostly copies themselves,
-    such as frames of a clip. Only pairs of a class that no chain of copies connects count in this case; the
-    lowest bound that agrees with the chains is returned.
+    *cosines* (K, N) are of the images *compared* with all. Images with equal *photograph_N* are exact copies,
+    whose cosines do not count. Both the cosines of two images of a class, and the largest cosine of each
+    image with other classes, give a bound of what different images reach. The threshold is halfway between
+    the higher one and *reached_by_copies*, or the bound if copies do not reach it.
+
+    If the pairs of a class reach more than copies, they may be mostly copies themselves, such as frames of a
+    clip. Only pairs of a class that no chain of copies connects count then, and the most similar image of
+    the class tells what copies reach.
     """
     different_KN = photograph_N[compared, None] != photograph_N
     same_class_KN = (class_N[compared, None] == class_N) & different_KN
     other_class_KN = (class_N[compared, None] != class_N) & different_KN
+    in_class = cosines[same_class_KN]  # one-dimensional
     largest_with_others_K = np.where(other_class_KN, cosines, -1.0).max(axis=1)
     reached_by_others = _upper_bound(largest_with_others_K)
-    bound = max(reached_by_others, _upper_bound(cosines[same_class_KN]))
-    tells_copies = reached_by_copies > np.median(largest_with_others_K)
-    if bound < reached_by_copies or not tells_copies:
+    bound = max(reached_by_others, _upper_bound(in_class))
+    if bound < reached_by_copies or not len(in_class):
+        return max(bound, (bound + reached_by_copies) / 2)
+    # If nearly all pairs of a class reach what copies reach, its images are of one kind, such as parts before
+    # one camera: the vectors do not tell their copies.
+    is_of_one_kind = bool(np.quantile(in_class, SHARE_UNLIKE) >= reached_by_copies)
+    if is_of_one_kind or reached_by_copies <= np.median(largest_with_others_K):
         return bound
+    most_similar_K = np.where(same_class_KN, cosines, -1.0).max(axis=1)
+    reached_by_frames = max(reached_by_copies, float(np.quantile(most_similar_K, MISSED)))
     cosines_KK, same_class_KK = cosines[:, compared], same_class_KN[:, compared]
     bound, found = -1.0, reached_by_others
-    while found > bound:  # a higher bound connects fewer images, so that more pairs count
+    while found > bound:  # a higher threshold connects fewer images, so that more pairs count
         bound = found
-        linked = np.nonzero(cosines_KK >= max(bound, (bound + reached_by_copies) / 2))
-        chain_K = connect(len(compared), np.stack(linked))
+        threshold = max(bound, (bound + reached_by_frames) / 2)
+        chain_K = connect(len(compared), np.stack(np.nonzero(cosines_KK >= threshold)))
         in_other_chain_KK = chain_K[:, None] != chain_K
         found = max(bound, _upper_bound(cosines_KK[same_class_KK & in_other_chain_KK]))
-    return bound
+    return threshold
 
 
 def _upper_bound(cosines: NDArray[np.float32]) -> float:

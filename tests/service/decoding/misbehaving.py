@@ -16,7 +16,7 @@ def answer(number: int, rules: bytes, image: bytes, options: child.ChildOptions)
     if image == b"die":
         os._exit(1)
     if image == b"hang" or (options.is_light and image.endswith(b"hang once")):
-        os.write(2, b"it hangs\n")  # the server logs this
+        os.write(2, b"process %d hangs\n" % os.getpid())  # the server logs this
         time.sleep(3600)
     if image == b"bug":
         rules = b"no rules"

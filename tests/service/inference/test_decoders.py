@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from sopdeploy_service.inference.decoders import (
 from sopdeploy_service.runtime import device_memory
 from tests import hostile_images as hostile
 from tests.fake_runtime import FakeRuntime
-from tests.service.children import children_of, is_alive
+from tests.service.children import children_of
 from tests.service.conftest import picture_bytes, wait_for
 from tests.service.raw import count
 
@@ -131,21 +132,21 @@ def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) 
 
 
 @linux
+@pytest.mark.usefixtures("template")
 @pytest.mark.parametrize(
     ("suffix", "num_kills", "expected"),
     [(b"hang once", 1, (200, None)), (b"hang", 2, (503, "decoder_killed"))],
 )
 def test_an_image_whose_child_is_killed_is_decoded_once_more(
-    serve_with, jpeg, template, caplog, suffix, num_kills, expected
+    serve_with, jpeg, caplog, suffix, num_kills, expected
 ) -> None:
     client = serve_with(FakeRuntime(num_classes=7), decode_seconds=60, request_timeout=120)
     with ThreadPoolExecutor(1) as threads:
         body = jpeg + suffix if expected[0] == 200 else suffix
         posted = threads.submit(client.post, "/v1/classify", content=body)
-        for number in range(num_kills):
-            wait_for(lambda number=number: caplog.text.count("it hangs") > number)
-            for child in filter(is_alive, children_of(template.process)):
-                os.kill(child, signal.SIGKILL)
+        for number in range(1, num_kills + 1):
+            wait_for(lambda number=number: caplog.text.count(" hangs\n") >= number)
+            os.kill(int(re.findall(r"process (\d+) hangs", caplog.text)[-1]), signal.SIGKILL)
         reply = posted.result()
     assert (reply.status_code, reply.json().get("code")) == expected
     assert count(client, 'decoder_ended_total{reason="SIGKILL"}') >= num_kills

@@ -320,7 +320,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     random, lines = np.random.default_rng(0), ["file,classes"]
     (tmp_path / "photos").mkdir()
     for number in range(32):
-        pixels = random.integers(0, 60, (5, 5, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+        pixels = random.integers(0, 60, (20, 20, 3), dtype=np.uint8)
         shown = [name for place, name in enumerate(("green", "red")) if number >> place & 1]
         for name in shown:
             pixels[:, :10] += np.asarray(COLORS[name], np.uint8) // 3

@@ -113,7 +113,7 @@ def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
         within="10.5ms",
         weights="none",
         out=photos.parent / "run",
-        set=("preprocess.resize=16", "preprocess.crop=16", "procedure={kind='few_shot', group_copies=false}"),
+        set=("preprocess.resize=16", "preprocess.crop=16"),
     )
     assert [(one.name, one.score is None) for one in result.networks] == list(
         zip(NAMES, (0, 0, 1), strict=True)
