@@ -74,7 +74,10 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     (
         "Kept photographs, by result",
         "ops",
-        [(f"sum by (result) (rate(sopdeploy_kept_images_total{RATE}))", "{{result}}")],
+        [
+            (f"sum by (result) (rate(sopdeploy_kept_images_total{RATE}))", "{{result}}"),
+            (f"sum by (reason) (rate(sopdeploy_kept_deleted_total{RATE}))", "deleted {{reason}}"),
+        ],
     ),
     ("Queued images", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
     (
@@ -132,7 +135,10 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     (
         "Loads of models",
         "ops",
-        [(f"sum by (model) (rate(sopdeploy_model_loads_total{RATE}))", "{{model}}")],
+        [
+            (f"sum by (model) (rate(sopdeploy_model_loads_total{RATE}))", "{{model}}"),
+            (f"sum by (code) (rate(sopdeploy_load_failures_total{RATE}))", "failed {{code}}"),
+        ],
     ),
     (
         "Request bodies in memory; memory that one image may need to be decoded",

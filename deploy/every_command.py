@@ -50,6 +50,7 @@ ARGUMENTS = {
     "promote": "bundle --over live",
     "serve": "bundle --keys absent",
     "label": "absent",
+    "forget": "absent.jpg photos",
     "health": "--url http://127.0.0.1:1",
     "key": "app --keys keys.toml",
     "bench": "bundle --batch 1",

@@ -44,7 +44,7 @@ def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    with proving_once(changes_program=True):  # as `branched`, whose programs are cached
+    with proving_once():  # as `branched`, whose programs are cached
         return export_checkpoint(checkpoint, tmp_path_factory.mktemp("bundles"), options=DETACH)
 
 
@@ -127,7 +127,7 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
     exported: Exported, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767323045")
-    with proving_once(changes_program=True):
+    with proving_once():
         again = export_checkpoint(checkpoint, tmp_path, options=DETACH)
     assert again.path.name == exported.path.name
     for name in exported.manifest.files:

@@ -41,6 +41,7 @@ from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 
 LOAD_SECONDS_ON_CPU, LOAD_SECONDS_ON_GPU = 120.0, 600.0
+LOAD_TIMEOUT = "load_timeout"  # code of the error
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
 
 log = logging.getLogger("sopdeploy.inference")
@@ -119,7 +120,7 @@ def _begin_load(path: Path, settings: Settings, *, thorough: bool = False) -> Fu
 def _too_slow(what: object, seconds: float) -> RuntimeUnavailableError:
     return RuntimeUnavailableError(
         f"{what}: not loaded within {seconds:g} s; check the device and the disk, or raise load_timeout",
-        code="load_timeout",
+        code=LOAD_TIMEOUT,
     )
 
 

@@ -233,30 +233,28 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
     versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate, closed, load = threading.Event(), threading.Event(), loader._load
-    is_stuck = [False]
 
     def stuck(path: Path, settings: Settings, *, thorough: bool) -> Any:
-        loaded = load(path, settings, thorough=thorough)
-        if is_stuck[0]:
-            gate.wait()
-            loaded = dataclasses.replace(loaded, runtime=SimpleNamespace(close=closed.set))
-        return loaded
+        gate.wait()
+        return dataclasses.replace(
+            load(path, settings, thorough=thorough), runtime=SimpleNamespace(close=closed.set)
+        )
 
-    monkeypatch.setattr(loader, "_load", stuck)
+    # To find the bundles, to read one, to load it; then for `load_model`.
+    seconds = iter([60, 60, 0.01, 0.01])
 
     async def scenario(registry: ModelRegistry) -> None:
-        monkeypatch.setattr(loader, "load_seconds", lambda _: 0.01)
-        is_stuck[0] = True
-        await registry.reload([versions[1]])
+        with monkeypatch.context() as patch:
+            patch.setattr(loader, "_load", stuck)
+            patch.setattr(loader, "load_seconds", lambda _: next(seconds))
+            await registry.reload([versions[1]])
+            with pytest.raises(RuntimeUnavailableError, match=r"not loaded within 0\.01 s"):
+                load_model(versions[1], SETTINGS)
         assert lines(caplog) == [
             f"not reloaded, the bundles in use stay: {versions[1]}: not loaded within 0.01 s; check the "
             "device and the disk, or raise load_timeout"
         ]
         assert metric(registry, code="load_timeout") == 1
-        with pytest.raises(RuntimeUnavailableError, match=r"not loaded within 0\.01 s"):
-            load_model(versions[1], SETTINGS)
-        monkeypatch.setattr(loader, "load_seconds", lambda _: 60)
-        is_stuck[0] = False
         await registry.reload([versions[1]])
         assert registry.find().bundle.path == versions[1]
         gate.set()  # the late model is released
