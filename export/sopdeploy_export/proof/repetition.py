@@ -73,13 +73,13 @@ def check_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor)
     """
     copied, pixels = copy_module(network), Normalize(preprocess)(probes[: PROBES + 1])
     images, other = pixels[:-1], pixels[-1:].contiguous()
-    before = compute_outputs(copied, images)
+    before = compute_outputs(copied, images.clone())  # which the network may write to
     try:
         with _Replay(other) as replay:
             for _ in range(CALLS):
                 replay.restart()
                 compute_outputs(copied, other)
-        after = compute_outputs(copied, images)
+        after = compute_outputs(copied, images.clone())
     except Exception as error:  # the network's own code, which can raise anything
         raise CertificateError(
             f"the network fails when it runs {CALLS} times: {first_line(error)}"
