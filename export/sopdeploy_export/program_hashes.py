@@ -195,7 +195,7 @@ def _hash_nodes(
         elif node.op == "get_attr":
             hashes[node] = stored_hash(_constant(node))
         elif _lays_out_images(node):
-            hashes[node] = hashes[node.args[0]]
+            hashes[node] = hashes[node.all_input_nodes[0]]
         else:
             operation = _operation(node)
             arguments = (_encode(value, hashes.__getitem__) for value in _arguments(node))
