@@ -38,7 +38,9 @@ STAND_IN := env UV_CONSTRAINT=deploy/lock/cuda-stand-in.txt UV_RESOLUTION=highes
 BUILD = env SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --build-constraints deploy/lock/build.txt --require-hashes
 # An environment with nothing but the wheel and some extras; `--exact` removes what the extras before needed.
 ALONE := env -u PYTHONPATH nice .venv/bin
-INSTALL_ALONE = $(if $(LOCK),UV_CONSTRAINT=../../$(LOCK)) nice ../../$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
+# uv resolves only the lowest versions of what it is asked for, not those of a wheel's dependencies.
+ALONE_CONSTRAINT = $(if $(LOCK),UV_CONSTRAINT=../../$(LOCK)) $(if $(LOWEST),UV_CONSTRAINT=../../$(VENV)/lowest.txt)
+INSTALL_ALONE = $(ALONE_CONSTRAINT) nice ../../$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
 EVERY_COMMAND = $(ALONE)/python ../../deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
 UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation) \
@@ -70,10 +72,10 @@ demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over 
 quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds
 	$(MAKE) --jobs=2 types lint contracts unit
 
-# `types` and `wheel-test` are nice: they run while tests wait.
+# `types` and `wheel-test` are nice: they run while tests wait. The annotations of old libraries differ: no types with LOWEST=1.
 test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests that are not slow: what CI runs
 	$(MAKE) --jobs=2 $(CUDA_STAND_IN) compile lint contracts
-	$(MAKE) --jobs=2 tests types wheel-test
+	$(MAKE) --jobs=2 tests $(if $(LOWEST),,types) wheel-test
 
 fuzz: $(STAMP)  ## the property tests with new random examples; a failure prints how to reproduce it
 	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=fuzz -m hypothesis
@@ -214,6 +216,7 @@ lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions, for ima
 $(STAMP): pyproject.toml tests/plugin/pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python deploy/install.py $(if $(LOCK),,--upgrade) --editable '$(INSTALLED)' --editable tests/plugin
+	$(if $(LOWEST),$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > $(VENV)/lowest.txt)
 	touch $@
 
 clean:  ## remove everything that the targets above create
