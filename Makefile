@@ -39,8 +39,8 @@ BUILD = env SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --buil
 # An environment with nothing but the wheel and some extras; `--exact` removes what the extras before needed.
 ALONE := env -u PYTHONPATH nice .venv/bin
 # uv resolves only the lowest versions of what it is asked for, not those of a wheel's dependencies.
-ALONE_CONSTRAINT = $(if $(LOCK),UV_CONSTRAINT=../../$(LOCK)) $(if $(LOWEST),UV_CONSTRAINT=../../$(VENV)/lowest.txt)
-INSTALL_ALONE = $(ALONE_CONSTRAINT) nice ../../$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
+ALONE_CONSTRAINT = $(addprefix ../../,$(LOCK)$(if $(LOWEST),$(VENV)/lowest.txt))
+INSTALL_ALONE = UV_CONSTRAINT=$(ALONE_CONSTRAINT) UV_BUILD_CONSTRAINT=$(ALONE_CONSTRAINT) nice ../../$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
 EVERY_COMMAND = $(ALONE)/python ../../deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
 UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation) \

@@ -35,7 +35,7 @@ READERS = {
     # A protocol buffer:
     "export/sopdeploy_export/engine_builder/engine.py: onnx.load",
     "export/sopdeploy_export/parity/compare.py: onnx.load",
-    "export/sopdeploy_export/pipeline.py: onnx.load",
+    "export/sopdeploy_export/operators.py: onnx.load",
     "sopdeploy/commands/fastest_form.py: onnx.load",
 }
 

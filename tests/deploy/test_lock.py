@@ -120,7 +120,7 @@ def make(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "folder", "selected"),
     [
-        ([], ".venv", {str(LOCKS / "dev.txt")}),
+        ([], ".venv", {"deploy/lock/dev.txt"}),
         (["NEWEST=1"], ".venv-newest", set()),
         (["LOWEST=1"], ".venv-lowest", {"lowest-direct"}),
     ],
@@ -131,15 +131,17 @@ def test_the_recipes_install_the_selected_versions(
     printed = make("selection", *arguments).splitlines()
     values = [found[1] for line in printed if (found := SELECTS.fullmatch(line))]
     assert set(values) == selected
-    assert len(values) == {str(LOCKS / "dev.txt"): 4, "lowest-direct": 1}.get("".join(selected), 0)
+    assert len(values) == {"deploy/lock/dev.txt": 4, "lowest-direct": 1}.get("".join(selected), 0)
     assert printed[-1] == f"environment {folder}"
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
     assert {".venv/", ".venv-*/"} <= set(ignored)
     assert folder in re.findall(r"^clean:.*\n\t(.*)", MAKEFILE, re.MULTILINE)[0].split()
 
 
-# Recipes leave the lock only here: a lock is written, or the packages of the machine are measured.
+# Recipes leave the lock only here: a lock is written, or the packages of the machine are measured. The wheel
+# is installed in another folder, from which the lock has another path.
 UNLOCKED = {
+    "INSTALL_ALONE": "UV_CONSTRAINT=$(ALONE_CONSTRAINT) UV_BUILD_CONSTRAINT=$(ALONE_CONSTRAINT)",
     "COMPILE": "env -u UV_CONSTRAINT",
     "GPU_INSTALL": "env -u PIP_CONSTRAINT",
     "STAND_IN": "env UV_CONSTRAINT",
