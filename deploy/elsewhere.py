@@ -403,24 +403,25 @@ def blame(
     return blamed
 
 
-def page(rows: Sequence[Sequence[str]]) -> str:
-    """Render docs/elsewhere.md."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+def page(rows: Sequence[Sequence[str]], before: str) -> str:
+    """Render docs/elsewhere.md with *rows*, and those of the page *before* that were not run again."""
+    described = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    machine = f"{processor()}, {usable_cores()} cores, Python {platform.python_version()}"
+    now = [*f"{datetime.now(UTC):%Y-%m-%d}, {commit}".split(", "), machine]
+    kept = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")][1:]
+    by_name = {row[0]: row for row in kept} | {row[0]: [*row, *now] for row in rows}
+    order = [one.name for surroundings in JOURNEYS.values() for one in surroundings]
+    names = [*(name for name in order if name in by_name), *(row[0] for row in rows if row[0] not in order)]
     lines = [
         "# Tests in other surroundings",
         "",
-        "`make elsewhere` runs the default tests in surroundings that differ from those in which they were "
-        "written, several at a time. If a test fails, it runs again in each of them alone. Written by "
-        "`python deploy/elsewhere.py --write docs/elsewhere.md`.",
+        "`make elsewhere` runs the default tests in surroundings that differ from those in which they were",
+        "written, several at a time. A test that fails runs again in each of them alone.",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}, {processor()}, {usable_cores()} cores, "
-        f"{platform.system()}, Python {platform.python_version()}:",
-        "",
-        "| surroundings | result of the default tests | time of the run |",
-        "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        "| surroundings | default tests | time | date | commit | machine |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(by_name[name])} |" for name in names),
     ]
     return "\n".join(lines) + "\n"
 
@@ -430,7 +431,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default=",".join(JOURNEYS), help=f"of: {', '.join(JOURNEYS)}")
     parser.add_argument("--list", action="store_true", help="print the surroundings and what is missing here")
-    parser.add_argument("--write", type=Path, help="write the table to this page")
+    parser.add_argument("--write", type=Path, help="write the rows into the table of this page")
     arguments = parser.parse_args()
     chosen = {name: JOURNEYS[name] for name in arguments.only.split(",")}
     if arguments.list:
@@ -439,10 +440,12 @@ def main() -> None:
         return
     say = partial(print, flush=True)
     rows = [row for name, surroundings in chosen.items() for row in travel(name, surroundings, say)]
-    text = page(rows)
+    target = arguments.write
+    before = target.read_text(encoding="utf-8") if target is not None and target.is_file() else ""
+    text = page(rows, before)
     say(text)
-    if arguments.write:
-        arguments.write.write_text(text, encoding="utf-8")
+    if target is not None:
+        target.write_text(text, encoding="utf-8")
     if any("failed" in row[1] or "exit code" in row[1] for row in rows):
         sys.exit(1)
 
