@@ -172,7 +172,7 @@ def head_inputs(checkpoint: Path, folder: Path, name: str, cache: Path, *, with_
     images = open_evaluation_images(
         folder, tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
     )
-    normalize, parts = Normalize(content.preprocess), []
+    normalize, parts = Normalize(content.preprocess, torch.channels_last), []
     dataset = PreprocessedDataset(images, content.preprocess)
     for pixels, _ in load_batches(dataset, sequential_batches(len(images), BATCH), 0, torch.device("cpu")):
         own, maps = network.head_inputs(normalize(pixels))

@@ -28,7 +28,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.record import read_resumed
 from sopdeploy.training.train import train_recipe
@@ -82,7 +82,8 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
     for name, images in {"held-out": data.held_out, "training": data.train}.items():
         dataset = PreprocessedDataset(images, recipe.preprocess)
         batches = sequential_batches(len(dataset), recipe.batch_size)
-        normalize, sums[name] = Normalize(recipe.preprocess), torch.zeros(16)
+        normalize = Normalize(recipe.preprocess, images_format(model))
+        sums[name] = torch.zeros(16)
         torch.manual_seed(0)
         for pixels, _ in load_batches(dataset, batches, 0, torch.device("cpu")):
             with torch.no_grad():

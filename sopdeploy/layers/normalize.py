@@ -19,9 +19,7 @@ class Normalize(nn.Module):
     scale: Tensor
     offset: Tensor
 
-    def __init__(
-        self, preprocess: Preprocess, memory_format: torch.memory_format = torch.contiguous_format
-    ) -> None:
+    def __init__(self, preprocess: Preprocess, memory_format: torch.memory_format) -> None:
         super().__init__()
         self.memory_format = memory_format
         mean = torch.tensor(preprocess.mean, dtype=torch.float64)

@@ -81,7 +81,11 @@ def unseen_images() -> NDArray[np.uint8]:
 
 def largest_difference(network: nn.Module, file: Path) -> float:
     """Compare *file* with *network* in batches of 1, 2, 3 and 5, relative to the largest logit."""
-    session, images, normalize = ort.InferenceSession(str(file)), unseen_images(), Normalize(PREPROCESS)
+    session, images, normalize = (
+        ort.InferenceSession(str(file)),
+        unseen_images(),
+        Normalize(PREPROCESS, torch.contiguous_format),
+    )
     differences, largest = [], 0.0
     for size in BATCHES:
         for start in range(0, len(images) - size + 1, size):
@@ -95,7 +99,7 @@ def largest_difference(network: nn.Module, file: Path) -> float:
 
 def test_unseen_images_exceed_the_bound_of_the_attacks() -> None:
     network = build(u.Small)
-    images = Normalize(PREPROCESS)(torch.from_numpy(unseen_images()))
+    images = Normalize(PREPROCESS, torch.contiguous_format)(torch.from_numpy(unseen_images()))
     assert (network(images).amax(1) > u.Small.limit).sum() > 2
 
 

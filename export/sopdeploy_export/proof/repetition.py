@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sopdeploy.errors import CertificateError, first_line
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph import compute_outputs
 from sopdeploy_export.proof.networks import copy_module
 from sopdeploy_export.state import STATELESS
@@ -71,8 +71,9 @@ def check_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor)
 
     Raises `CertificateError` if an output differs in any bit, or if a call fails.
     """
-    copied, pixels = copy_module(network), Normalize(preprocess)(probes[: PROBES + 1])
-    images, other = pixels[:-1], pixels[-1:].contiguous()
+    copied = copy_module(network)
+    pixels = Normalize(preprocess, images_format(network))(probes[: PROBES + 1])
+    images, other = pixels[:-1], pixels[-1:].clone()
     before = compute_outputs(copied, images.clone())  # which the network may write to
     try:
         with _Replay(other) as replay:

@@ -46,7 +46,7 @@ class LoopRun:
         recipe: Recipe = start.recipe
         if self.activation == "sigmoid" and recipe.teacher is not None:
             raise ConfigError("teacher: distillation needs one class per image; remove the table")
-        self.normalize = Normalize(recipe.preprocess).to(self.strategy.device)
+        self.normalize = Normalize(recipe.preprocess, images_format(self.model)).to(self.strategy.device)
         self.teacher: Teacher | None = None
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing

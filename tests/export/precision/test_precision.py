@@ -118,7 +118,9 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
 
     monkeypatch.setattr(casts, "fold", twice)
     network, program, _ = graph_of("resnet8", preprocess)
-    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
+    pixels = Normalize(preprocess, torch.contiguous_format)(
+        torch.from_numpy(generated_images(preprocess.crop)[:2])
+    )
     with pytest.raises(LoweringError, match=r"batch norms folded into the convolutions change the output"):
         in_float16(network, program, pixels)
 
@@ -181,7 +183,9 @@ class RunsTwice(nn.Module):
 def test_layers_that_run_twice_are_not_folded(convolutions: int, norms: int, preprocess: Preprocess) -> None:
     network = RunsTwice(convolutions, norms).eval()
     program = capture_any_batch(network, preprocess, ALONE)
-    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
+    pixels = Normalize(preprocess, torch.contiguous_format)(
+        torch.from_numpy(generated_images(preprocess.crop)[:2])
+    )
     in_float16(network, program, pixels)
     assert casts.fold_batch_norms(network, program) == 1
 
@@ -201,7 +205,9 @@ def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(prep
     network = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNormAct2d(3), nn.Flatten()).eval()
     nn.init.constant_(network[1].weight, 40.0)  # ReLU6 cuts values off
     program = capture_any_batch(network, preprocess, ALONE)
-    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
+    pixels = Normalize(preprocess, torch.contiguous_format)(
+        torch.from_numpy(generated_images(preprocess.crop)[:2])
+    )
     expected = network(pixels)
     assert casts.fold_batch_norms(network, program) == 1
     torch.testing.assert_close(network(pixels), expected)

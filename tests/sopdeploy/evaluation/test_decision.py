@@ -122,7 +122,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = sopdeploy.create_model("resnet8", num_classes=2, **CONFIG).eval()
     images = torch.from_numpy(np.stack([preprocess_image(Image.fromarray(one), RULES) for one in pixels]))
     with torch.no_grad():
-        gaps = network(Normalize(RULES)(images)) @ torch.tensor([1.0, -1.0])
+        gaps = network(Normalize(RULES, torch.contiguous_format)(images)) @ torch.tensor([1.0, -1.0])
         layer = network.logits_layer()
         layer.bias[0] -= gaps.median()
         gaps = gaps - gaps.median()

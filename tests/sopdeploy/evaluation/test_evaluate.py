@@ -108,7 +108,10 @@ def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
 
 def test_classes_are_matched_by_name(stored, tmp_path) -> None:
     make(tmp_path / "val", a=3, b=4)
-    model, normalize = build_classifier(read_checkpoint(stored), stored), Normalize(RULES)
+    model, normalize = (
+        build_classifier(read_checkpoint(stored), stored),
+        Normalize(RULES, torch.contiguous_format),
+    )
     right, losses = 0, []
     for target, name in enumerate(("b", "a")):
         for path in (tmp_path / "val" / name).iterdir():

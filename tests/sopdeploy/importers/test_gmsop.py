@@ -86,7 +86,7 @@ def test_the_network_input_is_pixels_less_the_mean_divided_by_60(tmp_path: Path)
     file = save_v7(tmp_path / "net.mat", matconvnet("resnet18-64px"))
     _, report = imported(file, "resnet18-64px")
     image = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
-    seen = Normalize(report.preprocess)(image)
+    seen = Normalize(report.preprocess, torch.contiguous_format)(image)
     wanted = (image.permute(0, 3, 1, 2).double() - MEAN) / 60
     torch.testing.assert_close(seen.double(), wanted, rtol=1e-5, atol=1e-4)
     assert (report.preprocess.resize, report.preprocess.crop) == (16, 16)

@@ -157,7 +157,7 @@ def test_the_divergence_from_the_teacher_is_part_of_the_loss(plain, tmp_path) ->
 
 
 PREPROCESS = Preprocess(resize=16, crop=16)
-NORMALIZE = Normalize(PREPROCESS)
+NORMALIZE = Normalize(PREPROCESS, torch.contiguous_format)
 
 
 def dataset(count: int = 7) -> PreprocessedDataset:
