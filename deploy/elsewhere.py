@@ -171,7 +171,10 @@ def no_ipv6(process: Process, _: ExitStack) -> Process:
 def clone(stack: ExitStack) -> Path:
     """Clone the commit into a path with a space and an umlaut."""
     folder = temporary(stack) / "Prüf stand" / "sopdeploy"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    subprocess.run(
+        ["git", "clone", "--quiet", "--config", "advice.detachedHead=false", str(ROOT), str(folder)],
+        check=True,
+    )
     return folder
 
 
@@ -199,7 +202,9 @@ def other_user(process: Process, stack: ExitStack) -> Process:
         raise UnavailableError("needs root to become another user; the other rows run without root")
     become = ["setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups"]
     candidates = (sys.executable, os.path.realpath(sys.executable), "/usr/bin/python3")
-    usable = [python for python in candidates if succeeds(*become, python, "-c", "import ensurepip")]
+    # By a shell, because the first program of the user still has root's capabilities when it is started.
+    runs = ["sh", "-c", '"$0" -c "import ensurepip"']
+    usable = [python for python in candidates if succeeds(*become, *runs, python)]
     if not usable:
         raise UnavailableError("the other user has no Python with venv")
     folder, home, scratch = clone(stack), temporary(stack), temporary(stack)
