@@ -27,6 +27,7 @@ from sopdeploy.environment import processor, usable_cores
 
 ROOT = Path(__file__).parents[1]
 PARALLEL = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "loadfile")
+BURN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with this program
 OTHER_USER = 65534  # nobody
 FAKETIME = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib*/faketime/libfaketimeMT.so.1")
 TURKISH = "tr_TR.UTF-8"  # where "I".lower() of the system is not "i"
@@ -151,7 +152,7 @@ def busy(process: Process, stack: ExitStack) -> Process:
     """Burn the first core, which the tests then share."""
     needs("taskset")
     first = str(min(os.sched_getaffinity(0)))
-    burner = subprocess.Popen(["taskset", "-c", first, sys.executable, "-c", "while True: pass"])
+    burner = subprocess.Popen(["taskset", "-c", first, sys.executable, "-c", BURN])
     stack.callback(burner.wait)
     stack.callback(burner.kill)
     return process
