@@ -20,7 +20,7 @@ print("ready", flush=True)
 time.sleep(60)
 """
 # `buildah run` with the container's command below as many processes as DEPTH says.
-STAND_IN = f"""#!{sys.executable}
+STAND_IN = f"""
 import json, os, subprocess, sys
 if "inspect" in sys.argv:
     command = {{"Entrypoint": [sys.executable, "-c"], "Cmd": [{SERVER!r}]}}
@@ -38,7 +38,9 @@ if "run" in sys.argv:
 def test_the_main_process_of_a_container_is_stopped(
     depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "buildah").write_text(STAND_IN)
+    # Not `#!` and the path of Python, which may contain spaces.
+    (tmp_path / "buildah.py").write_text(STAND_IN)
+    (tmp_path / "buildah").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/buildah.py" "$@"\n')
     (tmp_path / "buildah").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("DEPTH", str(depth))
