@@ -166,6 +166,7 @@ def no_network(process: Process, _: ExitStack) -> Process:
 
 def no_ipv6(process: Process, _: ExitStack) -> Process:
     """Switch IPv6 off in a network of its own."""
+    needs("ip")
     return shell(process, f"ip link set lo up; {WITHOUT_IPV6}", unshare="net")
 
 
@@ -400,7 +401,7 @@ def blame(
     for one in surroundings:
         if one.name not in unavailable and len(surroundings) > 1:
             with entered([one]) as (process, _):
-                blamed[one.name] = run_tests(replace(process, options=[]), tests=failed).failed
+                blamed[one.name] = run_tests(process, tests=failed).failed
             say(f"  {one.name} alone: {len(blamed[one.name])} failed")
     if len(surroundings) == 1:
         blamed[surroundings[0].name] = tuple(failed)
@@ -414,7 +415,7 @@ def page(rows: Sequence[Sequence[str]], before: str) -> str:
     described = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     machine = f"{processor()}, {usable_cores()} cores, Python {platform.python_version()}"
-    now = [*f"{datetime.now(UTC):%Y-%m-%d}, {commit}".split(", "), machine]
+    now = [f"{datetime.now(UTC):%Y-%m-%d}", commit, machine]
     kept = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")][1:]
     by_name = {row[0]: row for row in kept} | {row[0]: [*row, *now] for row in rows}
     order = [one.name for surroundings in JOURNEYS.values() for one in surroundings]
@@ -436,7 +437,7 @@ def main() -> None:
     """Parse the command line, run the journeys, print or write the table; exit with 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default=",".join(JOURNEYS), help=f"of: {', '.join(JOURNEYS)}")
-    parser.add_argument("--list", action="store_true", help="print the surroundings and what is missing here")
+    parser.add_argument("--list", action="store_true", help="print the surroundings of each journey")
     parser.add_argument("--write", type=Path, help="write the rows into the table of this page")
     arguments = parser.parse_args()
     chosen = {name: JOURNEYS[name] for name in arguments.only.split(",")}

@@ -1,6 +1,7 @@
 """`make elsewhere` names the surroundings on which a failing test depends."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import elsewhere
@@ -17,6 +18,10 @@ def test_passes():
 
 def test_needs_the_zone():
     assert os.environ.get("PLACE") is None
+
+
+def test_needs_the_option(request):
+    assert request.config.getoption("tbstyle") != "short"
 
 
 def test_needs_both():
@@ -43,12 +48,14 @@ def test_a_failure_is_attributed_to_one_of_the_surroundings_or_to_all_together(s
     surroundings = [
         variables("there", PLACE="there"),
         variables("other", OTHER="other"),
+        Surroundings("option", lambda process, _: replace(process, options=["--tb=short"])),
         Surroundings("none", missing),
     ]
     rows = travel("name", surroundings, lambda _: None)
     assert [row[:2] for row in rows] == [
         ["there", "1 failed: tests/test_one.py::test_needs_the_zone"],
         ["other", "passed (1; 0 not run)"],
+        ["option", "1 failed: tests/test_one.py::test_needs_the_option"],
         ["none", "not run: not here"],
         ["together (name)", "1 failed: tests/test_one.py::test_needs_both"],
     ]
