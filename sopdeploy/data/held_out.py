@@ -56,6 +56,8 @@ def record_choice(choice: Choice, hashes: NDArray[np.int64]) -> Record:
 
 def recorded_choice(record: Record, hashes: NDArray[np.int64]) -> Choice:
     """Return the choice of *record* for files with *hashes* (N,), in any order; others are for training."""
+    if not len(record):  # the run holds out no image: every class is one group
+        return np.full(len(hashes), NONE)
     recorded_M, groups_M = record.T
     position_N = np.searchsorted(recorded_M, hashes).clip(max=len(record) - 1)
     return np.where(recorded_M[position_N] == hashes, groups_M[position_N], NONE)

@@ -153,10 +153,10 @@ def recorded_recipe(last: Checkpoint) -> dict[str, Any]:
     return last.training.get("recipe", {})
 
 
-def read_held_out(last: Checkpoint) -> NDArray[np.int64]:
-    """Return the record of the images that the run of *last* holds out, (M, 2); empty if it has none."""
+def read_held_out(last: Checkpoint) -> NDArray[np.int64] | None:
+    """Return the record of the images that the run of *last* holds out, (M, 2); None if it has no record."""
     record = (last.resume or {}).get("held_out")
-    return np.zeros((0, 2), np.int64) if record is None else record.numpy()
+    return None if record is None else record.numpy()
 
 
 class Resumed(NamedTuple):

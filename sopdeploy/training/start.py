@@ -235,8 +235,8 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
         return Division(opened, hashes, record)
     choice = np.zeros(len(images), np.int64)
     if is_first:
-        recorded = record if last is None else read_held_out(last)
-        if len(recorded) and len(hashes):
+        recorded = None if last is None else read_held_out(last)
+        if recorded is not None and len(hashes):
             choice = recorded_choice(recorded, hashes)
         else:
             choice = choose_held_out(images, hashes, config.hold_out, config.hold_out_seed)

@@ -69,7 +69,8 @@ def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
             named = _find_in_folder(path)
         for name, bundle in named:
             # The same bundle may be given twice, as by `bundles/*` with the link `latest`.
-            if name in bundles and read_manifest(bundle).id != read_manifest(bundles[name]).id:
+            is_known = name in bundles
+            if is_known and not read_manifest(bundle).has_content_of(read_manifest(bundles[name])):
                 reason = f"the name {name} is already used by {bundles[name]}"
                 raise ConfigError(f"{bundle}: {reason}; choose another one: NAME={bundle}")
             bundles.setdefault(name, bundle)

@@ -17,7 +17,7 @@ from sopdeploy.data.base import ArrayImages, Split, hash_images
 from sopdeploy.data.check import EDGES_MISS, check_data
 from sopdeploy.data.datasets.folder import list_classes, open_folder
 from sopdeploy.data.datasets.label_table import read_label_table
-from sopdeploy.data.held_out import NONE, choose_held_out, divide
+from sopdeploy.data.held_out import NONE, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, group_by_appearance
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import create_model
@@ -159,6 +159,14 @@ def test_the_frames_of_a_clip_are_a_group_however_many_pairs_of_a_class_they_are
     pairs = find_pairs(views, [copies], originals, np.asarray(classes), range(len(classes)))
     groups = connect(len(classes), pairs)
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(scene) for scene in scenes]
+
+
+@pytest.mark.parametrize("choice", [[NONE, 0, NONE, 3, 0], [NONE] * 5])
+def test_a_recorded_choice_is_found_again_in_another_order(choice: list[int]):
+    hashes = np.asarray([5, -7, 9, 2, -7], np.int64)
+    record = record_choice(np.asarray(choice, np.int64), hashes)
+    assert recorded_choice(record, hashes[::-1]).tolist() == choice[::-1]
+    assert recorded_choice(record, np.asarray([1, 99], np.int64)).tolist() == [NONE, NONE]
 
 
 BROKEN = "an image that cannot be read"
