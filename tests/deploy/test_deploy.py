@@ -37,7 +37,16 @@ VALUES: dict[str, dict[str, Any]] = {
     "with defaults": {},
     "on GPUs": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
     "with everything": {
-        "models": {"claim": "", "pull": {"source": "s3://models/flowers.tar", "sha256": "0" * 64}},
+        "models": {
+            "path": "/bundles",
+            "claim": "",
+            "pull": {"source": "s3://models/flowers.tar", "sha256": "0" * 64},
+        },
+        "extraEnv": [{"name": "AWS_ENDPOINT_URL", "value": "http://minio:9000"}],
+        "envFrom": [{"secretRef": {"name": "minio"}}],
+        "extraVolumes": [{"name": "authority", "configMap": {"name": "authority"}}],
+        "extraVolumeMounts": [{"name": "authority", "mountPath": "/etc/authority"}],
+        "alerts": {"enabled": True, "labels": {"release": "prometheus"}},
         "requireSignature": {"configMap": "release"},
         "keys": {"secret": "keys"},
         "settings": {"SOPDEPLOY_THREADS": "2", "SOPDEPLOY_MAX_BATCH": "8"},
@@ -65,6 +74,7 @@ VALUES: dict[str, dict[str, Any]] = {
         },
         "serviceMonitor": {"enabled": True, "interval": "30s", "labels": {"release": "prometheus"}},
     },
+    "with a claim for photographs": {"replicas": 1, "keep": {"claim": "kept"}},
     "with KEDA": {"autoscaling": AUTOSCALING | {"keda": KEDA}},
     "with KEDA and a proxy's requests": {
         "autoscaling": AUTOSCALING | {"minReplicas": 0, "keda": KEDA | {"requestsQuery": "sum(proxy)"}}
@@ -78,8 +88,13 @@ import json, sys
 from helm_python import chart
 folder, values = sys.argv[1], json.load(sys.stdin)
 lint = [chart.lint(folder, case, strict=True, kube_version="v1.33.0") for case in values]
-rendered = [chart.Chart.load(folder).render(case, name="shop", namespace="default") for case in values]
-json.dump([lint, [list(files.values()) for files in rendered]], sys.stdout)
+rendered = []
+for case, report in zip(values, lint):
+    try:
+        rendered.append([*chart.Chart.load(folder).render(case, name="shop", namespace="default").values()])
+    except Exception as error:  # a template that fails, which lint takes for information
+        report["errors"].append(str(error))
+json.dump([lint, rendered], sys.stdout)
 """
 needs_helm = pytest.mark.skipif(find_spec("helm_python") is None, reason="Helm's library is not installed")
 
@@ -87,10 +102,13 @@ needs_helm = pytest.mark.skipif(find_spec("helm_python") is None, reason="Helm's
 @cache
 def helm() -> tuple[list[Any], list[list[str]]]:
     """Return the report on the chart and its manifests for each case of `VALUES`; nothing without Helm."""
-    if find_spec("helm_python") is None:
-        return [], []
-    command, given = [sys.executable, "-c", HELM, str(CHART)], json.dumps(list(VALUES.values()))
-    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+    return run_helm(list(VALUES.values())) if find_spec("helm_python") else ([], [])
+
+
+def run_helm(values: list[dict[str, Any]]) -> tuple[list[Any], list[list[str]]]:
+    """Return a report for each of *values*, and the manifests for those without an error."""
+    command = [sys.executable, "-c", HELM, str(CHART)]
+    done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, check=True)
     reports, rendered = json.loads(done.stdout)
     return reports, rendered
 
@@ -121,21 +139,21 @@ PODS = {name: spec["template"]["spec"] for name, spec in DEPLOYMENTS.items()}
 def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
     kinds = [document["kind"] for document in CLUSTER[name]]
     assert {"Deployment", "Service", "PodDisruptionBudget"} <= set(kinds)
-    without_autoscaler = {"the chart with defaults", "the chart on GPUs"}
+    without_autoscaler = {f"the chart {case}" for case, given in VALUES.items() if "autoscaling" not in given}
     autoscaler = "ScaledObject" if "KEDA" in name else "HorizontalPodAutoscaler"
     assert (autoscaler in kinds) == (name not in without_autoscaler)
     assert not {"ScaledObject", "HorizontalPodAutoscaler"} <= set(kinds)
     for document in CLUSTER[name]:
         if document["kind"] == "ScaledObject":
             jsonschema.validate(document, SCALED_OBJECT)
-        elif document["kind"] != "ServiceMonitor":  # of an operator; below it is compared with the Service
+        elif document["kind"] not in {"ServiceMonitor", "PrometheusRule"}:  # of an operator; compared below
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
 @needs_helm
 def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     found = {document["kind"]: document for document in chart("with everything")}
-    optional = {"ServiceAccount", "Ingress", "NetworkPolicy", "ServiceMonitor"}
+    optional = {"ServiceAccount", "Ingress", "NetworkPolicy", "ServiceMonitor", "PrometheusRule"}
     assert found.keys() & optional == optional
     assert {document["kind"] for document in chart("with defaults")} & optional == set()
     pod = found["Deployment"]["spec"]["template"]
@@ -159,6 +177,87 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
         (monitor["selector"], found["Service"]["metadata"]["labels"]),
     ):
         assert selector["matchLabels"].items() <= labels.items()
+
+
+@needs_helm
+def test_credentials_volumes_and_the_path_reach_the_pull_and_the_server() -> None:
+    given = VALUES["with everything"]
+    (pull,), (server,) = (
+        PODS["the chart with everything"][kind] for kind in ("initContainers", "containers")
+    )
+    assert pull["args"][:3] == ["pull", "s3://models/flowers.tar", "/bundles"]
+    assert server["args"][:2] == ["serve", "/bundles"]
+    for container in (pull, server):
+        assert given["extraEnv"][0] in container["env"]
+        assert container["envFrom"] == given["envFrom"]
+        assert given["extraVolumeMounts"][0] in container["volumeMounts"]
+        volumes = {volume["name"] for volume in PODS["the chart with everything"]["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+        assert "/bundles" in {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+@needs_helm
+def test_the_server_writes_photographs_to_the_claim() -> None:
+    pod = PODS["the chart with a claim for photographs"]
+    (server,) = pod["containers"]
+    assert {"name": "SOPDEPLOY_KEEP", "value": "/keep"} in server["env"]
+    assert {"name": "keep", "mountPath": "/keep"} in server["volumeMounts"]
+    assert {"name": "keep", "persistentVolumeClaim": {"claimName": "kept"}} in pod["volumes"]
+
+
+def leaves(schema: dict[str, Any]) -> dict[str, Any]:
+    """Reduce a schema to the nested names of its properties, as in values.yaml."""
+    return {name: leaves(one) for name, one in schema.get("properties", {}).items()}
+
+
+def test_the_schema_of_the_chart_has_exactly_the_keys_of_its_values() -> None:
+    def same_keys(names: dict[str, Any], values: Any, at: str) -> list[str]:
+        if not names:
+            return []
+        different = [f"{at}{name}" for name in names.keys() ^ values.keys()]
+        common = names.keys() & values.keys()
+        return different + [
+            key for name in common for key in same_keys(names[name], values[name], f"{at}{name}.")
+        ]
+
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    absent = {"global", "resources.claims"}  # of Helm, and of clusters with dynamic resources
+    assert set(same_keys(leaves(schema), values, "")) == absent
+
+
+@needs_helm
+def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
+    wrong: list[dict[str, Any]] = [
+        {"resourcs": {}},
+        {"replicas": "two"},
+        {"models": {"pull": {"sha256": "12"}}},
+        {"settings": {"MAX_BATCH": "8"}},
+        {"settings": {"SOPDEPLOY_MAX_BATCH": 8}},
+        {"keep": {"claim": "kept"}},
+        {"replicas": 1, "keep": {"claim": "kept"}, "autoscaling": {"enabled": True}},
+    ]
+    reports, rendered = run_helm(wrong)
+    assert [bool(report["errors"]) for report in reports] == [True] * len(wrong)
+    assert rendered == []
+
+
+def test_the_alert_rules_are_valid_and_fire_when_they_should() -> None:
+    rules = CHART / "alerts.yaml"
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool not installed (Debian: prometheus)")
+    for command in (
+        ["check", "rules", str(rules)],
+        ["test", "rules", str(ROOT / "tests/deploy/alerts.yaml")],
+    ):
+        done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_helm
+def test_the_chart_has_the_alert_rules_as_they_are() -> None:
+    (document,) = [found for found in chart("with everything") if found["kind"] == "PrometheusRule"]
+    assert document["spec"] == yaml.safe_load((CHART / "alerts.yaml").read_text(encoding="utf-8"))
 
 
 def kserve_pod() -> dict[str, Any]:
@@ -194,8 +293,9 @@ def test_containers_have_valid_arguments_and_settings_and_no_privileges(containe
     assert context.args == []
     for assignment in context.params.get("setting") or ():
         assert assignment.partition("=")[0] in Settings.model_fields
-    for variable in container.get("env", ()):
-        assert variable["name"].removeprefix("SOPDEPLOY_").lower() in Settings.model_fields
+    for variable in container.get("env") or ():
+        name = variable["name"].removeprefix("SOPDEPLOY_").lower()
+        assert name in Settings.model_fields or variable in VALUES["with everything"]["extraEnv"]
     rules = container["securityContext"]
     assert (rules["readOnlyRootFilesystem"], rules["allowPrivilegeEscalation"]) == (True, False)
     assert rules["capabilities"] == {"drop": ["ALL"]}
@@ -210,7 +310,9 @@ def test_containers_have_valid_arguments_and_settings_and_no_privileges(containe
 @pytest.mark.parametrize("name", PODS)
 def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanly(name: str) -> None:
     pod, surge = PODS[name], "10%" if name == "the chart with everything" else 1
-    assert DEPLOYMENTS[name]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": surge}
+    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": surge}}
+    one_writer = name == "the chart with a claim for photographs"
+    assert DEPLOYMENTS[name]["strategy"] == ({"type": "Recreate"} if one_writer else rolling)
     assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, False)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert f"USER {pod['securityContext']['runAsUser']}:" in DOCKERFILE
@@ -245,6 +347,7 @@ USERS = [
     "deploy/kubernetes/sopdeploy.yaml",
     "docs/deploy.md",
     f"{CHART}/templates/autoscaler.yaml",
+    f"{CHART}/alerts.yaml",
 ]
 
 
