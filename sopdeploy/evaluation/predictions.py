@@ -76,8 +76,8 @@ def describe_predictions(metrics: ClassificationReport | MultiLabelReport, image
 
 def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
     """Describe accuracies, confusions, and precision and recall of each class, those without images last."""
-    top1, top5 = _with_interval(metrics.top1, 2), _with_interval(metrics.top5, 2)
-    scores = f"Top-1 {top1}, top-5 {top5}, log loss {metrics.log_loss:.4f}."
+    top5 = f", top-5 {_with_interval(metrics.top5, 2)}" if len(metrics.classes) > 5 else ""
+    scores = f"Top-1 {_with_interval(metrics.top1, 2)}{top5}, log loss {metrics.log_loss:.4f}."
     if metrics.accepted is not None:
         scores += f" {_with_interval(metrics.accepted)} accepted as known."
     names = [row.label for row in metrics.classes]

@@ -6,6 +6,7 @@ The template escapes all text; control and text direction characters become U+FF
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 _NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
@@ -23,10 +24,11 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """A chart or a photograph, as a `data:` URL, with its caption."""
+    """A chart or a photograph, as a `data:` URL, with its caption. `opens`: a click enlarges it."""
 
     image: str
     caption: str
+    opens: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,15 +69,31 @@ def _template() -> Any:
         keep_trailing_newline=True,
         finalize=lambda value: sanitize(value) if isinstance(value, str) else value,
     )
+    environment.globals["look"] = (files(__package__) / "look.css").read_text("utf-8")
     return environment.get_template("report.html")
 
 
+def isolate(text: str) -> Any:
+    """Return *text* as markup whose direction, such as that of Arabic, ends with it."""
+    from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
+
+    return Markup("<bdi>{}</bdi>").format(sanitize(text))  # `format` escapes
+
+
+def around(template: str, *names: str) -> Any:
+    """Insert *names* into *template* at its `{}`, each isolated."""
+    from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
+
+    return Markup(template).format(*map(isolate, names))  # noqa: S704 # a constant of this package
+
+
 def sanitize(text: str) -> str:
-    """Replace control and text direction characters by U+FFFD."""
+    """Replace control and text direction characters by U+FFFD; markup stays markup."""
     if text.isprintable():  # saves the loop over the long `data:` URLs of photographs
         return text
     kept = "\n" + _NO_BREAK_SPACE  # harmless, although `isprintable` is false for them
-    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
+    clean = (c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return type(text)("".join(clean))
 
 
 def percent(fraction: float, digits: int = 1) -> str:

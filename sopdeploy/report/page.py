@@ -23,7 +23,7 @@ from sopdeploy.evaluation.predictions import (
 )
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
-from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, render
+from sopdeploy.html.report import Figure, HtmlReport, Section, Table, around, isolate, percent, render
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.report.wrong_labels import list_wrong_labels
@@ -37,7 +37,7 @@ from sopdeploy.training.train import FinishedRun
 PAGE = "report.html"
 _MAX_LABELS = 20
 _MAX_SHOWN, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # images, groups, and images of a group
-_SIDE = 128  # pixels of the longer side
+_SIDE = 480  # pixels of the longer side of an opened photograph
 _JPEG_QUALITY = 75
 _DECISION = (
     "Fitted to predictions of images that were not used for training. The export divides the last layer by "
@@ -67,13 +67,13 @@ def write_run_page(
     predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
     is_measured = result.score is not None  # otherwise the predictions say nothing about other photographs
-    classes = ", ".join(labels[:_MAX_LABELS])
-    if len(labels) > _MAX_LABELS:
-        classes += f" and {len(labels) - _MAX_LABELS} more"
+    shown = labels[:_MAX_LABELS]
+    more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
+    classes = around(f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown)
     tiles = {"seed": str(start.recipe.seed), "time": f"{fit.position.seconds:.0f} s"}
     content = HtmlReport(
-        title=fit.name,
-        text=[_describe_training(start, result), f"{len(labels)} classes: {classes}"],
+        title=start.recipe.project or fit.name,
+        text=[_describe_training(start, fit), classes],
         tiles={**_describe_score(result), **tiles},
         sections=[
             *_describe_networks(networks),
@@ -112,15 +112,16 @@ def _predict(
     return held_out, description, logits_NC / temperature
 
 
-def _describe_training(start: Start, result: AnyProcedureResult) -> str:
-    """Describe in a sentence what was trained: the start weights, the images and the procedure."""
+def _describe_training(start: Start, fit: Fit) -> str:
+    """Describe in a sentence what was trained: network, start weights, images and procedure."""
+    result: AnyProcedureResult = fit.result
     given, side = start.weights, start.recipe.preprocess.crop
     weights = "random weights" if given is None else f"the weights of {given.file} ({given.network})"
     how = f"by the {result.kind.replace('_', '-')} procedure"
     if isinstance(result, LoopResult):
         how = f"for {result.num_epochs} epoch{'s' * (result.num_epochs > 1)}"
     count = len(start.data.train)
-    return f"Trained from {weights} on {count} images, scaled to {side} x {side} pixels, {how}."
+    return f"{fit.name}, trained from {weights} on {count} images, scaled to {side} x {side} pixels, {how}."
 
 
 def _describe_score(result: AnyProcedureResult) -> dict[str, str]:
@@ -193,8 +194,8 @@ def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preproc
     for _, index in wrong[:_MAX_SHOWN]:
         score = scores[index]
         true, answer = images.labels[score.target], images.labels[score.top5[0]]
-        text = f"{true} ({percent(score.likelihood)}), predicted as {answer} ({percent(score.confidence)})"
-        captions.append((index, text))
+        shares = percent(score.likelihood), percent(score.confidence)
+        captions.append((index, around(f"{{}} ({shares[0]}), predicted as {{}} ({shares[1]})", true, answer)))
     text = "Sorted by confidence. Check for wrong labels before you look for a better network."
     yield from _show("Worst mistakes", text, images, captions, rules)
 
@@ -206,7 +207,8 @@ def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess
     captions = []
     for index, found in list_wrong_labels(fit.label_logits, images)[:_MAX_SHOWN]:
         shares = percent(found.probability), percent(found.probability_suggested)
-        captions.append((index, f"{found.label} ({shares[0]}), suggested: {found.suggested} ({shares[1]})"))
+        template = f"{{}} ({shares[0]}), suggested: {{}} ({shares[1]})"
+        captions.append((index, around(template, found.label, found.suggested)))
     text = (
         "Training images whose label contradicts the other images most, predicted by classifiers that were "
         "fitted without them and their copies; `data check DIR --wrong-labels RUN` lists all."
@@ -220,7 +222,7 @@ def _show_copies(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> I
     sizes = np.bincount(group_N)
     largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
     captions = [
-        (index, f"group {number}: {', '.join(images.class_names(index))}")
+        (index, around(f"group {number}: {{}}", ", ".join(images.class_names(index))))
         for number, group in enumerate(largest, 1)
         for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist()
     ]
@@ -229,9 +231,9 @@ def _show_copies(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> I
 
 
 def _show(
-    title: str, text: str, images: LabeledImages, captions: list[tuple[int, str]], rules: Preprocess
+    title: str, text: str, images: LabeledImages, captions: list[tuple[int, Any]], rules: Preprocess
 ) -> Iterator[Section]:
-    """Show images as small JPEGs; *captions* are (index, caption). Without captions, there is no section."""
+    """Show images as JPEGs; *captions* are (index, caption as markup). No section without captions."""
     figures = []
     for index, caption in captions:
         small = to_rgb(images[index][0], rules).copy()
@@ -240,8 +242,8 @@ def _show(
         encoded = io.BytesIO()
         small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
         jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
-        shown = f"{images.identity(index)}: {caption}"
-        figures.append(Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=shown))
+        shown = isolate(images.identity(index)) + ": " + caption
+        figures.append(Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=shown, opens=True))
     if figures:
         yield Section(title=title, text=[text], figures=figures)
 
@@ -255,7 +257,7 @@ def _describe_run(start: Start, fit: Fit, record: Mapping[str, Any]) -> Iterator
         if start.recipe.reads(key) and not key.startswith(hidden)
     ]
     values = [*recipe, *flatten(fit.network.config.model_dump(mode="json"), "network.")]
-    settings = Table(caption="All values of the run", columns=["key", "value"], rows=values)
+    settings = Table(caption="All values of the run", columns=["key", "value"], rows=values, folded=True)
     yield Section(title="Recipe", tables=[settings])
     facts = {f"{name} version": version for name, version in record["versions"].items()} | record["machine"]
     facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"

@@ -70,7 +70,9 @@ def test_the_chart_pulls_from_a_store_with_static_keys_and_serves(tmp_path: Path
         pull, server = containers(models, source, endpoint)
         given = {variable["name"]: variable["value"] for variable in pull["env"]}
         subprocess.run([*SOPDEPLOY, *pull["args"]], env={**clean, **given}, check=True, timeout=120)
-        assert [path.name for path in models.iterdir() if path.is_dir() and not path.is_symlink()] == [bundle.name]
+        assert [path.name for path in models.iterdir() if path.is_dir() and not path.is_symlink()] == [
+            bundle.name
+        ]
 
         given = {variable["name"]: variable["value"] for variable in server["env"]} | {"SOPDEPLOY_PORT": "0"}
         arguments = ["127.0.0.1" if argument == "0.0.0.0" else argument for argument in server["args"]]  # noqa: S104

@@ -21,6 +21,7 @@ from sopdeploy_service.api.admission import service_of
 from sopdeploy_service.http.middleware import PAGE_FILES
 
 _FOLDER = files("sopdeploy_service.api") / "pages"
+_SHARED = files("sopdeploy.html")  # the style sheet that reports have, too
 _LOGO = (_FOLDER / "mark.svg").read_text("utf-8")
 _ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
 TRUSTED_TYPES = "require-trusted-types-for 'script'"  # no script can turn a string into markup
@@ -43,7 +44,7 @@ class Page:
         """Replace comments in *html* by the logo, the icon and styles; add the files *scripts* to its end.
 
         The security policy allows these styles and scripts, those of the sources *assets*, and what the rules
-        *policy* say. Files that *folder* does not have are those of this package.
+        *policy* say. Files that *folder* does not have are those of this package, or shared with reports.
         """
         html = html.replace("<!-- mark -->", _LOGO)
         html = html.replace("<!-- icon -->", f'<link rel="icon" href="{_ICON}">')
@@ -70,8 +71,8 @@ class Page:
 
 
 def _read(name: str, folder: Traversable = _FOLDER) -> str:
-    path = folder / name
-    return (path if path.is_file() else _FOLDER / name).read_text("utf-8")
+    places = (place / name for place in (folder, _FOLDER, _SHARED))
+    return next(path for path in places if path.is_file()).read_text("utf-8")
 
 
 def _policy_sources(tag: str, html: str, assets: tuple[str, ...]) -> str:

@@ -90,7 +90,7 @@ def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path:
     found = score_checkpoint(tmp_path / "run" / "best.pt", data)
     assert f"log loss {classification_report(found.labels, found.predictions).log_loss:.4f}" in page
     wrong = [score for score in found.predictions if not score.correct]
-    assert len(re.findall(r"<figcaption>[^<]+/[0-3]\.png: ", page)) == len(wrong) > 0
+    assert len(re.findall(r"<figcaption><bdi>[^<]+/[0-3]\.png</bdi>: ", page)) == len(wrong) > 0
     photographs = re.findall(r"image/jpeg;base64,([^\"]+)", page)
     assert not any(b"SECRET" in base64.b64decode(photograph) for photograph in photographs)
 

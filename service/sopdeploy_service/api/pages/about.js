@@ -10,12 +10,17 @@ function showAbout(info, card, server) {
   const facts = [`${info.num_labels} classes`, info.precision, `${info.runtime} on ${info.device}`];
   byId("facts").replaceChildren(...facts.map((fact) => make("li", {}, fact)));
   byId("bundle").textContent = `${info.bundle} · sopdeploy ${server}`;
+  byId("verdict").textContent = card.certificate ? verdict(card.certificate) : "";
   byId("proof").replaceChildren(...(card.certificate ? proof(card.certificate) : [nothing("certificate")]));
   byId("card").replaceChildren(...(card.text ? markdown(card.text) : [nothing("README.md")]));
 }
 
 const counted = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
 const nothing = (what) => make("p", { className: "empty" }, `This bundle has no readable ${what}.`);
+
+/** What the certificate says, in a sentence. */
+const verdict = ({ num_removed: removed }) =>
+  removed ? "Verified: only training-only tensors were removed." : "Verified: all tensors are those of the trained network.";
 
 /** Nodes of a certificate summary. */
 function proof(certificate) {
@@ -27,8 +32,7 @@ function proof(certificate) {
     ["Numbers", `logits bitwise equal on ${counted(images, "probe image")}`],
   ];
   const hashes = [["Graph root", make("code", {}, certificate.root)], ["ONNX root", make("code", {}, certificate.onnx_root)]];
-  const result = removed ? "only training-only tensors were removed" : "all tensors are those of the trained network";
-  return [make("p", { className: "seal" }, seal(), `Verified (${certificate.proof}): ${result}.`), list(rows),
+  return [make("p", { className: "seal" }, seal(), verdict(certificate)), list(rows),
     make("details", {}, make("summary", {}, "Hashes"), list(hashes))];
 }
 

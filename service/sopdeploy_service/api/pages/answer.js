@@ -12,16 +12,15 @@ const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "i
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;
 
-/** Show `body`, the JSON of a successful response; `knownFrom` is the smallest score of a known image. */
-function showAnswer(body, knownFrom) {
+/** Show `body`, the JSON of a successful response. */
+function showAnswer(body) {
   byId("classes").replaceChildren(...body.classes.map(classBar));
   byId("warnings").replaceChildren(
     ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
   );
   if (body.explanation) showMap(body.explanation, body.classes[0].label);
   byId("unknown").hidden = body.known !== false;
-  byId("unknown-score").textContent = body.known === false ? body.score.toFixed(3) : "";
-  showScore(body.score, knownFrom);
+  byId("classes").classList.toggle("unlikely", body.known === false);
   byId("none").hidden = body.classes.length > 0;
   const unknown = body.known === false ? "Probably none of the classes. " : "";
   byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${unknown}Prediction: ${body.classes
@@ -29,21 +28,11 @@ function showAnswer(body, knownFrom) {
     .join(", ")}`;
 }
 
-/** Show `score` on a scale whose middle is `from`, the smallest score of a known image. */
-function showScore(score, from) {
-  byId("score").hidden = score === undefined || typeof from !== "number";
-  if (byId("score").hidden) return;
-  const reach = 1.25 * Math.max(Math.abs(from), Math.abs(score - from), Number.MIN_VALUE);
-  byId("score-bar").style.setProperty("--part", (1 + (score - from) / reach) / 2);
-  byId("score-value").textContent = score.toFixed(3);
-  byId("known-from").textContent = from.toFixed(3);
-}
-
 /** List entry of one class. */
 function classBar({ label, probability }) {
   return make(
     "li", {},
-    make("span", { className: "label" }, label),
+    make("bdi", { className: "label" }, label),
     make("span", { className: "percent" }, percent(probability)),
     make("span", { className: "track", "aria-hidden": "true" }, make("span", { "--part": probability })),
   );
@@ -84,7 +73,7 @@ function showMap(losses, label) {
 function clearAnswer() {
   byId("map").hidden = true;
   for (const id of ["classes", "warnings", "waterfall"]) byId(id).replaceChildren();
-  for (const id of ["time", "error", "empty", "none", "unknown", "score"]) byId(id).hidden = true;
+  for (const id of ["time", "error", "empty", "none", "unknown"]) byId(id).hidden = true;
   byId("status").textContent = byId("progress").textContent = "";
   byId("answer").setAttribute("aria-busy", "false");
 }

@@ -111,7 +111,7 @@ async function ask(photo, signal) {
     if (body.known === false) photo.result.textContent = "Unknown";
     photo.show = () => {
       clearAnswer();
-      showAnswer(body, state.info?.known_from);
+      showAnswer(body);
       showTime(reply.getResponseHeader("Server-Timing") ?? "", total);
     };
   } else {

@@ -107,7 +107,7 @@ function classButton({ name, probability }, place) {
   const button = make(
     "button", { type: "button", disabled: !state.photograph, "--part": probability ?? 0 },
     make("kbd", {}, KEYS[place] ?? ""),
-    make("span", { className: "name" }, name),
+    make("bdi", { className: "name" }, name),
     make("span", { className: "percent" }, probability === null ? "" : `${(100 * probability).toFixed(0)} %`),
   );
   button.addEventListener("click", () => label("class", name));
