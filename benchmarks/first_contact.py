@@ -113,7 +113,9 @@ def open_session(bundle: Bundle, provider: str, profile: str = "") -> Any:
     if provider == "cpu":
         options.add_session_config_entry("session.x64quantprecision", "1")
         return ort.InferenceSession(path, options, ["CPUExecutionProvider"])
-    ort.preload_dlls()
+    for entry in sys.path:  # also those of an outer Python, which `ort.preload_dlls()` does not look for
+        for folder in sorted(Path(entry, "nvidia").glob("*/lib")):
+            ort.preload_dlls(directory=str(folder))
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     chosen = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     chosen |= {"prefer_nhwc": "1"} if bundle["precision"] == "fp16" else {}
