@@ -321,3 +321,12 @@ def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sopdeploy.tensorrt.session.import_tensorrt", lambda: trt)
     monkeypatch.setattr("sopdeploy.tensorrt.session.open_cuda", Cuda)
     assert env.accelerators()["tensorrt"] == "11.4.0 on NVIDIA H200"
+
+
+def test_a_command_whose_output_is_redirected_prints_a_line_for_each_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with show_steps("export") as on_step:
+        on_step("converting to ONNX")
+        on_step("writing [the] bundle")
+    assert capsys.readouterr() == ("", "export: converting to ONNX\nexport: writing [the] bundle\n")

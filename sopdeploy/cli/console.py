@@ -110,7 +110,10 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def show_steps(title: str) -> Iterator[Callable[[str], None]]:
-    """Yield a callback that shows the names of steps in a spinner, and nothing without a terminal."""
+    """Yield a callback that shows the names of steps in a spinner, or without a terminal as a line each."""
+    if not err.is_terminal:
+        yield lambda name: err.print(plain_text(f"{title}: {name}"))
+        return
     with err.status(title) as status:
         yield lambda name: status.update(plain_text(f"{title}: {name}"))
 
