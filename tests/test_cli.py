@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import sopdeploy
 from sopdeploy.cli.app import QUICK_START, app
-from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field
+from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field, show_steps
 from sopdeploy.commands import env
 from sopdeploy.models.registry import CATALOG, FAMILIES
 from sopdeploy.training.recipe_files import list_recipes
