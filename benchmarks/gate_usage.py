@@ -25,8 +25,8 @@ import torch
 from measure import Result, parse, report
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
+from sopdeploy.data.dataset import PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.training.recipe import Recipe, read_recipe

@@ -27,9 +27,9 @@ from copied_photos import CachedInputs, draws_parser, parse_draws, train_on
 from measure import Result, one_line_errors, report
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.data.datasets.folder import list_classes
 from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
+from sopdeploy.photos.folder import list_classes
 from sopdeploy.report.wrong_labels import find_wrong_labels
 from sopdeploy.training.record import read_label_check
 

@@ -35,7 +35,7 @@ from sopdeploy.project import Origin
 from sopdeploy.version import __version__
 
 if TYPE_CHECKING:
-    from sopdeploy.data.base import LabeledImages
+    from sopdeploy.photos.photo import LabeledImages
 
 CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
@@ -94,7 +94,7 @@ class Checkpoint:
         """Say how many of *images* are training images, by the hashes of their files; empty if none are."""
         if not len(self.image_hashes) or not len(images):
             return ""
-        from sopdeploy.data.base import hash_images  # noqa: PLC0415 # an export reads no images
+        from sopdeploy.photos.photo import hash_images  # noqa: PLC0415 # an export reads no images
 
         seen = int(np.isin(hash_images(images), self.image_hashes.numpy()).sum())
         if not seen:

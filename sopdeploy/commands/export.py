@@ -13,11 +13,11 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import first_problem
-from sopdeploy.data.folders import data_folder
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy.files import check_is_checkpoint, read_class_names
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.files import data_folder
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:

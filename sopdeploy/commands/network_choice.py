@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.commands.fastest_form import measure_alternately
-from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate
@@ -25,6 +24,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import difference_interval
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model, entry
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.features import unfitted_network

@@ -13,11 +13,11 @@ import pydantic
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.config import Options
-from sopdeploy.data.datasets.folder import open_folder
-from sopdeploy.data.folders import data_folder
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_weights, expand_user
+from sopdeploy.photos.files import data_folder
+from sopdeploy.photos.folder import open_folder
 from sopdeploy.project import Name, folder_project
 from sopdeploy.training.recipe_files import list_recipes, parse_override, read_values, recipe_text
 from sopdeploy.training.results import NetworkScore, read_result

@@ -7,13 +7,15 @@ from typing import Annotated, Literal
 import pydantic
 
 from sopdeploy.config import StrictModel, with_registered
-from sopdeploy.data.base import Split, derive_seed, select_classes
-from sopdeploy.data.datasets.folder import open_folder
-from sopdeploy.data.datasets.libraries import open_cifar, open_digits, open_official
-from sopdeploy.data.folders import Log
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
+from sopdeploy.photos.files import Log
+from sopdeploy.photos.folder import open_folder
+from sopdeploy.photos.libraries import open_cifar, open_digits, open_official
+from sopdeploy.photos.photo import select_classes
+from sopdeploy.photos.split import Split
 from sopdeploy.plugins import DATA_SOURCES
+from sopdeploy.seeds import derive_seed
 
 SUBSET_SEED = 0  # not the seed of the run: the same number gives the same classes in every run
 

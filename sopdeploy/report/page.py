@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError
 from sopdeploy.evaluation.metrics import ClassificationReport
@@ -26,6 +25,7 @@ from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, render
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.fits import FewShotFit, Fit

@@ -14,7 +14,7 @@ from statistics import median_high
 import numpy as np
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import PreprocessedDataset
+from sopdeploy.data.dataset import PreprocessedDataset
 from sopdeploy.evaluation.prediction import AllHeads, HeldOutMetrics, held_out_metrics, predict_logits
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier

@@ -10,9 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier
-from sopdeploy.data.base import LabeledImages, Split, describe_contradictions, hash_images
-from sopdeploy.data.datasets.folder import open_any_images
-from sopdeploy.data.held_out import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError, DataError, first_line, is_out_of_memory, shorten
@@ -20,6 +17,17 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
+from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.photo import LabeledImages, describe_contradictions, hash_images
+from sopdeploy.photos.split import (
+    NONE,
+    Record,
+    Split,
+    choose_held_out,
+    divide,
+    record_choice,
+    recorded_choice,
+)
 from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, check_divisible

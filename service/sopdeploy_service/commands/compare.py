@@ -21,9 +21,6 @@ from numpy.typing import NDArray
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import ImageFiles, hash_images
-from sopdeploy.data.datasets.folder import open_any_images, open_evaluation_images
-from sopdeploy.data.near import MAX_SIGNATURES, connect, group_by_appearance
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
@@ -35,6 +32,9 @@ from sopdeploy.evaluation.statistics import (
     images_to_decide,
     mcnemar,
 )
+from sopdeploy.photos.copies import MAX_SIGNATURES, connect, group_by_appearance
+from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.photos.photo import ImageFiles, hash_images
 from sopdeploy.project import SAMPLED, Time
 from sopdeploy_service.commands.evaluate import logits_of_images
 from sopdeploy_service.inference.loader import LoadedModel, load_model

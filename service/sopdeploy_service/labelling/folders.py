@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.folders import find_parts, is_hidden, list_subfolders, part_kind
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import atomic_write, expand_user
 from sopdeploy.kept import LOCK, NEAR_BITS, Kept, read_kept
+from sopdeploy.photos.files import find_parts, list_subfolders
+from sopdeploy.photos.names import is_hidden, part_kind
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample

@@ -16,14 +16,7 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.data.base import (
-    LabeledImages,
-    PreprocessedDataset,
-    derive_seed,
-    describe_contradictions,
-    unreadable_images_error,
-)
-from sopdeploy.data.near import connect
+from sopdeploy.data.dataset import PreprocessedDataset
 from sopdeploy.decision import Decision, Estimate, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
@@ -32,6 +25,9 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
+from sopdeploy.photos.copies import connect
+from sopdeploy.photos.photo import LabeledImages, describe_contradictions, unreadable_images_error
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals

@@ -9,12 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import Split, hash_images
-from sopdeploy.data.check import check_data
-from sopdeploy.data.datasets.folder import open_evaluation_images, open_folder
-from sopdeploy.data.held_out import choose_held_out, divide
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos.check import check_data
+from sopdeploy.photos.folder import open_evaluation_images, open_folder
+from sopdeploy.photos.photo import hash_images
+from sopdeploy.photos.split import Split, choose_held_out, divide
 from tests.sopdeploy.data.small_data import jpeg, write_classes
 
 

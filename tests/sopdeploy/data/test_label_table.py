@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.data.base import hash_images
-from sopdeploy.data.check import check_data
-from sopdeploy.data.datasets.folder import open_evaluation_images, open_folder
-from sopdeploy.data.held_out import choose_held_out, divide
 from sopdeploy.errors import DataError
+from sopdeploy.photos.check import check_data
+from sopdeploy.photos.folder import open_evaluation_images, open_folder
+from sopdeploy.photos.photo import hash_images
+from sopdeploy.photos.split import choose_held_out, divide
 from tests.two_objects import CLASSES, draw_scenes
 
 GOOD = "file,classes\na.png,cat|dog\nb.png,\nsub/c.png, dog \n"

@@ -13,14 +13,14 @@ from PIL import Image, ImageEnhance, ImageOps
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import ArrayImages, Split, hash_images
-from sopdeploy.data.check import EDGES_MISS, check_data
-from sopdeploy.data.datasets.folder import list_classes, open_folder
-from sopdeploy.data.datasets.label_table import read_label_table
-from sopdeploy.data.held_out import NONE, choose_held_out, divide, record_choice, recorded_choice
-from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, group_by_appearance
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import create_model
+from sopdeploy.photos.check import EDGES_MISS, check_data
+from sopdeploy.photos.copies import Copies, connect, effective_count, find_pairs, group_by_appearance
+from sopdeploy.photos.folder import list_classes, open_folder
+from sopdeploy.photos.photo import ArrayImages, hash_images
+from sopdeploy.photos.split import NONE, Split, choose_held_out, divide, record_choice, recorded_choice
+from sopdeploy.photos.table import read_label_table
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import read_recipe
@@ -183,8 +183,8 @@ def test_equal_images_are_on_one_side_whatever_the_measure_finds(
     if case == BROKEN:
         (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
     if case == "many images":
-        monkeypatch.setattr("sopdeploy.data.held_out.MAX_SIGNATURES", 10)
-    monkeypatch.setattr("sopdeploy.data.near.find_pairs", lambda *_: np.zeros((2, 0), np.intp))
+        monkeypatch.setattr("sopdeploy.photos.split.MAX_SIGNATURES", 10)
+    monkeypatch.setattr("sopdeploy.photos.copies.find_pairs", lambda *_: np.zeros((2, 0), np.intp))
     images = list_classes(tmp_path).images
     choice = choose_held_out(images, hash_images(images), 0.3, 0)
     sides: dict[str, set[bool]] = {}
@@ -327,7 +327,7 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
 
     monkeypatch.setattr("sopdeploy.training.few_shot.features.find_pairs", compare)
     assert near_by_command(root) == ([{"3.png", "mirror.png"}], [])
-    monkeypatch.setattr("sopdeploy.data.check.MAX_FEATURES", 24)
+    monkeypatch.setattr("sopdeploy.photos.check.MAX_FEATURES", 24)
     assert near_by_command(root) == ([], [EDGES_MISS])
 
 

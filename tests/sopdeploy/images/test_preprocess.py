@@ -16,13 +16,13 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from sopdeploy.data.base import image_errors
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images import formats, pixels
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.images.pixels import SIXTEEN_BIT, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.photo import image_errors
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.settings import Settings
 from tests.counted import record_images

@@ -20,7 +20,6 @@ from sopdeploy import checkpoint
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.commands.train import train
-from sopdeploy.data.base import ArrayImages, ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
@@ -28,6 +27,7 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.models import registry, second_order_head
+from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import start_weights
 from sopdeploy.training.callback import Callback

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.data.base import hash_images
 from sopdeploy.errors import ConfigError, DataError, TrainingError
+from sopdeploy.photos.photo import hash_images
 from sopdeploy.training import start
 from sopdeploy.training.loop import gradient, run
 from sopdeploy.training.loop.losses import Loss

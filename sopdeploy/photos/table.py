@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.base import ImageFiles
-from sopdeploy.data.folders import TRAIN, is_image, list_subfolders
 from sopdeploy.errors import DataError, shorten
+from sopdeploy.photos.files import list_subfolders
+from sopdeploy.photos.names import TRAIN, is_image
+from sopdeploy.photos.photo import ImageFiles
 
 LABELS_FILE = "labels.csv"
 _REQUIRED = ("file", "classes")  # columns

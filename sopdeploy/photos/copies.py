@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from sopdeploy.data.base import LabeledImages, map_threaded
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.photo import LabeledImages, map_threaded
 
 Groups = NDArray[np.int64]  # a number per image
 _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts

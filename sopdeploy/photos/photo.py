@@ -1,15 +1,10 @@
-"""Labeled images, network inputs (uint8 arrays of one size), and random seeds.
-
-Every random choice of a run uses `derive_seed(seed, purpose, epoch, step or sample)` instead of a generator
-state that must be saved. A resumed run therefore makes the same choices as an uninterrupted one, with any
-number of loader processes.
-"""
+"""Labeled photographs: their bytes, targets and identities, and what is wrong with them."""
 
 import copy
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +20,6 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError, ImageError, shorten
 from sopdeploy.files import open_regular
 from sopdeploy.images.formats import load_pixels, open_image
-from sopdeploy.images.pixels import preprocess_image
-from sopdeploy.images.preprocess import Preprocess
 
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
 Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
@@ -254,94 +247,3 @@ def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataErro
         f"{shorten(errors, '; ')}",
         lists={"images": errors},
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """Training and held-out images with the same labels.
-
-    `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
-    holds out some of the training images (`held_out.choose_held_out`).
-    """
-
-    train: LabeledImages
-    held_out: LabeledImages
-
-    @classmethod
-    def undivided(cls, images: LabeledImages) -> "Split":
-        """Create a split without held-out images."""
-        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)))
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset(ABC):
-    """Base class of network inputs: the `images` of a source, converted to uint8 arrays of one size."""
-
-    images: LabeledImages
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PreprocessedDataset(Dataset):
-    """Images preprocessed exactly as the service does, for evaluation.
-
-    With `pad`, they are padded with that many black pixels and cropped at an offset that the pixels decide.
-    """
-
-    preprocess: Preprocess
-    pad: int = 0
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        image, target = self.images[index]
-        array, pad = preprocess_image(image, self.preprocess), self.pad
-        if pad:  # the offset is the same in every epoch
-            digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
-            top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
-            padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
-            array = padded[top : top + self.preprocess.crop, left : left + self.preprocess.crop]
-        return array, target
-
-
-def derive_seed(*keys: int | str) -> int:
-    """Hash *keys* to a 63-bit seed that is the same on every machine and in every version."""
-    text = "\x1f".join(str(key) for key in keys)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def hold_out(
-    keys: Sequence[str], targets: NDArray[np.int64] | NDArray[np.float32], fraction: float, seed: int
-) -> NDArray[np.bool_]:
-    """Select about *fraction* of every class for the held-out set, at least one image and never all.
-
-    Returns a mask (N,). The selection depends on *seed* and the images' *keys* only. It is the same on every
-    machine and in every version, so that an image used for training is never used for evaluation later.
-    *targets* are class indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes
-    are processed from the rarest to the most frequent one, then the images without a class, as in the
-    iterative stratification of Sechidis et al. (ECML 2011), section 4.
-    """
-    ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
-    shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # image indices
-    if targets.ndim == 1:
-        sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
-        starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
-        class_members = np.split(sorted_by_class, starts)
-    else:
-        rarest_first = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
-        class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
-        class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])  # the images without a class
-    held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
-    # An image of several classes is decided once, with the rarest of them, and counts for all of them.
-    for members in class_members:  # image indices in random order
-        at_most = max(0, len(members) - 1)  # one image remains for training; a class may have no images here
-        quota = min(max(1, round(fraction * len(members))), at_most)
-        missing = max(0, quota - held_out[members].sum())  # some may be held out already
-        undecided = members[~decided[members]]
-        held_out[undecided[:missing]] = True  # the others are training images
-        decided[members] = True
-    return held_out

@@ -14,11 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sopdeploy.data.base import ImageFiles, LabeledImages, Split, find_unreadable, select_classes
-from sopdeploy.data.datasets.label_table import LABELS_FILE, VAL, has_label_table, read_label_table
-from sopdeploy.data.datasets.libraries import detect_kind, open_part
-from sopdeploy.data.folders import (
-    TRAIN,
+from sopdeploy.errors import DataError, shorten
+from sopdeploy.images.limits import SUFFIXES, describe_formats
+from sopdeploy.photos.files import (
     Log,
     Parts,
     data_folder,
@@ -27,8 +25,11 @@ from sopdeploy.data.folders import (
     list_subfolders,
     part_folder,
 )
-from sopdeploy.errors import DataError, shorten
-from sopdeploy.images.limits import SUFFIXES, describe_formats
+from sopdeploy.photos.libraries import detect_kind, open_part
+from sopdeploy.photos.names import TRAIN
+from sopdeploy.photos.photo import ImageFiles, LabeledImages, find_unreadable, select_classes
+from sopdeploy.photos.split import Split
+from sopdeploy.photos.table import LABELS_FILE, VAL, has_label_table, read_label_table
 
 UNSPLIT = "all"  # the name of the only part if the images are not split
 
@@ -345,7 +346,7 @@ def check_holds_classes(root: Path) -> Path:
 @cache
 def class_aliases() -> dict[str, str]:
     """Map the WordNet ID of each ImageNet class to the name that published weights have, and back."""
-    text = resources.files("sopdeploy.data.datasets").joinpath("imagenet_classes.txt").read_text("utf-8")
+    text = resources.files("sopdeploy.photos").joinpath("imagenet_classes.txt").read_text("utf-8")
     name_of_id = dict(line.split(" ", 1) for line in text.splitlines())
     return name_of_id | {name: wordnet_id for wordnet_id, name in name_of_id.items()}
 

@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import ImageFiles, image_errors, map_threaded
-from sopdeploy.data.datasets.folder import open_parts, single_images
-from sopdeploy.data.datasets.label_table import SEPARATOR
-from sopdeploy.data.folders import data_folder
-from sopdeploy.data.near import Groups, group_by_signatures, hash_pixels, signature
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.copies import Groups, group_by_signatures, hash_pixels, signature
+from sopdeploy.photos.files import data_folder
+from sopdeploy.photos.folder import open_parts, single_images
+from sopdeploy.photos.photo import ImageFiles, image_errors, map_threaded
+from sopdeploy.photos.table import SEPARATOR
 
 _RULES = Preprocess()  # for the conversion to upright RGB
 MAX_FEATURES = 10_000  # images whose features are computed, which takes about four minutes on a CPU

@@ -6,19 +6,71 @@ therefore does not choose again.
 Letters: N images, M held-out images.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.base import LabeledImages, Split, hold_out
-from sopdeploy.data.near import MAX_SIGNATURES, Groups, connect, group_by_appearance
 from sopdeploy.errors import DataError
+from sopdeploy.photos.copies import MAX_SIGNATURES, Groups, connect, group_by_appearance
+from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.seeds import derive_seed
 
 NONE = -1  # the group of a training image in a choice
 Choice = NDArray[np.int64]  # (N,): the group of each held-out image, and `NONE` for each training image
 Record = NDArray[np.int64]  # (M, 2): hash of the file and group of each held-out image, sorted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Training and held-out images with the same labels.
+
+    `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
+    holds out some of the training images (`choose_held_out`).
+    """
+
+    train: LabeledImages
+    held_out: LabeledImages
+
+    @classmethod
+    def undivided(cls, images: LabeledImages) -> "Split":
+        """Create a split without held-out images."""
+        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)))
+
+
+def hold_out(
+    keys: Sequence[str], targets: NDArray[np.int64] | NDArray[np.float32], fraction: float, seed: int
+) -> NDArray[np.bool_]:
+    """Select about *fraction* of every class for the held-out set, at least one image and never all.
+
+    Returns a mask (N,). The selection depends on *seed* and the images' *keys* only. It is the same on every
+    machine and in every version, so that an image used for training is never used for evaluation later.
+    *targets* are class indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes
+    are processed from the rarest to the most frequent one, then the images without a class, as in the
+    iterative stratification of Sechidis et al. (ECML 2011), section 4.
+    """
+    ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
+    shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # image indices
+    if targets.ndim == 1:
+        sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
+        starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
+        class_members = np.split(sorted_by_class, starts)
+    else:
+        rarest_first = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
+        class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
+        class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])  # the images without a class
+    held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
+    # An image of several classes is decided once, with the rarest of them, and counts for all of them.
+    for members in class_members:  # image indices in random order
+        at_most = max(0, len(members) - 1)  # one image remains for training; a class may have no images here
+        quota = min(max(1, round(fraction * len(members))), at_most)
+        missing = max(0, quota - held_out[members].sum())  # some may be held out already
+        undecided = members[~decided[members]]
+        held_out[undecided[:missing]] = True  # the others are training images
+        decided[members] = True
+    return held_out
 
 
 def choose_held_out(images: LabeledImages, hashes: NDArray[np.int64], fraction: float, seed: int) -> Choice:
