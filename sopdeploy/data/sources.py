@@ -95,20 +95,22 @@ def register_data_source(config: type[DataSource]) -> None:
     DATA_SOURCES.register_config(config, DataSource)
 
 
-def open_data(config: DataConfig | DataSource, log: Log = lambda _line: None) -> Split:
+def open_data(config: DataConfig | DataSource) -> Split:
     """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
-    *log* receives a line about every file and folder that is not used. Raises `ConfigError` if no path is set
+    Raises `ConfigError` if no path is set
     and `DataError` if the data cannot be used.
     """
     if isinstance(config, DataSource):
-        split = config.open(log)
+        lines: list[str] = []
+        split = config.open(lines.append)
+        split = replace(split, notes=(*split.notes, *lines))
     elif isinstance(config, DigitsConfig):
         split = open_digits()
     elif config.path is None:
         raise ConfigError("data.path: not set; give the folder of the data", remedies={"data": None})
     elif isinstance(config, FolderConfig):
-        split = open_folder(config.path, log)
+        split = open_folder(config.path)
     else:
         open_kind = open_cifar if isinstance(config, CifarConfig) else open_official
         split = open_kind(config.kind, expand_user(config.path))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -20,11 +21,56 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError, ImageError, shorten
 from sopdeploy.files import open_regular
 from sopdeploy.images.formats import load_pixels, open_image
+from sopdeploy.images.pixels import to_rgb
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.names import normalize
 
+UNREADABLE = 0  # the hash of a file that cannot be read
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
 Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
+_RULES = Preprocess()  # for the conversion to upright RGB
 _Result = TypeVar("_Result")
 _Images = TypeVar("_Images", bound="LabeledImages")
+
+
+class Photo:
+    """A photograph that is read once: its bytes, and what follows from them, computed when it is needed.
+
+    Messages call it *name*. What needs a header or pixels raises `DataError` if they are damaged.
+    """
+
+    def __init__(self, name: str, content: bytes) -> None:
+        self.name, self.content = name, content
+
+    @cached_property
+    def file_hash(self) -> int:
+        """The identity of the file: a hash of its bytes, 64 bits in the range of int64."""
+        return int.from_bytes(hashlib.blake2b(self.content, digest_size=8).digest(), "big", signed=True)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The image of the file, whose pixels are decoded only if they are used."""
+        with image_errors(self.name):
+            return open_image(self.content)
+
+    @cached_property
+    def pixels(self) -> Image.Image:
+        """The upright RGB pixels."""
+        with image_errors(self.name):
+            return to_rgb(load_pixels(self.image), _RULES)
+
+    @cached_property
+    def pixel_hash(self) -> str:
+        """The identity of the pixels: equal for files that show the same ones."""
+        return hashlib.blake2b(
+            f"{self.pixels.size} ".encode() + self.pixels.tobytes(), digest_size=16
+        ).hexdigest()
+
+    def check(self) -> None:
+        """Raise `DataError` if the file cannot be decoded; a JPEG is decoded at 1/8 of its size."""
+        with image_errors(self.name):
+            self.image.draft(None, (1, 1))  # still reads every byte
+            load_pixels(self.image)
 
 
 class LabeledImages(ABC):
@@ -63,10 +109,13 @@ class LabeledImages(ABC):
         """Return what messages call an image: its identity, or the path of its file."""
         return self.identity(index)
 
+    def photo(self, index: int) -> Photo:
+        """Read a photograph; raises `DataError` naming it."""
+        return Photo(self.describe(index), self.read(index))
+
     def open(self, index: int) -> Image.Image:
         """Open an image without decoding its pixels; raises `DataError` naming it."""
-        with image_errors(self.describe(index)):
-            return open_image(self.read(index))
+        return self.photo(index).image
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -156,8 +205,7 @@ class ImageFiles(LabeledImages):
 
     def identity(self, index: int) -> str:
         """Return the path of a file relative to `root`."""
-        path: bytes = self.paths[index]
-        return path.decode("utf-8", "surrogateescape")
+        return normalize(os.fsdecode(self.paths[index]))
 
     def describe(self, index: int) -> str:
         """Return the path of a file as text."""
@@ -191,19 +239,14 @@ def map_threaded(function: Callable[[int], _Result], count: int) -> Iterator[_Re
             yield from results
 
 
-def hash_bytes(content: bytes) -> int:
-    """Hash the *content* of a file to 64 bits, in the range of int64."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
-
-
 def hash_images(images: LabeledImages) -> NDArray[np.int64]:
-    """Hash the bytes of each of *images* to 64 bits, (N,); an unreadable image has the hash 0."""
+    """Return the `file_hash` of each of *images*, (N,); that of an unreadable file is `UNREADABLE`."""
 
     def hash_image(index: int) -> int:
         try:
-            return hash_bytes(images.read(index))
+            return images.photo(index).file_hash
         except DataError:
-            return 0  # stands for an unreadable image
+            return UNREADABLE
 
     return np.fromiter(map_threaded(hash_image, len(images)), dtype=np.int64, count=len(images))
 
@@ -214,32 +257,28 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
     first_N = first_of_hash[hash_number_N].tolist()  # for each image, the index of the first with its hash
     is_equal = images.targets[first_N] == images.targets  # (N,), or (N, C) if an image has several classes
     same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
-    is_readable_N = hashes != 0  # as `hash_images` marks them
+    is_readable_N = hashes != UNREADABLE
     contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()  # never the first of its hash
     pairs = [f"{images.describe(first_N[index])} = {images.describe(index)}" for index in contradictions]
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
 
 
-def find_unreadable(images: LabeledImages) -> dict[int, str]:
-    """Find the images that cannot be decoded; returns error messages by index."""
+def find_unreadable(images: LabeledImages) -> list[str]:
+    """Return the messages of the errors of the images that cannot be decoded."""
 
     def error_of(index: int) -> str:
-        """Return the message of the error of an image, "" if it can be decoded."""
         try:
-            with image_errors(images.describe(index)):
-                image = images.open(index)
-                image.draft(None, (1, 1))  # decodes a JPEG at 1/8 of its size, but still reads every byte
-                load_pixels(image)
+            images.photo(index).check()
         except DataError as error:
             return str(error)
         return ""
 
-    return {index: error for index, error in enumerate(map_threaded(error_of, len(images))) if error}
+    return [error for error in map_threaded(error_of, len(images)) if error]
 
 
 def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
     """Build an error with every unreadable image of *parts*; return *first* if there is only one."""
-    errors = [error for part in parts for error in find_unreadable(part).values()]
+    errors = [error for part in parts for error in find_unreadable(part)]
     if len(errors) < 2:
         return first
     return DataError(

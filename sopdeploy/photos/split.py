@@ -7,14 +7,12 @@ Letters: N images, M held-out images.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.errors import DataError
-from sopdeploy.photos.copies import MAX_SIGNATURES, Groups, connect, group_by_appearance
+from sopdeploy.photos.copies import Groups
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
 
@@ -28,16 +26,18 @@ class Split:
     """Training and held-out images with the same labels.
 
     `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
-    holds out some of the training images (`choose_held_out`).
+    holds out some of the training images (`choose_held_out`). `notes` are lines about what the user may not
+    have intended, such as files and folders that are not used.
     """
 
     train: LabeledImages
     held_out: LabeledImages
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def undivided(cls, images: LabeledImages) -> "Split":
+    def undivided(cls, images: LabeledImages, notes: Sequence[str] = ()) -> "Split":
         """Create a split without held-out images."""
-        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)))
+        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)), notes=tuple(notes))
 
 
 def hold_out(
@@ -73,30 +73,17 @@ def hold_out(
     return held_out
 
 
-def choose_held_out(images: LabeledImages, hashes: NDArray[np.int64], fraction: float, seed: int) -> Choice:
+def choose_held_out(images: LabeledImages, groups: Groups, fraction: float, seed: int) -> Choice:
     """Choose *fraction* of the images of every class; a class that is one group has no held-out image.
 
-    *seed* and the identities of the images determine which. Images of one group are on one side, as are
-    files with equal *hashes* (N,), those of `hash_images`, or (0,) if unknown, and near-duplicates, unless
-    there are too many images or one cannot be read.
+    *seed* and the identities of the images determine which. The images of each of *groups* (N,) are on one
+    side.
     """
-    groups = _find_groups(images, hashes)
     # Of G groups, the first image stands for the others.
     _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)
     keys_G = [images.identity(index) for index in first_G.tolist()]
     is_held_out_G = hold_out(keys_G, images.targets[first_G], fraction, seed)
     return np.where(is_held_out_G[group_N], group_N, NONE)
-
-
-def _find_groups(images: LabeledImages, hashes: NDArray[np.int64]) -> Groups:
-    """Group *images* by what shows that they belong together; files that cannot be read have the hash 0."""
-    known = connect(len(images), np.zeros((2, 0), np.intp), images.groups)
-    if len(images) <= MAX_SIGNATURES:
-        with suppress(DataError):  # an unreadable image: the run finds and names all of them later
-            return group_by_appearance(images)
-    if len(hashes):
-        return connect(len(images), np.zeros((2, 0), np.intp), known, np.where(hashes == 0, known, hashes))
-    return known
 
 
 def record_choice(choice: Choice, hashes: NDArray[np.int64]) -> Record:

@@ -13,7 +13,7 @@ import csv
 import io
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, shorten
-from sopdeploy.photos.files import list_subfolders
-from sopdeploy.photos.names import TRAIN, is_image
+from sopdeploy.photos.files import list_images, list_subfolders
+from sopdeploy.photos.names import TRAIN, describe_confusable, fold, is_image, normalize
 from sopdeploy.photos.photo import ImageFiles
 
 LABELS_FILE = "labels.csv"
@@ -30,35 +30,22 @@ _REQUIRED = ("file", "classes")  # columns
 SPLIT, GROUP = "split", "group"  # optional columns
 SEPARATOR = "|"
 VAL = "val"
+UNSPLIT = "all"  # the name of the only part if the images are not split
 
 
-@dataclass(frozen=True, slots=True)
-class LabelTable:
-    """The content of a `labels.csv`: the images with their classes, and their values of `split`.
+class OpenedParts(NamedTuple):
+    """The images of a data set by part, the training images first.
 
-    `images.targets` are (N, C) float32, 1 for the classes of an image, or class indices (N,) if every image
-    has one class. `parts` (N,) are "train" or "val", and empty if the table has no column `split`.
+    Attributes:
+        problems: Why a network cannot be trained on them.
+        notes: What the user may not have intended.
+        ignored: Number of files without an image suffix, by suffix.
     """
 
-    images: ImageFiles
-    parts: NDArray[np.str_]
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the table says which images are held out."""
-        return bool(self.parts.size)
-
-    def held_out(self) -> ImageFiles:
-        """Select the held-out images, or all if the table is not split; raises `DataError` as `part` does."""
-        return self.part(VAL) if self.is_split else self.images
-
-    def part(self, name: str) -> ImageFiles:
-        """Select the images of the part *name*; raises `DataError` if none of them has a class."""
-        images = self.images.select(self.parts == name)
-        if not images.class_counts().any():
-            table = self.images.root / LABELS_FILE
-            raise DataError(f"{table}: no image of split {name} has a class; add some")
-        return images
+    parts: dict[str, ImageFiles]
+    problems: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    ignored: Mapping[str, int] = {}
 
 
 def has_label_table(root: Path) -> bool:
@@ -71,7 +58,7 @@ def has_label_table(root: Path) -> bool:
         return False
     start = path.read_bytes()[:1000]  # longer than any header
     header = start.partition(b"\n")[0].decode("utf-8-sig", "replace")
-    columns = {column.strip(' "\r') for column in re.split("[,;\t]", header)}
+    columns = {fold(column.strip(' "\r')) for column in re.split("[,;\t]", header)}
     if columns & set(_REQUIRED):  # one right name is enough: reading the table names what is wrong
         return True
     folders = list_subfolders(root)
@@ -81,16 +68,17 @@ def has_label_table(root: Path) -> bool:
 
 def read_label_table(
     root: Path, labels: tuple[str, ...] | None = None, *, multi_label: bool | None = None
-) -> LabelTable:
+) -> OpenedParts:
     """Read the `labels.csv` in *root*; its classes must be among *labels*, by default all classes, sorted.
 
-    With *multi_label*, images may have any number of classes. By default, they may if an image of the table
-    does not have exactly one. Raises `DataError` naming the line of the first invalid row, or the files that
-    do not exist.
+    The parts are `train` and `val`, or `UNSPLIT` if the table has no column `split`. Their targets are (N, C)
+    float32, 1 for the classes of an image, or class indices (N,). With *multi_label*, images may have any
+    number of classes. By default, they may if an image of the table does not have exactly one. Raises
+    `DataError` naming the line of the first invalid row, or the files that do not exist.
     """
-    table = root / LABELS_FILE
-    rows = _read_rows(table)
-    missing = [row for row in rows if not (root / row.file).is_file()]
+    table, (image_paths, _other_files) = root / LABELS_FILE, list_images(root)
+    rows = _read_rows(table, image_paths)
+    missing = [row for row in rows if row.path is None]
     if missing:
         more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
         problem = f"line {missing[0].line}: {missing[0].file} does not exist"
@@ -100,15 +88,28 @@ def read_label_table(
     if len(labels) < 2:
         names = shorten(labels) or "none"
         raise DataError(f"{table}: has fewer than two classes ({names}); a network needs at least two")
-    if unknown := sorted(listed - set(labels)):
+    if unknown := sorted(listed - set(map(normalize, labels))):
         raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them")
     targets = _targets(table, rows, labels, multi_label)
-    paths = np.asarray([os.fsencode(row.file) for row in rows], dtype=np.bytes_)
-    parts = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)  # all rows or none
+    paths = np.asarray([row.path for row in rows], dtype=np.bytes_)
     groups = None
     if any(row.group for row in rows):  # an image without one is a group of its own
         groups = np.asarray([f"group {row.group}" if row.group else f"file {row.file}" for row in rows])
-    return LabelTable(ImageFiles(root, labels, paths, targets, groups), parts)
+    images = ImageFiles(root, labels, paths, targets, groups)
+    split = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)  # all rows or none
+    parts = {name: images.select(split == name) for name in (TRAIN, VAL)} if split.size else {UNSPLIT: images}
+    notes = [f"{table}: {line}" for line in describe_confusable(listed)]
+    if unlisted := sorted(set(image_paths) - set(paths.tolist())):
+        files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
+        notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {files}")
+    return OpenedParts(parts, notes=notes)
+
+
+def check_has_classes(name: str, images: ImageFiles) -> None:
+    """Raise `DataError` if no image of the part *name* of a table has a class."""
+    if name != UNSPLIT and not images.class_counts().any():
+        table = images.root / LABELS_FILE
+        raise DataError(f"{table}: no image of split {name} has a class; add some")
 
 
 def _targets(
@@ -118,7 +119,9 @@ def _targets(
 
     None selects class indices if every image has exactly one class. Raises `DataError` if false does not fit.
     """
-    targets = np.array([[label in row.classes for label in labels] for row in rows], dtype=np.float32)
+    targets = np.array(
+        [[normalize(label) in row.classes for label in labels] for row in rows], dtype=np.float32
+    )
     not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
     is_multi_label = not_single.size > 0 if multi_label is None else multi_label
     if is_multi_label:
@@ -132,23 +135,28 @@ def _targets(
 
 
 class _Row(NamedTuple):
-    """The line number of an image, its path, classes, part (None without a column `split`) and group."""
+    """The line number of an image, its name in the table, classes, part and group, and the path of its file.
+
+    The part is None without a column `split`, the path if there is no such file.
+    """
 
     line: int
     file: str
     classes: set[str]
     part: str | None
     group: str
+    path: bytes | None
 
 
-def _read_rows(table: Path) -> list[_Row]:
-    """Read the rows of *table*; raises `DataError` for an invalid line."""
+def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
+    """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line."""
     try:
-        reader = csv.DictReader(io.StringIO(table.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        text = io.StringIO(table.read_bytes().decode("utf-8-sig"), newline="")
+        reader = csv.DictReader(text, strict=True, skipinitialspace=True)
+        columns = reader.fieldnames = [fold(column) for column in reader.fieldnames or ()]
         records = [(reader.line_num, record) for record in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
-    columns = reader.fieldnames or ()
     if {*columns} - {SPLIT, GROUP} != {*_REQUIRED}:
         raise DataError(
             f"{table}: has the columns {', '.join(columns) or 'none'}; write file,classes and optionally "
@@ -156,29 +164,33 @@ def _read_rows(table: Path) -> list[_Row]:
         )
     if not records:
         raise DataError(f"{table}: lists no images; add a line per image")
-    rows: dict[str, _Row] = {}
+    path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
+    rows: dict[bytes | str, _Row] = {}
     for line, record in records:
         where = f"{table}: line {line}"
         if None in record or None in record.values():  # more or fewer cells than columns
             raise DataError(f"{where}: does not have {len(columns)} columns; quote names with commas")
-        values = {column: value.strip() for column, value in record.items()}
-        path = PurePosixPath(values["file"])
-        file, listed, split = str(path), values["classes"], values.get(SPLIT)  # the split may be None
-        classes = [name.strip() for name in listed.split(SEPARATOR)] if listed else []
-        is_inside = not path.is_absolute() and ".." not in path.parts
-        if not is_inside or not is_image(path.name):
+        row = _read_row(table.parent, line, {name: value.strip() for name, value in record.items()})
+        row = row._replace(path=row.path or path_of_name.get(normalize(row.file)))
+        if (before := rows.setdefault(row.path or row.file, row)) is not row:
             raise DataError(
-                f"{where}: {values['file']!r} is not the path of an image, relative to the folder, without .."
+                f"{where}: {row.file} is listed in line {before.line}, too; keep one line per file"
             )
-        if "" in classes:
-            raise DataError(
-                f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
-            )
-        if split not in (TRAIN, VAL, None):
-            raise DataError(f"{where}: split is {split!r}; write {TRAIN} or {VAL}")
-        if file in rows:
-            raise DataError(
-                f"{where}: {file} is listed in line {rows[file].line}, too; keep one line per file"
-            )
-        rows[file] = _Row(line, file, set(classes), split, values.get(GROUP, ""))
     return list(rows.values())
+
+
+def _read_row(root: Path, line: int, values: Mapping[str, str]) -> _Row:
+    """Read *values* by column, those of a file below *root*, in *line*; raises `DataError`."""
+    where, name, listed = f"{root / LABELS_FILE}: line {line}", values["file"], values["classes"]
+    is_of_windows = "\\" in name and not (root / name).is_file()
+    file = PurePosixPath(name.replace("\\", "/") if is_of_windows else name)
+    if file.is_absolute() or ".." in file.parts or not is_image(file.name):
+        raise DataError(f"{where}: {name!r} is not the path of an image, relative to the folder, without ..")
+    classes = {normalize(label.strip()) for label in listed.split(SEPARATOR)} if listed else set()
+    if "" in classes:
+        raise DataError(f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}")
+    split = values.get(SPLIT)  # None without this column
+    if split not in (TRAIN, VAL, None):
+        raise DataError(f"{where}: split is {split!r}; write {TRAIN} or {VAL}")
+    path = os.fsencode(file) if (root / file).is_file() else None  # its name may be encoded differently
+    return _Row(line, str(file), classes, split, values.get(GROUP, ""), path)

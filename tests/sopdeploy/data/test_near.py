@@ -16,11 +16,11 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.check import EDGES_MISS, check_data
-from sopdeploy.photos.copies import Copies, connect, effective_count, find_pairs, group_by_appearance
+from sopdeploy.photos.copies import Copies, connect, effective_count, find_pairs, group_photographs
 from sopdeploy.photos.folder import list_classes, open_folder
-from sopdeploy.photos.photo import ArrayImages, hash_images
+from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.photos.split import NONE, Split, choose_held_out, divide, record_choice, recorded_choice
-from sopdeploy.photos.table import read_label_table
+from sopdeploy.photos.table import UNSPLIT, read_label_table
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import read_recipe
@@ -79,7 +79,7 @@ def true_groups(paths: np.ndarray) -> list[str]:
 @pytest.mark.parametrize("copies", [0, 1, 2])
 def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies: int):
     images = list_classes(write_scenes(tmp_path, copies=copies)).images
-    groups = group_by_appearance(images)
+    groups = group_photographs(images).groups
     scenes = true_groups(images.paths)
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(one) for one in scenes]
 
@@ -183,10 +183,10 @@ def test_equal_images_are_on_one_side_whatever_the_measure_finds(
     if case == BROKEN:
         (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
     if case == "many images":
-        monkeypatch.setattr("sopdeploy.photos.split.MAX_SIGNATURES", 10)
+        monkeypatch.setattr("sopdeploy.photos.copies.MAX_SIGNATURES", 10)
     monkeypatch.setattr("sopdeploy.photos.copies.find_pairs", lambda *_: np.zeros((2, 0), np.intp))
     images = list_classes(tmp_path).images
-    choice = choose_held_out(images, hash_images(images), 0.3, 0)
+    choice = choose_held_out(images, group_photographs(images).groups, 0.3, 0)
     sides: dict[str, set[bool]] = {}
     for path, group in zip(images.paths, choice, strict=True):
         sides.setdefault(Path(path.decode()).stem, set()).add(bool(group != NONE))
@@ -218,9 +218,8 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
             scene(10 * place + number).save(tmp_path / name / f"{number}.png")
     images = list_classes(tmp_path).images
     assert len(set(images.groups.tolist())) == 3 + 4  # the only folder of a class is no group
-    held_out = divide(
-        Split.undivided(images), choose_held_out(images, np.zeros(0, np.int64), 0.3, 0)
-    ).held_out
+    choice = choose_held_out(images, group_photographs(images).groups, 0.3, 0)
+    held_out = divide(Split.undivided(images), choice).held_out
     assert len({path.split(b"/")[1] for path in held_out.paths if path.startswith(b"cat")}) == 1
     rows = [
         f"{path.decode()},{path.decode()[:3]},{'burst' * (number < 4)}"
@@ -228,7 +227,7 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
     ]
     (tmp_path / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
     table = read_label_table(tmp_path)
-    assert len(set(table.images.groups.tolist())) == 1 + 12
+    assert len(set(table.parts[UNSPLIT].groups.tolist())) == 1 + 12
     (tmp_path / "labels.csv").write_text("file,classes,burst\na.png,cat,1\n", encoding="utf-8")
     with pytest.raises(DataError, match="optionally split and group"):
         read_label_table(tmp_path)

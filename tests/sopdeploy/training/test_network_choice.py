@@ -16,6 +16,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.start import Given
 from tests.sopdeploy.training.runs import paint
 
 IMAGES = 100
@@ -97,7 +98,7 @@ def test_the_error_names_the_fastest_network_if_none_is_fast_enough(
     recipe = read_recipe("photos", [f"data.path={photos}"])
     message = "no network needs at most 5 ms; the fastest is a with 9.0 ms"
     with pytest.raises(ConfigError, match=message):
-        network_choice.choose_network({"a": (recipe, [], None), "b": (recipe, [], None)}, 5, Callback())
+        network_choice.choose_network({"a": (recipe, Given()), "b": (recipe, Given())}, 5, Callback())
 
 
 def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
