@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from shlex import join
 from typing import TYPE_CHECKING, Any
 
 import pydantic
@@ -159,8 +160,10 @@ def _show_unused(inspected: dict[str, Any]) -> None:
     unused = inspected["unused"]
     print_field("unused", ", ".join(unused) if unused else "nothing; the output depends on every part")
     if unused:
-        flags = " ".join(f"--training-only {part}" for part in unused)
-        print_field("next", f"sopdeploy export .. --network {inspected['network']} {flags}", style="dim")
+        words = ["--network", inspected["network"]]
+        for part in unused:
+            words += ["--training-only", part]
+        print_field("next", f"sopdeploy export .. {join(words)}", style="dim")
 
 
 @command(_show_unused)
