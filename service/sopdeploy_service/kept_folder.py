@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple
 
 from sopdeploy.errors import ConfigError
@@ -65,7 +66,7 @@ class KeptFolder:
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
         self._clock_problem = ""  # why no photograph expires; empty if they do
-        with writing(path, ConfigError):
+        with writing(path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             was_here = (path / LOCK).exists()
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -154,7 +155,7 @@ class KeptFolder:
         if now - checked > max(MAX_ABSENCE, self._age * ABSENCE_SHARE):
             return (
                 f"the last check of ages was {(now - checked).days} days ago; correct the clock or, if it is "
-                f"right, run: touch {self.path / LOCK}"
+                f"right, run: touch {quote(str(self.path / LOCK))}"
             )
         return ""
 

@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO
 from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import BundleError, MissingPackageError
+from sopdeploy.errors import BundleError, MissingPackageError, StorageError
 from sopdeploy.files import BLOCK_BYTES, atomic_write, writing
 
 ARCHIVE_SUFFIX = ".tar"
@@ -78,7 +78,7 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
         for piece in archive_layout(manifest):
             if isinstance(piece, str):  # the name of a file, whose contents follow
                 missing = manifest.files[piece].bytes
-                with writing(piece, BundleError), (folder / piece).open("xb") as target:
+                with writing(piece), (folder / piece).open("xb") as target:
                     while missing > 0 and (block := file.read(min(missing, BLOCK_BYTES))):
                         target.write(block)
                         missing -= len(block)
@@ -118,11 +118,11 @@ def put(file: Path, destination: str, name: str) -> str:
     target = Path(destination) / name
     new = [folder for folder in target.parents if not folder.exists()]  # the innermost first
     try:
-        with writing(target, BundleError):
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(target) as partial:
                 shutil.copyfile(file, partial)
-    except BundleError:
+    except StorageError:
         for folder in new:
             with suppress(OSError):  # it was not created, or another process uses it meanwhile
                 folder.rmdir()

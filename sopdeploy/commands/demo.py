@@ -31,7 +31,7 @@ def demo(*, out: Path = Path("demo")) -> int | None:
     Args:
         out: Folder of the run and the bundle; created if it is missing.
     """
-    with writing(out, SopdeployError):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     program = (sys.executable, "-m", "sopdeploy")
     for words in COMMANDS:

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
-from sopdeploy.errors import CheckpointError
 from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.evaluation.prediction import score_images
@@ -89,7 +88,7 @@ def write_run_page(
             *_describe_run(start, fit, run.record),
         ],
     )
-    with writing(page, CheckpointError), atomic_write(page) as partial:
+    with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
     return metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
 

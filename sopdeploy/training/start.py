@@ -151,7 +151,7 @@ def start_run(
     folder: RunFolder,
     last: Checkpoint | None,
     callback: Callback,
-    given: Given,
+    given: Given = NOTHING_GIVEN,
 ) -> Start:
     """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
 

@@ -83,7 +83,7 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
     The write is atomic; the owner of the file stays. Raises `ConfigError` for an invalid or used name, or if
     the file cannot be written.
     """
-    with writing(path, ConfigError):
+    with writing(path):
         if path.exists() and any(key.name == name for key in read_keys(path)):
             raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
         secret = _PREFIX + secrets.token_urlsafe(BITS // 8)

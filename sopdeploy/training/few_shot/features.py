@@ -200,7 +200,7 @@ class CachedNetwork:
             for position, entry in enumerate(entries):
                 if entry is None and not are_decoded[position]:  # there is an entry, but it is damaged
                     decoded = photographs.decode(images.photo(batch[position]))
-                    pixels[position] = torch.from_numpy(decoded)
+                    pixels[position] = torch.tensor(decoded)  # a copy
             waiting.append(_Loaded(pixels, hashes, paths, entries))
             num_missing = sum(loaded.entries.count(None) for loaded in waiting)
             is_last = batch is batches[-1]

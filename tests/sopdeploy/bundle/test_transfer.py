@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.signing import check_signature, sign, signature_path
 from sopdeploy.cli.app import app
 from sopdeploy.commands.transfer import pull, push
-from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.errors import BundleError, ConfigError, StorageError
 from tests.forged import FIELDS, forge, write_hollow, write_key
 
 EARLIER, LATER = "2025-12-31T23:59:59.000000Z", "2026-02-03T04:05:06.000000Z"
@@ -97,7 +97,7 @@ def test_a_failed_push_leaves_no_folder(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("sopdeploy.bundle.archive.shutil.copyfile", fail)
-    with pytest.raises(BundleError, match="No space left on device"):
+    with pytest.raises(StorageError, match="No space left on device"):
         push(bundle, str(tmp_path / "a" / "b"))
     (bundle / "labels.json").write_text("[]")
     with pytest.raises(BundleError, match=r"labels\.json"):
