@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from sopdeploy.photos.files import (
     part_folder,
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
-from sopdeploy.photos.names import TRAIN, describe_confusable, fold, normalize
+from sopdeploy.photos.names import TRAIN, describe_confusable, fold, normalize, part_kind
 from sopdeploy.photos.photo import ImageFiles, find_unreadable, select_classes
 from sopdeploy.photos.split import Split
 from sopdeploy.photos.table import (
@@ -195,7 +196,7 @@ def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[s
         only_others = f", only other files ({ignored})" if ignored else ""
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
-            f"add some ({', '.join(SUFFIXES)}) or remove the folder"
+            f"add some ({', '.join(SUFFIXES)}) or remove the folder{_suggest_folder(images)}"
         )
 
 
@@ -234,9 +235,30 @@ def _too_few_classes(images: ImageFiles) -> DataError:
     if not images.labels:
         return no_classes(root)
     (name,) = images.labels
-    may_hold_classes = len(list_subfolders(root / name)) > 1
-    hint = f"; to use the folders in it as classes, give {root / name}" if may_hold_classes else ""
+    hint = _suggest_folder(images)
     return DataError(f"{root}: holds only one class ({name}); a classifier needs at least two{hint}")
+
+
+def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --data") -> str:
+    """Give *advice* with the folder below the root of *images* whose subfolders may be the classes.
+
+    It is the one with the most images, if no class folder holds images itself. The other class folders must
+    hold no images, or folders of the same names: different names are those of the objects of each class.
+    Returns "" if there is none.
+    """
+    counts = defaultdict[str, Counter[str]](Counter)  # images of each subfolder, by the path of its folder
+    for path in images.paths.tolist():
+        above, _, name = os.fsdecode(path).rpartition("/")[0].rpartition("/")
+        counts[above][name] += 1
+    best = max(counts, key=lambda above: (len(counts[above]) > 1, counts[above].total()), default="")
+    names = counts.pop(best, Counter())
+    of_others = set[str]().union(*counts.values())
+    is_only_one = len(set(images.targets.tolist())) == 1
+    if not best or "" in counts or len(names) < 2 or not (is_only_one or names.keys() & of_others):
+        return ""
+    while part_kind(best.rpartition("/")[2]):  # a part of the data set
+        best = best.rpartition("/")[0]
+    return f"; if {shorten(sorted(names))} are the classes, {advice} {quote(str(images.root / best))}"
 
 
 def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
@@ -255,8 +277,8 @@ def _describe_nested(listing: ClassListing) -> Iterator[str]:
     if listing.nested:
         yield (
             f"{listing.images.root}: images of folders in a class folder count as images of that class, "
-            f"those of several folders as a group each: {shorten(listing.nested)}; move these folders up if "
-            "they are classes"
+            f"those of several folders as a group each: {shorten(listing.nested)}"
+            + (_suggest_folder(listing.images) or "; move these folders up if they are classes")
         )
 
 
@@ -323,6 +345,7 @@ def _match_classes(
     confusable = describe_confusable([*unknown, *labels]) if unknown else []
     hint = f" ({'; '.join(confusable)})" if confusable else ""
     if unknown and not are_allowed:
+        hint = hint or _suggest_folder(images, "give")
         verb = "are not classes" if len(unknown) > 1 else "is no class"
         raise DataError(
             f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "

@@ -215,7 +215,7 @@ def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess
 
 def _show_copies(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Iterator[Section]:
     """Show the largest groups of copies among training *images*."""
-    group_N = fit.groups
+    group_N = fit.copies
     sizes = np.bincount(group_N)
     largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
     captions = [

@@ -115,6 +115,7 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
         decision=decision,
         logits=found.shifted_logits,
         groups=found.groups,
+        copies=found.copies,
         judged=found.judged,
         label_logits=label_logits,
     )
@@ -127,6 +128,7 @@ class CrossValidation:
     Attributes:
         problem: The linear problem of the features that the head reads, with the targets.
         groups, judged: The group (N,) of each image, and the indices of the images that the score counts.
+        copies: The photograph (N,) that each image shows; those of an object are a group, too.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
         shifted_logits: These logits with the mean energies of all cross-validations.
         strength, distance_weight: The chosen C, and the weight of the distance in the network.
@@ -136,6 +138,7 @@ class CrossValidation:
     features: Features
     problem: Problem
     groups: Indices
+    copies: Indices
     judged: Indices
     folds: Indices
     logits: Array
@@ -215,6 +218,7 @@ def cross_validate(
     return CrossValidation(
         features=features,
         problem=problem,
+        copies=copies_N,
         groups=groups_N,
         judged=judged,
         folds=folds_of_validations[0],  # the others count only in means
@@ -249,17 +253,20 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
     return [set(groups_N[of_class > 0].tolist()) for of_class in targets.classes.T]
 
 
-def _describe_groups(images: LabeledImages, targets: Targets, groups_N: Indices) -> dict[str, Any]:
-    """Return the fields of `FewShotResult` about the groups of copies *groups_N*."""
+def _describe_groups(
+    images: LabeledImages, targets: Targets, groups_N: Indices, copies_N: Indices
+) -> dict[str, Any]:
+    """Return the fields of `FewShotResult` about *groups_N* and about the photographs *copies_N*."""
     groups = _groups_of_classes(targets, groups_N)
     num_groups = {label: len(found) for label, found in zip(images.labels, groups, strict=True)}
     counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
     contradictions = tuple(
         " = ".join(images.identity(index) for index in indices.tolist())
-        for indices in targets.contradictions(groups_N)  # of the images of each group with different classes
+        for indices in targets.contradictions(copies_N)  # of the copies of a photograph with several classes
     )
     return {
         "num_groups": int(groups_N.max()) + 1,
+        "num_photographs": int(copies_N.max()) + 1,
         "one_group": tuple(label for label, number in num_groups.items() if number == 1),
         "two_groups": tuple(label for label, number in num_groups.items() if number == 2 < counts[label]),
         "contradictions": contradictions,
@@ -298,7 +305,7 @@ def _evaluate(
         balanced=found.targets.balanced,
         num_images=len(images),
         num_duplicates=len(images) - len(set(found.features.hashes)),
-        **_describe_groups(images, found.targets, found.groups),
+        **_describe_groups(images, found.targets, found.groups, found.copies),
         head=f"{recipe.model.name} {head.kind}{taps}",
         num_features=len(found.problem.center),
         strength=found.strength,

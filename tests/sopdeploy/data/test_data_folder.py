@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 from zlib import crc32
 
@@ -155,7 +157,7 @@ BAD_FOLDERS = [
     ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
     (
         {"in__a": 1, "in__b": 1},
-        "(in); a classifier needs at least two; to use the folders in it as classes, give ",
+        "(in); a classifier needs at least two; if a, b are the classes, run: sopdeploy train --data ",
     ),
     ({"a": 3, "b": 0}, "b: no images in this class folder; add some"),
     ({"a": 3, "b": 1}, "a classifier needs two classes of two images or more; add images of b"),
@@ -253,6 +255,34 @@ def test_folders_that_may_be_a_mistake_are_named(tmp_path, counts, sizes, line) 
     assert line in log
     assert log.count("\n") == 0
     assert "\n".join(check_data(tmp_path).notes) == log
+
+
+TOO_HIGH = [  # folders, the one that was meant; "" if there is none
+    ({"images__rose": 3, "images__tulip": 3, "samples__rose": 1, "samples__tulip": 1}, "images"),
+    ({"images__rose": 3, "images__tulip": 3, "samples__rose": 1}, "images"),
+    ({"a__2024__rose": 1, "a__2024__tulip": 1, "b__2024__rose": 3, "b__2024__tulip": 3}, "b/2024"),
+    ({"photos__rose": 3, "photos__tulip": 3}, "photos"),
+    ({"in__photos__rose": 3, "in__photos__tulip": 3}, "in/photos"),
+    ({"my photos__train__rose": 3, "my photos__train__tulip": 3, "my photos__val__rose": 1}, "my photos"),
+    ({"photos__rose": 3, "photos__tulip": 3, "docs": 0}, "photos"),
+    ({"rose__1": 2, "rose__2": 2, "tulip__3": 2, "tulip__4": 2}, ""),  # objects
+    ({"rose": 2, "tulip__red": 2, "tulip__white": 2}, ""),
+    ({"rose__all": 2, "tulip__all": 2}, ""),
+    ({"photos__rose": 3}, ""),
+]
+
+
+@pytest.mark.parametrize(("counts", "meant"), TOO_HIGH, ids=str)
+def test_a_folder_one_level_too_high_is_named_with_the_command(tmp_path, counts, meant) -> None:
+    shown = CliRunner().invoke(app, ["data", "check", str(make(tmp_path, **counts))])
+    found = re.search(
+        r"if rose, tulip are the classes, run: sopdeploy train --data (.*?)(\. |$)", shown.output, re.M
+    )
+    assert (found is not None) == bool(meant), shown.output
+    if found is not None:
+        assert shlex.split(found[1])[0] == str(tmp_path / meant)
+        with pytest.raises(DataError, match="if rose, tulip are the classes, give "):
+            open_evaluation_images(tmp_path, ("rose", "tulip"))
 
 
 @pytest.mark.parametrize(
