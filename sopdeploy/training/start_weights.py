@@ -107,8 +107,9 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
 
         config = make_config(recipe.model.name, recipe.model.config)
         path, source_model = fetch_imagenet_weights(model, config)
-    check_is_file(path)
-    source = source or open_weights(path)
+    if source is None:
+        check_is_file(path)
+        source = open_weights(path)
     if isinstance(source, WeightFile):
         converted = convert_weights(source, source_model)
         return StartWeights(
