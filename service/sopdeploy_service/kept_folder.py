@@ -58,8 +58,8 @@ class KeptFolder:
     ) -> None:
         """Reserve *path* for this process, and create it if needed; only its owner can read the files.
 
-        *on_delete* is called for each photograph that was deleted. Raises `ConfigError` if the folder cannot
-        be written, or if another process keeps photographs there.
+        *on_delete* is called for each photograph that was deleted. Raises `StorageError` if the folder cannot
+        be written, and `ConfigError` if another process keeps photographs there.
         """
         self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
         self._entries: dict[str, _Entry] = {}  # by name, the oldest first

@@ -18,8 +18,8 @@ from typing import IO, Any, BinaryIO
 from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import BundleError, MissingPackageError, StorageError
-from sopdeploy.files import BLOCK_BYTES, atomic_write, writing
+from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError, StorageError
+from sopdeploy.files import BLOCK_BYTES, STORAGE_ERRNOS, atomic_write, writing
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -138,7 +138,9 @@ def get(source: str, file: Path, limit: int) -> None:
             size += len(block)
             if size > limit:
                 raise BundleError(f"{source}: larger than {limit} bytes, the limit; check the address")
-            target.write(block)
+            with writing(file):
+                target.write(block)
+                target.flush()
 
 
 @contextmanager
@@ -164,10 +166,13 @@ def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", MissingPackageError, url)
     try:
         yield fsspec.core.url_to_fs(url)
-    except BundleError:
+    except SopdeployError:
         raise
     except Exception as error:
         cause = error.__cause__ or error  # clients wrap errors of uploads
+        if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks
+            with writing(url):
+                raise cause from error
         text = " ".join(str(cause).split())
         raise BundleError(
             f"{url}: {type(cause).__name__}: {text}; check the address, the network and the credentials"
