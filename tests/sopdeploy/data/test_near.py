@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.photos.check import EDGES_MISS, check_data
 from sopdeploy.photos.copies import Copies, connect, effective_count, find_pairs, group_photographs
 from sopdeploy.photos.folder import list_classes, open_folder
-from sopdeploy.photos.photo import ArrayImages
+from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.photos.split import NONE, Split, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.photos.table import UNSPLIT, read_label_table
 from sopdeploy.training.callback import Callback
@@ -260,6 +261,39 @@ def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):
     parts = [set(true_groups(part.paths)) for part in (split.train, split.held_out)]
     assert not parts[0] & parts[1]
     assert len(split.train) + len(split.held_out) == 48
+
+
+def test_a_split_and_a_check_read_each_photograph_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root, reads, read = write_scenes(tmp_path, copies=1), list[int](), ImageFiles.read
+
+    def count(images: ImageFiles, index: int) -> bytes:
+        reads.append(index)
+        return read(images, index)
+
+    monkeypatch.setattr(ImageFiles, "read", count)
+    recipe = read_recipe("photos-dsop", [f"data.path={root}"])
+    for use in (
+        lambda: divide_images(recipe, open_folder(root), None, Strategy(CPU)),
+        lambda: group_photographs(list_classes(root).images),  # as `compare` does
+        lambda: check_data(root, near=True),
+    ):
+        reads.clear()
+        use()
+        assert 48 <= len(reads) <= 48 + 8  # of eight, copies are made to measure how similar copies are
+
+
+def test_train_lists_its_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root, listed, scandir = write_classes(tmp_path / "photos", ("a", "b"), 4), [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(str(path)), scandir(path))[1])
+    weights = tmp_path / "weights.pth"
+    torch.manual_seed(0)
+    network = create_model("efficientnet-lite0", num_classes=2)
+    torch.save(network.state_dict(), weights)
+    shown = CliRunner().invoke(
+        app, ["train", "--data", str(root), "--weights", str(weights), "--out", str(tmp_path / "run")]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert [listed.count(str(root / name)) for name in "ab"] == [1, 1]
 
 
 def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
