@@ -180,9 +180,10 @@ def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[s
     root, folders = images.root, set(images.labels)
     unknown, missing = sorted(folders - set(labels)), sorted(set(labels) - folders)
     for label in [*missing]:
-        for folder in [folder for folder in unknown if fold(folder) == fold(label)]:
-            yield f"{root}: the class {folder!r} is {label!r} in the training images; rename one of them"
-            unknown.remove(folder)
+        if alike := [folder for folder in unknown if fold(folder) == fold(label)]:
+            names = " and ".join(map(repr, alike))
+            yield f"{root}: the class {names} is {label!r} in the training images; rename one of them"
+            unknown = [folder for folder in unknown if folder not in alike]
             missing.remove(label)
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"

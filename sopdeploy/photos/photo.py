@@ -204,7 +204,7 @@ class ImageFiles(LabeledImages):
             raise DataError(f"{path}: cannot be read ({error.strerror}); repair or delete it") from error
 
     def identity(self, index: int) -> str:
-        """Return the path of a file relative to `root`."""
+        """Return the path of a file relative to `root`, in the encoding that all machines share."""
         return normalize(os.fsdecode(self.paths[index]))
 
     def describe(self, index: int) -> str:

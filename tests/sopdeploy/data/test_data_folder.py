@@ -137,6 +137,11 @@ def test_classes_that_are_easily_confused_are_named(tmp_path, other) -> None:
     with pytest.raises(DataError) as problem:
         open_evaluation_images(tmp_path / "photos", ("b", "hat"))
     assert line in str(problem.value)
+    make(tmp_path / "parts" / "val", hAT=1)
+    (tmp_path / "parts" / "val" / "hat").rename(tmp_path / "parts" / "val" / "haT")
+    with pytest.raises(DataError) as problem:
+        open_folder(tmp_path / "parts")
+    assert f"'hAT' and 'haT' is {other!r} in the training images" in str(problem.value)
     lines: list[str] = []
     open_evaluation_images(tmp_path / "photos", ("b", "hat"), other_classes=True, log=lines.append)
     assert line in lines[0]
