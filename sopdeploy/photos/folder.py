@@ -1,6 +1,6 @@
-"""Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`folders`).
+"""Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`files`).
 
-A folder with `labels.csv` holds images that this table lists with their classes (`label_table`), and official
+A folder with `labels.csv` holds images that this table lists with their classes (`table`), and official
 layouts are read by torchvision (`libraries`).
 """
 
