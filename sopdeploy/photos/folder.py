@@ -27,7 +27,7 @@ from sopdeploy.photos.files import (
     part_folder,
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
-from sopdeploy.photos.names import TRAIN, describe_confusable, fold, normalize, part_kind
+from sopdeploy.photos.names import TRAIN, describe_confusable, fold, hint_at_spelling, normalize, part_kind
 from sopdeploy.photos.photo import ImageFiles, find_unreadable, select_classes
 from sopdeploy.photos.split import Split
 from sopdeploy.photos.table import (
@@ -343,8 +343,7 @@ def _match_classes(
     names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in given)
     unknown = [label for label, name in zip(given, names, strict=True) if name not in labels]
     are_allowed = allow_unknown and len(unknown) < len(given)  # at least one class must remain
-    confusable = describe_confusable([*unknown, *labels]) if unknown else []
-    hint = f" ({'; '.join(confusable)})" if confusable else ""
+    hint = hint_at_spelling(unknown, labels)
     if unknown and not are_allowed:
         hint = hint or _suggest_folder(images, "give")
         verb = "are not classes" if len(unknown) > 1 else "is no class"

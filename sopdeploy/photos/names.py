@@ -10,7 +10,7 @@ case is accepted, and the usual affixes: `Training/`, `Val/`, `seg_train/seg_tra
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from sopdeploy.images.limits import SUFFIXES
 
@@ -50,6 +50,12 @@ def normalize(name: str) -> str:
 def fold(name: str) -> str:
     """Return what names share that are easily confused: *name* without case, variants and extra spaces."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def hint_at_spelling(unknown: Collection[str], known: Collection[str]) -> str:
+    """Name the *unknown* classes that are easily confused with *known* ones; "" if none are."""
+    lines = describe_confusable([*unknown, *known]) if unknown else []
+    return f" ({'; '.join(lines)})" if lines else ""
 
 
 def describe_confusable(names: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.photos.files import list_images, list_subfolders
-from sopdeploy.photos.names import TRAIN, describe_confusable, fold, is_image, normalize
+from sopdeploy.photos.names import TRAIN, describe_confusable, fold, hint_at_spelling, is_image, normalize
 from sopdeploy.photos.photo import ImageFiles
 
 LABELS_FILE = "labels.csv"
@@ -89,7 +89,8 @@ def read_label_table(
         names = shorten(labels) or "none"
         raise DataError(f"{table}: has fewer than two classes ({names}); a network needs at least two")
     if unknown := sorted(listed - set(map(normalize, labels))):
-        raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them")
+        hint = hint_at_spelling(unknown, labels)
+        raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them{hint}")
     targets = _targets(table, rows, labels, multi_label)
     paths = np.asarray([row.path for row in rows], dtype=np.bytes_)
     groups = None

@@ -86,6 +86,8 @@ def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> 
         in notes
     )
     assert any("'red  cat' and 'red cat'" in note for note in notes)
+    with pytest.raises(DataError, match=r"remove them \('Hat' and 'hat' are different classes; rename one"):
+        open_evaluation_images(folder, ("hat", "red cat", "red  cat"), multi_label=True)
 
 
 PROBLEMS = {
