@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.batches import sequential_batches
-from sopdeploy.data.dataset import PreprocessedDataset
 from sopdeploy.decision import Decision, energy
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.recipe_files import parse_override
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.inference.loader import load_model

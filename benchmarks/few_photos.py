@@ -51,13 +51,13 @@ from sklearn.svm import SVC
 
 from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, write_plain
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.data.dataset import PreprocessedDataset
 from sopdeploy.decision import energy
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import student
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead, with_head
 from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.photo import PreprocessedDataset
 
 
 class Case(NamedTuple):

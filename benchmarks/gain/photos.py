@@ -22,14 +22,13 @@ from sopdeploy.checkpoint import read_pytorch
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
 from sopdeploy.data.batches import sequential_batches
-from sopdeploy.data.dataset import PreprocessedDataset
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.dsop import DSoPConfig
 from sopdeploy.models.dsop_networks import DSoPTimm
 from sopdeploy.models.timm_networks import TimmBackbone, TimmConfig
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.seeds import derive_seed
 
 BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 4

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.dataset import Dataset
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Box, Preprocess, Side
-from sopdeploy.photos.photo import Target
+from sopdeploy.photos.photo import Dataset, Target
 from sopdeploy.seeds import derive_seed
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sopdeploy.data.dataset import Dataset
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError
+from sopdeploy.photos.photo import Dataset
 from sopdeploy.seeds import derive_seed
 
 PILLOW_BLOCKS = 2  # of 16 MB each that Pillow keeps: enough for a photograph and its conversion

@@ -1,4 +1,4 @@
-"""Labeled photographs: their bytes, targets and identities, and what is wrong with them."""
+"""Labeled photographs: their bytes, targets and identities, and the arrays that networks see."""
 
 import copy
 import hashlib
@@ -21,7 +21,7 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError, ImageError, shorten
 from sopdeploy.files import open_regular
 from sopdeploy.images.formats import load_pixels, open_image
-from sopdeploy.images.pixels import to_rgb
+from sopdeploy.images.pixels import preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.names import normalize
 
@@ -214,6 +214,40 @@ class ImageFiles(LabeledImages):
     def path(self, index: int) -> Path:
         """Return the path of a file."""
         return self.root / os.fsdecode(self.paths[index])
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset(ABC):
+    """Base class of network inputs: the `images` of a source, converted to uint8 arrays of one size."""
+
+    images: LabeledImages
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessedDataset(Dataset):
+    """Images preprocessed exactly as the service does, for evaluation.
+
+    With `pad`, they are padded with that many black pixels and cropped at an offset that the pixels decide.
+    """
+
+    preprocess: Preprocess
+    pad: int = 0
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
+        image, target = self.images[index]
+        array, pad = preprocess_image(image, self.preprocess), self.pad
+        if pad:  # the offset is the same in every epoch
+            digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+            top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
+            padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
+            array = padded[top : top + self.preprocess.crop, left : left + self.preprocess.crop]
+        return array, target
 
 
 def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sopdeploy.data.batches import load_batches
-from sopdeploy.data.dataset import Dataset
 from sopdeploy.images.formats import load_pixels
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
@@ -21,7 +20,7 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.photos.copies import Copies, find_pairs
-from sopdeploy.photos.photo import LabeledImages, Photo, image_errors
+from sopdeploy.photos.photo import Dataset, LabeledImages, Photo, image_errors
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
 from sopdeploy.training.few_shot.classifier import Indices, LinearHead, Problem

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.data.dataset import PreprocessedDataset
 from sopdeploy.decision import Decision, Estimate, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
@@ -26,7 +25,12 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, pr
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
 from sopdeploy.photos.copies import connect
-from sopdeploy.photos.photo import LabeledImages, describe_contradictions, unreadable_images_error
+from sopdeploy.photos.photo import (
+    LabeledImages,
+    PreprocessedDataset,
+    describe_contradictions,
+    unreadable_images_error,
+)
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from sopdeploy.data.augment import AugmentedDataset, ColorConfig, PadCrop
 from sopdeploy.data.batches import load_batches, shuffled_batches
-from sopdeploy.data.dataset import PreprocessedDataset
 from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.photo import ArrayImages, unreadable_images_error
+from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.photos.split import hold_out
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.recipe import read_recipe
