@@ -84,7 +84,7 @@ def test_the_choice_is(case: str, photos: Path, monkeypatch: pytest.MonkeyPatch)
     found, within, expected = CHOICES[case]
     names = set_results(monkeypatch, found)
     recipes = {name: read_recipe("photos", [f"data.path={photos}", f"project={name}"]) for name in found}
-    configured: Any = {name: (recipe, [], None) for name, recipe in recipes.items()}
+    configured = {name: (recipe, Given()) for name, recipe in recipes.items()}
     scores = network_choice.choose_network(configured, within, Callback())
     assert [score.name for score in scores if score.chosen] == [expected]
     assert [score.name for score in scores if score.score is not None] == names
