@@ -18,14 +18,14 @@ from measure import Result, existing, make_parser, one_line_errors, report
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import sequential_batches
-from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.decision import Decision, energy
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.importers.import_weights import import_weights
+from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.recipe_files import parse_override
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.inference.loader import load_model

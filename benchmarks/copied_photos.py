@@ -46,9 +46,10 @@ from sopdeploy.decision import energy
 from sopdeploy.errors import DataError
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.training.few_shot.features import TAPS
+from sopdeploy.training.fits import FewShotFit
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.results import FewShotResult
-from sopdeploy.training.train import TrainingResult, train_recipe
+from sopdeploy.training.train import FinishedRun, train_run
 
 KINDS = ("encoded", "cropped", "half", "burst")
 
@@ -163,22 +164,23 @@ def run_draw(
         shutil.rmtree(previous, ignore_errors=True)
     draw(given, folder, kind, copies, size, seed)
     with torch.enable_grad():
-        result = train_on(given, folder, run)
-    checkpoint, last = read_checkpoint(result.best), read_checkpoint(result.last)
-    model = build_classifier(checkpoint, result.best)
+        fit = train_on(given, folder, run).fit
+    best = run / "best.pt"
+    checkpoint = read_checkpoint(best)
+    model = build_classifier(checkpoint, best)
     rule = checkpoint.decision.rejection if checkpoint.decision else None
     if (
-        not isinstance(result.procedure, FewShotResult)
-        or result.procedure.top1 is None
-        or last.resume is None
+        not isinstance(fit, FewShotFit)
+        or not isinstance(fit.result, FewShotResult)
+        or fit.result.top1 is None
         or rule is None
         or not isinstance(model, SecondOrderHead)
     ):
         raise DataError(f"{given.data}: the few-shot procedure fitted no threshold; give larger --sizes")
-    test = head_inputs(result.best, given.test, given.model, given.cache / "test.pt", with_maps=True)
+    test = head_inputs(best, given.test, given.model, given.cache / "test.pt", with_maps=True)
     logits = model.pooled_head(test["own"].float(), {tap: test["maps"][tap].float() for tap in model.maps})
-    score = result.procedure.top1
-    wrong, divided = count_errors(folder, np.asarray(last.resume["procedure"]["groups"]))
+    score = fit.result.top1
+    wrong, divided = count_errors(folder, fit.groups)
     low, high = rule.accepted or (0.0, 1.0)
     measured = {
         "accuracy": 100 * float((logits.argmax(dim=1) == test["targets"]).double().mean()),
@@ -197,10 +199,10 @@ def run_draw(
     return measured
 
 
-def train_on(given: argparse.Namespace, folder: Path, run: Path) -> TrainingResult:
+def train_on(given: argparse.Namespace, folder: Path, run: Path) -> FinishedRun:
     """Run `sopdeploy train` on *folder* with default options."""
     settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
-    return train_recipe(read_recipe("photos", settings), run)
+    return train_run(read_recipe("photos", settings), run)
 
 
 def draws_parser(description: str | None) -> argparse.ArgumentParser:

@@ -50,14 +50,14 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
 
 from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, write_plain
-from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.decision import energy
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import student
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead, with_head
+from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.photo import PreprocessedDataset
 
 
 class Case(NamedTuple):

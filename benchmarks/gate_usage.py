@@ -25,10 +25,10 @@ import torch
 from measure import Result, parse, report
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.record import read_resumed
 from sopdeploy.training.train import train_recipe

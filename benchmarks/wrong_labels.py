@@ -26,12 +26,11 @@ from cleanlab.filter import find_label_issues
 from copied_photos import CachedInputs, draws_parser, parse_draws, train_on
 from measure import Result, one_line_errors, report
 
-from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.data.datasets.folder import list_classes
 from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
+from sopdeploy.photos.folder import list_classes
 from sopdeploy.report.wrong_labels import find_wrong_labels
-from sopdeploy.training.record import read_label_check
+from sopdeploy.training.fits import FewShotFit
 
 
 def run_draw(
@@ -59,12 +58,12 @@ def run_draw(
         )
         (folder / other).mkdir(parents=True, exist_ok=True)
         (folder / other / file.name).symlink_to(file.resolve())
-    result = train_on(given, folder, run)
+    fit = train_on(given, folder, run).fit
     names = {file.name for file in moved}
-    images, check = list_classes(folder).images, read_label_check(read_checkpoint(result.last))
-    if check is None:
+    images = list_classes(folder).images
+    if not isinstance(fit, FewShotFit) or fit.label_logits is None:
         raise DataError(f"{folder}: not trained by the few-shot procedure; give fewer photographs")
-    probabilities = softmax(check.logits)
+    probabilities = softmax(fit.label_logits)
     files = np.asarray([images.path(index).name for index in range(len(images))])
     listed = {
         "ours": {Path(one.file).name for one in find_wrong_labels(run)},

@@ -6,6 +6,7 @@ failure either the old or the new file exists. No other module reads `.pt` files
 """
 
 import argparse
+import errno
 import hashlib
 import io
 import os
@@ -25,8 +26,8 @@ from torch import Tensor
 from sopdeploy.config import check_format_version, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
-from sopdeploy.files import atomic_write, check_is_file, check_is_weights
+from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
+from sopdeploy.files import atomic_write, check_is_file, check_is_weights, writing
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
@@ -35,7 +36,7 @@ from sopdeploy.project import Origin
 from sopdeploy.version import __version__
 
 if TYPE_CHECKING:
-    from sopdeploy.data.base import LabeledImages
+    from sopdeploy.photos.photo import LabeledImages
 
 CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
@@ -94,7 +95,7 @@ class Checkpoint:
         """Say how many of *images* are training images, by the hashes of their files; empty if none are."""
         if not len(self.image_hashes) or not len(images):
             return ""
-        from sopdeploy.data.base import hash_images  # noqa: PLC0415 # an export reads no images
+        from sopdeploy.photos.photo import hash_images  # noqa: PLC0415 # an export reads no images
 
         seen = int(np.isin(hash_images(images), self.image_hashes.numpy()).sum())
         if not seen:
@@ -123,10 +124,13 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def write_plain(path: Path, content: Mapping[str, Any]) -> None:
     """Write *content*, which `load_plain` can read, to *path* atomically; raises `StorageError`."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial, partial.open("wb") as file:
-            torch.save(dict(content), file)
+            try:
+                torch.save(dict(content), file)
+            except RuntimeError as error:  # if the disk is full
+                raise OSError(errno.EIO, "the file is not complete", str(path)) from error
             file.flush()
             os.fsync(file.fileno())
         descriptor = os.open(path.parent, os.O_RDONLY)  # flushes the renaming
@@ -134,11 +138,6 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except (OSError, RuntimeError) as error:  # RuntimeError: of torch.save, if the disk is full
-        reason = error.strerror if isinstance(error, OSError) else "the file is not complete"
-        raise StorageError(
-            f"{path}: cannot be written ({reason}); check permissions and free space"
-        ) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

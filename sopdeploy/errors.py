@@ -1,6 +1,7 @@
 """All errors that sopdeploy raises for users. Exit codes, codes and HTTP statuses: docs/errors.md."""
 
 from collections.abc import Callable, Mapping, Sequence
+from shlex import quote
 
 _MAX_LISTED = 10  # names in a message
 
@@ -15,7 +16,7 @@ def command_line_option(setting: str, value: object = None) -> str:
     flag = setting.replace("_", "-")
     if value is None or value is True:
         return f"--{flag}"
-    return f"--no-{flag}" if value is False else f"--{flag} {value}"
+    return f"--no-{flag}" if value is False else f"--{flag} {quote(str(value))}"
 
 
 class SopdeployError(Exception):
@@ -149,7 +150,7 @@ class RuntimeUnavailableError(SopdeployError):
 
 
 class StorageError(SopdeployError):
-    """A file cannot be read or written: no space, no permission or a read-only file system."""
+    """A file cannot be read or written: no space, no permission, a read-only disk, or its name is in use."""
 
     code = "no_storage"
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError, WeightsError
+from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 
 PARTIAL = ".partial"
 LATEST = "latest"  # the link to the newest run or bundle of a folder
@@ -47,15 +47,15 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path | str, error: type[SopdeployError]) -> Iterator[None]:
-    """Convert an `OSError` of a block that writes to *path* to *error*, naming *path*."""
+def writing(path: Path | str) -> Iterator[None]:
+    """Convert an `OSError` of a block that writes to *path* to `StorageError`, whatever the file is."""
     try:
         yield
     except (FileExistsError, NotADirectoryError) as problem:
         reason = "a file has this name, or that of a folder above it"
-        raise error(f"{path}: cannot be written ({reason}); choose another") from problem
+        raise StorageError(f"{path}: cannot be written ({reason}); choose another") from problem
     except OSError as problem:
-        raise error(
+        raise StorageError(
             f"{path}: cannot be written ({problem.strerror}); check permissions and free space"
         ) from problem
 

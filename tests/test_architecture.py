@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import sopdeploy
+from sopdeploy.cli.app import COMMANDS
 from tests.docs.reading import module_at
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,23 @@ def test_the_tables_of_the_operations_page_are_up_to_date() -> None:
     generate = module_at(ROOT / "docs" / "generate_operations.py")
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     assert page == generate.operations_page(), "run `make docs`"
+
+
+SUGGESTED = re.compile(rf'(sopdeploy ({"|".join(COMMANDS)}) |run: \w+ )[^;`("\n]*\Z')  # a command so far
+
+
+@pytest.mark.parametrize("package", ["sopdeploy", "service", "export"])
+def test_the_words_of_suggested_commands_are_quoted(package: str) -> None:
+    unquoted = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for text in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            before = ""
+            for part in text.values if isinstance(text, ast.JoinedStr) else ():
+                if isinstance(part, ast.Constant):
+                    before += str(part.value)
+                elif SUGGESTED.search(before) and not ast.unparse(part.value).startswith(("quote(", "join(")):
+                    unquoted.append(f"{path.relative_to(ROOT)}:{text.lineno}: {ast.unparse(part.value)}")
+    assert unquoted == []
 
 
 @pytest.mark.slow

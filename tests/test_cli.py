@@ -218,6 +218,22 @@ def test_ctrl_c_ends_a_command_with_one_line_and_130(case: str, monkeypatch: pyt
     assert list(Path.cwd().iterdir()) == []
 
 
+BELOW_A_FILE = {
+    "train": "train --recipe digits-plain --out file/run",
+    "demo": "demo --out file/demo",
+    "key": "key camera --keys file/keys.toml",
+}
+
+
+@pytest.mark.parametrize("command", BELOW_A_FILE)
+def test_an_output_that_cannot_be_written_has_one_code_for_all_commands(command: str) -> None:
+    Path("file").write_text("mine")
+    result = sopdeploy_cli(*BELOW_A_FILE[command].split())
+    assert (result.exit_code, result.stderr[-14:]) == (2, " [no_storage]\n"), result.output
+    assert result.stderr.count("\n") == 1
+    assert "cannot be written" in result.stderr
+
+
 def test_errors_print_their_code_and_return_it_as_json() -> None:
     result = sopdeploy_cli("verify", "nowhere", "--json")
     assert (result.exit_code, result.stderr[-19:]) == (2, " [unusable_bundle]\n")

@@ -21,14 +21,15 @@ from gain.task import Task
 from sopdeploy.checkpoint import read_pytorch
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
 from sopdeploy.data.batches import sequential_batches
-from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.dsop import DSoPConfig
 from sopdeploy.models.dsop_networks import DSoPTimm
 from sopdeploy.models.timm_networks import TimmBackbone, TimmConfig
+from sopdeploy.photos.folder import open_folder
+from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
+from sopdeploy.seeds import derive_seed
 
 BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 4
 SIDE, VARIANTS, BATCH = 128, 6, 32

@@ -39,12 +39,12 @@ from gain.textures import TextureConfig, textures
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import sequential_batches, shuffled_batches
 from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier, as_classifier
 from sopdeploy.models.dsop_networks import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.loop_settings import OneCycle
 from sopdeploy_export.proof.networks import detach

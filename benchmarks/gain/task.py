@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import ArrayImages, derive_seed
-from sopdeploy.data.datasets.folder import open_folder
-from sopdeploy.data.datasets.libraries import open_digits
+from sopdeploy.photos.folder import open_folder
+from sopdeploy.photos.libraries import open_digits
+from sopdeploy.photos.photo import ArrayImages
+from sopdeploy.seeds import derive_seed
 
 UNUSED = 5000  # of CIFAR's training images
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gain.task import Task
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import derive_seed
+from sopdeploy.seeds import derive_seed
 
 SIDE, CHANNELS, FILTER_SIDE = 32, 3, 5
 TEST_IMAGES = 4000

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple
 
 from sopdeploy.errors import ConfigError
@@ -57,15 +58,15 @@ class KeptFolder:
     ) -> None:
         """Reserve *path* for this process, and create it if needed; only its owner can read the files.
 
-        *on_delete* is called for each photograph that was deleted. Raises `ConfigError` if the folder cannot
-        be written, or if another process keeps photographs there.
+        *on_delete* is called for each photograph that was deleted. Raises `StorageError` if the folder cannot
+        be written, and `ConfigError` if another process keeps photographs there.
         """
         self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
         self._entries: dict[str, _Entry] = {}  # by name, the oldest first
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
         self._clock_problem = ""  # why no photograph expires; empty if they do
-        with writing(path, ConfigError):
+        with writing(path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             was_here = (path / LOCK).exists()
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -154,7 +155,7 @@ class KeptFolder:
         if now - checked > max(MAX_ABSENCE, self._age * ABSENCE_SHARE):
             return (
                 f"the last check of ages was {(now - checked).days} days ago; correct the clock or, if it is "
-                f"right, run: touch {self.path / LOCK}"
+                f"right, run: touch {quote(str(self.path / LOCK))}"
             )
         return ""
 

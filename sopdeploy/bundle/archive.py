@@ -18,8 +18,8 @@ from typing import IO, Any, BinaryIO
 from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import BundleError, MissingPackageError
-from sopdeploy.files import BLOCK_BYTES, atomic_write, writing
+from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError, StorageError
+from sopdeploy.files import BLOCK_BYTES, STORAGE_ERRNOS, atomic_write, writing
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -78,7 +78,7 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
         for piece in archive_layout(manifest):
             if isinstance(piece, str):  # the name of a file, whose contents follow
                 missing = manifest.files[piece].bytes
-                with writing(piece, BundleError), (folder / piece).open("xb") as target:
+                with writing(piece), (folder / piece).open("xb") as target:
                     while missing > 0 and (block := file.read(min(missing, BLOCK_BYTES))):
                         target.write(block)
                         missing -= len(block)
@@ -118,11 +118,11 @@ def put(file: Path, destination: str, name: str) -> str:
     target = Path(destination) / name
     new = [folder for folder in target.parents if not folder.exists()]  # the innermost first
     try:
-        with writing(target, BundleError):
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(target) as partial:
                 shutil.copyfile(file, partial)
-    except BundleError:
+    except StorageError:
         for folder in new:
             with suppress(OSError):  # it was not created, or another process uses it meanwhile
                 folder.rmdir()
@@ -138,7 +138,9 @@ def get(source: str, file: Path, limit: int) -> None:
             size += len(block)
             if size > limit:
                 raise BundleError(f"{source}: larger than {limit} bytes, the limit; check the address")
-            target.write(block)
+            with writing(file):
+                target.write(block)
+                target.flush()
 
 
 @contextmanager
@@ -164,10 +166,13 @@ def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", MissingPackageError, url)
     try:
         yield fsspec.core.url_to_fs(url)
-    except BundleError:
+    except SopdeployError:
         raise
     except Exception as error:
         cause = error.__cause__ or error  # clients wrap errors of uploads
+        if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks
+            with writing(url):
+                raise cause from error
         text = " ".join(str(cause).split())
         raise BundleError(
             f"{url}: {type(cause).__name__}: {text}; check the address, the network and the credentials"

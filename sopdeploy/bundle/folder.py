@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
-from sopdeploy.errors import BundleError, StorageError
+from sopdeploy.errors import BundleError
 from sopdeploy.files import FULL_ERRNOS, LATEST, atomic_write, link_latest, sha256, writing
 
 MANIFEST = "manifest.json"
@@ -64,10 +64,10 @@ class Bundle:
 def staging(destination: Path) -> Iterator[Path]:
     """Yield an empty hidden folder in *destination*; delete it at the end unless it was renamed.
 
-    Raises `BundleError` if the folder cannot be created, and `StorageError` if the disk is full.
+    Raises `StorageError` if the folder cannot be created, or if the disk is full.
     """
     existed = destination.is_dir()
-    with writing(destination, BundleError):
+    with writing(destination):
         destination.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".bundle-", suffix=".partial", dir=destination))
     try:
@@ -75,9 +75,8 @@ def staging(destination: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in FULL_ERRNOS:
             raise
-        raise StorageError(
-            f"{destination}: cannot be written ({error.strerror}); free disk space, or choose another folder"
-        ) from error
+        with writing(destination):
+            raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if not existed:
@@ -124,7 +123,7 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
                 f"{target} exists, signed with the time of its export; move {signature.name} to another "
                 "folder, export again and sign it again"
             )
-        with writing(target / MANIFEST, BundleError), atomic_write(target / MANIFEST) as partial:
+        with writing(target / MANIFEST), atomic_write(target / MANIFEST) as partial:
             partial.write_bytes(manifest.to_bytes())
     link_latest(target)
     return target

@@ -34,7 +34,7 @@ def sign(bundle: Path, key: Path) -> Path:
     path = signature_path(bundle)
     with _reading(key, "private elliptic curve key, as `openssl genpkey -algorithm EC` writes"):
         config = signing.Config().use_elliptic_key_signer(private_key=key)
-    with writing(path, ConfigError), atomic_write(path) as partial:
+    with writing(path), atomic_write(path) as partial:
         config.sign(folder, partial)
     return path
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import print_json, print_table, say
-from sopdeploy.data.folders import data_folder
+from sopdeploy.photos.files import data_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sopdeploy.data.check import DataReport, Duplicates
+    from sopdeploy.photos.check import DataReport, Duplicates
     from sopdeploy.report.wrong_labels import WrongLabel
 
 _MAX_GROUPS = 10  # of equal images; --json lists all
@@ -54,7 +54,7 @@ def check(
         on_image: Called with the numbers of images compared by a network, and in total.
     """
     if wrong_labels is None:
-        from sopdeploy.data.check import check_data
+        from sopdeploy.photos.check import check_data
 
         group_by_features = None  # then only the pixels tell near-duplicates: features need torch and weights
         if near and find_spec("torch") is not None:
@@ -83,8 +83,8 @@ def _print_labels(found: "list[WrongLabel]", *, as_json: bool) -> None:
 
 
 def _print_report(report: "DataReport") -> None:
-    from sopdeploy.data.datasets.folder import describe_skipped
     from sopdeploy.errors import shorten
+    from sopdeploy.photos.folder import describe_skipped
 
     rows, lines = [], []
     for part in report.parts:

@@ -31,7 +31,7 @@ def demo(*, out: Path = Path("demo")) -> int | None:
     Args:
         out: Folder of the run and the bundle; created if it is missing.
     """
-    with writing(out, SopdeployError):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     program = (sys.executable, "-m", "sopdeploy")
     for words in COMMANDS:
@@ -63,8 +63,8 @@ def demo(*, out: Path = Path("demo")) -> int | None:
 def _classify_digits(url: str) -> float:
     """Classify every held-out digit over HTTP, print the first predictions and return the accuracy."""
     from sopdeploy.client import Client
-    from sopdeploy.data.datasets.libraries import open_digits
     from sopdeploy.evaluation.metrics import Rate
+    from sopdeploy.photos.libraries import open_digits
 
     digits = open_digits().held_out
     rows, correct = [], 0

@@ -10,13 +10,13 @@ import pydantic
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import Options
-from sopdeploy.data.datasets.folder import check_holds_classes
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.predictions import describe_predictions, measure_predictions
 from sopdeploy.files import check_is_checkpoint
+from sopdeploy.photos.folder import check_holds_classes
 
 _MAX_ROWS = 50  # of a table; the page of a run and --json have all
 MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from shlex import join
 from typing import TYPE_CHECKING, Any
 
 import pydantic
@@ -13,11 +14,11 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import first_problem
-from sopdeploy.data.folders import data_folder
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy.files import check_is_checkpoint, read_class_names
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.files import data_folder
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
@@ -159,8 +160,10 @@ def _show_unused(inspected: dict[str, Any]) -> None:
     unused = inspected["unused"]
     print_field("unused", ", ".join(unused) if unused else "nothing; the output depends on every part")
     if unused:
-        flags = " ".join(f"--training-only {part}" for part in unused)
-        print_field("next", f"sopdeploy export .. --network {inspected['network']} {flags}", style="dim")
+        words = ["--network", inspected["network"]]
+        for part in unused:
+            words += ["--training-only", part]
+        print_field("next", f"sopdeploy export .. {join(words)}", style="dim")
 
 
 @command(_show_unused)

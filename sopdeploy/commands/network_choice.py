@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.commands.fastest_form import measure_alternately
-from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate
@@ -25,13 +24,14 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import difference_interval
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model, entry
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.features import unfitted_network
 from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import FewShotConfig, Recipe
 from sopdeploy.training.results import NetworkScore
-from sopdeploy.training.start import check_count, place, select_procedure
+from sopdeploy.training.start import Given, check_count, place, select_procedure
 from sopdeploy.training.start_weights import WeightSource, complete_preprocess, create_initial_model
 from sopdeploy_export.graph import INPUT, capture_any_batch, lower, output_names
 from sopdeploy_service.runtime.onnxruntime import CPU, import_onnxruntime, session_options
@@ -53,21 +53,20 @@ class Validated(NamedTuple):
 
 
 def choose_network(
-    configured: Mapping[str, tuple[Recipe, list[str], WeightSource | None]],
+    configured: Mapping[str, tuple[Recipe, Given]],
     within: float | None,
     callback: Callback,
 ) -> tuple[NetworkScore, ...]:
     """Compare networks by name; one of them is `chosen`. *within* is the largest time in milliseconds.
 
-    *configured* are their recipes, the keys that the user has set, and the opened start weights. Raises
+    *configured* are their recipes, and what is known of each run. Raises
     `ConfigError` if all networks take longer, or if one would not be trained by the few-shot procedure.
     """
-    weights = {name: opened for name, (_, _, opened) in configured.items()}
-    shared, _, _ = next(iter(configured.values()))  # the recipes differ in the network only
-    data, strategy = open_data(shared.data), Strategy(select_device(shared.device))
+    shared, given = next(iter(configured.values()))  # the recipes differ in the network only
+    data, strategy = given.data or open_data(shared.data), Strategy(select_device(shared.device))
     if shared.threads:
         torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
-    recipes = {name: select_procedure(recipe, len(data.train)) for name, (recipe, _, _) in configured.items()}
+    recipes = {name: select_procedure(recipe, len(data.train)) for name, (recipe, _) in configured.items()}
     for name, recipe in recipes.items():
         if not isinstance(recipe.procedure, FewShotConfig):
             reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
@@ -80,7 +79,8 @@ def choose_network(
         fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
         raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
     validated = {
-        name: score_network(recipes[name], data.train, weights[name], strategy, callback) for name in fast
+        name: score_network(recipes[name], data.train, configured[name][1].weights, strategy, callback)
+        for name in fast
     }
     best = max(fast, key=lambda name: validated[name].score.value)
     not_worse = [name for name in fast if not is_better(validated[best], validated[name])]  # also *best*

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
+from shlex import join
 from typing import Any
 
 from rich.text import Text
@@ -148,5 +148,5 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
         # Both as the user named them, unless that was `.` or `..`, which have no siblings with their names.
         has_name = photos.name not in {"", ".."}
         unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
-        option = f" --unknown {quote(str(unknown))}" if unknown.is_dir() else ""
-        say(f"next: sopdeploy train --data {quote(str(photos))}{option}")
+        words = ["--data", str(photos), *(["--unknown", str(unknown)] if unknown.is_dir() else ())]
+        say(f"next: sopdeploy train {join(words)}")

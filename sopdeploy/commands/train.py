@@ -13,11 +13,12 @@ import pydantic
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.config import Options
-from sopdeploy.data.datasets.folder import open_folder
-from sopdeploy.data.folders import data_folder
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_weights, expand_user
+from sopdeploy.photos.files import data_folder
+from sopdeploy.photos.folder import open_folder
+from sopdeploy.photos.split import Split
 from sopdeploy.project import Name, folder_project
 from sopdeploy.training.recipe_files import list_recipes, parse_override, read_values, recipe_text
 from sopdeploy.training.results import NetworkScore, read_result
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from sopdeploy.checkpoint import Checkpoint
     from sopdeploy.training.callback import Callback
     from sopdeploy.training.recipe import Recipe
-    from sopdeploy.training.start import Start
+    from sopdeploy.training.start import Given, Start
     from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.training.train import TrainingResult
 
@@ -148,7 +149,7 @@ def train(
             SIGTERM; the run is saved before.
     """
     data, out = (None if path is None else Path(path) for path in (data, out))
-    _check(data, recipe, out, options, changed=bool(options.set or settings))
+    opened = _check(data, recipe, out, options, changed=bool(options.set or settings))
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback
@@ -165,7 +166,7 @@ def train(
         if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
         configured = {
-            name: configure(data, recipe, of_network, settings, previous)
+            name: configure(data, recipe, of_network, settings, previous, opened)
             for name, of_network in options.per_network().items()
         }
         networks: tuple[NetworkScore, ...] = ()  # those that were compared
@@ -178,13 +179,11 @@ def train(
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
             networks = choose_network(configured, within, observer)
             chosen = next(network.name for network in networks if network.chosen)
-        loaded, keys, weights = configured[chosen]
+        loaded, given = configured[chosen]
         strategy = Strategy(select_device(loaded.device))
         resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
         folder = out or numbered_folder(str(loaded.project), strategy, resume=options.resume != "never")
-        run = train_run(
-            loaded, folder, resume=resume, callback=observer, strategy=strategy, given=keys, weights=weights
-        )
+        run = train_run(loaded, folder, resume=resume, callback=observer, strategy=strategy, given=given)
         if not is_main_process():
             return summarize_run(run, folder)
 
@@ -204,14 +203,18 @@ def train(
 
 def _check(
     data: Path | None, recipe: str | Path | None, out: Path | None, options: TrainOptions, *, changed: bool
-) -> None:
-    """Raise the error of a path or a text that `train` cannot use, before torch is imported."""
+) -> Split | None:
+    """Raise the error of a path or a text that `train` cannot use, before torch is imported.
+
+    Returns the data, if the recipe for photos will open them as they are.
+    """
+    opened = None
     for assignment in options.set:
         parse_override(assignment)
     if recipe is not None:
         read_values(recipe)
     elif data is not None and not changed:  # a recipe and changes may need images of another form
-        open_folder(data)
+        opened = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
     if options.from_ is not None and not Path(options.from_).exists():
@@ -221,6 +224,7 @@ def _check(
         _check_weights(of_network.weights)
     if options.unknown is not None:
         data_folder(Path(options.unknown))
+    return opened if options.from_ is None else None  # the recipe of a run may select classes
 
 
 def _check_weights(text: str | None) -> None:
@@ -284,16 +288,18 @@ def configure(
     options: TrainOptions,
     settings: Mapping[str, Any] = {},
     previous: "Checkpoint | None" = None,
-) -> "tuple[Recipe, list[str], WeightSource | None]":
+    opened: Split | None = None,
+) -> "tuple[Recipe, Given]":
     """Read *recipe*, or that of the *previous* run, with the given changes, and name its project.
 
-    Without a recipe and a network, a weight file determines the network. Returns the recipe, the keys that
-    the caller has set, and the weight file if it was opened. Raises `ConfigError` if there are no data and no
+    Without a recipe and a network, a weight file determines the network. Returns the recipe, and what is
+    known: *opened* are the data, if they are opened. Raises `ConfigError` if there are no data and no
     recipe, or if a value is invalid.
     """
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import choose_network
     from sopdeploy.training.recipe import change_recipe, flatten
+    from sopdeploy.training.start import Given
 
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
@@ -311,16 +317,16 @@ def configure(
     changes += [(key, value) for key, value in option_values.items() if value is not None]
     loaded = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in changes]
-    opened = None
+    weights = None
     is_recipe_given = recipe is not None or previous_recipe is not None
     if not is_recipe_given and "model.name" not in keys:  # only the weights can determine the network
-        opened = _open_start_weights(loaded)
-        if isinstance(opened, WeightFile):
-            network = choose_network(opened, loaded.model.name)
+        weights = _open_start_weights(loaded)
+        if isinstance(weights, WeightFile):
+            network = choose_network(weights, loaded.model.name)
             loaded = change_recipe(source, [*changes, ("model.name", network)])  # there is no previous recipe
     if loaded.project is None:
         loaded = loaded.model_copy(update={"project": _name_project(loaded, source)})
-    return loaded, keys, opened
+    return loaded, Given(keys, weights, opened)
 
 
 def _open_start_weights(recipe: "Recipe") -> "WeightSource | None":

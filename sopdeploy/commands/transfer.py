@@ -14,7 +14,7 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.errors import BundleError, ConfigError
-from sopdeploy.files import link_latest
+from sopdeploy.files import link_latest, writing
 from sopdeploy.files import sha256 as sha256_of
 
 
@@ -66,7 +66,7 @@ def push(bundle: Path, destination: str) -> Pushed:
     signed = signature.is_file()
     with tempfile.TemporaryDirectory(prefix="sopdeploy-") as folder:
         archive = Path(folder) / f"bundle{tar.ARCHIVE_SUFFIX}"
-        with archive.open("wb") as file:
+        with writing(archive), archive.open("wb") as file:
             tar.write_archive(opened, file)
         name = opened.manifest.name + tar.ARCHIVE_SUFFIX
         if signed:

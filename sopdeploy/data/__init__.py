@@ -1,1 +1,1 @@
-"""Labeled images: data sources, augmentation and batches."""
+"""Data sources, augmentation and batches."""

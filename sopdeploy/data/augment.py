@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import Dataset, Target, derive_seed
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Box, Preprocess, Side
+from sopdeploy.photos.photo import Dataset, Target
+from sopdeploy.seeds import derive_seed
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
 COLOR_COMPONENTS = np.array(

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sopdeploy.data.base import Dataset, derive_seed
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError
+from sopdeploy.photos.photo import Dataset
+from sopdeploy.seeds import derive_seed
 
 PILLOW_BLOCKS = 2  # of 16 MB each that Pillow keeps: enough for a photograph and its conversion
 Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8; labels (B,) int64 or (B, C) float32

@@ -7,13 +7,15 @@ from typing import Annotated, Literal
 import pydantic
 
 from sopdeploy.config import StrictModel, with_registered
-from sopdeploy.data.base import Split, derive_seed, select_classes
-from sopdeploy.data.datasets.folder import open_folder
-from sopdeploy.data.datasets.libraries import open_cifar, open_digits, open_official
-from sopdeploy.data.folders import Log
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
+from sopdeploy.photos.files import Log
+from sopdeploy.photos.folder import open_folder
+from sopdeploy.photos.libraries import open_cifar, open_digits, open_official
+from sopdeploy.photos.photo import select_classes
+from sopdeploy.photos.split import Split
 from sopdeploy.plugins import DATA_SOURCES
+from sopdeploy.seeds import derive_seed
 
 SUBSET_SEED = 0  # not the seed of the run: the same number gives the same classes in every run
 
@@ -93,20 +95,22 @@ def register_data_source(config: type[DataSource]) -> None:
     DATA_SOURCES.register_config(config, DataSource)
 
 
-def open_data(config: DataConfig | DataSource, log: Log = lambda _line: None) -> Split:
+def open_data(config: DataConfig | DataSource) -> Split:
     """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
-    *log* receives a line about every file and folder that is not used. Raises `ConfigError` if no path is set
+    Raises `ConfigError` if no path is set
     and `DataError` if the data cannot be used.
     """
     if isinstance(config, DataSource):
-        split = config.open(log)
+        lines: list[str] = []
+        split = config.open(lines.append)
+        split = replace(split, notes=(*split.notes, *lines))
     elif isinstance(config, DigitsConfig):
         split = open_digits()
     elif config.path is None:
         raise ConfigError("data.path: not set; give the folder of the data", remedies={"data": None})
     elif isinstance(config, FolderConfig):
-        split = open_folder(config.path, log)
+        split = open_folder(config.path)
     else:
         open_kind = open_cifar if isinstance(config, CifarConfig) else open_official
         split = open_kind(config.kind, expand_user(config.path))

@@ -9,15 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.datasets.folder import open_evaluation_images
-from sopdeploy.data.folders import Log
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, fit_thresholds
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.models.base import Classifier
+from sopdeploy.photos.files import Log
+from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.photo import LabeledImages
 
 
 class CheckpointScores(NamedTuple):

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.data.datasets.folder import open_any_images
 from sopdeploy.decision import Activation, sigmoid
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.decision_fit import fit_thresholds
@@ -29,6 +27,8 @@ from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetric
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier
+from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
 
 SCORE_BATCH = 32  # images
 

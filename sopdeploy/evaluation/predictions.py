@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.evaluation.metrics import TOP_K, ClassificationReport, ImageScore, Rate, classification_report
 from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelPredictions, MultiLabelReport
 from sopdeploy.html.report import Section, Table, percent
+from sopdeploy.photos.photo import LabeledImages
 
 _MAX_MATRIX_CLASSES = 30
 _MAX_CONFUSIONS = 15

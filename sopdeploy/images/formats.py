@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import io
 import re
+import warnings
 from collections.abc import Collection, Iterator
 
 from PIL import Image
@@ -17,6 +18,8 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
 from sopdeploy.images.pixels import match_transparency
 
+# Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not used.
+warnings.filterwarnings("ignore", module="PIL")
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import join
 from types import MappingProxyType
 from typing import Any
 
@@ -70,7 +71,7 @@ def import_weights(
     if converted.num_classes == 0:
         raise WeightsError(
             f"{source}: has no classifier, so it cannot classify; train one: sopdeploy train "
-            f"--weights {source} --set model.name={model}"
+            f"{join(['--weights', str(source), '--set', f'model.name={model}'])}"
         )
     config = choose_config(file, converted, model, settings)
     state = fit_tensors(file, converted, model, config)

@@ -15,6 +15,7 @@ Letters: B images, C channels, H height, W width, d channels after the projectio
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal, cast
 
 import pydantic
@@ -184,12 +185,19 @@ def head_entry(_prefix: str, name: str) -> Entry:
         plain = name.removeprefix("dsop-")
         example = "" if plain == name else f", such as head:{plain}"
         raise ConfigError(f"head:{name}: {name} has training-only parts; use a network without them{example}")
-    config = pydantic.create_model(
-        f"Head{base.config.__name__}", __base__=base.config, head=(HeadConfig, HeadConfig())
-    )
-    network: Any = type(f"Head{base.network.__name__}", (SecondOrderHead, base.network), {})
+    classes: Any = base.network, base.config  # mypy takes their type for one without a hash
+    network, config = _with_head_classes(*classes)
     summary = f"{base.summary}, first-order and second-order head"
-    return replace(base, network_source=network, config_source=config, summary=summary)  # type: ignore[arg-type]
+    return replace(base, network_source=network, config_source=config, summary=summary)
+
+
+@cache
+def _with_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
+    """Derive the classes of *network* with a head and of its *config*, once for all lookups."""
+    with_option = pydantic.create_model(
+        f"Head{config.__name__}", __base__=config, head=(HeadConfig, HeadConfig())
+    )
+    return type(f"Head{network.__name__}", (SecondOrderHead, network), {}), with_option
 
 
 def head_name(name: str) -> str:

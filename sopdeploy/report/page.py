@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Decision
-from sopdeploy.errors import CheckpointError
 from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.evaluation.prediction import score_images
@@ -26,6 +24,7 @@ from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, around, isolate, percent, render
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.fits import FewShotFit, Fit
@@ -89,7 +88,7 @@ def write_run_page(
             *_describe_run(start, fit, run.record),
         ],
     )
-    with writing(page, CheckpointError), atomic_write(page) as partial:
+    with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
     return metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
 
@@ -218,7 +217,7 @@ def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess
 
 def _show_copies(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Iterator[Section]:
     """Show the largest groups of copies among training *images*."""
-    group_N = fit.groups
+    group_N = fit.copies
     sizes = np.bincount(group_N)
     largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
     captions = [

@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import LabeledImages, hash_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos.photo import LabeledImages, hash_images
 from sopdeploy.training.record import read_label_check, read_recorded_recipe
 
 # A label is listed if another class is so many times as probable, both relative to the average probability of

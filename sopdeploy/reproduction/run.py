@@ -9,7 +9,7 @@ import pydantic
 from sopdeploy.config import first_problem
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import atomic_write
+from sopdeploy.files import atomic_write, writing
 from sopdeploy.reproduction.page import render_page
 from sopdeploy.reproduction.plan import Reproduction, plan
 from sopdeploy.reproduction.results import SeedResult, measure_run, measured_facts
@@ -85,6 +85,7 @@ def _write_page(results: Reproduction) -> None:
 def _write(path: Path, text: str) -> None:
     """Write *text* to *path*, in the first process of torchrun only."""
     if is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as partial:
+                partial.write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Sha256, to_json
 from sopdeploy.bundle.probes import Replay
 from sopdeploy.config import Count, NonNegative, StrictModel
-from sopdeploy.errors import ConfigError, EngineError
+from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write, writing
 
 _FOLDER = "engines"
@@ -144,12 +144,12 @@ def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
 def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
     """Write *plan* and then its *record* atomically; return the path of the plan.
 
-    Several processes may write the same engine. Raises `EngineError` if *folder* cannot be written.
+    Several processes may write the same engine. Raises `StorageError` if *folder* cannot be written.
     """
     path = folder / f"{record.key.name}.plan"
     contents = {path: plan, path.with_suffix(".json"): to_json(record.model_dump(mode="json"))}
     for file, content in contents.items():
-        with writing(file, EngineError):
+        with writing(file):
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(file, shared=True) as partial:
                 partial.write_bytes(content)

@@ -14,10 +14,10 @@ from statistics import median_high
 import numpy as np
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.evaluation.prediction import AllHeads, HeldOutMetrics, held_out_metrics, predict_logits
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
+from sopdeploy.photos.photo import PreprocessedDataset
 
 MAX_IMAGES = 512
 HELD_OUT_METRICS = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")  # those that a network has

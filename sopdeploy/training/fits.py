@@ -63,7 +63,8 @@ class FewShotFit(Fit):
 
     Attributes:
         logits: Out-of-fold logits (N, K) float64, with the energies of the deployed network.
-        groups: The group of copies (N,) int64 of each image.
+        groups: The group (N,) int64 of each image: copies of a photograph, and images that show one object.
+        copies: The photograph (N,) int64 that each image shows.
         judged: Indices of the images that the score counts: one of the copies of a photograph.
         label_logits: Out-of-fold logits (N, K) that contradict wrong labels; None with several classes per
             image.
@@ -71,5 +72,6 @@ class FewShotFit(Fit):
 
     logits: NDArray[np.float64]
     groups: NDArray[np.int64]
+    copies: NDArray[np.int64]
     judged: NDArray[Any]
     label_logits: NDArray[np.float64] | None

@@ -125,6 +125,7 @@ def _resume(start: "Start", position: Position, weights: dict[str, Tensor]) -> d
 def last_few_shot_record(start: "Start", fit: FewShotFit) -> Checkpoint:
     """Build the content of `last.pt` of a few-shot run, which is finished."""
     arrays = {"out_of_fold": fit.logits, "groups": fit.groups, "judged": fit.judged}
+    arrays["copies"] = fit.copies
     if fit.label_logits is not None:
         labels = {"targets": start.data.train.targets, "file_hashes": fit.file_hashes}
         arrays |= {"label_logits": fit.label_logits, **labels}
@@ -207,6 +208,7 @@ def read_few_shot_fit(start: "Start", last: Checkpoint, source: Path) -> FewShot
             decision=last.decision,
             logits=arrays["out_of_fold"].double().numpy(),
             groups=arrays["groups"].numpy(),
+            copies=arrays.get("copies", arrays["groups"]).numpy(),  # older runs have no `copies`
             judged=arrays["judged"].numpy(),
             label_logits=None if label_logits is None else label_logits.double().numpy(),
         )

@@ -104,7 +104,8 @@ class FewShotResult(StrictModel):
         class_counts: Training images of each class; the network is fitted to all of them.
         balanced: Whether classes had equal weights in the loss.
         num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
-        num_groups: Number of groups of training images: different photographs, each with its copies.
+        num_groups: Number of groups of training images, which show different objects or bursts.
+        num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
         one_group: Classes whose images are one group, so that one fold holds all of them.
         two_groups: Classes of more than two images that are two groups.
         contradictions: Files of groups with different labels, joined by " = ".
@@ -124,6 +125,7 @@ class FewShotResult(StrictModel):
     balanced: bool
     num_duplicates: int
     num_groups: int
+    num_photographs: int = 0
     one_group: tuple[str, ...] = ()
     two_groups: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
@@ -175,10 +177,16 @@ class FewShotResult(StrictModel):
 
     def describe_groups(self) -> Iterator[str]:
         """Describe the copies among the training images, and what they make impossible."""
-        if self.num_groups < self.num_images:
+        photographs = self.num_photographs or self.num_groups
+        if photographs < self.num_images:
             yield (
-                f"{self.num_images} photographs, {self.num_groups} different ones: copies share a fold, and "
+                f"{self.num_images} photographs, {photographs} different ones: copies share a fold, and "
                 "the largest one is judged"
+            )
+        if self.num_groups < photographs:
+            yield (
+                f"{photographs} different photographs are {self.num_groups} groups, such as those of one "
+                "object; a group shares a fold"
             )
         if self.one_group:
             yield (

@@ -20,7 +20,7 @@ from typing import IO, Literal
 import torch
 
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from sopdeploy.errors import CheckpointError, ConfigError
+from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
 from sopdeploy.training.diagnostics import EpochRow, history_csv
 from sopdeploy.training.distributed import Strategy
@@ -69,7 +69,7 @@ class RunFolder:
     def _try_lock(self) -> bool:
         """Create the folder and, if the file system can, lock it; false if another process holds the lock."""
         path = self.path / LOCK_FILE
-        with writing(path, CheckpointError):
+        with writing(path):
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             file = path.open("wb")
@@ -96,7 +96,8 @@ class RunFolder:
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
         """Lock the folder and read `last.pt` to *resume*; otherwise check that a new run can be written here.
 
-        Returns None for a new run, which calls `lock` itself. Raises `ConfigError` for an unusable folder.
+        Returns None for a new run, which calls `lock` itself. Raises `ConfigError` for an unusable folder
+        and `StorageError` if it cannot be created.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:
@@ -118,7 +119,8 @@ class RunFolder:
             raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise ConfigError(f"{self.path} cannot be created in {nearest}; choose another", setting="out")
+            message = f"{self.path} cannot be written in {nearest}; choose another"
+            raise StorageError(message, setting="out")
         return None
 
     def is_save_due(self, config: SaveConfig) -> bool:
@@ -143,8 +145,8 @@ class RunFolder:
         """Write the history and the link `latest`, after `best.pt`."""
         if self.strategy.rank != 0:
             return
-        with writing(self.history, CheckpointError), atomic_write(self.history) as partial:
+        with writing(self.history), atomic_write(self.history) as partial:
             partial.write_text(history_csv(history), encoding="utf-8")
         if self.path.absolute().parent == RUNS.absolute():
-            with writing(self.path.parent, CheckpointError):
+            with writing(self.path.parent):
                 link_latest(self.path)

@@ -10,9 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier
-from sopdeploy.data.base import LabeledImages, Split, describe_contradictions, hash_images
-from sopdeploy.data.datasets.folder import open_any_images
-from sopdeploy.data.held_out import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError, DataError, first_line, is_out_of_memory, shorten
@@ -20,6 +17,18 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
+from sopdeploy.photos.copies import NO_PAIRS, connect, group_photographs
+from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.photo import LabeledImages, describe_contradictions, hash_images
+from sopdeploy.photos.split import (
+    NONE,
+    Record,
+    Split,
+    choose_held_out,
+    divide,
+    record_choice,
+    recorded_choice,
+)
 from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, check_divisible
@@ -50,7 +59,7 @@ ONE_GROUP = (
     "all images are one group (copies of one photograph, or one folder), so the accuracy of the class cannot "
     "be measured; add different photographs"
 )
-MAX_HASHED = 50_000  # training images; hashing more delays the start by more than a minute
+MAX_HASHED = 50_000  # training images; reading more delays the start by more than a minute
 FEW_IMAGES = 10_000  # up to them, the few-shot procedure takes minutes on a CPU and 0.5 GB
 
 
@@ -64,6 +73,20 @@ class Division(NamedTuple):
     data: Split
     file_hashes: NDArray[np.int64]
     held_out: Record
+
+
+class Given(NamedTuple):
+    """What the caller of a run knows already: recipe `keys` that the user has set, and what is opened.
+
+    `weights` is the opened file of `start.weights`, `data` the opened data of the recipe.
+    """
+
+    keys: Sequence[str] = ()
+    weights: WeightSource | None = None
+    data: Split | None = None
+
+
+NOTHING_GIVEN = Given()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,9 +151,7 @@ def start_run(
     folder: RunFolder,
     last: Checkpoint | None,
     callback: Callback,
-    *,
-    given: Sequence[str] = (),
-    weights: WeightSource | None = None,
+    given: Given = NOTHING_GIVEN,
 ) -> Start:
     """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
 
@@ -139,15 +160,17 @@ def start_run(
     """
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last).procedure
-    opened = open_data(recipe.data, callback.on_warning)
+    opened = given.data or open_data(recipe.data)
+    for note in opened.notes:
+        callback.on_warning(note)
     selected = select_procedure(recipe, len(opened.train), recorded)
     division = divide_images(selected, opened, last, strategy)
     _check_data(selected, opened, division, callback)
-    selected.check_effect(given)
+    selected.check_effect(given.keys)
     if isinstance(selected.procedure, LoopConfig):
         check_divisible(selected, len(division.data.train), strategy.world)
     if last is None:
-        start = new_start(selected, division, strategy, weights)
+        start = new_start(selected, division, strategy, given.weights)
     else:
         start = _resume_start(selected, division, folder, last)
     check_same_step(start, folder)
@@ -221,25 +244,27 @@ def _has_head(recipe: Recipe) -> bool:
 def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strategy: Strategy) -> Division:
     """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
 
-    A new run chooses them; the run of *last* has recorded its choice. The first process decides for all. It
-    alone hashes the files, up to `MAX_HASHED`; the few-shot procedure hashes them when it reads them.
+    A new run chooses them; the run of *last* has recorded its choice. The first process decides for all and
+    alone reads the files, each once; the few-shot procedure hashes them when it computes their features.
     """
-    images, is_first = opened.train, strategy.rank == 0
+    images, config, is_first = opened.train, recipe.data, strategy.rank == 0
     hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
     if isinstance(recipe.procedure, FewShotConfig):
         return Division(opened, hashes, record)
-    if is_first and len(images) <= MAX_HASHED:
-        hashes = hash_images(images)
-    config = recipe.data
+    reads = is_first and len(images) <= MAX_HASHED
     if not isinstance(config, HoldOut) or len(opened.held_out):
-        return Division(opened, hashes, record)
+        return Division(opened, hash_images(images) if reads else hashes, record)
     choice = np.zeros(len(images), np.int64)
     if is_first:
         recorded = None if last is None else read_held_out(last)
-        if recorded is not None and len(hashes):
+        if reads and recorded is not None:
+            hashes = hash_images(images)
             choice = recorded_choice(recorded, hashes)
         else:
-            choice = choose_held_out(images, hashes, config.hold_out, config.hold_out_seed)
+            groups = connect(len(images), NO_PAIRS, images.groups)
+            if reads:
+                groups, hashes = group_photographs(images)
+            choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
     choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()  # the others add zeros
     of_training_files = hashes[choice == NONE] if len(hashes) else hashes

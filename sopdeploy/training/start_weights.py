@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.data.base import derive_seed
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_file, expand_user
 from sopdeploy.images.preprocess import Preprocess
@@ -27,6 +26,7 @@ from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe
 
@@ -107,8 +107,9 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
 
         config = make_config(recipe.model.name, recipe.model.config)
         path, source_model = fetch_imagenet_weights(model, config)
-    check_is_file(path)
-    source = source or open_weights(path)
+    if source is None:
+        check_is_file(path)
+        source = open_weights(path)
     if isinstance(source, WeightFile):
         converted = convert_weights(source, source_model)
         return StartWeights(

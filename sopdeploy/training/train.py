@@ -20,8 +20,8 @@ from sopdeploy.training.fits import Fit
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult, NetworkScore
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import Start, start_run
-from sopdeploy.training.start_weights import StartReport, WeightSource
+from sopdeploy.training.start import NOTHING_GIVEN, Given, Start, start_run
+from sopdeploy.training.start_weights import StartReport
 
 
 class TrainingResult(StrictModel):
@@ -83,15 +83,13 @@ def train_run(
     resume: bool | Literal["auto"] = False,
     callback: Callback | None = None,
     strategy: Strategy | None = None,
-    given: Sequence[str] = (),
-    weights: WeightSource | None = None,
+    given: Given = NOTHING_GIVEN,
 ) -> FinishedRun:
     """Train *recipe* and write the run to *out_dir*.
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
-    first process only. *strategy* defaults to the processes that torchrun started. *given* are the recipe
-    keys that the user has set; one that has no effect is a `ConfigError`. *weights* is the file of
-    `start.weights`, if the caller has opened it.
+    first process only. *strategy* defaults to the processes that torchrun started. A recipe key
+    of *given* that has no effect is a `ConfigError`.
 
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a loss, gradient or buffer is
     not finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
@@ -104,7 +102,7 @@ def train_run(
     folder = RunFolder(out_dir, strategy)
     try:
         last = folder.open(resume=resume)
-        start = start_run(recipe, folder, last, callback, given=given, weights=weights)
+        start = start_run(recipe, folder, last, callback, given)
         if start.uses_loop:
             from sopdeploy.training.loop.run import fit_loop, open_loop  # noqa: PLC0415
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from PIL import Image, ImageFile
 
-from sopdeploy.data.check import check_data
-from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.pixels import TILE
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.check import check_data
+from sopdeploy.photos.folder import open_folder
 from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, read_listed
 from sopdeploy_service.commands.predict import read_image

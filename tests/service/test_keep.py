@@ -26,7 +26,7 @@ from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import Decision, Rejection
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import KeptRecord, read_kept
 from sopdeploy_service import keep, kept_folder
@@ -434,7 +434,7 @@ def test_a_folder_has_one_writer_and_one_reader_and_other_files_stay(tmp_path: P
     with pytest.raises(ConfigError, match="another process keeps photographs there; name another folder"):
         KeptFolder(folder, PAIR, 30)
     (tmp_path / "film.mov").write_bytes(PHOTO * 4)
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be written"):
         KeptFolder(tmp_path / "film.mov" / "kept", PAIR, 30)
 
 

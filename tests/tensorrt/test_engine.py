@@ -18,7 +18,14 @@ from typer.testing import CliRunner, Result
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.cli.app import app
-from sopdeploy.errors import ConfigError, EngineError, LoweringError, ParityError, RuntimeUnavailableError
+from sopdeploy.errors import (
+    ConfigError,
+    EngineError,
+    LoweringError,
+    ParityError,
+    RuntimeUnavailableError,
+    StorageError,
+)
 from sopdeploy.tensorrt.cache import (
     EngineRecord,
     Gpu,
@@ -229,7 +236,7 @@ def test_engines_are_built_in_the_configured_cache_and_found_next_to_the_bundle_
     assert engine_folders(bundle, settings) == [cache_folder(bundle)]
     assert get_engine(bundle, EngineOptions(cache=tmp_path / "mine")).path.is_relative_to(tmp_path / "mine")
     (tmp_path / "file").write_text("")
-    with pytest.raises(EngineError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be written"):
         get_engine(bundle, EngineOptions(cache=tmp_path / "file"))
 
 

@@ -12,12 +12,12 @@ import onnx
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.data.base import ImageFiles
-from sopdeploy.data.datasets.folder import open_any_images, open_evaluation_images
-from sopdeploy.data.near import connect
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.copies import connect
+from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.photos.photo import ImageFiles
 from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import open_session

@@ -21,9 +21,6 @@ from numpy.typing import NDArray
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import ImageFiles, hash_images
-from sopdeploy.data.datasets.folder import open_any_images, open_evaluation_images
-from sopdeploy.data.near import MAX_SIGNATURES, connect, group_by_appearance
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
@@ -35,6 +32,9 @@ from sopdeploy.evaluation.statistics import (
     images_to_decide,
     mcnemar,
 )
+from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
+from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import SAMPLED, Time
 from sopdeploy_service.commands.evaluate import logits_of_images
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -294,11 +294,9 @@ def _select(
 
     Also returns the fields of `BundleComparison` that say what was left out; appends to *notes*.
     """
-    recorded_N, suspects = _find_recorded(images, pair, notes)
-    if len(images) <= MAX_SIGNATURES:
-        group_N = group_by_appearance(images)  # equal for near-duplicates
-    else:
-        group_N = connect(len(images), np.zeros((2, 0), np.intp), hash_images(images))
+    group_N, hashes = group_photographs(images)  # the groups are equal for near-duplicates
+    recorded_N, suspects = _find_recorded(hashes, pair, notes)
+    if len(images) > MAX_SIGNATURES:
         notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out")
     trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of recorded images
     _, first_G = np.unique(group_N, return_index=True)  # the index of the first image of each of G groups
@@ -312,14 +310,15 @@ def _select(
 
 
 def _find_recorded(
-    images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
+    hashes: NDArray[np.int64], pair: Sequence[LoadedModel], notes: list[str]
 ) -> tuple[NDArray[np.bool_], list[str]]:
-    """Return the mask (N,) of the *images* that a bundle has recorded as training images, and the suspects.
+    """Return the mask (N,) of files that a bundle has recorded as training images, and the suspects.
 
-    A suspect is the name of a bundle that was trained on some of *images*, and perhaps on more of them than
-    its record shows, because the record has the largest size, `SAMPLED`. Appends to *notes*.
+    *hashes* are those of the N files. A suspect is the name of a bundle that was trained on some of them, and
+    perhaps on more of them than its record shows, because the record has the largest size, `SAMPLED`. Appends
+    to *notes*.
     """
-    hashes, recorded_N, suspects = hash_images(images), np.zeros(len(images), np.bool_), []
+    recorded_N, suspects = np.zeros(len(hashes), np.bool_), []
     for one in pair:
         name, origin = one.bundle.name, one.bundle.manifest.origin
         if origin is None or not origin.sample:

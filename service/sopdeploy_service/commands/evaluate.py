@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.base import ImageFiles
-from sopdeploy.data.datasets.folder import open_evaluation_images
-from sopdeploy.data.folders import Log
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
+from sopdeploy.photos.files import Log
+from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.photo import ImageFiles
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings

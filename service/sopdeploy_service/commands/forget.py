@@ -7,7 +7,7 @@ from typing import Any
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
-from sopdeploy.errors import DataError, StorageError
+from sopdeploy.errors import DataError
 from sopdeploy.files import atomic_write, sha256, writing
 from sopdeploy.images.limits import SUFFIXES
 
@@ -49,11 +49,11 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
     files = [path for folder in named for path in sorted(folder.rglob("*"))]
     for table in files:  # before the images, whose content the rows are compared by
         if table.suffix == ".parquet" and table.is_file():
-            with writing(table, StorageError):
+            with writing(table):
                 changed += [table] if _forget_rows(table, Path(photograph).name, is_wanted) else []
     for image in files:
         if image.suffix.lower() in SUFFIXES and image.is_file() and is_wanted(image):
-            with writing(image, StorageError):
+            with writing(image):
                 changed += _delete(image)
     if not changed:
         raise DataError(f"{photograph}: not found in {', '.join(map(str, named))}; check the name")

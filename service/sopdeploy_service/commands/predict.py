@@ -12,12 +12,12 @@ from rich.text import Text
 
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import out, plain_text, print_error, print_json
-from sopdeploy.data.folders import is_image
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image
+from sopdeploy.photos.names import is_image
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.images.decode import Decoded, decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model

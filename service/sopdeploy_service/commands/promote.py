@@ -13,7 +13,7 @@ from pathlib import Path
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
-from sopdeploy.errors import ConfigError, PromotionError, StorageError
+from sopdeploy.errors import ConfigError, PromotionError
 from sopdeploy.files import move_link, writing
 from sopdeploy.project import utc_now
 from sopdeploy_service.commands.compare import (
@@ -149,7 +149,7 @@ def _record(
         time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
         refused=refused, comparison=comparison,
     )  # fmt: skip
-    with writing(link, StorageError), link.with_name(LOG).open("ab") as log:
+    with writing(link), link.with_name(LOG).open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         if _target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")

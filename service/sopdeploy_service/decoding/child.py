@@ -17,7 +17,6 @@ import socket
 import struct
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeAlias
 
@@ -236,7 +235,6 @@ def main() -> None:
     """Run the template on the socket whose file descriptor is the argument of the command line."""
     os.environ.clear()
     limit_heaps()
-    warnings.filterwarnings("ignore", module="PIL")
     sandbox.preload()  # before the forks, so that the children share these pages of memory
     gc.freeze()  # the garbage collector of a child would write to the pages, and thereby copy them
     run_template(socket.socket(fileno=int(sys.argv[1])))

@@ -80,10 +80,10 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 def new_key(path: Path, name: str, rate: float | None = None) -> str:
     """Create a key called *name*, add its hash to the file at *path* (mode 0600) and return the secret.
 
-    The write is atomic; the owner of the file stays. Raises `ConfigError` for an invalid or used name, or if
-    the file cannot be written.
+    The write is atomic; the owner of the file stays. Raises `ConfigError` for an invalid or used name, and
+    `StorageError` if the file cannot be written.
     """
-    with writing(path, ConfigError):
+    with writing(path):
         if path.exists() and any(key.name == name for key in read_keys(path)):
             raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
         secret = _PREFIX + secrets.token_urlsafe(BITS // 8)

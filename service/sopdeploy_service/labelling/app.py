@@ -28,6 +28,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import softmax
 from sopdeploy.errors import SopdeployError
+from sopdeploy.photos.names import normalize
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.labelling.folders import GoneError, LabelFolders
 from sopdeploy_service.observability.metrics import Metrics
@@ -167,7 +168,8 @@ def describe_next(folders: LabelFolders) -> dict[str, Any]:
     probabilities: dict[str, float] = {}
     if folders.waiting:
         identity, (_, record) = next(iter(folders.waiting.items()))
-        probabilities = dict(zip(record.labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
+        labels = map(normalize, record.labels)
+        probabilities = dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
         photograph = {"id": identity, "sampled": "sample" in record.reasons, "known": record.known}
     names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))  # without one: last
     return {

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.folders import find_parts, is_hidden, list_subfolders, part_kind
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import atomic_write, expand_user
 from sopdeploy.kept import LOCK, NEAR_BITS, Kept, read_kept
+from sopdeploy.photos.files import find_parts, list_subfolders
+from sopdeploy.photos.names import fold, is_hidden, normalize, part_kind
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
@@ -87,13 +88,8 @@ class LabelFolders:
 
     def classes(self) -> list[str]:
         """List the names of all classes: those of the bundles and of the folders, sorted."""
-        names = {label for _, record in self.waiting.values() for label in record.labels}
-        return sorted(names | self._folders())
-
-    def _folders(self) -> set[str]:
-        """Return the names of the folders of classes."""
-        parents = [parent for parent in (self.photos, self.held_out) if parent.is_dir()]
-        return {name for parent in parents for name in list_subfolders(parent)}
+        names = {normalize(label) for _, record in self.waiting.values() for label in record.labels}
+        return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
@@ -109,7 +105,9 @@ class LabelFolders:
             near_hash = int(photo.record.near_hash, 16)  # in `_sampled` for a photograph of the sample
             is_held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
             parent = self.held_out if is_held_out else self.photos
-            folder = parent / check_class_name(name, self.classes(), self._folders())
+            folders = _class_folders(self.photos) | _class_folders(self.held_out)
+            name = check_class_name(name, self.classes(), folders)
+            folder = _class_folders(parent).get(name, parent / name)
         target = folder / photo.path.name
         is_new_folder = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,17 +208,24 @@ def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bo
     return np.asarray(order, np.intp)
 
 
-def check_class_name(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
-    """Return the name of the folder of the class *name*; raise `ConfigError` unless it can name a class.
+def _class_folders(parent: Path) -> dict[str, Path]:
+    """Return the folders of classes in *parent*, which may not exist, by the names of the classes."""
+    names = list_subfolders(parent) if parent.is_dir() else ()
+    return {normalize(name): parent / name for name in names}
 
-    A new name must differ from *classes* by more than case and the encoding of its letters. Those of the
-    existing *folders* may have any length and characters.
+
+def check_class_name(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
+    """Return the name of the class *name*; raise `ConfigError` unless it can name a class.
+
+    A new name must not be easily confused with one of *classes*. Those of the existing *folders* may have any
+    length and characters.
     """
+    name = normalize(name)
     if name not in classes:  # names that exist stay as they are
-        name = unicodedata.normalize("NFC", name.strip())
+        name = name.strip()
     has_valid_length = 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES
     is_printable = not any(unicodedata.category(char)[0] == "C" or char in NOT_IN_NAMES for char in name)
-    spellings = [other for other in classes if _folded(other) == _folded(name)]
+    spellings = [other for other in classes if fold(other) == fold(name)]
     problem = ""
     if name not in folders and not has_valid_length:
         problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
@@ -235,10 +240,6 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")
     return name
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def _move(source: Path, target: Path) -> None:

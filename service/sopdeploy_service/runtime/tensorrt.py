@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class TensorRTRuntime:
                 return
             reasons.append(found)
         reason = reasons[0] if reasons else EMPTY
-        raise RuntimeUnavailableError(f"{reason}; run: sopdeploy engine {bundle.path}")
+        raise RuntimeUnavailableError(f"{reason}; run: sopdeploy engine {quote(str(bundle.path))}")
 
     @staticmethod
     def usable_engines(bundle: Bundle, settings: Settings) -> list[Path]:

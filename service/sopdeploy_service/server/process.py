@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +49,6 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 def configured_process(settings: Settings) -> Iterator[None]:
     """Configure memory, open files and log before threads start."""
     limit_heaps()
-    # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not used.
-    warnings.filterwarnings("ignore", module="PIL")
     allow_files(settings.max_connections)
     with logs.configured(settings):
         yield

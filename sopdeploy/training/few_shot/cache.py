@@ -1,7 +1,8 @@
 """Features of photographs, kept between runs in the user's cache folder.
 
-An entry is a checksum and a safetensors file, and its name the sha256 of the photograph and of everything
-else that determines its features. A damaged entry is computed again. An unusable folder turns the cache off.
+An entry is a checksum and a safetensors file. Its name is a hash of the `file_hash` of the photograph and of
+everything else that determines its features. A damaged entry is computed again. An unusable folder turns the
+cache off.
 """
 
 import hashlib
@@ -46,17 +47,18 @@ class FeatureCache:
         self.writable = root.is_absolute() and not self.is_stale
         self.bytes = sum(size for _, size, _ in self._entries())
 
-    def path(self, photograph: bytes) -> Path:
-        """Return the path of the entry of a photograph whose file has the sha256 *photograph*."""
-        return self.folder / f"{hashlib.sha256(self.identity + photograph).hexdigest()}.features"
+    def path(self, file_hash: int) -> Path:
+        """Return the path of the entry of the photograph whose file has the hash *file_hash*."""
+        name = hashlib.sha256(self.identity + file_hash.to_bytes(8, "big", signed=True))
+        return self.folder / f"{name.hexdigest()}.features"
 
-    def has(self, photograph: bytes) -> bool:
+    def has(self, file_hash: int) -> bool:
         """Tell whether there is an entry, which may be damaged."""
-        return not self.is_stale and self.path(photograph).exists()
+        return not self.is_stale and self.path(file_hash).exists()
 
-    def find(self, photograph: bytes) -> Path:
+    def find(self, file_hash: int) -> Path:
         """Return the path of the entry, as `path`, and mark an existing entry as used."""
-        path = self.path(photograph)
+        path = self.path(file_hash)
         self.used.add(path.name)
         with suppress(OSError):
             os.utime(path)

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.near import effective_count
 from sopdeploy.decision import Activation, energy
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
+from sopdeploy.photos.copies import effective_count
+from sopdeploy.photos.photo import LabeledImages
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.near import Groups, connect
 from sopdeploy.importers.published import find_lite_weights
+from sopdeploy.photos.copies import Groups, connect
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import Recipe, read_recipe

@@ -12,15 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sopdeploy.data.base import Dataset, LabeledImages, derive_seed, hash_bytes, image_errors
 from sopdeploy.data.batches import load_batches
-from sopdeploy.data.near import Copies, find_pairs
-from sopdeploy.images.formats import load_pixels, open_image
+from sopdeploy.images.formats import load_pixels
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
+from sopdeploy.photos.copies import Copies, find_pairs
+from sopdeploy.photos.photo import Dataset, LabeledImages, Photo, image_errors
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
 from sopdeploy.training.few_shot.classifier import Indices, LinearHead, Problem
 from sopdeploy.training.recipe import Recipe
@@ -28,7 +29,6 @@ from sopdeploy.training.recipe import Recipe
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
 BATCHES = {"cpu": 4, "cuda": 64}  # images; the maps of four stay in a CPU's cache, which halves the time
 CORNER = 0.7  # share of each side of a map that a corner covers; its average finds crops
-FACTS = 9  # bytes of `_Photographs` before the sha256: a mark and a hash of 64 bits
 MAX_WAITING = 16  # batches that wait for others with photographs to compute
 PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,272 rows
 
@@ -116,10 +116,9 @@ class _Loaded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Photographs(Dataset):
-    """Pixels of photographs with `FACTS` bytes and the sha256 of the file.
+    """Pixels of photographs with two numbers (2,): the `file_hash`, and 1 if the pixels were decoded.
 
-    The bytes are 1 if the pixels were decoded, and the hash of `hash_bytes`. The pixels are black if the
-    *cache* has an entry, except those of the image *decoded*.
+    The pixels are black if the *cache* has an entry, except those of the image *decoded*.
     """
 
     preprocess: Preprocess
@@ -127,18 +126,15 @@ class _Photographs(Dataset):
     decoded: int
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]:
-        photograph = self.images.read(index)
-        identity = hashlib.sha256(photograph).digest()
-        is_cached = index != self.decoded and self.cache.has(identity)
-        side = self.preprocess.crop
-        with image_errors(self.images.describe(index)):
-            pixels = np.zeros((side, side, 3), np.uint8) if is_cached else self.decode(photograph)
-        facts = bytes([not is_cached]) + hash_bytes(photograph).to_bytes(FACTS - 1, "big", signed=True)
-        return pixels, np.frombuffer(facts + identity, np.uint8)
+        photo, side = self.images.photo(index), self.preprocess.crop
+        is_cached = index != self.decoded and self.cache.has(photo.file_hash)
+        pixels = np.zeros((side, side, 3), np.uint8) if is_cached else self.decode(photo)
+        return pixels, np.asarray([photo.file_hash, not is_cached])
 
-    def decode(self, photograph: bytes) -> NDArray[np.uint8]:
-        """Decode and preprocess an encoded *photograph*."""
-        return preprocess_image(load_pixels(open_image(photograph)), self.preprocess)
+    def decode(self, photo: Photo) -> NDArray[np.uint8]:
+        """Decode and preprocess a photograph."""
+        with image_errors(photo.name):
+            return preprocess_image(load_pixels(photo.image), self.preprocess)
 
 
 class Batch(NamedTuple):
@@ -191,7 +187,8 @@ class CachedNetwork:
         loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
         waiting: list[_Loaded] = []  # until a full batch of photographs without an entry is there
         for batch, (pixels, facts) in zip(batches, loader, strict=True):
-            paths = [self.cache.find(row[FACTS:].numpy().tobytes()) for row in facts]
+            hashes, are_decoded = facts.numpy().T
+            paths = [self.cache.find(file_hash) for file_hash in hashes.tolist()]
             entries = [self.cache.read(path) for path in paths]
             if batch is batches[0] and entries[0] is not None:
                 (computed,) = self._compute(pixels[:1])
@@ -200,10 +197,9 @@ class CachedNetwork:
                     yield from self._load(images, batches)
                     return
             for position, entry in enumerate(entries):
-                if entry is None and not facts[position, 0]:  # there is an entry, but it is damaged
-                    decoded = photographs.decode(images.read(batch[position]))
-                    pixels[position] = torch.from_numpy(decoded)
-            hashes = np.ascontiguousarray(facts[:, 1:FACTS].numpy()).view(">i8")[:, 0].astype(np.int64)
+                if entry is None and not are_decoded[position]:  # there is an entry, but it is damaged
+                    decoded = photographs.decode(images.photo(batch[position]))
+                    pixels[position] = torch.tensor(decoded)  # a copy
             waiting.append(_Loaded(pixels, hashes, paths, entries))
             num_missing = sum(loaded.entries.count(None) for loaded in waiting)
             is_last = batch is batches[-1]

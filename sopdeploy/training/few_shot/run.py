@@ -16,14 +16,6 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.data.base import (
-    LabeledImages,
-    PreprocessedDataset,
-    derive_seed,
-    describe_contradictions,
-    unreadable_images_error,
-)
-from sopdeploy.data.near import connect
 from sopdeploy.decision import Decision, Estimate, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
@@ -32,6 +24,14 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
+from sopdeploy.photos.copies import connect
+from sopdeploy.photos.photo import (
+    LabeledImages,
+    PreprocessedDataset,
+    describe_contradictions,
+    unreadable_images_error,
+)
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
@@ -119,6 +119,7 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
         decision=decision,
         logits=found.shifted_logits,
         groups=found.groups,
+        copies=found.copies,
         judged=found.judged,
         label_logits=label_logits,
     )
@@ -131,6 +132,7 @@ class CrossValidation:
     Attributes:
         problem: The linear problem of the features that the head reads, with the targets.
         groups, judged: The group (N,) of each image, and the indices of the images that the score counts.
+        copies: The photograph (N,) that each image shows; those of an object are a group, too.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
         shifted_logits: These logits with the mean energies of all cross-validations.
         strength, distance_weight: The chosen C, and the weight of the distance in the network.
@@ -140,6 +142,7 @@ class CrossValidation:
     features: Features
     problem: Problem
     groups: Indices
+    copies: Indices
     judged: Indices
     folds: Indices
     logits: Array
@@ -219,6 +222,7 @@ def cross_validate(
     return CrossValidation(
         features=features,
         problem=problem,
+        copies=copies_N,
         groups=groups_N,
         judged=judged,
         folds=folds_of_validations[0],  # the others count only in means
@@ -253,17 +257,20 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
     return [set(groups_N[of_class > 0].tolist()) for of_class in targets.classes.T]
 
 
-def _describe_groups(images: LabeledImages, targets: Targets, groups_N: Indices) -> dict[str, Any]:
-    """Return the fields of `FewShotResult` about the groups of copies *groups_N*."""
+def _describe_groups(
+    images: LabeledImages, targets: Targets, groups_N: Indices, copies_N: Indices
+) -> dict[str, Any]:
+    """Return the fields of `FewShotResult` about *groups_N* and about the photographs *copies_N*."""
     groups = _groups_of_classes(targets, groups_N)
     num_groups = {label: len(found) for label, found in zip(images.labels, groups, strict=True)}
     counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
     contradictions = tuple(
         " = ".join(images.identity(index) for index in indices.tolist())
-        for indices in targets.contradictions(groups_N)  # of the images of each group with different classes
+        for indices in targets.contradictions(copies_N)  # of the copies of a photograph with several classes
     )
     return {
         "num_groups": int(groups_N.max()) + 1,
+        "num_photographs": int(copies_N.max()) + 1,
         "one_group": tuple(label for label, number in num_groups.items() if number == 1),
         "two_groups": tuple(label for label, number in num_groups.items() if number == 2 < counts[label]),
         "contradictions": contradictions,
@@ -302,7 +309,7 @@ def _evaluate(
         balanced=found.targets.balanced,
         num_images=len(images),
         num_duplicates=len(images) - len(set(found.features.hashes)),
-        **_describe_groups(images, found.targets, found.groups),
+        **_describe_groups(images, found.targets, found.groups, found.copies),
         head=f"{recipe.model.name} {head.kind}{taps}",
         num_features=len(found.problem.center),
         strength=found.strength,

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
 from sopdeploy.errors import TrainingError
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import Loss, training_loss
 from sopdeploy.training.loop.optimizers import AdaHessian
 from sopdeploy.training.loop.state import LR_FACTOR, LoopRun

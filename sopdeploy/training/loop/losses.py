@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.data.base import derive_seed
 from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import classification_loss
@@ -23,6 +22,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.registry import create_model
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop_settings import TeacherConfig
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sopdeploy.data.base import derive_seed
+from sopdeploy.seeds import derive_seed
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parameter groups
 

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, PadCrop
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.data.batches import load_batches, shuffled_batches
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits, predict_unknown
+from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals

@@ -5,9 +5,10 @@ from typing import Literal
 import numpy as np
 import pydantic
 
-from sopdeploy.data.base import ArrayImages, Split
-from sopdeploy.data.folders import Log
 from sopdeploy.data.sources import DataSource
+from sopdeploy.photos.files import Log
+from sopdeploy.photos.photo import ArrayImages
+from sopdeploy.photos.split import Split
 
 
 class StripesConfig(DataSource):

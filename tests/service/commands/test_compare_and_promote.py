@@ -10,12 +10,12 @@ from PIL import Image
 
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.bundle.manifest import FileRecord
-from sopdeploy.data.base import hash_images
-from sopdeploy.data.datasets.folder import open_any_images
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, PromotionError, SopdeployError
 from sopdeploy.evaluation.statistics import decide
 from sopdeploy.files import sha256
+from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.photo import hash_images
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_service.commands.compare import LOG, compare
 from sopdeploy_service.commands.predict import predict

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
-from sopdeploy.data.base import ArrayImages, PreprocessedDataset
-from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.errors import ImageError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
 from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.images.decode import decode, is_truncated

@@ -73,7 +73,7 @@ def test_a_full_disk_is_an_error_that_names_the_destination(tmp_path: Path) -> N
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
 def test_an_unwritable_destination_is_an_error(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(BundleError, match=r"file.*: cannot be written \("), staging(tmp_path / below):
+    with pytest.raises(StorageError, match=r"file.*: cannot be written \("), staging(tmp_path / below):
         pass
 
 

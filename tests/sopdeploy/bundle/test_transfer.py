@@ -14,10 +14,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from sopdeploy.bundle.archive import get
 from sopdeploy.bundle.signing import check_signature, sign, signature_path
 from sopdeploy.cli.app import app
 from sopdeploy.commands.transfer import pull, push
-from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.errors import BundleError, ConfigError, StorageError
 from tests.forged import FIELDS, forge, write_hollow, write_key
 
 EARLIER, LATER = "2025-12-31T23:59:59.000000Z", "2026-02-03T04:05:06.000000Z"
@@ -97,12 +98,33 @@ def test_a_failed_push_leaves_no_folder(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("sopdeploy.bundle.archive.shutil.copyfile", fail)
-    with pytest.raises(BundleError, match="No space left on device"):
+    with pytest.raises(StorageError, match="No space left on device"):
         push(bundle, str(tmp_path / "a" / "b"))
     (bundle / "labels.json").write_text("[]")
     with pytest.raises(BundleError, match=r"labels\.json"):
         push(bundle, str(tmp_path / "a"))
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("store", ["a/models", "memory://models/full"])
+def test_a_download_to_a_full_disk_is_not_an_error_of_the_bundle(
+    store: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = push(bundle, store).url
+    with pytest.raises(StorageError, match=r"/dev/full: cannot be written \(No space left on device\)"):
+        get(url, Path("/dev/full"), 10**9)
+
+
+def test_an_upload_to_a_full_disk_behind_a_url_is_not_an_error_of_the_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.put_file", fail)
+    with pytest.raises(StorageError, match=r"memory://.*: cannot be written \(No space left"):
+        push(bundle, "memory://models/full")
 
 
 @pytest.mark.parametrize("store", ["a/models", "memory://models/flowers"])

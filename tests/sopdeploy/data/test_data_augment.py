@@ -16,8 +16,8 @@ from sopdeploy.data.augment import (
     RandomResizedCrop,
     RandomSide,
 )
-from sopdeploy.data.base import ArrayImages
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.photo import ArrayImages
 
 RULES = Preprocess(resize=18, crop=16)
 CROPS = [

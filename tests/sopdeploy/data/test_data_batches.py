@@ -11,18 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sopdeploy.data.augment import AugmentedDataset, ColorConfig, PadCrop
-from sopdeploy.data.base import (
-    ArrayImages,
-    PreprocessedDataset,
-    derive_seed,
-    hold_out,
-    unreadable_images_error,
-)
 from sopdeploy.data.batches import load_batches, shuffled_batches
 from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset, unreadable_images_error
+from sopdeploy.photos.split import hold_out
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.small_data import jpeg, write_photos

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 from zlib import crc32
 
@@ -9,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import Split, hash_images
-from sopdeploy.data.check import check_data
-from sopdeploy.data.datasets.folder import open_evaluation_images, open_folder
-from sopdeploy.data.held_out import choose_held_out, divide
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos.check import check_data
+from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.folder import open_evaluation_images, open_folder
+from sopdeploy.photos.split import Split, choose_held_out, divide
 from tests.sopdeploy.data.small_data import jpeg, write_classes
 
 
@@ -46,7 +48,7 @@ def open_at(path: Path, hold_out: float = 0.2, seed: int = 0):
 def hold_out_images(split: Split, hold_out: float, seed: int) -> Split:
     if len(split.held_out):
         return split
-    return divide(split, choose_held_out(split.train, hash_images(split.train), hold_out, seed))
+    return divide(split, choose_held_out(split.train, group_photographs(split.train).groups, hold_out, seed))
 
 
 def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None:
@@ -57,8 +59,7 @@ def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None
     (tmp_path / "ant" / "notes.txt").write_text("six legs")
     (tmp_path / "Bee" / "scan.TIF").write_bytes(b"II*")
     (tmp_path / "README").write_text("mine")
-    split, lines = open_at(tmp_path), []
-    open_folder(tmp_path, lines.append)
+    split, lines = open_at(tmp_path), open_folder(tmp_path).notes
     formats = "JPEG, PNG, WebP, GIF, BMP and HEIC"
     assert lines[-1] == f"{tmp_path}: 2 files skipped, not {formats}: .tif 1, .txt 1"
     assert split.train.labels == split.held_out.labels == ("Bee", "ant", "zebra")
@@ -89,11 +90,61 @@ def test_a_name_that_is_not_utf8_is_named_in_one_line(tmp_path, name) -> None:
 
 
 def test_a_class_of_one_image_is_left_out_with_a_line(tmp_path) -> None:
-    lines: list[str] = []
-    split = open_folder(make(tmp_path, a=3, b=1, c=3), lines.append)
+    split = open_folder(make(tmp_path, a=3, b=1, c=3))
     assert split.train.labels == ("a", "c")
     assert names(split.train) == [f"{label}/00{number}.jpg" for label in "ac" for number in range(3)]
-    assert lines == [f"{tmp_path}: left out, because there are fewer than two images: b; add some"]
+    assert split.notes == (f"{tmp_path}: left out, because there are fewer than two images: b; add some",)
+
+
+COMPOSED, DECOMPOSED = "\u00c4pfel", "A\u0308pfel"  # as Linux and macOS write the name
+
+
+def test_folders_whose_names_differ_only_in_their_encoding_are_one_class(tmp_path) -> None:
+    split = open_folder(make(tmp_path / "photos", **{COMPOSED: 3, DECOMPOSED: 2, "Birne": 2}))
+    assert split.train.labels == ("Birne", COMPOSED)
+    assert split.train.class_counts().tolist() == [2, 5]
+    assert split.notes == ()
+    parts = {f"train__{COMPOSED}": 2, "train__b": 2, f"val__{DECOMPOSED}": 2, "val__b": 1}
+    parts = open_folder(make(tmp_path / "parts", **parts))
+    assert parts.train.labels == parts.held_out.labels == ("b", COMPOSED)
+    images = open_evaluation_images(tmp_path / "photos", (DECOMPOSED, "Birne"))
+    assert images.labels == (DECOMPOSED, "Birne")
+    assert images.class_counts().tolist() == [5, 2]
+
+
+def test_the_images_of_a_split_do_not_depend_on_the_encoding_of_names(tmp_path) -> None:
+    held_out = [
+        {Path(name).name for name in names(open_at(make(tmp_path / str(place), **folders)).held_out)}
+        for place, folders in enumerate(({COMPOSED: 20, "b": 20}, {DECOMPOSED: 20, "b": 20}))
+    ]
+    assert held_out[0] == held_out[1]
+
+
+@pytest.mark.parametrize("other", ["Hat", "hat ", " hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"])
+def test_classes_that_are_easily_confused_are_named(tmp_path, other) -> None:
+    one, two = sorted([other, "hat"])
+    line = f"{one!r} and {two!r} are different classes; rename one if they are the same"
+    split = open_folder(make(tmp_path / "photos", **{other: 2, "hat": 2, "b": 2}))
+    assert split.notes == (f"{tmp_path}/photos: {line}",)
+    make(tmp_path / "parts", **{f"train__{other}": 2, "train__b": 2, "val__hat": 2, "val__b": 1})
+    with pytest.raises(DataError) as problem:
+        open_folder(tmp_path / "parts")
+    path = tmp_path / "parts" / "val"
+    assert (
+        str(problem.value)
+        == f"{path}: the class 'hat' is {other!r} in the training images; rename one of them"
+    )
+    with pytest.raises(DataError) as problem:
+        open_evaluation_images(tmp_path / "photos", ("b", "hat"))
+    assert line in str(problem.value)
+    make(tmp_path / "parts" / "val", hAT=1)
+    (tmp_path / "parts" / "val" / "hat").rename(tmp_path / "parts" / "val" / "haT")
+    with pytest.raises(DataError) as problem:
+        open_folder(tmp_path / "parts")
+    assert f"'hAT' and 'haT' is {other!r} in the training images" in str(problem.value)
+    lines: list[str] = []
+    open_evaluation_images(tmp_path / "photos", ("b", "hat"), other_classes=True, log=lines.append)
+    assert line in lines[0]
 
 
 def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
@@ -111,7 +162,7 @@ BAD_FOLDERS = [
     ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
     (
         {"in__a": 1, "in__b": 1},
-        "(in); a classifier needs at least two; to use the folders in it as classes, give ",
+        "(in); a classifier needs at least two; if a, b are the classes, run: sopdeploy train --data ",
     ),
     ({"a": 3, "b": 0}, "b: no images in this class folder; add some"),
     ({"a": 3, "b": 1}, "a classifier needs two classes of two images or more; add images of b"),
@@ -160,9 +211,8 @@ def below(*parts: str) -> dict[str, int]:
 
 
 def open_logged(path: Path) -> tuple[Split, str]:
-    lines: list[str] = []
-    split = open_folder(path, lines.append)
-    return split, "\n".join(lines)
+    split = open_folder(path)
+    return split, "\n".join(split.notes)
 
 
 LAYOUTS = [
@@ -210,6 +260,34 @@ def test_folders_that_may_be_a_mistake_are_named(tmp_path, counts, sizes, line) 
     assert line in log
     assert log.count("\n") == 0
     assert "\n".join(check_data(tmp_path).notes) == log
+
+
+TOO_HIGH = [  # folders, the one that was meant; "" if there is none
+    ({"images__rose": 3, "images__tulip": 3, "samples__rose": 1, "samples__tulip": 1}, "images"),
+    ({"images__rose": 3, "images__tulip": 3, "samples__rose": 1}, "images"),
+    ({"a__2024__rose": 1, "a__2024__tulip": 1, "b__2024__rose": 3, "b__2024__tulip": 3}, "b/2024"),
+    ({"photos__rose": 3, "photos__tulip": 3}, "photos"),
+    ({"in__photos__rose": 3, "in__photos__tulip": 3}, "in/photos"),
+    ({"my photos__train__rose": 3, "my photos__train__tulip": 3, "my photos__val__rose": 1}, "my photos"),
+    ({"photos__rose": 3, "photos__tulip": 3, "docs": 0}, "photos"),
+    ({"rose__1": 2, "rose__2": 2, "tulip__3": 2, "tulip__4": 2}, ""),  # objects
+    ({"rose": 2, "tulip__red": 2, "tulip__white": 2}, ""),
+    ({"rose__all": 2, "tulip__all": 2}, ""),
+    ({"photos__rose": 3}, ""),
+]
+
+
+@pytest.mark.parametrize(("counts", "meant"), TOO_HIGH, ids=str)
+def test_a_folder_one_level_too_high_is_named_with_the_command(tmp_path, counts, meant) -> None:
+    shown = CliRunner().invoke(app, ["data", "check", str(make(tmp_path, **counts))])
+    found = re.search(
+        r"if rose, tulip are the classes, run: sopdeploy train --data (.*?)(\. |$)", shown.output, re.M
+    )
+    assert (found is not None) == bool(meant), shown.output
+    if found is not None:
+        assert shlex.split(found[1])[0] == str(tmp_path / meant)
+        with pytest.raises(DataError, match="if rose, tulip are the classes, give "):
+            open_evaluation_images(tmp_path, ("rose", "tulip"))
 
 
 @pytest.mark.parametrize(

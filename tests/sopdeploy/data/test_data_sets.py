@@ -11,10 +11,10 @@ import torchvision
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import Split
-from sopdeploy.data.datasets.folder import class_aliases, open_evaluation_images
 from sopdeploy.data.sources import DataConfig, DigitsConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos.folder import class_aliases, open_evaluation_images
+from sopdeploy.photos.split import Split
 from sopdeploy.training.recipe import read_recipe
 from tests.sopdeploy.data.small_data import write_aircraft, write_cifar, write_places
 

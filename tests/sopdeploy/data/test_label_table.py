@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.data.base import hash_images
-from sopdeploy.data.check import check_data
-from sopdeploy.data.datasets.folder import open_evaluation_images, open_folder
-from sopdeploy.data.held_out import choose_held_out, divide
 from sopdeploy.errors import DataError
+from sopdeploy.photos.check import check_data
+from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.folder import open_evaluation_images, open_folder
+from sopdeploy.photos.split import choose_held_out, divide
 from tests.two_objects import CLASSES, draw_scenes
 
 GOOD = "file,classes\na.png,cat|dog\nb.png,\nsub/c.png, dog \n"
@@ -42,10 +42,52 @@ def rows(folder: Path, labels: tuple[str, ...] = ("cat", "dog")) -> dict[str, li
         GOOD,
         "\ufeff" + GOOD.replace("\n", "\r\n"),
         'classes,file\n"cat|dog",./a.png\n\n,b.png\ndog,sub/c.png\n',
+        'file, Classes \na.png, "cat|dog"\nb.png, \nsub\\c.png, dog\n',
     ],
 )
 def test_targets_have_a_one_for_every_class_of_an_image(folder: Path, text: str) -> None:
     assert rows(write(folder, text)) == {"a.png": [1, 1], "b.png": [0, 0], "sub/c.png": [0, 1]}
+
+
+COMPOSED, DECOMPOSED = "\u00c4pfel", "A\u0308pfel"  # as Linux and macOS write the name
+
+
+@pytest.mark.parametrize("listed", [COMPOSED, DECOMPOSED])
+@pytest.mark.parametrize("on_disk", [COMPOSED, DECOMPOSED])
+def test_a_table_finds_files_and_classes_in_any_encoding(folder: Path, listed: str, on_disk: str) -> None:
+    (folder / on_disk).mkdir()
+    shutil.copy(folder / "a.png", folder / on_disk / f"{on_disk}.png")
+    write(folder, f"file,classes\nb.png,{COMPOSED}\n{listed}/{listed}.png,{DECOMPOSED}|dog\nd.png,dog\n")
+    found = rows(folder, (on_disk, "dog"))
+    assert found == {"b.png": [1, 0], f"{on_disk}/{on_disk}.png": [1, 1], "d.png": [0, 1]}
+    assert check_data(folder).parts[0].classes == {"dog": 2, COMPOSED: 2}
+
+
+def test_a_file_that_two_rows_name_differently_is_listed_twice(folder: Path) -> None:
+    (folder / f"{DECOMPOSED}.png").write_bytes((folder / "a.png").read_bytes())
+    for pair in ((f"{COMPOSED}.png", f"{DECOMPOSED}.png"), ("sub/c.png", "sub\\c.png")):
+        with pytest.raises(DataError, match=r"line 3: .* is listed in line 2, too"):
+            open_folder(write(folder, f"file,classes\n{pair[0]},cat\n{pair[1]},dog\n"))
+
+
+def test_a_backslash_in_the_name_of_a_file_is_read_as_it_is(folder: Path) -> None:
+    shutil.copy(folder / "a.png", folder / "sub\\c.png")
+    assert list(rows(write(folder, "file,classes\nsub\\c.png,cat\nsub/c.png,dog\n"))) == [
+        "sub\\c.png",
+        "sub/c.png",
+    ]
+
+
+def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> None:
+    table = "file,classes\na.png,Hat\nb.png,hat\nsub/c.png,red  cat\nd.png,red cat\n"
+    notes = check_data(write(folder, table)).notes
+    assert (
+        f"{folder}/labels.csv: 'Hat' and 'hat' are different classes; rename one if they are the same"
+        in notes
+    )
+    assert any("'red  cat' and 'red cat'" in note for note in notes)
+    with pytest.raises(DataError, match=r"remove them \('Hat' and 'hat' are different classes; rename one"):
+        open_evaluation_images(folder, ("hat", "red cat", "red  cat"), multi_label=True)
 
 
 PROBLEMS = {
@@ -54,6 +96,7 @@ PROBLEMS = {
     "file,classes\n": "lists no images",
     "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is listed in line 2, too",
     "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\n": "line 3: x.png does not exist, and 1 more files",
+    "file,classes\n..\\a.png,cat\n": "line 2: '..\\\\\\\\a.png' is not the path of an image, relative to",
     "file,classes\n../a.png,cat\n": "line 2: '../a.png' is not the path of an image, relative to",
     "file,classes\nsub,cat\n": "line 2: 'sub' is not the path of an image",
     "file,classes\na.png,cat||dog\n": "line 2: 'cat||dog' has an empty class name",
@@ -105,7 +148,8 @@ def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> 
     scenes = draw_scenes(tmp_path / "scenes", count=60)
     opened = open_folder(scenes)
     split, again = (
-        divide(opened, choose_held_out(opened.train, hash_images(opened.train), 0.2, 0)) for _ in range(2)
+        divide(opened, choose_held_out(opened.train, group_photographs(opened.train).groups, 0.2, 0))
+        for _ in range(2)
     )
     assert split.train.labels == CLASSES
     assert len(split.train) + len(split.held_out) == 60

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,14 @@ from PIL import Image, ImageEnhance, ImageOps
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import ArrayImages, Split, hash_images
-from sopdeploy.data.check import EDGES_MISS, check_data
-from sopdeploy.data.datasets.folder import list_classes, open_folder
-from sopdeploy.data.datasets.label_table import read_label_table
-from sopdeploy.data.held_out import NONE, choose_held_out, divide, record_choice, recorded_choice
-from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, group_by_appearance
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import create_model
+from sopdeploy.photos.check import EDGES_MISS, check_data
+from sopdeploy.photos.copies import Copies, connect, effective_count, find_pairs, group_photographs
+from sopdeploy.photos.folder import list_classes, open_folder
+from sopdeploy.photos.photo import ArrayImages, ImageFiles
+from sopdeploy.photos.split import NONE, Split, choose_held_out, divide, record_choice, recorded_choice
+from sopdeploy.photos.table import UNSPLIT, read_label_table
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import read_recipe
@@ -79,7 +80,7 @@ def true_groups(paths: np.ndarray) -> list[str]:
 @pytest.mark.parametrize("copies", [0, 1, 2])
 def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies: int):
     images = list_classes(write_scenes(tmp_path, copies=copies)).images
-    groups = group_by_appearance(images)
+    groups = group_photographs(images).groups
     scenes = true_groups(images.paths)
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(one) for one in scenes]
 
@@ -183,10 +184,10 @@ def test_equal_images_are_on_one_side_whatever_the_measure_finds(
     if case == BROKEN:
         (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
     if case == "many images":
-        monkeypatch.setattr("sopdeploy.data.held_out.MAX_SIGNATURES", 10)
-    monkeypatch.setattr("sopdeploy.data.near.find_pairs", lambda *_: np.zeros((2, 0), np.intp))
+        monkeypatch.setattr("sopdeploy.photos.copies.MAX_SIGNATURES", 10)
+    monkeypatch.setattr("sopdeploy.photos.copies.find_pairs", lambda *_: np.zeros((2, 0), np.intp))
     images = list_classes(tmp_path).images
-    choice = choose_held_out(images, hash_images(images), 0.3, 0)
+    choice = choose_held_out(images, group_photographs(images).groups, 0.3, 0)
     sides: dict[str, set[bool]] = {}
     for path, group in zip(images.paths, choice, strict=True):
         sides.setdefault(Path(path.decode()).stem, set()).add(bool(group != NONE))
@@ -218,9 +219,8 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
             scene(10 * place + number).save(tmp_path / name / f"{number}.png")
     images = list_classes(tmp_path).images
     assert len(set(images.groups.tolist())) == 3 + 4  # the only folder of a class is no group
-    held_out = divide(
-        Split.undivided(images), choose_held_out(images, np.zeros(0, np.int64), 0.3, 0)
-    ).held_out
+    choice = choose_held_out(images, group_photographs(images).groups, 0.3, 0)
+    held_out = divide(Split.undivided(images), choice).held_out
     assert len({path.split(b"/")[1] for path in held_out.paths if path.startswith(b"cat")}) == 1
     rows = [
         f"{path.decode()},{path.decode()[:3]},{'burst' * (number < 4)}"
@@ -228,7 +228,7 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
     ]
     (tmp_path / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
     table = read_label_table(tmp_path)
-    assert len(set(table.images.groups.tolist())) == 1 + 12
+    assert len(set(table.parts[UNSPLIT].groups.tolist())) == 1 + 12
     (tmp_path / "labels.csv").write_text("file,classes,burst\na.png,cat,1\n", encoding="utf-8")
     with pytest.raises(DataError, match="optionally split and group"):
         read_label_table(tmp_path)
@@ -261,6 +261,39 @@ def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):
     parts = [set(true_groups(part.paths)) for part in (split.train, split.held_out)]
     assert not parts[0] & parts[1]
     assert len(split.train) + len(split.held_out) == 48
+
+
+def test_a_split_and_a_check_read_each_photograph_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root, reads, read = write_scenes(tmp_path, copies=1), list[int](), ImageFiles.read
+
+    def count(images: ImageFiles, index: int) -> bytes:
+        reads.append(index)
+        return read(images, index)
+
+    monkeypatch.setattr(ImageFiles, "read", count)
+    recipe = read_recipe("photos-dsop", [f"data.path={root}"])
+    for use in (
+        lambda: divide_images(recipe, open_folder(root), None, Strategy(CPU)),
+        lambda: group_photographs(list_classes(root).images),  # as `compare` does
+        lambda: check_data(root, near=True),
+    ):
+        reads.clear()
+        use()
+        assert 48 <= len(reads) <= 48 + 8  # of eight, copies are made to measure how similar copies are
+
+
+def test_train_lists_its_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root, listed, scandir = write_classes(tmp_path / "photos", ("a", "b"), 4), [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(str(path)), scandir(path))[1])
+    weights = tmp_path / "weights.pth"
+    torch.manual_seed(0)
+    network = create_model("efficientnet-lite0", num_classes=2)
+    torch.save(network.state_dict(), weights)
+    shown = CliRunner().invoke(
+        app, ["train", "--data", str(root), "--weights", str(weights), "--out", str(tmp_path / "run")]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert [listed.count(str(root / name)) for name in "ab"] == [1, 1]
 
 
 def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
@@ -327,7 +360,7 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
 
     monkeypatch.setattr("sopdeploy.training.few_shot.features.find_pairs", compare)
     assert near_by_command(root) == ([{"3.png", "mirror.png"}], [])
-    monkeypatch.setattr("sopdeploy.data.check.MAX_FEATURES", 24)
+    monkeypatch.setattr("sopdeploy.photos.check.MAX_FEATURES", 24)
     assert near_by_command(root) == ([], [EDGES_MISS])
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sopdeploy import create_model
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
@@ -27,6 +26,7 @@ from sopdeploy.evaluation.predictions import describe_predictions
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -16,13 +17,13 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from sopdeploy.data.base import image_errors
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images import formats, pixels
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.images.pixels import SIXTEEN_BIT, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.photo import image_errors
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.settings import Settings
 from tests.counted import record_images
@@ -141,6 +142,16 @@ BAD_EXIF = {
     "orientation as text": entry(2, 4, int.from_bytes(b"six\0", "little")),
     "orientation of nine": entry(3, 1, 9),
 }
+
+
+def test_no_warning_of_pillow_reaches_a_user() -> None:
+    file = io.BytesIO()
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x1a\x01"  # five tags, of which two bytes are there
+    Image.new("RGB", (16, 16)).save(file, "JPEG", exif=exif)
+    code = "import sys; from sopdeploy.images.formats import *; open_image(sys.stdin.buffer.read())"
+    command = [sys.executable, "-W", "always::UserWarning", "-c", code]
+    done = subprocess.run(command, input=file.getvalue(), capture_output=True, check=True)
+    assert done.stderr == b""
 
 
 @PILLOW_MAY_WARN

@@ -34,6 +34,12 @@ def test_a_misspelled_name_suggests_the_nearest_ones(wrong: str, near: str) -> N
         create_model(wrong)
 
 
+def test_the_classes_of_a_network_with_a_head_are_made_once() -> None:
+    one, again = entry("head:resnet18"), entry("head:resnet18")
+    assert (one.network, one.config) == (again.network, again.config)
+    assert entry("head:resnet8").network is not one.network
+
+
 def test_an_unknown_name_points_to_the_list() -> None:
     with pytest.raises(ConfigError, match="lists them all"):
         create_model("xyzzy")

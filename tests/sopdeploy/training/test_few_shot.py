@@ -20,7 +20,6 @@ from sopdeploy import checkpoint
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.commands.train import train
-from sopdeploy.data.base import ArrayImages, ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
@@ -28,6 +27,7 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.models import registry, second_order_head
+from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import start_weights
 from sopdeploy.training.callback import Callback
@@ -411,6 +411,29 @@ def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
     assert expected or "two groups" not in lines
     assert not (has_none and result.mistakes)
     assert ("no estimate" in result.report.read_text()) == has_none
+
+
+def test_photographs_of_an_object_folder_are_a_group_and_no_copies(tmp_path: Path):
+    photos, random = write_views(tmp_path / "photos", {"a": 4, "b": 4}, views=1), np.random.default_rng(1)
+    for file in list(photos.rglob("0.png")):  # one more photograph of the object, and of one a copy
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file.with_name("1.png"))
+    shutil.copy(photos / "a" / "0" / "0.png", photos / "a" / "0" / "copy.png")
+    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    lines = result.procedure.lines()
+    assert "17 photographs, 16 different ones: copies share a fold, and the largest one is judged" in lines
+    groups = "16 different photographs are 8 groups, such as those of one object; a group shares a fold"
+    assert groups in lines
+    page = result.report.read_text()
+    assert ("group 1: a" in page, "group 2: " in page) == (True, False)
+
+
+def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
+    photos = paint(tmp_path / "photos", 6)
+    rows = [f"{file.relative_to(photos)},{file.parent.name},{file.stem}" for file in photos.rglob("*.png")]
+    (photos / "labels.csv").write_text("\n".join(["file,classes,group", *rows]))  # a session of all classes
+    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    assert result.procedure.contradictions == ()
+    assert (result.procedure.num_groups, result.procedure.num_photographs) == (6, 18)
 
 
 def test_photographs_that_are_all_in_two_classes_give_no_estimate(tmp_path: Path):

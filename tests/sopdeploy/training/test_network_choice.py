@@ -16,6 +16,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.start import Given
 from tests.sopdeploy.training.runs import paint
 
 IMAGES = 100
@@ -83,7 +84,7 @@ def test_the_choice_is(case: str, photos: Path, monkeypatch: pytest.MonkeyPatch)
     found, within, expected = CHOICES[case]
     names = set_results(monkeypatch, found)
     recipes = {name: read_recipe("photos", [f"data.path={photos}", f"project={name}"]) for name in found}
-    configured: Any = {name: (recipe, [], None) for name, recipe in recipes.items()}
+    configured = {name: (recipe, Given()) for name, recipe in recipes.items()}
     scores = network_choice.choose_network(configured, within, Callback())
     assert [score.name for score in scores if score.chosen] == [expected]
     assert [score.name for score in scores if score.score is not None] == names
@@ -97,7 +98,7 @@ def test_the_error_names_the_fastest_network_if_none_is_fast_enough(
     recipe = read_recipe("photos", [f"data.path={photos}"])
     message = "no network needs at most 5 ms; the fastest is a with 9.0 ms"
     with pytest.raises(ConfigError, match=message):
-        network_choice.choose_network({"a": (recipe, [], None), "b": (recipe, [], None)}, 5, Callback())
+        network_choice.choose_network({"a": (recipe, Given()), "b": (recipe, Given())}, 5, Callback())
 
 
 def test_a_run_trains_the_chosen_network_and_its_page_lists_all(

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 import sopdeploy
 from sopdeploy import create_model
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, diagnose
 from sopdeploy.training.loop.run import estimate_best
 from sopdeploy.training.recipe import Recipe, read_recipe

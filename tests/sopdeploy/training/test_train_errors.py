@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.data.base import hash_images
-from sopdeploy.errors import ConfigError, DataError, TrainingError
+from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
+from sopdeploy.photos.photo import hash_images
 from sopdeploy.training import start
 from sopdeploy.training.loop import gradient, run
 from sopdeploy.training.loop.losses import Loss
@@ -34,7 +34,7 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
     for out in (tmp_path, tmp_path / "notes.txt", tmp_path / "broken"):
         with pytest.raises(ConfigError, match="exists and is not an empty folder; choose another"):
             train_recipe(short_recipe(), out)
-    with pytest.raises(ConfigError, match=r"cannot be created in .*; choose another"):
+    with pytest.raises(StorageError, match=r"cannot be written in .*; choose another"):
         train_recipe(short_recipe(), tmp_path / "notes.txt" / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "broken"}
 

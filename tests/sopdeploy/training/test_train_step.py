@@ -18,11 +18,11 @@ from sopdeploy.data.augment import (
     ColorConfig,
     PadCrop,
 )
-from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
+from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.loop.run import epoch_data
 from sopdeploy.training.recipe import Recipe

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sopdeploy.errors import ConfigError, StorageError
+from sopdeploy.errors import ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, writing
 from sopdeploy_service.commands.batch.sources import ListedImage
 
@@ -38,7 +38,7 @@ class OutputFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder and reserve it for this process; raise `ConfigError` if another one uses it."""
-        with writing(str(self.path), ConfigError):
+        with writing(str(self.path)):
             (self.path / ROWS_FOLDER).mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         with lock:
@@ -48,7 +48,7 @@ class OutputFolder:
                 message = f"another run is writing to {self.path}; wait for it"
                 raise ConfigError(message, setting="out") from error
             # An `OSError` in the caller's block is also one of this folder: reading an image raises others.
-            with writing(str(self.path), StorageError):
+            with writing(str(self.path)):
                 self._remove_partial()
                 yield
                 self._remove_partial()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sopdeploy.data.base import ArrayImages
 from sopdeploy.models.gmsop import GMSOPResNet
+from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.loop.gradient import train_step
 from sopdeploy.training.loop.run import epoch_data

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
+from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
 from sopdeploy.training.distributed import Strategy, check_divisible
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import check_same_step

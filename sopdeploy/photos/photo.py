@@ -1,18 +1,14 @@
-"""Labeled images, network inputs (uint8 arrays of one size), and random seeds.
-
-Every random choice of a run uses `derive_seed(seed, purpose, epoch, step or sample)` instead of a generator
-state that must be saved. A resumed run therefore makes the same choices as an uninterrupted one, with any
-number of loader processes.
-"""
+"""Labeled photographs: their bytes, targets and identities, and the arrays that networks see."""
 
 import copy
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -25,13 +21,56 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError, ImageError, shorten
 from sopdeploy.files import open_regular
 from sopdeploy.images.formats import load_pixels, open_image
-from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.images.pixels import preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.names import normalize
 
+UNREADABLE = 0  # the hash of a file that cannot be read
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
 Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
+_RULES = Preprocess()  # for the conversion to upright RGB
 _Result = TypeVar("_Result")
 _Images = TypeVar("_Images", bound="LabeledImages")
+
+
+class Photo:
+    """A photograph that is read once: its bytes, and what follows from them, computed when it is needed.
+
+    Messages call it *name*. What needs a header or pixels raises `DataError` if they are damaged.
+    """
+
+    def __init__(self, name: str, content: bytes) -> None:
+        self.name, self.content = name, content
+
+    @cached_property
+    def file_hash(self) -> int:
+        """The identity of the file: a hash of its bytes, 64 bits in the range of int64."""
+        return int.from_bytes(hashlib.blake2b(self.content, digest_size=8).digest(), "big", signed=True)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The image of the file, whose pixels are decoded only if they are used."""
+        with image_errors(self.name):
+            return open_image(self.content)
+
+    @cached_property
+    def pixels(self) -> Image.Image:
+        """The upright RGB pixels."""
+        with image_errors(self.name):
+            return to_rgb(load_pixels(self.image), _RULES)
+
+    @cached_property
+    def pixel_hash(self) -> str:
+        """The identity of the pixels: equal for files that show the same ones."""
+        return hashlib.blake2b(
+            f"{self.pixels.size} ".encode() + self.pixels.tobytes(), digest_size=16
+        ).hexdigest()
+
+    def check(self) -> None:
+        """Raise `DataError` if the file cannot be decoded; a JPEG is decoded at 1/8 of its size."""
+        with image_errors(self.name):
+            self.image.draft(None, (1, 1))  # still reads every byte
+            load_pixels(self.image)
 
 
 class LabeledImages(ABC):
@@ -70,10 +109,13 @@ class LabeledImages(ABC):
         """Return what messages call an image: its identity, or the path of its file."""
         return self.identity(index)
 
+    def photo(self, index: int) -> Photo:
+        """Read a photograph; raises `DataError` naming it."""
+        return Photo(self.describe(index), self.read(index))
+
     def open(self, index: int) -> Image.Image:
         """Open an image without decoding its pixels; raises `DataError` naming it."""
-        with image_errors(self.describe(index)):
-            return open_image(self.read(index))
+        return self.photo(index).image
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -162,9 +204,8 @@ class ImageFiles(LabeledImages):
             raise DataError(f"{path}: cannot be read ({error.strerror}); repair or delete it") from error
 
     def identity(self, index: int) -> str:
-        """Return the path of a file relative to `root`."""
-        path: bytes = self.paths[index]
-        return path.decode("utf-8", "surrogateescape")
+        """Return the path of a file relative to `root`, in the encoding that all machines share."""
+        return normalize(os.fsdecode(self.paths[index]))
 
     def describe(self, index: int) -> str:
         """Return the path of a file as text."""
@@ -173,104 +214,6 @@ class ImageFiles(LabeledImages):
     def path(self, index: int) -> Path:
         """Return the path of a file."""
         return self.root / os.fsdecode(self.paths[index])
-
-
-def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
-    """Keep the classes *labels* of *images*, in this order.
-
-    With one class per image, images of other classes are left out; with several, they remain without a class.
-    """
-    if images.targets.ndim == 2:
-        columns = [images.labels.index(label) for label in labels]
-        return images.replaced(labels=labels, targets=images.targets[:, columns])
-    position = {label: index for index, label in enumerate(labels)}
-    new_index = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
-    targets = new_index[images.targets.astype(np.int64)]
-    kept = targets >= 0  # -1 is a class to leave out
-    return images.select(kept).replaced(labels=labels, targets=targets[kept])
-
-
-def map_threaded(function: Callable[[int], _Result], count: int) -> Iterator[_Result]:
-    """Yield *function*(0) to *function*(count - 1) in order, computed by one thread per core."""
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for results in pool.map(lambda chunk: [function(index) for index in chunk], chunks):
-            yield from results
-
-
-def hash_bytes(content: bytes) -> int:
-    """Hash the *content* of a file to 64 bits, in the range of int64."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
-
-
-def hash_images(images: LabeledImages) -> NDArray[np.int64]:
-    """Hash the bytes of each of *images* to 64 bits, (N,); an unreadable image has the hash 0."""
-
-    def hash_image(index: int) -> int:
-        try:
-            return hash_bytes(images.read(index))
-        except DataError:
-            return 0  # stands for an unreadable image
-
-    return np.fromiter(map_threaded(hash_image, len(images)), dtype=np.int64, count=len(images))
-
-
-def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
-    """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
-    _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
-    first_N = first_of_hash[hash_number_N].tolist()  # for each image, the index of the first with its hash
-    is_equal = images.targets[first_N] == images.targets  # (N,), or (N, C) if an image has several classes
-    same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
-    is_readable_N = hashes != 0  # as `hash_images` marks them
-    contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()  # never the first of its hash
-    pairs = [f"{images.describe(first_N[index])} = {images.describe(index)}" for index in contradictions]
-    return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
-
-
-def find_unreadable(images: LabeledImages) -> dict[int, str]:
-    """Find the images that cannot be decoded; returns error messages by index."""
-
-    def error_of(index: int) -> str:
-        """Return the message of the error of an image, "" if it can be decoded."""
-        try:
-            with image_errors(images.describe(index)):
-                image = images.open(index)
-                image.draft(None, (1, 1))  # decodes a JPEG at 1/8 of its size, but still reads every byte
-                load_pixels(image)
-        except DataError as error:
-            return str(error)
-        return ""
-
-    return {index: error for index, error in enumerate(map_threaded(error_of, len(images))) if error}
-
-
-def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
-    """Build an error with every unreadable image of *parts*; return *first* if there is only one."""
-    errors = [error for part in parts for error in find_unreadable(part).values()]
-    if len(errors) < 2:
-        return first
-    return DataError(
-        f"{len(errors)} images cannot be used (`sopdeploy data check --json` lists all): "
-        f"{shorten(errors, '; ')}",
-        lists={"images": errors},
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """Training and held-out images with the same labels.
-
-    `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
-    holds out some of the training images (`held_out.choose_held_out`).
-    """
-
-    train: LabeledImages
-    held_out: LabeledImages
-
-    @classmethod
-    def undivided(cls, images: LabeledImages) -> "Split":
-        """Create a split without held-out images."""
-        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,41 +250,73 @@ class PreprocessedDataset(Dataset):
         return array, target
 
 
-def derive_seed(*keys: int | str) -> int:
-    """Hash *keys* to a 63-bit seed that is the same on every machine and in every version."""
-    text = "\x1f".join(str(key) for key in keys)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
+    """Keep the classes *labels* of *images*, in this order.
 
-
-def hold_out(
-    keys: Sequence[str], targets: NDArray[np.int64] | NDArray[np.float32], fraction: float, seed: int
-) -> NDArray[np.bool_]:
-    """Select about *fraction* of every class for the held-out set, at least one image and never all.
-
-    Returns a mask (N,). The selection depends on *seed* and the images' *keys* only. It is the same on every
-    machine and in every version, so that an image used for training is never used for evaluation later.
-    *targets* are class indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes
-    are processed from the rarest to the most frequent one, then the images without a class, as in the
-    iterative stratification of Sechidis et al. (ECML 2011), section 4.
+    With one class per image, images of other classes are left out; with several, they remain without a class.
     """
-    ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
-    shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # image indices
-    if targets.ndim == 1:
-        sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
-        starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
-        class_members = np.split(sorted_by_class, starts)
-    else:
-        rarest_first = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
-        class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
-        class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])  # the images without a class
-    held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
-    # An image of several classes is decided once, with the rarest of them, and counts for all of them.
-    for members in class_members:  # image indices in random order
-        at_most = max(0, len(members) - 1)  # one image remains for training; a class may have no images here
-        quota = min(max(1, round(fraction * len(members))), at_most)
-        missing = max(0, quota - held_out[members].sum())  # some may be held out already
-        undecided = members[~decided[members]]
-        held_out[undecided[:missing]] = True  # the others are training images
-        decided[members] = True
-    return held_out
+    if images.targets.ndim == 2:
+        columns = [images.labels.index(label) for label in labels]
+        return images.replaced(labels=labels, targets=images.targets[:, columns])
+    position = {label: index for index, label in enumerate(labels)}
+    new_index = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
+    targets = new_index[images.targets.astype(np.int64)]
+    kept = targets >= 0  # -1 is a class to leave out
+    return images.select(kept).replaced(labels=labels, targets=targets[kept])
+
+
+def map_threaded(function: Callable[[int], _Result], count: int) -> Iterator[_Result]:
+    """Yield *function*(0) to *function*(count - 1) in order, computed by one thread per core."""
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for results in pool.map(lambda chunk: [function(index) for index in chunk], chunks):
+            yield from results
+
+
+def hash_images(images: LabeledImages) -> NDArray[np.int64]:
+    """Return the `file_hash` of each of *images*, (N,); that of an unreadable file is `UNREADABLE`."""
+
+    def hash_image(index: int) -> int:
+        try:
+            return images.photo(index).file_hash
+        except DataError:
+            return UNREADABLE
+
+    return np.fromiter(map_threaded(hash_image, len(images)), dtype=np.int64, count=len(images))
+
+
+def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
+    """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
+    _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
+    first_N = first_of_hash[hash_number_N].tolist()  # for each image, the index of the first with its hash
+    is_equal = images.targets[first_N] == images.targets  # (N,), or (N, C) if an image has several classes
+    same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
+    is_readable_N = hashes != UNREADABLE
+    contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()  # never the first of its hash
+    pairs = [f"{images.describe(first_N[index])} = {images.describe(index)}" for index in contradictions]
+    return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
+
+
+def find_unreadable(images: LabeledImages) -> list[str]:
+    """Return the messages of the errors of the images that cannot be decoded."""
+
+    def error_of(index: int) -> str:
+        try:
+            images.photo(index).check()
+        except DataError as error:
+            return str(error)
+        return ""
+
+    return [error for error in map_threaded(error_of, len(images)) if error]
+
+
+def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
+    """Build an error with every unreadable image of *parts*; return *first* if there is only one."""
+    errors = [error for part in parts for error in find_unreadable(part)]
+    if len(errors) < 2:
+        return first
+    return DataError(
+        f"{len(errors)} images cannot be used (`sopdeploy data check --json` lists all): "
+        f"{shorten(errors, '; ')}",
+        lists={"images": errors},
+    )

@@ -1,24 +1,23 @@
-"""Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`folders`).
+"""Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`files`).
 
-A folder with `labels.csv` holds images that this table lists with their classes (`label_table`), and official
+A folder with `labels.csv` holds images that this table lists with their classes (`table`), and official
 layouts are read by torchvision (`libraries`).
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
 
-from sopdeploy.data.base import ImageFiles, LabeledImages, Split, find_unreadable, select_classes
-from sopdeploy.data.datasets.label_table import LABELS_FILE, VAL, has_label_table, read_label_table
-from sopdeploy.data.datasets.libraries import detect_kind, open_part
-from sopdeploy.data.folders import (
-    TRAIN,
+from sopdeploy.errors import DataError, shorten
+from sopdeploy.images.limits import SUFFIXES, describe_formats
+from sopdeploy.photos.files import (
     Log,
     Parts,
     data_folder,
@@ -27,39 +26,45 @@ from sopdeploy.data.folders import (
     list_subfolders,
     part_folder,
 )
-from sopdeploy.errors import DataError, shorten
-from sopdeploy.images.limits import SUFFIXES, describe_formats
+from sopdeploy.photos.libraries import detect_kind, open_part
+from sopdeploy.photos.names import TRAIN, describe_confusable, fold, hint_at_spelling, normalize, part_kind
+from sopdeploy.photos.photo import ImageFiles, find_unreadable, select_classes
+from sopdeploy.photos.split import Split
+from sopdeploy.photos.table import (
+    LABELS_FILE,
+    UNSPLIT,
+    OpenedParts,
+    check_has_classes,
+    has_label_table,
+    read_label_table,
+)
 
-UNSPLIT = "all"  # the name of the only part if the images are not split
 
-
-def open_folder(path: Path, log: Log = lambda _line: None) -> Split:
+def open_folder(path: Path) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of class indices.
-    Hidden files are ignored. *log* receives a line about every other file and folder that is not used. Raises
-    `DataError` if the images cannot be used.
+    Hidden files are ignored. Raises `DataError` if the images cannot be used.
     """
     root = data_folder(path)
     opened = open_parts(root, max_held_out=1)
-    for line in opened.notes:
-        log(line)
+    notes = [*opened.notes]
     if opened.ignored:
-        log(f"{root}: {describe_skipped(opened.ignored)}")
+        notes.append(f"{root}: {describe_skipped(opened.ignored)}")
     if opened.problems:  # only then, because training finds unreadable images itself
-        unreadable = (error for part in opened.parts.values() for error in find_unreadable(part).values())
+        unreadable = (error for part in opened.parts.values() for error in find_unreadable(part))
         problems = [*opened.problems, *unreadable]
         raise DataError(shorten(problems, "; "), lists={"problems": problems})
     train, *held_out = opened.parts.values()
     if held_out:
-        return Split(train=train, held_out=held_out[0])
-    return leave_out_small_classes(train, root, log)
+        return Split(train=train, held_out=held_out[0], notes=tuple(notes))
+    return leave_out_small_classes(train, root, notes)
 
 
-def leave_out_small_classes(images: LabeledImages, root: Path, log: Log) -> Split:
+def leave_out_small_classes(images: ImageFiles, root: Path, notes: Sequence[str]) -> Split:
     """Return *images* without the classes of fewer than two images, of which none could be held out.
 
-    *log* receives a line about these classes. Raises `DataError` if fewer than two classes remain.
+    A line about these classes is added to *notes*. Raises `DataError` if fewer than two classes remain.
     """
     counts = images.class_counts()
     kept = tuple(label for label, count in zip(images.labels, counts, strict=True) if count > 1)
@@ -69,24 +74,9 @@ def leave_out_small_classes(images: LabeledImages, root: Path, log: Log) -> Spli
             f"{root}: a classifier needs two classes of two images or more; add images of {shorten(small)}"
         )
     if small:
-        log(f"{root}: left out, because there are fewer than two images: {shorten(small)}; add some")
-        images = select_classes(images, kept)
-    return Split.undivided(images)
-
-
-class OpenedParts(NamedTuple):
-    """The images of a data set by part, the training images first.
-
-    Attributes:
-        problems: Why a network cannot be trained on them.
-        notes: What the user may not have intended.
-        ignored: Number of files without an image suffix, by suffix.
-    """
-
-    parts: dict[str, ImageFiles]
-    problems: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    ignored: Mapping[str, int] = {}
+        line = f"{root}: left out, because there are fewer than two images: {shorten(small)}; add some"
+        return Split.undivided(select_classes(images, kept), (*notes, line))
+    return Split.undivided(images, notes)
 
 
 def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
@@ -96,29 +86,25 @@ def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
     for fewer than two classes, and for files that cannot be read.
     """
     if (kind := detect_kind(root)) is not None:
-        train, test = open_part(kind, "train", root), open_part(kind, "held_out", root)
-        return OpenedParts({"train": train, "test": test})
+        train, held_out = open_part(kind, "train", root), open_part(kind, "held_out", root)
+        return OpenedParts({"train": train, "test": held_out})
     return _open_table(root) if has_label_table(root) else _open_class_folders(root, max_held_out)
 
 
 def _open_table(root: Path) -> OpenedParts:
     """Open the images that `labels.csv` in *root* lists."""
     where, table = root / LABELS_FILE, read_label_table(root)
-    parts = {name: table.part(name) for name in (TRAIN, VAL)} if table.is_split else {UNSPLIT: table.images}
-    train = parts[TRAIN] if table.is_split else table.images
+    for name, images in table.parts.items():
+        check_has_classes(name, images)
+    train, *_ = table.parts.values()
     problems = [
         f"{where}: no training image of {train.labels[index]}; set the split of one of its images to {TRAIN}"
         for index in np.flatnonzero(train.class_counts() == 0)
     ]
-    notes = []
-    image_paths, _other_files = list_images(root)
-    unlisted = sorted(set(image_paths) - set(table.images.paths.tolist()))  # paths of images are bytes
-    if unlisted:
-        files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
-        notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {files}")
+    notes = [*table.notes]
     if train.targets.ndim == 1:
         notes.append(f"{where}: every image has one class, so the network predicts one")
-    return OpenedParts(parts, problems, notes)
+    return table._replace(problems=problems, notes=notes)
 
 
 def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
@@ -141,6 +127,7 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     for listing in listings.values():
         problems += class_problems(listing, train.labels)
         notes += _describe_nested(listing)
+        notes += [f"{listing.images.root}: {line}" for line in describe_confusable(listing.images.labels)]
         other_files += [file for files in listing.other_files.values() for file in files]
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, _count_suffixes(other_files))
@@ -161,10 +148,15 @@ class ClassListing(NamedTuple):
 def list_classes(root: Path) -> ClassListing:
     """List the content of every class folder in *root*, sorted; a class may be empty.
 
-    The images of a folder in a class folder are a group, unless it holds all images of the class.
+    Folders with one name in two encodings are one class. The images of a folder in a class folder are a
+    group, unless it holds all images of the class.
     """
-    found = {label: list_images(root, label) for label in list_subfolders(root)}
-    class_paths = [image_paths for image_paths, _ in found.values()]  # a list for each class
+    folders = defaultdict[str, list[str]](list)  # names of folders by class
+    for name in list_subfolders(root):
+        folders[normalize(name)].append(name)
+    found = {label: [list_images(root, name) for name in folders[label]] for label in sorted(folders)}
+    class_paths = [[path for paths, _ in listings for path in paths] for listings in found.values()]
+    other_files = {label: [file for _, files in found[label] for file in files] for label in found}
     all_paths = [path for paths in class_paths for path in paths]
     targets = np.repeat(np.arange(len(found)), [len(paths) for paths in class_paths])
     groups: list[bytes] = []  # for each image of `all_paths`
@@ -179,7 +171,7 @@ def list_classes(root: Path) -> ClassListing:
     no_two_together = len(set(groups)) == len(groups)
     known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
     images = ImageFiles(root, tuple(found), np.asarray(all_paths, dtype=np.bytes_), targets, known_groups)
-    return ClassListing(images, {label: others for label, (_, others) in found.items()}, sorted(nested))
+    return ClassListing(images, other_files, sorted(nested))
 
 
 def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[str]:
@@ -187,6 +179,12 @@ def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[s
     images = listing.images
     root, folders = images.root, set(images.labels)
     unknown, missing = sorted(folders - set(labels)), sorted(set(labels) - folders)
+    for label in [*missing]:
+        if alike := [folder for folder in unknown if fold(folder) == fold(label)]:
+            names = " and ".join(map(repr, alike))
+            yield f"{root}: the class {names} is {label!r} in the training images; rename one of them"
+            unknown = [folder for folder in unknown if folder not in alike]
+            missing.remove(label)
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
     if missing:
@@ -199,7 +197,7 @@ def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[s
         only_others = f", only other files ({ignored})" if ignored else ""
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
-            f"add some ({', '.join(SUFFIXES)}) or remove the folder"
+            f"add some ({', '.join(SUFFIXES)}) or remove the folder{_suggest_folder(images)}"
         )
 
 
@@ -238,9 +236,30 @@ def _too_few_classes(images: ImageFiles) -> DataError:
     if not images.labels:
         return no_classes(root)
     (name,) = images.labels
-    may_hold_classes = len(list_subfolders(root / name)) > 1
-    hint = f"; to use the folders in it as classes, give {root / name}" if may_hold_classes else ""
+    hint = _suggest_folder(images)
     return DataError(f"{root}: holds only one class ({name}); a classifier needs at least two{hint}")
+
+
+def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --data") -> str:
+    """Give *advice* with the folder below the root of *images* whose subfolders may be the classes.
+
+    It is the one with the most images, if no class folder holds images itself. The other class folders must
+    hold no images, or folders of the same names: different names are those of the objects of each class.
+    Returns "" if there is none.
+    """
+    counts = defaultdict[str, Counter[str]](Counter)  # images of each subfolder, by the path of its folder
+    for path in images.paths.tolist():
+        above, _, name = os.fsdecode(path).rpartition("/")[0].rpartition("/")
+        counts[above][name] += 1
+    best = max(counts, key=lambda above: (len(counts[above]) > 1, counts[above].total()), default="")
+    names = counts.pop(best, Counter())
+    of_others = set[str]().union(*counts.values())
+    is_only_one = len(set(images.targets.tolist())) == 1
+    if not best or "" in counts or len(names) < 2 or not (is_only_one or names.keys() & of_others):
+        return ""
+    while part_kind(best.rpartition("/")[2]):  # a part of the data set
+        best = best.rpartition("/")[0]
+    return f"; if {shorten(sorted(names))} are the classes, {advice} {quote(str(images.root / best))}"
 
 
 def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
@@ -259,8 +278,8 @@ def _describe_nested(listing: ClassListing) -> Iterator[str]:
     if listing.nested:
         yield (
             f"{listing.images.root}: images of folders in a class folder count as images of that class, "
-            f"those of several folders as a group each: {shorten(listing.nested)}; move these folders up if "
-            "they are classes"
+            f"those of several folders as a group each: {shorten(listing.nested)}"
+            + (_suggest_folder(listing.images) or "; move these folders up if they are classes")
         )
 
 
@@ -290,14 +309,14 @@ def open_evaluation_images(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        return read_label_table(root, labels, multi_label=True).held_out()  # has exactly the classes *labels*
+        return _held_out_of_table(root, labels, multi_label=True)  # has exactly the classes *labels*
     kind = detect_kind(root)
     if kind is not None:
         images = open_part(kind, "held_out", root)
     else:
         folder = _held_out_folder(root, labels, log)
         if has_label_table(folder):
-            images = read_label_table(folder, labels, multi_label=False).held_out()
+            images = _held_out_of_table(folder, labels, multi_label=False)
         else:
             images = list_classes(folder).images
     allow_unknown = other_classes or kind is not None  # the names of official classes are no mistakes
@@ -308,23 +327,33 @@ def open_evaluation_images(
     return images
 
 
+def _held_out_of_table(root: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
+    """Open the held-out images of the `labels.csv` in *root*, or all if it does not divide them."""
+    *_, (name, images) = read_label_table(root, labels, multi_label=multi_label).parts.items()
+    check_has_classes(name, images)
+    return images
+
+
 def _match_classes(
     root: Path, images: ImageFiles, labels: tuple[str, ...], allow_unknown: bool, log: Log
 ) -> ImageFiles:
     """Give *images* the classes *labels*; raises `DataError` for other classes unless *allow_unknown*."""
     aliases, given = class_aliases(), images.labels  # the aliases translate WordNet IDs
-    names = tuple(name if name in labels else aliases.get(name, name) for name in given)
+    label_of_name = {normalize(label): label for label in labels}
+    names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in given)
     unknown = [label for label, name in zip(given, names, strict=True) if name not in labels]
     are_allowed = allow_unknown and len(unknown) < len(given)  # at least one class must remain
+    hint = hint_at_spelling(unknown, labels)
     if unknown and not are_allowed:
+        hint = hint or _suggest_folder(images, "give")
         verb = "are not classes" if len(unknown) > 1 else "is no class"
         raise DataError(
             f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "
-            "rename the folders",
+            f"rename the folders{hint}",
             lists={"unknown": unknown, "classes": labels},
         )
     if unknown:
-        log(f"{root}: left out, of no class: {shorten(unknown)}")
+        log(f"{root}: left out, of no class: {shorten(unknown)}{hint}")
     matched = select_classes(images.replaced(labels=names), labels)
     if not len(matched):
         raise DataError(f"{root}: holds no images of these classes; add some")
@@ -345,7 +374,7 @@ def check_holds_classes(root: Path) -> Path:
 @cache
 def class_aliases() -> dict[str, str]:
     """Map the WordNet ID of each ImageNet class to the name that published weights have, and back."""
-    text = resources.files("sopdeploy.data.datasets").joinpath("imagenet_classes.txt").read_text("utf-8")
+    text = resources.files("sopdeploy.photos").joinpath("imagenet_classes.txt").read_text("utf-8")
     name_of_id = dict(line.split(" ", 1) for line in text.splitlines())
     return name_of_id | {name: wordnet_id for wordnet_id, name in name_of_id.items()}
 
@@ -361,7 +390,8 @@ def open_any_images(root: Path) -> ImageFiles:
 
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
-    if set(list_subfolders(root)) <= set(labels):  # each one is a class of the network, even if named val
+    names = {normalize(name) for name in list_subfolders(root)}
+    if names <= {normalize(label) for label in labels}:  # each one is a class, even if named val
         return root
     parts = find_parts(root)
     val_is_a_class = parts.others and not parts.train  # as in training, which needs a train/ next to a val/

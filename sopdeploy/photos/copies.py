@@ -16,23 +16,21 @@ Letters: N images, M copies, V views, D components of a vector.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import blake2b
 from io import BytesIO
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from sopdeploy.data.base import LabeledImages, map_threaded
-from sopdeploy.images.pixels import to_rgb
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.errors import DataError
+from sopdeploy.photos.photo import UNREADABLE, LabeledImages, map_threaded
 
 Groups = NDArray[np.int64]  # a number per image
 _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts
-_RULES = Preprocess()  # for the conversion to upright RGB
 CROPS = (0.85, 0.7)  # shares of each side of copies, in turn; 0.7 is half of the photograph
 COPY_SIDES, COPY_BRIGHTNESS, COPY_QUALITY = 0.6, 1.15, 60  # relative to the photograph; quality of the JPEG
 MISSED = 0.2  # share of the copies that may have a lower cosine
@@ -41,6 +39,7 @@ SHARE_UNLIKE = 0.05  # of the pairs of a class that reach less than copies if th
 MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
 MAX_SIGNATURES = 20_000  # among more images, only equal files are found
+NO_PAIRS = np.zeros((2, 0), np.intp)
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
 DECIMALS = 4  # of a signature; float32 differs between processors from the seventh decimal on
 
@@ -77,7 +76,7 @@ class Copies(LabeledImages):
 
     def read(self, index: int) -> bytes:
         """Crop, shrink and brighten an image, as its seed says, and encode it as JPEG."""
-        pixels = to_rgb(self.images[int(self.originals[index])][0], _RULES)
+        pixels = self.images.photo(int(self.originals[index])).pixels
         seed, sides = int(self.seeds[index]), np.asarray(pixels.size, np.float64)
         crop = self.crops[seed % len(self.crops)]  # the share of each side that remains
         corner = np.random.default_rng(seed).random(2) * (1 - crop) * sides  # left and top
@@ -263,11 +262,11 @@ def effective_count(groups: NDArray[np.integer]) -> float:
 
 
 def signature(image: Image.Image) -> NDArray[np.float32]:
-    """Compute a histogram of the directions of edges in 8 x 8 cells of *image*, (512,), without a network.
+    """Compute a histogram of the directions of edges in 8 x 8 cells of an RGB *image*, (512,).
 
     It finds re-encoded, resized and slightly cropped copies, and about half of those cropped to 90 %.
     """
-    small = to_rgb(image, _RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    small = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     down, right = np.gradient(np.asarray(small, np.float32))  # (64, 64) each, as all arrays of pixels below
     strength = np.hypot(down, right)  # of the edge at each pixel
     turns = np.arctan2(down, right) / (2 * np.pi)  # its direction, -0.5 to 0.5
@@ -285,31 +284,48 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
     return (root / max(float(np.linalg.norm(root)), 1e-12)).round(DECIMALS).astype(np.float32)
 
 
-def hash_pixels(image: Image.Image) -> str:
-    """Hash the upright RGB pixels of *image*: equal for files that show the same pixels."""
-    pixels = to_rgb(image, _RULES)
-    return blake2b(f"{pixels.size} ".encode() + pixels.tobytes(), digest_size=16).hexdigest()
-
-
-def group_by_signatures(
+def group_by_edges(
     images: LabeledImages, hashes: Sequence[str], signatures: Sequence[NDArray[np.float32]]
 ) -> Groups:
     """Group *images* by the *hashes* of their pixels, their *signatures*, and the groups that are known."""
     identities = [images.identity(index) for index in range(len(images))]
     copies = Copies.of(images, identities, crops=(0.95,))  # signatures miss most smaller crops
-    copied_images = (copies[index][0] for index in range(len(copies)))  # without their targets
-    of_copies = np.stack([signature(image) for image in copied_images])  # (M, 512)
+    of_copies = np.stack([signature(copies.photo(index).pixels) for index in range(len(copies))])  # (M, 512)
     views = np.stack(signatures)[:, None]  # (N, 1, 512): the whole image is the only view
     pairs = find_pairs([views], [of_copies], copies.originals, images.targets, hashes)  # one part per vector
     return connect(len(images), pairs, hashes, images.groups)
 
 
-def group_by_appearance(images: LabeledImages) -> Groups:
-    """Group *images* by their pixels, as `group_by_signatures`; raises `DataError` for an unreadable one."""
+class Grouped(NamedTuple):
+    """Groups (N,) of photographs that belong together, and the hashes of their files (N,)."""
 
-    def describe(index: int) -> tuple[str, NDArray[np.float32]]:
-        image = images[index][0]
-        return hash_pixels(image), signature(image)
+    groups: Groups
+    file_hashes: NDArray[np.int64]
 
-    hashes, signatures = zip(*map_threaded(describe, len(images)), strict=True)
-    return group_by_signatures(images, hashes, signatures)
+
+def group_photographs(images: LabeledImages) -> Grouped:
+    """Group *images* by what shows that they belong together; each is read once.
+
+    These are the groups that are known and the pixels and edges, or, if an image cannot be decoded or there
+    are more than `MAX_SIGNATURES`, equal files.
+    """
+    by_edges = len(images) <= MAX_SIGNATURES
+
+    def look(index: int) -> tuple[int, str, NDArray[np.float32] | None]:
+        """Return the hashes of a file and of its pixels, and its signature; what cannot be read is empty."""
+        file_hash, pixel_hash, edges = UNREADABLE, "", None
+        with suppress(DataError):  # whoever uses the image names it
+            photo = images.photo(index)
+            file_hash = photo.file_hash
+            if by_edges:
+                pixel_hash, edges = photo.pixel_hash, signature(photo.pixels)
+        return file_hash, pixel_hash, edges
+
+    looks = list(map_threaded(look, len(images)))
+    file_hashes = np.asarray([file_hash for file_hash, _, _ in looks], np.int64)
+    signatures = [edges for _, _, edges in looks if edges is not None]
+    if by_edges and len(signatures) == len(images):
+        return Grouped(group_by_edges(images, [pixels for _, pixels, _ in looks], signatures), file_hashes)
+    known = connect(len(images), NO_PAIRS, images.groups)
+    files = np.where(file_hashes == UNREADABLE, known, file_hashes)
+    return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes)

@@ -1,28 +1,14 @@
-"""Listing of folders with images, without hidden files and the folders of file systems.
-
-The folders of a data set that hold its training and its held-out images are recognized by their names. Any
-case is accepted, and the usual affixes: `Training/`, `Val/`, `seg_train/seg_train/`, `test_set/`.
-"""
+"""Listing of folders with images, without hidden files and the folders of file systems."""
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
-from sopdeploy.images.limits import SUFFIXES
+from sopdeploy.photos.names import HELD_OUT, TRAINING, is_hidden, is_image, part_kind
 
-# Written by macOS, Synology, QNAP, Windows and file systems; they hold copies and thumbnails.
-SYSTEM_FOLDERS = {
-    "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
-    "__pycache__",
-}  # fmt: skip
-TRAIN = "train"
-TRAINING = (TRAIN, "training")
-HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # best first
-AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
 Log = Callable[[str], None]
 
 
@@ -104,23 +90,6 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Check whether *entry* is a folder or a link to one; a link that leads to itself is not."""
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))  # noqa: PTH112
-
-
-def is_hidden(name: str) -> bool:
-    """Check whether programs ignore the file or folder *name*: hidden, or written by a file system."""
-    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
-
-
-def is_image(name: str) -> bool:
-    """Check whether the file *name* is visible and has an image suffix."""
-    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
-
-
-def part_kind(name: str) -> str:
-    """Return *name* without affixes, `train` for `seg_train`; "" if it is not in `TRAINING` or `HELD_OUT`."""
-    words = [word for word in re.split(r"[\s_.-]+", name.lower()) if word and word not in AFFIXES]
-    kind = words[0].removesuffix("set") if len(words) == 1 else ""  # as in `trainset`
-    return kind if kind in TRAINING or kind in HELD_OUT else ""
 
 
 def find_parts(root: Path) -> Parts:

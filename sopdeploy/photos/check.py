@@ -11,17 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import ImageFiles, image_errors, map_threaded
-from sopdeploy.data.datasets.folder import open_parts, single_images
-from sopdeploy.data.datasets.label_table import SEPARATOR
-from sopdeploy.data.folders import data_folder
-from sopdeploy.data.near import Groups, group_by_signatures, hash_pixels, signature
 from sopdeploy.errors import DataError, shorten
-from sopdeploy.images.formats import load_pixels, open_image
-from sopdeploy.images.pixels import to_rgb
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.copies import Groups, group_by_edges, signature
+from sopdeploy.photos.files import data_folder
+from sopdeploy.photos.folder import open_parts, single_images
+from sopdeploy.photos.photo import ImageFiles, map_threaded
+from sopdeploy.photos.table import SEPARATOR
 
-_RULES = Preprocess()  # for the conversion to upright RGB
 MAX_FEATURES = 10_000  # images whose features are computed, which takes about four minutes on a CPU
 EDGES_MISS = (
     "near-duplicates were found by edges, which miss mirrored copies and strong crops; up to "
@@ -150,26 +146,22 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
 
 def _inspect_file(images: ImageFiles, part: str, by_edges: bool, index: int) -> _FileInfo:
     """Decode an image and describe its file; with *by_edges*, with its signature for near-duplicates."""
-    file, label = str(images.path(index)), SEPARATOR.join(images.class_names(index))
-    data = b""  # of a file that cannot be read
+    file, label, length = str(images.path(index)), SEPARATOR.join(images.class_names(index)), 0
     try:
-        data = images.read(index)
-        with image_errors(file):
-            image = open_image(data)
-            image_format = image.format or ""  # the converted image has none
-            pixels = to_rgb(load_pixels(image), _RULES)
+        photo = images.photo(index)
+        length = len(photo.content)
+        return _FileInfo(
+            file=file,
+            part=part,
+            label=label,
+            length=length,
+            format=photo.image.format or "",
+            size=photo.pixels.size,
+            pixel_hash=photo.pixel_hash,
+            signature=signature(photo.pixels) if by_edges else None,
+        )
     except DataError as error:
-        return _FileInfo(file, part, label, len(data), str(error))
-    return _FileInfo(
-        file=file,
-        part=part,
-        label=label,
-        length=len(data),
-        format=image_format,
-        size=pixels.size,
-        pixel_hash=hash_pixels(pixels),
-        signature=signature(pixels) if by_edges else None,
-    )
+        return _FileInfo(file, part, label, length, str(error))
 
 
 def _find_near(
@@ -185,7 +177,7 @@ def _find_near(
         groups = group_by_features(images)
     else:
         signatures = [info.signature for info in infos if info.signature is not None]  # all have one then
-        groups = group_by_signatures(images, [info.pixel_hash for info in infos], signatures)
+        groups = group_by_edges(images, [info.pixel_hash for info in infos], signatures)
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist()):
         if len({hashes[file] for file in group.files}) > 1:

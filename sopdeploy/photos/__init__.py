@@ -1,0 +1,1 @@
+"""Photographs of users: folders, names, labels, near-duplicates and splits."""

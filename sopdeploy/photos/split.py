@@ -1,0 +1,109 @@
+"""Held-out images of a source that has none: chosen once, recorded by the run, and then read from the record.
+
+Which images are near-duplicates depends on rounding, and so on the processor. A run that is resumed elsewhere
+therefore does not choose again.
+
+Letters: N images, M held-out images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.photos.copies import Groups
+from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.seeds import derive_seed
+
+NONE = -1  # the group of a training image in a choice
+Choice = NDArray[np.int64]  # (N,): the group of each held-out image, and `NONE` for each training image
+Record = NDArray[np.int64]  # (M, 2): hash of the file and group of each held-out image, sorted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Training and held-out images with the same labels.
+
+    `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
+    holds out some of the training images (`choose_held_out`). `notes` are lines about what the user may not
+    have intended, such as files and folders that are not used.
+    """
+
+    train: LabeledImages
+    held_out: LabeledImages
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def undivided(cls, images: LabeledImages, notes: Sequence[str] = ()) -> "Split":
+        """Create a split without held-out images."""
+        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)), notes=tuple(notes))
+
+
+def hold_out(
+    keys: Sequence[str], targets: NDArray[np.int64] | NDArray[np.float32], fraction: float, seed: int
+) -> NDArray[np.bool_]:
+    """Select about *fraction* of every class for the held-out set, at least one image and never all.
+
+    Returns a mask (N,). The selection depends on *seed* and the images' *keys* only. It is the same on every
+    machine and in every version, so that an image used for training is never used for evaluation later.
+    *targets* are class indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes
+    are processed from the rarest to the most frequent one, then the images without a class, as in the
+    iterative stratification of Sechidis et al. (ECML 2011), section 4.
+    """
+    ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
+    shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # image indices
+    if targets.ndim == 1:
+        sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
+        starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
+        class_members = np.split(sorted_by_class, starts)
+    else:
+        rarest_first = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
+        class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
+        class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])  # the images without a class
+    held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
+    # An image of several classes is decided once, with the rarest of them, and counts for all of them.
+    for members in class_members:  # image indices in random order
+        at_most = max(0, len(members) - 1)  # one image remains for training; a class may have no images here
+        quota = min(max(1, round(fraction * len(members))), at_most)
+        missing = max(0, quota - held_out[members].sum())  # some may be held out already
+        undecided = members[~decided[members]]
+        held_out[undecided[:missing]] = True  # the others are training images
+        decided[members] = True
+    return held_out
+
+
+def choose_held_out(images: LabeledImages, groups: Groups, fraction: float, seed: int) -> Choice:
+    """Choose *fraction* of the images of every class; a class that is one group has no held-out image.
+
+    *seed* and the identities of the images determine which. The images of each of *groups* (N,) are on one
+    side.
+    """
+    # Of G groups, the first image stands for the others.
+    _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)
+    keys_G = [images.identity(index) for index in first_G.tolist()]
+    is_held_out_G = hold_out(keys_G, images.targets[first_G], fraction, seed)
+    return np.where(is_held_out_G[group_N], group_N, NONE)
+
+
+def record_choice(choice: Choice, hashes: NDArray[np.int64]) -> Record:
+    """Record *choice* by the *hashes* (N,) of the files; empty if they are unknown."""
+    if not len(hashes):
+        return np.zeros((0, 2), np.int64)
+    return np.unique(np.stack([hashes, choice], axis=1)[choice != NONE], axis=0)
+
+
+def recorded_choice(record: Record, hashes: NDArray[np.int64]) -> Choice:
+    """Return the choice of *record* for files with *hashes* (N,), in any order; others are for training."""
+    if not len(record):  # the run holds out no image: every class is one group
+        return np.full(len(hashes), NONE)
+    recorded_M, groups_M = record.T
+    position_N = np.searchsorted(recorded_M, hashes).clip(max=len(record) - 1)
+    return np.where(recorded_M[position_N] == hashes, groups_M[position_N], NONE)
+
+
+def divide(split: Split, choice: Choice) -> Split:
+    """Hold out the training images of *split* that *choice* names, with their groups."""
+    is_held_out = choice != NONE
+    held_out = split.train.select(is_held_out).replaced(groups=choice[is_held_out])
+    return replace(split, train=split.train.select(~is_held_out), held_out=held_out)

@@ -1,0 +1,197 @@
+"""Images with one or any number of classes each, listed in `labels.csv` of their folder.
+
+    file,classes,split
+    images/1.jpg,cat|dog,train
+    images/2.jpg,,val
+
+`classes` are separated by `|` and may be empty. If every image has exactly one class, the targets are class
+indices, as for class folders. `split` is optional, as is `group`: images with the same one, such as a burst
+or photographs of one object, are never divided. Paths are relative to the folder and cannot leave it.
+"""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.errors import DataError, shorten
+from sopdeploy.photos.files import list_images, list_subfolders
+from sopdeploy.photos.names import TRAIN, describe_confusable, fold, hint_at_spelling, is_image, normalize
+from sopdeploy.photos.photo import ImageFiles
+
+LABELS_FILE = "labels.csv"
+_REQUIRED = ("file", "classes")  # columns
+SPLIT, GROUP = "split", "group"  # optional columns
+SEPARATOR = "|"
+VAL = "val"
+UNSPLIT = "all"  # the name of the only part if the images are not split
+
+
+class OpenedParts(NamedTuple):
+    """The images of a data set by part, the training images first.
+
+    Attributes:
+        problems: Why a network cannot be trained on them.
+        notes: What the user may not have intended.
+        ignored: Number of files without an image suffix, by suffix.
+    """
+
+    parts: dict[str, ImageFiles]
+    problems: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    ignored: Mapping[str, int] = {}
+
+
+def has_label_table(root: Path) -> bool:
+    """Check whether the classes of the images in *root* are those of its `labels.csv`, not its class folders.
+
+    A `labels.csv` with other columns counts only without class folders; reading it then raises an error.
+    """
+    path = root / LABELS_FILE
+    if not path.is_file():
+        return False
+    start = path.read_bytes()[:1000]  # longer than any header
+    header = start.partition(b"\n")[0].decode("utf-8-sig", "replace")
+    columns = {fold(column.strip(' "\r')) for column in re.split("[,;\t]", header)}
+    if columns & set(_REQUIRED):  # one right name is enough: reading the table names what is wrong
+        return True
+    folders = list_subfolders(root)
+    has_class_folders = len(folders) >= 2 or TRAIN in folders  # a single folder may hold the listed images
+    return not has_class_folders
+
+
+def read_label_table(
+    root: Path, labels: tuple[str, ...] | None = None, *, multi_label: bool | None = None
+) -> OpenedParts:
+    """Read the `labels.csv` in *root*; its classes must be among *labels*, by default all classes, sorted.
+
+    The parts are `train` and `val`, or `UNSPLIT` if the table has no column `split`. Their targets are (N, C)
+    float32, 1 for the classes of an image, or class indices (N,). With *multi_label*, images may have any
+    number of classes. By default, they may if an image of the table does not have exactly one. Raises
+    `DataError` naming the line of the first invalid row, or the files that do not exist.
+    """
+    table, (image_paths, _other_files) = root / LABELS_FILE, list_images(root)
+    rows = _read_rows(table, image_paths)
+    missing = [row for row in rows if row.path is None]
+    if missing:
+        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
+        problem = f"line {missing[0].line}: {missing[0].file} does not exist"
+        raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
+    listed = set().union(*(row.classes for row in rows))
+    labels = tuple(sorted(listed)) if labels is None else labels
+    if len(labels) < 2:
+        names = shorten(labels) or "none"
+        raise DataError(f"{table}: has fewer than two classes ({names}); a network needs at least two")
+    if unknown := sorted(listed - set(map(normalize, labels))):
+        hint = hint_at_spelling(unknown, labels)
+        raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them{hint}")
+    targets = _targets(table, rows, labels, multi_label)
+    paths = np.asarray([row.path for row in rows], dtype=np.bytes_)
+    groups = None
+    if any(row.group for row in rows):  # an image without one is a group of its own
+        groups = np.asarray([f"group {row.group}" if row.group else f"file {row.file}" for row in rows])
+    images = ImageFiles(root, labels, paths, targets, groups)
+    split = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)  # all rows or none
+    parts = {name: images.select(split == name) for name in (TRAIN, VAL)} if split.size else {UNSPLIT: images}
+    notes = [f"{table}: {line}" for line in describe_confusable(listed)]
+    if unlisted := sorted(set(image_paths) - set(paths.tolist())):
+        files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
+        notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {files}")
+    return OpenedParts(parts, notes=notes)
+
+
+def check_has_classes(name: str, images: ImageFiles) -> None:
+    """Raise `DataError` if no image of the part *name* of a table has a class."""
+    if name != UNSPLIT and not images.class_counts().any():
+        table = images.root / LABELS_FILE
+        raise DataError(f"{table}: no image of split {name} has a class; add some")
+
+
+def _targets(
+    table: Path, rows: list["_Row"], labels: tuple[str, ...], multi_label: bool | None
+) -> NDArray[Any]:
+    """Build the targets of *rows*: (N, C) if *multi_label* is true, class indices (N,) if it is false.
+
+    None selects class indices if every image has exactly one class. Raises `DataError` if false does not fit.
+    """
+    targets = np.array(
+        [[normalize(label) in row.classes for label in labels] for row in rows], dtype=np.float32
+    )
+    not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
+    is_multi_label = not_single.size > 0 if multi_label is None else multi_label
+    if is_multi_label:
+        return targets
+    if not_single.size > 0:
+        line = rows[not_single[0]].line
+        raise DataError(
+            f"{table}: line {line}: has no class or several, but the network predicts one; keep one class"
+        )
+    return targets.argmax(axis=1)
+
+
+class _Row(NamedTuple):
+    """The line number of an image, its name in the table, classes, part and group, and the path of its file.
+
+    The part is None without a column `split`, the path if there is no such file.
+    """
+
+    line: int
+    file: str
+    classes: set[str]
+    part: str | None
+    group: str
+    path: bytes | None
+
+
+def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
+    """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line."""
+    try:
+        text = io.StringIO(table.read_bytes().decode("utf-8-sig"), newline="")
+        reader = csv.DictReader(text, strict=True, skipinitialspace=True)
+        columns = reader.fieldnames = [fold(column) for column in reader.fieldnames or ()]
+        records = [(reader.line_num, record) for record in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
+    if {*columns} - {SPLIT, GROUP} != {*_REQUIRED}:
+        raise DataError(
+            f"{table}: has the columns {', '.join(columns) or 'none'}; write file,classes and optionally "
+            "split and group, with commas"
+        )
+    if not records:
+        raise DataError(f"{table}: lists no images; add a line per image")
+    path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
+    rows: dict[bytes | str, _Row] = {}
+    for line, record in records:
+        where = f"{table}: line {line}"
+        if None in record or None in record.values():  # more or fewer cells than columns
+            raise DataError(f"{where}: does not have {len(columns)} columns; quote names with commas")
+        row = _read_row(table.parent, line, {name: value.strip() for name, value in record.items()})
+        row = row._replace(path=row.path or path_of_name.get(normalize(row.file)))
+        if (before := rows.setdefault(row.path or row.file, row)) is not row:
+            raise DataError(
+                f"{where}: {row.file} is listed in line {before.line}, too; keep one line per file"
+            )
+    return list(rows.values())
+
+
+def _read_row(root: Path, line: int, values: Mapping[str, str]) -> _Row:
+    """Read *values* by column, those of a file below *root*, in *line*; raises `DataError`."""
+    where, name, listed = f"{root / LABELS_FILE}: line {line}", values["file"], values["classes"]
+    is_of_windows = "\\" in name and not (root / name).is_file()
+    file = PurePosixPath(name.replace("\\", "/") if is_of_windows else name)
+    if file.is_absolute() or ".." in file.parts or not is_image(file.name):
+        raise DataError(f"{where}: {name!r} is not the path of an image, relative to the folder, without ..")
+    classes = {normalize(label.strip()) for label in listed.split(SEPARATOR)} if listed else set()
+    if "" in classes:
+        raise DataError(f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}")
+    split = values.get(SPLIT)  # None without this column
+    if split not in (TRAIN, VAL, None):
+        raise DataError(f"{where}: split is {split!r}; write {TRAIN} or {VAL}")
+    path = os.fsencode(file) if (root / file).is_file() else None  # its name may be encoded differently
+    return _Row(line, str(file), classes, split, values.get(GROUP, ""), path)
