@@ -39,7 +39,7 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
         The files that were deleted or changed.
 
     Raises:
-        DataError: A folder is missing, or none contains the photograph.
+        DataError: A folder is missing, or none contains the photograph, or a table is of a later version.
     """
     named = [Path(folder) for folder in folders]
     for folder in named:
@@ -94,11 +94,17 @@ def _forget_rows(table: Path, name: str, is_wanted: Callable[[Path], bool]) -> b
     import pyarrow as pa  # of an extra
     import pyarrow.parquet as pq
 
+    from sopdeploy_service.commands.batch.output import check_schema
+
     def is_row(path: str) -> bool:
         return Path(path).name == name or is_wanted(Path(path))
 
     with pq.ParquetFile(table) as file:
         schema = file.schema_arrow
+        try:
+            check_schema(schema)
+        except ValueError as error:
+            raise DataError(f"{table}: {error}") from error
         if "path" not in schema.names:
             return False
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
