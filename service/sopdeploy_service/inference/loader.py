@@ -74,19 +74,23 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     Raises `BundleError`, `RuntimeUnavailableError`, also for a load that takes too long, `ConfigError` for an
     invalid key file, and `ParityError`.
     """
-    loading = _begin_load(path, settings, thorough=thorough)
-    seconds = load_seconds(settings)
-    try:
-        return loading.result(seconds)
-    except TimeoutError as error:
-        if not loading.cancel():  # it has ended meanwhile, or raised this error itself
-            return loading.result()
-        raise _too_slow(path, seconds) from error
+    return wait_in_time(_begin_load(path, settings, thorough=thorough), path, settings)
 
 
 async def load_in_background(path: Path, settings: Settings) -> LoadedModel:
     """Load the bundle at *path* as `load_model` does, while the event loop runs."""
     return await finish_in_time(_begin_load(path, settings), path, settings)
+
+
+def wait_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
+    """Wait for the *work* of a daemon thread on *what* as `finish_in_time` does, without an event loop."""
+    seconds = load_seconds(settings)
+    try:
+        return work.result(seconds)
+    except TimeoutError as error:
+        if not work.cancel():  # it has ended meanwhile, or raised this error itself
+            return work.result()
+        raise _too_slow(what, seconds) from error
 
 
 async def finish_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
