@@ -30,9 +30,7 @@ CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
-GRACE = (
-    1.0  # seconds; whoever takes longer for headers, body or reading may have to make room for another one
-)
+GRACE = 1.0  # seconds for headers, a body or reading; who takes longer may have to make room for another one
 MIN_SECONDS = 0.001  # of a body, for its rate
 MIN_SHARE = 64  # connections of an address, or a quarter of `max_connections`; more make room at once
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -458,6 +456,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         else:
             self.transport.close()  # after the pending output, for which the client has limited time
             self._restart_timer(self._limits.write_timeout, self.abort)
+            self._shared.unread.setdefault(self, self.loop.time() + GRACE)  # until it is sent
 
     timeout_keep_alive_handler = close
 
