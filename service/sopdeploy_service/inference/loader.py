@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
-from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare, read_probes, replay, select
+from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare, fill, read_probes, replay, select
 from sopdeploy.bundle.signing import check_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import RUNTIMES
@@ -215,16 +215,19 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     The first batch of a size takes many times as long as the others: libraries choose kernels and allocate
     memory. Without this, it would be a client's batch. Every row of every batch is compared with the output
     of its image, because kernels for other sizes are other kernels; small and large batches alternate the
-    second time, because an engine then changes its profile. Raises `ParityError`. Nothing is run on a CPU,
-    which has no such cost.
+    second time, because an engine then changes its profile. Raises `ParityError`. A CPU has no such cost; it
+    runs *max_batch* images once if there are fewer probes, because `_replay_all` then runs smaller batches.
     """
     timings: list[tuple[int, float]] = []
-    sizes = () if runtime.device == "cpu" else padded_sizes(max_batch)
+    if runtime.device == "cpu":
+        sizes = [max_batch] if max_batch > len(probes.images) else []
+    else:
+        sizes = [*padded_sizes(max_batch), *alternating(padded_sizes(max_batch))]
     largest = max_batch
-    for size in (*sizes, *alternating(sizes)):  # the second time shows the usual time
+    for size in sizes:  # the second time shows the usual time
         if size > largest:
             continue
-        batch = select(probes, np.arange(size) % len(probes.images))  # repeated if there are too few
+        batch = fill(probes, size)
         try:
             started = time.monotonic()
             outputs = runtime.run(batch.images)
