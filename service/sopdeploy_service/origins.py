@@ -113,6 +113,13 @@ def _hosts(headers: Mapping[str, str], *, is_proxied: bool) -> list[str]:
     return [host, *_listed(headers.get("x-forwarded-host"))] if is_proxied else [host]
 
 
+def without_prefix(path: str, root_path: str) -> str:
+    """Return the part of *path* below the prefix *root_path*, which a proxy may have removed."""
+    if not root_path or (path != root_path and not path.startswith(f"{root_path}/")):
+        return path
+    return path[len(root_path) :] or "/"
+
+
 def _listed(value: str | None) -> list[str]:
     """Split the *value* of a header to which each of several proxies adds its own."""
     return [] if value is None else [part.strip() for part in value.split(",")]

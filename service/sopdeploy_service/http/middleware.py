@@ -17,10 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key
-from sopdeploy_service.http.problems import INTERNAL, reject, without_prefix
+from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.origins import foreign_host, is_foreign_page, is_within
+from sopdeploy_service.origins import foreign_host, is_foreign_page, is_within, without_prefix
 from sopdeploy_service.settings import Settings
 
 PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL

@@ -19,10 +19,10 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.http.middleware import request_id
-from sopdeploy_service.http.problems import problem_response, without_prefix
+from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.origins import is_within
+from sopdeploy_service.origins import is_within, without_prefix
 from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
 
