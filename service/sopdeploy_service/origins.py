@@ -125,6 +125,28 @@ def _listed(value: str | None) -> list[str]:
     return [] if value is None else [part.strip() for part in value.split(",")]
 
 
+class OwnOrigins:
+    """The hosts *names* and *allowed* of a server behind *proxies*, and the pages whose requests it answers.
+
+    Pages of other hosts among *allowed* may send requests, too.
+    """
+
+    def __init__(
+        self, names: Collection[str], allowed: Collection[str], proxies: tuple[Network, ...]
+    ) -> None:
+        self._own, self._allowed, self._proxies = (*names, *allowed), allowed, proxies
+
+    def find_foreign(self, headers: Mapping[str, str], peer: str, *, is_link: bool = False) -> str:
+        """Say which host or page makes a request with *headers* from *peer* foreign; empty if none does."""
+        is_proxied = is_within(peer, self._proxies)
+        host = foreign_host(headers, self._own, is_proxied=is_proxied)
+        if host is not None:
+            return f"requests for {host[:100]!r}"
+        if is_foreign_page(headers, self._allowed, is_proxied=is_proxied, is_link=is_link):
+            return "requests of pages of other hosts"
+        return ""
+
+
 @functools.lru_cache(maxsize=4096)
 def is_within(address: str, networks: tuple[Network, ...]) -> bool:
     """Tell whether the IP *address* of a connection is in one of *networks*."""
