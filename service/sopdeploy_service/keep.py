@@ -1,8 +1,8 @@
 """Keep photographs that are worth a label: unknown and uncertain ones, and a small uniform sample.
 
 A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
-process copy them without metadata, and stores them. Photographs that find the queue full are dropped, and so
-are those outside of the uniform sample whose copies would take more than `COPY_SHARE` of the time.
+process copy them without metadata, and stores them. Photographs are dropped if the queue is full. Those
+outside of the uniform sample are also dropped if copies take more than `COPY_SHARE` of the time.
 """
 
 import hashlib

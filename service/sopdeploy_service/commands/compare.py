@@ -316,8 +316,8 @@ def _find_recorded(
 ) -> tuple[NDArray[np.bool_], list[str]]:
     """Return the mask (N,) of the *images* that a bundle has recorded as training images, and the suspects.
 
-    A suspect is the name of a bundle that was trained on some of *images*, and perhaps on more of them than
-    its record shows, because the record has the largest size, `SAMPLED`. Appends to *notes*.
+    A suspect is the name of a bundle that was trained on some of *images*. Its record has the largest size,
+    `SAMPLED`, so it may be incomplete: the bundle may have seen more of them. Appends to *notes*.
     """
     hashes, recorded_N, suspects = hash_images(images), np.zeros(len(images), np.bool_), []
     for one in pair:

@@ -116,7 +116,7 @@ class RequestContextMiddleware:
             if self.guard is not None:
                 self.guard(context)
             await self.app(inner, receive, send_with_headers)
-        except Exception as error:
+        except Exception as error:  # a defect fails its own request
             reason = self._error_of(error, inner)  # which counts or logs every error
             if status:
                 raise  # part of the response was sent: the connection must be closed

@@ -232,7 +232,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
             started = time.monotonic()
             outputs = runtime.run(batch.images)
             timings.append((size, time.monotonic() - started))
-        except Exception as error:
+        except Exception as error:  # libraries raise types of their own if memory is missing
             if size == 1 or not is_out_of_memory(error):
                 raise
             log.warning("out of memory for a batch of %d; the server will halve such batches", size)

@@ -70,7 +70,7 @@ class OpenVINORuntime:
         }
         try:
             model = core.compile_model(str(bundle.onnx), "CPU", options)
-        except Exception as error:
+        except Exception as error:  # OpenVINO raises plain `RuntimeError`s and others
             reason = str(error).strip().splitlines()[-1]
             raise RuntimeUnavailableError(
                 f"{bundle.onnx}: openvino {version} cannot compile the graph: {reason}"

@@ -61,9 +61,9 @@ UNKNOWN_CODING = HttpError(
 class Connections:
     """The connections of one server; used on its event loop only.
 
-    `waiting` has those whose headers are not complete, `bodies` those whose body is not, and `unread` those
-    whose client does not read, with the time at which this began. `closing` has those that have their last
-    response and do not count any more; they stay open until the client has read it, or others follow.
+    `waiting` has those without complete headers, `bodies` those without a complete body, `unread` those whose
+    client does not read; each with the time at which this began. `closing` has those that have their last
+    response and do not count any more. They stay open until the client has read it, or `SPARE` others follow.
     """
 
     settings: Settings
@@ -126,8 +126,8 @@ class Connections:
     ) -> "LimitedHttpProtocol | None":
         """Find the first connection to close *among* those in their state since a time *before* this one.
 
-        It is the one that is longest in its headers, or else the longest idle one, or else, of the address
-        with most connections, the one that does not read or has the slowest body.
+        The order is: the one that is longest in its headers; the longest idle one; of the address with most
+        connections, one that does not read; of this address, the one with the slowest body.
         """
         chosen = set(among)
         in_headers = next((one for one in self.waiting if one in chosen), None)

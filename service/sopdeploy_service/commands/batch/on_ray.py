@@ -1,8 +1,8 @@
 """Classify parts on a Ray cluster: Ray Data gives parts to actors, each with a `BatchClassifier`.
 
 Every machine must see the bundle, the output folder and local images under the same paths. Ray replaces an
-actor that is lost with its machine, and gives its parts to another one. A part has the same bytes whoever
-writes it, and has its final name only when it is complete, so every image has its row exactly once.
+actor that is lost with its machine, and gives its parts to another one. Every actor writes the same bytes for
+a part, and a part gets its final name when it is complete: each image has one row.
 """
 
 import logging
