@@ -47,10 +47,12 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
             raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
     is_wanted, changed = _matcher(photograph), list[Path]()
     files = [path for folder in named for path in sorted(folder.rglob("*"))]
-    for table in files:  # before the images, whose content the rows are compared by
-        if table.suffix == ".parquet" and table.is_file():
-            with writing(table, StorageError):
-                changed += [table] if _forget_rows(table, Path(photograph).name, is_wanted) else []
+    tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
+    for table in tables:  # before any is changed
+        _check_table(table)
+    for table in tables:  # before the images, whose content the rows are compared by
+        with writing(table, StorageError):
+            changed += [table] if _forget_rows(table, Path(photograph).name, is_wanted) else []
     for image in files:
         if image.suffix.lower() in SUFFIXES and image.is_file() and is_wanted(image):
             with writing(image, StorageError):
@@ -86,6 +88,18 @@ def _delete(image: Path) -> list[Path]:
     return found
 
 
+def _check_table(table: Path) -> None:
+    """Raise `DataError` if *table* is of a later format than this version can rewrite."""
+    import pyarrow.parquet as pq  # of an extra
+
+    from sopdeploy_service.commands.batch.output import check_schema
+
+    try:
+        check_schema(pq.read_schema(table))
+    except ValueError as error:  # also of pyarrow, for a damaged file
+        raise DataError(f"{table}: {error}") from error
+
+
 def _forget_rows(table: Path, name: str, is_wanted: Callable[[Path], bool]) -> bool:
     """Replace the rows of a photograph in a table of `classify` by empty ones; return whether there are any.
 
@@ -94,17 +108,11 @@ def _forget_rows(table: Path, name: str, is_wanted: Callable[[Path], bool]) -> b
     import pyarrow as pa  # of an extra
     import pyarrow.parquet as pq
 
-    from sopdeploy_service.commands.batch.output import check_schema
-
     def is_row(path: str) -> bool:
         return Path(path).name == name or is_wanted(Path(path))
 
     with pq.ParquetFile(table) as file:
         schema = file.schema_arrow
-        try:
-            check_schema(schema)
-        except ValueError as error:
-            raise DataError(f"{table}: {error}") from error
         if "path" not in schema.names:
             return False
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
