@@ -29,11 +29,12 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import KeptRecord, read_kept
-from sopdeploy_service import keep, kept_folder
 from sopdeploy_service.commands.forget import forget
 from sopdeploy_service.inference.results import Prediction
-from sopdeploy_service.keep import Keeper, reasons_to_keep
-from sopdeploy_service.kept_folder import FILE_BLOCK, KeptFolder, KeptResult
+from sopdeploy_service.keep import folder as kept_folder
+from sopdeploy_service.keep import keeper as keep
+from sopdeploy_service.keep.folder import FILE_BLOCK, KeptFolder, KeptResult
+from sopdeploy_service.keep.keeper import Keeper, reasons_to_keep
 from sopdeploy_service.labelling.folders import LabelFolders
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime

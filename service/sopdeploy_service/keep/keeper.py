@@ -24,7 +24,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import Prediction
-from sopdeploy_service.kept_folder import KeptFolder, KeptResult
+from sopdeploy_service.keep.folder import KeptFolder, KeptResult
 from sopdeploy_service.observability.metrics import Metrics
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
