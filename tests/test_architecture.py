@@ -4,13 +4,20 @@ import ast
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 import sopdeploy
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.cli.app import COMMANDS
+from sopdeploy_service.decoding import child
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.settings import Settings
 from tests.docs.reading import module_at
+from tests.service.conftest import picture_bytes, running, write_bundle
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -123,6 +130,45 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
         assert not anchor or anchor in anchors(linked), target
     named = MENTION.findall(text) if page.name != "CHANGELOG.md" else []
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_a_request_executes_the_files_of_its_table(tmp_path: Path) -> None:
+    jpeg, page = picture_bytes(), (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = page.partition("## A `/v1/classify` request")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^`]+) \| (`.*)", table, re.MULTILINE)
+    listed: dict[bool, set[str]] = {True: set(), False: set()}  # by whether a decoder process executes them
+    for stage, files in rows:
+        paths = re.findall(r"`([\w/]+\.py)`", files)
+        prefixes = ["" if path.startswith("sopdeploy/") else "service/sopdeploy_service/" for path in paths]
+        listed[stage == "in a decoder process"].update(map("".join, zip(prefixes, paths, strict=True)))
+    entered: set[str] = set()
+
+    def enter(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT) and "tests" not in path.parts:
+            entered.add(name(path))
+
+    bundle = open_bundle(write_bundle(tmp_path))
+    threading.setprofile(enter)  # of the threads that the server starts
+    try:
+        with running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
+            for _ in range(2):  # the first one fills caches
+                entered.clear()
+                assert client.post("/v1/classify", content=jpeg).status_code == 200
+            in_server = entered.copy()
+    finally:
+        threading.setprofile(None)  # type: ignore[arg-type]  # as the documentation says
+    assert in_server == listed[False]
+    rules = bundle.manifest.preprocess.model_dump_json().encode()
+    child.read_rules(rules)
+    options = child.ChildOptions(10**9, 0, False, 0, 10**7, 10**7, (), "off")
+    entered.clear()
+    sys.setprofile(enter)
+    try:
+        child.answer(0, rules, jpeg, options)
+    finally:
+        sys.setprofile(None)
+    assert entered == listed[True]
 
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopdeploy_export")

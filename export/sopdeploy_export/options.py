@@ -115,9 +115,6 @@ class EngineOptions(Options):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "EngineOptions":
-        if self.via == "torch-tensorrt" and self.checkpoint is None:
-            problem = "converts the program of a checkpoint"
-            raise ConfigError(problem, setting="via", remedies={"checkpoint": None})
         if self.via == "onnx" and self.checkpoint is not None:
             remedies = {"via": "torch-tensorrt"}
             raise ConfigError("only for torch-tensorrt", setting="checkpoint", remedies=remedies)

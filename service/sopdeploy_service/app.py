@@ -25,8 +25,8 @@ from sopdeploy_service.http.middleware import (
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import ModelRegistry, Service
-from sopdeploy_service.keep import Keeper
-from sopdeploy_service.kept_folder import KeptFolder
+from sopdeploy_service.keep.folder import KeptFolder
+from sopdeploy_service.keep.keeper import Keeper
 from sopdeploy_service.settings import Settings, is_loopback
 
 ROUTERS = v1.router, status.router, v2.router, web.router

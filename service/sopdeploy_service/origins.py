@@ -113,9 +113,38 @@ def _hosts(headers: Mapping[str, str], *, is_proxied: bool) -> list[str]:
     return [host, *_listed(headers.get("x-forwarded-host"))] if is_proxied else [host]
 
 
+def without_prefix(path: str, root_path: str) -> str:
+    """Return the part of *path* below the prefix *root_path*, which a proxy may have removed."""
+    if not root_path or (path != root_path and not path.startswith(f"{root_path}/")):
+        return path
+    return path[len(root_path) :] or "/"
+
+
 def _listed(value: str | None) -> list[str]:
     """Split the *value* of a header to which each of several proxies adds its own."""
     return [] if value is None else [part.strip() for part in value.split(",")]
+
+
+class OwnOrigins:
+    """The hosts *names* and *allowed* of a server behind *proxies*, and the pages whose requests it answers.
+
+    Pages of other hosts among *allowed* may send requests, too.
+    """
+
+    def __init__(
+        self, names: Collection[str], allowed: Collection[str], proxies: tuple[Network, ...]
+    ) -> None:
+        self._own, self._allowed, self._proxies = (*names, *allowed), allowed, proxies
+
+    def find_foreign(self, headers: Mapping[str, str], peer: str, *, is_link: bool = False) -> str:
+        """Say which host or page makes a request with *headers* from *peer* foreign; empty if none does."""
+        is_proxied = is_within(peer, self._proxies)
+        host = foreign_host(headers, self._own, is_proxied=is_proxied)
+        if host is not None:
+            return f"requests for {host[:100]!r}"
+        if is_foreign_page(headers, self._allowed, is_proxied=is_proxied, is_link=is_link):
+            return "requests of pages of other hosts"
+        return ""
 
 
 @functools.lru_cache(maxsize=4096)

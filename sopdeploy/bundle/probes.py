@@ -114,8 +114,16 @@ def select(probes: Probes, indices: "NDArray[np.intp] | slice") -> Probes:
 
 def repeat(probes: Probes, size: int) -> Probes:
     """Repeat *probes* until they fill whole batches of *size*."""
-    count = len(probes.images)
-    return select(probes, np.arange(-(-count // size) * size) % count)  # -(-a // b) is rounded up
+    return fill(probes, -(-len(probes.images) // size) * size)  # -(-a // b) is rounded up
+
+
+def fill(probes: Probes, num_images: int) -> Probes:
+    """Return the first *num_images* of *probes*, which are repeated if there are too few.
+
+    Each repetition begins with another one, so that no part of a batch has the outputs of an earlier part.
+    """
+    rows, count = np.arange(num_images), len(probes.images)
+    return select(probes, (rows + rows // count) % count)
 
 
 def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:

@@ -15,7 +15,7 @@ from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import first_problem
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
-from sopdeploy.errors import ConfigError, RuntimeUnavailableError
+from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError
 from sopdeploy.files import check_is_checkpoint, read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.files import data_folder
@@ -274,6 +274,12 @@ def engine(
     cache_of_servers = os.environ.get("SOPDEPLOY_ENGINE_CACHE")
     if options.cache is None and cache_of_servers:
         options = options.model_copy(update={"cache": Path(cache_of_servers)})
+    if options.via == "torch-tensorrt" and "network" in opened.manifest.config:
+        message = f"{bundle}: is of a network of your own, which has no checkpoint to convert; omit --via"
+        raise EngineError(message)
+    if options.via == "torch-tensorrt" and options.checkpoint is None:
+        problem = "converts the program of the checkpoint that was exported"
+        raise ConfigError(problem, setting="via", remedies={"checkpoint": None})
     if options.checkpoint is None:
         return get_engine(opened, options, on_step)
     check_is_checkpoint(options.checkpoint)

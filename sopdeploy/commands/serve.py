@@ -123,7 +123,8 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
     """Label kept photographs on a local web page, by keyboard or touch; Ctrl-C ends it.
 
     Each label moves a photograph to PHOTOS/<class>/, one of the uniform sample to PHOTOS-held-out/<class>/,
-    and one of no class to PHOTOS-unknown/.
+    and one of no class to PHOTOS-unknown/. Behind a proxy, the page has the settings of `serve` in the
+    environment and in the file that SOPDEPLOY_CONFIG names, such as allowed_hosts and root_path.
 
     Example: sopdeploy label kept
 
@@ -141,7 +142,8 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
         print_field("photos", f"{count:,} to label")
         print_field("page", url, style="bold green")
 
-    folders = run_label_server(kept, photos, host, port, on_ready=print_page)  # returns after Ctrl-C
+    settings = load_settings(host=host, port=port)
+    folders = run_label_server(kept, photos, settings, on_ready=print_page)  # returns after Ctrl-C
     labels = [step for step in folders.steps if step.target is not None]  # the others are skips
     say(f"{len(labels):,} labels")
     if folders.photos.is_dir():

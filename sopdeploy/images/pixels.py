@@ -33,6 +33,7 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit levels between the gray values of PNGs of 2 and 4 bits
+FRAME_BOX = "sopdeploy_frame"  # in `info` of a GIF whose first frame covers only this box of the canvas
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -97,16 +98,30 @@ def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     white. An image that is upright and RGB is returned itself, not copied.
     """
     image.load()
+    frame = _frame_mask(image)
     if rules.exif_orientation and (orientation := exif_orientation(image)) != UPRIGHT:
         image = image.transpose(TURNS[orientation])
-    if image.mode not in SIXTEEN_BIT and not image.has_transparency_data:
+        frame = None if frame is None else frame.transpose(TURNS[orientation])
+    if image.mode not in SIXTEEN_BIT and not image.has_transparency_data and frame is None:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
     for box in tile_boxes(image.size):  # a tile at a time, because the copies in RGBA need much memory
         tile = _to_rgba(image.crop(box))
+        if frame is not None:
+            tile.putalpha(frame.crop(box))
         canvas = Image.new("RGBA", tile.size, (*rules.background, 255))
         rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
     return rgb
+
+
+def _frame_mask(image: Image.Image) -> Image.Image | None:
+    """Return a mask, 255 where the first frame of a GIF covers the canvas, else 0; None: everywhere."""
+    box = image.info.get(FRAME_BOX)
+    if box is None:
+        return None
+    mask = Image.new("L", image.size)
+    mask.paste(255, box)
+    return mask
 
 
 def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
@@ -136,18 +151,22 @@ def _to_rgba(tile: Image.Image) -> Image.Image:
 
 
 def match_transparency(image: Image.Image) -> None:
-    """Convert the transparent color of an opened PNG to 8 bits, as its decoded pixels will be.
+    """Note in `info` of an opened *image* which of its decoded pixels will be transparent.
 
-    Pillow stores that color at the file's bit depth, so that it matches no decoded pixel or a wrong one. Of
-    48-bit colors only the upper bytes are compared, because Pillow decodes only these.
+    Pillow stores the transparent color of a PNG at the file's bit depth, so that it matches no decoded pixel
+    or a wrong one. Of 48-bit colors only the upper bytes are compared, because Pillow decodes only these. It
+    fills the canvas of a GIF around a smaller first frame with the first color of the palette.
     """
     tiles = getattr(image, "tile", None)
-    if image.format != "PNG" or not tiles:
+    if not tiles:
         return
-    raw_mode, color = tiles[0][3], image.info.get("transparency")  # a tile: decoder, box, offset, raw mode
-    if raw_mode in GRAY_STEPS and isinstance(color, int):
+    _, box, _, raw_mode = tiles[0]
+    color = image.info.get("transparency")
+    if image.format == "GIF" and not image.tell() and color is None and box != (0, 0, *image.size):
+        image.info[FRAME_BOX] = box
+    if image.format == "PNG" and raw_mode in GRAY_STEPS and isinstance(color, int):
         image.info["transparency"] = color * GRAY_STEPS[raw_mode]
-    elif raw_mode == "RGB;16B" and isinstance(color, tuple):
+    elif image.format == "PNG" and raw_mode == "RGB;16B" and isinstance(color, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in color)
 
 
@@ -189,7 +208,7 @@ _FITS = {"crop": center_crop, "pad": pad_to_square, "squash": squash}
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
     """List the conversions of the loaded *image* by `to_rgb` that users should know of, as warning codes."""
-    has_transparent_pixels = False
+    has_transparent_pixels = FRAME_BOX in image.info
     if image.has_transparency_data:
         alphas = (_to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))
         has_transparent_pixels = any(alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas)

@@ -17,6 +17,7 @@ import torch
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy.commands.export import engine
 from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import (
     CertificateError,
@@ -32,6 +33,8 @@ from sopdeploy_export.options import EngineOptions, ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint, rebuild_program
 from sopdeploy_export.results import Exported
 from tests.export.conftest import LABELS, PREPROCESS, export_once, save, trained
+from tests.export.user_network.networks import Small, export_small
+from tests.forged import write_hollow
 from tests.service.children import PYTHONPATH
 
 FOLDER = Path(sys.prefix) / "cuda" / "torch-tensorrt"
@@ -132,11 +135,19 @@ def test_the_program_of_another_checkpoint_or_torch_is_refused(branched: Exporte
         rebuild_program(checkpoint_of(branched), manifest)
 
 
-def test_the_checkpoint_is_given_with_torch_tensorrt_only() -> None:
-    with pytest.raises(ConfigError, match=r"via: converts the program of a checkpoint; try checkpoint"):
-        EngineOptions(via="torch-tensorrt")
+def test_the_checkpoint_is_given_with_torch_tensorrt_only(tmp_path: Path) -> None:
+    bundle = write_hollow(tmp_path)
+    with pytest.raises(ConfigError, match=r"via: converts the program of the checkpoint .*; try checkpoint"):
+        engine(bundle, via="torch-tensorrt")
     with pytest.raises(ConfigError, match=r"checkpoint: only for torch-tensorrt; try via='torch-tensorrt'"):
         EngineOptions(checkpoint=Path("best.pt"))
+
+
+@pytest.mark.parametrize("checkpoint", [None, Path("weights.pt")])
+def test_a_network_without_a_checkpoint_is_refused(checkpoint: Path | None, tmp_path: Path) -> None:
+    bundle = export_small(Small(aux=False).eval(), tmp_path).path
+    with pytest.raises(EngineError, match=r": is of a network of your own, which has no checkpoint to conv"):
+        engine(bundle, via="torch-tensorrt", checkpoint=checkpoint)
 
 
 def test_what_is_missing_is_one_line(branched: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,13 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import KeptRecord, read_kept
-from sopdeploy_service import keep, kept_folder
+from sopdeploy_service.commands.forget import forget
 from sopdeploy_service.inference.results import Prediction
-from sopdeploy_service.keep import Keeper, reasons_to_keep
-from sopdeploy_service.kept_folder import FILE_BLOCK, KeptFolder, KeptResult
+from sopdeploy_service.keep import folder as kept_folder
+from sopdeploy_service.keep import keeper as keep
+from sopdeploy_service.keep.folder import FILE_BLOCK, KeptFolder, KeptResult
+from sopdeploy_service.keep.keeper import Keeper, reasons_to_keep
+from sopdeploy_service.labelling.folders import LabelFolders
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
@@ -156,7 +159,7 @@ class KeeperOfTests(Keeper):
 
     def __init__(self, bundle: Bundle, store: Callable[..., str], share=0.0) -> None:
         self.metrics, self._served = Metrics(), SimpleNamespace(name="tiny", bundle=rejecting_all(bundle))
-        folder = SimpleNamespace(add=store, expire=lambda: None, check_seconds=60)
+        folder = SimpleNamespace(add=store, check=lambda: None, has_near=lambda *_: False, check_seconds=60)
         super().__init__(folder, share, self.metrics, copy_without_metadata)  # type: ignore[arg-type]
 
     def take(self, *bodies: bytes) -> None:
@@ -281,6 +284,55 @@ def test_near_duplicates_are_skipped_but_for_the_sample_and_copies_add_reasons(
     assert numbers(tmp_path) == [0, 2, 3]
     record = {record.image: record for _, record in read_kept(tmp_path)}[f"{3:032x}.jpg"]
     assert (set(record.reasons), record.bundle, kept.used) == ({"sample", "unknown"}, "new", 3 * PAIR)
+
+
+def forget_one(folder: Path, number: int) -> None:
+    forget(f"{number:032x}.jpg", [folder])
+
+
+def label_one(folder: Path, number: int) -> None:
+    LabelFolders(folder, folder.parent / "photos").label(f"{number:032x}", "cat")
+
+
+@pytest.mark.parametrize("take_away", [forget_one, label_one])
+def test_what_is_forgotten_or_labelled_beside_the_server_makes_place_for_others(
+    tmp_path: Path, take_away: Callable[[Path, int], None]
+) -> None:
+    folder = tmp_path / "kept"
+    kept = KeptFolder(folder, 100 * PAIR, 30)
+    for number in range(3):
+        kept.add(PHOTO, photo(number))
+    take_away(folder, 0)
+    assert kept.add(PHOTO, photo(9, near_hash="0" * 15 + "1")) == "kept"  # near the first one
+    take_away(folder, 1)
+    assert kept.add(PHOTO, photo(1, "unknown")) == "kept"  # the same one with another reason
+    take_away(folder, 2)
+    kept.check()
+    assert (kept.used, numbers(folder)) == (2 * PAIR, [1, 9])
+
+
+def test_a_photograph_forgotten_while_its_record_is_replaced_leaves_none(tmp_path: Path, monkeypatch) -> None:
+    kept, write = KeptFolder(tmp_path, 100 * PAIR, 30), kept_folder._write
+    kept.add(PHOTO, photo(0))
+
+    def forget_before(file: Path, content: bytes) -> None:
+        forget_one(tmp_path, 0)
+        write(file, content)
+
+    monkeypatch.setattr(kept_folder, "_write", forget_before)
+    assert kept.add(PHOTO, photo(0, "unknown")) == "dropped"
+    assert (kept.used, [file.name for file in tmp_path.iterdir()]) == (0, [".lock"])
+
+
+def test_a_near_duplicate_of_a_forgotten_photograph_is_kept(bundle, onnx_runtime, tmp_path: Path) -> None:
+    (first,) = photos(1)
+    settings = Settings(keep=tmp_path, keep_sample=0)
+    with running(onnx_runtime, rejecting_all(bundle), settings) as client:
+        client.post("/v1/classify", content=first)
+        wait_for(lambda: results(client) == {"kept": 1})
+        forget(str(read_kept(tmp_path)[0].path), [tmp_path])
+        client.post("/v1/classify", content=first + b" ")  # other bytes, the same pixels
+        wait_for(lambda: results(client) == {"kept": 2})
 
 
 def test_old_photographs_are_deleted_at_the_start_and_with_the_next_one(tmp_path: Path) -> None:

@@ -314,9 +314,9 @@ def _find_recorded(
 ) -> tuple[NDArray[np.bool_], list[str]]:
     """Return the mask (N,) of files that a bundle has recorded as training images, and the suspects.
 
-    *hashes* are those of the N files. A suspect is the name of a bundle that was trained on some of them, and
-    perhaps on more of them than its record shows, because the record has the largest size, `SAMPLED`. Appends
-    to *notes*.
+    *hashes* are those of the N files. A suspect is the name of a bundle that was trained on some of them. Its
+    record has the largest size, `SAMPLED`, so it may be incomplete: the bundle may have seen more of them.
+    Appends to *notes*.
     """
     recorded_N, suspects = np.zeros(len(hashes), np.bool_), []
     for one in pair:

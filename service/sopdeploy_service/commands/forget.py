@@ -39,7 +39,7 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
         The files that were deleted or changed.
 
     Raises:
-        DataError: A folder is missing, or none contains the photograph.
+        DataError: A folder is missing, or none contains the photograph, or a table is of a later version.
     """
     named = [Path(folder) for folder in folders]
     for folder in named:
@@ -47,10 +47,12 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
             raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
     is_wanted, changed = _matcher(photograph), list[Path]()
     files = [path for folder in named for path in sorted(folder.rglob("*"))]
-    for table in files:  # before the images, whose content the rows are compared by
-        if table.suffix == ".parquet" and table.is_file():
-            with writing(table):
-                changed += [table] if _forget_rows(table, Path(photograph).name, is_wanted) else []
+    tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
+    for table in tables:  # before any is changed
+        _check_table(table)
+    for table in tables:  # before the images, whose content the rows are compared by
+        with writing(table):
+            changed += [table] if _forget_rows(table, Path(photograph).name, is_wanted) else []
     for image in files:
         if image.suffix.lower() in SUFFIXES and image.is_file() and is_wanted(image):
             with writing(image):
@@ -84,6 +86,18 @@ def _delete(image: Path) -> list[Path]:
     for file in reversed(found):  # the record first
         file.unlink()
     return found
+
+
+def _check_table(table: Path) -> None:
+    """Raise `DataError` if *table* is of a later format than this version can rewrite."""
+    import pyarrow.parquet as pq  # of an extra
+
+    from sopdeploy_service.commands.batch.output import check_schema
+
+    try:
+        check_schema(pq.read_schema(table))
+    except ValueError as error:  # also of pyarrow, for a damaged file
+        raise DataError(f"{table}: {error}") from error
 
 
 def _forget_rows(table: Path, name: str, is_wanted: Callable[[Path], bool]) -> bool:

@@ -111,7 +111,7 @@ class Template:
     def end(self, process: int) -> int:
         """Kill the child *process*; return its exit code, or that with which it had ended before.
 
-        A child of a template that has ended has ended, too; its code is `UNKNOWN_CODE`.
+        If the template has ended, its children have ended with it, and the code is `UNKNOWN_CODE`.
         """
         with self._lock, suppress(OSError):
             return self._ask(str(process).encode(), [])[1]

@@ -18,13 +18,12 @@ from sopdeploy.environment import exit_process
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.processes import CONFIG_VARIABLE, LaunchConfig
-from sopdeploy_service.inference.bundle_store import links_among
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.lifetime import USER_ERROR, start_task
-from sopdeploy_service.server.process import configured_process, load_app
+from sopdeploy_service.server.process import configured_process, find_links, load_app
 from sopdeploy_service.settings import Settings
 
 
@@ -111,7 +110,7 @@ def main() -> int:
         with configured_process(settings):
             limits = memoryview(mmap.mmap(config.buckets, 0)).cast("d")  # float64, shared by all processes
             # Read before the bundles: a link that moves while they are loaded then counts as moved.
-            links = links_among(config.sources) if settings.follow else {}
+            links = find_links(config.sources, settings)
             app = load_app(config.sources, settings, limits=limits)
             service: Service = app.state.service
             service.metrics_of_all = partial(control.request_metrics, supervisor)

@@ -17,10 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key
-from sopdeploy_service.http.problems import INTERNAL, reject, without_prefix
+from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.origins import foreign_host, is_foreign_page, is_within
+from sopdeploy_service.origins import OwnOrigins, without_prefix
 from sopdeploy_service.settings import Settings
 
 PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
@@ -38,7 +38,6 @@ NO_KEY = HttpError(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
 ALLOW = "list the name that clients use in the setting allowed_hosts"
-FOREIGN_PAGE = HttpError("foreign_request", 403, f"the request is of a page of another host; {ALLOW}")
 
 log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
@@ -117,7 +116,7 @@ class RequestContextMiddleware:
             if self.guard is not None:
                 self.guard(context)
             await self.app(inner, receive, send_with_headers)
-        except Exception as error:
+        except Exception as error:  # a defect fails its own request
             reason = self._error_of(error, inner)  # which counts or logs every error
             if status:
                 raise  # part of the response was sent: the connection must be closed
@@ -195,20 +194,16 @@ class OriginGuard:
     """Refuses requests for foreign hosts and of foreign pages with 403, except those for `OPEN`."""
 
     def __init__(self, settings: Settings) -> None:
-        self._allowed, self._proxies = settings.allowed_hosts, settings.trusted_proxies
-        self._own = ("localhost", settings.host, *self._allowed)
+        names = ("localhost", settings.host)
+        self._origins = OwnOrigins(names, settings.allowed_hosts, settings.trusted_proxies)
 
     def __call__(self, context: RequestContext) -> None:
         """Raise `RejectedError` unless the request is allowed."""
         if context.path in OPEN:
             return
-        is_proxied = is_within(context.peer, self._proxies)
-        host = foreign_host(context.headers, self._own, is_proxied=is_proxied)
-        if host is not None:
-            message = f"this server does not answer to the name {host[:100]!r}; {ALLOW}"
+        if foreign := self._origins.find_foreign(context.headers, context.peer):
+            message = f"this server does not answer {foreign}; {ALLOW}"
             raise RejectedError(HttpError("foreign_request", 403, message))
-        if is_foreign_page(context.headers, self._allowed, is_proxied=is_proxied):
-            raise RejectedError(FOREIGN_PAGE)
 
 
 class KeyGuard:

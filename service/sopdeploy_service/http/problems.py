@@ -23,13 +23,6 @@ def bad_request(code: str, message: str) -> RejectedError:
     return RejectedError(HttpError(code, 400, message))
 
 
-def without_prefix(path: str, root_path: str) -> str:
-    """Return the part of *path* below the prefix *root_path*, which a proxy may have removed."""
-    if not root_path or (path != root_path and not path.startswith(f"{root_path}/")):
-        return path
-    return path[len(root_path) :] or "/"
-
-
 def describe_error(error: HttpError, root_path: str = "") -> Problem:
     """Create the response body of *error*; the page about its code is below *root_path*."""
     title = "Client Closed Request" if error.status == 499 else HTTPStatus(error.status).phrase

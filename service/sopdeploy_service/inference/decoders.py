@@ -245,8 +245,8 @@ class Decoders:
     ) -> None:
         """Let *child* decode *image* and queue *item*, or settle an *item* that cannot be queued.
 
-        If a child that *is_light* cannot decode the image, or if the first of its children ends without its
-        fault, it is queued for a child for large images. *num_ends* have ended so before.
+        A child for large images gets the image next if this one *is_light* and cannot decode it, or if this
+        one ends by another cause and is the first to do so. *num_ends* children ended so before.
         """
         if item.outcome.done():
             return

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
-from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare, read_probes, replay, select
+from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare, fill, read_probes, replay, select
 from sopdeploy.bundle.signing import check_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import RUNTIMES
@@ -74,19 +74,23 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     Raises `BundleError`, `RuntimeUnavailableError`, also for a load that takes too long, `ConfigError` for an
     invalid key file, and `ParityError`.
     """
-    loading = _begin_load(path, settings, thorough=thorough)
-    seconds = load_seconds(settings)
-    try:
-        return loading.result(seconds)
-    except TimeoutError as error:
-        if not loading.cancel():  # it has ended meanwhile, or raised this error itself
-            return loading.result()
-        raise _too_slow(path, seconds) from error
+    return wait_in_time(_begin_load(path, settings, thorough=thorough), path, settings)
 
 
 async def load_in_background(path: Path, settings: Settings) -> LoadedModel:
     """Load the bundle at *path* as `load_model` does, while the event loop runs."""
     return await finish_in_time(_begin_load(path, settings), path, settings)
+
+
+def wait_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
+    """Wait for the *work* of a daemon thread on *what* as `finish_in_time` does, without an event loop."""
+    seconds = load_seconds(settings)
+    try:
+        return work.result(seconds)
+    except TimeoutError as error:
+        if not work.cancel():  # it has ended meanwhile, or raised this error itself
+            return work.result()
+        raise _too_slow(what, seconds) from error
 
 
 async def finish_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
@@ -211,21 +215,24 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     The first batch of a size takes many times as long as the others: libraries choose kernels and allocate
     memory. Without this, it would be a client's batch. Every row of every batch is compared with the output
     of its image, because kernels for other sizes are other kernels; small and large batches alternate the
-    second time, because an engine then changes its profile. Raises `ParityError`. Nothing is run on a CPU,
-    which has no such cost.
+    second time, because an engine then changes its profile. Raises `ParityError`. A CPU has no such cost; it
+    runs *max_batch* images once if there are fewer probes, because `_replay_all` then runs smaller batches.
     """
     timings: list[tuple[int, float]] = []
-    sizes = () if runtime.device == "cpu" else padded_sizes(max_batch)
+    if runtime.device == "cpu":
+        sizes = [max_batch] if max_batch > len(probes.images) else []
+    else:
+        sizes = [*padded_sizes(max_batch), *alternating(padded_sizes(max_batch))]
     largest = max_batch
-    for size in (*sizes, *alternating(sizes)):  # the second time shows the usual time
+    for size in sizes:  # the second time shows the usual time
         if size > largest:
             continue
-        batch = select(probes, np.arange(size) % len(probes.images))  # repeated if there are too few
+        batch = fill(probes, size)
         try:
             started = time.monotonic()
             outputs = runtime.run(batch.images)
             timings.append((size, time.monotonic() - started))
-        except Exception as error:
+        except Exception as error:  # libraries raise types of their own if memory is missing
             if size == 1 or not is_out_of_memory(error):
                 raise
             log.warning("out of memory for a batch of %d; the server will halve such batches", size)

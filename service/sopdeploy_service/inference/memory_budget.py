@@ -11,13 +11,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError
-from sopdeploy_service.inference.loader import LoadedModel, load_in_background, open_checked
+from sopdeploy_service.inference import daemon_threads
+from sopdeploy_service.inference.loader import LoadedModel, load_in_background, open_checked, wait_in_time
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
@@ -109,7 +111,8 @@ class BudgetedRegistry(ModelRegistry):
 
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:
         """Check the bundle at *path*, and let requests find its model, not loaded, under *name*."""
-        bundle = open_checked(path, self._settings)
+        reading = daemon_threads.start(partial(open_checked, path, self._settings))
+        bundle = wait_in_time(reading, path, self._settings)
         not_loaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
         placeholder = self._by_name[name] = Model(name, not_loaded, self._settings, self.metrics)
         placeholder.is_loaded = False

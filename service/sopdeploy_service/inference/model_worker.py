@@ -4,8 +4,8 @@ The queue is work-conserving: an idle worker takes the images that are queued, a
 up to `max_delay` seconds after the arrival of the oldest one. Images that arrive while a batch runs join the
 next batch. Images whose request has ended or whose deadline has passed are removed and do not run.
 
-If the runtime can have two batches in flight and a full one is queued, the worker begins it before the
-previous one has ended, so that the device does not wait for Python. A batch that is not full stays in the
+Some runtimes can have two batches in flight. If a full batch is queued, the worker then begins it before the
+previous one has ended: the device does not wait for Python. A batch that is not full stays in the
 queue, where it can still grow until the device is free.
 
 A batch that raises is halved until the image that causes it fails alone. An output that is not finite fails
@@ -364,11 +364,11 @@ class Model:
 def check_device(runtime: Runtime, image_shape: tuple[int, ...]) -> None:
     """Run a blank image after a batch that failed; raise `DeviceLostError` if this fails, too.
 
-    This detects a lost device whatever its error says; if images caused the errors, others can run.
+    If the images caused the errors of the batch, a blank one can run. The text of an error does not tell.
     """
     try:
         runtime.run(np.zeros((1, *image_shape), np.uint8))
-    except Exception as error:
+    except Exception as error:  # whatever a library raises on a lost device
         raise DeviceLostError(f"after a failed batch, a blank image failed: {error}") from error
 
 

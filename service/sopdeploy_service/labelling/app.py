@@ -1,6 +1,6 @@
 """The server of the label page: its routes, and the requests that it refuses.
 
-It answers only to its own names and to its own page (see `origins`), and only with the random
+It answers only to its own names and pages, as a service with the same settings does, and only with the random
 key of the address that it prints: other users of this machine reach it, too. Its connections have the limits
 of the service's. It decodes no image: a browser gets the files.
 """
@@ -32,7 +32,7 @@ from sopdeploy.photos.names import normalize
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.labelling.folders import GoneError, LabelFolders
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.origins import foreign_host, is_foreign_page
+from sopdeploy_service.origins import OwnOrigins, without_prefix
 from sopdeploy_service.server.http_protocol import Connections, limited_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
@@ -61,15 +61,15 @@ class GivenLabel(StrictModel):
     name: str = ""
 
 
-def refuse_request(request: Request, names: set[str], key: str) -> Response | None:
-    """Refuse requests for other hosts than *names*, from other origins, without the *key*, or too large.
+def refuse_request(request: Request, origins: OwnOrigins, root_path: str, key: str) -> Response | None:
+    """Refuse requests that *origins* refuse, without the *key*, too large, or POSTs without JSON.
 
-    Also refuses POSTs without JSON. Returns None for requests to handle. A request for the page with the key
-    in its address gets a cookie with the key, and a redirect to the address without it.
+    Returns None for requests to handle. A request for the page with the key in its address gets a cookie with
+    the key, and a redirect to the address without it.
     """
-    headers = request.headers
-    navigates = request.method == "GET" and request.url.path == "/"
-    if foreign_host(headers, names) is not None or is_foreign_page(headers, (), is_link=navigates):
+    headers, peer = request.headers, request.client.host if request.client else ""
+    navigates = request.method == "GET" and request.scope["path"] == "/"
+    if origins.find_foreign(headers, peer, is_link=navigates):
         return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
     if request.method == "POST":
         if headers.get("content-type") != "application/json":
@@ -81,17 +81,23 @@ def refuse_request(request: Request, names: set[str], key: str) -> Response | No
         return None
     given = parse_qs(request.url.query).get("key", [""])[0]
     if navigates and secrets.compare_digest(given.encode(), key.encode()):
-        # So that the key is not in the history of the browser; relative, because a proxy may add a prefix.
-        response = RedirectResponse("./", 303)
+        # So that the key is not in the history of the browser.
+        response = RedirectResponse(f"{root_path or '.'}/", 303)
         response.set_cookie(COOKIE, key, httponly=True, samesite="lax")
         return response
     return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
 
 
-async def guard(names: set[str], key: str, request: Request, call_next: RequestResponseEndpoint) -> Response:
+async def guard(
+    origins: OwnOrigins, root_path: str, key: str, request: Request, call_next: RequestResponseEndpoint
+) -> Response:
     """Handle or refuse one request; a body that arrives slowly is refused, too."""
-    if (refusal := refuse_request(request, names, key)) is not None:
+    full_path = request.scope["path"]
+    request.scope["path"] = without_prefix(full_path, root_path)
+    if (refusal := refuse_request(request, origins, root_path, key)) is not None:
         return refusal
+    if full_path == root_path != "":
+        return RedirectResponse(f"{root_path}/")  # the links of the page are relative to it
     try:
         async with asyncio.timeout(BODY_SECONDS):
             await request.body()  # is kept for `call_next`
@@ -100,13 +106,16 @@ async def guard(names: set[str], key: str, request: Request, call_next: RequestR
     return await call_next(request)
 
 
-def label_config(app: FastAPI) -> uvicorn.Config:
+def label_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Create the uvicorn configuration of the label page: the protocol and the limits of the service."""
-    return limited_config(app, Connections(Settings(max_connections=MAX_CONNECTIONS), Metrics()))
+    fewer = settings.model_copy(update={"max_connections": MAX_CONNECTIONS})
+    return limited_config(app, Connections(fewer, Metrics()))
 
 
-def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAPI:
+def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> FastAPI:
     """Create the app that labels the photographs of *folders*; it refuses what `refuse_request` refuses."""
+    names = {"localhost", settings.host, socket.gethostname()}
+    origins = OwnOrigins(names, settings.allowed_hosts, settings.trusted_proxies)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     lock = threading.Lock()  # of *folders*; the routes run in threads
 
@@ -153,7 +162,7 @@ def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAP
         detail = f"{error.filename}: cannot be read or written ({error.strerror}); nothing was changed"
         return JSONResponse({"detail": detail}, 507)
 
-    app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, names, key))
+    app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, origins, settings.root_path, key))
     return app
 
 
@@ -182,20 +191,20 @@ def describe_next(folders: LabelFolders) -> dict[str, Any]:
 
 
 def run_label_server(
-    kept: Path, photos: Path, host: str, port: int, on_ready: Callable[[str, int], None]
+    kept: Path, photos: Path, settings: Settings, on_ready: Callable[[str, int], None]
 ) -> LabelFolders:
-    """Serve the label page on *host* and *port* until Ctrl-C or SIGTERM; return the folders.
+    """Serve the label page as *settings* say until Ctrl-C or SIGTERM; return the folders.
 
     *on_ready* receives the URL to open, with a random key, and the number of photographs. Raises
     `ConfigError` if it cannot listen, and `DataError` as `LabelFolders`.
     """
     folders = LabelFolders(kept, photos)
-    with bind(host, port) as listener:
+    with bind(settings.host, settings.port) as listener:
         listener.listen()  # requests from now on wait for the server
         key = secrets.token_urlsafe(16)
-        app = create_label_app(folders, {"localhost", host, socket.gethostname()}, key)
+        app = create_label_app(folders, settings, key)
         address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")  # for other machines
         on_ready(f"{address}/?key={key}", len(folders.waiting))
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
-            uvicorn.Server(label_config(app)).run(sockets=[listener])
+            uvicorn.Server(label_config(app, settings)).run(sockets=[listener])
     return folders

@@ -94,7 +94,7 @@ class LabelFolders:
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
 
-        A photograph of the uniform sample is held out from training, and so are its near-duplicates, which
+        Photographs of the uniform sample are held out from training, with their near-duplicates, which
         would make a network that was trained on them look better than it is. Raises `ConfigError` if *name*
         cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """

@@ -2,6 +2,9 @@
 
 import functools
 import importlib.metadata
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,8 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
+
+TELEMETRY = "openvino_telemetry"
 
 
 @functools.cache
@@ -20,7 +25,26 @@ def openvino_core() -> Any:
     released, in whichever thread. The next signal would end the process with a segmentation fault. Raises
     `RuntimeUnavailableError` if OpenVINO is not installed.
     """
-    return import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError).Core()
+    with _without_telemetry():
+        openvino = import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError)
+    return openvino.Core()
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Let OpenVINO use its `telemetry_stub`, as if the package with which it reports its import were missing.
+
+    The package writes an ID into the home folder, warns if it cannot, and sends events. Its own switch,
+    `opt_in_out --opt_out`, is a file in the home folder.
+    """
+    if TELEMETRY in sys.modules:
+        yield
+        return
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # importing it now raises `ImportError`
+    try:
+        yield
+    finally:
+        del sys.modules[TELEMETRY]
 
 
 class OpenVINORuntime:
@@ -46,7 +70,7 @@ class OpenVINORuntime:
         }
         try:
             model = core.compile_model(str(bundle.onnx), "CPU", options)
-        except Exception as error:
+        except Exception as error:  # OpenVINO raises plain `RuntimeError`s and others
             reason = str(error).strip().splitlines()[-1]
             raise RuntimeUnavailableError(
                 f"{bundle.onnx}: openvino {version} cannot compile the graph: {reason}"

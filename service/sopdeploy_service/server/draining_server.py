@@ -64,7 +64,7 @@ class AppLifespan:
             await self._context.__aenter__()
         except SopdeployError:
             raise
-        except Exception as error:
+        except Exception as error:  # of any library; the process ends with one line
             reason = f"the server cannot start ({first_line(error)}); check the limits of this system"
             raise RuntimeUnavailableError(reason) from error
 

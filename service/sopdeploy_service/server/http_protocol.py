@@ -19,10 +19,10 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.http.middleware import request_id
-from sopdeploy_service.http.problems import problem_response, without_prefix
+from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.origins import is_within
+from sopdeploy_service.origins import is_within, without_prefix
 from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
 
@@ -30,9 +30,7 @@ CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
-GRACE = (
-    1.0  # seconds; whoever takes longer for headers, body or reading may have to make room for another one
-)
+GRACE = 1.0  # seconds for headers, a body or reading; who takes longer may have to make room for another one
 MIN_SECONDS = 0.001  # of a body, for its rate
 MIN_SHARE = 64  # connections of an address, or a quarter of `max_connections`; more make room at once
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -63,9 +61,9 @@ UNKNOWN_CODING = HttpError(
 class Connections:
     """The connections of one server; used on its event loop only.
 
-    `waiting` has those whose headers are not complete, `bodies` those whose body is not, and `unread` those
-    whose client does not read, with the time at which this began. `closing` has those that have their last
-    response and do not count any more; they stay open until the client has read it, or others follow.
+    `waiting` has those without complete headers, `bodies` those without a complete body, `unread` those whose
+    client does not read; each with the time at which this began. `closing` has those that have their last
+    response and do not count any more. They stay open until the client has read it, or `SPARE` others follow.
     """
 
     settings: Settings
@@ -128,8 +126,8 @@ class Connections:
     ) -> "LimitedHttpProtocol | None":
         """Find the first connection to close *among* those in their state since a time *before* this one.
 
-        It is the one that is longest in its headers, or else the longest idle one, or else, of the address
-        with most connections, the one that does not read or has the slowest body.
+        The order is: the one that is longest in its headers; the longest idle one; of the address with most
+        connections, one that does not read; of this address, the one with the slowest body.
         """
         chosen = set(among)
         in_headers = next((one for one in self.waiting if one in chosen), None)
@@ -458,6 +456,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         else:
             self.transport.close()  # after the pending output, for which the client has limited time
             self._restart_timer(self._limits.write_timeout, self.abort)
+            self._shared.unread.setdefault(self, self.loop.time() + GRACE)  # until it is sent
 
     timeout_keep_alive_handler = close
 

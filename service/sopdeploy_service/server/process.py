@@ -4,11 +4,13 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
-from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.inference.loader import load_model, wait_in_time
 from sopdeploy_service.observability import logs
 from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server.sockets import allow_files, bind
@@ -30,7 +32,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
             signal.signal(number, signal.SIG_IGN)
     # Read before the bundles: a link that moves while they are loaded then counts as moved. With several
     # devices, this only checks that there are links; each process reads them on its own.
-    links = links_among(sources) if settings.follow else {}
+    links = find_links(sources, settings)
     if settings.devices:
         from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 
@@ -54,9 +56,17 @@ def configured_process(settings: Settings) -> Iterator[None]:
         yield
 
 
+def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, Path]:
+    """Return where the links to follow lead now; raises `ConfigError`, and an error if the disk hangs."""
+    if not settings.follow:
+        return {}
+    return wait_in_time(daemon_threads.start(partial(links_among, sources)), "the links", settings)
+
+
 def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) -> "FastAPI":
-    """Load the bundles at *sources*; return the app that serves them."""
-    bundles = find_bundles(sources)  # before the slow imports
+    """Load the bundles at *sources* in the time that *settings* allow; return the app that serves them."""
+    finding = daemon_threads.start(partial(find_bundles, sources))  # before the slow imports
+    bundles = wait_in_time(finding, "the bundles", settings)
     from sopdeploy_service.app import create_app  # noqa: PLC0415
 
     if settings.memory_budget is not None:

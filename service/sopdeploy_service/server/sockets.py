@@ -9,6 +9,7 @@ from sopdeploy.errors import ConfigError
 SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
 MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
 OTHER_FILES = 64  # bundles, libraries
+UNSENT_BYTES = 131_072  # of a connection in the kernel, beside those on the way; its default is megabytes
 
 
 def allow_files(num_connections: int) -> None:
@@ -31,6 +32,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Connections inherit this. A response that nobody reads then costs no memory and no copy.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
             listener.bind(address)
         except OSError:
             listener.close()

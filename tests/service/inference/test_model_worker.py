@@ -186,17 +186,15 @@ def test_a_runtime_that_mixes_up_batches_is_rejected_by_the_probes():
 
 
 class WrongFor(FakeRuntime):
-    """Gives wrong outputs to the batches that *is_wrong* finds, by the sizes of all batches so far."""
+    """Spoils the logits of batches for which *is_wrong* of the sizes of all batches so far is true."""
 
-    def __init__(self, is_wrong) -> None:
-        super().__init__(num_classes=7, largest_batch=64, device="cuda:0")
-        self._is_wrong = is_wrong
+    def __init__(self, is_wrong, spoil=lambda logits: np.roll(logits, 1, axis=0), device="cuda:0") -> None:
+        super().__init__(num_classes=7, largest_batch=64, device=device)
+        self._is_wrong, self._spoil = is_wrong, spoil
 
     def run(self, images):
         logits = super().run(images)["logits"]
-        if self._is_wrong(self.batches):
-            logits = np.roll(logits, 1, axis=0)  # rows of the images beside them
-        return {"logits": logits}
+        return {"logits": self._spoil(logits) if self._is_wrong(self.batches) else logits}
 
 
 WRONG = {
@@ -207,9 +205,22 @@ WRONG = {
 }
 
 
+def with_first_row(logits, row):
+    return np.concatenate([row[None], logits[1:]])
+
+
+SPOILT = {  # logits of a batch of 2 images or more
+    "zeros": np.zeros_like,
+    "rows of the images beside them": lambda logits: np.roll(logits, 1, axis=0),
+    "a first row of zeros": lambda logits: with_first_row(logits, 0 * logits[0]),
+    "a first row that is the second one": lambda logits: with_first_row(logits, logits[1]),
+    "a second half that is the first one": lambda logits: np.tile(logits[: len(logits) // 2], (2, 1)),
+}
+
+
 def mean_probes(num_images: int) -> Probes:
     """Probes of a `FakeRuntime`: images of different grays."""
-    grays = np.arange(num_images, dtype=np.uint8)[:, None, None, None] * 7
+    grays = 7 + 7 * np.arange(num_images, dtype=np.uint8)[:, None, None, None]
     images = np.full((num_images, 32, 32, 3), grays)
     expected = FakeRuntime(num_classes=7).run(images)
     return Probes(images=images, expected=expected, tolerance={"logits": 1e-3})
@@ -220,6 +231,22 @@ def test_a_runtime_that_is_wrong_at_one_size_or_after_another_one_is_rejected(wr
     probes = mean_probes(12)
     with pytest.raises(ParityError, match=r"deviates by .* in a batch of"):
         warm_up(probes, WrongFor(WRONG[wrong]), 64)
+
+
+@pytest.mark.parametrize("num_probes", [2, 12, 16])
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_runtime_with_wrong_rows_in_its_largest_batch_is_rejected(spoilt, device, num_probes):
+    runtime = WrongFor(lambda sizes: sizes[-1] == 2 * num_probes, SPOILT[spoilt], device)
+    with pytest.raises(ParityError, match=r"deviates by .* in a batch of"):
+        warm_up(mean_probes(num_probes), runtime, 2 * num_probes)
+
+
+@pytest.mark.parametrize(("max_batch", "batches"), [(4, []), (12, []), (13, [13])])
+def test_a_cpu_runs_a_batch_more_only_if_it_is_larger_than_the_probes(max_batch, batches):
+    runtime = WrongFor(lambda _sizes: False, device="cpu")
+    warm_up(mean_probes(12), runtime, max_batch)
+    assert runtime.batches == batches
 
 
 def test_every_size_runs_twice_and_sizes_alternate_the_second_time():

@@ -17,13 +17,14 @@ import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
-from sopdeploy_service.inference import loader, service
+from sopdeploy_service.inference import loader, memory_budget, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.server import process
 from sopdeploy_service.settings import Settings
 from tests.forged import flip
 from tests.service.conftest import running, wait_for, write_bundle
@@ -281,6 +282,35 @@ def test_a_disk_that_hangs_does_not_block_later_reloads(
         gate.set()
 
     run_with_registry(versions[0], scenario)
+
+
+FIRST_READS = {  # what a start reads from the disk before it loads a bundle
+    "links": (
+        process,
+        "links_among",
+        lambda path, settings: process.find_links([path], settings),
+        {"follow": True},
+    ),
+    "bundles": (process, "find_bundles", lambda path, settings: process.load_app([path], settings), {}),
+    "budget": (
+        memory_budget,
+        "open_checked",
+        lambda path, settings: process.load_app([path], settings),
+        {"memory_budget": "1GB"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_READS)
+def test_a_disk_that_hangs_ends_a_start_at_its_deadline(
+    case: str, versions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, function, start, values = FIRST_READS[case]
+    gate = threading.Event()
+    monkeypatch.setattr(module, function, lambda *_: gate.wait())
+    with pytest.raises(RuntimeUnavailableError, match=r"not loaded within 0\.01 s; check the device"):
+        start(versions[0], Settings(threads=1, load_timeout=0.01, **values))
+    gate.set()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from sopdeploy_service.labelling.app import COOKIE, create_label_app, label_config
 from sopdeploy_service.labelling.folders import LabelFolders
+from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
 from tests.service.conftest import in_a_thread, picture_bytes
 from tests.sopdeploy.test_kept import record_of
@@ -50,12 +51,15 @@ def open_folders(tmp_path: Path) -> Callable[[], LabelFolders]:
 
 
 @contextmanager
-def label_server(folders: LabelFolders, *, cookies: dict[str, str] | None = None) -> Iterator[httpx.Client]:
+def label_server(
+    folders: LabelFolders, *, cookies: dict[str, str] | None = None, **values: object
+) -> Iterator[httpx.Client]:
     """A client of a label server, with the cookie of the key unless other *cookies* are given."""
-    app = create_label_app(folders, {"localhost", "Desk"}, KEY)
+    settings = Settings(host="Desk", **values)
+    app = create_label_app(folders, settings, KEY)
     cookies = {COOKIE: KEY} if cookies is None else cookies
     with (
-        in_a_thread(label_config(app)) as (_, address),
+        in_a_thread(label_config(app, settings)) as (_, address),
         httpx.Client(base_url=address, timeout=60, cookies=cookies) as client,
     ):
         yield client

@@ -3,7 +3,6 @@
 import itertools
 import re
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,13 +163,53 @@ def test_every_request_needs_the_key_which_becomes_a_cookie_that_scripts_cannot_
         } == names
 
 
+BEHIND = {"allowed_hosts": ("*.example.com",), "trusted_proxies": ("127.0.0.1",), "root_path": "/ml"}
+PROXIED = {"host": "upstream", "x-forwarded-host": "shop.example.com", "x-forwarded-proto": "https"}
+
+
+@pytest.mark.parametrize("prefix", ["/ml", ""], ids=["a prefix that stays", "a prefix that is removed"])
+def test_the_page_is_served_behind_a_proxy_as_the_service_is(keep, open_folders, prefix) -> None:
+    keep(1)
+    allowed = {**BEHIND, "allowed_hosts": ("upstream", "*.example.com")}
+    with label_server(open_folders(), cookies={}, **allowed) as client:
+        reply = client.get(f"{prefix}/?key={KEY}", headers=PROXIED)
+        assert (reply.status_code, reply.headers["location"]) == (303, "/ml/")
+        client.cookies.set("sopdeploy-label", KEY)
+        posted = {**PROXIED, "origin": "https://shop.example.com"}
+        assert client.get(f"{prefix}/", headers=PROXIED).status_code == 200
+        assert client.get(f"{prefix}/images/{ONE}", headers=PROXIED).status_code == 200
+        assert client.post(f"{prefix}/label", json=answer(), headers=posted).status_code == 200
+        assert client.get("/ml", headers=PROXIED).headers["location"] == "/ml/"
+        assert (
+            client.get(f"{prefix}/state", headers={**PROXIED, "x-forwarded-host": "x.org"}).status_code == 403
+        )
+    with label_server(open_folders(), **BEHIND) as client:
+        assert client.get(f"{prefix}/state", headers=PROXIED).status_code == 403  # `upstream` is not listed
+
+
+def test_the_command_reads_the_settings_of_the_environment(keep, tmp_path, monkeypatch) -> None:
+    keep(1)
+    given: list[Settings] = []
+    monkeypatch.setenv("SOPDEPLOY_ALLOWED_HOSTS", "shop.example.com")
+    monkeypatch.setenv("SOPDEPLOY_ROOT_PATH", "/ml")
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_args, **_options: None)
+    label_config = app.label_config
+    monkeypatch.setattr(
+        app, "label_config", lambda page, settings: given.append(settings) or label_config(page, settings)
+    )
+    arguments = ["label", str(tmp_path / "kept"), "--photos", str(tmp_path / "photos"), "--port", "0"]
+    assert CliRunner().invoke(program, arguments).exit_code == 0
+    assert (given[0].allowed_hosts, given[0].root_path, given[0].port) == (("shop.example.com",), "/ml", 0)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])  # noqa: S104
 def test_every_address_has_a_random_key(keep, tmp_path, host, monkeypatch):
     keep(1)
     ready: list[tuple[str, int]] = []
     monkeypatch.setattr("uvicorn.Server.run", lambda *_args, **_options: None)
     for _ in range(2):
-        run_label_server(tmp_path / "kept", tmp_path / "photos", host, 0, lambda *given: ready.append(given))
+        settings = Settings(host=host, port=0)
+        run_label_server(tmp_path / "kept", tmp_path / "photos", settings, lambda *given: ready.append(given))
     assert len({re.search(r"^http://.+:\d+/\?key=(.{22})$", url)[1] for url, _ in ready}) == 2
     assert [count for _, count in ready] == [1, 1]
 
@@ -197,9 +236,8 @@ def test_a_client_that_is_endless_or_slow_is_refused_as_by_the_service(
     request, status = ENDLESS[case]
     monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
     seconds = 0.5 if status == 408 else 60
-    monkeypatch.setattr(app, "Settings", partial(Settings, header_timeout=seconds))
     keep(1)
-    with label_server(open_folders()) as client, connect(client) as wire:
+    with label_server(open_folders(), header_timeout=seconds) as client, connect(client) as wire:
         with suppress(OSError):  # the server may close the connection before the last byte
             wire.sendall(request)
         assert wire.recv(64).startswith(b"HTTP/1.1 %d " % status)

@@ -1,8 +1,10 @@
 """OpenVINO runs the graph in its own types."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 
-pytest.importorskip("openvino")
+if find_spec("openvino") is None:  # importing it here would start its telemetry
+    pytest.skip("OpenVINO is not installed", allow_module_level=True)
 IMAGES = np.random.default_rng(3).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
 
 
@@ -44,6 +47,26 @@ def test_another_graph_is_refused_in_one_line(
     with pytest.raises(RuntimeUnavailableError, match=message) as problem:
         OpenVINORuntime(replace(bundle, path=tmp_path))
     assert "\n" not in str(problem.value)
+
+
+OPENS = """
+import sys
+from sopdeploy_service.runtime.openvino import openvino_core
+
+openvino_core()
+assert not [name for name in sys.modules if name.startswith("openvino_telemetry")]
+"""
+
+
+@pytest.mark.parametrize("home", ["home", "missing"])
+def test_opening_it_sends_nothing_and_leaves_the_home_folder_alone(tmp_path: Path, home: str) -> None:
+    (tmp_path / "home").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}  # switches it off, too
+    environment["HOME"] = str(tmp_path / home)
+    done = subprocess.run(
+        [sys.executable, "-c", OPENS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr, list((tmp_path / "home").iterdir())) == (0, "", [])
 
 
 RELEASED_BEFORE_A_SIGNAL = """

@@ -1,5 +1,6 @@
 """Connection limits on real sockets: slow, large and malformed requests."""
 
+import asyncio
 import itertools
 import re
 import resource
@@ -7,6 +8,7 @@ import socket
 import sys
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.server import http_protocol
-from sopdeploy_service.server.sockets import allow_files
+from sopdeploy_service.server.sockets import UNSENT_BYTES, allow_files, bind
 from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import running, wait_for
@@ -423,6 +425,30 @@ def test_a_connection_over_the_limit_ends_the_slowest_body_with_a_response(crowd
         assert read(each, to_the_end=False).status == 415  # the body is no image
 
 
+def responded(connection, num_requests):
+    return connection.server_state.total_requests == num_requests
+
+
+def test_a_client_that_does_not_read_its_last_response_makes_room_for_others(serve_with, wire, monkeypatch):
+    """What the kernel does not take is then too little for the transport to pause the writing."""
+    monkeypatch.setattr(http_protocol, "GRACE", 0.0)
+    client = serve_with(FakeRuntime(num_classes=7), max_connections=1)
+    bad = wire(client)
+    bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    wait_for(lambda: len(client.app.state.connections.open) == 1)
+    (connection,) = client.app.state.connections.open
+    num_requests = 0
+    while not connection.transport.get_write_buffer_size():
+        num_requests += 1
+        bad.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_for(partial(responded, connection, num_requests))
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), client.loop).result()  # then it is written
+    assert not connection.flow.write_paused
+    bad.sendall(GET + b"Connection: close\r\n\r\n")
+    wait_for(lambda: connection._closed)
+    get(wire(client))
+
+
 def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones(crowded, wire, monkeypatch):
     monkeypatch.setattr(http_protocol, "SPARE", 2)
     client = crowded(float("inf"))  # no body is slow
@@ -469,6 +495,20 @@ def test_a_silent_connection_of_a_trusted_proxy_is_an_idle_one(serve_with, wire)
 def test_connections_may_be_idle_longer_than_at_common_proxies():
     seconds = {"Caddy": 120, "Traefik": 90, "AWS": 60, "Google Cloud": 600, "Envoy": 3600}
     assert Settings().keep_alive_seconds > max(seconds.values())
+
+
+def test_the_kernel_takes_little_for_a_client_that_does_not_read():
+    with bind("127.0.0.1", 0) as listener, socket.socket() as bad:
+        listener.listen()
+        bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        bad.connect(listener.getsockname())
+        with listener.accept()[0] as accepted:
+            accepted.setblocking(False)
+            taken = 0
+            with suppress(BlockingIOError):
+                while True:
+                    taken += accepted.send(bytes(4096))
+    assert taken < 2 * UNSENT_BYTES
 
 
 @pytest.mark.parametrize(

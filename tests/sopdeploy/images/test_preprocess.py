@@ -21,12 +21,13 @@ from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images import formats, pixels
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.limits import SUFFIXES
-from sopdeploy.images.pixels import SIXTEEN_BIT, list_changes, preprocess_image, to_rgb
+from sopdeploy.images.pixels import SIXTEEN_BIT, TURNS, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.photo import image_errors
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.settings import Settings
 from tests.counted import record_images
+from tests.pictures import encoded
 from tests.service.api.test_bad_inputs import BAD_BODIES
 
 FUZZ = settings(max_examples=25)
@@ -264,6 +265,41 @@ def test_the_transparent_color_of_a_png_is_found_at_every_depth(kind):
     image = open_image(body)
     assert list(map(tuple, np.asarray(to_rgb(image, WHOLE))[0])) == expected
     assert "alpha_flattened" in list_changes(image, WHOLE)
+
+
+def gif_with_frame(left: int, top: int, **options: Any) -> bytes:
+    """Write a red frame of 4 x 3 at (left, top) of a canvas of 9 x 8; green is first in the palette."""
+    frame = Image.new("P", (4, 3), 1)
+    frame.putpalette([0, 255, 0, 255, 0, 0, 0, 0, 255])
+    frame.putpixel((0, 0), 2)
+    body = bytearray(encoded(frame, "GIF", optimize=False, **options))
+    body[6:10] = struct.pack("<2H", 9, 8)  # the size of the canvas, then the position of the frame
+    separator = body.index(b",")
+    body[separator + 1 : separator + 5] = struct.pack("<2H", left, top)
+    return bytes(body)
+
+
+FRAMES = {  # of a GIF, and how its canvas is turned
+    "in a corner": (gif_with_frame(0, 0), 1),
+    "inside": (gif_with_frame(3, 4), 1),
+    "turned": (gif_with_frame(2, 5), 6),
+    "one color transparent": (gif_with_frame(3, 4, transparency=2), 1),
+}
+
+
+@pytest.mark.parametrize("case", FRAMES)
+def test_around_a_first_frame_smaller_than_its_canvas_is_the_background(case):
+    body, orientation = FRAMES[case]
+    image, rules = open_image(body), WHOLE.model_copy(update={"exif_orientation": True})
+    left, top, right, bottom = image.tile[0][1]
+    image.info["xmp"] = f'tiff:Orientation="{orientation}"'.encode()
+    expected = Image.new("RGB", (9, 8), GREEN)
+    expected.paste((255, 0, 0), (left, top, right, bottom))
+    expected.putpixel((left, top), GREEN if "transparent" in case else (0, 0, 255))
+    if orientation != 1:
+        expected = expected.transpose(TURNS[orientation])
+    assert to_rgb(image, rules).tobytes() == expected.tobytes()
+    assert "alpha_flattened" in list_changes(image, rules)
 
 
 RULES = Preprocess(resize=36, crop=32)

@@ -22,7 +22,7 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy.images.formats import too_large_error
-from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.output import OutputFolder, RowsState, make_schema
 from sopdeploy_service.commands.batch.sources import ListedImage, read_listed
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 IMAGES_AHEAD = 16  # of each worker
 MAX_WORKERS = 16  # unless more are requested
-DECODER_SETTINGS = {"max_body_bytes", "max_pixels"}
 COLUMNS = {  # of a row; docs/batch.md
     "path": pa.string(),
     "sha256": pa.string(),
@@ -75,14 +74,15 @@ class BatchClassifier:
         self._workers = options.workers or min(usable_cores(), MAX_WORKERS)
         self._batch_size = largest_batch(loaded.runtime, settings)
         self._top_k = settings.classes_per_image(multi_label=manifest.rules.thresholds is not None)
-        self.state: dict[str, Any] = {
-            "bundle": manifest.id,
-            "runtime": f"{self._runtime.name} on {self._runtime.device}",
-            "batch": self._batch_size,
-            "top_k": self._top_k,
-            "columns": list(optional),
-            **settings.model_dump(mode="json", include=DECODER_SETTINGS),
-        }
+        self.state = RowsState(
+            bundle=manifest.id,
+            runtime=f"{self._runtime.name} on {self._runtime.device}",
+            batch=self._batch_size,
+            top_k=self._top_k,
+            columns=tuple(optional),
+            max_body_bytes=settings.max_body_bytes,
+            max_pixels=settings.max_pixels,
+        )
 
     def close(self) -> None:
         """Close the runtime."""
@@ -91,7 +91,7 @@ class BatchClassifier:
     def write_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
         """Write the rows of *parts*; raises `RuntimeUnavailableError` if the device or the decoders fail."""
         sizes = folder.sizes()
-        schema = pa.schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
+        schema = make_schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
         images = (image for part in parts for image in folder.images(part))
         with closing(self._decode_ahead(images)) as decoded:  # yields the images of all parts, in order
             for part in parts:

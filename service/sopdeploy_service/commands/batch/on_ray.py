@@ -1,8 +1,8 @@
 """Classify parts on a Ray cluster: Ray Data gives parts to actors, each with a `BatchClassifier`.
 
 Every machine must see the bundle, the output folder and local images under the same paths. Ray replaces an
-actor that is lost with its machine, and gives its parts to another one. A part has the same bytes whoever
-writes it, and has its final name only when it is complete, so every image has its row exactly once.
+actor that is lost with its machine, and gives its parts to another one. Every actor writes the same bytes for
+a part, and a part gets its final name when it is complete: each image has one row.
 """
 
 import logging
@@ -21,7 +21,7 @@ from sopdeploy import errors
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
 from sopdeploy_service.commands.batch.classifier import MAX_WORKERS, BatchClassifier, OnImages
-from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.output import OutputFolder, RowsState
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ class PartActor:
     """
 
     def __init__(
-        self, bundle: Path, settings: Settings, options: "ClassifyOptions", out: Path, state: dict[str, Any]
+        self, bundle: Path, settings: Settings, options: "ClassifyOptions", out: Path, state: RowsState
     ) -> None:
         self._folder, self._classifier = OutputFolder(out), BatchClassifier(bundle, settings, options)
         if self._classifier.state != state:
             states = (self._classifier.state, state)
-            here, other = (f"{one['runtime']} with batches of {one['batch']}" for one in states)
+            here, other = (f"{one.runtime} with batches of {one.batch}" for one in states)
             address = ray.util.get_node_ip_address()
             raise ConfigError(f"{address} has {here}, another machine {other}; use machines of one kind")
 
@@ -77,11 +77,11 @@ class RayClassifier:
         self._arguments = bundle.resolve(), settings, options.model_copy(update={"workers": workers})
 
     @cached_property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> RowsState:
         """The `BatchClassifier.state` of one of the machines."""
         read = ray.remote(**self._resources)(lambda *arguments: BatchClassifier(*arguments).state)
         with errors_of_actors():
-            state: dict[str, Any] = ray.get(read.remote(*self._arguments))
+            state: RowsState = ray.get(read.remote(*self._arguments))
             return state
 
     def close(self) -> None:

@@ -6,27 +6,96 @@
 
 Programs that read parquet files from OUT ignore names with an underscore, so they read only the rows. A part
 is a fixed range of the list, so a resumed run writes the same parts as an uninterrupted one.
+
+`RunState` and the columns are format 1: a later version may add optional fields and columns, and each file
+names the version of sopdeploy that wrote it.
 """
 
 import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 
+from sopdeploy.config import StrictModel, check_format_version
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, writing
+from sopdeploy.version import __version__
 from sopdeploy_service.commands.batch.sources import ListedImage
 
 ROWS_FOLDER, LISTING, STATE = "rows", "_list.parquet", "_run.json"
 _TEXT, _NUMBER = pa.string(), pa.int64()
-LIST_SCHEMA = pa.schema({"path": _TEXT, "location": _TEXT, "offset": _NUMBER, "size": _NUMBER})
+VERSION: Literal[1] = 1
+_VERSION_KEY, _WRITER_KEY = b"sopdeploy.version", b"sopdeploy.written_by"  # metadata of a parquet file
+
+
+def make_schema(columns: Mapping[str, Any]) -> Any:
+    """Build the schema of a parquet file with *columns* of format 1."""
+    return pa.schema(columns, metadata={_VERSION_KEY: str(VERSION), _WRITER_KEY: __version__})
+
+
+LIST_SCHEMA = make_schema({"path": _TEXT, "location": _TEXT, "offset": _NUMBER, "size": _NUMBER})
+
+
+def check_schema(schema: Any) -> None:
+    """Raise `ValueError` if *schema* is that of a later format; files of other programs have no version."""
+    found = (schema.metadata or {}).get(_VERSION_KEY)
+    if found is not None:
+        check_format_version(int(found), VERSION, schema.metadata.get(_WRITER_KEY, b"").decode() or None)
+
+
+class RowsState(StrictModel):
+    """What the rows of a run depend on, besides its images.
+
+    Attributes:
+        bundle: ID of the bundle.
+        runtime: Name and device of the runtime.
+        batch: Images in a batch.
+        top_k: Classes of a row; None: all above their threshold.
+        columns: Optional columns.
+        max_body_bytes, max_pixels: Limits of an image.
+    """
+
+    bundle: str
+    runtime: str
+    batch: int
+    top_k: int | None
+    columns: tuple[str, ...]
+    max_body_bytes: int
+    max_pixels: int
+
+
+class RunState(RowsState):
+    """Content of `_run.json`.
+
+    Attributes:
+        version: Of the format.
+        written_by: Version of sopdeploy that wrote the file last.
+        part_images: Images of a part.
+        images: Number of images, and a hash of their names, positions and sizes.
+    """
+
+    version: Literal[1] = VERSION
+    written_by: str = __version__
+    part_images: int
+    images: str
+
+    def difference(self, other: "RunState | None") -> str:
+        """Name the first field that would change the rows of *other*; empty if none does.
+
+        Rows without a readable state are those of an unknown run.
+        """
+        here = self.model_dump(mode="json", exclude={"written_by"})
+        there = {} if other is None else other.model_dump(mode="json")
+        name = next((name for name in sorted(here) if there.get(name) != here[name]), None)
+        return "" if name is None else f"{name} {there.get(name)}, not {here[name]}"
 
 
 class OutputFolder:
@@ -58,27 +127,41 @@ class OutputFolder:
         for partial in self.path.rglob(f"*{PARTIAL}"):
             partial.unlink(missing_ok=True)
 
-    def begin(self, images: Iterable[ListedImage], part_images: int, state: Mapping[str, Any]) -> None:
-        """Write the list of *images* in parts of *part_images*, and *state*, what the rows depend on.
+    def begin(self, images: Iterable[ListedImage], part_images: int, state: RowsState) -> None:
+        """Write the list of *images* in parts of *part_images*, and *state*.
 
         Raises `ConfigError` if the folder belongs to a run with other images or another state: rows of
         different runs must not be mixed.
         """
         with atomic_write(self.path / LISTING) as partial:
-            now = {**state, "part_images": part_images, "images": _write_list(partial, images, part_images)}
-            before = {}
-            with suppress(OSError, ValueError, TypeError):  # no file, or a damaged one
-                before = dict(json.loads((self.path / STATE).read_bytes()))
-            # Rows without a readable state are those of an unknown run, which differs in every value.
-            belongs_to_run = bool(before) or any((self.path / ROWS_FOLDER).iterdir())
-            different = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-            if belongs_to_run and different:
-                name = different[0]
-                begun = f"{self.path} was begun with {name} {before.get(name)}, not {now.get(name)}"
+            hashed = _write_list(partial, images, part_images)
+            now = RunState(**state.model_dump(), part_images=part_images, images=hashed)
+            before = self._read_state()
+            belongs_to_run = before is not None or any((self.path / ROWS_FOLDER).iterdir())
+            if belongs_to_run and (difference := now.difference(before)):
                 advice = "continue with the same images and options, or choose another folder"
-                raise ConfigError(f"{begun}; {advice}", setting="out")  # `atomic_write` keeps the old list
+                message = f"{self.path} was begun with {difference}; {advice}"
+                raise ConfigError(message, setting="out")  # `atomic_write` keeps the old list
         with atomic_write(self.path / STATE) as partial:
-            partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+            partial.write_text(now.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def _read_state(self) -> RunState | None:
+        """Read `_run.json`; None if it is missing or damaged; raises `ConfigError` for a later format."""
+        path = self.path / STATE
+        try:
+            fields = dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+        writer = fields.get("written_by")
+        unknown = fields.keys() - RunState.model_fields.keys() if writer != __version__ else ()
+        try:
+            check_format_version(fields.get("version", VERSION), VERSION, writer, unknown)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}", setting="out") from error
+        try:
+            return RunState.model_validate(fields)
+        except pydantic.ValidationError:
+            return None
 
     def sizes(self) -> list[int]:
         """Return the number of images in each part."""

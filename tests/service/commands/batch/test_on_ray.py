@@ -127,7 +127,7 @@ def test_actors_write_the_rows_of_classify_unless_theirs_would_differ(bundle_pat
     state = BatchClassifier(bundle_path, SETTINGS, OPTIONS).state  # of another machine
     for change in {"runtime": "onnxruntime-cuda 1.31 on cuda:0"}, {"batch": 7}:
         with pytest.raises(ConfigError, match=r"has onnxruntime .* on cpu .*; use machines of one kind"):
-            on_ray.PartActor(bundle_path, SETTINGS, OPTIONS, complete, state | change)
+            on_ray.PartActor(bundle_path, SETTINGS, OPTIONS, complete, state.model_copy(update=change))
 
 
 def test_errors_of_a_cluster_are_one_line(bundle_path, photos, tmp_path):

@@ -1,8 +1,8 @@
 """Keep photographs that are worth a label: unknown and uncertain ones, and a small uniform sample.
 
 A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
-process copy them without metadata, and stores them. Photographs that find the queue full are dropped, and so
-are those outside of the uniform sample whose copies would take more than `COPY_SHARE` of the time.
+process copy them without metadata, and stores them. Photographs are dropped if the queue is full. Those
+outside of the uniform sample are also dropped if copies take more than `COPY_SHARE` of the time.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from sopdeploy.errors import ImageError
 from sopdeploy.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import Prediction
-from sopdeploy_service.kept_folder import KeptFolder, KeptResult
+from sopdeploy_service.keep.folder import KeptFolder, KeptResult
 from sopdeploy_service.observability.metrics import Metrics
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
 COPY_SHARE, COPY_BURST = 0.01, 0.25  # of the time; seconds that may be spent at once, or owed
-RECENT_PHOTOS = 1000  # outside of the sample, whose copies were begun; others near them are not copied
+RECENT_PHOTOS = 1000  # outside of the sample, whose copies were not kept; others near them are not copied
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
@@ -135,7 +135,7 @@ class Keeper:
         next_check = 0.0
         while True:
             if time.monotonic() >= next_check:
-                self._expire()
+                self._check_folder()
                 next_check = time.monotonic() + self._folder.check_seconds
             try:
                 photo = self._photos.get(timeout=self._folder.check_seconds)
@@ -152,9 +152,9 @@ class Keeper:
             if result is not None:
                 self._counts[result].inc()
 
-    def _expire(self) -> None:
+    def _check_folder(self) -> None:
         try:
-            self._folder.expire()
+            self._folder.check()
         except OSError as error:
             log.warning("%s: cannot be cleaned up (%s)", self._folder.path, error.strerror)
 
@@ -164,30 +164,34 @@ class Keeper:
         reasons = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
         if not reasons:
             return None
-        is_sample = "sample" in reasons
-        refusal = None if is_sample else self._refuse_copy(photo)
+        near, is_sample = near_hash(photo.pixels), "sample" in reasons
+        refusal = None if is_sample else self._refuse_copy(int(near, 16))
         if refusal is not None:
             return refusal
         started = time.monotonic()
         try:
+            if self._folder.has_near(sha256[:32], reasons, near):
+                return "near_duplicate"
+            if not is_sample:
+                self._recent.append(int(near, 16))
             copy, suffix = self._copy(photo.image)
+            result = self._folder.add(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
+            if result == "kept" and not is_sample:
+                self._recent.pop()  # the folder knows it, as long as nobody deletes or labels it
+            return result
         except ImageError:
             return "dropped"
         finally:
             if not is_sample:  # the sample stays uniform because its copies need no budget
                 spent = time.monotonic() - started  # includes the wait for a decoder process
                 self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)  # the debt is limited
-        return self._folder.add(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
 
-    def _refuse_copy(self, photo: PredictedPhoto) -> KeptResult | None:
-        """Return why *photo*, outside of the sample, is not copied; else remember it and return None."""
-        now, near = time.monotonic(), int(near_hash(photo.pixels), 16)
+    def _refuse_copy(self, near: int) -> KeptResult | None:
+        """Return why a photograph outside of the sample is not copied, or None; *near* is its near hash."""
+        now = time.monotonic()
         # The budget grows with the time since the last call; `_keep` subtracts the seconds of a copy.
         self._copy_budget = min(COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled))
         self._refilled = now
         if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
             return "near_duplicate"
-        if self._copy_budget <= 0:
-            return "dropped"
-        self._recent.append(near)
-        return None
+        return "dropped" if self._copy_budget <= 0 else None

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from shlex import quote
@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, writing
-from sopdeploy.kept import LOCK, NEAR_BITS, KeptRecord, read_kept
+from sopdeploy.kept import LOCK, NEAR_BITS, KeptRecord, Reason, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]
@@ -31,6 +31,7 @@ MAX_ABSENCE = timedelta(days=2)  # that is accepted since the last check, or `AB
 ABSENCE_SHARE = 0.25
 CLOCK_STEP = timedelta(seconds=60)  # by which a clock may be set back
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
+_SUFFIXES = ".jpg", ".png"
 _OWN = re.compile(rf"[0-9a-f]{{32}}\.(?:jpg|png|json)(?:{re.escape(PARTIAL)})?")
 
 log = logging.getLogger("sopdeploy.keep")
@@ -77,6 +78,7 @@ class KeptFolder:
                 message = f"{path}: another process keeps photographs there; name another folder"
                 raise ConfigError(message) from error
             self._read()
+            self._delete_incomplete()
             if not was_here and self._entries:  # as after a copy: the newest photograph shows the last run
                 self._checked_at(max(entry.time for entry in self._entries.values()))
             self.expire()
@@ -88,19 +90,22 @@ class KeptFolder:
         return sum(entry.bytes for entry in self._entries.values())
 
     def _read(self) -> None:
-        """Read the records; delete photographs without a record, records without a photograph, partial files.
-
-        Files that no `KeptFolder` wrote stay, and damaged records with their photographs.
-        """
-        complete: set[Path] = set()
+        """Read the records of the complete photographs."""
         for path, record in read_kept(self.path):
             files = path, path.with_suffix(".json")
             self._insert(path, record, sum(_size_on_disk(file.stat().st_size) for file in files))
-            complete.update(files)
+
+    def _delete_incomplete(self) -> None:
+        """Delete photographs without a record, records without a photograph, and partial files.
+
+        Files that no `KeptFolder` wrote stay, and damaged records with their photographs.
+        """
+        photographs = {entry.path for entry in self._entries.values()}
+        complete = photographs | {path.with_suffix(".json") for path in photographs}
         for file in set(self.path.iterdir()) - complete:
             if _OWN.fullmatch(file.name) is None:
                 continue
-            partners = (".jpg", ".png") if file.suffix == ".json" else (".json",)
+            partners = _SUFFIXES if file.suffix == ".json" else (".json",)
             has_partner = any(file.with_suffix(suffix).exists() for suffix in partners)
             if file.suffix == PARTIAL or not has_partner:
                 file.unlink()
@@ -128,8 +133,34 @@ class KeptFolder:
 
     @property
     def check_seconds(self) -> float:
-        """Seconds after which `expire` should be called again."""
+        """Seconds after which `check` should be called again."""
         return min(CHECK_SECONDS, max(1.0, self._age.total_seconds() / 10))
+
+    def check(self) -> None:
+        """Delete photographs that are too old, and forget those that others have deleted or labelled."""
+        for entry in list(self._entries.values()):
+            self._is_there(entry)
+        self.expire()
+
+    def has_near(self, name: str, reasons: Sequence[Reason], near_hash: str) -> bool:
+        """Tell whether the file *name*, without suffix, is kept for *reasons*, or a near-duplicate of it.
+
+        Those of the uniform sample may be near-duplicates, so that it shows all photographs.
+        """
+        for suffix in _SUFFIXES:
+            previous = self._entries.get(f"{name}{suffix}")
+            if previous is not None and self._is_there(previous):
+                return previous.reasons.issuperset(reasons)
+        number = int(near_hash, 16)
+        near = [one for one in self._entries.values() if (number ^ one.near_hash).bit_count() <= NEAR_BITS]
+        return "sample" not in reasons and any(map(self._is_there, near))
+
+    def _is_there(self, entry: _Entry) -> bool:
+        """Tell whether *entry* has its photograph; forget one that others have deleted or labelled."""
+        if not entry.path.exists():
+            del self._entries[entry.path.name]
+            return False
+        return True
 
     def expire(self) -> None:
         """Delete photographs that are too old, unless the clock may be wrong, and record the time."""
@@ -173,16 +204,12 @@ class KeptFolder:
     def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* as `add` does; raises `OSError`."""
         path = self.path / record.image
+        if self.has_near(path.stem, record.reasons, record.near_hash):
+            return "near_duplicate"
         previous = self._entries.get(path.name)  # of the same image: the name is a hash of the original bytes
         if previous is not None:
-            if previous.reasons.issuperset(record.reasons):
-                return "near_duplicate"
             reasons = tuple(sorted(previous.reasons.union(record.reasons)))
             record = record.model_copy(update={"reasons": reasons})
-        elif "sample" not in record.reasons:  # the sample shows all photographs, with their near-duplicates
-            near_hash = int(record.near_hash, 16)
-            if any((near_hash ^ one.near_hash).bit_count() <= NEAR_BITS for one in self._entries.values()):
-                return "near_duplicate"
         content = record.model_dump_json().encode()
         record_size = _size_on_disk(len(content))
         size = _size_on_disk(len(image)) + record_size
@@ -216,7 +243,9 @@ class KeptFolder:
         except OSError:
             self._entries[previous.path.name] = previous
             raise
-        self._insert(previous.path, record, size)
+        if not self._is_there(self._insert(previous.path, record, size)):  # it was deleted meanwhile
+            previous.path.with_suffix(".json").unlink(missing_ok=True)
+            return "dropped"
         return "kept"
 
     def _insert(self, path: Path, record: KeptRecord, size: int) -> _Entry:
