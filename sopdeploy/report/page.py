@@ -113,7 +113,7 @@ def _predict(
 
 def _describe_training(start: Start, fit: Fit) -> str:
     """Describe in a sentence what was trained: network, start weights, images and procedure."""
-    result: AnyProcedureResult = fit.result
+    result: Any = fit.result
     given, side = start.weights, start.recipe.preprocess.crop
     weights = "random weights" if given is None else f"the weights of {given.file} ({given.network})"
     how = f"by the {result.kind.replace('_', '-')} procedure"
