@@ -100,6 +100,6 @@ def _print_results(results: "Reproduction") -> None:
     table = error_table(results.rows) if trained else fact_table(results.rows)
     print_table(table.columns, (map(str, row) for row in table.rows))
     say(*(f"{name}: {note}" for name, note in notes(results.rows)))
-    say(*filter(None, (results.table.note, results.deviations, results.paper_scale)))
+    say(*filter(None, (results.note, results.deviations, results.paper_scale)))
     unit = "errors in percent with 95 % intervals; " if trained else ""
     say(f"{unit}page: {results.page}")

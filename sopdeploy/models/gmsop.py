@@ -59,7 +59,7 @@ class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """The ResNet for 64-pixel images and the mixture: `chosen` of `components` poolings per image (K of N).
 
     `component_widths` are the channels of a component's 1x1 convolutions, `gate_widths` those of the gate's
-    prediction layers; `None` selects the architecture of a component, as in section 2.3. `gate_norm` adds a
+    prediction layers; "none" selects the architecture of a component, as in section 2.3. `gate_norm` adds a
     batch norm to each of them, as in the released code. `fusion_norm` is the batch norm of the mixed vector
     (section 2.3). `noise_per` selects how the gate's gamma is drawn: per component of an image, as in SG-MoE,
     or per image, as in the released code. `balance_weight` is alpha.
@@ -72,7 +72,10 @@ class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     components: Annotated[int, pydantic.Field(ge=2)] = 16
     chosen: Count = 8
     component_widths: tuple[Count, ...] = pydantic.Field(default=(256, 128), min_length=1)
-    gate_widths: tuple[Count, ...] | None = None
+    gate_widths: Annotated[
+        tuple[Count, ...] | None,
+        pydantic.BeforeValidator(lambda widths: None if widths == "none" else widths),
+    ] = None
     gate_norm: bool = False
     fusion_norm: bool = True
     dropout: FractionBelowOne = 0.2

@@ -20,19 +20,15 @@ from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, FractionBelowOne
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.isqrt_cov import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier
+from sopdeploy.models.registry import GSOP_RELEASED
 
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]  # conv2_x .. conv5_x
-RELEASED: dict[str, Any] = {
-    **RELEASED_BLOCK,
-    "block_place": "inside",
-    "strided_dr_stages": ("layer1",),
-    "iterations": 3,
-}
+RELEASED = GSOP_RELEASED
 
 
 class GSoPConfig(GSoPBlockConfig, NewtonSchulzOptions):
