@@ -198,7 +198,7 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
     if table.measures == "nothing":
         row.reason = "printed, not measured"
     elif recipe_and_changes is None:
-        row.reason = "cited: no network of the catalog"
+        row.reason = f"cited: {printed.missing}"
     else:
         row.source, row.overrides = recipe_and_changes
         try:

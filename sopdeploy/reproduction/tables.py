@@ -58,7 +58,8 @@ class PrintedRow(StrictModel):
     `set` are changes to the table's recipe, as for `sopdeploy train --set`. `needs` maps a key of the recipe
     to the row whose `best.pt` is its value. `pretrained` is a row of another table, "TABLE/ROW", whose
     `best.pt` gives the start weights if it exists. A `cited` row was not trained by the paper; it can be
-    trained only if it has its own `recipe` or `set`. A `teacher` is not printed, but other rows need it.
+    trained unless `missing` says why no network is that of the row. A `teacher` is not printed, but other
+    rows need it.
     """
 
     id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -69,6 +70,7 @@ class PrintedRow(StrictModel):
     pretrained: str | None = None
     baseline: str | None = None
     cited: bool = False
+    missing: str = ""
     teacher: bool = False
     top1: Percent | None = None
     top5: Percent | None = None
@@ -142,8 +144,8 @@ class PrintedTable(StrictModel):
         return {**values, "rows": rows}
 
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
-        """Return the recipe of *row* and its changes; None for a row that is only cited."""
-        if row.cited and row.recipe is None and not row.set:
+        """Return the recipe of *row* and its changes; None for a row whose network is missing."""
+        if row.missing:
             return None
         return row.recipe or self.recipe, (*self.set, *row.set)
 

@@ -32,6 +32,9 @@ TOLERANCES |= {"extra GFLOPs": 0.006, "extra parameters (M)": 0.08}
 RELATIVE = {"GFLOPs": 0.04, "GFLOPs in training": 0.04, "classified vector": 0.04}
 COUNTED = ("parameters", "GFLOPs", "classified vector", "extra", "epochs")  # how the names of figures start
 NOT_REACHED = {  # as `published.toml` explains
+    ("dsop-2", "cbam", "GFLOPs"),
+    ("dsop-2", "cbam", "extra GFLOPs"),
+    ("gsop-5", "cbam", "GFLOPs"),
     ("gsop-5", "resnext", "GFLOPs"),
     ("gmsop-3", "gmsop-wrn36-2", "parameters in training (M)"),
     ("gmsop-readme", "gmsop-wrn36-2", "parameters in training (M)"),
@@ -179,7 +182,8 @@ def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> 
         assert row.recipe is not None or row.printed.cited or table.measures != "errors", row.reason
         assert (row.gpu_hours > 0) == (row.recipe is not None)
         for figure, (printed, found, note, _, mark) in row.figures.items():
-            counted = figure.startswith(COUNTED) and not row.reason.startswith("cited")
+            is_built = row.recipe is not None or row.reason == "counted, not trained"
+            counted = figure.startswith(COUNTED) and is_built
             assert (found is not None) == counted, (row.printed.id, figure)
             tolerance = TOLERANCES.get(figure, RELATIVE.get(figure, 0.0) * printed)
             if found is not None and abs(found - printed) > tolerance:
