@@ -51,6 +51,7 @@ from sopdeploy.layers.mixture import (
     pooling,
 )
 from sopdeploy.layers.netvlad import NetVLAD
+from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, TrainingOutput
 
@@ -178,11 +179,13 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """K = `components` poolings of one kind, averaged; 1 is a single pooling.
 
     `component_widths` are the channels of a component's 1x1 convolutions; plain GAP and SR-SOP have none.
+    `pooling` is any global pooling, in the place of the components.
     """
 
     component: Literal["gap", "sop"] = "gap"
     components: Count = 1
     component_widths: tuple[Count, ...] = ()
+    pooling: Pooling | None = None
     fusion_norm: bool = False
     dropout: FractionBelowOne = 0.0
 
@@ -190,6 +193,9 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     def _components_differ(self) -> "AveragedResNetConfig":
         if self.components > 1 and not self.component_widths:
             raise ValueError("components > 1 needs component_widths; without them all components are equal")
+        has_components = self.component != "gap" or self.components > 1 or self.component_widths
+        if self.pooling is not None and has_components:
+            raise ValueError("pooling is in the place of components; choose resnet18-64px or wrn36-2")
         return self
 
 
@@ -201,6 +207,12 @@ class AveragedResNet(Classifier, LowResolutionResNet):
 
     def __init__(self, config: AveragedResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
+        if config.pooling is not None:
+            self.classifier_parts = ("pooling", "head")
+            self.pooling = config.pooling.build(self.channels)
+            length = self.pooling.out_features
+            self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
+            return
         self.mixture = Components(
             config.component,
             self.channels,
@@ -215,6 +227,8 @@ class AveragedResNet(Classifier, LowResolutionResNet):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
+        if self.config.pooling is not None:
+            return super().classify(features)
         return self.head(self.mixture(features).mean(dim=1))
 
 
