@@ -83,7 +83,7 @@ def _print_plan(planned: "Reproduction") -> None:
     from sopdeploy.reproduction.plan import format_hours
 
     say(f"{planned.table.source}: {planned.table.title}", style="bold")
-    say(*filter(None, (planned.deviations, planned.paper_scale)))
+    say(*filter(None, (planned.note, planned.deviations, planned.paper_scale)))
     for row in planned.rows:
         time = f"{format_hours(row.gpu_hours)} per seed at paper scale"
         say(f"{row.printed.id}: {time if row.recipe else row.reason}", *planned.commands(row))
