@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,26 @@ SMALL: dict[str, dict[str, Any]] = {  # small options of each pooling, by kind
 }
 
 
+def as_in_a_new_process(patch: pytest.MonkeyPatch) -> None:
+    """Switch plug-ins on and forget what was registered, so that a name imports the package again."""
+    patch.setenv(plugins.VARIABLE, "on")
+    patch.delitem(sys.modules, "sopdeploy_poolings.plugin", raising=False)
+    for registry in (plugins.DATA_SOURCES, plugins.MODELS, plugins.POOLINGS, plugins.RUNTIMES):
+        patch.setattr(registry, "registered", {})
+
+
 @pytest.fixture(autouse=True)
 def _with_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(plugins.VARIABLE, "on")
+    as_in_a_new_process(monkeypatch)
 
 
 @pytest.fixture
-def stripes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register the data source for this test."""
-    monkeypatch.setattr(plugins.DATA_SOURCES, "registered", {})
+def stripes(_with_plugins: None) -> None:
     sopdeploy.register_data_source(StripesConfig)
 
 
 @pytest.fixture
-def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register the runtime for this test."""
-    monkeypatch.setattr(plugins.RUNTIMES, "registered", {})
+def reference(_with_plugins: None) -> None:
     sopdeploy.register_runtime("onnx-reference", ReferenceRuntime)
 
 
@@ -256,7 +261,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe.write_text(blocks(PAGE, "toml")[0], encoding="utf-8")
     (typed,) = [words for words in command_lines(PAGE) if recipe.name in words]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(plugins.VARIABLE, "on")
+        as_in_a_new_process(patch)
         run(*(recipe if word == recipe.name else word for word in typed), "--out", folder / "run")
     return folder / "run/best.pt"
 
@@ -288,9 +293,8 @@ def test_models_and_env_list_its_network_and_its_module() -> None:
 
 
 def test_switched_off_it_is_not_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_in_a_new_process(monkeypatch)
     monkeypatch.setenv(plugins.VARIABLE, "off")
-    for registry in (plugins.MODELS, plugins.POOLINGS, plugins.RUNTIMES):  # as in a new process
-        monkeypatch.setattr(registry, "registered", {})
     assert "lrbp-vgg16" not in run("models").stdout
     assert "sopdeploy-poolings" not in run("env").stdout
     result = CliRunner().invoke(app, ["export", str(checkpoint)])
