@@ -9,18 +9,10 @@ from typing import Any
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import Counts, describe
-from sopdeploy.models.registry import CatalogModel, make_config
+from sopdeploy.models.registry import CatalogModel
 from sopdeploy.reproduction.counts import RowFigure, count_figures
 from sopdeploy.reproduction.results import SeedResult, mean_error
-from sopdeploy.reproduction.tables import (
-    DATA_SETS,
-    DataSet,
-    OtherForm,
-    PrintedRow,
-    PrintedTable,
-    ReproduceOptions,
-    as_change,
-)
+from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable, ReproduceOptions
 from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
@@ -213,7 +205,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     paper_recipe = read_recipe(row.source, row.overrides)  # without the user's data and settings
     row.figures = count_figures(row.printed, paper_recipe, table)
     for form in table.forms:
-        if changes := form_changes(form, paper_recipe.model):
+        if changes := form.changes(paper_recipe.model):
             other = read_recipe(row.source, (*row.overrides, *changes)).model
             if other != paper_recipe.model:
                 classes, side = DATA_SETS[table.data].classes, paper_recipe.preprocess.crop
@@ -231,15 +223,6 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     row.overrides += options.set
     row.recipe = read_recipe(row.source, row.overrides)
     row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
-
-
-def form_changes(form: OtherForm, model: CatalogModel) -> tuple[str, ...]:
-    """Return the changes to a recipe that give *model* this form; none if it lacks one of the options."""
-    options = make_config(model.name, {}).model_dump(mode="json")
-    defaults = {f"model.config.{key}": value for key, value in options.items()}
-    if not defaults.keys() >= {*form.keys}:
-        return ()
-    return (*form.set, *(as_change(key, defaults[key]) for key in form.default))
 
 
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:

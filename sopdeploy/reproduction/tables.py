@@ -20,7 +20,7 @@ import pydantic
 
 from sopdeploy.config import Options, Positive, StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.registry import GSOP_RELEASED
+from sopdeploy.models.registry import GSOP_RELEASED, CatalogModel, make_config
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
 Column = Literal["params", "gflops", "train_params", "train_gflops", "dim"]
@@ -91,10 +91,13 @@ class OtherForm(StrictModel):
     set: tuple[str, ...] = ()
     default: tuple[str, ...] = ()
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The options that distinguish this form."""
-        return (*(change.partition("=")[0] for change in self.set), *self.default)
+    def changes(self, model: CatalogModel) -> tuple[str, ...]:
+        """Return the changes to a recipe that give *model* this form; none if it lacks one of the options."""
+        options = make_config(model.name, {}).model_dump(mode="json")
+        defaults = {f"model.config.{key}": value for key, value in options.items()}
+        if not defaults.keys() >= {*(change.partition("=")[0] for change in self.set), *self.default}:
+            return ()
+        return (*self.set, *(as_change(key, defaults[key]) for key in self.default))
 
 
 class PrintedTable(StrictModel):

@@ -115,11 +115,11 @@ class GapConfig(PoolingConfig):
 
 
 def _only_average(value: Any) -> Any:
-    """Pass the config of the average on; raise `ValueError` for other poolings."""
+    """Return the config of the average; raise `ValueError` for that of another pooling."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", value)
     if kind != "gap":
         raise ValueError("this network has its own pooling, so `pooling` can only be gap; leave it out")
-    return {"kind": kind} if isinstance(value, str) else value
+    return {"kind": kind}
 
 
 FixedAverage = Annotated[GapConfig, pydantic.BeforeValidator(_only_average)]
