@@ -19,8 +19,10 @@ a network. `timm:NAME` and `dsop-timm:NAME` are networks of timm, without and wi
 
 `sopdeploy models NAME` prints a network's parts, its options with their values, and the figures that papers
 print for exactly this network beside ours. `--option KEY=VALUE` sets an option there, `model.config.KEY` in
-a recipe; an error names the accepted values. The option `pooling` sets any pooling on any backbone, by name
-or by a table of its options: {poolings}. Where a paper and its code differ, [the paper is the
+a recipe; an error names the accepted values. The option `pooling` of the backbones, also of `resnet18-64px`,
+`resnet50-64px` and `wrn36-2`, sets any pooling by name or by a table of its options: {poolings}.
+GSoP, PSDR, GM-SOP and `isqrt-efficientnet-b0` have their own; for timm's networks there is `head:timm:NAME`.
+Where a paper and its code differ, [the paper is the
 default](decisions.md#the-papers-definition-is-the-default).
 
 Parameters are all learnable tensors, in millions. MACs are the multiply-adds of convolutions and linear
@@ -41,8 +43,11 @@ No network is adapted to a figure. M: million parameters; G: billion operations;
 |---|---|---|---|---|---|
 {differing}
 
-The catalog builds what the four papers trained. Methods that they only cite, such as SE-Net, CBAM and compact
-bilinear pooling, are listed by [`reproduce`](howto/reproduce.md) with their printed figures.
+The catalog builds what the four papers trained. Of the methods that they only cite, timm has SE-Net, CBAM
+(`timm:resnet50` with `attn_layer=cbam`) and DRN-A (`output_stride=8`), and the package `plugins/poolings` of
+the repository has compact, kernel and low-rank bilinear pooling, NetVLAD and NetFV;
+[`reproduce`](howto/reproduce.md) trains them, and says of each other row why no network is its own. [Not
+there](decisions.md#not-there-from-the-papers) has the rest.
 """
 
 

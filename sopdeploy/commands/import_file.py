@@ -19,7 +19,7 @@ ImageSide = Annotated[int | None, pydantic.Field(ge=1)]
 
 
 class ImportOptions(Options):
-    """Class names and input size, which a weight file does not contain."""
+    """Class names, input size and order of the covariance vector, which a weight file does not contain."""
 
     labels: Path | None = None
     """Class names in the order of the outputs: a .json list or text lines."""
@@ -29,6 +29,8 @@ class ImportOptions(Options):
     """Side of the center crop in pixels."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Interpolation of the resize."""
+    triangle: Literal["rows", "columns"] | None = None
+    """Order of the covariance vector in the file, by default that of its project."""
 
 
 def _show(report: "ImportReport") -> None:
@@ -57,7 +59,7 @@ def import_file(
 ) -> "ImportReport":
     """Convert published weights: fast-MPN-COV, GSoP, GM-SOP, torchvision, timm, CIFAR ResNets.
 
-    Example: sopdeploy import mpncovresnet50-15991845.pth --as isqrt-resnet50
+    Example: sopdeploy import resnet50-0676ba61.pth --as resnet50
 
     Example: sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt
 
@@ -71,5 +73,7 @@ def import_file(
     from sopdeploy.importers.import_weights import import_weights
 
     settings = dict(map(parse_override, option))
-    preprocess = options.model_dump(exclude={"labels"}, exclude_none=True)
-    return import_weights(file, as_, out_file, settings, labels=options.labels, preprocess=preprocess)
+    preprocess = options.model_dump(exclude={"labels", "triangle"}, exclude_none=True)
+    return import_weights(
+        file, as_, out_file, settings, labels=options.labels, preprocess=preprocess, triangle=options.triangle
+    )

@@ -83,7 +83,7 @@ def _print_plan(planned: "Reproduction") -> None:
     from sopdeploy.reproduction.plan import format_hours
 
     say(f"{planned.table.source}: {planned.table.title}", style="bold")
-    say(*filter(None, (planned.deviations, planned.paper_scale)))
+    say(*filter(None, (planned.note, planned.deviations, planned.paper_scale)))
     for row in planned.rows:
         time = f"{format_hours(row.gpu_hours)} per seed at paper scale"
         say(f"{row.printed.id}: {time if row.recipe else row.reason}", *planned.commands(row))
@@ -100,6 +100,6 @@ def _print_results(results: "Reproduction") -> None:
     table = error_table(results.rows) if trained else fact_table(results.rows)
     print_table(table.columns, (map(str, row) for row in table.rows))
     say(*(f"{name}: {note}" for name, note in notes(results.rows)))
-    say(*filter(None, (results.table.note, results.deviations, results.paper_scale)))
+    say(*filter(None, (results.note, results.deviations, results.paper_scale)))
     unit = "errors in percent with 95 % intervals; " if trained else ""
     say(f"{unit}page: {results.page}")

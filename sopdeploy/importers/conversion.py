@@ -1,7 +1,7 @@
 """Weight files, converted weights, and their match with the network that the user named."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,8 @@ class ConvertedWeights:
 
     `model` is the catalog name (with settings), None if the catalog has no such network. `detected` are
     config values read from the file, by dotted key, `defaults` those fixed by the project's code.
+    `triangles` maps the tensors whose last axis is the triangle of a matrix to its number of rows, and
+    `by_columns` is the order in the project's files: column by column, or else row by row.
     `undetermined` maps keys that the user must set, because neither the file nor the code determines them, to
     the reason. `num_classes` is 0 for a file without a classifier. `class_names` are those of the project's
     data, if the file has as many; 1000 classes without names are those of ImageNet if `imagenet` is set.
@@ -66,6 +68,8 @@ class ConvertedWeights:
     detected: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     undetermined: Mapping[str, str] = field(default_factory=dict)
+    triangles: Mapping[str, int] = field(default_factory=dict)
+    by_columns: bool = False
     class_names: tuple[str, ...] = ()
     imagenet: bool = True
     notes: tuple[str, ...] = ()
@@ -162,14 +166,17 @@ def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, differenc
     )
 
 
-def make_row_wise(tensors: dict[str, Tensor], names: Iterable[str], channels: int) -> None:
-    """Replace the tensors *names*, whose last axis is a column-wise triangle of *channels*, by row-wise ones.
+def make_row_wise(tensors: Mapping[str, Tensor], triangles: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return *tensors* with the *triangles*, by name and number of rows, in the order row by row.
 
-    A tensor of another length stays, so that `fit_tensors` reports its shape.
+    Their last axis is a triangle column by column. A tensor of another length stays, so that `fit_tensors`
+    reports its shape.
     """
-    rows, columns = torch.triu_indices(channels, channels)  # row by row
-    # Column c follows 1 + 2 + ... + c elements: for 3 channels, the order is 0, 1, 3, 2, 4, 5.
-    order = columns * (columns + 1) // 2 + rows
-    for name in names:
+    row_wise = dict(tensors)
+    for name, channels in triangles.items():
+        rows, columns = torch.triu_indices(channels, channels)  # row by row
+        # Column c follows 1 + 2 + ... + c elements: for 3 channels, the order is 0, 1, 3, 2, 4, 5.
+        order = columns * (columns + 1) // 2 + rows
         if tensors[name].shape[-1] == len(order):
-            tensors[name] = tensors[name].index_select(-1, order)
+            row_wise[name] = tensors[name].index_select(-1, order)
+    return row_wise

@@ -24,7 +24,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
 from sopdeploy.files import BLOCK_BYTES
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, make_row_wise
+from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile
 from sopdeploy.models.registry import CATALOG
 
 # A layer of the released networks, our name of it, and that of its batch norm; our numbers are one lower.
@@ -76,16 +76,19 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights:
         tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
     else:
         pooled_channels = WIDTHS[-1] * widen  # of the last stage
+    triangles: dict[str, int] = {}
     if component == "sop":  # the head and the gate read triangle vectors
         head_names = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
-        make_row_wise(tensors, head_names, pooled_channels)
+        triangles = dict.fromkeys(head_names, pooled_channels)
         if gated:
-            make_row_wise(tensors, GATE_WEIGHTS.values(), config["gate_widths"][-1])
+            triangles |= dict.fromkeys(GATE_WEIGHTS.values(), config["gate_widths"][-1])
     return ConvertedWeights(
         project="GM-SOP",
         description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
         model=_catalog_name(gated, component, blocks, widen),
         tensors=tensors,
+        triangles=triangles,
+        by_columns=True,
         num_classes=len(tensors["head.fc.weight"]),
         preprocess=_preprocess(file),
         detected=config,

@@ -2,10 +2,11 @@
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from shlex import join
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
@@ -14,7 +15,13 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import read_class_names
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
+from sopdeploy.importers.conversion import (
+    ConvertedWeights,
+    WeightFile,
+    choose_config,
+    fit_tensors,
+    make_row_wise,
+)
 from sopdeploy.importers.timm_files import TIMM_PREFIX, find_network, refuse_other_network
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.registry import list_models, load
@@ -30,6 +37,15 @@ CONVERTERS = (
     (("features.0.",), "pytorch_projects:convert_vgg"),
     (("linear.",), "pytorch_projects:convert_cifar_resnet"),
     (("prediction_f",), "gmsop:convert_gmsop"),
+)
+
+Triangle = Literal["rows", "columns"]
+# By the first digits of the SHA-256, which are in the name of the file: what is wrong with a published file.
+BROKEN = dict.fromkeys(
+    ("15991845", "ade9737a"),
+    "published before January 2020 with another order of the triangle than that of the released code, with "
+    "which mpncovresnet50 classifies 0.166 % correctly (fast-MPN-COV, issue 20); import the later file, or "
+    "add --triangle columns and measure the accuracy",
 )
 
 
@@ -55,19 +71,24 @@ def import_weights(
     *,
     labels: Path | None = None,
     preprocess: Mapping[str, Any] = MappingProxyType({}),
+    triangle: Triangle | None = None,
 ) -> ImportReport:
     """Write the weight file *source* as a checkpoint of catalog *model* to *destination*.
 
     *settings* are values of the model's config, by dotted key, that *source* does not contain. The file
-    *labels* has the class names. *preprocess* replaces values of the preprocessing. Raises a `SopdeployError`
-    if *source* cannot be read, is of an unknown project or of another network.
+    *labels* has the class names. *preprocess* replaces values of the preprocessing. *triangle* is the
+    order of the covariance vector in *source*, by default that of its project. Raises a `SopdeployError` if
+    *source* cannot be read, is of an unknown project or of another network, or is known to be broken.
     """
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(f"{destination} is the file to import; give another name", setting="out_file")
     file = open_weights(source)
     if isinstance(file, Checkpoint):
         raise WeightsError(f"{source}: already a sopdeploy checkpoint; use it without importing it")
-    converted = convert_weights(file, model)
+    problem = BROKEN.get(file.sha256[:8])
+    if problem is not None and triangle is None:
+        raise WeightsError(f"{source}: {problem}")
+    converted = convert_weights(file, model, triangle)
     if converted.num_classes == 0:
         raise WeightsError(
             f"{source}: has no classifier, so it cannot classify; train one: sopdeploy train "
@@ -106,13 +127,20 @@ def import_weights(
     )
 
 
-def convert_weights(file: WeightFile, model: str) -> ConvertedWeights:
-    """Convert *file* for catalog *model*.
+def convert_weights(file: WeightFile, model: str, triangle: Triangle | None = None) -> ConvertedWeights:
+    """Convert *file* for catalog *model*; triangles, in the order *triangle* or that of the project, by rows.
 
     Raises `WeightsError` if no importer recognizes the file; the message names a network of timm that fits.
+    Raises `ConfigError` for a *triangle* where the network has none.
     """
     if recognized := _recognize(file, model):
-        return recognized
+        if triangle is not None and not recognized.triangles:
+            reason = f"{recognized.description} reads no covariance vector; leave it out"
+            raise ConfigError(reason, setting="triangle", value=triangle)
+        by_columns = recognized.by_columns if triangle is None else triangle == "columns"
+        if not by_columns:
+            return recognized
+        return replace(recognized, tensors=make_row_wise(recognized.tensors, recognized.triangles))
     refuse_other_network(file, model)
     first_names = ", ".join(list(file.tensors)[:3])
     raise WeightsError(

@@ -12,7 +12,7 @@ from typing import Any
 from sopdeploy.backbones.resnet import BLOCKS, STAGES
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, make_row_wise, rename_tensors
+from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, rename_tensors
 from sopdeploy.importers.timm_files import FROM_HUB_CONFIG, read_hub_config
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
@@ -124,6 +124,7 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
         description=f"{_TITLES[kind]}ResNet-{depth} of {project}",
         model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, fallback=50) + option,
         tensors=renamed.tensors,
+        triangles={"fc.weight": int(pooling["pooling.width"])} if kind == "isqrt" else {},
         num_classes=classes,
         preprocess=preprocess,
         detected=detected,
@@ -188,6 +189,7 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
         description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
         model=name + option,
         tensors=renamed.tensors,
+        triangles={f"{first}.weight": int(pooling["pooling.width"])} if "pooling.width" in pooling else {},
         num_classes=len(file.tensor(f"{last}.weight")),
         preprocess=preprocess,
         detected=pooling | {"classifier": "linear" if is_linear else "mlp", "batch_norm": batch_norm},
@@ -226,18 +228,19 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
     attention = detected.get("attention")  # None: the sum or the maximum, which the user must choose
     reduction = file.tensors.get("layer_reduce.weight")
     net = 1 if reduction is None else 2
-    tensors = rename_tensors(file, RENAMES["GSoP"])
+    triangles = {}
     if reduction is None:
         detected["final_pooling"] = "gap"
     else:
-        width = len(reduction)
-        detected |= {"final_pooling": "isqrt", "final_width": width}
-        make_row_wise(tensors, {"fc.weight"}, width)
+        detected |= {"final_pooling": "isqrt", "final_width": len(reduction)}
+        triangles = {"fc.weight": len(reduction)}
     return ConvertedWeights(
         project="GSoP",
         description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
         model=name_network(f"gsop-net{net}-resnet", depth, fallback=50),
-        tensors=tensors,
+        tensors=rename_tensors(file, RENAMES["GSoP"]),
+        triangles=triangles,
+        by_columns=True,
         num_classes=len(file.tensor("fc.weight")),
         detected=detected,
         defaults=RELEASED,

@@ -40,8 +40,8 @@ class GSoPBlockConfig(StrictModel):
     `attention` selects the weights that scale the map: of channels, of positions, or of both, with the way to
     fuse the two results. `cov_width` is d. `position_side` is the side of the map whose positions are
     correlated (6, 8 and 12 are Table 4's 36, 64 and 144). `channel_norm` adds a batch norm after the row-wise
-    convolution of the channel-wise half (Table 2). `RELEASED_BLOCK` lists the options in which the released
-    code differs from the paper.
+    convolution of the channel-wise half (Table 2). `models.gsop.RELEASED` lists the options in which the
+    released code differs from the paper.
     """
 
     attention: Literal["channel", "position"] | FusionKind = "channel"
@@ -54,17 +54,6 @@ class GSoPBlockConfig(StrictModel):
     position_rectify: Literal["reduced", "scaled"] = "reduced"
     position_covariance: Literal["centred", "uncentred"] = "centred"
     position_upsampling: Literal["nearest", "average"] = "nearest"
-
-
-RELEASED_BLOCK = {
-    "pre_relu": True,
-    "channel_norm": False,
-    "channel_activation": "none",
-    "position_activation": "relu",
-    "position_rectify": "scaled",
-    "position_covariance": "uncentred",
-    "position_upsampling": "average",
-}
 
 
 def activate(x: Tensor, activation: BlockActivation) -> Tensor:

@@ -51,6 +51,7 @@ from sopdeploy.layers.mixture import (
     pooling,
 )
 from sopdeploy.layers.netvlad import NetVLAD
+from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, TrainingOutput
 
@@ -59,7 +60,7 @@ class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """The ResNet for 64-pixel images and the mixture: `chosen` of `components` poolings per image (K of N).
 
     `component_widths` are the channels of a component's 1x1 convolutions, `gate_widths` those of the gate's
-    prediction layers; `None` selects the architecture of a component, as in section 2.3. `gate_norm` adds a
+    prediction layers; "none" selects the architecture of a component, as in section 2.3. `gate_norm` adds a
     batch norm to each of them, as in the released code. `fusion_norm` is the batch norm of the mixed vector
     (section 2.3). `noise_per` selects how the gate's gamma is drawn: per component of an image, as in SG-MoE,
     or per image, as in the released code. `balance_weight` is alpha.
@@ -72,7 +73,10 @@ class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     components: Annotated[int, pydantic.Field(ge=2)] = 16
     chosen: Count = 8
     component_widths: tuple[Count, ...] = pydantic.Field(default=(256, 128), min_length=1)
-    gate_widths: tuple[Count, ...] | None = None
+    gate_widths: Annotated[
+        tuple[Count, ...] | None,
+        pydantic.BeforeValidator(lambda widths: None if widths == "none" else widths),
+    ] = None
     gate_norm: bool = False
     fusion_norm: bool = True
     dropout: FractionBelowOne = 0.2
@@ -175,11 +179,13 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """K = `components` poolings of one kind, averaged; 1 is a single pooling.
 
     `component_widths` are the channels of a component's 1x1 convolutions; plain GAP and SR-SOP have none.
+    `pooling` is any global pooling, in the place of the components.
     """
 
     component: Literal["gap", "sop"] = "gap"
     components: Count = 1
     component_widths: tuple[Count, ...] = ()
+    pooling: Pooling | None = None
     fusion_norm: bool = False
     dropout: FractionBelowOne = 0.0
 
@@ -187,6 +193,9 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     def _components_differ(self) -> "AveragedResNetConfig":
         if self.components > 1 and not self.component_widths:
             raise ValueError("components > 1 needs component_widths; without them all components are equal")
+        has_components = self.component != "gap" or self.components > 1 or self.component_widths
+        if self.pooling is not None and has_components:
+            raise ValueError("pooling is in the place of components; choose resnet18-64px or wrn36-2")
         return self
 
 
@@ -198,6 +207,12 @@ class AveragedResNet(Classifier, LowResolutionResNet):
 
     def __init__(self, config: AveragedResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
+        if config.pooling is not None:
+            self.classifier_parts = ("pooling", "head")
+            self.pooling = config.pooling.build(self.channels)
+            length = self.pooling.out_features
+            self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
+            return
         self.mixture = Components(
             config.component,
             self.channels,
@@ -212,6 +227,8 @@ class AveragedResNet(Classifier, LowResolutionResNet):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
+        if self.config.pooling is not None:
+            return super().classify(features)
         return self.head(self.mixture(features).mean(dim=1))
 
 

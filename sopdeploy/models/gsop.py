@@ -20,19 +20,15 @@ from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, FractionBelowOne
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.isqrt_cov import NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
+from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier
+from sopdeploy.models.registry import GSOP_RELEASED
 
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]  # conv2_x .. conv5_x
-RELEASED: dict[str, Any] = {
-    **RELEASED_BLOCK,
-    "block_place": "inside",
-    "strided_dr_stages": ("layer1",),
-    "iterations": 3,
-}
+RELEASED = GSOP_RELEASED
 
 
 class GSoPConfig(GSoPBlockConfig, NewtonSchulzOptions):
@@ -120,7 +116,7 @@ class GSoPResNetConfig(ResNetConfig, GSoPConfig):
 
     depth: Literal[18, 26, 34, 50, 101] = 50
     conv5_stride: Literal[1, 2] = 1
-    pooling: GapConfig = GapConfig()  # fixed: `final_pooling` selects the pooling
+    pooling: FixedAverage = GapConfig()  # fixed: `final_pooling` selects the pooling
 
 
 class GSoPResNet(GSoP, ResNet):
@@ -134,7 +130,7 @@ class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
 
     block: Literal["bottleneck"] = "bottleneck"
     last_stride: Literal[1, 2] = 1
-    pooling: GapConfig = GapConfig()  # fixed: `final_pooling` selects the pooling
+    pooling: FixedAverage = GapConfig()  # fixed: `final_pooling` selects the pooling
     cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 64
     final_width: Count = 128
     dropout: FractionBelowOne = 0.5

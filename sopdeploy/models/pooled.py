@@ -10,7 +10,7 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 from sopdeploy.config import Count
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import GapConfig
+from sopdeploy.layers.pooling.base import FixedAverage, GapConfig
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier
 
@@ -18,7 +18,7 @@ from sopdeploy.models.base import Classifier
 class SecondOrderEfficientNetConfig(EfficientNetConfig, NewtonSchulzOptions):
     """EfficientNet-b0, and the `width` of the covariance."""
 
-    pooling: GapConfig = GapConfig()  # fixed: this network has its own second-order pooling
+    pooling: FixedAverage = GapConfig()  # fixed: this network has its own second-order pooling
     width: Count = 64
 
 

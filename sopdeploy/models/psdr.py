@@ -20,7 +20,7 @@ from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
+from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, GlobalPooling
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier
 
@@ -33,7 +33,7 @@ class PSDRConfig(ResNetConfig, NewtonSchulzOptions):
     """
 
     conv5_stride: Literal[1, 2] = 1
-    pooling: GapConfig = GapConfig()  # fixed: this network has its own second-order pooling
+    pooling: FixedAverage = GapConfig()  # fixed: this network has its own second-order pooling
     width: Count = 64
     decay: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.25
     main_weight: NonNegative = 1.0

@@ -163,6 +163,18 @@ PSDR = {
         "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
     ),
 }
+GSOP_RELEASED: dict[str, Any] = {  # options of the released code; `models/gsop.py` explains them
+    "pre_relu": True,
+    "channel_norm": False,
+    "channel_activation": "none",
+    "position_activation": "relu",
+    "position_rectify": "scaled",
+    "position_covariance": "uncentred",
+    "position_upsampling": "average",
+    "block_place": "inside",
+    "strided_dr_stages": ("layer1",),
+    "iterations": 3,
+}
 FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
 GSOP = {
     **{

@@ -12,7 +12,7 @@ network's last norm.
 import difflib
 from collections.abc import Callable, Collection
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError, MissingPackageError
+from sopdeploy.errors import ConfigError, MissingPackageError, first_line
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, mbconv
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import Entry
@@ -30,9 +30,30 @@ FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 
 
 class TimmConfig(StrictModel):
-    """`backbone` is the network's name in timm, such as `convnext_tiny` or `resnet18.a1_in1k`."""
+    """`backbone` is the network's name in timm, such as `convnext_tiny` or `resnet18.a1_in1k`.
+
+    Two options of timm's ResNets: `attn_layer` is timm's name of an attention in every block, such as "se",
+    "cbam" or "ge" (Gather-Excite); `output_stride` 8 or 16 dilates the last stages instead of striding.
+    """
 
     backbone: Annotated[str, pydantic.Field(min_length=1)]
+    attn_layer: str | None = None
+    output_stride: Literal[8, 16, 32] = 32
+
+    def build(self, **sizes: Any) -> nn.Module:
+        """Build timm's network with fresh weights; raise `ConfigError` if it does not have an option."""
+        options: dict[str, Any] = {} if self.output_stride == 32 else {"output_stride": self.output_stride}
+        if self.attn_layer is not None:
+            options["block_args"] = {"attn_layer": self.attn_layer}
+        try:
+            network: nn.Module = import_timm(self.backbone).create_model(self.backbone, **options, **sizes)
+        except (AssertionError, NotImplementedError, TypeError) as error:
+            if not options:
+                raise
+            raise ConfigError(
+                f"timm:{self.backbone}: attn_layer, output_stride: {first_line(error)}; leave them out"
+            ) from error
+        return network
 
 
 def import_timm(name: str) -> Any:
@@ -102,7 +123,7 @@ class TimmBackbone(Backbone):
 
     def __init__(self, config: TimmConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        network = import_timm(config.backbone).create_model(config.backbone, num_classes=num_classes)
+        network: Any = config.build(num_classes=num_classes)
         self._modules, self._parameters = network._modules, network._parameters
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set

@@ -50,8 +50,8 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
                 f"{run.train_count}, {seeds} seed{'s' * (seeds > 1)}, 95 % interval over "
                 f"{'seeds (Student)' if seeds > 1 else 'images (Wilson)'}."
             )
-    if table.note:
-        text.append(f"{table.note[0].upper()}{table.note[1:]}.")
+    if note := results.note:
+        text.append(f"{note[0].upper()}{note[1:]}.")
     explained = list(notes(results.rows))
     tables.append(Table(caption="Notes on the printed figures", columns=("row", "note"), rows=explained))
     return Section(title="Results", text=text, tables=tables)

@@ -1,13 +1,14 @@
 """The plan of a reproduced table: the recipe of each row, its commands, its estimated time, its results."""
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.describe import describe
+from sopdeploy.models.describe import Counts, describe
 from sopdeploy.models.registry import CatalogModel
 from sopdeploy.reproduction.counts import RowFigure, count_figures
 from sopdeploy.reproduction.results import SeedResult, mean_error
@@ -30,7 +31,8 @@ class ReproducedRow:
 
     `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
     recipe `source`, without the seed and the checkpoints of other rows. `figures` are those of the table's
-    columns and of `PrintedRow.facts`, by name. `gpu_hours` is the estimated time of one run as in the paper.
+    columns and of `PrintedRow.facts`, by name. `forms` has the counts in training of the network's other
+    forms, by name and changes to the recipe. `gpu_hours` is the estimated time of one run as in the paper.
     """
 
     printed: PrintedRow
@@ -39,6 +41,7 @@ class ReproducedRow:
     recipe: Recipe | None = None
     reason: str = ""
     figures: dict[str, RowFigure] = field(default_factory=dict)
+    forms: dict[tuple[str, tuple[str, ...]], Counts] = field(default_factory=dict)
     gpu_hours: float = 0.0
     runs: list[SeedResult] = field(default_factory=list)
 
@@ -80,6 +83,21 @@ class Reproduction:
         return f"Not the conditions of the paper: {'; '.join(differences)}." if differences else ""
 
     @property
+    def note(self) -> str:
+        """The note of the table, and for each other form of its networks the options and the counts."""
+        counts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for row in self.rows:
+            for form, counted in row.forms.items():
+                text = f"{row.printed.id} {counted.parameters:,} and {counted.macs / 1e9:.3f} G"
+                counts.setdefault(form, []).append(text)
+        forms = [
+            f"{name}: {shlex.join(_as_settings(changes))} "
+            f"(parameters and multiply-adds in training: {', '.join(found)})"
+            for (name, changes), found in counts.items()
+        ]
+        return "; ".join(filter(None, [self.table.note, *forms]))
+
+    @property
     def paper_scale(self) -> str:
         """How many rows have run as in the paper, and the estimated time of all; empty if none can run."""
         rows = [row for row in self.rows if row.recipe is not None]
@@ -111,7 +129,7 @@ class Reproduction:
             return []
         lines = []
         for seed in range(self.seeds):
-            settings = [word for override in self.overrides(row, seed) for word in ("--set", override)]
+            settings = _as_settings(self.overrides(row, seed))
             out = str(self.run_folder(row.printed.id, seed))
             lines.append(shlex.join(["sopdeploy", "train", "--recipe", row.source, *settings, "--out", out]))
         return lines
@@ -137,7 +155,8 @@ class Reproduction:
             )
         return {
             "table": self.table.id,
-            **self.table.model_dump(include={"source", "title", "measures", "note"}),
+            **self.table.model_dump(include={"source", "title", "measures"}),
+            "note": self.note,
             "statement": self.deviations,
             "paper_scale": self.paper_scale,
             "seeds": self.seeds,
@@ -146,6 +165,10 @@ class Reproduction:
             "page": str(self.page),
             "rows": rows,
         }
+
+
+def _as_settings(changes: Iterable[str]) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
 
 
 def format_hours(hours: float) -> str:
@@ -167,7 +190,7 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
     if table.measures == "nothing":
         row.reason = "printed, not measured"
     elif recipe_and_changes is None:
-        row.reason = "cited: no network of the catalog"
+        row.reason = f"cited: {printed.missing}"
     else:
         row.source, row.overrides = recipe_and_changes
         try:
@@ -181,6 +204,13 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     """Set figures, recipe and times of *row*; raise `ConfigError` if its network cannot be built."""
     paper_recipe = read_recipe(row.source, row.overrides)  # without the user's data and settings
     row.figures = count_figures(row.printed, paper_recipe, table)
+    for form in table.forms:
+        if changes := form.changes(paper_recipe.model):
+            other = read_recipe(row.source, (*row.overrides, *changes)).model
+            if other != paper_recipe.model:
+                classes, side = DATA_SETS[table.data].classes, paper_recipe.preprocess.crop
+                described = describe(other.name, image_size=side, num_classes=classes, **other.config)
+                row.forms[form.name, changes] = described.training
     if table.measures == "counts":
         row.reason = "counted, not trained"
         return

@@ -1,11 +1,13 @@
 """The tables of the papers as data: printed figures, and the recipe that trains each row; options of a run.
 
 `tables/*.toml` hold one entry per printed table or figure. `[named]` has values that several tables share,
-also those of other files; "@NAME" stands for the value NAME. A list as `note` is joined to one text. The
-counts that papers print for networks are in `sopdeploy/models/published.toml`.
+also those of other files; "@NAME" stands for the value NAME. "@released" are the changes to the form of
+GSoP's released code, "@released-keys" their keys. A list as `note` is joined to one text. The counts that
+papers print for networks are in `sopdeploy/models/published.toml`.
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -18,6 +20,7 @@ import pydantic
 
 from sopdeploy.config import Options, Positive, StrictModel
 from sopdeploy.errors import ConfigError
+from sopdeploy.models.registry import GSOP_RELEASED, CatalogModel, make_config
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
 Column = Literal["params", "gflops", "train_params", "train_gflops", "dim"]
@@ -55,7 +58,8 @@ class PrintedRow(StrictModel):
     `set` are changes to the table's recipe, as for `sopdeploy train --set`. `needs` maps a key of the recipe
     to the row whose `best.pt` is its value. `pretrained` is a row of another table, "TABLE/ROW", whose
     `best.pt` gives the start weights if it exists. A `cited` row was not trained by the paper; it can be
-    trained only if it has its own `recipe` or `set`. A `teacher` is not printed, but other rows need it.
+    trained unless `missing` says why no network is that of the row. A `teacher` is not printed, but other
+    rows need it.
     """
 
     id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -66,6 +70,7 @@ class PrintedRow(StrictModel):
     pretrained: str | None = None
     baseline: str | None = None
     cited: bool = False
+    missing: str = ""
     teacher: bool = False
     top1: Percent | None = None
     top5: Percent | None = None
@@ -73,6 +78,26 @@ class PrintedRow(StrictModel):
     counts: dict[Column, Positive] = pydantic.Field(default_factory=dict)
     facts: dict[str, float] = pydantic.Field(default_factory=dict)
     note: str = ""
+
+
+class OtherForm(StrictModel):
+    """A form in which the networks of a table are defined, too, such as that of the text: `name` says which.
+
+    `set` are its options, as for `sopdeploy train --set`. Those of the keys `default` have the default of the
+    catalog, the definition of the paper's text.
+    """
+
+    name: str
+    set: tuple[str, ...] = ()
+    default: tuple[str, ...] = ()
+
+    def changes(self, model: CatalogModel) -> tuple[str, ...]:
+        """Return the changes to a recipe that give *model* this form; none if it lacks one of the options."""
+        options = make_config(model.name, {}).model_dump(mode="json")
+        defaults = {f"model.config.{key}": value for key, value in options.items()}
+        if not defaults.keys() >= {*(change.partition("=")[0] for change in self.set), *self.default}:
+            return ()
+        return (*self.set, *(as_change(key, defaults[key]) for key in self.default))
 
 
 class PrintedTable(StrictModel):
@@ -85,7 +110,8 @@ class PrintedTable(StrictModel):
     `top1` and `top5` in the file are the printed accuracies; they are converted to errors. `columns` are the
     counts that the table prints: `params` and `gflops` of the deployed network in millions and billions,
     `train_params` and `train_gflops` of the network in training, `dim`, the length of the vector that is
-    classified. They are those that `published.toml` has for the network of a row.
+    classified. They are those that `published.toml` has for the network of a row. `forms` are other forms of
+    its networks; a page has the commands that train them.
     """
 
     id: str
@@ -101,6 +127,7 @@ class PrintedTable(StrictModel):
     accuracy: bool = False
     columns: tuple[Column, ...] = ()
     note: str = ""
+    forms: tuple[OtherForm, ...] = ()
     rows: tuple[PrintedRow, ...]
 
     @pydantic.field_validator("note", mode="before")
@@ -120,8 +147,8 @@ class PrintedTable(StrictModel):
         return {**values, "rows": rows}
 
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
-        """Return the recipe of *row* and its changes; None for a row that is only cited."""
-        if row.cited and row.recipe is None and not row.set:
+        """Return the recipe of *row* and its changes; None for a row whose network is missing."""
+        if row.missing:
             return None
         return row.recipe or self.recipe, (*self.set, *row.set)
 
@@ -148,7 +175,9 @@ def load_tables() -> dict[str, PrintedTable]:
     folder = files("sopdeploy.reproduction") / "tables"
     papers = "dsop", "gsop", "gmsop", "slides"
     contents = [tomllib.loads((folder / f"{paper}.toml").read_text(encoding="utf-8")) for paper in papers]
-    shared: dict[str, Any] = {}  # values by NAME
+    released = [as_change(f"model.config.{key}", value) for key, value in GSOP_RELEASED.items()]
+    keys = [change.partition("=")[0] for change in released]
+    shared: dict[str, Any] = {"released": released, "released-keys": keys}  # values by NAME
     for content in contents:
         shared |= content.get("named", {})
     tables: dict[str, PrintedTable] = {}
@@ -158,13 +187,19 @@ def load_tables() -> dict[str, PrintedTable]:
     return tables
 
 
+def as_change(key: str, value: Any) -> str:
+    """Format a change to a recipe, as for `sopdeploy train --set`; None is "none"."""
+    text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+    return f"{key}={text}"
+
+
 def _with_shared(value: Any, shared: Mapping[str, Any]) -> Any:
     """Replace each "@NAME" in *value*, at any depth, by the value NAME of *shared*.
 
     Within a list, a NAME that is a list stands for its elements: ["a", "@bc"] becomes ["a", "b", "c"].
     """
     if isinstance(value, str):
-        return shared[value[1:]] if value.startswith("@") else value
+        return _with_shared(shared[value[1:]], shared) if value.startswith("@") else value
     if isinstance(value, dict):
         return {key: _with_shared(inner, shared) for key, inner in value.items()}
     if not isinstance(value, list):

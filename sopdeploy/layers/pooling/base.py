@@ -114,6 +114,17 @@ class GapConfig(PoolingConfig):
     kind: Literal["gap"] = "gap"
 
 
+def _only_average(value: Any) -> Any:
+    """Return the config of the average; raise `ValueError` for that of another pooling."""
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", value)
+    if kind != "gap":
+        raise ValueError("this network has its own pooling, so `pooling` can only be gap; leave it out")
+    return {"kind": kind}
+
+
+FixedAverage = Annotated[GapConfig, pydantic.BeforeValidator(_only_average)]
+
+
 class FlattenedMap(GlobalPooling):
     """Flatten (B, C, H, W) maps to (B, C side^2) after max pooling, as AlexNet and VGG-16 do.
 

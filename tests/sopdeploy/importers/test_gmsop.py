@@ -11,7 +11,7 @@ import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.conversion import choose_config, fit_tensors
-from sopdeploy.importers.gmsop import convert_gmsop
+from sopdeploy.importers.import_weights import convert_weights
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model
@@ -42,7 +42,7 @@ MEAN = torch.tensor(AVERAGE, dtype=torch.float64)[:, None, None]
 def in_float64(path: Path, name: str) -> torch.nn.Module:
     """Build the network with the numbers of the file before they are rounded to float32."""
     file = open_weights(path)
-    found = convert_gmsop(file, name)
+    found = convert_weights(file, name)
     config = choose_config(file, found, name, {})
     expected = fit_tensors(file, found, name, config).keys()
     network = create_model(name, num_classes=found.num_classes, **config.model_dump()).double().eval()

@@ -8,6 +8,8 @@ import torch
 
 from sopdeploy.backbones import alexnet_vgg
 from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.files import sha256
+from sopdeploy.importers import import_weights
 from tests.sopdeploy.importers.released import (
     VGG_HIDDEN,
     VGG_WIDTHS,
@@ -118,6 +120,62 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, model: str, change:
     torch.save(state_of("mpncov-resnet18") | change, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=message):
         imported(tmp_path / "a.pth", model, settings=DEPTH)
+
+
+def by_columns(length: int) -> torch.Tensor:
+    """Number the elements of a triangle row by row, in the order column by column."""
+    size = int((2 * length) ** 0.5)
+    numbered = torch.zeros(size, size, dtype=torch.int64)
+    rows, columns = torch.triu_indices(size, size)
+    numbered[rows, columns] = torch.arange(length)
+    return torch.cat([numbered[: column + 1, column] for column in range(size)])
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("released", ["mpncov-resnet50", NUMBERED, "vgg isqrt"])
+def test_the_order_of_the_triangle_can_be_given(tmp_path: Path, monkeypatch: Any, released: str) -> None:
+    """A file whose classifier reads the triangle column by column gives the logits of the one by rows."""
+    name, settings, network = "fc.weight", DEPTH if released == NUMBERED else {}, "isqrt-resnet50"
+    if released == "vgg isqrt":
+        stages = [
+            (width,) * len(stage) for width, stage in zip(VGG_WIDTHS, alexnet_vgg.VGG_STAGES, strict=True)
+        ]
+        monkeypatch.setattr(alexnet_vgg, "VGG_STAGES", stages)
+        monkeypatch.setattr(alexnet_vgg, "HIDDEN", VGG_HIDDEN)
+        settings, network = {"pooling": "isqrt"}, "vgg16-bn"
+    state = state_of(released)
+    name = next(key for key in ("fc.weight", "classifier.weight", "classifier.0.weight") if key in state)
+    state[name] = state[name][:, by_columns(state[name].shape[1])]
+    torch.save({"state_dict": state, "arch": "mpncovresnet18"}, tmp_path / "a.pth.tar")
+    ours, _ = imported(tmp_path / "a.pth.tar", network, settings=settings, triangle="columns")
+    assert_released_logits(ours, released)
+
+
+@pytest.mark.usefixtures("short", "short26")
+def test_gsop_can_be_read_by_rows_and_an_average_has_no_triangle(tmp_path: Path) -> None:
+    file = gsop(tmp_path / "a.pth.tar", "gsop-net2 channel")
+    as_stored, _ = imported(file, "gsop-net2-resnet26", triangle="rows")
+    assert torch.equal(as_stored.fc.weight, state_of("gsop-net2 channel")["fc.weight"])
+    torch.save(state_of("resnet18 numbered"), tmp_path / "b.pth")
+    with pytest.raises(ConfigError, match=r"triangle='rows': ResNet-18 of .* reads no covariance vector"):
+        imported(tmp_path / "b.pth", "resnet18", settings={"conv5_stride": 2}, triangle="rows")
+
+
+@pytest.mark.usefixtures("short")
+def test_a_published_file_that_is_known_to_be_broken_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    file = tmp_path / "renamed.pth"
+    torch.save(state_of("mpncov-resnet50"), file)
+    assert import_weights.BROKEN.keys() == {"15991845", "ade9737a"}
+    problem = import_weights.BROKEN["15991845"]
+    monkeypatch.setattr(import_weights, "BROKEN", {sha256(file)[:8]: problem})
+    with pytest.raises(
+        WeightsError, match=r"renamed.pth: published before .* 0\.166 % .* --triangle columns"
+    ):
+        imported(file, "isqrt-resnet50")
+    assert [path.name for path in tmp_path.iterdir()] == ["renamed.pth"]
+    imported(file, "isqrt-resnet50", triangle="columns")
 
 
 def gsop(path: Path, released: str) -> Path:

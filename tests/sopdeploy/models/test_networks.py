@@ -65,6 +65,13 @@ def places(network: nn.Module) -> list[str]:
             {"depth": 18, "base_width": 8, "attention": "concatenation"},
             "multiple of 64 channels, got 8",
         ),
+        *(
+            (name, {"pooling": pooling}, "own pooling, so `pooling` can only be gap")
+            for name in (SMALL, "gsop-net2-resnet50", "psdr-resnet50", "isqrt-efficientnet-b0")
+            for pooling in ("isqrt", {"kind": "bcnn"})
+        ),
+        ("resnet18-512d", {"pooling": "gap"}, "in the place of components; choose resnet18-64px"),
+        ("srsop-resnet18", {"pooling": "bcnn"}, "in the place of components"),
     ],
 )
 def test_an_invalid_option_is_a_config_error(name: str, config: dict, says: str) -> None:
@@ -103,6 +110,24 @@ def test_the_gate_has_the_architecture_of_a_component_or_that_of_the_released_co
     convolution, norm, relu = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
     assert layers() == [[convolution, relu]] * 2
     assert layers(gate_widths=(8, 6), gate_norm=True)[1] == [convolution, norm, relu]
+
+
+def test_a_network_for_64_pixels_classifies_the_vector_of_any_pooling() -> None:
+    torch.manual_seed(0)
+    pooling = {"kind": "isqrt", "width": 4}
+    network = create_model("wrn36-2", num_classes=3, widen=1, blocks_per_stage=1, pooling=pooling).eval()
+    images = torch.randn(2, 3, 16, 16)
+    features, _ = network.feature_maps(images)
+    expected = network.head.fc(network.pooling(features))
+    assert torch.equal(network(images), expected)
+    assert network.num_features() == 10
+    assert "mixture" not in dict(network.named_children())
+    assert describe("wrn36-2", pooling="isqrt").representation == 256 * 257 // 2
+
+
+def test_a_recipe_with_the_released_gate_can_select_that_of_the_text() -> None:
+    chosen = on_meta("gmsop-16-8-resnet18", gate_widths="none").config
+    assert chosen == on_meta("gmsop-16-8-resnet18").config
 
 
 def test_netvlad_assigns_positions_by_their_distances_to_the_words_at_first() -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from sopdeploy.commands.export import read_preprocess
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
+from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import create_model
 
 NAMES = ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
@@ -93,6 +96,37 @@ def test_a_tag_selects_the_same_network_with_other_weights() -> None:
 def test_names_that_timm_does_not_build_are_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match=f"timm:{name}: timm .* has no such network"):
         create_model(f"timm:{name}")
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "gmacs"),
+    [
+        ({"attn_layer": "se"}, 28_088_024, 4.092),
+        ({"attn_layer": "cbam"}, 28_073_576, 4.096),
+        ({"output_stride": 8}, 25_557_032, 19.079),  # DRN-A-50
+    ],
+)
+def test_options_of_timms_resnets_give_the_networks_that_the_papers_compare_with(
+    config: dict[str, Any], parameters: int, gmacs: float
+) -> None:
+    counted = describe("timm:resnet50", **config).shipped
+    assert (counted.parameters, round(counted.macs / 1e9, 3)) == (parameters, gmacs)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("test_vit", {"attn_layer": "se"}),
+        ("test_resnet", {"attn_layer": "unknown"}),
+        ("vgg11", {"output_stride": 8}),
+        ("test_vit", {"output_stride": 16}),
+    ],
+)
+def test_an_option_that_a_network_of_timm_does_not_have_is_one_line(
+    name: str, config: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"timm:{name}: attn_layer, output_stride: [^\n]*; leave them out"):
+        create_model(f"timm:{name}", num_classes=3, **config)
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11"])

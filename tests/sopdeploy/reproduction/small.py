@@ -1,7 +1,9 @@
 """The tables with narrow networks on a few digits: each row runs, and its errors say nothing."""
 
+from contextlib import suppress
 from typing import Any
 
+from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy.reproduction.tables import PrintedTable
 from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
@@ -18,8 +20,10 @@ def small_table(table: PrintedTable) -> PrintedTable:
     """Return *table* with one run per row and changes that let it train in seconds."""
     rows = []
     for row in table.rows:
-        trained = table.recipe_of(row)
-        changes = () if trained is None else small_overrides(read_recipe(*trained))
+        trained, changes = table.recipe_of(row), ()
+        if trained is not None:
+            with suppress(ConfigError):  # a pooling of a plug-in, which the tests switch off
+                changes = small_overrides(read_recipe(*trained))
         rows.append(row.model_copy(update={"set": (*row.set, *changes)}))
     return table.model_copy(update={"seeds": 1, "rows": tuple(rows)})
 

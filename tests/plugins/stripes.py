@@ -1,4 +1,4 @@
-"""Synthetic images of horizontal and vertical stripes."""
+"""A data source of a plug-in: synthetic images of horizontal and vertical stripes."""
 
 from typing import Literal
 

@@ -1,11 +1,10 @@
-"""Registers ONNX's reference implementation as a runtime. pyproject.toml names this module."""
+"""A runtime of a plug-in: ONNX's reference implementation."""
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from sopdeploy import register_runtime
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.settings import Settings
 
@@ -27,6 +26,3 @@ class ReferenceRuntime:
 
     def close(self) -> None:
         """Do nothing; the memory is released with the object."""
-
-
-register_runtime("onnx-reference", ReferenceRuntime)
