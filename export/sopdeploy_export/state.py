@@ -240,21 +240,6 @@ def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | N
     return next(changed, None)
 
 
-@contextmanager
-def unwritten(network: nn.Module) -> Iterator[None]:
-    """Raise `LoweringError` if the block writes to a tensor of *network* or replaces it; it may add some."""
-    before = read_state(network)
-    yield
-    after = read_state(network)
-    for path, leaf in before.items():
-        is_tensor = isinstance(leaf, ObjectId) and isinstance(leaf.value, Tensor)
-        if is_tensor and after.get(path) != leaf:  # another tensor, version or address
-            owner = dict(modules(network)).get(path.rpartition(".")[0])
-            scales_rows = getattr(owner, "max_norm", None) is not None  # as `nn.Embedding` can
-            remedy = ": scale its rows once, and set max_norm to None" if scales_rows else ""
-            raise LoweringError(f"the network writes to {path} while it runs; {STATELESS}{remedy}")
-
-
 def held_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Map the path of every tensor in the state of *network*, also outside of its parameters and buffers."""
     leaves = ((path, leaf.value) for path, leaf in read_state(network).items() if isinstance(leaf, ObjectId))

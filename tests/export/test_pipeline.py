@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ from sopdeploy.errors import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
+from sopdeploy_export import program_hashes
 from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.parity import compare
 from sopdeploy_export.pipeline import export_checkpoint
+from sopdeploy_export.proof import certificate
 from sopdeploy_export.results import Exported
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
@@ -134,6 +138,29 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
     same_time = exported.manifest.model_copy(update={"exported_at": "2026-01-02T03:04:05.000000Z"})
     assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
+
+
+def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[torch.Tensor] = []
+    opened: list[object] = []
+    compute, load = program_hashes.tensor_hash, compare.ort.InferenceSession
+
+    def count_hash(tensor: torch.Tensor) -> str:
+        hashed.append(tensor)
+        return compute(tensor)
+
+    def count_session(source: str | bytes, *options: Any, **named: Any) -> Any:
+        opened.append(source)
+        return load(source, *options, **named)
+
+    for module in (program_hashes, certificate):
+        monkeypatch.setattr(module, "tensor_hash", count_hash)
+    monkeypatch.setattr(compare.ort, "InferenceSession", count_session)
+    export_checkpoint(checkpoint, tmp_path, options=DETACH)
+    assert max(Counter(map(id, hashed)).values()) == 2  # before and after the proof
+    assert [source for source in opened if str(source).endswith("model.onnx")] == opened[-1:]
 
 
 def test_training_only_parts_without_detach_fail_in_one_line_and_write_nothing(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from PIL import Image
 
 from sopdeploy.data.base import ImageFiles
@@ -65,10 +66,10 @@ class AccuracyCheck:
                 raise ConfigError("is the folder that calibrates; give other images", setting="evaluate")
             self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
-    def measure(self, float32: onnx.ModelProto, exported: Path | onnx.ModelProto) -> Accuracy:
+    def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
         """Run both graphs on the images; the logits of *float32* are computed once and kept."""
         if self._float32_logits is None:
-            self._float32_logits = self._logits(float32)
+            self._float32_logits = self._logits(open_session(float32))
         before, after = self._float32_logits, self._logits(exported)
         truth = None if self._labeled is None else np.asarray(self._labeled.targets, np.int64)
         classes = accuracy(before.argmax(axis=1), after.argmax(axis=1), truth)
@@ -104,8 +105,7 @@ class AccuracyCheck:
             setting="max_drop",
         )
 
-    def _logits(self, model: Path | onnx.ModelProto) -> NDArray[np.float32]:
-        session = open_session(model)
+    def _logits(self, session: InferenceSession) -> NDArray[np.float32]:
         return np.concatenate([session.run([LOGITS], {INPUT: images})[0] for images in self._batches()])
 
     def _batches(self) -> Iterator[NDArray[np.uint8]]:

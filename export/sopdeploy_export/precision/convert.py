@@ -89,7 +89,7 @@ class ConvertedGraph:
     Attributes:
         model: The graph in the requested precision.
         run: Runs the same computation without the runtime's fusions; its error is the noise floor.
-        gate: Computes the gate's logits in the same precision; `None` without a gate.
+        gate: Computes the gate's logits in the same precision; called only if there is a gate.
         precision: Report of the types.
     """
 
@@ -164,7 +164,7 @@ def convert_precision(
     else:
         model, quantization = source.model, None
         run = deployed = Deployed(source.network, preprocess).eval()
-        gate = None if compare.find_gate(source.network) is None else partial(compare.gate_logits, deployed)
+        gate = partial(compare.gate_logits, deployed)
     parts = weight_types(model)
     report = PrecisionReport(precision=options.precision, parts=parts, quantisation=quantization)
     return ConvertedGraph(model=model, run=run, gate=gate, precision=report)
