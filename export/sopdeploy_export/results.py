@@ -202,7 +202,7 @@ class Exported(ExportResults):
     seconds: float
 
     def lines(self) -> dict[str, str]:
-        """Describe the export in four lines: what was removed, the proof, the drift, the bundle."""
+        """Join what `facts` describes to the four lines of `sopdeploy export`, by their labels."""
         facts, certificate = self.facts(), self.certificate
         compared = " = ".join(certificate.compared)
         equal = f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else None
