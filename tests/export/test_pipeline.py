@@ -175,7 +175,9 @@ def test_the_readme_shows_what_an_export_of_a_network_without_branches_prints(
     sample = re.search(r"best.pt --detach\n(removed .+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert sample
     printed = "".join(f"{name:8} {text}\n" for name, text in lines.items())
-    shown, expected = (re.sub(r"(?<=photos-)\w+|\d[\d.]*(e-\d+)?", "0", text) for text in (sample[1], printed))
+    shown, expected = (
+        re.sub(r"(?<=photos-)\w+|\d[\d.]*(e-\d+)?", "0", text) for text in (sample[1], printed)
+    )
     assert shown == expected
 
 

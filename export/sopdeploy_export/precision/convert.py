@@ -101,10 +101,11 @@ class ConvertedGraph:
 
 def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
     """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX."""
+    images = torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES])
     normalize = Normalize(preprocess, images_format(certified.network))
-    pixels = normalize(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
-    cast = in_float16(certified.network, certified.program, pixels)
-    program = sum_in_float32(capture_any_batch(cast, preprocess, options.batch))
+    cast = in_float16(certified.network, certified.program, normalize(images))
+    program = capture_any_batch(cast, preprocess, options.batch)
+    program = sum_in_float32(program, images[: options.max_batch])
     return CapturedGraph(cast, program, lower(program, output_names(certified.network)))
 
 
