@@ -11,7 +11,6 @@ import gc
 import io
 import linecache
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -47,7 +46,7 @@ from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.program_hashes import trace_hash
-from sopdeploy_export.state import STATELESS, modules, preserved, tensors
+from sopdeploy_export.state import STATELESS, modules, preserved, recording_calls, tensors
 
 OPSET = 18
 INPUT = "images"
@@ -258,12 +257,8 @@ def fixed_sizes() -> Iterator[list[str]]:
             code = linecache.getline(file, line).strip()
             places.append(f"{Path(file).name}:{line} ({code})")
 
-    previous = sys.getprofile()
-    sys.setprofile(record)
-    try:
+    with recording_calls(record):
         yield places
-    finally:
-        sys.setprofile(previous)
 
 
 def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:

@@ -12,7 +12,7 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -298,6 +298,21 @@ class PythonReads(TorchFunctionMode):
             if module.partition(".")[0] != "sopdeploy_export" and not module.startswith("torch.nn."):
                 self.first = f"{name} in {module}"
         return result
+
+
+@contextmanager
+def recording_calls(record: Callable[[FrameType, str, Any], None]) -> Iterator[None]:
+    """Pass the calls of the block to *record*, as `sys.setprofile` does, instead of to an active profiler."""
+    previous: Any = sys.getprofile()
+    sys.setprofile(record)
+    try:
+        yield
+    finally:
+        if callable(previous) or previous is None:
+            sys.setprofile(previous)
+        else:  # cProfile's object, which is no function
+            sys.setprofile(None)
+            previous.enable()
 
 
 def _caller() -> str:
