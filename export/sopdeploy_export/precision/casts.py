@@ -86,12 +86,17 @@ class _Sums(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; look at its derivatives unless they decided what its operator does."""
-        if isinstance(n.target, OpOverload) and n.users and n.target not in self.found:  # not an assertion
+        if not isinstance(n.target, OpOverload) or not n.users:  # an assertion has no users
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target not in self.found:
             is_exempt = torch.Tag.pointwise in n.target.tags or n.target in ADDS_IN_FLOAT32
-            found = False if is_exempt else adds(n.target, *self.fetch_args_kwargs_from_env(n))
+            found = False if is_exempt else adds(n.target, args, kwargs)
             if found is not None:
                 self.found[n.target] = found
-        return super().run_node(n)
+        # In float32 also because CPUs have no float16 form of some.
+        result = _in_float32(n.target, *args, **kwargs) if self.found.get(n.target) else NotImplemented
+        return super().run_node(n) if result is NotImplemented else result
 
 
 def adds(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:

@@ -263,9 +263,10 @@ def prepare_networks(
     `detached` is missing if it is *trained*. Raises `CertificateError`.
     """
     check_torch_state()
-    check_network_state(trained, "trained", training_only)
-    if detached is trained:
+    if detached is trained:  # with its training-only parts, if these have no tensors
+        check_network_state(trained, "trained")
         return {"trained": contiguous(trained)}
+    check_network_state(trained, "trained", training_only)
     check_network_state(detached, "detached")
     return {"trained": contiguous(trained), "detached": contiguous(detached)}
 
