@@ -44,7 +44,8 @@ STATEMENTS = {
     "Batch sizes": "The graph for any batch size, with one image, computes what the graph for one "
     "image computes.",
     "Outputs": "These networks return bitwise equal outputs for probe images, alone and in batches.",
-    "Repetition": "The detached network returns bitwise equal outputs after 300 calls on another image.",
+    "Repetition": "The detached network returns bitwise equal outputs after 300 calls on another image, "
+    "and nothing that it holds changes.",
     "ONNX": "The ONNX graphs of these networks have one Merkle root.",
     "Images": "No output depends on other images of the batch. Otherwise the export names the operators.",
 }
