@@ -1,6 +1,6 @@
 """Export a network of every family of timm, all classifiers of torchvision and some of transformers.
 
-    python benchmarks/networks.py --results FILE [--library timm] [--part 1/2] [--page PAGE]
+    python benchmarks/networks.py --results FILE [--library timm] [--minutes 4] [--page PAGE]
 
 Weights are random; batch norms have the statistics of noise. Each network is exported for batches of 1 to 64
 images, with its own builder as the plain network, and is accepted with proof or refused for one reason. FILE
@@ -13,9 +13,10 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from sopdeploy import Preprocess, export_network
 from sopdeploy.errors import SopdeployError
 
 CLASSES = 4
+MANY_WEIGHTS = 50_000_000
 SIDES = (64, 96, 128, 224, 256)  # the first one that the network computes
 VISION = {
     "hidden_size": 32,
@@ -74,17 +76,20 @@ class Candidate(NamedTuple):
     logits_key: str | None = None
 
 
-def of_timm() -> Iterator[Candidate]:
-    """Yield the network with the fewest weights of every family of timm, small ones first."""
-    smallest: dict[str, tuple[int, str]] = {}  # the number of weights and the name, by family
+def of_timm(done: Container[str] = ()) -> Iterator[Candidate]:
+    """Yield the network with the fewest weights of every family of timm that is not *done*.
+
+    Those with many weights get two blocks, if their depth is an option.
+    """
     for family in timm.list_modules():
+        if family in done:  # to count the weights of a family takes seconds
+            continue
         names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
         sizes = [(size, name) for name in names if (size := _count_weights(name)) is not None]
         if sizes:
-            smallest[family] = min(sizes)
-    for family in sorted(smallest, key=lambda family: smallest[family]):
-        name = smallest[family][1]
-        yield Candidate("timm", family, name, partial(_create_timm, name))
+            size, name = min(sizes)
+            options = {"depth": 2} if size > MANY_WEIGHTS else {}
+            yield Candidate("timm", family, name, partial(_create_timm, name, options))
 
 
 def _count_weights(name: str) -> int | None:
@@ -94,16 +99,17 @@ def _count_weights(name: str) -> int | None:
     return None
 
 
-def _create_timm(name: str, side: int) -> nn.Module:
-    try:  # transformers have a fixed size
-        return timm.create_model(name, num_classes=CLASSES, img_size=side)
-    except TypeError:
-        return timm.create_model(name, num_classes=CLASSES)
+def _create_timm(name: str, options: dict[str, Any], side: int) -> nn.Module:
+    # Transformers have a fixed size of images, and networks without blocks no depth.
+    for known in ({**options, "img_size": side}, {"img_size": side}):
+        with contextlib.suppress(TypeError):
+            return timm.create_model(name, num_classes=CLASSES, **known)
+    return timm.create_model(name, num_classes=CLASSES)
 
 
-def of_torchvision() -> Iterator[Candidate]:
-    """Yield every classifier of torchvision, those with few weights first."""
-    names = models.list_models(module=models)
+def of_torchvision(done: Container[str] = ()) -> Iterator[Candidate]:
+    """Yield every classifier of torchvision that is not *done*, those with few weights first."""
+    names = [name for name in models.list_models(module=models) if name not in done]
     sizes = {name: next(iter(models.get_model_weights(name))).meta["num_params"] for name in names}
     for name in sorted(names, key=lambda name: sizes[name]):
 
@@ -120,12 +126,14 @@ def of_torchvision() -> Iterator[Candidate]:
         yield Candidate("torchvision", name, name, build)
 
 
-def of_transformers() -> Iterator[Candidate]:
-    """Yield small classifiers of transformers, if it is installed."""
+def of_transformers(done: Container[str] = ()) -> Iterator[Candidate]:
+    """Yield small classifiers of transformers that are not *done*, if it is installed."""
     if importlib.util.find_spec("transformers") is None:
         return
     library = importlib.import_module("transformers")
     for family, options in TRANSFORMERS.items():
+        if family in done:
+            continue
 
         def build(_side: int, family: str = family, options: dict[str, Any] = options) -> nn.Module:
             config = getattr(library, f"{family}Config")(**options, num_labels=CLASSES)
@@ -212,8 +220,9 @@ def render(rows: list[dict[str, Any]]) -> str:
         f"`python benchmarks/networks.py` on {datetime.now(UTC):%Y-%m-%d}, with "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}:",
         f"{accepted} of {len(rows)} networks are exported with proof. Weights are random; of timm, each is",
-        "the smallest of its family. `drift` is the largest difference of its logits from float64. The",
-        "others are refused for the reason in the last column.",
+        "the smallest of its family; those of more than 50 million weights have two blocks. `drift` is the",
+        "largest difference of the logits from float64. The others are refused for the reason in the last",
+        "column.",
         "",
         "| library | family | network | pixels | proof | drift | refused |",
         "|---|---|---|---|---|---|---|",
@@ -233,17 +242,16 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--library", choices=LIBRARIES, action="append")
-    parser.add_argument("--part", default="1/1", help="NUMBER/COUNT: every COUNT-th network, from NUMBER on")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no network afterwards")
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
     rows = [json.loads(line) for line in lines]
-    done = {(row["library"], row["family"]) for row in rows}
-    number, count = map(int, arguments.part.split("/"))
     for library in arguments.library or LIBRARIES:
-        for position, candidate in enumerate(LIBRARIES[library]()):
-            if position % count != number - 1 or (library, candidate.family) in done:
-                continue
+        for candidate in LIBRARIES[library]({row["family"] for row in rows if row["library"] == library}):
+            if time.monotonic() > end:
+                break
             try:
                 row = attempt(candidate)
             except RuntimeError as error:  # of `prepare`: the network is none for single tensors of images

@@ -11,7 +11,6 @@ import gc
 import io
 import linecache
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -47,7 +46,7 @@ from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.program_hashes import trace_hash
-from sopdeploy_export.state import modules, preserved, unwritten
+from sopdeploy_export.state import STATELESS, modules, preserved, recording_calls, tensors
 
 OPSET = 18
 INPUT = "images"
@@ -92,9 +91,28 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
-        with unwritten(self.network):
-            outputs = compute_outputs(self.network, self.normalise(images))
+        before = {name: (tensor, *_storage(tensor)) for name, tensor in tensors(self.network).items()}
+        outputs = compute_outputs(self.network, self.normalise(images))
+        _check_unwritten(self.network, before)
         return tuple(at_least_float32(value) for value in outputs)
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """Return the version of *tensor*, which a write to it changes, and the address of its memory."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return 0, 0  # tensors of torch.export's tracing have no address, inference tensors no version
+    return tensor._version, tensor.data_ptr()
+
+
+def _check_unwritten(network: nn.Module, before: Mapping[str, tuple[Tensor, int, int]]) -> None:
+    """Raise `LoweringError` if a tensor of *network* was written to or replaced since *before* was read."""
+    after = tensors(network)
+    for name, (tensor, *storage) in before.items():
+        if after.get(name) is not tensor or _storage(tensor) != tuple(storage):
+            owner = dict(modules(network)).get(name.rpartition(".")[0])
+            scales_rows = getattr(owner, "max_norm", None) is not None  # as `nn.Embedding` can
+            remedy = ": scale its rows once, and set max_norm to None" if scales_rows else ""
+            raise LoweringError(f"the network writes to {name} while it runs; {STATELESS}{remedy}")
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
@@ -239,12 +257,8 @@ def fixed_sizes() -> Iterator[list[str]]:
             code = linecache.getline(file, line).strip()
             places.append(f"{Path(file).name}:{line} ({code})")
 
-    previous = sys.getprofile()
-    sys.setprofile(record)
-    try:
+    with recording_calls(record):
         yield places
-    finally:
-        sys.setprofile(previous)
 
 
 def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:

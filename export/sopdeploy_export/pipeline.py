@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle import folder as bundle
-from sopdeploy.bundle.folder import read_bundles
+from sopdeploy.bundle.folder import label_problem, read_bundles
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
 from sopdeploy.bundle.manifest import EMBEDDING, Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
@@ -24,7 +24,7 @@ from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError, LoweringError
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy.models.base import is_in
+from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.describe import Counts, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
@@ -45,7 +45,7 @@ from sopdeploy_export.parity import compare
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
-from sopdeploy_export.proof.certificate import Certificate, NetworkProof, certify
+from sopdeploy_export.proof.certificate import Certificate, FileRoots, GraphProof, NetworkProof, certify
 from sopdeploy_export.proof.networks import Detachment, ExportSubject, copy_module, detach, has_tensors
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
 
@@ -67,7 +67,7 @@ def export_checkpoint(
     """
     options = options or ExportOptions()
     checkpoint = read_checkpoint(path)
-    subject = _as_subject(checkpoint, path, options.name)
+    subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
     if options.name is None:  # a name that the user gave may be that of a bundle, in order to replace it
         check_same_images(destination, subject.project, checkpoint)
     return export_subject(subject, destination, options, on_step)
@@ -84,7 +84,8 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
         raise CheckpointError(
             f"{path}: not the checkpoint of {manifest.name}; give the one that was exported"
         )
-    subject, images = _as_subject(checkpoint, path), generated_images(manifest.preprocess.crop)
+    subject = _as_subject(checkpoint, build_classifier(checkpoint, path))
+    images = generated_images(manifest.preprocess.crop)
     if EMBEDDING in [output.name for output in manifest.outputs]:
         _add_embedding(subject, images)
     network = detach(_with_temperature(subject, images), subject.detachment.training_only)
@@ -98,9 +99,8 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
     return program
 
 
-def _as_subject(checkpoint: Checkpoint, path: Path, name: str | None = None) -> ExportSubject:
-    """Build the network of *checkpoint*, read from *path*, and describe it as the subject of an export."""
-    network = build_classifier(checkpoint, path)
+def _as_subject(checkpoint: Checkpoint, network: Classifier, name: str | None = None) -> ExportSubject:
+    """Describe *network*, which was built from *checkpoint*, as the subject of an export."""
     return ExportSubject(
         name=checkpoint.model,
         project=name or checkpoint.project or checkpoint.model.replace(":", "-"),
@@ -139,33 +139,39 @@ def export_subject(
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does."""
     check_exportable(subject.network, subject.detachment.training_only)
+    if problem := label_problem(subject.labels):
+        raise ConfigError(f"{problem}; rename the class and train again")
     accuracy = None
     if options.calibrate is not None or options.evaluate is not None:
         from sopdeploy_export.precision.accuracy_gate import AccuracyCheck  # noqa: PLC0415 # rarely needed
 
         accuracy = AccuracyCheck(subject, options)
-    preprocess, images = subject.preprocess, generated_images(subject.preprocess.crop)
-    if options.with_features:
-        _add_embedding(subject, images)
-    started = time.monotonic()
+    preprocess, started = subject.preprocess, time.monotonic()
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
-        certified, proof, mixes_images = _prove(subject, images, options, on_step)
-        float32_root = onnx_root(certified.model)
+        images = generated_images(preprocess.crop)
+        if options.with_features:
+            _add_embedding(subject, images)
+        certified, proof, graph = _prove(subject, images, options, on_step)
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
         converted = convert_precision(certified, preprocess, options, accuracy)
-        file, precision = folder / ONNX_FILE, converted.precision
-        file.write_bytes(converted.model.SerializeToString(deterministic=True))
-        shipped_root = onnx_root(converted.model)
-        certificate = Certificate.of(proof, float32_root, shipped_root, mixes_images, options.precision)
+        model, precision = converted.model, converted.precision
+        (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
+        shipped_root = graph.root if model is certified.model else onnx_root(model)
+        roots = FileRoots(**dict(proof.roots), onnx=graph.root, shipped=shipped_root)
+        proved = {**dict(proof), "roots": roots, "mixes_images": graph.mixes_images}
+        certificate = Certificate(**proved, precision=options.precision)
+        session = compare.open_session(folder / ONNX_FILE)
         if accuracy is not None:
-            measured = accuracy.measure(certified.model, file)
+            measured = accuracy.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy.check_drop(precision)
         on_step("comparing the file with the network")
         deployed = Deployed(certified.network, preprocess).eval()
         exact = compare.compute_reference(deployed, images, converted.run, options.precision, converted.gate)
-        parity = compare.compare_file(file, exact, images, options.batch, allow_drift=options.allow_drift)
+        parity = compare.compare_file(
+            session, model, exact, images, options.batch, allow_drift=options.allow_drift
+        )
         trained, shipped = count_costs(subject.network, certified.network, preprocess.crop)
         results = ExportResults(
             certificate=certificate,
@@ -178,9 +184,8 @@ def export_subject(
         on_step("writing the bundle")
         probes = as_probes(images, exact, parity)
         write_probes(folder / "probes.npz", probes)
-        write_golden_examples(subject, folder, converted.gate, parity, probes.tolerance[LOGITS])
-        opset = converted.model.opset_import[0].version
-        manifest = _write_reports(subject, folder, options, probes, results, opset)
+        write_golden_examples(subject, folder, session, converted.gate, parity, probes.tolerance[LOGITS])
+        manifest = _write_reports(subject, folder, options, probes, results, model.opset_import[0].version)
         path, seconds = bundle.publish(folder, manifest, destination), time.monotonic() - started
     # `Exported` has all fields of `ExportResults`, its base class, and these four.
     return Exported(**vars(results), path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds)
@@ -188,11 +193,8 @@ def export_subject(
 
 def _prove(
     subject: ExportSubject, images: NDArray[np.uint8], options: ExportOptions, on_step: Callable[[str], None]
-) -> tuple[CapturedGraph, NetworkProof, tuple[str, ...]]:
-    """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX.
-
-    Also returns the operators that mix images, as `check_onnx` does.
-    """
+) -> tuple[CapturedGraph, NetworkProof, GraphProof]:
+    """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX."""
     preprocess, trained = subject.preprocess, subject.network
     training_only = subject.detachment.training_only
     if not options.detach and has_tensors(trained, training_only):
@@ -215,9 +217,9 @@ def _prove(
     on_step("converting to ONNX")
     program, outputs = captured["detached"].any_batch, output_names(detached)
     model = lower(program, outputs)
-    mixes_images = check_onnx(captured, model, outputs, options)
+    graph = check_onnx(captured, model, outputs, options)
     check_operators(program, images[: min(OPERATOR_IMAGES, options.max_batch)])
-    return CapturedGraph(detached, program, model), proof, mixes_images
+    return CapturedGraph(detached, program, model), proof, graph
 
 
 def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
@@ -239,8 +241,8 @@ def check_onnx(
     model: onnx.ModelProto,
     outputs: tuple[str, ...],
     options: ExportOptions,
-) -> tuple[str, ...]:
-    """Check that all *captured* networks have the root of *model*; return the operators that mix its images.
+) -> GraphProof:
+    """Check that all *captured* networks have the root of *model*, and which operators mix its images.
 
     Raises `CertificateError` if another compared network gives another graph, and `LoweringError` if an
     output for an image may depend on other images, unless the user accepts this.
@@ -255,7 +257,7 @@ def check_onnx(
         if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
             problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
         raise LoweringError(problem, remedies={"allow_batch_dependence": True})
-    return mixing
+    return GraphProof(root, mixing)
 
 
 def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
@@ -291,13 +293,17 @@ def as_probes(images: NDArray[np.uint8], expected: compare.ParityReference, pari
 
 
 def write_golden_examples(
-    subject: ExportSubject, folder: Path, gate: compare.GateRun | None, parity: ParityReport, tolerance: float
+    subject: ExportSubject,
+    folder: Path,
+    session: onnxruntime.InferenceSession,
+    gate: compare.GateRun | None,
+    parity: ParityReport,
+    tolerance: float,
 ) -> None:
-    """Write golden examples; leave out images for which rounding can change the choice of the *gate*.
+    """Write golden examples of *session*; leave out images for which rounding can change the gate's choice.
 
-    *tolerance* is that of the probes' logits.
+    *gate* computes its logits. *tolerance* is that of the probes' logits.
     """
-    session = compare.open_session(folder / ONNX_FILE)
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = compare.file_outputs(session, pixels[None], 1)[LOGITS][0]

@@ -67,6 +67,37 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     return ProgramRoot(sha256=hash_parts(*lines), nodes=operations, state=reached)
 
 
+def compute_roots(any_batch: ExportedProgram, batch_of_one: ExportedProgram) -> dict[str, ProgramRoot]:
+    """Compute the roots of both programs of a network; the keys describe their batch sizes."""
+    return {"any batch size": program_root(any_batch), "a batch of one": program_root(batch_of_one)}
+
+
+def find_size_difference(any_batch: ExportedProgram, batch_of_one: ExportedProgram) -> str | None:
+    """Describe how *any_batch*, with one image, differs from the program that was captured for one image.
+
+    torch.export itself checks that all batch sizes of at least 2 have one graph. Returns None if they equal.
+    """
+    if batch_of_one is any_batch:
+        return None
+    any_size, one_image = value_root(any_batch, batch=1), value_root(batch_of_one)
+    if any_size.sha256 == one_image.sha256:
+        return None
+    return describe_difference(any_size, one_image, "other")
+
+
+def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
+    """Describe how *root* differs from *expected*, which is the root of the *reference* network."""
+    extra = next((name for sha256, name in root.nodes.items() if sha256 not in expected.nodes), None)
+    missing = next((name for sha256, name in expected.nodes.items() if sha256 not in root.nodes), None)
+    if extra is None:
+        return "its inputs or outputs differ" if missing is None else f"it lacks {missing}"
+    if missing is None:
+        return f"it computes {extra}"
+    if extra == missing:  # the same operation, with another hash
+        return f"{extra} has other weights, operands or arguments than in the {reference} one"
+    return f"it computes {extra}, the {reference} one {missing}"
+
+
 def trace_hash(program: ExportedProgram) -> str | None:
     """Hash every operation of *program* in order, used or not, with its operands by position.
 
@@ -98,6 +129,14 @@ def tensor_hash(tensor: Tensor) -> str:
     return hashlib.sha256(header + content.tobytes()).hexdigest()
 
 
+def are_equal(first: Tensor, second: Tensor) -> bool:
+    """Compare type, shape and content; as bytes, because 0 equals -0 and NaN differs from itself."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    content = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*content)
+
+
 _known: ContextVar[WeakIdKeyDictionary | None] = ContextVar("_known", default=None)
 
 
@@ -105,9 +144,10 @@ _known: ContextVar[WeakIdKeyDictionary | None] = ContextVar("_known", default=No
 def hashing_once() -> Iterator[None]:
     """Compute the hash of each tensor object in programs, and of `stored_hash`, once while the block runs.
 
-    A write that hides from the version of the tensor has no effect then: compare `tensor_hash` at the end.
+    A write that hides from the version of the tensor has no effect then: compare `tensor_hash` at the end. An
+    inner block uses the hashes of the outer one.
     """
-    token = _known.set(WeakIdKeyDictionary())
+    token = _known.set(WeakIdKeyDictionary() if (outer := _known.get()) is None else outer)
     try:
         yield
     finally:
@@ -124,6 +164,14 @@ def stored_hash(tensor: Tensor) -> str:
     if found is None or found[0] != state:
         known[tensor] = found = state, tensor_hash(tensor)
     return found[1]
+
+
+def copy_hashed(source: Tensor, target: Tensor) -> None:
+    """Copy the content of *source* to *target* of the same dtype and shape, which then has its hash."""
+    target.copy_(source)
+    known = _known.get()
+    if known is not None:
+        known[target] = (target._version, target.data_ptr()), stored_hash(source)
 
 
 def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:

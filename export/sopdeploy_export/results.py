@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sopdeploy.bundle.manifest import Int8For, Manifest, Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import Decision
@@ -123,26 +120,6 @@ class ParityReport(StrictModel):
         return self.outputs[LOGITS]
 
 
-def count_flips(
-    values: NDArray[Any], expected: NDArray[Any], tolerance: float, rerouted: NDArray[np.bool_]
-) -> dict[FlipCause, int]:
-    """Count the top classes that differ between logits *values* and *expected*, both (P, C), by cause.
-
-    *rerouted* (P,) marks images whose gate chose other components.
-    """
-    top_of_network, top_of_file = expected.argmax(axis=1), values.argmax(axis=1)
-    images = np.arange(len(expected))
-    margins = expected[images, top_of_network] - expected[images, top_of_file]  # of the network (P,)
-    is_small = margins <= 2 * tolerance  # both logits may drift, towards each other
-    by_cause: dict[FlipCause, NDArray[np.bool_]] = {
-        "noise": is_small & ~rerouted,
-        "routing": rerouted,
-        "error": ~is_small & ~rerouted,
-    }
-    flipped = top_of_network != top_of_file
-    return {cause: int((mask & flipped).sum()) for cause, mask in by_cause.items()}
-
-
 class Quantization(StrictModel):
     """The quantization to int8 for `runtime`: the numbers of calibration images and of int8 convolutions."""
 
@@ -225,7 +202,7 @@ class Exported(ExportResults):
     seconds: float
 
     def lines(self) -> dict[str, str]:
-        """Describe the export in four lines: what was removed, the proof, the drift, the bundle."""
+        """Join what `facts` describes to the four lines of `sopdeploy export`, by their labels."""
         facts, certificate = self.facts(), self.certificate
         compared = " = ".join(certificate.compared)
         equal = f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else None

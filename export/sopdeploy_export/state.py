@@ -12,7 +12,7 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -240,21 +240,6 @@ def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | N
     return next(changed, None)
 
 
-@contextmanager
-def unwritten(network: nn.Module) -> Iterator[None]:
-    """Raise `LoweringError` if the block writes to a tensor of *network* or replaces it; it may add some."""
-    before = read_state(network)
-    yield
-    after = read_state(network)
-    for path, leaf in before.items():
-        is_tensor = isinstance(leaf, ObjectId) and isinstance(leaf.value, Tensor)
-        if is_tensor and after.get(path) != leaf:  # another tensor, version or address
-            owner = dict(modules(network)).get(path.rpartition(".")[0])
-            scales_rows = getattr(owner, "max_norm", None) is not None  # as `nn.Embedding` can
-            remedy = ": scale its rows once, and set max_norm to None" if scales_rows else ""
-            raise LoweringError(f"the network writes to {path} while it runs; {STATELESS}{remedy}")
-
-
 def held_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Map the path of every tensor in the state of *network*, also outside of its parameters and buffers."""
     leaves = ((path, leaf.value) for path, leaf in read_state(network).items() if isinstance(leaf, ObjectId))
@@ -313,6 +298,21 @@ class PythonReads(TorchFunctionMode):
             if module.partition(".")[0] != "sopdeploy_export" and not module.startswith("torch.nn."):
                 self.first = f"{name} in {module}"
         return result
+
+
+@contextmanager
+def recording_calls(record: Callable[[FrameType, str, Any], None]) -> Iterator[None]:
+    """Pass the calls of the block to *record*, as `sys.setprofile` does, instead of to an active profiler."""
+    previous: Any = sys.getprofile()
+    sys.setprofile(record)
+    try:
+        yield
+    finally:
+        if callable(previous) or previous is None:
+            sys.setprofile(previous)
+        else:  # cProfile's object, which is no function
+            sys.setprofile(None)
+            previous.enable()
 
 
 def _caller() -> str:

@@ -114,8 +114,8 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     `destination/latest` is linked to the bundle. Raises `BundleError` if a different, damaged or signed
     bundle has the name.
     """
-    target = destination / manifest.name
     existing = place(folder, manifest, destination)
+    target = destination / manifest.name
     if existing != manifest:
         signature = target.with_name(target.name + SIGNATURE_SUFFIX)
         if signature.exists():  # it would no longer be valid

@@ -1,3 +1,5 @@
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,17 @@ from sopdeploy.errors import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
+from sopdeploy_export import program_hashes
 from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.parity import compare
 from sopdeploy_export.pipeline import export_checkpoint
+from sopdeploy_export.proof import certificate
 from sopdeploy_export.results import Exported
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
+from tests.docs.reading import ROOT
 from tests.export.conftest import GMGAP, LABELS, save, trained
 from tests.export.once import proving_once
 from tests.forged import write_hollow
@@ -134,6 +140,45 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
     same_time = exported.manifest.model_copy(update={"exported_at": "2026-01-02T03:04:05.000000Z"})
     assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
+
+
+def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[torch.Tensor] = []
+    opened: list[object] = []
+    compute, load = program_hashes.tensor_hash, compare.ort.InferenceSession
+
+    def count_hash(tensor: torch.Tensor) -> str:
+        hashed.append(tensor)
+        return compute(tensor)
+
+    def count_session(source: str | bytes, *options: Any, **named: Any) -> Any:
+        opened.append(source)
+        return load(source, *options, **named)
+
+    for module in (program_hashes, certificate):
+        monkeypatch.setattr(module, "tensor_hash", count_hash)
+    monkeypatch.setattr(compare.ort, "InferenceSession", count_session)
+    export_checkpoint(checkpoint, tmp_path, options=DETACH)
+    assert max(Counter(map(id, hashed)).values()) == 2  # before and after the proof
+    assert [source for source in opened if str(source).endswith("model.onnx")] == opened[-1:]
+
+
+def test_the_readme_shows_what_an_export_of_a_network_without_branches_prints(
+    preprocess: Preprocess, tmp_path: Path
+) -> None:
+    checkpoint = save(trained("resnet8"), "resnet8", tmp_path / "ckpt.pt", preprocess)
+    with proving_once():
+        lines = export_checkpoint(checkpoint, tmp_path / "bundles", options=DETACH).lines()
+    lines["bundle"] = lines["bundle"].replace(f"{tmp_path}/bundles/resnet8-", "bundles/photos-")
+    sample = re.search(r"best.pt --detach\n(removed .+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert sample
+    printed = "".join(f"{name:8} {text}\n" for name, text in lines.items())
+    shown, expected = (
+        re.sub(r"(?<=photos-)\w+|\d[\d.]*(e-\d+)?", "0", text) for text in (sample[1], printed)
+    )
+    assert shown == expected
 
 
 def test_training_only_parts_without_detach_fail_in_one_line_and_write_nothing(

@@ -1,8 +1,10 @@
 """Python code that reads values or the layout of a tensor is found, whatever function it calls."""
 
 import copy
+import cProfile
 import io
 import operator
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy_export.state import PythonReads
+from sopdeploy_export.state import PythonReads, recording_calls
 
 READS: dict[str, Callable[[Tensor], Any]] = {
     "str": str,
@@ -74,6 +76,16 @@ def first_read(function: Callable[[Tensor], Any]) -> str | None:
 @pytest.mark.parametrize("name", READS)
 def test_a_read_is_found(name: str) -> None:
     assert first_read(READS[name]) is not None
+
+
+def test_a_profiler_goes_on_after_calls_were_recorded() -> None:
+    calls: list[str] = []
+    with cProfile.Profile() as profiler:
+        with recording_calls(lambda frame, event, _: calls.append(frame.f_code.co_name)):
+            math_trunc(torch.ones(()))
+        assert sys.getprofile() is profiler
+    assert "math_trunc" in calls
+    assert sys.getprofile() is None
 
 
 @pytest.mark.parametrize("name", GRAPH)

@@ -18,16 +18,11 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference
+from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, open_session
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
-from sopdeploy_export.proof.certificate import (
-    Detachment,
-    assert_equal_outputs,
-    build_inventory,
-    build_plain_network,
-)
-from sopdeploy_export.proof.networks import detach
+from sopdeploy_export.proof.certificate import Detachment, assert_equal_outputs, build_inventory
+from sopdeploy_export.proof.networks import build_plain_network, detach
 from sopdeploy_export.results import Exported, ParityReport
 from tests.export.conftest import save
 
@@ -101,8 +96,9 @@ def measured(
     destination.write_bytes(shipping.model.SerializeToString(deterministic=True))
     deployed = Deployed(found.network, found.preprocess).eval()
     expected = compute_reference(deployed, found.images, shipping.run, options.precision, shipping.gate)
+    session, drift = open_session(destination), options.allow_drift
     return expected, compare_file(
-        destination, expected, found.images, options.batch, allow_drift=options.allow_drift
+        session, shipping.model, expected, found.images, options.batch, allow_drift=drift
     )
 
 

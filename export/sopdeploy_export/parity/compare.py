@@ -257,20 +257,22 @@ def _run_in_batches(run: BatchRun, names: Sequence[str], images: NDArray[np.uint
 
 
 def compare_file(
-    path: Path,
+    session: ort.InferenceSession,
+    model: onnx.ModelProto,
     expected: ParityReference,
     images: NDArray[np.uint8],
     batch: BatchRange,
     *,
     allow_drift: bool = False,
 ) -> results.ParityReport:
-    """Compare the ONNX file at *path* with *expected* on uint8 *images* (P, H, W, 3).
+    """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
+
+    *model* is the content of the file; its operators and its size are reported.
 
     Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class changed despite a
     clear margin. With *allow_drift*, the report records these errors instead; values that are not finite
     always raise.
     """
-    session, model = open_session(path), onnx.load(path)
     # The maximum is mostly even; an odd size detects a graph that works for even sizes only.
     below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, below_maximum})
@@ -287,12 +289,12 @@ def compare_file(
         floors_allowed=results.FLOORS_BY_PRECISION[expected.precision],
         outputs=outputs,
         spread=logit_spread(logits[compared]),
-        flips=results.count_flips(
+        flips=count_flips(
             by_size[1][results.LOGITS], logits, outputs[results.LOGITS].tolerance, rerouted=~compared
         ),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
-        file_bytes=path.stat().st_size,
+        file_bytes=model.ByteSize(),
         drift_allowed=False,
     )
     violation = _first_violation(report)
@@ -303,6 +305,26 @@ def compare_file(
     if routing is not None and routing.num_undecided == report.num_images:
         violation += f"; the gate is undecided on every image, so rounding decides: {UNDECIDED}"
     raise ParityError(f"the exported file {violation}; nothing was written")
+
+
+def count_flips(
+    values: NDArray[Any], expected: NDArray[Any], tolerance: float, rerouted: NDArray[np.bool_]
+) -> dict[results.FlipCause, int]:
+    """Count the top classes that differ between logits *values* and *expected*, both (P, C), by cause.
+
+    *rerouted* (P,) marks images whose gate chose other components.
+    """
+    top_of_network, top_of_file = expected.argmax(axis=1), values.argmax(axis=1)
+    images = np.arange(len(expected))
+    margins = expected[images, top_of_network] - expected[images, top_of_file]  # of the network (P,)
+    is_small = margins <= 2 * tolerance  # both logits may drift, towards each other
+    by_cause: dict[results.FlipCause, NDArray[np.bool_]] = {
+        "noise": is_small & ~rerouted,
+        "routing": rerouted,
+        "error": ~is_small & ~rerouted,
+    }
+    flipped = top_of_network != top_of_file
+    return {cause: int((mask & flipped).sum()) for cause, mask in by_cause.items()}
 
 
 def _compare_output(

@@ -5,8 +5,8 @@ receives its inputs in the dtype of its own weights. Layers that declare `keep_f
 including their operations without weights: covariance, trace, Newton-Schulz, gate, softmax, and means over
 a feature map. Experts multiply maps by their weights in the dtype of the maps, and compute roots and sums
 in float32. A local response norm also computes in float32, because squares of activations overflow in
-float16, and so do means, sums, norms and average poolings of every network. Everything else is converted to
-float16, including the classifier; all outputs are float32.
+float16, and so does every operator that adds elements of one operand, such as a mean or a norm. Everything
+else is converted to float16, including the classifier; all outputs are float32.
 
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
 convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,
@@ -14,13 +14,15 @@ which folds weights that are already rounded. A batch norm is folded only if the
 nothing else reads the output of the convolution, and that both run once.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
@@ -29,12 +31,9 @@ from sopdeploy_export.parity.compare import InFloat64, ReportsFloat32
 from sopdeploy_export.proof.networks import copy_module
 
 _Part = TypeVar("_Part", bound=nn.Module)
-SUMS = (  # operators that add many values; layer norm adds in float32 in every runtime
-    "mean.dim", "mean.default", "sum.dim_IntList", "sum.default", "cumsum.default", "var.correction",
-    "std.correction", "linalg_vector_norm.default", "logsumexp.default", "avg_pool2d.default",
-    "adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default", "group_norm.default",
-    "native_group_norm.default", "instance_norm.default",
-)  # fmt: skip
+# ONNX's LayerNormalization adds in float32 (its attribute `stash_type`).
+ADDS_IN_FLOAT32 = (torch.ops.aten.layer_norm.default, torch.ops.aten.native_layer_norm.default)
+ELEMENTS = (0.5, 0.62, 1.0)  # of a result, as shares of their number: in the middle, anywhere, the last one
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -65,17 +64,72 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
     return place_casts(folded)
 
 
-def sum_in_float32(program: ExportedProgram) -> ExportedProgram:
+def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
     """Compute the sums of *program* over float16 values in float32, as ATen does and not every runtime.
 
     The sum of 10,000 values of 60 / 9 exceeds the largest number of float16, although their mean does not.
+    *program* runs on uint8 *images* (B, H, W, 3) to find its operators that add.
     """
-    aten = torch.ops.aten
-    operators = [
-        getattr(getattr(aten, name), overload) for name, _, overload in (s.partition(".") for s in SUMS)
-    ]
-    summed: ExportedProgram = program.run_decompositions({op: partial(_in_float32, op) for op in operators})
+    sums = _Sums(program.module())
+    sums.run(images)
+    table = {operator: partial(_in_float32, operator) for operator, adds in sums.found.items() if adds}
+    summed: ExportedProgram = program.run_decompositions(table)
     return summed
+
+
+class _Sums(fx.Interpreter):
+    """Runs a program and finds out which of its operators add several elements of a float16 operand."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[OpOverload, bool] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; look at its derivatives unless they decided what its operator does."""
+        if not isinstance(n.target, OpOverload) or not n.users:  # an assertion has no users
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target not in self.found:
+            is_exempt = torch.Tag.pointwise in n.target.tags or n.target in ADDS_IN_FLOAT32
+            found = False if is_exempt else adds(n.target, args, kwargs)
+            if found is not None:
+                self.found[n.target] = found
+        # In float32 also because CPUs have no float16 form of some.
+        result = _in_float32(n.target, *args, **kwargs) if self.found.get(n.target) else NotImplemented
+        return super().run_node(n) if result is NotImplemented else result
+
+
+def adds(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
+    """Return whether *operator* adds elements of its first operand, in float16, without those of another one.
+
+    An element of a sum has derivatives with respect to several elements of one operand. One of a product,
+    such as a convolution or attention, has some with respect to several elements of two operands: runtimes
+    accumulate it in float32. None: each element depends on a single one, as that of a maximum or a copy, at
+    least with these sizes.
+    """
+    if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float16:
+        return None
+    random, operands = torch.Generator().manual_seed(0), list[Tensor]()
+
+    def positive(x: Tensor) -> Tensor:
+        """Return values in [0.5, 1.5) that derivatives are computed for; integers stay."""
+        if not x.is_floating_point():
+            return x
+        operands.append((torch.rand(x.shape, generator=random) + 0.5).requires_grad_())
+        return operands[-1]
+
+    with torch.enable_grad():
+        wide, named = tree_map_only(Tensor, positive, (tuple(args), dict(kwargs)))
+        results = [leaf for leaf in tree_leaves(operator(*wide, **named)) if isinstance(leaf, Tensor)]
+        if not results or not results[0].requires_grad or not results[0].numel():
+            return None
+        elements = results[0].flatten()
+        for position in (round(share * (len(elements) - 1)) for share in ELEMENTS):
+            found = torch.autograd.grad(elements[position], operands, retain_graph=True, allow_unused=True)
+            first, *others = (0 if one is None else int(one.count_nonzero()) for one in found)
+            if first > 1:
+                return all(count <= 1 for count in others)
+    return None
 
 
 def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:

@@ -89,7 +89,7 @@ class ConvertedGraph:
     Attributes:
         model: The graph in the requested precision.
         run: Runs the same computation without the runtime's fusions; its error is the noise floor.
-        gate: Computes the gate's logits in the same precision; `None` without a gate.
+        gate: Computes the gate's logits in the same precision; called only if there is a gate.
         precision: Report of the types.
     """
 
@@ -101,10 +101,11 @@ class ConvertedGraph:
 
 def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
     """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX."""
+    images = torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES])
     normalize = Normalize(preprocess, images_format(certified.network))
-    pixels = normalize(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
-    cast = in_float16(certified.network, certified.program, pixels)
-    program = sum_in_float32(capture_any_batch(cast, preprocess, options.batch))
+    cast = in_float16(certified.network, certified.program, normalize(images))
+    program = capture_any_batch(cast, preprocess, options.batch)
+    program = sum_in_float32(program, images[: options.max_batch])
     return CapturedGraph(cast, program, lower(program, output_names(certified.network)))
 
 
@@ -164,7 +165,7 @@ def convert_precision(
     else:
         model, quantization = source.model, None
         run = deployed = Deployed(source.network, preprocess).eval()
-        gate = None if compare.find_gate(source.network) is None else partial(compare.gate_logits, deployed)
+        gate = partial(compare.gate_logits, deployed)
     parts = weight_types(model)
     report = PrecisionReport(precision=options.precision, parts=parts, quantisation=quantization)
     return ConvertedGraph(model=model, run=run, gate=gate, precision=report)

@@ -207,7 +207,11 @@ class Int8Quantizer:
         graph.initializer.extend(kept)
 
     def _correct_biases(self, quantized: onnx.ModelProto) -> None:
-        """Correct the biases of *quantized*, in place, by the mean error that rounded weights cause."""
+        """Add the mean of (W - Q) x over the images to each bias of *quantized*, in place.
+
+        W are the weights of a convolution, Q the quantized ones and x its inputs in float32, so that rounded
+        weights change no mean output (Nagel et al., "Data-Free Quantization", 2019, section 4.2).
+        """
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
         # A dequantized tensor is codes * scale. Map its name to the names of both.
         dequantizers = [node for node in quantized.graph.node if node.op_type == "DequantizeLinear"]
@@ -218,8 +222,7 @@ class Int8Quantizer:
             _, weight_name, _ = inputs[convolution]
             codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
             scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # (C, 1, ...); zero points are 0
-            errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)
-        # A convolution is linear: with the weight errors as weights, it computes the missing output.
+            errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)  # W - Q
         for convolution, missing in self._mean_outputs(errors).items():  # (C,)
             _, _, bias = inputs[convolution]
             if bias in codes_and_scale:  # int32 codes (C,), in the form for CPUs

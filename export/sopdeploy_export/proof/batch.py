@@ -218,7 +218,10 @@ def multiplies(call: Call) -> Place:
 
 
 def gemm(call: Call) -> Place:
-    """Multiply *a* (m, k) by *b* (k, n) to (m, n), where m or n is the batch; add a value by broadcasting."""
+    """Compute *a* (m, k) @ *b* (k, n) + *added*, which is broadcast to (m, n); the batch is m or n.
+
+    The attributes transA and transB say that *a* is stored as (k, m), and *b* as (n, k).
+    """
     a, b, added = call.x, call[1], call.given[2:]
     axis_of_m = 1 if call.attributes.get("transA") else 0
     axis_of_n = 0 if call.attributes.get("transB") else 1

@@ -21,15 +21,15 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.bundle.folder import label_problem
 from sopdeploy.decision import Decision
-from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError, first_line
+from sopdeploy.errors import CertificateError, DetachError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
-from sopdeploy_export.graph import Captured
+from sopdeploy_export.graph import EXPORT_EMBEDDING, Captured
+from sopdeploy_export.program_hashes import are_equal, copy_hashed
 from sopdeploy_export.state import modules, tensors
 
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
@@ -103,11 +103,6 @@ class ExportSubject:
     training: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin | None = None
     warnings: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for a class name that no file of a bundle can hold."""
-        if problem := label_problem(self.labels):
-            raise ConfigError(f"{problem}; rename the class and train again")
 
     def plugins(self) -> dict[str, str]:
         """Return the versions of the plug-ins that define parts of the network or provided its images."""
@@ -258,3 +253,58 @@ def contiguous(network: _Network) -> _Network:
     for tensor in tensors(copied).values():
         tensor.data = tensor.detach().contiguous()
     return copied
+
+
+def prepare_networks(
+    trained: nn.Module, detached: nn.Module, training_only: tuple[str, ...]
+) -> dict[str, nn.Module]:
+    """Check the state of torch and of both networks; return them by role, with contiguous tensors.
+
+    `detached` is missing if it is *trained*. Raises `CertificateError`.
+    """
+    check_torch_state()
+    if detached is trained:  # with its training-only parts, if these have no tensors
+        check_network_state(trained, "trained")
+        return {"trained": contiguous(trained)}
+    check_network_state(trained, "trained", training_only)
+    check_network_state(detached, "detached")
+    return {"trained": contiguous(trained), "detached": contiguous(detached)}
+
+
+def build_plain_network(
+    build: Callable[[], nn.Module], detached: nn.Module, rename: Callable[[str], str] = str
+) -> nn.Module:
+    """Build a plain network with *build* and copy the weights of *detached* into it.
+
+    *rename* maps the name of a tensor in *detached* to its name in the plain network. Buffers that
+    checkpoints do not store follow from the config, so they are compared instead of copied. Raises
+    `CertificateError` if such a buffer differs, or if the networks have tensors of other names or shapes.
+    """
+    plain = build()
+    embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
+    if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
+        vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
+    vars(plain)[IMAGES_FORMAT] = images_format(detached)
+    detached_tensors, plain_tensors = tensors(detached), tensors(plain)
+    renamed = {rename(name): tensor for name, tensor in detached_tensors.items()}
+    if len(renamed) != len(detached_tensors):
+        raise CertificateError("rename gives two tensors of the trained network the same name")
+    if missing := sorted(plain_tensors.keys() - renamed.keys()):
+        raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
+    if extra := sorted(renamed.keys() - plain_tensors.keys()):
+        raise CertificateError(f"the detached network still has {extra[0]}, which the plain one lacks")
+    stored_names = plain.state_dict().keys()  # without the buffers that checkpoints do not store
+    with torch.no_grad():
+        for name, tensor in plain_tensors.items():
+            source = renamed[name]
+            if source.shape != tensor.shape or source.dtype != tensor.dtype:
+                raise CertificateError(f"{name} has a different shape or dtype in the plain network")
+            if name in stored_names:
+                copy_hashed(source, tensor)
+            elif not are_equal(tensor, source):
+                raise CertificateError(
+                    f"{name} differs from the plain network's; checkpoints do not store this buffer, "
+                    "so its values must follow from the config"
+                )
+    plain.eval()
+    return plain

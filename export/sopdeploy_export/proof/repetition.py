@@ -1,8 +1,9 @@
 """Repeat the calls of a network: its outputs must not depend on how often it ran.
 
-`state.read_state` compares the objects that it can read. Code can count its calls elsewhere, for example in a
-context variable, a file or an object of another library. So the network runs on probe images, then `CALLS`
-times on another image, and on the probe images again: whatever holds the state, the outputs must be equal.
+The network runs on probe images, then `CALLS` times on another image, and on the probe images again: whatever
+holds the state, such as a context variable or a file, the outputs must be equal. State that changes outputs
+only after more calls is found by `state.read_state` in the objects that the network holds: once the network
+has run for both numbers of images, no call may change them.
 
 The repeated calls cost the time of Python code only. What the first of them computed from the image is
 returned again in the others, and no kernel runs for it. What the network computes from anything else, such as
@@ -21,8 +22,9 @@ from sopdeploy.errors import CertificateError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph import compute_outputs
+from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.proof.networks import copy_module
-from sopdeploy_export.state import STATELESS
+from sopdeploy_export.state import STATELESS, first_change, read_state
 
 CALLS = 300
 PROBES = 4
@@ -69,7 +71,8 @@ class _Replay(TorchDispatchMode):
 def check_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor) -> None:
     """Run a copy of *network* on uint8 *probes* (P, H, W, 3), at least two, before and after `CALLS` calls.
 
-    Raises `CertificateError` if an output differs in any bit, or if a call fails.
+    Raises `CertificateError` if an output differs in any bit, if an object that the network holds changes, or
+    if a call fails.
     """
     copied = copy_module(network)
     pixels = Normalize(preprocess, images_format(network))(probes[: PROBES + 1])
@@ -77,14 +80,16 @@ def check_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor)
     before = compute_outputs(copied, images.clone())  # which the network may write to
     try:
         with _Replay(other) as replay:
-            for _ in range(CALLS):
+            for call in range(CALLS):
                 replay.restart()
                 compute_outputs(copied, other)
+                if call == 0:
+                    held = read_state(copied)  # with the caches for both numbers of images
         after = compute_outputs(copied, images.clone())
     except Exception as error:  # the network's own code, which can raise anything
-        raise CertificateError(
-            f"the network fails when it runs {CALLS} times: {first_line(error)}"
-        ) from error
-    for values, expected in zip(after, before, strict=True):
-        if not torch.equal(values.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)):
-            raise CertificateError(f"the network gives other outputs after {CALLS} calls; {STATELESS}")
+        problem = f"the network fails when it runs {CALLS} times: {first_line(error)}"
+        raise CertificateError(problem) from error
+    if not all(map(are_equal, after, before)):
+        raise CertificateError(f"the network gives other outputs after {CALLS} calls; {STATELESS}")
+    if (changed := first_change(held, read_state(copied))) is not None:
+        raise CertificateError(f"{changed} changes while the network runs; {STATELESS}")

@@ -5,9 +5,8 @@ The network that the user gave is captured, not a copy, because its classes can 
 
 import functools
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import CodeType, FrameType
 from typing import Any
 
@@ -116,13 +115,8 @@ def unreplaced(network: nn.Module) -> Iterator[None]:
         if event == "call" and frame.f_code in replaced:
             called.append(replaced[frame.f_code])
 
-    previous = sys.getprofile()
-    if replaced:
-        sys.setprofile(record)
-    try:
+    with state.recording_calls(record) if replaced else nullcontext():
         yield
-    finally:
-        sys.setprofile(previous)
     if called:
         raise CertificateError(f"{called[0]} was replaced on the instance; change the class")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ from sopdeploy_export.parity.compare import (
     compare_file,
     compare_routes,
     compute_reference,
+    count_flips,
     is_decided,
     logit_spread,
+    open_session,
 )
 from sopdeploy_export.pipeline import as_probes
-from sopdeploy_export.results import FLOORS, ParityReport, RoutingParity, count_flips
+from sopdeploy_export.results import FLOORS, ParityReport, RoutingParity
 from tests.export.conftest import GMGAP, PREPROCESS, save, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.sweep.steps import measured
@@ -38,6 +41,10 @@ Measure = Callable[..., ParityReport]
 def exported(preprocess: Preprocess) -> Exported:
     network, _, model = graph_of("resnet8", preprocess)
     return model, Deployed(network, preprocess).eval()
+
+
+def opened(folder: Path) -> tuple[ort.InferenceSession, onnx.ModelProto]:
+    return open_session(folder / "model.onnx"), onnx.load(folder / "model.onnx")
 
 
 @pytest.fixture
@@ -55,10 +62,10 @@ def measure(exported: Exported, probes: Tensor, tmp_path: Path) -> Measure:
             if change is not None and tensor.name == name:
                 values = change(onnx.numpy_helper.to_array(tensor).copy())
                 tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), name))
-        path, images = tmp_path / "model.onnx", probes.numpy()
-        path.write_bytes(copy.SerializeToString())
+        images = probes.numpy()
+        (tmp_path / "model.onnx").write_bytes(copy.SerializeToString())
         expected = compute_reference(exported[1], images)
-        return compare_file(path, expected, images, BATCH, allow_drift=allow_drift)
+        return compare_file(*opened(tmp_path), expected, images, BATCH, allow_drift=allow_drift)
 
     return run
 
@@ -116,7 +123,7 @@ def test_a_bundle_for_huge_batches_is_not_run_with_one(
 ) -> None:
     measure()
     expected, huge = compute_reference(exported[1], probes.numpy()), BatchRange(optimum=2, maximum=1000)
-    found = compare_file(tmp_path / "model.onnx", expected, probes.numpy(), huge)
+    found = compare_file(*opened(tmp_path), expected, probes.numpy(), huge)
     assert list(found.logits.drift) == ["1", "2", "13"]
 
 
@@ -161,7 +168,7 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
     exact = compute_reference(deployed, images)
     floor = fraction * logit_spread(exact.outputs["logits"])
     noisy = ParityReference(outputs=exact.outputs, noise_floor={"logits": floor}, precision=precision)
-    arguments = (tmp_path / "model.onnx", noisy, images, BATCH)
+    arguments = (*opened(tmp_path), noisy, images, BATCH)
     if message is None:
         report = compare_file(*arguments)
         assert not report.drift_allowed
@@ -179,7 +186,7 @@ def test_logits_of_zeros_cannot_be_verified(measure: Measure, probes: Tensor, tm
     zeros = {"logits": np.zeros((measure().num_images, 10))}
     expected = ParityReference(outputs=zeros, noise_floor={"logits": 0.0})
     with pytest.raises(ParityError, match="spread of the network's logits is 0"):
-        compare_file(tmp_path / "model.onnx", expected, probes.numpy(), BATCH)
+        compare_file(*opened(tmp_path), expected, probes.numpy(), BATCH)
 
 
 def test_every_changed_class_is_counted_by_its_cause() -> None:
@@ -217,7 +224,7 @@ def test_a_fixed_batch_axis_is_rejected(
     (tmp_path / "model.onnx").write_bytes(fixed.SerializeToString())
     expected = compute_reference(exported[1], probes.numpy())
     with pytest.raises(ParityError, match="rejects a batch of 2"):
-        compare_file(tmp_path / "model.onnx", expected, probes.numpy(), BATCH)
+        compare_file(*opened(tmp_path), expected, probes.numpy(), BATCH)
 
 
 CLEAR = [3.0, 2.0, 1.0, 0.0]

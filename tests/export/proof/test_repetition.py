@@ -84,9 +84,17 @@ def test_outputs_that_change_with_the_number_of_calls_are_refused(
 
 
 def test_a_network_without_state_is_accepted(preprocess: Preprocess, probes: Tensor) -> None:
+    NUMBER.set(0)
+    check_repetition(Counting(lambda: 0 * in_context(1)).eval(), preprocess, probes)
+    assert NUMBER.get() == CALLS + 2
+
+
+def test_state_that_changes_outputs_later_is_refused_if_the_network_holds_it(
+    preprocess: Preprocess, probes: Tensor
+) -> None:
     calls: list[int] = []
-    check_repetition(Counting(lambda: calls.append(1) or 0).eval(), preprocess, probes)
-    assert len(calls) == CALLS + 2
+    with pytest.raises(CertificateError, match=r"^count.* changes while the network runs"):
+        check_repetition(Counting(lambda: calls.append(1) or 0).eval(), preprocess, probes)
 
 
 def test_an_error_in_a_later_call_is_one_line(preprocess: Preprocess, probes: Tensor) -> None:
