@@ -325,7 +325,7 @@ def test_an_export_compares_the_operators(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-STATISTICS = {"head": {"kind": "gap+mean+isqrt", "width": 8, "iterations": 3}}
+STATISTICS = {"head": {"kind": "gap+mean+isqrt", "width": 8, "iterations": 3, "cosine": True}}
 VIT = Small("head:timm:test_vit", 160, STATISTICS)
 
 
@@ -345,4 +345,5 @@ def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
         "conv1.weight",  # reads the image
         "pooled_head.poolings.layer3_0.layer_reduce.weight",
         "pooled_head.fc.weight",
+        "pooled_head.means",
     }
