@@ -171,7 +171,7 @@ def fit_best(
             targets,
             estimated_on="held-out",
             accepts=recipe.rejection.accepts,
-            scalable=model.logits_layer() is not None,
+            scalable=model.has_scalable_logits(),
             groups=held_out.images.groups,
             unknown=predict_unknown(model, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
         )
