@@ -33,7 +33,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
-from sopdeploy.training.callback import Callback
+from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
 from sopdeploy.training.few_shot.classifier import Array, Indices, Problem, Scaling, Targets, estimate
@@ -43,7 +43,7 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import best_record, last_few_shot_record, read_few_shot_fit
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import Start, place
+from sopdeploy.training.start import LOOP_INSTEAD, Start, place
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.
@@ -80,9 +80,11 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
     """Fit and evaluate the network of a new run."""
     since, recipe, images = time.monotonic(), start.recipe, start.data.train
     with handle_signals(start.strategy) as signals:
+        expected = ExpectedTime(callback, LOOP_INSTEAD)
 
         def on_progress(step: str, done: int, total: int) -> None:
             callback.on_stage(name=step, done=done, total=total)
+            expected.update(min(done, len(images)), len(images))  # the features take most of the time
             signals.exchange()
 
         try:

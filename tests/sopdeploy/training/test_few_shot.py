@@ -31,7 +31,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, r
 from sopdeploy.models import registry, second_order_head
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import start_weights
-from sopdeploy.training.callback import Callback
+from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import (
     SHRINKAGE,
@@ -328,7 +328,7 @@ def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: P
     assert any("unknown images: not recognized" in line for line in found.lines())
 
 
-def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
+def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = [
@@ -342,7 +342,7 @@ def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
         read_recipe("photos", settings), RunFolder(tmp_path / "run", processes), None, Callback()
     )
     joined = start.data
-    assert start.reason.startswith("few-shot procedure: there are at most 10,000 images")
+    assert start.reason.startswith("few-shot procedure: there are at most 100,000 images")
     assert start.recipe.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
@@ -351,6 +351,12 @@ def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
     assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).procedure == LoopConfig()
+    monkeypatch.setattr("sopdeploy.training.start.FEW_IMAGES", 100)
+    folder = RunFolder(tmp_path / "other", processes)
+    reason = start_run(read_recipe("photos", settings), folder, None, Callback()).reason
+    assert reason.startswith(
+        "training loop: there are more than 100 images; procedure.kind=few_shot fits a head"
+    )
     for recipe in (loop, other):
         selected = select_procedure(recipe, len(data.train))
         assert selected.procedure == LoopConfig()
@@ -366,6 +372,23 @@ def test_a_head_that_reads_the_span_of_some_images_predicts_as_well():
     heads = [one.fit_all(UNSCALED) for one in (exact, problem)]
     right = [np.mean(head.logits(features).argmax(axis=1) == classes) for head in heads]
     assert right[1] > right[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.5, []),  # the rest takes less than two minutes
+        (2.0, ["expected time: about 6 minutes; x"]),
+        (60.0, ["expected time: about 3.3 hours; x"]),
+    ],
+)
+def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: list[str]):
+    callback, now = RecordingCallback(), 0.0
+    told = ExpectedTime(callback, "x", clock=lambda: now)
+    for done in range(1, 201):
+        now = done * seconds
+        told.update(done, 200)
+    assert [values["message"] for _, values in callback.events] == expected
 
 
 def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
