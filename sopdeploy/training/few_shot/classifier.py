@@ -32,6 +32,7 @@ Indices = NDArray[np.intp]
 SHRINKAGE = 0.1  # share of the identity in the covariance; 0.03 to 0.2 are as good
 MAX_RANK = 1024
 IMPLAUSIBLE = 0.1  # probability of a label
+ROWS = 4096  # images whose sums are computed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +139,7 @@ class Moments(NamedTuple):
         shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / len(mean_R) * np.eye(len(mean_R))
         differences_KR = np.where(present[:, None], means_KR - others_KR, 0)
         weight = count * solve(shrunk_RR, differences_KR.T, assume_a="pos").T
-        if (
-            activation == "sigmoid"
-        ):  # take out the scatter between presence and absence (Sherman and Morrison)
+        if activation == "sigmoid":  # without the scatter between presence and absence (Sherman, Morrison)
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
             between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
             weight /= np.maximum(1 - between_K, 1e-6)[:, None]
@@ -208,9 +207,8 @@ class Space(NamedTuple):
         """
         centers = [part.mean(axis=0, dtype=np.float64) for part in parts]
         centered = [part - center for part, center in zip(parts, centers, strict=True)]
-        norms = [
-            np.sqrt(np.square(part).sum(axis=1).mean()) or 1.0 for part in centered
-        ]  # 0 if all are equal
+        # 0 if all images have the same part
+        norms = [np.sqrt(np.square(part).sum(axis=1).mean()) or 1.0 for part in centered]
         scales = [np.full(part.shape[1], 1 / norm) for part, norm in zip(parts, norms, strict=True)]
         inputs = np.concatenate([part / norm for part, norm in zip(centered, norms, strict=True)], axis=1)
         return cls(np.concatenate(centers), np.concatenate(scales), np.linalg.qr(inputs.T)[0])
@@ -218,12 +216,6 @@ class Space(NamedTuple):
     def project(self, vectors: NDArray[np.floating]) -> NDArray[np.float32]:
         """Compute the coordinates (n, R) of *vectors* (n, D)."""
         return (((vectors - self.center) * self.scale) @ self.basis).astype(np.float32)
-
-    def read_vectors(self, head: LinearHead) -> LinearHead:
-        """Convert a head on coordinates to one on vectors."""
-        # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @ (vector - center).
-        weight_KD = (head.weight @ self.basis.T) * self.scale
-        return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +244,18 @@ class Problem:
             scores_NK[tested] = head.logits(self.reduced[tested])
         return scores_NK
 
-    def moments(self, images: NDArray[np.bool_] | slice) -> Moments:
-        """Compute the sums over *images*."""
-        inputs = np.pad(self.reduced[images].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
-        return Moments(inputs.T @ inputs, self.targets.classes[images].T @ inputs)
+    def moments(self, images: NDArray[np.bool_]) -> Moments:
+        """Compute the sums over *images* (N,), in blocks to save memory."""
+        (num_classes, rank), chosen = (
+            (self.targets.classes.shape[1], self.reduced.shape[1]),
+            np.flatnonzero(images),
+        )
+        products, sums = np.zeros((rank + 1, rank + 1)), np.zeros((num_classes, rank + 1))
+        for block in np.array_split(chosen, 1 + len(chosen) // ROWS):
+            inputs = np.pad(self.reduced[block].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
+            products += inputs.T @ inputs
+            sums += self.targets.classes[block].T @ inputs
+        return Moments(products, sums)
 
     def scale_scores(self, scores_NK: Array, scaling: Scaling) -> Array:
         """Compute logits (N, K) of out-of-fold scores."""
@@ -279,9 +279,10 @@ class Problem:
 
     def fit_all(self, scaling: Scaling) -> LinearHead:
         """Fit a head to all images; it reads the vectors of the network, not `reduced`, and gives logits."""
-        head = self.moments(slice(None)).discriminate(self.targets.activation)
-        bias_K = self.scale_scores(head.bias, scaling)
-        return self.space.read_vectors(LinearHead(head.weight / scaling.temperature, bias_K))
+        head = self.moments(np.ones(len(self.reduced), np.bool_)).discriminate(self.targets.activation)
+        # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @ (vector - center).
+        weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
+        return LinearHead(weight_KD, self.scale_scores(head.bias, scaling) - weight_KD @ self.space.center)
 
     def class_sums(self, images: NDArray[np.bool_] | slice = slice(None)) -> Array:
         """Compute the sum (K, D_0) of the own vectors of each class over *images*."""

@@ -22,15 +22,7 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
-from sopdeploy.training.few_shot.classifier import (
-    MAX_RANK,
-    Indices,
-    LinearHead,
-    Problem,
-    Space,
-    Targets,
-    unit_length,
-)
+from sopdeploy.training.few_shot.classifier import MAX_RANK, Indices, LinearHead, Problem, Space, unit_length
 from sopdeploy.training.recipe import Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
@@ -98,9 +90,7 @@ class Features:
             on_image(len(hashes), count)
         self.hashes = [hashes[index] for index in range(count)]
 
-    def _project(
-        self, waiting: list[tuple[list[int], NDArray[np.float32]]], columns: Sequence[slice]
-    ) -> None:
+    def _project(self, waiting: list[tuple[list[int], Any]], columns: Sequence[slice]) -> None:
         """Compute `reduced` of images from their indices and vectors; the first ones determine the space."""
         indices = np.concatenate([np.asarray(of_batch, np.intp) for of_batch, _ in waiting])
         parts = [np.concatenate([vectors[:, part] for _, vectors in waiting]) for part in columns]
@@ -125,10 +115,6 @@ class Features:
         views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
         whole = [views[:, 0] for views in views_of_maps]  # the first view, not those of the corners
         return find_pairs(self.views, whole, copies.originals, images.targets, self.hashes)
-
-    def problem(self, targets: Targets) -> Problem:
-        """Return the problem to predict *targets* of the images."""
-        return Problem(self.space, self.reduced, self.own, targets)
 
     @torch.no_grad()
     def build(self, problem: Problem, fitted: LinearHead) -> SecondOrderHead:

@@ -66,8 +66,7 @@ def fit_few_shot(
         folder.save_last(last_few_shot_record(start, fit))
     else:  # `rejection` may have changed
         fit = read_few_shot_fit(start, last, folder.last)
-        result, decision = _decide(start, fit.network, fit.result, fit.logits, fit.groups, fit.left_out)
-        fit = replace(fit, result=result, decision=decision)
+        fit = _decide(start, fit)
     best, history = best_record(start, fit), fit.position.history
     folder.save_best(best)
     folder.save_history(history)
@@ -99,23 +98,22 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
             raise
         except DataError as error:
             raise unreadable_images_error(error, images, start.data.held_out) from None
-    result, decision = _decide(start, network, result, found.shifted_logits, found.groups, found.left_out)
     seconds = time.monotonic() - since
     losses = {"loss": float(found.targets.losses(found.shifted_logits).mean())}
     row = EpochRow(epoch=1, lr=recipe.optimizer.lr, losses=losses, metrics=metrics, seconds=seconds)
-    return FewShotFit(
+    fit = FewShotFit(
         name=head_name(recipe.model.name),
         network=network,
         position=Position(epoch=1, seconds=seconds, history=(row,)),
         file_hashes=found.features.file_hashes,
         result=result,
-        decision=decision,
         logits=found.shifted_logits,
         groups=found.groups,
         judged=found.judged,
         label_logits=label_logits,
         left_out=found.left_out,
     )
+    return _decide(start, fit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +201,7 @@ def cross_validate(
     _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = _make_folds(targets, keys_N, config.folds, recipe.seed)
-    problem = features.problem(targets)
+    problem = Problem(features.space, features.reduced, features.own, targets)
     scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
     scaling = Scaling.fit(scores_VNK, targets)
     logits_NK, left_out_N = problem.scale_scores(scores_VNK[0], scaling), None
@@ -308,33 +306,24 @@ def _evaluate(
     return result, held_out_metrics(start.labels, logits, targets)
 
 
-def _decide(
-    start: Start,
-    network: Classifier,
-    result: Any,
-    logits_NK: Array,
-    groups_N: Indices,
-    left_out_N: Array | None,
-) -> tuple[FewShotResult, Decision | None]:
-    """Fit the decision to out-of-fold logits; *result* is returned with why it has no threshold, if so.
-
-    The decision is None if nothing was fitted.
-    """
+def _decide(start: Start, fit: FewShotFit) -> FewShotFit:
+    """Fit the decision to the out-of-fold logits of *fit*; the result says why it has no threshold, if so."""
     recipe, targets, accepts = start.recipe, start.data.train.targets, start.recipe.rejection.accepts
     if start.activation == "sigmoid":
-        thresholds = fit_thresholds(targets, sigmoid(logits_NK))
-        return result, Decision(activation="sigmoid", thresholds=thresholds)
-    reason = missing_threshold(result.num_groups, logits_NK.shape[1], accepts, MIN_COSINES)
+        thresholds = fit_thresholds(targets, sigmoid(fit.logits))
+        return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
+    result: Any = fit.result
+    reason = missing_threshold(result.num_groups, fit.logits.shape[1], accepts, MIN_COSINES)
     decision = fit_decision(
-        logits_NK,
+        fit.logits,
         targets.astype(np.int64),
         estimated_on="cross-validation",
         accepts=accepts,
         scalable=False,  # the network contains the temperature
-        groups=groups_N,
-        unknown=predict_unknown(network, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
-        left_out=left_out_N,
+        groups=fit.groups,
+        unknown=predict_unknown(fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+        left_out=fit.left_out,
         min_images=MIN_COSINES,
     )
     result = result.model_copy(update={"unknown": reason})
-    return result, None if decision == Decision() else decision
+    return replace(fit, result=result, decision=None if decision == Decision() else decision)

@@ -395,9 +395,9 @@ def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeyp
     recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 12)}"])
     monkeypatch.setattr("sopdeploy.training.few_shot.features.MAX_RANK", 20)
     found = []
-    first = Features.problem
+    first = Features.build
     monkeypatch.setattr(
-        Features, "problem", lambda features, targets: found.append(features) or first(features, targets)
+        Features, "build", lambda features, *args: found.append(features) or first(features, *args)
     )
     train_recipe(recipe, tmp_path / "run")
     (features,) = found
