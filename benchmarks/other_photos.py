@@ -9,8 +9,9 @@ computed once per set and kept in --cache. Each draw, whose seed is its number, 
 class; the head is fitted and calibrated by the code of `train`, and tested on all of TEST. The former head is
 scikit-learn's LogisticRegression on the same scaled vectors, with C chosen by the loss in the same folds.
 
-"others" are up to 40 test photographs of each other set. --out writes the means as JSON, of which
-`docs/generate.py` makes the table of the page. Exit status 1: over sets of the group B, the gain is below 0.
+"others" are up to 40 test photographs of each other set. --measure names the sets to measure, by default all.
+--out writes the means into a JSON file, of which `docs/generate.py` makes the table of the page. Exit status
+1: over sets of the group B, the gain is below 0.
 """
 
 import argparse
@@ -180,12 +181,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cache", type=Path, required=True, help="folder of vectors")
     parser.add_argument("--sizes", default="10", help="numbers of photographs per class")
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--measure", help="names of sets, joined by commas")
     parser.add_argument("--out", type=Path, help="JSON file of the means")
     given = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     with one_line_errors():
         sets, unknown = read_sets(given)
         for name, photos in sets.items():
+            if given.measure and name not in given.measure.split(","):
+                continue
             others = [
                 other.test[:: max(1, len(other.test) // OTHERS)][:OTHERS]
                 for key, other in sets.items()
@@ -214,7 +218,10 @@ def main(arguments: list[str]) -> int:
     ]
     report(results, as_json=given.json)
     if given.out is not None:
-        given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        measured = {(row["name"], row["size"]) for row in rows}
+        before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else []
+        kept = [row for row in before if (row["name"], row["size"]) not in measured]
+        given.out.write_text(json.dumps([*kept, *rows], indent=1) + "\n", encoding="utf-8")
     gains = [row["accuracy"] - row["former accuracy"] for row in rows if row["group"] == "B"]
     return 1 if gains and np.mean(gains) < 0 else 0
 

@@ -32,6 +32,7 @@ Indices = NDArray[np.intp]
 SHRINKAGE = 0.1  # share of the identity in the covariance; 0.03 to 0.2 are as good
 MAX_RANK = 1024
 IMPLAUSIBLE = 0.1  # probability of a label
+MIN_FOLDS = 5
 ROWS = 4096  # images whose sums are computed at once
 
 
@@ -83,8 +84,9 @@ class Targets:
         """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.
 
         Images with equal *keys* share a fold, so that there are at most as many folds as keys. Many folds are
-        wanted, even more than a class has images: each head is then fitted to nearly all images, and its
-        energies are similar to those of the final head. Raises `DataError` if all keys are equal.
+        wanted, so that each head is fitted to nearly all images, but no more than a class of `MIN_FOLDS` or
+        more groups has: a head to which images of some classes are missing is biased against these, and its
+        test images are those that are missing. Raises `DataError` if all keys are equal.
         """
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
@@ -92,8 +94,9 @@ class Targets:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"
             )
-        num_folds = min(at_most, num_groups)
-        _, stratum_sizes = np.unique(self.strata, return_counts=True)
+        groups_of_strata = np.unique(np.stack([self.strata, groups_N]), axis=1)  # each pair once
+        _, stratum_sizes = np.unique(groups_of_strata[0], return_counts=True)
+        num_folds = min(at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist())
         # If no stratum has an image for every fold, only the sizes of the folds are balanced: one stratum.
         strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
         return _spread(strata, groups_N, num_folds, seed % 2**32)  # NumPy's limit for seeds

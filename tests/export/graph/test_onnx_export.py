@@ -334,6 +334,13 @@ def test_a_transformer_with_a_head_agrees_and_gpu_runtimes_accept_it(tmp_path: P
     accepted(onnx.load(tmp_path / "model.onnx"), "fp32")
 
 
+def test_a_head_of_an_earlier_version_with_a_distance_agrees(tmp_path: Path) -> None:
+    head = {"head": {"kind": "gap+isqrt", "width": 8, "iterations": 3, "distance": True}}
+    assert agreed(
+        Small("head:resnet8", 16, head).trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx"
+    ).passed
+
+
 def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
     small = Small("head:resnet8", 16, STATISTICS)
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed

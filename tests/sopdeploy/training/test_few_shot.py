@@ -44,6 +44,7 @@ from sopdeploy.training.few_shot.classifier import (
 )
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
+from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import FEW_IMAGES, divide_images, select_procedure, start_run
 from sopdeploy.training.train import train_recipe
@@ -173,6 +174,18 @@ def test_a_class_of_two_images_does_not_halve_the_images_of_all_heads():
     assert folds[60] != folds[61]
 
 
+def test_every_fold_has_one_image_of_each_class_if_these_are_few():
+    classes = np.arange(40) % 4
+    keys = [str(number // 2) for number in range(40)]  # pairs of copies, of two classes
+    for targets, expected in ((softmax_targets(classes % 2, 2), 10), (softmax_targets(np.arange(20) % 4), 5)):
+        folds = targets.folds(
+            keys[: len(targets.classes)] if expected == 10 else list(map(str, range(20))), 10, 0
+        )
+        assert len(set(folds)) == expected
+        counts = np.stack([targets.classes[folds == fold].sum(axis=0) for fold in range(expected)])
+        assert (counts == counts[0]).all()
+
+
 def test_heads_without_doubted_labels_separate_wrong_labels_better():
     features, classes = blobs(80)
     wrong = np.arange(80) % 10 == 0
@@ -249,6 +262,8 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     checkpoint = read_checkpoint(result.best)
     assert checkpoint.training["procedure"]["top1"]["count"] == 51
     assert checkpoint.model == result.model == "head:resnet8"
+    before = found.model_dump(mode="json", exclude={"temperature"}) | {"strength": 30.0}
+    assert read_result({"procedure": before}).top1 == found.top1  # of a version with a logistic regression
     test = paint(tmp_path / "test", 5, seed=1)
     scores = score_checkpoint(result.best, test).predictions
     assert np.mean([score.correct for score in scores]) > 0.8
