@@ -35,13 +35,13 @@ Repositories on GitHub: alexeygrigorev/clothing-dataset-small, ardamavi/Sign-Lan
 marcusklasson/GroceryStoreDataset (its packages also alone, by product), congduytran12/Trash-Classification-,
 Softdude47/Flower-17-dataset, nikhildutta333/Monkey-Species-Classification, zhangtao7750/syn,
 FabienFP/07-Course-Project, pan8915/DeepTexture (four classes), kaa/coins-dataset. Divided as there, or by
-lot. The draws are from 82 to 110 photographs per class of clothing, waste, and ants and bees, from 50 of signs
+lot. The draws are from 82 to 110 photographs per class of clothing, waste, ants and bees, from 50 of signs
 and monkeys, and from 16 to 20 of the other sets. 200 to 341 photographs are the test, of ants and bees 150,
 and of drawings, textures and coins 96 or 100.
 
 On the sets B, the gain is smaller than on those that decided, and the log loss of drawings is 0.17 higher. Of
-ants and bees, only 20 photographs determine the threshold, and 88 % are accepted. The lowest share of rejected
-photographs of other sets is that of textures, 71 %.
+ants and bees, only 20 photographs determine the threshold, and 88 % are accepted. Of other sets, the lowest
+share is rejected by textures, 71 %.
 
 | set | {columns} |
 |---|{line}|

@@ -75,7 +75,7 @@ UNSCALED = Scaling(temperature=1.0, exponent=0.0)
 
 
 def scaled_inputs(parts: list[np.ndarray]) -> np.ndarray:
-    """Center and scale *parts* (N, D_i) as `Problem.create` describes, and join them."""
+    """Center and scale *parts* (N, D_i) as `Space.of` describes, and join them."""
     centered = [part - part.mean(axis=0) for part in parts]
     return np.concatenate([part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in centered], axis=1)
 
