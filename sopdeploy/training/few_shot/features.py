@@ -67,9 +67,7 @@ class Features:
         first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
         self.full.pooled_head.fit_projection([batch.maps for batch in first])
         columns = self.columns()
-        waiting: list[
-            tuple[list[int], NDArray[np.float32]]
-        ] = []  # indices and vectors before the space is known
+        waiting: list[tuple[list[int], Any]] = []  # indices and vectors, until the space is known
         hashes: dict[int, str] = {}
         self.file_hashes = np.zeros(count, np.int64)
         for batch in chain(first, batches):
