@@ -1,4 +1,4 @@
-"""Generate the pages `cli`, `errors`, `models`, and the tables of `operations`.
+"""Generate the pages `cli`, `errors`, `models`, `benchmarks/other_photos`, and the tables of `operations`.
 
 Tests check that the pages are up to date.
 """
@@ -64,9 +64,12 @@ if __name__ == "__main__":
     from generate_errors import SERVED, errors_page, served_page
     from generate_models import models_page
     from generate_operations import PAGE, operations_page
+    from generate_other_photos import PAGE as OTHER_PHOTOS
+    from generate_other_photos import other_photos_page
 
     (FOLDER / "cli.md").write_text(cli_page(), encoding="utf-8")
     (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
     SERVED.write_text(served_page(), encoding="utf-8")
     (FOLDER / "models.md").write_text(models_page(), encoding="utf-8")
     PAGE.write_text(operations_page(), encoding="utf-8")
+    OTHER_PHOTOS.write_text(other_photos_page(), encoding="utf-8")

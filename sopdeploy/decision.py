@@ -52,12 +52,14 @@ class Rejection(StrictModel):
         accepts: Fraction of known images that the threshold was chosen to accept.
         accepted: 95 % interval of the fraction that it accepts of as many new known images as in the fit.
         recognized: How many images of a folder of unknown ones it rejects, and of how many, if there is one.
+        new_class: How many known images it rejects if their own class is left out, and of how many.
     """
 
     threshold: float
     accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
     accepted: tuple[Fraction, Fraction] | None = None
     recognized: tuple[Occurrences, Occurrences] | None = None
+    new_class: tuple[Occurrences, Occurrences] | None = None
 
 
 class Reference(StrictModel):
@@ -186,9 +188,13 @@ class Decision(StrictModel):
             if rule.accepted is not None:
                 low, high = (100 * share for share in rule.accepted)
                 accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
-            rows.append(("unknown images", f"energy below {rule.threshold:.4g}; {accepted}"))
+            rows.append(("unknown images", f"score below {rule.threshold:.4g}; {accepted}"))
             if rule.recognized is not None:
-                rows.append(("rejects", "{} of {} photographs of other things".format(*rule.recognized)))
+                rows.append(("photographs of other things", "{} of {} rejected".format(*rule.recognized)))
+            if rule.new_class is not None:
+                rejected, count = rule.new_class
+                text = f"{100 * rejected / max(1, count):.0f} % rejected (each class left out once)"
+                rows.append(("a new class of this kind", text))
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
             if 0 < len(labels) <= _MAX_LISTED:

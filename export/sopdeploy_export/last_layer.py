@@ -24,7 +24,8 @@ def find_last_layer(
 ) -> nn.Linear | None:
     """Find the linear layer, outside of *training_only*, whose *classes* outputs are the logits of *network*.
 
-    None unless the network runs it once on *images*, uint8 (P, H, W, 3), and returns its outputs.
+    None unless the network runs it once on *images*, uint8 (P, H, W, 3), and returns its outputs, or these
+    plus one number per image, which changes no probability.
     """
     if isinstance(network, Classifier):
         layer = network.logits_layer()
@@ -35,8 +36,18 @@ def find_last_layer(
     results: list[Tensor] = []
     with layer.register_forward_hook(lambda _part, _inputs, output: results.append(output)):
         logits = Deployed(network, preprocess).eval()(torch.from_numpy(images))[0]
-    are_logits = len(results) == 1 and torch.equal(results[0].nan_to_num(), logits.nan_to_num())
-    return layer if are_logits else None
+    return layer if len(results) == 1 and _have_equal_probabilities(results[0], logits) else None
+
+
+def _have_equal_probabilities(outputs: Tensor, logits: Tensor) -> bool:
+    """Tell whether rows of *outputs* and *logits* are equal, or differ in all columns by the same number."""
+    if outputs.shape != logits.shape:
+        return False
+    if torch.equal(outputs.nan_to_num(), logits.nan_to_num()):
+        return True
+    shifts = (outputs - logits).double()
+    rounding = 16 * torch.finfo(logits.dtype).eps * torch.maximum(outputs.abs().amax(), logits.abs().amax())
+    return bool((shifts.amax(dim=1) - shifts.amin(dim=1) <= rounding).all())
 
 
 def add_embedding_output(

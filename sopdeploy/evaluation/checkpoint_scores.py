@@ -83,5 +83,5 @@ def _fit(
         output_of_class[images.targets.astype(np.int64)],
         estimated_on="held-out",
         accepts=accepts,
-        scalable=model.logits_layer() is not None,
+        scalable=model.has_scalable_logits(),
     )

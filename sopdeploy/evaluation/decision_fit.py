@@ -6,8 +6,8 @@ fitted without a fifth of the images at a time lower the loss of these images.
 
 Rejection: an image whose energy is below a threshold counts as unknown. The threshold is a quantile of the
 energies of known images with the correction of split conformal prediction (Angelopoulos and Bates, 2021,
-section 1). With several classes per image, each class has a threshold. The few-shot procedure makes the
-energy lower for images that are unlike the training images.
+section 1). With several classes per image, each class has a threshold. The energy of a network of the
+few-shot procedure is a cosine (`models.second_order_head`).
 """
 
 import math
@@ -23,10 +23,12 @@ from sopdeploy.evaluation.statistics import LEVEL
 Logits = NDArray[np.float64]
 
 MIN_IMAGES = 50  # with fewer predictions, a temperature or a 5 % quantile is mostly noise
+MIN_COSINES = 20  # the same for cosines: from here on, about 95 % of new images are accepted
 MAX_TEMPERATURE = 20.0  # the smallest temperature is 1 / MAX_TEMPERATURE
 SIGNIFICANT = 1.920729  # half the 95 % quantile of chi-square with one degree of freedom
 NESTED_FOLDS = 5
 PRIOR_IMAGES = 10  # with this many images of a class, the logit of its threshold is halved
+FEW = 0.8  # share of recognized unknown images
 MAX_LOGIT = 30.0  # larger absolute values are clipped
 
 
@@ -39,11 +41,13 @@ def fit_decision(
     scalable: bool = True,
     groups: NDArray[np.integer] | None = None,
     unknown: Logits | None = None,
+    left_out: NDArray[np.float64] | None = None,
+    min_images: int = MIN_IMAGES,
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
     Their predictions become the reference for drift. Only the first image of each of the *groups* (N,) of
-    copies is used. With fewer than `MIN_IMAGES` images or with one class, nothing is fitted.
+    copies is used. With fewer than *min_images* images or with one class, nothing is fitted.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -55,11 +59,13 @@ def fit_decision(
             `fit_temperature` or `lowers_loss` finds no evidence for another value.
         groups: The groups of the images; by default, all images are different.
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
+        left_out: Energies (N,) of the images if their own class is left out, another test.
     """
     if groups is not None:
         first_of_group = np.sort(np.unique(groups, return_index=True)[1])  # indices, in the images' order
         logits, targets = logits[first_of_group], targets[first_of_group]
-    if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
+        left_out = None if left_out is None else left_out[first_of_group]
+    if len(logits) < min_images or logits.shape[1] < 2:
         return Decision()
     temperature = fit_temperature(logits, targets) if scalable and lowers_loss(logits, targets) else 1.0
     scaled = logits / temperature
@@ -75,24 +81,27 @@ def fit_decision(
     rejection = None
     if rank := threshold_rank(len(logits), accepts):
         threshold = float(np.sort(energy(scaled))[rank - 1])
-        recognized = None
-        if unknown is not None:
-            below_M = energy(unknown / temperature) < threshold
-            recognized = (int(below_M.sum()), len(below_M))
+        energies = None if unknown is None else energy(unknown / temperature)
         rejection = Rejection(
             threshold=threshold,
             accepts=accepts,
             accepted=accepted_interval(len(logits), rank),
-            recognized=recognized,
+            recognized=_count_below(energies, threshold),
+            new_class=_count_below(left_out, threshold),
         )
     return Decision(calibration=calibration, rejection=rejection, reference=predictions.reference())
 
 
-def missing_threshold(images: int, classes: int, accepts: float) -> str:
+def _count_below(energies: NDArray[np.float64] | None, threshold: float) -> tuple[int, int] | None:
+    """Count the *energies* (M,) below *threshold*, and all; None without any."""
+    return None if energies is None else (int((energies < threshold).sum()), len(energies))
+
+
+def missing_threshold(images: int, classes: int, accepts: float, min_images: int) -> str:
     """Say why `fit_decision` fits no threshold for unknown images; empty if it fits one."""
-    if images < MIN_IMAGES:
+    if images < min_images:
         return (
-            f"not recognized, because a threshold needs at least {MIN_IMAGES} images and there are {images}"
+            f"not recognized, because a threshold needs at least {min_images} images and there are {images}"
         )
     if classes < 2:
         return "not recognized, because there is only one class"
@@ -196,13 +205,13 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
 
-    "Few" is less than half of the images that test the threshold, "clearly" a 95 % interval below the other.
+    "Few" is less than `FEW` of the images that test the threshold, "clearly" a 95 % interval below the other.
     """
     now, was = _recognition(rule), _recognition(before)
     if now is None:
         return ""
     has_fallen = was is not None and now.high < was.low
-    if now.share >= 0.5 and not has_fallen:
+    if now.share >= FEW and not has_fallen:
         return ""
     text = f"only {now.right} of {now.count} unknown images are recognized"
     if was is not None:

@@ -97,6 +97,10 @@ class Classifier(Backbone):
             return last_linear(part, self.num_classes)
         return last_linear(self, self.num_classes, self.training_only)
 
+    def has_scalable_logits(self) -> bool:
+        """Tell whether a temperature may divide the logits: a linear layer computes them."""
+        return self.logits_layer() is not None
+
     def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
         """Look up the channels of the feature maps at *taps*, in the order of computation; `None`: the last.
 

@@ -10,7 +10,8 @@ The head replaces the classifier. Its input are, one after the other:
 One linear layer computes the logits. The tensors of the network keep their names, so its weight files fit;
 those of the head are under `pooled_head`.
 
-Letters: B images, C channels, H height, W width, d channels after the projection, D length of the vector.
+Letters: B images, C channels, H height, W width, d channels after the projection, D length of the vector, K
+classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any, Literal, cast
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, log_softmax
 
 from sopdeploy.config import Count
 from sopdeploy.errors import ConfigError, DataError
@@ -32,7 +34,7 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import Entry, create_model, entry
 
 POOLED_HEAD = "pooled_head"
-_SMALLEST_SQUARE = 1e-12  # of a distance, whose gradient would otherwise be infinite at 0
+_SMALLEST_SQUARE = 1e-12  # of a length, whose gradient would otherwise be infinite at 0
 HeadKind = Literal["gap", "isqrt", "gap+isqrt", "gap+mean", "gap+mean+isqrt"]
 
 
@@ -41,8 +43,8 @@ class HeadConfig(NewtonSchulzOptions):
 
     `taps` are the feature maps: stages or blocks of a network of the catalog or of timm, modules of a network
     of the user; by default the last one. `width` is d; a map of fewer channels is not projected. The root is
-    that of the covariance divided by its trace. `distance` adds the distance of the vector from a stored
-    mean.
+    that of the covariance divided by its trace. With `cosine`, the energy of the logits is the cosine between
+    the network's own vector and the nearest class mean; `distance` was its predecessor.
     """
 
     kind: HeadKind = "gap+isqrt"
@@ -50,6 +52,7 @@ class HeadConfig(NewtonSchulzOptions):
     width: Count = 48
     iterations: Iterations = 7
     distance: bool = False
+    cosine: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -65,12 +68,14 @@ class PooledHead(nn.Module, ExportHints):
         center, scale: With `distance`, the vector x is followed by the norm of (x - center) * scale. An equal
             negative weight of it in all logits lowers the energy of images that are unlike the training
             images, and does not change the probabilities.
+        means: With `cosine`, the mean of each class of the network's own vectors, (K, D_0), of length 1.
         fc: The linear classifier of the vector.
     """
 
     keep_float32 = True
     center: Tensor
     scale: Tensor
+    means: Tensor
 
     def __init__(
         self, config: HeadConfig, own_length: int, channels: Mapping[str, int], num_classes: int
@@ -96,6 +101,8 @@ class PooledHead(nn.Module, ExportHints):
             self.register_buffer("center", torch.zeros(length))
             self.register_buffer("scale", torch.ones(length))
             length += 1  # the distance
+        if config.cosine:
+            self.register_buffer("means", torch.zeros(num_classes, own_length))
         self.fc = nn.Linear(length, num_classes)
 
     def vector(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
@@ -119,8 +126,17 @@ class PooledHead(nn.Module, ExportHints):
         return cast(ISqrtPooling, self.poolings[tap.replace(".", "_")])
 
     def forward(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
-        """Compute the (B, classes) logits."""
-        return self.fc(self.vector(own_BD, maps))
+        """Compute the (B, classes) logits.
+
+        With `cosine`, they are log-probabilities plus the largest cosine, so that their log-sum-exp is it.
+        """
+        logits_BK: Tensor = self.fc(self.vector(own_BD, maps))
+        if not self.config.cosine:
+            return logits_BK
+        own_BD = at_least_float32(own_BD)
+        length_B1 = own_BD.square().sum(dim=1, keepdim=True).clamp_min(_SMALLEST_SQUARE).sqrt()
+        cosine_B1 = linear(own_BD, self.means).amax(dim=1, keepdim=True) / length_B1
+        return log_softmax(logits_BK, dim=1) + cosine_B1
 
     @torch.no_grad()
     def fit_projection(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -161,6 +177,10 @@ class SecondOrderHead(Classifier):
     def logits_layer(self) -> nn.Linear:
         """Return the linear layer of the head."""
         return self.pooled_head.fc
+
+    def has_scalable_logits(self) -> bool:
+        """Tell whether a temperature may divide the logits; it would divide the cosine, too."""
+        return not self.pooled_head.config.cosine
 
     def head_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what the head reads: the network's own vector (B, D_0), and maps (B, C, H, W) by tap."""

@@ -1,6 +1,12 @@
 """The events of a run, for the progress display and for users."""
 
+import time
+from collections.abc import Callable
+
 from sopdeploy.training.diagnostics import EpochRow
+
+MEASURED_SECONDS = 10.0  # from the first part on
+WORTH_A_LINE = 120.0  # seconds of the rest
 
 
 class Callback:
@@ -26,3 +32,28 @@ class Callback:
 
     def on_epoch_end(self, row: EpochRow) -> None:
         """Run after each epoch with its metrics."""
+
+
+class ExpectedTime:
+    """Tells *callback* once how long the rest of a run takes, measured on its first parts.
+
+    *advice* is the end of the line: how to choose another procedure. *clock* returns seconds.
+    """
+
+    def __init__(self, callback: Callback, advice: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.callback, self.advice, self.clock = callback, advice, clock
+        self.first: tuple[float, int] | None = None  # when the first part was done, and how many parts it has
+        self.is_measured = False
+
+    def update(self, done: int, total: int) -> None:
+        """Receive that *done* of *total* parts, images or steps, are done."""
+        if self.first is None:
+            self.first = (self.clock(), done)  # the first part is slower than the others
+        seconds = self.clock() - self.first[0]
+        if self.is_measured or seconds < MEASURED_SECONDS or done == self.first[1]:
+            return
+        self.is_measured = True
+        remaining = seconds / (done - self.first[1]) * (total - done)
+        if remaining >= WORTH_A_LINE:
+            hours = f"{remaining / 3600:.1f} hours" if remaining >= 7200 else f"{remaining / 60:.0f} minutes"
+            self.callback.on_message(f"expected time: about {hours}; {self.advice}")

@@ -68,6 +68,8 @@ class FewShotFit(Fit):
         judged: Indices of the images that the score counts: one of the copies of a photograph.
         label_logits: Out-of-fold logits (N, K) that contradict wrong labels; None with several classes per
             image.
+        left_out: The energies (N,) of the images by networks without their class; None with several classes
+            per image.
     """
 
     logits: NDArray[np.float64]
@@ -75,3 +77,4 @@ class FewShotFit(Fit):
     copies: NDArray[np.int64]
     judged: NDArray[Any]
     label_logits: NDArray[np.float64] | None
+    left_out: NDArray[np.float64] | None

@@ -126,6 +126,8 @@ def last_few_shot_record(start: "Start", fit: FewShotFit) -> Checkpoint:
     """Build the content of `last.pt` of a few-shot run, which is finished."""
     arrays = {"out_of_fold": fit.logits, "groups": fit.groups, "judged": fit.judged}
     arrays["copies"] = fit.copies
+    if fit.left_out is not None:
+        arrays["left_out"] = fit.left_out
     if fit.label_logits is not None:
         labels = {"targets": start.data.train.targets, "file_hashes": fit.file_hashes}
         arrays |= {"label_logits": fit.label_logits, **labels}
@@ -198,7 +200,7 @@ def read_few_shot_fit(start: "Start", last: Checkpoint, source: Path) -> FewShot
     """Read the fit of the finished few-shot run of *last*, whose network is that of *start*."""
     with state_errors(source):
         arrays: Any = (last.resume or {})["procedure"]
-        label_logits = arrays.get("label_logits")
+        label_logits, left_out = arrays.get("label_logits"), arrays.get("left_out")
         return FewShotFit(
             name=last.model,
             network=start.model,
@@ -211,6 +213,7 @@ def read_few_shot_fit(start: "Start", last: Checkpoint, source: Path) -> FewShot
             copies=arrays.get("copies", arrays["groups"]).numpy(),  # older runs have no `copies`
             judged=arrays["judged"].numpy(),
             label_logits=None if label_logits is None else label_logits.double().numpy(),
+            left_out=None if left_out is None else left_out.double().numpy(),
         )
 
 

@@ -102,7 +102,7 @@ class FewShotResult(StrictModel):
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
-        balanced: Whether classes had equal weights in the loss.
+        balanced: Whether classes differ so much in size that the result says that they have equal weights.
         num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
         num_groups: Number of groups of training images, which show different objects or bursts.
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
@@ -112,7 +112,8 @@ class FewShotResult(StrictModel):
         num_images: Number of training images.
         head: The network, and the statistics that its classifier reads.
         num_features: Length of the vector that the classifier reads.
-        strength: The chosen inverse strength of the regularization, scikit-learn's C.
+        temperature: What the scores of the classifier are divided by; the network contains it.
+        strength: In results of earlier versions, scikit-learn's C of a logistic regression.
         unknown: Why no threshold for unknown images was fitted; empty if there is one.
         seconds: Time of each step.
     """
@@ -132,7 +133,8 @@ class FewShotResult(StrictModel):
     num_images: Count
     head: str
     num_features: Count
-    strength: Positive
+    temperature: Positive | None = None
+    strength: Positive | None = None
     unknown: str = ""
     seconds: dict[str, float]
 
@@ -153,7 +155,7 @@ class FewShotResult(StrictModel):
     def lines(self) -> tuple[str, ...]:
         """Describe images, classifier, score and time."""
         lines = [f"images: {self.describe_images()}", *self.describe_groups()]
-        lines.append(f"classifier: {self.head}, {self.num_features:,} features, C {self.strength:g}")
+        lines.append(f"classifier: {self.head}, {self.num_features:,} features")
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
         steps = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())

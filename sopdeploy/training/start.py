@@ -60,7 +60,9 @@ ONE_GROUP = (
     "be measured; add different photographs"
 )
 MAX_HASHED = 50_000  # training images; reading more delays the start by more than a minute
-FEW_IMAGES = 10_000  # up to them, the few-shot procedure takes minutes on a CPU and 0.5 GB
+FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
+LOOP_INSTEAD = "procedure.kind=loop trains all weights"
+FEW_SHOT_INSTEAD = "procedure.kind=few_shot fits a head to the frozen network"
 
 
 class Division(NamedTuple):
@@ -102,7 +104,7 @@ class Start:
         weights: The report on the start weights; None for random ones.
         position: From where the run continues.
         origin: The run and its images, as checkpoints contain them.
-        reason: Why "auto" selected the few-shot procedure; empty if it did not.
+        reason: Why "auto" selected the procedure; empty if it did not.
     """
 
     recipe: Recipe
@@ -175,10 +177,7 @@ def start_run(
         start = _resume_start(selected, division, folder, last)
     check_same_step(start, folder)
     is_auto = isinstance(recipe.procedure, AutoConfig) and recorded is None
-    reason = ""
-    if is_auto and not start.uses_loop:
-        size = f"there are at most {FEW_IMAGES:,} images"
-        reason = f"few-shot procedure: {size}; procedure.kind=loop trains all weights"
+    reason = _explain_procedure(recipe, len(opened.train), uses_loop=start.uses_loop) if is_auto else ""
     return replace(start, reason=reason, origin=_origin(start, folder, last))
 
 
@@ -230,6 +229,17 @@ def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConf
             raise ConfigError("procedure few_shot: needs one process; start it without torchrun")
         entry(head_name(recipe.model.name))  # raises the error if there is no head
     return recipe.model_copy(update={"procedure": config})
+
+
+def _explain_procedure(recipe: Recipe, num_images: int, *, uses_loop: bool) -> str:
+    """Say why "auto" selected the procedure, and how to select the other one if there is one."""
+    if not uses_loop:
+        return f"few-shot procedure: there are at most {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
+    if not _has_head(recipe):
+        return f"training loop: {recipe.model.name} has no head for the few-shot procedure"
+    if num_images <= FEW_IMAGES:
+        return "training loop: torchrun started the run"
+    return f"training loop: there are more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
 
 
 def _has_head(recipe: Recipe) -> bool:

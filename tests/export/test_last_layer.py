@@ -11,6 +11,10 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.client import Client
 from sopdeploy.errors import LoweringError, ServiceError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.registry import create_model
+from sopdeploy_export.graph import Deployed, generated_images
+from sopdeploy_export.last_layer import find_last_layer, fold_temperature
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
@@ -32,6 +36,22 @@ def test_the_last_linear_layer_maps_the_embedding_to_the_logits(tmp_path):
     with torch.no_grad():
         logits = network.logits_layer()(torch.from_numpy(expected[EMBEDDING]))
     assert np.abs(logits.numpy() - expected["logits"]).max() <= exported.parity.logits.tolerance
+
+
+def test_a_temperature_changes_the_probabilities_of_a_head_and_not_the_cosine():
+    torch.manual_seed(0)
+    head = {"kind": "gap", "cosine": True}
+    network = create_model("head:resnet8", num_classes=3, head=head).eval()
+    network.pooled_head.means.copy_(torch.nn.functional.normalize(torch.rand(3, 64), dim=1))
+    preprocess, images = Preprocess(resize=16, crop=16), generated_images(16)[:4]
+    assert find_last_layer(network, preprocess, images, 3) is network.logits_layer()
+    folded = fold_temperature(network, 2.0, preprocess, images, 3)
+    with torch.no_grad():
+        before, after = (Deployed(one, preprocess)(torch.from_numpy(images))[0] for one in (network, folded))
+    torch.testing.assert_close((before / 2).softmax(dim=1), after.softmax(dim=1))
+    torch.testing.assert_close(before.logsumexp(dim=1), after.logsumexp(dim=1))
+    assert (before.logsumexp(dim=1) <= 1 + 1e-6).all()
+    assert not network.has_scalable_logits()
 
 
 @pytest.mark.parametrize("plain", [None, lambda: Small(aux=False)])

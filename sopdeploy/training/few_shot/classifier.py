@@ -1,24 +1,26 @@
-"""Linear classifiers: targets, folds, cross-validation, and its score.
+"""Linear discriminants: targets, folds, cross-validation, calibration, and the score.
 
-Objective, solver, and folds are those of scikit-learn (`LogisticRegression`, `StratifiedGroupKFold`), whose
-import takes a second: C times the weighted sum of the losses plus half the squared norm of the
-weights; the bias is not regularized. The optimum lies in the span of the inputs, so it is found in an
-orthonormal basis of this span, with at most as many dimensions as there are images. Of more than `MAX_RANK`
-images, a random choice of that many spans the space, so that time and memory grow linearly with the images.
+A head classifies normally distributed classes with a common covariance (Hastie, Tibshirani and Friedman, "The
+Elements of Statistical Learning", 2009, section 4.3). There are more features than images, so the covariance
+is shrunk towards a multiple of the identity (Friedman, "Regularized Discriminant Analysis", JASA 1989). The
+weights lie in the span of the inputs, so they are computed in an orthonormal basis of this span, with at most
+as many dimensions as there are images. Of more than `MAX_RANK` images, a random choice of that many spans the
+space: memory and time grow with the images, and not with their product with the features.
 
-Letters: N images, D features, R dimensions of the basis, K classes, G values of C, the weight of the losses.
+Letters: N images, D features, D_0 of the network's own vector, R dimensions of the basis, K classes.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve
 from scipy.optimize import minimize
-from scipy.special import log_softmax
+from scipy.special import expit, log_softmax
 
-from sopdeploy.decision import Activation, energy
+from sopdeploy.decision import Activation
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
@@ -27,53 +29,49 @@ from sopdeploy.photos.photo import LabeledImages
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
-GRID = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of C, for inputs whose mean squared norm is 1 per part
+SHRINKAGE = 0.1  # share of the identity in the covariance; 0.03 to 0.2 are as good
 MAX_RANK = 1024
-BALANCE_ABOVE = 1.5  # ratio of the largest class to the smallest
-DISTANCE_WEIGHT = 0.5  # standard deviations of the energy that one of the distance counts as
 IMPLAUSIBLE = 0.1  # probability of a label
-ROWS = 1024  # images that are centered and scaled at once
-_OPTIONS = {"gtol": 1e-4, "ftol": 64 * np.finfo(float).eps, "maxiter": 2000, "maxls": 50}  # scikit-learn's
+MIN_FOLDS = 5
+ROWS = 4096  # images whose sums are computed at once
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Targets of N images: `classes` (N, K) in [0, 1], `weights` (N,) in the loss, `strata` for the folds."""
+    """Targets of N images: `classes` (N, K) in [0, 1], and `strata` (N,) for the folds."""
 
     classes: Array
-    weights: Array
     strata: NDArray[np.int64]
     activation: Activation
-    balanced: bool
 
     @classmethod
     def of(cls, images: LabeledImages) -> "Targets":
         """Build the targets from class indices (N,) or, with several classes per image, (N, K).
 
         With several classes per image, the stratum of an image is its rarest class, or -1 without a class.
-        Classes are then not balanced, because the loss of a class does not depend on other classes.
         """
-        targets, ones = images.targets.astype(np.int64), np.ones(len(images))
+        targets = images.targets.astype(np.int64)
         if targets.ndim == 2:
             is_shown_NK = targets > 0
             # The number of images of each class that an image shows; infinite for the other classes.
             counts_NK = np.where(is_shown_NK, targets.sum(axis=0), np.inf)
             rarest_N = np.where(is_shown_NK.any(axis=1), counts_NK.argmin(axis=1), -1)
-            return cls(is_shown_NK.astype(np.float64), ones, rarest_N, activation="sigmoid", balanced=False)
-        one_hot_NK = np.eye(len(images.labels))[targets]
-        counts_K = one_hot_NK.sum(axis=0)
-        at_least_one_K = np.maximum(counts_K, 1)  # a class may have no images here
-        balanced = bool(counts_K.max() > BALANCE_ABOVE * at_least_one_K.min())
-        weights_N = (counts_K.mean() / at_least_one_K)[targets] if balanced else ones  # by the image's class
-        return cls(one_hot_NK, weights_N, targets, activation="softmax", balanced=balanced)
+            return cls(is_shown_NK.astype(np.float64), rarest_N, activation="sigmoid")
+        return cls(np.eye(len(images.labels))[targets], targets, activation="softmax")
 
     def losses(self, logits: Array) -> Array:
-        """Compute the weighted loss (..., N) of logits (..., N, K); "sigmoid" is the mean over classes."""
+        """Compute the loss (N,) of logits (N, K); with "sigmoid", it is the mean over classes."""
         if self.activation == "sigmoid":
-            losses: Array = (np.logaddexp(0.0, logits) - self.classes * logits).mean(axis=-1)
-        else:
-            losses = -(self.classes * log_softmax(logits, axis=-1)).sum(axis=-1)
-        return losses * self.weights
+            return (np.logaddexp(0.0, logits) - self.classes * logits).mean(axis=1)
+        return -(self.classes * log_softmax(logits, axis=1)).sum(axis=1)
+
+    def frequencies(self) -> Array:
+        """Compute the log-odds (K,) of each class, or with one class per image the centered log-counts."""
+        counts_K = self.classes.sum(axis=0)
+        if self.activation == "sigmoid":
+            return np.log(counts_K + 0.5) - np.log(len(self.classes) - counts_K + 0.5)
+        logs_K = np.log(np.maximum(counts_K, 1))  # a class may have no images here
+        return logs_K - logs_K.mean()
 
     def contradictions(self, groups_N: Indices) -> Iterator[Indices]:
         """Yield the images of each group whose images have different classes."""
@@ -86,8 +84,9 @@ class Targets:
         """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.
 
         Images with equal *keys* share a fold, so that there are at most as many folds as keys. Many folds are
-        wanted, even more than a class has images: each head is then fitted to nearly all images, and its
-        energies are similar to those of the final head. Raises `DataError` if all keys are equal.
+        wanted, so that each head is fitted to nearly all images, but no more than a class of `MIN_FOLDS` or
+        more groups has: a head to which images of some classes are missing is biased against these, and its
+        test images are those that are missing. Raises `DataError` if all keys are equal.
         """
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
@@ -95,8 +94,9 @@ class Targets:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"
             )
-        num_folds = min(at_most, num_groups)
-        _, stratum_sizes = np.unique(self.strata, return_counts=True)
+        groups_of_strata = np.unique(np.stack([self.strata, groups_N]), axis=1)  # each pair once
+        _, stratum_sizes = np.unique(groups_of_strata[0], return_counts=True)
+        num_folds = min(at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist())
         # If no stratum has an image for every fold, only the sizes of the folds are balanced: one stratum.
         strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
         return _spread(strata, groups_N, num_folds, seed % 2**32)  # NumPy's limit for seeds
@@ -108,98 +108,163 @@ class LinearHead(NamedTuple):
     weight: Array
     bias: Array
 
-
-class OutOfFold(NamedTuple):
-    """A cross-validation: mean `losses` (G,), `logits` (N, K), and `distances` (N,) from the mean image."""
-
-    losses: Array
-    logits: Array
-    distances: Array
+    def logits(self, inputs: NDArray[np.floating]) -> Array:
+        """Compute logits (n, K) of inputs (n, D)."""
+        return inputs @ self.weight.T + self.bias
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Inputs of N images in a basis of their span, `reduced` (N, R), with `targets`.
+class Moments(NamedTuple):
+    """Sums over inputs with a 1 at the end: `products` (R + 1, R + 1), and `sums` (K, R + 1) by class."""
 
-    An input is `(vector - center) * scale`, and `basis` (D, R) is orthonormal.
-    """
+    products: Array
+    sums: Array
 
-    reduced: Array
-    basis: Array
-    center: Array
-    scale: Array
-    targets: Targets
+    def discriminate(self, activation: Activation) -> LinearHead:
+        """Fit a head with a shrunk covariance; its logits have no scale yet, and no frequencies of classes.
+
+        With "softmax", the covariance is that within the classes, and a class is compared with the mean of
+        all class means. With "sigmoid", each class is compared with the images that do not show it.
+        """
+        sums_KR, counts_K1, counts_K = self.sums[:, :-1], self.sums[:, -1:], self.sums[:, -1]
+        total_R, count = self.products[-1, :-1], self.products[-1, -1]
+        means_KR, mean_R = sums_KR / np.maximum(counts_K1, 1), total_R / max(1, count)
+        total_RR = self.products[:-1, :-1] - count * np.outer(mean_R, mean_R)
+        if activation == "softmax":
+            present = counts_K > 0
+            others_KR = np.broadcast_to(means_KR.sum(axis=0) / max(1, present.sum()), means_KR.shape)
+            scatter_RR = self.products[:-1, :-1] - sums_KR.T @ means_KR
+        else:
+            present = (counts_K > 0) & (counts_K < count)
+            others_KR = (total_R - sums_KR) / np.maximum(count - counts_K1, 1)
+            scatter_RR = total_RR
+        # With one image per class, nothing is known of the scatter within classes.
+        trace = max(np.trace(scatter_RR), 1e-6 * np.trace(total_RR)) or 1.0
+        shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / len(mean_R) * np.eye(len(mean_R))
+        differences_KR = np.where(present[:, None], means_KR - others_KR, 0)
+        weight = count * solve(shrunk_RR, differences_KR.T, assume_a="pos").T
+        if activation == "sigmoid":  # without the scatter between presence and absence (Sherman, Morrison)
+            shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
+            between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
+            weight /= np.maximum(1 - between_K, 1e-6)[:, None]
+        bias = -(weight * (means_KR + others_KR)).sum(axis=1) / 2
+        # A class without images is never the largest: the mean of the others is at least their lowest bias.
+        bias[~present] = bias[present].min(initial=0.0) - np.log(count + 1.0)
+        return LinearHead(weight, bias)
+
+
+class Scaling(NamedTuple):
+    """What makes logits of the scores of a head: they are score / `temperature` + `exponent` * frequency."""
+
+    temperature: float
+    exponent: float
 
     @classmethod
-    def create(cls, parts: Sequence[NDArray[np.floating]], targets: Targets) -> "Problem":
-        """Build the problem of the vectors whose *parts* are (N, D_i): center, scale and project them.
+    def fit(cls, scores_VNK: Array, targets: Targets) -> "Scaling":
+        """Minimize the loss of V cross-validations, in which all classes have equal weights.
+
+        The exponent corrects that the mean of few images is less certain, so that its distance from other
+        images is larger; it has a normal prior. The targets are smoothed by 1 / (N + 2), the rule of
+        succession: without errors, the temperature would otherwise be 0.
+        """
+        count, classes_NK, frequencies_K = len(targets.classes), targets.classes, targets.frequencies()
+        wrong = 1 / (count + 2)
+        if targets.activation == "softmax":
+            smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / max(1, classes_NK.shape[1] - 1)
+            weights_N = classes_NK @ (1 / np.maximum(classes_NK.sum(axis=0), 1))
+        else:
+            smooth_NK, weights_N = classes_NK * (1 - 2 * wrong) + wrong, np.ones(count)
+        shares_N11 = (weights_N / weights_N.sum() / len(scores_VNK))[:, None]
+        unit = float(scores_VNK.std()) or 1.0
+
+        def loss(parameters: Array) -> tuple[float, Array]:
+            """Compute the loss and its gradient by log(unit / temperature) and the exponent."""
+            scaled = np.exp(parameters[0]) / unit * scores_VNK
+            logits = scaled + parameters[1] * frequencies_K
+            if targets.activation == "softmax":
+                log_probabilities = log_softmax(logits, axis=-1)
+                losses, errors = -smooth_NK * log_probabilities, np.exp(log_probabilities) - smooth_NK
+            else:
+                losses, errors = np.logaddexp(0.0, logits) - smooth_NK * logits, expit(logits) - smooth_NK
+            errors = shares_N11 * errors
+            prior = parameters[1] / count
+            gradient = [(errors * scaled).sum(), (errors * frequencies_K).sum() + prior]
+            return float((shares_N11 * losses).sum() + prior * parameters[1] / 2), np.asarray(gradient)
+
+        found = minimize(loss, np.zeros(2), jac=True, method="BFGS").x
+        return cls(unit / float(np.exp(found[0])), float(found[1]))
+
+
+class Space(NamedTuple):
+    """The span of vectors: an input is `(vector - center) * scale`, and `basis` (D, R) is orthonormal."""
+
+    center: Array
+    scale: Array
+    basis: Array
+
+    @classmethod
+    def of(cls, parts: Sequence[NDArray[np.floating]]) -> "Space":
+        """Build the space of the vectors whose *parts* are (M, D_i).
 
         Each part is divided by the root of its mean squared norm, so that statistics of different lengths and
         units have equal weights. No target is used for this.
         """
-        count = len(parts[0])
-        blocks = [slice(start, start + ROWS) for start in range(0, count, ROWS)]  # to save memory
-        centers, scales = [], []
-        for part in parts:
-            center = part.mean(axis=0, dtype=np.float64)
-            squares = sum(float(np.square(part[block] - center).sum()) for block in blocks)
-            norm = np.sqrt(squares / count) or 1.0  # 0 if all images have the same part
-            centers.append(center)
-            scales.append(np.full(len(center), 1 / norm))
-        center_D, scale_D = np.concatenate(centers), np.concatenate(scales)
+        centers = [part.mean(axis=0, dtype=np.float64) for part in parts]
+        centered = [part - center for part, center in zip(parts, centers, strict=True)]
+        # 0 if all images have the same part
+        norms = [np.sqrt(np.square(part).sum(axis=1).mean()) or 1.0 for part in centered]
+        scales = [np.full(part.shape[1], 1 / norm) for part, norm in zip(parts, norms, strict=True)]
+        inputs = np.concatenate([part / norm for part, norm in zip(centered, norms, strict=True)], axis=1)
+        return cls(np.concatenate(centers), np.concatenate(scales), np.linalg.qr(inputs.T)[0])
 
-        def inputs(images: Any) -> Array:
-            """Compute the inputs (n, D) of *images*, a slice or indices."""
-            return (np.concatenate([part[images] for part in parts], axis=1) - center_D) * scale_D
+    def project(self, vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Compute the coordinates (n, R) of *vectors* (n, D)."""
+        return (((vectors - self.center) * self.scale) @ self.basis).astype(np.float32)
 
-        # At most `MAX_RANK` random images. If these are all, they are in their order, and the basis is exact.
-        spanning = np.sort(np.random.default_rng(0).permutation(count)[:MAX_RANK])
-        basis = np.linalg.qr(inputs(spanning).T)[0]  # (D, R)
-        reduced = np.concatenate([inputs(block) @ basis for block in blocks])
-        return cls(reduced, basis, center_D, scale_D, targets)
 
-    def fit(self, images: Indices, grid: Sequence[float]) -> Iterator[LinearHead]:
-        """Fit a head on `reduced` to *images* for each C of *grid*, in this order.
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """N images with `targets`: coordinates `reduced` (N, R) of their vectors in `space`, and `own` (N, D_0).
 
-        With "sigmoid", each class is a problem with the classes "absent" and "present", whose difference of
-        logits is the logit of the class.
-        """
-        inputs, classes = self.reduced[images], self.targets.classes[images]
-        weights = self.targets.weights[images]
-        if self.targets.activation == "softmax":
-            yield from _fit_softmax(inputs, classes, weights, grid)
-            return
-        absent_and_present = (np.stack([1 - column, column], axis=1) for column in classes.T)  # (n, 2) each
-        # For each class, an iterator over its heads (two rows), one for each C.
-        heads_of_classes = [_fit_softmax(inputs, pair, weights, grid) for pair in absent_and_present]
-        for heads in zip(*heads_of_classes, strict=True):  # of all classes, for the next C
-            yield LinearHead(
-                np.stack([head.weight[1] - head.weight[0] for head in heads]),
-                np.stack([head.bias[1] - head.bias[0] for head in heads]),
-            )
+    The latter are the network's own vectors, scaled to length 1.
+    """
 
-    def cross_validate(
-        self, folds_N: Indices, grid: Sequence[float] = GRID, fitted: NDArray[np.bool_] | bool = True
-    ) -> Array:
-        """Compute out-of-fold logits (G, N, K): those of an image by heads that were fitted without its fold.
+    space: Space
+    reduced: NDArray[np.float32]
+    own: NDArray[np.float32]
+    targets: Targets
+
+    def cross_validate(self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True) -> Array:
+        """Compute out-of-fold scores (N, K): those of an image by a head that was fitted without its fold.
 
         *fitted* (N,) selects the images to which heads are fitted, by default all.
         """
-        logits_GNK = np.zeros((len(grid), *self.targets.classes.shape))
-        for fold in range(int(folds_N.max()) + 1):
+        scores_NK = np.zeros(self.targets.classes.shape)
+        moments = [self.moments((folds_N == fold) & fitted) for fold in range(int(folds_N.max()) + 1)]
+        products, sums = np.sum([one.products for one in moments], axis=0), sum(one.sums for one in moments)
+        for fold, held in enumerate(moments):
+            head = Moments(products - held.products, sums - held.sums).discriminate(self.targets.activation)
             tested = folds_N == fold
-            for number, head in enumerate(self.fit(np.flatnonzero(fitted & ~tested), grid)):  # of each C
-                logits_GNK[number, tested] = self.reduced[tested] @ head.weight.T + head.bias
-        return logits_GNK
+            scores_NK[tested] = head.logits(self.reduced[tested])
+        return scores_NK
 
-    def out_of_fold(self, folds_N: Indices) -> "OutOfFold":
-        """Cross-validate; the images of a fold have no part in its choice of C (`compose`)."""
-        logits_GNK = self.cross_validate(folds_N)
-        losses_GN = self.targets.losses(logits_GNK)
-        logits_NK = compose(losses_GN, logits_GNK, folds_N)
-        return OutOfFold(losses_GN.mean(axis=1), logits_NK, self.distances(folds_N))
+    def moments(self, images: NDArray[np.bool_]) -> Moments:
+        """Compute the sums over *images* (N,), in blocks to save memory."""
+        (num_classes, rank), chosen = (
+            (self.targets.classes.shape[1], self.reduced.shape[1]),
+            np.flatnonzero(images),
+        )
+        products, sums = np.zeros((rank + 1, rank + 1)), np.zeros((num_classes, rank + 1))
+        for block in np.array_split(chosen, 1 + len(chosen) // ROWS):
+            inputs = np.pad(self.reduced[block].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
+            products += inputs.T @ inputs
+            sums += self.targets.classes[block].T @ inputs
+        return Moments(products, sums)
 
-    def doubt_labels(self, logits_NK: Array, folds_N: Indices, strength: float) -> Array:
+    def scale_scores(self, scores_NK: Array, scaling: Scaling) -> Array:
+        """Compute logits (N, K) of out-of-fold scores."""
+        return scores_NK / scaling.temperature + scaling.exponent * self.targets.frequencies()
+
+    def doubt_labels(self, logits_NK: Array, folds_N: Indices, scaling: Scaling) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
         A label is doubtful if, by the out-of-fold *logits_NK*, its probability is below `IMPLAUSIBLE` and
@@ -213,84 +278,49 @@ class Problem:
         doubted_N = other_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
         if not doubted_N.any():
             return logits_NK
-        return self.cross_validate(folds_N, [strength], fitted=~doubted_N)[0]
+        return self.scale_scores(self.cross_validate(folds_N, ~doubted_N), scaling)
 
-    def fit_all(self, strength: float) -> LinearHead:
-        """Fit a head to all images with C = *strength*; it reads the vectors of the network, not `reduced`.
-
-        Like the heads of the cross-validation, it starts from the head of the next smaller C of `GRID`. For a
-        large C, the solver stops before the optimum, so that its logits depend on the start. Thresholds that
-        were fitted to out-of-fold logits must suit this head, too.
-        """
-        *_, head = self.fit(np.arange(len(self.reduced)), GRID[: GRID.index(strength) + 1])  # the last one
+    def fit_all(self, scaling: Scaling) -> LinearHead:
+        """Fit a head to all images; it reads the vectors of the network, not `reduced`, and gives logits."""
+        head = self.moments(np.ones(len(self.reduced), np.bool_)).discriminate(self.targets.activation)
         # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @ (vector - center).
-        weight_KD = (head.weight @ self.basis.T) * self.scale
-        return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
+        weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
+        return LinearHead(weight_KD, self.scale_scores(head.bias, scaling) - weight_KD @ self.space.center)
 
-    def distances(self, folds_N: Indices) -> Array:
-        """Compute the distance (N,) of each input from the mean of the images of the other folds."""
-        distances_N = np.zeros(len(self.reduced))
+    def class_sums(self, images: NDArray[np.bool_] | slice = slice(None)) -> Array:
+        """Compute the sum (K, D_0) of the own vectors of each class over *images*."""
+        return self.targets.classes[images].T @ self.own[images]
+
+    def cosines(self, folds_N: Indices) -> Array:
+        """Compute the cosine (N,) of each own vector and the nearest class mean of the other folds."""
+        cosines_N, total_KD = np.zeros(len(self.own)), self.class_sums()
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
-            center_R = self.reduced[~tested].mean(axis=0)
-            distances_N[tested] = np.linalg.norm(self.reduced[tested] - center_R, axis=1)
-        return distances_N
+            present_K = self.targets.classes[~tested].sum(axis=0) > 0
+            means_KD = unit_length((total_KD - self.class_sums(tested))[present_K])
+            cosines_N[tested] = (self.own[tested] @ means_KD.T).max(axis=1)
+        return cosines_N
 
-    def distance_weight(self, logits_NK: Array, distances_N: Array) -> float:
-        """Compute the weight w: all logits of an image are reduced by w times its distance (*distances_N*).
+    def class_means(self) -> NDArray[np.float32]:
+        """Compute the mean own vector (K, D_0) of each class, scaled to length 1.
 
-        The logits of a linear classifier grow with the distance from the mean of the training images, also
-        for images that resemble none of them. The subtraction lowers the energy of distant images and keeps
-        all probabilities; ViM subtracts the norm of a residual (Wang et al., CVPR 2022, section 4). With the
-        standard deviations s over the images, w = `DISTANCE_WEIGHT` * s(energy) / s(distance).
+        A class without images has that of another one, which changes no largest cosine.
         """
-        if self.targets.activation == "sigmoid":  # no energy is used there
-            return 0.0
-        return DISTANCE_WEIGHT * float(energy(logits_NK).std() / max(distances_N.std(), 1e-12))
+        present_K = self.targets.classes.sum(axis=0) > 0
+        return unit_length(
+            self.class_sums()[np.where(present_K, np.arange(present_K.size), present_K.argmax())]
+        )
+
+    def cosines_without_class(self) -> Array:
+        """Compute the cosine (N,) of each own vector and the nearest mean of the other classes."""
+        cosines_NK = self.own @ self.class_means().T
+        return np.where(self.targets.classes > 0, -1.0, cosines_NK).max(axis=1)
 
 
-def _fit_softmax(
-    inputs: Array, classes: Array, image_weights: Array, grid: Sequence[float]
-) -> Iterator[LinearHead]:
-    """Fit a head to one-hot *classes* (N, K) for each C of *grid*, starting from the head of the previous C.
-
-    A class without images gets the same low logit for every image.
-    """
-    present = np.flatnonzero(classes.any(axis=0))  # indices of the P classes with images
-    targets, shares = classes[:, present], image_weights / image_weights.sum()
-    parameters = np.zeros((len(present), inputs.shape[1] + 1))  # (P, R + 1): the last column is the bias
-    # For two classes, scikit-learn fits only the difference d of their rows and regularizes |d|^2. The rows
-    # here are then d / 2 and -d / 2, whose squared norms add up to |d|^2 / 2, so they count twice.
-    norm_factor = 2 if len(present) == 2 else 1
-    for strength in grid:
-        if len(present) > 1:  # otherwise there is nothing to fit, or no image at all
-            regularization = norm_factor / (strength * image_weights.sum())
-            fixed = (inputs, targets, shares, regularization)  # the other arguments of the loss
-            found = minimize(_softmax_loss, parameters.ravel(), fixed, "L-BFGS-B", jac=True, options=_OPTIONS)
-            parameters = found.x.reshape(parameters.shape)
-        # By the rule of succession, a class without images has the probability 1 / (N + 2), odds of 1 to
-        # N + 1: its logit is log(N + 1) below that of another class, here the lowest bias (at most 0).
-        absent_logit = parameters[:, -1].min(initial=0.0) - np.log(len(inputs) + 1.0)
-        weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.full(classes.shape[1], absent_logit)
-        weight[present], bias[present] = parameters[:, :-1], parameters[:, -1]
-        yield LinearHead(weight, bias)
-
-
-def _softmax_loss(
-    parameters: Array, inputs: Array, targets: Array, shares: Array, regularization: float
-) -> tuple[float, Array]:
-    """Compute the loss of a linear classifier, and its gradient by *parameters*, both (K * (R + 1),).
-
-    The parameters are a row (weight, bias) for each class, joined. *inputs* are (N, R), *targets* (N, K), and
-    *shares* (N,) the weights of the images, with the sum 1.
-    """
-    weight, bias = np.split(parameters.reshape(targets.shape[1], -1), [-1], axis=1)  # (K, R) and (K, 1)
-    log_probabilities = log_softmax(inputs @ weight.T + bias[:, 0], axis=1)  # (N, K)
-    loss = regularization / 2 * np.square(weight).sum() - shares @ (targets * log_probabilities).sum(axis=1)
-    grad_logits = shares[:, None] * (np.exp(log_probabilities) - targets)  # (N, K)
-    grad_weight = grad_logits.T @ inputs + regularization * weight
-    grad_bias = grad_logits.sum(axis=0)[:, None]
-    return float(loss), np.concatenate([grad_weight, grad_bias], axis=1).ravel()
+def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Scale *vectors* (n, D) to length 1; zeros remain."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
 def _spread(strata_N: NDArray[np.int64], groups_N: Indices, count: int, seed: int) -> Indices:
@@ -332,31 +362,6 @@ def _most_even_fold(images_FS: Array, group_S: Array, sizes_S: Indices) -> int:
         if unevenness_F[fold] < unevenness_F[best] or (is_as_even and is_smaller):
             best = fold
     return best
-
-
-def compose(losses_GN: Array, logits_GNK: Array, folds_N: Indices) -> Array:
-    """Choose one of the G values of C for each fold by the losses on other folds; join the logits to (N, K).
-
-    The images of a fold have no part in the choice that is scored on them (Varma and Simon, 2006).
-    """
-    composed_NK = np.zeros(logits_GNK.shape[1:])
-    for fold in range(int(folds_N.max()) + 1):
-        tested = folds_N == fold
-        chosen = losses_GN[:, ~tested].mean(axis=1).argmin()  # index of C
-        composed_NK[tested] = logits_GNK[chosen, tested]
-    return composed_NK
-
-
-def shift_energies(validations: Sequence[OutOfFold], distance_weight: float) -> Array:
-    """Shift the logits (N, K) of the first validation to the mean energies of all *validations*.
-
-    As in the deployed network, *distance_weight* times the distance is subtracted. All logits of an image are
-    shifted by the same number, which shifts the energy (log-sum-exp) by it, too, and keeps the probabilities.
-    """
-    energies = [energy(one.logits) - distance_weight * one.distances for one in validations]
-    logits_NK = validations[0].logits
-    shifts_N = np.mean(energies, axis=0) - energy(logits_NK)
-    return logits_NK + shifts_N[:, None]
 
 
 def estimate(

@@ -24,7 +24,7 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
     recipe = _default_recipe()
     strategy = Strategy(select_device(recipe.device))
     model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used
-    features = Features(recipe, "gap+mean", model.to(strategy.device), images, on_image)
+    features = Features(recipe, "gap", model.to(strategy.device), images, on_image)
     return connect(len(images), features.find_copies(images), features.hashes, images.groups)
 
 

@@ -1,7 +1,7 @@
 """The frozen network with the features of all images, and the network with a fitted classifier."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from sopdeploy.photos.copies import Copies, find_pairs
 from sopdeploy.photos.photo import Dataset, LabeledImages, Photo, image_errors
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
-from sopdeploy.training.few_shot.classifier import Indices, LinearHead, Problem
+from sopdeploy.training.few_shot.classifier import MAX_RANK, Indices, LinearHead, Problem, Space, unit_length
 from sopdeploy.training.recipe import Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
@@ -36,9 +36,10 @@ PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,2
 class Features:
     """The network of *recipe* with the features of *images*.
 
-    `full` is a copy of the network with the head that reads all statistics, `vectors` (N, D) are the inputs
-    of this head, `views` those of `average_views`, `hashes` and `file_hashes` (N,) those of the pixels and of
-    the files. `head` is the head to fit, of the configured *kind*.
+    `full` is a copy of the network with the head that reads all statistics, `head` the head to fit, of the
+    configured *kind*. In `space`, the span of the inputs of `head`, `reduced` (N, R) are their coordinates.
+    `own` (N, D_0) are the network's own vectors of length 1, `views` those of `average_views`, `hashes` and
+    `file_hashes` (N,) those of the pixels and of the files.
     """
 
     def __init__(
@@ -51,26 +52,57 @@ class Features:
     ) -> None:
         self.recipe, self.model, self.full = recipe, model, full_head(recipe, model)
         self.outputs = CachedNetwork(self.full, recipe)
-        features = compute_features(self.outputs, images, on_image)
-        self.vectors, self.views, self.hashes, self.file_hashes = features
         self.head = head_to_fit(self.full, kind)
+        self._compute(images, on_image)
 
-    def columns(self, head: HeadConfig) -> list[slice]:
-        """Find the columns of `vectors` that *head* reads: one slice per statistic and tap.
+    @torch.no_grad()
+    def _compute(self, images: LabeledImages, on_image: Callable[[int, int], None]) -> None:
+        """Fit the projections of the network to its feature maps, and compute the features of *images*.
 
-        A vector of `full` is the network's own vector ("gap"), then the means of all taps, then all roots.
+        The images are shuffled, so that the first ones show many classes: these determine the projections and
+        the space. *on_image* receives the numbers of images done and in total.
         """
-        pooled = self.full.pooled_head
-        means = [("mean", tap, length) for tap, length in pooled.channels.items()]
-        roots = [("isqrt", tap, pooled.pooling(tap).out_features) for tap in pooled.channels]
-        own_length = self.full.num_features() - sum(length for _, _, length in means + roots)
-        columns, start = [], 0
-        for statistic, tap, length in [("gap", None, own_length), *means, *roots]:
-            reads_tap = tap is None or tap in (head.taps or ())  # the network's own vector is of no tap
-            if statistic in head.parts and reads_tap:
-                columns.append(slice(start, start + length))
-            start += length
-        return columns
+        count, outputs = len(images), self.outputs
+        batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
+        first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
+        self.full.pooled_head.fit_projection([batch.maps for batch in first])
+        columns = self.columns()
+        waiting: list[tuple[list[int], Any]] = []  # indices and vectors, until the space is known
+        hashes: dict[int, str] = {}
+        self.file_hashes = np.zeros(count, np.int64)
+        for batch in chain(first, batches):
+            vectors = outputs.vectors(batch)
+            views = average_views(batch.own_vectors, batch.maps)  # (B, V, C) for each map
+            if not hashes:  # the first batch gives their shapes
+                self.views = [np.zeros((count, *part.shape[1:]), np.float32) for part in views]
+                self.own = np.zeros((count, columns[0].stop), np.float32)
+            for of_all, of_batch in zip(self.views, views, strict=True):
+                of_all[batch.indices] = of_batch
+            self.own[batch.indices] = unit_length(vectors[:, columns[0]])
+            self.file_hashes[batch.indices] = batch.file_hashes
+            hashes.update(zip(batch.indices, batch.hashes, strict=True))
+            waiting.append((batch.indices, vectors))
+            if len(hashes) >= min(count, MAX_RANK):
+                self._project(waiting, columns)
+                waiting = []
+            on_image(len(hashes), count)
+        self.hashes = [hashes[index] for index in range(count)]
+
+    def _project(self, waiting: list[tuple[list[int], Any]], columns: Sequence[slice]) -> None:
+        """Compute `reduced` of images from their indices and vectors; the first ones determine the space."""
+        indices = np.concatenate([np.asarray(of_batch, np.intp) for of_batch, _ in waiting])
+        parts = [np.concatenate([vectors[:, part] for _, vectors in waiting]) for part in columns]
+        if not hasattr(self, "space"):
+            self.space = Space.of([part[:MAX_RANK] for part in parts])
+            self.reduced = np.zeros((len(self.own), self.space.basis.shape[1]), np.float32)
+        self.reduced[indices] = self.space.project(np.concatenate(parts, axis=1))
+
+    def columns(self) -> list[slice]:
+        """Find the columns of a vector of `full` that `head` reads: own vector, and roots of each tap."""
+        lengths = [self.full.pooled_head.pooling(tap).out_features for tap in self.full.pooled_head.channels]
+        ends = [self.full.num_features() - sum(lengths[number:]) for number in range(len(lengths) + 1)]
+        parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        return parts if self.head.taps else parts[:1]
 
     @torch.no_grad()
     def find_copies(self, images: LabeledImages) -> Indices:
@@ -83,24 +115,18 @@ class Features:
         return find_pairs(self.views, whole, copies.originals, images.targets, self.hashes)
 
     @torch.no_grad()
-    def build(self, problem: Problem, fitted: LinearHead, distance_weight: float) -> SecondOrderHead:
-        """Build the network with the head that was *fitted* to *problem*.
-
-        The logits are reduced by *distance_weight* times the distance from the mean of the training images.
-        """
-        with_distance = distance_weight > 0
-        config = self.head.model_copy(update={"distance": with_distance})
+    def build(self, problem: Problem, fitted: LinearHead) -> SecondOrderHead:
+        """Build the network with the head that was *fitted* to *problem*."""
+        has_energy = problem.targets.activation == "softmax"
+        config = self.head.model_copy(update={"cosine": has_energy})
         model = with_head(self.recipe.model.name, self.model, config)
-        pooled, weight = model.pooled_head, fitted.weight
+        pooled = model.pooled_head
         if pooled.poolings:  # the head reads roots of covariances: it gets the projections that `full` fitted
             for tap in pooled.channels:
                 pooled.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
-        if with_distance:  # the head appends the distance to its vector
-            pooled.center.copy_(torch.from_numpy(problem.center))
-            pooled.scale.copy_(torch.from_numpy(problem.scale))
-            of_distance = np.full((len(weight), 1), -distance_weight)
-            weight = np.concatenate([weight, of_distance], axis=1)
-        pooled.fc.weight.copy_(torch.from_numpy(weight))
+        if has_energy:
+            pooled.means.copy_(torch.from_numpy(problem.class_means()))
+        pooled.fc.weight.copy_(torch.from_numpy(fitted.weight))
         pooled.fc.bias.copy_(torch.from_numpy(fitted.bias))
         return model.eval()
 
@@ -241,36 +267,6 @@ class CachedNetwork:
         ]
 
 
-@torch.no_grad()
-def compute_features(
-    outputs: CachedNetwork, images: LabeledImages, on_image: Callable[[int, int], None]
-) -> tuple[NDArray[np.float32], list[NDArray[np.float32]], list[str], NDArray[np.int64]]:
-    """Fit the projections of the network to its feature maps, and compute the vectors that its head reads.
-
-    Returns the vectors (N, D) of all images, their `average_views`, and the hashes of pixels and files (N,).
-    *on_image* receives the numbers of images done and in total.
-    """
-    shuffled = np.random.default_rng(0).permutation(len(images))  # so that the first show many classes
-    batches = outputs.batches(images, shuffled.tolist())  # an iterator, which continues after `first`
-    first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
-    outputs.network.pooled_head.fit_projection([batch.maps for batch in first])
-    vectors = np.zeros((len(images), outputs.network.num_features()), np.float32)
-    views: list[NDArray[np.float32]] = []  # (N, V, C) for each map
-    hashes: dict[int, str] = {}
-    file_hashes = np.zeros(len(images), np.int64)
-    for batch in chain(first, batches):
-        vectors[batch.indices] = outputs.vectors(batch)
-        file_hashes[batch.indices] = batch.file_hashes
-        views_of_batch = average_views(batch.own_vectors, batch.maps)  # (B, V, C) for each map
-        if not views:  # the first batch gives their shapes
-            views = [np.zeros((len(images), *part.shape[1:]), np.float32) for part in views_of_batch]
-        for of_all, of_batch in zip(views, views_of_batch, strict=True):
-            of_all[batch.indices] = of_batch
-        hashes.update(zip(batch.indices, batch.hashes, strict=True))
-        on_image(len(hashes), len(images))
-    return vectors, views, [hashes[index] for index in range(len(images))], file_hashes
-
-
 def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
     """Average each of *maps* (B, C, H, W) as a whole and in its four corners, which overlap; (B, 5, C).
 
@@ -294,7 +290,7 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
     head = HeadConfig(kind="gap")
     if model.tap_channels:
         last_taps = tuple(model.tap_channels)[-TAPS:]
-        head = HeadConfig(kind="gap+mean+isqrt", taps=last_taps, width=WIDTH)
+        head = HeadConfig(kind="gap+isqrt", taps=last_taps, width=WIDTH)
     full = with_head(recipe.model.name, model, head).eval()
     vars(full)[IMAGES_FORMAT] = images_format(model)
     return full
@@ -308,5 +304,5 @@ def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
 
 def unfitted_network(recipe: Recipe, kind: HeadKind, model: Classifier) -> SecondOrderHead:
     """Build the network that a run would deploy, with a random head."""
-    head = head_to_fit(full_head(recipe, model), kind).model_copy(update={"distance": True})
+    head = head_to_fit(full_head(recipe, model), kind).model_copy(update={"cosine": True})
     return with_head(recipe.model.name, model, head).eval()

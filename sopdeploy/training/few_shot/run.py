@@ -1,7 +1,7 @@
 """The few-shot procedure: a linear classifier on first- and second-order statistics of a frozen network.
 
 1. Compute the features of the frozen network once per image.
-2. Cross-validate a linear classifier and choose the strength of its regularization.
+2. Cross-validate a linear discriminant and scale its logits so that their probabilities are right.
 3. Fit the classifier to all training images. The reported score stays the cross-validated one, or that of a
    held-out folder.
 
@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.decision import Decision, Estimate, sigmoid
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
+from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_thresholds, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
@@ -32,30 +33,22 @@ from sopdeploy.photos.photo import (
     unreadable_images_error,
 )
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.callback import Callback
+from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
-from sopdeploy.training.few_shot.classifier import (
-    GRID,
-    Array,
-    Indices,
-    Problem,
-    Targets,
-    estimate,
-    shift_energies,
-)
+from sopdeploy.training.few_shot.classifier import Array, Indices, Problem, Scaling, Targets, estimate
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.fits import FewShotFit, Position
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import best_record, last_few_shot_record, read_few_shot_fit
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import Start, place
+from sopdeploy.training.start import LOOP_INSTEAD, Start, place
 
-# Below this number of groups, the energies are the means of three cross-validations. The threshold is one of
-# the lowest energies, which other folds change: for 100 photographs of clothing, five seeds rejected 58 to
-# 75 % of unknown images with one cross-validation and 64 to 70 % with three.
+# Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
+# of the lowest cosines, which other folds change.
 FEW_GROUPS = 200
+UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result names it
 
 
 def fit_few_shot(
@@ -73,8 +66,7 @@ def fit_few_shot(
         folder.save_last(last_few_shot_record(start, fit))
     else:  # `rejection` may have changed
         fit = read_few_shot_fit(start, last, folder.last)
-        result, decision = _decide(start, fit.network, fit.result, fit.logits, fit.groups)
-        fit = replace(fit, result=result, decision=decision)
+        fit = _decide(start, fit)
     best, history = best_record(start, fit), fit.position.history
     folder.save_best(best)
     folder.save_history(history)
@@ -87,9 +79,11 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
     """Fit and evaluate the network of a new run."""
     since, recipe, images = time.monotonic(), start.recipe, start.data.train
     with handle_signals(start.strategy) as signals:
+        expected = ExpectedTime(callback, LOOP_INSTEAD)
 
         def on_progress(step: str, done: int, total: int) -> None:
             callback.on_stage(name=step, done=done, total=total)
+            expected.update(min(done, len(images)), len(images))  # the features take most of the time
             signals.exchange()
 
         try:
@@ -104,25 +98,23 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
             raise
         except DataError as error:
             raise unreadable_images_error(error, images, start.data.held_out) from None
-    result, decision = _decide(start, network, result, found.shifted_logits, found.groups)
     seconds = time.monotonic() - since
-    # The weights of the classes are for the fit only: the history shows the mean loss of all training images.
-    unweighted_N = found.targets.losses(found.shifted_logits) / found.targets.weights
-    losses = {"loss": float(unweighted_N.mean())}
+    losses = {"loss": float(found.targets.losses(found.shifted_logits).mean())}
     row = EpochRow(epoch=1, lr=recipe.optimizer.lr, losses=losses, metrics=metrics, seconds=seconds)
-    return FewShotFit(
+    fit = FewShotFit(
         name=head_name(recipe.model.name),
         network=network,
         position=Position(epoch=1, seconds=seconds, history=(row,)),
         file_hashes=found.features.file_hashes,
         result=result,
-        decision=decision,
         logits=found.shifted_logits,
         groups=found.groups,
         copies=found.copies,
         judged=found.judged,
         label_logits=label_logits,
+        left_out=found.left_out,
     )
+    return _decide(start, fit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +126,10 @@ class CrossValidation:
         groups, judged: The group (N,) of each image, and the indices of the images that the score counts.
         copies: The photograph (N,) that each image shows; those of an object are a group, too.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
-        shifted_logits: These logits with the mean energies of all cross-validations.
-        strength, distance_weight: The chosen C, and the weight of the distance in the network.
+        shifted_logits: These logits as the network computes them: their energies are cosines, the means of
+            all cross-validations. With several classes per image, `logits`.
+        left_out: The cosines (N,) of images whose class is left out; None with several classes per image.
+        scaling: The temperature of the logits, and the exponent of the frequencies of the classes.
         seconds: Time of each step.
     """
 
@@ -147,8 +141,8 @@ class CrossValidation:
     folds: Indices
     logits: Array
     shifted_logits: Array
-    strength: float
-    distance_weight: float
+    left_out: Array | None
+    scaling: Scaling
     seconds: dict[str, float]
 
     @property
@@ -167,14 +161,13 @@ class CrossValidation:
 
     def build(self) -> SecondOrderHead:
         """Build the network with the head that is fitted to all images."""
-        head = self.problem.fit_all(self.strength)
-        return self.features.build(self.problem, head, self.distance_weight)
+        return self.features.build(self.problem, self.problem.fit_all(self.scaling))
 
     def label_logits(self) -> Array | None:
         """Compute logits (N, K) that contradict wrong labels; None with several classes per image."""
         if self.targets.activation == "sigmoid":
             return None
-        return self.problem.doubt_labels(self.logits, self.folds, self.strength)
+        return self.problem.doubt_labels(self.logits, self.folds, self.scaling)
 
 
 def cross_validate(
@@ -211,13 +204,15 @@ def cross_validate(
     _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = _make_folds(targets, keys_N, config.folds, recipe.seed)
-    parts = [features.vectors[:, columns] for columns in features.columns(features.head)]
-    problem = Problem.create(parts, targets)
-    validations = [problem.out_of_fold(folds_N) for folds_N in folds_of_validations]
-    mean_losses_G = np.mean([one.losses for one in validations], axis=0)  # for each C of `GRID`
-    distance_weights = [problem.distance_weight(one.logits, one.distances) for one in validations]
-    distance_weight = float(np.mean(distance_weights))
-    shifted_NK = shift_energies(validations, distance_weight)
+    problem = Problem(features.space, features.reduced, features.own, targets)
+    scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
+    scaling = Scaling.fit(scores_VNK, targets)
+    logits_NK, left_out_N = problem.scale_scores(scores_VNK[0], scaling), None
+    shifted_NK = logits_NK
+    if targets.activation == "softmax":
+        cosines_N = np.mean([problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0)
+        shifted_NK = log_softmax(logits_NK, axis=1) + cosines_N[:, None]
+        left_out_N = problem.cosines_without_class()
     seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}
     return CrossValidation(
         features=features,
@@ -226,10 +221,10 @@ def cross_validate(
         groups=groups_N,
         judged=judged,
         folds=folds_of_validations[0],  # the others count only in means
-        logits=validations[0].logits,
+        logits=logits_NK,
         shifted_logits=shifted_NK,
-        strength=GRID[int(mean_losses_G.argmin())],
-        distance_weight=distance_weight,
+        left_out=left_out_N,
+        scaling=scaling,
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )
 
@@ -306,38 +301,36 @@ def _evaluate(
         **{"map" if isinstance(score, MeanPrecision) else "top1": score},
         estimated_on=estimated_on,
         class_counts=dict(zip(images.labels, counts, strict=True)),
-        balanced=found.targets.balanced,
+        balanced=images.targets.ndim == 1 and max(counts) > UNEVEN * max(1, min(counts)),
         num_images=len(images),
         num_duplicates=len(images) - len(set(found.features.hashes)),
         **_describe_groups(images, found.targets, found.groups, found.copies),
         head=f"{recipe.model.name} {head.kind}{taps}",
-        num_features=len(found.problem.center),
-        strength=found.strength,
+        num_features=len(found.problem.space.center),
+        temperature=found.scaling.temperature,
         seconds=found.seconds,
     )
     return result, held_out_metrics(start.labels, logits, targets)
 
 
-def _decide(
-    start: Start, network: Classifier, result: Any, logits_NK: Array, groups_N: Indices
-) -> tuple[FewShotResult, Decision | None]:
-    """Fit the decision to out-of-fold logits; *result* is returned with why it has no threshold, if so.
-
-    The decision is None if nothing was fitted.
-    """
+def _decide(start: Start, fit: FewShotFit) -> FewShotFit:
+    """Fit the decision to the out-of-fold logits of *fit*; the result says why it has no threshold, if so."""
     recipe, targets, accepts = start.recipe, start.data.train.targets, start.recipe.rejection.accepts
     if start.activation == "sigmoid":
-        thresholds = fit_thresholds(targets, sigmoid(logits_NK))
-        return result, Decision(activation="sigmoid", thresholds=thresholds)
-    reason = missing_threshold(result.num_groups, logits_NK.shape[1], accepts)
+        thresholds = fit_thresholds(targets, sigmoid(fit.logits))
+        return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
+    result: Any = fit.result
+    reason = missing_threshold(result.num_groups, fit.logits.shape[1], accepts, MIN_COSINES)
     decision = fit_decision(
-        logits_NK,
+        fit.logits,
         targets.astype(np.int64),
         estimated_on="cross-validation",
         accepts=accepts,
-        scalable=False,  # heads that saw fewer images are less certain than the final one
-        groups=groups_N,
-        unknown=predict_unknown(network, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+        scalable=False,  # the network contains the temperature
+        groups=fit.groups,
+        unknown=predict_unknown(fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+        left_out=fit.left_out,
+        min_images=MIN_COSINES,
     )
     result = result.model_copy(update={"unknown": reason})
-    return result, None if decision == Decision() else decision
+    return replace(fit, result=result, decision=None if decision == Decision() else decision)

@@ -16,7 +16,7 @@ from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits, predict_unknown
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
-from sopdeploy.training.callback import Callback
+from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
 from sopdeploy.training.fits import Fit
@@ -50,13 +50,14 @@ def fit_loop(run: LoopRun, folder: RunFolder, callback: Callback) -> tuple[Fit, 
     pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0  # of held-out images
     data = run.start.data
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad)
+    expected = ExpectedTime(callback, "`epochs` changes it")
     save_derived_files(run, folder)  # the process may have been killed before it wrote them
     with handle_signals(run.strategy) as signals:
         try:
             while run.position.epoch < recipe.epochs:
                 signals.exchange()
                 run.start_epoch()
-                train_epoch(run, data.train, folder, signals, callback)
+                train_epoch(run, data.train, folder, signals, callback, expected)
                 evaluate_epoch(run, held_out, signals, callback)
                 folder.save_last(last_loop_record(run))
                 save_derived_files(run, folder)
@@ -83,7 +84,12 @@ def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[Augme
 
 
 def train_epoch(
-    run: LoopRun, images: LabeledImages, folder: RunFolder, signals: SignalState, callback: Callback
+    run: LoopRun,
+    images: LabeledImages,
+    folder: RunFolder,
+    signals: SignalState,
+    callback: Callback,
+    expected: ExpectedTime,
 ) -> None:
     """Run the remaining steps of the current epoch."""
     recipe, epoch = run.recipe, run.position.epoch
@@ -100,6 +106,7 @@ def train_epoch(
         since = now
         progress = {"epoch": epoch, "epochs": recipe.epochs, "step": step, "steps": len(batches)}
         callback.on_step_end(**progress, loss=float(loss.total))
+        expected.update(epoch * len(batches) + step + 1, recipe.epochs * len(batches))
         if signals.exchange(save_due=folder.is_save_due(recipe.save)):
             folder.save_last(last_loop_record(run))
 
@@ -171,7 +178,7 @@ def fit_best(
             targets,
             estimated_on="held-out",
             accepts=recipe.rejection.accepts,
-            scalable=model.logits_layer() is not None,
+            scalable=model.has_scalable_logits(),
             groups=held_out.images.groups,
             unknown=predict_unknown(model, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
         )

@@ -325,13 +325,20 @@ def test_an_export_compares_the_operators(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-STATISTICS = {"head": {"kind": "gap+mean+isqrt", "width": 8, "iterations": 3}}
+STATISTICS = {"head": {"kind": "gap+mean+isqrt", "width": 8, "iterations": 3, "cosine": True}}
 VIT = Small("head:timm:test_vit", 160, STATISTICS)
 
 
 def test_a_transformer_with_a_head_agrees_and_gpu_runtimes_accept_it(tmp_path: Path) -> None:
     assert agreed(VIT.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
     accepted(onnx.load(tmp_path / "model.onnx"), "fp32")
+
+
+def test_a_head_of_an_earlier_version_with_a_distance_agrees(tmp_path: Path) -> None:
+    head = {"head": {"kind": "gap+isqrt", "width": 8, "iterations": 3, "distance": True}}
+    assert agreed(
+        Small("head:resnet8", 16, head).trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx"
+    ).passed
 
 
 def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
@@ -345,4 +352,5 @@ def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
         "conv1.weight",  # reads the image
         "pooled_head.poolings.layer3_0.layer_reduce.weight",
         "pooled_head.fc.weight",
+        "pooled_head.means",
     }

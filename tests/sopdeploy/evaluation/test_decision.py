@@ -219,7 +219,11 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     rejected = energy(others / found.temperature) < rule.threshold
     assert rule.recognized == (rejected.sum(), 40)
     assert rule.recognized[0] > 30
-    assert dict(found.rows())["rejects"] == f"{rejected.sum()} of 40 photographs of other things"
+    left_out = np.linspace(rule.threshold - 1, rule.threshold + 2, 200)
+    tested = fit_decision(logits, targets, estimated_on="held-out", left_out=left_out)
+    assert tested.rejection.new_class == (67, 200)
+    assert dict(tested.rows())["a new class of this kind"] == "34 % rejected (each class left out once)"
+    assert dict(found.rows())["photographs of other things"] == f"{rejected.sum()} of 40 rejected"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,8 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     [
         (None, None, ""),
         (None, (0, 0), ""),
-        (None, (5, 9), ""),
+        (None, (8, 9), ""),
+        (None, (7, 9), "only 7 of 9 unknown images are recognized; add"),
         (None, (0, 9), "only 0 of 9 unknown images are recognized; add"),
         ((38, 40), (7, 40), "only 7 of 40 unknown images are recognized, 38 of 40 before; add"),
         ((38, 40), (24, 40), "only 24 of 40 unknown images are recognized, 38 of 40 before; add"),

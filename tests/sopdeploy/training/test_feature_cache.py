@@ -49,9 +49,8 @@ class Folder:
         fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
         model.load_state_dict(fitting, strict=False)
         self.computed = 0
-        outputs = features.CachedNetwork(features.full_head(recipe, model), recipe)
-        vectors, _, hashes, _ = features.compute_features(outputs, images, lambda done, total: None)
-        return vectors, hashes
+        found = features.Features(recipe, "gap+isqrt", model, images, lambda done, total: None)
+        return np.concatenate([found.own, found.reduced], axis=1), found.hashes
 
     def entries(self) -> list[Path]:
         """List the files of the cache."""

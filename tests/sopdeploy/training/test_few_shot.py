@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from scipy.special import log_softmax
-from sklearn.linear_model import LogisticRegression
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
@@ -30,11 +31,20 @@ from sopdeploy.models import registry, second_order_head
 from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import start_weights
-from sopdeploy.training.callback import Callback
+from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.few_shot.classifier import OutOfFold, Problem, Targets, compose, estimate
+from sopdeploy.training.few_shot.classifier import (
+    SHRINKAGE,
+    Problem,
+    Scaling,
+    Space,
+    Targets,
+    estimate,
+    unit_length,
+)
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
+from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import FEW_IMAGES, divide_images, select_procedure, start_run
 from sopdeploy.training.train import train_recipe
@@ -52,32 +62,59 @@ def blobs(count: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
 
 def softmax_targets(classes: np.ndarray, count: int = 4) -> Targets:
     """Build targets of one class per image."""
-    return Targets(np.eye(count)[classes], np.ones(len(classes)), classes, "softmax", False)
+    return Targets(np.eye(count)[classes], classes, "softmax")
 
 
-@pytest.mark.parametrize(("count", "multi_label"), [(40, False), (40, True), (10, False)])
-def test_the_head_is_scikit_learns_and_equals_its_linear_layer(count: int, multi_label: bool):
+def problem_of(parts: list[np.ndarray], targets: Targets, spanning: int | None = None) -> Problem:
+    """Build the problem of the vectors with *parts*, in the span of the first *spanning* ones."""
+    space = Space.of([part[:spanning] for part in parts])
+    return Problem(space, space.project(np.concatenate(parts, axis=1)), unit_length(parts[0]), targets)
+
+
+UNSCALED = Scaling(temperature=1.0, exponent=0.0)
+
+
+def scaled_inputs(parts: list[np.ndarray]) -> np.ndarray:
+    """Center and scale *parts* (N, D_i) as `Space.of` describes, and join them."""
+    centered = [part - part.mean(axis=0) for part in parts]
+    return np.concatenate([part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in centered], axis=1)
+
+
+@pytest.mark.parametrize("count", [40, 12])
+def test_the_head_is_scikit_learns_discriminant_and_equals_its_linear_layer(count: int):
     features, classes = blobs(count)
-    targets = softmax_targets(classes)
-    if multi_label:
-        both = targets.classes + np.eye(4)[(classes + 1) % 4]
-        targets = replace(targets, classes=both, activation="sigmoid")
-    head = Problem.create([features[:, :10], features[:, 10:]], targets).fit_all(3.0)
-    parts = [part - part.mean(axis=0) for part in (features[:, :10], features[:, 10:])]
-    scaled = np.concatenate([part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in parts], axis=1)
-    columns = targets.classes.T if multi_label else [classes]
-    expected = [
-        LogisticRegression(C=3.0, max_iter=2000, tol=1e-8).fit(scaled, column).decision_function(scaled)
-        for column in columns
-    ]
-    expected = np.stack(expected, axis=1) if multi_label else expected[0]
-    assert np.allclose(features @ head.weight.T + head.bias, expected, atol=0.05)
+    parts = [features[:, :10], features[:, 10:]]
+    problem = problem_of(parts, softmax_targets(classes))
+    head = problem.fit_all(UNSCALED)
+    equal = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=[1 / 4] * 4)
+    basis = np.linalg.qr(scaled_inputs(parts).T)[0]
+    inputs = scaled_inputs(parts) @ basis
+    expected = equal.fit(inputs, classes).decision_function(inputs)
+    found = features @ head.weight.T + head.bias
+    assert found.argmax(axis=1).tolist() == expected.argmax(axis=1).tolist()
+    centered = [logits - logits.mean(axis=1, keepdims=True) for logits in (found, expected)]
+    assert np.corrcoef(centered[0].ravel(), centered[1].ravel())[0, 1] > 0.99
+
+
+def test_several_classes_per_image_have_a_discriminant_each():
+    features, classes = blobs(40)
+    shown = np.eye(4)[classes] + np.eye(4)[(classes + 1) % 4]
+    targets = replace(softmax_targets(classes), classes=shown, activation="sigmoid")
+    head = problem_of([features], targets).fit_all(UNSCALED)
+    inputs = scaled_inputs([features])
+    ridge = SHRINKAGE * np.trace(inputs.T @ inputs) / inputs.shape[1] / (1 - SHRINKAGE)
+    for row, column in zip(head.weight, shown.T, strict=True):
+        # The discriminant of two classes has the direction of a ridge regression of their indicator.
+        expected = Ridge(alpha=ridge).fit(inputs, column).coef_
+        direction = row * np.sqrt(np.square(features - features.mean(axis=0)).sum(axis=1).mean())
+        assert direction / np.linalg.norm(direction) == pytest.approx(expected / np.linalg.norm(expected))
+    assert (((features @ head.weight.T + head.bias) > 0) == (shown > 0)).mean() > 0.9
 
 
 @pytest.mark.parametrize("classes", [[0, 1, 0, 1], [2, 2, 2, 2], [0, 1, 2, 2]])
 def test_a_class_without_images_is_never_the_answer(classes: list[int]):
     features = blobs(4)[0]
-    head = Problem.create([features], softmax_targets(np.asarray(classes))).fit_all(10.0)
+    head = problem_of([features], softmax_targets(np.asarray(classes))).fit_all(UNSCALED)
     assert (features @ head.weight.T + head.bias).argmax(axis=1).tolist() == classes
 
 
@@ -85,9 +122,40 @@ def test_labels_without_relation_to_the_images_are_estimated_at_chance():
     random, classes = np.random.default_rng(1), np.arange(60) % 4
     targets = softmax_targets(classes)
     assigned = targets.folds([str(number) for number in range(60)], 5, 0)
-    logits = Problem.create([random.normal(size=(60, 30))], targets).cross_validate(assigned)
-    composed = compose(targets.losses(logits), logits, assigned)
-    assert (composed.argmax(axis=1) == classes).mean() < 0.45
+    problem = problem_of([random.normal(size=(60, 30))], targets)
+    scores = problem.cross_validate(assigned)
+    assert (scores.argmax(axis=1) == classes).mean() < 0.45
+    scaling = Scaling.fit(scores[None], targets)
+    assert targets.losses(problem.scale_scores(scores, scaling)).mean() < np.log(4) + 0.05
+
+
+def test_the_temperature_is_finite_where_all_are_right_and_follows_the_errors():
+    random, classes = np.random.default_rng(0), np.arange(80) % 4
+    targets, right = softmax_targets(classes), 30 * np.eye(4)[classes]
+    sure = Scaling.fit(right[None], targets)
+    assert 1 < sure.temperature < 30
+    probabilities = softmax(right / sure.temperature)[np.arange(80), classes]
+    assert probabilities == pytest.approx(1 - 1 / 82, abs=1e-3)
+    unsure = Scaling.fit((right + 30 * random.normal(size=(80, 4)))[None], targets)
+    assert unsure.temperature > 2 * sure.temperature
+    assert sure.exponent == unsure.exponent == 0  # the classes are equally large
+
+
+def test_a_class_of_few_images_is_recognized_as_well_as_the_others():
+    features, classes = blobs(4000)
+    kept = np.concatenate(
+        [np.flatnonzero(classes == label)[:count] for label, count in enumerate((5, 40, 40, 40))]
+    )
+    targets = softmax_targets(classes[kept])
+    problem = problem_of([features[kept]], targets)
+    folds = targets.folds(list(map(str, kept)), 10, 0)
+    scaling = Scaling.fit(problem.cross_validate(folds)[None], targets)
+    assert scaling.exponent < 0
+    losses = []
+    for one in (scaling, scaling._replace(exponent=0.0)):
+        head = problem.fit_all(one)
+        losses.append(softmax_targets(classes).losses(features @ head.weight.T + head.bias).mean())
+    assert losses[0] < losses[1]
 
 
 def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
@@ -106,19 +174,34 @@ def test_a_class_of_two_images_does_not_halve_the_images_of_all_heads():
     assert folds[60] != folds[61]
 
 
+def test_every_fold_has_one_image_of_each_class_if_these_are_few():
+    classes = np.arange(40) % 4
+    keys = [str(number // 2) for number in range(40)]  # pairs of copies, of two classes
+    for targets, expected in ((softmax_targets(classes % 2, 2), 10), (softmax_targets(np.arange(20) % 4), 5)):
+        folds = targets.folds(
+            keys[: len(targets.classes)] if expected == 10 else list(map(str, range(20))), 10, 0
+        )
+        assert len(set(folds)) == expected
+        counts = np.stack([targets.classes[folds == fold].sum(axis=0) for fold in range(expected)])
+        assert (counts == counts[0]).all()
+
+
 def test_heads_without_doubted_labels_separate_wrong_labels_better():
     features, classes = blobs(80)
     wrong = np.arange(80) % 10 == 0
     labels = np.where(wrong, (classes + 1) % 4, classes)
     targets = softmax_targets(labels)
-    problem, folds = Problem.create([features], targets), targets.folds(list(map(str, range(80))), 10, 0)
-    first = problem.cross_validate(folds, [30.0])[0]
-    second = problem.doubt_labels(first, folds, 30.0)
+    problem, folds = problem_of([features], targets), targets.folds(list(map(str, range(80))), 10, 0)
+    scores = problem.cross_validate(folds)
+    scaling = Scaling.fit(scores[None], targets)
+    first = problem.scale_scores(scores, scaling)
+    second = problem.doubt_labels(first, folds, scaling)
     before, after = (-log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second))
-    assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.05
+    assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.02
     sure = 9.0 * np.eye(4)[labels]
-    assert problem.doubt_labels(sure, folds, 30.0) is sure
-    assert not problem.doubt_labels(-sure, folds, 30.0).any()  # all are doubted: no image is left to fit
+    assert problem.doubt_labels(sure, folds, scaling) is sure
+    none_left = problem.doubt_labels(-sure, folds, scaling)  # all are doubted: no image is left to fit
+    assert np.ptp(none_left, axis=0) == pytest.approx(0)
 
 
 def test_improbable_labels_are_listed_the_least_probable_first():
@@ -131,15 +214,14 @@ def test_improbable_labels_are_listed_the_least_probable_first():
     assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.06])
 
 
-def test_the_energies_of_few_images_are_means_of_three_cross_validations(tmp_path: Path, monkeypatch):
-    photos, first, calls = paint(tmp_path / "photos", 17), Problem.out_of_fold, []
+def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(tmp_path: Path, monkeypatch):
+    photos, first, calls = paint(tmp_path / "photos", 17), Problem.cosines, []
 
-    def with_larger_logits(problem: Problem, folds: np.ndarray) -> OutOfFold:
+    def with_larger_cosines(problem: Problem, folds: np.ndarray) -> np.ndarray:
         calls.append(folds)
-        found = first(problem, folds if len(calls) < 3 else calls[1])
-        return found._replace(logits=found.logits + 3 * (len(calls) > 2))
+        return first(problem, folds if len(calls) < 3 else calls[1]) + 3 * (len(calls) > 2)
 
-    monkeypatch.setattr(Problem, "out_of_fold", with_larger_logits)
+    monkeypatch.setattr(Problem, "cosines", with_larger_cosines)
     recipe = read_recipe("photos", [f"data.path={photos}", *SMALL, *FEW_SHOT])
     found = []
     for limit in (0, 200):
@@ -149,8 +231,8 @@ def test_the_energies_of_few_images_are_means_of_three_cross_validations(tmp_pat
     once, mean = (np.logaddexp.reduce(logits, axis=1) for logits in found)
     assert len(calls) == 1 + 3
     assert not np.array_equal(calls[1], calls[2])
+    assert (once <= 1).all()
     assert mean == pytest.approx(once + (0 + 3 + 3) / 3)
-    assert softmax(found[1]) == pytest.approx(softmax(found[0]))
 
 
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
@@ -180,6 +262,8 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     checkpoint = read_checkpoint(result.best)
     assert checkpoint.training["procedure"]["top1"]["count"] == 51
     assert checkpoint.model == result.model == "head:resnet8"
+    before = found.model_dump(mode="json", exclude={"temperature"}) | {"strength": 30.0}
+    assert read_result({"procedure": before}).top1 == found.top1  # of a version with a logistic regression
     test = paint(tmp_path / "test", 5, seed=1)
     scores = score_checkpoint(result.best, test).predictions
     assert np.mean([score.correct for score in scores]) > 0.8
@@ -255,11 +339,11 @@ def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: P
     assert found.top1.count == 6
     assert found.balanced
     assert found.class_counts["red"] == 3
-    assert "needs at least 50 images and there are 15" in found.unknown
+    assert "needs at least 20 images and there are 15" in found.unknown
     assert any("unknown images: not recognized" in line for line in found.lines())
 
 
-def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
+def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = [
@@ -273,7 +357,7 @@ def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
         read_recipe("photos", settings), RunFolder(tmp_path / "run", processes), None, Callback()
     )
     joined = start.data
-    assert start.reason.startswith("few-shot procedure: there are at most 10,000 images")
+    assert start.reason.startswith("few-shot procedure: there are at most 100,000 images")
     assert start.recipe.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
@@ -282,6 +366,12 @@ def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
     assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).procedure == LoopConfig()
+    monkeypatch.setattr("sopdeploy.training.start.FEW_IMAGES", 100)
+    folder = RunFolder(tmp_path / "other", processes)
+    reason = start_run(read_recipe("photos", settings), folder, None, Callback()).reason
+    assert reason.startswith(
+        "training loop: there are more than 100 images; procedure.kind=few_shot fits a head"
+    )
     for recipe in (loop, other):
         selected = select_procedure(recipe, len(data.train))
         assert selected.procedure == LoopConfig()
@@ -289,17 +379,46 @@ def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
         assert len(divided.train) + len(divided.held_out) == 120
 
 
-def test_a_head_that_reads_the_span_of_some_images_predicts_as_well(monkeypatch):
+def test_a_head_that_reads_the_span_of_some_images_predicts_as_well():
     features, classes = blobs(400)
     targets = softmax_targets(classes)
-    exact = Problem.create([features], targets).fit_all(10.0)
-    monkeypatch.setattr("sopdeploy.training.few_shot.classifier.MAX_RANK", 20)
-    monkeypatch.setattr("sopdeploy.training.few_shot.classifier.ROWS", 64)
-    problem = Problem.create([features], targets)
+    exact, problem = problem_of([features], targets), problem_of([features], targets, 20)
     assert problem.reduced.shape == (400, 20)
-    head = problem.fit_all(10.0)
-    right = [np.mean((features @ one.weight.T + one.bias).argmax(axis=1) == classes) for one in (exact, head)]
+    heads = [one.fit_all(UNSCALED) for one in (exact, problem)]
+    right = [np.mean(head.logits(features).argmax(axis=1) == classes) for head in heads]
     assert right[1] > right[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.5, []),  # the rest takes less than two minutes
+        (2.0, ["expected time: about 6 minutes; x"]),
+        (60.0, ["expected time: about 3.3 hours; x"]),
+    ],
+)
+def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: list[str]):
+    callback, now = RecordingCallback(), 0.0
+    told = ExpectedTime(callback, "x", clock=lambda: now)
+    for done in range(1, 201):
+        now = done * seconds
+        told.update(done, 200)
+    assert [values["message"] for _, values in callback.events] == expected
+
+
+def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
+    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 12)}"])
+    monkeypatch.setattr("sopdeploy.training.few_shot.features.MAX_RANK", 20)
+    found = []
+    first = Features.build
+    monkeypatch.setattr(
+        Features, "build", lambda features, *args: found.append(features) or first(features, *args)
+    )
+    train_recipe(recipe, tmp_path / "run")
+    (features,) = found
+    assert features.reduced.shape == (36, 20)
+    arrays = [value for value in vars(features).values() if isinstance(value, np.ndarray) and value.ndim == 2]
+    assert max(array.shape[1] for array in arrays) == features.own.shape[1] < features.full.num_features()
 
 
 def test_the_interval_of_the_map_is_that_of_resampled_images():

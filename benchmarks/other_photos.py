@@ -1,0 +1,230 @@
+"""Accuracy, log loss and `known` of the few-shot head on many kinds of photographs, against the former head.
+
+    python benchmarks/other_photos.py --photos GROUP/NAME=TRAIN,TEST ... --unknown DIR --weights FILE
+        --cache DIR [--sizes 10] [--draws 3] [--out FILE] [--json]
+
+TRAIN and TEST are folders <class>/*.jpg, --unknown photographs of other things, <folder>/*.jpg. GROUP tells
+which sets decided (A) and which confirmed (B). The features of EfficientNet-Lite0 with the weights FILE are
+computed once per set and kept in --cache. Each draw, whose seed is its number, takes --sizes photographs per
+class; the head is fitted and calibrated by the code of `train`, and tested on all of TEST. The former head is
+scikit-learn's LogisticRegression on the same scaled vectors, with C chosen by the loss in the same folds.
+
+"others" are up to 40 test photographs of each other set. --measure names the sets to measure, by default all.
+--out writes the means into a JSON file, of which `docs/generate.py` makes the table of the page. Exit status
+1: over sets of the group B, the gain is below 0.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from measure import Result, make_parser, one_line_errors, report
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
+
+from sopdeploy.evaluation.decision_fit import fit_decision
+from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.few_shot.classifier import MAX_RANK, Problem, Scaling, Space, Targets, unit_length
+from sopdeploy.training.few_shot.features import PROJECTION_IMAGES, CachedNetwork, full_head
+from sopdeploy.training.few_shot.run import FEW_GROUPS
+from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.start_weights import create_initial_model
+
+Array = NDArray[Any]
+STRENGTHS = 10.0 ** np.arange(0.5, 3.1, 0.5)  # of the former head, scikit-learn's C
+OTHERS = 40  # test photographs of each other set
+
+
+class Photographs(NamedTuple):
+    """Vectors (N, D) of training and test photographs, whose first `own` columns are the network's own."""
+
+    group: str
+    train: Array
+    classes: Array
+    test: Array
+    test_classes: Array
+    own: int
+
+    def parts(self, vectors: Array) -> list[Array]:
+        """Divide vectors into the network's own ones and the roots of two covariances."""
+        middle = (self.own + vectors.shape[1]) // 2
+        return [vectors[:, : self.own], vectors[:, self.own : middle], vectors[:, middle:]]
+
+
+@torch.no_grad()
+def compute_vectors(
+    folders: list[Path], labels: list[tuple[str, ...] | None], weights: Path, cache: Path
+) -> Any:
+    """Compute or read the vectors and classes of *folders*; the first one determines the projections."""
+    if cache.exists():
+        return dict(np.load(cache))
+    recipe = read_recipe("photos", ["data.path=.", f"start.weights={weights}"])
+    model, recipe, _ = create_initial_model(recipe, ("one", "other"), Strategy(torch.device("cpu")))
+    network = CachedNetwork(full_head(recipe, model), recipe)
+    found: dict[str, Array] = {
+        "own": np.asarray(network.network.head_inputs(torch.zeros(1, 3, 224, 224))[0].shape[1])
+    }
+    for number, (folder, names) in enumerate(zip(folders, labels, strict=True)):
+        images = open_any_images(folder) if names is None else open_evaluation_images(folder, names)
+        order = np.random.default_rng(0).permutation(len(images)).tolist()
+        if not number:
+            first = network.batches(images, order[:PROJECTION_IMAGES])
+            network.network.pooled_head.fit_projection([batch.maps for batch in first])
+        vectors = np.zeros((len(images), network.network.num_features()), np.float32)
+        for batch in network.batches(images, order):
+            vectors[batch.indices] = network.vectors(batch)
+        found |= {f"vectors{number}": vectors, f"classes{number}": images.targets}
+    np.savez(cache, allow_pickle=False, **found)
+    return found
+
+
+def fit_former(inputs: Array, classes: Array, folds: Array) -> LogisticRegression:
+    """Fit a logistic regression whose C has the smallest loss in *folds*."""
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of heads that do not converge
+        for strength in STRENGTHS:
+            head, loss = LogisticRegression(C=strength, max_iter=500), 0.0
+            for fold in np.unique(folds):
+                tested = folds == fold
+                head.fit(inputs[~tested], classes[~tested])
+                columns = np.searchsorted(head.classes_, classes[tested])
+                loss -= head.predict_log_proba(inputs[tested])[np.arange(tested.sum()), columns].sum()
+            losses.append(loss)
+        return LogisticRegression(C=STRENGTHS[int(np.argmin(losses))], max_iter=500).fit(inputs, classes)
+
+
+def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) -> dict[str, float]:
+    """Fit both heads to a draw; measure them on the test photographs and on *unknown* ones."""
+    random, count = np.random.default_rng(1000 * size + seed), int(photos.classes.max()) + 1
+    of_classes = [np.flatnonzero(photos.classes == label) for label in range(count)]
+    drawn = np.concatenate([random.permutation(of_class)[:size] for of_class in of_classes])
+    classes, parts = photos.classes[drawn], photos.parts(photos.train[drawn])
+    targets, space = (
+        Targets(np.eye(count)[classes], classes, "softmax"),
+        Space.of([part[:MAX_RANK] for part in parts]),
+    )
+    reduced = space.project(photos.train[drawn])
+    problem = Problem(space, reduced, unit_length(parts[0]), targets)
+    keys = [str(index) for index in range(len(drawn))]
+    folds = [targets.folds(keys, 10, number) for number in range(3 if len(drawn) < FEW_GROUPS else 1)]
+    scores = np.stack([problem.cross_validate(one) for one in folds])
+    scaling = Scaling.fit(scores, targets)
+    cosines = np.mean([problem.cosines(one) for one in folds], axis=0)
+    out_of_fold = log_softmax(problem.scale_scores(scores[0], scaling), axis=1) + cosines[:, None]
+    rule = fit_decision(
+        out_of_fold,
+        classes,
+        estimated_on="cross-validation",
+        scalable=False,
+        left_out=problem.cosines_without_class(),
+        min_images=20,
+    ).rejection
+    means = problem.class_means()
+    threshold = -1.0 if rule is None else rule.threshold
+
+    def accepted(vectors: Array) -> float:
+        return 100 * float(
+            ((unit_length(vectors[:, : photos.own]) @ means.T).max(axis=1) >= threshold).mean()
+        )
+
+    logits = problem.fit_all(scaling).logits(photos.test)
+    former = fit_former(reduced, classes, folds[0]).predict_log_proba(space.project(photos.test))
+    rows, answers = np.arange(len(logits)), photos.test_classes
+    return {
+        "accuracy": 100 * float((logits.argmax(axis=1) == answers).mean()),
+        "former accuracy": 100 * float((former.argmax(axis=1) == answers).mean()),
+        "log loss": -float(log_softmax(logits, axis=1)[rows, answers].mean()),
+        "former log loss": -float(former[rows, answers].mean()),
+        "accepted": accepted(photos.test),
+        "unknown rejected": 100 - accepted(unknown[0]),
+        "others rejected": 100 - accepted(unknown[1]),
+        "new class rejected": 0.0
+        if rule is None or rule.new_class is None
+        else 100 * rule.new_class[0] / len(drawn),
+    }
+
+
+def read_sets(given: argparse.Namespace) -> tuple[dict[str, Photographs], Array]:
+    """Read or compute the vectors of all sets and of the unknown photographs."""
+    given.cache.mkdir(parents=True, exist_ok=True)
+    sets = {}
+    for text in given.photos:
+        key, _, paths = text.partition("=")
+        group, _, name = key.partition("/")
+        folders = [Path(path) for path in paths.split(",")]
+        labels = tuple(sorted(path.name for path in folders[0].iterdir() if path.is_dir()))
+        found = compute_vectors(folders, [labels, labels], given.weights, given.cache / f"{name}.npz")
+        train, classes, test, test_classes = (
+            found[key] for key in ("vectors0", "classes0", "vectors1", "classes1")
+        )
+        sets[name] = Photographs(group, train, classes, test, test_classes, int(found["own"]))
+    unknown = compute_vectors([given.unknown], [None], given.weights, given.cache / "unknown.npz")
+    return sets, unknown["vectors0"]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark and return the exit status."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--photos", action="append", required=True, help="GROUP/NAME=TRAIN,TEST: two folders")
+    parser.add_argument(
+        "--unknown", type=Path, required=True, help="photographs of other things, <folder>/*.jpg"
+    )
+    parser.add_argument("--weights", type=Path, required=True, help="ImageNet weights of EfficientNet-Lite0")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of vectors")
+    parser.add_argument("--sizes", default="10", help="numbers of photographs per class")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--measure", help="names of sets, joined by commas")
+    parser.add_argument("--out", type=Path, help="JSON file of the means")
+    given = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    with one_line_errors():
+        sets, unknown = read_sets(given)
+        for name, photos in sets.items():
+            if given.measure and name not in given.measure.split(","):
+                continue
+            others = [
+                other.test[:: max(1, len(other.test) // OTHERS)][:OTHERS]
+                for key, other in sets.items()
+                if key != name
+            ]
+            foreign = [
+                unknown,
+                np.concatenate([part for part in others if part.shape[1] == photos.test.shape[1]]),
+            ]
+            for size in map(int, given.sizes.split(",")):
+                draws = [run_draw(photos, size, seed, foreign) for seed in range(given.draws)]
+                means = {key: float(np.mean([one[key] for one in draws])) for key in draws[0]}
+                rows.append(
+                    {"group": photos.group, "name": name, "size": size, "draws": given.draws, **means}
+                )
+    results = [
+        Result(
+            case=f"{row['group']}/{row['name']}, {row['size']} per class, {key}",
+            ours=value,
+            unit="" if "loss" in key else "%",
+            runs=given.draws,
+        )
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, float)
+    ]
+    report(results, as_json=given.json)
+    if given.out is not None:
+        measured = {(row["name"], row["size"]) for row in rows}
+        before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else []
+        kept = [row for row in before if (row["name"], row["size"]) not in measured]
+        given.out.write_text(json.dumps([*kept, *rows], indent=1) + "\n", encoding="utf-8")
+    gains = [row["accuracy"] - row["former accuracy"] for row in rows if row["group"] == "B"]
+    return 1 if gains and np.mean(gains) < 0 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
