@@ -66,10 +66,13 @@ if __name__ == "__main__":
     from generate_operations import PAGE, operations_page
     from generate_other_photos import PAGE as OTHER_PHOTOS
     from generate_other_photos import other_photos_page
+    from generate_results import PAGE as RESULTS
+    from generate_results import results_page
 
     (FOLDER / "cli.md").write_text(cli_page(), encoding="utf-8")
     (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
     SERVED.write_text(served_page(), encoding="utf-8")
     (FOLDER / "models.md").write_text(models_page(), encoding="utf-8")
     PAGE.write_text(operations_page(), encoding="utf-8")
+    RESULTS.write_text(results_page(), encoding="utf-8")
     OTHER_PHOTOS.write_text(other_photos_page(), encoding="utf-8")

@@ -1,0 +1,74 @@
+"""Generate the table of `docs/benchmarks/index.md` from `results.toml`, the numbers that the README states.
+
+The README's table of other photographs is that of `other_photos.json`.
+"""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+FOLDER = Path(__file__).parent / "benchmarks"
+PAGE = FOLDER / "index.md"
+COLUMNS = (
+    "former accuracy",
+    "accuracy",
+    "accepted",
+    "unknown rejected",
+    "others rejected",
+    "new class rejected",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measurement: the *command*, when and at which commit it ran, its *values*, and the *claims* made of them.
+
+    *page* describes it. A claim is a template of `str.format` for a part of the README.
+    """
+
+    command: str
+    date: str
+    commit: str
+    page: str
+    values: dict[str, float]
+    claims: list[str]
+
+    def texts(self) -> list[str]:
+        """Return the claims with the values."""
+        return [claim.format(**self.values) for claim in self.claims]
+
+    def row(self) -> str:
+        """Build the row of the table."""
+        claims = "<br>".join(text.strip("| ").replace("|", "\\|") for text in self.texts())
+        command = f"`{self.command}`" if self.command.startswith(("python", "sopdeploy")) else self.command
+        name = self.page.rpartition("/")[2].removesuffix(".md")
+        when = f"{self.date}, {self.commit}" if self.commit else self.date
+        return f"| {claims} | {command} | {when} | {f'[{name}]({self.page})' if self.page else ''} |"
+
+
+def measured() -> list[Measured]:
+    """Read `results.toml` and `other_photos.json`."""
+    document = tomllib.loads((FOLDER / "results.toml").read_text(encoding="utf-8"))
+    return [other_photos(), *(Measured(**one) for one in document["results"])]
+
+
+def other_photos() -> Measured:
+    """Build a claim of each set that decided nothing, and of their mean: a row of the README's table."""
+    sets = json.loads((FOLDER / "other_photos.json").read_text(encoding="utf-8"))
+    rows = {one["name"]: [one[column] for column in COLUMNS] for one in sets if one["group"] == "B"}
+    rows["mean"] = [fmean(values) for values in zip(*rows.values(), strict=True)]
+    claims = [f"| {name} | {' | '.join(f'{value:.1f}' for value in row)} |" for name, row in rows.items()]
+    command = (
+        "python benchmarks/other_photos.py --photos B/flowers=TRAIN,TEST ... --unknown DIR --weights FILE"
+    )
+    return Measured(command, "2026-11-25", "", "other_photos.md", {}, claims)
+
+
+def results_page() -> str:
+    """Read `docs/benchmarks/index.md` and replace its first table."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition("| claim |")
+    after = rest.partition("\n\n")[2]
+    head = "| claim | command | date, commit | page |\n|---|---|---|---|"
+    return "\n".join([f"{before}{head}", *(one.row() for one in measured()), "", after])
