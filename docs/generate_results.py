@@ -23,7 +23,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement: the *command*, when and at which commit it ran, its *values*, and the *claims* made of them.
+    """A measurement: its *command*, date and commit, its *values*, and the *claims* that are made of them.
 
     *page* describes it. A claim is a template of `str.format` for a part of the README.
     """
