@@ -335,6 +335,7 @@ def test_a_near_duplicate_of_a_forgotten_photograph_is_kept(bundle, onnx_runtime
         wait_for(lambda: results(client) == {"kept": 2})
 
 
+@pytest.mark.file_times
 def test_old_photographs_are_deleted_at_the_start_and_with_the_next_one(tmp_path: Path) -> None:
     ages = [timedelta(days=31), timedelta(days=29.5), timedelta(0)]
     kept = KeptFolder(tmp_path, 100 * PAIR, 40)
@@ -380,6 +381,7 @@ CLOCKS: dict[str, tuple[dict[str, float], list[int], str]] = {
 }
 
 
+@pytest.mark.file_times
 @pytest.mark.parametrize(("ahead", "remaining", "problem"), CLOCKS.values(), ids=CLOCKS)
 def test_a_wrong_clock_deletes_no_photograph(
     tmp_path: Path,
@@ -419,6 +421,7 @@ def test_a_clock_that_jumps_while_the_server_runs_deletes_no_photograph(tmp_path
     assert numbers(tmp_path) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.file_times
 def test_a_photograph_from_the_future_stops_deletion(tmp_path: Path, caplog) -> None:
     filled(tmp_path)
     gc.collect()
@@ -430,6 +433,7 @@ def test_a_photograph_from_the_future_stops_deletion(tmp_path: Path, caplog) -> 
     assert f"before that of {5:032x}.jpg; correct it, or forget this photograph" in caplog.text
 
 
+@pytest.mark.file_times
 def test_photographs_expire_while_nothing_is_sent(bundle, onnx_runtime, tmp_path: Path) -> None:
     settings = Settings(keep=tmp_path, keep_sample=1, keep_days=0.5 / 86_400)
     with running(onnx_runtime, bundle, settings) as client:
@@ -490,6 +494,7 @@ def test_a_folder_has_one_writer_and_one_reader_and_other_files_stay(tmp_path: P
         KeptFolder(tmp_path / "film.mov" / "kept", PAIR, 30)
 
 
+@pytest.mark.file_times
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_full_disk_stops_keeping_with_one_warning_until_it_works_again(
     tmp_path: Path, monkeypatch, caplog, code
