@@ -131,7 +131,7 @@ def other_locale(process: Process, stack: ExitStack) -> Process:
 
 
 def later(process: Process, stack: ExitStack) -> Process:
-    """Set the clock ahead by 400 days. Intervals stay true, and so do the times of files, which are the kernel's."""
+    """Set the clock ahead by 400 days. Intervals stay true; the times of files are those of the kernel."""
     needs("cc")
     library = temporary(stack) / "clock.so"
     source = Path(__file__).with_name("clock.c")
