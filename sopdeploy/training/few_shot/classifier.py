@@ -249,10 +249,8 @@ class Problem:
 
     def moments(self, images: NDArray[np.bool_]) -> Moments:
         """Compute the sums over *images* (N,), in blocks to save memory."""
-        (num_classes, rank), chosen = (
-            (self.targets.classes.shape[1], self.reduced.shape[1]),
-            np.flatnonzero(images),
-        )
+        num_classes, rank = self.targets.classes.shape[1], self.reduced.shape[1]
+        chosen = np.flatnonzero(images)
         products, sums = np.zeros((rank + 1, rank + 1)), np.zeros((num_classes, rank + 1))
         for block in np.array_split(chosen, 1 + len(chosen) // ROWS):
             inputs = np.pad(self.reduced[block].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
