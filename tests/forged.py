@@ -31,6 +31,7 @@ from sopdeploy.bundle.onnx_root import read_model
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.version import __version__
 
 LABELS = ["ant", "bee", "cat"]
 FIELDS: dict[str, Any] = {
@@ -45,7 +46,7 @@ FIELDS: dict[str, Any] = {
     "opset": 18,
     "detached": ("branches",),
     "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root="2" * 64),
-    "versions": {"sopdeploy": "0.1.0"},
+    "versions": {"sopdeploy": __version__},
 }
 
 

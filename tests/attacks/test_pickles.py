@@ -34,7 +34,6 @@ READERS = {
     "sopdeploy/importers/gmsop.py: scipy_io.loadmat",  # numbers, text and structs
     # A protocol buffer:
     "export/sopdeploy_export/engine_builder/engine.py: onnx.load",
-    "export/sopdeploy_export/parity/compare.py: onnx.load",
     "export/sopdeploy_export/operators.py: onnx.load",
     "sopdeploy/commands/fastest_form.py: onnx.load",
 }

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from sopdeploy.bundle.folder import (
 from sopdeploy.bundle.manifest import ID_LENGTH, BatchRange, FileRecord, Manifest, to_json
 from sopdeploy.bundle.probes import Probes, read_probes, repeat, replay, replay_in_turn, write_probes
 from sopdeploy.errors import BundleError, ParityError, StorageError
+from sopdeploy.version import __version__
 from tests.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
 from tests.strategies import json_values, texts
 
@@ -292,7 +294,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"{]", "Expecting"),
     "a list": (b"[]\n", "not a JSON object"),
     "an unknown key": (edited(extra=1), "extra: unknown key"),
-    "a newer version": (edited(version=2), r"version: 2, .* reads 1; read it with sopdeploy 0\.1\.0"),
+    "a newer version": (
+        edited(version=2),
+        rf"version: 2, .* reads 1; read it with sopdeploy {re.escape(__version__)}",
+    ),
     "a version that is no number": (edited(version=None), r"version: None, but this sopdeploy reads 1"),
     "a field of a later version": (
         edited(extra=1, versions={"sopdeploy": "0.9.1"}),
