@@ -272,6 +272,7 @@ JOURNEYS: dict[str, list[Surroundings]] = {
         Surroundings("a clock 400 days ahead, without tests in Chromium and of the times of files", later),
         Surroundings("tests in reverse order", in_reverse),
         Surroundings("a path with a space and an umlaut", other_path),
+        Surroundings("Python 3.13", interpreter("3.13")),
     ],
     "stranger": [
         Surroundings("a user who is not root, with a read-only HOME", other_user),
@@ -283,9 +284,8 @@ JOURNEYS: dict[str, list[Surroundings]] = {
         Surroundings("beside a process that burns the core", busy),
         Surroundings("no network", no_network),
         Surroundings("no IPv6", no_ipv6),
+        Surroundings("Python 3.12", interpreter("3.12")),
     ],
-    "3.12": [Surroundings("Python 3.12", interpreter("3.12"))],
-    "3.13": [Surroundings("Python 3.13", interpreter("3.13"))],
     "alone": [
         Surroundings("every test file alone", lambda process, _: replace(process, alone=True)),
     ],
@@ -312,12 +312,14 @@ def run_tests(process: Process, *arguments: str, tests: Sequence[str] = ()) -> O
         command = process.command(
             "-q", f"--junitxml={report}", "-o", "junit_family=xunit1", *arguments, *tests
         )
-        done = subprocess.run(
-            command, cwd=process.folder, env=process.variables(), capture_output=True, text=True, check=False
-        )
+        log = Path(folder) / "log.txt"  # a pipe would stay open for a child that outlives the tests
+        with log.open("w") as out:
+            done = subprocess.run(
+                command, cwd=process.folder, env=process.variables(), stdout=out, stderr=out, check=False
+            )
         seconds = time.monotonic() - began
         if not report.is_file():
-            lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
+            lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
             return Outcome((), 0, 0, seconds, f"exit code {done.returncode}: {lines[-1]}")
         cases = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314 # of our own pytest
     failed = tuple(
