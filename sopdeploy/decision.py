@@ -179,7 +179,7 @@ class Decision(StrictModel):
         if (fit := self.calibration) is not None:
             images = f"{fit.num_images:,} {fit.estimated_on} images"
             if fit.temperature == 1:
-                rows.append(("log loss", f"{fit.loss_after:.4f} of {images}; no temperature"))
+                rows.append(("log loss", f"{fit.loss_after:.4f} of {images}"))
             else:
                 losses = f"log loss {fit.loss_before:.4f} before, {fit.loss_after:.4f} after"
                 rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {losses}"))

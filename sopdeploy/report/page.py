@@ -98,7 +98,7 @@ def _predict(
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
     """Return the images that the page evaluates, what they are, and their calibrated logits (N, C)."""
     held_out, recipe = start.data.held_out, start.recipe
-    if isinstance(fit, FewShotFit) and not len(held_out):  # this procedure fits no temperature
+    if isinstance(fit, FewShotFit) and not len(held_out):  # the head of this procedure has its temperature
         description = "the training images, each predicted by a network that was fitted without it"
         return start.data.train, description, fit.logits
     description = "the held-out images"
