@@ -323,10 +323,13 @@ def run_tests(process: Process, *arguments: str, tests: Sequence[str] = ()) -> O
             return Outcome((), 0, 0, seconds, f"exit code {done.returncode}: {lines[-1]}")
         cases = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314 # of our own pytest
     failed = tuple(
-        test_id(case) for case in cases if case.find("failure") is not None or case.find("error") is not None
+        test_id(case)
+        for case in cases
+        if case.get("file") and (case.find("failure") is not None or case.find("error") is not None)
     )
     skipped = sum(case.find("skipped") is not None for case in cases)
-    return Outcome(failed, len(cases) - len(failed) - skipped, skipped, seconds)
+    problem = "" if done.returncode in {0, 1} else f"pytest ended with exit code {done.returncode}"
+    return Outcome(failed, len(cases) - len(failed) - skipped, skipped, seconds, problem)
 
 
 def test_id(case: ElementTree.Element) -> str:
@@ -339,7 +342,7 @@ def run_files(process: Process) -> Outcome:
     began, outcomes = time.monotonic(), []
     for path in sorted((process.folder / "tests").rglob("test_*.py")):
         outcome = run_tests(process, "-p", "no:xdist", tests=[str(path.relative_to(process.folder))])
-        if outcome.problem.startswith("exit code 5"):  # all tests of the file are deselected
+        if "exit code 5" in outcome.problem:  # all tests of the file are deselected
             continue
         name = (f"{path.name}: {outcome.problem}",) if outcome.problem else ()
         outcomes.append(replace(outcome, failed=(*outcome.failed, *name)))
@@ -378,10 +381,10 @@ def travel(name: str, surroundings: Sequence[Surroundings], say: Callable[[str],
     for one in surroundings:
         if one.name in unavailable:
             result = f"not run: {unavailable[one.name]}"
-        elif outcome.problem:
-            result = outcome.problem
         elif failed := blamed.get(one.name, ()):
             result = f"{len(failed)} failed: {', '.join(failed)}"
+        elif outcome.problem:
+            result = outcome.problem
         else:
             result = f"passed ({outcome.passed:,}; {outcome.skipped} not run)"
         rows.append([one.name, result, f"{outcome.seconds / 60:.0f} min"])
@@ -404,7 +407,8 @@ def blame(
     for one in surroundings:
         if one.name not in unavailable and len(surroundings) > 1:
             with entered([one]) as (process, _):
-                blamed[one.name] = run_tests(process, tests=failed).failed
+                again = run_tests(process, tests=failed)
+                blamed[one.name] = tuple(failed) if again.problem else again.failed  # pytest itself crashed
             say(f"  {one.name} alone: {len(blamed[one.name])} failed")
     if len(surroundings) == 1:
         blamed[surroundings[0].name] = tuple(failed)

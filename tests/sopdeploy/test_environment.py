@@ -1,6 +1,9 @@
 """The cores that a process may use."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -49,3 +52,14 @@ def test_a_process_may_use_its_cores_within_every_quota(tmp_path, monkeypatch, g
     monkeypatch.setattr(environment, "PROCESS_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(8)), raising=False)
     assert usable_cores() == expected
+
+
+PRODUCT = "import numpy; numpy.ones((64, 1000)) @ numpy.ones((1000, 2))"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels of x86-64")
+@pytest.mark.parametrize("kernels", ["Haswell", "Zen", "Prescott"])
+def test_numpy_multiplies_matrices_with_the_kernels_of_other_processors(kernels: str) -> None:
+    """NumPy 2.5 ends with a segmentation fault where AVX-512 is missing."""
+    environment = {**os.environ, "OPENBLAS_CORETYPE": kernels}
+    subprocess.run([sys.executable, "-c", PRODUCT], env=environment, check=True)
