@@ -79,12 +79,17 @@ def test_a_read_is_found(name: str) -> None:
 
 
 def test_a_profiler_goes_on_after_calls_were_recorded() -> None:
+    """From Python 3.12 on, `cProfile` is not the profile function of the thread, so it is not interrupted."""
     calls: list[str] = []
     with cProfile.Profile() as profiler:
+        before = sys.getprofile()
         with recording_calls(lambda frame, event, _: calls.append(frame.f_code.co_name)):
             math_trunc(torch.ones(()))
-        assert sys.getprofile() is profiler
-    assert "math_trunc" in calls
+        assert sys.getprofile() is before
+        recorded = len(calls)
+        math_trunc(torch.ones(()))
+    assert "math_trunc" in calls[:recorded] == calls
+    assert "math_trunc" in {getattr(entry.code, "co_name", "") for entry in profiler.getstats()}
     assert sys.getprofile() is None
 
 

@@ -1,6 +1,7 @@
 """Lists of images: kinds of sources, their order, hostile names and archives, and their errors."""
 
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def test_hostile_names_and_lines_have_rows_and_links_in_a_circle_are_not_followe
     assert in_folder == list(IN_FOLDER.items())
     assert (found.num_images, found.num_errors) == (8, 6)
     assert [error for _, error in in_list[:4:2]] == [MISSING, "cannot be read (Is a directory)"]
-    assert in_list[3][1] == "cannot be read (embedded null byte)"
+    assert re.fullmatch(r"cannot be read \(.*embedded null .*\)", in_list[3][1])  # in the words of Python
 
 
 def test_members_of_an_archive_stay_below_its_name(tmp_path):
