@@ -417,10 +417,16 @@ def blame(
     return blamed
 
 
+def git(*arguments: str) -> str:
+    """Run git in the checkout; return what it prints."""
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def page(rows: Sequence[Sequence[str]], before: str) -> str:
     """Render docs/elsewhere.md with *rows*, and those of the page *before* that were not run again."""
-    described = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs/elsewhere.md")
+    commit = git("rev-parse", "--short=8", "HEAD") + ("-dirty" if changes else "")
     machine = f"{processor()}, {usable_cores()} cores, Python {platform.python_version()}"
     now = [f"{datetime.now(UTC):%Y-%m-%d}", commit, machine]
     kept = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")][1:]
