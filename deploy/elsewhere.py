@@ -282,6 +282,8 @@ JOURNEYS: dict[str, list[Surroundings]] = {
     "small": [
         Surroundings("one core", one_core),
         Surroundings("beside a process that burns the core", busy),
+    ],
+    "offline": [
         Surroundings("no network", no_network),
         Surroundings("no IPv6", no_ipv6),
         Surroundings("Python 3.12", interpreter("3.12")),
