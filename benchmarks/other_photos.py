@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
-from sopdeploy.evaluation.decision_fit import fit_decision
+from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import MAX_RANK, Problem, Scaling, Space, Targets, unit_length
@@ -125,7 +126,7 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
         estimated_on="cross-validation",
         scalable=False,
         left_out=problem.cosines_without_class(),
-        min_images=20,
+        min_images=MIN_COSINES,
     ).rejection
     means = problem.class_means()
     threshold = -1.0 if rule is None else rule.threshold
@@ -202,9 +203,8 @@ def main(arguments: list[str]) -> int:
             for size in map(int, given.sizes.split(",")):
                 draws = [run_draw(photos, size, seed, foreign) for seed in range(given.draws)]
                 means = {key: float(np.mean([one[key] for one in draws])) for key in draws[0]}
-                rows.append(
-                    {"group": photos.group, "name": name, "size": size, "draws": given.draws, **means}
-                )
+                facts = {"group": photos.group, "name": name, "size": size, "draws": given.draws}
+                rows.append({**facts, "date": f"{datetime.now(UTC):%Y-%m-%d}", **means})
     results = [
         Result(
             case=f"{row['group']}/{row['name']}, {row['size']} per class, {key}",

@@ -11,6 +11,7 @@ from statistics import fmean
 
 FOLDER = Path(__file__).parent / "benchmarks"
 PAGE = FOLDER / "index.md"
+MACHINE = "Measured on "
 COLUMNS = (
     "former accuracy",
     "accuracy",
@@ -63,12 +64,17 @@ def other_photos() -> Measured:
     command = (
         "python benchmarks/other_photos.py --photos B/flowers=TRAIN,TEST ... --unknown DIR --weights FILE"
     )
-    return Measured(command, "2026-11-25", "", "other_photos.md", {}, claims)
+    date = ", ".join(sorted({one["date"] for one in sets}))
+    return Measured(command, date, "", "other_photos.md", {}, claims)
 
 
 def results_page() -> str:
-    """Read `docs/benchmarks/index.md` and replace its first table."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition("| claim |")
-    after = rest.partition("\n\n")[2]
+    """Read `docs/benchmarks/index.md` and replace the paragraph about the machine and the first table."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MACHINE)
+    after = rest.partition("| claim |")[2].partition("\n\n")[2]
+    machine = tomllib.loads((FOLDER / "results.toml").read_text(encoding="utf-8"))["machine"]
     head = "| claim | command | date, commit | page |\n|---|---|---|---|"
-    return "\n".join([f"{before}{head}", *(one.row() for one in measured()), "", after])
+    rows = [one.row() for one in measured()]
+    return "\n".join(
+        [f"{before}{MACHINE}{machine}, unless the page says otherwise.", "", head, *rows, "", after]
+    )

@@ -19,6 +19,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
 from sopdeploy.cli.app import app
+from sopdeploy.evaluation.drift import SIGNIFICANCE
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings, load_settings
@@ -240,6 +241,12 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
     reports, rendered = run_helm(wrong)
     assert [bool(report["errors"]) for report in reports] == [True] * len(wrong)
     assert rendered == []
+
+
+def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
+    (rules,) = yaml.safe_load((CHART / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
+    (drift,) = [rule["expr"] for rule in rules["rules"] if rule["alert"] == "SopdeployDrift"]
+    assert float(drift.rpartition("<")[2]) == SIGNIFICANCE
 
 
 def test_the_alert_rules_are_valid_and_fire_when_they_should() -> None:
