@@ -139,7 +139,7 @@ class KeptFolder:
     def check(self) -> None:
         """Delete photographs that are too old, and forget those that others have deleted or labelled."""
         for entry in list(self._entries.values()):
-            self._is_there(entry)
+            self._forget_if_gone(entry)
         self.expire()
 
     def has_near(self, name: str, reasons: Sequence[Reason], near_hash: str) -> bool:
@@ -149,18 +149,18 @@ class KeptFolder:
         """
         for suffix in _SUFFIXES:
             previous = self._entries.get(f"{name}{suffix}")
-            if previous is not None and self._is_there(previous):
+            if previous is not None and not self._forget_if_gone(previous):
                 return previous.reasons.issuperset(reasons)
         number = int(near_hash, 16)
         near = [one for one in self._entries.values() if (number ^ one.near_hash).bit_count() <= NEAR_BITS]
-        return "sample" not in reasons and any(map(self._is_there, near))
+        return "sample" not in reasons and any(not self._forget_if_gone(one) for one in near)
 
-    def _is_there(self, entry: _Entry) -> bool:
-        """Tell whether *entry* has its photograph; forget one that others have deleted or labelled."""
-        if not entry.path.exists():
+    def _forget_if_gone(self, entry: _Entry) -> bool:
+        """Forget *entry* if others have deleted or labelled its photograph; return whether they have."""
+        is_gone = not entry.path.exists()
+        if is_gone:
             del self._entries[entry.path.name]
-            return False
-        return True
+        return is_gone
 
     def expire(self) -> None:
         """Delete photographs that are too old, unless the clock may be wrong, and record the time."""
@@ -243,7 +243,7 @@ class KeptFolder:
         except OSError:
             self._entries[previous.path.name] = previous
             raise
-        if not self._is_there(self._insert(previous.path, record, size)):  # it was deleted meanwhile
+        if self._forget_if_gone(self._insert(previous.path, record, size)):  # deleted meanwhile
             previous.path.with_suffix(".json").unlink(missing_ok=True)
             return "dropped"
         return "kept"
