@@ -174,10 +174,7 @@ def no_ipv6(process: Process, _: ExitStack) -> Process:
 def clone(stack: ExitStack) -> Path:
     """Clone the commit into a path with a space and an umlaut."""
     folder = temporary(stack) / "Prüf stand" / "sopdeploy"
-    subprocess.run(
-        ["git", "clone", "--quiet", "--config", "advice.detachedHead=false", str(ROOT), str(folder)],
-        check=True,
-    )
+    git("clone", "--quiet", "--config", "advice.detachedHead=false", str(ROOT), str(folder))
     return folder
 
 

@@ -75,16 +75,15 @@ def _template() -> Any:
 
 def isolate(text: str) -> Any:
     """Return *text* as markup whose direction, such as that of Arabic, ends with it."""
-    from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
-
-    return Markup("<bdi>{}</bdi>").format(sanitize(text))  # `format` escapes
+    return around("{}", text)
 
 
 def around(template: str, *names: str) -> Any:
     """Insert *names* into *template* at its `{}`, each isolated."""
     from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
 
-    return Markup(template).format(*map(isolate, names))  # noqa: S704 # a constant of this package
+    marked = Markup(template.replace("{}", "<bdi>{}</bdi>"))  # noqa: S704 # of this package
+    return marked.format(*map(sanitize, names))  # which escapes the names
 
 
 def sanitize(text: str) -> str:

@@ -102,7 +102,7 @@ class FewShotResult(StrictModel):
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
-        balanced: Whether classes differ so much in size that the result says that they have equal weights.
+        balanced: Whether the classes differ in size, so that the result names their weights.
         num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
         num_groups: Number of groups of training images, which show different objects or bursts.
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.

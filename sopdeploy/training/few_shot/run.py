@@ -25,7 +25,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
-from sopdeploy.photos.copies import connect
+from sopdeploy.photos.copies import NO_PAIRS, connect
 from sopdeploy.photos.photo import (
     LabeledImages,
     PreprocessedDataset,
@@ -190,7 +190,7 @@ def cross_validate(
         images,
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
-    pairs = features.find_copies(images) if config.group_copies else np.zeros((2, 0), np.intp)
+    pairs = features.find_copies(images) if config.group_copies else NO_PAIRS
     targets, groups_N = Targets.of(images), connect(count, pairs, features.hashes, images.groups)
     copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
     judged = _largest_copies(images, copies_N)
