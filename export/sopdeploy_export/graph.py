@@ -512,13 +512,17 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
     """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
 
     The results of these forms, and the converter's of attention, have other strides than those of torch, with
-    which a view may be impossible. Every view therefore becomes a copy in another shape.
+    which a view may be impossible. Every view therefore becomes a contiguous copy in another shape.
     """
     if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program
-    aten: Any = torch.ops.aten
     decomposed: ExportedProgram = program.run_decompositions(
-        {**DECOMPOSED, aten.view.default: aten.view_copy.default}
+        {
+            **DECOMPOSED,
+            torch.ops.aten.view.default: lambda values, shape: torch.ops.aten._unsafe_view.default(
+                values.clone(memory_format=torch.contiguous_format), shape
+            ),
+        }
     )
     return decomposed
 
