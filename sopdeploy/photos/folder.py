@@ -18,16 +18,21 @@ import numpy as np
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.limits import SUFFIXES, describe_formats
 from sopdeploy.photos.files import (
+    TRAIN,
     Log,
     Parts,
     data_folder,
+    describe_confusable,
     find_parts,
+    fold,
+    hint_at_spelling,
     list_images,
     list_subfolders,
+    normalize,
     part_folder,
+    part_kind,
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
-from sopdeploy.photos.names import TRAIN, describe_confusable, fold, hint_at_spelling, normalize, part_kind
 from sopdeploy.photos.photo import ImageFiles, find_unreadable, select_classes
 from sopdeploy.photos.split import Split
 from sopdeploy.photos.table import (

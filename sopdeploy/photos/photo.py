@@ -23,7 +23,7 @@ from sopdeploy.files import open_regular
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.names import normalize
+from sopdeploy.photos.files import normalize
 
 UNREADABLE = 0  # the hash of a file that cannot be read
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
