@@ -18,7 +18,7 @@ from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_weights, expand_user
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.split import Split
+from sopdeploy.photos.photo import Split
 from sopdeploy.project import Name, folder_project
 from sopdeploy.training.recipe_files import list_recipes, parse_override, read_values, recipe_text
 from sopdeploy.training.results import NetworkScore, read_result

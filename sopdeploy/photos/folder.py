@@ -33,8 +33,7 @@ from sopdeploy.photos.files import (
     part_kind,
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
-from sopdeploy.photos.photo import ImageFiles, find_unreadable, select_classes
-from sopdeploy.photos.split import Split
+from sopdeploy.photos.photo import ImageFiles, Split, find_unreadable, select_classes
 from sopdeploy.photos.table import (
     LABELS_FILE,
     UNSPLIT,

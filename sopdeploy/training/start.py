@@ -19,16 +19,8 @@ from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.copies import NO_PAIRS, connect, group_photographs
 from sopdeploy.photos.folder import open_any_images
-from sopdeploy.photos.photo import LabeledImages, describe_contradictions, hash_images
-from sopdeploy.photos.split import (
-    NONE,
-    Record,
-    Split,
-    choose_held_out,
-    divide,
-    record_choice,
-    recorded_choice,
-)
+from sopdeploy.photos.photo import LabeledImages, Split, describe_contradictions, hash_images
+from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, check_divisible
