@@ -16,7 +16,6 @@ from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
 from sopdeploy.models.registry import create_model
-from sopdeploy.models.timm_networks import import_timm
 
 TIMM_PREFIX = "timm:"
 HUB_CONFIG = "config.json"
@@ -35,6 +34,8 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     """
     if not model.startswith(TIMM_PREFIX) or file.layers:  # MatConvNet files have layers
         return None
+    from sopdeploy.models.timm_networks import import_timm  # noqa: PLC0415  # imports blocks of networks
+
     backbone = model.removeprefix(TIMM_PREFIX)
     timm = import_timm(backbone)
     if not _fits_timm(backbone, file):

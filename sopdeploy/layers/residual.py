@@ -43,13 +43,6 @@ class PaddedShortcut(nn.Module):
         return F.pad(strided, (0, 0, 0, 0, self.before, self.after))
 
 
-def dimension_reduction(
-    channels: int, width: int, activation: type[nn.ReLU] | type[nn.SiLU] = nn.ReLU
-) -> nn.Sequential:
-    """Build a dimension reduction (DR) from *channels* to *width*: 1x1 conv, batch norm, activation."""
-    return nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width), activation(inplace=True))
-
-
 def _shortcut(
     in_channels: int, out_channels: int, stride: int, kind: Shortcut | Literal["convolution"]
 ) -> nn.Module | None:
