@@ -331,7 +331,7 @@ def configure(
 
 def _open_start_weights(recipe: "Recipe") -> "WeightSource | None":
     """Open the file of `start.weights`; None if it is no file."""
-    from sopdeploy.importers.weight_files import open_weights
+    from sopdeploy.importers.conversion import open_weights
 
     if recipe.start is None or not isinstance(recipe.start.weights, Path):  # none, or published weights
         return None

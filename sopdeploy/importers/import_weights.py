@@ -21,9 +21,9 @@ from sopdeploy.importers.conversion import (
     choose_config,
     fit_tensors,
     make_row_wise,
+    open_weights,
 )
 from sopdeploy.importers.timm_files import TIMM_PREFIX, find_network, refuse_other_network
-from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.registry import list_models, load
 from sopdeploy.version import __version__
 
