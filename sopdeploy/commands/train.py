@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sopdeploy.training.callback import Callback
     from sopdeploy.training.recipe import Recipe
     from sopdeploy.training.start import Given, Start
-    from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.training.train import TrainingResult
 
 FOLDER_RECIPE = "photos"
@@ -296,7 +295,7 @@ def configure(
     known: *opened* are the data, if they are opened. Raises `ConfigError` if there are no data and no
     recipe, or if a value is invalid.
     """
-    from sopdeploy.importers.conversion import WeightFile
+    from sopdeploy.importers.conversion import WeightFile, open_weights
     from sopdeploy.importers.import_weights import choose_network
     from sopdeploy.training.recipe import change_recipe, flatten
     from sopdeploy.training.start import Given
@@ -319,31 +318,19 @@ def configure(
     keys = [key for key, _ in changes]
     weights = None
     is_recipe_given = recipe is not None or previous_recipe is not None
-    if not is_recipe_given and "model.name" not in keys:  # only the weights can determine the network
-        weights = _open_start_weights(loaded)
+    start_file = None if loaded.start is None else loaded.start.weights
+    if not is_recipe_given and "model.name" not in keys and isinstance(start_file, Path):
+        path = expand_user(start_file)  # only the weights can determine the network
+        weights = open_weights(path) if path.is_file() else None
         if isinstance(weights, WeightFile):
             network = choose_network(weights, loaded.model.name)
             loaded = change_recipe(source, [*changes, ("model.name", network)])  # there is no previous recipe
     if loaded.project is None:
-        loaded = loaded.model_copy(update={"project": _name_project(loaded, source)})
+        folder = getattr(loaded.data, "path", None)
+        of_data = "" if folder is None else folder_project(folder)
+        name = of_data or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
+        loaded = loaded.model_copy(update={"project": name})
     return loaded, Given(keys, weights, opened)
-
-
-def _open_start_weights(recipe: "Recipe") -> "WeightSource | None":
-    """Open the file of `start.weights`; None if it is no file."""
-    from sopdeploy.importers.conversion import open_weights
-
-    if recipe.start is None or not isinstance(recipe.start.weights, Path):  # none, or published weights
-        return None
-    path = expand_user(recipe.start.weights)
-    return open_weights(path) if path.is_file() else None
-
-
-def _name_project(recipe: "Recipe", source: str | Path) -> str:
-    """Name the project by the folder of the data, or else by the recipe *source*."""
-    folder = getattr(recipe.data, "path", None)
-    of_data = "" if folder is None else folder_project(folder)
-    return of_data or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
 
 
 @command()

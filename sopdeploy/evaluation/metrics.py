@@ -42,6 +42,16 @@ def wilson(successes: float, trials: float) -> Interval:
     return Interval(max(0.0, center - half), min(1.0, center + half))
 
 
+def effective_count(groups: NDArray[np.integer]) -> float:
+    """Compute the number of independent images among N images: N^2 / sum of squared sizes of their groups.
+
+    *groups* (N,) has the number of the group of each image. If all groups have the same size, the result is
+    their number. It is the effective sample size of Kish, "Survey Sampling" (1965).
+    """
+    sizes = np.unique(groups, return_counts=True)[1]
+    return float(len(groups) ** 2 / max(1, np.square(sizes).sum()))  # 0 without images
+
+
 @dataclass(frozen=True, slots=True)
 class ImageScore:
     """Prediction for one image; classes are indices into the sorted class names.

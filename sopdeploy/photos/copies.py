@@ -251,16 +251,6 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     return whiten
 
 
-def effective_count(groups: NDArray[np.integer]) -> float:
-    """Compute the number of independent images among N images: N^2 / sum of squared sizes of their groups.
-
-    *groups* (N,) has the number of the group of each image. If all groups have the same size, the result is
-    their number. It is the effective sample size of Kish, "Survey Sampling" (1965).
-    """
-    sizes = np.unique(groups, return_counts=True)[1]
-    return float(len(groups) ** 2 / max(1, np.square(sizes).sum()))  # 0 without images
-
-
 def signature(image: Image.Image) -> NDArray[np.float32]:
     """Compute a histogram of the directions of edges in 8 x 8 cells of an RGB *image*, (512,).
 

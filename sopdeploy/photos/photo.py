@@ -59,6 +59,11 @@ class Photo:
         with image_errors(self.name):
             return to_rgb(load_pixels(self.image), _RULES)
 
+    def preprocess(self, rules: Preprocess) -> NDArray[np.uint8]:
+        """Compute the pixels (crop, crop, 3) that a network with *rules* reads, as the service does."""
+        with image_errors(self.name):
+            return preprocess_image(load_pixels(self.image), rules)
+
     @cached_property
     def pixel_hash(self) -> str:
         """The identity of the pixels: equal for files that show the same ones."""

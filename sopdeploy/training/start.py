@@ -339,12 +339,12 @@ def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
     before = None if last is None else last.origin
     data_path = getattr(start.recipe.data, "path", None)  # some data sources have none
     return Origin(
+        num_classes=len(start.labels),
         run=folder_name(folder.path),
         run_id=token_hex(6) if before is None else before.run_id,
         started=utc_now() if before is None else before.started,
         data=start.recipe.data.kind if data_path is None else folder_name(data_path),
         num_images=len(start.data.train) + len(start.data.held_out),
-        num_classes=len(start.labels),
         sample=(),  # the record adds it
     )
 
