@@ -252,19 +252,19 @@ def read_previous(source: Path) -> "Checkpoint":
     from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.training.run_folder import RUNS
 
-    bundle_origin = None
-    if (source / MANIFEST).is_file():  # a bundle
-        bundle_origin = read_manifest(source).origin
-        if bundle_origin is None or not (RUNS / bundle_origin.run / "best.pt").is_file():
+    run, run_id = source, None
+    if (source / MANIFEST).is_file():  # a bundle names its run
+        origin = read_manifest(source).origin
+        if origin is None or not (RUNS / origin.run / "best.pt").is_file():
             raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
-    run = source if bundle_origin is None else RUNS / bundle_origin.run
+        run, run_id = RUNS / origin.run, origin.run_id
     best = run / "best.pt" if (run / "best.pt").is_file() else run  # *source* can be the checkpoint itself
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
     is_of_run = origin is not None and read_result(checkpoint.training) is not None
-    # Another run may have the folder by now, under the name of the one from which the bundle was exported.
-    is_same_run = bundle_origin is None or (origin is not None and origin.run_id == bundle_origin.run_id)
-    if not is_of_run or not is_same_run:
+    # By now, a later run may have the folder that the bundle names.
+    is_same_run = run_id is None or (origin is not None and origin.run_id == run_id)
+    if not (is_of_run and is_same_run):
         raise ConfigError(f"{best}: not the run to start from; give the run", setting="from")
     return checkpoint
 

@@ -201,12 +201,10 @@ class CachedNetwork:
             hashes, are_decoded = facts.numpy().T
             paths = [self.cache.find(file_hash) for file_hash in hashes.tolist()]
             entries = [self.cache.read(path) for path in paths]
-            if batch is batches[0] and entries[0] is not None:
-                (computed,) = self._compute(pixels[:1])
-                if not all(map(np.array_equal, entries[0], computed)):
-                    self.cache.is_stale = True
-                    yield from self._load(images, batches)
-                    return
+            if batch is batches[0] and self._is_stale(entries[0], pixels[:1]):
+                self.cache.is_stale = True
+                yield from self._load(images, batches)  # again, without the cache
+                return
             for position, entry in enumerate(entries):
                 if entry is None and not are_decoded[position]:  # there is an entry, but it is damaged
                     decoded = images.photo(batch[position]).preprocess(self.recipe.preprocess)
@@ -217,6 +215,10 @@ class CachedNetwork:
             if num_missing % self.batch_size == 0 or len(waiting) == MAX_WAITING or is_last:
                 yield from self._complete(waiting)
                 waiting = []
+
+    def _is_stale(self, entry: Entry | None, pixels: Tensor) -> bool:
+        """Tell whether the *entry* of an image differs from what is computed of its *pixels* (1, H, W, 3)."""
+        return entry is not None and not all(map(np.array_equal, entry, self._compute(pixels)[0]))
 
     def _complete(self, waiting: list["_Loaded"]) -> Iterator[tuple[NDArray[np.int64], list[Entry]]]:
         """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""

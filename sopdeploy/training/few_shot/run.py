@@ -84,7 +84,7 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
         def on_progress(step: str, done: int, total: int) -> None:
             callback.on_stage(name=step, done=done, total=total)
             expected.update(min(done, len(images)), len(images))  # the features take most of the time
-            signals.exchange()
+            signals.exchange()  # raises `TrainingStoppedError` after a stop signal
 
         try:
             found = cross_validate(recipe, start.model, images, on_progress)
