@@ -295,8 +295,8 @@ def configure(
     known: *opened* are the data, if they are opened. Raises `ConfigError` if there are no data and no
     recipe, or if a value is invalid.
     """
-    from sopdeploy.importers.conversion import WeightFile, open_weights
-    from sopdeploy.importers.import_weights import choose_network
+    from sopdeploy.importers.conversion import WeightFile
+    from sopdeploy.importers.import_weights import choose_network, open_weights
     from sopdeploy.training.recipe import change_recipe, flatten
     from sopdeploy.training.start import Given
 

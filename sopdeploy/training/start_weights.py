@@ -20,8 +20,8 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_file, expand_user
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import WeightFile, open_weights
-from sopdeploy.importers.import_weights import convert_weights
+from sopdeploy.importers.conversion import WeightFile
+from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD

@@ -17,7 +17,7 @@ import torch
 from sopdeploy.bundle.probes import read_arrays, read_probes
 from sopdeploy.checkpoint import load_plain, read_checkpoint, read_pytorch
 from sopdeploy.errors import SopdeployError
-from sopdeploy.importers.conversion import open_weights
+from sopdeploy.importers.import_weights import open_weights
 from tests.test_architecture import PACKAGES, ROOT
 
 MARKER = "pwned"
