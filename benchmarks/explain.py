@@ -19,7 +19,7 @@ from PIL import Image
 from sopdeploy.decision import softmax
 from sopdeploy.images.occlusion import GRID, IMAGES_PER_MAP, cell_slices, occlude
 from sopdeploy.images.pixels import preprocess_image
-from sopdeploy.photos.names import is_image
+from sopdeploy.photos.files import is_image
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
 

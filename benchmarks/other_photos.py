@@ -80,7 +80,8 @@ def compute_vectors(
             network.network.pooled_head.fit_projection([batch.maps for batch in first])
         vectors = np.zeros((len(images), network.network.num_features()), np.float32)
         for batch in network.batches(images, order):
-            vectors[batch.indices] = network.vectors(batch)
+            outputs = network.network.pooled_head.vector(batch.own_vectors, batch.maps)
+            vectors[batch.indices] = outputs.float().cpu().numpy()
         found |= {f"vectors{number}": vectors, f"classes{number}": images.targets}
     np.savez(cache, allow_pickle=False, **found)
     return found

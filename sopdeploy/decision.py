@@ -77,6 +77,29 @@ class Reference(StrictModel):
     ]
 
 
+class PredictionCounts:
+    """Counts predictions by class and by confidence."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes: NDArray[np.int64] = np.zeros(classes, np.int64)
+        self.confidences: NDArray[np.int64] = np.zeros(len(CONFIDENCE_BOUNDS) + 1, np.int64)
+
+    @property
+    def images(self) -> int:
+        """Number of predictions."""
+        return int(self.classes.sum())
+
+    def add_logits(self, logits: NDArray[Any]) -> None:
+        """Count predictions with finite *logits* (n, C)."""
+        interval = np.searchsorted(CONFIDENCE_BOUNDS, softmax(logits).max(axis=1), side="right")
+        self.classes += np.bincount(logits.argmax(axis=1), minlength=len(self.classes))
+        self.confidences += np.bincount(interval, minlength=len(self.confidences))
+
+    def reference(self) -> Reference:
+        """Return the counts as the reference of later predictions."""
+        return Reference(classes=tuple(self.classes.tolist()), confidences=tuple(self.confidences.tolist()))
+
+
 class Answer(NamedTuple):
     """What `Decision` says about one image.
 

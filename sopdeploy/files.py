@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
+from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError, first_line
 
 PARTIAL = ".partial"
 LATEST = "latest"  # the link to the newest run or bundle of a folder
@@ -56,8 +56,13 @@ def writing(path: Path | str) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written ({reason}); choose another") from problem
     except OSError as problem:
         raise StorageError(
-            f"{path}: cannot be written ({problem.strerror}); check permissions and free space"
+            f"{path}: cannot be written ({os_reason(problem)}); check permissions and free space"
         ) from problem
+
+
+def os_reason(error: OSError) -> str:
+    """Return the reason of the operating system, without the text that libraries such as PyArrow add."""
+    return os.strerror(error.errno) if error.errno else first_line(error)
 
 
 def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:

@@ -281,7 +281,7 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
 
 
 def _share(count: int, images: int) -> str:
-    from sopdeploy.evaluation.statistics import wilson  # noqa: PLC0415 # only with photographs
+    from sopdeploy.evaluation.metrics import wilson  # noqa: PLC0415 # only with photographs
 
     low, high = wilson(count, images)
     return f"{count} of {images} images (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"

@@ -3,10 +3,12 @@
 Paper: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (ICML 2019),
 Table 1. The Lite networks of its authors have ReLU6 instead of SiLU, no squeeze-and-excitation, and a stem, a
 last convolution, and a first and last stage whose size is fixed. Convolutions are padded as in TensorFlow.
+The inverted bottleneck is that of Sandler et al., "MobileNetV2" (CVPR 2018), section 3.3.
 """
 
 import math
 from collections.abc import Collection
+from functools import partial
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -18,7 +20,22 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import MissingPackageError
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
-from sopdeploy.layers.residual import mbconv
+
+SQUEEZE = 4  # the hidden width of MBConv's excitation is a quarter of the block's input channels
+
+
+def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3) -> nn.Module:
+    """Build timm's inverted bottleneck (MBConv) with an expansion of 6, SiLU and squeeze-and-excitation.
+
+    It maps (B, in, H, W) to (B, out, H / stride, W / stride) without a final activation, and adds a shortcut
+    if it keeps the shape.
+    """
+    module = "timm.models._efficientnet_blocks"
+    blocks = import_optional(module, "timm", "sopdeploy[train]", MissingPackageError)
+    excitation = partial(blocks.SqueezeExcite, rd_channels=max(1, in_channels // SQUEEZE))
+    return blocks.InvertedResidual(
+        in_channels, out_channels, kernel, stride, exp_ratio=6, act_layer=nn.SiLU, se_layer=excitation
+    )
 
 
 class MBConvStage(NamedTuple):

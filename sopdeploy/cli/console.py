@@ -24,7 +24,7 @@ from sopdeploy.errors import (
     first_line,
     is_out_of_memory,
 )
-from sopdeploy.files import STORAGE_ERRNOS
+from sopdeploy.files import STORAGE_ERRNOS, os_reason
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -54,7 +54,7 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
                 raise
             name = "a file or stdout" if error.filename is None else error.filename
             raise StorageError(
-                f"{name}: cannot be read or written ({error.strerror}); free disk space, or choose another "
+                f"{name}: cannot be read or written ({os_reason(error)}); free disk space, or choose another "
                 "file or folder"
             ) from error
         except Exception as error:

@@ -18,7 +18,7 @@ from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_weights, expand_user
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.split import Split
+from sopdeploy.photos.photo import Split
 from sopdeploy.project import Name, folder_project
 from sopdeploy.training.recipe_files import list_recipes, parse_override, read_values, recipe_text
 from sopdeploy.training.results import NetworkScore, read_result
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sopdeploy.training.callback import Callback
     from sopdeploy.training.recipe import Recipe
     from sopdeploy.training.start import Given, Start
-    from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.training.train import TrainingResult
 
 FOLDER_RECIPE = "photos"
@@ -253,19 +252,19 @@ def read_previous(source: Path) -> "Checkpoint":
     from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.training.run_folder import RUNS
 
-    bundle_origin = None
-    if (source / MANIFEST).is_file():  # a bundle
-        bundle_origin = read_manifest(source).origin
-        if bundle_origin is None or not (RUNS / bundle_origin.run / "best.pt").is_file():
+    run, run_id = source, None
+    if (source / MANIFEST).is_file():  # a bundle names its run
+        origin = read_manifest(source).origin
+        if origin is None or not (RUNS / origin.run / "best.pt").is_file():
             raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
-    run = source if bundle_origin is None else RUNS / bundle_origin.run
+        run, run_id = RUNS / origin.run, origin.run_id
     best = run / "best.pt" if (run / "best.pt").is_file() else run  # *source* can be the checkpoint itself
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
     is_of_run = origin is not None and read_result(checkpoint.training) is not None
-    # Another run may have the folder by now, under the name of the one from which the bundle was exported.
-    is_same_run = bundle_origin is None or (origin is not None and origin.run_id == bundle_origin.run_id)
-    if not is_of_run or not is_same_run:
+    # By now, a later run may have the folder that the bundle names.
+    is_same_run = run_id is None or (origin is not None and origin.run_id == run_id)
+    if not (is_of_run and is_same_run):
         raise ConfigError(f"{best}: not the run to start from; give the run", setting="from")
     return checkpoint
 
@@ -297,7 +296,7 @@ def configure(
     recipe, or if a value is invalid.
     """
     from sopdeploy.importers.conversion import WeightFile
-    from sopdeploy.importers.import_weights import choose_network
+    from sopdeploy.importers.import_weights import choose_network, open_weights
     from sopdeploy.training.recipe import change_recipe, flatten
     from sopdeploy.training.start import Given
 
@@ -319,31 +318,19 @@ def configure(
     keys = [key for key, _ in changes]
     weights = None
     is_recipe_given = recipe is not None or previous_recipe is not None
-    if not is_recipe_given and "model.name" not in keys:  # only the weights can determine the network
-        weights = _open_start_weights(loaded)
+    start_file = None if loaded.start is None else loaded.start.weights
+    if not is_recipe_given and "model.name" not in keys and isinstance(start_file, Path):
+        path = expand_user(start_file)  # only the weights can determine the network
+        weights = open_weights(path) if path.is_file() else None
         if isinstance(weights, WeightFile):
             network = choose_network(weights, loaded.model.name)
             loaded = change_recipe(source, [*changes, ("model.name", network)])  # there is no previous recipe
     if loaded.project is None:
-        loaded = loaded.model_copy(update={"project": _name_project(loaded, source)})
+        folder = getattr(loaded.data, "path", None)
+        of_data = "" if folder is None else folder_project(folder)
+        name = of_data or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
+        loaded = loaded.model_copy(update={"project": name})
     return loaded, Given(keys, weights, opened)
-
-
-def _open_start_weights(recipe: "Recipe") -> "WeightSource | None":
-    """Open the file of `start.weights`; None if it is no file."""
-    from sopdeploy.importers.weight_files import open_weights
-
-    if recipe.start is None or not isinstance(recipe.start.weights, Path):  # none, or published weights
-        return None
-    path = expand_user(recipe.start.weights)
-    return open_weights(path) if path.is_file() else None
-
-
-def _name_project(recipe: "Recipe", source: str | Path) -> str:
-    """Name the project by the folder of the data, or else by the recipe *source*."""
-    folder = getattr(recipe.data, "path", None)
-    of_data = "" if folder is None else folder_project(folder)
-    return of_data or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
 
 
 @command()

@@ -55,7 +55,7 @@ def load_batches(
         _BatchedDataset(dataset),  # type: ignore[arg-type]  # not torch's Dataset
         batch_sampler=batches,
         collate_fn=tuple,  # no change: `__getitems__` has stacked the samples
-        num_workers=min(workers, usable_cores()),
+        num_workers=min(workers, usable_cores()) if workers else 0,
         worker_init_fn=_init_worker,
         pin_memory=on_gpu,
     )

@@ -12,8 +12,7 @@ from sopdeploy.files import expand_user
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.libraries import open_cifar, open_digits, open_official
-from sopdeploy.photos.photo import select_classes
-from sopdeploy.photos.split import Split
+from sopdeploy.photos.photo import Split, select_classes
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.seeds import derive_seed
 

@@ -15,8 +15,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, energy
-from sopdeploy.evaluation.drift import PredictionCounts
+from sopdeploy.decision import Calibration, Decision, Estimate, PredictionCounts, Rejection, energy
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import LEVEL
 

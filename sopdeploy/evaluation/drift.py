@@ -7,12 +7,12 @@ expected count of about 5 (Cochran, "Some methods for strengthening the common c
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference, softmax
+from sopdeploy.decision import PredictionCounts, Reference
 
 TESTS = ("classes", "confidences")  # attributes of `Reference` and `PredictionCounts`
 SIGNIFICANCE = 0.005  # of each test: without drift, at most 1 % of comparisons raise an alarm (Bonferroni)
@@ -35,36 +35,10 @@ class Drift(NamedTuple):
     tests: dict[str, Comparison]
 
 
-class PredictionCounts:
-    """Counts predictions by class and by confidence."""
-
-    def __init__(self, classes: int) -> None:
-        self.classes: _Counts = np.zeros(classes, np.int64)
-        self.confidences: _Counts = np.zeros(len(CONFIDENCE_BOUNDS) + 1, np.int64)
-
-    @property
-    def images(self) -> int:
-        """Number of predictions."""
-        return int(self.classes.sum())
-
-    def add_logits(self, logits: NDArray[Any]) -> None:
-        """Count predictions with finite *logits* (n, C)."""
-        self.add(logits.argmax(axis=1), softmax(logits).max(axis=1))
-
-    def add(self, classes: NDArray[np.integer], confidences: NDArray[np.floating]) -> None:
-        """Count predictions of *classes* (n,) with the largest probabilities *confidences* (n,)."""
-        self.classes += np.bincount(classes, minlength=len(self.classes))
-        interval = np.searchsorted(CONFIDENCE_BOUNDS, confidences, side="right")
-        self.confidences += np.bincount(interval, minlength=len(self.confidences))
-
-    def reference(self) -> Reference:
-        """Return the counts as the reference of later predictions."""
-        return Reference(classes=tuple(self.classes.tolist()), confidences=tuple(self.confidences.tolist()))
-
-    def compare(self, reference: Reference) -> Drift:
-        """Compare the counts with *reference*, which must have the same classes."""
-        tests = {name: compare(np.array(getattr(reference, name)), getattr(self, name)) for name in TESTS}
-        return Drift(self.images, tests)
+def find_drift(counts: PredictionCounts, reference: Reference) -> Drift:
+    """Compare *counts* with *reference*, which must have the same classes."""
+    tests = {name: compare(np.array(getattr(reference, name)), getattr(counts, name)) for name in TESTS}
+    return Drift(counts.images, tests)
 
 
 def compare(first: _Counts, second: _Counts) -> Comparison:

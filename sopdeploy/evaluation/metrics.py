@@ -8,7 +8,7 @@ same probabilities without bins.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pydantic
@@ -17,11 +17,39 @@ from numpy.typing import NDArray
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.decision import energy
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.statistics import wilson
 
 TOP_K = 5
 MIN_PROBABILITY = 2.2250738585072014e-308  # lower bound of probabilities, which limits the loss to 708
 NO_IMAGES = "there are no images to evaluate on; give a folder with images"
+Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+class Interval(NamedTuple):
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+def wilson(successes: float, trials: float) -> Interval:
+    """Compute the score interval of a proportion (Wilson, "Probable Inference", JASA 1927)."""
+    if trials == 0:  # nothing is known
+        return Interval(0.0, 1.0)
+    fraction, square = successes / trials, Z_95**2
+    center = (fraction + square / (2 * trials)) / (1 + square / trials)
+    spread = math.sqrt(fraction * (1 - fraction) / trials + square / (4 * trials**2))
+    half = Z_95 * spread / (1 + square / trials)
+    return Interval(max(0.0, center - half), min(1.0, center + half))
+
+
+def effective_count(groups: NDArray[np.integer]) -> float:
+    """Compute the number of independent images among N images: N^2 / sum of squared sizes of their groups.
+
+    *groups* (N,) has the number of the group of each image. If all groups have the same size, the result is
+    their number. It is the effective sample size of Kish, "Survey Sampling" (1965).
+    """
+    sizes = np.unique(groups, return_counts=True)[1]
+    return float(len(groups) ** 2 / max(1, np.square(sizes).sum()))  # 0 without images
 
 
 @dataclass(frozen=True, slots=True)

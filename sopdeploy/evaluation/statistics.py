@@ -7,28 +7,11 @@ is; the difference of the accuracies is (wins - losses) / images. The images mus
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
-from typing import Literal, NamedTuple
+from typing import Literal
 
-Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
+from sopdeploy.evaluation.metrics import Z_95, Interval
+
 LEVEL = 0.95
-
-
-class Interval(NamedTuple):
-    """A 95 % confidence interval."""
-
-    low: float
-    high: float
-
-
-def wilson(successes: float, trials: float) -> Interval:
-    """Compute the score interval of a proportion (Wilson, "Probable Inference", JASA 1927)."""
-    if trials == 0:  # nothing is known
-        return Interval(0.0, 1.0)
-    fraction, square = successes / trials, Z_95**2
-    center = (fraction + square / (2 * trials)) / (1 + square / trials)
-    spread = math.sqrt(fraction * (1 - fraction) / trials + square / (4 * trials**2))
-    half = Z_95 * spread / (1 + square / trials)
-    return Interval(max(0.0, center - half), min(1.0, center + half))
 
 
 def student(values: Sequence[float]) -> Interval:

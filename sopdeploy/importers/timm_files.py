@@ -6,17 +6,16 @@ Files of timm's hub lie next to a `config.json` with their preprocessing; withou
 import importlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
 from sopdeploy.models.registry import create_model
-from sopdeploy.models.timm_networks import import_timm
 
 TIMM_PREFIX = "timm:"
 HUB_CONFIG = "config.json"
@@ -35,9 +34,11 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     """
     if not model.startswith(TIMM_PREFIX) or file.layers:  # MatConvNet files have layers
         return None
+    from sopdeploy.models.timm_networks import import_timm  # noqa: PLC0415  # imports blocks of networks
+
     backbone = model.removeprefix(TIMM_PREFIX)
     timm = import_timm(backbone)
-    if not _fits_timm(backbone, file):
+    if not _has_tensors_of(model, file):
         refuse_other_network(file, model)
     pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
@@ -59,12 +60,7 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
 
 def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert the weights of the EfficientNet-Lite *model*; None for other files and other networks."""
-    if model not in LITE:
-        return None
-    with torch.device("meta"):
-        network = create_model(model)
-    network.remove_classifier()
-    if not _has_tensors_of(network, file):
+    if model not in LITE or not _has_tensors_of(model, file):
         return None
     config = read_hub_config(file.path)
     return ConvertedWeights(
@@ -87,8 +83,10 @@ def find_network(file: WeightFile) -> str | None:
     """
     text = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name)
     names = [name for name in importlib.import_module("timm").list_models() if name in text]
-    name = max(names, key=len, default=None)
-    return f"{TIMM_PREFIX}{name}" if name is not None and _fits_timm(name, file) else None
+    if not names:
+        return None
+    model = TIMM_PREFIX + max(names, key=len)
+    return model if _has_tensors_of(model, file) else None
 
 
 def refuse_other_network(file: WeightFile, model: str) -> None:
@@ -99,16 +97,23 @@ def refuse_other_network(file: WeightFile, model: str) -> None:
         )
 
 
-def _fits_timm(backbone: str, file: WeightFile) -> bool:
-    """Check that *file* has the tensors of timm's network *backbone* in front of its classifier."""
-    with torch.device("meta"):
-        return _has_tensors_of(importlib.import_module("timm").create_model(backbone, num_classes=0), file)
-
-
-def _has_tensors_of(network: nn.Module, file: WeightFile) -> bool:
-    """Check that *file* has every tensor that *network* learns."""
+def _has_tensors_of(model: str, file: WeightFile) -> bool:
+    """Check that *file* has every tensor that *model* learns in front of its classifier."""
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    return all(shapes.get(name) == tensor.shape for name, tensor in network.named_parameters())
+    return all(shapes.get(name) == shape for name, shape in _learned_shapes(model).items())
+
+
+@cache
+def _learned_shapes(model: str) -> Mapping[str, torch.Size]:
+    """Map the tensors that *model* learns in front of its classifier to their shapes; builds it once."""
+    with torch.device("meta"):
+        if model.startswith(TIMM_PREFIX):
+            timm = importlib.import_module("timm")
+            network = timm.create_model(model.removeprefix(TIMM_PREFIX), num_classes=0)
+        else:
+            network = create_model(model)
+            network.remove_classifier()
+    return {name: tensor.shape for name, tensor in network.named_parameters()}
 
 
 def read_hub_config(weights: Path) -> Mapping[str, Any]:

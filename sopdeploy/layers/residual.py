@@ -1,21 +1,15 @@
-"""Residual blocks of ResNets and pre-activation ResNets, and timm's inverted bottleneck (MBConv).
+"""Residual blocks of ResNets and pre-activation ResNets.
 
 Papers: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Figs. 3 and 5; "Identity
-Mappings in Deep Residual Networks" (ECCV 2016); Sandler et al., "MobileNetV2" (CVPR 2018), section 3.3; Tan
-and Le, "EfficientNet" (ICML 2019). Attributes have torchvision's and timm's names, so their weight files fit.
+Mappings in Deep Residual Networks" (ECCV 2016). Attributes have torchvision's names, so its weight files fit.
 """
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.environment import import_optional
-from sopdeploy.errors import MissingPackageError
-
 Shortcut = Literal["projection", "pad"]
-SQUEEZE = 4  # the hidden width of MBConv's excitation is a quarter of the block's input channels
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -41,13 +35,6 @@ class PaddedShortcut(nn.Module):
         """Convert (B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
         strided = x[:, :, :: self.stride, :: self.stride]
         return F.pad(strided, (0, 0, 0, 0, self.before, self.after))
-
-
-def dimension_reduction(
-    channels: int, width: int, activation: type[nn.ReLU] | type[nn.SiLU] = nn.ReLU
-) -> nn.Sequential:
-    """Build a dimension reduction (DR) from *channels* to *width*: 1x1 conv, batch norm, activation."""
-    return nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width), activation(inplace=True))
 
 
 def _shortcut(
@@ -201,17 +188,3 @@ class PreActBottleneck(ResidualBlock):
         """Compute the output of the third convolution for an activated input."""
         middle = self.conv2(F.relu(self.bn2(self.conv1(x))))
         return self.conv3(F.relu(self.bn3(middle)))
-
-
-def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3) -> nn.Module:
-    """Build timm's inverted bottleneck (MBConv) with an expansion of 6, SiLU and squeeze-and-excitation.
-
-    It maps (B, in, H, W) to (B, out, H / stride, W / stride) without a final activation, and adds a shortcut
-    if it keeps the shape.
-    """
-    module = "timm.models._efficientnet_blocks"
-    blocks = import_optional(module, "timm", "sopdeploy[train]", MissingPackageError)
-    excitation = partial(blocks.SqueezeExcite, rd_channels=max(1, in_channels // SQUEEZE))
-    return blocks.InvertedResidual(
-        in_channels, out_channels, kernel, stride, exp_ratio=6, act_layer=nn.SiLU, se_layer=excitation
-    )

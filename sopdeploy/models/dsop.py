@@ -26,7 +26,7 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
-from sopdeploy.layers.residual import dimension_reduction
+from sopdeploy.layers.pooling.base import dimension_reduction
 from sopdeploy.models.base import Classifier
 
 Blocks = Annotated[int, pydantic.Field(ge=0)]

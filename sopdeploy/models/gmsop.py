@@ -51,8 +51,8 @@ from sopdeploy.layers.mixture import (
     pooling,
 )
 from sopdeploy.layers.netvlad import NetVLAD
+from sopdeploy.layers.pooling.base import dimension_reduction
 from sopdeploy.layers.pooling.registry import Pooling
-from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, TrainingOutput
 
 

@@ -10,8 +10,7 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 from sopdeploy.config import Count
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import FixedAverage, GapConfig
-from sopdeploy.layers.residual import dimension_reduction
+from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, dimension_reduction
 from sopdeploy.models.base import Classifier
 
 

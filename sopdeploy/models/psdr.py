@@ -20,8 +20,7 @@ from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, GlobalPooling
-from sopdeploy.layers.residual import dimension_reduction
+from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, GlobalPooling, dimension_reduction
 from sopdeploy.models.base import Classifier
 
 

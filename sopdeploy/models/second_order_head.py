@@ -121,6 +121,12 @@ class PooledHead(nn.Module, ExportHints):
         square_B1 = ((vector_BD - self.center) * self.scale).square().sum(dim=1, keepdim=True)
         return torch.cat([vector_BD, square_B1.clamp_min(_SMALLEST_SQUARE).sqrt()], dim=1)
 
+    def columns(self) -> list[slice]:
+        """Find the columns of a `gap+isqrt` vector: those of the own vector, and of the root of each tap."""
+        lengths = [self.pooling(tap).out_features for tap in self.channels]
+        ends = [self.fc.in_features - sum(lengths[number:]) for number in range(len(lengths) + 1)]
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
     def pooling(self, tap: str) -> ISqrtPooling:
         """Return the covariance pooling of *tap*."""
         return cast(ISqrtPooling, self.poolings[tap.replace(".", "_")])

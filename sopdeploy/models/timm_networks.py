@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
+from sopdeploy.backbones.efficientnet import mbconv
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, MissingPackageError, first_line
-from sopdeploy.layers.residual import BasicBlock, Bottleneck, mbconv
+from sopdeploy.layers.residual import BasicBlock, Bottleneck
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import Entry
 

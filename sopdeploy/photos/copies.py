@@ -251,16 +251,6 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     return whiten
 
 
-def effective_count(groups: NDArray[np.integer]) -> float:
-    """Compute the number of independent images among N images: N^2 / sum of squared sizes of their groups.
-
-    *groups* (N,) has the number of the group of each image. If all groups have the same size, the result is
-    their number. It is the effective sample size of Kish, "Survey Sampling" (1965).
-    """
-    sizes = np.unique(groups, return_counts=True)[1]
-    return float(len(groups) ** 2 / max(1, np.square(sizes).sum()))  # 0 without images
-
-
 def signature(image: Image.Image) -> NDArray[np.float32]:
     """Compute a histogram of the directions of edges in 8 x 8 cells of an RGB *image*, (512,).
 
@@ -304,15 +294,15 @@ class Grouped(NamedTuple):
 
 
 def group_photographs(images: LabeledImages) -> Grouped:
-    """Group *images* by what shows that they belong together; each is read once.
+    """Group *images* by their known groups and by near-duplicates; each image is read once.
 
-    These are the groups that are known and the pixels and edges, or, if an image cannot be decoded or there
-    are more than `MAX_SIGNATURES`, equal files.
+    Near-duplicates have equal pixels or similar edges. If an image cannot be decoded, or there are more than
+    `MAX_SIGNATURES`, they are equal files.
     """
     by_edges = len(images) <= MAX_SIGNATURES
 
-    def look(index: int) -> tuple[int, str, NDArray[np.float32] | None]:
-        """Return the hashes of a file and of its pixels, and its signature; what cannot be read is empty."""
+    def inspect(index: int) -> tuple[int, str, NDArray[np.float32] | None]:
+        """Return the hash of a file, and the hash and the signature of its pixels if they can be decoded."""
         file_hash, pixel_hash, edges = UNREADABLE, "", None
         with suppress(DataError):  # whoever uses the image names it
             photo = images.photo(index)
@@ -321,11 +311,13 @@ def group_photographs(images: LabeledImages) -> Grouped:
                 pixel_hash, edges = photo.pixel_hash, signature(photo.pixels)
         return file_hash, pixel_hash, edges
 
-    looks = list(map_threaded(look, len(images)))
-    file_hashes = np.asarray([file_hash for file_hash, _, _ in looks], np.int64)
-    signatures = [edges for _, _, edges in looks if edges is not None]
+    inspected = list(map_threaded(inspect, len(images)))
+    file_hashes = np.asarray([file_hash for file_hash, _, _ in inspected], np.int64)
+    signatures = [edges for _, _, edges in inspected if edges is not None]
     if by_edges and len(signatures) == len(images):
-        return Grouped(group_by_edges(images, [pixels for _, pixels, _ in looks], signatures), file_hashes)
+        return Grouped(
+            group_by_edges(images, [pixels for _, pixels, _ in inspected], signatures), file_hashes
+        )
     known = connect(len(images), NO_PAIRS, images.groups)
     files = np.where(file_hashes == UNREADABLE, known, file_hashes)
     return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes)

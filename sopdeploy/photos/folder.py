@@ -18,18 +18,22 @@ import numpy as np
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.limits import SUFFIXES, describe_formats
 from sopdeploy.photos.files import (
+    TRAIN,
     Log,
     Parts,
     data_folder,
+    describe_confusable,
     find_parts,
+    fold,
+    hint_at_spelling,
     list_images,
     list_subfolders,
+    normalize,
     part_folder,
+    part_kind,
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
-from sopdeploy.photos.names import TRAIN, describe_confusable, fold, hint_at_spelling, normalize, part_kind
-from sopdeploy.photos.photo import ImageFiles, find_unreadable, select_classes
-from sopdeploy.photos.split import Split
+from sopdeploy.photos.photo import ImageFiles, Split, find_unreadable, select_classes
 from sopdeploy.photos.table import (
     LABELS_FILE,
     UNSPLIT,
@@ -44,7 +48,8 @@ def open_folder(path: Path) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of class indices.
-    Hidden files are ignored. Raises `DataError` if the images cannot be used.
+    Hidden files are ignored, and without a folder of held-out images also classes of a single image. Raises
+    `DataError` if the images cannot be used.
     """
     root = data_folder(path)
     opened = open_parts(root, max_held_out=1)
@@ -243,19 +248,21 @@ def _too_few_classes(images: ImageFiles) -> DataError:
 def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --data") -> str:
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes.
 
-    It is the one with the most images, if no class folder holds images itself. The other class folders must
-    hold no images, or folders of the same names: different names are those of the objects of each class.
-    Returns "" if there is none.
+    Returns "" if there is none. For `archive/images/rose/1.jpg`, it is `archive/images`: of the folders with
+    several subfolders, the one with the most images. A class folder that holds images itself is a class. If
+    the subfolders of several class folders share no name, they are the objects of each class.
     """
-    counts = defaultdict[str, Counter[str]](Counter)  # images of each subfolder, by the path of its folder
+    counts = defaultdict[str, Counter[str]](Counter)  # images of each subfolder, by the path of its parent
     for path in images.paths.tolist():
-        above, _, name = os.fsdecode(path).rpartition("/")[0].rpartition("/")
-        counts[above][name] += 1
-    best = max(counts, key=lambda above: (len(counts[above]) > 1, counts[above].total()), default="")
-    names = counts.pop(best, Counter())
-    of_others = set[str]().union(*counts.values())
-    is_only_one = len(set(images.targets.tolist())) == 1
-    if not best or "" in counts or len(names) < 2 or not (is_only_one or names.keys() & of_others):
+        parent, _, subfolder = os.fsdecode(path).rpartition("/")[0].rpartition("/")
+        counts[parent][subfolder] += 1
+    if not counts or "" in counts:  # no images, or a class folder that holds some itself
+        return ""
+    best = max(counts, key=lambda parent: (len(counts[parent]) > 1, counts[parent].total()))
+    names = counts.pop(best)
+    other_names = set[str]().union(*counts.values())
+    is_only_class = len(set(images.targets.tolist())) == 1
+    if len(names) < 2 or not (is_only_class or names.keys() & other_names):
         return ""
     while part_kind(best.rpartition("/")[2]):  # a part of the data set
         best = best.rpartition("/")[0]

@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from sopdeploy.errors import DataError
-from sopdeploy.photos.photo import ArrayImages, ImageFiles
-from sopdeploy.photos.split import Split, hold_out
+from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
+from sopdeploy.photos.split import hold_out
 
 MAX_DIGIT_VALUE = 16.0  # of a pixel in scikit-learn's digits
 DIGITS_HELD_OUT = 0.2

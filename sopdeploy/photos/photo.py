@@ -1,10 +1,10 @@
-"""Labeled photographs: their bytes, targets and identities, and the arrays that networks see."""
+"""Labeled photographs: their bytes, targets and identities, their parts, and the arrays that networks see."""
 
 import copy
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from sopdeploy.files import open_regular
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.names import normalize
+from sopdeploy.photos.files import normalize
 
 UNREADABLE = 0  # the hash of a file that cannot be read
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
@@ -58,6 +58,11 @@ class Photo:
         """The upright RGB pixels."""
         with image_errors(self.name):
             return to_rgb(load_pixels(self.image), _RULES)
+
+    def preprocess(self, rules: Preprocess) -> NDArray[np.uint8]:
+        """Compute the pixels (crop, crop, 3) that a network with *rules* reads, as the service does."""
+        with image_errors(self.name):
+            return preprocess_image(load_pixels(self.image), rules)
 
     @cached_property
     def pixel_hash(self) -> str:
@@ -214,6 +219,25 @@ class ImageFiles(LabeledImages):
     def path(self, index: int) -> Path:
         """Return the path of a file."""
         return self.root / os.fsdecode(self.paths[index])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Training and held-out images with the same labels.
+
+    `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
+    holds out some of the training images (`choose_held_out`). `notes` are lines about what the user may not
+    have intended, such as files and folders that are not used.
+    """
+
+    train: LabeledImages
+    held_out: LabeledImages
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def undivided(cls, images: LabeledImages, notes: Sequence[str] = ()) -> "Split":
+        """Create a split without held-out images."""
+        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)), notes=tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,37 +7,18 @@ Letters: N images, M held-out images.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.photos.copies import Groups
-from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.seeds import derive_seed
 
 NONE = -1  # the group of a training image in a choice
 Choice = NDArray[np.int64]  # (N,): the group of each held-out image, and `NONE` for each training image
 Record = NDArray[np.int64]  # (M, 2): hash of the file and group of each held-out image, sorted
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """Training and held-out images with the same labels.
-
-    `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
-    holds out some of the training images (`choose_held_out`). `notes` are lines about what the user may not
-    have intended, such as files and folders that are not used.
-    """
-
-    train: LabeledImages
-    held_out: LabeledImages
-    notes: tuple[str, ...] = ()
-
-    @classmethod
-    def undivided(cls, images: LabeledImages, notes: Sequence[str] = ()) -> "Split":
-        """Create a split without held-out images."""
-        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)), notes=tuple(notes))
 
 
 def hold_out(

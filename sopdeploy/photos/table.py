@@ -21,8 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, shorten
-from sopdeploy.photos.files import list_images, list_subfolders
-from sopdeploy.photos.names import TRAIN, describe_confusable, fold, hint_at_spelling, is_image, normalize
+from sopdeploy.photos.files import (
+    TRAIN,
+    describe_confusable,
+    fold,
+    hint_at_spelling,
+    is_image,
+    list_images,
+    list_subfolders,
+    normalize,
+)
 from sopdeploy.photos.photo import ImageFiles
 
 LABELS_FILE = "labels.csv"

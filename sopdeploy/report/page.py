@@ -73,7 +73,7 @@ def write_run_page(
     content = HtmlReport(
         title=start.recipe.project or fit.name,
         text=[_describe_training(start, fit), classes],
-        tiles={**_describe_score(result), **tiles},
+        tiles={**_score_tiles(result), **tiles},
         sections=[
             *_describe_networks(networks),
             _describe_learning(fit.position.history, result),
@@ -123,7 +123,7 @@ def _describe_training(start: Start, fit: Fit) -> str:
     return f"{fit.name}, trained from {weights} on {count} images, scaled to {side} x {side} pixels, {how}."
 
 
-def _describe_score(result: AnyProcedureResult) -> dict[str, str]:
+def _score_tiles(result: AnyProcedureResult) -> dict[str, str]:
     """Return the tiles of the page: the score with its interval, and the best epoch of the training loop."""
     score = result.score
     tiles = {"epoch": f"{result.epoch} of {result.num_epochs}"} if isinstance(result, LoopResult) else {}

@@ -6,8 +6,9 @@ from typing import Any
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
+from sopdeploy.evaluation.metrics import wilson
 from sopdeploy.evaluation.prediction import AllHeads, HeldOutMetrics, held_out_metrics, score_images
-from sopdeploy.evaluation.statistics import student, wilson
+from sopdeploy.evaluation.statistics import student
 from sopdeploy.models.base import Classifier
 from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device

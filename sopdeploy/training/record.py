@@ -98,7 +98,7 @@ def _describe_training(start: "Start", fit: Fit) -> dict[str, Any]:
         },
         **({"plugins": plugins} if plugins else {}),
         "machine": {
-            **{name: fact for name, fact in machine().items() if name != "load"},
+            **{name: fact for name, fact in machine().items() if name != "load"},  # which other runs change
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": start.strategy.world,
         },

@@ -19,16 +19,8 @@ from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.copies import NO_PAIRS, connect, group_photographs
 from sopdeploy.photos.folder import open_any_images
-from sopdeploy.photos.photo import LabeledImages, describe_contradictions, hash_images
-from sopdeploy.photos.split import (
-    NONE,
-    Record,
-    Split,
-    choose_held_out,
-    divide,
-    record_choice,
-    recorded_choice,
-)
+from sopdeploy.photos.photo import LabeledImages, Split, describe_contradictions, hash_images
+from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, check_divisible
@@ -347,12 +339,12 @@ def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
     before = None if last is None else last.origin
     data_path = getattr(start.recipe.data, "path", None)  # some data sources have none
     return Origin(
+        num_classes=len(start.labels),
         run=folder_name(folder.path),
         run_id=token_hex(6) if before is None else before.run_id,
         started=utc_now() if before is None else before.started,
         data=start.recipe.data.kind if data_path is None else folder_name(data_path),
         num_images=len(start.data.train) + len(start.data.held_out),
-        num_classes=len(start.labels),
         sample=(),  # the record adds it
     )
 

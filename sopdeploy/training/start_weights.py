@@ -21,8 +21,7 @@ from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_file, expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.importers.import_weights import convert_weights
-from sopdeploy.importers.weight_files import open_weights
+from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD

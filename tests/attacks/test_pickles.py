@@ -18,7 +18,7 @@ from torch.export.pt2_archive import _package
 from sopdeploy.bundle.probes import read_arrays, read_probes
 from sopdeploy.checkpoint import load_plain, read_checkpoint, read_pytorch
 from sopdeploy.errors import SopdeployError
-from sopdeploy.importers.weight_files import open_weights
+from sopdeploy.importers.import_weights import open_weights
 from tests.test_architecture import PACKAGES, ROOT
 
 MARKER = "pwned"

@@ -7,8 +7,7 @@ import pydantic
 
 from sopdeploy.data.sources import DataSource
 from sopdeploy.photos.files import Log
-from sopdeploy.photos.photo import ArrayImages
-from sopdeploy.photos.split import Split
+from sopdeploy.photos.photo import ArrayImages, Split
 
 
 class StripesConfig(DataSource):

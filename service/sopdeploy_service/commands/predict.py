@@ -17,7 +17,7 @@ from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image
-from sopdeploy.photos.names import is_image
+from sopdeploy.photos.files import is_image
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.images.decode import Decoded, decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model

@@ -28,7 +28,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import softmax
 from sopdeploy.errors import SopdeployError
-from sopdeploy.photos.names import normalize
+from sopdeploy.photos.files import normalize
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.labelling.folders import GoneError, LabelFolders
 from sopdeploy_service.observability.metrics import Metrics

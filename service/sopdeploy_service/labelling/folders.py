@@ -21,8 +21,7 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import atomic_write, expand_user
 from sopdeploy.kept import LOCK, NEAR_BITS, Kept, read_kept
-from sopdeploy.photos.files import find_parts, list_subfolders
-from sopdeploy.photos.names import fold, is_hidden, normalize, part_kind
+from sopdeploy.photos.files import find_parts, fold, is_hidden, list_subfolders, normalize, part_kind
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.decision import Reference
+from sopdeploy.decision import PredictionCounts, Reference
 from sopdeploy.errors import SopdeployError
-from sopdeploy.evaluation.drift import SIGNIFICANCE, TESTS, Drift, PredictionCounts
+from sopdeploy.evaluation.drift import SIGNIFICANCE, TESTS, Drift, find_drift
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.runtime.base import Runtime
 
@@ -192,7 +192,7 @@ class DriftWindow:
             return
         self._counts.add_logits(np.stack(logits))
         if self._counts.images >= WINDOW_IMAGES:
-            self._latest = self._counts.compare(self._reference)
+            self._latest = find_drift(self._counts, self._reference)
             self._counts = PredictionCounts(len(self._reference.classes))
         self.show()
 

@@ -10,9 +10,16 @@ from torch import Tensor, nn
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.residual import dimension_reduction
 
 SMALLEST_LENGTH = 1e-12
+
+
+def dimension_reduction(
+    channels: int, width: int, activation: type[nn.ReLU] | type[nn.SiLU] = nn.ReLU
+) -> nn.Sequential:
+    """Build a dimension reduction (DR) from *channels* to *width*: 1x1 conv, batch norm, activation."""
+    convolution = nn.Conv2d(channels, width, 1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), activation(inplace=True))
 
 
 class GlobalPooling(nn.Module, ExportHints):

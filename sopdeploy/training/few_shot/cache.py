@@ -40,12 +40,12 @@ class FeatureCache:
         self.folder = root / "sopdeploy" / "features"
         self.limit = limit
         self.used: set[str] = set()  # names of the entries of this run
-        self.identity = hash_network(network, recipe)
         # Whether entries are not read: those of another network, or of one whose code may change.
         self.is_stale = not _is_of_packages(network)
         # The XDG specification ignores relative paths.
         self.writable = root.is_absolute() and not self.is_stale
         self.bytes = sum(size for _, size, _ in self._entries())
+        self.identity = hash_network(network, recipe)
 
     def path(self, file_hash: int) -> Path:
         """Return the path of the entry of the photograph whose file has the hash *file_hash*."""

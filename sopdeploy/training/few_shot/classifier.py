@@ -10,7 +10,7 @@ space: memory and time grow with the images, and not with their product with the
 Letters: N images, D features, D_0 of the network's own vector, R dimensions of the basis, K classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +22,8 @@ from scipy.special import expit, log_softmax
 
 from sopdeploy.decision import Activation
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.evaluation.multi_label import MeanPrecision
-from sopdeploy.photos.copies import effective_count
 from sopdeploy.photos.photo import LabeledImages
 
 Array = NDArray[np.float64]
@@ -72,13 +71,6 @@ class Targets:
             return np.log(counts_K + 0.5) - np.log(len(self.classes) - counts_K + 0.5)
         logs_K = np.log(np.maximum(counts_K, 1))  # a class may have no images here
         return logs_K - logs_K.mean()
-
-    def contradictions(self, groups_N: Indices) -> Iterator[Indices]:
-        """Yield the images of each group whose images have different classes."""
-        for group in np.flatnonzero(np.bincount(groups_N) > 1):
-            images = np.flatnonzero(groups_N == group)
-            if (self.classes[images] != self.classes[images[0]]).any():
-                yield images
 
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
         """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.

@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sopdeploy.data.batches import load_batches
-from sopdeploy.images.formats import load_pixels
-from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.photos.copies import Copies, find_pairs
-from sopdeploy.photos.photo import Dataset, LabeledImages, Photo, image_errors
+from sopdeploy.photos.photo import Dataset, LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
 from sopdeploy.training.few_shot.classifier import MAX_RANK, Indices, LinearHead, Problem, Space, unit_length
@@ -66,12 +64,12 @@ class Features:
         batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
         first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
         self.full.pooled_head.fit_projection([batch.maps for batch in first])
-        columns = self.columns()
+        columns = self.full.pooled_head.columns()[: None if self.head.taps else 1]
         waiting: list[tuple[list[int], Any]] = []  # indices and vectors, until the space is known
         hashes: dict[int, str] = {}
         self.file_hashes = np.zeros(count, np.int64)
         for batch in chain(first, batches):
-            vectors = outputs.vectors(batch)
+            vectors = self.full.pooled_head.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
             views = average_views(batch.own_vectors, batch.maps)  # (B, V, C) for each map
             if not hashes:  # the first batch gives their shapes
                 self.views = [np.zeros((count, *part.shape[1:]), np.float32) for part in views]
@@ -96,13 +94,6 @@ class Features:
             self.space = Space.of([part[:MAX_RANK] for part in parts])
             self.reduced = np.zeros((len(self.own), self.space.basis.shape[1]), np.float32)
         self.reduced[indices] = self.space.project(np.concatenate(parts, axis=1))
-
-    def columns(self) -> list[slice]:
-        """Find the columns of a vector of `full` that `head` reads: own vector, and roots of each tap."""
-        lengths = [self.full.pooled_head.pooling(tap).out_features for tap in self.full.pooled_head.channels]
-        ends = [self.full.num_features() - sum(lengths[number:]) for number in range(len(lengths) + 1)]
-        parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-        return parts if self.head.taps else parts[:1]
 
     @torch.no_grad()
     def find_copies(self, images: LabeledImages) -> Indices:
@@ -153,14 +144,10 @@ class _Photographs(Dataset):
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]:
         photo, side = self.images.photo(index), self.preprocess.crop
-        is_cached = index != self.decoded and self.cache.has(photo.file_hash)
-        pixels = np.zeros((side, side, 3), np.uint8) if is_cached else self.decode(photo)
-        return pixels, np.asarray([photo.file_hash, not is_cached])
-
-    def decode(self, photo: Photo) -> NDArray[np.uint8]:
-        """Decode and preprocess a photograph."""
-        with image_errors(photo.name):
-            return preprocess_image(load_pixels(photo.image), self.preprocess)
+        file_hash = photo.file_hash
+        is_cached = index != self.decoded and self.cache.has(file_hash)
+        pixels = np.zeros((side, side, 3), np.uint8) if is_cached else photo.preprocess(self.preprocess)
+        return pixels, np.asarray([file_hash, not is_cached])
 
 
 class Batch(NamedTuple):
@@ -177,8 +164,10 @@ class CachedNetwork:
     """The frozen `network` of *recipe*, whose outputs for photographs are kept in the cache."""
 
     def __init__(self, network: SecondOrderHead, recipe: Recipe) -> None:
-        self.network, self.recipe = network.eval().to(memory_format=images_format(network)), recipe
-        self.device, self.cache = next(network.parameters()).device, FeatureCache(network, recipe)
+        layout, self.device = images_format(network), next(network.parameters()).device
+        self.network, self.recipe = network.eval().to(memory_format=layout), recipe
+        self.normalize = Normalize(recipe.preprocess, layout).to(self.device)
+        self.cache = FeatureCache(network, recipe)
         self.batch_size = BATCHES[self.device.type]
 
     def batches(self, images: LabeledImages, indices: list[int]) -> Iterator[Batch]:
@@ -196,10 +185,6 @@ class CachedNetwork:
             own = torch.from_numpy(own_vectors).to(self.device)
             yield Batch(chosen, file_hashes, hashes, own, maps_by_tap)
 
-    def vectors(self, batch: Batch) -> NDArray[np.float32]:
-        """Compute the vectors that the head reads."""
-        return self.network.pooled_head.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
-
     def _load(
         self, images: LabeledImages, batches: list[list[int]]
     ) -> Iterator[tuple[NDArray[np.int64], list[Entry]]]:
@@ -216,15 +201,13 @@ class CachedNetwork:
             hashes, are_decoded = facts.numpy().T
             paths = [self.cache.find(file_hash) for file_hash in hashes.tolist()]
             entries = [self.cache.read(path) for path in paths]
-            if batch is batches[0] and entries[0] is not None:
-                (computed,) = self._compute(pixels[:1])
-                if not all(map(np.array_equal, entries[0], computed)):
-                    self.cache.is_stale = True
-                    yield from self._load(images, batches)
-                    return
+            if batch is batches[0] and self._is_stale(entries[0], pixels[:1]):
+                self.cache.is_stale = True
+                yield from self._load(images, batches)  # again, without the cache
+                return
             for position, entry in enumerate(entries):
                 if entry is None and not are_decoded[position]:  # there is an entry, but it is damaged
-                    decoded = photographs.decode(images.photo(batch[position]))
+                    decoded = images.photo(batch[position]).preprocess(self.recipe.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
             waiting.append(_Loaded(pixels, hashes, paths, entries))
             num_missing = sum(loaded.entries.count(None) for loaded in waiting)
@@ -232,6 +215,10 @@ class CachedNetwork:
             if num_missing % self.batch_size == 0 or len(waiting) == MAX_WAITING or is_last:
                 yield from self._complete(waiting)
                 waiting = []
+
+    def _is_stale(self, entry: Entry | None, pixels: Tensor) -> bool:
+        """Tell whether the *entry* of an image differs from what is computed of its *pixels* (1, H, W, 3)."""
+        return entry is not None and not all(map(np.array_equal, entry, self._compute(pixels)[0]))
 
     def _complete(self, waiting: list["_Loaded"]) -> Iterator[tuple[NDArray[np.int64], list[Entry]]]:
         """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""
@@ -257,8 +244,7 @@ class CachedNetwork:
         of the features, depend on the size of the batch.
         """
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)  # 0, 1, ... and the last one
-        normalize = Normalize(self.recipe.preprocess, images_format(self.network)).to(self.device)
-        own, maps = self.network.head_inputs(normalize(pixels[positions].to(self.device)))
+        own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
         digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in pixels]
         return [

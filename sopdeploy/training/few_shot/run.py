@@ -24,7 +24,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.second_order_head import SecondOrderHead, head_name
+from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.copies import NO_PAIRS, connect
 from sopdeploy.photos.photo import (
     LabeledImages,
@@ -84,22 +84,25 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
         def on_progress(step: str, done: int, total: int) -> None:
             callback.on_stage(name=step, done=done, total=total)
             expected.update(min(done, len(images)), len(images))  # the features take most of the time
-            signals.exchange()
+            signals.exchange()  # raises `TrainingStoppedError` after a stop signal
 
         try:
             found = cross_validate(recipe, start.model, images, on_progress)
             if warning := describe_contradictions(images, found.features.file_hashes):
                 callback.on_warning(warning)
-            network = place(recipe, found.build(), start.strategy)
+            problem, label_logits = found.problem, None
+            built = found.features.build(problem, problem.fit_all(found.scaling))
+            if problem.targets.activation == "softmax":
+                label_logits = problem.doubt_labels(found.logits, found.folds, found.scaling)
+            network = place(recipe, built, start.strategy)
             result, metrics = _evaluate(start, network, found)
-            label_logits = found.label_logits()
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise
         except DataError as error:
             raise unreadable_images_error(error, images, start.data.held_out) from None
     seconds = time.monotonic() - since
-    losses = {"loss": float(found.targets.losses(found.shifted_logits).mean())}
+    losses = {"loss": float(problem.targets.losses(found.shifted_logits).mean())}
     row = EpochRow(epoch=1, lr=recipe.optimizer.lr, losses=losses, metrics=metrics, seconds=seconds)
     fit = FewShotFit(
         name=head_name(recipe.model.name),
@@ -145,29 +148,15 @@ class CrossValidation:
     scaling: Scaling
     seconds: dict[str, float]
 
-    @property
-    def targets(self) -> Targets:
-        """The targets of the images."""
-        return self.problem.targets
-
     def score(self) -> Rate | MeanPrecision | None:
         """Estimate the score of the classifier by the images that count; None if they are of one class."""
-        if len(np.unique(self.targets.strata[self.judged])) < 2 and self.targets.activation == "softmax":
+        targets = self.problem.targets
+        if len(np.unique(targets.strata[self.judged])) < 2 and targets.activation == "softmax":
             return None
-        classes, num_folds = self.targets.classes[self.judged], int(self.folds.max()) + 1
+        classes, num_folds = targets.classes[self.judged], int(self.folds.max()) + 1
         logits, groups = self.logits[self.judged], self.groups[self.judged]
         seed = self.features.recipe.seed
-        return estimate(classes, self.targets.activation, logits, seed, groups, num_folds)
-
-    def build(self) -> SecondOrderHead:
-        """Build the network with the head that is fitted to all images."""
-        return self.features.build(self.problem, self.problem.fit_all(self.scaling))
-
-    def label_logits(self) -> Array | None:
-        """Compute logits (N, K) that contradict wrong labels; None with several classes per image."""
-        if self.targets.activation == "sigmoid":
-            return None
-        return self.problem.doubt_labels(self.logits, self.folds, self.scaling)
+        return estimate(classes, targets.activation, logits, seed, groups, num_folds)
 
 
 def cross_validate(
@@ -191,7 +180,7 @@ def cross_validate(
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
     pairs = features.find_copies(images) if config.group_copies else NO_PAIRS
-    targets, groups_N = Targets.of(images), connect(count, pairs, features.hashes, images.groups)
+    groups_N, targets = connect(count, pairs, features.hashes, images.groups), Targets.of(images)
     copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
     judged = _largest_copies(images, copies_N)
     if images.targets.ndim == 1:  # no classifier is fitted without all images of a class that is one group
@@ -259,16 +248,17 @@ def _describe_groups(
     groups = _groups_of_classes(targets, groups_N)
     num_groups = {label: len(found) for label, found in zip(images.labels, groups, strict=True)}
     counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
-    contradictions = tuple(
-        " = ".join(images.identity(index) for index in indices.tolist())
-        for indices in targets.contradictions(copies_N)  # of the copies of a photograph with several classes
-    )
+    contradictions = []
+    for photograph in np.flatnonzero(np.bincount(copies_N) > 1):
+        indices = np.flatnonzero(copies_N == photograph)
+        if (targets.classes[indices] != targets.classes[indices[0]]).any():
+            contradictions.append(" = ".join(images.identity(index) for index in indices.tolist()))
     return {
         "num_groups": int(groups_N.max()) + 1,
         "num_photographs": int(copies_N.max()) + 1,
         "one_group": tuple(label for label, number in num_groups.items() if number == 1),
         "two_groups": tuple(label for label, number in num_groups.items() if number == 2 < counts[label]),
-        "contradictions": contradictions,
+        "contradictions": tuple(contradictions),
     }
 
 
@@ -295,7 +285,8 @@ def _evaluate(
         score = found.score()
         counted = np.arange(len(images)) if score is None else found.judged
         logits, targets = found.shifted_logits[counted], images.targets[counted]
-    head, counts = found.features.head, found.targets.classes.sum(axis=0).astype(int).tolist()
+    targets_of_images = found.problem.targets
+    head, counts = found.features.head, targets_of_images.classes.sum(axis=0).astype(int).tolist()
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
     result = FewShotResult(
         **{"map" if isinstance(score, MeanPrecision) else "top1": score},
@@ -304,7 +295,7 @@ def _evaluate(
         balanced=images.targets.ndim == 1 and max(counts) > UNEVEN * max(1, min(counts)),
         num_images=len(images),
         num_duplicates=len(images) - len(set(found.features.hashes)),
-        **_describe_groups(images, found.targets, found.groups, found.copies),
+        **_describe_groups(images, targets_of_images, found.groups, found.copies),
         head=f"{recipe.model.name} {head.kind}{taps}",
         num_features=len(found.problem.space.center),
         temperature=found.scaling.temperature,
@@ -320,6 +311,7 @@ def _decide(start: Start, fit: FewShotFit) -> FewShotFit:
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))
         return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
     result: Any = fit.result
+    unknown = predict_unknown(fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers)
     reason = missing_threshold(result.num_groups, fit.logits.shape[1], accepts, MIN_COSINES)
     decision = fit_decision(
         fit.logits,
@@ -328,7 +320,7 @@ def _decide(start: Start, fit: FewShotFit) -> FewShotFit:
         accepts=accepts,
         scalable=False,  # the network contains the temperature
         groups=fit.groups,
-        unknown=predict_unknown(fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+        unknown=unknown,
         left_out=fit.left_out,
         min_images=MIN_COSINES,
     )

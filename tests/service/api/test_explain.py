@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.client import Client
-from sopdeploy.decision import Decision
-from sopdeploy.evaluation.drift import PredictionCounts
+from sopdeploy.decision import Decision, PredictionCounts
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.http.api_keys import new_key

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.decision import Decision, Reference
+from sopdeploy.decision import Decision, PredictionCounts, Reference
 from sopdeploy.errors import BundleError
-from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability import logs, metrics
 from sopdeploy_service.settings import Settings
@@ -131,7 +130,8 @@ def values(page: str, metric: str) -> dict[str, float]:
 def reference(classes: int) -> Reference:
     """Predictions of the first class only, with confidences of 0.99."""
     counts = PredictionCounts(classes)
-    counts.add(np.zeros(500, np.intp), np.full(500, 0.99))
+    others = [0.01 / (classes - 1)] * (classes - 1)
+    counts.add_logits(np.log([[0.99, *others]] * 500))
     return counts.reference()
 
 

@@ -19,6 +19,7 @@ from sopdeploy.bundle.signing import check_signature, sign, signature_path
 from sopdeploy.cli.app import app
 from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError, ConfigError, StorageError
+from sopdeploy.files import writing
 from tests.forged import FIELDS, forge, write_hollow, write_key
 
 EARLIER, LATER = "2025-12-31T23:59:59.000000Z", "2026-02-03T04:05:06.000000Z"
@@ -125,6 +126,21 @@ def test_an_upload_to_a_full_disk_behind_a_url_is_not_an_error_of_the_bundle(
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.put_file", fail)
     with pytest.raises(StorageError, match=r"memory://.*: cannot be written \(No space left"):
         push(bundle, "memory://models/full")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            OSError(errno.ENOSPC, "Error writing bytes. Detail: [errno 28]"),
+            os.strerror(errno.ENOSPC),
+        ),  # PyArrow's
+        (OSError("the connection is closed\nand more"), "OSError: the connection is closed"),
+    ],
+)
+def test_the_reason_why_a_file_cannot_be_written_is_that_of_the_system(error: OSError, reason: str) -> None:
+    with pytest.raises(StorageError, match=rf"rows: cannot be written \({reason}\); "), writing("rows"):
+        raise error
 
 
 @pytest.mark.parametrize("store", ["a/models", "memory://models/flowers"])

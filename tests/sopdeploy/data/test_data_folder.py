@@ -16,7 +16,8 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.folder import open_evaluation_images, open_folder
-from sopdeploy.photos.split import Split, choose_held_out, divide
+from sopdeploy.photos.photo import Split
+from sopdeploy.photos.split import choose_held_out, divide
 from tests.sopdeploy.data.small_data import jpeg, write_classes
 
 

@@ -14,7 +14,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.data.sources import DataConfig, DigitsConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos.folder import class_aliases, open_evaluation_images
-from sopdeploy.photos.split import Split
+from sopdeploy.photos.photo import Split
 from sopdeploy.training.recipe import read_recipe
 from tests.sopdeploy.data.small_data import write_aircraft, write_cifar, write_places
 

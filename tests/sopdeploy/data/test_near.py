@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.errors import DataError
+from sopdeploy.evaluation.metrics import effective_count
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.check import EDGES_MISS, check_data
-from sopdeploy.photos.copies import Copies, connect, effective_count, find_pairs, group_photographs
+from sopdeploy.photos.copies import Copies, connect, find_pairs, group_photographs
 from sopdeploy.photos.folder import list_classes, open_folder
-from sopdeploy.photos.photo import ArrayImages, ImageFiles
-from sopdeploy.photos.split import NONE, Split, choose_held_out, divide, record_choice, recorded_choice
+from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
+from sopdeploy.photos.split import NONE, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.photos.table import UNSPLIT, read_label_table
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy

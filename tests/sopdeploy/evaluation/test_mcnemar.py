@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sopdeploy.evaluation.drift import SIGNIFICANCE, PredictionCounts, compare
+from sopdeploy.decision import PredictionCounts
+from sopdeploy.evaluation.drift import SIGNIFICANCE, compare, find_drift
+from sopdeploy.evaluation.metrics import Z_95, wilson
 from sopdeploy.evaluation.statistics import (
     ALPHA,
-    Z_95,
     decide,
     difference_interval,
     holm,
@@ -20,7 +21,6 @@ from sopdeploy.evaluation.statistics import (
     score_statistic,
     share_of_level,
     student,
-    wilson,
 )
 
 
@@ -193,13 +193,13 @@ def test_logits_are_counted_by_their_best_class_and_its_probability():
     counts.add_logits(np.log([[0.25, 0.5, 0.25], [0.15, 0.25, 0.6], [1e-9, 1.0, 1e-9]]))
     assert counts.classes.tolist() == [0, 2, 1]
     assert np.flatnonzero(counts.confidences).tolist() == [5, 6, 16]
-    drift = counts.compare(counts.reference())
+    drift = find_drift(counts, counts.reference())
     assert drift.num_images == 3
     assert drift.tests == {"classes": (0.0, 1.0), "confidences": (0.0, 1.0)}
-    assert PredictionCounts(3).compare(counts.reference()).tests["classes"].p_value == 1.0
+    assert find_drift(PredictionCounts(3), counts.reference()).tests["classes"].p_value == 1.0
     far = PredictionCounts(3)
     far.add_logits(np.eye(3)[[0] * 60] * 9)
     near = PredictionCounts(3)
     near.add_logits(np.eye(3)[[1] * 60] * 9)
-    assert far.compare(near.reference()).tests["classes"].distance == 1.0
-    assert far.compare(near.reference()).tests["classes"].p_value < SIGNIFICANCE
+    assert find_drift(far, near.reference()).tests["classes"].distance == 1.0
+    assert find_drift(far, near.reference()).tests["classes"].p_value < SIGNIFICANCE

@@ -11,8 +11,7 @@ import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.conversion import choose_config, fit_tensors
-from sopdeploy.importers.import_weights import convert_weights
-from sopdeploy.importers.weight_files import open_weights
+from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model
 from tests.sopdeploy.importers.released import (

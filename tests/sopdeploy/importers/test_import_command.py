@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import SopdeployError
-from sopdeploy.importers.weight_files import open_weights
+from sopdeploy.importers.import_weights import open_weights
 from tests.attacks.test_checkpoints import checkpoint
 from tests.sopdeploy.importers.released import prefixed, state_of
 

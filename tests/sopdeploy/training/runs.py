@@ -18,8 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.photos.photo import LabeledImages
-from sopdeploy.photos.split import Split
+from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.report.page import write_run_page
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow

@@ -19,8 +19,7 @@ from sopdeploy.bundle.folder import is_bundle
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import SUFFIXES
-from sopdeploy.photos.files import walk
-from sopdeploy.photos.names import is_hidden, is_image
+from sopdeploy.photos.files import is_hidden, is_image, walk
 
 _TAR, _LIST = ".tar", ".txt"
 MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
