@@ -16,12 +16,13 @@ SelectedBy = Literal["nothing", "other images", "same images"]
 
 
 class NetworkScore(StrictModel):
-    """A network that `train --models` compares.
+    """A network that `train --models` or `train --within` compares.
 
     Attributes:
         milliseconds: Processor time of an image with ONNX Runtime on one thread.
         megabytes: Size of the exported graph.
-        score: Cross-validated accuracy or mAP; None if the network takes too long.
+        score: Cross-validated accuracy or mAP; None if the network takes too long or lacks weights.
+        has_weights: Whether its start weights could be reached, if it is fast enough.
     """
 
     COLUMNS: ClassVar = ("network", "accuracy", "ms", "MB", "")  # of `row`
@@ -29,11 +30,12 @@ class NetworkScore(StrictModel):
     milliseconds: float
     megabytes: float
     score: Rate | MeanPrecision | None = None
+    has_weights: bool = True
     chosen: bool = False
 
     def row(self) -> tuple[str, ...]:
         """Return the cells of a table."""
-        score = "too slow"
+        score = "too slow" if self.has_weights else "no weights"
         if self.score is not None:
             interval = f"{100 * self.score.low:.0f} to {100 * self.score.high:.0f}"
             score = f"{100 * self.score.value:.1f} % ({interval})"
