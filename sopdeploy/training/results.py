@@ -104,7 +104,7 @@ class FewShotResult(StrictModel):
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
-        balanced: Whether the classes differ in size, so that the result names their weights.
+        balanced: Whether the classes differ in size, so that the result says how this is corrected.
         num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
         num_groups: Number of groups of training images, which show different objects or bursts.
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
@@ -211,7 +211,7 @@ class FewShotResult(StrictModel):
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
         if self.balanced:
             ratio = max(counts.values()) / max(1, min(counts.values()))  # the smallest may have no images
-            text += f"; classes have equal weights, the largest is {ratio:.1f} times the smallest"
+            text += f"; the largest class is {ratio:.1f} times the smallest, for which the logits are corrected"
         few = [label for label, count in counts.items() if count < _FEW_IMAGES]
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"

@@ -160,7 +160,7 @@ class Scaling(NamedTuple):
 
     @classmethod
     def fit(cls, scores_VNK: Array, targets: Targets) -> "Scaling":
-        """Minimize the loss of V cross-validations, in which all classes have equal weights.
+        """Minimize the loss of V cross-validations; with "softmax", all classes have equal weights in it.
 
         The exponent corrects that the mean of few images is less certain, so that its distance from other
         images is larger; it has a normal prior. The targets are smoothed by 1 / (N + 2), the rule of

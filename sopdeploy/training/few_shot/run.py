@@ -48,7 +48,7 @@ from sopdeploy.training.start import LOOP_INSTEAD, Start, place
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.
 FEW_GROUPS = 200
-UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result names it
+UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result says how it is corrected
 
 
 def fit_few_shot(

@@ -326,7 +326,7 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
     assert result.procedure.top1.count == len(judged)
 
 
-def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: Path):
+def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
     paint(tmp_path / "photos" / "train", 6)
     paint(tmp_path / "photos" / "val", 2, seed=1)
     for number in range(3, 6):
@@ -339,6 +339,8 @@ def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: P
     assert found.top1.count == 6
     assert found.balanced
     assert found.class_counts["red"] == 3
+    corrected = "the largest class is 2.0 times the smallest, for which the logits are corrected"
+    assert corrected in found.describe_images()
     assert "needs at least 20 images and there are 15" in found.unknown
     assert any("unknown images: not recognized" in line for line in found.lines())
 
