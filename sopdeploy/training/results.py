@@ -211,7 +211,7 @@ class FewShotResult(StrictModel):
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
         if self.balanced:
             ratio = max(counts.values()) / max(1, min(counts.values()))  # the smallest may have no images
-            text += f"; the largest class is {ratio:.1f} times the smallest, for which the logits are corrected"
+            text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
         few = [label for label, count in counts.items() if count < _FEW_IMAGES]
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
