@@ -46,4 +46,5 @@ def read_choices() -> Choices:
 
 def file_stem(name: str) -> str:
     """Return how a file of weights of the network *name* is called, without its suffix: as in timm."""
-    return name.rpartition(":")[2]
+    names = {choice.name: choice.timm for choice in read_choices().networks}
+    return names.get(name, name.rpartition(":")[2])
