@@ -286,7 +286,7 @@ class Problem:
         return LinearHead(weight_KD, self.scale_scores(head.bias, scaling) - weight_KD @ self.space.center)
 
     def class_sums(self, images: NDArray[np.bool_] | slice = slice(None)) -> Array:
-        """Compute the sum (K, D_0) of the own vectors of each class over *images*, in blocks to save memory."""
+        """Compute the sum (K, D_0) of the own vectors of each class over *images*, in blocks."""
         chosen = np.arange(len(self.own))[images]
         sums = np.zeros((self.targets.classes.shape[1], self.own.shape[1]))
         for block in np.array_split(chosen, 1 + len(chosen) // ROWS):

@@ -203,7 +203,7 @@ def cross_validate(
     on_progress("cross-validation", count, 2 * count)
     _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
-    folds_of_validations = _make_folds(targets, keys_N, config.folds, recipe.seed)
+    folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
     problem = Problem(features.space, features.reduced, features.own, targets)
     scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
     scaling = Scaling.fit(scores_VNK, targets)
@@ -229,8 +229,11 @@ def cross_validate(
     )
 
 
-def _make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
-    """Assign images to folds (N,): for one cross-validation, or three below `FEW_GROUPS` different keys."""
+def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
+    """Assign images to folds (N,): for one cross-validation, or three below `FEW_GROUPS` different *keys_N*.
+
+    There are *at_most* folds, and images with equal keys share one (`Targets.folds`).
+    """
     seeds = [derive_seed(seed, "folds")]
     if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
         seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]
