@@ -9,6 +9,10 @@ computed once per set and kept in --cache. Each draw, whose seed is its number, 
 class; the head is fitted and calibrated by the code of `train`, and tested on all of TEST. The former head is
 scikit-learn's LogisticRegression on the same scaled vectors, with C chosen by the loss in the same folds.
 
+"interval holds" is the share of --intervals draws in which the printed interval of the fraction that the
+threshold accepts contains that of as many other photographs of the same classes: drawn by lot from TRAIN and
+TEST together, or from TEST.
+
 "others" are up to 40 test photographs of each other set. --measure names the sets to measure, by default all.
 --out writes the means into a JSON file, of which `docs/generate.py` makes the table of the page. Exit status
 1: over sets of the group B, the gain is below 0.
@@ -29,18 +33,20 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
-from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision
+from sopdeploy.evaluation.decision_fit import MIN_COSINES, accepted_interval, fit_decision, threshold_rank
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import MAX_RANK, Problem, Scaling, Space, Targets, unit_length
 from sopdeploy.training.few_shot.features import PROJECTION_IMAGES, CachedNetwork, full_head
-from sopdeploy.training.few_shot.run import FEW_GROUPS
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.few_shot.run import make_folds
+from sopdeploy.training.recipe import FewShotConfig, RejectionConfig, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 
 Array = NDArray[Any]
 STRENGTHS = 10.0 ** np.arange(0.5, 3.1, 0.5)  # of the former head, scikit-learn's C
 OTHERS = 40  # test photographs of each other set
+FOLDS, ACCEPTS = FewShotConfig().folds, RejectionConfig().accepts
+NO_SPACE = Space(*np.zeros((3, 1)))  # of problems whose heads are not fitted
 
 
 class Photographs(NamedTuple):
@@ -115,8 +121,7 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
     )
     reduced = space.project(photos.train[drawn])
     problem = Problem(space, reduced, unit_length(parts[0]), targets)
-    keys = [str(index) for index in range(len(drawn))]
-    folds = [targets.folds(keys, 10, number) for number in range(3 if len(drawn) < FEW_GROUPS else 1)]
+    folds = make_folds(targets, [str(index) for index in drawn.tolist()], FOLDS, seed)
     scores = np.stack([problem.cross_validate(one) for one in folds])
     scaling = Scaling.fit(scores, targets)
     cosines = np.mean([problem.cosines(one) for one in folds], axis=0)
@@ -154,6 +159,36 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
     }
 
 
+def interval_holds(photos: Photographs, size: int, draws: int, *, by_lot: bool) -> float:
+    """Return the share of *draws*, in percent, whose interval contains the accepted share of new photographs.
+
+    A draw takes *size* photographs per class, and as many other ones of each class as are there. With
+    *by_lot*, both are drawn from all photographs, otherwise the new ones from the test photographs first.
+    """
+    vectors = np.concatenate([photos.train, photos.test])
+    own, classes = (
+        unit_length(vectors[:, : photos.own]),
+        np.concatenate([photos.classes, photos.test_classes]),
+    )
+    is_test, count, held = np.arange(len(own)) >= len(photos.train), int(classes.max()) + 1, 0
+    for seed in range(draws):
+        order = np.random.default_rng(seed).permutation(len(own))
+        if not by_lot:
+            order = order[np.argsort(is_test[order], kind="stable")]
+        by_class = [order[classes[order] == label] for label in range(count)]
+        drawn = np.concatenate([of_class[:size] for of_class in by_class])
+        new = np.concatenate([of_class[size:][-size:] for of_class in by_class])
+        targets = Targets(np.eye(count)[classes[drawn]], classes[drawn], "softmax")
+        problem = Problem(NO_SPACE, own[drawn][:, :1], own[drawn], targets)
+        folds = make_folds(targets, [str(index) for index in drawn.tolist()], FOLDS, seed)
+        cosines = np.sort(np.mean([problem.cosines(one) for one in folds], axis=0))
+        rank = threshold_rank(len(drawn), ACCEPTS)
+        low, high = accepted_interval(len(drawn), rank)
+        accepted = ((own[new] @ problem.class_means().T).max(axis=1) >= cosines[rank - 1]).mean()
+        held += int(low <= accepted <= high)
+    return 100 * held / draws
+
+
 def read_sets(given: argparse.Namespace) -> tuple[dict[str, Photographs], Array]:
     """Read or compute the vectors of all sets and of the unknown photographs."""
     given.cache.mkdir(parents=True, exist_ok=True)
@@ -183,6 +218,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cache", type=Path, required=True, help="folder of vectors")
     parser.add_argument("--sizes", default="10", help="numbers of photographs per class")
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--intervals", type=int, default=100, help="draws that check the printed interval")
     parser.add_argument("--measure", help="names of sets, joined by commas")
     parser.add_argument("--out", type=Path, help="JSON file of the means")
     given = parser.parse_args(arguments)
@@ -204,6 +240,8 @@ def main(arguments: list[str]) -> int:
             for size in map(int, given.sizes.split(",")):
                 draws = [run_draw(photos, size, seed, foreign) for seed in range(given.draws)]
                 means = {key: float(np.mean([one[key] for one in draws])) for key in draws[0]}
+                for key, by_lot in (("interval holds", True), ("interval holds in TEST", False)):
+                    means[key] = interval_holds(photos, size, given.intervals, by_lot=by_lot)
                 facts = {"group": photos.group, "name": name, "size": size, "draws": given.draws}
                 rows.append({**facts, "date": f"{datetime.now(UTC):%Y-%m-%d}", **means})
     results = [

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from sopdeploy.layers.pooling.registry import AnyPoolingConfig
+from sopdeploy.models.choices import Choice, read_choices
 from sopdeploy.models.describe import PUBLISHED_ROWS, describe
 from sopdeploy.models.registry import CATALOG, Entry
 
@@ -33,6 +34,17 @@ Training-only branches are removed by `export --detach`.
 | name | network | px | M in training | exported | GMACs in training | exported | vector |
 |---|---|---|---|---|---|---|---|
 {networks}
+
+## Networks that `train --within` tries
+
+`sopdeploy train --data photos --within 20ms` measures these networks here, with random weights on one thread,
+and cross-validates those that are fast enough; only their weights are downloaded. Their licenses allow any
+use. Accuracy on ImageNet in percent, million parameters and pixels are those of [timm's results]({source});
+what a network reaches on your photographs is measured.
+
+| name | weights in timm | license | px | M | ImageNet |
+|---|---|---|---|---|---|
+{choices}
 
 ## Printed figures that no variant reproduces
 
@@ -66,6 +78,13 @@ def network_row(name: str, item: Entry) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def choice_row(choice: Choice) -> str:
+    """Build the row of a network that `train --within` tries."""
+    size, top1 = f"{choice.millions:.2f}", f"{choice.top1:.1f}"
+    cells = (f"`{choice.name}`", f"`{choice.timm}`", choice.license, choice.pixels, size, top1)
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def differing_rows() -> Iterator[str]:
     """Yield a row for each printed figure that no variant of the network reproduces."""
     for row in PUBLISHED_ROWS:
@@ -85,5 +104,7 @@ def models_page() -> str:
     return PAGE.format(
         poolings=", ".join(f"`{kind}`" for kind in kinds),
         networks="\n".join(network_row(name, item) for name, item in CATALOG.items()),
+        source=read_choices().source,
+        choices="\n".join(map(choice_row, read_choices().networks)),
         differing="\n".join(dict.fromkeys(differing_rows())),
     )

@@ -1,4 +1,4 @@
-"""Generate the table of `docs/benchmarks/index.md` from `results.toml`, the numbers that the README states.
+"""Generate the table of `docs/benchmarks/index.md` from `results.toml`, the numbers that pages state.
 
 The README's table of other photographs is that of `other_photos.json`.
 """
@@ -26,7 +26,7 @@ COLUMNS = (
 class Measured:
     """A measurement: its *command*, date and commit, its *values*, and the *claims* that are made of them.
 
-    *page* describes it. A claim is a template of `str.format` for a part of the README.
+    *page* describes it. A claim is a template of `str.format` for a part of the file *stated*.
     """
 
     command: str
@@ -35,6 +35,7 @@ class Measured:
     page: str
     values: dict[str, float]
     claims: list[str]
+    stated: str = "README.md"
 
     def texts(self) -> list[str]:
         """Return the claims with the values."""

@@ -50,7 +50,8 @@ class Rejection(StrictModel):
     Attributes:
         threshold: Smallest energy, the log-sum-exp of the logits, of an image that is accepted as known.
         accepts: Fraction of known images that the threshold was chosen to accept.
-        accepted: 95 % interval of the fraction that it accepts of as many new known images as in the fit.
+        accepted: 95 % interval of the fraction that it accepts of as many new known images as in the fit, if
+            they are taken in the same way.
         recognized: How many images of a folder of unknown ones it rejects, and of how many, if there is one.
         new_class: How many known images it rejects if their own class is left out, and of how many.
     """
@@ -207,7 +208,7 @@ class Decision(StrictModel):
                 losses = f"log loss {fit.loss_before:.4f} before, {fit.loss_after:.4f} after"
                 rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {losses}"))
         if (rule := self.rejection) is not None:
-            accepted = f"accepts about {100 * rule.accepts:g} % of known images"
+            accepted = f"accepts about {100 * rule.accepts:g} % of new images like these"
             if rule.accepted is not None:
                 low, high = (100 * share for share in rule.accepted)
                 accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"

@@ -1,8 +1,10 @@
 """Choose among networks by accuracy and time: `sopdeploy train --models A,B --within 20ms`.
 
 Each network is built with random weights and the head that the few-shot procedure fits, exported, and
-measured on one thread. Those that are fast enough are cross-validated with their start weights. Of the most
-accurate one and those that do not differ from it significantly, the fastest is chosen.
+measured on one thread. Those that are fast enough are cross-validated with their start weights, so that only
+these are downloaded. Without `--models`, the networks are those of `choices.toml`, and one whose weights
+cannot be reached is skipped. Of the most accurate one and those that do not differ from it significantly, the
+fastest is chosen.
 """
 
 import statistics
@@ -18,11 +20,12 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.commands.fastest_form import measure_alternately
 from sopdeploy.data.sources import open_data
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, WeightsError, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import difference_interval
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.choices import file_stem
 from sopdeploy.models.registry import create_model, entry
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback
@@ -32,7 +35,12 @@ from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import FewShotConfig, Recipe
 from sopdeploy.training.results import NetworkScore
 from sopdeploy.training.start import Given, check_count, place, select_procedure
-from sopdeploy.training.start_weights import WeightSource, complete_preprocess, create_initial_model
+from sopdeploy.training.start_weights import (
+    WeightSource,
+    complete_preprocess,
+    create_initial_model,
+    fetch_published,
+)
 from sopdeploy_export.graph import INPUT, capture_any_batch, lower, output_names
 from sopdeploy_service.runtime.onnxruntime import CPU, import_onnxruntime, session_options
 
@@ -56,11 +64,14 @@ def choose_network(
     configured: Mapping[str, tuple[Recipe, Given]],
     within: float | None,
     callback: Callback,
+    *,
+    may_skip: bool = False,
 ) -> tuple[NetworkScore, ...]:
     """Compare networks by name; one of them is `chosen`. *within* is the largest time in milliseconds.
 
-    *configured* are their recipes, and what is known of each run. Raises
-    `ConfigError` if all networks take longer, or if one would not be trained by the few-shot procedure.
+    *configured* are their recipes, and what is known of each run. With *may_skip*, networks whose weights
+    cannot be reached are skipped. Raises `ConfigError` if all networks take longer, or if one would not be
+    trained by the few-shot procedure, and the errors of `fetch_weights`.
     """
     shared, given = next(iter(configured.values()))  # the recipes differ in the network only
     data, strategy = given.data or open_data(shared.data), Strategy(select_device(shared.device))
@@ -78,18 +89,20 @@ def choose_network(
         name, speed = min(speeds.items(), key=lambda item: item[1].milliseconds)
         fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
         raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
+    reached = fetch_weights({name: recipes[name] for name in fast}, callback, may_skip=may_skip)
     validated = {
         name: score_network(recipes[name], data.train, configured[name][1].weights, strategy, callback)
-        for name in fast
+        for name in reached
     }
-    best = max(fast, key=lambda name: validated[name].score.value)
-    not_worse = [name for name in fast if not is_better(validated[best], validated[name])]  # also *best*
+    best = max(reached, key=lambda name: validated[name].score.value)
+    not_worse = [name for name in reached if not is_better(validated[best], validated[name])]  # also *best*
     chosen = min(not_worse, key=lambda name: speeds[name].milliseconds)
     return tuple(
         NetworkScore(
             name=name,
             **speed._asdict(),
             score=validated[name].score if name in validated else None,
+            has_weights=name in validated or name not in fast,
             chosen=name == chosen,
         )
         for name, speed in speeds.items()
@@ -128,6 +141,33 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
     with ThreadPoolExecutor(1) as thread:
         times = thread.submit(run_alternately).result()
     return {name: Speed(1000 * statistics.median(times[name]), len(graphs[name]) / 1e6) for name in recipes}
+
+
+def fetch_weights(recipes: Mapping[str, Recipe], callback: Callback, *, may_skip: bool) -> list[str]:
+    """Fetch the published start weights of *recipes*, before any is cross-validated; return the names of all.
+
+    With *may_skip*, those that cannot be fetched are missing, and a warning names them. Raises `WeightsError`
+    for the first one without *may_skip*, and if none can be fetched.
+    """
+    problems: dict[str, WeightsError] = {}
+    for number, (name, recipe) in enumerate(recipes.items()):
+        if recipe.start is not None and recipe.start.weights == "imagenet":
+            callback.on_stage(name=f"weights of {name}", done=number, total=len(recipes))
+            try:
+                fetch_published(recipe)
+            except WeightsError as error:
+                if not may_skip:
+                    raise
+                problems[name] = error
+    if not problems:
+        return list(recipes)
+    first = next(iter(problems.values())).message
+    if len(problems) == len(recipes):
+        advice = f"put files named like {file_stem(next(iter(recipes)))}.safetensors into a folder"
+        message = f"no weights of {shorten(list(problems))} can be reached ({first}); {advice}"
+        raise WeightsError(message, remedies={"weights": "FOLDER"})
+    callback.on_warning(f"skipped, because their weights cannot be reached: {', '.join(problems)} ({first})")
+    return [name for name in recipes if name not in problems]
 
 
 def score_network(

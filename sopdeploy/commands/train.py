@@ -14,8 +14,9 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.config import Options
 from sopdeploy.environment import is_main_process
-from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.files import check_is_weights, expand_user
+from sopdeploy.models.choices import file_stem, read_choices
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.photo import Split
@@ -46,10 +47,12 @@ class TrainOptions(Options):
     models: Text = None
     """Networks, separated by commas: train the most accurate one by cross-validation."""
     within: Text = None
-    """Of `--models`, only those that need at most this time for an image on one thread here, such as 20ms."""
+    """Of `--models`, only those that need at most this time for an image on one thread here, such as 20ms.
+    Without `--models`, of the networks of a list; those whose weights cannot be reached are skipped."""
     weights: Text = None
     """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
-    imagenet for a folder of images without a recipe. With `--models`, one for each, separated by commas."""
+    imagenet for a folder of images without a recipe. With several networks, one for each, separated by
+    commas, or a folder of files that are named like the networks."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
     unknown: Text = None
@@ -63,29 +66,58 @@ class TrainOptions(Options):
     def per_network(self) -> "dict[str, TrainOptions]":
         """Return the options that train each of the networks `models` alone, by the name of the network.
 
-        Without `models`, returns these options, by the name `RECIPE_NETWORK`. Raises `ConfigError` if there
-        are not as many `weights` as networks, and for options that do not fit together.
+        Without `models` and `within`, returns these options, by the name `RECIPE_NETWORK`. Networks of the
+        list without a file in the folder `weights` are missing. Raises `ConfigError` if there are not as many
+        `weights` as networks, and for options that do not fit together, and `WeightsError` for a network
+        without a file in the folder, or, of the list, if all are without.
         """
-        if self.models is None:
-            if self.within is not None:
-                raise ConfigError("not without models to choose from", setting="within")
+        if not self.compares:
             return {RECIPE_NETWORK: self}
+        setting = "within" if self.models is None else "models"
         if self.resume != "never":
-            raise ConfigError("not with resume, which continues the network of a run", setting="models")
+            raise ConfigError("not with resume, which continues the network of a run", setting=setting)
         if self.within is not None:
             _milliseconds(self.within)  # raises the error of an invalid time
-        names = [name.strip() for name in self.models.split(",")]
-        weights = [None] if self.weights is None else [file.strip() for file in self.weights.split(",")]
-        if len(weights) == 1 and weights[0] in {None, *PUBLISHED}:  # the same for every network
-            weights *= len(names)
-        if len(weights) != len(names):
-            message = f"{len(weights)} for {len(names)} networks; give one for each, separated by commas"
-            raise ConfigError(message, setting="weights")
+        if any(parse_override(assignment)[0] == "model.name" for assignment in self.set):
+            raise ConfigError("not with model.name, the name of one network", setting=setting)
         options = {}
-        for name, file in zip(names, weights, strict=True):
+        for name, file in self._weights_by_network().items():
             change = {"models": None, "within": None, "weights": file}
             options[name] = self.model_copy(update={**change, "set": (*self.set, f"model.name={name}")})
         return options
+
+    @property
+    def compares(self) -> bool:
+        """Whether several networks are compared."""
+        return self.models is not None or self.within is not None
+
+    def networks(self) -> list[str]:
+        """Return the names of the networks to compare: `models`, or those of the list."""
+        if self.models is not None:
+            return [name.strip() for name in self.models.split(",")]
+        return [choice.name for choice in read_choices().networks]
+
+    def _weights_by_network(self) -> dict[str, str | None]:
+        """Return the start weights of each network that has some; raises the errors of `per_network`."""
+        names = self.networks()
+        if self.weights is None or self.weights in PUBLISHED:  # the same for every network
+            return dict.fromkeys(names, self.weights)
+        if (folder := expand_user(self.weights)).is_dir():
+            stems = {path.stem: str(path) for path in sorted(folder.iterdir())}
+            found: dict[str, str | None] = {
+                name: stems[file_stem(name)] for name in names if file_stem(name) in stems
+            }
+            missing = [name for name in names if name not in found]
+            if missing and (self.models is not None or not found):
+                advice = f"name files like {file_stem(missing[0])}.safetensors"
+                problem = f"there are no weights of {shorten(missing)}; {advice}"
+                raise WeightsError(f"{folder}: {problem}", setting="weights")
+            return found
+        files = [file.strip() for file in self.weights.split(",")]
+        if len(files) != len(names):
+            message = f"{len(files)} for {len(names)} networks; give a folder, or one for each with commas"
+            raise ConfigError(message, setting="weights")
+        return dict(zip(names, files, strict=True))
 
 
 def _show(result: "TrainingResult") -> None:
@@ -123,6 +155,8 @@ def train(
     Example: sopdeploy train --data photos/ --from bundles/live
 
     Example: sopdeploy train --data photos/ --weights model.safetensors
+
+    Example: sopdeploy train --data photos/ --within 20ms
 
     Example: sopdeploy train --recipe digits-dsop --set epochs=10
 
@@ -170,13 +204,15 @@ def train(
         }
         networks: tuple[NetworkScore, ...] = ()  # those that were compared
         chosen = RECIPE_NETWORK
-        if options.models is not None:
+        if options.compares:
             from sopdeploy.commands.network_choice import choose_network
 
             within = None if options.within is None else _milliseconds(options.within)
             if out is not None:  # raises the error of another run there before minutes of measurements
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
-            networks = choose_network(configured, within, observer)
+            if skipped := [name for name in options.networks() if name not in configured]:
+                observer.on_warning(f"skipped, because {options.weights} lacks them: {', '.join(skipped)}")
+            networks = choose_network(configured, within, observer, may_skip=options.models is None)
             chosen = next(network.name for network in networks if network.chosen)
         loaded, given = configured[chosen]
         strategy = Strategy(select_device(loaded.device))

@@ -38,6 +38,7 @@ DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper qu
 SHARE_UNLIKE = 0.05  # of the pairs of a class that reach less than copies if the class holds clips
 MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
+_COSINES = 2**25  # the same with all images: 128 MiB
 MAX_SIGNATURES = 20_000  # among more images, only equal files are found
 NO_PAIRS = np.zeros((2, 0), np.intp)
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
@@ -116,8 +117,11 @@ def find_pairs(
 
     def largest_cosines(indices: NDArray[np.intp], others_LD: NDArray[np.float32]) -> NDArray[np.float32]:
         """Compute cosines (K, L) of the images at *indices* (K,) with others: the largest of all views."""
-        whitened_views = (whiten([part[indices] for part in parts]) for parts in parts_by_view)
-        return np.maximum.reduce([view_KD @ others_LD.T for view_KD in whitened_views])
+        largest_KL = np.full((len(indices), len(others_LD)), -np.inf, np.float32)
+        for parts in parts_by_view:  # one after another, because those of many images are large
+            view_KD = whiten([part[indices] for part in parts])
+            np.maximum(largest_KL, view_KD @ others_LD.T, out=largest_KL)
+        return largest_KL
 
     step = -(-count // MAX_COMPARED)  # rounded up
     compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
@@ -130,8 +134,9 @@ def find_pairs(
     rounding = float(np.finfo(np.float32).eps) * whole_ND.shape[1]
     threshold = min(threshold + rounding, 1 - rounding)
     pairs = []
-    for start in range(0, count, _BLOCK):  # to save memory
-        block = np.arange(start, min(start + _BLOCK, count))
+    size = max(1, min(_BLOCK, _COSINES // count))
+    for start in range(0, count, size):  # to save memory
+        block = np.arange(start, min(start + size, count))
         row, second = np.nonzero(largest_cosines(block, whole_ND) >= threshold)
         pairs.append(np.stack([block[row], second]))
     return np.concatenate(pairs, axis=1)

@@ -16,12 +16,13 @@ SelectedBy = Literal["nothing", "other images", "same images"]
 
 
 class NetworkScore(StrictModel):
-    """A network that `train --models` compares.
+    """A network that `train --models` or `train --within` compares.
 
     Attributes:
         milliseconds: Processor time of an image with ONNX Runtime on one thread.
         megabytes: Size of the exported graph.
-        score: Cross-validated accuracy or mAP; None if the network takes too long.
+        score: Cross-validated accuracy or mAP; None if the network takes too long or lacks weights.
+        has_weights: Whether its start weights could be reached, if it is fast enough.
     """
 
     COLUMNS: ClassVar = ("network", "accuracy", "ms", "MB", "")  # of `row`
@@ -29,11 +30,12 @@ class NetworkScore(StrictModel):
     milliseconds: float
     megabytes: float
     score: Rate | MeanPrecision | None = None
+    has_weights: bool = True
     chosen: bool = False
 
     def row(self) -> tuple[str, ...]:
         """Return the cells of a table."""
-        score = "too slow"
+        score = "too slow" if self.has_weights else "no weights"
         if self.score is not None:
             interval = f"{100 * self.score.low:.0f} to {100 * self.score.high:.0f}"
             score = f"{100 * self.score.value:.1f} % ({interval})"
@@ -102,7 +104,7 @@ class FewShotResult(StrictModel):
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
-        balanced: Whether the classes differ in size, so that the result names their weights.
+        balanced: Whether the classes differ in size, so that the result says how this is corrected.
         num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
         num_groups: Number of groups of training images, which show different objects or bursts.
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
@@ -209,7 +211,7 @@ class FewShotResult(StrictModel):
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
         if self.balanced:
             ratio = max(counts.values()) / max(1, min(counts.values()))  # the smallest may have no images
-            text += f"; classes have equal weights, the largest is {ratio:.1f} times the smallest"
+            text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
         few = [label for label, count in counts.items() if count < _FEW_IMAGES]
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"

@@ -93,6 +93,17 @@ def read_start_weights(
     return weights or _read(recipe, source)
 
 
+def fetch_published(recipe: Recipe) -> tuple[Path, str]:
+    """Find or fetch the ImageNet weights of the network of *recipe*; raises its errors.
+
+    Returns the file, and the catalog name under which the importers read it.
+    """
+    from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
+
+    config = make_config(recipe.model.name, recipe.model.config)
+    return fetch_imagenet_weights(recipe.model.name.removeprefix("head:"), config)
+
+
 def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
     model = recipe.model.name.removeprefix("head:")  # `head:resnet50` reads the file of `resnet50`
@@ -102,10 +113,7 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
         # `dsop-timm:NAME` reads the file of `timm:NAME`; importers know names without a colon as they are.
         source_model = model.removeprefix("dsop-") if ":" in model else model
     else:  # "imagenet"
-        from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
-
-        config = make_config(recipe.model.name, recipe.model.config)
-        path, source_model = fetch_imagenet_weights(model, config)
+        path, source_model = fetch_published(recipe)
     if source is None:
         check_is_file(path)
         source = open_weights(path)

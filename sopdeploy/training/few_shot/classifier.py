@@ -152,7 +152,7 @@ class Scaling(NamedTuple):
 
     @classmethod
     def fit(cls, scores_VNK: Array, targets: Targets) -> "Scaling":
-        """Minimize the loss of V cross-validations, in which all classes have equal weights.
+        """Minimize the loss of V cross-validations; with "softmax", all classes have equal weights in it.
 
         The exponent corrects that the mean of few images is less certain, so that its distance from other
         images is larger; it has a normal prior. The targets are smoothed by 1 / (N + 2), the rule of
@@ -278,8 +278,12 @@ class Problem:
         return LinearHead(weight_KD, self.scale_scores(head.bias, scaling) - weight_KD @ self.space.center)
 
     def class_sums(self, images: NDArray[np.bool_] | slice = slice(None)) -> Array:
-        """Compute the sum (K, D_0) of the own vectors of each class over *images*."""
-        return self.targets.classes[images].T @ self.own[images]
+        """Compute the sum (K, D_0) of the own vectors of each class over *images*, in blocks."""
+        chosen = np.arange(len(self.own))[images]
+        sums = np.zeros((self.targets.classes.shape[1], self.own.shape[1]))
+        for block in np.array_split(chosen, 1 + len(chosen) // ROWS):
+            sums += self.targets.classes[block].T @ self.own[block]
+        return sums
 
     def cosines(self, folds_N: Indices) -> Array:
         """Compute the cosine (N,) of each own vector and the nearest class mean of the other folds."""

@@ -48,7 +48,7 @@ from sopdeploy.training.start import LOOP_INSTEAD, Start, place
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.
 FEW_GROUPS = 200
-UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result names it
+UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result says how it is corrected
 
 
 def fit_few_shot(
@@ -192,7 +192,7 @@ def cross_validate(
     on_progress("cross-validation", count, 2 * count)
     _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
-    folds_of_validations = _make_folds(targets, keys_N, config.folds, recipe.seed)
+    folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
     problem = Problem(features.space, features.reduced, features.own, targets)
     scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
     scaling = Scaling.fit(scores_VNK, targets)
@@ -218,8 +218,11 @@ def cross_validate(
     )
 
 
-def _make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
-    """Assign images to folds (N,): for one cross-validation, or three below `FEW_GROUPS` different keys."""
+def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
+    """Assign images to folds (N,): for one cross-validation, or three below `FEW_GROUPS` different *keys_N*.
+
+    There are *at_most* folds, and images with equal keys share one (`Targets.folds`).
+    """
     seeds = [derive_seed(seed, "folds")]
     if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
         seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]

@@ -116,6 +116,17 @@ def test_vectors_that_do_not_tell_copies_from_other_images_group_nothing():
     assert (pairs[0] == pairs[1]).all()
 
 
+def test_pairs_are_the_same_however_many_images_are_compared_at_once(monkeypatch: pytest.MonkeyPatch):
+    random = np.random.default_rng(0)
+    vectors = np.repeat(random.normal(size=(30, 3, 64)), 2, axis=0)  # three views
+    found, classes = [], np.arange(60) % 4
+    for cosines in (60 * 60, 60 * 7, 1):
+        monkeypatch.setattr("sopdeploy.photos.copies._COSINES", cosines)
+        found.append(find_pairs([vectors], [vectors[:8, 0]], np.arange(8), classes, range(60)).tolist())
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][0]) >= 60
+
+
 def test_a_few_copies_under_other_labels_do_not_raise_the_threshold():
     random, classes = np.random.default_rng(0), np.arange(60) % 4
     vectors = random.normal(size=(60, 64))

@@ -80,6 +80,17 @@ def scaled_inputs(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in centered], axis=1)
 
 
+def test_sums_do_not_depend_on_how_many_images_are_added_at_once(monkeypatch: pytest.MonkeyPatch):
+    features, classes = blobs()
+    found = []
+    for rows in (4096, 7):
+        monkeypatch.setattr("sopdeploy.training.few_shot.classifier.ROWS", rows)
+        problem = problem_of([features], softmax_targets(classes))
+        found.append((problem.cosines(np.arange(40) % 5), problem.fit_all(UNSCALED).weight))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("count", [40, 12])
 def test_the_head_is_scikit_learns_discriminant_and_equals_its_linear_layer(count: int):
     features, classes = blobs(count)
@@ -326,7 +337,7 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
     assert result.procedure.top1.count == len(judged)
 
 
-def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: Path):
+def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
     paint(tmp_path / "photos" / "train", 6)
     paint(tmp_path / "photos" / "val", 2, seed=1)
     for number in range(3, 6):
@@ -339,6 +350,8 @@ def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: P
     assert found.top1.count == 6
     assert found.balanced
     assert found.class_counts["red"] == 3
+    corrected = "the largest is 2.0 times the smallest, and the logits are corrected for it"
+    assert corrected in found.describe_images()
     assert "needs at least 20 images and there are 15" in found.unknown
     assert any("unknown images: not recognized" in line for line in found.lines())
 

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from sopdeploy.commands import network_choice
-from sopdeploy.commands.network_choice import Speed, Validated, measure_networks
+from sopdeploy.commands.network_choice import Speed, Validated, fetch_weights, measure_networks
 from sopdeploy.commands.train import train
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
+from sopdeploy.models.choices import Choice, Choices, file_stem, read_choices
+from sopdeploy.models.registry import create_model, entry
+from sopdeploy.models.second_order_head import head_name
+from sopdeploy.models.timm_networks import import_timm
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start import Given
@@ -70,6 +74,7 @@ def set_results(patch: pytest.MonkeyPatch, found: dict[str, tuple[float, Validat
     speeds = {name: Speed(time, 1.0) for name, (time, _) in found.items()}
     patch.setattr(network_choice, "measure_networks", lambda *_: speeds)
     patch.setattr(network_choice, "score_network", score_network)
+    patch.setattr(network_choice, "fetch_published", lambda _: None)
     return names
 
 
@@ -139,11 +144,19 @@ def test_networks_are_measured_without_weights_on_images_of_their_size(photos: P
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "a time without networks": ({"within": "20ms"}, "within: not without models to choose from"),
+    "a list and a network": (
+        {"within": "20ms", "set": ("model.name=resnet8",)},
+        "within: not with model.name, the name of one network",
+    ),
+    "a list and a run to resume": ({"within": "20ms", "resume": "always"}, "within: not with resume"),
+    "a file for the networks of the list": (
+        {"within": "20ms", "weights": "a.pth"},
+        "give a folder, or one for",
+    ),
     "a time without unit": ({"models": "resnet8", "within": "20"}, "'20' is no time; give milliseconds"),
     "fewer files than networks": (
         {"models": "resnet8,resnet20,resnet18", "weights": "a.pth,b.pth"},
-        "weights: 2 for 3 networks; give one for each",
+        "weights: 2 for 3 networks; give a folder, or one for each",
     ),
     "a file for two networks": ({"models": "resnet8,resnet20", "weights": "a.pth"}, "1 for 2 networks"),
     "a run to resume": ({"models": "resnet8", "resume": "auto"}, "models: not with resume"),
@@ -156,6 +169,126 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "models: resnet8: the procedure loop trains it",
     ),
 }
+
+
+def list_networks(monkeypatch: pytest.MonkeyPatch, names: Sequence[str]) -> None:
+    """Replace the networks of the list."""
+    facts = {"timm": "x", "license": "mit", "pixels": 16, "millions": 1.0, "top1": 50.0}
+    choices = Choices(source="x", networks=tuple(Choice(name=name, **facts) for name in names))
+    monkeypatch.setattr("sopdeploy.commands.train.read_choices", lambda: choices)
+
+
+def save_weights(folder: Path, names: Sequence[str]) -> Path:
+    """Write random weights in *folder*, named like the networks."""
+    folder.mkdir()
+    for name in names:
+        torch.save(create_model(name, num_classes=1000).state_dict(), folder / f"{file_stem(name)}.pth")
+    return folder
+
+
+def test_of_the_list_the_networks_with_a_file_in_the_folder_are_compared(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("timm:test_vit.r160_in1k", "timm:test_resnet.r160_in1k", "timm:test_convnext.r160_in1k")
+    list_networks(monkeypatch, names)
+    monkeypatch.setattr(
+        network_choice, "measure_networks", lambda recipes, *_: {name: Speed(1.0, 1.5) for name in recipes}
+    )
+    warnings: list[str] = []
+    callback = Callback()
+    monkeypatch.setattr(callback, "on_warning", warnings.append)
+    folder = save_weights(photos.parent / "weights", names[:2])
+    result = train(photos, within="9ms", weights=str(folder), out=photos.parent / "run", callback=callback)
+    assert [one.name for one in result.networks] == list(names[:2])
+    assert all(one.score is not None for one in result.networks)
+    assert f"skipped, because {folder} lacks them: {names[2]}" in warnings
+
+
+FOLDERS: dict[str, tuple[dict[str, str], Sequence[str], str]] = {
+    "none of the list": ({"within": "9ms"}, (), "no weights of resnet8, resnet20, preact-resnet110; name"),
+    "a named network": ({"models": "resnet8,resnet20"}, NAMES[:1], "no weights of resnet20; name files like"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_without_weights_is_an_error_that_names_the_files(
+    case: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, there, message = FOLDERS[case]
+    list_networks(monkeypatch, NAMES)
+    folder = save_weights(photos.parent / "weights", there)
+    with pytest.raises(WeightsError, match=message) as error:
+        train(photos, weights=str(folder), **options)
+    assert error.value.setting == "weights"
+
+
+def unreachable(*names: str) -> Any:
+    """A stand-in for the download, in which the weights of *names* cannot be reached."""
+
+    def fetch_published(recipe: Recipe) -> None:
+        if recipe.model.name in names:
+            raise WeightsError(f"{recipe.model.name}: cannot be downloaded")
+
+    return fetch_published
+
+
+def recipes_of(photos: Path, names: Sequence[str]) -> dict[str, Recipe]:
+    return {name: read_recipe("photos", [f"data.path={photos}", f"model.name={name}"]) for name in names}
+
+
+def test_weights_of_the_list_that_cannot_be_reached_are_named_and_skipped(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    callback = Callback()
+    monkeypatch.setattr(callback, "on_warning", warnings.append)
+    monkeypatch.setattr(network_choice, "fetch_published", unreachable(NAMES[0]))
+    assert fetch_weights(recipes_of(photos, NAMES), callback, may_skip=True) == list(NAMES[1:])
+    (warning,) = warnings
+    assert warning.startswith(f"skipped, because their weights cannot be reached: {NAMES[0]} (")
+    with pytest.raises(WeightsError, match=f"^{NAMES[0]}: cannot be downloaded$"):
+        fetch_weights(recipes_of(photos, NAMES), callback, may_skip=False)  # named by the user
+
+
+def test_if_no_weights_of_the_list_can_be_reached_the_error_says_what_to_do(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_choice, "fetch_published", unreachable(*NAMES))
+    with pytest.raises(WeightsError, match=r"no weights of .*like resnet8\.safetensors") as error:
+        fetch_weights(recipes_of(photos, NAMES), Callback(), may_skip=True)
+    assert error.value.remedies == {"weights": "FOLDER"}
+
+
+def test_a_network_without_weights_is_in_the_table(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"a": (9.0, validated(range(60))), "b": (1.0, validated(range(60))), "c": (99.0, validated([]))}
+    set_results(monkeypatch, found)
+    monkeypatch.setattr(network_choice, "fetch_weights", lambda *_, **_options: ["a"])
+    recipes = {name: read_recipe("photos", [f"data.path={photos}", f"project={name}"]) for name in found}
+    configured = {name: (recipe, Given()) for name, recipe in recipes.items()}
+    scores = network_choice.choose_network(configured, 10, Callback())
+    assert [score.row()[1].partition(" %")[0] for score in scores] == ["60.0", "no weights", "too slow"]
+
+
+@pytest.mark.parametrize("choice", read_choices().networks, ids=lambda choice: choice.name)
+def test_the_list_states_what_timm_says(choice: Choice) -> None:
+    published = import_timm(choice.timm).get_pretrained_cfg(choice.timm)
+    assert choice.license == published.license
+    assert choice.license in {"apache-2.0", "mit", "bsd-3-clause"}  # any use is allowed
+    assert choice.pixels == published.input_size[-1] == entry(choice.name).image_size
+    with torch.device("meta"):
+        network = create_model(choice.name, num_classes=published.num_classes)
+    assert choice.millions == round(sum(weight.numel() for weight in network.parameters()) / 1e6, 2) < 90
+    assert entry(head_name(choice.name))  # the few-shot procedure has a head for it
+    assert network.tap_channels  # which reads covariances
+
+
+def test_the_list_has_a_transformer_and_a_modern_convolutional_network() -> None:
+    timm = import_timm("resnet18")
+    kinds = set()
+    for choice in read_choices().networks:
+        with torch.device("meta"):
+            kinds.add(type(timm.create_model(choice.timm)).__name__)
+    assert kinds >= {"VisionTransformer", "ConvNeXt"}
 
 
 @pytest.mark.parametrize("case", ERRORS)
