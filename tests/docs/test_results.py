@@ -36,8 +36,8 @@ GENERATED = {
 }
 GENERATED |= {"CHANGELOG.md", "docs/benchmarks/index.md"}
 WRITTEN = [page for page in PAGES if name(page) not in GENERATED]
-UNIT = "%|[kMG]B|[KMG]iB|G|M|[mun]?s|h|seconds|minutes|hours|days|bytes|points|times|(?:images|requests)/s"
-UNIT += "|noise floors"
+UNIT = "%|percent|points|times|noise floors|(?:images|requests)/s|bytes|[kMG]B|[KMG]iB|G|M|"
+UNIT += "[mun]?s|(?:milli|micro)?seconds?|minutes?|hours?|days?|h"
 NUMBER = re.compile(
     rf"(?:[\d.,]*\d,? (?:to |or |and )?)*[\d.,]*\d\s(?:(?:CPU|processor) )?(?:{UNIT})(?![\w-])"
 )
