@@ -104,6 +104,15 @@ def test_the_words_of_suggested_commands_are_quoted(package: str) -> None:
     assert unquoted == []
 
 
+BROAD = re.compile(r"^ *except (?:Base)?Exception\b(?!.*: +# [\w`]).*", re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=name)
+def test_a_handler_of_every_exception_says_why(package: Path) -> None:
+    texts = {name(path): path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
+    assert {path: found for path, text in texts.items() if (found := BROAD.findall(text))} == {}
+
+
 @pytest.mark.slow
 def test_the_counts_of_the_models_page_are_up_to_date() -> None:
     generate = module_at(ROOT / "docs" / "generate_models.py")

@@ -297,7 +297,7 @@ def configure(
     recipe, or if a value is invalid.
     """
     from sopdeploy.importers.conversion import WeightFile
-    from sopdeploy.importers.import_weights import choose_network
+    from sopdeploy.importers.import_weights import network_of_weights
     from sopdeploy.training.recipe import change_recipe, flatten
     from sopdeploy.training.start import Given
 
@@ -322,7 +322,7 @@ def configure(
     if not is_recipe_given and "model.name" not in keys:  # only the weights can determine the network
         weights = _open_start_weights(loaded)
         if isinstance(weights, WeightFile):
-            network = choose_network(weights, loaded.model.name)
+            network = network_of_weights(weights, loaded.model.name)
             loaded = change_recipe(source, [*changes, ("model.name", network)])  # there is no previous recipe
     if loaded.project is None:
         loaded = loaded.model_copy(update={"project": _name_project(loaded, source)})
