@@ -163,8 +163,8 @@ def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> N
         check(f"the server runs as user {USER}", holds=builder.server_user() == USER)
         code, output = builder.execute("/opt/sopdeploy/bin/python", "-c", NO_TORCH)
         check(f"torch is not installed: {output.strip()}", holds=code == 0 and output.strip().endswith("[]"))
-        written = ["find", "/", "-xdev", "-type", "f", "-newermt", f"@{started:.0f}", "-user", str(USER)]
-        lines = builder.execute(*written)[1].splitlines()
+        find = f"find / -xdev -type f -newermt @{started:.0f} -user {USER} 2>/dev/null"
+        lines = builder.execute("sh", "-c", find)[1].splitlines()
         found = [line for line in lines if line.startswith("/") and not line.startswith(WRITABLE)]
         check(f"the server wrote no file beside its folders: {found}", holds=not found)
         for path in ("/models/x", "/opt/sopdeploy/x", "/x"):
