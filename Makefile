@@ -64,7 +64,7 @@ export NO_MKDOCS_2_WARNING := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens elsewhere format docs \
-	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
+	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test extras-test install-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
@@ -183,6 +183,9 @@ samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs
 
 extras-test: $(STAMP)  ## resolve the wheel from a folder with every extra, Python and platform; needs a package index
 	$(BIN)/pytest --slow --no-skips tests/deploy/test_workflows.py -k extra
+
+install-test: $(STAMP)  ## install the wheel with each extra, with pip and uv, on the Pythons that exist, and run `pip check`; slow
+	$(BIN)/pytest --slow tests/deploy/test_workflows.py -k installs_with
 
 container-test:  ## build the image with Docker, or buildah and debootstrap, then run and inspect it; TARGET=cpu or gpu
 	$(MAKE) --jobs=2 $(STAMP) container-base

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ STOP_SECONDS = 60
 DEBIAN = "bookworm"  # as the Dockerfile's base image, but with Debian's Python 3.11 instead of 3.12
 DEBIAN_PACKAGES = "python3,python3-venv,ca-certificates"
 UNITS = {"MB": 1e6, "GB": 1e9}  # of the sizes that `buildah images` prints
+HARDENING = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 OPEN_FILES = 4096  # buildah's default of 1024 is too low for a thousand connections
 # Prints its process ID, which `exec` keeps; without a PID namespace it is also that of the host.
 PRINT_PID = ["sh", "-c", 'echo "pid $$" && exec "$@"', "sh"]
@@ -61,13 +63,17 @@ class Docker:
         inspect = ["docker", "image", "inspect", "--format={{.Size}}"]
         return int(run(*inspect, self.image)) - int(run(*inspect, self.base))
 
-    def start(self, bundles: Path, settings: dict[str, str]) -> None:
-        """Start the image's own command with *settings*, and *bundles* mounted read-only at /models."""
-        mount = f"--volume={bundles}:/models:ro"
-        hardening = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+    def start(self, volumes: Sequence[str], settings: dict[str, str]) -> None:
+        """Start the image's own command with *settings* and *volumes*, such as `/srv/bundles:/models:ro`."""
         port = settings["SOPDEPLOY_PORT"]
         network = [f"--publish=127.0.0.1:{port}:{port}", *environment_options(settings)]
-        run("docker", "run", "--detach", f"--name={CONTAINER}", *hardening, mount, *network, self.image)
+        options = [*HARDENING, *volume_options(volumes), *network]
+        run("docker", "run", "--detach", f"--name={CONTAINER}", *options, self.image)
+
+    def as_root(self, path: Path, *command: str) -> str:
+        """Run *command* of the image as root with *path* as its last argument; return its output."""
+        options = ["--rm", "--user=0", f"--entrypoint={command[0]}", f"--volume={path}:/given"]
+        return run("docker", "run", *options, self.image, *command[1:], "/given")
 
     def execute(self, *command: str) -> tuple[int, str]:
         """Run *command* in the container as its user; return exit code and output."""
@@ -141,16 +147,19 @@ class Buildah:
             sizes.append(int(float(number) * UNITS[unit]))
         return sizes[0] - sizes[1]
 
-    def start(self, bundles: Path, settings: dict[str, str]) -> None:  # noqa: D102
+    def start(self, volumes: Sequence[str], settings: dict[str, str]) -> None:  # noqa: D102
         limit = f"--ulimit=nofile={OPEN_FILES}:{OPEN_FILES}"
         run(*self._buildah, "from", limit, f"--name={CONTAINER}", self.image)
         run(*self._buildah, "config", *environment_options(settings), CONTAINER)
         config = self.config()
         command = [*config["Entrypoint"], *config["Cmd"]]  # `buildah run` ignores both
-        mount = f"--volume={bundles}:/models:ro"
         with self._log.open("w") as log:
-            full_command = [*self._buildah, "run", mount, CONTAINER, "--", *PRINT_PID, *command]
+            options = volume_options(volumes)
+            full_command = [*self._buildah, "run", *options, CONTAINER, "--", *PRINT_PID, *command]
             self._server = subprocess.Popen(full_command, stdout=log, stderr=log, text=True)
+
+    def as_root(self, path: Path, *command: str) -> str:  # noqa: D102
+        return run(*command, path)
 
     def execute(self, *command: str) -> tuple[int, str]:  # noqa: D102
         return exit_and_output([*self._buildah, "run", CONTAINER, "--", *command])
@@ -193,6 +202,11 @@ class Buildah:
 def secret_options() -> list[str]:
     """List the options that give this machine's pip settings and certificates to the build only."""
     return [f"--secret=id={name},src={path}" for name, path in SECRETS.items() if path.is_file()]
+
+
+def volume_options(volumes: Sequence[str]) -> list[str]:
+    """List the options that mount *volumes*."""
+    return [f"--volume={volume}" for volume in volumes]
 
 
 def environment_options(settings: dict[str, str]) -> list[str]:

@@ -5,12 +5,18 @@ every library that CUDA needs except the driver, and that it can be configured t
 with 0 only if every check was run and passed; otherwise prints the reason.
 """
 
+import os
+import re
+import shlex
 import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import numpy as np
@@ -18,10 +24,13 @@ from builders import ROOT, WORK, Builder, builder_for_test
 from commands import run, timed
 from PIL import Image
 
+DEPLOYMENT = ROOT / "docs" / "deploy.md"
 USER = 10_001
 MAX_ADDED_BYTES = {"cpu": 550_000_000, "gpu": 4_000_000_000}
 READY_SECONDS = 120
+KEEP_SECONDS = 30
 ENGINE_CACHE = "/var/cache/sopdeploy/engines"
+WRITABLE = ("/var/cache/sopdeploy/", "/kept/", "/proc/", "/sys/", "/dev/")
 ENTRYPOINT = ["sopdeploy"]
 COMMAND = ["serve", "/models", "--host", "0.0.0.0"]  # noqa: S104 - the container's port is published separately
 NO_GPU = (
@@ -81,6 +90,18 @@ def make_photo() -> Path:
     return path
 
 
+def documented_run() -> list[str]:
+    """Read the options of the `docker run` with keys and kept photographs in docs/deploy.md."""
+    text = DEPLOYMENT.read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = re.findall(r"^docker run (.*SOPDEPLOY_KEEP.*)$", text, re.MULTILINE)
+    return shlex.split(command)[:-1]
+
+
+def values(words: list[str], option: str) -> list[str]:
+    """List the values of *option* in *words*."""
+    return [word.removeprefix(f"--{option}=") for word in words if word.startswith(f"--{option}=")]
+
+
 def free_port() -> int:
     """Find a free port."""
     with socket.socket() as probe:
@@ -116,7 +137,7 @@ def check_image(builder: Builder, target: str) -> None:
 
 def check_without_gpu(builder: Builder, bundles: Path, port: int) -> None:
     """Start the GPU image without a GPU: it must end with one line, and only the driver may be missing."""
-    builder.start(bundles, {"SOPDEPLOY_PORT": str(port)})
+    builder.start([f"{bundles}:/models:ro"], {"SOPDEPLOY_PORT": str(port)})
     code = builder.wait()
     lines = [line for line in builder.logs().splitlines() if line.startswith("error")]
     check(f"without a GPU: {lines}", holds=code != 0 and len(lines) == 1 and NO_GPU in lines[0])
@@ -130,29 +151,62 @@ def check_without_gpu(builder: Builder, bundles: Path, port: int) -> None:
 
 
 def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> None:
-    """Start the image's command with *settings*, send a request, inspect its process, and stop it."""
-    builder.start(bundles, settings)
-    with timed("server ready"):
-        wait_until_ready(builder)
-    photo = make_photo()
-    port = settings["SOPDEPLOY_PORT"]
-    response = httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=photo.read_bytes(), timeout=30)
+    """Run the documented command with *settings*, send requests, inspect the process, and stop it."""
+    words, started = documented_run(), time.time()
+    settings = {**dict(word.split("=", 1) for word in values(words, "env")), **settings}
+    with folder_with_key(builder) as (folder, key):
+        volumes = [volume.replace("./", f"{folder}/") for volume in values(words, "volume")]
+        builder.start([volume.replace(f"{folder}/bundles", str(bundles)) for volume in volumes], settings)
+        with timed("server ready"):
+            wait_until_ready(builder)
+        check_requests(builder, bundles, int(settings["SOPDEPLOY_PORT"]), key, folder / "kept")
+        check(f"the server runs as user {USER}", holds=builder.server_user() == USER)
+        code, output = builder.execute("/opt/sopdeploy/bin/python", "-c", NO_TORCH)
+        check(f"torch is not installed: {output.strip()}", holds=code == 0 and output.strip().endswith("[]"))
+        find = f"find / -xdev -type f -newermt @{started:.0f} -user {USER} 2>/dev/null"
+        lines = builder.execute("sh", "-c", find)[1].splitlines()
+        found = [line for line in lines if line.startswith("/") and not line.startswith(WRITABLE)]
+        check(f"the server wrote no file beside its folders: {found}", holds=not found)
+        for path in ("/models/x", "/opt/sopdeploy/x", "/x"):
+            output = builder.execute("touch", path)[1]  # buildah adds lines
+            check(f"the user cannot write {path}", holds=any(reason in output for reason in NOT_WRITABLE))
+        writable = builder.execute("mkdir", "-p", ENGINE_CACHE)[0] == 0
+        check("the user can write to the engine cache", holds=writable)
+        with timed("server stopped"):
+            code = builder.stop()
+        check(f"exit code after SIGTERM: {code}", holds=code == 0)
+
+
+@contextmanager
+def folder_with_key(builder: Builder) -> Iterator[tuple[Path, str]]:
+    """Yield a folder with the files of the documented command, `keys.toml` and `kept`, and the key."""
+    with TemporaryDirectory(dir=WORK) as name:
+        folder = Path(name)
+        (folder / "kept").mkdir(mode=0o700)
+        key = sopdeploy("key", "phone-app", "--keys", str(folder / "keys.toml"))
+        builder.as_root(folder, "chmod", "755")
+        for path in ("keys.toml", "kept"):
+            builder.as_root(folder / path, "chown", str(USER))
+        try:
+            yield folder, key
+        finally:
+            builder.as_root(folder, "chown", "-R", str(os.geteuid()))
+
+
+def check_requests(builder: Builder, bundles: Path, port: int, key: str, kept: Path) -> None:
+    """Send a photograph with and without *key*; the server must keep it in *kept*."""
+    photo, url = make_photo(), f"http://127.0.0.1:{port}/v1/classify"
+    refused = httpx.post(url, content=photo.read_bytes(), timeout=30)
+    check(f"without a key: {refused.status_code}", holds=refused.status_code == 401)
+    response = httpx.post(url, content=photo.read_bytes(), timeout=30, headers={"X-API-Key": key})
     best = response.json()["classes"][0]
-    bundle = bundles / "latest"
-    local = sopdeploy("predict", str(bundle), str(photo))
+    local = sopdeploy("predict", str(bundles / "latest"), str(photo))
     label = f"{best['label']} {best['probability']:.4f}"
     check(f"the container predicts {label}, like this machine", holds=f": {label}," in local)
-    check(f"the server runs as user {USER}", holds=builder.server_user() == USER)
-    code, output = builder.execute("/opt/sopdeploy/bin/python", "-c", NO_TORCH)
-    check(f"torch is not installed: {output.strip()}", holds=code == 0 and output.strip().endswith("[]"))
-    for path in ("/models/x", "/opt/sopdeploy/x", "/x"):
-        output = builder.execute("touch", path)[1]  # buildah adds lines
-        check(f"the user cannot write {path}", holds=any(reason in output for reason in NOT_WRITABLE))
-    writable = builder.execute("mkdir", "-p", ENGINE_CACHE)[0] == 0
-    check("the user can write to the engine cache", holds=writable)
-    with timed("server stopped"):
-        code = builder.stop()
-    check(f"exit code after SIGTERM: {code}", holds=code == 0)
+    deadline = time.monotonic() + KEEP_SECONDS
+    while not (names := builder.as_root(kept, "ls").split()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    check(f"the photograph is kept: {names}", holds=any(name.endswith(".jpg") for name in names))
 
 
 def main() -> None:
@@ -170,7 +224,7 @@ def main() -> None:
     builder.clean()
     try:
         check_image(builder, target)
-        settings = {"SOPDEPLOY_PORT": str(free_port())}
+        settings = {"SOPDEPLOY_PORT": str(free_port()), "SOPDEPLOY_KEEP_SAMPLE": "1"}
         if target == "gpu":
             check_without_gpu(builder, bundles, free_port())
             settings |= ON_CPU

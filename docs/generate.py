@@ -1,4 +1,4 @@
-"""Generate the pages `cli`, `errors`, `models`, `benchmarks/other_photos`, and the tables of `operations`.
+"""Generate the pages `cli`, `errors`, `models`, `benchmarks/other_photos`, and tables of other pages.
 
 Tests check that the pages are up to date.
 """
@@ -67,7 +67,7 @@ if __name__ == "__main__":
     from generate_other_photos import PAGE as OTHER_PHOTOS
     from generate_other_photos import other_photos_page
     from generate_results import PAGE as RESULTS
-    from generate_results import results_page
+    from generate_results import measured_on_pages, page_with_tables, results_page
 
     (FOLDER / "cli.md").write_text(cli_page(), encoding="utf-8")
     (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
@@ -76,3 +76,5 @@ if __name__ == "__main__":
     PAGE.write_text(operations_page(), encoding="utf-8")
     RESULTS.write_text(results_page(), encoding="utf-8")
     OTHER_PHOTOS.write_text(other_photos_page(), encoding="utf-8")
+    for page in sorted({(RESULTS.parent / one.page).resolve() for one in measured_on_pages()}):
+        page.write_text(page_with_tables(page), encoding="utf-8")

@@ -1,11 +1,13 @@
-"""Generate the table of `docs/benchmarks/index.md` from `results.toml`, the numbers that pages state.
+"""Generate the table of `docs/benchmarks/index.md`, and the measured tables of other pages.
 
-The README's table of other photographs is that of `other_photos.json`.
+`results.toml` has the numbers that the README states, except its table of other photographs, which comes from
+`other_photos.json`. `measured.toml` has those of other pages.
 """
 
 import json
+import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -26,7 +28,8 @@ COLUMNS = (
 class Measured:
     """A measurement: its *command*, date and commit, its *values*, and the *claims* that are made of them.
 
-    *page* describes it. A claim is a template of `str.format` for a part of the file *stated*.
+    *page* describes it. A claim is a template of `str.format` for a part of a sentence: of the README, or, in
+    `measured.toml`, of the page. *tables* are Markdown tables of the page, each with another header.
     """
 
     command: str
@@ -35,7 +38,7 @@ class Measured:
     page: str
     values: dict[str, float]
     claims: list[str]
-    stated: str = "README.md"
+    tables: list[str] = field(default_factory=list)
 
     def texts(self) -> list[str]:
         """Return the claims with the values."""
@@ -54,6 +57,24 @@ def measured() -> list[Measured]:
     """Read `results.toml` and `other_photos.json`."""
     document = tomllib.loads((FOLDER / "results.toml").read_text(encoding="utf-8"))
     return [other_photos(), *(Measured(**one) for one in document["results"])]
+
+
+def measured_on_pages() -> list[Measured]:
+    """Read `measured.toml`."""
+    document = tomllib.loads((FOLDER / "measured.toml").read_text(encoding="utf-8"))
+    return [Measured(**one) for one in document["results"]]
+
+
+def page_with_tables(path: Path) -> str:
+    """Read the page at *path* and replace its measured tables."""
+    text = path.read_text(encoding="utf-8")
+    for one in measured_on_pages():
+        for table in one.tables if (FOLDER / one.page).resolve() == path.resolve() else ():
+            head = re.escape(table.partition("\n")[0])
+            text = re.sub(
+                rf"^{head}\n(?:\|.*\n)*", lambda _, table=table: table.rstrip("\n") + "\n", text, flags=re.M
+            )
+    return text
 
 
 def other_photos() -> Measured:

@@ -227,7 +227,7 @@ def read_pytorch(path: Path) -> tuple[Any, str]:
         )
         try:
             return safetensors.load(raw), digest
-        except Exception as error:  # SafetensorError
+        except Exception as error:  # `SafetensorError`, of a package that is imported above
             raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints

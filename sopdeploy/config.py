@@ -1,6 +1,6 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Self
 
 import pydantic
@@ -22,6 +22,15 @@ class StrictModel(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy the model with the fields in *update*, which are not validated.
+
+        Raises `TypeError` for a name that is no field: pydantic would store it, and nothing would read it.
+        """
+        if unknown := sorted(set(update or ()) - type(self).model_fields.keys()):
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(unknown)}")
+        return super().model_copy(update=update, deep=deep)
 
 
 def with_registered(registry: Registry[type[StrictModel]], base: type[StrictModel]) -> pydantic.WrapValidator:

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -102,6 +104,15 @@ def test_the_words_of_suggested_commands_are_quoted(package: str) -> None:
     assert unquoted == []
 
 
+BROAD = re.compile(r"^ *except (?:Base)?Exception\b(?!.*: +# [\w`]).*", re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=name)
+def test_a_handler_of_every_exception_says_why(package: Path) -> None:
+    texts = {name(path): path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
+    assert {path: found for path, text in texts.items() if (found := BROAD.findall(text))} == {}
+
+
 @pytest.mark.slow
 def test_the_counts_of_the_models_page_are_up_to_date() -> None:
     generate = module_at(ROOT / "docs" / "generate_models.py")
@@ -130,6 +141,28 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
         assert not anchor or anchor in anchors(linked), target
     named = MENTION.findall(text) if page.name != "CHANGELOG.md" else []
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+    "contracts"
+]
+LAYERS = {one["containers"][0]: one["layers"] for one in CONTRACTS if one["type"] == "layers"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_table_of_a_package_has_the_order_of_its_import_contract(package: str) -> None:
+    layer_of = {
+        module: number
+        for number, layer in enumerate(LAYERS[package])
+        for module in layer.split(" | ")
+        if module != "__main__"
+    }
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = page.partition(f"| `{name(PACKAGES[package])}/` | content |\n|---|---|\n")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(\w+)/?`", row.split(" | ")[0]) for row in table.splitlines()]
+    assert sorted(module for row in rows for module in row) == sorted(layer_of)
+    layers = [[layer_of[module] for module in row] for row in rows]
+    assert all(max(above) < min(below) for above, below in pairwise(layers))
 
 
 def test_a_request_executes_the_files_of_its_table(tmp_path: Path) -> None:

@@ -161,14 +161,14 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
 def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     """Yield the fsspec file system of *url* and the path in it.
 
-    Errors become `BundleError`; the clients of stores raise types of several libraries.
+    Raises `BundleError` for the errors of its client.
     """
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", MissingPackageError, url)
     try:
         yield fsspec.core.url_to_fs(url)
     except SopdeployError:
         raise
-    except Exception as error:
+    except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks
             with writing(url):

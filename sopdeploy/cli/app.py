@@ -192,7 +192,7 @@ def main() -> None:
         code = _run_and_flush()
     except BrokenPipeError:
         code = OUTPUT_CLOSED
-    except Exception as error:
+    except Exception as error:  # a bug keeps its traceback, see `_print_user_error`
         code = _print_user_error(error)
     from sopdeploy.environment import exit_process
 

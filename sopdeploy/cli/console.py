@@ -57,7 +57,7 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
                 f"{name}: cannot be read or written ({os_reason(error)}); free disk space, or choose another "
                 "file or folder"
             ) from error
-        except Exception as error:
+        except Exception as error:  # each library has its own type for missing memory
             if isinstance(error, SopdeployError) or not is_out_of_memory(error):
                 raise
             raise NoMemoryError(

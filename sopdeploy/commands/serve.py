@@ -89,7 +89,7 @@ def serve(
 
     if loaded.keep is not None and loaded.keep_sample > 0:
         rate = loaded.keep_sample
-        sample = f"about {1000 * rate:.3g} of 1,000 photographs are the uniform sample (keep_sample={rate:g})"
+        sample = f"about {1000 * rate:.4g} of 1,000 photographs are the uniform sample (keep_sample={rate:g})"
         needed = f"about {COMPARED} of it, from {math.ceil(COMPARED / rate):,} photographs"
         err.print(plain_text(f"keep: {sample}; compare needs {needed}"))
     try:

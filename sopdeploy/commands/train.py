@@ -332,7 +332,7 @@ def configure(
     recipe, or if a value is invalid.
     """
     from sopdeploy.importers.conversion import WeightFile
-    from sopdeploy.importers.import_weights import choose_network, open_weights
+    from sopdeploy.importers.import_weights import network_of_weights, open_weights
     from sopdeploy.training.recipe import change_recipe, flatten
     from sopdeploy.training.start import Given
 
@@ -359,7 +359,7 @@ def configure(
         path = expand_user(start_file)  # only the weights can determine the network
         weights = open_weights(path) if path.is_file() else None
         if isinstance(weights, WeightFile):
-            network = choose_network(weights, loaded.model.name)
+            network = network_of_weights(weights, loaded.model.name)
             loaded = change_recipe(source, [*changes, ("model.name", network)])  # there is no previous recipe
     if loaded.project is None:
         folder = getattr(loaded.data, "path", None)

@@ -202,8 +202,8 @@ def convert_weights(file: WeightFile, model: str, triangle: Triangle | None = No
     )
 
 
-def choose_network(file: WeightFile, default: str) -> str:
-    """Choose the network for the weights in *file*: *default* unless they are those of another one."""
+def network_of_weights(file: WeightFile, default: str) -> str:
+    """Name the network that the weights in *file* fit: *default* unless they are those of another one."""
     recognized = _recognize(file, default)
     found = find_network(file) if recognized is None else recognized.model
     if found is None or found == default:

@@ -234,7 +234,7 @@ class EngineSession:
             tensors = (*manifest.inputs, *manifest.outputs)
             self._free = [BatchBuffer(self._resources, tensors, self.largest_batch) for _ in range(BUFFERS)]
             self._add_contexts(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: device memory is not freed by itself
             self.close()  # does not use the attributes that may be missing yet
             raise
 
@@ -293,7 +293,7 @@ class EngineSession:
             for name in names:
                 self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
             call("cudaEventRecord", buffer.done, self._stream)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: the buffer must be free again
             with suppress(RuntimeUnavailableError):  # wait: a copy may still use the buffer
                 call("cudaStreamSynchronize", self._upload_stream)
                 call("cudaStreamSynchronize", self._stream)

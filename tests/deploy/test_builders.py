@@ -6,7 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import Buildah
+from builders import HARDENING, Buildah
+from container_test import documented_run, values
+
+from sopdeploy_service.settings import VARIABLE_PREFIX, Settings
 
 # Starts a child, as the server does, and ends with 0 after SIGTERM.
 SERVER = """
@@ -46,7 +49,7 @@ def test_the_main_process_of_a_container_is_stopped(
     monkeypatch.setenv("DEPTH", str(depth))
     monkeypatch.setenv("BUILDAH_ISOLATION", "chroot")
     builder = Buildah("image", tmp_path)
-    builder.start(tmp_path, {})
+    builder.start([], {})
     while builder.logs() != "ready\n":
         time.sleep(0.01)
     assert builder.server_user() == os.geteuid()
@@ -54,3 +57,12 @@ def test_the_main_process_of_a_container_is_stopped(
     with pytest.raises(SystemExit, match="no server is running; its output: pid"):
         builder.stop()
     builder.clean()
+
+
+def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> None:
+    words = documented_run()
+    assert [word for word in words if not word.startswith(("--publish=", "--volume=", "--env="))] == HARDENING
+    targets = {volume.split(":")[1] for volume in values(words, "volume")}
+    settings = dict(word.split("=", 1) for word in values(words, "env"))
+    assert targets == {"/models", *settings.values()}
+    assert {name.removeprefix(VARIABLE_PREFIX).lower() for name in settings} <= set(Settings.model_fields)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -99,3 +100,40 @@ def test_every_extra_resolves(extra: str, python: str, folder: Path, monkeypatch
         resolved = {re.split(r"[=@ ;]", line)[0].lower() for line in done.stdout.splitlines()}
         direct = {re.split(r"[\[<>=!~; ]", line)[0].lower() for line in PROJECT["project"]["dependencies"]}
         assert direct | {"sopdeploy"} <= resolved
+
+
+NVIDIA = {"tensorrt", "torch-tensorrt"}  # need packages of NVIDIA's index
+
+
+def checked(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("installer", ["pip", "uv"])
+@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - NVIDIA))
+def test_the_wheel_installs_with(
+    extra: str, installer: str, python: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("PYTHONPATH", "UV_CONSTRAINT", "PIP_CONSTRAINT"):  # make exports the lock
+        monkeypatch.delenv(variable, raising=False)
+    find = [UV, "python", "find", "--no-project", "--no-python-downloads", python]
+    found = subprocess.run(find, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(f"Python {python} is not installed")
+    with TemporaryDirectory() as environment:
+        checked(UV, "venv", "--quiet", "--seed", "--clear", "--python", found.stdout.strip(), environment)
+        of_environment = Path(environment) / "bin" / "python"
+        pip = (of_environment, "-m", "pip")
+        uv_install = (UV, "pip", "install", "--python", of_environment, "--torch-backend", "cpu")
+        install = (*pip, "install") if installer == "pip" else uv_install
+        wanted = f"sopdeploy[{extra}]=={sopdeploy.__version__}"
+        checked(*install, "--quiet", "--find-links", folder, wanted)
+        checked(*pip, "check")
+        assert (
+            checked(of_environment.with_name("sopdeploy"), "--version").split()[-1] == sopdeploy.__version__
+        )

@@ -27,7 +27,8 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.training import record as record_module
 from sopdeploy.training.train import train_recipe
 from sopdeploy_service.commands.batch import classifier, output
-from sopdeploy_service.commands.batch.run import Classified, ClassifyOptions, classify
+from sopdeploy_service.commands.batch.options import ClassifyOptions
+from sopdeploy_service.commands.batch.run import Classified, classify
 from sopdeploy_service.commands.forget import forget
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings

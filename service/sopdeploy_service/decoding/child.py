@@ -170,7 +170,7 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
         serve_requests(end, options)
     except OSError:  # the server has ended, or has closed its end
         os._exit(0)
-    except BaseException:
+    except BaseException:  # a forked child must not return into the code of its template
         sys.excepthook(*sys.exc_info())
         os._exit(1)
 

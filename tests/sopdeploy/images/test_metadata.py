@@ -13,6 +13,7 @@ from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.pixels import exif_orientation, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from tests import hostile_images as hostile
+from tests.pictures import encoded
 
 SECRET = b"SECRET"
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -33,15 +34,9 @@ def secret_exif(orientation: int = 1) -> bytes:
     return exif.tobytes()
 
 
-def save(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def secret_jpeg(mode: str = "RGB", orientation: int = 1, **options: object) -> bytes:
     """A JPEG with a secret in every kind of segment, between segments and behind the end."""
-    body = save(scene(mode), "JPEG", exif=secret_exif(orientation), icc_profile=PROFILE, **options)
+    body = encoded(scene(mode), "JPEG", exif=secret_exif(orientation), icc_profile=PROFILE, **options)
     segments = [
         hostile.segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + SECRET),
         hostile.segment(0xE0, b"JFXX\0\x10" + SECRET),
@@ -70,12 +65,12 @@ JPEGS: dict[str, Callable[[], bytes]] = {
     "cmyk": lambda: secret_jpeg("CMYK"),
     "rgb": lambda: secret_jpeg(keep_rgb=True),
     "subsampled": lambda: secret_jpeg(subsampling="4:2:0", optimize=True),
-    "thumbnail in JFIF": lambda: save(scene(), "JPEG").replace(
+    "thumbnail in JFIF": lambda: encoded(scene(), "JPEG").replace(
         b"\xff\xe0\0\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0",
         hostile.segment(0xE0, b"JFIF\0\x01\x01\0\0\x01\0\x01\x02\x01" + SECRET),
         1,
     ),
-    "two photographs": lambda: save(
+    "two photographs": lambda: encoded(
         scene(), "MPO", save_all=True, append_images=[scene("L").convert("RGB")], exif=secret_exif()
     ),
 }
@@ -112,19 +107,19 @@ def test_an_orientation_of_more_than_16_bits_is_upright() -> None:
 
 
 def test_a_jpeg_without_an_end_gets_one() -> None:
-    body = save(scene(), "JPEG")
+    body = encoded(scene(), "JPEG")
     assert copy_without_metadata(body[:-2]) == copy_without_metadata(body)
 
 
 PNG_TEXT = PngImagePlugin.PngInfo()
 PNG_TEXT.add_text("Comment", SECRET.decode())
 OTHERS: dict[str, Callable[[], bytes]] = {
-    "PNG": lambda: save(scene(), "PNG", pnginfo=PNG_TEXT, exif=secret_exif(6), icc_profile=PROFILE),
-    "PNG with alpha": lambda: save(scene("RGBA"), "PNG", pnginfo=PNG_TEXT),
-    "PNG of 16 bits": lambda: save(scene().convert("I;16"), "PNG", pnginfo=PNG_TEXT),
-    "palette": lambda: save(scene("P"), "PNG", pnginfo=PNG_TEXT),
-    "WEBP": lambda: save(scene(), "WEBP", lossless=True, exif=secret_exif(8), xmp=SECRET),
-    "GIF": lambda: save(scene("P"), "GIF", comment=SECRET),
+    "PNG": lambda: encoded(scene(), "PNG", pnginfo=PNG_TEXT, exif=secret_exif(6), icc_profile=PROFILE),
+    "PNG with alpha": lambda: encoded(scene("RGBA"), "PNG", pnginfo=PNG_TEXT),
+    "PNG of 16 bits": lambda: encoded(scene().convert("I;16"), "PNG", pnginfo=PNG_TEXT),
+    "palette": lambda: encoded(scene("P"), "PNG", pnginfo=PNG_TEXT),
+    "WEBP": lambda: encoded(scene(), "WEBP", lossless=True, exif=secret_exif(8), xmp=SECRET),
+    "GIF": lambda: encoded(scene("P"), "GIF", comment=SECRET),
 }
 
 
@@ -142,8 +137,8 @@ def test_another_format_becomes_an_upright_png_without_secrets(make) -> None:
     [
         (b"", "not_an_image"),
         (b"no image", "not_an_image"),
-        (save(scene(), "PNG")[:-900], "damaged_image"),
-        (save(Image.new("1", (11_000, 4000)), "PNG"), "too_many_pixels"),
+        (encoded(scene(), "PNG")[:-900], "damaged_image"),
+        (encoded(Image.new("1", (11_000, 4000)), "PNG"), "too_many_pixels"),
     ],
     ids=["empty", "text", "truncated", "large"],
 )
@@ -182,10 +177,10 @@ def with_segments_of_unknown_kinds(body: bytes) -> bytes:
 
 FOREIGN = {
     "lossless": lossless_jpeg(),
-    "a marker without a length": with_segments_of_unknown_kinds(save(scene(), "JPEG")),
-    "progressive": save(scene(), "JPEG", progressive=True),
-    "CMYK": save(scene("CMYK"), "JPEG"),
-    "one pixel": save(scene().resize((1, 1)), "JPEG"),
+    "a marker without a length": with_segments_of_unknown_kinds(encoded(scene(), "JPEG")),
+    "progressive": encoded(scene(), "JPEG", progressive=True),
+    "CMYK": encoded(scene("CMYK"), "JPEG"),
+    "one pixel": encoded(scene().resize((1, 1)), "JPEG"),
 }
 
 
@@ -205,6 +200,6 @@ def test_whatever_a_decoder_reads_its_copy_has_the_same_pixels(kind: str) -> Non
 
 
 def test_a_file_without_pixels_has_no_copy() -> None:
-    body = save(scene(), "JPEG")
+    body = encoded(scene(), "JPEG")
     with pytest.raises(ImageError, match="damaged"):
         copy_without_metadata(body[: body.index(b"\xff\xda")])

@@ -306,14 +306,6 @@ RULES = Preprocess(resize=36, crop=32)
 FILE = Path("photo")
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "HEIF": ".heic"}
 
-formats.prepare_decoders()  # also registers the encoder of HEIC
-
-
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
 
 def gradient(width: int = 90, height: int = 60) -> Image.Image:
     rows, columns = np.mgrid[0:height, 0:width]
@@ -330,7 +322,7 @@ def load(body: bytes) -> Image.Image:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_training_and_server_compute_the_same_pixels_of_every_format(kind: str) -> None:
     assert FORMATS[kind] in SUFFIXES
-    body = encode(gradient(), kind)
+    body = encoded(gradient(), kind)
     trained = preprocess_image(load(body), RULES)
     served = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
     assert np.array_equal(trained, served.pixels)
@@ -343,7 +335,7 @@ def test_a_turned_photograph_of_any_format_is_upright(kind: str) -> None:
     upright.paste((250, 250, 250), (0, 0, 64, 64))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    body = encode(upright.transpose(UNDO[6]), kind, exif=exif.tobytes())
+    body = encoded(upright.transpose(UNDO[6]), kind, exif=exif.tobytes())
     found = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
     assert found.pixels[:12].mean() > 240
     assert found.pixels[-12:].mean() < 15
@@ -371,7 +363,7 @@ def test_one_set_of_limits_holds_for_training_and_server() -> None:
 
 
 def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = encode(gradient(), "HEIF")
+    body = encoded(gradient(), "HEIF")
     monkeypatch.delitem(Image.OPEN, "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(DataError, match=r'pip install "sopdeploy\[heif\]" \(phones take JPEG'):

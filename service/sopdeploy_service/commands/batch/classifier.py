@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy.images.formats import too_large_error
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder, RowsState, make_schema
 from sopdeploy_service.commands.batch.sources import ListedImage, read_listed
 from sopdeploy_service.inference.decoders import Decoders
@@ -31,9 +32,6 @@ from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY,
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.settings import Settings
-
-if TYPE_CHECKING:
-    from sopdeploy_service.commands.batch.run import ClassifyOptions
 
 IMAGES_AHEAD = 16  # of each worker
 MAX_WORKERS = 16  # unless more are requested
@@ -61,7 +59,7 @@ class BatchClassifier:
     Raises what `load_model` raises, and `ConfigError` if the bundle does not have the requested features.
     """
 
-    def __init__(self, path: Path, settings: Settings, options: "ClassifyOptions") -> None:
+    def __init__(self, path: Path, settings: Settings, options: ClassifyOptions) -> None:
         loaded = load_model(path, settings)
         self._bundle, self._runtime, self._settings = loaded.bundle, loaded.runtime, settings
         manifest = loaded.bundle.manifest

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.data
@@ -21,11 +21,9 @@ from sopdeploy import errors
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
 from sopdeploy_service.commands.batch.classifier import MAX_WORKERS, BatchClassifier, OnImages
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder, RowsState
 from sopdeploy_service.settings import Settings
-
-if TYPE_CHECKING:
-    from sopdeploy_service.commands.batch.run import ClassifyOptions
 
 CONNECT_SECONDS = 5.0
 # Finds the lines of a traceback with our errors, such as "sopdeploy.errors.ConfigError: no such file".
@@ -39,7 +37,7 @@ class PartActor:
     """
 
     def __init__(
-        self, bundle: Path, settings: Settings, options: "ClassifyOptions", out: Path, state: RowsState
+        self, bundle: Path, settings: Settings, options: ClassifyOptions, out: Path, state: RowsState
     ) -> None:
         self._folder, self._classifier = OutputFolder(out), BatchClassifier(bundle, settings, options)
         if self._classifier.state != state:
@@ -63,7 +61,7 @@ class RayClassifier:
     Raises `ConfigError` if there is no cluster, and what a `BatchClassifier` raises on one of its machines.
     """
 
-    def __init__(self, bundle: Path, settings: Settings, options: "ClassifyOptions") -> None:
+    def __init__(self, bundle: Path, settings: Settings, options: ClassifyOptions) -> None:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
         _connect(options)
@@ -102,7 +100,7 @@ class RayClassifier:
                 on_images(row["images"])
 
 
-def _connect(options: "ClassifyOptions") -> None:
+def _connect(options: ClassifyOptions) -> None:
     """Connect to the Ray cluster of *options* or start one, or raise the error that says why not."""
     address, new_cluster = str(options.ray), {}  # options of one that is started here
     try:

@@ -4,44 +4,19 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import pydantic
+from typing import TYPE_CHECKING, Any
 
 from sopdeploy.cli.command import SettingOptions, command, expand_options
 from sopdeploy.cli.console import print_field
-from sopdeploy.config import Count, Options, StrictModel
+from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, MissingPackageError
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments
 
 if TYPE_CHECKING:
     from sopdeploy_service.commands.batch.classifier import BatchClassifier
     from sopdeploy_service.commands.batch.on_ray import RayClassifier
-
-
-class ClassifyOptions(Options):
-    """What a run writes, and how."""
-
-    logits: bool = False
-    """Add a column with the logits."""
-    features: bool = False
-    """Add a column with the features; the bundle must have been exported with_features."""
-    workers: Annotated[int | None, pydantic.Field(ge=1, le=1024)] = None
-    """Processes that load images, of each copy of the bundle; by default one per core, up to 16."""
-    ray: str | None = None
-    """HOST:PORT of a Ray cluster that classifies; `auto`: that of this machine, `local`: a new one here."""
-    actors: Count | None = None
-    """Copies of the bundle on the Ray cluster; by default one per machine."""
-    gpus_per_actor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
-    """GPUs of a copy on the Ray cluster: 1, 0.5 lets two share one, 0 uses the CPU."""
-    part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = 4096
-    """Images per parquet file."""
-
-    @property
-    def starts_cluster(self) -> bool:
-        """Whether a Ray cluster starts and ends with the command."""
-        return self.ray == "local"
 
 
 class Classified(StrictModel):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sopdeploy_service.commands.batch import run
-from sopdeploy_service.commands.batch.run import ClassifyOptions
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import picture_bytes
 

@@ -14,8 +14,8 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch import classifier
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
-from sopdeploy_service.commands.batch.run import ClassifyOptions
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.images.decode import decode

@@ -17,7 +17,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch.classifier import BatchClassifier
-from sopdeploy_service.commands.batch.run import ClassifyOptions
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from tests.service.children import below, listening
 from tests.service.commands.batch.conftest import (
     BAD,
