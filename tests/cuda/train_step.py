@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sopdeploy.models.base import Classifier
@@ -37,6 +38,8 @@ def on_gpu(mode: FakeTensorMode, network: Classifier) -> Classifier:
     return network
 
 
+# Some versions of torch allocate memory of the GPU before its first fake tensor.
+@patch.object(fake_tensor, "init_gpu_context", lambda _device: None, create=True)
 def devices_of_a_step(small: Small, precision: str) -> list[str]:
     """Return the devices of the loss and of all gradients."""
     mode = FakeTensorMode()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.probes import read_probes
@@ -44,9 +46,18 @@ CALIBRATED = Decision(
         temperature=1.5, loss_before=1, loss_after=0.5, num_images=9, estimated_on="held-out"
     )
 )
-needs_converters = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason="torch-tensorrt is not installed (`make cuda-stand-in`)"
-)
+
+
+def absent() -> str:
+    """Say why torch-tensorrt does not run here, "" if it does."""
+    if not FOLDER.is_dir():
+        return "torch-tensorrt is not installed (`make cuda-stand-in`)"
+    needed = [Requirement(line) for one in distributions(path=[str(FOLDER)]) for line in one.requires or ()]
+    unfit = [str(one) for one in needed if one.name == "torch" and torch.__version__ not in one.specifier]
+    return f"the installed torch-tensorrt needs {unfit[0]}" if unfit else ""
+
+
+needs_converters = pytest.mark.skipif(bool(absent()), reason=absent())
 
 
 def checkpoint_of(exported: Exported) -> Path:

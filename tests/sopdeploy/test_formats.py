@@ -120,8 +120,10 @@ LATER: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.fixture
 def classified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copy the outputs of `classify`, and work where they were written."""
+    """Copy the outputs of `classify`, and work where they were written, with the runtime of then."""
     monkeypatch.chdir(FOLDER)
+    name, version, *_ = json.loads(Path("classified", "_run.json").read_text())["runtime"].split()
+    monkeypatch.setattr(f"{name}.__version__", version)  # a run is not continued with another version
     return Path(shutil.copytree("classified", tmp_path / "classified"))
 
 
