@@ -35,7 +35,7 @@ Training-only branches are removed by `export --detach`.
 |---|---|---|---|---|---|---|---|
 {networks}
 
-## Networks that `train --within` tries
+## Networks that `within` tries
 
 `sopdeploy train --data photos --within 20ms` measures these networks here, with random weights on one thread,
 and cross-validates those that are fast enough; only their weights are downloaded. Their licenses allow any
