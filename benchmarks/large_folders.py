@@ -13,9 +13,11 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from measure import Result, make_parser, report
+from numpy.typing import NDArray
 
 from sopdeploy.photos.copies import connect, find_pairs
 from sopdeploy.training.few_shot.classifier import Problem, Scaling, Space, Targets, unit_length
@@ -23,10 +25,10 @@ from sopdeploy.training.few_shot.run import make_folds
 
 CLASSES, VIEWS, CHANNELS, OWN, RANK, FOLDS = 10, 5, (112, 320), 1280, 1024, 10
 COPIES = 32  # photographs whose copies tell what copies reach
-Values = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+Array = NDArray[Any]
 
 
-def draw(random: np.random.Generator, classes: Values, width: int) -> Values:
+def draw(random: np.random.Generator, classes: Array, width: int) -> NDArray[np.float32]:
     """Draw vectors (N, width) around a mean of each class."""
     means = random.standard_normal((CLASSES, width), np.float32)
     vectors = random.standard_normal((len(classes), width), np.float32)
@@ -52,7 +54,7 @@ def search(count: int) -> float:
         for part in views
     ]
     since = time.process_time()
-    pairs = find_pairs(views, copies, originals, classes, range(count))
+    pairs = find_pairs(views, copies, originals, classes, list(map(str, range(count))))
     groups = connect(count, pairs)
     seconds = time.process_time() - since
     if len(set(groups.tolist())) != count - len(range(1, count, 100)):
