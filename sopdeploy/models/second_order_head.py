@@ -184,7 +184,8 @@ class SecondOrderHead(Classifier):
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every head; the branches of DSoP read the same feature maps."""
-        branches: dict[str, str] = getattr(self, "taps", {})  # names by tap
+        has_branches = "branches" in self._modules  # and `taps`, their names by tap
+        branches: dict[str, str] = vars(self)["taps"] if has_branches else {}
         taps = [tap for tap in self.tap_channels | branches if tap in branches or tap in self.maps]
         last, tapped = self.feature_maps(images, taps)
         maps = dict(zip(taps, tapped, strict=True))

@@ -94,7 +94,7 @@ def choose(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Compare the trained network of *run* with the frozen one; write `best.pt` with the one to keep."""
     del callback  # which receives the events of epochs
-    frozen, tuned, recipe = run.frozen, run.model, run.recipe
+    frozen, tuned, recipe = run.frozen, run.exported, run.recipe
     if frozen is None or not isinstance(tuned, SecondOrderHead):
         raise TypeError("the loop did not start from a fitted head")
     if len(held_out) < TESTABLE:
