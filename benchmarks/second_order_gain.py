@@ -1,16 +1,12 @@
 """Accuracy gain of second-order pooling on generated textures, digits and CIFAR-10.
 
     python benchmarks/second_order_gain.py [--cache DIR] [--cifar FOLDER] [--study NAME] [--json]
-    python benchmarks/second_order_gain.py --real --photos FOLDER --weights FILE --cache DIR [--json]
 
 Generated textures differ in second moments only, so minimum results can be required: linear features with
 average pooling are at chance, an iSQRT-COV head is at least 30 points above a two-layer network with
 average pooling, the same network trained with DSoP branches (and detached) at least 15. Controls are branches
 with average pooling (DSoP's Table VII), the plain network trained as long as DSoP, and learning rates. Digits
 and CIFAR-10 (a folder of images, train/ and test/, one folder per class) have no required result.
-
---real fine-tunes EfficientNet-Lite0 from ImageNet weights (FILE, a state dict with timm's names) on
-photographs (FOLDER, one folder per class, also below train/ and validation/), with and without DSoP branches.
 
 Runs with the same seed are paired; intervals are 95 % Student intervals of the paired difference, without
 correction for multiple comparisons. The numbers of seeds are fixed. The last epoch counts. One thread per
@@ -25,21 +21,18 @@ import os
 import sys
 from pathlib import Path
 
-from gain.photos import PhotosConfig, count_classes, write_maps
 from gain.report import checks, print_studies, results_of
 from gain.runs import Results, run_studies
 from gain.studies import (
     cifar,
     cifar_branches,
     digits,
-    photo_rates,
-    photographs,
     texture_rates,
     textures,
 )
 from gain.study import Study
 from gain.task import write_arrays
-from measure import commit, existing, machine, make_parser, one_line_errors, report, versions
+from measure import commit, existing, machine, make_parser, report, versions
 
 NAMES = (
     "learning rates",
@@ -47,8 +40,6 @@ NAMES = (
     "digits",
     "CIFAR-10",
     "CIFAR-10 branches",
-    "photographs, learning rates",
-    "photographs",
 )
 
 
@@ -63,9 +54,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--cache", type=Path, help="folder of finished runs; created if it is missing")
     parser.add_argument("--cifar", type=existing, help="folder with CIFAR-10's images; needs --cache")
-    parser.add_argument("--real", action="store_true", help="fine-tune real weights on real photographs")
-    parser.add_argument("--photos", type=existing, help="folder with the photographs of --real")
-    parser.add_argument("--weights", type=existing, help="EfficientNet-Lite0's ImageNet weights for --real")
     parser.add_argument(
         "--study", action="append", choices=NAMES, help="run only this study; can be repeated"
     )
@@ -74,8 +62,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.cifar is not None and parsed.cache is None:
         parser.error("--cifar needs --cache, which stores the decoded images")
-    if parsed.real and None in {parsed.photos, parsed.weights, parsed.cache}:
-        parser.error("--real needs --photos, --weights and --cache, which stores outputs of the network")
     return parsed
 
 
@@ -90,25 +76,11 @@ def decode_cifar(folder: Path | None, cache: Path | None) -> Path | None:
     return arrays
 
 
-def real_studies(given: argparse.Namespace) -> list[Study]:
-    """Choose the studies on photographs; compute the outputs of the frozen stages once."""
-    given.cache.mkdir(parents=True, exist_ok=True)
-    maps = given.cache.resolve() / "photos.npz"
-    if not maps.exists():
-        write_maps(given.photos, given.weights, maps)
-    task = PhotosConfig(maps=maps, weights=given.weights.resolve(), classes=count_classes(maps))
-    return [photo_rates(task), photographs(task, 10)]
-
-
 def main(arguments: list[str]) -> int:
     """Run the studies, print them, and return the exit status."""
     given = parse_arguments(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
-    if given.real:
-        with one_line_errors():
-            available = real_studies(given)
-    else:
-        available = studies(decode_cifar(given.cifar, given.cache))
+    available = studies(decode_cifar(given.cifar, given.cache))
     chosen = [
         dataclasses.replace(study, seeds=study.seeds[: given.seeds])
         for study in available

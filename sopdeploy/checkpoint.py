@@ -108,6 +108,11 @@ class Checkpoint:
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write *checkpoint* to *path* atomically; raise `StorageError` on failure."""
+    write_plain(path, plain_content(checkpoint))
+
+
+def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the content of the file of *checkpoint*, which `parse_checkpoint` reads."""
     decision, origin = checkpoint.decision, checkpoint.origin
     content = {
         "format": CHECKPOINT_FORMAT,
@@ -119,7 +124,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "origin": None if origin is None else origin.model_dump(mode="json"),
     }
     del content["sha256"]  # a file cannot contain its own
-    write_plain(path, content)
+    return content
 
 
 def write_plain(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,21 +1,20 @@
 """Fine-tuning of EfficientNet-Lite0 on photographs: the last stages on stored outputs of the frozen ones.
 
-The first stages, up to `blocks.3`, keep their ImageNet weights and statistics. Their outputs for `VARIANTS`
+The stem and the first three stages keep their ImageNet weights and statistics. Their outputs for `VARIANTS`
 augmented crops and the center crop of every photograph are computed once, so that a training step computes
-`blocks.4` to the classifier only: two of the four taps of `dsop-timm:tf_efficientnet_lite0`.
+`blocks.3` to the classifier only. DSoP is `dsop-timm:tf_efficientnet_lite0` with branches at the two of its
+four taps that are trained.
 
-The classifier starts as a logistic regression on the frozen network (Kumar et al., "Fine-Tuning can Distort
-Pretrained Features and Underperform Out-of-Distribution", ICLR 2022), and the network's batch norms keep
-their statistics: from a random classifier, ten photographs per class do not suffice for stable training.
+The classifier starts as the head that `train` fits to the frozen network (Kumar et al., "Fine-Tuning can
+Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022), and the network's batch norms
+keep their statistics.
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
-from torch import nn
+from torch import Tensor, nn
 
 from gain.task import Task
 from sopdeploy.checkpoint import read_pytorch
@@ -26,17 +25,21 @@ from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.dsop import DSoPConfig
 from sopdeploy.models.dsop_networks import DSoPTimm
-from sopdeploy.models.timm_networks import TimmBackbone, TimmConfig
+from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
+from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.seeds import derive_seed
+from sopdeploy.training.few_shot.classifier import Problem, Scaling, Space, Targets, unit_length
+from sopdeploy.training.few_shot.features import WIDTH
+from sopdeploy.training.recipe import FewShotConfig
 
-BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 4
+BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 3
 SIDE, VARIANTS, BATCH = 128, 6, 32
-PROBE_C = 0.01
+MAX_PER_CLASS = 60  # photographs, by lot
 HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of the weights' input
 RULES = Preprocess(resize=146, crop=SIDE, interpolation="bicubic", mean=HALF, std=HALF)
-CROPS = RandomResizedCrop(kind="random-resized-crop", scale=(0.35, 1.0), flip=0.5)
+CROPS = RandomResizedCrop(kind="random-resized-crop", scale=(0.5, 1.0), flip=0.5)
 
 
 class PhotosConfig(StrictModel):
@@ -68,14 +71,25 @@ class DSoPLastStages(DSoPTimm):
     """DSoP on the network whose first stages are frozen."""
 
 
+class HeadLastStagesConfig(LastStagesConfig):
+    """The head that `train` fits, on the last two taps."""
+
+    head: HeadConfig = HeadConfig(taps=("blocks.4", "blocks.6"), width=WIDTH)
+
+
+class HeadLastStages(SecondOrderHead, PlainTimm):
+    """The network whose first stages are frozen, with a second-order head."""
+
+
 def load_weights(network: TimmBackbone, file: Path) -> None:
     """Load the weights in *file* into *network*, except for those of the classifier."""
     stored, _ = read_pytorch(file)
     own = network.state_dict()
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith("classifier.")}
     unknown = [name for name in stored if name not in own]
     if unknown:
         raise DataError(f"{file}: {unknown[0]} is not in {BACKBONE}; give a state dict with timm's names")
-    network.load_state_dict(own | {k: v for k, v in stored.items() if v.shape == own[k].shape})
+    network.load_state_dict(own | stored)
 
 
 def first_stages(network: TimmBackbone) -> nn.Sequential:
@@ -93,21 +107,23 @@ def remove_first_stages(network: TimmBackbone) -> None:
 
 
 def write_maps(folder: Path, weights: Path, target: Path) -> None:
-    """Store the frozen part's outputs (N, 1 + VARIANTS, C, H, W), float16, and the labels of all photographs.
+    """Store the frozen part's outputs (N, 1 + VARIANTS, C, H, W), float16, and the labels of photographs.
 
-    Position 0 is the center crop. Parts of *folder*, such as train/ and validation/, are put together.
+    Position 0 is the center crop. *folder* has a folder of photographs for each class; of each class, at most
+    `MAX_PER_CLASS` are chosen by lot.
     """
-    split = open_folder(folder)
-    network = TimmBackbone(LastStagesConfig(), len(split.train.labels))
+    images = open_folder(folder).train
+    random = np.random.default_rng(0)
+    chosen = np.zeros(len(images), np.bool_)
+    for label in range(len(images.labels)):
+        chosen[random.permutation(np.flatnonzero(images.targets == label))[:MAX_PER_CLASS]] = True
+    images = images.select(chosen)
+    network = TimmBackbone(LastStagesConfig(), len(images.labels))
     load_weights(network, weights)
     frozen = first_stages(network)
-    maps = [
-        np.concatenate([compute_maps(frozen, part, variant) for part in (split.train, split.held_out)])
-        for variant in range(1 + VARIANTS)
-    ]
-    labels = np.concatenate([part.targets for part in (split.train, split.held_out)])
+    maps = [compute_maps(frozen, images, variant) for variant in range(1 + VARIANTS)]
     partial = target.with_name(f"{target.stem}.part.npz")
-    np.savez(partial, maps=np.stack(maps, axis=1), labels=labels)
+    np.savez(partial, maps=np.stack(maps, axis=1), labels=images.targets)
     partial.replace(target)
 
 
@@ -118,17 +134,34 @@ def count_classes(maps: Path) -> int:
 
 
 @torch.no_grad()
-def start_from_probe(network: TimmBackbone, task: Task) -> None:
-    """Set the classifier of *network* to a logistic regression on the center crops for training."""
+def start_from_head(network: TimmBackbone, task: Task) -> None:
+    """Fit the classifier of *network* to the center crops for training, as the few-shot procedure does."""
     network.eval()
-    maps = network.feature_maps(task.train[:, 0])[0]
-    features = network.wrapped[0].forward_head(maps, pre_logits=True).numpy()
-    scaler = StandardScaler().fit(features)
-    fitted = LogisticRegression(C=PROBE_C, max_iter=5000).fit(scaler.transform(features), task.labels)
-    weight = torch.from_numpy(fitted.coef_ / scaler.scale_)
-    classifier = network.wrapped[0].get_classifier()
+    crops = task.train[:, 0]
+    if isinstance(network, SecondOrderHead):
+        own, maps = network.head_inputs(crops)
+        pooled = network.pooled_head
+        pooled.fit_projection([maps])
+        parts = [own, *(pooled.pooling(tap)(maps[tap]) for tap in pooled.channels)]
+        classifier = pooled.fc
+    else:
+        parts = [network.wrapped[0].forward_head(network.feature_maps(crops)[0], pre_logits=True)]
+        classifier = network.wrapped[0].get_classifier()
+    weight, bias = fit_head(parts, task.labels)
     classifier.weight.copy_(weight)
-    classifier.bias.copy_(torch.from_numpy(fitted.intercept_) - weight @ torch.from_numpy(scaler.mean_))
+    classifier.bias.copy_(bias)
+
+
+def fit_head(parts: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit a linear discriminant to vectors with these *parts* (N, D_i); return its weight and bias."""
+    arrays, classes = [part.numpy() for part in parts], labels.numpy()
+    targets = Targets(np.eye(int(classes.max()) + 1)[classes], classes, activation="softmax")
+    space = Space.of(arrays)
+    problem = Problem(space, space.project(np.concatenate(arrays, axis=1)), unit_length(arrays[0]), targets)
+    folds = targets.folds([str(index) for index in range(len(classes))], FewShotConfig().folds, 0)
+    scaling = Scaling.fit(problem.cross_validate(folds)[None], targets)
+    fitted = problem.fit_all(scaling)
+    return torch.from_numpy(fitted.weight), torch.from_numpy(fitted.bias)
 
 
 def keep_statistics(network: TimmBackbone) -> None:

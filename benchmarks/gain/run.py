@@ -26,13 +26,15 @@ from gain.networks import (
 from gain.photos import (
     DSoPLastStages,
     DSoPLastStagesConfig,
+    HeadLastStages,
+    HeadLastStagesConfig,
     LastStagesConfig,
     PhotosConfig,
     keep_statistics,
     load_weights,
     photos,
     remove_first_stages,
-    start_from_probe,
+    start_from_head,
 )
 from gain.task import CifarConfig, DigitsConfig, Task, cifar, digits
 from gain.textures import TextureConfig, textures
@@ -46,7 +48,7 @@ from sopdeploy.models.dsop_networks import DSoPSmallResNet, DSoPSmallResNetConfi
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy.training.loop_settings import OneCycle
+from sopdeploy.training.loop_settings import Cosine, OneCycle, Schedule
 from sopdeploy_export.proof.networks import detach
 
 CLASSES = 10
@@ -60,6 +62,7 @@ NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "wide-resnet": (ExtraConvSmallResNet, ExtraConvSmallResNetConfig),
     "photos": (PlainTimm, LastStagesConfig),
     "dsop-photos": (DSoPLastStages, DSoPLastStagesConfig),
+    "head-photos": (HeadLastStages, HeadLastStagesConfig),
 }
 
 
@@ -75,7 +78,9 @@ class Run(StrictModel):
     config: dict[str, Any] = pydantic.Field(default_factory=dict)
     strides: tuple[int, int] | None = None
     epochs: Annotated[int, pydantic.Field(ge=0)]
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float
+    label_smoothing: float = 0.0
     batch: int = 64
     weight_decay: float = 5e-4
     augment: bool = False
@@ -105,7 +110,7 @@ def train_and_measure(run: Run) -> Outcome:
     task = open_task(run)
     network = build(run)
     if isinstance(network, TimmBackbone):
-        start_from_probe(network, task)
+        start_from_head(network, task)
     start = time.process_time()
     loss = train(network, task, run)
     seconds = time.process_time() - start
@@ -174,11 +179,19 @@ def set_strides(network: Backbone, run: Run) -> None:
 
 
 def train(network: Classifier, task: Task, run: Run) -> float:
-    """Train with SGD, momentum 0.9 and a one-cycle schedule; return the mean loss of the last epoch."""
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=run.learning_rate, momentum=0.9, weight_decay=run.weight_decay
-    )
-    schedule = OneCycle(kind="one-cycle")
+    """Train with SGD, momentum 0.9 and a one-cycle schedule, or with AdamW, a warm-up and a cosine.
+
+    Returns the mean loss of the last epoch.
+    """
+    options = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    if run.optimizer == "sgd":
+        optimizer = torch.optim.SGD(network.parameters(), momentum=0.9, **options)
+        schedule = OneCycle(kind="one-cycle")
+    else:
+        optimizer = torch.optim.AdamW(network.parameters(), **options)
+        schedule = Cosine(kind="cosine", warmup_epochs=0.5)
     network.train()
     if isinstance(network, TimmBackbone):
         keep_statistics(network)
@@ -196,7 +209,8 @@ def train(network: Classifier, task: Task, run: Run) -> float:
             if run.augment:
                 images = augment(images)
             torch.manual_seed(derive_seed(run.seed, "noise", epoch, step))
-            loss = training_loss(network(images), task.labels[members], network.loss_weights())
+            output, labels = network(images), task.labels[members]
+            loss = training_loss(output, labels, network.loss_weights(), run.label_smoothing)
             optimizer.zero_grad()
             loss.total.backward()
             optimizer.step()

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gain.photos import PhotosConfig
 from gain.study import Study
 from gain.task import CifarConfig, DigitsConfig
 from gain.textures import TextureConfig
@@ -141,52 +140,3 @@ def cifar_run(arrays: Path) -> dict[str, Any]:
         "learning_rate": 0.1,
         "augment": True,
     }
-
-
-PHOTO_RATES = (0.0003, 0.001, 0.003)
-PHOTO_RATE, PHOTO_DSOP_RATE = 0.001, 0.001  # the best of `photo_rates`
-PHOTO_EPOCHS, PHOTO_LONG = 3, 6
-FROZEN, FINE_TUNED = "frozen network", "fine-tuning"
-
-
-def photo_run(task: PhotosConfig) -> dict[str, Any]:
-    """Set what all runs on photographs share."""
-    return {"task": task, "network": "photos", "epochs": PHOTO_EPOCHS, "batch": 10}
-
-
-def photo_rates(task: PhotosConfig) -> Study:
-    """Compare learning rates on a draw that no other table uses."""
-    arms: dict[str, Mapping[str, Any]] = {}
-    for rate in PHOTO_RATES:
-        arms[f"{FINE_TUNED}, {rate}"] = {"learning_rate": rate}
-        arms[f"{FINE_TUNED}, DSoP, {rate}"] = {"network": "dsop-photos", "learning_rate": rate}
-    return Study(
-        name="photographs, learning rates",
-        title=f"draw {TUNING_SEED}, used by no other table",
-        seeds=(TUNING_SEED,),
-        template=photo_run(task),
-        arms=arms,
-    )
-
-
-def photographs(task: PhotosConfig, draws: int) -> Study:
-    """Compare fine-tuning with and without branches; each seed draws other photographs for training."""
-    dsop = {"network": "dsop-photos", "learning_rate": PHOTO_DSOP_RATE}
-    names = (f"{FINE_TUNED}, GAP branches", f"{FINE_TUNED}, equal time", f"{FINE_TUNED}, DSoP, detached")
-    branches, long, detached = names
-    return Study(
-        name="photographs",
-        title=f"{task.per_class} photographs of each class, EfficientNet-Lite0 from ImageNet weights, "
-        f"last stages, {PHOTO_EPOCHS} epochs, {task.test} test photographs",
-        seeds=tuple(range(draws)),
-        template=photo_run(task) | {"learning_rate": PHOTO_RATE},
-        arms={
-            FROZEN: {"epochs": 0},
-            FINE_TUNED: {},
-            branches: {**dsop, "config": {"aux_pooling": "gap"}},
-            long: {"epochs": PHOTO_LONG},
-            detached: dsop,
-        },
-        reference=FINE_TUNED,
-        pairs=((detached, branches), (detached, long)),
-    )

@@ -32,7 +32,7 @@ from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.features import unfitted_network
 from sopdeploy.training.few_shot.run import cross_validate
-from sopdeploy.training.recipe import FewShotConfig, Recipe
+from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
 from sopdeploy.training.start import Given, check_count, place, select_procedure
 from sopdeploy.training.start_weights import (
@@ -79,7 +79,7 @@ def choose_network(
         torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
     recipes = {name: select_procedure(recipe, len(data.train)) for name, (recipe, _) in configured.items()}
     for name, recipe in recipes.items():
-        if not isinstance(recipe.procedure, FewShotConfig):
+        if not isinstance(recipe.procedure, HeadOptions):
             reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
             advice = "choose a network with --set model.name"
             raise ConfigError(f"{name}: {reason}; {advice}", setting="models")

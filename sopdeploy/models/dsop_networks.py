@@ -1,6 +1,6 @@
 """DSoP on the backbones of the catalog and on networks of timm."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, MBCONV_STAGES, Effic
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.dsop import BranchPlan, DSoP, DSoPConfig, PaperBranches
-from sopdeploy.models.timm_networks import TimmBackbone, TimmConfig
+from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 
 PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by the number of blocks of a stage
 
@@ -70,6 +70,10 @@ class DSoPEfficientNet(DSoP, EfficientNet):
     inference_class = EfficientNet
     branch_activation = nn.SiLU
     config: DSoPEfficientNetConfig
+
+    def __init__(self, config: DSoPEfficientNetConfig, *arguments: Any) -> None:
+        super().__init__(config, *arguments)
+        del self.tap_channels["conv_head"]  # only branches read it: the plain network has no such tap
 
     def paper_branches(self) -> PaperBranches:
         """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
@@ -170,6 +174,7 @@ class DSoPTimm(DSoP, TimmBackbone):
     """
 
     inference_class = TimmBackbone
+    remove_classifier = PlainTimm.remove_classifier
     taps_are_stages = True
     normalize_branches = True
     config: DSoPTimmConfig

@@ -262,7 +262,7 @@ def entry(name: str) -> Entry:
     """Look up *name* in the catalog; raise `ConfigError` with the nearest names if it is unknown.
 
     `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature maps, and
-    `head:NAME` for every network NAME without training-only parts.
+    `head:NAME` for every network NAME without training-only parts, and for `dsop-NAME`.
     """
     family, colon, rest = name.partition(":")
     if colon and family in PREFIXES:

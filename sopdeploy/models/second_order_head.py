@@ -30,7 +30,7 @@ from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import Iterations, NewtonSchulzOptions
 from sopdeploy.layers.pooling.covariance import ISqrtPooling, ISqrtPoolingConfig
-from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.models.base import Classifier, as_classifier, is_in
 from sopdeploy.models.registry import Entry, create_model, entry
 
 POOLED_HEAD = "pooled_head"
@@ -188,29 +188,40 @@ class SecondOrderHead(Classifier):
         """Tell whether a temperature may divide the logits; it would divide the cosine, too."""
         return not self.pooled_head.config.cosine
 
+    def heads(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the logits of every head; the branches of DSoP read the same feature maps."""
+        has_branches = "branches" in self._modules  # and `taps`, their names by tap
+        branches: dict[str, str] = vars(self)["taps"] if has_branches else {}
+        taps = [tap for tap in self.tap_channels | branches if tap in branches or tap in self.maps]
+        last, tapped = self.feature_maps(images, taps)
+        maps = dict(zip(taps, tapped, strict=True))
+        logits = {name: self.get_submodule(f"branches.{name}")(maps[tap]) for tap, name in branches.items()}
+        own_maps = {tap: maps[tap] for tap in self.maps}
+        return {**logits, "main": self.pooled_head(super().classify(last), own_maps)}
+
     def head_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what the head reads: the network's own vector (B, D_0), and maps (B, C, H, W) by tap."""
         last, tapped = self.feature_maps(images, self.maps)
         return super().classify(last), dict(zip(self.maps, tapped, strict=True))
 
     def forward(self, images: Tensor) -> Any:
-        """Compute (B, classes) logits."""
+        """Compute (B, classes) logits, or with branches in train mode a `TrainingOutput`."""
+        if self.training and "branches" in self._modules:
+            return super().forward(images)
         return self.pooled_head(*self.head_inputs(images))
 
 
 def head_entry(_prefix: str, name: str) -> Entry:
     """Build the entry of `head:NAME` for the network *name*.
 
-    Its config has the options of the network, and `head`. Raises `ConfigError` for a network with a head or
-    with training-only parts.
+    Its config has the options of the network, and `head`. Of `dsop-NAME`, the branches remain, and are
+    detached before export. Raises `ConfigError` for a network with a head or other training-only parts.
     """
     base = entry(name)
     if issubclass(base.network, SecondOrderHead):
         raise ConfigError(f"head:{name}: {name} has this head already; omit one head:")
-    if base.network.training_only:
-        plain = name.removeprefix("dsop-")
-        example = "" if plain == name else f", such as head:{plain}"
-        raise ConfigError(f"head:{name}: {name} has training-only parts; use a network without them{example}")
+    if base.network.training_only and not name.startswith("dsop-"):
+        raise ConfigError(f"head:{name}: {name} has training-only parts; use a network without them")
     classes: Any = base.network, base.config  # mypy takes their type for one without a hash
     network, config = _with_head_classes(*classes)
     summary = f"{base.summary}, first-order and second-order head"
@@ -219,16 +230,28 @@ def head_entry(_prefix: str, name: str) -> Entry:
 
 @cache
 def _with_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
-    """Derive the classes of *network* with a head and of its *config*, once for all lookups."""
+    """Derive the classes of *network* with a head and of its *config*, once for all lookups.
+
+    The inference model of a network with branches is that without them, with the same head.
+    """
     with_option = pydantic.create_model(
         f"Head{config.__name__}", __base__=config, head=(HeadConfig, HeadConfig())
     )
-    return type(f"Head{network.__name__}", (SecondOrderHead, network), {}), with_option
+    parts = {}
+    if network.training_only:
+        plain: Any = as_classifier(network.inference_class)
+        parts["inference_class"], _ = _with_head_classes(plain, config)
+    return type(f"Head{network.__name__}", (SecondOrderHead, network), parts), with_option
 
 
 def head_name(name: str) -> str:
     """Return the name of the network *name*, without the branches of `dsop-NAME`, with a head."""
     return f"head:{name.removeprefix('head:').removeprefix('dsop-')}"
+
+
+def tuned_name(name: str) -> str:
+    """Return the name of the network *name*, with its branches if it has any, with a head."""
+    return f"head:{name.removeprefix('head:')}"
 
 
 def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:

@@ -102,8 +102,10 @@ def _predict(
         description = "the training images, each predicted by a network that was fitted without it"
         return start.data.train, description, fit.logits
     description = "the held-out images"
-    if start.uses_loop:
-        description += ", which also selected the epoch, so all scores of this section are too high"
+    result = fit.result
+    if isinstance(result, LoopResult):
+        selected = "the epoch" if result.tuning is None else "fine-tuning"
+        description += f", which also selected {selected}, so all scores of this section are too high"
     logits_NC = score_images(
         fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image
     )

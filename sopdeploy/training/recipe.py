@@ -5,10 +5,10 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
 
@@ -46,8 +46,8 @@ class LoopConfig(StrictModel):
     kind: Literal["loop"] = "loop"
 
 
-class FewShotConfig(StrictModel):
-    """Training for few images: a linear classifier on features of a frozen network.
+class HeadOptions(StrictModel):
+    """Options of the procedures that fit a linear classifier to features of a frozen network.
 
     Attributes:
         folds: Folds of the cross-validation, at most the number of groups of copies.
@@ -56,10 +56,38 @@ class FewShotConfig(StrictModel):
             last two feature maps; or the vector alone.
     """
 
-    kind: Literal["few_shot"] = "few_shot"
     folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
     group_copies: bool = True
     head: Literal["gap+isqrt", "gap"] = "gap+isqrt"
+
+
+class FewShotConfig(HeadOptions):
+    """Training for few images: a linear classifier on features of a frozen network."""
+
+    kind: Literal["few_shot"] = "few_shot"
+
+
+class FineTuneConfig(HeadOptions):
+    """Training of the last stages from the fitted classifier, if that is better on held-out images.
+
+    `SETTINGS` replace those of the recipe in which a user selects this procedure: short training by small
+    steps, because the start is good. A rate of 1e-3 lost 27 points of signs and 73 of packages in
+    docs/benchmarks/second-order-gain.md.
+    """
+
+    SETTINGS: ClassVar[Mapping[str, Any]] = {
+        "epochs": 6,
+        "batch_size": 8,
+        "augment": {"kind": "random-resized-crop", "scale": (0.5, 1.0), "flip": 0.5},
+        "optimizer": {"kind": "adamw", "lr": 3e-4},
+        "schedule": {"kind": "cosine", "warmup_epochs": 0.5},
+        "loss": {"label_smoothing": 0.1},
+        "ema": None,
+        "teacher": None,
+        "start.learn": "last_stages",
+        "start.head_factor": 1.0,
+    }
+    kind: Literal["fine_tune"] = "fine_tune"
 
 
 class AutoConfig(StrictModel):
@@ -68,7 +96,7 @@ class AutoConfig(StrictModel):
     kind: Literal["auto"] = "auto"
 
 
-ProcedureConfig = AutoConfig | LoopConfig | FewShotConfig
+ProcedureConfig = AutoConfig | LoopConfig | FewShotConfig | FineTuneConfig
 AnyProcedureConfig = Annotated[ProcedureConfig, pydantic.Field(discriminator="kind")]
 
 
@@ -77,12 +105,13 @@ class StartConfig(StrictModel):
 
     `weights` is a checkpoint, a weight file that `sopdeploy import` reads, "imagenet" for the published
     weights of the backbone, or "none" for random ones (see `start_weights`). `learn = "branches"` freezes
-    everything but the branches, including batch norm statistics. `head_factor` multiplies the learning rate
-    of the classifier.
+    everything but the branches, including batch norm statistics, and "classifier" everything but the
+    classifier. With "last_stages", the second half of the stages and what follows it learn; batch norms keep
+    their statistics, except in branches. `head_factor` multiplies the learning rate of the classifier.
     """
 
     weights: Literal["imagenet", "none"] | Path | None = None
-    learn: Literal["all", "branches"] = "all"
+    learn: Literal["all", "branches", "classifier", "last_stages"] = "all"
     head_factor: PositiveRate = 1.0
 
 
@@ -140,9 +169,9 @@ class Recipe(LoopSettings):
     rejection: RejectionConfig = RejectionConfig()
 
     def reads(self, key: str) -> bool:
-        """Check whether the procedure reads the dotted *key*; only the training loop reads `LOOP_KEYS`."""
+        """Check whether the procedure reads the dotted *key*; `few_shot` reads no `LOOP_KEYS`."""
         is_loop_key = any(key == name or key.startswith(f"{name}.") for name in LOOP_KEYS)
-        return isinstance(self.procedure, LoopConfig) or not is_loop_key
+        return isinstance(self.procedure, LoopConfig | FineTuneConfig) or not is_loop_key
 
     def check_effect(self, given: Sequence[str]) -> None:
         """Raise `ConfigError` if the procedure ignores a *given* key."""
@@ -191,11 +220,12 @@ def change_recipe(
     A recipe may name another packaged one as its `base`, whose values apply where it has none itself.
     *source* also names the recorded values in messages. *changes* are dotted keys with their values. If they
     select another network, data source or procedure, the options of the one before that the selected one does
-    not have are dropped. Raises `ConfigError` that names the file or key, and the closest key.
+    not have are dropped. Selecting `fine_tune` adds its `SETTINGS`, which other *changes* override. Raises
+    `ConfigError` that names the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     _drop_values_of_others(values, dict(changes))
-    for key, value in changes:
+    for key, value in [*_procedure_settings(values, dict(changes)), *changes]:
         *tables, last = key.split(".")
         table = values
         for name in tables:
@@ -204,6 +234,14 @@ def change_recipe(
                 raise ConfigError(f"{key}: {name} is a value, not a table with keys")
         table[last] = value
     return validate_recipe(values, str(source))
+
+
+def _procedure_settings(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Return the settings of the procedure that *overrides* select instead of that in *values*."""
+    kind, before = FineTuneConfig().kind, values.get("procedure")
+    is_before = isinstance(before, dict) and before.get("kind") == kind
+    selects = overrides.get("procedure.kind") == kind and not is_before
+    return deepcopy(dict(FineTuneConfig.SETTINGS)).items() if selects else ()
 
 
 def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sopdeploy.checkpoint import Checkpoint, is_state_dict
+from sopdeploy.checkpoint import Checkpoint, is_state_dict, parse_checkpoint, plain_content
 from sopdeploy.config import first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import machine
@@ -141,6 +141,10 @@ def last_loop_record(run: "LoopRun") -> Checkpoint:
     resume = _resume(run.start, run.position, run.model.state_dict())
     resume["optimizer"] = run.optimizer.state_dict()
     resume["average"] = None if run.ema is None else run.ema.state_dict()
+    if run.frozen is not None:  # the run may keep this fit in the end
+        frozen = last_few_shot_record(run.start, run.frozen)
+        resume["procedure"] = (frozen.resume or {})["procedure"]
+        resume["frozen"] = plain_content(frozen)
     if run.teacher is not None and run.teacher.learns:
         resume["teacher"] = run.teacher.model.state_dict()
     return best_record(run.start, run.fit(), resume)
@@ -215,6 +219,12 @@ def read_few_shot_fit(start: "Start", last: Checkpoint, source: Path) -> FewShot
             label_logits=None if label_logits is None else label_logits.double().numpy(),
             left_out=None if left_out is None else left_out.double().numpy(),
         )
+
+
+def read_frozen(last: Checkpoint, source: Path) -> Checkpoint:
+    """Read the fit of the frozen network from which the loop of *last* started; `CheckpointError` if none."""
+    with state_errors(source):
+        return parse_checkpoint(source, dict((last.resume or {})["frozen"]), "")
 
 
 def restore_loop(run: "LoopRun", last: Checkpoint, source: Path) -> None:

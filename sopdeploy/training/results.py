@@ -3,13 +3,16 @@
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import pydantic
+from numpy.typing import NDArray
 
 from sopdeploy.config import Count, Fraction, Positive, StrictModel
 from sopdeploy.decision import Estimate
 from sopdeploy.errors import CheckpointError, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
+from sopdeploy.evaluation.statistics import TESTABLE, Verdict, decide, mcnemar, smallest_difference
 
 _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
 SelectedBy = Literal["nothing", "other images", "same images"]
@@ -43,6 +46,55 @@ class NetworkScore(StrictModel):
         return (self.name, score, f"{self.milliseconds:.1f}", f"{self.megabytes:.1f}", mark)
 
 
+class Tuning(StrictModel):
+    """The fine-tuned network compared with the frozen one on `count` different held-out photographs.
+
+    `first` and `second` are the numbers that the frozen and the fine-tuned network classify correctly, `wins`
+    and `losses` those on which only the second or only the first is right. With less than `TESTABLE`
+    photographs nothing was trained, and all are 0.
+    """
+
+    count: int
+    first: int = 0
+    second: int = 0
+    wins: int = 0
+    losses: int = 0
+
+    @classmethod
+    def of(cls, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> "Tuning":
+        """Count the photographs (N,) that the frozen and the fine-tuned network classify correctly."""
+        masks = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
+        return cls(count=len(first), **{name: int(mask.sum()) for name, mask in masks.items()})
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the fine-tuned network is better by the rule of `sopdeploy compare`."""
+        return self.count >= TESTABLE and self.verdict == "better"
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of the comparison of the fine-tuned network with the frozen one."""
+        return decide(self.wins, self.losses, self.count, tolerance=0.01)
+
+    def describe(self) -> str:
+        """Say in one line which network is kept, and by which photographs."""
+        kept = "the frozen network is kept"
+        if self.count < TESTABLE:
+            few = f"{self.count} held-out photographs decide nothing, give at least {TESTABLE}"
+            return f"fine-tuning: {few}; {kept}"
+        shares = [f"{100 * right / self.count:.1f}" for right in (self.second, self.first)]
+        figures = (
+            f"fine-tuning: {shares[0]} % instead of {shares[1]} % of {self.count} held-out photographs, "
+            f"better on {self.wins}, worse on {self.losses}, p {mcnemar(self.wins, self.losses):.2g}"
+        )
+        if self.is_better:
+            return f"{figures}; the fine-tuned network is kept"
+        if self.verdict == "worse":
+            return f"{figures}; worse, so {kept}"
+        smallest = 100 * smallest_difference(self.wins, self.losses, self.count)
+        return f"{figures}; too few to decide: they show differences from about {smallest:.2g} points; {kept}"
+
+
 class LoopResult(StrictModel):
     """Top-1 accuracy or mAP of the best of `num_epochs` epochs on `count` held-out images.
 
@@ -52,6 +104,7 @@ class LoopResult(StrictModel):
         map: Mean average precision; only with several classes per image.
         selected_by: The images that select the measured epoch: none (`nothing`), `other images`, or the
             `same images`. The score is too high in the last case only.
+        tuning: The comparison with the frozen network, if the loop started from it.
     """
 
     kind: Literal["loop"] = "loop"
@@ -61,6 +114,7 @@ class LoopResult(StrictModel):
     map: Fraction | None = None
     count: int
     selected_by: SelectedBy
+    tuning: Tuning | None = None
 
     @property
     def score(self) -> Rate | float:
@@ -84,11 +138,14 @@ class LoopResult(StrictModel):
             "other images": ", corrected for their choice of the epoch",
             "same images": ", too high: they also select the epoch",
         }[self.selected_by]
+        if self.tuning is not None:
+            note = ", too high: they also decided for fine-tuning"
         return f"{score} of {self.count} held-out images{note}"
 
-    def lines(self) -> tuple[str]:
+    def lines(self) -> tuple[str, ...]:
         """Describe the best epoch and its score."""
-        return (f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}",)
+        tuning = () if self.tuning is None else (self.tuning.describe(),)
+        return (f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}", *tuning)
 
     def rows(self) -> list[tuple[str, str]]:
         """Describe the score."""
@@ -118,6 +175,7 @@ class FewShotResult(StrictModel):
         strength: In results of earlier versions, scikit-learn's C of a logistic regression.
         unknown: Why no threshold for unknown images was fitted; empty if there is one.
         seconds: Time of each step.
+        tuning: The comparison with the network that was fine-tuned from this one, which was not better.
     """
 
     kind: Literal["few_shot"] = "few_shot"
@@ -139,6 +197,7 @@ class FewShotResult(StrictModel):
     strength: Positive | None = None
     unknown: str = ""
     seconds: dict[str, float]
+    tuning: Tuning | None = None
 
     @property
     def score(self) -> Rate | MeanPrecision | None:
@@ -161,7 +220,8 @@ class FewShotResult(StrictModel):
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
         steps = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
-        return (*lines, f"{self.describe_score()}; {steps}")
+        tuning = () if self.tuning is None else (self.tuning.describe(),)
+        return (*lines, f"{self.describe_score()}; {steps}", *tuning)
 
     def describe_score(self) -> str:
         """Describe the score; if it may be no better, add the accuracy of always naming the largest class."""

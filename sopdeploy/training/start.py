@@ -29,6 +29,8 @@ from sopdeploy.training.recipe import (
     AnyProcedureConfig,
     AutoConfig,
     FewShotConfig,
+    FineTuneConfig,
+    HeadOptions,
     LoopConfig,
     Recipe,
     check_same_recipe,
@@ -122,8 +124,13 @@ class Start:
 
     @property
     def uses_loop(self) -> bool:
-        """Whether the training loop trains the network."""
+        """Whether the training loop alone trains the network."""
         return isinstance(self.recipe.procedure, LoopConfig)
+
+    @property
+    def is_few_shot(self) -> bool:
+        """Whether the run has no epochs."""
+        return isinstance(self.recipe.procedure, FewShotConfig)
 
     def describe(self, *, is_new: bool) -> Iterator[str]:
         """Describe weights, procedure and images in a line each."""
@@ -132,7 +139,7 @@ class Start:
         if self.reason:
             yield self.reason
         next_epoch, side = self.position.epoch + 1, self.recipe.preprocess.crop
-        is_resumed = not is_new and self.uses_loop and next_epoch <= self.recipe.epochs
+        is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
         resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
         yield (
             f"{len(self.data.train)} training images, {len(self.data.held_out)} held out{resumed}; "
@@ -210,15 +217,15 @@ def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConf
 
     "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot` for up to
     `FEW_IMAGES` training images if the network has a head for it and torchrun did not start the run, and else
-    the training loop. Raises `ConfigError` if `few_shot` has no head for the network.
+    the training loop. Raises `ConfigError` if `few_shot` or `fine_tune` has no head for the network.
     """
     config = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure
     if config is None:  # "auto" in a new run
         can_be_few_shot = not torch.distributed.is_initialized() and _has_head(recipe)
         config = FewShotConfig() if can_be_few_shot and num_images <= FEW_IMAGES else LoopConfig()
-    if isinstance(config, FewShotConfig):
+    if isinstance(config, HeadOptions):
         if torch.distributed.is_initialized():
-            raise ConfigError("procedure few_shot: needs one process; start it without torchrun")
+            raise ConfigError(f"procedure {config.kind}: needs one process; start it without torchrun")
         entry(head_name(recipe.model.name))  # raises the error if there is no head
     return recipe.model_copy(update={"procedure": config})
 
@@ -288,6 +295,10 @@ def _check_data(recipe: Recipe, opened: Split, division: Division, callback: Cal
     not be used after the training.
     """
     data, file_hashes = division.data, division.file_hashes
+    if isinstance(recipe.procedure, FineTuneConfig) and data.train.targets.ndim == 2:
+        raise ConfigError(
+            "procedure fine_tune: compares answers, which needs one class per image; choose few_shot"
+        )
     if len(file_hashes) and (warning := describe_contradictions(data.train, file_hashes)):
         callback.on_warning(warning)
     were_held_out_here = len(data.held_out) and not len(opened.held_out)

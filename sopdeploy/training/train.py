@@ -14,11 +14,10 @@ import torch
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import Decision
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.diagnostics import best_epoch
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.fits import Fit
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.results import AnyProcedureResult, NetworkScore
+from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import NOTHING_GIVEN, Given, Start, start_run
 from sopdeploy.training.start_weights import StartReport
@@ -107,6 +106,10 @@ def train_run(
             from sopdeploy.training.loop.run import fit_loop, open_loop  # noqa: PLC0415
 
             fit: Any = partial(fit_loop, open_loop(start, last, folder))  # the last check
+        elif not start.is_few_shot:
+            from sopdeploy.training.fine_tune import fit_fine_tune  # noqa: PLC0415
+
+            fit = partial(fit_fine_tune, start, last)
         else:
             from sopdeploy.training.few_shot.run import fit_few_shot  # noqa: PLC0415
 
@@ -125,7 +128,8 @@ def summarize_run(
 ) -> TrainingResult:
     """Describe a finished run; *page* are the fields `report`, `previous` and `mistakes`, if there is one."""
     start, fit = run.start, run.fit
-    best = best_epoch(fit.position.history, frozen_backbone=start.recipe.frozen_backbone)
+    epoch = fit.result.epoch if isinstance(fit.result, LoopResult) else 1
+    best = fit.position.history[epoch - 1]
     score = "best_map" if start.activation == "sigmoid" else "best_top1"
     return TrainingResult(
         out=out_dir,

@@ -107,6 +107,7 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("has more than {} times the images of the smallest", few_shot.UNEVEN),
     ("{} principal components ({} in the few-shot procedure)", HeadConfig().width, features.WIDTH),
     ("takes N = {} steps", HeadConfig().iterations),
+    ("show {:.0f} points in four of five cases", PERCENT * statistics.smallest_difference(5, 5, 100)),
 ]
 CITED = [  # from papers, releases and documentation of other programs, or part of an example
     "(75.1 % as published)",

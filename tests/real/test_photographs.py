@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import sopdeploy
 from sopdeploy.bundle.manifest import Int8For
-from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.training.results import FewShotResult
+from sopdeploy.checkpoint import load_plain, read_checkpoint
+from sopdeploy.training.results import FewShotResult, LoopResult
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.results import Exported
@@ -52,3 +53,23 @@ def test_eight_photographs_of_each_class_are_enough_for_clothes(
     assert run.procedure.head == f"{LITE0} gap+isqrt of blocks.4, blocks.6"
     checkpoint = read_checkpoint(run.best)
     assert checkpoint.labels == ("dress", "hat", "pants", "shoes")
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_branches_leaves_the_first_stages_and_a_network_that_can_be_served(
+    photos: Path, lite0_file: Path, tmp_path: Path
+) -> None:
+    settings = ["procedure.kind=fine_tune", "epochs=1", "preprocess.crop=64", f"model.name=dsop-{LITE0}"]
+    run = sopdeploy.train(photos, out=tmp_path / "run", weights=lite0_file, set=settings)
+    assert isinstance(run.procedure, FewShotResult | LoopResult)
+    assert run.procedure.tuning is not None
+    assert run.procedure.tuning.count == run.held_out_count
+    start = load_plain(lite0_file, lite0_file.read_bytes())
+    trained = read_checkpoint(run.last).weights
+    assert torch.equal(trained["blocks.2.1.conv_pw.weight"], start["blocks.2.1.conv_pw.weight"])
+    assert torch.equal(trained["blocks.6.0.bn1.running_mean"], start["blocks.6.0.bn1.running_mean"])
+    assert not torch.equal(trained["blocks.3.0.conv_pw.weight"], start["blocks.3.0.conv_pw.weight"])
+    assert not torch.equal(trained["blocks.6.0.bn1.weight"], start["blocks.6.0.bn1.weight"])
+    exported = sopdeploy.export(run.last, tmp_path / "bundles", detach=True, max_batch=1)
+    assert exported.certificate.detached == ("branches",)
+    assert verify(exported.path, Settings(threads=1)).golden == 3

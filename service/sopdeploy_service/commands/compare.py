@@ -25,6 +25,7 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
     ALPHA,
+    TESTABLE,
     Verdict,
     decide,
     difference_interval,
@@ -42,7 +43,6 @@ from sopdeploy_service.settings import Settings, load_settings
 
 Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
 LOG = "promotions.jsonl"  # beside a link: one line for each promotion, refused or not
-TESTABLE = 6  # with fewer images on which only one bundle is right, no McNemar test reaches 5 %
 
 
 class BundleScore(StrictModel):

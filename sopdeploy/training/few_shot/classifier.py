@@ -300,15 +300,19 @@ class Problem:
 
         A class without images has that of another one, which changes no largest cosine.
         """
-        present_K = self.targets.classes.sum(axis=0) > 0
-        return unit_length(
-            self.class_sums()[np.where(present_K, np.arange(present_K.size), present_K.argmax())]
-        )
+        return class_means(self.own, self.targets.classes)
 
     def cosines_without_class(self) -> Array:
         """Compute the cosine (N,) of each own vector and the nearest mean of the other classes."""
         cosines_NK = self.own @ self.class_means().T
         return np.where(self.targets.classes > 0, -1.0, cosines_NK).max(axis=1)
+
+
+def class_means(own_ND: NDArray[np.float32], classes_NK: Array) -> NDArray[np.float32]:
+    """Compute the means (K, D_0) of `Problem.class_means` for own vectors of images of *classes_NK*."""
+    present_K = classes_NK.sum(axis=0) > 0
+    sums_KD = classes_NK.T @ own_ND
+    return unit_length(sums_KD[np.where(present_K, np.arange(present_K.size), present_K.argmax())])
 
 
 def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:

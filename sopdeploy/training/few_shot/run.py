@@ -62,11 +62,11 @@ def fit_few_shot(
     images that cannot be used.
     """
     if last is None:
-        fit = _fit(start, callback)
+        fit = fit_new(start, callback)
         folder.save_last(last_few_shot_record(start, fit))
     else:  # `rejection` may have changed
         fit = read_few_shot_fit(start, last, folder.last)
-        fit = _decide(start, fit)
+        fit = decide_again(start, fit)
     best, history = best_record(start, fit), fit.position.history
     folder.save_best(best)
     folder.save_history(history)
@@ -75,7 +75,7 @@ def fit_few_shot(
     return fit, best.training
 
 
-def _fit(start: Start, callback: Callback) -> FewShotFit:
+def fit_new(start: Start, callback: Callback) -> FewShotFit:
     """Fit and evaluate the network of a new run."""
     since, recipe, images = time.monotonic(), start.recipe, start.data.train
     with handle_signals(start.strategy) as signals:
@@ -117,7 +117,7 @@ def _fit(start: Start, callback: Callback) -> FewShotFit:
         label_logits=label_logits,
         left_out=found.left_out,
     )
-    return _decide(start, fit)
+    return decide_again(start, fit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -307,7 +307,7 @@ def _evaluate(
     return result, held_out_metrics(start.labels, logits, targets)
 
 
-def _decide(start: Start, fit: FewShotFit) -> FewShotFit:
+def decide_again(start: Start, fit: FewShotFit) -> FewShotFit:
     """Fit the decision to the out-of-fold logits of *fit*; the result says why it has no threshold, if so."""
     recipe, targets, accepts = start.recipe, start.data.train.targets, start.recipe.rejection.accepts
     if start.activation == "sigmoid":

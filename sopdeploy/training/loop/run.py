@@ -1,7 +1,7 @@
 """The training loop: epochs of steps on augmented images, each with an evaluation on held-out images."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import Start
 
 _RESAMPLES = 1000
+Finish = Callable[[LoopRun, PreprocessedDataset, RunFolder, Callback], tuple[Fit, Mapping[str, Any]]]
 
 
 def open_loop(start: Start, last: Checkpoint | None, folder: RunFolder) -> LoopRun:
@@ -39,11 +40,13 @@ def open_loop(start: Start, last: Checkpoint | None, folder: RunFolder) -> LoopR
     return run
 
 
-def fit_loop(run: LoopRun, folder: RunFolder, callback: Callback) -> tuple[Fit, Mapping[str, Any]]:
+def fit_loop(
+    run: LoopRun, folder: RunFolder, callback: Callback, finish: Finish | None = None
+) -> tuple[Fit, Mapping[str, Any]]:
     """Train all weights of *run*, which may be a resumed one, by gradient descent.
 
     Writes `best.pt` of the best epoch, `last.pt` and the history. Returns the fit and the entry
-    `training` of `best.pt`, which is empty in other processes.
+    `training` of `best.pt`, which is empty in other processes: what *finish* returns, by default `fit_best`.
     """
     recipe = run.recipe
     augment = recipe.augment
@@ -62,7 +65,7 @@ def fit_loop(run: LoopRun, folder: RunFolder, callback: Callback) -> tuple[Fit, 
                 folder.save_last(last_loop_record(run))
                 save_derived_files(run, folder)
                 callback.on_epoch_end(run.position.history[-1])
-            return fit_best(run, held_out, folder, callback)  # which no signal stops
+            return (finish or fit_best)(run, held_out, folder, callback)  # which no signal stops
         except TrainingStoppedError as stop:
             folder.save_last(last_loop_record(run))
             stop.message = (
@@ -143,7 +146,8 @@ def save_derived_files(run: LoopRun, folder: RunFolder) -> None:
         return
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
     has_best_weights = position.step == 0 and best.epoch == position.epoch  # no step since the best epoch
-    if has_best_weights:  # in all processes, which together average the running statistics
+    if has_best_weights and run.frozen is None:  # otherwise `best.pt` has the frozen network until the end
+        # in all processes, which together average the running statistics
         folder.save_best(best_record(run.start, run.fit()))
     folder.save_history(history)
 

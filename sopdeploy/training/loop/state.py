@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from sopdeploy.decision import Activation
@@ -14,8 +15,9 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.models.second_order_head import tuned_name
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
-from sopdeploy.training.fits import Fit, Position
+from sopdeploy.training.fits import FewShotFit, Fit, Position
 from sopdeploy.training.loop.ema import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
 from sopdeploy.training.loop.optimizers import OPTIMIZERS
@@ -32,6 +34,7 @@ class LoopRun:
 
     Attributes:
         start: What the run was given.
+        frozen: What the few-shot procedure has fitted, if the loop starts from it.
         model: The network that learns; `start_epoch` may replace it.
         position: The progress.
         groups: Groups of the optimizer's parameters.
@@ -39,8 +42,10 @@ class LoopRun:
 
     groups: list[dict[str, Any]]
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, frozen: FewShotFit | None = None) -> None:
         self.start, self.recipe, self.strategy = start, start.recipe, start.strategy
+        self.frozen = frozen
+        self.name = start.recipe.model.name if frozen is None else tuned_name(start.recipe.model.name)
         self.activation: Activation = start.activation
         self.model, self.position = start.model, start.position
         recipe: Recipe = start.recipe
@@ -117,9 +122,8 @@ class LoopRun:
         """Return what is fitted so far, with synchronized running statistics."""
         self.synchronize_buffers()
         learning = None if self.ema is None else self.model
-        name = self.recipe.model.name
         return Fit(
-            name=name,
+            name=self.name,
             network=self.exported,
             learning=learning,
             position=self.position,
@@ -168,14 +172,45 @@ class LoopRun:
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
-    """Put *model*, or with `learn = "branches"` only its branches and what contains them, into train mode."""
+    """Put what learns of *model* into train mode, with the modules that contain it; see `StartConfig`."""
     model.train()
-    if start is not None and start.learn == "branches":
-        branches = model.training_only
+    learn = "all" if start is None else start.learn
+    if learn == "all":
+        return
+    if learn == "last_stages":
+        frozen = first_stages(model)
         for name, module in model.named_modules():
-            contains_branch = any(branch.startswith(f"{name}.") for branch in branches)
-            is_root = name == ""  # its mode decides whether it computes the branches
-            module.training = is_root or contains_branch or is_in(name, *branches)
+            keeps_statistics = isinstance(module, _BatchNorm) and not is_in(name, *model.training_only)
+            if name and (name in frozen or keeps_statistics):  # the mode of the root is that of its branches
+                module.training = False
+        return
+    parts = learning_parts(model, learn)
+    for name, module in model.named_modules():
+        contains_part = any(part.startswith(f"{name}.") for part in parts)
+        is_root = name == ""  # its mode decides whether it computes the branches
+        module.training = is_root or contains_part or is_in(name, *parts)
+
+
+def learning_parts(model: Classifier, learn: str) -> tuple[str, ...]:
+    """Return the dotted names of the parts that "branches" or "classifier" train."""
+    return model.training_only if learn == "branches" else (classifier_name(model), *model.training_only)
+
+
+def first_stages(model: Classifier) -> set[str]:
+    """Return the names of the modules up to the end of the first half of the stages; "" is the root.
+
+    A stage is what contains the taps of a group of blocks, or the tap itself if all taps are in one group.
+    The modules before it are those that the network creates before it. Empty with less than two stages.
+    """
+    taps = list(model.tap_channels)
+    stages = {tap: tap.rpartition(".")[0] for tap in taps}
+    if len(set(stages.values())) == 1:
+        stages = {tap: tap for tap in taps}
+    first = list(dict.fromkeys(stages.values()))[: len(set(stages.values())) // 2]
+    frozen_taps = [tap for tap in taps if stages[tap] in first]
+    names = [name for name, _ in model.named_modules()]
+    ends = [index for index, name in enumerate(names, 1) if is_in(name, *frozen_taps)]
+    return set(names[: max(ends, default=0)])
 
 
 def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
@@ -184,11 +219,17 @@ def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[
     The classifier gets its own group if `head_factor` is not 1. Groups may have frozen parameters; optimizers
     skip those without gradient. Raises `ConfigError` if there are no branches to train.
     """
-    if start is not None and start.learn == "branches":
-        if not model.training_only:
-            raise ConfigError('start.learn: this network has no branches; use learn = "all"')
+    learn = "all" if start is None else start.learn
+    if learn == "branches" and not model.training_only:
+        raise ConfigError('start.learn: this network has no branches; use learn = "all"')
+    if learn == "last_stages":
+        frozen = first_stages(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_in(name, *model.training_only))
+            parameter.requires_grad_(name.rpartition(".")[0] not in frozen)
+    elif learn != "all":
+        parts = learning_parts(model, learn)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_in(name, *parts))
     if start is None or start.head_factor == 1:
         return [{"params": list(model.parameters())}]
     head = classifier_name(model)

@@ -1,0 +1,198 @@
+"""The procedure `fine_tune`: the training loop, started from the few-shot procedure's network.
+
+1. Fit a head to the frozen network, as the few-shot procedure does, without the held-out photographs.
+2. Train the last stages from there, with branches if the network has them. The last epoch counts.
+3. Fit the class means and the temperature again, and compare both networks on the held-out photographs by the
+   rule of `sopdeploy compare`. The fine-tuned network is kept only if it is better.
+
+Until the comparison, `best.pt` has the frozen network. `last.pt` has both. Letters: N images, K classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import log_softmax, logsumexp
+from torch import Tensor, nn
+
+from sopdeploy.checkpoint import Checkpoint, build_classifier
+from sopdeploy.decision import Decision
+from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_temperature, lowers_loss
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.prediction import predict_logits, predict_unknown
+from sopdeploy.evaluation.statistics import TESTABLE
+from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.registry import create_model
+from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
+from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.photo import PreprocessedDataset
+from sopdeploy.training.callback import Callback
+from sopdeploy.training.few_shot.classifier import class_means, unit_length
+from sopdeploy.training.few_shot.run import decide_again, fit_new
+from sopdeploy.training.fits import FewShotFit, Fit
+from sopdeploy.training.loop.run import fit_loop
+from sopdeploy.training.loop.state import LoopRun
+from sopdeploy.training.record import (
+    best_record,
+    last_loop_record,
+    read_few_shot_fit,
+    read_frozen,
+    read_resumed,
+    restore_loop,
+)
+from sopdeploy.training.results import LoopResult, Tuning
+from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import Start, place
+
+
+def fit_fine_tune(
+    start: Start, last: Checkpoint | None, folder: RunFolder, callback: Callback
+) -> tuple[Fit, Mapping[str, Any]]:
+    """Fine-tune the network of *start* and keep the better one of two; *last* resumes a run.
+
+    Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal,
+    `TrainingError` if a loss is not finite, and `DataError` for images that cannot be used.
+    """
+    if last is None:
+        frozen = fit_new(start, callback)
+        tuned = place(start.recipe, _network_to_tune(start, frozen), start.strategy)
+        run = LoopRun(replace(start, model=tuned), frozen)
+        folder.save_last(last_loop_record(run))
+    else:
+        record = read_frozen(last, folder.last)
+        network = place(start.recipe, build_classifier(record, folder.last), start.strategy)
+        of_frozen = replace(start, model=network, position=read_resumed(record, folder.last).position)
+        frozen = decide_again(start, read_few_shot_fit(of_frozen, record, folder.last))
+        run = LoopRun(start, frozen)
+        restore_loop(run, last, folder.last)
+    if len(start.data.held_out) < TESTABLE:
+        run.position.epoch = start.recipe.epochs  # no comparison can decide, so there is nothing to train
+    folder.save_best(best_record(start, frozen))
+    return fit_loop(run, folder, callback, choose)
+
+
+def _network_to_tune(start: Start, frozen: FewShotFit) -> Classifier:
+    """Build the network with the weights of the *frozen* one, and with the branches that *start* has."""
+    config = frozen.network.config.model_dump()
+    own = start.model.config.model_dump()
+    network = create_model(
+        tuned_name(start.recipe.model.name), num_classes=len(start.labels), **{**own, "head": config["head"]}
+    )
+    branches = {
+        name: tensor for name, tensor in start.model.state_dict().items() if name.startswith("branches.")
+    }
+    network.load_state_dict({**branches, **frozen.network.state_dict()})
+    return network
+
+
+def choose(
+    run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
+) -> tuple[Fit, Mapping[str, Any]]:
+    """Compare the trained network of *run* with the frozen one; write `best.pt` with the one to keep."""
+    del callback  # which receives the events of epochs
+    frozen, tuned, recipe = run.frozen, run.exported, run.recipe
+    if frozen is None or not isinstance(tuned, SecondOrderHead):
+        raise TypeError("the loop did not start from a fitted head")
+    if len(held_out) < TESTABLE:
+        return _keep_frozen(run, frozen, Tuning(count=len(held_out)), folder)
+    logits_NK, targets = _predict(frozen.network, held_out, run)
+    right_before = logits_NK.argmax(axis=1) == targets
+    _fit_means(tuned, PreprocessedDataset(run.start.data.train, recipe.preprocess), run)
+    logits_NK, _ = _predict(tuned, held_out, run)
+    right = logits_NK.argmax(axis=1) == targets
+    groups, _ = group_photographs(held_out.images)
+    first = np.unique(groups, return_index=True)[1]  # near-duplicates are not independent
+    tuning = Tuning.of(right_before[first], right[first])
+    if not tuning.is_better:
+        return _keep_frozen(run, frozen, tuning, folder)
+    logits_NK = _fit_temperature(tuned, logits_NK, targets)
+    decision = fit_decision(
+        logits_NK,
+        targets,
+        estimated_on="held-out",
+        accepts=recipe.rejection.accepts,
+        scalable=False,  # the network contains the temperature
+        groups=groups,
+        unknown=predict_unknown(tuned, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+        min_images=MIN_COSINES,
+    )
+    epochs = run.position.epoch
+    result = LoopResult(
+        epoch=epochs,
+        num_epochs=epochs,
+        top1=Rate.of(tuning.second, tuning.count),
+        count=tuning.count,
+        selected_by="same images",
+        tuning=tuning,
+    )
+    fit = replace(run.fit(), result=result, decision=None if decision == Decision() else decision)
+    best = best_record(run.start, fit)
+    folder.save_best(best)
+    return fit, best.training
+
+
+def _keep_frozen(
+    run: LoopRun, frozen: FewShotFit, tuning: Tuning, folder: RunFolder
+) -> tuple[Fit, Mapping[str, Any]]:
+    """Write `best.pt` with the frozen network; its result says how the comparison ended."""
+    result: Any = frozen.result
+    seconds = frozen.position.seconds + run.position.seconds
+    position = frozen.position.model_copy(update={"seconds": seconds})
+    fit = replace(frozen, result=result.model_copy(update={"tuning": tuning}), position=position)
+    best = best_record(run.start, fit)
+    folder.save_best(best)
+    folder.save_history(run.position.history or position.history)
+    return fit, best.training
+
+
+def _predict(
+    network: nn.Module, images: PreprocessedDataset, run: LoopRun
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    recipe = run.recipe
+    return predict_logits(
+        network, images, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
+    )
+
+
+class OwnVectors(nn.Module):
+    """Compute the own vectors (B, D_0) of a network with a head."""
+
+    def __init__(self, network: SecondOrderHead) -> None:
+        super().__init__()
+        self.network = network
+        vars(self)[IMAGES_FORMAT] = images_format(network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the vectors of normalized (B, 3, H, W) images."""
+        return self.network.head_inputs(images)[0]
+
+
+@torch.no_grad()
+def _fit_means(network: SecondOrderHead, images: PreprocessedDataset, run: LoopRun) -> None:
+    """Set the class means of *network*, whose cosines recognize unknown images, to those of its *images*."""
+    vectors_ND, targets = _predict(OwnVectors(network), images, run)
+    classes_NK = np.eye(network.num_classes)[targets]
+    means_KD = class_means(unit_length(vectors_ND), classes_NK)
+    network.pooled_head.means.copy_(torch.from_numpy(means_KD))
+
+
+@torch.no_grad()
+def _fit_temperature(
+    network: SecondOrderHead, logits_NK: NDArray[np.float64], targets: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Divide the classifier of *network* by the temperature of its *logits_NK*; return the new logits.
+
+    The energies of the logits, the cosines, remain.
+    """
+    if not lowers_loss(logits_NK, targets):
+        return logits_NK
+    temperature = fit_temperature(logits_NK, targets)
+    layer = network.logits_layer()
+    for parameter in layer.parameters():
+        parameter.div_(temperature)
+    energies_N1 = logsumexp(logits_NK, axis=1, keepdims=True)
+    return log_softmax(logits_NK / temperature, axis=1) + energies_N1

@@ -1,0 +1,248 @@
+"""The procedure `fine_tune`: what learns, which network is kept, resumed runs, and exports."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sopdeploy
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.commands.train import train
+from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.prediction import predict_logits
+from sopdeploy.models.base import TrainingOutput, is_in
+from sopdeploy.models.registry import create_model
+from sopdeploy.photos.libraries import open_digits
+from sopdeploy.photos.photo import PreprocessedDataset
+from sopdeploy.training.few_shot.classifier import class_means, unit_length
+from sopdeploy.training.fine_tune import OwnVectors
+from sopdeploy.training.loop.state import first_stages, parameter_groups, set_train_mode
+from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
+from sopdeploy.training.results import Tuning
+from tests.sopdeploy.training.runs import (
+    RecordingCallback,
+    few_digits,
+    interrupt,
+    paint,
+    same_bits,
+    train_with_page,
+)
+
+FINE_TUNE = [
+    "procedure.kind=fine_tune",
+    "procedure.head=gap",
+    "procedure.group_copies=false",
+    "data.kind=digits",
+    "start.weights=none",
+    "preprocess.resize=8",
+    "preprocess.crop=8",
+    "augment={kind='center'}",
+    "batch_size=16",
+]
+PLAIN = ["model.name=resnet8", "model.config={base_width=4}"]
+BRANCHES = ["model.name=dsop-resnet8", "model.config={base_width=4, aux_widths=[8,8,8], iterations=2}"]
+KEPT = [*FINE_TUNE, *PLAIN, "optimizer.lr=0.02", "epochs=5"]  # random features are weak, so learning helps
+UNDECIDED = [*FINE_TUNE, *PLAIN, "optimizer.lr=1e-6", "epochs=1"]  # hardly a weight changes
+HARMED = [*FINE_TUNE, *PLAIN, "optimizer.lr=3.0", "epochs=1"]
+
+
+def recipe(*settings: str) -> Recipe:
+    """Read the recipe for photographs with *settings*."""
+    return read_recipe("photos", settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "every", "verdict", "model"),
+    [(KEPT, 2, "better", "head:resnet8"), (UNDECIDED, 7, None, "head:resnet8"), (HARMED, 7, "worse", "")],
+    ids=["better", "the same", "worse"],
+)
+def test_the_fine_tuned_network_is_kept_only_if_it_is_better(
+    tmp_path: Path, settings: list[str], every: int, verdict: str | None, model: str
+) -> None:
+    with few_digits(every):
+        result = train_with_page(recipe(*settings), tmp_path / "run")
+    found: Any = result.procedure
+    assert result.model == model or not model
+    assert (found.kind, result.num_epochs) == (("loop", 5) if verdict == "better" else ("few_shot", 1))
+    assert found.tuning.is_better == (verdict == "better")
+    if verdict is not None:
+        assert found.tuning.verdict == verdict
+    end = f"the {'fine-tuned' if verdict == 'better' else 'frozen'} network is kept"
+    assert found.lines()[-1].startswith("fine-tuning: ")
+    assert found.lines()[-1].endswith(end)
+    assert found.lines()[-1] in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    kept = read_checkpoint(result.best)
+    right = _right(kept, result.best, every)
+    assert right == (found.tuning.second if verdict == "better" else found.tuning.first)
+    assert kept.decision is not None
+    assert kept.decision.calibration.temperature == 1  # the network contains it
+
+
+def _right(checkpoint: Any, path: Path, every: int) -> int:
+    """Count the held-out digits that the network of *checkpoint* classifies correctly."""
+    with few_digits(every):
+        held_out = open_digits().held_out
+    network, rules = build_classifier(checkpoint, path), checkpoint.preprocess
+    logits, targets = predict_logits(network, PreprocessedDataset(held_out, rules), rules)
+    return int((logits.argmax(axis=1) == targets).sum())
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        (
+            {"count": 400, "first": 347, "second": 372, "wins": 40, "losses": 15},
+            "93.0 % instead of 86.8 % of 400 held-out photographs, better on 40, worse on 15, p 0.001; "
+            "the fine-tuned network is kept",
+        ),
+        (
+            {"count": 100, "first": 87, "second": 92, "wins": 8, "losses": 3},
+            "92.0 % instead of 87.0 % of 100 held-out photographs, better on 8, worse on 3, p 0.23; "
+            "too few to decide: they show differences from about 9.6 points; the frozen network is kept",
+        ),
+        (
+            {"count": 50, "first": 40, "second": 41, "wins": 1, "losses": 0},
+            "82.0 % instead of 80.0 % of 50 held-out photographs, better on 1, worse on 0, p 1; "
+            "too few to decide: they show differences from about 12 points; the frozen network is kept",
+        ),
+        (
+            {"count": 400, "first": 372, "second": 347, "wins": 15, "losses": 40},
+            "86.8 % instead of 93.0 % of 400 held-out photographs, better on 15, worse on 40, p 0.001; "
+            "worse, so the frozen network is kept",
+        ),
+        (
+            {"count": 5000, "first": 4500, "second": 4500, "wins": 20, "losses": 20},
+            "90.0 % instead of 90.0 % of 5000 held-out photographs, better on 20, worse on 20, p 1; "
+            "too few to decide: they show differences from about 0.36 points; the frozen network is kept",
+        ),
+        ({"count": 5}, "5 held-out photographs decide nothing, give at least 6; the frozen network is kept"),
+    ],
+)
+def test_a_line_says_what_the_held_out_photographs_decide(counts: dict[str, int], text: str) -> None:
+    assert Tuning(**counts).describe() == f"fine-tuning: {text}"
+
+
+def test_with_too_few_held_out_photographs_nothing_is_trained(tmp_path: Path) -> None:
+    callback = RecordingCallback()
+    settings = [*FINE_TUNE[:3], *FINE_TUNE[4:], *PLAIN]
+    result = train(paint(tmp_path / "photos", each=4), out=tmp_path / "run", set=settings, callback=callback)
+    assert result.procedure.lines()[-1] == Tuning(count=3).describe()
+    assert not [name for name, _ in callback.events if name == "step"]
+    assert (tmp_path / "run" / "history.csv").exists()
+
+
+@pytest.mark.parametrize("network", [PLAIN, BRANCHES], ids=["plain", "branches"])
+@pytest.mark.parametrize("event", [("step", 0, 3), ("epoch", 0, 0)], ids=str)
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[str], event: Any) -> None:
+    settings = recipe(*FINE_TUNE, *network, "optimizer.lr=0.01", "epochs=2")
+    with few_digits(7):
+        whole = train_with_page(settings, tmp_path / "whole")
+        interrupt(settings, tmp_path / "parts", *event)
+        best = read_checkpoint(tmp_path / "parts" / "best.pt")
+        assert (best.model, best.training["procedure"]["kind"]) == ("head:resnet8", "few_shot")
+        parts = train_with_page(settings, tmp_path / "parts", resume=True)
+        again = train_with_page(settings, tmp_path / "parts", resume=True)  # of the finished run
+    for path in ("last.pt", "best.pt"):
+        first, second = (read_checkpoint(tmp_path / run / path) for run in ("whole", "parts"))
+        assert same_bits(first.weights, second.weights)
+        assert first.decision == second.decision
+    assert parts.procedure.tuning == whole.procedure.tuning == again.procedure.tuning
+    assert parts.num_epochs == whole.num_epochs == again.num_epochs
+
+
+def test_branches_of_the_network_train_it_and_are_detached_with_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tuning, "is_better", True)  # whatever the figures are
+    with few_digits(7):
+        result = train_with_page(recipe(*FINE_TUNE, *BRANCHES, "epochs=1"), tmp_path / "run")
+    assert result.model == "head:dsop-resnet8"
+    assert "train_layer1_0" in (tmp_path / "run" / "history.csv").read_text()
+    exported = sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1)
+    assert (exported.certificate.proof, exported.certificate.detached) == ("three-way", ("branches",))
+
+
+def test_class_means_are_those_of_the_network_that_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tuning, "is_better", True)
+    with few_digits(7):
+        result = train_with_page(recipe(*FINE_TUNE, *PLAIN, "epochs=1"), tmp_path / "run")
+        images = open_digits().train
+    best = read_checkpoint(result.best)
+    network: Any = build_classifier(best, result.best)
+    vectors, targets = predict_logits(
+        OwnVectors(network), PreprocessedDataset(images, best.preprocess), best.preprocess
+    )
+    expected = class_means(unit_length(vectors), np.eye(10)[targets])
+    assert np.allclose(network.pooled_head.means.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "last_frozen"),
+    [
+        ("efficientnet-lite0", {}, "blocks.2."),
+        ("timm:tf_efficientnet_lite0", {}, "blocks.2."),
+        ("dsop-resnet8", {"aux_widths": [8, 8, 8]}, "layer1."),
+        ("head:resnet18", {}, "layer2."),
+    ],
+)
+def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_frozen(
+    name: str, config: dict[str, Any], last_frozen: str
+) -> None:
+    network = create_model(name, num_classes=3, **config)
+    start = StartConfig(learn="last_stages")
+    parameter_groups(network, start)
+    set_train_mode(network, start)
+    frozen = [key for key, parameter in network.named_parameters() if not parameter.requires_grad]
+    learning = [key for key, parameter in network.named_parameters() if parameter.requires_grad]
+    names = [key for key, _ in network.named_parameters()]
+    assert names == [*frozen, *learning]  # the first ones are frozen
+    assert frozen[-1].startswith(last_frozen)
+    assert not any(key.startswith(last_frozen) for key in learning)
+    for key, module in network.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.training == is_in(key, "branches")
+    assert network.training
+    assert len(first_stages(network)) > 0
+
+
+def test_only_the_classifier_learns_if_the_recipe_says_so() -> None:
+    network = create_model("resnet8", num_classes=3)
+    start = StartConfig(learn="classifier")
+    parameter_groups(network, start)
+    set_train_mode(network, start)
+    learning = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
+    assert learning == {"fc.weight", "fc.bias"}
+    assert [key for key, module in network.named_modules() if module.training] == ["", "fc"]
+
+
+def test_branches_read_the_maps_that_the_head_reads() -> None:
+    network = create_model("head:dsop-resnet8", num_classes=3, aux_widths=[8, 8, 8], head={"kind": "gap"})
+    output = network(torch.randn(2, 3, 32, 32))
+    assert isinstance(output, TrainingOutput)
+    assert {name: logits.shape for name, logits in output.branches.items()} == dict.fromkeys(
+        ("layer1_0", "layer2_0", "layer3_0"), (2, 3)
+    )
+
+
+def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those_that_are_given() -> None:
+    selected = recipe("data.path=.", "procedure.kind=fine_tune", "epochs=3", "optimizer.lr=1e-4")
+    assert isinstance(selected.procedure, FineTuneConfig)
+    assert (selected.epochs, selected.optimizer.lr, selected.optimizer.kind) == (3, 1e-4, "adamw")
+    assert (selected.start.learn, selected.start.head_factor) == ("last_stages", 1.0)
+    assert selected.start.weights == "imagenet"
+    assert recipe("data.path=.").procedure.kind == "auto"  # it is never the default
+
+
+def test_several_classes_per_image_are_one_line(tmp_path: Path) -> None:
+    photos = paint(tmp_path / "photos", each=4)
+    rows = [f"{path.relative_to(photos)},{path.parent.name}" for path in sorted(photos.glob("*/*.png"))]
+    rows[0] += "|red"
+    (photos / "labels.csv").write_text("\n".join(["file,classes", *rows]))
+    with pytest.raises(ConfigError, match=r"procedure fine_tune: compares answers, .* choose few_shot"):
+        train(photos, out=tmp_path / "run", set=[*FINE_TUNE[:3], *FINE_TUNE[4:], *PLAIN])
+    assert not (tmp_path / "run").exists()
