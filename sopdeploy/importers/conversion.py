@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sopdeploy.checkpoint import (
-    first_difference,
-)
+from sopdeploy.checkpoint import first_difference
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
