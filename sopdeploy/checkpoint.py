@@ -6,7 +6,6 @@ failure either the old or the new file exists. No other module reads `.pt` files
 """
 
 import argparse
-import errno
 import hashlib
 import io
 import os
@@ -135,7 +134,7 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
             try:
                 torch.save(dict(content), file)
             except RuntimeError as error:  # if the disk is full
-                raise OSError(errno.EIO, "the file is not complete", str(path)) from error
+                raise OSError("the file is not complete") from error
             file.flush()
             os.fsync(file.fileno())
         descriptor = os.open(path.parent, os.O_RDONLY)  # flushes the renaming

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError, first_line
+from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 
 PARTIAL = ".partial"
 LATEST = "latest"  # the link to the newest run or bundle of a folder
@@ -62,7 +62,9 @@ def writing(path: Path | str) -> Iterator[None]:
 
 def os_reason(error: OSError) -> str:
     """Return the reason of the operating system, without the text that libraries such as PyArrow add."""
-    return os.strerror(error.errno) if error.errno else first_line(error)
+    if error.errno:
+        return os.strerror(error.errno)
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:

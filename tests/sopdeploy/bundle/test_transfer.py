@@ -135,7 +135,7 @@ def test_an_upload_to_a_full_disk_behind_a_url_is_not_an_error_of_the_bundle(
             OSError(errno.ENOSPC, "Error writing bytes. Detail: [errno 28]"),
             os.strerror(errno.ENOSPC),
         ),  # PyArrow's
-        (OSError("the connection is closed\nand more"), "OSError: the connection is closed"),
+        (OSError("the connection is closed\nand more"), "the connection is closed"),
     ],
 )
 def test_the_reason_why_a_file_cannot_be_written_is_that_of_the_system(error: OSError, reason: str) -> None:
