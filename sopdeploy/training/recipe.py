@@ -71,8 +71,8 @@ class FineTuneConfig(HeadOptions):
     """Training of the last stages from the fitted classifier, if that is better on held-out images.
 
     `SETTINGS` replace those of the recipe in which a user selects this procedure: short training by small
-    steps, because the start is good. A rate of 1e-3 lost 27 points of signs and 73 of packages in
-    docs/benchmarks/second-order-gain.md.
+    steps, because the start is good. A rate of 1e-3 lost 27 points of signs and 73 of packages on one draw,
+    with heads on averages (docs/benchmarks/photo_branches.jsonl).
     """
 
     SETTINGS: ClassVar[Mapping[str, Any]] = {
