@@ -277,29 +277,19 @@ class Problem:
         weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
         return LinearHead(weight_KD, self.scale_scores(head.bias, scaling) - weight_KD @ self.space.center)
 
-    def class_sums(self, images: NDArray[np.bool_] | slice = slice(None)) -> Array:
-        """Compute the sum (K, D_0) of the own vectors of each class over *images*, in blocks."""
-        chosen = np.arange(len(self.own))[images]
-        sums = np.zeros((self.targets.classes.shape[1], self.own.shape[1]))
-        for block in np.array_split(chosen, 1 + len(chosen) // ROWS):
-            sums += self.targets.classes[block].T @ self.own[block]
-        return sums
-
     def cosines(self, folds_N: Indices) -> Array:
         """Compute the cosine (N,) of each own vector and the nearest class mean of the other folds."""
-        cosines_N, total_KD = np.zeros(len(self.own)), self.class_sums()
+        classes_NK, cosines_N = self.targets.classes, np.zeros(len(self.own))
+        total_KD = class_sums(self.own, classes_NK)
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
-            present_K = self.targets.classes[~tested].sum(axis=0) > 0
-            means_KD = unit_length((total_KD - self.class_sums(tested))[present_K])
+            present_K = classes_NK[~tested].sum(axis=0) > 0
+            means_KD = unit_length((total_KD - class_sums(self.own, classes_NK, tested))[present_K])
             cosines_N[tested] = (self.own[tested] @ means_KD.T).max(axis=1)
         return cosines_N
 
     def class_means(self) -> NDArray[np.float32]:
-        """Compute the mean own vector (K, D_0) of each class, scaled to length 1.
-
-        A class without images has that of another one, which changes no largest cosine.
-        """
+        """Compute the mean own vector (K, D_0) of each class; see the function of this name."""
         return class_means(self.own, self.targets.classes)
 
     def cosines_without_class(self) -> Array:
@@ -308,11 +298,26 @@ class Problem:
         return np.where(self.targets.classes > 0, -1.0, cosines_NK).max(axis=1)
 
 
+def class_sums(
+    own_ND: NDArray[np.float32], classes_NK: Array, images: NDArray[np.bool_] | slice = slice(None)
+) -> Array:
+    """Compute the sum (K, D_0) of the own vectors of each class over *images*, in blocks to save memory."""
+    chosen = np.arange(len(own_ND))[images]
+    sums_KD = np.zeros((classes_NK.shape[1], own_ND.shape[1]))
+    for block in np.array_split(chosen, 1 + len(chosen) // ROWS):
+        sums_KD += classes_NK[block].T @ own_ND[block]
+    return sums_KD
+
+
 def class_means(own_ND: NDArray[np.float32], classes_NK: Array) -> NDArray[np.float32]:
-    """Compute the means (K, D_0) of `Problem.class_means` for own vectors of images of *classes_NK*."""
+    """Compute the mean (K, D_0) of the own vectors of each class, scaled to length 1.
+
+    *classes_NK* has 1 for the classes of each image, else 0. A class without images has the mean of another
+    one, which changes no largest cosine.
+    """
     present_K = classes_NK.sum(axis=0) > 0
-    sums_KD = classes_NK.T @ own_ND
-    return unit_length(sums_KD[np.where(present_K, np.arange(present_K.size), present_K.argmax())])
+    filled = np.where(present_K, np.arange(present_K.size), present_K.argmax())
+    return unit_length(class_sums(own_ND, classes_NK)[filled])
 
 
 def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
