@@ -32,7 +32,7 @@ from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.few_shot.classifier import class_means, unit_length
-from sopdeploy.training.few_shot.run import decide_again, fit_new
+from sopdeploy.training.few_shot.run import fit_new, with_decision
 from sopdeploy.training.fits import FewShotFit, Fit
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopRun
@@ -66,7 +66,7 @@ def fit_fine_tune(
         record = read_frozen(last, folder.last)
         network = place(start.recipe, build_classifier(record, folder.last), start.strategy)
         of_frozen = replace(start, model=network, position=read_resumed(record, folder.last).position)
-        frozen = decide_again(start, read_few_shot_fit(of_frozen, record, folder.last))
+        frozen = with_decision(start, read_few_shot_fit(of_frozen, record, folder.last))
         run = LoopRun(start, frozen)
         restore_loop(run, last, folder.last)
     if len(start.data.held_out) < TESTABLE:

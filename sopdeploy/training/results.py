@@ -50,7 +50,7 @@ class Tuning(StrictModel):
     """The fine-tuned network compared with the frozen one on `count` different held-out photographs.
 
     `first` and `second` are the numbers that the frozen and the fine-tuned network classify correctly, `wins`
-    and `losses` those on which only the second or only the first is right. With less than `TESTABLE`
+    and `losses` those on which only the second or only the first is right. With fewer than `TESTABLE`
     photographs nothing was trained, and all are 0.
     """
 

@@ -66,7 +66,7 @@ def fit_few_shot(
         folder.save_last(last_few_shot_record(start, fit))
     else:  # `rejection` may have changed
         fit = read_few_shot_fit(start, last, folder.last)
-        fit = decide_again(start, fit)
+        fit = with_decision(start, fit)
     best, history = best_record(start, fit), fit.position.history
     folder.save_best(best)
     folder.save_history(history)
@@ -117,7 +117,7 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
         label_logits=label_logits,
         left_out=found.left_out,
     )
-    return decide_again(start, fit)
+    return with_decision(start, fit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -307,8 +307,8 @@ def _evaluate(
     return result, held_out_metrics(start.labels, logits, targets)
 
 
-def decide_again(start: Start, fit: FewShotFit) -> FewShotFit:
-    """Fit the decision to the out-of-fold logits of *fit*; the result says why it has no threshold, if so."""
+def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:
+    """Return *fit* with the decision for its out-of-fold logits; the result says why it lacks a threshold."""
     recipe, targets, accepts = start.recipe, start.data.train.targets, start.recipe.rejection.accepts
     if start.activation == "sigmoid":
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))

@@ -200,7 +200,7 @@ def first_stages(model: Classifier) -> set[str]:
     """Return the names of the modules up to the end of the first half of the stages; "" is the root.
 
     A stage is what contains the taps of a group of blocks, or the tap itself if all taps are in one group.
-    The modules before it are those that the network creates before it. Empty with less than two stages.
+    The modules before it are those that the network creates before it. Empty with fewer than two stages.
     """
     taps = list(model.tap_channels)
     stages = {tap: tap.rpartition(".")[0] for tap in taps}
