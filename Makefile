@@ -156,8 +156,8 @@ gpu-wheels:  ## download to WHEELS=FOLDER what gpu-check needs beside the packag
 
 gpu-check: $(GPU_VENV)/.installed  ## check and measure this machine's GPU, then run tests/gpu; see docs/howto/gpu-check.md
 	test -d $(CARRY) || $(GPU_VENV)/bin/python benchmarks/gpu_bundles.py $(CARRY)
-	$(GPU_VENV)/bin/python benchmarks/first_contact.py $(CARRY) --resume $(OPTIONS)
-	$(GPU_VENV)/bin/python -m pytest -q tests/gpu
+	$(GPU_VENV)/bin/python benchmarks/first_contact.py $(CARRY) --resume $(OPTIONS); parts=$$?; \
+		$(GPU_VENV)/bin/python -m pytest -q tests/gpu && exit $$parts
 
 soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting clients and model swaps; fails on a leak or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)

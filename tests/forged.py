@@ -10,8 +10,6 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime as ort
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -185,16 +183,3 @@ def flip(file: Path, place: int) -> None:
     body = bytearray(file.read_bytes())
     body[place] ^= 1
     file.write_bytes(body)
-
-
-def write_key(path: Path) -> Path:
-    """Write a private key to *path* and its public key to `path.pub`; return the path of the public key."""
-    key, public = ec.generate_private_key(ec.SECP256R1()), path.with_name(f"{path.name}.pub")
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    of_public = serialization.PublicFormat.SubjectPublicKeyInfo
-    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, of_public))
-    return public

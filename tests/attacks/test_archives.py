@@ -20,7 +20,8 @@ from sopdeploy.bundle.signing import sign, signature_path
 from sopdeploy.cli.app import app
 from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError
-from tests.forged import forge, write_hollow, write_key
+from tests.forged import forge, write_hollow
+from tests.keys import write_key
 
 ARCHIVE = "tiny.tar"
 PWNED = Path(tempfile.gettempdir()) / "pwned"

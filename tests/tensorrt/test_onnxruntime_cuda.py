@@ -122,6 +122,47 @@ def test_batches_on_cuda_are_prepared_while_one_runs_and_give_their_own_outputs(
     assert not thread.is_alive()
 
 
+PLANNED = [[1, 1], [2, 2], [4, 4], [16]]  # the batches of each session, where convolutions are planned
+
+
+@pytest.mark.parametrize(
+    ("operator", "memory", "expected"),
+    [
+        ("Conv", 9, PLANNED),
+        ("NhwcFusedConv", 9, PLANNED),
+        ("Conv", 2, [[1, 4, 1, 16, 4], [2, 2]]),  # memory for two sessions only
+        ("MatMul", 9, [[1, 2, 4, 1, 16, 4, 2]]),
+    ],
+)
+def test_the_batches_of_a_session_have_one_size_if_its_convolutions_are_planned_for_a_size(
+    operator: str, memory: int, expected: list[list[int]], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[list[int]] = []
+
+    def session(path: str, options: Any, **_: Any) -> Any:
+        if len(found) == memory:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 9")
+        made, sizes = onnxruntime.InferenceSession(path, options, providers=[CPU]), list[int]()
+        found.append(sizes)
+        run, assigned = made.run, SimpleNamespace(ep_name=CUDA, get_nodes=lambda: [node])
+
+        def recorded(names: list[str], values: dict[str, Any]) -> Any:
+            sizes.append(len(values["images"]))
+            return run(names, values)
+
+        node = SimpleNamespace(op_type=operator)
+        made.run, made.get_providers = recorded, lambda: [CUDA, CPU]
+        made.get_provider_graph_assignment_info = lambda: [assigned]
+        return made
+
+    claim_cuda(monkeypatch, session)
+    runtime = open_runtime(bundle, ON_CUDA)
+    for count in (1, 2, 3, 1, 9, 4, 2):
+        assert len(runtime.run(some_images(count))["logits"]) == count
+    runtime.close()
+    assert found == expected
+
+
 def test_int8_runs_on_cuda_only_if_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, asked = write(tmp_path, precision="int8"), []
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.base import padded_sizes, reason_of
+from sopdeploy_service.runtime.base import is_out_of_memory, padded_sizes, reason_of
 from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
 
 log = logging.getLogger("sopdeploy.service")
@@ -55,7 +55,8 @@ class OnnxRuntime:
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        self._session = _open_session(onnxruntime, bundle, threads or usable_cores(), self._provider)
+        self._open = partial(_open_session, onnxruntime, bundle, threads or usable_cores(), self._provider)
+        self._session = self._open()
         if self._provider == CPU and manifest.precision == "int8" and lacks_vnni():
             log.info("%s: %s", bundle.name, SLOW_INT8)
 
@@ -70,16 +71,21 @@ class OnnxRuntime:
 
 
 class CudaOnnxRuntime(OnnxRuntime):
-    """A session on a GPU, an `OverlappingRuntime`.
+    """Sessions on a GPU, an `OverlappingRuntime`.
 
     A thread runs the batches, because `InferenceSession.run` waits for the GPU; meanwhile the next one is
-    prepared. Batches are padded to `padded_sizes`, because cuDNN plans convolutions anew for another size.
+    prepared. A session plans its convolutions anew whenever the batch size changes, which takes up to
+    hundreds of times as long as the batch (docs/benchmarks/gpu.md). Batches are therefore padded to
+    `padded_sizes`, and a graph with convolutions gets a session for each of these sizes when it first occurs.
     """
 
     _provider = CUDA
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle, threads=threads)
+        self._bundle_name = bundle.name
+        self._plans_sizes = plans_sizes(self._session)
+        self._sessions = {1: self._session}  # by the size of their batches
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._end_thread = weakref.finalize(self, self._jobs.put, None)
         # A daemon, unlike the threads of an executor: a device that hangs must not delay the exit.
@@ -101,14 +107,33 @@ class CudaOnnxRuntime(OnnxRuntime):
         padded = np.zeros((size, *images[0].shape), np.uint8)
         np.stack(images, out=padded[:count])
         future: Future[list[NDArray[np.float32]]] = Future()  # of an array for each name
-        self._jobs.put((partial(self._session.run, names, {self._input: padded}), future))
+        self._jobs.put((partial(self._session_for(size).run, names, {self._input: padded}), future))
         return lambda: {name: value[:count] for name, value in zip(names, future.result(), strict=True)}
 
     def close(self) -> None:
-        """End the thread and release the session."""
+        """End the thread and release the sessions."""
         self._end_thread()
         self._thread.join()
+        self._sessions.clear()
         super().close()
+
+    def _session_for(self, size: int) -> Any:
+        """Return the session for batches of *size*, opened now if they are the first."""
+        if size > self.largest_batch or not self._plans_sizes:
+            return self._session
+        if size not in self._sessions:
+            self._sessions[size] = self._open_another(size)
+        return self._sessions[size]
+
+    def _open_another(self, size: int) -> Any:
+        """Open a session for batches of *size*; without memory for it, return the first one."""
+        try:
+            return self._open()
+        except RuntimeUnavailableError as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("%s: no memory to keep the plans for batches of %d", self._bundle_name, size)
+            return self._session
 
 
 def _run_jobs(jobs: "SimpleQueue[_Job | None]") -> None:
@@ -173,6 +198,12 @@ def operators_on_cpu(session: Any) -> list[str]:
     assigned = session.get_provider_graph_assignment_info()
     on_cpu = [subgraph for subgraph in assigned if subgraph.ep_name == CPU]
     return sorted({node.op_type for subgraph in on_cpu for node in subgraph.get_nodes()} - SHAPE_OPERATORS)
+
+
+def plans_sizes(session: Any) -> bool:
+    """Tell whether a GPU's *session* makes plans for the size of its batches: it has convolutions."""
+    assigned = session.get_provider_graph_assignment_info()
+    return any("Conv" in node.op_type for subgraph in assigned for node in subgraph.get_nodes())
 
 
 def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str) -> Any:

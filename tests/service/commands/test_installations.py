@@ -13,7 +13,8 @@ from packaging.utils import canonicalize_name
 
 import sopdeploy
 
-PROGRAM = Path(sopdeploy.__file__).parents[1] / "deploy" / "every_command.py"
+ROOT = Path(sopdeploy.__file__).parents[1]
+PROGRAM = ROOT / "deploy" / "every_command.py"
 # Commands, and functions of the Python API, that need the extra `train`.
 COMMANDS = {"export", "import", "inspect", "models", "reproduce", "train"}
 NAMES = "describe dsop export_network isqrt register_model register_pooling unused_modules"
@@ -49,16 +50,20 @@ def installation(*extras: str) -> set[str]:
     return {name for name, _ in found}
 
 
+def without_others(present: set[str], folder: Path) -> str:
+    """Return the PYTHONPATH of a process that finds only the distributions *present*; write to *folder*."""
+    owners = metadata.packages_distributions().items()
+    hidden = {module for module, names in owners if present.isdisjoint(map(canonicalize_name, names))}
+    (folder / "sitecustomize.py").write_text(HIDE.format(hidden=hidden))
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @pytest.mark.parametrize("extra", ["", "cpu", pytest.param("train", marks=pytest.mark.slow)])
 def test_every_command_runs_or_names_the_extra_that_it_needs(
     extra: str, bundle_path: Path, tmp_path: Path
 ) -> None:
-    present = installation(extra)
-    owners = metadata.packages_distributions().items()
-    hidden = {module for module, names in owners if present.isdisjoint(map(canonicalize_name, names))}
-    (tmp_path / "sitecustomize.py").write_text(HIDE.format(hidden=hidden))
-    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command, variables = [sys.executable, PROGRAM, bundle_path], {"PYTHONPATH": os.pathsep.join(paths)}
+    variables = {"PYTHONPATH": without_others(installation(extra), tmp_path)}
+    command = [sys.executable, PROGRAM, bundle_path]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -70,3 +75,17 @@ def test_every_command_runs_or_names_the_extra_that_it_needs(
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     missing = re.findall(r'^(\S+): 2 .*pip install "sopdeploy\[train\]"', done.stdout, re.MULTILINE)
     assert set(missing) == (set() if extra == "train" else COMMANDS | FUNCTIONS)
+
+
+def test_the_tests_on_a_gpu_import_only_what_their_extra_installs(tmp_path: Path) -> None:
+    present = installation("gpu-check") | {"onnxruntime"}  # like onnxruntime-gpu
+    variables = {"PYTHONPATH": without_others(present, tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "pytest_timeout", "--collect-only", ROOT / "tests" / "gpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | variables,
+    )
+    assert done.returncode == 0, done.stdout

@@ -29,7 +29,8 @@ from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings, load_settings
-from tests.forged import forge, write_key
+from tests.forged import forge
+from tests.keys import write_key
 from tests.service.conftest import picture_bytes, write_bundle
 
 ONE_THREAD = Settings(threads=1, runtime="onnxruntime-cpu")

@@ -20,7 +20,8 @@ from sopdeploy.cli.app import app
 from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError, ConfigError, StorageError
 from sopdeploy.files import writing
-from tests.forged import FIELDS, forge, write_hollow, write_key
+from tests.forged import FIELDS, forge, write_hollow
+from tests.keys import write_key
 
 EARLIER, LATER = "2025-12-31T23:59:59.000000Z", "2026-02-03T04:05:06.000000Z"
 
