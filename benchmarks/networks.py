@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import tempfile
@@ -31,7 +32,11 @@ from sopdeploy import Preprocess, export_network
 from sopdeploy.errors import SopdeployError
 
 CLASSES = 4
-MANY_WEIGHTS = 50_000_000
+FEW_BLOCKS: tuple[dict[str, Any], ...] = (
+    {"depth": 2},
+    {"depths": (1, 1, 1, 1)},
+    {},
+)  # options of timm's networks
 SIDES = (64, 96, 128, 224, 256)  # the first one that the network computes
 VISION = {
     "hidden_size": 32,
@@ -77,19 +82,15 @@ class Candidate(NamedTuple):
 
 
 def of_timm(done: Container[str] = ()) -> Iterator[Candidate]:
-    """Yield the network with the fewest weights of every family of timm that is not *done*.
-
-    Those with many weights get two blocks, if their depth is an option.
-    """
+    """Yield the network with the fewest weights of every family of timm that is not *done*."""
     for family in timm.list_modules():
         if family in done:  # to count the weights of a family takes seconds
             continue
         names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
         sizes = [(size, name) for name in names if (size := _count_weights(name)) is not None]
         if sizes:
-            size, name = min(sizes)
-            options = {"depth": 2} if size > MANY_WEIGHTS else {}
-            yield Candidate("timm", family, name, partial(_create_timm, name, options))
+            _, name = min(sizes)
+            yield Candidate("timm", family, name, partial(_create_timm, name))
 
 
 def _count_weights(name: str) -> int | None:
@@ -99,11 +100,11 @@ def _count_weights(name: str) -> int | None:
     return None
 
 
-def _create_timm(name: str, options: dict[str, Any], side: int) -> nn.Module:
-    # Transformers have a fixed size of images, and networks without blocks no depth.
-    for known in ({**options, "img_size": side}, {"img_size": side}):
-        with contextlib.suppress(TypeError):
-            return timm.create_model(name, num_classes=CLASSES, **known)
+def _create_timm(name: str, side: int) -> nn.Module:
+    """Create a network of timm with few blocks, for images of *side* pixels, as far as these are options."""
+    for blocks, size in itertools.product(FEW_BLOCKS, ({"img_size": side}, {})):
+        with contextlib.suppress(Exception):  # timm's code can raise anything
+            return timm.create_model(name, num_classes=CLASSES, **blocks, **size)
     return timm.create_model(name, num_classes=CLASSES)
 
 
@@ -220,9 +221,9 @@ def render(rows: list[dict[str, Any]]) -> str:
         f"`python benchmarks/networks.py` on {datetime.now(UTC):%Y-%m-%d}, with "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}:",
         f"{accepted} of {len(rows)} networks are exported with proof. Weights are random; of timm, each is",
-        "the smallest of its family; those of more than 50 million weights have two blocks. `drift` is the",
-        "largest difference of the logits from float64. The others are refused for the reason in the last",
-        "column.",
+        "the smallest of its family, most with two blocks, or one in each of four stages, if these are options.",
+        "`drift` is the largest difference of the logits from float64. The others are refused for the reason in",
+        "the last column.",
         "",
         "| library | family | network | pixels | proof | drift | refused |",
         "|---|---|---|---|---|---|---|",
