@@ -102,7 +102,8 @@ def _count_weights(name: str) -> int | None:
 
 def _create_timm(name: str, side: int) -> nn.Module:
     """Create a network of timm with few blocks, for images of *side* pixels, as far as these are options."""
-    for blocks, size in itertools.product(FEW_BLOCKS, ({"img_size": side}, {})):
+    sizes: tuple[dict[str, Any], ...] = ({"img_size": side}, {})
+    for blocks, size in itertools.product(FEW_BLOCKS, sizes):
         with contextlib.suppress(Exception):  # timm's code can raise anything
             return timm.create_model(name, num_classes=CLASSES, **blocks, **size)
     return timm.create_model(name, num_classes=CLASSES)
@@ -220,10 +221,10 @@ def render(rows: list[dict[str, Any]]) -> str:
         "",
         f"`python benchmarks/networks.py` on {datetime.now(UTC):%Y-%m-%d}, with "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}:",
-        f"{accepted} of {len(rows)} networks are exported with proof. Weights are random; of timm, each is",
-        "the smallest of its family, most with two blocks, or one in each of four stages, if these are options.",
-        "`drift` is the largest difference of the logits from float64. The others are refused for the reason in",
-        "the last column.",
+        f"{accepted} of {len(rows)} networks are exported with proof. Weights are random. Of timm, each is",
+        "the smallest of its family, with two blocks or one in each of four stages, if they are options.",
+        "`drift` is the largest difference of the logits from float64. The others are refused for the reason",
+        "in the last column.",
         "",
         "| library | family | network | pixels | proof | drift | refused |",
         "|---|---|---|---|---|---|---|",
