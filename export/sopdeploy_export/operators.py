@@ -205,7 +205,7 @@ class _Bounds(fx.Interpreter):
     """
 
     def __init__(self, program: ExportedProgram, values: Sequence[float]) -> None:
-        super().__init__(program.module())
+        super().__init__(program.module(check_guards=False))
         self.unbounded: set[str] = set()  # names of nodes
         self._values = torch.tensor(values)
         self._varying: set[fx.Node] = set()
@@ -248,7 +248,7 @@ class _Recorder(fx.Interpreter):
     """
 
     def __init__(self, program: ExportedProgram, unbounded: Set[str]) -> None:
-        super().__init__(program.module())
+        super().__init__(program.module(check_guards=False))
         self._unbounded = unbounded
         self.calls: dict[str, _Call] = {}
         self._by_node: dict[fx.Node, _Operator] = {}

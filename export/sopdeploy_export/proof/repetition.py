@@ -10,12 +10,12 @@ returned again in the others, and no kernel runs for it. What the network comput
 a counter, is computed every time.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sopdeploy.errors import CertificateError, first_line
@@ -46,8 +46,7 @@ class _Replay(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the result of one operation on the image again; run any other one."""
         del types
-        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        on_image = [operand in self._from_image for operand in operands]
+        on_image = [operand in self._from_image for operand in _tensors((*args, *(kwargs or {}).values()))]
         writes_elsewhere = func._schema.is_mutable and not all(on_image[:1])  # such as a counter
         if not any(on_image) or writes_elsewhere:
             return func(*args, **(kwargs or {}))
@@ -61,10 +60,18 @@ class _Replay(TorchDispatchMode):
         # torch does not allow that a view is returned twice; to make it takes no time.
         result = func(*args, **(kwargs or {}))
         self._computed[position:] = [(func, result), *(self._computed[position + 1 :] if is_known else ())]
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._from_image[leaf] = True
+        for computed in _tensors([result]):
+            self._from_image[computed] = True
         return result
+
+
+def _tensors(operands: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among *operands* and in their lists; `tree_leaves` takes ten times as long."""
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            yield operand
+        elif isinstance(operand, list | tuple):
+            yield from _tensors(operand)
 
 
 @torch.no_grad()
