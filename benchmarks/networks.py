@@ -37,7 +37,7 @@ FEW_BLOCKS: tuple[dict[str, Any], ...] = (
     {"depths": (1, 1, 1, 1)},
     {},
 )  # options of timm's networks
-SIDES = (64, 96, 128, 224, 256)  # the first one that the network computes
+SIDES = (64, 96, 128, 224, 240, 256)  # the first one that the network computes
 VISION = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
