@@ -75,7 +75,7 @@ def test_the_page_is_accessible_to_screen_readers(page, client):
         "all => all.filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).length"
     )
     assert nameless == 0
-    assert page.get_by_label("Drop another image").count() == 1
+    assert page.get_by_label("Choose another image").count() == 1
 
 
 def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(open_page, serve_with, onnx_runtime):
