@@ -58,6 +58,8 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(ru
     assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(texts)
     curves = charts(page)["top-1 on held-out images."]
     assert all(f">{head}<" in curves for head in ("layer1_0", "layer2_0", "layer3_0", "main", "deployed"))
+    assert not re.search(r">\d+\.\d+<", curves.partition('id="matplotlib.axis_2"')[0]), "half an epoch"
+    assert '<td class="number zero"><bdi>0</bdi></td>' in page
     photographs = [found for name, found in Reader(page).met if "image/jpeg" in (found.get("src") or "")]
     assert 0 < len(photographs) <= 24
     image = Image.open(io.BytesIO(base64.b64decode((photographs[0]["src"] or "").partition(",")[2])))
