@@ -64,7 +64,7 @@ export NO_MKDOCS_2_WARNING := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens elsewhere format docs \
-	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test extras-test install-test container-test container-base audit sbom release lock clean
+	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test alerts-test extras-test install-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
@@ -180,6 +180,9 @@ wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train
 
 samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs g++ with headers, and `npm ci` there
 	$(BIN)/pytest --slow --no-skips tests/deploy/test_samples.py
+
+alerts-test: $(STAMP)  ## check and test the alert rules; needs promtool (Debian: prometheus)
+	$(BIN)/pytest --no-skips tests/deploy/test_deploy.py -k alert_rules_are_valid
 
 extras-test: $(STAMP)  ## resolve the wheel from a folder with every extra, Python and platform; needs a package index
 	$(BIN)/pytest --slow --no-skips tests/deploy/test_workflows.py -k extra

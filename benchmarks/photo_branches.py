@@ -32,8 +32,8 @@ import numpy as np
 from gain.paired import paired
 from gain.photos import PhotosConfig, count_classes, write_maps
 from gain.report import accuracies, results_of, table
-from gain.run import Outcome, Run, train_and_measure
 from gain.study import Study
+from gain.train_and_measure import Outcome, Run, train_and_measure
 from measure import commit, existing, make_parser, one_line_errors, report
 
 from sopdeploy.config import StrictModel

@@ -21,9 +21,9 @@ import os
 import sys
 from pathlib import Path
 
+from gain.execution import Results, run_studies
 from gain.report import checks, print_studies, results_of
-from gain.runs import Results, run_studies
-from gain.studies import (
+from gain.small_image_studies import (
     cifar,
     cifar_branches,
     digits,

@@ -231,7 +231,7 @@ def served_page() -> str:
     """Build the page `errors.html` with all error codes of the server."""
     parts = [
         f'<section class="panel" id="{error.code}"><h2>{error.code}</h2>\n'
-        f"<p>Status {plain(error.status)}. {plain(error.message)}</p>\n"
+        f"<p>Status {plain(error.status)}: <q>{plain(error.message)}</q></p>\n"
         f"<p>What to do: {plain(error.advice)}.</p></section>"
         for error in http_errors()
     ]

@@ -14,9 +14,8 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import numpy as np
 import pydantic
 import torch
 from pydantic.dataclasses import dataclass
@@ -33,9 +32,6 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.project import Origin
 from sopdeploy.version import __version__
-
-if TYPE_CHECKING:
-    from sopdeploy.photos.photo import LabeledImages
 
 CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
@@ -89,20 +85,6 @@ class Checkpoint:
         if problem is not None:
             raise ValueError(f"decision: {problem}")
         return self
-
-    def trained_on(self, images: "LabeledImages") -> str:
-        """Say how many of *images* are training images, by the hashes of their files; empty if none are."""
-        if not len(self.image_hashes) or not len(images):
-            return ""
-        from sopdeploy.photos.photo import hash_images  # noqa: PLC0415 # an export reads no images
-
-        seen = int(np.isin(hash_images(images), self.image_hashes.numpy()).sum())
-        if not seen:
-            return ""
-        return (
-            f"{seen} of {len(images)} images are training images of this network, so that these figures are "
-            "too high for new images"
-        )
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from measure import Result, markdown
 
+from gain.execution import Results
 from gain.paired import Paired, paired
-from gain.run import Outcome
-from gain.runs import Results
 from gain.study import Study
+from gain.train_and_measure import Outcome
 
 CHANCE, CHANCE_TOLERANCE = 10.0, 2.0  # percent, for ten classes
 HEAD = ("arm", "accuracy", "difference", "wins", "p", "CPU s")

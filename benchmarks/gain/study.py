@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gain.run import Run
+from gain.train_and_measure import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -346,8 +346,8 @@ def _compare(calls: Mapping[str, _Call]) -> None:
     for (_, call), names, results in described:
         if len(call.operators) == 1:
             compare(call, names, results)
-    count = _count_executed(model)
-    forms = {description: count(results) for (description, _), _, results in described}
+    count_for = _count_executed(model)
+    forms = {description: count_for(results) for (description, _), _, results in described}
     known = ChainMap(forms, _forms)
     for (description, call), names, results in described:
         if len(call.operators) > 1:
@@ -367,7 +367,7 @@ def _count_executed(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter
         executed = onnx.load(options.optimized_model_filepath)
     makers = {name: node for node in executed.graph.node for name in node.output}
 
-    def count(results: Sequence[str]) -> Counter[str]:
+    def count_for(results: Sequence[str]) -> Counter[str]:
         operators: Counter[str] = Counter()
         unread, seen = list(results), set[str]()
         while unread:
@@ -378,7 +378,7 @@ def _count_executed(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter
                 unread += node.input
         return +operators  # without those that occur 0 times
 
-    return count
+    return count_for
 
 
 def _compare_values(call: _Call, part: bytes, names: Sequence[str], results: Sequence[str]) -> None:

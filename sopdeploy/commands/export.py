@@ -196,6 +196,8 @@ def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, s
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     if options.network is None:
+        if (weights / "manifest.json").is_file():
+            raise ConfigError(f"{weights}: a bundle, not a weight file; its README.md describes it")
         raise ConfigError("missing; give package.module:callable", setting="network")
     network = network_builder("network", options.network, options.option)()
     return network, *load_weights(network, weights, options.weights_key)

@@ -52,7 +52,7 @@ def _show_description(description: "Description") -> None:
     print_table(("", "parameters", "multiply-adds"), rows)
     say(f"training only: {', '.join(description.training_only) or 'nothing'}")
     if description.config.get("conv5_stride") == 1:
-        _explain_stride(description)
+        _print_usual_stride(description)
     options = ", ".join(f"{key}={_option_value(value)}" for key, value in description.config.items())
     say(f"features: {description.representation}", f"options: {options}")
     say(*(figure.sentence() for figure in description.published))
@@ -64,7 +64,7 @@ def _option_value(value: Any) -> str:
     return named if isinstance(named, str) else json.dumps(named)
 
 
-def _explain_stride(description: "Description") -> None:
+def _print_usual_stride(description: "Description") -> None:
     """Print the deployed multiply-adds beside those with the usual stride of conv5_x."""
     from sopdeploy.models.describe import describe
 

@@ -17,7 +17,7 @@ from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.models.base import Classifier
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_evaluation_images
-from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.photos.photo import LabeledImages, describe_seen
 
 
 class CheckpointScores(NamedTuple):
@@ -56,7 +56,7 @@ def score_checkpoint(
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
     if accepts is not None and not is_multi_label and len(images) < MIN_IMAGES:
         raise DataError(f"there are {len(images)} images; give at least {MIN_IMAGES}", setting="fit_decision")
-    if warning := checkpoint.trained_on(images):
+    if warning := describe_seen(images, checkpoint.image_hashes.numpy()):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     logits_NC = score_images(model, checkpoint.preprocess, images, workers=workers, on_image=on_image)

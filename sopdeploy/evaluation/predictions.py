@@ -76,8 +76,8 @@ def describe_predictions(metrics: ClassificationReport | MultiLabelReport, image
 
 def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
     """Describe accuracies, confusions, and precision and recall of each class, those without images last."""
-    top5 = f", top-5 {_with_interval(metrics.top5, 2)}" if len(metrics.classes) > 5 else ""
-    scores = f"Top-1 {_with_interval(metrics.top1, 2)}{top5}, log loss {metrics.log_loss:.4f}."
+    top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > 5 else ""
+    scores = f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss {metrics.log_loss:.4f}."
     if metrics.accepted is not None:
         scores += f" {_with_interval(metrics.accepted)} accepted as known."
     names = [row.label for row in metrics.classes]
@@ -105,8 +105,8 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
     return Section(title="Predictions", text=[images, scores], tables=tables)
 
 
-def _with_interval(rate: Rate, digits: int = 1) -> str:
-    return f"{percent(rate.share, digits)} ({percent(rate.low)} to {percent(rate.high)})"
+def _with_interval(rate: Rate) -> str:
+    return f"{percent(rate.share)} ({percent(rate.low)} to {percent(rate.high)})"
 
 
 def _describe_presence(metrics: MultiLabelReport, images: str) -> Section:

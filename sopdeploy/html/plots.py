@@ -35,6 +35,9 @@ def plot(curves: Mapping[str, Points], x_label: str, y_label: str, *, logarithmi
         axes.set(xlabel=sanitize(x_label), ylabel=sanitize(y_label))
         if logarithmic:
             axes.set_xscale("log")
+        else:
+            whole = all(x == int(x) for points in curves.values() for x, _ in points)
+            axes.xaxis.get_major_locator().set_params(integer=whole)  # no half epochs
         axes.legend(axes.lines, list(map(sanitize, curves)), fontsize=7)
 
     return _draw(draw, _HEIGHT)

@@ -321,6 +321,17 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
 
 
+def describe_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> str:
+    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none."""
+    seen = int(np.isin(hash_images(images), hashes).sum()) if len(hashes) else 0
+    if not seen:
+        return ""
+    return (
+        f"{seen} of {len(images)} images are training images of this network, so that these figures are too "
+        "high for new images"
+    )
+
+
 def find_unreadable(images: LabeledImages) -> list[str]:
     """Return the messages of the errors of the images that cannot be decoded."""
 

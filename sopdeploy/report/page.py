@@ -38,10 +38,9 @@ _MAX_LABELS = 20
 _MAX_SHOWN, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # images, groups, and images of a group
 _SIDE = 480  # pixels of the longer side of an opened photograph
 _JPEG_QUALITY = 75
-_DECISION = (
-    "Fitted to predictions of images that were not used for training. The export divides the last layer by "
-    "the temperature. An image counts as unknown if its energy is below the threshold."
-)
+_DECISION = "Fitted to predictions of images that were not used for training."
+_CALIBRATION = "The export divides the last layer by the temperature."
+_REJECTION = "An image counts as unknown if its score, the log-sum-exp of its logits, is below the threshold."
 _TRAINING_LOSSES = "Losses of the heads, the penalties, and their weighted sum."
 
 
@@ -69,7 +68,7 @@ def write_run_page(
     shown = labels[:_MAX_LABELS]
     more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
     classes = around(f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown)
-    tiles = {"seed": str(start.recipe.seed), "time": f"{fit.position.seconds:.0f} s"}
+    tiles = {"time": f"{fit.position.seconds:.0f} s"}
     content = HtmlReport(
         title=start.recipe.project or fit.name,
         text=[_describe_training(start, fit), classes],
@@ -134,7 +133,8 @@ def _score_tiles(result: AnyProcedureResult) -> dict[str, str]:
     elif isinstance(score, float):
         text = percent(score)
     else:
-        text = f"{percent(score.value)} ({100 * score.low:.0f} to {100 * score.high:.0f})"
+        interval = f"({100 * score.low:.0f} to {100 * score.high:.0f})".replace(" ", "\N{NO-BREAK SPACE}")
+        text = f"{percent(score.value)} {interval}"
     return {**tiles, result.score_name: text}
 
 
@@ -183,8 +183,10 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
 def _describe_decision(decision: Decision | None, labels: Sequence[str]) -> Iterator[Section]:
     """List temperature and thresholds."""
     if decision is not None:
-        table = Table(caption="Temperature and thresholds", columns=["", ""], rows=decision.rows(labels))
-        yield Section(title="Decision", text=[_DECISION], tables=[table])
+        sentences = {_CALIBRATION: decision.temperature != 1, _REJECTION: decision.rejection is not None}
+        text = " ".join([_DECISION, *(sentence for sentence, holds in sentences.items() if holds)])
+        table = Table(caption="Fitted values", columns=["", ""], rows=decision.rows(labels))
+        yield Section(title="Decision", text=[text], tables=[table])
 
 
 def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preprocess) -> Iterator[Section]:
@@ -212,7 +214,7 @@ def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess
         captions.append((index, around(template, found.label, found.suggested)))
     text = (
         "Training images whose label contradicts the other images most, predicted by classifiers that were "
-        "fitted without them and their copies; `data check DIR --wrong-labels RUN` lists all."
+        "fitted without them and their copies. All: sopdeploy data check DIR --wrong-labels RUN"
     )
     yield from _show("Probably wrong labels", text, images, captions, rules)
 
@@ -243,7 +245,7 @@ def _show(
         encoded = io.BytesIO()
         small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
         jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
-        shown = isolate(images.identity(index)) + ": " + caption
+        shown = caption + ": " + isolate(images.identity(index))
         figures.append(Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=shown, opens=True))
     if figures:
         yield Section(title=title, text=[text], figures=figures)
@@ -261,6 +263,7 @@ def _describe_run(start: Start, fit: Fit, record: Mapping[str, Any]) -> Iterator
     settings = Table(caption="All values of the run", columns=["key", "value"], rows=values, folded=True)
     yield Section(title="Recipe", tables=[settings])
     facts = {f"{name} version": version for name, version in record["versions"].items()} | record["machine"]
-    facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
+    if isinstance(fit.result, LoopResult):
+        facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
     machine = Table(caption="Versions and machine", columns=["what", "value"], rows=list(facts.items()))
     yield Section(title="Environment", tables=[machine])

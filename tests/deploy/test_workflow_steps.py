@@ -46,8 +46,10 @@ esac
 """
 # Targets that the slow tests do not run, each with a function that returns the reason, or None to run it.
 NEEDS: dict[str, Any] = {
+    "alerts-test": lambda: None if shutil.which("promtool") else "needs promtool",
     "audit": lambda: "needs the advisory database",
     "container-test": lambda: builder if isinstance(builder := choose_builder("x", Path("x")), str) else None,
+    "install-test": lambda: "hours",
     "samples-test": lambda: "needs headers and npm" if no_headers() or not NODE_MODULES.is_dir() else None,
     "tests": lambda: "all other tests",
 }

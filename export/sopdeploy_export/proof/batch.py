@@ -562,7 +562,7 @@ def locate(
 
 
 def has_whole_images(value: TracedValue) -> bool:
-    """Return whether the batch axis is the one whose size changes, with as many rows for every image."""
+    """Return whether only the batch axis of *value* changes its size, with as many rows for every image."""
     if not value.shapes:  # an optional result that the graph leaves out
         return True
     axis = varying(value.shapes)

@@ -168,7 +168,7 @@ async def admit(
             yield admitted
         result = "success"
     finally:
-        service.metrics.inference(model.name, result, time.monotonic() - started, context.stage_seconds)
+        service.metrics.count_inference(model.name, result, time.monotonic() - started, context.stage_seconds)
 
 
 def timeout_of(headers: Mapping[str, str], longest: float) -> float:

@@ -17,7 +17,7 @@ from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.service import State
 
-router = APIRouter()
+router = APIRouter(tags=["Server"])
 
 
 class Health(StrictModel):

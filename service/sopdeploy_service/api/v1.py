@@ -14,7 +14,7 @@ from sopdeploy_service.api.admission import AdmittedRequest, ClassifyRequest, Up
 from sopdeploy_service.http.problems import bad_request, describe_error, problem_responses
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
-router = APIRouter()
+router = APIRouter(tags=["Images"])
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}, "required": ["image"]}

@@ -14,7 +14,7 @@ from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_evaluation_images
-from sopdeploy.photos.photo import ImageFiles
+from sopdeploy.photos.photo import ImageFiles, describe_seen
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
@@ -32,8 +32,9 @@ def scores_of_bundle(
 
     Returns the sorted class names, one score per image (all predictions of a multi-label network), and the
     names of bundle, runtime and device. Calls *on_image* with the number of finished images and of all
-    images, *log* with lines about the folder. Raises `DataError` for folders that are no class of the network
-    and for images that the server would reject, and the errors of `load_model`.
+    images, *log* with lines about the folder, also about images that the network was trained on. Raises
+    `DataError` for folders that are no class of the network and for images that the server would reject, and
+    the errors of `load_model`.
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
@@ -44,6 +45,9 @@ def scores_of_bundle(
     # the sorted names; `make_predictions` converts the indices of the logits to them.
     target_labels = labels if multi_label else sorted_labels
     images = open_evaluation_images(data, target_labels, multi_label=multi_label, log=log)
+    origin = loaded.bundle.manifest.origin
+    if origin is not None and (warning := describe_seen(images, origin.sample)):
+        log(f"{data}: {warning}")
     done = itertools.count(1)
     logits = logits_of_images(loaded, images, settings, lambda: on_image(next(done), len(images)))
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}

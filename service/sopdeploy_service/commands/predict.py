@@ -107,11 +107,8 @@ def _print_prediction(prediction: FilePrediction) -> None:
     ranked = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
     classes = ", ".join(ranked) or "no class reaches its threshold"
     warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
-    score = unknown = ""
-    if prediction.known is not None:  # the bundle has a threshold
-        score = f"; score {prediction.score:.4f}"
-        unknown = "" if prediction.known else ", probably none of these classes"
-    line = plain_text(f"{prediction.image}: {classes}{score}")
+    unknown = "; probably none of these classes" if prediction.known is False else ""
+    line = plain_text(f"{prediction.image}: {classes}")
     out.print(Text.assemble(line, (unknown, "yellow"), (warnings, "dim")))
     if prediction.explanation is not None:
         losses = np.array(prediction.explanation)  # of the first class, if a cell of the image is hidden

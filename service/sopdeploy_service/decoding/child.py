@@ -186,7 +186,7 @@ def run_template(control: socket.socket) -> None:
         request = json.loads(message)
         if descriptors:  # *request* are the options of a child to fork
             process, code = _fork(control, descriptors[0], ChildOptions(**request))
-            if process == 0:
+            if process == 0:  # the fork failed; the child itself does not return from it
                 control.sendall(TEMPLATE_REPLY.pack(process, code))
                 continue
             children.add(process)

@@ -156,7 +156,7 @@ class RequestContextMiddleware:
     ) -> None:
         """Record a request in metrics and access log; *status* is 0 if no response was sent."""
         path = getattr(route, "path", "other")  # the template: few values, whatever clients send
-        self.service.metrics.request(path, status, seconds, context.model_name)
+        self.service.metrics.count_request(path, status, seconds, context.model_name)
         level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
         if not access_log.isEnabledFor(level):
             return

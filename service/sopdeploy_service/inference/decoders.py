@@ -131,7 +131,7 @@ class Decoders:
             log.warning("images are decoded without a sandbox: %s", children[0].restrictions)
         for jobs, child in zip(queues, children, strict=True):
             # daemons: a child that hangs cannot block an exit
-            threading.Thread(target=_run, args=(jobs, child), name="decoder", daemon=True).start()
+            threading.Thread(target=_run_jobs, args=(jobs, child), name="decoder", daemon=True).start()
         threading.Thread(target=self._watch, args=(children,), name="decoder_watch", daemon=True).start()
 
     def stop(self) -> None:
@@ -273,7 +273,7 @@ class Decoders:
             item.late = DEADLINE  # no longer the error of `_put_large`
             item.decode_seconds = ended - item.arrived
             item.arrived = ended  # from now on, the arrival in the queue of the model
-            self._metrics.stage("decode", item.decode_seconds)
+            self._metrics.observe_stage("decode", item.decode_seconds)
             refusal = model.queue.put(item)  # the queue may have been closed meanwhile
         if refusal is not None:
             call_soon(item.outcome.get_loop(), item.settle, refusal)
@@ -286,8 +286,8 @@ def refusal_after(error: DecoderEndedError) -> HttpError:
     return DECODER_KILLED if error.is_kill else DECODER_CRASHED
 
 
-def _run(jobs: "SimpleQueue[Job | None]", child: DecoderProcess) -> None:
-    """Pass *child* to *jobs* until None is queued."""
+def _run_jobs(jobs: "SimpleQueue[Job | None]", child: DecoderProcess) -> None:
+    """Run *jobs* with *child* until None is queued, then end the child."""
     while (job := jobs.get()) is not None:
         job(child)
         del job  # an idle thread must not keep an image or a model alive

@@ -159,7 +159,7 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     """Open the runtime of *settings*, for `auto` the first one here, or raise `RuntimeUnavailableError`."""
     name: str = settings.runtime
     if name == "auto":
-        name, reason = _choose(bundle, settings)
+        name, reason = _choose_runtime(bundle, settings)
         log.info("%s: runtime %s: %s", bundle.name, name, reason)
     try:
         return _open(name, bundle, settings)
@@ -172,7 +172,7 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
         ) from error
 
 
-def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
+def _choose_runtime(bundle: Bundle, settings: Settings) -> tuple[str, str]:
     """Return the name of the runtime for `auto`, the first one that is set up here, and the reason."""
     if folders := TensorRTRuntime.usable_engines(bundle, settings):
         return "tensorrt", f"engines in {' and '.join(map(str, folders))}"

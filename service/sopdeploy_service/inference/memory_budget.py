@@ -146,7 +146,7 @@ class BudgetedRegistry(ModelRegistry):
             return DRAINING
         except Exception as error:  # every waiting request gets a response
             is_bug = not isinstance(error, SopdeployError)
-            self.metrics.load_failure(error)
+            self.metrics.count_load_failure(error)
             log.error("%s: cannot be loaded: %s", name, str(error), exc_info=is_bug)
             message = f"{name}: cannot be loaded; the server's log says why"
             entry.load_error = HttpError("load_failed", 500, message)

@@ -356,7 +356,7 @@ class Model:
             self.drift.add([one.outputs[self.logits] for one in originals if isinstance(one, Prediction)])
         self.latency.record(len(items), ended - started)
         waited = [started - item.arrived for item in items]
-        self._metrics.batch(self.name, waited, self.largest_batch, started, ended)
+        self._metrics.count_batch(self.name, waited, self.largest_batch, started, ended)
         nonfinite = sum(outcome is results.NONFINITE for outcome in outcomes)
         self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 

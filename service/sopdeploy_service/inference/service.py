@@ -134,7 +134,7 @@ class ModelRegistry:
             await self.follow(bundles)
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
-            self.metrics.load_failure(error)
+            self.metrics.count_load_failure(error)
             models_log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
             return
         models_log.info("reloaded", extra={"bundles": " ".join(model.bundle.name for model in self.models())})

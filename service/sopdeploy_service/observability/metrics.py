@@ -136,41 +136,41 @@ class Metrics:
             del self._loaded[labels]
             self._info.remove(*labels)
 
-    def load_failure(self, error: Exception) -> None:
+    def count_load_failure(self, error: Exception) -> None:
         """Count a load or reload that ended with *error*."""
         self.load_failures.labels(error.code if isinstance(error, SopdeployError) else "internal").inc()
 
-    def request(self, route: str, code: int, seconds: float, model_name: str = "") -> None:
+    def count_request(self, route: str, code: int, seconds: float, model_name: str = "") -> None:
         """Count a response with the status *code*, from *model_name* if the request chose one."""
         self._requests.labels(route, str(code), model_name).inc()
         self._request_seconds.labels(route, model_name).observe(seconds)
 
-    def stage(self, stage: str, seconds: float) -> None:
+    def observe_stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in `load`, `receive`, `decode`, `queue` or `infer`."""
         self._stage_seconds.labels(stage).observe(seconds)
 
-    def inference(
+    def count_inference(
         self, model_name: str, result: Literal["success", "fail"], seconds: float, stages: Mapping[str, float]
     ) -> None:
         """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
         for stage in stages.keys() & {"load", "receive"}:  # the others are counted per image and batch
-            self.stage(stage, stages[stage])
+            self.observe_stage(stage, stages[stage])
         self.last_inference.labels(model_name).set_to_current_time()
         self.inference_seconds.labels(model_name, result).observe(seconds)
         if result == "success":
             for stage in REQUEST_STAGES:  # 0 s of those that a request does not have
                 self.inference_seconds.labels(model_name, stage).observe(stages.get(stage, 0.0))
 
-    def batch(
+    def count_batch(
         self, model_name: str, waited: Sequence[float], max_batch: int, started: float, ended: float
     ) -> None:
         """Count a batch of *model_name* from *started* to *ended*; its images *waited* so many seconds."""
         self.batch_size.labels(model_name).observe(len(waited))
         self.batch_close.labels(model_name, "full" if len(waited) == max_batch else "idle").inc()
         self.runtime_seconds.labels(model_name).inc(ended - started)
-        self.stage("infer", ended - started)
+        self.observe_stage("infer", ended - started)
         for seconds in waited:
-            self.stage("queue", seconds)
+            self.observe_stage("queue", seconds)
 
 
 class DriftWindow:

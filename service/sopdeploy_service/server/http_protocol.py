@@ -495,7 +495,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
             self._write_error(reason)
         elif not self._in_body:  # invalid headers; a request whose body is invalid has its response already
-            self._shared.metrics.request("other", reason.status, 0.0)
+            self._shared.metrics.count_request("other", reason.status, 0.0)
             self._write_error(reason)
         self._in_headers = True  # so that `close` waits for input in transit
         self.close()

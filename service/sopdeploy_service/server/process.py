@@ -13,7 +13,7 @@ from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_model, wait_in_time
 from sopdeploy_service.observability import logs
 from sopdeploy_service.runtime.device_memory import limit_heaps
-from sopdeploy_service.server.sockets import allow_files, bind
+from sopdeploy_service.server.sockets import bind, raise_file_limit
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # a supervisor does not import it
@@ -51,7 +51,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 def configured_process(settings: Settings) -> Iterator[None]:
     """Configure memory, open files and log before threads start."""
     limit_heaps()
-    allow_files(settings.max_connections)
+    raise_file_limit(settings.max_connections)
     with logs.configured(settings):
         yield
 

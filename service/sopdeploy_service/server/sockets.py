@@ -12,7 +12,7 @@ OTHER_FILES = 64  # bundles, libraries
 UNSENT_BYTES = 131_072  # of a connection in the kernel, beside those on the way; its default is megabytes
 
 
-def allow_files(num_connections: int) -> None:
+def raise_file_limit(num_connections: int) -> None:
     """Raise the limit of open files for *num_connections*; raises `ConfigError` if this is not possible."""
     needed = num_connections + SPARE + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -18,6 +18,7 @@ from sopdeploy.photos.folder import open_any_images
 from sopdeploy.photos.photo import hash_images
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_service.commands.compare import LOG, compare
+from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.promote import promote
 from tests.service.conftest import write_bundle
@@ -315,3 +316,15 @@ def test_a_torn_line_of_the_log_is_skipped(bundles, shelf) -> None:
         log.write('{"time": "2026-')
     assert promote(back=shelf / "live").after == bundles[0].name
     assert promote(back=shelf / "live").after == bundles[1].name
+
+
+def test_the_evaluation_of_a_bundle_tells_how_many_images_it_was_trained_on(
+    bundles, labelled, tmp_path
+) -> None:
+    photos = labelled(bundles[0])
+    count, notes = len(list(photos.rglob("*.png"))), []
+    trained = trained_on(bundles[0], tmp_path / "trained", photos)
+    for bundle in (trained, bundles[0]):
+        scores_of_bundle(bundle, photos, on_image=lambda *_: None, log=notes.append)
+    warnings = [note for note in notes if "training images" in note]
+    assert [note.partition(" are ")[0] for note in warnings] == [f"{photos}: {count} of {count} images"]

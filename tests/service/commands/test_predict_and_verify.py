@@ -21,10 +21,11 @@ from sopdeploy.bundle.signing import sign
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy.evaluation.metrics import classification_report
+from sopdeploy.http_api import ClassProbability
 from sopdeploy_service.commands import bench as timing
 from sopdeploy_service.commands.bench import batch_sizes
 from sopdeploy_service.commands.evaluate import scores_of_bundle
-from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.commands.predict import FilePrediction, _print_prediction, predict
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.server.sockets import bind
@@ -277,3 +278,20 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
 
     monkeypatch.setattr("http.client.HTTPSConnection.request", refuse)
     assert health("--url", "https://127.0.0.1:8000")[:2] == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("known", "end"),
+    [(None, "ant 0.9000"), (True, "ant 0.9000"), (False, "ant 0.9000; probably none of these classes")],
+)
+def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(known, end, capsys) -> None:
+    classes = (ClassProbability(label="ant", probability=0.9),)
+    score = None if known is None else 0.2367
+    _print_prediction(FilePrediction(image="a.jpg", classes=classes, warnings=(), known=known, score=score))
+    assert capsys.readouterr().out == f"a.jpg: {end}\n"
+
+
+def test_inspect_of_a_bundle_says_what_to_read_instead(bundle_path: Path) -> None:
+    done = CliRunner().invoke(app, ["inspect", str(bundle_path)])
+    assert done.exit_code == 2
+    assert "a bundle, not a weight file; its README.md describes it" in " ".join(done.stderr.split())

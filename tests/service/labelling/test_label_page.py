@@ -101,6 +101,7 @@ def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(keep, open_l
     assert thumbnails.count() == len(order) == 24
     fits = "document.scrollingElement.scrollHeight <= 844 && document.scrollingElement.scrollWidth <= 390"
     assert page.evaluate(fits)
+    assert page.locator("#selection").text_content() == "Select several to label them together."
     thumbnails.nth(3).tap()
     thumbnails.nth(1).click(modifiers=["Shift"])  # 1 to 3
     thumbnails.nth(2).click()  # no longer

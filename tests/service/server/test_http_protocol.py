@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.server import http_protocol
-from sopdeploy_service.server.sockets import UNSENT_BYTES, allow_files, bind
+from sopdeploy_service.server.sockets import UNSENT_BYTES, bind, raise_file_limit
 from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import running, wait_for
@@ -518,11 +518,11 @@ def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft
     calls = []
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _kind, limits: calls.append(limits))
-    allow_files(500)
+    raise_file_limit(500)
     assert calls == ([(raised, hard)] if raised else [])
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 627))
     with pytest.raises(ConfigError, match=r"max_connections 500: needs 628 .* allows 627; lower"):
-        allow_files(500)
+        raise_file_limit(500)
 
 
 VALID = POST + b"Content-Type: image/jpeg\r\nContent-Length: 20\r\nX-Request-ID: a\r\n\r\n" + bytes(20)

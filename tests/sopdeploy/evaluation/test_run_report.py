@@ -53,11 +53,13 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(ru
     texts = [text for _, text in Reader(page).texts]
     stored = read_checkpoint(run / "best.pt")
     top1 = stored.training["metrics"]["top1"]
-    assert any(text.startswith(f"Top-1 {100 * top1:.2f}\N{NO-BREAK SPACE}%") for text in texts)
+    assert any(text.startswith(f"Top-1 {100 * top1:.1f}\N{NO-BREAK SPACE}%") for text in texts)
     assert f"{stored.training['epoch']} of 3" in texts
     assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(texts)
     curves = charts(page)["top-1 on held-out images."]
     assert all(f">{head}<" in curves for head in ("layer1_0", "layer2_0", "layer3_0", "main", "deployed"))
+    assert not re.search(r">\d+\.\d+<", curves.partition('id="matplotlib.axis_2"')[0]), "half an epoch"
+    assert '<td class="number zero"><bdi>0</bdi></td>' in page
     photographs = [found for name, found in Reader(page).met if "image/jpeg" in (found.get("src") or "")]
     assert 0 < len(photographs) <= 24
     image = Image.open(io.BytesIO(base64.b64decode((photographs[0]["src"] or "").partition(",")[2])))
@@ -90,7 +92,7 @@ def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path:
     found = score_checkpoint(tmp_path / "run" / "best.pt", data)
     assert f"log loss {classification_report(found.labels, found.predictions).log_loss:.4f}" in page
     wrong = [score for score in found.predictions if not score.correct]
-    assert len(re.findall(r"<figcaption><bdi>[^<]+/[0-3]\.png</bdi>: ", page)) == len(wrong) > 0
+    assert len(re.findall(r": <bdi>[^<]+/[0-3]\.png</bdi></figcaption>", page)) == len(wrong) > 0
     photographs = re.findall(r"image/jpeg;base64,([^\"]+)", page)
     assert not any(b"SECRET" in base64.b64decode(photograph) for photograph in photographs)
 

@@ -9,7 +9,7 @@ const WARNINGS = {
 };
 const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", explain: "explain", rest: "connection" };
 
-const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
+const percent = (value) => (value < 0.0005 ? "< 0.1 %" : `${(100 * value).toFixed(1)} %`);
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;
 
 /** Show `body`, the JSON of a successful response. */

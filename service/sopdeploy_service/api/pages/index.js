@@ -28,7 +28,7 @@ function take(files) {
   const several = state.photos.length > 1;
   byId("list").replaceChildren(...state.photos.map(({ entry }) => entry));
   byId("photos").hidden = !several;
-  byId("invite").textContent = several ? "Drop other images" : "Drop another image";
+  byId("invite").textContent = several ? "Choose other images" : "Choose another image";
   document.body.classList.add("given");
   display(state.photos[0]);
   if (state.info) void askAll();
@@ -38,9 +38,11 @@ function take(files) {
 /** Photo with the list entry of `file`, which shows its answer when it is chosen. */
 function listed(file) {
   const photo = { file, url: URL.createObjectURL(file), result: make("span", { className: "result" }) };
+  const preview = make("img", { src: photo.url, alt: "", loading: "lazy", decoding: "async" });
+  preview.addEventListener("error", () => { preview.style.visibility = "hidden"; }); // else a broken image is shown
   const button = make(
     "button", { type: "button" },
-    make("img", { src: photo.url, alt: "", loading: "lazy", decoding: "async" }),
+    preview,
     make("span", { className: "name" }, file.name), photo.result,
   );
   button.addEventListener("click", () => {

@@ -51,7 +51,9 @@ function label(kind, name = "") {
 function select(ids) {
   state.selected = new Set(ids);
   state.next.forEach((id, place) => byId("next").children[place].setAttribute("aria-pressed", String(state.selected.has(id))));
-  byId("selection").textContent = ids.length ? `${ids.length} selected: the next label is that of all.` : "";
+  byId("selection").textContent = ids.length
+    ? `${ids.length} selected: the next label is that of all.`
+    : state.next.length > 1 ? "Select several to label them together." : "";
 }
 
 /** Select the thumbnail at `place` or not any more; with `range`, also those from the last one up to it. */

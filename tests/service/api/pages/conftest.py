@@ -100,8 +100,6 @@ def shown(page: Any) -> list[tuple[str, str]]:
 def expected(client: httpx.Client, body: bytes, query: str = "") -> list[tuple[str, str]]:
     """Response of the API to the same image, as the page formats it."""
     classes = client.post(f"/v1/classify{query}", content=body).json()["classes"]
-    digits = [2 if entry["probability"] < 0.0995 else 1 for entry in classes]
-    return [
-        (entry["label"], f"{100 * entry['probability']:.{count}f} %")
-        for entry, count in zip(classes, digits, strict=True)
-    ]
+    shares = (entry["probability"] for entry in classes)
+    percents = ("< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %" for share in shares)
+    return [(entry["label"], percent) for entry, percent in zip(classes, percents, strict=True)]

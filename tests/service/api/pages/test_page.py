@@ -1,6 +1,7 @@
 """The page at `/` in a real browser."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -75,7 +76,7 @@ def test_the_page_is_accessible_to_screen_readers(page, client):
         "all => all.filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).length"
     )
     assert nameless == 0
-    assert page.get_by_label("Drop another image").count() == 1
+    assert page.get_by_label("Choose another image").count() == 1
 
 
 def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(open_page, serve_with, onnx_runtime):
@@ -242,6 +243,28 @@ def test_the_docs_request_the_key_show_every_operation_and_send_requests(open_pa
     assert response.value.json() == locked.get("/info", headers=headers).json()
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_docs_have_named_sections_and_the_colors_of_the_screen(open_page, client, scheme) -> None:
+    page = open_page(client.base_url, "/docs", color_scheme=scheme)
+    page.locator(".opblock").first.wait_for()
+    sections = page.locator(".opblock-tag").evaluate_all("all => all.map(e => e.dataset.tag)")
+    assert sections == ["Images", "Server", "Open Inference Protocol"]
+    background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    is_dark = background.startswith("rgb(") and max(map(int, re.findall(r"\d+", background))) < 60
+    assert is_dark is (scheme == "dark")
+
+
+def test_names_from_right_to_left_and_small_shares_are_lined_up(page) -> None:
+    classes = [{"label": "hat", "probability": 0.9}, {"label": "قبعة", "probability": 0.0001}]
+    page.evaluate("body => showAnswer(body)", {"classes": classes, "warnings": []})
+    lefts = page.locator("#classes .label").evaluate_all(
+        "all => all.map(e => { const text = document.createRange(); text.selectNodeContents(e); "
+        "return Math.round(text.getBoundingClientRect().left); })"
+    )
+    assert lefts[0] == lefts[1]
+    assert shown(page) == [("hat", "90.0 %"), ("قبعة", "< 0.1 %")]
+
+
 BRIGHT, DARK = (picture_bytes((value, value, value)) for value in (250, 60))
 
 
@@ -263,7 +286,9 @@ def test_unknown_images_have_a_banner_and_gray_bars(open_page, bundle) -> None:
         for body, answer in ((BRIGHT, found[0]), (DARK, found[1]), (BRIGHT, found[0])):
             give(page, body)
             assert banner.is_visible() is not answer["known"]
-            is_gray = page.locator("#classes").evaluate("list => list.classList.contains('unlikely')")
+            is_gray = page.locator("#classes .label").evaluate_all(
+                "all => all.every(e => getComputedStyle(e).color !== getComputedStyle(document.body).color)"
+            )
             assert is_gray is not answer["known"]
             assert status.text_content().startswith("Probably none of the classes. ") is not answer["known"]
             if not answer["known"]:

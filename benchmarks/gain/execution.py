@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pydantic
 
-from gain.run import Outcome, Run, train_and_measure
 from gain.study import Study
+from gain.train_and_measure import Outcome, Run, train_and_measure
 
 OnDone = Callable[[int, Outcome], None]
 
