@@ -12,7 +12,7 @@ from sopdeploy.decision import Estimate
 from sopdeploy.errors import CheckpointError, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
-from sopdeploy.evaluation.statistics import TESTABLE, Verdict, decide, mcnemar, smallest_difference
+from sopdeploy.evaluation.statistics import TESTABLE, TOLERANCE, Verdict, decide, mcnemar, smallest_difference
 
 _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
 SelectedBy = Literal["nothing", "other images", "same images"]
@@ -74,7 +74,7 @@ class Tuning(StrictModel):
     @property
     def verdict(self) -> Verdict:
         """The verdict of the comparison of the fine-tuned network with the frozen one."""
-        return decide(self.wins, self.losses, self.count, tolerance=0.01)
+        return decide(self.wins, self.losses, self.count, TOLERANCE)
 
     def describe(self) -> str:
         """Say in one line which network is kept, and by which photographs."""
