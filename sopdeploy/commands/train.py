@@ -14,8 +14,8 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.config import Options
 from sopdeploy.environment import is_main_process
-from sopdeploy.errors import ConfigError, WeightsError, shorten
-from sopdeploy.files import check_is_weights, expand_user
+from sopdeploy.errors import ConfigError, WeightsError, amount, shorten
+from sopdeploy.files import WeightPath, check_is_weights, expand_user
 from sopdeploy.models.choices import file_stem, read_choices
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_folder
@@ -314,7 +314,7 @@ def _describe_changes(before: "Checkpoint", start: "Start") -> str:
     added = len(start.data.train) + len(start.data.held_out) - origin.num_images
     new = f", new: {', '.join(names)}" if names else ""
     accuracy = dict(result_before.rows())["accuracy"]
-    return f"before, {origin.run}: {accuracy}; since then {added:+,} photographs{new}"
+    return f"before, {origin.run}: {accuracy}; since then {amount(added, 'photograph', '+')}{new}"
 
 
 def configure(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.config import Count, Fraction, Positive, StrictModel
 from sopdeploy.decision import Estimate
-from sopdeploy.errors import CheckpointError, shorten
+from sopdeploy.errors import CheckpointError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import TESTABLE, TOLERANCE, Verdict, decide, mcnemar, smallest_difference
@@ -80,7 +80,7 @@ class Tuning(StrictModel):
         """Say in one line which network is kept, and by which photographs."""
         kept = "the frozen network is kept"
         if self.count < TESTABLE:
-            few = f"{self.count} held-out photographs decide nothing, give at least {TESTABLE}"
+            few = f"{amount(self.count, 'held-out photograph')}, too few to decide, give at least {TESTABLE}"
             return f"fine-tuning: {few}; {kept}"
         shares = [f"{100 * right / self.count:.1f}" for right in (self.second, self.first)]
         figures = (
@@ -276,7 +276,7 @@ class FewShotResult(StrictModel):
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
         if self.num_duplicates:
-            text += f"; {self.num_duplicates} duplicate{'s' if self.num_duplicates > 1 else ''}"
+            text += f"; {amount(self.num_duplicates, 'duplicate')}"
         return text
 
 
