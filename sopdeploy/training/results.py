@@ -167,6 +167,7 @@ class FewShotResult(StrictModel):
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
         one_group: Classes whose images are one group, so that one fold holds all of them.
         two_groups: Classes of more than two images that are two groups.
+        alike: Classes whose images nearly all resemble each other as copies do, but are no group.
         contradictions: Files of groups with different labels, joined by " = ".
         num_images: Number of training images.
         head: The network, and the statistics that its classifier reads.
@@ -189,6 +190,7 @@ class FewShotResult(StrictModel):
     num_photographs: int = 0
     one_group: tuple[str, ...] = ()
     two_groups: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
     num_images: Count
     head: str
@@ -261,6 +263,11 @@ class FewShotResult(StrictModel):
             yield (
                 f"all images of {shorten(self.two_groups)} are two groups, so the accuracy of the class is a "
                 "rough estimate; add different photographs"
+            )
+        if self.alike:
+            yield (
+                f"the images of {shorten(self.alike)} resemble each other as frames of one clip do; if a "
+                "class shows fewer than three objects, the accuracy is too high: give each object a folder"
             )
         if self.contradictions:
             yield f"copies with different labels, correct or delete one: {shorten(self.contradictions, '; ')}"

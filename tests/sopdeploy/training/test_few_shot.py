@@ -29,6 +29,7 @@ from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.models import registry, second_order_head
 from sopdeploy.photos.photo import ArrayImages, ImageFiles
+from sopdeploy.photos.copies import NearDuplicates
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import start_weights
 from sopdeploy.training.callback import Callback, ExpectedTime
@@ -330,12 +331,16 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
     for color in COLORS:
         Image.open(root / color / "0.png").resize((48, 40)).save(root / color / "copy.png")
     first = each * np.arange(len(COLORS))
-    monkeypatch.setattr(Features, "find_copies", lambda *_: np.stack([first, first + each - 1]))
+    found = NearDuplicates(np.stack([first, first + each - 1]), np.arange(each * len(COLORS)) < each)
+    monkeypatch.setattr(Features, "find_copies", lambda *_: found)
     result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
     judged = read_checkpoint(result.last).resume["procedure"]["judged"].tolist()
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
     assert result.procedure.top1.count == len(judged)
 
+    assert result.procedure.alike == (sorted(COLORS)[0],)
+    alike = f"the images of {sorted(COLORS)[0]} resemble each other as frames of one clip do"
+    assert alike in "\n".join(result.procedure.lines())
 
 def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
     paint(tmp_path / "photos" / "train", 6)
