@@ -23,6 +23,7 @@ from sopdeploy.decision import Decision, energy
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.evaluation.prediction import predict_logits
+from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.photos.folder import open_evaluation_images
 from sopdeploy.photos.photo import PreprocessedDataset
@@ -51,7 +52,7 @@ def measure(weights: Path, name: str, settings: dict[str, Any], data: Path, ever
     """Use every *every*-th image in *data*: fit to one half, export, and run the bundle on the other half."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.pt"
-        import_weights(weights, name, path, settings)
+        import_weights(check_is_weights(weights), name, path, settings)
         checkpoint = read_checkpoint(path)
         images, network = open_evaluation_images(data, checkpoint.labels), build_classifier(checkpoint, path)
         indices = np.arange(len(images))

@@ -13,18 +13,17 @@ Kinds of copies:
 - burst: shifted by up to 5 % of each side, brightness 0.85 to 1.18, blurred;
 - mixed: each copy of one of these kinds; none: no copies.
 
-Each run is `sopdeploy train` with default options; the outputs of the frozen network are cached by the hash
-of the pixels, in float16. "error" is the difference of the estimate and the accuracy on --test. Intervals are
-the printed ones: how many contain the accuracy on --test, and the accepted share of --test. "grouped wrongly"
-counts photographs in a group with another photograph, "divided" photographs whose copies are in several
-groups. Finished runs in --cache are not repeated. Exit status 1: a mean error of more than 2.5 points in
-either direction, fewer than 90 % of the intervals, or more than 1 % of the photographs without copies grouped
-wrongly. The mean absolute error has a floor, the sampling error of the draw and of --test: 3.6 points for
-100 and 2.8 points for 200 photographs with 80 % accuracy, and 341 in --test.
+Each run is `sopdeploy train` with default options; the cache of features is in --cache. "error" is the
+difference of the estimate and the accuracy on --test. Intervals are the printed ones: how many contain the
+accuracy on --test, and the accepted share of --test. "grouped wrongly" counts photographs in a group with
+another photograph, "divided" photographs whose copies are in several groups. Finished runs in --cache are not
+repeated. Exit status 1: a mean error of more than 2.5 points in either direction, fewer than 90 % of the
+intervals, or more than 1 % of the photographs without copies grouped wrongly. The mean absolute error has a
+floor, the sampling error of the draw and of --test: 3.6 points for 100 and 2.8 points for 200 photographs
+with 80 % accuracy, and 341 in --test.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import os
@@ -45,7 +44,6 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.decision import energy
 from sopdeploy.errors import DataError
 from sopdeploy.models.second_order_head import SecondOrderHead
-from sopdeploy.training.few_shot.features import TAPS
 from sopdeploy.training.fits import FewShotFit
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.results import FewShotResult
@@ -99,47 +97,6 @@ def draw(given: argparse.Namespace, folder: Path, kind: str, copies: int, size: 
                 (folder / label.name / copy.name).symlink_to(copy)
 
 
-class CachedInputs:
-    """Replaces `SecondOrderHead.head_inputs`: computes each image once, by the hash of its pixels."""
-
-    def __init__(self, path: Path) -> None:
-        self.compute, self.path = SecondOrderHead.head_inputs, path
-        SecondOrderHead.head_inputs = lambda network, images: self(network, images)  # type: ignore[method-assign, assignment]
-        self.known: dict[str, list[np.ndarray]] = {}
-        for part in sorted(path.glob("*.npz")):
-            content = np.load(part)
-            arrays = [content[name] for name in content.files if name != "keys"]
-            for index, key in enumerate(content["keys"].tolist()):
-                self.known[key] = [array[index] for array in arrays]
-        self.new: list[str] = []
-
-    def __call__(self, network: SecondOrderHead, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the own vectors and the maps of *images* (B, 3, H, W)."""
-        if len(network.maps) < TAPS:  # another head
-            return self.compute(network, images)
-        keys = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
-        missing = [index for index, key in enumerate(keys) if key not in self.known]
-        if missing:
-            own, maps = self.compute(network, images[missing])
-            for row, index in enumerate(missing):
-                self.known[keys[index]] = [part[row].half().numpy() for part in (own, *maps.values())]
-                self.new.append(keys[index])
-        parts = [
-            torch.from_numpy(np.stack(rows)).float()
-            for rows in zip(*(self.known[key] for key in keys), strict=True)
-        ]
-        return parts[0], dict(zip(network.maps, parts[1:], strict=True))
-
-    def save(self) -> None:
-        """Write what is new to a file."""
-        if self.new:
-            parts = zip(*(self.known[key] for key in self.new), strict=True)
-            arrays = {f"part{number}": np.stack(rows) for number, rows in enumerate(parts)}
-            self.path.mkdir(exist_ok=True)
-            np.savez(self.path / f"{len(self.known)}.npz", keys=np.asarray(self.new), **arrays)  # type: ignore[arg-type]
-            self.new = []
-
-
 def count_errors(folder: Path, groups: np.ndarray) -> tuple[float, float]:
     """Return the shares of photographs in *folder* that are grouped wrongly, and that are divided."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
@@ -152,9 +109,7 @@ def count_errors(folder: Path, groups: np.ndarray) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def run_draw(
-    given: argparse.Namespace, inputs: CachedInputs, kind: str, copies: int, size: int, seed: int
-) -> dict[str, float]:
+def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed: int) -> dict[str, float]:
     """Train on one draw and test; results are cached."""
     path: Path = given.cache / f"{kind}-{copies}-{size}-{seed}.json"
     if path.exists():
@@ -165,25 +120,20 @@ def run_draw(
     draw(given, folder, kind, copies, size, seed)
     with torch.enable_grad():
         fit = train_on(given, folder, run).fit
-    best = run / "best.pt"
-    checkpoint = read_checkpoint(best)
-    model = build_classifier(checkpoint, best)
-    rule = checkpoint.decision.rejection if checkpoint.decision else None
+    rule = fit.decision.rejection if fit.decision else None
     if (
         not isinstance(fit, FewShotFit)
         or not isinstance(fit.result, FewShotResult)
         or fit.result.top1 is None
         or rule is None
-        or not isinstance(model, SecondOrderHead)
     ):
         raise DataError(f"{given.data}: the few-shot procedure fitted no threshold; give larger --sizes")
-    test = head_inputs(best, given.test, given.model, given.cache / "test.pt", with_maps=True)
-    logits = model.pooled_head(test["own"].float(), {tap: test["maps"][tap].float() for tap in model.maps})
+    logits, targets = test_logits(run / "best.pt", given.test, given.model, given.cache / "test.pt")
     score = fit.result.top1
     wrong, divided = count_errors(folder, fit.groups)
     low, high = rule.accepted or (0.0, 1.0)
     measured = {
-        "accuracy": 100 * float((logits.argmax(dim=1) == test["targets"]).double().mean()),
+        "accuracy": 100 * float((logits.argmax(dim=1) == targets).double().mean()),
         "estimate": 100 * score.share,
         "low": 100 * score.low,
         "high": 100 * score.high,
@@ -195,8 +145,20 @@ def run_draw(
     }
     path.write_text(json.dumps(measured))
     print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
-    inputs.save()
     return measured
+
+
+def test_logits(best: Path, test: Path, name: str, cache: Path) -> tuple[Tensor, Tensor]:
+    """Compute the logits (N, K) of the run of *best*, of network *name*, for the photographs in *test*.
+
+    Also returns their targets (N,), numbers of the folders in *test*. The features are cached.
+    """
+    model = build_classifier(read_checkpoint(best), best)
+    if not isinstance(model, SecondOrderHead):
+        raise DataError(f"{best}: the network has no second-order head")
+    inputs = head_inputs(best, test, name, cache, with_maps=True)
+    maps = {tap: inputs["maps"][tap].float() for tap in model.maps}
+    return model.pooled_head(inputs["own"].float(), maps), inputs["targets"]
 
 
 def train_on(given: argparse.Namespace, folder: Path, run: Path) -> FinishedRun:
@@ -208,7 +170,6 @@ def train_on(given: argparse.Namespace, folder: Path, run: Path) -> FinishedRun:
 def draws_parser(description: str | None) -> argparse.ArgumentParser:
     """Build a parser with the options of benchmarks that train on draws of photographs."""
     parser = make_parser(description)
-    parser.add_argument("--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg")
     parser.add_argument("--model", required=True, help="network, such as timm:tf_efficientnet_lite0")
     parser.add_argument("--weights", type=Path, required=True, help="its weights")
     parser.add_argument("--cache", type=Path, required=True, help="folder of copies, features and results")
@@ -217,33 +178,33 @@ def draws_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_draws(
-    parser: argparse.ArgumentParser, arguments: list[str]
-) -> tuple[argparse.Namespace, CachedInputs]:
-    """Parse *arguments*; replace the outputs of the frozen network by those in --cache."""
+def parse_draws(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse *arguments*; `train` then keeps the features of photographs in --cache."""
     given = parser.parse_args(arguments)
     given.cache.mkdir(parents=True, exist_ok=True)
     given.cache = given.cache.resolve()
     given.seeds = range(given.first, given.first + given.draws)
     print(f"seeds: {', '.join(map(str, given.seeds))}", file=sys.stderr, flush=True)
-    return given, CachedInputs(given.cache / "features")
+    os.environ["XDG_CACHE_HOME"] = str(given.cache)
+    return given
 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark and return the exit status."""
     parser = draws_parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg")
     parser.add_argument("--test", type=Path, required=True, help="photographs of the same classes")
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=["none", *KINDS, "mixed"])
     for name, values in (("copies", [1, 2]), ("sizes", [10, 20])):
         parser.add_argument(
             f"--{name}", type=lambda text: [int(part) for part in text.split(",")], default=values
         )
-    given, inputs = parse_draws(parser, arguments)
+    given = parse_draws(parser, arguments)
     results, passed = [], True
     with one_line_errors():
         for kind in given.kinds:
             draws: list[dict[str, Any]] = [
-                run_draw(given, inputs, kind, copies, size, seed)
+                run_draw(given, kind, copies, size, seed)
                 for size in given.sizes
                 for copies in (given.copies if kind != "none" else [0])
                 for seed in given.seeds

@@ -54,7 +54,7 @@ def search(count: int) -> float:
         for part in views
     ]
     since = time.process_time()
-    pairs = find_pairs(views, copies, originals, classes, list(map(str, range(count))))
+    pairs = find_pairs(views, copies, originals, classes, list(map(str, range(count)))).pairs
     groups = connect(count, pairs)
     seconds = time.process_time() - since
     if len(set(groups.tolist())) != count - len(range(1, count, 100)):

@@ -17,6 +17,7 @@ from measure import Result, existing, make_parser, markdown, one_line_errors, re
 
 import sopdeploy
 from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.verify import verify
@@ -79,7 +80,7 @@ def main() -> None:
     given = parser.parse_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as temporary:
         checkpoint = Path(temporary) / "checkpoint.pt"
-        import_weights(given.weights, given.model, checkpoint)
+        import_weights(check_is_weights(given.weights), given.model, checkpoint)
         rows = measure(checkpoint, given.calibration, given.test, Path(temporary))
     if given.json:
         values = [

@@ -6,11 +6,11 @@
 
 --data is a folder of photographs, <class>/*.jpg. Each draw takes --size photographs per class and moves a
 share of them to another class: any class, and in a second run among the classes --similar only. `sopdeploy
-train` runs with default options; outputs of the frozen network are cached as in copied_photos.py. Ours is the
-list of `data check --wrong-labels`; cleanlab's is that of `find_label_issues` with default options on the
-same out-of-fold probabilities, "contradicted" are all labels that are not the most probable class. "listed"
-counts photographs, "right" is the share of these that were moved, "found" the share of the moved ones that
-are listed. Needs `pip install cleanlab==2.9.0`. Exit status 1: the mean of both shares is below cleanlab's.
+train` runs with default options; the cache of features is in --cache. Ours is the list of `data check
+--wrong-labels`; cleanlab's is that of `find_label_issues` with default options on the same out-of-fold
+probabilities, "contradicted" are all labels that are not the most probable class. "listed" counts
+photographs, "right" is the share of these that were moved, "found" the share of the moved ones that are
+listed. Needs `pip install cleanlab==2.9.0`. Exit status 1: the mean of both shares is below cleanlab's.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from cleanlab.filter import find_label_issues
-from copied_photos import CachedInputs, draws_parser, parse_draws, train_on
+from copied_photos import draws_parser, parse_draws, train_on
 from measure import Result, one_line_errors, report
 
 from sopdeploy.decision import softmax
@@ -34,7 +34,7 @@ from sopdeploy.training.fits import FewShotFit
 
 
 def run_draw(
-    given: argparse.Namespace, inputs: CachedInputs, share: float, similar: list[str], seed: int
+    given: argparse.Namespace, share: float, similar: list[str], seed: int
 ) -> dict[str, list[float]]:
     """Train on one draw and list its wrong labels; results are cached."""
     path: Path = given.cache / f"labels-{share}-{'similar' if similar else 'any'}-{seed}.json"
@@ -76,13 +76,13 @@ def run_draw(
     }
     path.write_text(json.dumps(measured))
     print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
-    inputs.save()
     return measured
 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark and return the exit status."""
     parser = draws_parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg")
     parser.add_argument("--size", type=int, default=50)
     parser.add_argument(
         "--shares", type=lambda text: [float(one) for one in text.split(",")], default=[0.03, 0.08]
@@ -90,11 +90,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--similar", type=lambda text: text.split(","), default=["shirt", "t-shirt", "longsleeve"]
     )
-    given, inputs = parse_draws(parser, arguments)
+    given = parse_draws(parser, arguments)
     results, passed = [], True
     with one_line_errors():
         for share, similar in [(share, []) for share in given.shares] + [(given.shares[0], given.similar)]:
-            draws = [run_draw(given, inputs, share, similar, seed) for seed in given.seeds]
+            draws = [run_draw(given, share, similar, seed) for seed in given.seeds]
             means = {name: np.mean([one[name] for one in draws], axis=0) for name in draws[0]}
             kind = "among " + ", ".join(similar) if similar else "any class"
             for against in ("cleanlab", "contradicted"):

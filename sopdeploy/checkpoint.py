@@ -25,7 +25,7 @@ from sopdeploy.config import check_format_version, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
-from sopdeploy.files import atomic_write, check_is_file, check_is_weights, writing
+from sopdeploy.files import WeightPath, atomic_write, check_is_file, writing
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
@@ -197,12 +197,12 @@ def is_state_dict(weights: Any) -> bool:
     return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
 
 
-def read_pytorch(path: Path) -> tuple[Any, str]:
-    """Read a `.pth`, `.pth.tar`, `.th`, `.pt` or `.safetensors` file once; returns content and sha256.
+def read_pytorch(file: WeightPath) -> tuple[Any, str]:
+    """Read a `.pth`, `.pth.tar`, `.th`, `.pt` or `.safetensors` file; returns content and sha256.
 
     A safetensors file is one table of tensors. Raises `WeightsError`.
     """
-    check_is_weights(path)
+    path = file.path
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise WeightsError(f"{path}: larger than {_MAX_FILE_BYTES >> 30} GiB, the limit; {WEIGHTS_ADVICE}")
     raw = path.read_bytes()

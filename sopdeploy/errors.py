@@ -205,6 +205,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def amount(number: int, noun: str, sign: str = "") -> str:
+    """Write a number with its *noun*, whose plural ends in s; *sign* "+" also marks positive numbers."""
+    return f"{number:{sign},} {noun}{'' if abs(number) == 1 else 's'}"
+
+
 def shorten(names: Sequence[str], separator: str = ", ") -> str:
     """Join the first ten of *names* for a message, and count the others."""
     more = len(names) - _MAX_LISTED

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 
@@ -139,7 +139,14 @@ def check_is_file(path: Path) -> None:
     raise CheckpointError(f"{path}: {problem}; {advice}")
 
 
-def check_is_weights(path: Path) -> None:
+class WeightPath(NamedTuple):
+    """The path of a file that begins as weight files do, and its `first` bytes."""
+
+    path: Path
+    first: bytes
+
+
+def check_is_weights(path: Path) -> WeightPath:
     """Raise `WeightsError` unless *path* begins as weight files do, without importing torch.
 
     They are zip archives, pickles, safetensors and files of MATLAB.
@@ -148,12 +155,13 @@ def check_is_weights(path: Path) -> None:
         problem = "a folder" if path.is_dir() else "no such file"
         raise WeightsError(f"{path}: {problem}; give a weight file")
     with path.open("rb") as file:
-        first = file.read(9)
-    is_safetensors = first[8:] == b"{"  # 8 bytes of length, then JSON
+        first = file.read(16)
+    is_safetensors = first[8:9] == b"{"  # 8 bytes of length, then JSON
     if not is_safetensors and not first.startswith((b"PK", b"\x80", b"\x89HDF", b"MATLAB")):
         raise WeightsError(
             f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
         )
+    return WeightPath(path, first)
 
 
 def check_is_checkpoint(path: Path) -> None:

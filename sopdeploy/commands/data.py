@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import print_json, print_table, say
+from sopdeploy.errors import amount, shorten
 from sopdeploy.photos.files import data_folder
 
 if TYPE_CHECKING:
@@ -83,7 +84,6 @@ def _print_labels(found: "list[WrongLabel]", *, as_json: bool) -> None:
 
 
 def _print_report(report: "DataReport") -> None:
-    from sopdeploy.errors import shorten
     from sopdeploy.photos.folder import describe_skipped
 
     rows, lines = [], []
@@ -118,7 +118,7 @@ def _duplicate_lines(name: str, content: str, groups: "Sequence[Duplicates]") ->
         return [f"{name}: none"]
     across, differ = sum(group.across for group in groups), sum(group.labels_differ for group in groups)
     summary = (
-        f"{name}: {len(groups)} group{'s' * (len(groups) > 1)} with {content}, {across} in both "
+        f"{name}: {amount(len(groups), 'group')} with {content}, {across} in both "
         f"training and held-out data, {differ} in different classes"
     )
     worst_first = sorted(groups, key=lambda group: (not group.across, not group.labels_differ))

@@ -69,11 +69,17 @@ def import_file(
         out_file: The checkpoint to write.
         option: Option KEY=VALUE of the network; repeatable.
     """
-    check_is_weights(file)
+    source = check_is_weights(file)
     from sopdeploy.importers.import_weights import import_weights
 
     settings = dict(map(parse_override, option))
     preprocess = options.model_dump(exclude={"labels", "triangle"}, exclude_none=True)
     return import_weights(
-        file, as_, out_file, settings, labels=options.labels, preprocess=preprocess, triangle=options.triangle
+        source,
+        as_,
+        out_file,
+        settings,
+        labels=options.labels,
+        preprocess=preprocess,
+        triangle=options.triangle,
     )

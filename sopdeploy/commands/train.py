@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
@@ -14,8 +14,8 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.config import Options
 from sopdeploy.environment import is_main_process
-from sopdeploy.errors import ConfigError, WeightsError, shorten
-from sopdeploy.files import check_is_weights, expand_user
+from sopdeploy.errors import ConfigError, WeightsError, amount, shorten
+from sopdeploy.files import WeightPath, check_is_weights, expand_user
 from sopdeploy.models.choices import file_stem, read_choices
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_folder
@@ -29,13 +29,22 @@ if TYPE_CHECKING:
     from sopdeploy.training.callback import Callback
     from sopdeploy.training.recipe import Recipe
     from sopdeploy.training.start import Given, Start
+    from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.training.train import TrainingResult
 
 FOLDER_RECIPE = "photos"
 RECIPE_NETWORK = ""  # stands for the name of the only network, that of the recipe, if none is chosen
 PUBLISHED = ("imagenet", "none")  # start weights that are no file
-# A path and a number are converted.
-Text = Annotated[str | None, pydantic.BeforeValidator(lambda value: None if value is None else str(value))]
+
+
+def _as_text(value: object) -> str | None:
+    """Convert a path, a number, or a list of texts."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return None if value is None else str(value)
+
+
+Text = Annotated[str | None, pydantic.BeforeValidator(_as_text)]
 
 
 class TrainOptions(Options):
@@ -63,13 +72,14 @@ class TrainOptions(Options):
     set: tuple[str, ...] = ()
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 
-    def per_network(self) -> "dict[str, TrainOptions]":
+    def per_network(self, settings: Mapping[str, Any] = {}) -> "dict[str, TrainOptions]":
         """Return the options that train each of the networks `models` alone, by the name of the network.
 
-        Without `models` and `within`, returns these options, by the name `RECIPE_NETWORK`. Networks of the
-        list without a file in the folder `weights` are missing. Raises `ConfigError` if there are not as many
-        `weights` as networks, and for options that do not fit together, and `WeightsError` for a network
-        without a file in the folder, or, of the list, if all are without.
+        *settings* are further values of the recipe, which may not name a network either. Without `models` and
+        `within`, returns these options, by the name `RECIPE_NETWORK`. Networks of the list without a file in
+        the folder `weights` are missing. Raises `ConfigError` if there are not as many `weights` as networks,
+        and for options that do not fit together, and `WeightsError` for a network without a file in the
+        folder, or, of the list, if all are without.
         """
         if not self.compares:
             return {RECIPE_NETWORK: self}
@@ -78,7 +88,8 @@ class TrainOptions(Options):
             raise ConfigError("not with resume, which continues the network of a run", setting=setting)
         if self.within is not None:
             _milliseconds(self.within)  # raises the error of an invalid time
-        if any(parse_override(assignment)[0] == "model.name" for assignment in self.set):
+        changes = [*map(parse_override, self.set), *settings.items()]
+        if any(key == "model.name" or (key == "model" and "name" in value) for key, value in changes):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
         options = {}
         for name, file in self._weights_by_network().items():
@@ -182,7 +193,7 @@ def train(
             SIGTERM; the run is saved before.
     """
     data, out = (None if path is None else Path(path) for path in (data, out))
-    opened = _check(data, recipe, out, options, changed=bool(options.set or settings))
+    checked = _check(data, recipe, out, options, settings)
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback
@@ -199,8 +210,8 @@ def train(
         if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
         configured = {
-            name: configure(data, recipe, of_network, settings, previous, opened)
-            for name, of_network in options.per_network().items()
+            name: configure(data, recipe, of_network, settings, previous, checked.data, file)
+            for name, (of_network, file) in checked.networks.items()
         }
         networks: tuple[NetworkScore, ...] = ()  # those that were compared
         chosen = RECIPE_NETWORK
@@ -236,39 +247,56 @@ def train(
     return summarize_run(run, folder, networks, **page)
 
 
+class _Checked(NamedTuple):
+    """The data, if they are opened; the options and the file of start weights of each network."""
+
+    data: Split | None
+    networks: dict[str, tuple[TrainOptions, WeightPath | None]]
+
+
 def _check(
-    data: Path | None, recipe: str | Path | None, out: Path | None, options: TrainOptions, *, changed: bool
-) -> Split | None:
+    data: Path | None,
+    recipe: str | Path | None,
+    out: Path | None,
+    options: TrainOptions,
+    settings: Mapping[str, Any],
+) -> _Checked:
     """Raise the error of a path or a text that `train` cannot use, before torch is imported.
 
-    Returns the data, if the recipe for photos will open them as they are.
+    The data are opened if the recipe for photos will use them as they are.
     """
     opened = None
     for assignment in options.set:
         parse_override(assignment)
     if recipe is not None:
         read_values(recipe)
-    elif data is not None and not changed:  # a recipe and changes may need images of another form
+    elif (
+        data is not None and not options.set and not settings
+    ):  # a recipe and changes may need images of another form
         opened = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
     if options.from_ is not None and not Path(options.from_).exists():
         message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
         raise ConfigError(message, setting="from")
-    for of_network in options.per_network().values():
-        _check_weights(of_network.weights)
+    networks = {
+        name: (of_network, _check_weights(of_network.weights))
+        for name, of_network in options.per_network(settings).items()
+    }
     if options.unknown is not None:
         data_folder(Path(options.unknown))
-    return opened if options.from_ is None else None  # the recipe of a run may select classes
+    # The recipe of a run may select classes.
+    return _Checked(opened if options.from_ is None else None, networks)
 
 
-def _check_weights(text: str | None) -> None:
-    """Raise the error of start weights that are neither published nor a file of weights."""
-    if text is not None and text not in PUBLISHED:
-        try:
-            check_is_weights(expand_user(text))
-        except WeightsError as error:
-            raise WeightsError(f"{error}, or {' or '.join(PUBLISHED)}", setting="weights") from error
+def _check_weights(text: str | None) -> WeightPath | None:
+    """Return the file of start weights, None if they are published; raise the error of another file."""
+    if text is None or text in PUBLISHED:
+        return None
+    try:
+        return check_is_weights(expand_user(text))
+    except WeightsError as error:
+        raise WeightsError(f"{error}, or {' or '.join(PUBLISHED)}", setting="weights") from error
 
 
 def _milliseconds(text: str) -> float:
@@ -314,7 +342,7 @@ def _describe_changes(before: "Checkpoint", start: "Start") -> str:
     added = len(start.data.train) + len(start.data.held_out) - origin.num_images
     new = f", new: {', '.join(names)}" if names else ""
     accuracy = dict(result_before.rows())["accuracy"]
-    return f"before, {origin.run}: {accuracy}; since then {added:+,} photographs{new}"
+    return f"before, {origin.run}: {accuracy}; since then {amount(added, 'photograph', '+')}{new}"
 
 
 def configure(
@@ -324,12 +352,13 @@ def configure(
     settings: Mapping[str, Any] = {},
     previous: "Checkpoint | None" = None,
     opened: Split | None = None,
+    start_file: WeightPath | None = None,
 ) -> "tuple[Recipe, Given]":
     """Read *recipe*, or that of the *previous* run, with the given changes, and name its project.
 
     Without a recipe and a network, a weight file determines the network. Returns the recipe, and what is
-    known: *opened* are the data, if they are opened. Raises `ConfigError` if there are no data and no
-    recipe, or if a value is invalid.
+    known: *opened* are the data, if they are opened, and *start_file* is the file of the start weights, if it
+    is checked. Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
     """
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import network_of_weights, open_weights
@@ -352,12 +381,14 @@ def configure(
     changes += [(key, value) for key, value in option_values.items() if value is not None]
     loaded = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in changes]
-    weights = None
+    weights: WeightSource | None = start_file
     is_recipe_given = recipe is not None or previous_recipe is not None
-    start_file = None if loaded.start is None else loaded.start.weights
-    if not is_recipe_given and "model.name" not in keys and isinstance(start_file, Path):
-        path = expand_user(start_file)  # only the weights can determine the network
-        weights = open_weights(path) if path.is_file() else None
+    configured = None if loaded.start is None else loaded.start.weights
+    if not is_recipe_given and "model.name" not in keys and isinstance(configured, Path):
+        path = expand_user(configured)  # only the weights can determine the network
+        if start_file is None and path.is_file():
+            start_file = check_is_weights(path)
+        weights = None if start_file is None else open_weights(start_file)
         if isinstance(weights, WeightFile):
             network = network_of_weights(weights, loaded.model.name)
             loaded = change_recipe(source, [*changes, ("model.name", network)])  # there is no previous recipe

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.errors import DataError
+from sopdeploy.errors import DataError, amount
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, fit_thresholds
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
@@ -55,7 +55,9 @@ def score_checkpoint(
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
     if accepts is not None and not is_multi_label and len(images) < MIN_IMAGES:
-        raise DataError(f"there are {len(images)} images; give at least {MIN_IMAGES}", setting="fit_decision")
+        raise DataError(
+            f"only {amount(len(images), 'image')}; give at least {MIN_IMAGES}", setting="fit_decision"
+        )
     if warning := describe_seen(images, checkpoint.image_hashes.numpy()):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")

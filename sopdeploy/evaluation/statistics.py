@@ -27,6 +27,7 @@ ALPHA = 0.05
 # probability of at most 5 % for any number of images: the tests enumerate it.
 Z_NOT_WORSE = 1.75
 Z_POWER = 0.8416  # 80 % quantile of the normal distribution
+TOLERANCE = 0.01  # by which a classifier that is "not worse" may be worse, unless a user gives another one
 TESTABLE = 6  # with fewer images on which only one classifier is right, no McNemar test reaches 5 %
 
 Verdict = Literal["better", "not worse", "worse", "undecided"]

@@ -27,7 +27,7 @@ from sopdeploy.checkpoint import (
 )
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import check_is_weights, read_class_names, sha256
+from sopdeploy.files import WeightPath, read_class_names, sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import (
     ConvertedWeights,
@@ -79,7 +79,7 @@ class ImportReport(StrictModel):
 
 
 def import_weights(
-    source: Path,
+    source_file: WeightPath,
     model: str,
     destination: Path,
     settings: Mapping[str, Any] = MappingProxyType({}),
@@ -88,16 +88,18 @@ def import_weights(
     preprocess: Mapping[str, Any] = MappingProxyType({}),
     triangle: Triangle | None = None,
 ) -> ImportReport:
-    """Write the weight file *source* as a checkpoint of catalog *model* to *destination*.
+    """Write the weight file *source_file* as a checkpoint of catalog *model* to *destination*.
 
-    *settings* are values of the model's config, by dotted key, that *source* does not contain. The file
-    *labels* has the class names. *preprocess* replaces values of the preprocessing. *triangle* is the
-    order of the covariance vector in *source*, by default that of its project. Raises a `SopdeployError` if
-    *source* cannot be read, is of an unknown project or of another network, or is known to be broken.
+    *settings* are values of the model's config, by dotted key, that the weight file does not contain. The
+    file *labels* has the class names. *preprocess* replaces values of the preprocessing. *triangle* is the
+    order of the covariance vector in the weight file, by default that of its project. Raises a
+    `SopdeployError` if it cannot be read, is of an unknown project or of another network, or is known to be
+    broken.
     """
+    source = source_file.path
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(f"{destination} is the file to import; give another name", setting="out_file")
-    file = open_weights(source)
+    file = open_weights(source_file)
     if isinstance(file, Checkpoint):
         raise WeightsError(f"{source}: already a sopdeploy checkpoint; use it without importing it")
     problem = BROKEN.get(file.sha256[:8])
@@ -142,21 +144,19 @@ def import_weights(
     )
 
 
-def open_weights(path: Path) -> WeightFile | Checkpoint:
-    """Read the weight file or the checkpoint at *path*, whose format is detected.
+def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
+    """Read the weight file or the checkpoint *file*, whose format is detected.
 
     Raises `WeightsError`, and `CheckpointError` for a damaged checkpoint.
     """
-    check_is_weights(path)
-    with path.open("rb") as file:
-        start = file.read(len(HDF5_MAGIC))
-    if start == HDF5_MAGIC:
+    path = file.path
+    if file.first.startswith(HDF5_MAGIC):
         raise WeightsError(f"{path}: MATLAB's version 7.3 is not read; save it in MATLAB with the option -v7")
-    if start.startswith(MATLAB_MAGIC):
+    if file.first.startswith(MATLAB_MAGIC):
         from sopdeploy.importers.gmsop import read_dagnn  # noqa: PLC0415 # imports networks
 
         return read_dagnn(path, sha256(path))
-    content, digest = read_pytorch(path)
+    content, digest = read_pytorch(file)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         return parse_checkpoint(path, content, digest)
     state = _find_state_dict(path, content)  # raises unless the content is a dict

@@ -7,10 +7,12 @@ views: the vector of the whole image, and those of parts of it, which find its c
 if the whole of one and a view of the other reach a threshold, and a group is a connected component.
 
 The threshold is measured on the given images and vectors. It is halfway between what different images reach
-and what four fifths of `Copies` of a sample of the images reach. Different images reach four standard
-deviations above the median cosine of the images of a class, or above the median of the largest cosine with
-images of other classes. If most pairs of a class are copies, as in a clip, those that chains of copies
-connect do not count (`_find_threshold`).
+and what copies reach: four fifths of `Copies` of a sample of the images, or, if most images are frames of
+clips and reach more, four fifths of the frames with the most similar one (`_reached_by_frames`). Different
+images reach four
+standard deviations above the median cosine of the images of a class, or above the median of the largest
+cosine with images of other classes. If most pairs of a class are copies, as in a clip, those that chains of
+copies connect do not count (`_find_threshold`).
 
 Letters: N images, M copies, V views, D components of a vector.
 """
@@ -34,6 +36,7 @@ _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one o
 CROPS = (0.85, 0.7)  # shares of each side of copies, in turn; 0.7 is half of the photograph
 COPY_SIDES, COPY_BRIGHTNESS, COPY_QUALITY = 0.6, 1.15, 60  # relative to the photograph; quality of the JPEG
 MISSED = 0.2  # share of the copies that may have a lower cosine
+MOST = 0.5  # share of the images from which on frames of clips determine what copies reach
 DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 SHARE_UNLIKE = 0.05  # of the pairs of a class that reach less than copies if the class holds clips
 MAX_COMPARED = 500  # images that are compared with those of other classes
@@ -93,14 +96,25 @@ class Copies(LabeledImages):
         return self.images.identity(int(self.originals[index]))
 
 
+class NearDuplicates(NamedTuple):
+    """The `pairs` (2, P) of near-duplicates among N images, and which images (N,) are `alike`.
+
+    These are the images of classes whose images nearly all resemble each other as copies do: frames of one
+    clip, or images of one kind, such as parts before one camera. The vectors do not tell which.
+    """
+
+    pairs: NDArray[np.intp]
+    alike: NDArray[np.bool_]
+
+
 def find_pairs(
     views: Sequence[NDArray[np.float32]],
     copies: _Parts,
     originals: NDArray[np.intp],
     targets: NDArray[Any],
     hashes: Sequence[str],
-) -> NDArray[np.intp]:
-    """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C), in any order.
+) -> NearDuplicates:
+    """Find the near-duplicates among N images with *targets*, (N,) or (N, C): pairs in any order.
 
     An image may pair with itself. *views* has an array (N, V, D) for each part of the vectors: V views of an
     image, the whole one first. *copies* has (M, D) for each part, of copies of the images *originals* (M,).
@@ -128,7 +142,7 @@ def find_pairs(
     cosines = largest_cosines(compared, whole_ND)
     cosine_of_copy_M = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     reached_by_copies = float(np.quantile(cosine_of_copy_M, MISSED))
-    threshold = _find_threshold(cosines, compared, class_N, photograph_N, reached_by_copies)
+    threshold, alike = _find_threshold(cosines, compared, class_N, photograph_N, reached_by_copies)
     # The largest rounding error of a cosine. Cosines that are equal but for it are on one side: those of
     # identical images above the threshold, those of different images that determine it below.
     rounding = float(np.finfo(np.float32).eps) * whole_ND.shape[1]
@@ -139,7 +153,7 @@ def find_pairs(
         block = np.arange(start, min(start + size, count))
         row, second = np.nonzero(largest_cosines(block, whole_ND) >= threshold)
         pairs.append(np.stack([block[row], second]))
-    return np.concatenate(pairs, axis=1)
+    return NearDuplicates(np.concatenate(pairs, axis=1), np.isin(class_N, alike))
 
 
 def _find_threshold(
@@ -148,17 +162,16 @@ def _find_threshold(
     class_N: NDArray[np.intp],
     photograph_N: NDArray[np.intp],
     reached_by_copies: float,
-) -> float:
-    """Find the cosine that copies reach and different images do not.
+) -> tuple[float, list[int]]:
+    """Find the cosine that copies reach and different images do not, and the classes that are `alike`.
 
     *cosines* (K, N) are of the images *compared* with all. Images with equal *photograph_N* are exact copies,
     whose cosines do not count. Both the cosines of two images of a class, and the largest cosine of each
     image with other classes, give a bound of what different images reach. The threshold is halfway between
-    the higher one and *reached_by_copies*, or the bound if copies do not reach it.
+    the higher one and what copies reach, or the bound if copies do not reach it.
 
-    If the pairs of a class reach more than copies, they may be mostly copies themselves, such as frames of a
-    clip. Only pairs of a class that no chain of copies connects count then, and the most similar image of
-    the class tells what copies reach.
+    If the pairs of a class reach more than copies, they may be mostly copies themselves. Only pairs of a
+    class that no chain of copies connects count then.
     """
     different_KN = photograph_N[compared, None] != photograph_N
     same_class_KN = (class_N[compared, None] == class_N) & different_KN
@@ -167,15 +180,23 @@ def _find_threshold(
     largest_with_others_K = np.where(other_class_KN, cosines, -1.0).max(axis=1)
     reached_by_others = _upper_bound(largest_with_others_K)
     bound = max(reached_by_others, _upper_bound(in_class))
+    second = max(0, len(class_N) - 2)
+    # The second largest and the largest cosine of each image in its class; the copy frees the others.
+    most_similar_K2 = np.partition(np.where(same_class_KN, cosines, -1.0), second, axis=1)[:, second:].copy()
     if bound < reached_by_copies or not len(in_class):
-        return max(bound, (bound + reached_by_copies) / 2)
-    # If nearly all pairs of a class reach what copies reach, its images are of one kind, such as parts before
-    # one camera: the vectors do not tell their copies.
-    is_of_one_kind = bool(np.quantile(in_class, SHARE_UNLIKE) >= reached_by_copies)
-    if is_of_one_kind or reached_by_copies <= np.median(largest_with_others_K):
-        return bound
-    most_similar_K = np.where(same_class_KN, cosines, -1.0).max(axis=1)
-    reached_by_frames = max(reached_by_copies, float(np.quantile(most_similar_K, MISSED)))
+        reached_by_frames = _reached_by_frames(most_similar_K2, bound, reached_by_copies)
+        return max(bound, (bound + reached_by_frames) / 2), []
+    if np.quantile(in_class, SHARE_UNLIKE) >= reached_by_copies:
+        alike = [
+            number
+            for number in np.unique(class_N[compared]).tolist()
+            if len(of_class := cosines[same_class_KN & (class_N == number)])
+            and np.quantile(of_class, SHARE_UNLIKE) >= reached_by_copies
+        ]
+        return bound, alike
+    reached_by_frames = _reached_by_frames(most_similar_K2, reached_by_others, reached_by_copies)
+    if reached_by_copies <= np.median(largest_with_others_K) and reached_by_frames <= reached_by_others:
+        return bound, []
     cosines_KK, same_class_KK = cosines[:, compared], same_class_KN[:, compared]
     bound, found = -1.0, reached_by_others
     while found > bound:  # a higher threshold connects fewer images, so that more pairs count
@@ -184,7 +205,22 @@ def _find_threshold(
         chain_K = connect(len(compared), np.stack(np.nonzero(cosines_KK >= threshold)))
         in_other_chain_KK = chain_K[:, None] != chain_K
         found = max(bound, _upper_bound(cosines_KK[same_class_KK & in_other_chain_KK]))
-    return threshold
+        if found > max(reached_by_frames, np.median(most_similar_K2[:, -1])):
+            break  # pairs of frames count, because the chains divide clips
+    return threshold, []
+
+
+def _reached_by_frames(most_similar_K2: NDArray[np.float32], bound: float, reached_by_copies: float) -> float:
+    """Return the cosine that frames of clips reach if most images are frames, else *reached_by_copies*.
+
+    *most_similar_K2* are the second largest and the largest cosine of each image in its class. Both cosines
+    of a frame are above the threshold for *bound* and *reached_by_copies*. This threshold is too low for
+    clips: of the many pairs of frames of two clips, one reaches more than photographs of different objects.
+    """
+    are_frames_K = most_similar_K2[:, 0] >= max(bound, (bound + reached_by_copies) / 2)
+    if are_frames_K.mean() < MOST:
+        return reached_by_copies
+    return max(reached_by_copies, float(np.quantile(most_similar_K2[are_frames_K, -1], MISSED)))
 
 
 def _upper_bound(cosines: NDArray[np.float32]) -> float:
@@ -287,8 +323,8 @@ def group_by_edges(
     copies = Copies.of(images, identities, crops=(0.95,))  # signatures miss most smaller crops
     of_copies = np.stack([signature(copies.photo(index).pixels) for index in range(len(copies))])  # (M, 512)
     views = np.stack(signatures)[:, None]  # (N, 1, 512): the whole image is the only view
-    pairs = find_pairs([views], [of_copies], copies.originals, images.targets, hashes)  # one part per vector
-    return connect(len(images), pairs, hashes, images.groups)
+    found = find_pairs([views], [of_copies], copies.originals, images.targets, hashes)  # one part per vector
+    return connect(len(images), found.pairs, hashes, images.groups)
 
 
 class Grouped(NamedTuple):
@@ -324,5 +360,5 @@ def group_photographs(images: LabeledImages) -> Grouped:
             group_by_edges(images, [pixels for _, pixels, _ in inspected], signatures), file_hashes
         )
     known = connect(len(images), NO_PAIRS, images.groups)
-    files = np.where(file_hashes == UNREADABLE, known, file_hashes)
+    files = np.where(file_hashes == UNREADABLE, known, file_hashes)  # unreadable files are no equal files
     return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sopdeploy.errors import DataError, shorten
+from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.limits import SUFFIXES, describe_formats
 from sopdeploy.photos.files import (
     TRAIN,
@@ -219,7 +219,7 @@ def describe_suffixes(counts: Mapping[str, int]) -> str:
 def describe_skipped(counts: Mapping[str, int]) -> str:
     """Say how many files of which suffix were skipped."""
     count = sum(counts.values())
-    return f"{count} file{'s' * (count > 1)} skipped, not {describe_formats()}: {describe_suffixes(counts)}"
+    return f"{amount(count, 'file')} skipped, not {describe_formats()}: {describe_suffixes(counts)}"
 
 
 def single_images(images: ImageFiles) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.errors import DataError, shorten
+from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.photos.files import (
     TRAIN,
     describe_confusable,
@@ -110,7 +110,7 @@ def read_label_table(
     notes = [f"{table}: {line}" for line in describe_confusable(listed)]
     if unlisted := sorted(set(image_paths) - set(paths.tolist())):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
-        notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {files}")
+        notes.append(f"not listed in {LABELS_FILE}: {amount(len(unlisted), 'image')}: {files}")
     return OpenedParts(parts, notes=notes)
 
 

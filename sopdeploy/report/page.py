@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
+from sopdeploy.errors import amount
 from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.evaluation.prediction import score_images
@@ -119,7 +120,7 @@ def _describe_training(start: Start, fit: Fit) -> str:
     weights = "random weights" if given is None else f"the weights of {given.file} ({given.network})"
     how = f"by the {result.kind.replace('_', '-')} procedure"
     if isinstance(result, LoopResult):
-        how = f"for {result.num_epochs} epoch{'s' * (result.num_epochs > 1)}"
+        how = f"for {amount(result.num_epochs, 'epoch')}"
     count = len(start.data.train)
     return f"{fit.name}, trained from {weights} on {count} images, scaled to {side} x {side} pixels, {how}."
 

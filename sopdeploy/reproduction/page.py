@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
+from sopdeploy.errors import amount
 from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, render
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction
@@ -47,7 +48,7 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
             run, seeds = finished[0].runs[0], results.seeds
             text.append(
                 f"Measured: last epoch on {run.held_out_count} held-out images after training on "
-                f"{run.train_count}, {seeds} seed{'s' * (seeds > 1)}, 95 % interval over "
+                f"{run.train_count}, {amount(seeds, 'seed')}, 95 % interval over "
                 f"{'seeds (Student)' if seeds > 1 else 'images (Wilson)'}."
             )
     if note := results.note:

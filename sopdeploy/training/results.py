@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from sopdeploy.config import Count, Fraction, Positive, StrictModel
 from sopdeploy.decision import Estimate
-from sopdeploy.errors import CheckpointError, shorten
+from sopdeploy.errors import CheckpointError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
-from sopdeploy.evaluation.statistics import TESTABLE, Verdict, decide, mcnemar, smallest_difference
+from sopdeploy.evaluation.statistics import TESTABLE, TOLERANCE, Verdict, decide, mcnemar, smallest_difference
 
 _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
 SelectedBy = Literal["nothing", "other images", "same images"]
@@ -74,13 +74,13 @@ class Tuning(StrictModel):
     @property
     def verdict(self) -> Verdict:
         """The verdict of the comparison of the fine-tuned network with the frozen one."""
-        return decide(self.wins, self.losses, self.count, tolerance=0.01)
+        return decide(self.wins, self.losses, self.count, TOLERANCE)
 
     def describe(self) -> str:
         """Say in one line which network is kept, and by which photographs."""
         kept = "the frozen network is kept"
         if self.count < TESTABLE:
-            few = f"{self.count} held-out photographs decide nothing, give at least {TESTABLE}"
+            few = f"{amount(self.count, 'held-out photograph')}, too few to decide, give at least {TESTABLE}"
             return f"fine-tuning: {few}; {kept}"
         shares = [f"{100 * right / self.count:.1f}" for right in (self.second, self.first)]
         figures = (
@@ -167,6 +167,7 @@ class FewShotResult(StrictModel):
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
         one_group: Classes whose images are one group, so that one fold holds all of them.
         two_groups: Classes of more than two images that are two groups.
+        alike: Classes whose images nearly all resemble each other as copies do, but are no group.
         contradictions: Files of groups with different labels, joined by " = ".
         num_images: Number of training images.
         head: The network, and the statistics that its classifier reads.
@@ -189,6 +190,7 @@ class FewShotResult(StrictModel):
     num_photographs: int = 0
     one_group: tuple[str, ...] = ()
     two_groups: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
     num_images: Count
     head: str
@@ -259,8 +261,13 @@ class FewShotResult(StrictModel):
             )
         if self.two_groups:
             yield (
-                f"all images of {shorten(self.two_groups)} are two groups, so the accuracy of the class is a "
-                "rough estimate; add different photographs"
+                f"all images of {shorten(self.two_groups)} are two groups, of which one trains and one is "
+                "judged, so the accuracy of the class is probably too low; add different photographs"
+            )
+        if self.alike:
+            yield (
+                f"the images of {shorten(self.alike)} resemble each other as frames of one clip do; if a "
+                "class shows fewer than three objects, the accuracy is too high: give each object a folder"
             )
         if self.contradictions:
             yield f"copies with different labels, correct or delete one: {shorten(self.contradictions, '; ')}"
@@ -276,7 +283,7 @@ class FewShotResult(StrictModel):
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
         if self.num_duplicates:
-            text += f"; {self.num_duplicates} duplicate{'s' if self.num_duplicates > 1 else ''}"
+            text += f"; {amount(self.num_duplicates, 'duplicate')}"
         return text
 
 

@@ -74,7 +74,7 @@ class Division(NamedTuple):
 class Given(NamedTuple):
     """What the caller of a run knows already: recipe `keys` that the user has set, and what is opened.
 
-    `weights` is the opened file of `start.weights`, `data` the opened data of the recipe.
+    `weights` is the file of `start.weights`, checked or opened, `data` the opened data of the recipe.
     """
 
     keys: Sequence[str] = ()
@@ -183,7 +183,7 @@ def start_run(
 def new_start(
     recipe: Recipe, division: Division, strategy: Strategy, weights: WeightSource | None = None
 ) -> Start:
-    """Build the network of *recipe* with its start weights; *weights* is their file, if it is opened.
+    """Build the network of *recipe* with its start weights; *weights* is their file, if it is known.
 
     Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or network.
     """

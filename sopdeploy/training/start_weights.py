@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import check_is_file, expand_user
+from sopdeploy.files import WeightPath, check_is_file, check_is_weights, expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.import_weights import convert_weights, open_weights
@@ -29,7 +29,7 @@ from sopdeploy.seeds import derive_seed
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe
 
-WeightSource = WeightFile | Checkpoint  # an opened file of weights
+WeightSource = WeightPath | WeightFile | Checkpoint  # a file of weights, checked or opened
 ADDED_PARTS = {"pooling", "attention", "reduction", "root", POOLED_HEAD}  # that networks add to a backbone
 CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head", "head_dist"}  # names of classifiers in weight files
 
@@ -78,9 +78,9 @@ def read_start_weights(
 ) -> StartWeights | None:
     """Read the weights that `start.weights` of *recipe* selects; None for random weights.
 
-    *source* is the file, if it was opened before. The first process fetches published weights to the cache,
-    then the others read them. Raises `ConfigError` if the value is missing or no weights are published,
-    `WeightsError` or `CheckpointError` if the file cannot be fetched or read.
+    *source* is the file, if it was checked or opened before. The first process fetches published weights to
+    the cache, then the others read them. Raises `ConfigError` if the value is missing or no weights are
+    published, `WeightsError` or `CheckpointError` if the file cannot be fetched or read.
     """
     if recipe.start is None or recipe.start.weights == "none":
         return None
@@ -116,7 +116,9 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
         path, source_model = fetch_published(recipe)
     if source is None:
         check_is_file(path)
-        source = open_weights(path)
+        source = check_is_weights(path)
+    if isinstance(source, WeightPath):
+        source = open_weights(source)
     if isinstance(source, WeightFile):
         converted = convert_weights(source, source_model)
         return StartWeights(
@@ -240,9 +242,10 @@ def create_initial_model(
 ) -> InitialModel:
     """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
 
-    *source* is the file of `start.weights`, if it was opened before. Without `start`, the recipe stays as it
-    is; with weights, these are loaded, and their preprocessing completes that of the recipe; with "none", the
-    default preprocessing does. Raises the errors of `read_start_weights` and `load_start_weights`.
+    *source* is the file of `start.weights`, if it was checked or opened before. Without `start`, the recipe
+    stays as it is; with weights, these are loaded, and their preprocessing completes that of the recipe; with
+    "none", the default preprocessing does. Raises the errors of `read_start_weights` and
+    `load_start_weights`.
     """
     weights = read_start_weights(recipe, strategy, source)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))

@@ -18,6 +18,7 @@ from torch.export.pt2_archive import _package
 from sopdeploy.bundle.probes import read_arrays, read_probes
 from sopdeploy.checkpoint import load_plain, read_checkpoint, read_pytorch
 from sopdeploy.errors import SopdeployError
+from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import open_weights
 from tests.test_architecture import PACKAGES, ROOT
 
@@ -120,8 +121,8 @@ FILES: dict[str, Callable[[], bytes]] = {
 OPEN: dict[str, Callable[[Path], object]] = {
     "a checkpoint": read_checkpoint,
     "a state of a run": lambda path: load_plain(path, path.read_bytes()),
-    "weights": read_pytorch,
-    "weights to import": open_weights,
+    "weights": lambda path: read_pytorch(check_is_weights(path)),
+    "weights to import": lambda path: open_weights(check_is_weights(path)),
     "probes": read_probes,
     "arrays": read_arrays,
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import WEIGHTS_ADVICE, check_tensors, is_state_dict, read_pytorch
 from sopdeploy.errors import ConfigError, WeightsError, first_line
+from sopdeploy.files import check_is_weights
 from sopdeploy.training.recipe_files import parse_override
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
@@ -59,7 +60,7 @@ def load_weights(network: nn.Module, path: Path, table: str | None = None) -> tu
     (`module.`, `_orig_mod.`, `model.`) are removed unless the network has them too. Returns the table and the
     sha256 of the file. Raises `WeightsError` for a file that cannot be read or does not fit.
     """
-    content, digest = read_pytorch(path)
+    content, digest = read_pytorch(check_is_weights(path))
     name, tensors = _choose_table(path, content, table)
     check_tensors(path, tensors)
     expected = network.state_dict()

@@ -26,6 +26,7 @@ from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
     ALPHA,
     TESTABLE,
+    TOLERANCE,
     Verdict,
     decide,
     difference_interval,
@@ -200,7 +201,7 @@ def compare(
     data: Path,
     *,
     unknown: Path | None = None,
-    tolerance: Tolerance = 1.0,
+    tolerance: Tolerance = 100 * TOLERANCE,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> BundleComparison:
     """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.

@@ -14,6 +14,7 @@ from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
 from sopdeploy.errors import ConfigError, PromotionError
+from sopdeploy.evaluation.statistics import TOLERANCE
 from sopdeploy.files import move_link, writing
 from sopdeploy.project import utc_now
 from sopdeploy_service.commands.compare import (
@@ -41,7 +42,7 @@ def promote(
     data: Path | None = None,
     *,
     unknown: Path | None = None,
-    tolerance: Tolerance = 1.0,
+    tolerance: Tolerance = 100 * TOLERANCE,
     force: str | None = None,
     back: Path | None = None,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,

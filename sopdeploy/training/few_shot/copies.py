@@ -25,7 +25,7 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
     strategy = Strategy(select_device(recipe.device))
     model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used
     features = Features(recipe, "gap", model.to(strategy.device), images, on_image)
-    return connect(len(images), features.find_copies(images), features.hashes, images.groups)
+    return connect(len(images), features.find_copies(images).pairs, features.hashes, images.groups)
 
 
 def _default_recipe() -> Recipe:

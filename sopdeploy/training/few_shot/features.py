@@ -17,11 +17,11 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
-from sopdeploy.photos.copies import Copies, find_pairs
+from sopdeploy.photos.copies import Copies, NearDuplicates, find_pairs
 from sopdeploy.photos.photo import Dataset, LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
-from sopdeploy.training.few_shot.classifier import MAX_RANK, Indices, LinearHead, Problem, Space, unit_length
+from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearHead, Problem, Space, unit_length
 from sopdeploy.training.recipe import Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
@@ -96,8 +96,8 @@ class Features:
         self.reduced[indices] = self.space.project(np.concatenate(parts, axis=1))
 
     @torch.no_grad()
-    def find_copies(self, images: LabeledImages) -> Indices:
-        """Find the pairs (2, P) of near-duplicates among *images* by the averages of the feature maps."""
+    def find_copies(self, images: LabeledImages) -> NearDuplicates:
+        """Find the near-duplicates among *images* by the averages of the feature maps."""
         copies = Copies.of(images, self.hashes)  # made here, to measure how similar near-duplicates are
         batches = self.outputs.batches(copies, list(range(len(copies))))
         views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
@@ -135,17 +135,17 @@ class _Loaded(NamedTuple):
 class _Photographs(Dataset):
     """Pixels of photographs with two numbers (2,): the `file_hash`, and 1 if the pixels were decoded.
 
-    The pixels are black if the *cache* has an entry, except those of the image *decoded*.
+    The pixels are black if the *cache* has an entry, except those of the image at *always_decoded*.
     """
 
     preprocess: Preprocess
     cache: FeatureCache
-    decoded: int
+    always_decoded: int
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]:
         photo, side = self.images.photo(index), self.preprocess.crop
         file_hash = photo.file_hash
-        is_cached = index != self.decoded and self.cache.has(file_hash)
+        is_cached = index != self.always_decoded and self.cache.has(file_hash)
         pixels = np.zeros((side, side, 3), np.uint8) if is_cached else photo.preprocess(self.preprocess)
         return pixels, np.asarray([file_hash, not is_cached])
 

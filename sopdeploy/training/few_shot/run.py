@@ -127,6 +127,7 @@ class CrossValidation:
     Attributes:
         problem: The linear problem of the features that the head reads, with the targets.
         groups, judged: The group (N,) of each image, and the indices of the images that the score counts.
+        alike: The classes of `NearDuplicates.alike`.
         copies: The photograph (N,) that each image shows; those of an object are a group, too.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
@@ -139,6 +140,7 @@ class CrossValidation:
     features: Features
     problem: Problem
     groups: Indices
+    alike: tuple[str, ...]
     copies: Indices
     judged: Indices
     folds: Indices
@@ -179,7 +181,9 @@ def cross_validate(
         images,
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
-    pairs = features.find_copies(images) if config.group_copies else NO_PAIRS
+    pairs, alike_N = NO_PAIRS, np.zeros(count, np.bool_)
+    if config.group_copies:
+        pairs, alike_N = features.find_copies(images)
     groups_N, targets = connect(count, pairs, features.hashes, images.groups), Targets.of(images)
     copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
     judged = _largest_copies(images, copies_N)
@@ -208,6 +212,7 @@ def cross_validate(
         problem=problem,
         copies=copies_N,
         groups=groups_N,
+        alike=tuple(np.asarray(images.labels)[targets.classes[alike_N].any(axis=0)].tolist()),
         judged=judged,
         folds=folds_of_validations[0],  # the others count only in means
         logits=logits_NK,
@@ -298,6 +303,7 @@ def _evaluate(
         balanced=images.targets.ndim == 1 and max(counts) > UNEVEN * max(1, min(counts)),
         num_images=len(images),
         num_duplicates=len(images) - len(set(found.features.hashes)),
+        alike=found.alike,
         **_describe_groups(images, targets_of_images, found.groups, found.copies),
         head=f"{recipe.model.name} {head.kind}{taps}",
         num_features=len(found.problem.space.center),

@@ -199,8 +199,9 @@ def learning_parts(model: Classifier, learn: str) -> tuple[str, ...]:
 def first_stages(model: Classifier) -> set[str]:
     """Return the names of the modules up to the end of the first half of the stages; "" is the root.
 
-    A stage is what contains the taps of a group of blocks, or the tap itself if all taps are in one group.
-    The modules before it are those that the network creates before it. Empty with fewer than two stages.
+    A stage is the module that contains several taps, such as `layer1` of `layer1.0` and `layer1.1`, or each
+    tap if one module contains all. "Up to" is by the order of `named_modules`, in which a network creates its
+    modules. Empty with fewer than two stages.
     """
     taps = list(model.tap_channels)
     stages = {tap: tap.rpartition(".")[0] for tap in taps}

@@ -171,6 +171,6 @@ def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: P
     assert [(part["name"], part["count"], part["classes"]) for part in found["parts"]] == [
         ("all", 3, {"cat": 1, "dog": 2})
     ]
-    assert found["notes"] == [f"1 images are not listed in labels.csv: {folder / 'd.png'}"]
+    assert found["notes"] == [f"not listed in labels.csv: 1 image: {folder / 'd.png'}"]
     assert "sub/c.png: this is not an image" in found["unreadable"][0]
     assert "cat: only one image" in found["too_few"][0]

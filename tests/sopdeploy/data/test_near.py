@@ -18,7 +18,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import effective_count
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.check import EDGES_MISS, check_data
-from sopdeploy.photos.copies import Copies, connect, find_pairs, group_photographs
+from sopdeploy.photos.copies import NO_PAIRS, Copies, NearDuplicates, connect, find_pairs, group_photographs
 from sopdeploy.photos.folder import list_classes, open_folder
 from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
 from sopdeploy.photos.split import NONE, choose_held_out, divide, record_choice, recorded_choice
@@ -112,7 +112,7 @@ def test_vectors_that_do_not_tell_copies_from_other_images_group_nothing():
     vectors = np.eye(4, 16)[classes] + 0.01 * random.normal(size=(40, 16))
     originals = np.arange(8)
     copies = random.normal(size=(8, 16))
-    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, range(len(classes)))
+    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, range(len(classes))).pairs
     assert (pairs[0] == pairs[1]).all()
 
 
@@ -122,7 +122,7 @@ def test_pairs_are_the_same_however_many_images_are_compared_at_once(monkeypatch
     found, classes = [], np.arange(60) % 4
     for cosines in (60 * 60, 60 * 7, 1):
         monkeypatch.setattr("sopdeploy.photos.copies._COSINES", cosines)
-        found.append(find_pairs([vectors], [vectors[:8, 0]], np.arange(8), classes, range(60)).tolist())
+        found.append(find_pairs([vectors], [vectors[:8, 0]], np.arange(8), classes, range(60)).pairs.tolist())
     assert found[0] == found[1] == found[2]
     assert len(found[0][0]) >= 60
 
@@ -133,7 +133,7 @@ def test_a_few_copies_under_other_labels_do_not_raise_the_threshold():
     vectors[1:25:8] = vectors[:24:8] + 0.05 * random.normal(size=(3, 64))  # 3 photographs in two classes
     originals = np.arange(30, 38)
     copies = vectors[originals] + 0.3 * random.normal(size=(8, 64))
-    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, range(len(classes)))
+    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, range(len(classes))).pairs
     assert sorted(first for first, second in pairs.T.tolist() if second == first + 1) == [0, 8, 16]
 
 
@@ -144,23 +144,25 @@ def test_identical_images_of_two_classes_do_not_raise_the_threshold():
     photographs = [0, 1, *np.repeat(np.arange(1, 30), 2) + 1]
     originals = np.arange(30, 38)
     copies = vectors[originals] + 0.3 * random.normal(size=(8, 64))
-    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, photographs)
+    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, photographs).pairs
     expected = {(first, second) for first in range(60) for second in range(60) if first // 2 == second // 2}
     assert set(map(tuple, pairs.T.tolist())) == expected
 
 
-# Clips of a class, frames of a clip, and single photographs of the class.
-CLIPS = [(1, 30, 0), (1, 4, 0), (2, 12, 0), (3, 10, 0), (10, 4, 0), (1, 15, 10), (2, 10, 5), (0, 0, 30)]
+# Clips of a class, frames of a clip, single photographs of the class, and what the clips of a class end with.
+CLIPS = [(1, 30, 0, 0), (1, 4, 0, 0), (2, 12, 0, 0), (3, 10, 0, 0), (10, 4, 0, 0), (1, 15, 10, 0)]
+CLIPS += [(2, 10, 5, 0), (0, 0, 30, 0), (2, 4, 0, 2)]
 
 
-@pytest.mark.parametrize(("clips", "frames", "singles"), CLIPS)
+@pytest.mark.parametrize(("clips", "frames", "singles", "end"), CLIPS)
 def test_the_frames_of_a_clip_are_a_group_however_many_pairs_of_a_class_they_are(
-    clips: int, frames: int, singles: int
+    clips: int, frames: int, singles: int, end: int
 ):
     random, vectors, classes, scenes = np.random.default_rng(0), [], [], []
     for one_class, center in enumerate(0.5 * random.normal(size=(3, 64))):
+        last = end * random.normal(size=64) if end else 0
         for number in range(clips + singles):
-            scene, drift = center + random.normal(size=64), 0.5 * random.normal(size=64)
+            scene, drift = center + random.normal(size=64), 0.5 * random.normal(size=64) + last
             count = frames if number < clips else 1
             times = np.linspace(0, 1, count)[:, None]  # the camera moves
             vectors += [*(scene + times * drift + 0.1 * random.normal(size=(count, 64)))]
@@ -169,9 +171,36 @@ def test_the_frames_of_a_clip_are_a_group_however_many_pairs_of_a_class_they_are
     originals = np.arange(0, len(classes), max(1, len(classes) // 8))
     copies = np.asarray(vectors)[originals] + 0.4 * random.normal(size=(len(originals), 64))
     views = [np.asarray(vectors)[:, None]]
-    pairs = find_pairs(views, [copies], originals, np.asarray(classes), range(len(classes)))
-    groups = connect(len(classes), pairs)
+    found = find_pairs(views, [copies], originals, np.asarray(classes), range(len(classes)))
+    groups = connect(len(classes), found.pairs)
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(scene) for scene in scenes]
+    assert not found.alike.any()
+
+
+def film(clips: int, frames: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw *clips* of a standing camera in two classes: vectors, copies with *noise*, and their originals."""
+    random = np.random.default_rng(0)
+    vectors = np.repeat(random.normal(size=(2 * clips, 64)), frames, axis=0)
+    vectors += 0.1 * random.normal(size=vectors.shape)
+    originals = np.arange(0, len(vectors), len(vectors) // 8)
+    return vectors, vectors[originals] + noise * random.normal(size=(len(originals), 64)), originals
+
+
+def test_one_of_many_pairs_of_frames_does_not_join_clips_of_different_objects():
+    clips, frames = 6, 10
+    vectors, copies, originals = film(clips, frames, noise=1.5)
+    vectors[5] += 0.7 * vectors[15]  # for a moment, a clip resembles another one of its class
+    classes, numbers = np.arange(2 * clips * frames) // (clips * frames), range(2 * clips * frames)
+    found = find_pairs([vectors[:, None]], [copies], originals, classes, numbers)
+    assert connect(len(classes), found.pairs).tolist() == [number // frames for number in numbers]
+
+
+def test_classes_of_one_clip_are_named_if_its_frames_could_be_different_objects():
+    vectors, copies, originals = film(clips=1, frames=12, noise=0.4)
+    classes = np.arange(24) // 12
+    found = find_pairs([vectors[:, None]], [copies], originals, classes, range(24))
+    assert connect(24, found.pairs).tolist() == [*range(24)]
+    assert found.alike.all()
 
 
 @pytest.mark.parametrize("choice", [[NONE, 0, NONE, 3, 0], [NONE] * 5])
@@ -183,6 +212,7 @@ def test_a_recorded_choice_is_found_again_in_another_order(choice: list[int]):
 
 
 BROKEN = "an image that cannot be read"
+NO_DUPLICATES = NearDuplicates(NO_PAIRS, np.zeros(0, np.bool_))
 
 
 @pytest.mark.parametrize("case", ["other bytes", "many images", BROKEN])
@@ -197,7 +227,7 @@ def test_equal_images_are_on_one_side_whatever_the_measure_finds(
         (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
     if case == "many images":
         monkeypatch.setattr("sopdeploy.photos.copies.MAX_SIGNATURES", 10)
-    monkeypatch.setattr("sopdeploy.photos.copies.find_pairs", lambda *_: np.zeros((2, 0), np.intp))
+    monkeypatch.setattr("sopdeploy.photos.copies.find_pairs", lambda *_: NO_DUPLICATES)
     images = list_classes(tmp_path).images
     choice = choose_held_out(images, group_photographs(images).groups, 0.3, 0)
     sides: dict[str, set[bool]] = {}
@@ -213,7 +243,7 @@ def test_an_image_that_equals_a_corner_of_another_one_is_its_crop():
     views[24, 0] = views[3, 4] + 0.3 * random.normal(size=64)
     originals = np.arange(30, 38)
     copies = views[originals, 2] + 0.3 * random.normal(size=(8, 64))
-    pairs = find_pairs([views], [copies], originals, classes, range(len(classes)))
+    pairs = find_pairs([views], [copies], originals, classes, range(len(classes))).pairs
     assert [pair for pair in pairs.T.tolist() if pair[0] != pair[1]] == [[3, 24]]
 
 
@@ -364,11 +394,12 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
     network = create_model("efficientnet-lite0", num_classes=1000)
     safetensors.torch.save_file(network.state_dict(), weights)
 
-    def compare(views: list[np.ndarray], copies: list[np.ndarray], *_: np.ndarray) -> np.ndarray:
+    def compare(views: list[np.ndarray], copies: list[np.ndarray], *_: np.ndarray) -> NearDuplicates:
         assert [view.shape[:2] for view in views] == [(25, 5)] * 2  # of two maps: whole, corners
         assert [len(part) for part in copies] == [8] * 2
         assert all(np.ptp(part, axis=0).max() > 0 for part in (*views, *copies))
-        return np.asarray([[5], [12]])  # features of random weights do not show which images are copies
+        # Features of random weights do not show which images are copies.
+        return NearDuplicates(np.asarray([[5], [12]]), np.zeros(25, np.bool_))
 
     monkeypatch.setattr("sopdeploy.training.few_shot.features.find_pairs", compare)
     assert near_by_command(root) == ([{"3.png", "mirror.png"}], [])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import ImportReport, import_weights
 from sopdeploy.models.base import Classifier
 from tests.sweep.goldens import numbers
@@ -64,7 +65,7 @@ def settled(network: nn.Module) -> nn.Module:
 def imported(source: Path, name: str, **options: Any) -> tuple[Classifier, ImportReport]:
     """Import *source* as *name*."""
     out = source.with_name("imported.pt")
-    report = import_weights(source, name, out, **options)
+    report = import_weights(check_is_weights(source), name, out, **options)
     return build_classifier(read_checkpoint(out), out), report
 
 

@@ -10,6 +10,7 @@ import scipy.io
 import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.files import check_is_weights
 from sopdeploy.importers.conversion import choose_config, fit_tensors
 from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.layers.normalize import Normalize
@@ -40,7 +41,7 @@ MEAN = torch.tensor(AVERAGE, dtype=torch.float64)[:, None, None]
 
 def in_float64(path: Path, name: str) -> torch.nn.Module:
     """Build the network with the numbers of the file before they are rounded to float32."""
-    file = open_weights(path)
+    file = open_weights(check_is_weights(path))
     found = convert_weights(file, name)
     config = choose_config(file, found, name, {})
     expected = fit_tensors(file, found, name, config).keys()
@@ -156,7 +157,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     whole = (tmp_path / "a.mat").read_bytes()
     (tmp_path / "a.mat").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(WeightsError, match="damaged MATLAB file") as error:
-        open_weights(tmp_path / "a.mat")
+        open_weights(check_is_weights(tmp_path / "a.mat"))
     assert "\n" not in str(error.value)
 
 

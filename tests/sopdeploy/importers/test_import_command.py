@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import SopdeployError
+from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import open_weights
 from tests.attacks.test_checkpoints import checkpoint
 from tests.sopdeploy.importers.released import prefixed, state_of
@@ -108,7 +109,7 @@ def test_what_expands_is_refused_before_it_does(tmp_path: Path) -> None:
         write(tmp_path / "weights.bin")
         tracemalloc.start()
         with pytest.raises(SopdeployError):
-            open_weights(tmp_path / "weights.bin")
+            open_weights(check_is_weights(tmp_path / "weights.bin"))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 32_000_000

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from scipy.special import log_softmax
@@ -28,6 +29,7 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.models import registry, second_order_head
+from sopdeploy.photos.copies import NearDuplicates
 from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import start_weights
@@ -330,11 +332,15 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
     for color in COLORS:
         Image.open(root / color / "0.png").resize((48, 40)).save(root / color / "copy.png")
     first = each * np.arange(len(COLORS))
-    monkeypatch.setattr(Features, "find_copies", lambda *_: np.stack([first, first + each - 1]))
+    found = NearDuplicates(np.stack([first, first + each - 1]), np.arange(each * len(COLORS)) < each)
+    monkeypatch.setattr(Features, "find_copies", lambda *_: found)
     result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
     judged = read_checkpoint(result.last).resume["procedure"]["judged"].tolist()
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
     assert result.procedure.top1.count == len(judged)
+    assert result.procedure.alike == (sorted(COLORS)[0],)
+    alike = f"the images of {sorted(COLORS)[0]} resemble each other as frames of one clip do"
+    assert alike in "\n".join(result.procedure.lines())
 
 
 def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
@@ -511,6 +517,27 @@ def test_a_photograph_is_read_once_and_three_networks_are_built(
     assert len(built) <= 3
     train(photos, out=tmp_path / "again", set=settings)  # with features in the cache
     assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
+
+
+NETWORKS = {"a network that is named": ("model.name=timm:test_efficientnet",), "the network of the file": ()}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_a_weight_file_is_checked_once_and_read_once(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    weights, opened = tmp_path / "test_efficientnet.pth", list[Path]()
+    torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
+    open_file = Path.open
+
+    def record(path: Path, *options: Any, **more: Any) -> Any:
+        opened.append(path)
+        return open_file(path, *options, **more)
+
+    monkeypatch.setattr(Path, "open", record)
+    settings = [*NETWORKS[case], "preprocess.resize=32", "preprocess.crop=32"]
+    train(paint(tmp_path / "photos", 6), out=tmp_path / "run", weights=weights, set=settings)
+    assert opened.count(weights) == 2  # its first bytes before torch is imported, then the whole file
 
 
 def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path:

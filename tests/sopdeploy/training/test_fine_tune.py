@@ -118,7 +118,10 @@ def _right(checkpoint: Any, path: Path, every: int) -> int:
             "90.0 % instead of 90.0 % of 5000 held-out photographs, better on 20, worse on 20, p 1; "
             "too few to decide: they show differences from about 0.36 points; the frozen network is kept",
         ),
-        ({"count": 5}, "5 held-out photographs decide nothing, give at least 6; the frozen network is kept"),
+        (
+            {"count": 5},
+            "5 held-out photographs, too few to decide, give at least 6; the frozen network is kept",
+        ),
     ],
 )
 def test_a_line_says_what_the_held_out_photographs_decide(counts: dict[str, int], text: str) -> None:

@@ -148,6 +148,18 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"within": "20ms", "set": ("model.name=resnet8",)},
         "within: not with model.name, the name of one network",
     ),
+    "several networks and a name in a table": (
+        {"models": ["resnet8", "resnet20"], "model": {"name": "resnet18"}},
+        "models: not with model.name, the name of one network",
+    ),
+    "several networks and a name as a key": (
+        {"models": "resnet8,resnet20", "model.name": "resnet18"},
+        "models: not with model.name, the name of one network",
+    ),
+    "several networks and a table that is set": (
+        {"models": "resnet8,resnet20", "set": ('model={name="resnet18"}',)},
+        "models: not with model.name, the name of one network",
+    ),
     "a list and a run to resume": ({"within": "20ms", "resume": "always"}, "within: not with resume"),
     "a file for the networks of the list": (
         {"within": "20ms", "weights": "a.pth"},

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, amount
 from tests.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
@@ -170,3 +170,11 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(ph
         recipe = read_checkpoint(Path("runs/latest/best.pt")).training["recipe"]
         assert (recipe["batch_size"], recipe["epochs"], recipe["project"]) == (3, 2, "lights")
     assert Path("runs/latest").readlink() == Path("lights-4")
+
+
+AMOUNTS = [(1, "+1 photograph"), (-1, "-1 photograph"), (0, "+0 photographs"), (1200, "+1,200 photographs")]
+
+
+@pytest.mark.parametrize(("number", "text"), AMOUNTS)
+def test_a_noun_is_plural_unless_there_is_one(number: int, text: str) -> None:
+    assert amount(number, "photograph", "+") == text
