@@ -97,7 +97,7 @@ def train_epoch(
     """Run the remaining steps of the current epoch."""
     recipe, epoch = run.recipe, run.position.epoch
     dataset, batches = epoch_data(recipe, images, epoch)
-    set_train_mode(run.model, recipe.start)
+    set_train_mode(run.model, recipe.start_of(epoch))
     shards = [run.strategy.shard(samples) for samples in batches[run.position.step :]]
     since = time.monotonic()
     for batch in load_batches(dataset, shards, recipe.workers, run.strategy.device):
