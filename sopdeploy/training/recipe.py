@@ -130,6 +130,12 @@ class StartConfig(StrictModel):
     classifier_epochs: pydantic.NonNegativeInt = 0
     classifier_lr: PositiveRate | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _check_classifier_lr(self) -> "StartConfig":
+        if self.classifier_lr is not None and not self.classifier_epochs:
+            raise ValueError("without effect if classifier_epochs is 0; omit classifier_lr")
+        return self
+
 
 class ModelConfig(CatalogModel):
     """The network to train: a model of the catalog, and the fields of its config that are not defaults.

@@ -167,6 +167,7 @@ def test_the_classifier_learns_first_and_then_everything(plain, tmp_path) -> Non
 
 
 NO_TWO_PHASES = [
+    ("start.classifier_epochs=0", "without effect if classifier_epochs is 0; omit classifier_lr"),
     ("start.classifier_epochs=4", "the run has only 4 epochs; give fewer than these"),
     ("start.learn=classifier", "with start.learn = classifier; give all or last_stages"),
     ("start.learn=branches", "with start.learn = branches; give all or last_stages"),
