@@ -1,13 +1,16 @@
 """Fine-tuning on photographs with and without DSoP branches, from fitted heads.
 
     python benchmarks/photo_branches.py --photos NAME=FOLDER ... --weights FILE --cache DIR --lines FILE
-        [--draws 20] [--report] [--json]
+        [--draws 20] [--report] [--json] [--heads-only] [--per-class 10] [--limit 60]
 
-FOLDER has a folder of photographs for each class. Each draw trains on ten photographs of each class and tests
-on others. Frozen arms are the heads that `train` fits to EfficientNet-Lite0 with the ImageNet weights FILE:
-on averages, and on averages with two second-order statistics. All other arms start from these and train the
-stages behind the third: AdamW, warm-up and cosine, random crops, label smoothing. Arms with branches are
-tested after these are detached. "equal time" trains at least as long as DSoP, in processor seconds.
+FOLDER has a folder of photographs for each class, of which --limit are chosen by lot. Each draw trains on
+--per-class photographs of each class and tests on others. --heads-only compares the second-order head with
+its fine-tuning and runs no other trained arms.
+
+Frozen arms are the heads that `train` fits to EfficientNet-Lite0 with the ImageNet weights FILE: on averages,
+and on averages with two second-order statistics. All other arms start from these and train the stages behind
+the third: AdamW, warm-up and cosine, random crops, label smoothing. Arms with branches are tested after these
+are detached. "equal time" trains at least as long as DSoP, in processor seconds.
 
 The learning rate of each arm and set is the best of `RATES` on the draws `SEARCH_DRAWS`, which nothing else
 uses. All arms have the same draws, so their differences are paired. --lines receives a line of JSON for each
@@ -30,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from gain.paired import paired
-from gain.photos import PhotosConfig, count_classes, write_maps
+from gain.photos import MAX_PER_CLASS, PhotosConfig, count_classes, write_maps
 from gain.report import accuracies, results_of, table
 from gain.study import Study
 from gain.train_and_measure import Outcome, Run, train_and_measure
@@ -106,7 +109,7 @@ class Lines:
 
 
 def study(name: str, task: PhotosConfig, draws: Sequence[int], rates: Mapping[str, float]) -> Study:
-    """Build the study of a set; *rates* are the learning rates of the trained arms."""
+    """Build the study of a set; *rates* are the learning rates of the arms that are trained."""
     template = {
         "task": task,
         "network": "photos",
@@ -121,24 +124,25 @@ def study(name: str, task: PhotosConfig, draws: Sequence[int], rates: Mapping[st
         FROZEN: {"epochs": 0},
         FROZEN_HEAD: {"network": "head-photos", "epochs": 0},
     }
-    trained = {arm: {**options, "learning_rate": rates[arm]} for arm, options in TRAINED.items()}
+    trained = {arm: {**TRAINED[arm], "learning_rate": rate} for arm, rate in rates.items()}
+    arms = {**frozen, **trained}
     return Study(
         name=name,
         title=f"{task.classes} classes, {task.per_class} photographs of each",
         seeds=tuple(draws),
         template=template,
-        arms={**frozen, **trained},
-        reference=PLAIN,
-        pairs=PAIRS,
+        arms=arms,
+        reference=PLAIN if PLAIN in arms else FROZEN,
+        pairs=tuple(pair for pair in PAIRS if arms.keys() >= set(pair)),
     )
 
 
-def search(name: str, task: PhotosConfig, lines: Lines) -> dict[str, float]:
-    """Choose the learning rate of each arm: the largest mean accuracy; of equal ones the smallest rate."""
-    means: dict[str, dict[float, float]] = {arm: {} for arm in TRAINED}
+def search(name: str, task: PhotosConfig, lines: Lines, trained: Sequence[str]) -> dict[str, float]:
+    """Choose the rate of each of *trained*: the largest mean accuracy; of equal ones the smallest rate."""
+    means: dict[str, dict[float, float]] = {arm: {} for arm in trained}
     for rate in RATES:
-        compared = study(name, task, SEARCH_DRAWS, dict.fromkeys(TRAINED, rate))
-        for arm in TRAINED:
+        compared = study(name, task, SEARCH_DRAWS, dict.fromkeys(trained, rate))
+        for arm in trained:
             runs = [compared.run(arm, draw) for draw in SEARCH_DRAWS]
             means[arm][rate] = fmean(lines.run(name, arm, run).accuracy for run in runs)
     return {arm: max(RATES, key=lambda rate: of_rates[rate]) for arm, of_rates in means.items()}
@@ -193,6 +197,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lines", type=Path, required=True, help="file with a line per arm and draw")
     parser.add_argument("--draws", type=int, default=20, help="number of draws (20)")
     parser.add_argument("--report", action="store_true", help="print the finished draws, and run nothing")
+    parser.add_argument(
+        "--heads-only", action="store_true", help="run the arms of the second-order head only"
+    )
+    parser.add_argument("--per-class", type=int, default=10, help="photographs for training (10)")
+    parser.add_argument("--limit", type=int, default=MAX_PER_CLASS, help="photographs of a class (60)")
     return parser.parse_args(arguments)
 
 
@@ -203,12 +212,15 @@ def main(arguments: list[str]) -> int:
     given.cache.mkdir(parents=True, exist_ok=True)
     tasks = {}
     for name, folder in given.photos:
-        maps = given.cache.resolve() / f"{name}.npz"
+        others = "" if given.limit == MAX_PER_CLASS else f"-{given.limit}"
+        maps = given.cache.resolve() / f"{name}{others}.npz"
         if not maps.exists():
-            write_maps(folder, given.weights, maps)
-        tasks[name] = PhotosConfig(maps=maps, weights=given.weights.resolve(), classes=count_classes(maps))
+            write_maps(folder, given.weights, maps, given.limit)
+        sizes = {"classes": count_classes(maps), "per_class": given.per_class}
+        tasks[name] = PhotosConfig(maps=maps, weights=given.weights.resolve(), **sizes)
     lines = Lines(given.lines, may_run=not given.report)
-    rates = {name: search(name, task, lines) for name, task in tasks.items()}
+    trained = (HEAD,) if given.heads_only else tuple(TRAINED)
+    rates = {name: search(name, task, lines, trained) for name, task in tasks.items()}
     studies = [study(name, task, range(given.draws), rates[name]) for name, task in tasks.items()]
     if not given.report:
         for number in run_all(studies, lines):
@@ -220,8 +232,10 @@ def main(arguments: list[str]) -> int:
         return 0
     for one in studies:
         arms = results[one.name]
-        print(f"{one.name}: {one.title}, {len(arms[PLAIN])} draws; rates {json.dumps(rates[one.name])}\n")
-        if arms[PLAIN]:
+        print(f"{one.name}: {one.title}, {len(arms[HEAD])} draws; rates {json.dumps(rates[one.name])}\n")
+        if arms[HEAD] and given.heads_only:
+            print(", ".join(f"{arm} {fmean(accuracies(outcomes)):.1f} %" for arm, outcomes in arms.items()))
+        elif arms[HEAD]:
             print(f"{table(one, arms)}\n\n{share(arms)}\n")
     return 0
 

@@ -106,17 +106,17 @@ def remove_first_stages(network: TimmBackbone) -> None:
         setattr(network.get_submodule(parent), child, nn.Identity())
 
 
-def write_maps(folder: Path, weights: Path, target: Path) -> None:
+def write_maps(folder: Path, weights: Path, target: Path, limit: int = MAX_PER_CLASS) -> None:
     """Store the frozen part's outputs (N, 1 + VARIANTS, C, H, W), float16, and the labels of photographs.
 
     Position 0 is the center crop. *folder* has a folder of photographs for each class; of each class, at most
-    `MAX_PER_CLASS` are chosen by lot.
+    *limit* are chosen by lot.
     """
     images = open_folder(folder).train
     random = np.random.default_rng(0)
     chosen = np.zeros(len(images), np.bool_)
     for label in range(len(images.labels)):
-        chosen[random.permutation(np.flatnonzero(images.targets == label))[:MAX_PER_CLASS]] = True
+        chosen[random.permutation(np.flatnonzero(images.targets == label))[:limit]] = True
     images = images.select(chosen)
     network = TimmBackbone(LastStagesConfig(), len(images.labels))
     load_weights(network, weights)

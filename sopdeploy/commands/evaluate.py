@@ -32,6 +32,8 @@ class EvaluateOptions(Options):
     them to this file; for several classes per image, a threshold per class."""
     accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
     """Fraction of images of known classes to accept as known, with the fitted threshold; 1 rejects none."""
+    mirror: bool = False
+    """Average the logits of each image and of its mirror image; a server answers for the image alone."""
     workers: Annotated[int, pydantic.Field(ge=0)] = 0
     """Processes that load images for a checkpoint."""
 
@@ -51,6 +53,7 @@ class Evaluation:
             per image, all probabilities.
         decision: Temperature and thresholds that `fit_decision` fitted to the images; the metrics are those
             of the checkpoint before.
+        mirror: Whether the scores are those of the mean logits of an image and its mirror image.
         notes: Lines about the images that are not as expected, such as classes without images.
     """
 
@@ -61,6 +64,7 @@ class Evaluation:
     labels: tuple[str, ...]
     scores: tuple[ImageScore, ...] | MultiLabelPredictions = field(repr=False)
     decision: Decision | None = None
+    mirror: bool = False
     notes: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
@@ -69,6 +73,7 @@ class Evaluation:
             "source": self.source,
             "kind": self.kind,
             **self.facts,
+            "mirror": self.mirror,
             "notes": list(self.notes),
             **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
             **self.metrics.model_dump(mode="json"),
@@ -79,7 +84,8 @@ def _show(evaluation: Evaluation) -> None:
     """Print the metrics, and the frequent mistakes."""
     for note in evaluation.notes:
         err.print(plain_text(f"warning: {note}"))
-    section = describe_predictions(evaluation.metrics, f"{evaluation.metrics.count} images")
+    mirrored = " with their mirror images" if evaluation.mirror else ""
+    section = describe_predictions(evaluation.metrics, f"{evaluation.metrics.count} images{mirrored}")
     say(*section.text)
     for table in section.tables:
         if table.rows and len(table.columns) <= MAX_COLUMNS:
@@ -111,7 +117,7 @@ def evaluate(
 
     Example: sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt
 
-    Example: sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos
+    Example: sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --mirror
 
     Args:
         source: A checkpoint or a bundle.
@@ -131,7 +137,7 @@ def evaluate(
     notes: list[str] = []
     facts: dict[str, str] = {}  # stays empty for a checkpoint
     fitted_decision = None  # stays None for a bundle, and without `fit_decision`
-    shared: Any = {"on_image": on_image, "log": notes.append}
+    shared: Any = {"mirror": options.mirror, "on_image": on_image, "log": notes.append}
     if is_bundle:
         from sopdeploy_service.commands.evaluate import scores_of_bundle
         from sopdeploy_service.settings import load_settings
@@ -158,6 +164,7 @@ def evaluate(
         labels=labels,
         scores=tuple(scores) if isinstance(scores, list) else scores,  # a list with one class per image
         decision=fitted_decision,
+        mirror=options.mirror,
         notes=tuple(notes),
     )
 
@@ -168,6 +175,9 @@ def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
         if getattr(options, setting) and kind != needed:
             raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
     fitted = options.fit_decision
+    if fitted is not None and options.mirror:
+        message = "decides about the image alone, as a server does; omit mirror"
+        raise ConfigError(message, setting="fit_decision")
     if fitted is not None and fitted.exists() and source.exists() and fitted.samefile(source):
         message = "is the evaluated checkpoint; give another file"
         raise ConfigError(message, setting="fit_decision", value=fitted)

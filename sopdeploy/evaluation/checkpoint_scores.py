@@ -12,7 +12,7 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError, amount
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, fit_thresholds
-from sopdeploy.evaluation.prediction import score_images
+from sopdeploy.evaluation.prediction import as_evaluated, score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.models.base import Classifier
 from sopdeploy.photos.files import Log
@@ -39,12 +39,14 @@ def score_checkpoint(
     *,
     accepts: float | None = None,
     workers: int = 0,
+    mirror: bool = False,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
     log: Log = lambda _line: None,
 ) -> CheckpointScores:
     """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
 
-    With *accepts*, a decision that accepts this fraction of known images is fitted, too. *on_image* receives
+    With *accepts*, a decision that accepts this fraction of known images is fitted, too. With *mirror*, the
+    logits are means over an image and its mirror image. *on_image* receives
     the numbers of images done and in total, *log* lines about the folder, also about images that the network
     was trained on. Raises `DataError` for too few images to fit to.
     """
@@ -61,7 +63,8 @@ def score_checkpoint(
     if warning := describe_seen(images, checkpoint.image_hashes.numpy()):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    logits_NC = score_images(model, checkpoint.preprocess, images, workers=workers, on_image=on_image)
+    network = as_evaluated(model, mirror=mirror)
+    logits_NC = score_images(network, checkpoint.preprocess, images, workers=workers, on_image=on_image)
     decision = checkpoint.decision or Decision()
     predictions = make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision)
     fitted = None if accepts is None else _fit(model, checkpoint.labels, images, logits_NC, accepts)

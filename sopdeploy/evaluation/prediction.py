@@ -171,6 +171,27 @@ def predict_logits(
     return processes.all_reduce(logits).numpy(), dataset.images.targets
 
 
+class Mirrored(nn.Module):
+    """Compute the mean logits of images and their mirror images; *model* may be `AllHeads` of a network.
+
+    Source: the evaluation of fine-grained classes in the code of fast-MPN-COV.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training  # the mode that `predict_logits` restores
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits (B, C) of normalized (B, 3, H, W) images."""
+        logits: Tensor = (self.model(images) + self.model(images.flip(3))) / 2
+        return logits
+
+
+def as_evaluated(model: nn.Module, *, mirror: bool) -> nn.Module:
+    """Return *model*, with *mirror* as `Mirrored`."""
+    return Mirrored(model) if mirror else model
+
+
 class AllHeads(nn.Module):
     """Compute the logits of all H heads of *model*, joined to (B, H * C)."""
 

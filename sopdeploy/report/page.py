@@ -106,6 +106,8 @@ def _predict(
     if isinstance(result, LoopResult):
         selected = "the epoch" if result.tuning is None else "fine-tuning"
         description += f", which also selected {selected}, so all scores of this section are too high"
+        if result.mirrored:
+            description += "; without their mirror images, as a server computes them"
     logits_NC = score_images(
         fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image
     )

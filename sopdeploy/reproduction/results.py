@@ -7,7 +7,13 @@ from typing import Any
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.evaluation.metrics import wilson
-from sopdeploy.evaluation.prediction import AllHeads, HeldOutMetrics, held_out_metrics, score_images
+from sopdeploy.evaluation.prediction import (
+    AllHeads,
+    HeldOutMetrics,
+    as_evaluated,
+    held_out_metrics,
+    score_images,
+)
 from sopdeploy.evaluation.statistics import student
 from sopdeploy.models.base import Classifier
 from sopdeploy.training.diagnostics import EpochRow, median_throughput
@@ -69,7 +75,8 @@ def _measure_heads(model: Classifier, checkpoint: Checkpoint, recipe: Recipe) ->
         return {}
     images = open_held_out(recipe, checkpoint)
     network = AllHeads(model.to(select_device(recipe.device)))
-    logits = network.split(score_images(network, checkpoint.preprocess, images, workers=recipe.workers))
+    shown = as_evaluated(network, mirror=recipe.validation.mirror)
+    logits = network.split(score_images(shown, checkpoint.preprocess, images, workers=recipe.workers))
     return {name: held_out_metrics(images.labels, row, images.targets) for name, row in logits.items()}
 
 

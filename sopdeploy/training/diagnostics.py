@@ -14,7 +14,13 @@ from statistics import median_high
 import numpy as np
 
 from sopdeploy.config import StrictModel
-from sopdeploy.evaluation.prediction import AllHeads, HeldOutMetrics, held_out_metrics, predict_logits
+from sopdeploy.evaluation.prediction import (
+    AllHeads,
+    HeldOutMetrics,
+    as_evaluated,
+    held_out_metrics,
+    predict_logits,
+)
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.photos.photo import PreprocessedDataset
@@ -113,16 +119,26 @@ def history_csv(history: Sequence[EpochRow]) -> str:
 
 
 def diagnose(
-    model: Classifier, held_out: PreprocessedDataset, preprocess: Preprocess, batch_size: int
+    model: Classifier,
+    held_out: PreprocessedDataset,
+    preprocess: Preprocess,
+    batch_size: int,
+    *,
+    mirror: bool = False,
 ) -> Diagnostics:
-    """Compute the diagnostics of *model* on `MAX_IMAGES` of *held_out*, in every epoch the same."""
+    """Compute the diagnostics of *model* on `MAX_IMAGES` of *held_out*, in every epoch the same.
+
+    With *mirror*, the logits are means over an image and its mirror image.
+    """
     count = min(MAX_IMAGES, len(held_out))
     evenly_spaced = [number * len(held_out) // count for number in range(count)]
     mask = np.zeros(len(held_out), np.bool_)
     mask[evenly_spaced] = True
     subset = replace(held_out, images=held_out.images.select(mask))
     network = AllHeads(model)
-    joined, targets = predict_logits(network, subset, preprocess, batch_size=batch_size)
+    joined, targets = predict_logits(
+        as_evaluated(network, mirror=mirror), subset, preprocess, batch_size=batch_size
+    )
     logits = network.split(joined)  # by head
     labels = held_out.images.labels
     right = logits["main"].argmax(axis=1) == targets if targets.ndim == 1 else []  # one class per image

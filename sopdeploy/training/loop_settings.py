@@ -179,6 +179,12 @@ class LossConfig(StrictModel):
     label_smoothing: FractionBelowOne = 0.0
 
 
+class ValidationConfig(StrictModel):
+    """How epochs are evaluated; with `mirror`, by the mean logits of an image and its mirror image."""
+
+    mirror: bool = False
+
+
 class SaveConfig(StrictModel):
     """Minutes after which `last.pt` is also written within an epoch; 0 for only at its end."""
 
@@ -202,4 +208,5 @@ class LoopSettings(StrictModel):
     loss: LossConfig = LossConfig()
     ema: EmaConfig | None = None
     teacher: TeacherConfig | None = None
+    validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()

@@ -37,7 +37,14 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "rejection.accepts",
     "rejection.unknown",
 }
-LOOP_KEYS = (*LoopSettings.model_fields, "start.learn", "start.head_factor", "model.remove_branches_at")
+FIRST_PHASE_KEYS = ("start.classifier_epochs", "start.classifier_lr")
+LOOP_KEYS = (
+    *LoopSettings.model_fields,
+    *FIRST_PHASE_KEYS,
+    "start.learn",
+    "start.head_factor",
+    "model.remove_branches_at",
+)
 
 
 class LoopConfig(StrictModel):
@@ -84,6 +91,9 @@ class FineTuneConfig(HeadOptions):
         "loss": {"label_smoothing": 0.1},
         "ema": None,
         "teacher": None,
+        "validation": {"mirror": False},  # the comparison is that of deployed networks
+        "start.classifier_epochs": 0,  # the classifier is fitted
+        "start.classifier_lr": None,
         "start.learn": "last_stages",
         "start.head_factor": 1.0,
     }
@@ -108,11 +118,23 @@ class StartConfig(StrictModel):
     everything but the branches, including batch norm statistics, and "classifier" everything but the
     classifier. With "last_stages", the second half of the stages and what follows it learn; batch norms keep
     their statistics, except in branches. `head_factor` multiplies the learning rate of the classifier.
+
+    `classifier_epochs` of the run are a first phase that trains what "classifier" trains, at the constant
+    rate `classifier_lr`, by default the product of `optimizer.lr` and `head_factor`. The schedule begins
+    after it.
     """
 
     weights: Literal["imagenet", "none"] | Path | None = None
     learn: Literal["all", "branches", "classifier", "last_stages"] = "all"
     head_factor: PositiveRate = 1.0
+    classifier_epochs: pydantic.NonNegativeInt = 0
+    classifier_lr: PositiveRate | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_classifier_lr(self) -> "StartConfig":
+        if self.classifier_lr is not None and not self.classifier_epochs:
+            raise ValueError("without effect if classifier_epochs is 0; omit classifier_lr")
+        return self
 
 
 class ModelConfig(CatalogModel):
@@ -169,9 +191,16 @@ class Recipe(LoopSettings):
     rejection: RejectionConfig = RejectionConfig()
 
     def reads(self, key: str) -> bool:
-        """Check whether the procedure reads the dotted *key*; `few_shot` reads no `LOOP_KEYS`."""
-        is_loop_key = any(key == name or key.startswith(f"{name}.") for name in LOOP_KEYS)
-        return isinstance(self.procedure, LoopConfig | FineTuneConfig) or not is_loop_key
+        """Check whether the procedure reads the dotted *key*.
+
+        `few_shot` reads no `LOOP_KEYS`, `fine_tune` all but those of the first phase and of the validation.
+        """
+        if isinstance(self.procedure, LoopConfig):
+            return True
+        ignored = LOOP_KEYS
+        if isinstance(self.procedure, FineTuneConfig):
+            ignored = (*FIRST_PHASE_KEYS, "validation")
+        return not any(key == name or key.startswith(f"{name}.") for name in ignored)
 
     def check_effect(self, given: Sequence[str]) -> None:
         """Raise `ConfigError` if the procedure ignores a *given* key."""
@@ -189,6 +218,24 @@ class Recipe(LoopSettings):
         return self.preprocess.crop if crop is None else crop
 
     @property
+    def first_phase(self) -> int:
+        """The number of epochs, from the first one, in which the classifier alone learns."""
+        return 0 if self.start is None else self.start.classifier_epochs
+
+    def start_of(self, epoch: int) -> StartConfig | None:
+        """Return `start` with what learns in *epoch*, from 0."""
+        if self.start is None or epoch >= self.first_phase:
+            return self.start
+        return self.start.model_copy(update={"learn": "classifier"})
+
+    def learning_rate(self, time: float, factor: float = 1.0) -> float:
+        """Compute the learning rate after *time* epochs, with the *factor* of a group of parameters."""
+        if self.start is not None and time < self.first_phase:
+            return self.start.classifier_lr or self.optimizer.lr * self.start.head_factor
+        phase = self.epochs - self.first_phase
+        return self.optimizer.lr * self.schedule.factor(time - self.first_phase, phase) * factor
+
+    @property
     def frozen_backbone(self) -> bool:
         """Whether only the branches learn."""
         return self.start is not None and self.start.learn == "branches"
@@ -204,7 +251,25 @@ class Recipe(LoopSettings):
             raise ValueError(
                 "model.remove_branches_at: nothing would learn after it with start.learn = branches"
             )
+        if self.first_phase:
+            self._check_first_phase()
         return self
+
+    def _check_first_phase(self) -> None:
+        """Raise `ValueError` if no second phase follows, or if something else would learn in the first."""
+        if self.first_phase >= self.epochs:
+            raise ValueError(
+                f"start.classifier_epochs: the run has only {self.epochs} epochs; give fewer than these"
+            )
+        if self.start is not None and self.start.learn in ("branches", "classifier"):
+            raise ValueError(
+                f"start.classifier_epochs: the classifier does not learn first with start.learn = "
+                f"{self.start.learn}; give all or last_stages"
+            )
+        if self.teacher is not None and self.teacher.weights is None:
+            raise ValueError(
+                "start.classifier_epochs: a teacher that is trained jointly needs one phase; set it to 0"
+            )
 
 
 def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -104,6 +104,7 @@ class LoopResult(StrictModel):
         map: Mean average precision; only with several classes per image.
         selected_by: The images that select the measured epoch: none (`nothing`), `other images`, or the
             `same images`. The score is too high in the last case only.
+        mirrored: Whether the score is that of the mean logits of an image and its mirror image.
         tuning: The comparison with the frozen network, if the loop started from it.
     """
 
@@ -114,6 +115,7 @@ class LoopResult(StrictModel):
     map: Fraction | None = None
     count: int
     selected_by: SelectedBy
+    mirrored: bool = False
     tuning: Tuning | None = None
 
     @property
@@ -140,7 +142,8 @@ class LoopResult(StrictModel):
         }[self.selected_by]
         if self.tuning is not None:
             note = ", too high: they also decided for fine-tuning"
-        return f"{score} of {self.count} held-out images{note}"
+        mirrored = " with their mirror images" if self.mirrored else ""
+        return f"{score} of {self.count} held-out images{mirrored}{note}"
 
     def lines(self) -> tuple[str, ...]:
         """Describe the best epoch and its score."""

@@ -138,6 +138,8 @@ class Start:
             yield self.weights.describe()
         if self.reason:
             yield self.reason
+        if self.uses_loop and self.recipe.first_phase:
+            yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
         next_epoch, side = self.position.epoch + 1, self.recipe.preprocess.crop
         is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
         resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""

@@ -19,9 +19,11 @@ from typer.testing import CliRunner, Result
 import sopdeploy
 from sopdeploy import describe, plugins
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.checkpoint import Checkpoint, read_checkpoint
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
+from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.layers.pooling.base import GlobalPooling
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.reproduction.tables import load_tables
@@ -231,7 +233,7 @@ STRIPES = (
 @pytest.mark.parametrize(
     "kind", [kind if kind == "dropcov" else pytest.param(kind, marks=pytest.mark.slow) for kind in SMALL]
 )
-def test_each_pooling_is_trained_exported_with_proof_and_verified(kind: str, tmp_path: Path) -> None:
+def test_each_pooling_is_trained_exported_with_proof_verified_and_served(kind: str, tmp_path: Path) -> None:
     options = [f"model.config.pooling.{key}={value}" for key, value in SMALL[kind].items()]
     found = train(
         tmp_path / "run", *STRIPES, "model.name=resnet8", f"model.config.pooling.kind={kind}", *options
@@ -241,16 +243,35 @@ def test_each_pooling_is_trained_exported_with_proof_and_verified(kind: str, tmp
     output = run("export", tmp_path / "run/best.pt", "--max-batch", 4, "--out", tmp_path / "bundles").stdout
     assert "trained = plain" in output
     run("verify", tmp_path / "bundles/latest")
+    check_served(tmp_path / "run/best.pt", tmp_path / "bundles/latest")
+
+
+def check_served(checkpoint: Path, bundle: Path) -> None:
+    """Compare the answer of a server to an image with the logits of the trained network."""
+    content, settings = read_checkpoint(checkpoint), Settings(threads=1, runtime="onnxruntime-cpu")
+    side = content.preprocess.crop
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    with TestClient(
+        create_app({"stripes": load_model(bundle, settings)}, settings), "http://localhost"
+    ) as client:
+        answer = client.post("/v1/classify", content=encoded(image)).json()
+    pixels = torch.tensor(preprocess_image(image, content.preprocess)[None])
+    network = build_classifier(content, checkpoint)
+    logits_C = network(Normalize(content.preprocess, images_format(network))(pixels))[0].detach()
+    expected = dict(zip(content.labels, logits_C.softmax(dim=0).tolist(), strict=True))
+    served = {entry["label"]: entry["probability"] for entry in answer["classes"]}
+    assert served == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("stripes")
-def test_low_rank_bilinear_pooling_is_trained_exported_with_proof_and_verified(tmp_path: Path) -> None:
+def test_low_rank_bilinear_pooling_is_trained_exported_verified_and_served(tmp_path: Path) -> None:
     sizes = ("preprocess.resize=32", "preprocess.crop=32")
     found = train(tmp_path / "run", *STRIPES, *sizes, 'model={name="lrbp-vgg16"}')
     assert found.training["plugins"] == PACKAGE
     run("export", tmp_path / "run/best.pt", "--max-batch", 2, "--out", tmp_path / "bundles")
     run("verify", tmp_path / "bundles/latest")
+    check_served(tmp_path / "run/best.pt", tmp_path / "bundles/latest")
 
 
 @pytest.fixture(scope="module")

@@ -25,16 +25,17 @@ def scores_of_bundle(
     data: Path,
     *,
     settings: Settings | None = None,
+    mirror: bool = False,
     on_image: Callable[[int, int], None],
     log: Log = lambda _line: None,
 ) -> tuple[tuple[str, ...], Predictions, dict[str, str]]:
     """Score the bundle at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
     Returns the sorted class names, one score per image (all predictions of a multi-label network), and the
-    names of bundle, runtime and device. Calls *on_image* with the number of finished images and of all
-    images, *log* with lines about the folder, also about images that the network was trained on. Raises
-    `DataError` for folders that are no class of the network and for images that the server would reject, and
-    the errors of `load_model`.
+    names of bundle, runtime and device. *mirror* is that of `logits_of_images`. Calls *on_image* with the
+    number of finished images and of all images, *log* with lines about the folder, also about images that the
+    network was trained on. Raises `DataError` for folders that are no class of the network and for images
+    that the server would reject, and the errors of `load_model`.
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
@@ -49,15 +50,25 @@ def scores_of_bundle(
     if origin is not None and (warning := describe_seen(images, origin.sample)):
         log(f"{data}: {warning}")
     done = itertools.count(1)
-    logits = logits_of_images(loaded, images, settings, lambda: on_image(next(done), len(images)))
+    logits = logits_of_images(
+        loaded, images, settings, lambda: on_image(next(done), len(images)), mirror=mirror
+    )
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}
     return sorted_labels, make_predictions(logits, images, labels, decision), facts
 
 
 def logits_of_images(
-    loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
+    loaded: LoadedModel,
+    images: ImageFiles,
+    settings: Settings,
+    on_image: Callable[[], None],
+    *,
+    mirror: bool = False,
 ) -> NDArray[np.float32]:
-    """Compute the logits (N, C) of *images*; raise `DataError` for one that the server would reject."""
+    """Compute the logits (N, C) of *images*; raise `DataError` for one that the server would reject.
+
+    With *mirror*, they are means over an image and its mirror image.
+    """
     manifest = loaded.bundle.manifest
     max_bytes, max_pixels = settings.max_body_bytes, settings.max_pixels
     rows: list[NDArray[np.float32]] = []
@@ -68,7 +79,9 @@ def logits_of_images(
             pixels = decode(image, manifest.preprocess, max_bytes=max_bytes, max_pixels=max_pixels).pixels
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
-        rows.append(loaded.runtime.run(pixels[None])[manifest.outputs[0].name][0])
+        views = [pixels, np.ascontiguousarray(pixels[:, ::-1])] if mirror else [pixels]
+        logits = [loaded.runtime.run(view[None])[manifest.outputs[0].name][0] for view in views]
+        rows.append(np.mean(logits, axis=0, dtype=np.float32))
         if not np.isfinite(rows[-1]).all():
             raise DataError(f"{path}: the network's output is not finite; verify the bundle")
         on_image()

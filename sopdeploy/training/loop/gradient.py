@@ -22,9 +22,9 @@ def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> t
     # Each process draws other random numbers; process 0 draws those of a run of a single process.
     rank_key = [run.strategy.rank] if run.strategy.rank > 0 else []
     torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *rank_key))
-    factor = recipe.schedule.factor(position.epoch + position.step / steps, recipe.epochs)
+    time = position.epoch + position.step / steps
     for group in run.optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
+        group["lr"] = recipe.learning_rate(time, group.get(LR_FACTOR, 1.0))
     run.optimizer.zero_grad()
     loss = compute_gradient(run, (run.normalize(batch[0]), batch[1]), num_samples)
     gradients = [parameter.grad for parameter in run.trained().parameters() if parameter.grad is not None]

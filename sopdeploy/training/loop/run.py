@@ -14,7 +14,7 @@ from sopdeploy.data.batches import load_batches, shuffled_batches
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.prediction import evaluate_network, predict_logits, predict_unknown
+from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
@@ -97,7 +97,7 @@ def train_epoch(
     """Run the remaining steps of the current epoch."""
     recipe, epoch = run.recipe, run.position.epoch
     dataset, batches = epoch_data(recipe, images, epoch)
-    set_train_mode(run.model, recipe.start)
+    set_train_mode(run.model, recipe.start_of(epoch))
     shards = [run.strategy.shard(samples) for samples in batches[run.position.step :]]
     since = time.monotonic()
     for batch in load_batches(dataset, shards, recipe.workers, run.strategy.device):
@@ -119,6 +119,7 @@ def evaluate_epoch(
 ) -> None:
     """Evaluate the exported weights on held-out images; finish the epoch."""
     since, epoch, recipe = time.monotonic(), run.position.epoch, run.recipe
+    mirror = recipe.validation.mirror
     run.synchronize_buffers()
 
     def on_batch(done: int) -> None:
@@ -126,7 +127,7 @@ def evaluate_epoch(
         signals.exchange()
 
     metrics = evaluate_network(
-        run.exported,
+        as_evaluated(run.exported, mirror=mirror),
         held_out,
         recipe.preprocess,
         batch_size=recipe.batch_size // run.strategy.world,
@@ -135,7 +136,7 @@ def evaluate_epoch(
         on_batch=on_batch,
     )
     # Every process computes these for the same few images itself, so its batches are whole ones.
-    diagnostics = diagnose(run.exported, held_out, recipe.preprocess, recipe.batch_size)
+    diagnostics = diagnose(run.exported, held_out, recipe.preprocess, recipe.batch_size, mirror=mirror)
     run.after_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
@@ -158,10 +159,13 @@ def fit_best(
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
     With fewer than `MIN_IMAGES` images, or with several classes per image, the decision of `best.pt` remains.
-    A resumed run repeats the fit with the same images. The other processes only estimate the score.
+    A resumed run repeats the fit with the same images. The other processes only estimate the score. The
+    decision is fitted without mirror images, because a server computes none.
     """
     recipe = run.recipe
-    result = estimate_best(run.position.history, frozen_backbone=recipe.frozen_backbone)
+    result = estimate_best(
+        run.position.history, frozen_backbone=recipe.frozen_backbone, mirrored=recipe.validation.mirror
+    )
     fit = replace(run.fit(), result=result)
     if run.strategy.rank != 0:
         return fit, {}
@@ -191,19 +195,27 @@ def fit_best(
     return replace(fit, network=model, decision=decision), best.training
 
 
-def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> LoopResult:
+def estimate_best(
+    history: Sequence[EpochRow], *, frozen_backbone: bool = False, mirrored: bool = False
+) -> LoopResult:
     """Estimate the score of the best epoch of *history*, which is too high on the images that select it.
 
     An accuracy is corrected by resamples of the images: each selects an epoch, which the images outside of it
     measure (bootstrap bias corrected cross-validation: Tsamardinos et al., Machine Learning 107, 2018). This
     needs the predictions of all epochs for all images, at most the `MAX_IMAGES` of `diagnose`. With
-    *frozen_backbone*, all epochs export the same network: nothing to select.
+    *frozen_backbone*, all epochs export the same network: nothing to select. *mirrored* becomes part of the
+    result.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
     count, score = best.metrics.count, best.metrics.score
     is_selected = len(history) > 1 and not frozen_backbone
     selected_by: SelectedBy = "same images" if is_selected else "nothing"
-    facts: dict[str, Any] = {"epoch": best.epoch, "num_epochs": len(history), "count": count}
+    facts: dict[str, Any] = {
+        "epoch": best.epoch,
+        "num_epochs": len(history),
+        "count": count,
+        "mirrored": mirrored,
+    }
     if best.metrics.score_name == "mAP":
         return LoopResult(**facts, selected_by=selected_by, map=score)
     # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".

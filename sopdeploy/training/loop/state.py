@@ -38,6 +38,7 @@ class LoopRun:
         model: The network that learns; `start_epoch` may replace it.
         position: The progress.
         groups: Groups of the optimizer's parameters.
+        trainable: Names of the parameters that learn unless `start` freezes them.
     """
 
     groups: list[dict[str, Any]]
@@ -48,6 +49,7 @@ class LoopRun:
         self.name = start.recipe.model.name if frozen is None else tuned_name(start.recipe.model.name)
         self.activation: Activation = start.activation
         self.model, self.position = start.model, start.position
+        self.trainable = {name for name, value in start.model.named_parameters() if value.requires_grad}
         recipe: Recipe = start.recipe
         if self.activation == "sigmoid" and recipe.teacher is not None:
             raise ConfigError("teacher: distillation needs one class per image; remove the table")
@@ -154,10 +156,12 @@ class LoopRun:
             self.ema.model.load_state_dict({key: averages[key] for key in self.model.state_dict()})
 
     def _prepare_training(self) -> None:
-        """Set train mode and `groups`; move the teacher to the device."""
-        recipe = self.recipe
-        set_train_mode(self.model, recipe.start)
-        self.groups = parameter_groups(self.model, recipe.start)
+        """Set train mode and `groups` of the epoch; move the teacher to the device."""
+        recipe, start = self.recipe, self.recipe.start_of(self.position.epoch)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trainable)
+        set_train_mode(self.model, start)
+        self.groups = parameter_groups(self.model, start)
         if self.teacher is not None:
             layout = torch.channels_last if recipe.channels_last else torch.preserve_format
             self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
@@ -165,9 +169,10 @@ class LoopRun:
                 self.groups.append({"params": list(self.teacher.model.parameters())})
 
     def start_epoch(self) -> None:
-        """Replace the model if this epoch trains another one (`model.remove_branches_at`)."""
-        model = self.recipe.model.network_of(self.position.epoch, self.model)
-        if model is not self.model:
+        """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it."""
+        epoch = self.position.epoch
+        model = self.recipe.model.network_of(epoch, self.model)
+        if model is not self.model or 0 < epoch == self.recipe.first_phase:
             self.replace_model(model)
 
 

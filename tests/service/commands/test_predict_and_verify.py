@@ -7,6 +7,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,27 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import sign
 from sopdeploy.cli.app import app
+from sopdeploy.decision import Decision
 from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.http_api import ClassProbability
 from sopdeploy_service.commands import bench as timing
+from sopdeploy_service.commands import evaluate
 from sopdeploy_service.commands.bench import batch_sizes
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import FilePrediction, _print_prediction, predict
 from sopdeploy_service.commands.verify import verify
+from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings, load_settings
+from tests.fake_runtime import FakeRuntime
 from tests.forged import forge
 from tests.keys import write_key
 from tests.service.conftest import picture_bytes, write_bundle
@@ -179,6 +185,26 @@ def test_a_bundle_and_predict_agree_exactly(bundle_path, folder) -> None:
     for one, prediction in zip(scores, predictions, strict=True):
         assert one.confidence == prediction.classes[0].probability
         assert [labels[index] for index in one.top5] == [c.label for c in prediction.classes[:5]]
+
+
+def test_mirrored_scores_of_a_bundle_are_those_of_the_mean_logits(bundle_path, folder, monkeypatch) -> None:
+    random = np.random.default_rng(0)
+    for path in folder.glob("*/*.png"):
+        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+        path.with_name("0.jpeg").unlink()
+    loaded = replace(load_model(bundle_path, ONE_THREAD), runtime=FakeRuntime(num_classes=7))
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: loaded)
+    labels, scores, _ = scores_of_bundle(
+        bundle_path, folder, settings=ONE_THREAD, mirror=True, on_image=lambda *_: None
+    )
+    paths = [path for label in labels for path in sorted((folder / label).iterdir())]
+    limits = {"max_bytes": ONE_THREAD.max_body_bytes, "max_pixels": ONE_THREAD.max_pixels}
+    for score, path in zip(scores, paths, strict=True):
+        pixels = decode(path.read_bytes(), loaded.bundle.manifest.preprocess, **limits).pixels
+        alone, mirrored = loaded.runtime.run(np.stack([pixels, pixels[:, ::-1]]))["logits"]
+        assert not np.array_equal(alone, mirrored)
+        (_, probability), *_ = Decision().answer((alone + mirrored) / 2).ranked
+        assert score.confidence == pytest.approx(probability, abs=1e-6)
 
 
 def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(bundle_path, folder) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 from torch import Tensor, nn
 
+import sopdeploy
 from sopdeploy import create_model
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.decision import sigmoid
@@ -124,6 +125,23 @@ def test_classes_are_matched_by_name(stored, tmp_path) -> None:
     assert [(one.label, one.count) for one in figures.classes] == [("a", 3), ("b", 4)]
     assert figures == measured(stored, tmp_path / "val", workers=2)
     assert figures.log_loss == pytest.approx(np.mean(losses), abs=1e-6)
+
+
+def test_mirrored_scores_are_those_of_the_mean_logits_of_both_images(stored, tmp_path) -> None:
+    make(tmp_path / "val", a=3, b=4)
+    model = build_classifier(read_checkpoint(stored), stored)
+    normalize = Normalize(RULES, torch.contiguous_format)
+    probabilities = []
+    for name in ("a", "b"):
+        for path in sorted((tmp_path / "val" / name).iterdir()):
+            pixels = torch.tensor(preprocess_image(Image.open(path), RULES)[None])
+            views = [model(normalize(view)).detach().double()[0] for view in (pixels, pixels.flip(2))]
+            assert not torch.equal(*views)
+            probabilities.append((sum(views) / 2).softmax(0).max().item())
+    found = sopdeploy.evaluate(stored, tmp_path / "val", mirror=True)
+    assert [score.confidence for score in found.scores] == pytest.approx(probabilities, abs=1e-6)
+    assert found.summary()["mirror"] is True
+    assert sopdeploy.evaluate(stored, tmp_path / "val").scores != found.scores
 
 
 LABELS = ("a", "b", "c")

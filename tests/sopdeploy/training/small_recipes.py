@@ -26,6 +26,7 @@ SMALL: dict[str, list[str]] = {
     "digits-dsop": ["batch_size=720"],
     "digits-plain": ["batch_size=720"],
     "fine-grained-isqrt-resnet50": [*ISQRT, *AT_16, "augment.sides=[20,20]"],
+    "fine-grained-two-phase": [*ISQRT, *AT_16, "augment.sides=[20,20]", "start.classifier_epochs=1"],
     "imagenet-distilled-resnet50": [*PLAIN, *SIDES_16, "teacher.model={name='resnet8'}"],
     "imagenet-distilled-seresnext101": [*PLAIN, *SIDES_16, "teacher.model={name='resnet8'}"],
     "imagenet-resnet50": [*PLAIN, *SIDES_16],

@@ -22,6 +22,7 @@ from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.commands.train import TrainOptions, configure
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
+from sopdeploy.files import check_is_weights
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.importers.timm_files import LITE
@@ -270,7 +271,7 @@ def test_weights_that_are_published_without_a_classifier_start_a_run(tmp_path, n
     assert initial.start is not None
     assert initial.start.new == (("head",) if name == "timm:test_vit" else ("pooled_head", "pooled_head.fc"))
     with pytest.raises(WeightsError, match="has no classifier, so it cannot classify; train one: "):
-        import_weights(tmp_path / "vit.pth", "timm:test_vit", tmp_path / "ckpt.pt")
+        import_weights(check_is_weights(tmp_path / "vit.pth"), "timm:test_vit", tmp_path / "ckpt.pt")
 
 
 def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:

@@ -14,6 +14,7 @@ from sopdeploy import create_model
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
@@ -119,6 +120,96 @@ def test_the_second_phase_trains_only_the_branches(plain, tmp_path) -> None:
     assert first["metrics"] == second["metrics"]
     top1 = [sum(head["top1"] for head in row["diagnostics"]["heads"].values()) for row in (first, second)]
     assert result.best_epoch == read_checkpoint(result.best).training["epoch"] == 1 + (top1[1] >= top1[0])
+
+
+def phases(plain: Path, *more: str) -> Recipe:
+    """Read a recipe whose first two of four epochs train the classifier alone."""
+    settings = [*PLAIN[:2], f"start.weights={plain}", "start.classifier_epochs=2", "epochs=4", *more]
+    return short_recipe(*settings, "start.classifier_lr=0.02", "start.head_factor=3")
+
+
+ADAHESSIAN = "optimizer={kind='adahessian', lr=0.01}"
+IN_TWO_PHASES: dict[str, tuple[list[str], tuple[str, int, int]]] = {
+    "in the first phase": ([], ("step", 1, 2)),
+    "at the end of the first phase": ([], ("epoch", 1, 0)),
+    "in the second phase": ([], ("step", 2, 3)),
+    "an average, in the first phase": (["ema={decay=0.5}"], ("step", 0, 3)),
+    "an average, at the end of the first phase": (["ema={decay=0.5}"], ("step", 1, 5)),
+    "curvatures, in the first phase": ([ADAHESSIAN], ("step", 1, 2)),
+    "curvatures, in the second phase": ([ADAHESSIAN], ("step", 2, 3)),
+}
+
+
+@pytest.mark.parametrize(("settings", "event"), IN_TWO_PHASES.values(), ids=IN_TWO_PHASES)
+def test_a_run_of_two_phases_resumes_to_the_same_bits(plain, tmp_path, settings, event) -> None:
+    recipe = phases(plain, *settings)
+    train_recipe(recipe, tmp_path / "whole")
+    interrupt(recipe, tmp_path / "stopped", *event)
+    assert not same_run(tmp_path / "whole", tmp_path / "stopped")
+    train_recipe(recipe, tmp_path / "stopped", resume=True)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_the_classifier_learns_first_and_then_everything(plain, tmp_path) -> None:
+    recipe, callback = phases(plain), RecordingCallback()
+    interrupt(recipe, tmp_path, "epoch", 1, 0)
+    start, first = read_checkpoint(plain).weights, read_checkpoint(tmp_path / "last.pt").weights
+    assert {name for name in first if not torch.equal(first[name], start[name])} == {"fc.weight", "fc.bias"}
+    train_recipe(recipe, tmp_path, resume=True, callback=callback)
+    last = read_checkpoint(tmp_path / "last.pt")
+    assert {name for name in first if torch.equal(last.weights[name], first[name])} == set()
+    history = last.resume["position"]["history"]
+    schedule = [recipe.schedule.factor(time + 5 / 6, 2) for time in (0, 1)]
+    rates = [0.02, 0.02, *(recipe.optimizer.lr * factor for factor in schedule)]
+    assert [row["lr"] for row in history] == pytest.approx(rates)
+    lines = [values["message"] for name, values in callback.events if name == "message"]
+    assert lines[0] == "epochs 1 to 2 train the classifier alone"
+
+
+NO_TWO_PHASES = [
+    ("start.classifier_epochs=0", "without effect if classifier_epochs is 0; omit classifier_lr"),
+    ("start.classifier_epochs=4", "the run has only 4 epochs; give fewer than these"),
+    ("start.learn=classifier", "with start.learn = classifier; give all or last_stages"),
+    ("start.learn=branches", "with start.learn = branches; give all or last_stages"),
+    ('teacher={model={name="resnet8"}}', "a teacher that is trained jointly needs one phase; set it to 0"),
+    ("procedure={kind='few_shot'}", "classifier_lr, epochs, validation.mirror: without effect"),
+    ("procedure={kind='fine_tune'}", "classifier_lr, validation.mirror: without effect"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), NO_TWO_PHASES)
+def test_a_first_phase_that_cannot_be_is_refused(plain, change, message) -> None:
+    keys = ["start.classifier_epochs", "start.classifier_lr", "epochs", "validation.mirror"]
+    with pytest.raises(ConfigError, match=message):
+        phases(plain, change).check_effect(keys)
+
+
+def test_epochs_are_evaluated_with_mirror_images_and_decisions_without(plain, tmp_path) -> None:
+    recipe = phases(
+        plain, "validation.mirror=true", "model.name=dsop-resnet8", "model.config.aux_widths=[4,4,4]"
+    )
+    result = train_recipe(recipe, tmp_path)
+    best = read_checkpoint(result.best)
+    images = PreprocessedDataset(open_data(recipe.data).held_out, best.preprocess)
+    pixels = torch.from_numpy(np.stack([images[index][0] for index in range(len(images))]))
+    network, normalize = build_classifier(best, tmp_path), Normalize(best.preprocess, torch.contiguous_format)
+    with torch.no_grad():
+        alone, mirrored = network(normalize(pixels)), network(normalize(pixels.flip(2)))
+    targets = torch.from_numpy(images.images.targets)
+    right = ((alone + mirrored) / 2).argmax(dim=1) == targets
+    assert result.best_top1 == pytest.approx(float(right.double().mean()))
+    assert best.training["metrics"]["top1"] == result.best_top1
+    row = read_checkpoint(result.last).resume["position"]["history"][result.best_epoch - 1]
+    assert row["diagnostics"]["heads"]["main"]["top1"] == result.best_top1
+    assert row["diagnostics"]["right"] == "".join("01"[value] for value in right.tolist())
+    assert "of 52 held-out images with their mirror images" in result.procedure.describe()
+    expected = fit_decision(
+        alone.double().numpy(),
+        targets.numpy(),
+        estimated_on="held-out",
+        scalable=network.has_scalable_logits(),
+    )
+    assert result.decision.rejection.threshold == pytest.approx(expected.rejection.threshold, rel=1e-5)
 
 
 def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(plain, tmp_path) -> None:
