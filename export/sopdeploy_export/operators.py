@@ -43,8 +43,9 @@ ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.
 BEYOND_INT32 = (3e9, -3e9)
 # Operands without differences, or with one: the value of every third element, and of the others.
 UNIFORM = ((0, 0), (1, 1), (1, 0))
-# The same, for values that can be infinite or NaN: ONNX Runtime's maximum of NaN and 1 is 1, ATen's is NaN.
-NOT_FINITE = ((INF, INF), (-INF, -INF), (NAN, NAN), (1, -INF), (INF, 1), (NAN, 1))
+# The same, for values that can be infinite or NaN.
+INFINITE = ((INF, INF), (-INF, -INF), (1, -INF), (INF, 1))
+UNDEFINED = ((NAN, NAN), (NAN, 1))  # ONNX Runtime's maximum of NaN and 1 is 1, ATen's is NaN
 TOLERANCE = 1e-4  # relative to the result
 ROUNDING = 16  # units in the last place of the operands, for the error of elementwise operators
 MAX_ROUNDS = 100  # of an operator with few elements
@@ -67,7 +68,7 @@ class _Operator(NamedTuple):
     """One operator of a program: its arguments, its used results and the part that calls it.
 
     `varying` are the positions of the operands that depend on the images; the others are weights. Those in
-    `unbounded` can be infinite or NaN.
+    `unbounded` can be infinite, or NaN if they are in `undefined`, too.
     """
 
     target: OpOverload
@@ -76,6 +77,7 @@ class _Operator(NamedTuple):
     part: str
     varying: frozenset[int]
     unbounded: frozenset[int]
+    undefined: frozenset[int]
 
     @property
     def name(self) -> str:
@@ -101,7 +103,8 @@ class _Operator(NamedTuple):
         )
         if self.name in SIZELESS:  # all integers are sizes, such as a padding; the 5 of `x + 5` is a value
             described = tree_map_only(int, lambda number: min(number, limit), described)
-        return f"{self.target} {described} {self.used} {sorted(self.varying)} {sorted(self.unbounded)}"
+        places = [sorted(places) for places in (self.varying, self.unbounded, self.undefined)]
+        return f"{self.target} {described} {self.used} {places}"
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Compute the used results for other *operands*, in the order of the property `operands`."""
@@ -109,6 +112,15 @@ class _Operator(NamedTuple):
         args, kwargs = tree_map_only(Tensor, lambda _: next(given), self.arguments)
         results = self.target(*args, **kwargs)
         return [results] if isinstance(results, Tensor) else [results[position] for position in self.used]
+
+
+class _Input(NamedTuple):
+    """An operand from outside of a call; whether it depends on the images, can be infinite, can be NaN."""
+
+    operand: Tensor
+    is_varying: bool
+    is_unbounded: bool
+    is_undefined: bool
 
 
 class _Call(NamedTuple):
@@ -121,10 +133,15 @@ class _Call(NamedTuple):
     places: frozenset[int] = frozenset()
 
     @property
-    def inputs(self) -> list[tuple[Tensor, bool, bool]]:
-        """Each operand from outside, whether it depends on the images, and whether it can be infinite."""
+    def inputs(self) -> list[_Input]:
+        """The operands from outside."""
         return [
-            (operand, place in operator.varying, place in operator.unbounded)
+            _Input(
+                operand,
+                place in operator.varying,
+                place in operator.unbounded,
+                place in operator.undefined,
+            )
             for number, operator in enumerate(self.operators)
             for place, operand in enumerate(operator.operands)
             if not (number and place in self.places)
@@ -132,8 +149,8 @@ class _Call(NamedTuple):
 
     @property
     def operands(self) -> list[Tensor]:
-        """The operands from outside."""
-        return [operand for operand, _, _ in self.inputs]
+        """The tensors of `inputs`."""
+        return [given.operand for given in self.inputs]
 
     @property
     def size(self) -> int:
@@ -148,7 +165,7 @@ class _Call(NamedTuple):
     @property
     def can_be_unbounded(self) -> bool:
         """Whether an operand can be infinite or NaN."""
-        return any(is_unbounded for _, _, is_unbounded in self.inputs)
+        return any(given.is_unbounded for given in self.inputs)
 
     def is_one_of(self, names: Sequence[str]) -> bool:
         """Return whether an operator has one of *names*."""
@@ -198,7 +215,7 @@ class _Calls(nn.Module):
 
 
 class _Bounds(fx.Interpreter):
-    """Runs a program and collects the values that can be infinite or NaN, in `unbounded`.
+    """Runs a program and collects the values that can be infinite or NaN, in `unbounded`; NaN in `undefined`.
 
     The result of every layer with weights is replaced by *values* in turn. If they are equal, a division by a
     sum, a norm or a deviation gives NaN, unless a constant is added to it.
@@ -206,7 +223,8 @@ class _Bounds(fx.Interpreter):
 
     def __init__(self, program: ExportedProgram, values: Sequence[float]) -> None:
         super().__init__(program.module(check_guards=False))
-        self.unbounded: set[str] = set()  # names of nodes
+        self.unbounded: set[str] = set()  # names of nodes, as the next one
+        self.undefined: set[str] = set()
         self._values = torch.tensor(values)
         self._varying: set[fx.Node] = set()
 
@@ -215,9 +233,13 @@ class _Bounds(fx.Interpreter):
         result = super().run_node(n)
         if n.op == "placeholder" or not self._varying.isdisjoint(n.all_input_nodes):
             self._varying.add(n)
-        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if any(not bool(leaf.isfinite().all()) for leaf in leaves if leaf.is_floating_point()):
+        leaves = [
+            leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        if not all(bool(leaf.isfinite().all()) for leaf in leaves):
             self.unbounded.add(n.name)
+        if any(bool(leaf.isnan().any()) for leaf in leaves):
+            self.undefined.add(n.name)
         operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
         has_weights = n in self._varying and not self._varying.issuperset(operands)
         return tree_map_only(Tensor, self._replace, result) if has_weights else result
@@ -230,26 +252,30 @@ class _Bounds(fx.Interpreter):
         return torch.empty_like(result).copy_(content)
 
 
-def _find_unbounded(program: ExportedProgram, images: Tensor) -> set[str]:
-    """Name the nodes of *program* whose values can be infinite or NaN although layers give ordinary ones."""
-    unbounded: set[str] = set()
+def _find_unbounded(program: ExportedProgram, images: Tensor) -> tuple[set[str], set[str]]:
+    """Name the nodes of *program* whose values can be infinite or NaN although layers give ordinary ones.
+
+    The second set has those that can be NaN.
+    """
+    unbounded, undefined = set[str](), set[str]()
     for values in (ORDINARY, (0.0,), (1.0,)):
         bounds = _Bounds(program, values)
         with suppress(Exception):  # of code that cannot use them all, for example as positions in a table
             bounds.run(images)
         unbounded |= bounds.unbounded
-    return unbounded
+        undefined |= bounds.undefined
+    return unbounded, undefined
 
 
 class _Recorder(fx.Interpreter):
     """Runs a program and records its operators, and pairs of them, in `calls` by their descriptions.
 
-    *unbounded* names the nodes whose values can be infinite or NaN.
+    *unbounded* names the nodes whose values can be infinite or NaN, *undefined* those that can be NaN.
     """
 
-    def __init__(self, program: ExportedProgram, unbounded: Set[str]) -> None:
+    def __init__(self, program: ExportedProgram, unbounded: Set[str], undefined: Set[str]) -> None:
         super().__init__(program.module(check_guards=False))
-        self._unbounded = unbounded
+        self._unbounded, self._undefined = unbounded, undefined
         self.calls: dict[str, _Call] = {}
         self._by_node: dict[fx.Node, _Operator] = {}
         self._varying: set[fx.Node] = set()  # the values that depend on the images
@@ -264,7 +290,8 @@ class _Recorder(fx.Interpreter):
         operands = [node for node in nodes if isinstance(self.env.get(node), Tensor)]
         varying = frozenset(place for place, node in enumerate(operands) if node in self._varying)
         unbounded = frozenset(place for place in varying if operands[place].name in self._unbounded)
-        operator = _as_operator(n, arguments, results, varying, unbounded)
+        undefined = frozenset(place for place in varying if operands[place].name in self._undefined)
+        operator = _as_operator(n, arguments, results, varying, unbounded, undefined)
         if operator is None:
             return results
         self._record(_Call((operator,)))
@@ -291,6 +318,7 @@ def _as_operator(
     results: Any,
     varying: frozenset[int],
     unbounded: frozenset[int],
+    undefined: frozenset[int],
 ) -> _Operator | None:
     """Return the operator of *node*; None if it has no operands or no results that can be compared."""
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
@@ -304,7 +332,7 @@ def _as_operator(
     positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
     target = cast(OpOverload, node.target)
     used = tuple(sorted(positions))
-    operator = _Operator(target, arguments, used, module_of(node), varying, unbounded)
+    operator = _Operator(target, arguments, used, module_of(node), varying, unbounded, undefined)
     return operator if operator.operands else None
 
 
@@ -316,7 +344,7 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     the operator, the part of the network and the values if they differ.
     """
     pixels = torch.from_numpy(images)
-    recorder = _Recorder(program, _find_unbounded(program, pixels))
+    recorder = _Recorder(program, *_find_unbounded(program, pixels))
     recorder.run(pixels)
     if recorder.calls:
         _compare(recorder.calls)
@@ -455,12 +483,14 @@ def _rounds(call: _Call) -> Iterator[list[Tensor]]:
 def _uniform_rounds(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the *ordinary* operands with one that depends on the images, or all, filled as `UNIFORM` says.
 
-    One that can be infinite or NaN is also filled as `NOT_FINITE` says.
+    One that can be infinite is also filled as `INFINITE` says, one that can be NaN as `UNDEFINED` says.
     """
-    varying = {place for place, (_, is_varying, _) in enumerate(call.inputs) if is_varying}
-    unbounded = {place for place, (_, _, is_unbounded) in enumerate(call.inputs) if is_unbounded}
+    varying = {place for place, given in enumerate(call.inputs) if given.is_varying}
+    unbounded = {place for place, given in enumerate(call.inputs) if given.is_unbounded}
+    undefined = {place for place, given in enumerate(call.inputs) if given.is_undefined}
     for chosen in [{place} for place in sorted(varying)] + ([varying] if len(varying) > 1 else []):
-        for one, others in (*UNIFORM, *(NOT_FINITE if chosen <= unbounded else ())):
+        infinite = INFINITE if chosen <= unbounded else ()
+        for one, others in (*UNIFORM, *infinite, *(UNDEFINED if chosen <= undefined else ())):
             yield [_uniform(x, one, others) if place in chosen else x for place, x in enumerate(ordinary)]
 
 

@@ -138,7 +138,10 @@ def _code_of(function: Any) -> CodeType | None:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise `LoweringError` unless *tensor* has finite values in float32, or integers."""
+    """Raise `LoweringError` unless *tensor* has values in float32 or integers, and finite ones if it learns.
+
+    A buffer may hold infinities, such as those of a mask; running statistics learn, too.
+    """
     if tensor.is_inference():
         raise LoweringError(
             f"{name} was made in torch.inference_mode; build the network outside of it, or replace it by its "
@@ -152,7 +155,9 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: convert it, "
             "for example with .float(), and choose the precision of the export"
         )
-    if has_fractions and not bool(torch.isfinite(tensor).all()):
+    learns = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+    is_broken = ~torch.isfinite(tensor) if learns else torch.isnan(tensor)
+    if has_fractions and bool(is_broken.any()):
         raise LoweringError(f"{name} holds NaN or infinite values; train again or use an earlier checkpoint")
 
 

@@ -303,6 +303,7 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "stable argsort": lambda x: x.flatten(1).argsort(dim=1, stable=True, descending=True).float(),
     "activations": lambda x: F.elu(x) + F.gelu(x) + F.mish(x) + F.hardswish(x) + F.silu(x) + F.softplus(x),
     "pooling": lambda x: F.max_pool2d(F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), 3, 2, 1),
+    "pooling of a padding": lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2),
     "norms": lambda x: F.layer_norm(F.group_norm(F.normalize(x), 3), (16,)),
 }
 

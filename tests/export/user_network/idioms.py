@@ -154,6 +154,19 @@ class Attention(nn.Module):
         return self.proj(mixed.reshape(batch, length, 8))
 
 
+class CausalAttention(nn.Module):
+    """Attention to earlier tokens, whose mask is a buffer of infinities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.register_buffer("mask", torch.full((16, 16), -torch.inf).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.transpose(1, 2) + self.mask).softmax(-1) @ v
+
+
 def tokens(net: Any, x: Tensor) -> Tensor:
     mixed: Tensor = net.attention(net.stem(x)[:, :, ::3, ::3].flatten(2).transpose(1, 2))
     return net.fc(mixed.mean(1))
@@ -277,6 +290,7 @@ EXPORTED: dict[str, Case] = {
     ),
     "a range of bytes": (forward(lambda net, x: logits(net, x.float() / 255.0)), {}, ONLY),
     "attention between views": (with_parts(tokens, attention=Attention), {}, ONLY),
+    "a mask of infinities": (with_parts(tokens, attention=CausalAttention), {}, ONLY),
     "a layer of a transformer": (
         with_parts(
             tokens, attention=lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)
@@ -311,6 +325,11 @@ EXPORTED: dict[str, Case] = {
 }
 
 REFUSED: dict[str, Case] = {
+    "statistics that diverged": (
+        changed(lambda n: n.stem[1].running_var.fill_(torch.inf)),
+        {},
+        r"^stem\.1\.running_var holds NaN or infinite values; train again",
+    ),
     "len of a batch": (
         pooled(lambda _, f: f.view(len(f), 8, -1).mean(2)),
         {},
