@@ -22,6 +22,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
 from sopdeploy.data.batches import sequential_batches
 from sopdeploy.errors import DataError
+from sopdeploy.files import check_is_weights
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.dsop import DSoPConfig
 from sopdeploy.models.dsop_networks import DSoPTimm
@@ -83,7 +84,7 @@ class HeadLastStages(SecondOrderHead, PlainTimm):
 
 def load_weights(network: TimmBackbone, file: Path) -> None:
     """Load the weights in *file* into *network*, except for those of the classifier."""
-    stored, _ = read_pytorch(file)
+    stored, _ = read_pytorch(check_is_weights(file))
     own = network.state_dict()
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith("classifier.")}
     unknown = [name for name in stored if name not in own]
