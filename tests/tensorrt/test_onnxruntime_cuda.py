@@ -26,7 +26,7 @@ from sopdeploy_service.runtime.cuda_libraries import (
 )
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, OnnxRuntime
 from sopdeploy_service.settings import Settings
-from tests.tensorrt.networks import some_images, write
+from tests.tensorrt.networks import network, some_images, write
 
 ON_CUDA = Settings(runtime="onnxruntime-cuda")
 REASON = "cannot open shared object file: No such file or directory"
@@ -161,6 +161,36 @@ def test_the_batches_of_a_session_have_one_size_if_its_convolutions_are_planned_
         assert len(runtime.run(some_images(count))["logits"]) == count
     runtime.close()
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("operators", "expected"),
+    [
+        (["Conv"], ["1", "1", "1"]),
+        (["Conv", "Shape", "Shape"], ["1", None, None, None]),  # as of a transformer: tried once
+    ],
+)
+def test_the_layout_of_a_graph_in_fp16_is_chosen_once(
+    operators: list[str], expected: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, asked = write(tmp_path, network(half=True), precision="fp16"), list[str | None]()
+
+    def session(path: str, options: Any, providers: Any, **_: Any) -> Any:
+        ((_, chosen),) = providers
+        asked.append(chosen.get("prefer_nhwc"))
+        made = onnxruntime.InferenceSession(path, options, providers=[CPU])
+        nodes = [SimpleNamespace(op_type=operator) for operator in operators]
+        assigned = SimpleNamespace(ep_name=CUDA, get_nodes=lambda: nodes)
+        made.get_providers, made.get_provider_options = lambda: [CUDA, CPU], lambda: {CUDA: chosen}
+        made.get_provider_graph_assignment_info = lambda: [assigned]
+        return made
+
+    claim_cuda(monkeypatch, session)
+    runtime = open_runtime(bundle, ON_CUDA)
+    for count in (1, 2, 4):
+        runtime.run(some_images(count))
+    runtime.close()
+    assert asked == expected
 
 
 def test_int8_runs_on_cuda_only_if_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

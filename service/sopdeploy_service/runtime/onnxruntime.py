@@ -128,7 +128,7 @@ class CudaOnnxRuntime(OnnxRuntime):
     def _open_another(self, size: int) -> Any:
         """Open a session for batches of *size*; without memory for it, return the first one."""
         try:
-            return self._open()
+            return self._open(like=self._session)
         except RuntimeUnavailableError as error:
             if not is_out_of_memory(error):
                 raise
@@ -170,24 +170,37 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
     return options
 
 
-def open_graph(onnxruntime: Any, path: str, options: Any, provider: str, precision: str) -> Any:
+def open_graph(
+    onnxruntime: Any, path: str, options: Any, provider: str, precision: str, like: Any = None
+) -> Any:
     """Open the graph at *path*, in *precision*, on *provider*; *options* are `session_options`.
 
     On a GPU, a graph in fp16 gets the layout of tensor cores, NHWC, because cuDNN would otherwise transpose
     around convolutions. With this layout, onnxruntime also moves the operators that compute shapes to the
     GPU, and copies shapes between GPU and CPU in every run. A graph with more operators Shape than Conv, such
-    as that of a transformer, therefore keeps the usual layout.
+    as that of a transformer, therefore keeps the usual layout. With *like*, an earlier session of this graph,
+    the layout is that of this session.
     """
     # With `enable_fallback`, onnxruntime runs on the CPU after errors.
     open_session = partial(onnxruntime.InferenceSession, path, options, enable_fallback=0)
-    if provider == CUDA and precision == "fp16":
+    may_prefer_nhwc = provider == CUDA and precision == "fp16"
+    if like is not None:
+        chosen = like.get_provider_options().get(CUDA, {})
+        may_prefer_nhwc = PREFER_NHWC.items() <= chosen.items()
+    if may_prefer_nhwc:
         session = open_session(providers=[(CUDA, CUDA_OPTIONS | PREFER_NHWC)])
-        assigned = session.get_provider_graph_assignment_info()
-        operators = Counter(node.op_type for subgraph in assigned for node in subgraph.get_nodes())
+        operators = _count_operators(session)
         if operators["Shape"] <= operators["Conv"]:
             return session
         del session  # its weights are on the GPU
     return open_session(providers=[(provider, CUDA_OPTIONS if provider == CUDA else {})])
+
+
+def _count_operators(session: Any, provider: str | None = None) -> Counter[str]:
+    """Count the operators of a GPU's *session* by their types, with *provider* only those that run there."""
+    assigned = session.get_provider_graph_assignment_info()
+    chosen = [subgraph for subgraph in assigned if provider in (None, subgraph.ep_name)]
+    return Counter(node.op_type for subgraph in chosen for node in subgraph.get_nodes())
 
 
 def operators_on_cpu(session: Any) -> list[str]:
@@ -195,18 +208,15 @@ def operators_on_cpu(session: Any) -> list[str]:
 
     *session* was opened with `session_options`. Copying activations to the CPU is slower than a CPU alone.
     """
-    assigned = session.get_provider_graph_assignment_info()
-    on_cpu = [subgraph for subgraph in assigned if subgraph.ep_name == CPU]
-    return sorted({node.op_type for subgraph in on_cpu for node in subgraph.get_nodes()} - SHAPE_OPERATORS)
+    return sorted(_count_operators(session, CPU).keys() - SHAPE_OPERATORS)
 
 
 def plans_sizes(session: Any) -> bool:
     """Tell whether a GPU's *session* makes plans for the size of its batches: it has convolutions."""
-    assigned = session.get_provider_graph_assignment_info()
-    return any("Conv" in node.op_type for subgraph in assigned for node in subgraph.get_nodes())
+    return any("Conv" in operator for operator in _count_operators(session))
 
 
-def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str) -> Any:
+def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str, like: Any = None) -> Any:
     """Return a session on *provider* with the tensors of the manifest, or raise `RuntimeUnavailableError`.
 
     onnxruntime adds the CPU to a session on a GPU; only operators that compute shapes may run there.
@@ -219,7 +229,9 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str)
         )
     options = session_options(onnxruntime, threads, provider)
     try:
-        session = open_graph(onnxruntime, str(bundle.onnx), options, provider, bundle.manifest.precision)
+        session = open_graph(
+            onnxruntime, str(bundle.onnx), options, provider, bundle.manifest.precision, like
+        )
     except Exception as error:  # onnxruntime's errors share no base class
         reason = f"cannot load the graph: {reason_of(error)}"
         raise RuntimeUnavailableError(f"{bundle.onnx}: onnxruntime {version} {reason}") from error
