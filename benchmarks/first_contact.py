@@ -112,7 +112,10 @@ PARTS = {part.__name__: part for part in (machine, probes, speed, server, tensor
 
 
 def open_session(bundle: Bundle, provider: str, profile: str = "") -> Any:
-    """Open the graph of *bundle* with the options of the service; write a profile to the path *profile*."""
+    """Open the graph of *bundle* with the options of the service; write a profile to the path *profile*.
+
+    Unlike the service, it opens every graph in fp16 in NHWC, also that of a transformer.
+    """
     import onnxruntime as ort  # noqa: PLC0415
 
     options, path = ort.SessionOptions(), str(bundle["path"] / "model.onnx")

@@ -32,11 +32,8 @@ from sopdeploy import Preprocess, export_network
 from sopdeploy.errors import SopdeployError
 
 CLASSES = 4
-FEW_BLOCKS: tuple[dict[str, Any], ...] = (
-    {"depth": 2},
-    {"depths": (1, 1, 1, 1)},
-    {},
-)  # options of timm's networks
+# Options of timm's networks, in the order in which they are tried.
+FEW_BLOCKS: tuple[dict[str, Any], ...] = ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {})
 SIDES = (64, 96, 128, 224, 240, 256)  # the first one that the network computes
 VISION = {
     "hidden_size": 32,

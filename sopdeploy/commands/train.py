@@ -265,14 +265,12 @@ def _check(
 
     The data are opened if the recipe for photos will use them as they are.
     """
-    opened = None
+    opened, is_changed = None, bool(options.set or settings)
     for assignment in options.set:
         parse_override(assignment)
     if recipe is not None:
         read_values(recipe)
-    elif (
-        data is not None and not options.set and not settings
-    ):  # a recipe and changes may need images of another form
+    elif data is not None and not is_changed:  # a recipe and changes may need images of another form
         opened = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")

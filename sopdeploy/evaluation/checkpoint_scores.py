@@ -46,9 +46,9 @@ def score_checkpoint(
     """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
 
     With *accepts*, a decision that accepts this fraction of known images is fitted, too. With *mirror*, the
-    logits are means over an image and its mirror image. *on_image* receives
-    the numbers of images done and in total, *log* lines about the folder, also about images that the network
-    was trained on. Raises `DataError` for too few images to fit to.
+    logits are means over an image and its mirror image. *on_image* receives the numbers of images done and in
+    total, *log* lines about the folder, also about images that the network was trained on. Raises `DataError`
+    for too few images to fit to.
     """
     checkpoint = read_checkpoint(path)
     is_multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None

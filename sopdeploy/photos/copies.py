@@ -9,10 +9,9 @@ if the whole of one and a view of the other reach a threshold, and a group is a 
 The threshold is measured on the given images and vectors. It is halfway between what different images reach
 and what copies reach: four fifths of `Copies` of a sample of the images, or, if most images are frames of
 clips and reach more, four fifths of the frames with the most similar one (`_reached_by_frames`). Different
-images reach four
-standard deviations above the median cosine of the images of a class, or above the median of the largest
-cosine with images of other classes. If most pairs of a class are copies, as in a clip, those that chains of
-copies connect do not count (`_find_threshold`).
+images reach four standard deviations above the median cosine of the images of a class, or above the median of
+the largest cosine with images of other classes. If most pairs of a class are copies, as in a clip, those that
+chains of copies connect do not count (`_find_threshold`).
 
 Letters: N images, M copies, V views, D components of a vector.
 """
