@@ -153,12 +153,20 @@ def prepare(candidate: Candidate) -> tuple[nn.Module, int]:
         try:
             network = candidate.build(side)
             network.eval()(torch.zeros(1, 3, side, side))
+            draw_zero_weights(network)
             set_statistics(network.train(), side)
         except Exception as error:  # the library's code can raise anything
             problem = error
         else:
             return network.eval(), side
     raise RuntimeError(f"no size of {SIDES} is computed: {problem}")
+
+
+def draw_zero_weights(network: nn.Module) -> None:
+    """Draw the weights of the linear layers in *network* that begin at zero, as some heads of timm do."""
+    for part in network.modules():
+        if isinstance(part, nn.Linear) and not part.weight.any():
+            part.reset_parameters()
 
 
 @torch.no_grad()
