@@ -154,11 +154,11 @@ def prepare(candidate: Candidate) -> tuple[nn.Module, int]:
             network = candidate.build(side)
             network.eval()(torch.zeros(1, 3, side, side))
             draw_zero_weights(network)
-            set_statistics(network.train(), side)
+            set_statistics(network, side)
         except Exception as error:  # the library's code can raise anything
             problem = error
         else:
-            return network.eval(), side
+            return network, side
     raise RuntimeError(f"no size of {SIDES} is computed: {problem}")
 
 
@@ -171,18 +171,18 @@ def draw_zero_weights(network: nn.Module) -> None:
 
 @torch.no_grad()
 def set_statistics(network: nn.Module, side: int) -> None:
-    """Set the statistics of batch norms in *network*, in train mode, to those of noise.
+    """Set the statistics of batch norms in *network* to those of one batch of noise; return to eval mode.
 
-    With those of a new network, the signal of some vanishes.
+    With those of a new network, the signal of some vanishes. Only the batch norms are in train mode: dropped
+    branches have other statistics than the network in eval mode, whose signal would grow without limit.
     """
-    norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = [part for part in network.eval().modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = None  # for the average over all batches
-    for _ in range(2):
-        network(torch.randn(4, 3, side, side))
+        norm.train().momentum = 1.0
+    network(torch.randn(16, 3, side, side))
     for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        norm.eval().momentum = momentum
 
 
 def attempt(candidate: Candidate) -> dict[str, Any]:
