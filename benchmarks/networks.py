@@ -2,10 +2,11 @@
 
     python benchmarks/networks.py --results FILE [--library timm] [--minutes 4] [--page PAGE]
 
-Weights are random; batch norms have the statistics of noise. Each network is exported for batches of 1 to 64
-images, with its own builder as the plain network, and is accepted with proof or refused for one reason. FILE
-has a line of JSON per network: another call continues, and networks in FILE are not tried again. The page has
-a table of all results. transformers is optional: its networks are left out if it is not installed.
+Weights are random; batch norms have the statistics of the exporter's images. Each network is exported for
+batches of 1 to 64 images, with its own builder as the plain network, and is accepted with proof or refused
+for one reason. FILE has a line of JSON per network: another call continues, and networks in FILE are not
+tried again. The page has a table of all results. transformers is optional: its networks are left out if it is
+not installed.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from torchvision import models
 
 from sopdeploy import Preprocess, export_network
 from sopdeploy.errors import SopdeployError
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy_export.graph import generated_images
 
 CLASSES = 4
 # Options of timm's networks, in the order in which they are tried.
@@ -146,7 +149,7 @@ LIBRARIES = {"timm": of_timm, "torchvision": of_torchvision, "transformers": of_
 
 
 def prepare(candidate: Candidate) -> tuple[nn.Module, int]:
-    """Build the network of *candidate* for the smallest size that it computes, with statistics of noise."""
+    """Build the network of *candidate* for the smallest size that it computes, with statistics of images."""
     problem: Exception | None = None
     for side in SIDES:
         torch.manual_seed(0)
@@ -171,16 +174,18 @@ def draw_zero_weights(network: nn.Module) -> None:
 
 @torch.no_grad()
 def set_statistics(network: nn.Module, side: int) -> None:
-    """Set the statistics of batch norms in *network* to those of one batch of noise; return to eval mode.
+    """Set the statistics of batch norms in *network* to those of the images that the exporter compares.
 
-    With those of a new network, the signal of some vanishes. Only the batch norms are in train mode: dropped
-    branches have other statistics than the network in eval mode, whose signal would grow without limit.
+    With those of a new network, the signal of some vanishes; with those of noise or with dropped branches,
+    that of deep networks grows until rounding errors are as large as the logits. Returns to eval mode.
     """
+    normalize = Normalize(Preprocess(resize=side, crop=side), torch.contiguous_format)
+    images = normalize(torch.from_numpy(generated_images(side)))
     norms = [part for part in network.eval().modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().momentum = 1.0
-    network(torch.randn(16, 3, side, side))
+    network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
 
