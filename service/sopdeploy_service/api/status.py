@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -27,15 +27,31 @@ class Health(StrictModel):
     reason: str | None = None
 
 
+class CertificateSummary(StrictModel):
+    """A certificate in short: what was compared, removed and kept, and the roots of the graphs."""
+
+    proof: str
+    compared: tuple[str, ...]
+    detached: tuple[str, ...]
+    num_images: int
+    largest_difference: float
+    num_removed: int
+    bytes_removed: int
+    num_kept: int
+    root: str
+    onnx_root: str
+    num_operations: int
+
+
 class Card(StrictModel):
-    """The model card as Markdown, and the certificate in short: what was compared, removed, kept; roots.
+    """The model card as Markdown, and the certificate in short.
 
     The text is empty and the certificate null if the bundle has none that can be read.
     """
 
     bundle: str
     text: str
-    certificate: dict[str, Any] | None
+    certificate: CertificateSummary | None
 
 
 @router.get("/livez", summary="Liveness", response_model=Health)
@@ -115,16 +131,19 @@ def read_card(bundle: Bundle) -> Card:
     try:
         certificate = json.loads(read_unchanged(bundle, "certificate.json"))
         roots = certificate["roots"]
-        copied = ("proof", "compared", "detached", "num_images", "largest_difference")
-        summary = {
-            **{name: certificate[name] for name in copied},
-            "num_removed": len(certificate["removed"]),
-            "bytes_removed": sum(entry["bytes"] for entry in certificate["removed"]),
-            "num_kept": len(certificate["kept"]),
-            "root": roots["any_batch"],
-            "onnx_root": roots["onnx"],
-            "num_operations": roots["num_operations"],
-        }
+        summary = CertificateSummary(
+            proof=certificate["proof"],
+            compared=certificate["compared"],
+            detached=certificate["detached"],
+            num_images=certificate["num_images"],
+            largest_difference=certificate["largest_difference"],
+            num_removed=len(certificate["removed"]),
+            bytes_removed=sum(entry["bytes"] for entry in certificate["removed"]),
+            num_kept=len(certificate["kept"]),
+            root=roots["any_batch"],
+            onnx_root=roots["onnx"],
+            num_operations=roots["num_operations"],
+        )
     except (KeyError, TypeError, ValueError):  # it was deleted or changed, or has another structure
         summary = None
     text = read_unchanged(bundle, "README.md").decode("utf-8", "replace")

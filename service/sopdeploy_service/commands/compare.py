@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple, TypedDict
 
 import numpy as np
 import pydantic
@@ -288,12 +288,18 @@ def count_comparisons(link: Path) -> int:
     return len(different)
 
 
-def _select(
-    images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
-) -> tuple[ImageFiles, dict[str, Any]]:
+class LeftOut(TypedDict):
+    """The fields of `BundleComparison` about photographs that are not compared."""
+
+    num_copies: int
+    trained_on: int
+    suspects: list[str]
+
+
+def _select(images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]) -> tuple[ImageFiles, LeftOut]:
     """Leave out training images of the bundles with their near-duplicates, and copies among the others.
 
-    Also returns the fields of `BundleComparison` that say what was left out; appends to *notes*.
+    Also returns what was left out; appends to *notes*.
     """
     group_N, hashes = group_photographs(images)  # the groups are equal for near-duplicates
     recorded_N, suspects = _find_recorded(hashes, pair, notes)
@@ -306,7 +312,11 @@ def _select(
     if not kept_N.any():
         raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
     num_copies = int((~is_first_N & ~trained_on_N).sum())
-    left_out = {"num_copies": num_copies, "trained_on": int(trained_on_N.sum()), "suspects": suspects}
+    left_out: LeftOut = {
+        "num_copies": num_copies,
+        "trained_on": int(trained_on_N.sum()),
+        "suspects": suspects,
+    }
     return images.select(kept_N), left_out
 
 

@@ -41,10 +41,9 @@ class FilePrediction(Classes):
     error: Problem | None = None
 
     @pydantic.model_serializer(mode="wrap")
-    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, object]:
         """Omit the fields that are None, except `error`."""
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if value is not None or key == "error"}
+        return {key: value for key, value in dump(self).items() if value is not None or key == "error"}
 
 
 def _predict_image(
