@@ -16,7 +16,7 @@ from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError
-from sopdeploy.files import check_is_checkpoint, read_class_names
+from sopdeploy.files import check_is_checkpoint, has_manifest, read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.files import data_folder
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
@@ -205,7 +205,7 @@ def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, s
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     if options.network is None:
-        if (weights / "manifest.json").is_file():
+        if has_manifest(weights):
             raise ConfigError(f"{weights}: a bundle, not a weight file; its README.md describes it")
         raise ConfigError("missing; give package.module:callable", setting="network")
     network = network_builder("network", options.network, options.option)()

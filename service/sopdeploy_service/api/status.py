@@ -8,9 +8,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy.bundle.folder import MANIFEST, Bundle
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
+from sopdeploy.files import has_manifest
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import problem_responses
@@ -70,7 +71,7 @@ async def readyz(request: Request) -> Response:
     """
     service = service_of(request)
     paths = [model.bundle.path for model in service.registry.models()]
-    gone = await asyncio.to_thread(lambda: [path for path in paths if not (path / MANIFEST).is_file()])
+    gone = await asyncio.to_thread(lambda: [path for path in paths if not has_manifest(path)])
     reason = f"{gone[0]}: the bundle was deleted; it is served until this process ends" if gone else None
     health = Health(status=service.state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
