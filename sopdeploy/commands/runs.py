@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from sopdeploy.bundle.folder import list_bundles
@@ -50,9 +51,9 @@ def _show(rows: list[Row]) -> None:
         state = "newest" if row.newest else row.problem
         cells = row.date[:19], row.run, row.num_images, row.num_classes, estimate, row.bundle, state
         table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
     for line in table:
-        out.print(Text("  ".join(map(str.ljust, line, widths)).rstrip()))
+        out.print(Text("  ".join(map(set_cell_size, line, widths)).rstrip()))
 
 
 @command(_show)
