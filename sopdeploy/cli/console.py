@@ -215,6 +215,6 @@ class ProgressBars:
             return
         loss, name = row.losses.get("loss", 0.0), row.metrics.score_name
         self.console.print(
-            f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{row.metrics.score:7.2%}[/]  "
+            f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{100 * row.metrics.score:6.2f} %[/]  "
             f"loss {row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
         )

@@ -34,6 +34,7 @@ from sopdeploy.evaluation.statistics import (
     images_to_decide,
     mcnemar,
 )
+from sopdeploy.html.report import percent
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
@@ -171,7 +172,7 @@ def _show(result: BundleComparison) -> None:
     rows = [
         (
             one.label, str(one.num_images),
-            *(f"{right / one.num_images:.1%}" for right in (one.first, one.second)),
+            *(percent(right / one.num_images) for right in (one.first, one.second)),
             f"{one.wins}, {one.losses}", "" if one.p is None else f"{one.p:.2g}",
         )
         for one in result.classes
@@ -189,8 +190,8 @@ def _show(result: BundleComparison) -> None:
 
 
 def _row(score: BundleScore) -> tuple[str, ...]:
-    shares = (f"{rate.share:.1%}" if rate else "-" for rate in (score.accepted, score.rejected))
-    top1 = (f"{score.top1.share:.1%}", f"{score.top1.low:.1%} to {score.top1.high:.1%}")
+    shares = (percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected))
+    top1 = (percent(score.top1.share), f"{percent(score.top1.low)} to {percent(score.top1.high)}")
     return score.bundle, *top1, f"{score.log_loss:.3f}", *shares
 
 
