@@ -20,7 +20,7 @@ from collections.abc import Callable, Container, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -71,13 +71,13 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {  # the options of each configuration
 class Row(StrictModel):
     """What became of a network: its `proof`, why it is `refused`, or the bug that `crashed` the export.
 
-    `pixels` is None if the network computes no size; `drift` is the largest difference from float64.
+    `pixels` is empty if the network computes no size; `drift` is the largest difference from float64.
     """
 
     library: str
     family: str
     network: str
-    pixels: int | None = None
+    pixels: int | Literal[""] = ""
     proof: str = ""
     drift: float | None = None
     refused: str = ""
@@ -246,7 +246,7 @@ def render(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: (row.library, row.family)):
         drift = "" if row.drift is None else f"{row.drift:.1e}"
         reason = (row.refused or row.crashed).replace("|", "\\|")
-        where = f"{row.library} | {row.family} | `{row.network}` | {row.pixels or ''}"
+        where = f"{row.library} | {row.family} | `{row.network}` | {row.pixels}"
         lines.append(f"| {where} | {row.proof} | {drift} | {reason} |")
     return "\n".join(lines) + "\n"
 
