@@ -31,7 +31,6 @@ import random
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -203,17 +202,16 @@ def main(arguments: list[str]) -> int:
     results, passed = [], True
     with one_line_errors():
         for kind in given.kinds:
-            draws: list[dict[str, Any]] = [
+            draws = [
                 run_draw(given, kind, copies, size, seed)
                 for size in given.sizes
                 for copies in (given.copies if kind != "none" else [0])
                 for seed in given.seeds
             ]
             errors = [one["estimate"] - one["accuracy"] for one in draws]
-            inside = np.mean([one["low"] <= one["accuracy"] <= one["high"] for one in draws])
-            accepted = np.mean(
-                [one["accepted, low"] <= one["accepted"] <= one["accepted, high"] for one in draws]
-            )
+            inside = float(np.mean([one["low"] <= one["accuracy"] <= one["high"] for one in draws]))
+            are_accepted = [one["accepted, low"] <= one["accepted"] <= one["accepted, high"] for one in draws]
+            accepted = float(np.mean(are_accepted))
             wrong = float(np.mean([one["grouped wrongly"] for one in draws]))
             error = float(np.mean(errors))
             passed &= (
@@ -224,9 +222,9 @@ def main(arguments: list[str]) -> int:
                 ("estimate", float(np.mean([one["estimate"] for one in draws])), "%"),
                 ("error, mean", error, "points"),
                 ("error, mean of absolute values", float(np.mean(np.abs(errors))), "points"),
-                ("intervals that contain the accuracy", float(100 * inside), "%"),
+                ("intervals that contain the accuracy", 100 * inside, "%"),
                 ("accepted", float(np.mean([one["accepted"] for one in draws])), "%"),
-                ("intervals that contain the accepted share", float(100 * accepted), "%"),
+                ("intervals that contain the accepted share", 100 * accepted, "%"),
                 ("grouped wrongly", wrong, "%"),
                 ("divided", float(np.mean([one["divided"] for one in draws])), "%"),
             ):

@@ -14,7 +14,6 @@ import contextlib
 import importlib
 import importlib.util
 import itertools
-import json
 import math
 import tempfile
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable, Container, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -30,6 +29,7 @@ from torch import nn
 from torchvision import models
 
 from sopdeploy import Preprocess, export_network
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import SopdeployError
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph import generated_images
@@ -69,6 +69,23 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {  # the options of each configuration
     "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
     "Levit": {"image_size": 64, **LEVIT},
 }
+
+
+class Row(StrictModel):
+    """What became of a network: its `proof`, why it is `refused`, or the bug that `crashed` the export.
+
+    `pixels` is empty if the network computes no size; `drift` is the largest difference from float64.
+    """
+
+    library: str
+    family: str
+    network: str
+    pixels: int | Literal[""] = ""
+    proof: str = ""
+    drift: float | None = None
+    refused: str = ""
+    crashed: str = ""
+    seconds: float | None = None
 
 
 class Candidate(NamedTuple):
@@ -190,16 +207,15 @@ def set_statistics(network: nn.Module, side: int) -> None:
         norm.eval().momentum = momentum
 
 
-def attempt(candidate: Candidate) -> dict[str, Any]:
+def attempt(candidate: Candidate) -> Row:
     """Export *candidate* and describe the result."""
+    row = Row(library=candidate.library, family=candidate.family, network=candidate.name)
     start = time.process_time()
-    network, side = prepare(candidate)
-    row = {
-        "library": candidate.library,
-        "family": candidate.family,
-        "network": candidate.name,
-        "pixels": side,
-    }
+    try:
+        network, side = prepare(candidate)
+    except RuntimeError as error:  # the network is none for single tensors of images
+        return row.model_copy(update={"refused": str(error).partition("\n")[0]})
+    found: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             exported = export_network(
@@ -212,20 +228,21 @@ def attempt(candidate: Candidate) -> dict[str, Any]:
                 logits_key=candidate.logits_key,
             )
             drift = exported.parity.outputs["logits"].largest_drift
-            row |= {"proof": exported.certificate.proof, "drift": drift}
+            found = {"proof": exported.certificate.proof, "drift": drift}
         except SopdeployError as error:
-            row["refused"] = str(error)
+            found = {"refused": str(error)}
         except Exception as error:  # a bug of the exporter, which the table must show
-            row["crashed"] = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return {**row, "seconds": round(time.process_time() - start, 1)}
+            found = {"crashed": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    seconds = round(time.process_time() - start, 1)
+    return row.model_copy(update={"pixels": side, "seconds": seconds, **found})
 
 
-def render(rows: list[dict[str, Any]]) -> str:
+def render(rows: list[Row]) -> str:
     """Write the page with the table of *rows*."""
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "timm", "torchvision")}
     if importlib.util.find_spec("transformers") is not None:
         versions["transformers"] = importlib.import_module("transformers").__version__
-    accepted = sum("proof" in row for row in rows)
+    accepted = sum(bool(row.proof) for row in rows)
     lines = [
         "# Families of networks",
         "",
@@ -239,11 +256,11 @@ def render(rows: list[dict[str, Any]]) -> str:
         "| library | family | network | pixels | proof | drift | refused |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: (row["library"], row["family"])):
-        drift = f"{row['drift']:.1e}" if "drift" in row else ""
-        reason = (row.get("refused") or row.get("crashed") or "").replace("|", "\\|")
-        where = f"{row['library']} | {row['family']} | `{row['network']}` | {row['pixels']}"
-        lines.append(f"| {where} | {row.get('proof', '')} | {drift} | {reason} |")
+    for row in sorted(rows, key=lambda row: (row.library, row.family)):
+        drift = "" if row.drift is None else f"{row.drift:.1e}"
+        reason = (row.refused or row.crashed).replace("|", "\\|")
+        where = f"{row.library} | {row.family} | `{row.network}` | {row.pixels}"
+        lines.append(f"| {where} | {row.proof} | {drift} | {reason} |")
     return "\n".join(lines) + "\n"
 
 
@@ -259,25 +276,17 @@ def main() -> None:
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = [Row.model_validate_json(line) for line in lines]
     for library in arguments.library or LIBRARIES:
-        for candidate in LIBRARIES[library]({row["family"] for row in rows if row["library"] == library}):
+        for candidate in LIBRARIES[library]({row.family for row in rows if row.library == library}):
             if time.monotonic() > end:
                 break
-            try:
-                row = attempt(candidate)
-            except RuntimeError as error:  # of `prepare`: the network is none for single tensors of images
-                place = {
-                    "library": library,
-                    "family": candidate.family,
-                    "network": candidate.name,
-                    "pixels": "",
-                }
-                row = {**place, "refused": str(error).partition("\n")[0]}
-            print(json.dumps(row), flush=True)
+            row = attempt(candidate)
+            line = row.model_dump_json(exclude_unset=True)
+            print(line, flush=True)
             rows.append(row)
             with arguments.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(line + "\n")
     if arguments.page is not None:
         arguments.page.write_text(render(rows), encoding="utf-8")
 

@@ -140,7 +140,7 @@ def run(command: Sequence[str], log: Path) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def run_ours(given: argparse.Namespace, per_class: int, seed: int) -> dict[str, Any]:
+def run_ours(given: argparse.Namespace, per_class: int, seed: int) -> dict[str, float]:
     """Train with the command line and test the checkpoint."""
     name = f"{OURS}-{per_class}-{seed}"
     out = given.cache / f"run-{name}"
@@ -158,7 +158,7 @@ def run_ours(given: argparse.Namespace, per_class: int, seed: int) -> dict[str, 
     return {"accuracy": 100 * statistics.fmean(score.correct for score in scores), "seconds": seconds}
 
 
-def run_peer(tool: str, given: argparse.Namespace, per_class: int, seed: int) -> dict[str, Any]:
+def run_peer(tool: str, given: argparse.Namespace, per_class: int, seed: int) -> dict[str, float]:
     """Train and test a peer with the Python of its environment."""
     name = f"{tool}-{per_class}-{seed}"
     test = test_files(given.data)

@@ -11,7 +11,7 @@ docs/benchmarks/real.md contains the results.
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from measure import Result, existing, make_parser, markdown, one_line_errors, report
 
@@ -30,9 +30,19 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(checkpoint: Path, calibration: Path, test: Path, folder: Path) -> list[dict[str, Any]]:
+class Row(NamedTuple):
+    """One form: its accuracy, its agreement with the fp32 file, its size and the time of its export."""
+
+    form: str
+    top1: Rate
+    agreement: Rate
+    megabytes: float
+    seconds: float
+
+
+def measure(checkpoint: Path, calibration: Path, test: Path, folder: Path) -> list[Row]:
     """Export, verify and evaluate *checkpoint* in every form; return a row for each."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     reference: list[int] = []
     for name, options in FORMS.items():
         images: dict[str, Any] = {"calibrate": calibration} if options.get("precision") == "int8" else {}
@@ -47,25 +57,18 @@ def measure(checkpoint: Path, calibration: Path, test: Path, folder: Path) -> li
         reference = reference or predicted
         right = sum(score.target == score.top5[0] for score in scores)
         equal = sum(a == b for a, b in zip(predicted, reference, strict=True))
-        rows.append(
-            {
-                "form": name,
-                "top1": Rate.of(right, len(scores)),
-                "agreement": Rate.of(equal, len(scores)),
-                "megabytes": (exported.path / "model.onnx").stat().st_size / 1e6,
-                "seconds": seconds,
-            }
-        )
+        megabytes = (exported.path / "model.onnx").stat().st_size / 1e6
+        rows.append(Row(name, Rate.of(right, len(scores)), Rate.of(equal, len(scores)), megabytes, seconds))
     return rows
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def cells(row: Row) -> list[str]:
     """Format a row of the table."""
     shares = (
         f"{100 * rate.share:.1f} % ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
-        for rate in (row["top1"], row["agreement"])
+        for rate in (row.top1, row.agreement)
     )
-    return [row["form"], *shares, f"{row['megabytes']:.1f}", f"{row['seconds']:.0f}"]
+    return [row.form, *shares, f"{row.megabytes:.1f}", f"{row.seconds:.0f}"]
 
 
 def main() -> None:
@@ -84,9 +87,9 @@ def main() -> None:
         rows = measure(checkpoint, given.calibration, given.test, Path(temporary))
     if given.json:
         values = [
-            Result(case=f"{row['form']}: {key}", ours=100 * row[key].share, unit="%", runs=1)
+            Result(case=f"{row.form}: {key}", ours=100 * rate.share, unit="%", runs=1)
             for row in rows
-            for key in ("top1", "agreement")
+            for key, rate in (("top1", row.top1), ("agreement", row.agreement))
         ]
         report(values, as_json=True)
         return

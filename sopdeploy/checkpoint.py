@@ -21,7 +21,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sopdeploy.config import check_format_version, first_problem
+from sopdeploy.config import FieldValues, check_format_version, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
@@ -65,7 +65,7 @@ class Checkpoint:
     """
 
     model: str
-    config: dict[str, Any]
+    config: FieldValues
     weights: dict[str, Tensor]
     labels: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
     preprocess: Preprocess

@@ -8,7 +8,8 @@ import io
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
@@ -207,7 +208,7 @@ class Client:
         path: str,
         image: ImageLike | Sequence[ImageLike],
         kind: type[Result],
-        params: dict[str, Any],
+        params: Mapping[str, str | float | None],
         timeout: float | None,
     ) -> Result | list[Result]:
         """Send *image* as the body, or a list as a form; return its result, or a list of results."""
@@ -216,12 +217,13 @@ class Client:
         bodies = [encode_image(each) for each in images]
         if not bodies:
             return []
-        if is_list:
-            content: dict[str, Any] = {"files": [("image", ("image", body, CONTENT_TYPE)) for body in bodies]}
-        else:
-            content = {"content": bodies[0], "headers": {"Content-Type": CONTENT_TYPE}}
+        send = partial(self._send, "POST", path, timeout)
         given = {name: value for name, value in params.items() if value is not None}
-        response = self._send("POST", path, timeout, params=given, **content)
+        if is_list:
+            parts = [("image", ("image", body, CONTENT_TYPE)) for body in bodies]
+            response = send(params=given, files=parts)
+        else:
+            response = send(params=given, content=bodies[0], headers={"Content-Type": CONTENT_TYPE})
         results = _parse_results(response, kind, len(bodies))
         return results if is_list else results[0]
 

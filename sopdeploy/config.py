@@ -1,7 +1,7 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeAlias
 
 import pydantic
 
@@ -14,6 +14,9 @@ PositiveRate = Annotated[float, pydantic.Field(gt=0, le=1e6)]  # float32 can rep
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
+# The fields of a network's config or of a recipe by name, as JSON and TOML have them. What reads them knows
+# the model that validates them; plug-ins add others.
+FieldValues: TypeAlias = dict[str, Any]
 
 
 class StrictModel(pydantic.BaseModel):

@@ -6,7 +6,7 @@ of a bundle are already calibrated, and thresholds refer to them. This module do
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pydantic
@@ -101,6 +101,22 @@ class PredictionCounts:
         return Reference(classes=tuple(self.classes.tolist()), confidences=tuple(self.confidences.tolist()))
 
 
+class LabeledProbability(TypedDict):
+    """The name of a class and its probability."""
+
+    label: str
+    probability: float
+
+
+class AnswerFields(TypedDict):
+    """Fields of `http_api.Classes`; those that are not set are absent."""
+
+    classes: list[LabeledProbability]
+    known: NotRequired[bool]
+    score: NotRequired[float]
+    explanation: NotRequired[tuple[tuple[float, ...], ...]]
+
+
 class Answer(NamedTuple):
     """What `Decision` says about one image.
 
@@ -117,12 +133,20 @@ class Answer(NamedTuple):
     score: float | None = None
     explanation: tuple[tuple[float, ...], ...] | None = None
 
-    def fields(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Return the fields of `http_api.Classes` that are set, with the names of the classes in *labels*."""
-        classes = [{"label": labels[index], "probability": probability} for index, probability in self.ranked]
-        values = self._asdict()
-        del values["ranked"]
-        return {"classes": classes} | {name: value for name, value in values.items() if value is not None}
+    def fields(self, labels: Sequence[str]) -> AnswerFields:
+        """Return the fields that are set, with the names of the classes in *labels*."""
+        fields: AnswerFields = {
+            "classes": [
+                {"label": labels[index], "probability": probability} for index, probability in self.ranked
+            ]
+        }
+        if self.known is not None:
+            fields["known"] = self.known
+        if self.score is not None:
+            fields["score"] = self.score
+        if self.explanation is not None:
+            fields["explanation"] = self.explanation
+        return fields
 
 
 class Decision(StrictModel):

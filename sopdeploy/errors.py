@@ -215,3 +215,13 @@ def shorten(names: Sequence[str], separator: str = ", ") -> str:
     more = len(names) - _MAX_LISTED
     shown = separator.join(names[:_MAX_LISTED])
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def shorten_problems(problems: Sequence[str]) -> str:
+    """Join *problems*, texts `PLACE: REASON`, for a message: each reason once, after its first places."""
+    places: dict[str, list[str]] = {}
+    for problem in problems:
+        place, _, reason = problem.partition(": ")
+        places.setdefault(reason, []).append(place)
+    by_reason = [": ".join(filter(None, (shorten(found), reason))) for reason, found in places.items()]
+    return shorten(by_reason, "; ")

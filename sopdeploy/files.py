@@ -15,6 +15,7 @@ from typing import IO, NamedTuple
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 
 PARTIAL = ".partial"
+MANIFEST = "manifest.json"  # of a bundle
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
 # Operating system errors that the user can fix: permissions, disk space, file names.
@@ -125,12 +126,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def has_manifest(path: Path) -> bool:
+    """Check whether *path* is the folder of a bundle, complete or not; reads no file."""
+    return (path / MANIFEST).is_file()
+
+
 def check_is_file(path: Path) -> None:
     """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
     if path.is_file():
         return
     advice = "use the best.pt of a training run"
-    if (path / "manifest.json").is_file():
+    if has_manifest(path):
         problem = "a bundle, which is already exported"
     elif (path / "best.pt").is_file():
         problem, advice = "a folder", f"use {path / 'best.pt'}"

@@ -273,7 +273,22 @@ def test_markup_in_external_text_is_printed_literally(text: str, capsys: pytest.
 @given(st.text(st.characters(categories=["L", "N", "P", "S", "Zs", "Cc"]), max_size=30))
 def test_external_text_is_one_line_without_control_characters(text: str) -> None:
     expected = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    assert plain_text(text).plain == expected
+    assert plain_text(text).plain.translate(dict.fromkeys(map(ord, "\u2068\u2069"))) == expected
+
+
+ISOLATED = {  # text: how it is printed; < and > stand for U+2068 and U+2069
+    "images: dress 10, قبعة 10": "images: dress 10, <قبعة> 10",
+    "حذاء رياضي 3, כובע 2, قبعة_2 4": "<حذاء رياضي> 3, <כובע> 2, <قبعة_2> 4",
+    "photos/قبعة/1.jpg: قبعة 0.9": "photos/قبعة/1.jpg: <قبعة> 0.9",
+    "run `sopdeploy label kept صور`, قبعة": "run `sopdeploy label kept صور`, <قبعة>",
+    "next: sopdeploy train --data صور": "next: sopdeploy train --data صور",
+    "é 日本 10": "é 日本 10",
+}
+
+
+@pytest.mark.parametrize("text", ISOLATED)
+def test_a_right_to_left_name_is_isolated_unless_it_may_be_copied(text: str) -> None:
+    assert plain_text(text).plain.translate({0x2068: "<", 0x2069: ">"}) == ISOLATED[text]
 
 
 EARLY_MISTAKES = {  # command: its error

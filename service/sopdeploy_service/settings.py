@@ -182,7 +182,7 @@ class Settings(pydantic.BaseModel):
             sizes = f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})"
             raise ValueError(f"{sizes}; lower it")
         if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:  # such a body is never admitted
-            limit = f"{LARGE_BODY_SHARE:.1%} of max_upload_bytes ({self.max_upload_bytes})"
+            limit = f"{100 * LARGE_BODY_SHARE:.1f} % of max_upload_bytes ({self.max_upload_bytes})"
             raise ValueError(f"max_body_bytes ({self.max_body_bytes}) is larger than {limit}; lower it")
         return self
 

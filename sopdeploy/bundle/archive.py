@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_file_name
+from sopdeploy.bundle.folder import MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError, StorageError
-from sopdeploy.files import BLOCK_BYTES, STORAGE_ERRNOS, atomic_write, writing
+from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, writing
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000

@@ -26,9 +26,17 @@ import pydantic
 
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
 from sopdeploy.errors import BundleError
-from sopdeploy.files import FULL_ERRNOS, LATEST, atomic_write, link_latest, sha256, writing
+from sopdeploy.files import (
+    FULL_ERRNOS,
+    LATEST,
+    MANIFEST,
+    atomic_write,
+    has_manifest,
+    link_latest,
+    sha256,
+    writing,
+)
 
-MANIFEST = "manifest.json"
 REQUIRED = ("model.onnx", "labels.json", CERTIFICATE, "parity.json", "precision.json", "probes.npz")
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_JSON_BYTES = 16_000_000  # of any other JSON file
@@ -161,8 +169,8 @@ def follow_link(path: Path) -> Path:
 
 
 def is_bundle(path: Path) -> bool:
-    """Check whether the folder *path* looks like a bundle; reads no file."""
-    return all((path / name).is_file() for name in (MANIFEST, *REQUIRED))
+    """Check whether *path* is the folder of a complete bundle; reads no file."""
+    return has_manifest(path) and all((path / name).is_file() for name in REQUIRED)
 
 
 def read_manifest(path: Path) -> Manifest:

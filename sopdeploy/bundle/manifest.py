@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import StrictModel, check_format_version, first_problem
+from sopdeploy.config import FieldValues, StrictModel, check_format_version, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import PROJECT_NAME, Origin, Time
@@ -84,7 +84,7 @@ class Manifest(StrictModel):
     exported_at: Time
     origin: Origin | None = None
     model: Annotated[str, pydantic.Field(pattern=r"^([a-z-]+:){0,2}[A-Za-z0-9._-]+$")]
-    config: dict[str, Any]
+    config: FieldValues
     inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
     outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
     preprocess: Preprocess

@@ -4,7 +4,9 @@ External text (paths, names, error messages) is printed as `rich.text.Text`: ric
 """
 
 import json
+import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -29,11 +31,37 @@ from sopdeploy.files import STORAGE_ERRNOS, os_reason
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
+_COPIED = re.compile(r"\S*[/\\]\S*|`[^`]*`|\bsopdeploy .*")  # paths and commands, which may become input
+# Bidirectional classes: letters of a right-to-left script, what continues a word of them, and a space.
+_DIRECTIONS = {"R": "R", "AL": "R", "NSM": "w", "AN": "w", "EN": "w", "ES": "w", "WS": " "}
+_RIGHT_TO_LEFT = re.compile(r"R[Rw]*(?: R[Rw]*)*")
+
 
 def plain_text(text: str) -> Text:
-    """Build one line of rich text from *text*, without markup; `?` replaces control characters."""
+    """Build one line of rich text from *text*, without markup; `?` replaces control characters.
+
+    Names in right-to-left scripts do not change the order of the text around them.
+    """
     line = " ".join(text.split())
-    return Text("".join(character if character.isprintable() else "?" for character in line))
+    return Text(_isolate("".join(character if character.isprintable() else "?" for character in line)))
+
+
+def _isolate(line: str) -> str:
+    """Put every run of right-to-left words in *line*, except those of `_COPIED`, between U+2068 and U+2069.
+
+    Without these characters, a terminal that reorders "قبعة 10, hat 9" shows the 10 on the other side of the
+    name.
+    """
+    directions = map(unicodedata.bidirectional, line.replace("_", "-"))
+    kinds = "".join(_DIRECTIONS.get(direction, "-") for direction in directions)
+    if "R" not in kinds:
+        return line
+    copied = [match.span() for match in _COPIED.finditer(line)]
+    for run in reversed([*_RIGHT_TO_LEFT.finditer(kinds)]):
+        start, end = run.span()
+        if not any(first < end and start < last for first, last in copied):
+            line = f"{line[:start]}\u2068{line[start:end]}\u2069{line[end:]}"
+    return line
 
 
 @contextmanager
@@ -187,6 +215,6 @@ class ProgressBars:
             return
         loss, name = row.losses.get("loss", 0.0), row.metrics.score_name
         self.console.print(
-            f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{row.metrics.score:7.2%}[/]  "
+            f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{100 * row.metrics.score:6.2f} %[/]  "
             f"loss {row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
         )

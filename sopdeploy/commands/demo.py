@@ -51,8 +51,8 @@ def demo(*, out: Path = Path("demo")) -> int | None:
             server.terminate()
     if accuracy < MIN_ACCURACY:
         raise SopdeployError(
-            f"only {accuracy:.1%} of the digits were classified correctly over HTTP, at least "
-            f"{MIN_ACCURACY:.0%} are expected; check the installation with `sopdeploy env`"
+            f"only {100 * accuracy:.1f} % of the digits were classified correctly over HTTP, at least "
+            f"{100 * MIN_ACCURACY:.0f} % are expected; check the installation with `sopdeploy env`"
         )
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
     optional_steps = ("sopdeploy verify", "sopdeploy predict")  # `serve` checks a bundle and classifies, too
@@ -78,5 +78,5 @@ def _classify_digits(url: str) -> float:
     rate = Rate.of(correct, len(digits))
     right = f"{correct} of {len(digits)} held-out digits classified correctly over HTTP"
     interval = f"95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f} %"
-    say(f"{right}: {rate.share:.2%} ({interval}; too high: they also selected the epoch)")
+    say(f"{right}: {100 * rate.share:.2f} % ({interval}; too high: they also selected the epoch)")
     return rate.share

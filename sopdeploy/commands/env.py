@@ -1,7 +1,7 @@
 """`sopdeploy env`: system information for bug reports."""
 
 import platform
-from typing import Any
+from collections.abc import Mapping
 
 from rich.text import Text
 
@@ -26,7 +26,7 @@ def env() -> None:
 
     python = f"{platform.python_implementation()} {platform.python_version()}"
     libc = " ".join(platform.libc_ver()).strip()
-    sections: dict[str, dict[str, Any]] = {
+    sections: dict[str, Mapping[str, object]] = {
         "versions": {"sopdeploy": __version__, "python": python, **installed(_PACKAGES)},
         "machine": {**machine(), "release": platform.release(), "libc": libc},
         "accelerators": accelerators(),

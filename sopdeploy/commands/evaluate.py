@@ -15,7 +15,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.predictions import describe_predictions, measure_predictions
-from sopdeploy.files import check_is_checkpoint
+from sopdeploy.files import check_is_checkpoint, has_manifest
 from sopdeploy.photos.folder import check_holds_classes
 
 _MAX_ROWS = 50  # of a table; the page of a run and --json have all
@@ -131,14 +131,13 @@ def evaluate(
             images.
     """
     path, data = Path(source), Path(data)
-    is_bundle = (path / "manifest.json").is_file()
-    kind: Literal["checkpoint", "bundle"] = "bundle" if is_bundle else "checkpoint"
+    kind: Literal["checkpoint", "bundle"] = "bundle" if has_manifest(path) else "checkpoint"
     _check_options(path, kind, options)
     notes: list[str] = []
     facts: dict[str, str] = {}  # stays empty for a checkpoint
     fitted_decision = None  # stays None for a bundle, and without `fit_decision`
     shared: Any = {"mirror": options.mirror, "on_image": on_image, "log": notes.append}
-    if is_bundle:
+    if kind == "bundle":
         from sopdeploy_service.commands.evaluate import scores_of_bundle
         from sopdeploy_service.settings import load_settings
 

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from shlex import join
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pydantic
 
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
-from sopdeploy.config import first_problem
+from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError
-from sopdeploy.files import check_is_checkpoint, read_class_names
+from sopdeploy.files import check_is_checkpoint, has_manifest, read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.files import data_folder
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
@@ -154,21 +154,30 @@ def _export_weights(
     )
 
 
-def _show_unused(inspected: dict[str, Any]) -> None:
+class Inspection(StrictModel):
+    """The parts of a network that its output ignores; `table` is that of its weights in the file."""
+
+    network: str
+    num_tensors: int
+    table: str
+    unused: tuple[str, ...]
+
+
+def _show_unused(inspected: Inspection) -> None:
     """Print which tensors fit, the unused parts, and the next command."""
-    print_field("weights", f"{inspected['num_tensors']} tensors fit")
-    unused = inspected["unused"]
-    print_field("unused", ", ".join(unused) if unused else "nothing; the output depends on every part")
-    if unused:
-        words = ["--network", inspected["network"]]
-        for part in unused:
+    print_field("weights", f"{inspected.num_tensors} tensors fit")
+    unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
+    print_field("unused", unused)
+    if inspected.unused:
+        words = ["--network", inspected.network]
+        for part in inspected.unused:
             words += ["--training-only", part]
         print_field("next", f"sopdeploy export .. {join(words)}", style="dim")
 
 
 @command(_show_unused)
 @expand_options
-def inspect(file: Path, *, options: NetworkOptions) -> dict[str, Any]:
+def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     """List the parts of a network of your own that its output does not depend on; writes nothing.
 
     They are candidates for `sopdeploy export --training-only`.
@@ -183,12 +192,12 @@ def inspect(file: Path, *, options: NetworkOptions) -> dict[str, Any]:
     network, weights_key, _ = _load_network(file, options)
     logits_key = _index_or_name(options.logits_key)
     unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
-    return {
-        "network": options.network,
-        "num_tensors": len(network.state_dict()),
-        "table": weights_key,
-        "unused": list(unused),
-    }
+    return Inspection(
+        network=str(options.network),  # `_load_network` requires it
+        num_tensors=len(network.state_dict()),
+        table=weights_key,
+        unused=tuple(unused),
+    )
 
 
 def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, str, str]":
@@ -196,7 +205,7 @@ def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, s
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     if options.network is None:
-        if (weights / "manifest.json").is_file():
+        if has_manifest(weights):
             raise ConfigError(f"{weights}: a bundle, not a weight file; its README.md describes it")
         raise ConfigError("missing; give package.module:callable", setting="network")
     network = network_builder("network", options.network, options.option)()

@@ -111,6 +111,6 @@ def models(
     from sopdeploy.models.describe import describe
     from sopdeploy.models.registry import make_config
 
-    config: dict[str, Any] = dict(map(parse_override, option))
+    config = dict(map(parse_override, option))
     make_config(name, config)  # rejects keys that are also parameters of `describe`
     return describe(name, image_size=image_size, num_classes=num_classes, **config)

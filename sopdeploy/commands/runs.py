@@ -1,8 +1,9 @@
 """`sopdeploy runs`: list runs and bundles."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from sopdeploy.bundle.folder import list_bundles
@@ -12,33 +13,51 @@ from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin
 
 
-def _row(origin: Origin | None, **fields: Any) -> dict[str, Any]:
-    """Build the row of a run or a bundle from its *origin* and other *fields*; the rest is empty."""
-    row = {"project": "", "date": "", "run": "", "num_images": None, "num_classes": None, "estimate": ""}
-    if origin is not None:
-        row |= {"date": origin.started, **origin.model_dump(include={"run", "num_images", "num_classes"})}
-    return {**row, "bundle": "", "newest": False, "problem": "", **fields}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A run, a bundle, or a bundle and its run; what is unknown is empty or None.
+
+    `newest` tells whether a server of `bundles` serves the bundle, `problem` why not, or why a file cannot
+    be read.
+    """
+
+    project: str = ""
+    date: str = ""
+    run: str = ""
+    num_images: int | None = None
+    num_classes: int | None = None
+    estimate: str = ""
+    bundle: str = ""
+    newest: bool = False
+    problem: str = ""
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
+def _row_of(origin: Origin | None) -> Row:
+    """Return what *origin* says about a run."""
+    if origin is None:
+        return Row()
+    num_images, num_classes = origin.num_images, origin.num_classes
+    return Row(date=origin.started, run=origin.run, num_images=num_images, num_classes=num_classes)
+
+
+def _show(rows: list[Row]) -> None:
     """Print a line for each row; it is not wrapped."""
     if not rows:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
         return
     table = [["date (UTC)", "run", "images", "classes", "estimate", "bundle", ""]]
     for row in rows:
-        estimate = row["estimate"].partition(" (")[0]  # without its interval
-        state = "newest" if row["newest"] else row["problem"]
-        counts = row["num_images"], row["num_classes"]
-        cells = row["date"][:19], row["run"], *counts, estimate, row["bundle"], state
+        estimate = row.estimate.partition(" (")[0]  # without its interval
+        state = "newest" if row.newest else row.problem
+        cells = row.date[:19], row.run, row.num_images, row.num_classes, estimate, row.bundle, state
         table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
     for line in table:
-        out.print(Text("  ".join(map(str.ljust, line, widths)).rstrip()))
+        out.print(Text("  ".join(map(set_cell_size, line, widths)).rstrip()))
 
 
 @command(_show)
-def runs() -> list[dict[str, Any]]:
+def runs() -> list[Row]:
     """List runs and bundles, the newest first; a server of `bundles` serves the newest of each project.
 
     Example: sopdeploy runs
@@ -46,18 +65,18 @@ def runs() -> list[dict[str, Any]]:
     row_of_run = _read_runs()
     rows, exported = [], set()  # `exported` are the ids of runs with a bundle
     for path, manifest, why_not_served, *_ in list_bundles(Path("bundles")):  # the newest one is served
-        row = _row(None)  # of a bundle whose manifest cannot be read
+        row = Row()  # of a bundle whose manifest cannot be read
         if manifest is not None:
             run_id = "" if manifest.origin is None else manifest.origin.run_id
             exported.add(run_id)
-            row = row_of_run.get(run_id, _row(manifest.origin))  # the run may not be on this machine
-            row = {**row, "project": manifest.project, "date": manifest.exported_at}
-        rows.append({**row, "bundle": path.name, "newest": not why_not_served, "problem": why_not_served})
+            row = row_of_run.get(run_id, _row_of(manifest.origin))  # the run may not be on this machine
+            row = replace(row, project=manifest.project, date=manifest.exported_at)
+        rows.append(replace(row, bundle=path.name, newest=not why_not_served, problem=why_not_served))
     rows += [row for run_id, row in row_of_run.items() if run_id not in exported]
-    return sorted(rows, key=lambda row: str(row["date"]), reverse=True)
+    return sorted(rows, key=lambda row: row.date, reverse=True)
 
 
-def _read_runs() -> dict[str, dict[str, Any]]:
+def _read_runs() -> dict[str, Row]:
     """Return the rows of the runs in `runs` by run id; a run without an id or a readable file by its name."""
     rows = {}
     for best in sorted(Path("runs").glob("*/best.pt")):
@@ -71,9 +90,9 @@ def _read_runs() -> dict[str, dict[str, Any]]:
             checkpoint = read_checkpoint(best)
             estimate = dict(training_rows(checkpoint.training)).get("accuracy", "")
         except CheckpointError as error:
-            rows[name] = _row(None, run=name, problem=str(error))
+            rows[name] = Row(run=name, problem=str(error))
             continue
         origin = checkpoint.origin
         run_id = name if origin is None else origin.run_id
-        rows[run_id] = _row(origin, run=name, project=checkpoint.project, estimate=str(estimate))
+        rows[run_id] = replace(_row_of(origin), run=name, project=checkpoint.project, estimate=str(estimate))
     return rows

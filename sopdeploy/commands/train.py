@@ -15,7 +15,7 @@ from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.config import Options
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, WeightsError, amount, shorten
-from sopdeploy.files import WeightPath, check_is_weights, expand_user
+from sopdeploy.files import WeightPath, check_is_weights, expand_user, has_manifest
 from sopdeploy.models.choices import file_stem, read_choices
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_folder
@@ -132,17 +132,19 @@ class TrainOptions(Options):
 
 
 def _show(result: "TrainingResult") -> None:
-    """Print the result of the procedure, the frequent mistakes and the next command."""
+    """Print the results, where they are, the time and the next command."""
     if result.networks:
         print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
     mistakes = [f"{count} x {true} predicted as {predicted}" for true, predicted, count in result.mistakes]
     worst = [f"most frequent mistakes: {', '.join(mistakes)}"] if mistakes else []
-    say(*result.procedure.lines(), *worst, f"{result.seconds:.0f} s in total", f"page: {result.report}")
-    if result.previous:
-        say(result.previous)
+    say(*result.procedure.lines(), *worst)
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
-    say(f"next: sopdeploy export {quote(str(result.best))} --detach")
+    if result.previous:
+        say(result.previous)
+    steps = result.procedure.describe_time()
+    time = f"{result.seconds:.0f} s in total" + (f" ({steps})" if steps else "")
+    say(f"page: {result.report}", time, f"next: sopdeploy export {quote(str(result.best))} --detach")
 
 
 @command(_show, options={"data", "recipe", "out"})
@@ -310,12 +312,12 @@ def read_previous(source: Path) -> "Checkpoint":
 
     Raises `ConfigError` if the run of a bundle is not there, and the errors of `read_checkpoint`.
     """
-    from sopdeploy.bundle.folder import MANIFEST, read_manifest
+    from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.training.run_folder import RUNS
 
     run, run_id = source, None
-    if (source / MANIFEST).is_file():  # a bundle names its run
+    if has_manifest(source):  # a bundle names its run
         origin = read_manifest(source).origin
         if origin is None or not (RUNS / origin.run / "best.pt").is_file():
             raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")

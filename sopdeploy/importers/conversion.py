@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.checkpoint import first_difference
-from sopdeploy.config import StrictModel
+from sopdeploy.config import FieldValues, StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model, entry, make_config
@@ -120,7 +120,7 @@ def choose_config(
     return make_config(model, _set_values(defaults, values))
 
 
-def _set_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _set_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> FieldValues:
     """Copy *base* with *values* by dotted key; a name in place of a table (`pooling=gap`) is its `kind`."""
     config = copy.deepcopy(dict(base))
     for key, value in values.items():

@@ -12,7 +12,6 @@ import re
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.checkpoint import check_tensors
+from sopdeploy.config import FieldValues
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
 from sopdeploy.files import BLOCK_BYTES
@@ -163,7 +163,7 @@ def _preprocess(file: WeightFile) -> Preprocess:
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": std})
 
 
-def _pooling_config(file: WeightFile) -> dict[str, Any]:
+def _pooling_config(file: WeightFile) -> FieldValues:
     """Read the kind of pooling, and iterations and pre-normalization of the matrix square roots.
 
     Raises `WeightsError` if a layer is not supported.
@@ -180,7 +180,7 @@ def _pooling_config(file: WeightFile) -> dict[str, Any]:
     return {"component": "sop", "iterations": iterations, "prenorm": norm}
 
 
-def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> FieldValues:
     """Read the options of the gate and of the mixture; norms and noise are the same in all released files."""
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
     gates = sorted(name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name))

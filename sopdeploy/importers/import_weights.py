@@ -25,7 +25,7 @@ from sopdeploy.checkpoint import (
     read_pytorch,
     write_checkpoint,
 )
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import WeightPath, read_class_names, sha256
 from sopdeploy.images.preprocess import Preprocess
@@ -69,7 +69,7 @@ class ImportReport(StrictModel):
 
     looks_like: str
     model: str
-    config: dict[str, Any]
+    config: FieldValues
     num_classes: int
     labels: str
     preprocess: Preprocess

@@ -7,9 +7,9 @@ parts. GSoP's files have torchvision's names and those of the blocks in the last
 import importlib
 import math
 from dataclasses import replace
-from typing import Any
 
 from sopdeploy.backbones.resnet import BLOCKS, STAGES
+from sopdeploy.config import FieldValues
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, rename_tensors
@@ -248,7 +248,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
     )
 
 
-def _block_config(file: WeightFile) -> dict[str, Any]:
+def _block_config(file: WeightFile) -> FieldValues:
     """Determine the options of the blocks (d, stages, kind, side of the position map) from the tensors.
 
     Without a key `attention`, the kind is the sum or the maximum, which have the same tensors.
@@ -261,7 +261,7 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
         return {"block_stages": stages, "cov_width": lengths["conv_for_DR"], "attention": "channel"}
     width = lengths["conv_for_DR_spatial"]
     side = math.isqrt(lengths["row_bn_for_spatial"])  # the root of the number of positions
-    config: dict[str, Any] = {"block_stages": stages, "cov_width": width, "position_side": side}
+    config: FieldValues = {"block_stages": stages, "cov_width": width, "position_side": side}
     if "conv_for_DR" not in lengths:  # no block has a channel-wise half
         config["attention"] = "position"
     elif "dilate_conv_for_concat1" in lengths:

@@ -17,7 +17,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.config import StrictModel
+from sopdeploy.config import FieldValues, StrictModel
 from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture import Components
@@ -117,7 +117,7 @@ class PublishedRow(StrictModel):
 
     source: str
     model: str
-    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+    config: FieldValues = pydantic.Field(default_factory=dict)
     num_classes: int | None = None
     part: Literal["training", "shipped"] = "shipped"
     module: str = ""
@@ -200,9 +200,16 @@ def _compare(row: PublishedRow, counts: Tally, representation: int) -> list[Publ
             ("representation", "K", row.dim, representation / 1e3),
         ]
     note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
-    shared: dict[str, Any] = {"source": row.source, "reached": row.reached, "note": note}
     return [
-        Published(quantity=quantity, unit=unit, printed=printed, ours=round(ours, 4), **shared)
+        Published(
+            source=row.source,
+            quantity=quantity,
+            unit=unit,
+            printed=printed,
+            ours=round(ours, 4),
+            reached=row.reached,
+            note=note,
+        )
         for quantity, unit, printed, ours in quantities
         if printed is not None
     ]
@@ -217,7 +224,7 @@ class Description(StrictModel):
     """
 
     name: str
-    config: dict[str, Any]
+    config: FieldValues
     num_classes: int
     image_size: int
     training: Counts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy.plugins import MODELS
 
@@ -163,7 +163,7 @@ PSDR = {
         "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
     ),
 }
-GSOP_RELEASED: dict[str, Any] = {  # options of the released code; `models/gsop.py` explains them
+GSOP_RELEASED = {  # options of the released code; `models/gsop.py` explains them
     "pre_relu": True,
     "channel_norm": False,
     "channel_activation": "none",
@@ -197,19 +197,19 @@ GSOP = {
         for net, final in FINAL_POOLING.items()
     },
 }
-WRN_36_2: dict[str, Any] = {"blocks_per_stage": 4, "widen": 2}
-GAP: dict[str, Any] = {"component": "gap", "component_widths": (512,)}
-WRN_SOP: dict[str, Any] = {**WRN_36_2, "component_widths": (512, 128)}
-SGMOE: dict[str, Any] = {
+WRN_36_2 = {"blocks_per_stage": 4, "widen": 2}
+GAP = {"component": "gap", "component_widths": (512,)}
+WRN_SOP = {**WRN_36_2, "component_widths": (512, 128)}
+SGMOE = {
     "component": "linear",
     "component_widths": (512,),
     "gate_widths": (),
     "fusion_norm": False,
     "dropout": 0.0,
 }
-RESNET_50: dict[str, Any] = {"blocks_per_stage": 6}
-PARAMETRIC: dict[str, Any] = {"component": "sop", "component_widths": (256, 128)}
-AVERAGE_OF_16: dict[str, Any] = {"components": 16, "fusion_norm": True, "dropout": 0.2}
+RESNET_50 = {"blocks_per_stage": 6}
+PARAMETRIC = {"component": "sop", "component_widths": (256, 128)}
+AVERAGE_OF_16 = {"components": 16, "fusion_norm": True, "dropout": 0.2}
 GMSOP = {
     **{
         name: at_64("GMSOPResNet", defaults, title)
@@ -300,7 +300,7 @@ class CatalogModel(StrictModel):
     """A model of the catalog and the fields of its config that are not defaults."""
 
     name: str
-    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+    config: FieldValues = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
     def _check_catalog(self) -> "CatalogModel":

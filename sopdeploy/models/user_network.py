@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.config import StrictModel
+from sopdeploy.config import FieldValues, StrictModel
 from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
@@ -207,7 +207,7 @@ def _apply(
     network: nn.Module,
     taps: Sequence[str],
     image_size: int,
-    config: dict[str, Any],
+    config: FieldValues,
 ) -> Trained:
     """Build *trained*, the class of the method *name*, from *network*, with as many logits as *network*."""
     _, config_class = METHODS[name]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import DataError, shorten
+from sopdeploy.errors import DataError, shorten_problems
 from sopdeploy.photos.copies import Groups, group_by_edges, signature
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_parts, single_images
@@ -77,7 +77,7 @@ class DataReport(StrictModel):
         if num_trained < 2:  # training leaves classes of one image out, and needs two others
             problems += self.too_few
         if problems:
-            raise DataError(f"{self.path}: cannot be used as it is: {shorten(problems, '; ')}")
+            raise DataError(f"{self.path}: cannot be used as it is: {shorten_problems(problems)}")
 
 
 @dataclass(frozen=True, slots=True)

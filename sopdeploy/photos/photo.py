@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.environment import usable_cores
-from sopdeploy.errors import DataError, ImageError, shorten
+from sopdeploy.errors import DataError, ImageError, shorten, shorten_problems
 from sopdeploy.files import open_regular
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image, to_rgb
@@ -352,6 +352,6 @@ def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataErro
         return first
     return DataError(
         f"{len(errors)} images cannot be used (`sopdeploy data check --json` lists all): "
-        f"{shorten(errors, '; ')}",
+        f"{shorten_problems(errors)}",
         lists={"images": errors},
     )

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from statistics import mean
-from typing import Any
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.config import StrictModel
+from sopdeploy.config import FieldValues, StrictModel
 from sopdeploy.evaluation.metrics import wilson
 from sopdeploy.evaluation.prediction import (
     AllHeads,
@@ -33,14 +32,14 @@ class SeedResult(StrictModel):
     """
 
     seed: int
-    recipe: dict[str, Any]
-    network: dict[str, Any]
+    recipe: FieldValues
+    network: FieldValues
     history: tuple[EpochRow, ...]
     train_count: int
     held_out_count: int
     heads: dict[str, HeldOutMetrics]
     usage: tuple[int, ...]
-    machine: dict[str, Any]
+    machine: dict[str, str | float]
 
 
 class MeanError(StrictModel):

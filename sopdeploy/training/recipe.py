@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
 
-from sopdeploy.config import Count, PositiveRate, StrictModel, first_problem
+from sopdeploy.config import Count, FieldValues, PositiveRate, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
 from sopdeploy.data.sources import DataConfig, OwnDataConfig
 from sopdeploy.errors import ConfigError
@@ -309,7 +309,7 @@ def _procedure_settings(values: Mapping[str, Any], overrides: Mapping[str, Any])
     return deepcopy(dict(FineTuneConfig.SETTINGS)).items() if selects else ()
 
 
-def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) -> None:
     """Drop the values that the network, data source or procedure selected by *overrides* does not have."""
     for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
         table, chosen = values.get(name), overrides.get(f"{name}.{selector}")
@@ -344,7 +344,7 @@ def format_toml(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
-def validate_recipe(values: dict[str, Any], source: str) -> Recipe:
+def validate_recipe(values: FieldValues, source: str) -> Recipe:
     """Validate *values*; raise `ConfigError` with *source* and the first problem."""
     try:
         return Recipe.model_validate(values)
@@ -354,7 +354,7 @@ def validate_recipe(values: dict[str, Any], source: str) -> Recipe:
         raise ConfigError(f"{source}: {error}") from error
 
 
-def check_same_recipe(recipe: Recipe, values: dict[str, Any], source: Path) -> None:
+def check_same_recipe(recipe: Recipe, values: FieldValues, source: Path) -> None:
     """Raise `ConfigError` if *recipe* and the *values* in *source* differ in more than `CHANGEABLE_KEYS`."""
     recorded = validate_recipe(values, str(source))
     before = dict(flatten(recorded.model_dump(mode="json")))

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sopdeploy.config import FieldValues
 from sopdeploy.errors import ConfigError
 
 _KINDS = ("kind", "name")  # keys that say to what the other keys of a table belong
@@ -33,7 +34,7 @@ def recipe_text(source: str | Path) -> str:
     return (resources.files("sopdeploy.recipes") / f"{source}.toml").read_text(encoding="utf-8")
 
 
-def read_values(source: str | Path) -> dict[str, Any]:
+def read_values(source: str | Path) -> FieldValues:
     """Read the values of *source*, and of its `base` where it has none.
 
     A table of another `kind` or `name` replaces that of the base; others only set keys. Raises `ConfigError`.

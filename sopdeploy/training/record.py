@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.checkpoint import Checkpoint, is_state_dict, parse_checkpoint, plain_content
-from sopdeploy.config import first_problem
+from sopdeploy.config import FieldValues, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, TrainingError
@@ -155,7 +155,7 @@ def read_recorded_recipe(last: Checkpoint, source: Path) -> Recipe:
     return validate_recipe(recorded_recipe(last), str(source))
 
 
-def recorded_recipe(last: Checkpoint) -> dict[str, Any]:
+def recorded_recipe(last: Checkpoint) -> FieldValues:
     """Return the values of the recipe of the run of *last*."""
     return last.training.get("recipe", {})
 

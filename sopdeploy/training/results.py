@@ -150,6 +150,10 @@ class LoopResult(StrictModel):
         tuning = () if self.tuning is None else (self.tuning.describe(),)
         return (f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}", *tuning)
 
+    def describe_time(self) -> str:
+        """Return nothing: the epochs show their times."""
+        return ""
+
     def rows(self) -> list[tuple[str, str]]:
         """Describe the score."""
         return [("accuracy", self.describe())]
@@ -219,14 +223,17 @@ class FewShotResult(StrictModel):
         return [("images", self.describe_images()), ("accuracy", self.describe_score())]
 
     def lines(self) -> tuple[str, ...]:
-        """Describe images, classifier, score and time."""
+        """Describe images, classifier and score."""
         lines = [f"images: {self.describe_images()}", *self.describe_groups()]
         lines.append(f"classifier: {self.head}, {self.num_features:,} features")
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
-        steps = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         tuning = () if self.tuning is None else (self.tuning.describe(),)
-        return (*lines, f"{self.describe_score()}; {steps}", *tuning)
+        return (*lines, self.describe_score(), *tuning)
+
+    def describe_time(self) -> str:
+        """Describe the time of each step."""
+        return ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
 
     def describe_score(self) -> str:
         """Describe the score; if it may be no better, add the accuracy of always naming the largest class."""

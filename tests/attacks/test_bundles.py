@@ -171,7 +171,7 @@ def test_few_probes_and_wide_tolerances_are_named(bundle: Path) -> None:
     (bundle / "parity.json").write_bytes(proof_files("", 20.0)["parity.json"])
     found = " ".join(verify(forge(bundle)).stdout.split())
     assert "note only 4 probes" in found
-    assert "tolerance 20 is above 10% of the probes' range" in found
+    assert "tolerance 20 is above 10 % of the probes' range" in found
 
 
 GOLDEN: dict[str, Callable[[dict[str, Any]], object]] = {

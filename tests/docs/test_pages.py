@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.reading import ROOT, module_at
+from tests.docs.reading import PAGES, ROOT, module_at, name
 
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
 
@@ -23,6 +23,21 @@ def test_the_errors_pages_of_the_documentation_and_the_server_are_up_to_date() -
 def test_the_page_of_other_photographs_has_the_measured_values() -> None:
     photos = module_at(ROOT / "docs" / "generate_other_photos.py")
     assert photos.PAGE.read_text(encoding="utf-8") == photos.other_photos_page(), "run `make docs`"
+
+
+BLOCK_OR_LINK = re.compile(r"^( *)```.*?^\1```|\[[^\]]*\]\([^)]*\)", re.DOTALL | re.MULTILINE)
+CODE_OR_WORD = re.compile(r"`[^`]*`|[^\s`]+")
+NAME = re.compile(r"`?([\w./-]+\.md)`?[.,;:)]*")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_page_that_names_another_one_links_to_it(page: Path) -> None:
+    words = CODE_OR_WORD.findall(BLOCK_OR_LINK.sub("", page.read_text(encoding="utf-8")))
+    named = [found[1] for word in words if (found := NAME.fullmatch(word))]
+    places = {(folder / path).resolve() for path in named for folder in (ROOT, page.parent)}
+    of_the_site = {one for one in PAGES if one.parent != ROOT}  # its pages cannot link to others
+    linked = of_the_site if page in of_the_site else {*PAGES}
+    assert [name(one) for one in places & linked if one != page] == []
 
 
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

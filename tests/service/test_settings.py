@@ -33,7 +33,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
         ({"devices": "0,cpu", "runtime": "tensorrt"}, "needs a GPU; remove cpu from devices"),
         (
             {"max_body_bytes": 900, "max_upload_bytes": 1000},
-            "is larger than 87.5% of max_upload_bytes",
+            "is larger than 87.5 % of max_upload_bytes",
         ),
         ({"follow": True, "memory_budget": "1GB"}, "follow excludes memory_budget; remove one of them"),
     ],

@@ -69,7 +69,7 @@ def find_and_record_model(request: Request, name: str | None, version: str | Non
     return model
 
 
-def json_response(body: pydantic.BaseModel | dict[str, Any], status: int = 200) -> Response:
+def json_response(body: pydantic.BaseModel | Mapping[str, object], status: int = 200) -> Response:
     """Create a JSON response; fields of a pydantic model that are None are omitted."""
     value = body.model_dump(exclude_none=True) if isinstance(body, pydantic.BaseModel) else body
     return Response(orjson.dumps(value), status_code=status, media_type="application/json")

@@ -3,14 +3,15 @@
 import asyncio
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy.bundle.folder import MANIFEST, Bundle
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
+from sopdeploy.files import has_manifest
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import problem_responses
@@ -27,15 +28,31 @@ class Health(StrictModel):
     reason: str | None = None
 
 
+class CertificateSummary(StrictModel):
+    """A certificate in short: what was compared, removed and kept, and the roots of the graphs."""
+
+    proof: str
+    compared: tuple[str, ...]
+    detached: tuple[str, ...]
+    num_images: int
+    largest_difference: float
+    num_removed: int
+    bytes_removed: int
+    num_kept: int
+    root: str
+    onnx_root: str
+    num_operations: int
+
+
 class Card(StrictModel):
-    """The model card as Markdown, and the certificate in short: what was compared, removed, kept; roots.
+    """The model card as Markdown, and the certificate in short.
 
     The text is empty and the certificate null if the bundle has none that can be read.
     """
 
     bundle: str
     text: str
-    certificate: dict[str, Any] | None
+    certificate: CertificateSummary | None
 
 
 @router.get("/livez", summary="Liveness", response_model=Health)
@@ -54,7 +71,7 @@ async def readyz(request: Request) -> Response:
     """
     service = service_of(request)
     paths = [model.bundle.path for model in service.registry.models()]
-    gone = await asyncio.to_thread(lambda: [path for path in paths if not (path / MANIFEST).is_file()])
+    gone = await asyncio.to_thread(lambda: [path for path in paths if not has_manifest(path)])
     reason = f"{gone[0]}: the bundle was deleted; it is served until this process ends" if gone else None
     health = Health(status=service.state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
@@ -115,16 +132,19 @@ def read_card(bundle: Bundle) -> Card:
     try:
         certificate = json.loads(read_unchanged(bundle, "certificate.json"))
         roots = certificate["roots"]
-        copied = ("proof", "compared", "detached", "num_images", "largest_difference")
-        summary = {
-            **{name: certificate[name] for name in copied},
-            "num_removed": len(certificate["removed"]),
-            "bytes_removed": sum(entry["bytes"] for entry in certificate["removed"]),
-            "num_kept": len(certificate["kept"]),
-            "root": roots["any_batch"],
-            "onnx_root": roots["onnx"],
-            "num_operations": roots["num_operations"],
-        }
+        summary = CertificateSummary(
+            proof=certificate["proof"],
+            compared=certificate["compared"],
+            detached=certificate["detached"],
+            num_images=certificate["num_images"],
+            largest_difference=certificate["largest_difference"],
+            num_removed=len(certificate["removed"]),
+            bytes_removed=sum(entry["bytes"] for entry in certificate["removed"]),
+            num_kept=len(certificate["kept"]),
+            root=roots["any_batch"],
+            onnx_root=roots["onnx"],
+            num_operations=roots["num_operations"],
+        )
     except (KeyError, TypeError, ValueError):  # it was deleted or changed, or has another structure
         summary = None
     text = read_unchanged(bundle, "README.md").decode("utf-8", "replace")

@@ -2,13 +2,14 @@
 
 import base64
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
+from sopdeploy.decision import AnswerFields
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding, Problem
 from sopdeploy_service.api.admission import AdmittedRequest, ClassifyRequest, Upload, admit, read_upload
 from sopdeploy_service.http.problems import bad_request, describe_error, problem_responses
@@ -49,6 +50,25 @@ class Embeddings(StrictModel):
     results: tuple[EncodedEmbedding | Failed, ...]
 
 
+class ClassesFields(AnswerFields):
+    """The fields of `Classes`, which need no validation."""
+
+    warnings: tuple[str, ...]
+
+
+class EmbeddingFields(TypedDict):
+    """The fields of `EncodedEmbedding`, which need no validation."""
+
+    embedding: list[float] | str
+    warnings: tuple[str, ...]
+
+
+class FailedFields(TypedDict):
+    """The fields of `Failed`."""
+
+    error: dict[str, object]
+
+
 @router.post(
     "/v1/classify",
     summary="Classify one image or several",
@@ -75,7 +95,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
         top_k = query.top_k or chosen.top_k
         outcomes = await admitted.infer(upload.images, may_keep=True, explain=query.explain)
 
-    def format_classes(prediction: Prediction) -> dict[str, Any]:
+    def format_classes(prediction: Prediction) -> ClassesFields:
         logits = prediction.outputs[chosen.logits]
         answer = chosen.decision.answer(logits, top_k, query.threshold, prediction.occluded)
         if answer.known is False:  # None: the bundle does not tell
@@ -105,7 +125,7 @@ async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Resp
         upload = await read_upload(admitted)
         outcomes = await admitted.infer(upload.images, features=True)
 
-    def format_embedding(prediction: Prediction) -> dict[str, Any]:
+    def format_embedding(prediction: Prediction) -> EmbeddingFields:
         vector = prediction.outputs[EMBEDDING]
         if query.encoding_format == "float":
             return {"embedding": vector.tolist(), "warnings": prediction.warnings}
@@ -119,12 +139,12 @@ def _respond(
     admitted: AdmittedRequest,
     upload: Upload,
     outcomes: Sequence[Outcome],
-    format_result: Callable[[Prediction], dict[str, Any]],
+    format_result: Callable[[Prediction], ClassesFields | EmbeddingFields],
 ) -> Response:
     """Create the response with the *outcomes* of *upload*; the error of a single image is raised instead."""
     if not upload.is_list and isinstance(outcomes[0], HttpError):
         raise RejectedError(outcomes[0])
-    results: list[dict[str, Any]] = []
+    results: list[ClassesFields | EmbeddingFields | FailedFields] = []
     root_path = admitted.request.scope["root_path"]
     for outcome in outcomes:
         if isinstance(outcome, HttpError):

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple, TypedDict
 
 import numpy as np
 import pydantic
@@ -34,6 +34,7 @@ from sopdeploy.evaluation.statistics import (
     images_to_decide,
     mcnemar,
 )
+from sopdeploy.html.report import percent
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
@@ -171,7 +172,7 @@ def _show(result: BundleComparison) -> None:
     rows = [
         (
             one.label, str(one.num_images),
-            *(f"{right / one.num_images:.1%}" for right in (one.first, one.second)),
+            *(percent(right / one.num_images) for right in (one.first, one.second)),
             f"{one.wins}, {one.losses}", "" if one.p is None else f"{one.p:.2g}",
         )
         for one in result.classes
@@ -189,8 +190,8 @@ def _show(result: BundleComparison) -> None:
 
 
 def _row(score: BundleScore) -> tuple[str, ...]:
-    shares = (f"{rate.share:.1%}" if rate else "-" for rate in (score.accepted, score.rejected))
-    top1 = (f"{score.top1.share:.1%}", f"{score.top1.low:.1%} to {score.top1.high:.1%}")
+    shares = (percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected))
+    top1 = (percent(score.top1.share), f"{percent(score.top1.low)} to {percent(score.top1.high)}")
     return score.bundle, *top1, f"{score.log_loss:.3f}", *shares
 
 
@@ -288,12 +289,18 @@ def count_comparisons(link: Path) -> int:
     return len(different)
 
 
-def _select(
-    images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
-) -> tuple[ImageFiles, dict[str, Any]]:
+class LeftOut(TypedDict):
+    """The fields of `BundleComparison` about photographs that are not compared."""
+
+    num_copies: int
+    trained_on: int
+    suspects: list[str]
+
+
+def _select(images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]) -> tuple[ImageFiles, LeftOut]:
     """Leave out training images of the bundles with their near-duplicates, and copies among the others.
 
-    Also returns the fields of `BundleComparison` that say what was left out; appends to *notes*.
+    Also returns what was left out; appends to *notes*.
     """
     group_N, hashes = group_photographs(images)  # the groups are equal for near-duplicates
     recorded_N, suspects = _find_recorded(hashes, pair, notes)
@@ -306,7 +313,11 @@ def _select(
     if not kept_N.any():
         raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
     num_copies = int((~is_first_N & ~trained_on_N).sum())
-    left_out = {"num_copies": num_copies, "trained_on": int(trained_on_N.sum()), "suspects": suspects}
+    left_out: LeftOut = {
+        "num_copies": num_copies,
+        "trained_on": int(trained_on_N.sum()),
+        "suspects": suspects,
+    }
     return images.select(kept_N), left_out
 
 

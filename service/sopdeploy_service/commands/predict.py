@@ -41,10 +41,9 @@ class FilePrediction(Classes):
     error: Problem | None = None
 
     @pydantic.model_serializer(mode="wrap")
-    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, object]:
         """Omit the fields that are None, except `error`."""
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if value is not None or key == "error"}
+        return {key: value for key, value in dump(self).items() if value is not None or key == "error"}
 
 
 def _predict_image(
@@ -114,8 +113,9 @@ def _print_prediction(prediction: FilePrediction) -> None:
         losses = np.array(prediction.explanation)  # of the first class, if a cell of the image is hidden
         row, column = np.unravel_index(losses.argmax(), losses.shape)
         place = f"row {row + 1}, column {column + 1} of {GRID} x {GRID}"
-        label = plain_text(prediction.classes[0].label)  # without a class there is no explanation
-        out.print(Text.assemble("  ", label, f" loses {losses.max():.4f}, most of all, without {place}"))
+        label = prediction.classes[0].label  # without a class there is no explanation
+        loss = plain_text(f"{label} depends most on {place}: without it, {losses.max():.4f} less")
+        out.print(Text.assemble("  ", loss))
 
 
 def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:

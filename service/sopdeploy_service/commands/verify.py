@@ -138,7 +138,7 @@ def _notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:
     for name, tolerance in probes.tolerance.items():
         spread = float(np.ptp(probes.expected[name]))
         if tolerance > WIDE * spread:
-            wide = f"{WIDE:.0%} of the probes' range {spread:.2g}"
+            wide = f"{100 * WIDE:.0f} % of the probes' range {spread:.2g}"
             notes.append(f"{name}: the tolerance {tolerance:.2g} is above {wide}")
     if bundle.manifest.mixes_images:
         mixing = ", ".join(bundle.manifest.mixes_images)

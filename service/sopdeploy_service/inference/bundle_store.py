@@ -10,8 +10,9 @@ import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
-from sopdeploy.bundle.folder import MANIFEST, describe_projects, follow_link, list_bundles, read_manifest
+from sopdeploy.bundle.folder import describe_projects, follow_link, list_bundles, read_manifest
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.files import has_manifest
 
 FOLLOW_SECONDS = 1.0
 
@@ -62,7 +63,7 @@ def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
     bundles: dict[str, Path] = {}
     for given_name, source in map(_parse_source, sources):
         path = follow_link(source)  # every process then serves the same bundle, even if the link changes
-        may_hold_bundles = path.is_dir() and not (path / MANIFEST).is_file()
+        may_hold_bundles = path.is_dir() and not has_manifest(path)
         if given_name or not may_hold_bundles:  # with a name, *path* must be one bundle
             named = [(given_name or read_manifest(path).project, path)]
         else:

@@ -15,7 +15,7 @@ from functools import partial
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import parse_qs
 
 import numpy as np
@@ -126,7 +126,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
         return Response(_PAGE.html, media_type="text/html", headers=_PAGE.headers)
 
     @app.get("/state")
-    def state() -> dict[str, Any]:
+    def state() -> LabelState:
         with lock:
             return describe_next(folders)
 
@@ -139,7 +139,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
         return Response(path.read_bytes(), media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)
 
     @app.post("/label")
-    def label(given: GivenLabel) -> dict[str, Any]:
+    def label(given: GivenLabel) -> LabelState:
         with lock:
             if given.kind == "skip":
                 folders.skip(given.id)
@@ -148,7 +148,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             return describe_next(folders)
 
     @app.post("/undo")
-    def undo() -> dict[str, Any]:
+    def undo() -> LabelState:
         with lock:
             folders.undo()
             return describe_next(folders)
@@ -166,28 +166,55 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     return app
 
 
-def describe_next(folders: LabelFolders) -> dict[str, Any]:
-    """Describe the next photograph of *folders*, the classes, most probable first, and the progress.
+class ShownPhotograph(StrictModel):
+    """The photograph to label; `sampled` if it was chosen at random, `known` as in `http_api.Classes`."""
 
-    `next` has the IDs of the photographs that the page shows as thumbnails, that photograph first.
+    id: str
+    sampled: bool
+    known: bool | None
+
+
+class ShownClass(StrictModel):
+    """A class to choose, and its probability for the photograph; None if the network does not have it."""
+
+    name: str
+    probability: float | None
+
+
+class LabelState(StrictModel):
+    """What the page shows.
+
+    `next` has the IDs of the photographs shown as thumbnails, that to label first. `classes` are in the order
+    of their probabilities, the largest first. `done` and `left` are numbers of photographs.
     """
+
+    photograph: ShownPhotograph | None
+    next: tuple[str, ...]
+    classes: tuple[ShownClass, ...]
+    done: int
+    left: int
+
+
+def describe_next(folders: LabelFolders) -> LabelState:
+    """Describe the next photograph of *folders*, the classes and the progress."""
     if not folders.waiting:
         folders.read()  # the server may have kept others
-    photograph: dict[str, Any] | None = None
+    photograph: ShownPhotograph | None = None
     probabilities: dict[str, float] = {}
     if folders.waiting:
         identity, (_, record) = next(iter(folders.waiting.items()))
         labels = map(normalize, record.labels)
         probabilities = dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
-        photograph = {"id": identity, "sampled": "sample" in record.reasons, "known": record.known}
+        is_sampled = "sample" in record.reasons
+        photograph = ShownPhotograph(id=identity, sampled=is_sampled, known=record.known)
     names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))  # without one: last
-    return {
-        "photograph": photograph,
-        "next": list(islice(folders.waiting, MAX_THUMBNAILS)),
-        "classes": [{"name": name, "probability": probabilities.get(name)} for name in names],
-        "done": len(folders.steps),
-        "left": len(folders.waiting),
-    }
+    return LabelState(
+        photograph=photograph,
+        next=tuple(islice(folders.waiting, MAX_THUMBNAILS)),
+        classes=tuple(ShownClass(name=name, probability=probabilities.get(name)) for name in names),
+        done=len(folders.steps),
+        left=len(folders.waiting),
+    )
 
 
 def run_label_server(

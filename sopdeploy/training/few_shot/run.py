@@ -11,7 +11,7 @@ The only checkpoints are those of the finished run. Letters: N images, K classes
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from scipy.special import log_softmax
@@ -249,10 +249,20 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
     return [set(groups_N[of_class > 0].tolist()) for of_class in targets.classes.T]
 
 
+class GroupFields(TypedDict):
+    """The fields of `FewShotResult` about groups of photographs."""
+
+    num_groups: int
+    num_photographs: int
+    one_group: tuple[str, ...]
+    two_groups: tuple[str, ...]
+    contradictions: tuple[str, ...]
+
+
 def _describe_groups(
     images: LabeledImages, targets: Targets, groups_N: Indices, copies_N: Indices
-) -> dict[str, Any]:
-    """Return the fields of `FewShotResult` about *groups_N* and about the photographs *copies_N*."""
+) -> GroupFields:
+    """Describe the groups of photographs *groups_N* and the photographs *copies_N*."""
     groups = _groups_of_classes(targets, groups_N)
     num_groups = {label: len(found) for label, found in zip(images.labels, groups, strict=True)}
     counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))

@@ -210,21 +210,20 @@ def estimate_best(
     count, score = best.metrics.count, best.metrics.score
     is_selected = len(history) > 1 and not frozen_backbone
     selected_by: SelectedBy = "same images" if is_selected else "nothing"
-    facts: dict[str, Any] = {
-        "epoch": best.epoch,
-        "num_epochs": len(history),
-        "count": count,
-        "mirrored": mirrored,
-    }
-    if best.metrics.score_name == "mAP":
-        return LoopResult(**facts, selected_by=selected_by, map=score)
-    # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".
-    texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
-    are_complete = count > 1 and all(len(text) == count for text in texts)
-    if is_selected and are_complete:
-        corrected = corrected_score(np.array([list(text) for text in texts]) == "1")
-        return LoopResult(**facts, selected_by="other images", top1=Rate.of(round(corrected * count), count))
-    return LoopResult(**facts, selected_by=selected_by, top1=Rate.of(round(score * count), count))
+    top1 = None
+    is_map = best.metrics.score_name == "mAP"
+    if not is_map:
+        # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".
+        texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
+        are_complete = count > 1 and all(len(text) == count for text in texts)
+        if is_selected and are_complete:
+            score = corrected_score(np.array([list(text) for text in texts]) == "1")
+            selected_by = "other images"
+        top1 = Rate.of(round(score * count), count)
+    return LoopResult(
+        epoch=best.epoch, num_epochs=len(history), top1=top1, map=score if is_map else None, count=count,
+        selected_by=selected_by, mirrored=mirrored,
+    )  # fmt: skip
 
 
 def corrected_score(right_EN: NDArray[np.bool_]) -> float:

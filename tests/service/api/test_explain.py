@@ -40,7 +40,7 @@ def test_http_client_and_predict_return_the_same_map(
     assert np.array(found["explanation"]) == expected
     row, column = np.unravel_index(np.argmax(found["explanation"]), (7, 7))
     text = CliRunner().invoke(app, command).stdout
-    assert f"without row {row + 1}, column {column + 1} of 7 x 7" in text
+    assert f"depends most on row {row + 1}, column {column + 1} of 7 x 7" in text
 
 
 def test_of_several_images_each_has_its_own_map_or_error(serve_with, onnx_runtime) -> None:

@@ -309,7 +309,7 @@ def test_a_table_with_one_class_per_image_makes_a_network_that_predicts_one(tmp_
         assert check_data(tmp_path).parts[0].classes == {"cat": 2, "dog": 2}
 
 
-def test_forty_broken_files_are_ten_and_a_number(tmp_path) -> None:
+def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> None:
     folder = write_classes(tmp_path / "photos", ("a", "b"), 30)
     for file in sorted(folder.rglob("*.jpg"))[:40]:
         file.write_bytes(b"no image")
@@ -317,9 +317,9 @@ def test_forty_broken_files_are_ten_and_a_number(tmp_path) -> None:
     shown = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "run"), "--json"])
     assert shown.exit_code == 2
     assert "40 images cannot be used" in shown.stderr
-    assert shown.stderr.count("not an image") == 10
-    assert " and 30 more" in shown.stderr
+    assert (shown.stderr.count(".jpg"), shown.stderr.count("not an image")) == (10, 1)
+    assert " and 30 more: this is not an image" in shown.stderr
     assert len(json.loads(shown.stdout)["error"]["lists"]["images"]) == 40
     checked = CliRunner().invoke(app, ["data", "check", str(folder)])
-    assert checked.stderr.count("not an image") == 10
-    assert "and 30 more" in checked.stderr
+    assert (checked.stderr.count(".jpg"), checked.stderr.count("not an image")) == (10, 1)
+    assert "and 30 more: this is not an image" in checked.stderr

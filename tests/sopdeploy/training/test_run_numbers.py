@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,11 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
+from sopdeploy.commands.train import _show as show
+from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, amount
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.training.results import LoopResult
 from tests.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
@@ -178,3 +183,25 @@ AMOUNTS = [(1, "+1 photograph"), (-1, "-1 photograph"), (0, "+0 photographs"), (
 @pytest.mark.parametrize(("number", "text"), AMOUNTS)
 def test_a_noun_is_plural_unless_there_is_one(number: int, text: str) -> None:
     assert amount(number, "photograph", "+") == text
+
+
+def test_a_finished_run_prints_results_first_and_then_where_they_are_the_time_and_what_to_type(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibration = Calibration(
+        temperature=2.0, loss_before=0.5, loss_after=0.4, num_images=9, estimated_on="held-out"
+    )
+    show(
+        SimpleNamespace(
+            networks=(),
+            mistakes=(),
+            procedure=LoopResult(epoch=1, num_epochs=1, top1=Rate.of(7, 9), count=9, selected_by="nothing"),
+            decision=Decision(calibration=calibration),
+            previous="",
+            report="report.html",
+            seconds=4.0,
+            best=tmp_path / "best.pt",
+        )
+    )
+    begins = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert begins == ["epoch 1 of 1", "temperature", "page", "4 s in total", "next"]

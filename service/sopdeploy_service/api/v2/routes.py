@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version as package_version
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import orjson
@@ -107,13 +107,38 @@ async def model_infer(
     return Response(content, headers={**headers, "Server-Timing": admitted.context.server_timing()})
 
 
-def describe_model(model: Model) -> dict[str, Any]:
-    """Build the response of `GET /v2/models/{name}`; `platform` is Triton's name of the runtime."""
+class TensorMetadata(TypedDict):
+    """An input or output of a model; -1 in *shape* is any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(TypedDict):
+    """The response of `GET /v2/models/{name}`; *platform* is Triton's name of the runtime."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class OutputTensor(TensorMetadata):
+    """An output of a response, with its values in *data* or, if they follow the JSON, their size."""
+
+    parameters: NotRequired[dict[str, int]]
+    data: NotRequired[NDArray[np.float32]]  # flat
+
+
+def describe_model(model: Model) -> ModelMetadata:
+    """Build the response of `GET /v2/models/{name}`."""
     manifest = model.bundle.manifest
     is_engine = model.loaded.runtime.name.startswith("tensorrt ")  # the version follows
     pixels = manifest.inputs[0]
 
-    def describe(name: str, datatype: str, shape: Sequence[int | None]) -> dict[str, Any]:
+    def describe(name: str, datatype: str, shape: Sequence[int | None]) -> TensorMetadata:
         return {"name": name, "datatype": datatype, "shape": [-1 if n is None else n for n in shape]}
 
     return {
@@ -144,12 +169,12 @@ def format_response(
     outputs = []
     for name, is_binary in requested.items():
         array = np.ascontiguousarray(values[name], "<f4")
-        described: dict[str, Any] = {"name": name, "datatype": FP32, "shape": list(array.shape)}
+        described: OutputTensor = {"name": name, "datatype": FP32, "shape": list(array.shape)}
         if is_binary:
             binary_parts.append(array.tobytes())
             described["parameters"] = {"binary_data_size": array.nbytes}
         else:
-            described["data"] = array.reshape(-1)  # flat
+            described["data"] = array.reshape(-1)
         outputs.append(described)
     text = orjson.dumps({**head, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not binary_parts:

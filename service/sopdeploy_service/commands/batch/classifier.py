@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Literal, Required, TypeAlias, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +47,25 @@ COLUMNS = {  # of a row; docs/batch.md
     "error_message": pa.string(),
     "bundle": pa.string(),
 }
-Row: TypeAlias = dict[str, Any]  # the columns of an image by name
+
+
+class Row(TypedDict, total=False):
+    """The columns of an image, as in `COLUMNS`, and those that were requested; missing ones become null."""
+
+    path: Required[str]
+    sha256: str
+    classes: list[str]
+    probabilities: list[float]
+    known: bool | None
+    score: float | None
+    warnings: Required[Sequence[str]]
+    error: str
+    error_message: str
+    bundle: str
+    logits: NDArray[np.float32]
+    features: NDArray[np.float32]
+
+
 DecodedImage: TypeAlias = tuple[Row, NDArray[np.uint8]]  # (H, W, 3), zeros for an image with an error
 OnImages = Callable[[int], None]  # is called with a number of images when they are classified
 
@@ -63,7 +81,9 @@ class BatchClassifier:
         loaded = load_model(path, settings)
         self._bundle, self._runtime, self._settings = loaded.bundle, loaded.runtime, settings
         manifest = loaded.bundle.manifest
-        optional = {"logits": manifest.outputs[0].name} if options.logits else {}
+        optional: dict[Literal["logits", "features"], str] = {}
+        if options.logits:
+            optional["logits"] = manifest.outputs[0].name
         if options.features:
             if EMBEDDING not in {output.name for output in manifest.outputs}:
                 raise ConfigError(f"{path} has no features; export it with_features", setting="features")
@@ -98,7 +118,8 @@ class BatchClassifier:
                     batch = list(itertools.islice(decoded, min(self._batch_size, sizes[part] - start)))
                     outputs = self._run([pixels for _, pixels in batch])
                     for (row, _), output in zip(batch, outputs, strict=True):
-                        rows.append(self._complete(row, output))
+                        self._complete(row, output)
+                        rows.append(row)
                     on_images(len(batch))
                 folder.write(part, rows, schema)
 
@@ -122,7 +143,7 @@ class BatchClassifier:
     def _decode(self, image: ListedImage, decoders: Decoders) -> DecodedImage:
         """Read, hash and decode *image* as a server does."""
         rules, max_bytes = self._bundle.manifest.preprocess, self._settings.max_body_bytes
-        row: Row = {"path": image.path, "sha256": None, "warnings": (), "error": None, "error_message": None}
+        row: Row = {"path": image.path, "warnings": ()}
         try:
             body = read_listed(image, max_bytes + 1)  # enough to reject a larger one
             if len(body) > max_bytes:
@@ -130,7 +151,7 @@ class BatchClassifier:
             row["sha256"] = hashlib.sha256(body).hexdigest()
             pixels, row["warnings"] = decoders.decode(body, rules)
         except ImageError as error:
-            row |= {"error": error.code, "error_message": str(error)}
+            row["error"], row["error_message"] = error.code, str(error)
             pixels = np.zeros((rules.crop, rules.crop, 3), np.uint8)
         return row, pixels
 
@@ -152,20 +173,18 @@ class BatchClassifier:
             )
         return outputs
 
-    def _complete(self, row: Row, output: ImageOutputs) -> Row:
+    def _complete(self, row: Row, output: ImageOutputs) -> None:
         """Add the prediction to the *row* of an image; the *output* of one with an error is ignored."""
         manifest, labels = self._bundle.manifest, self._bundle.labels
-        row = {**row, "bundle": manifest.id}
-        if row["error"] is not None:
-            return row
+        row["bundle"] = manifest.id
+        if "error" in row:
+            return
         if isinstance(output, HttpError):
-            return {**row, "error": output.code, "error_message": output.message}
+            row["error"], row["error_message"] = output.code, output.message
+            return
         answer = manifest.rules.answer(output[manifest.outputs[0].name], self._top_k)
-        return {
-            **row,
-            "known": answer.known,
-            "score": answer.score,
-            "classes": [labels[index] for index, _ in answer.ranked],
-            "probabilities": [probability for _, probability in answer.ranked],
-            **{column: output[name] for column, name in self._optional.items()},
-        }
+        row["known"], row["score"] = answer.known, answer.score
+        row["classes"] = [labels[index] for index, _ in answer.ranked]
+        row["probabilities"] = [probability for _, probability in answer.ranked]
+        for column, name in self._optional.items():
+            row[column] = output[name]

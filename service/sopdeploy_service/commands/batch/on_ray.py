@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import ray
 import ray.data
+from numpy.typing import NDArray
 
 from sopdeploy import errors
 from sopdeploy.environment import usable_cores
@@ -46,7 +47,7 @@ class PartActor:
             address = ray.util.get_node_ip_address()
             raise ConfigError(f"{address} has {here}, another machine {other}; use machines of one kind")
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, list[int]]:
+    def __call__(self, task: dict[str, NDArray[np.int64]]) -> dict[str, list[int]]:
         """Classify parts, unless a lost actor has written them; return their numbers of images."""
         all_sizes = self._folder.sizes()
         sizes = {part: all_sizes[part] for part in task["part"].tolist()}

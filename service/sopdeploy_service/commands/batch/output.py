@@ -182,7 +182,7 @@ class OutputFolder:
             return None
         return len(errors) - int(errors.null_count) if len(errors) == size else None
 
-    def write(self, part: int, rows: Sequence[Mapping[str, Any]], schema: Any) -> None:
+    def write(self, part: int, rows: Sequence[Mapping[str, object]], schema: Any) -> None:
         """Write the *rows* of *part*; its file has its final name only when it is complete."""
         table = pa.Table.from_pylist(rows, schema=schema)
         with atomic_write(self._file(part), shared=True) as partial:
