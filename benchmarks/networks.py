@@ -5,7 +5,7 @@
 Weights are random; batch norms have the statistics of the exporter's images. Each network is exported for
 batches of 1 to 64 images, with its own builder as the plain network, and is accepted with proof or refused
 for one reason. FILE has a line of JSON per network: another call continues, and networks in FILE are not
-tried again. The page has a table of all results. transformers is optional: its networks are left out if it is
+tried again. The page has tables of all results. transformers is optional: its networks are left out if it is
 not installed.
 """
 
@@ -238,29 +238,33 @@ def attempt(candidate: Candidate) -> Row:
 
 
 def render(rows: list[Row]) -> str:
-    """Write the page with the table of *rows*."""
+    """Write the page with the tables of *rows*."""
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "timm", "torchvision")}
     if importlib.util.find_spec("transformers") is not None:
         versions["transformers"] = importlib.import_module("transformers").__version__
-    accepted = sum(bool(row.proof) for row in rows)
+    rows = sorted(rows, key=lambda row: (row.library, row.family))
+    accepted, others = [row for row in rows if row.proof], [row for row in rows if not row.proof]
     lines = [
         "# Families of networks",
         "",
         f"`python benchmarks/networks.py` on {datetime.now(UTC):%Y-%m-%d}, with "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}:",
-        f"{accepted} of {len(rows)} networks are exported with proof. Weights are random. Of timm, each is",
-        "the smallest of its family, with two blocks or one in each of four stages, if they are options.",
-        "`drift` is the largest difference of the logits from float64. The others are refused for the reason",
-        "in the last column.",
+        f"{', '.join(map(' '.join, versions.items()))}:",
+        f"{len(accepted)} of {len(rows)} networks are exported with proof. Weights are random. Of timm, each",
+        "is the smallest of its family, with two blocks or one in each of four stages, if they are options.",
         "",
-        "| library | family | network | pixels | proof | drift | refused |",
-        "|---|---|---|---|---|---|---|",
+        "## Refused",
+        "",
+        "| library | network | pixels | reason |",
+        "|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: (row.library, row.family)):
-        drift = "" if row.drift is None else f"{row.drift:.1e}"
+    for row in others:
         reason = (row.refused or row.crashed).replace("|", "\\|")
-        where = f"{row.library} | {row.family} | `{row.network}` | {row.pixels}"
-        lines.append(f"| {where} | {row.proof} | {drift} | {reason} |")
+        lines.append(f"| {row.library} | `{row.network}` | {row.pixels} | {reason} |")
+    lines += ["", "## Exported", "", "`drift` is the largest difference of the logits from float64.", ""]
+    lines += ["| library | network | pixels | drift |", "|---|---|---|---|"]
+    for row in accepted:
+        family = f" ({row.family})" if row.library == "timm" else ""
+        lines.append(f"| {row.library} | `{row.network}`{family} | {row.pixels} | {row.drift:.1e} |")
     return "\n".join(lines) + "\n"
 
 
