@@ -235,12 +235,12 @@ def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConf
 def _explain_procedure(recipe: Recipe, num_images: int, *, uses_loop: bool) -> str:
     """Say why "auto" selected the procedure, and how to select the other one if there is one."""
     if not uses_loop:
-        return f"few-shot procedure: there are at most {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
+        return f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
     if not _has_head(recipe):
-        return f"training loop: {recipe.model.name} has no head for the few-shot procedure"
+        return f"training loop, because {recipe.model.name} has no head for the few-shot procedure"
     if num_images <= FEW_IMAGES:
-        return "training loop: torchrun started the run"
-    return f"training loop: there are more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
+        return "training loop, because torchrun started the run"
+    return f"training loop, for more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
 
 
 def _has_head(recipe: Recipe) -> bool:

@@ -376,7 +376,7 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
         read_recipe("photos", settings), RunFolder(tmp_path / "run", processes), None, Callback()
     )
     joined = start.data
-    assert start.reason.startswith("few-shot procedure: there are at most 100,000 images")
+    assert start.reason.startswith("few-shot procedure, for up to 100,000 images")
     assert start.recipe.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
@@ -389,7 +389,7 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
     folder = RunFolder(tmp_path / "other", processes)
     reason = start_run(read_recipe("photos", settings), folder, None, Callback()).reason
     assert reason.startswith(
-        "training loop: there are more than 100 images; procedure.kind=few_shot fits a head"
+        "training loop, for more than 100 images; procedure.kind=few_shot fits a head"
     )
     for recipe in (loop, other):
         selected = select_procedure(recipe, len(data.train))
