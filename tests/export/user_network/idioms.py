@@ -226,6 +226,51 @@ class Normalized(Small):
     forward = by_buffers
 
 
+class Distances(Small):
+    """Makes a table for the size of the images in its first run, as ConViT of timm does."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        if self.table.shape[0] != features.shape[2]:
+            positions = torch.arange(float(features.shape[2]))
+            self.table = (positions[:, None] - positions).abs()
+        return self.fc((features * self.table).mean((2, 3)))
+
+
+def registers(net: Any, x: Tensor) -> Tensor:
+    if not hasattr(net, "table"):
+        net.register_buffer("table", torch.linspace(0, 1, x.shape[2]), persistent=False)
+    return logits(net, x * net.table)
+
+
+def with_buffer(function: Callable[[Any, Tensor], Any]) -> Callable[[], nn.Module]:
+    """Return a builder of a network with a buffer that is None before the first run."""
+
+    def build() -> nn.Module:
+        network = variant(function, aux=False)
+        network.register_buffer("table", None, persistent=False)
+        return network
+
+    return build
+
+
+def of_first_image(net: Any, x: Tensor) -> Tensor:
+    if net.table is None:
+        net.table = x.amax().sub(2).relu()  # no probe is so bright
+    return logits(net, x + net.table)
+
+
+def in_first_run(net: Any, x: Tensor) -> Tensor:
+    if net.table is None:
+        net.table = torch.zeros(())
+        return logits(net, x)
+    return logits(net, x).clamp(max=1e6)
+
+
 EXPORTED: dict[str, Case] = {
     "view behind a convolution": (pooled(lambda _, f: f.view(f.size(0), 8, -1).mean(2)), {}, ONLY),
     "view of the shape": (pooled(lambda _, f: f.view(*f.shape[:2], -1).amax(2)), {}, ONLY),
@@ -319,6 +364,9 @@ EXPORTED: dict[str, Case] = {
         {},
         ONLY,
     ),
+    "a table that the first run makes": (Distances, {}, ONLY),
+    "a table that also the plain network makes": (Distances, {"plain": Distances}, PLAIN),
+    "a buffer that the first run registers": (forward(registers), {}, ONLY),
     "without autocast": (forward(without_autocast), {}, ONLY),
     "average pooling with ceil_mode": (forward(average), {}, ONLY),
     "no gradient": (forward(torch.no_grad()(logits)), {}, ONLY),
@@ -384,6 +432,21 @@ REFUSED: dict[str, Case] = {
         with_parts(lambda net, x: net.drop(logits(net, x)), drop=AlwaysDrops),
         {},
         r"train mode \(drop\); AlwaysDrops\.train\(\) keeps it there",
+    ),
+    "a buffer made from the first image": (
+        with_buffer(of_first_image),
+        {},
+        r"^table changes while the trained network runs, which computes something else afterwards",
+    ),
+    "another first run, in which a buffer is made": (
+        with_buffer(in_first_run),
+        {},
+        r"^table changes while the trained network runs, which computes something else afterwards",
+    ),
+    "a buffer that each run replaces": (
+        with_buffer(lambda net, x: (setattr(net, "table", x.mean()), logits(net, x))[1]),
+        {},
+        r"^the network writes to table while it runs; an exported network must be stateless",
     ),
     "a value in Python": (
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from sopdeploy.errors import ConfigError, SopdeployError
@@ -37,6 +38,13 @@ def test_it_is_refused_in_one_line_that_names_the_remedy(case: str, tmp_path: Pa
         networks.export_small(network, tmp_path, **options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_network_that_never_ran_makes_its_table(tmp_path: Path) -> None:
+    network = idioms.Distances().eval()
+    network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
+    exported = networks.export_small(network, tmp_path, plain=idioms.Distances, options=QUICK)
+    assert exported.certificate.proof == idioms.PLAIN
 
 
 def vision_transformer() -> nn.Module:
