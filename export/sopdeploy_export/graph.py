@@ -45,8 +45,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.program_hashes import trace_hash
-from sopdeploy_export.state import STATELESS, modules, preserved, recording_calls, tensors
+from sopdeploy_export.program_hashes import module_of, trace_hash
+from sopdeploy_export.state import NOT_IN_EVAL, STATELESS, modules, preserved, recording_calls, tensors
 
 OPSET = 18
 INPUT = "images"
@@ -111,8 +111,9 @@ def _check_unwritten(network: nn.Module, before: Mapping[str, tuple[Tensor, int,
         if after.get(name) is not tensor or _storage(tensor) != tuple(storage):
             owner = dict(modules(network)).get(name.rpartition(".")[0])
             scales_rows = getattr(owner, "max_norm", None) is not None  # as `nn.Embedding` can
-            remedy = ": scale its rows once, and set max_norm to None" if scales_rows else ""
-            raise LoweringError(f"the network writes to {name} while it runs; {STATELESS}{remedy}")
+            remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
+            remedy = remedy if scales_rows else NOT_IN_EVAL
+            raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:

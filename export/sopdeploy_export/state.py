@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from sopdeploy.errors import LoweringError
 
 STATELESS = "an exported network must be stateless"
+NOT_IN_EVAL = f"{STATELESS}: keep values only if self.training"
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 MOST_OBJECTS = 200_000  # that are read; a network with more is refused
 VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device, torch.Size)

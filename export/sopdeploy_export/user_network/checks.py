@@ -184,7 +184,7 @@ def check_outputs(
     # A write through `tensor.data` changes no version, so `first_change` misses it and `writes` has it.
     changed = state.first_change(after_first, state.read_state(network)) or next(iter(writes.written), None)
     if changed is not None:
-        raise LoweringError(f"{changed} changes while the {role} network runs; {state.STATELESS}")
+        raise LoweringError(f"{changed} changes while the {role} network runs; {state.NOT_IN_EVAL}")
     if reads.first is not None:
         raise LoweringError(
             f"Python code of the {role} network reads tensors ({reads.first}); a graph has one path for all "
