@@ -271,9 +271,9 @@ class InPlaceWrites(TorchDispatchMode):
 class PythonReads(TorchFunctionMode):
     """Record the first Python code that reads the layout or the values of a tensor: no graph contains this.
 
-    A call is a read if it returns anything but tensors, unless it is known to return what a graph fixes, or
-    if it gives values to a callback. torch.export raises an error where code reads values, but the code can
-    catch it.
+    A call on tensors is a read if it returns anything else, unless it is known to return what a graph fixes,
+    or if it gives values to a callback. torch.export raises an error where code reads values, but the code
+    can catch it.
     """
 
     FIXED_BY_GRAPH = frozenset({
@@ -294,7 +294,9 @@ class PythonReads(TorchFunctionMode):
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
         returns_data = not all(isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result))
         is_read = (returns_data and name not in self.FIXED_BY_GRAPH) or name in self.CALLBACKS
-        if self.first is None and is_read:
+        # `record_function`, for example, has no operands that are tensors.
+        reads_tensor = is_read and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        if self.first is None and reads_tensor:
             module = _caller()
             if module.partition(".")[0] != "sopdeploy_export" and not module.startswith("torch.nn."):
                 self.first = f"{name} in {module}"
