@@ -557,7 +557,7 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
             converted: Any = torch.onnx.export(
-                _decompose(program),
+                program,
                 (),
                 dynamo=True,
                 opset_version=OPSET,
@@ -573,7 +573,11 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
             cause: BaseException = error
             while cause.__cause__ is not None:  # only the first error names the operator
                 cause = cause.__cause__
-            raise LoweringError(f"no ONNX form: {first_line(cause)}") from error
+            problem = first_line(cause)
+            for node in program.graph.nodes:
+                if repr(node.target) in problem:
+                    problem = f"{node.target} in {module_of(node)}; use other operators"
+            raise LoweringError(f"no ONNX form: {problem}") from error
     return model
 
 
@@ -584,6 +588,7 @@ def _simplify(model: ir.Model) -> None:
         fold_constants(model, onnx_shape_inference=True)
         rewrite(model, EXACT_RULES)  # removes what nothing reads, too
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+            program = _decompose(program)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)
