@@ -8,6 +8,7 @@ the lowest that torch writes and the most widely supported.
 
 import ast
 import gc
+import inspect
 import io
 import linecache
 import re
@@ -24,6 +25,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript import rewriter
@@ -347,7 +349,8 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
 class SymbolicForms(TorchFunctionMode):
     """Replaces functions that torch.export captures for one batch size only, by views and `gather`.
 
-    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`.
+    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`. Instance
+    norm with running statistics is a batch norm, for which torch would make one image of the whole batch.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -383,10 +386,19 @@ def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tenso
     return x.gather(-1, chosen).movedim(-1, dim)
 
 
+def _instance_norm(*args: Any, **options: Any) -> Tensor:
+    """Normalize by running statistics, as a batch norm does, unless each image has its own."""
+    named = inspect.signature(F.instance_norm).bind(*args, **options).arguments
+    if named.pop("use_input_stats", True):
+        return F.instance_norm(*args, **options)
+    return F.batch_norm(**named)
+
+
 OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given by position (split)
     **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **dict.fromkeys((torch.split, Tensor.split), _split),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),
+    F.instance_norm: _instance_norm,
 }
 
 
@@ -497,6 +509,14 @@ def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable:
     return torch.ops.aten.topk.default(values, values.shape[dim], dim, descending)
 
 
+def _hstack(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*map(torch.atleast_1d, values)], dim=int(values[0].dim() > 1))
+
+
+def _column_stack(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1)
+
+
 # Operators whose form of the converter is missing, or wrong for some values
 DECOMPOSED = {
     ATTENTION: _attention,
@@ -506,6 +526,14 @@ DECOMPOSED = {
     torch.ops.aten.log_sigmoid.default: lambda values: -torch.nn.functional.softplus(-values),
     torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
     torch.ops.aten.sort.stable: _sort,
+    # The converter writes these with a loop over the tensors.
+    torch.ops.aten.atleast_1d.Sequence: lambda values: [*map(torch.atleast_1d, values)],
+    torch.ops.aten.atleast_2d.Sequence: lambda values: [*map(torch.atleast_2d, values)],
+    torch.ops.aten.atleast_3d.Sequence: lambda values: [*map(torch.atleast_3d, values)],
+    torch.ops.aten.hstack.default: _hstack,
+    torch.ops.aten.vstack.default: lambda values: torch.cat([*map(torch.atleast_2d, values)]),
+    torch.ops.aten.dstack.default: lambda values: torch.cat([*map(torch.atleast_3d, values)], 2),
+    torch.ops.aten.column_stack.default: _column_stack,
 }
 
 
@@ -556,6 +584,7 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
+            program = _decompose(program)
             converted: Any = torch.onnx.export(
                 program,
                 (),
@@ -588,7 +617,6 @@ def _simplify(model: ir.Model) -> None:
         fold_constants(model, onnx_shape_inference=True)
         rewrite(model, EXACT_RULES)  # removes what nothing reads, too
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-            program = _decompose(program)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)

@@ -271,6 +271,23 @@ def in_first_run(net: Any, x: Tensor) -> Tensor:
     return logits(net, x).clamp(max=1e6)
 
 
+def profiled(net: Any, x: Tensor) -> Tensor:
+    with torch.profiler.record_function("features"):
+        features = net.features(x)
+    return net.fc(features)
+
+
+def stacked(_net: Any, f: Tensor) -> Tensor:
+    means, largest = f.mean((2, 3)), f.amax((2, 3))
+    halves = torch.hstack([torch.column_stack([means[:, 0], means[:, 1:4]]), largest[:, 4:]])
+    return torch.dstack([halves, torch.vstack([means, largest])[: f.shape[0]]]).sum(2)
+
+
+def keeps_features(net: Any, x: Tensor) -> Tensor:
+    net.last = net.features(x)
+    return net.fc(net.last)
+
+
 EXPORTED: dict[str, Case] = {
     "view behind a convolution": (pooled(lambda _, f: f.view(f.size(0), 8, -1).mean(2)), {}, ONLY),
     "view of the shape": (pooled(lambda _, f: f.view(*f.shape[:2], -1).amax(2)), {}, ONLY),
@@ -364,6 +381,14 @@ EXPORTED: dict[str, Case] = {
         {},
         ONLY,
     ),
+    "a part that is profiled": (forward(profiled), {}, ONLY),
+    "a parallel part": (changed(lambda n: setattr(n, "stem", nn.DataParallel(n.stem))), {}, ONLY),
+    "stacks of rows, columns and depths": (pooled(stacked), {}, ONLY),
+    "instance norm with running statistics": (
+        changed(lambda n: n.stem.insert(1, nn.InstanceNorm2d(8, affine=True, track_running_stats=True))),
+        {},
+        ONLY,
+    ),
     "a table that the first run makes": (Distances, {}, ONLY),
     "a table that also the plain network makes": (Distances, {"plain": Distances}, PLAIN),
     "a buffer that the first run registers": (forward(registers), {}, ONLY),
@@ -432,6 +457,16 @@ REFUSED: dict[str, Case] = {
         with_parts(lambda net, x: net.drop(logits(net, x)), drop=AlwaysDrops),
         {},
         r"train mode \(drop\); AlwaysDrops\.train\(\) keeps it there",
+    ),
+    "adaptive pooling to uneven windows": (
+        pooled(lambda _, f: F.adaptive_max_pool2d(f, 5).mean((2, 3))),
+        {},
+        r"^no ONNX form: aten\.adaptive_max_pool2d\.default in forward; use other operators$",
+    ),
+    "features that are kept": (
+        forward(keeps_features),
+        {},
+        r"^last changes while the trained network runs; .*: keep values only if self\.training$",
     ),
     "a buffer made from the first image": (
         with_buffer(of_first_image),

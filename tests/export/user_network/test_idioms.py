@@ -15,7 +15,13 @@ from tests.export.once import proving_once
 from tests.export.user_network import idioms, networks
 
 QUICK, RANGE = ExportOptions(max_batch=1), ExportOptions()
-BY_SIZE = ("average pooling with ceil_mode", "attention between views", "flatten of tokens")
+BY_SIZE = (
+    "average pooling with ceil_mode",
+    "attention between views",
+    "flatten of tokens",
+    "instance norm with running statistics",
+    "stacks of rows, columns and depths",
+)
 
 
 @pytest.mark.parametrize("case", idioms.EXPORTED)
