@@ -48,7 +48,15 @@ from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.program_hashes import module_of, trace_hash
-from sopdeploy_export.state import NOT_IN_EVAL, STATELESS, modules, preserved, recording_calls, tensors
+from sopdeploy_export.state import (
+    NOT_IN_EVAL,
+    STATELESS,
+    PythonNumbers,
+    modules,
+    preserved,
+    recording_calls,
+    tensors,
+)
 
 OPSET = 18
 INPUT = "images"
@@ -347,16 +355,26 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
 
 
 class SymbolicForms(TorchFunctionMode):
-    """Replaces functions that torch.export captures for one batch size only, by views and `gather`.
+    """Replaces functions that torch.export captures for one batch size only, or not at all.
 
     These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`. Instance
     norm with running statistics is a batch norm, for which torch would make one image of the whole batch.
+    Code that reads tensors of Python numbers gets their values.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = PythonNumbers()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the other form of *function*, if there is one."""
         del types
-        return OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
+        number = self._numbers.compute(function, args, kwargs or {})
+        if number is not None and not isinstance(number, Tensor):
+            return number
+        result = OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
+        self._numbers.add(result, number)
+        return result
 
 
 def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
+from torchvision import transforms
 
 from tests.export.user_network.networks import CLASSES, Small, variant
 
@@ -347,6 +348,16 @@ EXPORTED: dict[str, Case] = {
     "normalization by buffers": (Normalized, {}, ONLY),
     "normalization by constants": (
         forward(lambda net, x: logits(net, (x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)) / 0.5)),
+        {},
+        ONLY,
+    ),
+    "normalization by torchvision": (
+        with_parts(
+            lambda net, x: logits(net, net.transform(x)),
+            transform=lambda: transforms.Compose(
+                [transforms.CenterCrop(8), transforms.Normalize([0.5] * 3, [0.2] * 3)]
+            ),
+        ),
         {},
         ONLY,
     ),
