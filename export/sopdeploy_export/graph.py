@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_letters
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -531,6 +531,17 @@ def _hstack(values: Sequence[Tensor]) -> Tensor:
     return torch.cat([*map(torch.atleast_1d, values)], dim=int(values[0].dim() > 1))
 
 
+def _index_put(
+    values: Tensor, indices: Sequence[Tensor | None], new: Tensor, accumulate: bool = False
+) -> Tensor:
+    """Write x[mask] = number as a choice, because the number of chosen values is no size of a graph."""
+    is_mask = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
+    if not is_mask or new.numel() != 1 or accumulate:
+        return NotImplemented
+    mask = cast(Tensor, indices[0])
+    return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
+
+
 def _column_stack(values: Sequence[Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1)
 
@@ -544,6 +555,7 @@ DECOMPOSED = {
     torch.ops.aten.log_sigmoid.default: lambda values: -torch.nn.functional.softplus(-values),
     torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
     torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten.index_put.default: _index_put,
     # The converter writes these with a loop over the tensors.
     torch.ops.aten.atleast_1d.Sequence: lambda values: [*map(torch.atleast_1d, values)],
     torch.ops.aten.atleast_2d.Sequence: lambda values: [*map(torch.atleast_2d, values)],
