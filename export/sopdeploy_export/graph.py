@@ -64,12 +64,16 @@ EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog
 EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
 # How torch.export says that code depends on the batch size.
 BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
+# How the converter names the node that it cannot translate, and the operator of it.
+TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
     "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), and compute all images "
     "of a batch at once instead of in a loop"
 )
+DATA_GUARD = re.compile(r"data-dependent expression")
+BY_VALUE = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -446,7 +450,7 @@ def _capture_problem(error: Exception) -> str:
     text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
     if BATCH_GUARD.search(text):
         return f"{BY_SIZE}; {SIZE_REMEDY}"
-    return first_line(error)
+    return BY_VALUE if DATA_GUARD.search(text) else first_line(error)
 
 
 def check_bfloat16(program: ExportedProgram) -> None:
@@ -527,10 +531,6 @@ def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable:
     return torch.ops.aten.topk.default(values, values.shape[dim], dim, descending)
 
 
-def _hstack(values: Sequence[Tensor]) -> Tensor:
-    return torch.cat([*map(torch.atleast_1d, values)], dim=int(values[0].dim() > 1))
-
-
 def _index_put(
     values: Tensor, indices: Sequence[Tensor | None], new: Tensor, accumulate: bool = False
 ) -> Tensor:
@@ -542,6 +542,10 @@ def _index_put(
     return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
 
 
+def _hstack(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*map(torch.atleast_1d, values)], dim=int(values[0].dim() > 1))
+
+
 def _column_stack(values: Sequence[Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1)
 
@@ -551,11 +555,11 @@ DECOMPOSED = {
     ATTENTION: _attention,
     torch.ops.aten.atan2.default: _atan2,
     torch.ops.aten.expm1.default: _expm1,
+    torch.ops.aten.index_put.default: _index_put,
     torch.ops.aten.log1p.default: _log1p,
     torch.ops.aten.log_sigmoid.default: lambda values: -torch.nn.functional.softplus(-values),
     torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
     torch.ops.aten.sort.stable: _sort,
-    torch.ops.aten.index_put.default: _index_put,
     # The converter writes these with a loop over the tensors.
     torch.ops.aten.atleast_1d.Sequence: lambda values: [*map(torch.atleast_1d, values)],
     torch.ops.aten.atleast_2d.Sequence: lambda values: [*map(torch.atleast_2d, values)],
@@ -629,15 +633,21 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
             model: ir.Model = converted.model
             _simplify(model)
         except Exception as error:  # the converter does not limit what its passes raise
-            cause: BaseException = error
-            while cause.__cause__ is not None:  # only the first error names the operator
-                cause = cause.__cause__
-            problem = first_line(cause)
-            for node in program.graph.nodes:
-                if repr(node.target) in problem:
-                    problem = f"{node.target} in {module_of(node)}; use other operators"
-            raise LoweringError(f"no ONNX form: {problem}") from error
+            raise LoweringError(f"no ONNX form: {_conversion_problem(error, program)}") from error
     return model
+
+
+def _conversion_problem(error: BaseException, program: ExportedProgram) -> str:
+    """Name the operator of *program* that the converter cannot translate; else describe its first *error*."""
+    cause: BaseException | None = error
+    while cause is not None:
+        problem = first_line(cause)
+        if found := TRANSLATED.search(problem):
+            name, operator = found.groups()
+            places = [f" in {module_of(node)}" for node in program.graph.nodes if node.name == name]
+            return f"{operator}{''.join(places)}; use other operators"
+        cause = cause.__cause__
+    return BY_VALUE if DATA_GUARD.search(problem) else problem
 
 
 def _simplify(model: ir.Model) -> None:
@@ -666,8 +676,12 @@ def check_graph(proto: onnx.ModelProto) -> None:
     opsets = {imported.domain: imported.version for imported in proto.opset_import}
     if opsets != {"": OPSET}:
         raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed")
-    if rejected := sorted({node.op_type for node in proto.graph.node} & REJECTED):
-        raise LoweringError(f"the graph contains {rejected[0]}; control flow is not allowed")
+    for node in proto.graph.node:
+        if node.op_type in REJECTED:
+            part = next((item.value for item in node.metadata_props if item.key == "part"), "")
+            where = part if part not in ("", "network") else "forward"
+            reason = BY_VALUE if node.op_type == "NonZero" else "control flow is not allowed"
+            raise LoweringError(f"the graph contains {node.op_type} in {where}; {reason}")
 
 
 def generated_images(side: int) -> NDArray[np.uint8]:

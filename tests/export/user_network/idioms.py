@@ -278,6 +278,26 @@ def profiled(net: Any, x: Tensor) -> Tensor:
     return net.fc(features)
 
 
+def clamps_by_mask(_net: Any, f: Tensor) -> Tensor:
+    f = f.clone()
+    f.permute(0, 2, 3, 1)[f.mean(1) > 1] = -1.0
+    means = f.mean((2, 3))
+    means[means < 0] = 0
+    return means
+
+
+def adds_by_mask(_net: Any, f: Tensor) -> Tensor:
+    means = f.mean((2, 3))
+    means[means > 1] += 1
+    return means
+
+
+def kernel_per_image(_net: Any, f: Tensor) -> Tensor:
+    batch = f.shape[0]
+    kernels = f.mean((2, 3)).reshape(-1, 1, 1, 1)
+    return F.conv2d(f.reshape(1, -1, 12, 12), kernels, groups=8 * batch).reshape(batch, 8, -1).mean(2)
+
+
 def stacked(_net: Any, f: Tensor) -> Tensor:
     means, largest = f.mean((2, 3)), f.amax((2, 3))
     halves = torch.hstack([torch.column_stack([means[:, 0], means[:, 1:4]]), largest[:, 4:]])
@@ -394,6 +414,7 @@ EXPORTED: dict[str, Case] = {
     ),
     "a part that is profiled": (forward(profiled), {}, ONLY),
     "a parallel part": (changed(lambda n: setattr(n, "stem", nn.DataParallel(n.stem))), {}, ONLY),
+    "an assignment by a mask": (pooled(clamps_by_mask), {}, ONLY),
     "stacks of rows, columns and depths": (pooled(stacked), {}, ONLY),
     "instance norm with running statistics": (
         changed(lambda n: n.stem.insert(1, nn.InstanceNorm2d(8, affine=True, track_running_stats=True))),
@@ -473,6 +494,21 @@ REFUSED: dict[str, Case] = {
         pooled(lambda _, f: F.adaptive_max_pool2d(f, 5).mean((2, 3))),
         {},
         r"^no ONNX form: aten\.adaptive_max_pool2d\.default in forward; use other operators$",
+    ),
+    "a kernel for each image": (
+        pooled(kernel_per_image),
+        {},
+        r"^no ONNX form: aten\.conv2d\.default in forward; use other operators$",
+    ),
+    "values that a mask selects": (
+        pooled(lambda _, f: f.mean((2, 3)) + f[f > 0.5].mean()),
+        {},
+        r"^the graph contains NonZero in forward; .*use torch\.where$",
+    ),
+    "a sum into values that a mask selects": (
+        pooled(adds_by_mask),
+        {},
+        r"^no ONNX form: its code depends on values of the image, .*: use torch\.where$",
     ),
     "features that are kept": (
         forward(keeps_features),

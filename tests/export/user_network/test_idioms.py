@@ -21,6 +21,7 @@ BY_SIZE = (
     "flatten of tokens",
     "instance norm with running statistics",
     "stacks of rows, columns and depths",
+    "an assignment by a mask",
 )
 
 
