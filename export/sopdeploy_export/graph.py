@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_letters
@@ -489,13 +490,25 @@ def _attention(
 
     The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
     """
-    if mask is not None and mask.dtype == torch.bool:
-        added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-        result = ATTENTION(query, key, value, added, *args, **options)
-        return torch.where(mask.any(-1, keepdim=True), result, 0.0)
+    if mask is not None and not _is_masked.get():
+        added, allowed = mask, mask != -torch.inf
+        if mask.dtype == torch.bool:
+            added, allowed = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf), mask
+        token = _is_masked.set(True)
+        try:
+            result = ATTENTION(query, key, value, added, *args, **options)
+        finally:
+            _is_masked.reset(token)
+        filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+        # The strides stay those of attention, so that a view of the result stays possible.
+        axes = sorted(range(result.dim()), key=result.stride, reverse=True)
+        return filled.permute(axes).contiguous().permute([axes.index(axis) for axis in range(len(axes))])
     if query.dim() == 4:
         return NotImplemented  # the operator stays
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
+
+
+_is_masked: ContextVar[bool] = ContextVar("_is_masked", default=False)  # within the call in `_attention`
 
 
 def _log1p(values: Tensor) -> Tensor:
@@ -655,12 +668,25 @@ def _simplify(model: ir.Model) -> None:
     common.InlinePass()(model)
     for _ in range(PASSES):
         fold_constants(model, onnx_shape_inference=True)
+        _remove_choices(model)
         rewrite(model, EXACT_RULES)  # removes what nothing reads, too
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
+
+
+def _remove_choices(model: ir.Model) -> None:
+    """Remove each `Where` of *model* that never chooses its first value, as behind a constant mask."""
+    for node in model.graph:
+        if node.op_type != "Where" or node.inputs[0] is None or node.inputs[0].const_value is None:
+            continue
+        chosen, result = node.inputs[2], node.outputs[0]
+        if chosen is None or chosen.shape is None or chosen.shape != result.shape:
+            continue
+        if not node.inputs[0].const_value.numpy().any() and not result.is_graph_output():
+            ir.convenience.replace_all_uses_with(result, chosen)
 
 
 def check_graph(proto: onnx.ModelProto) -> None:

@@ -168,6 +168,28 @@ class CausalAttention(nn.Module):
         return (q @ k.transpose(1, 2) + self.mask).softmax(-1) @ v
 
 
+class MaskedAttention(nn.Module):
+    """Attention of two heads to the tokens that *mask*, a function of queries, keys and tokens, allows."""
+
+    def __init__(self, mask: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.mask = nn.Linear(8, 24), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, self.mask(q, k, x))
+        return mixed.transpose(1, 2).reshape(x.shape[0], -1, 8)
+
+
+def bright_keys(_q: Tensor, _k: Tensor, x: Tensor) -> Tensor:
+    dark = x.mean(-1)[:, None, None] < 1
+    return torch.zeros_like(dark, dtype=x.dtype).masked_fill(dark, -torch.inf)
+
+
+def near_keys(q: Tensor, k: Tensor, _x: Tensor) -> Tensor:
+    return q @ k.mT > 1
+
+
 def tokens(net: Any, x: Tensor) -> Tensor:
     mixed: Tensor = net.attention(net.stem(x)[:, :, ::3, ::3].flatten(2).transpose(1, 2))
     return net.fc(mixed.mean(1))
@@ -384,6 +406,8 @@ EXPORTED: dict[str, Case] = {
     "a range of bytes": (forward(lambda net, x: logits(net, x.float() / 255.0)), {}, ONLY),
     "attention between views": (with_parts(tokens, attention=Attention), {}, ONLY),
     "a mask of infinities": (with_parts(tokens, attention=CausalAttention), {}, ONLY),
+    "a mask of the image": (with_parts(tokens, attention=lambda: MaskedAttention(bright_keys)), {}, ONLY),
+    "a mask of each head": (with_parts(tokens, attention=lambda: MaskedAttention(near_keys)), {}, ONLY),
     "a layer of a transformer": (
         with_parts(
             tokens, attention=lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)

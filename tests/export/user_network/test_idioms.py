@@ -22,6 +22,8 @@ BY_SIZE = (
     "instance norm with running statistics",
     "stacks of rows, columns and depths",
     "an assignment by a mask",
+    "a mask of the image",
+    "a mask of each head",
 )
 
 
