@@ -8,22 +8,25 @@ the lowest that torch writes and the most widely supported.
 
 import ast
 import gc
+import inspect
 import io
 import linecache
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_letters
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript import rewriter
@@ -45,8 +48,16 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.program_hashes import trace_hash
-from sopdeploy_export.state import STATELESS, modules, preserved, recording_calls, tensors
+from sopdeploy_export.program_hashes import module_of, trace_hash
+from sopdeploy_export.state import (
+    NOT_IN_EVAL,
+    STATELESS,
+    PythonNumbers,
+    modules,
+    preserved,
+    recording_calls,
+    tensors,
+)
 
 OPSET = 18
 INPUT = "images"
@@ -54,12 +65,16 @@ EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog
 EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
 # How torch.export says that code depends on the batch size.
 BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
+# How the converter names the node that it cannot translate, and the operator of it.
+TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
     "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), and compute all images "
     "of a batch at once instead of in a loop"
 )
+DATA_GUARD = re.compile(r"data-dependent expression")
+BY_VALUE = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -111,8 +126,9 @@ def _check_unwritten(network: nn.Module, before: Mapping[str, tuple[Tensor, int,
         if after.get(name) is not tensor or _storage(tensor) != tuple(storage):
             owner = dict(modules(network)).get(name.rpartition(".")[0])
             scales_rows = getattr(owner, "max_norm", None) is not None  # as `nn.Embedding` can
-            remedy = ": scale its rows once, and set max_norm to None" if scales_rows else ""
-            raise LoweringError(f"the network writes to {name} while it runs; {STATELESS}{remedy}")
+            remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
+            remedy = remedy if scales_rows else NOT_IN_EVAL
+            raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
@@ -344,15 +360,26 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
 
 
 class SymbolicForms(TorchFunctionMode):
-    """Replaces functions that torch.export captures for one batch size only, by views and `gather`.
+    """Replaces functions that torch.export captures for one batch size only, or not at all.
 
-    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`.
+    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`. Instance
+    norm with running statistics is a batch norm, for which torch would make one image of the whole batch.
+    Code that reads tensors of Python numbers gets their values.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = PythonNumbers()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the other form of *function*, if there is one."""
         del types
-        return OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
+        number = self._numbers.compute(function, args, kwargs or {})
+        if number is not None and not isinstance(number, Tensor):
+            return number
+        result = OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
+        self._numbers.add(result, number)
+        return result
 
 
 def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:
@@ -382,10 +409,19 @@ def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tenso
     return x.gather(-1, chosen).movedim(-1, dim)
 
 
+def _instance_norm(*args: Any, **options: Any) -> Tensor:
+    """Normalize by running statistics, as a batch norm does, unless each image has its own."""
+    named = inspect.signature(F.instance_norm).bind(*args, **options).arguments
+    if named.pop("use_input_stats", True):
+        return F.instance_norm(*args, **options)
+    return F.batch_norm(**named)
+
+
 OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given by position (split)
     **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **dict.fromkeys((torch.split, Tensor.split), _split),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),
+    F.instance_norm: _instance_norm,
 }
 
 
@@ -415,7 +451,7 @@ def _capture_problem(error: Exception) -> str:
     text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
     if BATCH_GUARD.search(text):
         return f"{BY_SIZE}; {SIZE_REMEDY}"
-    return first_line(error)
+    return BY_VALUE if DATA_GUARD.search(text) else first_line(error)
 
 
 def check_bfloat16(program: ExportedProgram) -> None:
@@ -454,13 +490,25 @@ def _attention(
 
     The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
     """
-    if mask is not None and mask.dtype == torch.bool:
-        added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-        result = ATTENTION(query, key, value, added, *args, **options)
-        return torch.where(mask.any(-1, keepdim=True), result, 0.0)
+    if mask is not None and not _is_masked.get():
+        added, allowed = mask, mask != -torch.inf
+        if mask.dtype == torch.bool:
+            added, allowed = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf), mask
+        token = _is_masked.set(True)
+        try:
+            result = ATTENTION(query, key, value, added, *args, **options)
+        finally:
+            _is_masked.reset(token)
+        filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+        # The strides stay those of attention, so that a view of the result stays possible.
+        axes = sorted(range(result.dim()), key=result.stride, reverse=True)
+        return filled.permute(axes).contiguous().permute([axes.index(axis) for axis in range(len(axes))])
     if query.dim() == 4:
         return NotImplemented  # the operator stays
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
+
+
+_is_masked: ContextVar[bool] = ContextVar("_is_masked", default=False)  # within the call in `_attention`
 
 
 def _log1p(values: Tensor) -> Tensor:
@@ -496,15 +544,43 @@ def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable:
     return torch.ops.aten.topk.default(values, values.shape[dim], dim, descending)
 
 
+def _index_put(
+    values: Tensor, indices: Sequence[Tensor | None], new: Tensor, accumulate: bool = False
+) -> Tensor:
+    """Write x[mask] = number as a choice, because the number of chosen values is no size of a graph."""
+    is_mask = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
+    if not is_mask or new.numel() != 1 or accumulate:
+        return NotImplemented
+    mask = cast(Tensor, indices[0])
+    return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
+
+
+def _hstack(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*map(torch.atleast_1d, values)], dim=int(values[0].dim() > 1))
+
+
+def _column_stack(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1)
+
+
 # Operators whose form of the converter is missing, or wrong for some values
 DECOMPOSED = {
     ATTENTION: _attention,
     torch.ops.aten.atan2.default: _atan2,
     torch.ops.aten.expm1.default: _expm1,
+    torch.ops.aten.index_put.default: _index_put,
     torch.ops.aten.log1p.default: _log1p,
     torch.ops.aten.log_sigmoid.default: lambda values: -torch.nn.functional.softplus(-values),
     torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
     torch.ops.aten.sort.stable: _sort,
+    # The converter writes these with a loop over the tensors.
+    torch.ops.aten.atleast_1d.Sequence: lambda values: [*map(torch.atleast_1d, values)],
+    torch.ops.aten.atleast_2d.Sequence: lambda values: [*map(torch.atleast_2d, values)],
+    torch.ops.aten.atleast_3d.Sequence: lambda values: [*map(torch.atleast_3d, values)],
+    torch.ops.aten.hstack.default: _hstack,
+    torch.ops.aten.vstack.default: lambda values: torch.cat([*map(torch.atleast_2d, values)]),
+    torch.ops.aten.dstack.default: lambda values: torch.cat([*map(torch.atleast_3d, values)], 2),
+    torch.ops.aten.column_stack.default: _column_stack,
 }
 
 
@@ -555,8 +631,9 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
+            program = _decompose(program)
             converted: Any = torch.onnx.export(
-                _decompose(program),
+                program,
                 (),
                 dynamo=True,
                 opset_version=OPSET,
@@ -569,11 +646,21 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
             model: ir.Model = converted.model
             _simplify(model)
         except Exception as error:  # the converter does not limit what its passes raise
-            cause: BaseException = error
-            while cause.__cause__ is not None:  # only the first error names the operator
-                cause = cause.__cause__
-            raise LoweringError(f"no ONNX form: {first_line(cause)}") from error
+            raise LoweringError(f"no ONNX form: {_conversion_problem(error, program)}") from error
     return model
+
+
+def _conversion_problem(error: BaseException, program: ExportedProgram) -> str:
+    """Name the operator of *program* that the converter cannot translate; else describe its first *error*."""
+    cause: BaseException | None = error
+    while cause is not None:
+        problem = first_line(cause)
+        if found := TRANSLATED.search(problem):
+            name, operator = found.groups()
+            places = [f" in {module_of(node)}" for node in program.graph.nodes if node.name == name]
+            return f"{operator}{''.join(places)}; use other operators"
+        cause = cause.__cause__
+    return BY_VALUE if DATA_GUARD.search(problem) else problem
 
 
 def _simplify(model: ir.Model) -> None:
@@ -581,12 +668,25 @@ def _simplify(model: ir.Model) -> None:
     common.InlinePass()(model)
     for _ in range(PASSES):
         fold_constants(model, onnx_shape_inference=True)
+        _remove_choices(model)
         rewrite(model, EXACT_RULES)  # removes what nothing reads, too
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
+
+
+def _remove_choices(model: ir.Model) -> None:
+    """Remove each `Where` of *model* that never chooses its first value, as behind a constant mask."""
+    for node in model.graph:
+        if node.op_type != "Where" or node.inputs[0] is None or node.inputs[0].const_value is None:
+            continue
+        chosen, result = node.inputs[2], node.outputs[0]
+        if chosen is None or chosen.shape is None or chosen.shape != result.shape:
+            continue
+        if not node.inputs[0].const_value.numpy().any() and not result.is_graph_output():
+            ir.convenience.replace_all_uses_with(result, chosen)
 
 
 def check_graph(proto: onnx.ModelProto) -> None:
@@ -602,8 +702,12 @@ def check_graph(proto: onnx.ModelProto) -> None:
     opsets = {imported.domain: imported.version for imported in proto.opset_import}
     if opsets != {"": OPSET}:
         raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed")
-    if rejected := sorted({node.op_type for node in proto.graph.node} & REJECTED):
-        raise LoweringError(f"the graph contains {rejected[0]}; control flow is not allowed")
+    for node in proto.graph.node:
+        if node.op_type in REJECTED:
+            part = next((item.value for item in node.metadata_props if item.key == "part"), "")
+            where = part if part not in ("", "network") else "forward"
+            reason = BY_VALUE if node.op_type == "NonZero" else "control flow is not allowed"
+            raise LoweringError(f"the graph contains {node.op_type} in {where}; {reason}")
 
 
 def generated_images(side: int) -> NDArray[np.uint8]:

@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sopdeploy.errors import LoweringError
 
 STATELESS = "an exported network must be stateless"
+NOT_IN_EVAL = f"{STATELESS}: keep values only if self.training"
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 MOST_OBJECTS = 200_000  # that are read; a network with more is refused
 VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device, torch.Size)
@@ -267,12 +269,50 @@ class InPlaceWrites(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class PythonNumbers:
+    """Tensors that code makes of Python numbers, such as a deviation per channel, and comparisons of them.
+
+    Code may read them, as `normalize` of torchvision does: they are the same for all images. They are unknown
+    from the first other call on one of them, which can write to its memory or share it.
+    """
+
+    MAKERS = (torch.tensor, torch.as_tensor)
+    FUNCTIONS = frozenset({
+        "__bool__", "__eq__", "__float__", "__ge__", "__gt__", "__int__", "__le__", "__lt__", "__ne__", "all",
+        "any", "eq", "ge", "gt", "item", "le", "lt", "ne",
+    })  # fmt: skip
+
+    def __init__(self) -> None:
+        self._values = WeakIdKeyDictionary()  # also of tensors that torch.export gives no values
+
+    def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Call *function* on the values of such tensors; None if it has other operands."""
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if given and not any(tensor in self._values for tensor in given):
+            return None
+        numbers = tree_leaves(args[:1])  # without an array, whose memory the tensor can share
+        makes = numbers and function in self.MAKERS and all(isinstance(x, int | float) for x in numbers)
+        compares = given and getattr(function, "__name__", "") in self.FUNCTIONS
+        if not makes and not (compares and all(tensor in self._values for tensor in given)):
+            if given:
+                self._values = WeakIdKeyDictionary()
+            return None
+        args, kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    def add(self, result: Any, value: Any) -> None:
+        """Remember *value*, which `compute` returned for the call with *result*."""
+        if isinstance(value, Tensor):
+            self._values[result] = value
+
+
 class PythonReads(TorchFunctionMode):
     """Record the first Python code that reads the layout or the values of a tensor: no graph contains this.
 
-    A call is a read if it returns anything but tensors, unless it is known to return what a graph fixes, or
-    if it gives values to a callback. torch.export raises an error where code reads values, but the code can
-    catch it.
+    A call on tensors is a read if it returns anything else, unless it is known to return what a graph fixes,
+    or if it gives values to a callback. torch.export raises an error where code reads values, but the code
+    can catch it.
     """
 
     FIXED_BY_GRAPH = frozenset({
@@ -286,14 +326,19 @@ class PythonReads(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.first: str | None = None
+        self._numbers = PythonNumbers()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call *function*; record it if it is the first read by code outside of torch.nn and this package."""
         del types
+        number = self._numbers.compute(function, args, kwargs or {})
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
+        self._numbers.add(result, number)
         returns_data = not all(isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result))
         is_read = (returns_data and name not in self.FIXED_BY_GRAPH) or name in self.CALLBACKS
-        if self.first is None and is_read:
+        # `record_function`, for example, has no operands that are tensors.
+        reads_tensor = is_read and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        if self.first is None and reads_tensor and number is None:
             module = _caller()
             if module.partition(".")[0] != "sopdeploy_export" and not module.startswith("torch.nn."):
                 self.first = f"{name} in {module}"

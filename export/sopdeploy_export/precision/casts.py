@@ -112,15 +112,28 @@ def adds(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     random, operands = torch.Generator().manual_seed(0), list[Tensor]()
 
     def positive(x: Tensor) -> Tensor:
-        """Return values in [0.5, 1.5) that derivatives are computed for; integers stay."""
+        """Return values in [0.5, 1.5) in place of a floating-point operand; integers stay."""
         if not x.is_floating_point():
             return x
-        operands.append((torch.rand(x.shape, generator=random) + 0.5).requires_grad_())
+        operands.append(torch.rand(x.shape, generator=random) + 0.5)
         return operands[-1]
 
+    wide, named = tree_map_only(Tensor, positive, (tuple(args), dict(kwargs)))
+    try:
+        return _adds(operator, wide, named, operands)
+    except RuntimeError:  # some operators have no derivatives of all operands, such as running statistics
+        return _adds(operator, wide, named, operands[:1])
+
+
+def _adds(
+    operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Sequence[Tensor]
+) -> bool | None:
+    """Decide as `adds` does, by the derivatives with respect to *operands*, which are among the arguments."""
+    for operand in tree_leaves((args, kwargs)):
+        if isinstance(operand, Tensor):
+            operand.requires_grad_(any(operand is chosen for chosen in operands))
     with torch.enable_grad():
-        wide, named = tree_map_only(Tensor, positive, (tuple(args), dict(kwargs)))
-        results = [leaf for leaf in tree_leaves(operator(*wide, **named)) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in tree_leaves(operator(*args, **kwargs)) if isinstance(leaf, Tensor)]
         if not results or not results[0].requires_grad or not results[0].numel():
             return None
         elements = results[0].flatten()

@@ -24,7 +24,7 @@ from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph import compute_outputs
 from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.proof.networks import copy_module
-from sopdeploy_export.state import STATELESS, first_change, read_state
+from sopdeploy_export.state import NOT_IN_EVAL, STATELESS, first_change, read_state
 
 CALLS = 300
 PROBES = 4
@@ -99,4 +99,4 @@ def check_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor)
     if not all(map(are_equal, after, before)):
         raise CertificateError(f"the network gives other outputs after {CALLS} calls; {STATELESS}")
     if (changed := first_change(held, read_state(copied))) is not None:
-        raise CertificateError(f"{changed} changes while the network runs; {STATELESS}")
+        raise CertificateError(f"{changed} changes while the network runs; {NOT_IN_EVAL}")

@@ -5,14 +5,15 @@ The network that the user gave is captured, not a copy, because its classes can 
 
 import functools
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule  # what torch.compile returns
+from torch._subclasses import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import is_in
 from sopdeploy_export import graph, state
 from sopdeploy_export.options import ExportOptions
@@ -182,7 +184,7 @@ def check_outputs(
     # A write through `tensor.data` changes no version, so `first_change` misses it and `writes` has it.
     changed = state.first_change(after_first, state.read_state(network)) or next(iter(writes.written), None)
     if changed is not None:
-        raise LoweringError(f"{changed} changes while the {role} network runs; {state.STATELESS}")
+        raise LoweringError(f"{changed} changes while the {role} network runs; {state.NOT_IN_EVAL}")
     if reads.first is not None:
         raise LoweringError(
             f"Python code of the {role} network reads tensors ({reads.first}); a graph has one path for all "
@@ -232,15 +234,77 @@ def _run(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor
     return logits
 
 
+def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...]:
+    """Give *network* the buffers that its first run creates or replaces; return their names.
+
+    These are buffers that the state dict does not store, such as a table of positions for the size of the
+    images. They are those of a run on images without values, so a buffer that depends on the images is not
+    among them.
+    """
+    images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
+    device = next((tensor.device for tensor in state.tensors(network).values()), images.device)
+    pixels = Normalize(preprocess, images_format(network))(images).to(device)
+    before = _unstored_buffers(network)
+    # A run without values can leave such tensors in objects that are not restored, so it is the exception.
+    if _changed_buffers(network, pixels, before):
+        unknown = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)
+        created = _changed_buffers(network, unknown, before)
+        owners = dict(state.modules(network))
+        for name, tensor in created.items():
+            owner, _, key = name.rpartition(".")
+            owners[owner].register_buffer(key, tensor, persistent=False)
+        return tuple(created)
+    return ()
+
+
+def _changed_buffers(
+    network: nn.Module, pixels: Tensor, before: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Map the names of unstored buffers that a run on *pixels* creates or replaces to their tensors.
+
+    Tensors without values are left out. *network* is unchanged afterwards.
+    """
+    with state.preserved(network), torch.no_grad():
+        with suppress(Exception):  # of the user's code; a later run gives the message
+            graph.compute_outputs(network, pixels)
+        after = _unstored_buffers(network)
+    return {
+        name: tensor
+        for name, tensor in after.items()
+        if type(tensor) is Tensor and tensor is not before.get(name)
+    }
+
+
+def _unstored_buffers(network: nn.Module) -> dict[str, Tensor | None]:
+    """Map the names of the buffers of *network* that the state dict does not store to their tensors."""
+    return {
+        f"{owner}.{name}" if owner else name: module._buffers.get(name)
+        for owner, module in state.modules(network)
+        for name in module._non_persistent_buffers_set
+    }
+
+
+def replace_buffers(network: nn.Module, names: Sequence[str]) -> None:
+    """Turn the buffers *names* of *network* into attributes, which a run may assign, as caches."""
+    owners = dict(state.modules(network))
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        if key in owners[owner]._buffers:  # it may not exist before the first run
+            tensor = owners[owner]._buffers[key]
+            delattr(owners[owner], key)
+            vars(owners[owner])[key] = tensor
+
+
 @contextmanager
-def prepared(given: nn.Module, logits: str | int | None) -> Iterator[None]:
-    """Put *given*, the user's network, into eval mode, uncompiled, with its *logits* named, for the block."""
+def prepared(given: nn.Module, logits: str | int | None, preprocess: Preprocess) -> Iterator[None]:
+    """Prepare *given*, the user's network, for the block: eval mode, uncompiled, *logits* named, buffers."""
     with state.preserved(given):
         given.eval()
         for _, module in state.modules(given):
             vars(module)["_compiled_call_impl"] = None
         if logits is not None:
             vars(given)[graph.EXPORT_LOGITS] = logits  # not by `setattr`, which a class can define
+        create_buffers(given, preprocess)
         yield
 
 

@@ -84,6 +84,7 @@ def export_network(
     parts = match_parts(given, training_only) if isinstance(given, nn.Module) else ()
     copied = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
     networks.check_network_state(copied, "trained", parts)
+    created = checks.create_buffers(copied, preprocess)
     given_tensors = tensors(given)  # those of the copy no longer share memory
     check_removed_memory(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
@@ -91,10 +92,14 @@ def export_network(
     )
     trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
     cache, warnings = checks.check_outputs(trial, preprocess, len(labels), "trained")
-    with checks.prepared(given, logits_key):
+    with checks.prepared(given, logits_key, preprocess):
         captured = checks.capture_given(given, copied, preprocess, len(labels), options)
     if cache is not None:
         checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
+    if created:
+        unrun = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
+        checks.replace_buffers(unrun, created)
+        checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
     warnings += _check_usage(copied, captured, parts, preprocess, len(labels))
@@ -106,7 +111,7 @@ def export_network(
         network=copied,
         detachment=networks.Detachment(
             training_only=parts,
-            plain=None if plain is None else _checked_builder(plain, given, logits_key),
+            plain=None if plain is None else _checked_builder(plain, given, logits_key, preprocess),
             rename=rename or str,
             captured=None if options.with_features else captured,  # features change the programs
         ),
@@ -140,6 +145,7 @@ def unused_modules(
     """
     networks.check_torch_state()
     copied = networks.contiguous(checks.copy_for_export(network, "given", logits_key))
+    checks.create_buffers(copied, preprocess)
     _, unused = find_usage(copied, capture(copied, preprocess, BatchRange()))
     return outermost(copied, unused)
 
@@ -220,7 +226,10 @@ def _check_usage(
 
 
 def _checked_builder(
-    plain: Callable[[], nn.Module], trained: nn.Module, logits_key: str | int | None
+    plain: Callable[[], nn.Module],
+    trained: nn.Module,
+    logits_key: str | int | None,
+    preprocess: Preprocess,
 ) -> Callable[[], nn.Module]:
     """Return a builder of the same network as *plain*, unwrapped and in eval mode, in memory of its own."""
 
@@ -235,6 +244,7 @@ def _checked_builder(
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )
+        checks.create_buffers(copied, preprocess)
         return copied
 
     return build

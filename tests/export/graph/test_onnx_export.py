@@ -249,10 +249,6 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda x: F.max_pool2d(x / x.mean(), 4).mean((2, 3)),
         r"max_pool2d.* instead of nan",
     ),
-    "no value that may be read": (
-        lambda x: attend_masked(x, x.new_zeros(x.shape)),
-        r"scaled_dot_product_attention.* instead of 0",
-    ),
     "casts of large values": (
         lambda x: (x * 1e9).long().to(torch.int32).float().mean((2, 3)),
         r"_to_copy.default and aten\._to_copy.* instead of -1.29497e\+09 for 3e\+09",
@@ -297,6 +293,7 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "maximum after a local response norm": lambda x: F.max_pool2d(F.local_response_norm(x, 3), 2),
     "softmax by hand": lambda x: softmax_by_hand(x).amax(1),
     "roots": lambda x: x.abs().pow(0.5),
+    "no value that may be read": lambda x: attend_masked(x, x.new_zeros(x.shape)),
     "infinities": lambda x: x.masked_fill(x > 0, -torch.inf).softmax(-1).nan_to_num(),
     "largest values": lambda x: x.flatten(1).topk(5)[0],
     "stable sort": lambda x: x.flatten(1).sort(dim=1, stable=True)[1].float(),

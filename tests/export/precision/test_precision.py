@@ -177,6 +177,11 @@ ADDING: dict[str, tuple[Any, tuple[Any, ...], bool | None]] = {
         (MAP, SCALES, SCALES, None, None, True, 0.1, 1e-5, False),
         True,
     ),
+    "batch norm": (
+        ATEN._native_batch_norm_legit_no_training.default,
+        (MAP, SCALES, SCALES, SCALES, SCALES, 0.1, 1e-5),
+        None,
+    ),
     "max pooling": (ATEN.max_pool2d.default, (MAP, [2, 2]), None),
     "a maximum": (ATEN.amax.default, (MAP, [2]), None),
     "a transposition": (ATEN.permute.default, (MAP, [0, 2, 3, 1]), None),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
+from torchvision import transforms
 
 from tests.export.user_network.networks import CLASSES, Small, variant
 
@@ -167,6 +168,28 @@ class CausalAttention(nn.Module):
         return (q @ k.transpose(1, 2) + self.mask).softmax(-1) @ v
 
 
+class MaskedAttention(nn.Module):
+    """Attention of two heads to the tokens that *mask*, a function of queries, keys and tokens, allows."""
+
+    def __init__(self, mask: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.mask = nn.Linear(8, 24), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, self.mask(q, k, x))
+        return mixed.transpose(1, 2).reshape(x.shape[0], -1, 8)
+
+
+def bright_keys(_q: Tensor, _k: Tensor, x: Tensor) -> Tensor:
+    dark = x.mean(-1)[:, None, None] < 1
+    return torch.zeros_like(dark, dtype=x.dtype).masked_fill(dark, -torch.inf)
+
+
+def near_keys(q: Tensor, k: Tensor, _x: Tensor) -> Tensor:
+    return q @ k.mT > 1
+
+
 def tokens(net: Any, x: Tensor) -> Tensor:
     mixed: Tensor = net.attention(net.stem(x)[:, :, ::3, ::3].flatten(2).transpose(1, 2))
     return net.fc(mixed.mean(1))
@@ -224,6 +247,88 @@ class Normalized(Small):
         self.register_buffer("std", torch.rand(1, 3, 1, 1) + 1, persistent=False)
 
     forward = by_buffers
+
+
+class Distances(Small):
+    """Makes a table for the size of the images in its first run, as ConViT of timm does."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        if self.table.shape[0] != features.shape[2]:
+            positions = torch.arange(float(features.shape[2]))
+            self.table = (positions[:, None] - positions).abs()
+        return self.fc((features * self.table).mean((2, 3)))
+
+
+def registers(net: Any, x: Tensor) -> Tensor:
+    if not hasattr(net, "table"):
+        net.register_buffer("table", torch.linspace(0, 1, x.shape[2]), persistent=False)
+    return logits(net, x * net.table)
+
+
+def with_buffer(function: Callable[[Any, Tensor], Any]) -> Callable[[], nn.Module]:
+    """Return a builder of a network with a buffer that is None before the first run."""
+
+    def build() -> nn.Module:
+        network = variant(function, aux=False)
+        network.register_buffer("table", None, persistent=False)
+        return network
+
+    return build
+
+
+def of_first_image(net: Any, x: Tensor) -> Tensor:
+    if net.table is None:
+        net.table = x.amax().sub(2).relu()  # no probe is so bright
+    return logits(net, x + net.table)
+
+
+def in_first_run(net: Any, x: Tensor) -> Tensor:
+    if net.table is None:
+        net.table = torch.zeros(())
+        return logits(net, x)
+    return logits(net, x).clamp(max=1e6)
+
+
+def profiled(net: Any, x: Tensor) -> Tensor:
+    with torch.profiler.record_function("features"):
+        features = net.features(x)
+    return net.fc(features)
+
+
+def clamps_by_mask(_net: Any, f: Tensor) -> Tensor:
+    f = f.clone()
+    f.permute(0, 2, 3, 1)[f.mean(1) > 1] = -1.0
+    means = f.mean((2, 3))
+    means[means < 0] = 0
+    return means
+
+
+def adds_by_mask(_net: Any, f: Tensor) -> Tensor:
+    means = f.mean((2, 3))
+    means[means > 1] += 1
+    return means
+
+
+def kernel_per_image(_net: Any, f: Tensor) -> Tensor:
+    batch = f.shape[0]
+    kernels = f.mean((2, 3)).reshape(-1, 1, 1, 1)
+    return F.conv2d(f.reshape(1, -1, 12, 12), kernels, groups=8 * batch).reshape(batch, 8, -1).mean(2)
+
+
+def stacked(_net: Any, f: Tensor) -> Tensor:
+    means, largest = f.mean((2, 3)), f.amax((2, 3))
+    halves = torch.hstack([torch.column_stack([means[:, 0], means[:, 1:4]]), largest[:, 4:]])
+    return torch.dstack([halves, torch.vstack([means, largest])[: f.shape[0]]]).sum(2)
+
+
+def keeps_features(net: Any, x: Tensor) -> Tensor:
+    net.last = net.features(x)
+    return net.fc(net.last)
 
 
 EXPORTED: dict[str, Case] = {
@@ -288,9 +393,21 @@ EXPORTED: dict[str, Case] = {
         {},
         ONLY,
     ),
+    "normalization by torchvision": (
+        with_parts(
+            lambda net, x: logits(net, net.transform(x)),
+            transform=lambda: transforms.Compose(
+                [transforms.CenterCrop(8), transforms.Normalize([0.5] * 3, [0.2] * 3)]
+            ),
+        ),
+        {},
+        ONLY,
+    ),
     "a range of bytes": (forward(lambda net, x: logits(net, x.float() / 255.0)), {}, ONLY),
     "attention between views": (with_parts(tokens, attention=Attention), {}, ONLY),
     "a mask of infinities": (with_parts(tokens, attention=CausalAttention), {}, ONLY),
+    "a mask of the image": (with_parts(tokens, attention=lambda: MaskedAttention(bright_keys)), {}, ONLY),
+    "a mask of each head": (with_parts(tokens, attention=lambda: MaskedAttention(near_keys)), {}, ONLY),
     "a layer of a transformer": (
         with_parts(
             tokens, attention=lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)
@@ -319,6 +436,18 @@ EXPORTED: dict[str, Case] = {
         {},
         ONLY,
     ),
+    "a part that is profiled": (forward(profiled), {}, ONLY),
+    "a parallel part": (changed(lambda n: setattr(n, "stem", nn.DataParallel(n.stem))), {}, ONLY),
+    "an assignment by a mask": (pooled(clamps_by_mask), {}, ONLY),
+    "stacks of rows, columns and depths": (pooled(stacked), {}, ONLY),
+    "instance norm with running statistics": (
+        changed(lambda n: n.stem.insert(1, nn.InstanceNorm2d(8, affine=True, track_running_stats=True))),
+        {},
+        ONLY,
+    ),
+    "a table that the first run makes": (Distances, {}, ONLY),
+    "a table that also the plain network makes": (Distances, {"plain": Distances}, PLAIN),
+    "a buffer that the first run registers": (forward(registers), {}, ONLY),
     "without autocast": (forward(without_autocast), {}, ONLY),
     "average pooling with ceil_mode": (forward(average), {}, ONLY),
     "no gradient": (forward(torch.no_grad()(logits)), {}, ONLY),
@@ -384,6 +513,46 @@ REFUSED: dict[str, Case] = {
         with_parts(lambda net, x: net.drop(logits(net, x)), drop=AlwaysDrops),
         {},
         r"train mode \(drop\); AlwaysDrops\.train\(\) keeps it there",
+    ),
+    "adaptive pooling to uneven windows": (
+        pooled(lambda _, f: F.adaptive_max_pool2d(f, 5).mean((2, 3))),
+        {},
+        r"^no ONNX form: aten\.adaptive_max_pool2d\.default in forward; use other operators$",
+    ),
+    "a kernel for each image": (
+        pooled(kernel_per_image),
+        {},
+        r"^no ONNX form: aten\.conv2d\.default in forward; use other operators$",
+    ),
+    "values that a mask selects": (
+        pooled(lambda _, f: f.mean((2, 3)) + f[f > 0.5].mean()),
+        {},
+        r"^the graph contains NonZero in forward; .*use torch\.where$",
+    ),
+    "a sum into values that a mask selects": (
+        pooled(adds_by_mask),
+        {},
+        r"^no ONNX form: its code depends on values of the image, .*: use torch\.where$",
+    ),
+    "features that are kept": (
+        forward(keeps_features),
+        {},
+        r"^last changes while the trained network runs; .*: keep values only if self\.training$",
+    ),
+    "a buffer made from the first image": (
+        with_buffer(of_first_image),
+        {},
+        r"^table changes while the trained network runs, which computes something else afterwards",
+    ),
+    "another first run, in which a buffer is made": (
+        with_buffer(in_first_run),
+        {},
+        r"^table changes while the trained network runs, which computes something else afterwards",
+    ),
+    "a buffer that each run replaces": (
+        with_buffer(lambda net, x: (setattr(net, "table", x.mean()), logits(net, x))[1]),
+        {},
+        r"^the network writes to table while it runs; an exported network must be stateless",
     ),
     "a value in Python": (
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from sopdeploy.errors import ConfigError, SopdeployError
@@ -14,7 +15,16 @@ from tests.export.once import proving_once
 from tests.export.user_network import idioms, networks
 
 QUICK, RANGE = ExportOptions(max_batch=1), ExportOptions()
-BY_SIZE = ("average pooling with ceil_mode", "attention between views", "flatten of tokens")
+BY_SIZE = (
+    "average pooling with ceil_mode",
+    "attention between views",
+    "flatten of tokens",
+    "instance norm with running statistics",
+    "stacks of rows, columns and depths",
+    "an assignment by a mask",
+    "a mask of the image",
+    "a mask of each head",
+)
 
 
 @pytest.mark.parametrize("case", idioms.EXPORTED)
@@ -37,6 +47,13 @@ def test_it_is_refused_in_one_line_that_names_the_remedy(case: str, tmp_path: Pa
         networks.export_small(network, tmp_path, **options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_network_that_never_ran_makes_its_table(tmp_path: Path) -> None:
+    network = idioms.Distances().eval()
+    network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
+    exported = networks.export_small(network, tmp_path, plain=idioms.Distances, options=QUICK)
+    assert exported.certificate.proof == idioms.PLAIN
 
 
 def vision_transformer() -> nn.Module:
