@@ -59,6 +59,7 @@ NOT_NEAR_ZERO = ("aten::elu", "aten::celu", "aten::selu")  # ONNX Runtime comput
 SORTED = ("aten::argsort", "aten::sort", "aten::topk")  # in no defined order of equal values
 NOT_NAN = ("aten::sign",)  # 0 in ATen, NaN in ONNX Runtime
 CASTS = ("aten::_to_copy",)  # elementwise, but without torch's tag
+OPERANDS = 200  # of the calls that are captured at once
 FAR = 1e18  # products of such values can overflow
 
 _forms: dict[str, Counter[str]] = {}  # ONNX operators of what this process has compared, by description
@@ -346,8 +347,24 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     pixels = torch.from_numpy(images)
     recorder = _Recorder(program, *_find_unbounded(program, pixels))
     recorder.run(pixels)
-    if recorder.calls:
-        _compare(recorder.calls)
+    for group in _groups(recorder.calls):
+        _compare(group)
+
+
+def _groups(calls: Mapping[str, _Call]) -> Iterator[dict[str, _Call]]:
+    """Divide *calls* into groups with about `OPERANDS` operands each; a pair comes after its operators.
+
+    torch captures a group in a time that grows with the square of its number of operands.
+    """
+    group, count = dict[str, _Call](), 0
+    for description, call in calls.items():
+        group[description] = call
+        count += len(call.operands)
+        if count >= OPERANDS:
+            yield group
+            group, count = {}, 0
+    if group:
+        yield group
 
 
 def _compare(calls: Mapping[str, _Call]) -> None:

@@ -314,6 +314,19 @@ def test_equal_operators_are_accepted_and_compared_once(
     check(lambda x: EQUAL[case](x).flatten(1), preprocess)
 
 
+def test_operators_are_compared_in_groups_as_all_at_once(
+    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Counter[str]]] = []
+    for most in (1, 1_000):
+        monkeypatch.setattr(operators, "OPERANDS", most)
+        monkeypatch.setattr(operators, "_forms", {})
+        check(lambda x: F.softplus(F.avg_pool2d(x.exp() + x, 2)).flatten(1), preprocess)
+        found.append(operators._forms)
+    assert len(found[0]) > 4
+    assert found[0] == found[1]
+
+
 def test_an_export_compares_the_operators(tmp_path: Path) -> None:
     network = variant(
         lambda self, x: self.fc(self.features(F.avg_pool2d(x, 2, divisor_override=3))), aux=False
