@@ -388,9 +388,7 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
     monkeypatch.setattr("sopdeploy.training.start.FEW_IMAGES", 100)
     folder = RunFolder(tmp_path / "other", processes)
     reason = start_run(read_recipe("photos", settings), folder, None, Callback()).reason
-    assert reason.startswith(
-        "training loop, for more than 100 images; procedure.kind=few_shot fits a head"
-    )
+    assert reason.startswith("training loop, for more than 100 images; procedure.kind=few_shot fits a head")
     for recipe in (loop, other):
         selected = select_procedure(recipe, len(data.train))
         assert selected.procedure == LoopConfig()
