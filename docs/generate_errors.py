@@ -24,8 +24,9 @@ of the server are in [the HTTP API](http.md#errors) and on its page `/errors`, t
 error response links.
 
 An error that a user can cause is one line: where, what is wrong, and what to do, followed by a stable code
-in brackets. The command line exits with code 2; with `--json` it also prints `{"error": {"code": ...,
-"message": ...}}`. A traceback is a bug: please report it with the output of `sopdeploy env`.
+in brackets. The command line exits with code 2; with `--json` it also prints
+`{"error": {"code": ..., "message": ...}}`. A traceback is a bug: please report it with the
+output of `sopdeploy env`.
 
 Classes are in `sopdeploy.errors`; indented ones are subclasses of the one above.
 

@@ -40,6 +40,13 @@ def test_a_page_that_names_another_one_links_to_it(page: Path) -> None:
     assert [name(one) for one in places & linked if one != page] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_code_in_a_sentence_is_on_one_line(page: Path) -> None:
+    """Who copies it from the text of the page gets it whole."""
+    code = re.findall(r"`[^`]*`", BLOCK_OR_LINK.sub("", page.read_text(encoding="utf-8")))
+    assert [one for one in code if "\n" in one] == []
+
+
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 LOADED = re.compile(
