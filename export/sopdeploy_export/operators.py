@@ -59,7 +59,7 @@ NOT_NEAR_ZERO = ("aten::elu", "aten::celu", "aten::selu")  # ONNX Runtime comput
 SORTED = ("aten::argsort", "aten::sort", "aten::topk")  # in no defined order of equal values
 NOT_NAN = ("aten::sign",)  # 0 in ATen, NaN in ONNX Runtime
 CASTS = ("aten::_to_copy",)  # elementwise, but without torch's tag
-OPERANDS = 200  # of the calls that are captured at once
+OPERANDS = 400  # of the calls that are captured at once; a capture also takes a constant time
 FAR = 1e18  # products of such values can overflow
 
 _forms: dict[str, Counter[str]] = {}  # ONNX operators of what this process has compared, by description
