@@ -113,6 +113,7 @@ FULL: dict[str, tuple[Callable[..., nn.Module], str]] = {  # the builder, the pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes on a machine with other work
 @pytest.mark.parametrize("architecture", FULL)
 def test_the_full_size_is_exported_verified_and_served(architecture: str, tmp_path: Path) -> None:
     build, auxiliary = FULL[architecture]
