@@ -14,8 +14,8 @@ PositiveRate = Annotated[float, pydantic.Field(gt=0, le=1e6)]  # float32 can rep
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
-# The fields of a network's config or of a recipe by name, as JSON and TOML have them. What reads them knows
-# the model that validates them; plug-ins add others.
+# The fields of a network's config or of a recipe by name, as in JSON and TOML. The model that reads them
+# validates them; plug-ins add fields.
 FieldValues: TypeAlias = dict[str, Any]
 
 

@@ -155,7 +155,7 @@ def _export_weights(
 
 
 class Inspection(StrictModel):
-    """The parts of a network that its output ignores; `table` is that of its weights in the file."""
+    """The parts of a network that its output ignores; `table` names the table of weights in the file."""
 
     network: str
     num_tensors: int

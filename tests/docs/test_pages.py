@@ -42,7 +42,7 @@ def test_a_page_that_names_another_one_links_to_it(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_code_in_a_sentence_is_on_one_line(page: Path) -> None:
-    """Who copies it from the text of the page gets it whole."""
+    """A reader of the Markdown file can copy it in one piece."""
     code = re.findall(r"`[^`]*`", BLOCK_OR_LINK.sub("", page.read_text(encoding="utf-8")))
     assert [one for one in code if "\n" in one] == []
 

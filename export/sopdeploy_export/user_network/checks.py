@@ -245,16 +245,16 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
     device = next((tensor.device for tensor in state.tensors(network).values()), images.device)
     pixels = Normalize(preprocess, images_format(network))(images).to(device)
     before = _unstored_buffers(network)
-    # A run without values can leave such tensors in objects that are not restored, so it is the exception.
-    if _changed_buffers(network, pixels, before):
-        unknown = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)
-        created = _changed_buffers(network, unknown, before)
-        owners = dict(state.modules(network))
-        for name, tensor in created.items():
-            owner, _, key = name.rpartition(".")
-            owners[owner].register_buffer(key, tensor, persistent=False)
-        return tuple(created)
-    return ()
+    if not _changed_buffers(network, pixels, before):
+        return ()
+    # Only now, because a run without values can leave such tensors in objects that are not restored.
+    unknown = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)
+    created = _changed_buffers(network, unknown, before)
+    owners = dict(state.modules(network))
+    for name, tensor in created.items():
+        owner, _, key = name.rpartition(".")
+        owners[owner].register_buffer(key, tensor, persistent=False)
+    return tuple(created)
 
 
 def _changed_buffers(

@@ -184,8 +184,8 @@ class ShownClass(StrictModel):
 class LabelState(StrictModel):
     """What the page shows.
 
-    `next` has the IDs of the photographs shown as thumbnails, that to label first. `classes` are in the order
-    of their probabilities, the largest first. `done` and `left` are numbers of photographs.
+    `next` has the IDs of the photographs shown as thumbnails; the first is the one to label. `classes` begin
+    with the most probable one. `done` and `left` are numbers of photographs.
     """
 
     photograph: ShownPhotograph | None
