@@ -10,7 +10,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from sopdeploy.cli.app import app
+from sopdeploy_commands.app import app
 
 FOLDER = Path(__file__).parent
 HEAD = """# The command line

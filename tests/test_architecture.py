@@ -14,7 +14,7 @@ import pytest
 
 import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.cli.app import COMMANDS
+from sopdeploy_commands.app import COMMANDS
 from sopdeploy_service.decoding import child
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
@@ -207,16 +207,16 @@ def test_a_request_executes_the_files_of_its_table(tmp_path: Path) -> None:
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopdeploy_export")
 WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing these modules must not import
     (
-        *("sopdeploy", "sopdeploy.bundle.manifest", "sopdeploy.bundle.probes", "sopdeploy.cli.app"),
+        *("sopdeploy", "sopdeploy.bundle.manifest", "sopdeploy.bundle.probes", "sopdeploy_commands.app"),
         "sopdeploy.client",
         *(
             "sopdeploy.images.preprocess",
-            "sopdeploy_service.commands.predict",
+            "sopdeploy_commands.bundles.predict",
         ),
-        *("sopdeploy_service.commands.verify", "sopdeploy_service.commands.evaluate"),
+        *("sopdeploy_commands.bundles.verify", "sopdeploy_commands.bundles.scores"),
         *("sopdeploy_service.server.process", "sopdeploy_service.app"),
     ): HEAVY,
-    ("sopdeploy.cli.app",): ("importlib.metadata", "rich", "pydantic", "numpy", "fastapi"),
+    ("sopdeploy_commands.app",): ("importlib.metadata", "rich", "pydantic", "numpy", "fastapi"),
     ("sopdeploy.models.registry", "sopdeploy.training.recipe"): ("torch", "timm"),
 }
 

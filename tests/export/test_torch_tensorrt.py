@@ -19,7 +19,6 @@ from packaging.requirements import Requirement
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
-from sopdeploy.commands.export import engine
 from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import (
     CertificateError,
@@ -30,14 +29,15 @@ from sopdeploy.errors import (
 )
 from sopdeploy.models.base import Classifier
 from sopdeploy.tensorrt.cache import Profile
+from sopdeploy_commands.bundles.export import engine
 from sopdeploy_export.engine_builder.from_program import build_from_program
 from sopdeploy_export.options import EngineOptions, ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint, rebuild_program
 from sopdeploy_export.results import Exported
 from tests.export.conftest import LABELS, PREPROCESS, export_once, save, trained
 from tests.export.user_network.networks import Small, export_small
-from tests.forged import write_hollow
-from tests.service.children import PYTHONPATH
+from tests.support.children import PYTHONPATH
+from tests.support.forged import write_hollow
 
 FOLDER = Path(sys.prefix) / "cuda" / "torch-tensorrt"
 PROFILE = Profile(minimum=1, maximum=4)

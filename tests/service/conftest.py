@@ -33,9 +33,9 @@ from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
-from tests.fake_runtime import FakeRuntime
-from tests.forged import graph, write_computed
-from tests.pictures import encoded
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.forged import graph, write_computed
+from tests.support.pictures import encoded
 
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 RULES = Preprocess(resize=36, crop=32)

@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy import plugins
-from sopdeploy.cli.app import app
 from sopdeploy.data.sources import DataSource
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.models.registry import entry
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy_commands.app import app
 from sopdeploy_service.settings import load_settings
 
 Install = Callable[[str], None]

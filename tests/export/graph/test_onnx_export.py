@@ -24,7 +24,7 @@ from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.user_network.networks import export_small, trained, variant
-from tests.gpu_graphs import accepted
+from tests.support.gpu_graphs import accepted
 from tests.sweep.steps import Small, agreed
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from sopdeploy.cli.app import app
-from sopdeploy.commands.export import read_preprocess
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import read_class_names
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_commands.app import app
+from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_export.user_network.loading import load_weights, network_builder
 from tests.export.user_network.networks import Small, trained
 

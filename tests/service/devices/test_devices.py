@@ -18,13 +18,16 @@ import pytest
 
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
-from sopdeploy.kept import read_kept
 from sopdeploy_service.devices import supervisor
 from sopdeploy_service.devices.processes import Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
-from sopdeploy_service.labelling.folders import LabelFolders
+from sopdeploy_service.second_week.kept import read_kept
+from sopdeploy_service.second_week.labelling.folders import LabelFolders
 from sopdeploy_service.settings import load_settings
-from tests.service.children import (
+from tests.service.conftest import wait_for, write_bundle
+from tests.service.devices import gated_device
+from tests.service.second_week.test_keep import photos, results
+from tests.support.children import (
     START_SECONDS,
     TWO_DEVICES,
     WAYS,
@@ -32,10 +35,7 @@ from tests.service.children import (
     is_alive,
     serving,
 )
-from tests.service.conftest import wait_for, write_bundle
-from tests.service.devices import gated_device
-from tests.service.raw import GET, connect, post_of, read
-from tests.service.test_keep import photos, results
+from tests.support.raw import GET, connect, post_of, read
 
 
 def open_connections(client: httpx.Client, count: int, stack: ExitStack) -> list[http.client.HTTPConnection]:

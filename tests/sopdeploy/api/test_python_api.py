@@ -12,10 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.cli.app import app
-from sopdeploy.commands.train import TrainOptions, configure
 from sopdeploy.errors import ConfigError, DataError, command_line_option
 from sopdeploy.training.recipe import change_recipe, flatten
+from sopdeploy_commands.app import app
+from sopdeploy_commands.training.train import TrainOptions, configure
 from tests.service.conftest import picture_bytes, write_bundle
 
 

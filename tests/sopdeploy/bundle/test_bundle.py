@@ -31,8 +31,8 @@ from sopdeploy.bundle.manifest import ID_LENGTH, BatchRange, FileRecord, Manifes
 from sopdeploy.bundle.probes import Probes, read_probes, repeat, replay, replay_in_turn, write_probes
 from sopdeploy.errors import BundleError, ParityError, StorageError
 from sopdeploy.version import __version__
-from tests.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
-from tests.strategies import json_values, texts
+from tests.support.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
+from tests.support.strategies import json_values, texts
 
 FILES = (*REQUIRED, "README.md")
 

@@ -20,8 +20,6 @@ from typer.testing import CliRunner
 
 from sopdeploy import checkpoint
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.cli.app import app
-from sopdeploy.commands.train import train
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
@@ -50,6 +48,8 @@ from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import FEW_IMAGES, divide_images, select_procedure, start_run
 from sopdeploy.training.train import train_recipe
+from sopdeploy_commands.app import app
+from sopdeploy_commands.training.train import train
 from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
 
 FEW_SHOT = ["procedure.kind=few_shot"]
