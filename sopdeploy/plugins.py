@@ -9,8 +9,8 @@ The module calls `register_model`, `register_pooling`, `register_data_source`, `
 `register_importer` of `sopdeploy`. It is imported when a name is used that sopdeploy does not have, and by
 `sopdeploy models`. `SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first.
 
-Packages of the wheel itself, such as that of the papers, register their names in the same way, always and
-without importing torch: they give `module:name` in place of an object.
+Packages of the wheel itself, such as that of the papers, name a function that registers their names. It is
+always called, and imports no torch: it registers `module:name` in place of an object.
 """
 
 import logging
@@ -76,7 +76,7 @@ class Registry(Generic[_Item]):
         """
         problems: list[str] = []
         if name not in self.registered:
-            import_own_packages()
+            register_own_packages()
         if name not in self.registered:
             problems = import_plugins()  # their import may register *name*
         if name in self.registered:
@@ -87,7 +87,7 @@ class Registry(Generic[_Item]):
 
     def names(self) -> list[str]:
         """Import the plug-ins and list the registered names; warn of plug-ins that cannot be imported."""
-        import_own_packages()
+        register_own_packages()
         for problem in import_plugins():
             log.warning(problem)
         return list(self.registered)
@@ -122,10 +122,10 @@ def import_plugins() -> list[str]:
     return problems
 
 
-def import_own_packages() -> None:
-    """Import the modules in which other packages of this project's wheel register their names."""
+def register_own_packages() -> None:
+    """Let the other packages of this project's wheel register their names."""
     for point in own_entry_points(_GROUP):
-        point.load()
+        point.load()()
 
 
 @cache

@@ -19,7 +19,7 @@ from sopdeploy_service.decoding import child
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import module_at
-from tests.service.conftest import picture_bytes, running, write_bundle
+from tests.support.service import picture_bytes, running, write_bundle
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {

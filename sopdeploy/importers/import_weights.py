@@ -225,7 +225,8 @@ def network_of_weights(file: WeightFile, default: str) -> str:
 
 def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert *file* by the first importer that recognizes it; None if none does."""
-    for importer in chain(OWN_IMPORTERS, _registered_importers()):
+    has_own_format = type(file) is not WeightFile  # read by a registered importer, which alone knows it
+    for importer in chain(() if has_own_format else OWN_IMPORTERS, _registered_importers()):
         if not any(mark in name for mark in importer.marks for name in file.tensors):
             continue
         try:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.docs.page_commands import SERVE, Workspace, steps
 from tests.docs.reading import PAGES, ROOT, name
-from tests.service.conftest import write_bundle
+from tests.support.service import write_bundle
 
 NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a GPU, or hours
     r"pip (install|wheel)",

@@ -32,10 +32,10 @@ from sopdeploy_commands.second_week.forget import forget
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.second_week.kept import KeptRecord, read_kept
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import picture_bytes, write_bundle
 from tests.service.second_week.test_kept import NAME, record_of
 from tests.sopdeploy.training.runs import few_digits, interrupt, short_recipe
 from tests.support import quick_torch
+from tests.support.service import picture_bytes, write_bundle
 
 FOLDER = Path(__file__).parents[1] / "formats" / "0.1.0"
 TIME = "2026-01-02T03:04:05.000000Z"

@@ -30,7 +30,7 @@ def _show_catalog(models: list[dict[str, str]]) -> None:
     from sopdeploy.models.registry import CATALOG, FAMILIES, entry
 
     registered = {model["name"]: entry(model["name"]) for model in models if model["name"] not in CATALOG}
-    families = [*FAMILIES, ("Networks of plug-ins", registered)] if registered else FAMILIES
+    families = [*FAMILIES, ("Networks of other packages", registered)] if registered else FAMILIES
     for heading, entries in families:
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)

@@ -10,9 +10,17 @@ _POOLINGS = {
     "netfv": "codebook:NetFVConfig",
     "dropcov": "dropcov:DropCovConfig",
 }
-_LOW_RANK = "sopdeploy_papers.poolings.low_rank:LowRankVGG"
-for _name, _config in _POOLINGS.items():
-    POOLINGS.register(_name, f"sopdeploy_papers.poolings.{_config}", __name__)
-_entry = Entry(_LOW_RANK, "sopdeploy.config:StrictModel", {}, "VGG-16 with low-rank bilinear pooling")
-MODELS.register("lrbp-vgg16", _entry, __name__)
-IMPORTERS.register("gmsop", "sopdeploy_papers.gmsop_weights:IMPORTER", __name__)
+_LOW_RANK_VGG = Entry(
+    "sopdeploy_papers.poolings.low_rank:LowRankVGG",
+    "sopdeploy.config:StrictModel",
+    {},
+    "VGG-16 with low-rank bilinear pooling",
+)
+
+
+def register() -> None:
+    """Register the poolings, the network and the importer of this package."""
+    for name, config in _POOLINGS.items():
+        POOLINGS.register(name, f"sopdeploy_papers.poolings.{config}", __name__)
+    MODELS.register("lrbp-vgg16", _LOW_RANK_VGG, __name__)
+    IMPORTERS.register("gmsop", "sopdeploy_papers.gmsop_weights:IMPORTER", __name__)

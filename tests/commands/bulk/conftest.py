@@ -10,7 +10,7 @@ import pytest
 from sopdeploy_commands.bulk import run
 from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import picture_bytes
+from tests.support.service import picture_bytes
 
 COUNT = 100
 BAD = {17: b"text", 40: b"", 41: picture_bytes()[:300]}  # by position

@@ -33,9 +33,9 @@ from tests.commands.bulk.conftest import (
     rows_of,
     stop_at,
 )
-from tests.service.conftest import LABELS, RULES, deciding, picture_bytes, write_bundle
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.forged import graph, write_computed
+from tests.support.service import LABELS, RULES, deciding, picture_bytes, write_bundle
 
 BODY = picture_bytes()
 

@@ -20,7 +20,7 @@ from tests.commands.bulk.conftest import (
     classify,
     rows_of,
 )
-from tests.service.conftest import picture_bytes
+from tests.support.service import picture_bytes
 
 BODIES = {"b/2.jpg": b"two", "a.png": b"one", "b/c/3.JPEG": b"three", "z.gif": b"four"}
 MEMORY = "memory://sources"

@@ -38,7 +38,7 @@ from sopdeploy_service.settings import Settings, load_settings
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.forged import forge
 from tests.support.keys import write_key
-from tests.service.conftest import picture_bytes, write_bundle
+from tests.support.service import picture_bytes, write_bundle
 
 ONE_THREAD = Settings(threads=1, runtime="onnxruntime-cpu")
 

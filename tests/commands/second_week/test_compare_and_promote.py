@@ -21,7 +21,7 @@ from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.second_week.compare import LOG, compare
 from sopdeploy_commands.second_week.promote import promote
-from tests.service.conftest import write_bundle
+from tests.support.service import write_bundle
 
 
 def photograph(number: int) -> Image.Image:

@@ -13,7 +13,7 @@ from sopdeploy_commands.app import app
 from sopdeploy_commands.bulk.output import OutputFolder
 from sopdeploy_commands.second_week.forget import forget
 from tests.commands.bulk.conftest import OPTIONS, SETTINGS, classify
-from tests.service.conftest import picture_bytes
+from tests.support.service import picture_bytes
 
 BODY, OTHER = picture_bytes(), picture_bytes() + b"other"
 ID, OTHER_ID = (hashlib.sha256(body).hexdigest()[:32] for body in (BODY, OTHER))

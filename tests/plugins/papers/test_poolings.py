@@ -1,8 +1,9 @@
-"""The package `plugins/poolings` is found, and its poolings train, export with proof and are served."""
+"""The poolings of `plugins/papers` are found, train, export with proof and are served."""
 
 import math
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from sopdeploy_papers.poolings.sketch import draw_sketch
 from sopdeploy_papers.reproduction.tables import load_tables
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.settings import Settings
 from tests.docs.reading import ROOT, blocks, command_lines
 from tests.plugins.reference_runtime import ReferenceRuntime
 from tests.plugins.stripes import StripesConfig
@@ -41,7 +42,6 @@ from tests.sopdeploy.layers.numerics.all_poolings import relu_features
 from tests.support.pictures import encoded
 
 PAGE = ROOT / "CONTRIBUTING.md"
-PACKAGE = {"sopdeploy-poolings": "1.0.0"}
 SMALL: dict[str, dict[str, Any]] = {  # small options of each pooling, by kind
     "cbp": {"dim": 16, "seed": 7},
     "kernel": {"dim": 16, "seed": 3},
@@ -52,10 +52,15 @@ SMALL: dict[str, dict[str, Any]] = {  # small options of each pooling, by kind
 
 
 def as_in_a_new_process(patch: pytest.MonkeyPatch) -> None:
-    """Switch plug-ins on and forget what was registered, so that a name imports the package again."""
-    patch.setenv(plugins.VARIABLE, "on")
+    """Forget what was registered, so that a name imports the package again."""
     patch.delitem(sys.modules, "sopdeploy_papers.plugin", raising=False)
-    for registry in (plugins.DATA_SOURCES, plugins.MODELS, plugins.POOLINGS, plugins.RUNTIMES):
+    for registry in (
+        plugins.DATA_SOURCES,
+        plugins.IMPORTERS,
+        plugins.MODELS,
+        plugins.POOLINGS,
+        plugins.RUNTIMES,
+    ):
         patch.setattr(registry, "registered", {})
 
 
@@ -239,7 +244,7 @@ def test_each_pooling_is_trained_exported_with_proof_verified_and_served(kind: s
         tmp_path / "run", *STRIPES, "model.name=resnet8", f"model.config.pooling.kind={kind}", *options
     )
     assert found.config["pooling"].items() >= {"kind": kind, **SMALL[kind]}.items()
-    assert found.training["plugins"] == PACKAGE
+    assert "plugins" not in found.training  # it is of the same wheel
     output = run("export", tmp_path / "run/best.pt", "--max-batch", 4, "--out", tmp_path / "bundles").stdout
     assert "trained = plain" in output
     run("verify", tmp_path / "bundles/latest")
@@ -268,7 +273,7 @@ def check_served(checkpoint: Path, bundle: Path) -> None:
 def test_low_rank_bilinear_pooling_is_trained_exported_verified_and_served(tmp_path: Path) -> None:
     sizes = ("preprocess.resize=32", "preprocess.crop=32")
     found = train(tmp_path / "run", *STRIPES, *sizes, 'model={name="lrbp-vgg16"}')
-    assert found.training["plugins"] == PACKAGE
+    assert "plugins" not in found.training  # it is of the same wheel
     run("export", tmp_path / "run/best.pt", "--max-batch", 2, "--out", tmp_path / "bundles")
     run("verify", tmp_path / "bundles/latest")
     check_served(tmp_path / "run/best.pt", tmp_path / "bundles/latest")
@@ -295,7 +300,6 @@ def test_the_recipe_of_contributing_is_exported_and_served_by_a_runtime_of_a_plu
     assert (found.model, found.config["pooling"]["kind"]) == ("resnet8", "dropcov")
     run("export", checkpoint, "--max-batch", 4, "--out", tmp_path)
     bundle = open_bundle(tmp_path / "latest")
-    assert bundle.manifest.versions.items() >= PACKAGE.items()
     settings = Settings(runtime="onnx-reference", threads=1)
     loaded = load_model(bundle.path, settings)
     image = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -306,27 +310,23 @@ def test_the_recipe_of_contributing_is_exported_and_served_by_a_runtime_of_a_plu
     assert served["runtime"].split()[0] == "onnx-reference"
 
 
-def test_models_and_env_list_its_network_and_its_module() -> None:
+def test_models_lists_its_network_and_env_no_plug_in() -> None:
     lines = run("models").stdout.splitlines()
-    assert lines[lines.index("Networks of plug-ins") + 1].startswith("lrbp-vgg16 ")
-    (line,) = [line for line in run("env").stdout.splitlines() if "sopdeploy-poolings 1.0.0" in line]
-    assert "sopdeploy_papers.plugin" in line
+    assert lines[lines.index("Networks of other packages") + 1].startswith("lrbp-vgg16 ")
+    assert "papers" not in run("env").stdout
 
 
-def test_switched_off_it_is_not_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    as_in_a_new_process(monkeypatch)
-    monkeypatch.setenv(plugins.VARIABLE, "off")
-    assert "lrbp-vgg16" not in run("models").stdout
-    assert "sopdeploy-poolings" not in run("env").stdout
-    result = CliRunner().invoke(app, ["export", str(checkpoint)])
-    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
-    assert "dropcov" in result.stderr
-    with pytest.raises(ConfigError, match=r"runtime: .*choose from"):
-        load_settings(runtime="onnx-reference")
+def test_help_lists_its_command_without_importing_it() -> None:
+    code = "import sys; from sopdeploy_commands.app import app; app(['--help'], standalone_mode=False)"
+    check = "assert not [name for name in sys.modules if 'papers' in name or name == 'torch']"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; {check}"], capture_output=True, text=True, check=True
+    )
+    assert "reproduce" in done.stdout
 
 
 def test_contributing_shows_the_code_of_the_example() -> None:
-    folder = ROOT / "plugins" / "poolings" / "sopdeploy_papers"
+    folder = ROOT / "plugins" / "papers" / "sopdeploy_papers" / "poolings"
     files = [*folder.glob("*.py"), ROOT / "tests" / "plugins" / "stripes.py"]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
     code = re.sub(r' *"""[^"]*"""\n\n?', "", code)

@@ -27,8 +27,8 @@ from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
-from tests.service.conftest import LABELS, deciding, picture_bytes, running, write_bundle
 from tests.sopdeploy.training.runs import few_digits, short_recipe
+from tests.support.service import LABELS, deciding, picture_bytes, running, write_bundle
 
 
 def rejecting(bundle: Bundle, threshold: float) -> Bundle:

@@ -15,10 +15,10 @@ from sopdeploy_commands.app import app
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability.metrics import DriftWindow
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import deciding, picture_bytes, running, wait_for
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.raw import count
 from tests.support.runtimes import Held
+from tests.support.service import deciding, picture_bytes, running, wait_for
 
 URL = "/v1/classify?explain=true"
 

@@ -15,8 +15,8 @@ from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import running
 from tests.support.pictures import encoded
+from tests.support.service import running
 
 
 def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timing(client, jpeg, bundle):

@@ -24,7 +24,6 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.second_week.kept import read_kept
 from sopdeploy_service.second_week.labelling.folders import LabelFolders
 from sopdeploy_service.settings import load_settings
-from tests.service.conftest import wait_for, write_bundle
 from tests.service.devices import gated_device
 from tests.service.second_week.test_keep import photos, results
 from tests.support.children import (
@@ -36,6 +35,7 @@ from tests.support.children import (
     serving,
 )
 from tests.support.raw import GET, connect, post_of, read
+from tests.support.service import wait_for, write_bundle
 
 
 def open_connections(client: httpx.Client, count: int, stack: ExitStack) -> list[http.client.HTTPConnection]:

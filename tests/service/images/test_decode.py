@@ -22,10 +22,10 @@ from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.images.decode import decode, is_truncated
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import running
 from tests.support import hostile_images as hostile
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
+from tests.support.service import running
 
 RULES = Preprocess(resize=36, crop=32)
 ROWS, COLUMNS = np.mgrid[0:60, 0:90]

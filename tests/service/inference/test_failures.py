@@ -22,10 +22,10 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import wait_for
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.raw import count
 from tests.support.runtimes import Failing, Held
+from tests.support.service import wait_for
 
 
 def post(client: httpx.Client, body: bytes) -> httpx.Response:

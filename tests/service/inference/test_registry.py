@@ -26,10 +26,10 @@ from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server import process
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import running, wait_for, write_bundle
 from tests.support.forged import flip
 from tests.support.raw import connect, post_of, read
 from tests.support.runtimes import Failing
+from tests.support.service import running, wait_for, write_bundle
 
 SETTINGS = Settings(threads=1)
 

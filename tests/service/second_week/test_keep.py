@@ -39,9 +39,9 @@ from sopdeploy_service.second_week.keep.keeper import Keeper, reasons_to_keep
 from sopdeploy_service.second_week.kept import KeptRecord, read_kept
 from sopdeploy_service.second_week.labelling.folders import LabelFolders
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import LABELS, deciding, running, wait_for
 from tests.service.second_week.test_kept import record_of
 from tests.support.pictures import encoded
+from tests.support.service import LABELS, deciding, running, wait_for
 
 NEVER = "f" * 64  # a hash outside of every sample below 1
 

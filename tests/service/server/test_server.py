@@ -27,10 +27,10 @@ from sopdeploy_service.server import draining_server
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import wait_for, write_bundle
 from tests.support.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving, spawn
 from tests.support.forged import forge, graph
 from tests.support.raw import GET, POST, connect, post_of, read
+from tests.support.service import wait_for, write_bundle
 
 PATIENCE = 90  # seconds; usually a few are enough
 

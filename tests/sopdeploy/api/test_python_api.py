@@ -16,7 +16,7 @@ from sopdeploy.errors import ConfigError, DataError, command_line_option
 from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.train import TrainOptions, configure
-from tests.service.conftest import picture_bytes, write_bundle
+from tests.support.service import picture_bytes, write_bundle
 
 
 @pytest.fixture(scope="module")

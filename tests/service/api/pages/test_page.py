@@ -15,9 +15,9 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import done, expected, give, operate, shown
-from tests.service.conftest import deciding, picture_bytes, running
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
+from tests.support.service import deciding, picture_bytes, running
 
 pytestmark = pytest.mark.browser
 

@@ -13,8 +13,8 @@ from sopdeploy_service.second_week.labelling.app import COOKIE, create_label_app
 from sopdeploy_service.second_week.labelling.folders import LabelFolders
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
-from tests.service.conftest import in_a_thread, picture_bytes
 from tests.service.second_week.test_kept import record_of
+from tests.support.service import in_a_thread, picture_bytes
 
 KEY = "c2VjcmV0LWtleQ"
 LABELS = ("hat", "shoes", "t-shirt")
