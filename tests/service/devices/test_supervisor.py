@@ -25,7 +25,7 @@ from sopdeploy_service.second_week.kept import read_kept
 from sopdeploy_service.second_week.labelling.folders import LabelFolders
 from sopdeploy_service.settings import load_settings
 from tests.service.devices import gated_device
-from tests.service.second_week.test_keep import photos, results
+from tests.service.second_week.keep.test_keeper import photos, results
 from tests.support.children import (
     START_SECONDS,
     TWO_DEVICES,
