@@ -116,7 +116,7 @@ def rename_file(file: int, source: Path, target: Path) -> None:
 
 
 def _try_lock(file: int, *, wait: bool = False, of_process: bool = False) -> str:
-    """Lock the open *file*; return why the file system cannot, or "". Raises `BlockingIOError` if it is held."""
+    """Lock the open *file*; return why the file system cannot, or "". Raises `BlockingIOError`."""
     operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
         (fcntl.lockf if of_process else fcntl.flock)(file, operation)

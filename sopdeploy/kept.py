@@ -36,7 +36,8 @@ class KeptRecord(StrictModel):
         time: When it was predicted, in UTC.
         reasons: Why it was kept: `known` was false, the two most probable classes were close, or a hash of
             its bytes put it into the uniform sample.
-        labels: One or more: all classes in the bundle's order, or the `MAX_KEPT_LABELS` most probable ones, best first.
+        labels: One or more: all classes in the bundle's order, or the `MAX_KEPT_LABELS` most probable ones,
+            best first.
         logits: The logits of `labels`, as the bundle gave them.
         known: Whether it probably shows one of the classes; None if the bundle has no threshold for this.
         score: What the threshold of `known` was applied to.

@@ -168,7 +168,7 @@ def _record(
             except OSError as error:
                 log.truncate(len(recorded))  # removes the line of this move
                 raise StorageError(
-                    f"{link}: cannot be written ({os_reason(error)}); check the permissions of its folder, and "
-                    "that its file system has symbolic links"
+                    f"{link}: cannot be written ({os_reason(error)}); check the permissions of its folder, "
+                    "and that its file system has symbolic links"
                 ) from error
     return move

@@ -52,7 +52,7 @@ class Ages(StrictModel):
 
     version: Literal[1] = 1
     counted: Seconds = 0.0
-    kept_at: dict[str, Seconds] = {}
+    kept_at: dict[str, Seconds] = pydantic.Field(default_factory=dict)
 
 
 class _Entry(NamedTuple):

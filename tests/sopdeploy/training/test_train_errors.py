@@ -10,13 +10,13 @@ import torch
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
+from sopdeploy.files import LOCK
 from sopdeploy.photos.photo import hash_images
 from sopdeploy.training import start
 from sopdeploy.training.loop import gradient, run
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.files import LOCK
 from sopdeploy.training.start import open_held_out
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make
