@@ -316,7 +316,7 @@ def open_evaluation_images(
     """
     root = check_holds_classes(root)
     if multi_label:
-        if not (root / LABELS_FILE).is_file():
+        if not os.path.lexists(root / LABELS_FILE):
             raise DataError(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
