@@ -25,7 +25,7 @@ from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
 from sopdeploy.file_systems import flush, flush_folder
-from sopdeploy.files import WeightPath, atomic_write, check_is_file, writing
+from sopdeploy.files import WeightPath, atomic_write, check_is_file, new_folder, writing
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
@@ -110,8 +110,7 @@ def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def write_plain(path: Path, content: Mapping[str, Any]) -> None:
     """Write *content*, which `load_plain` can read, to *path* atomically; raises `StorageError`."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), new_folder(path.parent):
         with atomic_write(path) as partial, partial.open("wb") as file:
             try:
                 torch.save(dict(content), file)
