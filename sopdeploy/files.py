@@ -65,11 +65,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[None]:
+def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
     """Create the folder *path* and those above it; at the end, remove those of them that are empty."""
     created = [folder for folder in (path, *path.parents) if not folder.exists()]  # the innermost first
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode, parents=True, exist_ok=True)
         yield
     finally:
         for folder in created:

@@ -58,9 +58,10 @@ def test_photographs_are_not_kept_where_another_server_could_delete_them(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(code))
     with pytest.raises(StorageError) as caught:
-        KeptFolder(tmp_path, 100_000, 30)
+        KeptFolder(tmp_path / "new" / "kept", 100_000, 30)
+    assert list(tmp_path.iterdir()) == []
     reason = f"has no locks ({os.strerror(code)}), which keep other servers out; keep photographs on another"
-    assert str(caught.value) == f"{tmp_path}: its file system {reason} file system"
+    assert str(caught.value) == f"{tmp_path}/new/kept: its file system {reason} file system"
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EWOULDBLOCK])

@@ -216,7 +216,7 @@ def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, li
     places = {str(path): path for path in images}
     for row in (row for found in rows.values() for row in found):
         places[row.path] = Path(row.path) if row.offset else Path(row.location)
-    different = {}
+    different: dict[str, str] = {}
     for text, path in places.items():
         is_readable = path.is_file() and path.suffix.lower() in SUFFIXES  # not an archive
         different.setdefault(sha256(path) if is_readable else os.path.abspath(path), text)  # noqa: PTH100

@@ -14,6 +14,7 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -22,7 +23,16 @@ import pydantic
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.file_systems import lock_file, set_mode
-from sopdeploy.files import LOCK, PARTIAL, atomic_write, open_regular, read_at_most, remove_left, writing
+from sopdeploy.files import (
+    LOCK,
+    PARTIAL,
+    atomic_write,
+    new_folder,
+    open_regular,
+    read_at_most,
+    remove_left,
+    writing,
+)
 from sopdeploy.kept import NEAR_BITS, KeptRecord, Reason, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
@@ -86,23 +96,28 @@ class KeptFolder:
         self._on_delete = on_delete
         self._counted = self._saved = 0.0  # seconds that keepers of this folder have run, and those in `AGES`
         self._ticked = time.monotonic()
-        with writing(path):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                lock = lock_file(path / LOCK, 0o600)
-            except BlockingIOError as error:
-                message = f"{path}: another process keeps photographs there; name another folder"
-                raise ConfigError(message) from error
-            weakref.finalize(self, os.close, lock.file)  # which releases the lock
+        with ExitStack() as opened:
+            with writing(path):
+                opened.enter_context(new_folder(path, 0o700))
+                try:
+                    lock = lock_file(path / LOCK, 0o600)
+                except BlockingIOError as error:
+                    message = f"{path}: another process keeps photographs there; name another folder"
+                    raise ConfigError(message) from error
+            opened.callback(os.close, lock.file)
             if lock.missing:  # two servers would delete what the other one writes
+                (path / LOCK).unlink()
                 raise StorageError(
                     f"{path}: its file system has no locks ({lock.missing}), which keep other servers out; "
                     "keep photographs on another file system"
                 )
-            self._read()
-            self._delete_incomplete()
-            self.expire()
-            self._make_room(0)
+            with writing(path):
+                self._read()
+                self._delete_incomplete()
+                self.expire()
+                self._make_room(0)
+            opened.pop_all()
+        weakref.finalize(self, os.close, lock.file)  # which releases the lock
 
     @property
     def used(self) -> int:
