@@ -45,7 +45,7 @@ def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: 
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
             missing = _try_lock(file, wait=wait, of_process=of_process)
-        except BaseException:
+        except BaseException:  # an interrupt must not leave the file open
             os.close(file)
             raise
         if missing or _is_at(file, path):

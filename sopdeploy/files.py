@@ -101,7 +101,7 @@ def _locked_folder(parent: Path) -> tuple[Path, Lock]:
             return folder, lock_file(folder / LOCK)
         except FileNotFoundError:  # another process removed it before it was locked
             continue
-        except BaseException:
+        except BaseException:  # an interrupt must not leave the folder
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
