@@ -41,17 +41,18 @@ def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: 
     it waits for another process. With *of_process*, child processes do not inherit the lock. Raises
     `BlockingIOError` if another process holds the lock, and `OSError` if the file cannot be opened.
     """
-    for _ in range(_MAX_TRIES):
+    tries = 0
+    while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
             missing = _try_lock(file, wait=wait, of_process=of_process)
         except BaseException:  # an interrupt must not leave the file open
             os.close(file)
             raise
-        if missing or _is_at(file, path):
+        tries += 1
+        if missing or _is_at(file, path) or tries == _MAX_TRIES:  # some file systems change the inode
             return Lock(file, missing)
         os.close(file)  # its last owner has deleted it
-    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
 
 
 @contextmanager
@@ -131,5 +132,5 @@ def _try_lock(file: int, *, wait: bool = False, of_process: bool = False) -> str
 
 def _is_at(file: int, path: Path) -> bool:
     with suppress(OSError):
-        return os.path.samestat(os.fstat(file), path.stat())
+        return os.path.samestat(os.fstat(file), os.stat(path))  # noqa: PTH116 - both without `Path`
     return False
