@@ -8,7 +8,6 @@ failure either the old or the new file exists. No other module reads `.pt` files
 import argparse
 import hashlib
 import io
-import os
 import pickle  # for the exception type of torch.load
 import zipfile
 from collections.abc import Mapping
@@ -25,7 +24,8 @@ from sopdeploy.config import FieldValues, check_format_version, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
-from sopdeploy.files import WeightPath, atomic_write, check_is_file, writing
+from sopdeploy.file_systems import flush, flush_folder
+from sopdeploy.files import WeightPath, atomic_write, check_is_file, new_folder, writing
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
@@ -110,20 +110,15 @@ def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def write_plain(path: Path, content: Mapping[str, Any]) -> None:
     """Write *content*, which `load_plain` can read, to *path* atomically; raises `StorageError`."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), new_folder(path.parent):
         with atomic_write(path) as partial, partial.open("wb") as file:
             try:
                 torch.save(dict(content), file)
             except RuntimeError as error:  # if the disk is full
                 raise OSError("the file is not complete") from error
             file.flush()
-            os.fsync(file.fileno())
-        descriptor = os.open(path.parent, os.O_RDONLY)  # flushes the renaming
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            flush(file.fileno())
+        flush_folder(path.parent)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -3,9 +3,13 @@
 import errno
 import hashlib
 import json
+import logging
 import os
-import platform
+import re
+import secrets
+import shutil
 import stat
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,8 +17,11 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
+from sopdeploy.file_systems import Lock, lock_file, locked_if_left, rename_file
 
 PARTIAL = ".partial"
+MAX_PARTIAL_BYTES = 230  # of the name of the file in that of its temporary file
+LOCK = ".lock"  # in a folder to which one process writes
 MANIFEST = "manifest.json"  # of a bundle
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
@@ -24,27 +31,97 @@ STORAGE_ERRNOS = {
     errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 
-NO_LINKS_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 FULL_ERRNOS = {errno.EDQUOT, errno.ENOSPC}
+_LEFT_FILE = re.compile(rf".*\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+_LEFT_FOLDER = re.compile(rf"\.(?:new|bundle)-\w{{8}}{re.escape(PARTIAL)}")
+_CLEANED: set[str] = set()  # folders from which this process has removed those of others
+
+log = logging.getLogger("sopdeploy.files")
 
 
 @contextmanager
-def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield a temporary path; rename it to *path* on success, delete it on error.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield the path of an empty temporary file; rename it to *path* on success, delete it on error.
 
-    With *shared*, the temporary name contains the machine and the process id, for files that several
-    processes may write at the same time. Raises `OSError`, also if *path* is a folder.
+    Several processes may write the same file at the same time. What killed processes left in the folder is
+    removed once per process. Raises `OSError`, also if *path* is a folder.
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    process = f".{platform.node()}.{os.getpid()}" if shared else ""
-    partial = path.with_name(f"{path.name}{process}{PARTIAL}")
+    folder = os.path.abspath(path.parent)  # noqa: PTH100 - `resolve` follows links
+    if folder not in _CLEANED:
+        _CLEANED.add(folder)
+        remove_left(path.parent)
+    name = os.fsencode(path.name)[:MAX_PARTIAL_BYTES].decode("utf-8", "ignore")
+    partial = path.with_name(f"{name}.{secrets.token_hex(4)}{PARTIAL}")
+    lock = lock_file(partial)
     try:
         yield partial
-        partial.replace(path)
+        rename_file(lock.file, partial, path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        os.close(lock.file)
+
+
+@contextmanager
+def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
+    """Create the folder *path* and those above it; at the end, remove those of them that are empty."""
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]  # the innermost first
+    try:
+        path.mkdir(mode, parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in created:
+            with suppress(OSError):  # it holds a file, was not created, or another process uses it
+                folder.rmdir()
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder in *parent*; delete it at the end unless it was renamed.
+
+    What killed processes left in *parent* is removed first. Raises `OSError`.
+    """
+    remove_left(parent)
+    outer, lock = _locked_folder(parent)
+    try:
+        (outer / "content").mkdir()
+        yield outer / "content"
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
+        os.close(lock.file)
+
+
+def _locked_folder(parent: Path) -> tuple[Path, Lock]:
+    """Create a hidden folder in *parent* with a lock file, beside which its content is renamed alone."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=".new-", suffix=PARTIAL, dir=parent))
+        try:
+            return folder, lock_file(folder / LOCK)
+        except FileNotFoundError:  # another process removed it before it was locked
+            continue
+        except BaseException:  # an interrupt must not leave the folder
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def remove_left(folder: Path) -> None:
+    """Remove the temporary files and folders in *folder* whose processes have ended.
+
+    On a file system without locks they stay, because another process may write them.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in list(entries):
+            path = Path(entry.path)
+            if _LEFT_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with locked_if_left(path) as is_left:
+                    if is_left:
+                        path.unlink(missing_ok=True)
+            elif _LEFT_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                with locked_if_left(path / LOCK) as is_left:
+                    if is_left or not os.path.lexists(path / LOCK):
+                        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -95,7 +172,7 @@ def expand_user(path: Path | str) -> Path:
 def link_latest(target: Path) -> None:
     """Make `latest` beside *target* a relative link to it, in one step; a file or folder of that name stays.
 
-    File systems without links get none.
+    It is a convenience: if it cannot be made, one line tells why.
     """
     link = target.with_name(LATEST)
     is_no_link = link.exists() and not link.is_symlink()
@@ -104,20 +181,14 @@ def link_latest(target: Path) -> None:
     try:
         move_link(link, target.name)
     except OSError as error:
-        if error.errno not in NO_LINKS_ERRNOS:
-            raise
+        log.warning("%s: this link cannot be made (%s); use %s", link, os_reason(error), target)
 
 
 def move_link(link: Path, target: str) -> None:
     """Make *link* a link to *target*, in one step; raises `OSError`."""
-    partial = link.with_name(f".{link.name}.{os.getpid()}{PARTIAL}")
-    try:
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(target)
-        partial.replace(link)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with temporary_folder(link.parent) as folder:
+        (folder / link.name).symlink_to(target)
+        (folder / link.name).replace(link)
 
 
 def sha256(path: Path) -> str:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import StrictModel
+from sopdeploy.files import LOCK, open_regular
 
 Reason = Literal["unknown", "low_margin", "sample"]
-LOCK = ".lock"  # in a folder to which a server writes
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
 MAX_KEPT_LABELS = 100  # classes of a record
 
@@ -36,7 +36,8 @@ class KeptRecord(StrictModel):
         time: When it was predicted, in UTC.
         reasons: Why it was kept: `known` was false, the two most probable classes were close, or a hash of
             its bytes put it into the uniform sample.
-        labels: All classes in the bundle's order, or the `MAX_KEPT_LABELS` most probable ones, best first.
+        labels: One or more: all classes in the bundle's order, or the `MAX_KEPT_LABELS` most probable ones,
+            best first.
         logits: The logits of `labels`, as the bundle gave them.
         known: Whether it probably shows one of the classes; None if the bundle has no threshold for this.
         score: What the threshold of `known` was applied to.
@@ -49,7 +50,7 @@ class KeptRecord(StrictModel):
     model: str
     time: pydantic.AwareDatetime
     reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1)]
-    labels: tuple[str, ...]
+    labels: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
     logits: tuple[float, ...]
     known: bool | None = None
     score: float | None = None
@@ -80,7 +81,8 @@ def read_kept(folder: Path) -> list[Kept]:
     files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
     for path in files:
         with suppress(OSError, pydantic.ValidationError):
-            record = KeptRecord.model_validate_json(path.read_bytes())
+            with open_regular(path) as file:
+                record = KeptRecord.model_validate_json(file.read())
             image = path.with_name(record.image)
             # A copy of a record would repeat its photograph, and a link may lead to any file.
             if image.stem == path.stem and image.is_file() and not image.is_symlink():

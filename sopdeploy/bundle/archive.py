@@ -11,15 +11,15 @@ are not trusted: an archive is checked by its hashes, and by a signature if one 
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from sopdeploy.bundle.folder import MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError, StorageError
-from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, writing
+from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
+from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, new_folder, writing
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -116,17 +116,8 @@ def put(file: Path, destination: str, name: str) -> str:
             store.put_file(str(file), path)
         return url
     target = Path(destination) / name
-    new = [folder for folder in target.parents if not folder.exists()]  # the innermost first
-    try:
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(target) as partial:
-                shutil.copyfile(file, partial)
-    except StorageError:
-        for folder in new:
-            with suppress(OSError):  # it was not created, or another process uses it meanwhile
-                folder.rmdir()
-        raise
+    with writing(target), new_folder(target.parent), atomic_write(target) as partial:
+        shutil.copyfile(file, partial)
     return str(target)
 
 

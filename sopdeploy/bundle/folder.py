@@ -11,12 +11,9 @@ link `latest` have an effect, because copies of a folder may lack or change them
 
 import errno
 import hashlib
-import os
-import shutil
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -26,6 +23,7 @@ import pydantic
 
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
 from sopdeploy.errors import BundleError
+from sopdeploy.file_systems import flush, set_mode
 from sopdeploy.files import (
     FULL_ERRNOS,
     LATEST,
@@ -33,7 +31,9 @@ from sopdeploy.files import (
     atomic_write,
     has_manifest,
     link_latest,
+    new_folder,
     sha256,
+    temporary_folder,
     writing,
 )
 
@@ -74,22 +74,17 @@ def staging(destination: Path) -> Iterator[Path]:
 
     Raises `StorageError` if the folder cannot be created, or if the disk is full.
     """
-    existed = destination.is_dir()
-    with writing(destination):
-        destination.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".bundle-", suffix=".partial", dir=destination))
-    try:
-        yield folder
-    except OSError as error:
-        if error.errno not in FULL_ERRNOS:
-            raise
+    with ExitStack() as folders:
         with writing(destination):
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not existed:
-            with suppress(OSError):  # `rmdir` fails on success, because the folder holds a bundle
-                destination.rmdir()
+            folders.enter_context(new_folder(destination))
+            folder = folders.enter_context(temporary_folder(destination))
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            with writing(destination):
+                raise
 
 
 def seal(
@@ -145,11 +140,11 @@ def place(folder: Path, manifest: Manifest, destination: Path) -> Manifest:
     """
     target = destination / manifest.name
     if not target.exists():
-        folder.chmod(0o755)
+        set_mode(folder, 0o755)
         for path in folder.iterdir():
-            path.chmod(0o644)
+            set_mode(path, 0o644)
             with path.open("rb") as file:
-                os.fsync(file.fileno())
+                flush(file.fileno())
         try:
             folder.rename(target)
         except OSError as error:

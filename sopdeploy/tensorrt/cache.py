@@ -151,7 +151,7 @@ def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
     for file, content in contents.items():
         with writing(file):
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(file, shared=True) as partial:
+            with atomic_write(file) as partial:
                 partial.write_bytes(content)
     return path
 

@@ -5,7 +5,6 @@ is on disk before the link is moved. Trying again until a bundle passes would pr
 than stated, so each further comparison with one live bundle needs stronger evidence (`decide`).
 """
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,10 @@ from pathlib import Path
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
-from sopdeploy.errors import ConfigError, PromotionError
+from sopdeploy.errors import ConfigError, PromotionError, StorageError
 from sopdeploy.evaluation.statistics import TOLERANCE
-from sopdeploy.files import move_link, writing
+from sopdeploy.file_systems import flush, lock_file
+from sopdeploy.files import move_link, os_reason, writing
 from sopdeploy.project import utc_now
 from sopdeploy_service.commands.compare import (
     LOG,
@@ -150,19 +150,25 @@ def _record(
         time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
         refused=refused, comparison=comparison,
     )  # fmt: skip
-    with writing(link), link.with_name(LOG).open("ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+    path = link.with_name(LOG)
+    with writing(path):
+        lock = lock_file(path, wait=True)
+    lock.note(path, "promote from one place at a time")
+    with writing(path), os.fdopen(lock.file, "r+b") as log:
         if _target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")
-        recorded = link.with_name(LOG).read_bytes()
+        recorded = log.read()
         is_torn = bool(recorded) and not recorded.endswith(b"\n")  # its last line is not complete
         log.write((b"\n" if is_torn else b"") + move.model_dump_json().encode() + b"\n")
         log.flush()
-        os.fsync(log.fileno())
+        flush(log.fileno())
         if not refused:
             try:
                 move_link(link, after)
-            except OSError:
+            except OSError as error:
                 log.truncate(len(recorded))  # removes the line of this move
-                raise
+                raise StorageError(
+                    f"{link}: cannot be written ({os_reason(error)}); check the permissions of its folder, "
+                    "and that its file system has symbolic links"
+                ) from error
     return move

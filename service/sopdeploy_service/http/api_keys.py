@@ -20,6 +20,7 @@ import pydantic
 
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError
+from sopdeploy.file_systems import set_mode
 from sopdeploy.files import atomic_write, writing
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
@@ -95,9 +96,9 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
         limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
         entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\n'
         with atomic_write(path) as partial:
-            partial.touch(mode=0o600)
+            set_mode(partial, 0o600)
             if path.exists():
-                with suppress(PermissionError):  # only root gives files away
+                with suppress(OSError):  # only root gives files away, on file systems that have owners
                     os.chown(partial, path.stat().st_uid, path.stat().st_gid)
             partial.write_text((path.read_text("utf-8") if path.exists() else "") + entry, "utf-8")
         return secret

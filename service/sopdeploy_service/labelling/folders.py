@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.files import atomic_write, expand_user
-from sopdeploy.kept import LOCK, NEAR_BITS, Kept, read_kept
+from sopdeploy.files import LOCK, atomic_write, expand_user
+from sopdeploy.kept import NEAR_BITS, Kept, read_kept
 from sopdeploy.photos.files import find_parts, fold, is_hidden, list_subfolders, normalize, part_kind
 
 SKIPPED = ".skipped"

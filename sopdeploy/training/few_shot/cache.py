@@ -89,7 +89,7 @@ class FeatureCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # safetensors writes the bytes of an array in the order in which they are in memory.
             content = save({str(number): np.ascontiguousarray(array) for number, array in enumerate(entry)})
-            with atomic_write(path, shared=True) as partial:
+            with atomic_write(path) as partial:
                 partial.write_bytes(crc32(content).to_bytes(CHECKSUM_BYTES) + content)
             self.bytes += path.stat().st_size
         except OSError:

@@ -58,8 +58,8 @@ def rename_entry(bundle: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize("error", [None, BundleError("x"), KeyboardInterrupt()])
 def test_the_staging_folder_is_hidden_and_never_stays(tmp_path: Path, error: BaseException | None) -> None:
     with suppress(BundleError, KeyboardInterrupt), staging(tmp_path / "out") as folder:
-        assert folder.parent == tmp_path / "out"
-        assert folder.name.startswith(".")
+        assert folder.parent.parent == tmp_path / "out"
+        assert folder.parent.name.startswith(".")
         fill(folder)
         if error is not None:
             raise error
