@@ -15,7 +15,9 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, Text
+from sopdeploy.files import MAX_TEXT_BYTES, read_file
+from sopdeploy.names import Labels
 
 Reason = Literal["unknown", "low_margin", "sample"]
 LOCK = ".lock"  # in a folder to which a server writes
@@ -45,12 +47,12 @@ class KeptRecord(StrictModel):
 
     version: Literal[1] = 1
     image: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}\.(jpg|png)$")]
-    bundle: str
-    model: str
+    bundle: Text
+    model: Text
     time: pydantic.AwareDatetime
-    reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1)]
-    labels: tuple[str, ...]
-    logits: tuple[float, ...]
+    reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1, max_length=3)]
+    labels: Annotated[Labels, pydantic.Field(max_length=MAX_KEPT_LABELS)]
+    logits: Annotated[tuple[float, ...], pydantic.Field(max_length=MAX_KEPT_LABELS)]
     known: bool | None = None
     score: float | None = None
     near_hash: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{16}$")]
@@ -80,7 +82,7 @@ def read_kept(folder: Path) -> list[Kept]:
     files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
     for path in files:
         with suppress(OSError, pydantic.ValidationError):
-            record = KeptRecord.model_validate_json(path.read_bytes())
+            record = KeptRecord.model_validate_json(read_file(path, MAX_TEXT_BYTES))
             image = path.with_name(record.image)
             # A copy of a record would repeat its photograph, and a link may lead to any file.
             if image.stem == path.stem and image.is_file() and not image.is_symlink():

@@ -19,6 +19,7 @@ import pydantic
 from sopdeploy.config import Count, Fraction, first_problem
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import read_text
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
 from sopdeploy.plugins import RUNTIMES, VARIABLE
 from sopdeploy_service.origins import Network, parse_host, parse_network
@@ -197,7 +198,7 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
     if path is not None and not path.is_file():
         raise ConfigError(f"{path}: settings file not found; check its name and SOPDEPLOY_CONFIG")
     try:
-        values = {} if path is None else tomllib.loads(path.read_text("utf-8"))
+        values = {} if path is None else tomllib.loads(read_text(path))
         for name in Settings.model_fields:
             if (text := os.environ.get(f"{VARIABLE_PREFIX}{name}".upper())) is not None:
                 values[name] = text
@@ -210,7 +211,9 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
         elif problem.errors()[0]["type"] == "extra_forbidden":
             hint = "; `sopdeploy serve --print-config` lists all settings"
         raise ConfigError(f"settings: {first_problem(problem)}{hint}") from problem
-    except ValueError as problem:  # raised by the TOML parser
+    except OSError as problem:
+        raise ConfigError(f"{path}: cannot be read ({problem.strerror}); check its permissions") from problem
+    except (ValueError, RecursionError) as problem:  # raised by the TOML parser
         raise ConfigError(f"{path}: not TOML ({problem}); correct the file") from problem
 
 

@@ -21,6 +21,7 @@ from sopdeploy.photos.files import (
     TRAIN,
     Log,
     Parts,
+    check_labels,
     data_folder,
     describe_confusable,
     find_parts,
@@ -159,6 +160,7 @@ def list_classes(root: Path) -> ClassListing:
     folders = defaultdict[str, list[str]](list)  # names of folders by class
     for name in list_subfolders(root):
         folders[normalize(name)].append(name)
+    check_labels(root, sorted(folders))
     found = {label: [list_images(root, name) for name in folders[label]] for label in sorted(folders)}
     class_paths = [[path for paths, _ in listings for path in paths] for listings in found.values()]
     other_files = {label: [file for _, files in found[label] for file in files] for label in found}

@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, amount, shorten
+from sopdeploy.files import MAX_NAMES_BYTES, open_regular, read_file
 from sopdeploy.photos.files import (
     TRAIN,
+    check_labels,
     describe_confusable,
     fold,
     hint_at_spelling,
@@ -64,7 +66,11 @@ def has_label_table(root: Path) -> bool:
     path = root / LABELS_FILE
     if not path.is_file():
         return False
-    start = path.read_bytes()[:1000]  # longer than any header
+    try:
+        with open_regular(path) as file:
+            start = file.read(1000)  # longer than any header
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from error
     header = start.partition(b"\n")[0].decode("utf-8-sig", "replace")
     columns = {fold(column.strip(' "\r')) for column in re.split("[,;\t]", header)}
     if columns & set(_REQUIRED):  # one right name is enough: reading the table names what is wrong
@@ -93,6 +99,7 @@ def read_label_table(
         raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
     listed = set().union(*(row.classes for row in rows))
     labels = tuple(sorted(listed)) if labels is None else labels
+    check_labels(table, labels)
     if len(labels) < 2:
         names = shorten(labels) or "none"
         raise DataError(f"{table}: has fewer than two classes ({names}); a network needs at least two")
@@ -160,15 +167,17 @@ class _Row(NamedTuple):
 def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
     """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line."""
     try:
-        text = io.StringIO(table.read_bytes().decode("utf-8-sig"), newline="")
+        text = io.StringIO(read_file(table, MAX_NAMES_BYTES).decode("utf-8-sig"), newline="")
         reader = csv.DictReader(text, strict=True, skipinitialspace=True)
         columns = reader.fieldnames = [fold(column) for column in reader.fieldnames or ()]
         records = [(reader.line_num, record) for record in reader]
+    except OSError as error:
+        raise DataError(f"{table}: cannot be read ({error.strerror}); repair or remove it") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     if {*columns} - {SPLIT, GROUP} != {*_REQUIRED}:
         raise DataError(
-            f"{table}: has the columns {', '.join(columns) or 'none'}; write file,classes and optionally "
+            f"{table}: has the columns {shorten(columns) or 'none'}; write file,classes and optionally "
             "split and group, with commas"
         )
     if not records:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sopdeploy.config import FieldValues
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import read_text
 
 _KINDS = ("kind", "name")  # keys that say to what the other keys of a table belong
 
@@ -22,7 +23,7 @@ def recipe_text(source: str | Path) -> str:
     """Read the TOML text of *source*, a packaged recipe or a path ending in `.toml`."""
     if str(source).endswith(".toml"):
         try:
-            return Path(source).read_text(encoding="utf-8")
+            return read_text(source)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error  # without the path
             raise ConfigError(f"{source}: cannot be read ({reason}); give a recipe file") from error
@@ -41,7 +42,7 @@ def read_values(source: str | Path) -> FieldValues:
     """
     try:
         values = tomllib.loads(recipe_text(source))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{source}: not a TOML file ({error}); correct the file") from error
     if "base" not in values:
         return values
@@ -69,7 +70,7 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return key, text
     is_one_value = parsed.keys() == {"value"}  # a text of several lines may define more keys
     return key, parsed["value"] if is_one_value else text

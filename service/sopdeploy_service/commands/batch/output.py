@@ -13,7 +13,6 @@ names the version of sopdeploy that wrote it.
 
 import fcntl
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -24,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from sopdeploy.config import StrictModel, check_format_version
+from sopdeploy.config import StrictModel, check_format_version, parse_json
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import PARTIAL, atomic_write, writing
+from sopdeploy.files import MAX_TEXT_BYTES, PARTIAL, atomic_write, read_file, writing
 from sopdeploy.version import __version__
 from sopdeploy_service.commands.batch.sources import ListedImage
 
@@ -149,7 +148,7 @@ class OutputFolder:
         """Read `_run.json`; None if it is missing or damaged; raises `ConfigError` for a later format."""
         path = self.path / STATE
         try:
-            fields = dict(json.loads(path.read_bytes()))
+            fields = dict(parse_json(read_file(path, MAX_TEXT_BYTES)))
         except (OSError, ValueError, TypeError):
             return None
         writer = fields.get("written_by")
