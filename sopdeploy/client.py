@@ -309,7 +309,7 @@ def retry_after(response: httpx.Response) -> float:
 
 
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
-    """Send *request* and read the whole response; raises `ServiceError` if it is too large, and errors of httpx."""
+    """Send *request* and read the response; raises `ServiceError` if it is too large."""
     response = client.send(request, stream=True)
     try:
         if response.headers.get("Content-Encoding", "").lower() not in ENCODINGS:

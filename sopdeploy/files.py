@@ -87,7 +87,8 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
 def read_file(path: str | Path, limit: int) -> bytes:
     """Read the regular file at *path*, of at most *limit* bytes.
 
-    All readers of files that users name call it, or `open_regular` and `read_at_most`. Raises `OSError`, also for a larger file, without reading it, and as `open_regular` does.
+    All readers of files that users name call it, or `open_regular` and `read_at_most`. Raises `OSError`, also
+    for a larger file, which it does not read, and as `open_regular` does.
     """
     with open_regular(path, buffering=0) as file:
         size = os.fstat(file.fileno()).st_size

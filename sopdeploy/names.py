@@ -45,7 +45,7 @@ def is_visible(character: str) -> bool:
 
 
 def can_be_typed(character: str) -> bool:
-    """Tell whether *character* may be in a new name: nothing invisible but spaces, marks and their joiners."""
+    """Tell whether *character* may be in a new name: visible ones, spaces, marks and joiners."""
     category = unicodedata.category(character)
     return is_visible(character) or category in {"Zs", "Mn", "Mc", "Me"} or character in _JOINERS
 

@@ -78,7 +78,7 @@ def describe_confusable(names: Iterable[str]) -> list[str]:
 
 
 def check_labels(where: Path, labels: Sequence[str]) -> None:
-    """Raise `DataError` for the first of *labels*, the classes of images in *where*, that cannot be a name."""
+    """Raise `DataError` for the first of *labels*, of images in *where*, that cannot name a class."""
     if problem := label_problem(labels):
         raise DataError(f"{where}: {problem}; rename the class")
 
