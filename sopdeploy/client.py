@@ -22,7 +22,7 @@ from PIL import Image
 from sopdeploy.config import StrictModel, parse_json
 from sopdeploy.deadline import deadline, obey_deadlines
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
-from sopdeploy.files import read_file
+from sopdeploy.files import MAX_IMAGE_BYTES, read_file
 from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
@@ -32,7 +32,6 @@ CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wr
 FIRST_DELAY = 0.2
 MAX_DELAY = 5.0
 DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
-MAX_IMAGE_BYTES = 256_000_000  # of a file; servers have lower limits
 MAX_RESPONSE_BYTES = 64_000_000  # after decompression
 ENCODINGS = {"", "identity", "gzip", "deflate"}  # 64 KiB of these, which httpx expands at once, are 64 MB
 RETRY_STATUSES = {429, 503}  # the server did not process the request

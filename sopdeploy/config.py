@@ -1,6 +1,7 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
 import reprlib
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Annotated, Any, Self, TypeAlias
@@ -23,6 +24,7 @@ Text = Annotated[str, pydantic.Field(max_length=10_000)]  # a name, a version or
 FieldValues: TypeAlias = dict[str, Any]
 # Limits of what a model reads, unless its fields have lower ones.
 MAX_ITEMS = 1_000_000  # of a list, set or dict
+MAX_LEVELS = 100  # of tables
 MAX_JSON_PARTS = 5_000_000  # of a document
 MAX_UNKNOWN_KEYS = 1_000  # of an object; more are refused without an error for each
 MAX_TEXT = 10_000_000  # characters
@@ -42,6 +44,21 @@ def parse_json(raw: bytes | str) -> Any:
         return pydantic_core.from_json(raw, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse a TOML document with at most `MAX_LEVELS` levels; raises `ValueError`."""
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a ValueError that is no TOMLDecodeError: a long number
+        raise ValueError(f"not TOML: {error}") from error
+    level: list[Any] = [values]
+    for _ in range(MAX_LEVELS):
+        tables = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for parts in tables for part in parts if isinstance(part, dict | list)]
+    if level:
+        raise ValueError(f"not TOML: has more than {MAX_LEVELS} levels")
+    return values
 
 
 def _limit_schema(schema: Any) -> None:
@@ -155,11 +172,15 @@ def check_format_version(found: Any, version: int, written_by: Any, unknown: Ite
     A format keeps its version when it gets optional fields: files without them get their defaults.
     *written_by* is the version of sopdeploy in the file, which can read it.
     """
-    reader = f"sopdeploy {written_by}" if isinstance(written_by, str) else "a later version of sopdeploy"
+    reader = "a later version of sopdeploy"
+    if isinstance(written_by, str):
+        reader = f"sopdeploy {written_by[:MAX_SHOWN]}"
     if found != version:
-        raise ValueError(f"version: {found!r}, but this sopdeploy reads {version}; read it with {reader}")
+        raise ValueError(
+            f"version: {shown(found)}, but this sopdeploy reads {version}; read it with {reader}"
+        )
     if names := sorted(unknown):
-        raise ValueError(f"{names[0]}: unknown here; read it with {reader}, which wrote it")
+        raise ValueError(f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it")
 
 
 class _Shortener(reprlib.Repr):

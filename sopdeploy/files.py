@@ -22,6 +22,7 @@ BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules
 MAX_PATH_STEPS = 1_000  # folders and links of a path
 MAX_NAMES_BYTES = 100_000_000  # of a file that programs write: class names, tables, results
+MAX_IMAGE_BYTES = 256_000_000  # of a photograph that is not decoded here
 MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer, or an engine
 # Operating system errors that the user can fix: permissions, disk space, file names.
 STORAGE_ERRNOS = {

@@ -17,12 +17,13 @@ from PIL import Image
 
 from sopdeploy.config import StrictModel, Text
 from sopdeploy.files import MAX_TEXT_BYTES, read_file
-from sopdeploy.names import Labels
+from sopdeploy.names import DISTINCT_NAMES
 
 Reason = Literal["unknown", "low_margin", "sample"]
 LOCK = ".lock"  # in a folder to which a server writes
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
 MAX_KEPT_LABELS = 100  # classes of a record
+OF_CLASSES = pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS)
 
 log = logging.getLogger("sopdeploy.kept")
 
@@ -51,7 +52,9 @@ class KeptRecord(StrictModel):
     model: Text
     time: pydantic.AwareDatetime
     reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1, max_length=3)]
-    labels: Annotated[Labels, pydantic.Field(max_length=MAX_KEPT_LABELS)]
+    labels: Annotated[
+        tuple[str, ...], pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS), DISTINCT_NAMES
+    ]
     logits: Annotated[tuple[float, ...], pydantic.Field(max_length=MAX_KEPT_LABELS)]
     known: bool | None = None
     score: float | None = None

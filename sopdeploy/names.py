@@ -3,11 +3,12 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import pydantic
 
-from sopdeploy.config import parse_json
+from sopdeploy.config import parse_json, shown
 
 MAX_CLASSES = 100_000
 MAX_CLASS_NAME = 1_000  # characters
@@ -65,13 +66,12 @@ def label_problem(labels: Sequence[str]) -> str | None:
     """Describe the first of *labels* that occurs twice or cannot name a class; None if all can."""
     if len(labels) > MAX_CLASSES:
         return f"{len(labels)} classes, more than {MAX_CLASSES}, the limit"
-    earlier: set[str] = set()
     for label in labels:
-        if label in earlier:
-            return f"class {label!r}: its name occurs twice"
         if problem := class_problem(label):
-            return f"class {label[:40]!r}: {problem}"
-        earlier.add(label)
+            return f"class {shown(label)}: {problem}"
+    for label, other in pairwise(sorted(labels)):
+        if label == other:
+            return f"class {shown(label)}: its name occurs twice"
     return None
 
 
@@ -114,10 +114,11 @@ def read_labels(raw: bytes) -> tuple[str, ...]:
 
 ProjectName = Annotated[str, pydantic.AfterValidator(_checked_project)]
 LinkPath = Annotated[str, pydantic.AfterValidator(_checked_link)]
+DISTINCT_NAMES = pydantic.AfterValidator(_checked_labels)
 Labels = Annotated[
     tuple[str, ...],
     pydantic.Field(min_length=1, max_length=MAX_CLASSES),
     pydantic.FailFast(),
-    pydantic.AfterValidator(_checked_labels),
+    DISTINCT_NAMES,
 ]
 _LABELS: pydantic.TypeAdapter[tuple[str, ...]] = pydantic.TypeAdapter(Labels)

@@ -1,12 +1,11 @@
 """Recipes as text: the packaged ones and TOML files, their base, and `key=value`. Does not import torch."""
 
 import difflib
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.config import FieldValues
+from sopdeploy.config import FieldValues, parse_toml
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_text
 
@@ -41,9 +40,9 @@ def read_values(source: str | Path) -> FieldValues:
     A table of another `kind` or `name` replaces that of the base; others only set keys. Raises `ConfigError`.
     """
     try:
-        values = tomllib.loads(recipe_text(source))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{source}: not a TOML file ({error}); correct the file") from error
+        values = parse_toml(recipe_text(source))
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}; correct the file") from error
     if "base" not in values:
         return values
     base = values.pop("base")
@@ -69,8 +68,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+        parsed = parse_toml(f"value = {text}")
+    except ValueError:
         return key, text
     is_one_value = parsed.keys() == {"value"}  # a text of several lines may define more keys
     return key, parsed["value"] if is_one_value else text

@@ -9,6 +9,7 @@ not independent; only the first of a group counts. Letters: N photographs, C cla
 """
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -273,7 +274,7 @@ def read_promotions(link: Path) -> list[Promotion]:
     """Read what the log says of *link*."""
     log, found = link.with_name(LOG), list[Promotion]()
     try:
-        lines = read_file(log, MAX_NAMES_BYTES).splitlines() if log.exists() else []
+        lines = read_file(log, MAX_NAMES_BYTES).splitlines() if os.path.lexists(log) else []
     except OSError as error:
         raise ConfigError(f"{log}: cannot be read ({error.strerror}); repair or move it away") from error
     for line in lines:
