@@ -177,7 +177,7 @@ def check_format_version(found: Any, version: int, written_by: Any, unknown: Ite
         reader = f"sopdeploy {written_by[:MAX_SHOWN]}"
     if found != version:
         raise ValueError(
-            f"version: {shown(found)}, but this sopdeploy reads {version}; read it with {reader}"
+            f"version: {_SHORTENER.repr(found)[:MAX_SHOWN]}, but this sopdeploy reads {version}; read it with {reader}"
         )
     if names := sorted(unknown):
         raise ValueError(f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it")
@@ -198,9 +198,12 @@ class _Shortener(reprlib.Repr):
         return super().repr_dict(dict(islice(value.items(), self.maxdict)), level)  # the base class sorts all
 
 
+_SHORTENER = _Shortener()
+
+
 def shown(value: Any) -> str:
     """Describe *value* in a message, by at most `MAX_SHOWN` characters in quotes."""
-    text = value if isinstance(value, str) else _Shortener().repr(value)
+    text = value if isinstance(value, str) else _SHORTENER.repr(value)
     return repr(text[:MAX_SHOWN])
 
 

@@ -123,9 +123,12 @@ DRIPS = {
 @pytest.mark.parametrize("case", DRIPS)
 def test_a_response_that_comes_byte_by_byte_ends_at_the_deadline(served: Any, case: str) -> None:
     pause = threading.Event()
-    with Client(served(DRIPS[case], lambda: pause.wait(0.02)), retries=0, timeout=0.5) as client:
-        with pytest.raises(UnreachableError) as caught:  # httpx alone would wait for ever
-            client.classify(IMAGE)
+    url = served(DRIPS[case], lambda: pause.wait(0.02))
+    with (
+        Client(url, retries=0, timeout=0.5) as client,
+        pytest.raises(UnreachableError) as caught,  # httpx alone would wait for ever
+    ):
+        client.classify(IMAGE)
     assert caught.value.code == "timeout"
 
 

@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         edited(version=2),
         rf"version: 2, .* reads 1; read it with sopdeploy {re.escape(__version__)}",
     ),
-    "a version that is no number": (edited(version=None), r"version: 'None', but this sopdeploy reads 1"),
+    "a version that is no number": (edited(version=None), r"version: None, but this sopdeploy reads 1"),
     "a field of a later version": (
         edited(extra=1, versions={"sopdeploy": "0.9.1"}),
         r"^extra: unknown here; read it with sopdeploy 0\.9\.1, which wrote it",
