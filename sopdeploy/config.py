@@ -176,9 +176,8 @@ def check_format_version(found: Any, version: int, written_by: Any, unknown: Ite
     if isinstance(written_by, str):
         reader = f"sopdeploy {written_by[:MAX_SHOWN]}"
     if found != version:
-        raise ValueError(
-            f"version: {_SHORTENER.repr(found)[:MAX_SHOWN]}, but this sopdeploy reads {version}; read it with {reader}"
-        )
+        given = _SHORTENER.repr(found)[:MAX_SHOWN]
+        raise ValueError(f"version: {given}, but this sopdeploy reads {version}; read it with {reader}")
     if names := sorted(unknown):
         raise ValueError(f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it")
 
