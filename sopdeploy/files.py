@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import re
@@ -16,8 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from sopdeploy.config import parse_json
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 from sopdeploy.file_systems import Lock, lock_file, locked_if_left, rename_file
+from sopdeploy.names import label_problem
 
 PARTIAL = ".partial"
 MAX_PARTIAL_BYTES = 230  # of the name of the file in that of its temporary file
@@ -25,6 +26,11 @@ LOCK = ".lock"  # in a folder to which one process writes
 MANIFEST = "manifest.json"  # of a bundle
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules
+MAX_PATH_STEPS = 1_000  # folders and links of a path
+MAX_NAMES_BYTES = 100_000_000  # of a file that programs write: class names, tables, results
+MAX_IMAGE_BYTES = 256_000_000  # of a photograph that is not decoded here
+MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer, or an engine
 # Operating system errors that the user can fix: permissions, disk space, file names.
 STORAGE_ERRNOS = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC,
@@ -156,6 +162,28 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
     return open(path, "rb", buffering)  # noqa: PTH123
 
 
+def read_file(path: str | Path, limit: int) -> bytes:
+    """Read the regular file at *path*, of at most *limit* bytes.
+
+    All readers of files that users name call it, or `open_regular` and `read_at_most`. Raises `OSError`, also
+    for a larger file, which it does not read, and as `open_regular` does.
+    """
+    with open_regular(path, buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > limit else read_at_most(file, limit + 1)
+    if size > limit or len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes, the limit", str(path))
+    return content
+
+
+def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a file of at most *limit* bytes in UTF-8, without the mark with which some editors begin it.
+
+    Raises `OSError` as `read_file` does, and `UnicodeDecodeError`.
+    """
+    return read_file(path, limit).decode("utf-8-sig").replace("\r\n", "\n")
+
+
 def read_at_most(file: IO[bytes], limit: int) -> bytes:
     """Read the rest of *file*, at most *limit* bytes; the memory depends on the content, not on *limit*."""
     content = bytearray()
@@ -185,10 +213,33 @@ def link_latest(target: Path) -> None:
 
 
 def move_link(link: Path, target: str) -> None:
-    """Make *link* a link to *target*, in one step; raises `OSError`."""
+    """Make *link* a link to *target*, in one step; raises `OSError`, also if it would lead to itself."""
+    if leads_through(link.parent / target, link):
+        raise OSError(errno.ELOOP, "the link would lead to itself", str(link))
     with temporary_folder(link.parent) as folder:
         (folder / link.name).symlink_to(target)
         (folder / link.name).replace(link)
+
+
+def leads_through(path: Path, link: Path) -> bool:
+    """Tell whether *path* leads through *link*, which need not exist, or through too many links."""
+    place = Path(os.path.realpath(link.parent), link.name)
+    names, current = [*reversed(Path.cwd().joinpath(path).parts[1:])], Path("/")
+    for _ in range(MAX_PATH_STEPS):
+        if not names:
+            return False
+        name = names.pop()
+        if name == "..":
+            current = current.parent
+            continue
+        current /= name
+        if current == place:
+            return True
+        if current.is_symlink():
+            target = current.readlink()
+            current = Path("/") if target.is_absolute() else current.parent
+            names += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+    return True
 
 
 def sha256(path: Path) -> str:
@@ -231,6 +282,10 @@ def check_is_weights(path: Path) -> WeightPath:
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
         raise WeightsError(f"{path}: {problem}; give a weight file")
+    if path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise WeightsError(
+            f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; give a weight file"
+        )
     with path.open("rb") as file:
         first = file.read(16)
     is_safetensors = first[8:9] == b"{"  # 8 bytes of length, then JSON
@@ -247,6 +302,8 @@ def check_is_checkpoint(path: Path) -> None:
     `read_checkpoint` checks its content. Commands call this before they import torch, which takes seconds.
     """
     check_is_file(path)
+    if path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again")
     try:
         with zipfile.ZipFile(path) as archive:
             is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
@@ -261,12 +318,16 @@ def check_is_checkpoint(path: Path) -> None:
 def read_class_names(file: Path) -> tuple[str, ...]:
     """Read class names from *file*, one per line or as a JSON list; raises `ConfigError`."""
     try:
-        content = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-        names = json.loads(content) if file.suffix == ".json" else content.split("\n")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        content = read_text(file, MAX_NAMES_BYTES)
+        found = parse_json(content) if file.suffix == ".json" else content.split("\n")
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             raise ValueError('no list of names such as ["cat", "dog"]')
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{file} cannot be read ({error}); give one name per line", setting="labels"
+            f"{file} cannot be read ({reason}); give one name per line", setting="labels"
         ) from error
-    return tuple(name.strip() for name in names if name.strip())
+    names = tuple(name.strip() for name in found if name.strip())
+    if problem := label_problem(names):
+        raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
+    return names

@@ -11,15 +11,12 @@ link `latest` have an effect, because copies of a folder may lack or change them
 
 import errno
 import hashlib
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
-
-import pydantic
 
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
 from sopdeploy.errors import BundleError
@@ -36,6 +33,7 @@ from sopdeploy.files import (
     temporary_folder,
     writing,
 )
+from sopdeploy.names import read_labels
 
 REQUIRED = ("model.onnx", "labels.json", CERTIFICATE, "parity.json", "precision.json", "probes.npz")
 MAX_MANIFEST_BYTES = 4_000_000
@@ -251,28 +249,14 @@ def check_file_name(bundle: Path, name: str) -> None:
 def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
     count = manifest.outputs[0].shape[-1]  # of classes
     try:
-        labels = pydantic.TypeAdapter(tuple[str, ...]).validate_json(file.read_bytes())
-    except pydantic.ValidationError as error:
-        raise BundleError(f"{file}: not a list of class names; export the bundle again") from error
+        labels = read_labels(file.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{file}: {error}; export the bundle again") from error
     if len(labels) != count:
         raise BundleError(f"{file}: {len(labels)} class names for {count} outputs; export the bundle again")
-    if wrong := label_problem(labels):
-        raise BundleError(f"{file}: {wrong}; export the bundle again")
     if problem := manifest.rules.problem_with(len(labels)):
         raise BundleError(f"{file.parent}: {problem}; export it again")
     return labels
-
-
-def label_problem(labels: Sequence[str]) -> str | None:
-    """Name the first of *labels* that occurs twice, has control characters or is not valid Unicode."""
-    earlier: set[str] = set()
-    for label in labels:
-        if label in earlier:
-            return f"class {label!r}: its name occurs twice"
-        if any(unicodedata.category(character) in {"Cc", "Cs"} for character in label):
-            return f"class {label!r}: its name has control characters or is not valid Unicode"
-        earlier.add(label)
-    return None
 
 
 class Listed(NamedTuple):

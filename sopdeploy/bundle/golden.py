@@ -22,10 +22,11 @@ from PIL import Image
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import GATES, to_json
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, Text
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.names import MAX_CLASSES
 
 GOLDEN = "golden.json"
 NUM_EXAMPLES = 3  # of an export; that of a mixture leaves out those whose route rounding can change
@@ -41,9 +42,9 @@ RunOne = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (H, W, 3) to logi
 class GoldenExample(StrictModel):
     """The names of the files of one example, and its logits (C,)."""
 
-    jpeg: str
-    pixels: str
-    logits: Annotated[tuple[float, ...], pydantic.Field(min_length=1)]
+    jpeg: Text
+    pixels: Text
+    logits: Annotated[tuple[float, ...], pydantic.Field(min_length=1, max_length=MAX_CLASSES)]
 
 
 class GoldenIndex(StrictModel):

@@ -13,7 +13,7 @@ from typing import Any
 from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
-from sopdeploy.files import atomic_write, writing
+from sopdeploy.files import atomic_write, read_file, writing
 
 MAX_FILE_BYTES = 1_000_000  # of a signature
 
@@ -74,6 +74,7 @@ def _import(module: str) -> Any:
 def _reading(key: Path, content: str) -> Iterator[None]:
     """Convert the error of a block that reads *key* to a `ConfigError`; the file should hold *content*."""
     try:
+        read_file(key, MAX_FILE_BYTES)  # the package reads a file of any size
         yield
     except OSError as error:
         raise ConfigError(f"{key}: key file cannot be read ({error.strerror}); check the path") from error

@@ -16,6 +16,7 @@ from sopdeploy.cli.console import print_field
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import link_latest, writing
 from sopdeploy.files import sha256 as sha256_of
+from sopdeploy.names import is_bundle_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,13 +156,14 @@ def _check_wanted(manifest: Manifest, source: str, project: str | None) -> None:
     """Raise `BundleError` unless the bundle with *manifest* is of *project*, or has the name in *source*.
 
     A signature does not contain the name of an archive: without this check, who can write to a store could
-    put one signed bundle in the place of another.
+    put one signed bundle in the place of another. The name of a bundle stands for this bundle only, also if
+    it is that of a project.
     """
     name = source.rpartition("/")[2].removesuffix(tar.ARCHIVE_SUFFIX)
     if project is not None:
         is_wanted = manifest.project == project
     else:
-        is_wanted = name in {manifest.name, manifest.project}
+        is_wanted = name == manifest.name or (name == manifest.project and not is_bundle_name(name))
     if not is_wanted:
         raise BundleError(
             f"{source}: contains {manifest.name}, not {project or name}; check the address",

@@ -11,13 +11,14 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
+from sopdeploy.names import label_problem
 
 Log = Callable[[str], None]
 FolderIdentity: TypeAlias = tuple[int, int] | str
@@ -75,6 +76,12 @@ def describe_confusable(names: Iterable[str]) -> list[str]:
         for several in alike.values()
         if len(several) > 1
     ]
+
+
+def check_labels(where: Path, labels: Sequence[str]) -> None:
+    """Raise `DataError` for the first of *labels*, of images in *where*, that cannot name a class."""
+    if problem := label_problem(labels):
+        raise DataError(f"{where}: {problem}; rename the class")
 
 
 class Parts(NamedTuple):

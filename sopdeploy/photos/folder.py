@@ -21,6 +21,7 @@ from sopdeploy.photos.files import (
     TRAIN,
     Log,
     Parts,
+    check_labels,
     data_folder,
     describe_confusable,
     find_parts,
@@ -161,6 +162,7 @@ def list_classes(root: Path) -> ClassListing:
     folders = defaultdict[str, list[str]](list)  # names of folders by class
     for name in list_subfolders(root):
         folders[normalize(name)].append(name)
+    check_labels(root, sorted(folders))
     visited = {folder_identity(root / name) for names in folders.values() for name in names}
     found = {
         label: [list_images(root, name, visited) for name in folders[label]] for label in sorted(folders)

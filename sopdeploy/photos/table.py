@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, amount, shorten
-from sopdeploy.files import open_regular, read_at_most
+from sopdeploy.files import read_file
 from sopdeploy.photos.files import (
     TRAIN,
+    check_labels,
     describe_confusable,
     fold,
     hint_at_spelling,
@@ -85,18 +86,15 @@ def has_label_table(root: Path) -> bool:
 def read_table_text(table: Path) -> str:
     """Read the text of the regular file *table* in UTF-8 or, with a byte order mark, UTF-16 or UTF-32.
 
-    Raises `DataError` if it cannot be read, has more than `MAX_TABLE_BYTES` or is empty.
+    Raises `DataError` if it cannot be read, is larger than the limit or is empty.
     """
     try:
-        with open_regular(table) as file:
-            content = read_at_most(file, MAX_TABLE_BYTES + 1)
+        content = read_file(table, MAX_TABLE_BYTES)
     except OSError as error:
         reason = error.strerror or error
         raise DataError(
             f"{table}: cannot be read ({reason}); replace it by a CSV file, or remove it"
         ) from error
-    if len(content) > MAX_TABLE_BYTES:
-        raise DataError(f"{table}: larger than {MAX_TABLE_BYTES:,} bytes; write a line per image only")
     encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -128,6 +126,7 @@ def read_label_table(
         raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
     listed = set().union(*(row.classes for row in rows))
     labels = tuple(sorted(listed)) if labels is None else labels
+    check_labels(table, labels)
     if len(labels) < 2:
         names = shorten(labels) or "none"
         raise DataError(f"{table}: has fewer than two classes ({names}); a network needs at least two")
@@ -203,7 +202,7 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     if {*columns} - {SPLIT, GROUP} != {*_REQUIRED}:
         raise DataError(
-            f"{table}: has the columns {', '.join(columns) or 'none'}; write file,classes and optionally "
+            f"{table}: has the columns {shorten(columns) or 'none'}; write file,classes and optionally "
             "split and group, with commas"
         )
     if not records:

@@ -68,7 +68,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "no format": (lambda c: c.pop("format"), "not a sopdeploy checkpoint"),
     "a newer version": (lambda c: c.update(version=2), "version: "),
     "an extra key": (lambda c: c.update(extra=1), "extra: unknown key"),
-    "duplicate labels": (lambda c: c.update(labels=["a", "b", "a"]), "labels: .*two classes have the same"),
+    "duplicate labels": (lambda c: c.update(labels=["a", "b", "a"]), "labels: .*its name occurs twice"),
     "too few thresholds": (
         lambda c: c.update(decision={"activation": "sigmoid", "thresholds": [0.5]}),
         "1 thresholds for 3 classes",

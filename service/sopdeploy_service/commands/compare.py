@@ -9,6 +9,7 @@ not independent; only the first of a group counts. Letters: N photographs, C cla
 """
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, Text
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
@@ -34,7 +35,9 @@ from sopdeploy.evaluation.statistics import (
     images_to_decide,
     mcnemar,
 )
+from sopdeploy.files import MAX_NAMES_BYTES, read_file
 from sopdeploy.html.report import percent
+from sopdeploy.names import LinkPath
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
@@ -154,11 +157,11 @@ class Promotion(StrictModel):
     """
 
     time: Time
-    user: str
-    link: str
-    before: str | None
-    after: str
-    reason: str
+    user: Text
+    link: LinkPath
+    before: LinkPath | None
+    after: LinkPath
+    reason: Text
     refused: bool = False
     comparison: BundleComparison | None = None
 
@@ -270,7 +273,10 @@ def compare(
 def read_promotions(link: Path) -> list[Promotion]:
     """Read what the log says of *link*."""
     log, found = link.with_name(LOG), list[Promotion]()
-    lines = log.read_bytes().splitlines() if log.is_file() else []
+    try:
+        lines = read_file(log, MAX_NAMES_BYTES).splitlines() if os.path.lexists(log) else []
+    except OSError as error:
+        raise ConfigError(f"{log}: cannot be read ({error.strerror}); repair or move it away") from error
     for line in lines:
         with suppress(pydantic.ValidationError):  # the machine stopped while the line was written
             found.append(Promotion.model_validate_json(line))

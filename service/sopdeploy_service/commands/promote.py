@@ -15,7 +15,7 @@ from sopdeploy.cli.console import print_field, say
 from sopdeploy.errors import ConfigError, PromotionError, StorageError
 from sopdeploy.evaluation.statistics import TOLERANCE
 from sopdeploy.file_systems import flush, lock_file
-from sopdeploy.files import move_link, os_reason, writing
+from sopdeploy.files import MAX_NAMES_BYTES, leads_through, move_link, os_reason, read_at_most, writing
 from sopdeploy.project import utc_now
 from sopdeploy_service.commands.compare import (
     LOG,
@@ -143,8 +143,11 @@ def _record(
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, and make it unless it is *refused*.
 
-    A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more.
+    A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more, or
+    would lead to itself.
     """
+    if leads_through(link.parent / after, link):
+        raise ConfigError(f"{link}: {after[:80]!r} leads to this link itself; name the bundle to promote")
     user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for the user
     move = Promotion(
         time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
@@ -157,7 +160,9 @@ def _record(
     with writing(path), os.fdopen(lock.file, "r+b") as log:
         if _target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")
-        recorded = log.read()
+        recorded = read_at_most(log, MAX_NAMES_BYTES + 1)
+        if len(recorded) > MAX_NAMES_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere")
         is_torn = bool(recorded) and not recorded.endswith(b"\n")  # its last line is not complete
         log.write((b"\n" if is_torn else b"") + move.model_dump_json().encode() + b"\n")
         log.flush()

@@ -10,7 +10,6 @@ import math
 import os
 import secrets
 import time
-import tomllib
 from collections.abc import MutableSequence, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Annotated, TypeAlias
 
 import pydantic
 
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import StrictModel, first_problem, parse_toml
 from sopdeploy.errors import ConfigError
 from sopdeploy.file_systems import set_mode
-from sopdeploy.files import atomic_write, writing
+from sopdeploy.files import atomic_write, read_text, writing
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 _PREFIX = "sop_"  # lets secret scanners recognize leaked keys
@@ -60,16 +59,16 @@ def find_key(keys: Sequence[Key], secret: bytes) -> Key | None:
 def read_keys(path: Path) -> tuple[Key, ...]:
     """Read the key file *path*; raises `ConfigError` if it is missing, malformed or has equal keys."""
     try:
-        keys = KeyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).key
+        keys = KeyFile.model_validate(parse_toml(read_text(path))).key
     except OSError as problem:
         hint = "`sopdeploy key` creates a key file"
         if isinstance(problem, PermissionError):
             hint = f"the server runs as user {os.geteuid()}: run chown {os.geteuid()} {path}"
         raise ConfigError(f"{path}: cannot read keys ({problem.strerror}); {hint}") from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"{path}: not TOML ({problem}); correct the file") from problem
     except pydantic.ValidationError as problem:
         raise ConfigError(f"{path}: {first_problem(problem)}") from problem
+    except ValueError as problem:
+        raise ConfigError(f"{path}: {problem}; correct the file") from problem
     for attribute in ("name", "sha256"):
         values = [getattr(key, attribute) for key in keys]
         duplicate = next((value for value in values if values.count(value) > 1), None)
@@ -100,7 +99,7 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
             if path.exists():
                 with suppress(OSError):  # only root gives files away, on file systems that have owners
                     os.chown(partial, path.stat().st_uid, path.stat().st_gid)
-            partial.write_text((path.read_text("utf-8") if path.exists() else "") + entry, "utf-8")
+            partial.write_text((read_text(path) if path.exists() else "") + entry, "utf-8")
         return secret
 
 

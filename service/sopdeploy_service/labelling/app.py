@@ -28,6 +28,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import softmax
 from sopdeploy.errors import SopdeployError
+from sopdeploy.files import MAX_IMAGE_BYTES, read_file
 from sopdeploy.photos.files import normalize
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.labelling.folders import GoneError, LabelFolders
@@ -136,7 +137,11 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             path = folders.waiting[identity].path if identity in folders.waiting else None
         if path is None:
             return JSONResponse({"detail": "no such photograph"}, 404)
-        return Response(path.read_bytes(), media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)
+        try:
+            content = read_file(path, MAX_IMAGE_BYTES)
+        except OSError:  # the server has deleted it
+            return JSONResponse({"detail": "no such photograph"}, 404)
+        return Response(content, media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)
 
     @app.post("/label")
     def label(given: GivenLabel) -> LabelState:

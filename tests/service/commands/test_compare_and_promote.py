@@ -310,6 +310,28 @@ def test_what_is_no_link_a_move_in_between_and_a_disk_without_links_change_nothi
     assert live.readlink().name == "elsewhere"
 
 
+@pytest.mark.parametrize("before", ["live", "./live", "live/../live", "../shelf/live", "other"])
+def test_a_link_is_not_moved_back_to_itself(bundles, shelf, before: str) -> None:
+    promote(shelf / bundles[1].name, shelf / "live", None, force="x")
+    (shelf / "other").symlink_to("live")
+    before = before.replace("shelf", shelf.name)
+    *_, line = log_of(shelf)
+    (shelf / LOG).write_text(json.dumps({**line, "before": before}) + "\n")
+    with pytest.raises(ConfigError, match="leads to this link itself"):
+        promote(back=shelf / "live")
+    assert (shelf / "live").readlink().name == bundles[1].name
+    assert len(log_of(shelf)) == 1
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\x00b", "x" * 5000])
+def test_a_line_of_the_log_with_a_name_that_is_no_path_is_skipped(bundles, shelf, name: str) -> None:
+    promote(shelf / bundles[1].name, shelf / "live", None, force="x")
+    *_, line = log_of(shelf)
+    (shelf / LOG).write_text(json.dumps({**line, "before": name}) + "\n")
+    with pytest.raises(PromotionError, match="names no bundle before"):
+        promote(back=shelf / "live")
+
+
 def test_a_torn_line_of_the_log_is_skipped(bundles, shelf) -> None:
     promote(shelf / bundles[1].name, shelf / "live", None, force="x")
     with (shelf / LOG).open("a") as log:

@@ -297,10 +297,10 @@ def test_a_file_that_belongs_to_the_user_of_the_container_stays_that_users(
 def test_a_file_of_another_user_is_one_line_that_says_whose_it_must_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_self: Path, **_: object) -> str:
+    def refuse(_path: Path) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(api_keys, "read_text", refuse)
     with pytest.raises(
         ConfigError, match=rf"\(Permission denied\); .* run chown {os.geteuid()} .*keys\.toml"
     ):

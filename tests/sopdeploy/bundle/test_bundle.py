@@ -147,8 +147,8 @@ def link_to(target: Callable[[Path], Path]) -> Callable[[Path], object]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "missing|no manifest"),
-    "too long": (grow, "bytes, the manifest says|Extra data"),
-    "the first bit flipped": (lambda file: flip(file, 0), "its sha256 is not the one in|Expecting|not JSON"),
+    "too long": (grow, "bytes, the manifest says|not JSON"),
+    "the first bit flipped": (lambda file: flip(file, 0), "its sha256 is not the one in|not JSON"),
     "a folder": (replace_with(Path.mkdir), "missing|no manifest"),
     "a pipe": (replace_with(os.mkfifo), "missing|no manifest"),
     "a link to a file outside": (link_to(lambda f: f.parent.parent / f.name), "is a link|no manifest"),
@@ -291,7 +291,7 @@ def lineage(**changes: Any) -> bytes:
 VALID = manifest().to_bytes()
 
 REFUSED: dict[str, tuple[bytes, str]] = {
-    "not JSON": (b"{]", "Expecting"),
+    "not JSON": (b"{]", "not JSON"),
     "a list": (b"[]\n", "not a JSON object"),
     "an unknown key": (edited(extra=1), "extra: unknown key"),
     "a newer version": (

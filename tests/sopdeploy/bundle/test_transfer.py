@@ -237,11 +237,15 @@ def test_a_signed_bundle_is_not_accepted_under_the_name_of_another(
     bundle: Path, key: Path, tmp_path: Path
 ) -> None:
     public, here = key.with_name("release.key.pub"), tmp_path / "here"
-    cats, old = (
+    cats, old, alias = (
         write_hollow(tmp_path / "bundles", **fields)
-        for fields in ({"project": "cats"}, {"config": {"width": 5}, "exported_at": EARLIER})
+        for fields in (
+            {"project": "cats"},
+            {"config": {"width": 5}, "exported_at": EARLIER},
+            {"project": bundle.name},
+        )
     )
-    for other in (cats, old):
+    for other in (cats, old, alias):
         sign(other, key)
         archive = Path(push(other, str(tmp_path / other.name)).url)
         for name in (f"{bundle.name}.tar", "dogs.tar", "latest.tar"):

@@ -12,7 +12,6 @@ names the version of sopdeploy that wrote it.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,10 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from sopdeploy.config import StrictModel, check_format_version
+from sopdeploy.config import StrictModel, check_format_version, parse_json
 from sopdeploy.errors import ConfigError
 from sopdeploy.file_systems import lock_file
-from sopdeploy.files import LOCK, PARTIAL, atomic_write, new_folder, remove_left, writing
+from sopdeploy.files import (
+    LOCK,
+    MAX_TEXT_BYTES,
+    PARTIAL,
+    atomic_write,
+    new_folder,
+    read_file,
+    remove_left,
+    writing,
+)
 from sopdeploy.version import __version__
 from sopdeploy_service.commands.batch.sources import ListedImage
 
@@ -164,7 +172,7 @@ class OutputFolder:
         """Read `_run.json`; None if it is missing or damaged; raises `ConfigError` for a later format."""
         path = self.path / STATE
         try:
-            fields = dict(json.loads(path.read_bytes()))
+            fields = dict(parse_json(read_file(path, MAX_TEXT_BYTES)))
         except (OSError, ValueError, TypeError):
             return None
         writer = fields.get("written_by")
