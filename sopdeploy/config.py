@@ -1,5 +1,6 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Self, TypeAlias
 
@@ -105,4 +106,7 @@ def first_problem(error: pydantic.ValidationError) -> str:
     checked_whole_model = not problem["loc"] or isinstance(problem["input"], dict)
     if is_of_validator and checked_whole_model:  # the message names the wrong values
         return f"{where}: {reason}" if problem["loc"] else reason
-    return f"{where}: {reason} (got {str(problem['input'])[:80]!r})"
+    given = problem["input"]
+    # Of lists and mappings, only the first items are written: they can be as large as a file or a request.
+    text = reprlib.repr(given) if isinstance(given, (list, tuple, dict)) else str(given)
+    return f"{where}: {reason} (got {text[:80]!r})"

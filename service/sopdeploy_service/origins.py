@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 Network: TypeAlias = IPv4Network | IPv6Network
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
+MAX_NAME = 253  # characters (RFC 1035, section 2.3.4, without the dot at the end)
+MAX_TEXT = len("https://*.") + MAX_NAME + len(".:65535")
 _PATTERN = re.compile(r"((?:https?://)?)(\*\.)?([^/\s*@?#]+)", re.IGNORECASE)
 
 
@@ -48,23 +50,32 @@ def parse_host(text: str) -> HostPattern:
 
     Raises `ValueError` if *text* is none.
     """
-    match = _PATTERN.fullmatch(text)
+    match = _PATTERN.fullmatch(text) if len(text) <= MAX_TEXT else None
     if match is None:
-        raise ValueError(f"{text!r} is not a host such as example.com, *.example.com or https://example.com")
+        raise ValueError(
+            f"{text[:100]!r} is not a host such as example.com, *.example.com or https://example.com"
+        )
     parts = urlsplit(f"//{match[3]}")  # raises ValueError for brackets that do not match
     name = (parts.hostname or "").removesuffix(".")
     if not name.isascii():
         name = name.encode("idna").decode()  # raises UnicodeError, which is a ValueError
-    if not name:
-        raise ValueError(f"{text!r} has no host")
+    if not 1 <= len(name) <= MAX_NAME:
+        raise ValueError(f"{text!r} has no host, or one of more than {MAX_NAME} characters")
     scheme = match[1].removesuffix("://").lower() or None
     return HostPattern(scheme, name, parts.port, is_for_subdomains=match[2] is not None)
+
+
+def parse_sent_host(text: str) -> HostPattern:
+    """Parse the value of a header as `parse_host` does; clients send names in ASCII (RFC 5891, section 4)."""
+    if not text.isascii():
+        raise ValueError("not ASCII")
+    return parse_host(text)
 
 
 def is_own_host(host: str, own: Collection[str]) -> bool:
     """Tell whether *host*, the value of a header, is an IP address or among the patterns *own*."""
     try:
-        parsed = parse_host(host)
+        parsed = parse_sent_host(host)
         if any(parse_host(pattern).matches(parsed) for pattern in own):
             return True
         ip_address(parsed.name)  # raises ValueError unless it is one
@@ -92,16 +103,16 @@ def is_foreign_page(
     """
     origin = headers.get("origin")
     if origin is not None:
+        scheme, _, host = origin.partition("://")
         schemes = ["http", *(_listed(headers.get("x-forwarded-proto")) if is_proxied else ())]
-        hosts = _hosts(headers, is_proxied=is_proxied)
-        if origin not in {f"{scheme}://{host}" for scheme in schemes for host in hosts}:
+        if scheme not in schemes or host not in _hosts(headers, is_proxied=is_proxied):
             return not _is_allowed(origin, allowed)
     return not is_link and headers.get("sec-fetch-site") not in {None, "none", "same-origin"}
 
 
 def _is_allowed(origin: str, allowed: Collection[str]) -> bool:
     try:
-        page = parse_host(origin)
+        page = parse_sent_host(origin)
     except ValueError:  # such as `null`
         return False
     return any(parse_host(pattern).matches(page) for pattern in allowed)
@@ -121,8 +132,11 @@ def without_prefix(path: str, root_path: str) -> str:
 
 
 def _listed(value: str | None) -> list[str]:
-    """Split the *value* of a header to which each of several proxies adds its own."""
-    return [] if value is None else [part.strip() for part in value.split(",")]
+    """Split the *value* of a header to which each of several proxies adds its own; skip empty elements.
+
+    RFC 9110, section 5.6.1.2.
+    """
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 
 class OwnOrigins:

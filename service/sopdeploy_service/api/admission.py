@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple
 
 import anyio
 import orjson
@@ -24,7 +24,7 @@ from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.http.strict_json import decode_text, parse_json
+from sopdeploy_service.http.strict_json import MAX_QUOTES, decode_text, parse_json
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
@@ -204,13 +204,16 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
     raise RejectedError(results.CLIENT_GONE)
 
 
+Texts = Annotated[list[str], pydantic.Field(max_length=MAX_QUOTES // 2, fail_fast=True)]
+
+
 class ClassifyRequest(pydantic.BaseModel):
     """JSON body of `/v1/classify` and `/v1/embed`: either `image` or `images`."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
     image: str | None = pydantic.Field(None, description="base64, or a data URI")
-    images: list[str] | None = pydantic.Field(None, description="base64, or data URIs")
+    images: Texts | None = pydantic.Field(None, description="base64, or data URIs")
 
     @pydantic.model_validator(mode="after")
     def _has_images(self) -> "ClassifyRequest":
