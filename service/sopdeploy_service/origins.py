@@ -18,6 +18,7 @@ Network: TypeAlias = IPv4Network | IPv6Network
 DEFAULT_PORTS = {"http": 80, "https": 443}
 MAX_NAME = 253  # characters (RFC 1035, section 2.3.4, without the dot at the end)
 MAX_TEXT = len("https://*.") + MAX_NAME + len(".:65535")
+MAX_ADDRESS = 64  # characters of an IP address with its zone
 _PATTERN = re.compile(r"((?:https?://)?)(\*\.)?([^/\s*@?#]+)", re.IGNORECASE)
 
 
@@ -122,6 +123,14 @@ def _hosts(headers: Mapping[str, str], *, is_proxied: bool) -> list[str]:
     """List the hosts to which a request was sent; HTTP/1.0 requests may have none."""
     host = headers.get("host", "localhost")
     return [host, *_listed(headers.get("x-forwarded-host"))] if is_proxied else [host]
+
+
+def client_address(headers: Mapping[str, str], peer: str, proxies: tuple[Network, ...]) -> str:
+    """Return *peer* or, if it is among *proxies*, the last address of `X-Forwarded-For` that is not."""
+    sent = _listed(headers.get("x-forwarded-for"))
+    while sent and is_within(peer, proxies):
+        peer = sent.pop()[:MAX_ADDRESS]
+    return peer
 
 
 def without_prefix(path: str, root_path: str) -> str:
