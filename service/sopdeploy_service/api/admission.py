@@ -252,7 +252,9 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
         if kind != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
         body = await read_body(admitted, settings.max_body_bytes)
-        images = parse_form(body, content_type, settings.max_images)
+        given = body, content_type, settings.max_images
+        is_small = len(body) <= SMALL_BODY  # else it would take too long on the event loop
+        images = parse_form(*given) if is_small else await admitted.parse(parse_form, *given)
         return Upload(images, is_list=len(images) > 1)
     if kind != "application/json":
         body = await read_body(admitted, settings.max_body_bytes)

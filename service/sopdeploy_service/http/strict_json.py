@@ -17,6 +17,8 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 
 MAX_QUOTES = 10_000  # two of each string, and escaped ones
 MAX_COMMAS = 1_000_000  # beside those of a tensor
+MAX_ESCAPES = 1_000_000  # some clients escape two characters of the alphabet of base64
+MAX_LISTS = 100_000  # and objects, beside those of a tensor
 MAX_BRACKETS = 1_000_000  # opening ones; 20 nested images of 224 x 224 pixels have as many
 ParsedBody = TypeVar("ParsedBody", bound=pydantic.BaseModel)
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -39,8 +41,14 @@ def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int, max_elements
     if len(raw) > limit:
         message = f"the JSON is larger than the limit, {limit} bytes; send binary images or tensors"
         raise RejectedError(HttpError("json_too_large", 413, message))
-    too_many = raw.count(b'"') > MAX_QUOTES or raw.count(b",") > MAX_COMMAS + max_elements
-    if too_many or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
+    # Lists of a tensor of [n, height, width, 1], each of a row or a pixel, are fewer than twice its elements.
+    max_brackets = min(MAX_BRACKETS, MAX_LISTS + 2 * max_elements)
+    if (
+        raw.count(b'"') > MAX_QUOTES
+        or raw.count(b",") > MAX_COMMAS + max_elements
+        or raw.count(b"[") + raw.count(b"{") > max_brackets
+        or raw.count(b"\\") > MAX_ESCAPES
+    ):
         raise RejectedError(TOO_COMPLEX)
     try:
         value = orjson.loads(raw)

@@ -203,6 +203,7 @@ BAD_JSON = {
     "two documents": (b"{}{}", "malformed_json"),
     "numbers that are no data": (b'{"a": [' + b"1," * 49_900 + b"1]}", "malformed_request"),
     "a million lists": (b"[" + b"[]," * 1_000_000 + b"[]]", "json_too_complex"),
+    "a million escapes": (b'["' + b"\\\\" * 500_001 + b'"]', "json_too_complex"),
     "a million numbers": (b"[" + b"1," * 1_010_000 + b"1]", "json_too_complex"),
     "a thousand strings": (b'{"a": [' + b'"",' * 6000 + b'""]}', "json_too_complex"),
 }
