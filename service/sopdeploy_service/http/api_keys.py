@@ -111,10 +111,11 @@ class TokenBucket:
         if not state[_FILLED]:
             state[_TOKENS], state[_FILLED] = float(burst), time.monotonic()
 
-    def spend(self, num_images: int, *, check_only: bool = False) -> None:
+    def spend(self, num_images: int, *, check_only: bool = False, work: int = 0) -> None:
         """Take the tokens of *num_images*, unless *check_only*.
 
-        Raises `RejectedError`, and takes none, if they exceed the *burst* or the tokens that are there now.
+        Raises `RejectedError` if they exceed the *burst* or the tokens that are there now; in the latter case
+        it takes *work* instead, the tokens of what was done for the request.
         """
         tokens = self._fill()
         if num_images > self.burst:
@@ -123,18 +124,23 @@ class TokenBucket:
             )
             raise RejectedError(HttpError("too_many_images", 400, message))
         if num_images > tokens + _ROUNDING:
-            wait = math.ceil((num_images - tokens) / self._rate)
+            self.charge(work)
+            wait = math.ceil((num_images - self._state[_TOKENS]) / self._rate)
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
             self._state[_TOKENS] = max(0.0, tokens - num_images)  # up to `_ROUNDING` may be missing
+
+    def charge(self, num_tokens: int) -> None:
+        """Take *num_tokens*; up to *burst* of them are taken before they are there."""
+        self._state[_TOKENS] = max(-float(self.burst), self._fill() - num_tokens)
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""
         tokens = self._fill()
         return {
             "RateLimit-Limit": str(self.burst),
-            "RateLimit-Remaining": str(int(tokens)),
+            "RateLimit-Remaining": str(max(0, int(tokens))),
             "RateLimit-Reset": str(math.ceil((self.burst - tokens) / self._rate)),
         }
 

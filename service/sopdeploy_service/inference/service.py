@@ -259,19 +259,23 @@ class Service:
         images: Images,
         deadline: float,
         *,
+        client: str = "",
         features: bool = False,
         may_keep: bool = False,
         are_occluded: bool = False,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
-        Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
-        requests the embedding, *may_keep* allows to keep the images, and those that *are_occluded* do not
-        count for the drift. Cancelling the call removes its images from the queue; call `check_queue` before.
-        Raises `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
+        Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`, *client* the
+        key or address that shares the decoders for large images; *features* requests the embedding,
+        *may_keep* allows to keep the images, and those that *are_occluded* do not count for the drift.
+        Cancelling the call removes its images from the queue; call `check_queue` before. Raises
+        `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
         """
         loop = asyncio.get_running_loop()
-        create = partial(QueuedImage, deadline=deadline, features=features, is_occluded=are_occluded)
+        create = partial(
+            QueuedImage, deadline=deadline, client=client, features=features, is_occluded=are_occluded
+        )
         items = [create(outcome=loop.create_future()) for _ in images]
         timer = loop.call_later(deadline - time.monotonic(), self._miss_deadline, model, items)
         self.admitted += len(images)
@@ -299,7 +303,7 @@ class Service:
                     self.keep(model, image, outcome)
         return outcomes
 
-    async def explain(self, model: Model, images: Images, deadline: float) -> list[Outcome]:
+    async def explain(self, model: Model, images: Images, deadline: float, client: str = "") -> list[Outcome]:
         """Run `infer`, then run it on occluded copies of each image; add their logits to its `Prediction`.
 
         An image gets the error of its first copy that fails. The images may be kept, their copies not. The
@@ -308,7 +312,7 @@ class Service:
         num_copies = GRID**2
         self.admitted += num_copies * len(images)
         try:
-            outcomes = await self.infer(model, images, deadline, may_keep=True)
+            outcomes = await self.infer(model, images, deadline, client=client, may_keep=True)
         finally:  # nothing is awaited before the second `infer`, which counts its copies itself
             self.admitted -= num_copies * len(images)
         predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
