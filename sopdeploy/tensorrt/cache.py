@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.bundle.manifest import BatchRange, Sha256, to_json
 from sopdeploy.bundle.probes import Replay
 from sopdeploy.config import Count, NonNegative, StrictModel
@@ -127,7 +127,7 @@ def key_fields(bundle: Bundle, tensorrt: str, gpu: Gpu) -> dict[str, str]:
     """Return the fields of a key that *bundle* and the machine decide."""
     return {
         "bundle": bundle.name,
-        "bundle_onnx": bundle.manifest.files[bundle.onnx.name].sha256,
+        "bundle_onnx": bundle.manifest.files[GRAPH].sha256,
         "tensorrt": tensorrt,
         "gpu": gpu.name,
         "architecture": gpu.architecture,

@@ -230,6 +230,28 @@ def compare(
     """
     settings = load_settings()
     pair = [load_model(path, settings) for path in (first, second)]
+    return compare_loaded(
+        pair,
+        data,
+        count_comparisons(first),
+        settings,
+        unknown=unknown,
+        tolerance=tolerance,
+        on_image=on_image,
+    )
+
+
+def compare_loaded(
+    pair: Sequence[LoadedModel],
+    data: Path,
+    num_earlier: int,
+    settings: Settings,
+    *,
+    unknown: Path | None,
+    tolerance: float,
+    on_image: Callable[[int, int], None],
+) -> BundleComparison:
+    """Compare the two bundles of *pair*, as `compare` does; *num_earlier* comparisons are recorded."""
     if several := [one.bundle.name for one in pair if one.bundle.manifest.rules.thresholds is not None]:
         raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
     notes: list[str] = []
@@ -254,7 +276,7 @@ def compare(
     wins, losses = sum(one.wins for one in common_classes), sum(one.losses for one in common_classes)
     count, tolerated = int(common_N.sum()), tolerance / 100
     low, high = difference_interval(wins, losses, count)
-    attempt = count_comparisons(first) + 1
+    attempt = num_earlier + 1
     verdict = decide(wins, losses, count, tolerated, attempt)
     rejections = _compare_rejections(*(one.rejected for one in evaluated))
     if rejections is not None and rejections.is_worse:  # even if it is better on the photographs

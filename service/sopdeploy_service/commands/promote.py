@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sopdeploy.bundle.folder import read_manifest
+from sopdeploy.bundle.folder import read_files
+from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
 from sopdeploy.errors import ConfigError, PromotionError, StorageError
@@ -22,7 +23,8 @@ from sopdeploy_service.commands.compare import (
     BundleComparison,
     Promotion,
     Tolerance,
-    compare,
+    compare_loaded,
+    count_comparisons,
     read_promotions,
 )
 from sopdeploy_service.inference.loader import load_model
@@ -83,18 +85,24 @@ def promote(
         if data is None and force is None:
             raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     after = os.path.relpath(new.resolve(), over.parent.resolve())
+    settings = load_settings()
+    loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
+    manifest = loaded.bundle.manifest
     if not has_live or data is None:  # nothing to compare with, or a forced move without photographs
-        load_model(new, load_settings())  # raises an error for a damaged bundle, as `compare` does
-        return _record(over, before, after, force or "first bundle", None)
-    comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
-    objections = _list_objections(comparison, read_manifest(over).project, read_manifest(new).project)
+        return _record(over, before, after, force or "first bundle", None, manifest)
+    live = load_model(over, settings)
+    comparison = compare_loaded(
+        (live, loaded), data, count_comparisons(over), settings,
+        unknown=unknown, tolerance=tolerance, on_image=on_image,
+    )  # fmt: skip
+    objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
     if objections and force is None:
-        _record(over, before, after, "; ".join(objections), comparison, refused=True)
+        _record(over, before, after, "; ".join(objections), comparison, manifest, refused=True)
         raise PromotionError(
             f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
             lists={"objections": objections},
         )
-    return _record(over, before, after, force or comparison.summary, comparison)
+    return _record(over, before, after, force or comparison.summary, comparison, manifest)
 
 
 def _promote_back(link: Path) -> Promotion:
@@ -105,8 +113,8 @@ def _promote_back(link: Path) -> Promotion:
     if not previous:
         log = link.with_name(LOG)
         raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
-    load_model(link.parent / previous[-1], load_settings())  # raises an error for a damaged bundle
-    return _record(link, live, previous[-1], "back", None)
+    loaded = load_model(link.parent / previous[-1], load_settings())  # raises an error for a damaged bundle
+    return _record(link, live, previous[-1], "back", None, loaded.bundle.manifest)
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
@@ -138,13 +146,15 @@ def _record(
     after: str,
     reason: str,
     comparison: BundleComparison | None,
+    manifest: Manifest,
     *,
     refused: bool = False,
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, and make it unless it is *refused*.
 
-    A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more, or
-    would lead to itself.
+    A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more or
+    would lead to itself, and `BundleError` if *after* has no longer the files of *manifest*, which were
+    loaded and compared.
     """
     if leads_through(link.parent / after, link):
         raise ConfigError(f"{link}: {after[:80]!r} leads to this link itself; name the bundle to promote")
@@ -160,6 +170,8 @@ def _record(
     with writing(path), os.fdopen(lock.file, "r+b") as log:
         if _target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")
+        if not refused:
+            read_files(link.parent / after, manifest, with_graph=False)
         recorded = read_at_most(log, MAX_NAMES_BYTES + 1)
         if len(recorded) > MAX_NAMES_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere")
