@@ -1,6 +1,6 @@
 """Generate the Grafana dashboard `deploy/dashboard.json`: `python deploy/dashboard.py`.
 
-`sopdeploy_service.observability.metrics` defines the metrics; docs/operations.md describes them. A test
+`sopdeploy_service.observability.metrics` defines the metrics; docs/metrics.md lists them. A test
 checks that the file is up to date.
 """
 

@@ -4,9 +4,10 @@ Tests check that the pages are up to date.
 """
 
 import argparse
+import re
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from typer.main import get_command
 
@@ -24,6 +25,18 @@ def one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
+def prose(text: str | None) -> str:
+    """Join the lines of *text*; what looks like HTML outside of code, such as <class>, is escaped."""
+    return re.sub(r"(`[^`]*`)|<", lambda found: found[1] or "&lt;", one_line(text))
+
+
+def choices(parameter: Any) -> tuple[str, ...]:
+    """Return the values that *parameter* accepts, if they are listed in its type."""
+    annotation = parameter.type_descriptor.annotation
+    literals = (one for one in (annotation, *get_args(annotation)) if get_origin(one) is Literal)
+    return tuple(value for literal in literals for value in get_args(literal))
+
+
 def option_row(parameter: Any) -> str:
     """Build one row of a command's table."""
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
@@ -31,14 +44,15 @@ def option_row(parameter: Any) -> str:
         names = f"`{parameter.name.upper()}`"
     default = parameter.default
     none = parameter.required or default in (None, False, ()) or callable(default)
-    shown = "" if none else f" Default: `{default}`."
-    return f"| {names} | {one_line(getattr(parameter, 'help', ''))}{shown} |"
+    accepted = ", ".join(f"`{choice}`" for choice in choices(parameter))
+    shown = (f" One of {accepted}." if accepted else "") + ("" if none else f" Default: `{default}`.")
+    return f"| {names} | {prose(getattr(parameter, 'help', ''))}{shown} |"
 
 
 def command_section(name: str, command: Any) -> str:
     """Build the section of one command; an example of nothing but its name is left out."""
     about, *examples = map(one_line, (command.help or "").split("Example:"))
-    lines = [f"## sopdeploy {name}", "", textwrap.fill(about, 120, break_on_hyphens=False)]
+    lines = [f"## sopdeploy {name}", "", textwrap.fill(prose(about), 120, break_on_hyphens=False)]
     examples = [f"    {example}" for example in examples if example != f"sopdeploy {name}"]
     options = [option_row(parameter) for parameter in command.params if parameter.name != "help"]
     lines += ["", *examples] if examples else []
@@ -65,7 +79,7 @@ if __name__ == "__main__":
     from generate_floors import PAGE as ARCHITECTURE
     from generate_floors import architecture_page
     from generate_models import models_page
-    from generate_operations import PAGE, operations_page
+    from generate_operations import pages
     from generate_other_photos import PAGE as OTHER_PHOTOS
     from generate_other_photos import other_photos_page
     from generate_results import PAGE as RESULTS
@@ -76,7 +90,8 @@ if __name__ == "__main__":
     SERVED.write_text(served_page(), encoding="utf-8")
     (FOLDER / "models.md").write_text(models_page(), encoding="utf-8")
     ARCHITECTURE.write_text(architecture_page(), encoding="utf-8")
-    PAGE.write_text(operations_page(), encoding="utf-8")
+    for operations, text in pages().items():
+        operations.write_text(text, encoding="utf-8")
     RESULTS.write_text(results_page(), encoding="utf-8")
     OTHER_PHOTOS.write_text(other_photos_page(), encoding="utf-8")
     for page in sorted({(RESULTS.parent / one.page).resolve() for one in measured_on_pages()}):

@@ -24,7 +24,7 @@ a recipe; an error names the accepted values. The option `pooling` of the backbo
 `resnet50-64px` and `wrn36-2`, sets any pooling by name or by a table of its options: {poolings}.
 GSoP, PSDR, GM-SOP and `isqrt-efficientnet-b0` have their own; for timm's networks there is `head:timm:NAME`.
 Where a paper and its code differ, [the paper is the
-default](decisions.md#the-papers-definition-is-the-default).
+default](papers.md).
 
 Parameters are all learnable tensors, in millions. MACs are the multiply-adds of convolutions and linear
 layers for one image, in billions, without bias; a mixture counts the K of its N components that it
@@ -59,7 +59,7 @@ The catalog builds what the four papers trained. Of the methods that they only c
 (`timm:resnet50` with `attn_layer=cbam`) and DRN-A (`output_stride=8`), and `plugins/papers` has compact,
 kernel and low-rank bilinear pooling, NetVLAD and NetFV;
 [`reproduce`](howto/reproduce.md) trains them, and says of each other row why no network is its own. [Not
-there](decisions.md#not-there-from-the-papers) has the rest.
+there](papers.md#not-built) has the rest.
 """
 
 

@@ -84,10 +84,9 @@ def test_the_command_line_page_is_up_to_date() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generate.cli_page(), "run `make docs`"
 
 
-def test_the_tables_of_the_operations_page_are_up_to_date() -> None:
-    generate = module_at(ROOT / "docs" / "generate_operations.py")
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    assert page == generate.operations_page(), "run `make docs`"
+def test_the_tables_of_settings_and_metrics_are_up_to_date() -> None:
+    pages = module_at(ROOT / "docs" / "generate_operations.py").pages()
+    assert {page: page.read_text(encoding="utf-8") for page in pages} == pages, "run `make docs`"
 
 
 SUGGESTED = re.compile(rf'(sopdeploy ({"|".join(COMMANDS)}) |run: \w+ )[^;`("\n]*\Z')  # a command so far

@@ -352,7 +352,7 @@ def metric_names() -> set[str]:
 USERS = [
     "deploy/dashboard.json",
     "deploy/kubernetes/sopdeploy.yaml",
-    "docs/deploy.md",
+    "docs/kubernetes.md",
     f"{CHART}/templates/autoscaler.yaml",
     f"{CHART}/alerts.yaml",
 ]

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_service.settings import Settings
+from tests.docs.reading import blocks
+from tests.support.children import line_of
 from tests.support.forged import forge
-from tests.support.service import picture_bytes, write_bundle
+from tests.support.service import LABELS, picture_bytes, write_bundle
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "deploy" / "samples"
@@ -130,3 +133,50 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_cpp_sample_reproduces_the_golden_examples(compiled: Path, bundle: Path, tmp_path: Path) -> None:
     run_sample([compiled], bundle, tmp_path / "photo.jpg")
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder with `photo.jpg`, and the address of a server."""
+    folder = tmp_path_factory.mktemp("serving")
+    (folder / "photo.jpg").write_bytes(picture_bytes())
+    command = [sys.executable, "-m", "sopdeploy", "serve", str(write_bundle(folder)), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as server:
+        try:
+            yield folder, line_of(server).split()[1].rstrip("/")
+        finally:
+            server.terminate()
+
+
+PROGRAMS = {"sh": "program.sh", "python": "program.py", "js": "program.mjs"}
+RUN = {"sh": "sh", "python": sys.executable, "js": "node"}
+SHOWN = [
+    (page, language, block)
+    for page in (ROOT / "README.md", ROOT / "docs" / "howto" / "javascript.md")
+    for language in PROGRAMS
+    for block in blocks(page, language)
+    if "v1/classify" in block or "client.classify" in block
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "language", "program"), SHOWN, ids=[f"{page.stem}-{language}" for page, language, _ in SHOWN]
+)
+def test_a_shown_program_classifies(
+    page: Path, language: str, program: str, serving: tuple[Path, str]
+) -> None:
+    if shutil.which("node" if language == "js" else "curl") is None:
+        pytest.skip("node or curl is not installed")
+    folder, url = serving
+    file = folder / PROGRAMS[language]
+    file.write_text(program.replace("http://127.0.0.1:8000", url), encoding="utf-8")
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [RUN[language], file], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert any(label in done.stdout for label in LABELS)
+
+
+def test_the_readme_classifies_from_curl_python_and_javascript() -> None:
+    assert [language for page, language, _ in SHOWN if page.name == "README.md"] == [*PROGRAMS]

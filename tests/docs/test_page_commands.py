@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.page_commands import SERVE, Workspace, steps
-from tests.docs.reading import PAGES, ROOT, name
+from tests.docs.reading import PAGES, name
 from tests.support.service import write_bundle
 
 NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a GPU, or hours
@@ -32,7 +32,11 @@ NOT_RUN_PAGES = ("docs/cli.md", "docs/data.md")  # the last one needs official f
 BEGINS = re.compile(  # trains a network
     r"sopdeploy train (--recipe photos-dsop )?--data photos|data scenes|sopdeploy\.train\(data="
 )
-QUICK = ("docs/http.md", "docs/deploy.md", "docs/batch.md")  # work with any bundle, so no network is trained
+QUICK = (
+    "docs/http.md",
+    "docs/transfer.md",
+    "docs/batch.md",
+)  # work with any bundle, so no network is trained
 RUNNABLE = {name(page): page for page in PAGES if name(page) not in NOT_RUN_PAGES}
 
 
@@ -68,10 +72,10 @@ def test_the_commands_of_pages_for_any_bundle_work(page: str, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace after steps 2 and 3 of the quick start, with the fast training."""
+    """A workspace with the run and the bundle of a network with branches, quickly trained."""
     workspace = Workspace(tmp_path_factory.mktemp("home"))
-    quickly = next(step for step in steps(ROOT / "docs" / "quickstart.md") if "--set epochs=12" in step)
-    workspace.run(quickly)  # its settings take precedence over those of the workspace
+    small = "--set epochs=12 --set preprocess.resize=36 --set preprocess.crop=32"
+    workspace.run(f"sopdeploy train --recipe photos-dsop --data photos {small}")  # the last setting wins
     workspace.run("sopdeploy export runs/latest/best.pt --detach")
     return workspace
 

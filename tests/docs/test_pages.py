@@ -1,6 +1,7 @@
 """The generated pages of errors are up to date, and the site is complete."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.reading import PAGES, ROOT, module_at, name
+from tests.docs.reading import PAGES, ROOT, blocks, module_at, name
 
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
 
@@ -47,7 +48,52 @@ def test_code_in_a_sentence_is_on_one_line(page: Path) -> None:
     assert [one for one in code if "\n" in one] == []
 
 
-CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+TABLE_ROW = re.compile(r"^\|.*$", re.MULTILINE)
+WRITTEN = [
+    page
+    for page in PAGES
+    if name(page) not in {"CHANGELOG.md", *(f"docs/{one}.md" for one in ("cli", "errors", "models"))}
+]
+
+
+def num_words(page: Path) -> int:
+    return len(page.read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize(("page", "most"), [(README, 900), (ROOT / "docs" / "quickstart.md", 400)], ids=str)
+def test_a_first_page_is_short(page: Path, most: int) -> None:
+    assert num_words(page) <= most
+
+
+def test_all_pages_have_at_most_22_000_words_without_tables() -> None:
+    texts = [TABLE_ROW.sub("", page.read_text(encoding="utf-8")) for page in WRITTEN]
+    assert sum(len(text.split()) for text in texts) <= 22_000
+
+
+def test_the_readme_sets_up_with_two_commands_and_ci_runs_the_second() -> None:
+    before, _, rest = README.read_text(encoding="utf-8").partition("## Try it, test it\n")
+    assert len(before.splitlines()) < 40  # the first screen
+    commands = re.search(r"```sh\n(.*?)```", rest, re.DOTALL)
+    assert commands
+    first, second = (line.partition("#")[0].strip() for line in commands[1].splitlines())
+    assert (first, second) == ("make demo", "make test")
+    assert re.search(r"\d+ minutes", rest.partition("\n## ")[0])
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
+    assert second in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("page", ["index", "quickstart"])
+def test_a_first_page_has_the_commands_of_the_readme(page: str) -> None:
+    own = next(block for block in blocks(README, "sh") if "sopdeploy train" in block)
+    assert own in blocks(ROOT / "docs" / f"{page}.md", "sh")
+
+
+def test_code_of_the_readme_fits_the_width_of_a_forge() -> None:
+    code = re.findall(r"^```\w+\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert [line for block in code for line in block.splitlines() if len(line) > 88] == []
+
 
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source|link)\b[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
@@ -68,4 +114,8 @@ def test_the_site_builds_without_warnings_and_is_self_contained(tmp_path: Path) 
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 25
+    index = json.loads((tmp_path / "search" / "search_index.json").read_text(encoding="utf-8"))
+    last = {entry["location"].partition("#")[0] for entry in index["docs"] if "boost" in entry}
+    notes = {f"benchmarks/{page.stem}.html" for page in (ROOT / "docs" / "benchmarks").glob("*.md")}
+    assert last == notes | {"decisions.html", "elsewhere.html"}
     assert [url for page in pages for url in LOADED.findall(page.read_text(encoding="utf-8"))] == []

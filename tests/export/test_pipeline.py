@@ -165,14 +165,16 @@ def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
     assert [source for source in opened if str(source).endswith("model.onnx")] == opened[-1:]
 
 
-def test_the_readme_shows_what_an_export_of_a_network_without_branches_prints(
+def test_the_quick_start_shows_what_an_export_of_a_network_without_branches_prints(
     preprocess: Preprocess, tmp_path: Path
 ) -> None:
     checkpoint = save(trained("resnet8"), "resnet8", tmp_path / "ckpt.pt", preprocess)
     with proving_once():
         lines = export_checkpoint(checkpoint, tmp_path / "bundles", options=DETACH).lines()
     lines["bundle"] = lines["bundle"].replace(f"{tmp_path}/bundles/resnet8-", "bundles/photos-")
-    sample = re.search(r"best.pt --detach\n(removed .+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    sample = re.search(
+        r"best.pt --detach\n(removed .+?)```", (ROOT / "docs" / "quickstart.md").read_text(), re.DOTALL
+    )
     assert sample
     printed = "".join(f"{name:8} {text}\n" for name, text in lines.items())
     shown, expected = (

@@ -27,7 +27,7 @@ FORGOTTEN = {"path": "forgotten", "location": "forgotten", "offset": 0, "size": 
 def _show(deleted: Sequence[Path]) -> None:
     for path in deleted:
         print_field("deleted", str(path), style="")
-    say('what may remain: docs/operations.md, "Erasure"')
+    say('what may remain: docs/keep.md, "Erasure"')
 
 
 @command(_show, summarize=lambda deleted: {"deleted": list(map(str, deleted))})

@@ -34,8 +34,9 @@ def test_every_kind_of_input_gives_the_same_classes(sdk, tmp_path):
         assert [c.probability for c in classes] == pytest.approx([c.probability for c in alone[0]])
 
 
-PAGE = Path(__file__).parents[3] / "docs" / "client.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+PAGE = Path(__file__).parents[3] / "docs" / "python.md"
+THE_CLIENT = PAGE.read_text(encoding="utf-8").partition("## The client\n")[2].partition("\n## ")[0]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", THE_CLIENT, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
