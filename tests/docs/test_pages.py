@@ -61,7 +61,7 @@ def num_words(page: Path) -> int:
     return len(page.read_text(encoding="utf-8").split())
 
 
-@pytest.mark.parametrize(("page", "most"), [(README, 900), (ROOT / "docs" / "quickstart.md", 400)], ids=str)
+@pytest.mark.parametrize(("page", "most"), [(README, 900), (ROOT / "docs" / "quickstart.md", 400)])
 def test_a_first_page_is_short(page: Path, most: int) -> None:
     assert num_words(page) <= most
 
