@@ -78,8 +78,8 @@ def other_photos() -> Measured:
     claims = [
         "right on {accuracy:.1f} % of new photos, a logistic regression on the same network on "
         "{former_accuracy:.1f} %",
-        "rejects {unknown_rejected:.1f} % of photos of other things, but only {new_class_rejected:.1f} % of a "
-        "new class",
+        "rejects {unknown_rejected:.1f} % of photos of other things, but only {new_class_rejected:.1f} % of "
+        "a new class",
     ]
     command = (
         "python benchmarks/other_photos.py --photos B/flowers=TRAIN,TEST ... --unknown DIR --weights FILE"

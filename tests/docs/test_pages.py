@@ -90,6 +90,27 @@ def test_a_first_page_has_the_commands_of_the_readme(page: str) -> None:
     assert own in blocks(ROOT / "docs" / f"{page}.md", "sh")
 
 
+TASKS = {  # what a stranger looks for, and its page
+    "your own network": "howto/your-network.md",
+    "tables of the papers": "howto/reproduce.md",
+    "monitoring": "howto/monitoring.md",
+    "keys": "keys.md",
+    "roll back": "howto/roll-back.md",
+    "gpu in docker": "howto/gpu.md",
+    "batch size": "howto/batch-size.md",
+    "javascript": "howto/javascript.md",
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_home_page_names_a_task_and_its_page(task: str) -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\[([^\]]+)\]\(([^)#]+)\)", text)
+    assert [page for words, page in linked if words.lower() == task] == [TASKS[task]]
+    title = (ROOT / "docs" / TASKS[task]).read_text(encoding="utf-8").partition("\n")[0].lower()
+    assert set(task.split()) <= set(re.findall(r"\w+", title))  # the search ranks titles first
+
+
 def test_code_of_the_readme_fits_the_width_of_a_forge() -> None:
     code = re.findall(r"^```\w+\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert [line for block in code for line in block.splitlines() if len(line) > 88] == []
