@@ -32,11 +32,15 @@ NOT_RUN_PAGES = ("docs/cli.md", "docs/data.md")  # the last one needs official f
 BEGINS = re.compile(  # trains a network
     r"sopdeploy train (--recipe photos-dsop )?--data photos|data scenes|sopdeploy\.train\(data="
 )
-QUICK = (
+QUICK = (  # work with any bundle, so no network is trained
     "docs/http.md",
     "docs/transfer.md",
     "docs/batch.md",
-)  # work with any bundle, so no network is trained
+    "docs/keys.md",
+    "docs/howto/batch-size.md",
+    "docs/howto/monitoring.md",
+    "docs/howto/roll-back.md",
+)
 RUNNABLE = {name(page): page for page in PAGES if name(page) not in NOT_RUN_PAGES}
 
 
@@ -67,7 +71,7 @@ pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl
 def test_the_commands_of_pages_for_any_bundle_work(page: str, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     write_bundle(tmp_path / "bundles")
-    assert run_page(RUNNABLE[page], workspace) > 1
+    assert run_page(RUNNABLE[page], workspace) >= 1
 
 
 @pytest.fixture(scope="module")
