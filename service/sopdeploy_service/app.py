@@ -1,6 +1,7 @@
 """The ASGI app of the service, for any server."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -24,7 +25,9 @@ from sopdeploy_service.http.middleware import (
 )
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import ModelRegistry, Service
+from sopdeploy_service.keep import forwarding
 from sopdeploy_service.keep.folder import KeptFolder
 from sopdeploy_service.keep.keeper import Keeper
 from sopdeploy_service.settings import Settings, is_loopback
@@ -33,32 +36,44 @@ ROUTERS = v1.router, status.router, v2.router, web.router
 
 
 def create_app(
-    models: Mapping[str, LoadedModel] | ModelRegistry,
+    models: Mapping[str, LoadedModel] | Registry,
     settings: Settings,
     *,
     limits: "memoryview[float] | None" = None,
+    photos: socket.socket | None = None,
+    is_keeper: bool = True,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *limits* is the memory of the keys' rate limits, if processes share it. `app.state.service` is the
-    `Service`. Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
+    *limits* is the memory of the keys' rate limits, if processes share it. *photos* is an end of
+    `keep.forwarding` if one process keeps the photographs of several; the one that *is_keeper* has the first
+    end. `app.state.service` is the `Service`. Raises `ConfigError` if the key file or the folder `keep` of
+    *settings* cannot be used.
     """
     keys = None if settings.keys is None else read_keys(settings.keys)
     if keys is not None and not keys:
         reason = "has no key, so no request would be accepted; see `sopdeploy key`"
         raise ConfigError(f"{settings.keys}: {reason}")
-    registry = models if isinstance(models, ModelRegistry) else ModelRegistry(models, settings)
+    registry = models if isinstance(models, Registry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
     keeper: Keeper | None = None
     if settings.keep is not None:
-        deleted = service.metrics.kept_deleted
-        folder = KeptFolder(
-            settings.keep,
-            settings.keep_bytes,
-            settings.keep_days,
-            lambda reason: deleted.labels(reason).inc(),
+        deleted, decoders = service.metrics.kept_deleted, service.decoders
+        folder: KeptFolder | None = None
+        if is_keeper:
+            folder = KeptFolder(
+                settings.keep,
+                settings.keep_bytes,
+                settings.keep_days,
+                lambda reason: deleted.labels(reason).inc(),
+            )
+        keeper = Keeper(
+            folder,
+            settings.keep_sample,
+            service.metrics,
+            lambda image: decoders.wait_for(decoders.copy(image)),
+            lambda image, record: photos is not None and forwarding.forward(photos, image, record),
         )
-        keeper = Keeper(folder, settings.keep_sample, service.metrics, service.decoders.copy)
         service.keep = keeper.offer
 
     @asynccontextmanager
@@ -68,6 +83,8 @@ def create_app(
         await service.start()
         if keeper is not None:
             keeper.start()
+            if photos is not None and is_keeper:
+                forwarding.receive_on(asyncio.get_running_loop(), photos, keeper.receive)
         yield
         if keeper is not None:
             await asyncio.to_thread(keeper.stop)  # before the service, whose decoders make its copies
