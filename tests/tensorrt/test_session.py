@@ -95,7 +95,7 @@ def test_a_replaced_model_releases_its_engine(built: Bundle, cuda: FakeCuda, trt
     for _ in range(3):
         model = LocalModel("tiny", load_model(built.path, SETTINGS), SETTINGS, Metrics())
 
-        async def serve_and_stop(model: Model = model) -> None:
+        async def serve_and_stop(model: LocalModel = model) -> None:
             model.start()
             await model.stop()
 
