@@ -167,6 +167,7 @@ def _describe(model: ModelFacts) -> dict[str, Any]:
         "path": str(bundle.path),
         "manifest": bundle.manifest.to_bytes().decode(),
         "labels": bundle.labels,
+        "contents": {name: data.decode("latin-1") for name, data in bundle.contents.items()},
         "runtime": model.runtime,
         "timings": model.timings,
         "is_loaded": model.is_loaded,
@@ -175,7 +176,9 @@ def _describe(model: ModelFacts) -> dict[str, Any]:
 
 def _read(fields: dict[str, Any]) -> ModelFacts:
     manifest = Manifest.from_bytes(fields["manifest"].encode())
-    bundle = Bundle(path=Path(fields["path"]), manifest=manifest, labels=tuple(fields["labels"]))
+    contents = {name: text.encode("latin-1") for name, text in fields["contents"].items()}
+    path, labels = Path(fields["path"]), tuple(fields["labels"])
+    bundle = Bundle(path=path, manifest=manifest, labels=labels, contents=contents)
     timings = tuple((images, seconds) for images, seconds in fields["timings"])
     return ModelFacts(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), timings, fields["is_loaded"])
 

@@ -6,6 +6,10 @@ and low priority. So light images pass large ones, and the memory of all childre
 
 A child can also end without any fault of its image, as when the system runs out of memory. An image whose
 child ends by another cause than its own limits is therefore decoded once more, by a child for large images.
+
+Clients share the children for large images. Each has two groups of images there: slow ones, which are small
+but took too long for a light child, and large ones. The groups take turns, and if too many images wait, the
+group with most of them loses its last one.
 """
 
 import asyncio
@@ -15,6 +19,7 @@ import os
 import signal
 import threading
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -52,13 +57,14 @@ LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are sever
 NICENESS = 10  # of children for large images
 USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
-MAX_WAITING_LARGE = 8  # large images; one more gets 503
+MAX_WAITING_LARGE = 8  # large images; for one more, one of the largest group gets 503
 WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped at both is ended
 
 log = logging.getLogger("sopdeploy.service")
 
 _Result = TypeVar("_Result")
 Job: TypeAlias = Callable[[DecoderProcess], None]  # is called on the thread of a child
+Refuse: TypeAlias = Callable[[], None]
 
 
 class Plan(NamedTuple):
@@ -103,6 +109,46 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     return Plan(light, large, large_memory)
 
 
+class SharedQueue:
+    """Jobs in the order of arrival within each group; the groups take turns. Thread-safe.
+
+    A group is a client, and whether its images are slow ones; that of the server's own jobs is None.
+    """
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[str, bool] | None, deque[tuple[Job | None, Refuse]]] = OrderedDict()
+        self._changed = threading.Condition()
+
+    def put(
+        self, job: Job | None, group: tuple[str, bool] | None = None, refuse: Refuse = lambda: None
+    ) -> None:
+        """Add *job* to *group*; if `MAX_WAITING_LARGE` wait, refuse it or the last one of a larger group.
+
+        *refuse* is called if *job* will not run. The server's own jobs are never refused.
+        """
+        with self._changed:
+            if group is not None and sum(map(len, self._groups.values())) >= MAX_WAITING_LARGE:
+                sizes = {one: len(jobs) for one, jobs in self._groups.items() if one is not None}
+                largest = max(sizes, key=lambda one: sizes[one], default=group)
+                if sizes.get(largest, 0) <= sizes.get(group, 0) + 1:
+                    refuse()
+                    return
+                _, refuse_last = self._groups[largest].pop()
+                refuse_last()
+            self._groups.setdefault(group, deque()).append((job, refuse))
+            self._changed.notify()
+
+    def get(self) -> Job | None:
+        """Wait for a job; return the first one of the group whose turn it is."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._groups)
+            group, waiting = self._groups.popitem(last=False)
+            job, _ = waiting.popleft()
+            if waiting:
+                self._groups[group] = waiting  # after all others
+            return job
+
+
 class Decoders:
     """Decodes images, from `start` to `stop`."""
 
@@ -110,7 +156,7 @@ class Decoders:
         """Decode light images in up to *max_children* children."""
         self._max_children, self._settings, self._metrics = max_children, settings, metrics
         self.light: SimpleQueue[Job | None] = SimpleQueue()
-        self.large: SimpleQueue[Job | None] = SimpleQueue()
+        self.large = SharedQueue()
         self.budget: int | None = None  # bytes of memory of the children; None: what this process may use
         self._plan = Plan(light=0, large=0, large_memory=0)  # no children before `start`
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
@@ -140,55 +186,65 @@ class Decoders:
         for jobs in [self.light] * self._plan.light + [self.large] * self._plan.large:
             jobs.put(None)
 
-    async def decode(self, image: bytes, preprocess: Preprocess, deadline: float = math.inf) -> Decoded:
-        """Decode *image*.
+    async def decode(
+        self, image: bytes, preprocess: Preprocess, deadline: float = math.inf, client: str | None = None
+    ) -> Decoded:
+        """Decode *image* of *client*, a key or address that shares the children for large images.
 
-        Raises `ImageError`, and `RejectedError` if its children end, or if none is free before *deadline*.
+        Raises `ImageError`, and `RejectedError` if its children end, if none is free before *deadline*, or if
+        too many large images wait; those without a client, of the server itself, are never refused.
         """
-        return await self._attempt(image, lambda child: child.decode(image, preprocess), deadline)
+        return await self._attempt(image, lambda child: child.decode(image, preprocess), deadline, client)
 
     async def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* without metadata, with the errors of `decode`; return the copy and its suffix."""
-        return await self._attempt(image, lambda child: child.copy(image), math.inf)
+        return await self._attempt(image, lambda child: child.copy(image), math.inf, None)
 
     def wait_for(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """Wait in another thread than that of the event loop for *work*, a call of `decode` or `copy`."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _attempt(
-        self, image: bytes, request: Callable[[DecoderProcess], _Result], deadline: float
+        self, image: bytes, request: Callable[[DecoderProcess], _Result], deadline: float, client: str | None
     ) -> _Result:
         """Run *request* in a light child; for a large body, or if that fails, in one for large images.
 
         The child for large images gets it once more if it ends without the fault of the image.
         """
-        is_light = len(image) <= LIGHT_BODY
+        is_light, is_slow = len(image) <= LIGHT_BODY, False
         num_ends = 0  # of children, without a fault of the image
-        has_deadline = deadline < math.inf
         while True:
-            if has_deadline and not is_light and self.large.qsize() >= MAX_WAITING_LARGE:
-                raise RejectedError(DECODERS_BUSY)
+            seconds = None if deadline == math.inf else deadline - time.monotonic()
+            group = None if client is None else (client, is_slow)
             try:
-                async with asyncio.timeout(deadline - time.monotonic() if has_deadline else None):
-                    jobs = self.light if is_light else self.large
-                    return await asyncio.wrap_future(self._submit(jobs, request))
+                async with asyncio.timeout(seconds):
+                    return await asyncio.wrap_future(self._submit(request, group, is_light=is_light))
             except TimeoutError as error:
                 raise RejectedError(DEADLINE if is_light else DECODERS_BUSY) from error
             except LargerImageError:  # raised by light children only
-                is_light = False
+                pass
             except DecoderEndedError as error:
                 num_ends += not error.is_limit
                 if not is_light and (error.is_limit or num_ends > 1):
                     refusal = DECODER_KILLED if error.is_kill else DECODER_CRASHED
                     raise RejectedError(DAMAGED if error.is_limit else refusal) from error
-                is_light = False
+                is_slow = is_light and error.is_limit
+            is_light = False
 
     def _submit(
-        self, jobs: "SimpleQueue[Job | None]", request: Callable[[DecoderProcess], _Result]
+        self,
+        request: Callable[[DecoderProcess], _Result],
+        group: tuple[str, bool] | None,
+        *,
+        is_light: bool,
     ) -> "Future[_Result]":
         """Queue *request*; its future is no variable of `_attempt`, which its error would keep alive."""
         result: Future[_Result] = Future()
-        jobs.put(partial(self._run, request, result))
+        job = partial(self._run, request, result)
+        if is_light:
+            self.light.put(job)
+        else:
+            self.large.put(job, group, partial(_refuse, result))
         return result
 
     def _run(
@@ -246,7 +302,13 @@ class Decoders:
         return DecoderProcess(shared_template(), options, settings.decode_seconds, self._note_end)
 
 
-def _run_jobs(jobs: "SimpleQueue[Job | None]", child: DecoderProcess) -> None:
+def _refuse(result: "Future[Any]") -> None:
+    """End a request that does not run, unless nobody waits for *result* any more."""
+    if result.set_running_or_notify_cancel():
+        result.set_exception(RejectedError(DECODERS_BUSY))
+
+
+def _run_jobs(jobs: "SimpleQueue[Job | None] | SharedQueue", child: DecoderProcess) -> None:
     """Run *jobs* with *child* until None is queued, then end the child."""
     while (job := jobs.get()) is not None:
         job(child)

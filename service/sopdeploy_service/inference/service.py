@@ -20,13 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import generate_latest
 
+from sopdeploy.bundle.folder import Bundle, read_files
+from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import ImageError, SopdeployError
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
-from sopdeploy_service.inference.loader import LoadedModel, finish_in_time, load_in_background, open_checked
+from sopdeploy_service.inference.loader import LoadedModel, check_trust, finish_in_time, load_in_background
 from sopdeploy_service.inference.model import Model, Registry, State
 from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
@@ -70,44 +72,52 @@ class ModelRegistry(Registry):
         """Whether a model cannot run any more, so that the process must be restarted."""
         return "runtime_dead" if any(model.dead for model in self._by_name.values()) else None
 
-    async def follow(self, bundles: Mapping[str, Path]) -> None:
+    async def follow(self, bundles: Mapping[str, Bundle]) -> None:
         """Serve exactly *bundles*, by name; those that are already served are not loaded again.
 
-        All new bundles are loaded before any is served: an error, such as of `load_model`, changes nothing.
+        The caller holds `changing`. All new bundles are loaded before any is served: an error, such as of
+        `load_model`, changes nothing.
         """
-        async with self.changing:
-            loaded: dict[str, LoadedModel] = {}
-            with ExitStack() as stack:
-                for name, path in bundles.items():
-                    # A folder may have got another bundle, or other files under the same manifest.
-                    present = self._by_name.get(name)
-                    reading = daemon_threads.start(partial(open_checked, path, self._settings))
-                    bundle = await finish_in_time(reading, path, self._settings)
-                    if present is None or not present.bundle.manifest.has_content_of(bundle.manifest):
-                        loaded[name] = await load_in_background(path, self._settings)
-                        stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded
-                stack.pop_all()
-            for name in set(self._by_name) - set(bundles):
-                self._retire(self._by_name.pop(name))
-            for name, new in loaded.items():
-                model = self._make_model(name, new)
-                model.start()
-                if name in self._by_name:
-                    self._retire(self._by_name[name])
-                self._by_name[name] = model
+        loaded: dict[str, LoadedModel] = {}
+        with ExitStack() as stack:
+            for name, bundle in bundles.items():
+                if self._serves(name, bundle.manifest):
+                    check_trust(bundle, self._settings)
+                else:
+                    loaded[name] = await load_in_background(bundle, self._settings)
+                    stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded
+            stack.pop_all()
+        for name in set(self._by_name) - set(bundles):
+            self._retire(self._by_name.pop(name))
+        for name, new in loaded.items():
+            model = self._make_model(name, new)
+            model.start()
+            if name in self._by_name:
+                self._retire(self._by_name[name])
+            self._by_name[name] = model
 
     async def reload(self, sources: Iterable[str | Path]) -> None:
-        """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
+        """Read the bundles of *sources* again and `follow` them, or log why this is not possible."""
         try:
-            finding = daemon_threads.start(partial(find_bundles, sources))
-            bundles = await finish_in_time(finding, "the bundles", self._settings)
-            await self.follow(bundles)
+            async with self.changing:
+                # Also of bundles that are served: a folder may have other files under the same manifest.
+                finding = daemon_threads.start(partial(find_bundles, sources, self._read))
+                bundles = await finish_in_time(finding, "the bundles", self._settings)
+                await self.follow(bundles)
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
             self.metrics.count_load_failure(error)
             models_log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
             return
         models_log.info("reloaded", extra={"bundles": " ".join(model.bundle.name for model in self.models())})
+
+    def _serves(self, name: str, manifest: Manifest) -> bool:
+        present = self._by_name.get(name)
+        return present is not None and present.bundle.manifest.has_content_of(manifest)
+
+    def _read(self, name: str, path: Path, manifest: Manifest) -> Bundle:
+        """Read the bundle at *path*, which is to be served as *name*; its graph only if it is new."""
+        return read_files(path, manifest, with_graph=not self._serves(name, manifest))
 
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome."""
@@ -246,18 +256,23 @@ class Service:
         images: Images,
         deadline: float,
         *,
+        client: str = "",
         features: bool = False,
         may_keep: bool = False,
         are_occluded: bool = False,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
-        Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
-        requests the embedding, *may_keep* allows to keep the images, and those that *are_occluded* do not
-        count for the drift. Cancelling the call removes its images from the queue; call `check_queue` before.
-        Raises `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
+        Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`, *client* the
+        key or address that shares the decoders for large images; *features* requests the embedding,
+        *may_keep* allows to keep the images, and those that *are_occluded* do not count for the drift.
+        Cancelling the call removes its images from the queue; call `check_queue` before. Raises
+        `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
         """
-        predict = partial(self._predict, model, deadline, features=features, for_drift=not are_occluded)
+        for_drift = not are_occluded
+        predict = partial(
+            self._predict, model, deadline, client=client, features=features, for_drift=for_drift
+        )
         self.admitted += len(images)
         try:
             if len(images) == 1:  # without a task of its own
@@ -281,6 +296,7 @@ class Service:
         deadline: float,
         image: bytes | NDArray[np.uint8],
         *,
+        client: str,
         features: bool,
         for_drift: bool,
     ) -> Outcome:
@@ -288,8 +304,8 @@ class Service:
         try:
             stages: dict[str, float] = {}
             if isinstance(image, bytes):
-                started = time.monotonic()
-                decoded = await self.decoders.decode(image, model.bundle.manifest.preprocess, deadline)
+                started, rules = time.monotonic(), model.bundle.manifest.preprocess
+                decoded = await self.decoders.decode(image, rules, deadline, client)
                 stages["decode"] = time.monotonic() - started
                 self.metrics.observe_stage("decode", stages["decode"])
             else:
@@ -301,7 +317,7 @@ class Service:
         except RejectedError as error:
             return error.reason
 
-    async def explain(self, model: Model, images: Images, deadline: float) -> list[Outcome]:
+    async def explain(self, model: Model, images: Images, deadline: float, client: str = "") -> list[Outcome]:
         """Run `infer`, then run it on occluded copies of each image; add their logits to its `Prediction`.
 
         An image gets the error of its first copy that fails. The images may be kept, their copies not. The
@@ -310,7 +326,7 @@ class Service:
         num_copies = GRID**2
         self.admitted += num_copies * len(images)
         try:
-            outcomes = await self.infer(model, images, deadline, may_keep=True)
+            outcomes = await self.infer(model, images, deadline, client=client, may_keep=True)
         finally:  # nothing is awaited before the second `infer`, which counts its copies itself
             self.admitted -= num_copies * len(images)
         predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]

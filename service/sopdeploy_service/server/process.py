@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sopdeploy.bundle.folder import read_files
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
-from sopdeploy_service.inference.loader import load_model, wait_in_time
+from sopdeploy_service.inference.loader import load_bundle, wait_in_time
 from sopdeploy_service.observability import logs
 from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.runtime.onnxruntime import has_cuda
@@ -29,7 +30,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
     when the probes are verified and the port is open. Returns the exit code: 0 after a drain, 70 if a runtime
-    died. Raises `ConfigError` if it cannot listen, and the errors of `find_bundles` and `load_model`.
+    died. Raises `ConfigError` if it cannot listen, and the errors of `find_bundles` and `load_bundle`.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
@@ -80,11 +81,15 @@ def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, 
 
 def load_registry(sources: Sequence[str | Path], settings: Settings) -> "ModelRegistry":
     """Load the bundles at *sources* in the time that *settings* allow."""
-    finding = daemon_threads.start(partial(find_bundles, sources))  # before the slow imports
+    # With a memory budget, the graphs are hashed only, and read again when they are loaded.
+    with_graph = settings.memory_budget is None
+    finding = daemon_threads.start(  # before the slow imports
+        partial(find_bundles, sources, lambda _name, *found: read_files(*found, with_graph=with_graph))
+    )
     bundles = wait_in_time(finding, "the bundles", settings)
     from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
     from sopdeploy_service.inference.service import ModelRegistry  # noqa: PLC0415
 
     if settings.memory_budget is not None:
         return BudgetedRegistry(bundles, settings)
-    return ModelRegistry({name: load_model(path, settings) for name, path in bundles.items()}, settings)
+    return ModelRegistry({name: load_bundle(bundles.pop(name), settings) for name in list(bundles)}, settings)

@@ -295,15 +295,15 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
     asyncio.run(run())
 
 
-def test_an_engine_loads_a_model_at_its_first_image(bundle_path, bundle, monkeypatch) -> None:
+def test_an_engine_loads_a_model_at_its_first_image(bundle, monkeypatch) -> None:
     async def load(*_given: object) -> LoadedModel:
         return LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
 
     monkeypatch.setattr("sopdeploy_service.inference.memory_budget.load_in_background", load)
-    settings = Settings(memory_budget=70_000_000, queue_size=8, max_images=8)
+    settings = Settings(memory_budget=70_000_000, drain_seconds=0.1, queue_size=8, max_images=8)
 
     async def run() -> None:
-        engine = EngineUnderTest(BudgetedRegistry({"a": bundle_path, "b": bundle_path}, settings), settings)
+        engine = EngineUnderTest(BudgetedRegistry({"a": bundle, "b": bundle}, settings), settings)
         registry = RemoteRegistry([await engine.open()], settings)
         await registry.start()
         loads: list[Sequence[bool]] = []
