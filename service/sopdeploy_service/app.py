@@ -27,9 +27,7 @@ from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import ModelRegistry, Service
-from sopdeploy_service.keep import forwarding
-from sopdeploy_service.keep.folder import KeptFolder
-from sopdeploy_service.keep.keeper import Keeper
+from sopdeploy_service.second_week.keep.keeper import open_keeper
 from sopdeploy_service.settings import Settings, is_loopback
 
 ROUTERS = v1.router, status.router, v2.router, web.router
@@ -45,9 +43,9 @@ def create_app(
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *limits* is the memory of the keys' rate limits, if processes share it. *photos* is an end of
-    `keep.forwarding` if one process keeps the photographs of several; the one that *is_keeper* has the first
-    end. `app.state.service` is the `Service`. Raises `ConfigError` if the key file or the folder `keep` of
+    *limits* is the memory of the keys' rate limits, if processes share it. If one process keeps the
+    photographs of several, *photos* is the end of their socket of the one that *is_keeper*, or of the others.
+    `app.state.service` is the `Service`. Raises `ConfigError` if the key file or the folder `keep` of
     *settings* cannot be used.
     """
     keys = None if settings.keys is None else read_keys(settings.keys)
@@ -56,24 +54,15 @@ def create_app(
         raise ConfigError(f"{settings.keys}: {reason}")
     registry = models if isinstance(models, Registry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
-    keeper: Keeper | None = None
-    if settings.keep is not None:
-        deleted, decoders = service.metrics.kept_deleted, service.decoders
-        folder: KeptFolder | None = None
-        if is_keeper:
-            folder = KeptFolder(
-                settings.keep,
-                settings.keep_bytes,
-                settings.keep_days,
-                lambda reason: deleted.labels(reason).inc(),
-            )
-        keeper = Keeper(
-            folder,
-            settings.keep_sample,
-            service.metrics,
-            lambda image: decoders.wait_for(decoders.copy(image)),
-            lambda image, record: photos is not None and forwarding.forward(photos, image, record),
-        )
+    decoders = service.decoders
+    keeper = open_keeper(
+        settings,
+        service.metrics,
+        lambda image: decoders.wait_for(decoders.copy(image)),
+        photos,
+        is_keeper=is_keeper,
+    )
+    if keeper is not None:
         service.keep = keeper.offer
 
     @asynccontextmanager
@@ -83,8 +72,6 @@ def create_app(
         await service.start()
         if keeper is not None:
             keeper.start()
-            if photos is not None and is_keeper:
-                forwarding.receive_on(asyncio.get_running_loop(), photos, keeper.receive)
         yield
         if keeper is not None:
             await asyncio.to_thread(keeper.stop)  # before the service, whose decoders make its copies

@@ -32,7 +32,6 @@ from sopdeploy_service.devices.processes import (
     list_front_ends,
 )
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
-from sopdeploy_service.keep import forwarding
 from sopdeploy_service.observability import logs
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, STDERR, USER_ERROR, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
@@ -96,7 +95,8 @@ class Supervisor:
             os.ftruncate(self._shared, control.LIMIT_BYTES + control.ADMITTED_BYTES)
             for file in (self._lifeline, writing, self._shared):
                 stack.callback(os.close, file)
-            self._photos = forwarding.open_pair()
+            # The process that keeps photographs reads from the first end, all others write to the second one.
+            self._photos = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
             for end in self._photos:
                 stack.enter_context(end)
             memory = memoryview(mmap.mmap(self._shared, 0))

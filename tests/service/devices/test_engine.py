@@ -24,8 +24,8 @@ from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import Settings
-from tests.fake_runtime import FakeRuntime
-from tests.service.runtimes import Failing, Held
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.runtimes import Failing, Held
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
 SETTINGS = Settings(queue_size=8, max_images=8, drain_seconds=0.1)

@@ -11,7 +11,8 @@ import pytest
 
 from sopdeploy_service.devices.processes import choose_front_ends
 from sopdeploy_service.settings import Settings
-from tests.service.children import (
+from tests.service.devices import gated_device
+from tests.support.children import (
     FRONT_ENDS,
     START_SECONDS,
     WAYS,
@@ -21,8 +22,7 @@ from tests.service.children import (
     serving,
     spawn,
 )
-from tests.service.conftest import wait_for
-from tests.service.devices import gated_device
+from tests.support.service import wait_for
 
 
 def process_of(client: ServerClient, name: str) -> int:
