@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from fastapi import FastAPI
 from prometheus_client import generate_latest
@@ -91,6 +92,11 @@ class DeviceServer(DrainingServer):
                 self._received += 1
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
         self._report()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at SIGTERM, which may also come from what ends all processes; only SIGINT ends the drain."""
+        if sig != signal.SIGTERM or self._drain_until is None:
+            super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
         """Also report to the supervisor, which shows that the event loop runs."""

@@ -49,6 +49,11 @@ class EngineChannel(asyncio.Protocol):
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free = list(range(self._slots.count))
+        # Of each model: the shapes of the outputs of an image without and with its embedding.
+        self._shapes = [
+            tuple(channel.output_shapes(model.bundle, features=features) for features in (False, True))
+            for model in self.models
+        ]
         # By slot: the future of the image that is there, and the shapes of its outputs.
         self._images: dict[int, tuple[asyncio.Future[Ran | HttpError], Mapping[str, tuple[int, ...]]]] = {}
         self._requests = bytearray()  # not sent yet
@@ -91,8 +96,7 @@ class EngineChannel(asyncio.Protocol):
         slot = self._free.pop()  # the one that was freed last, so that few pages of the memory are touched
         self._slots.pixels(slot, pixels.shape)[...] = pixels
         future: asyncio.Future[Ran | HttpError] = asyncio.get_running_loop().create_future()
-        shapes = channel.output_shapes(self.models[number].bundle, features=features)
-        image = self._images[slot] = future, shapes
+        image = self._images[slot] = future, self._shapes[number][features]
         self.sent += 1
         flags = channel.FEATURES * features + channel.FOR_DRIFT * for_drift
         self._send(channel.RUN, flags, number, slot, deadline)

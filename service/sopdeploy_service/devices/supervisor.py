@@ -110,11 +110,12 @@ class Supervisor:
         return self._code
 
     def _stop(self) -> None:
-        """Let the processes drain: those that serve HTTP, and then the engines."""
+        """Let the processes drain: those that serve HTTP, and then the engines; a second call ends this."""
+        number = signal.SIGINT if self._stopping.is_set() else signal.SIGTERM
         self._stopping.set()
         for process in self._servers:
             if process.child is not None and process.child.poll() is None:
-                process.child.send_signal(signal.SIGTERM)
+                process.child.send_signal(number)
         self._end_engines()
 
     def _end_engines(self) -> None:

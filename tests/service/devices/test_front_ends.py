@@ -67,7 +67,7 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
             refused = reply.result()
             assert (refused.status_code, refused.json()["code"]) == (503, "runtime_dead")
             assert int(refused.headers["retry-after"]) >= 1
-        assert not is_alive(engine)
+        wait_for(lambda: not is_alive(engine))
         gate.touch()
         wait_for(lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8)  # of both front ends
         assert {client.get(path).status_code for path in ("/livez", "/readyz") for _ in range(2)} == {200}
