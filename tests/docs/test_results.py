@@ -21,7 +21,7 @@ from sopdeploy_commands.bulk import sources
 from sopdeploy_commands.bundles import verify
 from sopdeploy_export.results import FLOORS, FLOORS_BY_PRECISION
 from sopdeploy_service.api import admission
-from sopdeploy_service.devices import supervisor
+from sopdeploy_service.devices import processes, supervisor
 from sopdeploy_service.inference import decoders, memory_budget
 from sopdeploy_service.second_week.keep import folder as kept_folder
 from sopdeploy_service.second_week.keep import keeper
@@ -100,6 +100,7 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("limit a pod to {}", CONTAINER["resources"]["limits"]["memory"].replace("Gi", " GiB")),
     ("or after 1 to {:.0f} s", supervisor.MAX_RESTART_DELAY_SECONDS),
     ("event loop does not run for {:.0f} s", supervisor.HANG_SECONDS),
+    ("({:.1f} ms per image in the warm-up)", 1000 * processes.FEED_SECONDS),
     ("in blocks of {:.0f} KiB", kept_folder.FILE_BLOCK / 1024),
     ("at most {} images ({:.0f} MB)", keeper.MAX_QUEUED_PHOTOS, keeper.MAX_QUEUED_PHOTO_BYTES / MEGA),
     ("for at most {:.0f} % of the time", PERCENT * keeper.COPY_SHARE),
