@@ -9,7 +9,7 @@ descriptor remains, every response names its bundle and equals `sopdeploy predic
 Exit code 1 if a limit is exceeded.
 
 With `--front-ends`, batches run in an engine behind so many front ends. With `--kills`, a process is killed
-or stopped every `KILL_SECONDS`; clients then repeat requests whose connection was lost, and images may get 503
+or stopped every `KILL_SECONDS`; clients then repeat requests whose connection was lost, images may get 503
 `runtime_dead`.
 
     python benchmarks/soak.py --seconds 300
