@@ -43,13 +43,14 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
-from sopdeploy.errors import LoweringError, first_line
+from sopdeploy.errors import LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.program_hashes import module_of, trace_hash
+from sopdeploy_export.program_hashes import Trace, are_equal_traces, module_of, trace_hash
 from sopdeploy_export.state import (
+    DEPTH,
     NOT_IN_EVAL,
     STATELESS,
     PythonNumbers,
@@ -58,6 +59,7 @@ from sopdeploy_export.state import (
     recording_calls,
     tensors,
 )
+from sopdeploy_export.stubs import answering
 
 OPSET = 18
 INPUT = "images"
@@ -143,34 +145,88 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     If *network* has an attribute `export_embedding`, the name of a linear layer, the input (B, D) of this
     layer is the last output. Raises the errors of `_network_outputs`.
     """
-    if (name := vars(network).get(EXPORT_EMBEDDING)) is None:
-        return _network_outputs(network, pixels)
-    inputs: list[Tensor] = []
-    layer = network.get_submodule(name)
-    with layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0])):
-        outputs = _network_outputs(network, pixels)
-    return (*outputs, inputs[0])
+    with answering(pixels):
+        if (name := vars(network).get(EXPORT_EMBEDDING)) is None:
+            return _network_outputs(network, pixels)
+        inputs: list[Tensor] = []
+        layer = network.get_submodule(name)
+        with layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0])):
+            outputs = _network_outputs(network, pixels)
+        return (*outputs, inputs[0])
 
 
 def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the outputs of *network*, without an embedding, for normalized *pixels* (B, 3, H, W).
 
-    If a network outside of the catalog returns a container, its attribute `export_logits` is the attribute,
-    key or index of the logits in that container. Raises `LoweringError` if there are no logits.
+    If a network outside of the catalog returns a container, its attribute `export_logits` says which of the
+    tensors in it are the logits, as `choose_output` does. Raises `LoweringError` if there are no logits.
     """
     if isinstance(network, Backbone):
         return network.outputs_tuple(pixels)
     output, key = network(pixels), vars(network).get(EXPORT_LOGITS)
     if key is not None and not isinstance(output, Tensor):
-        is_attribute = isinstance(key, str) and not isinstance(output, Mapping)
-        try:
-            output = getattr(output, key) if is_attribute else output[key]
-        except (AttributeError, LookupError, TypeError) as error:
-            raise LoweringError(f"the network returns {_describe(output)}, without logits {key!r}") from error
+        output = choose_output(output, key)
     if not isinstance(output, Tensor):
-        problem = f"the network returns {_describe(output)}; choose one as the logits"
+        found = ", ".join(f"{path} {shape}" for path, shape in output_shapes(output)) or "it holds no tensor"
+        problem = f"the network returns {_describe(output)}; choose one as the logits: {found}"
         raise LoweringError(problem, remedies={"logits_key": None})
     return (output,)
+
+
+def choose_output(output: Any, key: str | int) -> Any:
+    """Choose the tensor *key* of *output*: an attribute, key or index, or several of them, as `0.2`.
+
+    Raises `LoweringError` if *output* has none.
+    """
+    chosen = output
+    steps = [key] if isinstance(key, int) or _has(output, key) else key.split(".")
+    for step in steps:
+        if not _has(chosen, step):
+            found = ", ".join(path for path, _ in output_shapes(output))
+            problem = f"the network returns {_describe(output)}, without logits {key!r}; it has {found}"
+            raise LoweringError(problem, setting="logits_key", value=key)
+        chosen = _item(chosen, step)
+    return chosen
+
+
+def _has(output: Any, key: str | int) -> bool:
+    try:
+        _item(output, key)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _item(output: Any, key: str | int) -> Any:
+    if isinstance(output, Mapping):
+        return output[key] if key in output else output[int(key)]
+    if isinstance(key, str) and hasattr(output, key):
+        return getattr(output, key)
+    return output[int(key)]
+
+
+def output_shapes(output: Any, path: str = "") -> list[tuple[str, str]]:
+    """List the tensors in *output*, what a network returned, with the keys that choose them."""
+    if isinstance(output, Tensor):
+        sizes = [str(size) if isinstance(size, int) else "B" for size in output.shape]
+        return [(path, f"({', '.join(sizes)})")]
+    fields = getattr(output, "_fields", None)
+    if path.count(".") > DEPTH:
+        return []
+    if isinstance(output, Mapping):
+        items = [(str(key), value) for key, value in output.items()]
+    elif fields is not None or not isinstance(output, list | tuple):
+        items = [(name, getattr(output, name)) for name in fields or vars_of(output)]
+    else:
+        items = [(str(index), value) for index, value in enumerate(output)]
+    inner = f"{path}." if path else ""
+    return [found for key, value in items for found in output_shapes(value, inner + key)]
+
+
+def vars_of(output: Any) -> Mapping[str, Any]:
+    """Return the attributes of an object; none if it has no dict of them."""
+    held: Mapping[str, Any] = {} if callable(output) else getattr(output, "__dict__", {})
+    return held
 
 
 def _describe(output: Any) -> str:
@@ -192,7 +248,7 @@ class Captured:
 
     any_batch: ExportedProgram
     batch_of_one: ExportedProgram
-    traces: tuple[str | None, ...]
+    traces: tuple[Trace | None, ...]
 
 
 def capture(
@@ -205,14 +261,19 @@ def capture(
     this one is returned, because making programs functional takes longer than torch.export.
     Raises `LoweringError` if the network cannot be captured.
     """
-    ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
+    ranges = ranges_of(batch)
     traced = [trace(network, preprocess, one) for one in ranges]
     traces = tuple(map(trace_hash, traced))
     for captured in known:
-        if captured.traces == traces and None not in traces:  # None equals None, but proves nothing
+        if are_equal_traces(captured.traces, traces):
             return captured
     programs = [functional(program, one) for program, one in zip(traced, ranges, strict=True)]
     return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)  # equal if maximum is 1
+
+
+def ranges_of(batch: BatchRange) -> list[BatchRange]:
+    """List the ranges that a network is captured for: *batch*, and one image unless this is all of it."""
+    return [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
 
 
 def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
@@ -437,7 +498,7 @@ def capturing() -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
-    except LoweringError:
+    except SopdeployError:
         raise
     except Exception as error:  # tracing runs the network's own code, which can raise anything
         raise LoweringError(f"{NO_GRAPH}: {_capture_problem(error)}") from error

@@ -12,7 +12,7 @@ networks were compared. Without a plain network, the proof cannot detect changes
 share: frozen buffers, constants and patched methods.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -30,15 +30,22 @@ from sopdeploy_export.program_hashes import (
     describe_difference,
     find_size_difference,
     hashing_once,
-    stored_hash,
     tensor_hash,
 )
-from sopdeploy_export.proof.networks import Detachment, build_plain_network, contiguous, prepare_networks
+from sopdeploy_export.proof.networks import (
+    Detachment,
+    contiguous,
+    fit_prefix,
+    load_plain_network,
+    prepare_networks,
+)
 from sopdeploy_export.proof.repetition import check_repetition
-from sopdeploy_export.state import tensors
+from sopdeploy_export.proof.tensors import TensorEntry, build_inventory, find_usage
+from sopdeploy_export.state import modules, tensors
 
 STATEMENTS = {
-    "Tensors": "Each tensor is removed or kept; the kept ones have the same sha256 before and after.",
+    "Tensors": "Each tensor is removed, needed or neither; all but the removed ones have the same sha256 "
+    "before and after.",
     "Graphs": "The trained network's output, the detached network and a plain network built "
     "independently have one Merkle root.",
     "Batch sizes": "The graph for any batch size, with one image, computes what the graph for one "
@@ -51,16 +58,6 @@ STATEMENTS = {
 }
 _SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # largest batch of probes
-
-
-class TensorEntry(StrictModel):
-    """One parameter or buffer, with the sha256 of its content."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    sha256: str
 
 
 class Roots(StrictModel):
@@ -82,7 +79,10 @@ class NetworkProof(StrictModel):
     """The statements about networks that were proved.
 
     `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
-    `trained-plain` (nothing to detach) or `trained-only`; `compared` lists the networks that were compared.
+    `trained-plain` (nothing to detach), `trained-only`, or with `rebuilt` in place of `plain` if the builder
+    of the trained network built the other one; `compared` lists the networks that were compared. Each tensor
+    of the trained network is in `removed`, which the user or the catalog declared as training-only; in
+    `kept`, which the outputs depend on; or in `unreached`, which was neither declared nor needed.
     """
 
     model: str
@@ -90,6 +90,7 @@ class NetworkProof(StrictModel):
     detached: tuple[str, ...]
     removed: tuple[TensorEntry, ...]
     kept: tuple[TensorEntry, ...]
+    unreached: tuple[TensorEntry, ...] = ()
     roots: Roots
     compared: tuple[str, ...] = ("trained", "detached", "plain")
     batches: tuple[int, ...]
@@ -143,29 +144,33 @@ def certify(
         compared = prepare_networks(trained, detached, detachment.training_only)
         remaining = compared["detached" if is_detached else "trained"]
         removed, kept = build_inventory(trained, detached, detachment.training_only)
+        reference, rename = detachment.reference, detachment.rename
         if detachment.plain is not None:
-            built = build_plain_network(detachment.plain, remaining, detachment.rename)
-            compared = {"plain": contiguous(built), **compared}  # the first one is the reference
+            built = detachment.plain()
+            rename = fit_prefix(built, remaining, rename)
+            load_plain_network(built, remaining, rename)
+            compared = {reference: contiguous(built), **compared}  # the first one is the reference
         captured = _capture_networks(compared, preprocess, batch or BatchRange(), detachment.captured)
-        roots = _assert_equal_graphs(captured, {entry.name for entry in removed})
+        roots, reached = _assert_equal_graphs(captured, trained, detachment.training_only)
+    used, _ = find_usage(remaining, reached)
     deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
     sizes = assert_equal_outputs(deployed, probes)
     check_repetition(remaining, preprocess, probes)
-    plain = compared.pop("plain", None)
+    plain = compared.pop(reference, None)
     # Both the given networks and their contiguous copies, if any: `forward` may have written to either.
     for network in {id(network): network for network in (trained, detached, *compared.values())}.values():
         _assert_unchanged(network, kept)
     if plain is not None:
-        _assert_unchanged_plain(plain, tensors(remaining), kept, detachment.rename)
-        kind: ProofKind = "three-way" if is_detached else "trained-plain"
-    else:
-        kind = "trained-detached" if is_detached else "trained-only"
+        _assert_unchanged_plain(plain, tensors(remaining), kept, rename)
+    roles = [role for role in ("trained", "detached", reference) if role in captured]
+    kind = next(kind for kind, compared_by in PROOFS.items() if list(compared_by) == roles)
     proof = NetworkProof(
         model=model,
         proof=kind,
         detached=detachment.training_only if is_detached else (),
         removed=removed,
-        kept=kept,
+        kept=tuple(entry for entry in kept if entry.name in used),
+        unreached=tuple(entry for entry in kept if entry.name not in used),
         roots=roots,
         compared=PROOFS[kind],
         batches=sizes,
@@ -186,7 +191,7 @@ def _capture_networks(
     ships comes first, because its programs name what the exported file holds.
     """
     captured = {} if captured_trained is None else {"trained": captured_trained}
-    for role in ("detached", "trained", "plain"):
+    for role in ("detached", "trained", *networks):
         if role in networks and role not in captured:
             try:
                 captured[role] = capture(networks[role], preprocess, batch, tuple(captured.values()))
@@ -195,11 +200,14 @@ def _capture_networks(
     return {role: captured[role] for role in networks}
 
 
-def _assert_equal_graphs(captured: Mapping[str, Captured], removed: set[str]) -> Roots:
+def _assert_equal_graphs(
+    captured: Mapping[str, Captured], trained: nn.Module, training_only: tuple[str, ...]
+) -> tuple[Roots, Set[str]]:
     """Check that all networks have the Merkle roots of the first one, for any batch size and for one image.
 
-    Raises `CertificateError` with the removed weights that an output depends on, or with the first operation
-    that differs from the first network.
+    Returns the roots, and the names of the tensors that the outputs depend on. Raises `CertificateError` with
+    the removed weights or modules that an output depends on, or with the first operation that differs from
+    the first network.
     """
     first_role, first = next(iter(captured.items()))
     expected = compute_roots(first.any_batch, first.batch_of_one)
@@ -208,26 +216,38 @@ def _assert_equal_graphs(captured: Mapping[str, Captured], removed: set[str]) ->
             f"the network for larger batches is not the network for a batch of one: {difference}; its code "
             "must not depend on the batch size"
         )
+    named = dict(modules(trained))
+    stays = {id(module) for name, module in named.items() if not is_in(name, *training_only)}
+    removed = {name for name, module in named.items() if id(module) not in stays}
+    reached: set[str] = set()
     for role, programs in captured.items():
         roots = expected
         if programs is not first:
             roots = compute_roots(programs.any_batch, programs.batch_of_one)
         for size, root in roots.items():
             weights = {name.removeprefix(NETWORK_PREFIX) for name in root.state}
-            if reached := sorted(weights & removed):
+            if leaking := sorted(name for name in weights if is_in(name, *training_only)):
                 raise CertificateError(
                     f"the output still depends on training-only weights, for {size}: "
-                    f"{shorten(reached)}; a branch affects the main output"
+                    f"{shorten(leaking)}; a branch affects the main output"
+                )
+            if role == "trained" and (leaking := sorted(root.modules & removed)):
+                raise CertificateError(
+                    f"the output depends on operations of {shorten(leaking)}, for {size}: a removed part "
+                    "changes a value that is needed; keep it"
                 )
             if root.sha256 != expected[size].sha256:
                 difference = describe_difference(root, expected[size], first_role)
                 problem = f"the {role} network is not the {first_role} one, for {size}"
                 raise CertificateError(f"{problem}: {difference}")
-    return Roots(
+            if role in ("trained", "detached"):
+                reached |= weights
+    roots_of_all = Roots(
         any_batch=expected["any batch size"].sha256,
         batch_of_one=expected["a batch of one"].sha256,
         num_operations=len(expected["any batch size"].nodes),
     )
+    return roots_of_all, reached
 
 
 def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
@@ -247,53 +267,6 @@ def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> t
                         f"{len(images)}: largest difference {difference:.3g}"
                     )
     return (1, len(batches[0]))  # the last batch may be smaller
-
-
-def build_inventory(
-    trained: nn.Module, detached: nn.Module, training_only: tuple[str, ...]
-) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
-    """List the removed and the kept tensors of *trained*.
-
-    Raises `CertificateError` if a tensor of *detached* is new, is changed, is in *training_only*, or shares
-    memory with a removed tensor, or if a removed tensor is not in *training_only*.
-    """
-    before = tensors(trained)
-    after = before if detached is trained else tensors(detached)
-    if new := sorted(after.keys() - before.keys()):
-        raise CertificateError(f"the detached network has a tensor {new[0]} that was never trained")
-    removed = {name: tensor for name, tensor in before.items() if name not in after}
-    for name in removed:
-        if not is_in(name, *training_only):
-            raise CertificateError(f"{name} was removed, but is not training-only: {list(training_only)}")
-    if still_held := [name for name in after if is_in(name, *training_only)]:
-        raise CertificateError(f"{still_held[0]} is training-only, but the detached network still has it")
-    check_removed_memory(removed, {name: before[name] for name in after})
-    kept = []
-    for name, tensor in after.items():
-        if tensor is not before[name] and not are_equal(tensor, before[name]):
-            raise CertificateError(f"{name} changed while the network was detached")
-        kept.append(_entry(name, before[name]))
-    return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
-
-
-def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Raise `CertificateError` if a removed and a kept tensor overlap in memory, even in two storages."""
-    kept_ranges = [(name, *_addresses(tensor)) for name, tensor in kept.items()]
-    for name, tensor in removed.items():
-        start, end = _addresses(tensor)
-        for kept_name, kept_start, kept_end in kept_ranges:
-            if start < kept_end and kept_start < end:
-                problem = f"shares its memory with {kept_name}, which was kept"
-                raise CertificateError(f"{name} was removed but {problem}")
-
-
-def _addresses(tensor: Tensor) -> tuple[int, int]:
-    """Return the first address of *tensor* and the address after its last; (0, 0) if it is empty."""
-    if not tensor.numel():
-        return 0, 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    elements = 1 + sum((size - 1) * stride for size, stride in steps)  # strides are never negative
-    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
 def _assert_unchanged(network: nn.Module, kept: Sequence[TensorEntry]) -> None:
@@ -316,13 +289,3 @@ def _assert_unchanged_plain(
         name = rename(entry.name)
         if name not in current or not are_equal(current[name], unchanged[entry.name]):
             raise CertificateError(f"{name} of the plain network changed during the proof")
-
-
-def _entry(name: str, tensor: Tensor) -> TensorEntry:
-    return TensorEntry(
-        name=name,
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        bytes=tensor.numel() * tensor.element_size(),
-        sha256=stored_hash(tensor),
-    )

@@ -12,10 +12,10 @@ import copy
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -24,13 +24,14 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CertificateError, DetachError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
+from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
-from sopdeploy_export.graph import EXPORT_EMBEDDING, Captured
+from sopdeploy_export.graph import EXPORT_EMBEDDING, Captured, generated_images
 from sopdeploy_export.program_hashes import are_equal, copy_hashed
 from sopdeploy_export.state import modules, tensors
+from sopdeploy_export.stubs import SIZES, Recording, record_calls, stubs_of, without_values
 
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 REMOVED_BY = {  # the function that removes a hook of this class in torch.nn.utils
@@ -38,7 +39,6 @@ REMOVED_BY = {  # the function that removes a hook of this class in torch.nn.uti
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
     "BasePruningMethod": "torch.nn.utils.prune.remove",
 }
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
@@ -49,12 +49,15 @@ class Detachment:
     Attributes:
         training_only: Dotted names of the removed parts.
         plain: Builds the plain network, with any weights; `None` if there is none to compare with.
+        reference: What *plain* builds: the `plain` network, or with the builder of the trained network a
+            `rebuilt` one.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
         captured: The programs of the trained network, if it was captured already, with contiguous tensors.
     """
 
     training_only: tuple[str, ...] = ()
     plain: Callable[[], nn.Module] | None = None
+    reference: Literal["plain", "rebuilt"] = "plain"
     rename: Callable[[str], str] = str
     captured: Captured | None = None
 
@@ -111,29 +114,51 @@ class ExportSubject:
         return {**{str(name): str(versions[name]) for name in versions}, **makers(self.network.modules())}
 
 
-def detach(network: _Network, training_only: tuple[str, ...] | None = None) -> _Network:
+def detach(
+    network: _Network, training_only: tuple[str, ...] | None = None, pixels: Tensor | None = None
+) -> _Network:
     """Return a copy of *network*, in eval mode, without its *training_only* parts.
 
-    It is *network* itself if these parts have no tensors, such as an empty list of branches. *training_only*
-    defaults to the parts that a network of the catalog declares. In a network outside of the catalog, a
-    removed part becomes `None`, because its `forward` may test for that, unless a container such as
-    `nn.Sequential` holds it. Raises `DetachError` if a name does not exist.
+    It is *network* itself if there are none, and for a network of the catalog also if they have no tensors,
+    as an empty list of branches. *training_only* defaults to the parts that a network of the catalog
+    declares. In a network outside of the catalog, stubs take the place of removed parts; *pixels*, normalized
+    images (3, 3, H, W), show what the parts return.
+    Raises `DetachError` if a name does not exist, and `LoweringError` if a part cannot have a stub.
     """
+    is_of_catalog = isinstance(network, Classifier)
     if training_only is None:
-        training_only = network.training_only if isinstance(network, Classifier) else ()
-    copies: dict[int, Any] = {}  # what `copy.deepcopy` puts in place of an object: None for each part
-    for name in training_only:
-        owner, attribute = _find_owner(network, name)  # raises for an unknown name
-        copies[id(getattr(owner, attribute))] = None
-    if not has_tensors(network, training_only):
+        training_only = network.training_only if is_of_catalog else ()
+    owners = {name: _find_owner(network, name) for name in training_only}  # raises for an unknown name
+    if not training_only or (is_of_catalog and not has_tensors(network, training_only)):
         return network
-    detached = copy_module(network, memo=copies)
+    removed = {name: getattr(owner, attribute) for name, (owner, attribute) in owners.items()}
+    places: dict[int, Any] = {}  # what `copy.deepcopy` puts in place of an object
+    if is_of_catalog:
+        places = dict.fromkeys(map(id, removed.values()))
+    else:
+        parts = {name: part for name, part in removed.items() if isinstance(part, nn.Module)}
+        recording = Recording((), ())
+        if parts and pixels is not None:
+            recording = record_calls(copy_module(network), tuple(parts), pixels)
+        places = {id(part): without_values(part) for part in removed.values() if isinstance(part, Tensor)}
+        for name, part in parts.items():
+            places |= stubs_of(name, part, recording)
+    detached = copy_module(network, memo=places)
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
-        if isinstance(network, Classifier) or isinstance(owner, _CONTAINERS):
-            delattr(owner, attribute)  # others stay None
+        if is_of_catalog:
+            delattr(owner, attribute)
+        elif isinstance(value := getattr(owner, attribute), Tensor):
+            delattr(owner, attribute)
+            vars(owner)[attribute] = value  # no parameter or buffer any more
     detached.eval()
     return detached
+
+
+def few_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
+    """Normalize the last of the generated images, in the layout of *network*: (3, 3, H, W)."""
+    images = torch.from_numpy(generated_images(preprocess.crop)[-max(SIZES) :])
+    return Normalize(preprocess, images_format(network))(images)  # type: ignore[no-any-return]
 
 
 def has_tensors(network: nn.Module, parts: tuple[str, ...]) -> bool:
@@ -271,16 +296,26 @@ def prepare_networks(
     return {"trained": contiguous(trained), "detached": contiguous(detached)}
 
 
-def build_plain_network(
-    build: Callable[[], nn.Module], detached: nn.Module, rename: Callable[[str], str] = str
-) -> nn.Module:
-    """Build a plain network with *build* and copy the weights of *detached* into it.
+def fit_prefix(plain: nn.Module, detached: nn.Module, rename: Callable[[str], str]) -> Callable[[str], str]:
+    """Return *rename*, or if the names then differ from those of *plain* by a prefix only, one without it."""
+    names, renamed = set(tensors(plain)), {rename(name) for name in tensors(detached)}
+    if names == renamed or not names or not renamed:
+        return rename
+    own, other = (min(found, key=lambda name: (len(name), name)) for found in (renamed, names))
+    if {name.removeprefix(own.removesuffix(other)) for name in renamed} == names:
+        return lambda name: rename(name).removeprefix(own.removesuffix(other))
+    if {other.removesuffix(own) + name for name in renamed} == names:
+        return lambda name: other.removesuffix(own) + rename(name)
+    return rename
+
+
+def load_plain_network(plain: nn.Module, detached: nn.Module, rename: Callable[[str], str]) -> None:
+    """Copy the weights of *detached* into the new network *plain*, and set it to eval mode.
 
     *rename* maps the name of a tensor in *detached* to its name in the plain network. Buffers that
     checkpoints do not store follow from the config, so they are compared instead of copied. Raises
     `CertificateError` if such a buffer differs, or if the networks have tensors of other names or shapes.
     """
-    plain = build()
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
@@ -307,4 +342,3 @@ def build_plain_network(
                     "so its values must follow from the config"
                 )
     plain.eval()
-    return plain

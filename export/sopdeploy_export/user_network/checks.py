@@ -19,7 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from sopdeploy.errors import CertificateError, LoweringError, first_line
+from sopdeploy.errors import CertificateError, LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import is_in
@@ -27,6 +27,7 @@ from sopdeploy_export import graph, state
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
+from sopdeploy_export.proof.tensors import check_drawn_anew
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _IMAGES = 4  # probes that are computed eagerly
@@ -217,7 +218,7 @@ def _run(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor
     try:
         with torch.no_grad():
             logits: Tensor = deployed(images)[0]
-    except LoweringError:
+    except SopdeployError:
         raise
     except Exception as error:  # the user's code
         if operation := CONTROL_FLOW.search(str(error)):
@@ -309,9 +310,16 @@ def prepared(given: nn.Module, logits: str | int | None, preprocess: Preprocess)
 
 
 def capture_given(
-    given: nn.Module, copied: nn.Module, preprocess: Preprocess, classes: int, options: ExportOptions
+    given: nn.Module,
+    copied: nn.Module,
+    preprocess: Preprocess,
+    classes: int,
+    options: ExportOptions,
+    parts: Sequence[str],
 ) -> graph.Captured:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
+
+    What is captured must stay the same while the removed *parts* have random values.
 
     They can differ because a class can define how it is copied. Both networks run on probe images. Unless
     *given* is on a GPU, their graphs are compared, too: here, or by `certify` if the result is the graph of
@@ -337,8 +345,13 @@ def capture_given(
             raise LoweringError(OTHER_COPY)
     certify_compares = is_exact and not options.with_features  # which change the programs that it compares
     if certify_compares:
-        return graph.capture(given, preprocess, options.batch)
+        captured = graph.capture(given, preprocess, options.batch)
+        if parts:
+            check_drawn_anew(given, parts, preprocess, options.batch, captured)
+        return captured
     captured = graph.capture(copied, preprocess, options.batch)
+    if parts:
+        check_drawn_anew(copied, parts, preprocess, options.batch, captured)
     if on_cpu:  # a graph for a GPU names the GPU, so it would differ; roots of values ignore the layout
         program = graph.capture_any_batch(given, preprocess, options.batch)
         if value_root(program).sha256 != value_root(captured.any_batch).sha256:

@@ -175,7 +175,6 @@ def test_a_byte_order_mark_is_no_part_of_the_first_class_name(tmp_path: Path, na
     ("arguments", "message"),
     [
         (("--labels", "names.txt"), "--labels: only for a network of your own; try --network"),
-        (("--network", f"{MODULE}:Small", "--detach"), "--training-only"),
         (("--network", f"{MODULE}:Small"), "--labels: missing"),
     ],
 )
