@@ -167,7 +167,8 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     if key is not None and not isinstance(output, Tensor):
         output = choose_output(output, key)
     if not isinstance(output, Tensor):
-        found = ", ".join(f"{path} {shape}" for path, shape in output_shapes(output)) or "it holds no tensor"
+        outputs = output_shapes(output, "" if key is None else str(key))
+        found = ", ".join(f"{path} {shape}" for path, shape in outputs) or "it holds no tensor"
         problem = f"the network returns {_describe(output)}; choose one as the logits: {found}"
         raise LoweringError(problem, remedies={"logits_key": None})
     return (output,)

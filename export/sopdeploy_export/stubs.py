@@ -10,7 +10,7 @@ A stub has neither code nor tensors of its part. What it cannot answer is an err
 part holds, or the length of a list.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sopdeploy.errors import CertificateError, LoweringError
+from sopdeploy.models.base import is_in
 from sopdeploy_export.state import VALUES, modules
 
 SIZES = (
@@ -130,7 +131,7 @@ def _made(leaf: Any, pixels: Tensor) -> Any:
         return leaf.at(pixels.shape[0])
     if not isinstance(leaf, ObjectForm):
         return leaf
-    made = object.__new__(leaf.kind)
+    made: Any = object.__new__(leaf.kind)
     vars(made).update(leaf.attributes.make(pixels))
     return made
 
@@ -174,10 +175,9 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
 
         return call
 
-    for part in parts:
-        for name, module in modules(network.get_submodule(part), part):
-            for method in ("forward", *_own_methods(type(module))):
-                vars(module)[method] = recorded(name, method, getattr(module, method))
+    for name, module in removed_modules(network, parts).items():
+        for method in ("forward", *_own_methods(type(module))):
+            vars(module)[method] = recorded(name, method, getattr(module, method))
     runs: list[tuple[Call, ...]] = []
     for size in (*SIZES, 1):
         calls.clear()
@@ -189,6 +189,13 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
     pairs = zip(first, second, strict=True)
     several = (Call(*call[:2], call.answer.joined(other.answer, call.part)) for call, other in pairs)
     return Recording(tuple(several), one)
+
+
+def removed_modules(network: nn.Module, parts: Sequence[str]) -> dict[str, nn.Module]:
+    """Map names to the modules in *parts* of *network*, except those that it also has elsewhere."""
+    named = dict(modules(network))
+    stays = {id(module) for name, module in named.items() if not is_in(name, *parts)}
+    return {name: module for name, module in named.items() if id(module) not in stays}
 
 
 def _own_methods(kind: type) -> list[str]:
@@ -338,14 +345,14 @@ def without_values(tensor: Tensor) -> Tensor:
     return torch.full((), torch.nan if has_nan else 0, dtype=tensor.dtype).expand(tensor.shape)
 
 
-def stubs_of(part: str, removed: nn.Module, recording: Recording) -> dict[int, Any]:
-    """Map the ids of *removed*, of its modules and of its tensors to what takes their place."""
+def stubs_of(removed: Mapping[str, nn.Module], recording: Recording) -> dict[int, Any]:
+    """Map the ids of *removed* modules and of their tensors to what takes their place."""
     places: dict[int, Any] = {}
-    for name, module in reversed(list(modules(removed, part))):  # parts before what holds them
+    for name, module in reversed([*removed.items()]):  # parts before what holds them
         kind = StubDict if isinstance(module, nn.ModuleDict | nn.ParameterDict) else Stub
         stub = kind(name, module, recording)
         for child, inner in module._modules.items():
-            stub._modules[child] = None if inner is None else places[id(inner)]
+            stub._modules[child] = None if inner is None else places.get(id(inner))
         tensors = {**module._parameters, **module._buffers}
         places |= {id(tensors[held]): value for held, value in vars(stub)["held"].items()}
         places[id(module)] = stub

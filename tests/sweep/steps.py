@@ -21,8 +21,9 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, open_session
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
-from sopdeploy_export.proof.certificate import Detachment, assert_equal_outputs, build_inventory
-from sopdeploy_export.proof.networks import build_plain_network, detach
+from sopdeploy_export.proof.certificate import Detachment, assert_equal_outputs
+from sopdeploy_export.proof.networks import detach, load_plain_network
+from sopdeploy_export.proof.tensors import build_inventory
 from sopdeploy_export.results import Exported, ParityReport
 from tests.export.conftest import save
 
@@ -119,7 +120,8 @@ def detached(checkpoint: Path) -> Detached:
     )
     detachment = Detachment.of(trained)
     build_inventory(trained, detached, detachment.training_only)
-    plain = build_plain_network(detachment.plain or trained.inference_model, detached)
+    plain = (detachment.plain or trained.inference_model)()
+    load_plain_network(plain, detached, str)
     networks = {"plain": plain, "trained": trained, "detached": detached}
     deployed = {role: Deployed(network, found.preprocess).eval() for role, network in networks.items()}
     assert_equal_outputs(deployed, torch.from_numpy(images))

@@ -41,7 +41,8 @@ from sopdeploy_export.proof.networks import (
 )
 from sopdeploy_export.proof.repetition import check_repetition
 from sopdeploy_export.proof.tensors import TensorEntry, build_inventory, find_usage
-from sopdeploy_export.state import modules, tensors
+from sopdeploy_export.state import tensors
+from sopdeploy_export.stubs import removed_modules
 
 STATEMENTS = {
     "Tensors": "Each tensor is removed, needed or neither; all but the removed ones have the same sha256 "
@@ -216,9 +217,7 @@ def _assert_equal_graphs(
             f"the network for larger batches is not the network for a batch of one: {difference}; its code "
             "must not depend on the batch size"
         )
-    named = dict(modules(trained))
-    stays = {id(module) for name, module in named.items() if not is_in(name, *training_only)}
-    removed = {name for name, module in named.items() if id(module) not in stays}
+    removed = removed_modules(trained, training_only).keys()
     reached: set[str] = set()
     for role, programs in captured.items():
         roots = expected

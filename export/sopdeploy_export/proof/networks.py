@@ -31,7 +31,14 @@ from sopdeploy.project import Origin
 from sopdeploy_export.graph import EXPORT_EMBEDDING, Captured, generated_images
 from sopdeploy_export.program_hashes import are_equal, copy_hashed
 from sopdeploy_export.state import modules, tensors
-from sopdeploy_export.stubs import SIZES, Recording, record_calls, stubs_of, without_values
+from sopdeploy_export.stubs import (
+    SIZES,
+    Recording,
+    record_calls,
+    removed_modules,
+    stubs_of,
+    without_values,
+)
 
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 REMOVED_BY = {  # the function that removes a hook of this class in torch.nn.utils
@@ -136,13 +143,13 @@ def detach(
     if is_of_catalog:
         places = dict.fromkeys(map(id, removed.values()))
     else:
-        parts = {name: part for name, part in removed.items() if isinstance(part, nn.Module)}
+        parts = removed_modules(network, training_only)
         recording = Recording((), ())
         if parts and pixels is not None:
-            recording = record_calls(copy_module(network), tuple(parts), pixels)
-        places = {id(part): without_values(part) for part in removed.values() if isinstance(part, Tensor)}
-        for name, part in parts.items():
-            places |= stubs_of(name, part, recording)
+            recording = record_calls(copy_module(network), training_only, pixels)
+        given = [part for part in removed.values() if isinstance(part, Tensor)]
+        places = {id(tensor): without_values(tensor) for tensor in given}
+        places |= stubs_of(parts, recording)
     detached = copy_module(network, memo=places)
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
@@ -158,7 +165,7 @@ def detach(
 def few_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
     """Normalize the last of the generated images, in the layout of *network*: (3, 3, H, W)."""
     images = torch.from_numpy(generated_images(preprocess.crop)[-max(SIZES) :])
-    return Normalize(preprocess, images_format(network))(images)  # type: ignore[no-any-return]
+    return Normalize(preprocess, images_format(network))(images)
 
 
 def has_tensors(network: nn.Module, parts: tuple[str, ...]) -> bool:

@@ -125,6 +125,7 @@ def check_drawn_anew(
 
     Raises `CertificateError` if it is another one, and `LoweringError` if it cannot be captured.
     """
+    expected_root = program_root(captured.any_batch)  # now, because a program refers to the tensors
     with drawn_anew(network, parts) as removed:
         program = trace(network, preprocess, batch)
         hidden = [NETWORK_PREFIX + name for name in removed]
@@ -132,7 +133,7 @@ def check_drawn_anew(
         traces = [None if one is None else one.without(hidden) for one in (found, expected)]
         if are_equal_traces(traces[:1], traces[1:]):
             return
-        root, expected_root = program_root(functional(program, batch)), program_root(captured.any_batch)
+        root = program_root(functional(program, batch))
     if root.sha256 != expected_root.sha256:
         difference = describe_difference(root, expected_root, "trained")
         raise CertificateError(
