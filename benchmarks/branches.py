@@ -29,7 +29,7 @@ from sopdeploy import Preprocess, export_network, unused_modules
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import SopdeployError
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.graph import choose_output
+from sopdeploy_export.graph.deployed import choose_output
 
 BATCHES = (1, 2, 3, 7)
 STATEMENTS = ("import ", "from ", "switch_")  # the beginnings of lines before the expression

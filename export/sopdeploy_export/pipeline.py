@@ -28,15 +28,9 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.describe import PROBE_BATCH, Counts, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
-from sopdeploy_export.graph import (
-    INPUT,
-    Captured,
-    Deployed,
-    capture_any_batch,
-    generated_images,
-    lower,
-    output_names,
-)
+from sopdeploy_export.graph.capture import Captured, capture_any_batch
+from sopdeploy_export.graph.deployed import INPUT, Deployed, generated_images, output_names
+from sopdeploy_export.graph.file import lower
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.model_card import render_model_card
 from sopdeploy_export.operators import check_operators

@@ -26,7 +26,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph import Captured, capture, generated_images
+from sopdeploy_export.graph.capture import Captured, capture
+from sopdeploy_export.graph.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.program_hashes import program_root

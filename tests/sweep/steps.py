@@ -16,7 +16,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower
+from sopdeploy_export.graph.capture import capture_any_batch
+from sopdeploy_export.graph.deployed import Deployed, generated_images
+from sopdeploy_export.graph.file import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, open_session
 from sopdeploy_export.pipeline import export_checkpoint

@@ -23,7 +23,8 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.graph import NETWORK_PREFIX, Captured, Deployed, capture
+from sopdeploy_export.graph.capture import Captured, capture
+from sopdeploy_export.graph.deployed import NETWORK_PREFIX, Deployed
 from sopdeploy_export.program_hashes import (
     are_equal,
     compute_roots,

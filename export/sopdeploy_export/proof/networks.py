@@ -28,7 +28,8 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
-from sopdeploy_export.graph import EXPORT_EMBEDDING, Captured, generated_images
+from sopdeploy_export.graph.capture import Captured
+from sopdeploy_export.graph.deployed import EXPORT_EMBEDDING, generated_images
 from sopdeploy_export.program_hashes import are_equal, copy_hashed
 from sopdeploy_export.state import modules, tensors
 from sopdeploy_export.stubs import (

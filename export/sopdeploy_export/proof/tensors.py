@@ -15,7 +15,8 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import NETWORK_PREFIX, Captured, functional, trace
+from sopdeploy_export.graph.capture import Captured, functional, trace
+from sopdeploy_export.graph.deployed import NETWORK_PREFIX
 from sopdeploy_export.program_hashes import (
     are_equal,
     are_equal_traces,
