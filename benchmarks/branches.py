@@ -3,10 +3,11 @@
     python benchmarks/branches.py FOLDER [--results FILE] [--only NAME]
 
 FOLDER has a checkout of each repository under the last part of its name. Weights are random, batch norms
-have random statistics. For each network, `unused_modules` names what the chosen output does not depend on;
-the network is exported without that, and the file is compared with it on other images in batches of 1, 2, 3
-and 7. Each network runs in a process of its own, because repositories use the same names for their modules.
-FILE has a line of JSON per network; the printed table is that of docs/benchmarks/networks.md.
+have the statistics of the exporter's images. For each network, `unused_modules` names what the chosen
+output does not depend on; the network is exported without that, and the file is compared with it on other
+images in batches of 1, 2, 3 and 7. Each network runs in a process of its own, because repositories use the
+same names for their modules. FILE has a line of JSON per network; the printed table is that of
+docs/benchmarks/networks.md.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from sopdeploy import Preprocess, export_network, unused_modules
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import SopdeployError
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.graph.deployed import choose_output
+from sopdeploy_export.graph.capture import choose_output, generated_images
 
 BATCHES = (1, 2, 3, 7)
+BatchNorm = nn.modules.batchnorm._BatchNorm
 STATEMENTS = ("import ", "from ", "switch_")  # the beginnings of lines before the expression
 
 
@@ -145,13 +147,14 @@ CANDIDATES = [
     # early exits
     Candidate("early exits", "kalviny/MSDNet-PyTorch", "", MSDNET.format("msdnet", "MSDNet"), -1, 32),
     Candidate("early exits", "kalviny/MSDNet-PyTorch", "", MSDNET.format("msdnet", "MSDNet"), 0, 32),
-    Candidate("early exits", "kalviny/IMTA", "", MSDNET.format("msdnet_ge", "msdnet_ge"), -1, 32),
+    Candidate("early exits", "kalviny/IMTA", "", MSDNET.format("msdnet_ge", "msdnet_ge"), "0.-1", 32),
     *(
         Candidate(
             "early exits",
             "yigitcankaya/Shallow-Deep-Networks",
             "",
-            f"from architectures.SDNs.{name}_SDN import {name}_SDN as net\nnet({options!r})",
+            f"import network_architectures\nfrom architectures.SDNs.{name}_SDN import {name}_SDN as net\n"
+            f"net({options!r})",
             -1,
             32,
         )
@@ -325,11 +328,13 @@ def build(candidate: Candidate, folder: Path) -> nn.Module:
     torch.manual_seed(0)
     exec("\n".join(lines[:begin]), names)  # noqa: S102 # from the table, imports the repository's code
     network: nn.Module = eval("\n".join(lines[begin:]), names)  # noqa: S307
-    for name, tensor in network.named_buffers():
-        if name.endswith("running_mean"):
-            tensor.normal_(0, 0.1)
-        elif name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
+    norms = [part.train() for part in network.eval().modules() if isinstance(part, BatchNorm)]
+    for norm in norms:
+        norm.momentum = None  # so that the statistics become those of the images
+    with torch.no_grad(), contextlib.suppress(Exception):  # `attempt` says why it fails
+        rules = Preprocess(resize=candidate.pixels, crop=candidate.pixels)
+        pixels = torch.from_numpy(generated_images(candidate.pixels)[-4:])
+        network(Normalize(rules, torch.contiguous_format)(pixels).contiguous())
     return network.eval()
 
 

@@ -96,19 +96,6 @@ def compute_roots(any_batch: ExportedProgram, batch_of_one: ExportedProgram) -> 
     return {"any batch size": program_root(any_batch), "a batch of one": program_root(batch_of_one)}
 
 
-def find_size_difference(any_batch: ExportedProgram, batch_of_one: ExportedProgram) -> str | None:
-    """Describe how *any_batch*, with one image, differs from the program that was captured for one image.
-
-    torch.export itself checks that all batch sizes of at least 2 have one graph. Returns None if they equal.
-    """
-    if batch_of_one is any_batch:
-        return None
-    any_size, one_image = value_root(any_batch, batch=1), value_root(batch_of_one)
-    if any_size.sha256 == one_image.sha256:
-        return None
-    return describe_difference(any_size, one_image, "other")
-
-
 def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
     """Describe how *root* differs from *expected*, which is the root of the *reference* network."""
     extra = next((name for sha256, name in root.nodes.items() if sha256 not in expected.nodes), None)

@@ -41,8 +41,7 @@ from sopdeploy.training.start_weights import (
     create_initial_model,
     fetch_published,
 )
-from sopdeploy_export.graph.capture import capture_any_batch
-from sopdeploy_export.graph.deployed import INPUT, output_names
+from sopdeploy_export.graph.capture import INPUT, capture_any_batch, output_names
 from sopdeploy_export.graph.file import lower
 from sopdeploy_service.runtime.onnxruntime import CPU, import_onnxruntime, session_options
 

@@ -24,8 +24,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
-from sopdeploy_export.graph.capture import BY_VALUE, DATA_GUARD
-from sopdeploy_export.graph.deployed import INPUT, NETWORK_PREFIX
+from sopdeploy_export.graph.capture import BY_VALUE, DATA_GUARD, INPUT, NETWORK_PREFIX
 from sopdeploy_export.graph.forms import decompose
 from sopdeploy_export.program_hashes import module_of
 

@@ -23,8 +23,7 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.graph.capture import capture_any_batch
-from sopdeploy_export.graph.deployed import Deployed, generated_images, output_names
+from sopdeploy_export.graph.capture import Deployed, capture_any_batch, generated_images, output_names
 from sopdeploy_export.graph.file import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare

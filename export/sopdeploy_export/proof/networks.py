@@ -10,7 +10,7 @@ captured. The comparisons of the certificate could not detect it.
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -28,9 +28,8 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
-from sopdeploy_export.graph.capture import Captured
-from sopdeploy_export.graph.deployed import EXPORT_EMBEDDING, generated_images
-from sopdeploy_export.program_hashes import are_equal, copy_hashed
+from sopdeploy_export.graph.capture import EXPORT_EMBEDDING, Captured, generated_images
+from sopdeploy_export.program_hashes import are_equal, copy_hashed, stored_hash, tensor_hash
 from sopdeploy_export.state import modules, tensors
 from sopdeploy_export.stubs import (
     SIZES,
@@ -135,7 +134,7 @@ def detach(
     """
     is_of_catalog = isinstance(network, Classifier)
     if training_only is None:
-        training_only = network.training_only if is_of_catalog else ()
+        training_only = network.training_only if isinstance(network, Classifier) else ()
     owners = {name: _find_owner(network, name) for name in training_only}  # raises for an unknown name
     if not training_only or (is_of_catalog and not has_tensors(network, training_only)):
         return network
@@ -288,20 +287,44 @@ def contiguous(network: _Network) -> _Network:
     return copied
 
 
-def prepare_networks(
-    trained: nn.Module, detached: nn.Module, training_only: tuple[str, ...]
-) -> dict[str, nn.Module]:
-    """Check the state of torch and of both networks; return them by role, with contiguous tensors.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A network of the comparison whose state was checked; what is known of it is computed once.
 
-    `detached` is missing if it is *trained*. Raises `CertificateError`.
+    Attributes:
+        role: `trained`, `detached`, `plain` or `rebuilt`.
+        given: The network as it was given.
+        network: *given*, or a copy with contiguous tensors if any is not.
+        tensors: The tensors of *network* by name.
+        hashes: The sha256 of each, before anything ran.
     """
-    check_torch_state()
-    if detached is trained:  # with its training-only parts, if these have no tensors
-        check_network_state(trained, "trained")
-        return {"trained": contiguous(trained)}
-    check_network_state(trained, "trained", training_only)
-    check_network_state(detached, "detached")
-    return {"trained": contiguous(trained), "detached": contiguous(detached)}
+
+    role: str
+    given: nn.Module
+    network: nn.Module
+    tensors: Mapping[str, Tensor]
+    hashes: Mapping[str, str]
+
+    @classmethod
+    def of(cls, role: str, given: nn.Module, removed: tuple[str, ...] = ()) -> "Prepared":
+        """Check the state of *given* without its *removed* parts; raises `CertificateError`."""
+        check_network_state(given, role, removed)
+        network = contiguous(given)
+        named = tensors(network)
+        hashes = {name: stored_hash(tensor) for name, tensor in named.items()}
+        return cls(role=role, given=given, network=network, tensors=named, hashes=hashes)
+
+    def check_unchanged(self, removed: Set[str]) -> None:
+        """Raise `CertificateError` if a tensor that is not *removed* changed, also in the given network.
+
+        Code outside of the graph may have written to it in a way that its version does not show.
+        """
+        for network in {id(self.given): self.given, id(self.network): self.network}.values():
+            current = tensors(network)
+            for name in self.hashes.keys() - removed:
+                if name not in current or tensor_hash(current[name]) != self.hashes[name]:
+                    problem = f"{name} changed during the proof, in the {self.role} network"
+                    raise CertificateError(f"{problem}; forward must not write to it")
 
 
 def fit_prefix(plain: nn.Module, detached: nn.Module, rename: Callable[[str], str]) -> Callable[[str], str]:
@@ -317,20 +340,24 @@ def fit_prefix(plain: nn.Module, detached: nn.Module, rename: Callable[[str], st
     return rename
 
 
-def load_plain_network(plain: nn.Module, detached: nn.Module, rename: Callable[[str], str]) -> None:
-    """Copy the weights of *detached* into the new network *plain*, and set it to eval mode.
+def load_plain_network(detachment: Detachment, source: Prepared) -> Prepared:
+    """Build the plain network of *detachment* and copy the weights of *source*, the detached one, into it.
 
-    *rename* maps the name of a tensor in *detached* to its name in the plain network. Buffers that
-    checkpoints do not store follow from the config, so they are compared instead of copied. Raises
-    `CertificateError` if such a buffer differs, or if the networks have tensors of other names or shapes.
+    `rename` maps the name of a tensor in *source* to its name in the plain network. Buffers that checkpoints
+    do not store follow from the config, so they are compared instead of copied. Raises `CertificateError` if
+    such a buffer differs, or if the networks have tensors of other names or shapes.
     """
+    if detachment.plain is None:
+        raise CertificateError("there is no builder of a plain network")
+    plain, detached = detachment.plain(), source.network
+    rename = fit_prefix(plain, detached, detachment.rename)
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
     vars(plain)[IMAGES_FORMAT] = images_format(detached)
-    detached_tensors, plain_tensors = tensors(detached), tensors(plain)
-    renamed = {rename(name): tensor for name, tensor in detached_tensors.items()}
-    if len(renamed) != len(detached_tensors):
+    plain_tensors = tensors(plain)
+    renamed = {rename(name): tensor for name, tensor in source.tensors.items()}
+    if len(renamed) != len(source.tensors):
         raise CertificateError("rename gives two tensors of the trained network the same name")
     if missing := sorted(plain_tensors.keys() - renamed.keys()):
         raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
@@ -339,14 +366,15 @@ def load_plain_network(plain: nn.Module, detached: nn.Module, rename: Callable[[
     stored_names = plain.state_dict().keys()  # without the buffers that checkpoints do not store
     with torch.no_grad():
         for name, tensor in plain_tensors.items():
-            source = renamed[name]
-            if source.shape != tensor.shape or source.dtype != tensor.dtype:
+            weight = renamed[name]
+            if weight.shape != tensor.shape or weight.dtype != tensor.dtype:
                 raise CertificateError(f"{name} has a different shape or dtype in the plain network")
             if name in stored_names:
-                copy_hashed(source, tensor)
-            elif not are_equal(tensor, source):
+                copy_hashed(weight, tensor)
+            elif not are_equal(tensor, weight):
                 raise CertificateError(
                     f"{name} differs from the plain network's; checkpoints do not store this buffer, "
                     "so its values must follow from the config"
                 )
     plain.eval()
+    return Prepared.of(detachment.reference, plain)

@@ -15,16 +15,14 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph.capture import Captured, functional, trace
-from sopdeploy_export.graph.deployed import NETWORK_PREFIX
+from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, functional, trace
 from sopdeploy_export.program_hashes import (
-    are_equal,
     are_equal_traces,
     describe_difference,
     program_root,
-    stored_hash,
     trace_hash,
 )
+from sopdeploy_export.proof.networks import Prepared
 from sopdeploy_export.state import modules, tensors
 
 _SEED = 20_261_126
@@ -69,30 +67,28 @@ def outermost(network: nn.Module, unused: set[str]) -> tuple[str, ...]:
 
 
 def build_inventory(
-    trained: nn.Module, detached: nn.Module, training_only: tuple[str, ...]
+    trained: Prepared, detached: Prepared, training_only: tuple[str, ...]
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """List the removed and the kept tensors of *trained*.
 
     Raises `CertificateError` if a tensor of *detached* is new, is changed, is in *training_only*, or shares
     memory with a removed tensor, or if a removed tensor is not in *training_only*.
     """
-    before = tensors(trained)
-    after = before if detached is trained else tensors(detached)
+    before, after = trained.tensors, detached.tensors
     if new := sorted(after.keys() - before.keys()):
         raise CertificateError(f"the detached network has a tensor {new[0]} that was never trained")
-    removed = {name: tensor for name, tensor in before.items() if name not in after}
+    removed = [name for name in before if name not in after]
     for name in removed:
         if not is_in(name, *training_only):
             raise CertificateError(f"{name} was removed, but is not training-only: {list(training_only)}")
     if still_held := [name for name in after if is_in(name, *training_only)]:
         raise CertificateError(f"{still_held[0]} is training-only, but the detached network still has it")
-    check_removed_memory(removed, {name: before[name] for name in after})
-    kept = []
-    for name, tensor in after.items():
-        if tensor is not before[name] and not are_equal(tensor, before[name]):
+    given = tensors(trained.given)  # contiguous copies share no memory
+    check_removed_memory({name: given[name] for name in removed}, {name: given[name] for name in after})
+    for name in after:
+        if detached.hashes[name] != trained.hashes[name]:
             raise CertificateError(f"{name} changed while the network was detached")
-        kept.append(_entry(name, before[name]))
-    return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
+    return tuple(_entry(trained, name) for name in removed), tuple(_entry(trained, name) for name in after)
 
 
 @contextmanager
@@ -164,11 +160,12 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
-def _entry(name: str, tensor: Tensor) -> TensorEntry:
+def _entry(network: Prepared, name: str) -> TensorEntry:
+    tensor = network.tensors[name]
     return TensorEntry(
         name=name,
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
         bytes=tensor.numel() * tensor.element_size(),
-        sha256=stored_hash(tensor),
+        sha256=network.hashes[name],
     )

@@ -24,12 +24,19 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import is_in
 from sopdeploy_export import state
-from sopdeploy_export.graph.capture import Captured, capture, capture_any_batch
-from sopdeploy_export.graph.deployed import EXPORT_LOGITS, Deployed, compute_outputs, generated_images
+from sopdeploy_export.graph.capture import (
+    EXPORT_LOGITS,
+    Captured,
+    Deployed,
+    capture,
+    capture_any_batch,
+    compute_outputs,
+    generated_images,
+)
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
-from sopdeploy_export.proof.tensors import check_drawn_anew
+from sopdeploy_export.proof.tensors import check_drawn_anew, drawn_anew
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _IMAGES = 4  # probes that are computed eagerly
@@ -352,10 +359,11 @@ def capture_given(
             check_drawn_anew(given, parts, preprocess, options.batch, captured)
         return captured
     captured = capture(copied, preprocess, options.batch)
-    if parts:
+    if parts and not on_cpu:
         check_drawn_anew(copied, parts, preprocess, options.batch, captured)
     if on_cpu:  # a graph for a GPU names the GPU, so it would differ; roots of values ignore the layout
-        program = capture_any_batch(given, preprocess, options.batch)
+        with drawn_anew(given, parts):
+            program = capture_any_batch(given, preprocess, options.batch)
         if value_root(program).sha256 != value_root(captured.any_batch).sha256:
             raise LoweringError(OTHER_COPY)
     return captured

@@ -15,8 +15,7 @@ from sopdeploy.errors import CertificateError, ConfigError, DetachError, Sopdepl
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.project import check_project_name
-from sopdeploy_export.graph.capture import Captured, capture
-from sopdeploy_export.graph.deployed import NETWORK_PREFIX, Deployed, compute_outputs
+from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, Deployed, capture, compute_outputs
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import program_root, tensor_hash

@@ -18,8 +18,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export import operators
-from sopdeploy_export.graph.capture import capture, capture_any_batch
-from sopdeploy_export.graph.deployed import generated_images
+from sopdeploy_export.graph.capture import capture, capture_any_batch, generated_images
 from sopdeploy_export.graph.file import OPSET, lower
 from sopdeploy_export.graph.forms import SymbolicForms
 from sopdeploy_export.operators import check_operators

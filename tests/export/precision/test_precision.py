@@ -15,8 +15,7 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.capture import capture_any_batch
-from sopdeploy_export.graph.deployed import NETWORK_PREFIX, generated_images
+from sopdeploy_export.graph.capture import NETWORK_PREFIX, capture_any_batch, generated_images
 from sopdeploy_export.graph.file import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.precision import casts, convert

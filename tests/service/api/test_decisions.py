@@ -18,7 +18,7 @@ from sopdeploy.client import Client
 from sopdeploy.decision import Decision, Rejection, energy
 from sopdeploy.errors import BundleError
 from sopdeploy.training.train import train_recipe
-from sopdeploy_export.graph.deployed import generated_images
+from sopdeploy_export.graph.capture import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.commands.evaluate import scores_of_bundle
