@@ -8,8 +8,8 @@ memory by tens of MB. Limits: resident memory at rest grows by less than 1 MB pe
 descriptor remains, every response names its bundle and equals `sopdeploy predict` with that bundle, no 5xx.
 Exit code 1 if a limit is exceeded.
 
-With `--front-ends`, batches run in an engine behind so many front ends. With `--kills`, a process is killed or
-stopped every `KILL_SECONDS`; clients then repeat requests whose connection was lost, and images may get 503
+With `--front-ends`, batches run in an engine behind so many front ends. With `--kills`, a process is killed
+or stopped every `KILL_SECONDS`; clients then repeat requests whose connection was lost, and images may get 503
 `runtime_dead`.
 
     python benchmarks/soak.py --seconds 300
