@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from sopdeploy.errors import DataError
+from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.photo import UNREADABLE, LabeledImages, map_threaded
 
 Groups = NDArray[np.int64]  # a number per image
@@ -42,7 +43,7 @@ MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
 _COSINES = 2**25  # similarities that are computed at once: 128 MiB
 MAX_SIGNATURES = 20_000  # among more images, only equal files are found
-NO_PAIRS = np.zeros((2, 0), np.intp)
+NO_PAIRS, NO_VECTORS = np.zeros((2, 0), np.intp), np.zeros((0, 0), np.float32)
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
 DECIMALS = 4  # of a signature; float32 differs between processors from the seventh decimal on
 
@@ -96,14 +97,16 @@ class Copies(LabeledImages):
 
 
 class NearDuplicates(NamedTuple):
-    """The `pairs` (2, P) of near-duplicates among N images, and which images (N,) are `alike`.
+    """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
-    These are the images of classes whose images nearly all resemble each other as copies do: frames of one
-    clip, or images of one kind, such as parts before one camera. The vectors do not tell which.
+    Alike are the images of classes whose images nearly all resemble each other as copies do: frames of one
+    clip, or images of one kind, such as parts before one camera. The vectors do not tell which; they are
+    those of the whole images (N, D), whitened, of length 1.
     """
 
     pairs: NDArray[np.intp]
     alike: NDArray[np.bool_]
+    vectors: NDArray[np.float32] = NO_VECTORS
 
 
 def find_pairs(
@@ -120,7 +123,7 @@ def find_pairs(
     Images with equal *hashes* (N,) are exact copies, which `connect` groups by the hashes.
     """
     count, num_views = len(targets), views[0].shape[1]
-    class_N = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)  # equal rows are one class
+    class_N = number_classes(targets)
     photograph_N = np.unique(hashes, return_inverse=True)[1]  # equal for exact copies
     parts_by_view = [[part[:, view] for part in views] for view in range(num_views)]  # lists of (N, D)
     whole_parts = parts_by_view[0]
@@ -152,7 +155,12 @@ def find_pairs(
         block = np.arange(start, min(start + size, count))
         row, second = np.nonzero(largest_cosines(block, whole_ND) >= threshold)
         pairs.append(np.stack([block[row], second]))
-    return NearDuplicates(np.concatenate(pairs, axis=1), np.isin(class_N, alike))
+    return NearDuplicates(np.concatenate(pairs, axis=1), np.isin(class_N, alike), whole_ND)
+
+
+def number_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
+    """Number the classes (N,) of images with *targets* (N,) or (N, C); equal rows are one class."""
+    return np.unique(targets, axis=0, return_inverse=True)[1].reshape(len(targets)).astype(np.int64)
 
 
 def _find_threshold(
@@ -291,6 +299,11 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     return whiten
 
 
+def whiten(parts: _Parts) -> NDArray[np.float32]:
+    """Whiten the vectors of different images, given in *parts*; returns rows of length 1."""
+    return _fit_whitening(parts)(parts)
+
+
 def signature(image: Image.Image) -> NDArray[np.float32]:
     """Compute a histogram of the directions of edges in 8 x 8 cells of an RGB *image*, (512,).
 
@@ -316,21 +329,29 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
 
 def group_by_edges(
     images: LabeledImages, hashes: Sequence[str], signatures: Sequence[NDArray[np.float32]]
-) -> Groups:
-    """Group *images* by the *hashes* of their pixels, their *signatures*, and the groups that are known."""
+) -> tuple[Groups, NDArray[np.float32]]:
+    """Group *images* by the *hashes* of their pixels, their *signatures*, and the groups that are known.
+
+    Also returns the vectors (N, D) that tell how similar the images are.
+    """
     identities = [images.identity(index) for index in range(len(images))]
     copies = Copies.of(images, identities, crops=(0.95,))  # signatures miss most smaller crops
     of_copies = np.stack([signature(copies.photo(index).pixels) for index in range(len(copies))])  # (M, 512)
     views = np.stack(signatures)[:, None]  # (N, 1, 512): the whole image is the only view
     found = find_pairs([views], [of_copies], copies.originals, images.targets, hashes)  # one part per vector
-    return connect(len(images), found.pairs, hashes, images.groups)
+    return connect(len(images), found.pairs, hashes, images.groups), found.vectors
 
 
 class Grouped(NamedTuple):
-    """Groups (N,) of photographs that belong together, and the hashes of their files (N,)."""
+    """Groups (N,) of photographs that belong together, hashes of their files, and the times they were taken.
+
+    `vectors` (N, D) of their edges tell how similar they are; they are empty if only files were compared.
+    """
 
     groups: Groups
     file_hashes: NDArray[np.int64]
+    times: NDArray[np.int64]
+    vectors: NDArray[np.float32] = NO_VECTORS
 
 
 def group_photographs(images: LabeledImages) -> Grouped:
@@ -341,23 +362,22 @@ def group_photographs(images: LabeledImages) -> Grouped:
     """
     by_edges = len(images) <= MAX_SIGNATURES
 
-    def inspect(index: int) -> tuple[int, str, NDArray[np.float32] | None]:
-        """Return the hash of a file, and the hash and the signature of its pixels if they can be decoded."""
-        file_hash, pixel_hash, edges = UNREADABLE, "", None
+    def inspect(index: int) -> tuple[int, int, str, NDArray[np.float32] | None]:
+        """Return hash and time of a file, and if it can be decoded the hash and signature of its pixels."""
+        file_hash, taken, pixel_hash, edges = UNREADABLE, NO_TIME, "", None
         with suppress(DataError):  # whoever uses the image names it
             photo = images.photo(index)
             file_hash = photo.file_hash
             if by_edges:
-                pixel_hash, edges = photo.pixel_hash, signature(photo.pixels)
-        return file_hash, pixel_hash, edges
+                taken, pixel_hash, edges = photo.taken, photo.pixel_hash, signature(photo.pixels)
+        return file_hash, taken, pixel_hash, edges
 
     inspected = list(map_threaded(inspect, len(images)))
-    file_hashes = np.asarray([file_hash for file_hash, _, _ in inspected], np.int64)
-    signatures = [edges for _, _, edges in inspected if edges is not None]
+    file_hashes, times = np.asarray([one[:2] for one in inspected], np.int64).reshape(-1, 2).T
+    signatures = [edges for *_, edges in inspected if edges is not None]
     if by_edges and len(signatures) == len(images):
-        return Grouped(
-            group_by_edges(images, [pixels for _, pixels, _ in inspected], signatures), file_hashes
-        )
+        groups, vectors = group_by_edges(images, [pixels for _, _, pixels, _ in inspected], signatures)
+        return Grouped(groups, file_hashes, times, vectors)
     known = connect(len(images), NO_PAIRS, images.groups)
     files = np.where(file_hashes == UNREADABLE, known, file_hashes)  # unreadable files are no equal files
-    return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes)
+    return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes, times)

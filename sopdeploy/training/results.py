@@ -13,6 +13,7 @@ from sopdeploy.errors import CheckpointError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import TESTABLE, TOLERANCE, Verdict, decide, mcnemar, smallest_difference
+from sopdeploy.photos.clips import describe_clip, describe_possible_clip
 
 _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
 SelectedBy = Literal["nothing", "other images", "same images"]
@@ -175,6 +176,9 @@ class FewShotResult(StrictModel):
         one_group: Classes whose images are one group, so that one fold holds all of them.
         two_groups: Classes of more than two images that are two groups.
         alike: Classes whose images nearly all resemble each other as copies do, but are no group.
+        clip: Two files of one clip or object, by their names and likeness, if there are any such groups.
+        possible_clip: Two files of which this is not certain, if there are any.
+        clip_pattern: A regular expression that finds what the names of a possible clip share; empty if none.
         contradictions: Files of groups with different labels, joined by " = ".
         num_images: Number of training images.
         head: The network, and the statistics that its classifier reads.
@@ -198,6 +202,9 @@ class FewShotResult(StrictModel):
     one_group: tuple[str, ...] = ()
     two_groups: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
+    clip: tuple[str, ...] = ()
+    possible_clip: tuple[str, ...] = ()
+    clip_pattern: str = ""
     contradictions: tuple[str, ...] = ()
     num_images: Count
     head: str
@@ -264,6 +271,10 @@ class FewShotResult(StrictModel):
                 f"{photographs} different photographs are {self.num_groups} groups, such as those of one "
                 "object; a group shares a fold"
             )
+        if self.clip:
+            yield describe_clip(self.clip)
+        if self.possible_clip:
+            yield describe_possible_clip(self.possible_clip, self.clip_pattern)
         if self.one_group:
             yield (
                 f"all images of {shorten(self.one_group)} are one group (copies of one photograph, or one "

@@ -302,7 +302,8 @@ def _select(images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]) -
 
     Also returns what was left out; appends to *notes*.
     """
-    group_N, hashes = group_photographs(images)  # the groups are equal for near-duplicates
+    grouped = group_photographs(images)
+    group_N, hashes = grouped.groups, grouped.file_hashes  # groups are equal for near-duplicates
     recorded_N, suspects = _find_recorded(hashes, pair, notes)
     if len(images) > MAX_SIGNATURES:
         notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out")

@@ -25,7 +25,8 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.photos.copies import NO_PAIRS, connect
+from sopdeploy.photos.clips import Clips, find_clips
+from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, number_classes
 from sopdeploy.photos.photo import (
     LabeledImages,
     PreprocessedDataset,
@@ -128,6 +129,7 @@ class CrossValidation:
         problem: The linear problem of the features that the head reads, with the targets.
         groups, judged: The group (N,) of each image, and the indices of the images that the score counts.
         alike: The classes of `NearDuplicates.alike`.
+        clips: The `groups` and images that tell how they were found.
         copies: The photograph (N,) that each image shows; those of an object are a group, too.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
@@ -141,6 +143,7 @@ class CrossValidation:
     problem: Problem
     groups: Indices
     alike: tuple[str, ...]
+    clips: Clips
     copies: Indices
     judged: Indices
     folds: Indices
@@ -181,11 +184,15 @@ def cross_validate(
         images,
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
-    pairs, alike_N = NO_PAIRS, np.zeros(count, np.bool_)
+    near, targets = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_)), Targets.of(images)
     if config.group_copies:
-        pairs, alike_N = features.find_copies(images)
-    groups_N, targets = connect(count, pairs, features.hashes, images.groups), Targets.of(images)
-    copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
+        near = features.find_copies(images)
+    copies_N = connect(count, near.pairs, features.hashes)  # groups of copies, without the given groups
+    clips = Clips(connect(count, NO_PAIRS, copies_N, images.groups))
+    if len(near.vectors) and not recipe.groups_by_name:
+        names = [images.identity(index) for index in range(count)]
+        clips = find_clips(names, features.times, number_classes(images.targets), near.vectors, clips.groups)
+    groups_N = clips.groups
     judged = _largest_copies(images, copies_N)
     if images.targets.ndim == 1:  # no classifier is fitted without all images of a class that is one group
         one_group = [
@@ -212,7 +219,8 @@ def cross_validate(
         problem=problem,
         copies=copies_N,
         groups=groups_N,
-        alike=tuple(np.asarray(images.labels)[targets.classes[alike_N].any(axis=0)].tolist()),
+        alike=tuple(np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()),
+        clips=clips,
         judged=judged,
         folds=folds_of_validations[0],  # the others count only in means
         logits=logits_NK,
@@ -314,6 +322,9 @@ def _evaluate(
         num_images=len(images),
         num_duplicates=len(images) - len(set(found.features.hashes)),
         alike=found.alike,
+        clip=_identify(images, found.clips.found),
+        possible_clip=_identify(images, found.clips.doubtful),
+        clip_pattern=found.clips.pattern,
         **_describe_groups(images, targets_of_images, found.groups, found.copies),
         head=f"{recipe.model.name} {head.kind}{taps}",
         num_features=len(found.problem.space.center),
@@ -321,6 +332,11 @@ def _evaluate(
         seconds=found.seconds,
     )
     return result, held_out_metrics(start.labels, logits, targets)
+
+
+def _identify(images: LabeledImages, chosen: tuple[int, int] | None) -> tuple[str, ...]:
+    """Return the identities of the *chosen* images, if there are any."""
+    return () if chosen is None else tuple(map(images.identity, chosen))
 
 
 def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:

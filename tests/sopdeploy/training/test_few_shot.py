@@ -29,7 +29,7 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.models import registry, second_order_head
-from sopdeploy.photos.copies import NearDuplicates
+from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
 from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import start_weights
@@ -341,6 +341,29 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
     assert result.procedure.alike == (sorted(COLORS)[0],)
     alike = f"the images of {sorted(COLORS)[0]} resemble each other as frames of one clip do"
     assert alike in "\n".join(result.procedure.lines())
+
+
+@pytest.mark.parametrize("pattern", ["", "^clip"])
+def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
+    tmp_path: Path, monkeypatch, pattern: str
+):
+    root, frames = paint(tmp_path / "photos", 12), 4
+    objects = np.arange(12 * len(COLORS)) // frames
+    vectors = np.eye(objects.max() + 1, 64, dtype=np.float32)[objects]
+    found = NearDuplicates(NO_PAIRS, np.zeros(len(objects), np.bool_), vectors)
+    monkeypatch.setattr(Features, "find_copies", lambda *_: found)
+    for number in range(12):  # sorted as the frames are
+        for color in COLORS:
+            (root / color / f"{number}.png").rename(
+                root / color / f"clip{number // frames}_{number % frames}.png"
+            )
+    settings = [*SMALL, *FEW_SHOT, f"data.path={root}", f"data.groups={pattern}"]
+    result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
+    if pattern:
+        assert (result.num_groups, result.clip) == (len(COLORS), ())  # all names of a class begin alike
+    else:
+        assert (result.num_groups, len(result.clip)) == (3 * len(COLORS), 2)
+        assert "are frames of one clip, or show one object" in "\n".join(result.lines())
 
 
 def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
