@@ -27,7 +27,7 @@ from sopdeploy.photos.copies import NO_PAIRS, Groups, connect
 
 NEAREST = 32  # images of the class that are known for each image, the most similar first
 # Share of the images beyond chance whose most similar image is related: 0.5 to 1.0 for frames of clips and
-# turntables, 0.3 for tiles and slices of one object, 0.0 to 0.1 for others (docs/benchmarks/copied_photos.md).
+# turntables, 0.3 for tiles and slices of one object, 0 to 0.1 for others (docs/benchmarks/copied_photos.md).
 CLEAR, DOUBTFUL = 0.45, 0.25
 SIMILAR = 0.35  # median cosine of frames with the most similar one; those of one camera or place reach 0.3
 MIN_EVIDENCE, MIN_DEVIATIONS = 4.0, 4.0  # images that chance does not relate, and standard deviations

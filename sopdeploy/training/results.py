@@ -291,7 +291,10 @@ class FewShotResult(StrictModel):
                 "class shows fewer than three objects, the accuracy is too high: give each object a folder"
             )
         if self.contradictions:
-            yield f"copies with different labels, correct or delete one: {shorten(self.contradictions, '; ')}"
+            yield (
+                "probably copies with different labels, as similar as half of all copies are; look at them "
+                f"before you correct or delete one: {shorten(self.contradictions, '; ')}"
+            )
 
     def describe_images(self) -> str:
         """Describe the training images: their classes, imbalance, and duplicates."""

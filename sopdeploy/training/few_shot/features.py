@@ -17,7 +17,15 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
-from sopdeploy.photos.copies import Copies, NearDuplicates, find_pairs
+from sopdeploy.photos.copies import (
+    MAX_SIGNATURES,
+    SMALL,
+    Copies,
+    NearDuplicates,
+    find_pairs,
+    find_turned,
+    shrink,
+)
 from sopdeploy.photos.photo import Dataset, LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
@@ -68,6 +76,7 @@ class Features:
         waiting: list[tuple[list[int], Any]] = []  # indices and vectors, until the space is known
         hashes: dict[int, str] = {}
         self.file_hashes, self.times = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self.small = np.zeros((count, SMALL, SMALL), np.uint8)
         for batch in chain(first, batches):
             vectors = self.full.pooled_head.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
             views = average_views(batch.own_vectors, batch.maps)  # (B, V, C) for each map
@@ -78,6 +87,7 @@ class Features:
                 of_all[batch.indices] = of_batch
             self.own[batch.indices] = unit_length(vectors[:, columns[0]])
             self.file_hashes[batch.indices], self.times[batch.indices] = batch.file_hashes, batch.times
+            self.small[batch.indices] = batch.small
             hashes.update(zip(batch.indices, batch.hashes, strict=True))
             waiting.append((batch.indices, vectors))
             if len(hashes) >= min(count, MAX_RANK):
@@ -103,7 +113,14 @@ class Features:
         views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
         views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
         whole = [views[:, 0] for views in views_of_maps]  # the first view, not those of the corners
-        return find_pairs(self.views, whole, copies.originals, images.targets, self.hashes)
+        found = find_pairs(self.views, whole, copies.originals, images.targets, self.hashes)
+        if len(images) > MAX_SIGNATURES:
+            return found
+        turned = find_turned(self.small)
+        return found._replace(
+            pairs=np.concatenate([found.pairs, turned], axis=1),
+            certain=np.concatenate([found.certain, turned], axis=1),
+        )
 
     @torch.no_grad()
     def build(self, problem: Problem, fitted: LinearHead) -> SecondOrderHead:
@@ -152,11 +169,12 @@ class _Photographs(Dataset):
 
 
 class Batch(NamedTuple):
-    """Images at `indices`: hashes of files (B,) and pixels, times, own vectors (B, D_0), and maps by tap."""
+    """Images at `indices`: facts (B,), `small` images (B, S, S), own vectors (B, D_0), and maps by tap."""
 
     indices: list[int]
     file_hashes: NDArray[np.int64]
     times: NDArray[np.int64]
+    small: NDArray[np.uint8]
     hashes: list[str]
     own_vectors: Tensor
     maps: dict[str, Tensor]
@@ -178,21 +196,23 @@ class CachedNetwork:
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
         for chosen, (loaded, entries) in zip(chunks, self._load(images, chunks), strict=True):
             outputs = zip(*entries, strict=True)  # all hashes, all own vectors, all maps of each tap
-            digests, own_vectors, *maps = (np.ascontiguousarray(np.stack(arrays)) for arrays in outputs)
+            digests, small, own_vectors, *maps = (
+                np.ascontiguousarray(np.stack(arrays)) for arrays in outputs
+            )
             hashes = [digest.tobytes().hex() for digest in digests]
             maps_by_tap = {
                 tap: torch.from_numpy(features).to(self.device, memory_format=torch.channels_last)
                 for tap, features in zip(self.network.maps, maps, strict=True)
             }
             own = torch.from_numpy(own_vectors).to(self.device)
-            yield Batch(chosen, loaded.hashes, loaded.times, hashes, own, maps_by_tap)
+            yield Batch(chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap)
 
     def _load(self, images: LabeledImages, batches: list[list[int]]) -> Iterator[tuple[_Loaded, list[Entry]]]:
         """Yield each batch of images, and the entries of all of them.
 
-        An entry is [hash of the pixels, own vector, map of each tap]. A photograph is read once, unless its
-        entry in the cache is damaged. The first photograph is computed in any case: if its entry differs,
-        something that the name of the entry does not contain has changed, and the cache is not read.
+        An entry is [hash of the pixels, small image, own vector, map of each tap]. A photograph is read once,
+        unless its entry in the cache is damaged. The first photograph is computed in any case: if its entry
+        differs, something that the name of the entry does not contain has changed, and the cache is not read.
         """
         photographs = _Photographs(images, self.recipe.preprocess, self.cache, batches[0][0])
         loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
@@ -246,10 +266,14 @@ class CachedNetwork:
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)  # 0, 1, ... and the last one
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
-        digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in pixels]
+        images = [image.numpy() for image in pixels]
         return [
-            [np.frombuffer(digest, np.uint8), *(output[position] for output in outputs)]
-            for position, digest in enumerate(digests)
+            [
+                np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8),
+                shrink(image),
+                *(output[position] for output in outputs),
+            ]
+            for position, image in enumerate(images)
         ]
 
 

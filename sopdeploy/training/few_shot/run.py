@@ -131,6 +131,7 @@ class CrossValidation:
         alike: The classes of `NearDuplicates.alike`.
         clips: The `groups` and images that tell how they were found.
         copies: The photograph (N,) that each image shows; those of an object are a group, too.
+        certain_copies: The same (N,), only by copies that resemble each other most.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
@@ -145,6 +146,7 @@ class CrossValidation:
     alike: tuple[str, ...]
     clips: Clips
     copies: Indices
+    certain_copies: Indices
     judged: Indices
     folds: Indices
     logits: Array
@@ -218,6 +220,7 @@ def cross_validate(
         features=features,
         problem=problem,
         copies=copies_N,
+        certain_copies=connect(count, near.certain, features.hashes),
         groups=groups_N,
         alike=tuple(np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()),
         clips=clips,
@@ -268,15 +271,15 @@ class GroupFields(TypedDict):
 
 
 def _describe_groups(
-    images: LabeledImages, targets: Targets, groups_N: Indices, copies_N: Indices
+    images: LabeledImages, targets: Targets, groups_N: Indices, copies_N: Indices, certain_N: Indices
 ) -> GroupFields:
-    """Describe the groups of photographs *groups_N* and the photographs *copies_N*."""
+    """Describe the groups *groups_N*, the photographs *copies_N*, and copies that are certain (N,)."""
     groups = _groups_of_classes(targets, groups_N)
     num_groups = {label: len(found) for label, found in zip(images.labels, groups, strict=True)}
     counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
     contradictions = []
-    for photograph in np.flatnonzero(np.bincount(copies_N) > 1):
-        indices = np.flatnonzero(copies_N == photograph)
+    for photograph in np.flatnonzero(np.bincount(certain_N) > 1):
+        indices = np.flatnonzero(certain_N == photograph)
         if (targets.classes[indices] != targets.classes[indices[0]]).any():
             contradictions.append(" = ".join(images.identity(index) for index in indices.tolist()))
     return {
@@ -325,7 +328,7 @@ def _evaluate(
         clip=_identify(images, found.clips.found),
         possible_clip=_identify(images, found.clips.doubtful),
         clip_pattern=found.clips.pattern,
-        **_describe_groups(images, targets_of_images, found.groups, found.copies),
+        **_describe_groups(images, targets_of_images, found.groups, found.copies, found.certain_copies),
         head=f"{recipe.model.name} {head.kind}{taps}",
         num_features=len(found.problem.space.center),
         temperature=found.scaling.temperature,
