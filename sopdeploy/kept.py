@@ -3,9 +3,13 @@
 In a folder of kept photographs, `ID.jpg` or `ID.png` is a photograph without metadata except its orientation,
 and `ID.json` its `KeptRecord`. The photograph is written first, so a record always has its photograph; a
 photograph without a record is not complete. A server with several devices has a subfolder for each.
+
+`label` moves photographs without changing their names. Those outside of the uniform sample are atypical: they
+were kept because the network was not sure of them. Figures about new photographs must not count them.
 """
 
 import logging
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -20,6 +24,8 @@ from sopdeploy.config import StrictModel
 Reason = Literal["unknown", "low_margin", "sample"]
 LOCK = ".lock"  # in a folder to which a server writes
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
+SAMPLE_FOLDER = "sample"  # in the folder of photographs that show no class: those of the uniform sample
+KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")
 MAX_KEPT_LABELS = 100  # classes of a record
 
 log = logging.getLogger("sopdeploy.kept")
@@ -44,7 +50,7 @@ class KeptRecord(StrictModel):
     """
 
     version: Literal[1] = 1
-    image: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}\.(jpg|png)$")]
+    image: Annotated[str, pydantic.Field(pattern=rf"^{KEPT_NAME.pattern}$")]
     bundle: str
     model: str
     time: pydantic.AwareDatetime

@@ -52,6 +52,16 @@ class Clips(NamedTuple):
     doubtful: tuple[int, int] | None = None
     pattern: str = ""
 
+    def select_pairs(self, pairs: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Select the *pairs* (2, P) of near-duplicates that do not join two clips.
+
+        If names tell the objects, some frames of different ones resemble each other as copies do.
+        """
+        if self.found is None:
+            return pairs
+        is_clip_2P = np.bincount(self.groups)[self.groups[pairs]] > 1
+        return pairs[:, (self.groups[pairs[0]] == self.groups[pairs[1]]) | ~is_clip_2P.all(axis=0)]
+
 
 class _Name(NamedTuple):
     """A name without its suffix: the texts between its numbers, the numbers, and the kind of its texts."""

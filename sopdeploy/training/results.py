@@ -181,6 +181,8 @@ class FewShotResult(StrictModel):
         clip_pattern: A regular expression that finds what the names of a possible clip share; empty if none.
         contradictions: Files of groups with different labels, joined by " = ".
         num_images: Number of training images.
+        num_selected: Images that a server kept because its network was not sure of them; the network learns
+            them, but they count neither for the score nor for the threshold.
         head: The network, and the statistics that its classifier reads.
         num_features: Length of the vector that the classifier reads.
         temperature: What the scores of the classifier are divided by; the network contains it.
@@ -207,6 +209,7 @@ class FewShotResult(StrictModel):
     clip_pattern: str = ""
     contradictions: tuple[str, ...] = ()
     num_images: Count
+    num_selected: int = 0
     head: str
     num_features: Count
     temperature: Positive | None = None
@@ -270,6 +273,11 @@ class FewShotResult(StrictModel):
             yield (
                 f"{photographs} different photographs are {self.num_groups} groups, such as those of one "
                 "object; a group shares a fold"
+            )
+        if self.num_selected and self.estimated_on == "cross-validation":
+            yield (
+                f"{self.num_selected} photographs were kept because a network was not sure of them: they are "
+                "learned, but the accuracy and `known` are judged by the others, which are like new ones"
             )
         if self.clip:
             yield describe_clip(self.clip)

@@ -2,7 +2,8 @@
 
 A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
 process copy them without metadata, and stores them. Photographs are dropped if the queue is full. Those
-outside of the uniform sample are also dropped if copies take more than `COPY_SHARE` of the time.
+outside of the uniform sample are also dropped if copies take more than `COPY_SHARE` of the time. The log says
+how many were dropped, and what keeps them.
 """
 
 import hashlib
@@ -107,6 +108,8 @@ class Keeper:
         self._bytes_in = self._bytes_out = 0
         self._copy_budget = COPY_BURST  # seconds that copies may take; negative if they took more
         self._refilled = time.monotonic()  # when seconds were last added to the budget
+        self._num_unqueued = self._num_uncopied = 0  # dropped; the event loop counts the former
+        self._num_logged = 0  # of both
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -125,6 +128,7 @@ class Keeper:
         queued = self._bytes_in - self._bytes_out
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._counts["dropped"].inc()
+            self._num_unqueued += 1
             return
         self._bytes_in += size
         logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
@@ -136,12 +140,14 @@ class Keeper:
         while True:
             if time.monotonic() >= next_check:
                 self._check_folder()
+                self._log_dropped()
                 next_check = time.monotonic() + self._folder.check_seconds
             try:
                 photo = self._photos.get(timeout=self._folder.check_seconds)
             except queue.Empty:
                 continue
             if photo is None:
+                self._log_dropped()
                 return
             self._bytes_out += len(photo.image) + photo.pixels.nbytes
             try:
@@ -151,6 +157,20 @@ class Keeper:
                 result = "failed"
             if result is not None:
                 self._counts[result].inc()
+
+    def _log_dropped(self) -> None:
+        """Log how many photographs were dropped since the last call, if any, and what keeps them."""
+        unqueued, uncopied = self._num_unqueued, self._num_uncopied
+        if (dropped := unqueued + uncopied - self._num_logged) > 0:
+            self._num_logged += dropped
+            log.warning(
+                "%d photographs worth a label were not kept, because they arrived too fast: copies may take "
+                "%g %% of the time; send photographs more slowly, or raise keep_sample, whose photographs "
+                "need none of this time",
+                dropped,
+                100 * COPY_SHARE,
+                extra={"unqueued": unqueued, "uncopied": uncopied},
+            )
 
     def _check_folder(self) -> None:
         try:
@@ -194,4 +214,7 @@ class Keeper:
         self._refilled = now
         if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
             return "near_duplicate"
-        return "dropped" if self._copy_budget <= 0 else None
+        if self._copy_budget > 0:
+            return None
+        self._num_uncopied += 1
+        return "dropped"

@@ -11,9 +11,11 @@ The only checkpoints are those of the finished run. Letters: N images, K classes
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from sopdeploy.checkpoint import Checkpoint
@@ -23,6 +25,7 @@ from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_thr
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
+from sopdeploy.kept import KEPT_NAME
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import Clips, find_clips
@@ -189,13 +192,15 @@ def cross_validate(
     near, targets = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_)), Targets.of(images)
     if config.group_copies:
         near = features.find_copies(images)
-    copies_N = connect(count, near.pairs, features.hashes)  # groups of copies, without the given groups
-    clips = Clips(connect(count, NO_PAIRS, copies_N, images.groups))
+    clips, pairs = Clips(connect(count, NO_PAIRS, features.hashes, images.groups)), near.pairs
     if len(near.vectors) and not recipe.groups_by_name:
         names = [images.identity(index) for index in range(count)]
         clips = find_clips(names, features.times, number_classes(images.targets), near.vectors, clips.groups)
-    groups_N = clips.groups
+        pairs = clips.select_pairs(pairs)
+    copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
+    groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
     judged = _largest_copies(images, copies_N)
+    judged = judged[select_typical(images)[judged]]
     if images.targets.ndim == 1:  # no classifier is fitted without all images of a class that is one group
         one_group = [
             number for number, groups in enumerate(_groups_of_classes(targets, groups_N)) if len(groups) == 1
@@ -220,7 +225,7 @@ def cross_validate(
         features=features,
         problem=problem,
         copies=copies_N,
-        certain_copies=connect(count, near.certain, features.hashes),
+        certain_copies=connect(count, clips.select_pairs(near.certain), features.hashes),
         groups=groups_N,
         alike=tuple(np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()),
         clips=clips,
@@ -268,6 +273,19 @@ class GroupFields(TypedDict):
     one_group: tuple[str, ...]
     two_groups: tuple[str, ...]
     contradictions: tuple[str, ...]
+
+
+def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
+    """Select the images (N,) that are like new photographs: not those that a server kept for a label.
+
+    A server keeps atypical ones, of which fewer are known and fewer are classified correctly. Those of
+    classes without other photographs are selected, too, and all if too few others are there for a threshold.
+    """
+    is_kept = [KEPT_NAME.fullmatch(PurePath(images.identity(index)).name) for index in range(len(images))]
+    typical_N = np.asarray([one is None for one in is_kept], np.bool_)
+    if images.targets.ndim == 2 or typical_N.all() or typical_N.sum() < MIN_COSINES:
+        return np.ones(len(images), np.bool_)
+    return typical_N | ~np.isin(images.targets, np.unique(images.targets[typical_N]))
 
 
 def _describe_groups(
@@ -323,6 +341,7 @@ def _evaluate(
         class_counts=dict(zip(images.labels, counts, strict=True)),
         balanced=images.targets.ndim == 1 and max(counts) > UNEVEN * max(1, min(counts)),
         num_images=len(images),
+        num_selected=int((~select_typical(images)).sum()),
         num_duplicates=len(images) - len(set(found.features.hashes)),
         alike=found.alike,
         clip=_identify(images, found.clips.found),
@@ -349,17 +368,19 @@ def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))
         return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
     result: Any = fit.result
+    typical_N = select_typical(start.data.train)
+    num_typical = len(np.unique(fit.groups[typical_N]))
     unknown = predict_unknown(fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers)
-    reason = missing_threshold(result.num_groups, fit.logits.shape[1], accepts, MIN_COSINES)
+    reason = missing_threshold(num_typical, fit.logits.shape[1], accepts, MIN_COSINES)
     decision = fit_decision(
-        fit.logits,
-        targets.astype(np.int64),
+        fit.logits[typical_N],
+        targets[typical_N].astype(np.int64),
         estimated_on="cross-validation",
         accepts=accepts,
         scalable=False,  # the network contains the temperature
-        groups=fit.groups,
+        groups=fit.groups[typical_N],
         unknown=unknown,
-        left_out=fit.left_out,
+        left_out=None if fit.left_out is None else fit.left_out[typical_N],
         min_images=MIN_COSINES,
     )
     result = result.model_copy(update={"unknown": reason})

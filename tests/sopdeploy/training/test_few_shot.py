@@ -45,6 +45,7 @@ from sopdeploy.training.few_shot.classifier import (
     unit_length,
 )
 from sopdeploy.training.few_shot.features import Features
+from sopdeploy.training.few_shot.run import select_typical
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
 from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import RunFolder
@@ -364,6 +365,46 @@ def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
     else:
         assert (result.num_groups, len(result.clip)) == (3 * len(COLORS), 2)
         assert "are frames of one clip, or show one object" in "\n".join(result.lines())
+
+
+def kept_names(count: int, first: int = 0) -> list[bytes]:
+    """Name *count* photographs as a server does that keeps them."""
+    return [f"{first + number:032x}.jpg".encode() for number in range(count)]
+
+
+# Own photographs of each of two classes, kept ones of each, those of a new class, and the judged ones.
+SELECTED = {
+    "no kept photographs": ((12, 12), (0, 0), 0, 24),
+    "kept photographs are atypical": ((12, 12), (5, 3), 0, 24),
+    "those of a new class are judged": ((12, 12), (5, 3), 9, 33),
+    "too few others for a threshold": ((8, 8), (5, 3), 0, 24),
+}
+
+
+@pytest.mark.parametrize(("own", "kept", "of_new_class", "judged"), SELECTED.values(), ids=SELECTED)
+def test_photographs_that_a_server_selected_are_not_judged(own, kept, of_new_class: int, judged: int):
+    paths, targets = [], []
+    for target, (num_own, num_kept) in enumerate(zip((*own, 0), (*kept, of_new_class), strict=True)):
+        names = [f"{target}-{number}.jpg".encode() for number in range(num_own)]
+        paths += [f"{target}/".encode() + name for name in (*names, *kept_names(num_kept, 100 * target))]
+        targets += [target] * (num_own + num_kept)
+    images = ImageFiles(Path(), ("a", "b", "c"), np.asarray(paths), np.asarray(targets))
+    assert select_typical(images).sum() == judged
+
+
+def test_the_threshold_and_the_accuracy_are_those_of_photographs_that_no_server_selected(tmp_path: Path):
+    root = paint(tmp_path / "photos", 12)
+    paint(tmp_path / "others", 2, seed=7)
+    for number, color in enumerate(COLORS):
+        for name, path in zip(
+            kept_names(2, 2 * number), sorted((tmp_path / "others" / color).iterdir()), strict=True
+        ):
+            Image.open(path).convert("RGB").save(root / color / name.decode())
+    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    found = result.procedure
+    assert (found.num_selected, found.top1.count) == (2 * len(COLORS), 12 * len(COLORS))
+    assert result.decision.calibration.num_images == 12 * len(COLORS)
+    assert f"{2 * len(COLORS)} photographs were kept because" in "\n".join(found.lines())
 
 
 def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
