@@ -83,7 +83,8 @@ def main() -> int:
     """Run the process that the supervisor has described."""
     fixed, each, largest = map(float, os.environ[BATCH_VARIABLE].split(","))
     model = fake_model(fixed, each, int(largest))
-    process.load_model = lambda *_: model  # type: ignore[attr-defined]
+    process.find_bundles = lambda *_: {"model": model.bundle}  # type: ignore[attr-defined]
+    process.load_bundle = lambda *_: model  # type: ignore[attr-defined]
     skip_decoding()
     return device_server.main()
 

@@ -8,28 +8,38 @@ failure either the old or the new file exists. No other module reads `.pt` files
 import argparse
 import hashlib
 import io
-import os
 import pickle  # for the exception type of torch.load
 import zipfile
 from collections.abc import Mapping
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sopdeploy.config import FieldValues, check_format_version, first_problem
+from sopdeploy.config import FieldValues, Text, check_format_version, first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
-from sopdeploy.files import WeightPath, atomic_write, check_is_file, writing
+from sopdeploy.file_systems import flush, flush_folder
+from sopdeploy.files import (
+    MAX_WEIGHTS_BYTES,
+    WeightPath,
+    atomic_write,
+    check_is_checkpoint,
+    new_folder,
+    read_file,
+    writing,
+)
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
+from sopdeploy.names import Labels, ProjectName
+from sopdeploy.pickled import check_pickles, distinct_values
 from sopdeploy.project import Origin
 from sopdeploy.version import __version__
 
@@ -37,7 +47,7 @@ CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
 WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
-_MAX_FILE_BYTES = 4 * _MAX_BYTES  # with the state of an optimizer
+MAX_TENSORS = 1_000_000
 
 
 @dataclass(
@@ -64,23 +74,23 @@ class Checkpoint:
         sha256: hash of the bytes that `read_checkpoint` read; empty for a checkpoint that is not from a file.
     """
 
-    model: str
+    model: Text
     config: FieldValues
-    weights: dict[str, Tensor]
-    labels: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
+    weights: Annotated[dict[Text, Tensor], pydantic.Field(max_length=MAX_TENSORS)]
+    labels: Labels
     preprocess: Preprocess
     training: dict[str, Any]
     resume: dict[str, Any] | None = None
     decision: Decision | None = None
-    project: str = ""
+    project: ProjectName | Literal[""] = ""
     origin: Origin | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), compare=False)
     sha256: str = field(default="", compare=False)
 
     @pydantic.model_validator(mode="after")
-    def _check_labels(self) -> "Checkpoint":
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels: two classes have the same name")
+    def _check(self) -> "Checkpoint":
+        if self.image_hashes.dtype != torch.int64 or self.image_hashes.ndim != 1:
+            raise ValueError("image_hashes: not a list of int64 numbers")
         problem = None if self.decision is None else self.decision.problem_with(len(self.labels))
         if problem is not None:
             raise ValueError(f"decision: {problem}")
@@ -110,20 +120,15 @@ def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def write_plain(path: Path, content: Mapping[str, Any]) -> None:
     """Write *content*, which `load_plain` can read, to *path* atomically; raises `StorageError`."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), new_folder(path.parent):
         with atomic_write(path) as partial, partial.open("wb") as file:
             try:
                 torch.save(dict(content), file)
             except RuntimeError as error:  # if the disk is full
                 raise OSError("the file is not complete") from error
             file.flush()
-            os.fsync(file.fileno())
-        descriptor = os.open(path.parent, os.O_RDONLY)  # flushes the renaming
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            flush(file.fileno())
+        flush_folder(path.parent)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -132,9 +137,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     The file is read only once, so `sha256` matches the content even if another process replaces the file.
     Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy checkpoint, or would run code.
     """
-    check_is_file(path)
+    check_is_checkpoint(path)
     try:
-        raw = path.read_bytes()
+        raw = read_file(path, MAX_WEIGHTS_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     return parse_checkpoint(path, load_plain(path, raw), hashlib.sha256(raw).hexdigest())
@@ -153,6 +158,13 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     training = content.get("training")
     versions = training.get("versions") if isinstance(training, dict) else None
     written_by = versions.get("sopdeploy") if isinstance(versions, dict) else None
+    for name in content.keys() - {"weights"}:  # `build_classifier` compares those with the network's
+        if any(
+            isinstance(value, Tensor) and not _is_plain(value) for value in distinct_values(content[name])
+        ):
+            raise CheckpointError(
+                f"{path}: {str(name)[:80]}: has a tensor without values of its own; copy it again"
+            )
     known = {entry.name for entry in fields(Checkpoint)}
     unknown = content.keys() - known - {"version"} if written_by not in {None, __version__} else ()
     try:
@@ -172,7 +184,9 @@ def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that
     """
     try:
         _check_stored(raw)
-        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        distinct_values(content)
+        return content
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, it contains objects other than tensors and reading it could run code; {advice}"
@@ -182,12 +196,27 @@ def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that
 
 
 def _check_stored(raw: bytes) -> None:
-    """Raise `ValueError` if *raw* is a zip archive whose entries have more bytes; torch compresses none."""
-    if raw.startswith(b"PK"):
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            entries = archive.infolist()
+    """Raise `ValueError` if reading *raw* may take more memory or time than its size explains.
+
+    That is a zip archive whose entries have more bytes, because torch compresses none, and a pickle that
+    `check_pickles` refuses.
+    """
+    if not raw.startswith(b"PK"):
+        check_pickles(io.BytesIO(raw))
+        return
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > len(raw):
             raise ValueError("compressed or overlapping entries")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                check_pickles(io.BytesIO(archive.read(entry)))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Check whether *tensor* is dense and has memory of its own for all its numbers."""
+    is_dense = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return is_dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def is_state_dict(weights: Any) -> bool:
@@ -203,9 +232,10 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
     A safetensors file is one table of tensors. Raises `WeightsError`.
     """
     path = file.path
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise WeightsError(f"{path}: larger than {_MAX_FILE_BYTES >> 30} GiB, the limit; {WEIGHTS_ADVICE}")
-    raw = path.read_bytes()
+    try:
+        raw = read_file(path, MAX_WEIGHTS_BYTES)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror}); {WEIGHTS_ADVICE}") from error
     digest = hashlib.sha256(raw).hexdigest()
     if raw[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
         safetensors = import_optional(

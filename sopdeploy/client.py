@@ -19,8 +19,10 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, parse_json
+from sopdeploy.deadline import deadline, obey_deadlines
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
+from sopdeploy.files import MAX_IMAGE_BYTES, read_file
 from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
@@ -30,6 +32,8 @@ CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wr
 FIRST_DELAY = 0.2
 MAX_DELAY = 5.0
 DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
+MAX_RESPONSE_BYTES = 64_000_000  # after decompression
+ENCODINGS = {"", "identity", "gzip", "deflate"}  # 64 KiB of these, which httpx expands at once, are 64 MB
 RETRY_STATUSES = {429, 503}  # the server did not process the request
 BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)  # before a response
 
@@ -95,9 +99,9 @@ class ClassifyArguments(CallArguments, total=False):
 class Client:
     """Blocking client of the server at *url*. Thread-safe; connections stay open until `close`.
 
-    *timeout* is the total time of a call in seconds, including retries. *retries* is how often a request is
-    repeated after 429, 503 or a connection that broke before a response. Raises `ConfigError` for a
-    URL or key that cannot be sent.
+    *timeout* is the total time of a call in seconds, including retries and the whole response. *retries* is
+    how often a request is repeated after 429, 503 or a connection that broke before a response. Raises
+    `ConfigError` for a URL or key that cannot be sent.
 
         with Client("http://127.0.0.1:8000") as client:
             print(client.classify("photo.jpg").classes[0].label)
@@ -114,9 +118,12 @@ class Client:
     ) -> None:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("the API key has characters that no header may have; copy the key again")
-        headers = None if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        headers = {"Accept-Encoding": "identity"}  # what servers may compress anyway is limited, too
+        if api_key is not None:
+            headers["Authorization"] = f"Bearer {api_key}"
         try:
             self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
+            obey_deadlines(self._http)
         except httpx.InvalidURL as error:
             raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
         if self._http.base_url.scheme not in {"http", "https"} or not self._http.base_url.host:
@@ -242,7 +249,8 @@ class Client:
             request.headers["X-Request-Timeout-Ms"] = str(int(left * 1000))
             error: ServiceError
             try:
-                response = self._http.send(request)
+                with deadline(end):
+                    response = _receive(self._http, request)
             except httpx.RequestError as failure:
                 error, delay = _unreachable(request, failure, seconds), backoff(attempt)
                 may_retry = isinstance(failure, BROKEN)
@@ -268,7 +276,7 @@ def encode_image(image: Any) -> bytes:
         return image
     if isinstance(image, str | Path):
         try:
-            return Path(image).read_bytes()
+            return read_file(image, MAX_IMAGE_BYTES)
         except (OSError, ValueError) as error:  # ValueError: not a path, such as one with a null byte
             reason = getattr(error, "strerror", error)
             raise DataError(f"{image}: cannot be read ({reason}); check the path") from error
@@ -297,6 +305,25 @@ def retry_after(response: httpx.Response) -> float:
     """Parse `Retry-After` in seconds, as the server writes it; 0 without a valid value."""
     text = response.headers.get("Retry-After", "")
     return float(text[:9]) if text.isascii() and text.isdecimal() else 0.0  # 9 digits exceed every timeout
+
+
+def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
+    """Send *request* and read the response; raises `ServiceError` if it is too large."""
+    response = client.send(request, stream=True)
+    try:
+        if response.headers.get("Content-Encoding", "").lower() not in ENCODINGS:
+            raise _foreign_answer(response)
+        content = bytearray()
+        for piece in response.iter_bytes():
+            content += piece
+            if len(content) > MAX_RESPONSE_BYTES:
+                raise _foreign_answer(response)
+    finally:
+        response.close()
+    headers = httpx.Headers(response.headers)
+    for name in ("Content-Encoding", "Content-Length", "Transfer-Encoding"):  # *content* is decoded
+        headers.pop(name, None)
+    return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=request)
 
 
 def _response_error(response: httpx.Response) -> ServiceError:
@@ -331,7 +358,7 @@ def _parse_results(response: httpx.Response, kind: type[Result], count: int) -> 
         "timing_ms": dict(DURATION.findall(response.headers.get("Server-Timing", ""))),
     }
     try:
-        body = response.json()
+        body = parse_json(response.content)
         rows = body.get("results", [body])
         results = [kind.model_validate({**row, **shared}, extra="ignore") for row in rows]
     except (AttributeError, TypeError, ValueError) as error:

@@ -1,9 +1,13 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
+import reprlib
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Annotated, Any, Self, TypeAlias
 
 import pydantic
+import pydantic_core
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.plugins import Registry
@@ -14,17 +18,104 @@ PositiveRate = Annotated[float, pydantic.Field(gt=0, le=1e6)]  # float32 can rep
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
+Text = Annotated[str, pydantic.Field(max_length=10_000)]  # a name, a version or a line
 # The fields of a network's config or of a recipe by name, as in JSON and TOML. The model that reads them
 # validates them; plug-ins add fields.
 FieldValues: TypeAlias = dict[str, Any]
+# Limits of what a model reads, unless its fields have lower ones.
+MAX_ITEMS = 1_000_000  # of a list, set or dict
+MAX_LEVELS = 100  # of tables
+MAX_JSON_PARTS = 5_000_000  # of a document
+MAX_UNKNOWN_KEYS = 1_000  # of an object; more are refused without an error for each
+MAX_TEXT = 10_000_000  # characters
+_NO_SCHEMAS = {"default", "metadata", "serialization"}  # parts of a core schema
+MAX_SHOWN = 80  # characters of a value in a message
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """Parse the JSON document *raw*, with at most 200 levels, which every reader and writer can handle.
+
+    Raises `ValueError`, also for NaN and infinity, and for more than `MAX_JSON_PARTS` values and lists.
+    """
+    document = raw.encode() if isinstance(raw, str) else raw
+    if (
+        sum(map(document.count, (b",", b"[", b"{"))) > MAX_JSON_PARTS
+    ):  # of 2 bytes each, they take 100 or more in memory
+        raise ValueError("not JSON: has too many lists, objects and values")
+    try:
+        return pydantic_core.from_json(document, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse a TOML document with at most `MAX_LEVELS` levels; raises `ValueError`."""
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a ValueError that is no TOMLDecodeError: a long number
+        raise ValueError(f"not TOML: {error}") from error
+    level: list[Any] = [values]
+    for _ in range(MAX_LEVELS):
+        tables = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for parts in tables for part in parts if isinstance(part, dict | list)]
+    if level:
+        raise ValueError(f"not TOML: has more than {MAX_LEVELS} levels")
+    return values
+
+
+def _limit_schema(schema: Any) -> None:
+    """Give all lists, sets and dicts in the core *schema* a largest length, and end them at the first error.
+
+    Pydantic would build an error for each wrong element, 1 kB in size: 10 GB for a file of 16 MB.
+    """
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            if part.get("type") in ("list", "tuple", "set", "frozenset", "dict"):  # or a field of this name
+                part["fail_fast"] = True
+                part.setdefault("max_length", MAX_ITEMS)
+            nested = [value for key, value in part.items() if key not in _NO_SCHEMAS]
+            waiting += [value for value in nested if isinstance(value, dict | list)]
+        elif isinstance(part, list):
+            waiting += part
 
 
 class StrictModel(pydantic.BaseModel):
-    """An immutable pydantic model that rejects unknown keys, NaN and infinity."""
+    """An immutable pydantic model that rejects unknown keys, NaN and infinity.
+
+    Validation ends at the first wrong element of a list or dict, and lengths are limited.
+    """
 
     model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), str_max_length=MAX_TEXT
     )
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: pydantic.GetCoreSchemaHandler
+    ) -> pydantic_core.CoreSchema:
+        schema = handler(source)
+        _limit_schema(schema)
+        return schema
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _limit_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict) and len(values) > len(cls.model_fields) + MAX_UNKNOWN_KEYS:
+            raise ValueError(f"has {len(values)} keys, more than are known")
+        return values
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Validate a JSON document, which `parse_json` reads; raises `pydantic.ValidationError`."""
+        try:
+            values = parse_json(bytes(json_data) if isinstance(json_data, bytearray) else json_data)
+        except ValueError as error:
+            context = {"error": str(error)}
+            problem = pydantic_core.InitErrorDetails(type="json_invalid", input="", ctx=context)
+            raise pydantic.ValidationError.from_exception_data(cls.__name__, [problem]) from error
+        return cls.model_validate(values, **options)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Copy the model with the fields in *update*, which are not validated.
@@ -74,9 +165,7 @@ class Options(StrictModel):
         except pydantic.ValidationError as error:
             problem: Any = error.errors(include_url=False)[0]
             name = str(problem["loc"][0]) if problem["loc"] else None
-            raise ConfigError(
-                f"{problem['msg']} (got {str(problem['input'])[:80]!r})", setting=name
-            ) from error
+            raise ConfigError(f"{problem['msg']} (got {shown(problem['input'])})", setting=name) from error
 
 
 def check_format_version(found: Any, version: int, written_by: Any, unknown: Iterable[str] = ()) -> None:
@@ -85,24 +174,51 @@ def check_format_version(found: Any, version: int, written_by: Any, unknown: Ite
     A format keeps its version when it gets optional fields: files without them get their defaults.
     *written_by* is the version of sopdeploy in the file, which can read it.
     """
-    reader = f"sopdeploy {written_by}" if isinstance(written_by, str) else "a later version of sopdeploy"
+    reader = "a later version of sopdeploy"
+    if isinstance(written_by, str):
+        reader = f"sopdeploy {written_by[:MAX_SHOWN]}"
     if found != version:
-        raise ValueError(f"version: {found!r}, but this sopdeploy reads {version}; read it with {reader}")
+        given = _SHORTENER.repr(found)[:MAX_SHOWN]
+        raise ValueError(f"version: {given}, but this sopdeploy reads {version}; read it with {reader}")
     if names := sorted(unknown):
-        raise ValueError(f"{names[0]}: unknown here; read it with {reader}, which wrote it")
+        raise ValueError(f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it")
+
+
+class _Shortener(reprlib.Repr):
+    """Describes values in a time that their size does not change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, MAX_SHOWN, MAX_SHOWN
+
+    def repr_int(self, value: int, level: int) -> str:  # noqa: ARG002 - the base class gives it
+        is_long = value.bit_length() > 4 * MAX_SHOWN  # Python refuses to write some of them
+        return f"a number of {value.bit_length()} bits" if is_long else str(value)
+
+    def repr_dict(self, value: dict[Any, Any], level: int) -> str:
+        return super().repr_dict(dict(islice(value.items(), self.maxdict)), level)  # the base class sorts all
+
+
+_SHORTENER = _Shortener()
+
+
+def shown(value: Any) -> str:
+    """Describe *value* in a message, by at most `MAX_SHOWN` characters in quotes."""
+    text = value if isinstance(value, str) else _SHORTENER.repr(value)
+    return repr(text[:MAX_SHOWN])
 
 
 def first_problem(error: pydantic.ValidationError) -> str:
     """Describe the first problem in *error* as `key: reason (got value)` on one line."""
     problem: Any = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "value"
+    where = ".".join(str(part)[:MAX_SHOWN] for part in problem["loc"]) or "value"
     if problem["type"] == "missing":
         return f"{where}: missing"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key"
-    reason = str(problem["msg"]).removeprefix("Value error, ")
+    reason = str(problem["msg"])[: 10 * MAX_SHOWN].removeprefix("Value error, ")
     is_of_validator = problem["type"] == "value_error"  # a validator of this package raised it
     checked_whole_model = not problem["loc"] or isinstance(problem["input"], dict)
     if is_of_validator and checked_whole_model:  # the message names the wrong values
         return f"{where}: {reason}" if problem["loc"] else reason
-    return f"{where}: {reason} (got {str(problem['input'])[:80]!r})"
+    return f"{where}: {reason} (got {shown(problem['input'])})"

@@ -13,6 +13,7 @@ import pydantic
 from numpy.typing import NDArray
 
 from sopdeploy.config import Count, Fraction, Positive, StrictModel
+from sopdeploy.names import MAX_CLASSES
 
 Activation = Literal["softmax", "sigmoid"]
 Estimate = Literal["held-out", "cross-validation"]
@@ -71,7 +72,7 @@ class Reference(StrictModel):
         confidences: Number of images by their largest probability, in intervals between `CONFIDENCE_BOUNDS`.
     """
 
-    classes: tuple[Occurrences, ...]
+    classes: Annotated[tuple[Occurrences, ...], pydantic.Field(max_length=MAX_CLASSES)]
     confidences: Annotated[
         tuple[Occurrences, ...],
         pydantic.Field(min_length=len(CONFIDENCE_BOUNDS) + 1, max_length=len(CONFIDENCE_BOUNDS) + 1),
@@ -163,7 +164,7 @@ class Decision(StrictModel):
     activation: Activation = "softmax"
     calibration: Calibration | None = None
     rejection: Rejection | None = None
-    thresholds: tuple[Fraction, ...] | None = None
+    thresholds: Annotated[tuple[Fraction, ...], pydantic.Field(max_length=MAX_CLASSES)] | None = None
     reference: Reference | None = None
 
     @pydantic.model_validator(mode="after")

@@ -2,49 +2,132 @@
 
 import errno
 import hashlib
-import json
+import logging
 import os
-import platform
+import re
+import secrets
+import shutil
 import stat
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from sopdeploy.config import parse_json
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
+from sopdeploy.file_systems import Lock, lock_file, locked_if_left, rename_file
+from sopdeploy.names import label_problem
 
 PARTIAL = ".partial"
+MAX_PARTIAL_BYTES = 230  # of the name of the file in that of its temporary file
+LOCK = ".lock"  # in a folder to which one process writes
 MANIFEST = "manifest.json"  # of a bundle
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules
+MAX_PATH_STEPS = 1_000  # folders and links of a path
+MAX_NAMES_BYTES = 100_000_000  # of a file that programs write: class names, tables, results
+MAX_IMAGE_BYTES = 256_000_000  # of a photograph that is not decoded here
+MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer, or an engine
 # Operating system errors that the user can fix: permissions, disk space, file names.
 STORAGE_ERRNOS = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC,
     errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 
-NO_LINKS_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 FULL_ERRNOS = {errno.EDQUOT, errno.ENOSPC}
+_LEFT_FILE = re.compile(rf".*\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+_LEFT_FOLDER = re.compile(rf"\.(?:new|bundle)-\w{{8}}{re.escape(PARTIAL)}")
+_CLEANED: set[str] = set()  # folders from which this process has removed those of others
+
+log = logging.getLogger("sopdeploy.files")
 
 
 @contextmanager
-def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield a temporary path; rename it to *path* on success, delete it on error.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield the path of an empty temporary file; rename it to *path* on success, delete it on error.
 
-    With *shared*, the temporary name contains the machine and the process id, for files that several
-    processes may write at the same time. Raises `OSError`, also if *path* is a folder.
+    Several processes may write the same file at the same time. What killed processes left in the folder is
+    removed once per process. Raises `OSError`, also if *path* is a folder.
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    process = f".{platform.node()}.{os.getpid()}" if shared else ""
-    partial = path.with_name(f"{path.name}{process}{PARTIAL}")
+    folder = os.path.abspath(path.parent)  # noqa: PTH100 - `resolve` follows links
+    if folder not in _CLEANED:
+        _CLEANED.add(folder)
+        remove_left(path.parent)
+    name = os.fsencode(path.name)[:MAX_PARTIAL_BYTES].decode("utf-8", "ignore")
+    partial = path.with_name(f"{name}.{secrets.token_hex(4)}{PARTIAL}")
+    lock = lock_file(partial)
     try:
         yield partial
-        partial.replace(path)
+        rename_file(lock.file, partial, path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        os.close(lock.file)
+
+
+@contextmanager
+def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
+    """Create the folder *path* and those above it; at the end, remove those of them that are empty."""
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]  # the innermost first
+    try:
+        path.mkdir(mode, parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in created:
+            with suppress(OSError):  # it holds a file, was not created, or another process uses it
+                folder.rmdir()
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder in *parent*; delete it at the end unless it was renamed.
+
+    What killed processes left in *parent* is removed first. Raises `OSError`.
+    """
+    remove_left(parent)
+    outer, lock = _locked_folder(parent)
+    try:
+        (outer / "content").mkdir()
+        yield outer / "content"
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
+        os.close(lock.file)
+
+
+def _locked_folder(parent: Path) -> tuple[Path, Lock]:
+    """Create a hidden folder in *parent* with a lock file, beside which its content is renamed alone."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=".new-", suffix=PARTIAL, dir=parent))
+        try:
+            return folder, lock_file(folder / LOCK)
+        except FileNotFoundError:  # another process removed it before it was locked
+            continue
+        except BaseException:  # an interrupt must not leave the folder
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def remove_left(folder: Path) -> None:
+    """Remove the temporary files and folders in *folder* whose processes have ended.
+
+    On a file system without locks they stay, because another process may write them.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in list(entries):
+            path = Path(entry.path)
+            if _LEFT_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with locked_if_left(path) as is_left:
+                    if is_left:
+                        path.unlink(missing_ok=True)
+            elif _LEFT_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                with locked_if_left(path / LOCK) as is_left:
+                    if is_left or not os.path.lexists(path / LOCK):
+                        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -79,6 +162,28 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
     return open(path, "rb", buffering)  # noqa: PTH123
 
 
+def read_file(path: str | Path, limit: int) -> bytes:
+    """Read the regular file at *path*, of at most *limit* bytes.
+
+    All readers of files that users name call it, or `open_regular` and `read_at_most`. Raises `OSError`, also
+    for a larger file, which it does not read, and as `open_regular` does.
+    """
+    with open_regular(path, buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > limit else read_at_most(file, limit + 1)
+    if size > limit or len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes, the limit", str(path))
+    return content
+
+
+def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a file of at most *limit* bytes in UTF-8, without the mark with which some editors begin it.
+
+    Raises `OSError` as `read_file` does, and `UnicodeDecodeError`.
+    """
+    return read_file(path, limit).decode("utf-8-sig").replace("\r\n", "\n")
+
+
 def read_at_most(file: IO[bytes], limit: int) -> bytes:
     """Read the rest of *file*, at most *limit* bytes; the memory depends on the content, not on *limit*."""
     content = bytearray()
@@ -95,7 +200,7 @@ def expand_user(path: Path | str) -> Path:
 def link_latest(target: Path) -> None:
     """Make `latest` beside *target* a relative link to it, in one step; a file or folder of that name stays.
 
-    File systems without links get none.
+    It is a convenience: if it cannot be made, one line tells why.
     """
     link = target.with_name(LATEST)
     is_no_link = link.exists() and not link.is_symlink()
@@ -104,20 +209,37 @@ def link_latest(target: Path) -> None:
     try:
         move_link(link, target.name)
     except OSError as error:
-        if error.errno not in NO_LINKS_ERRNOS:
-            raise
+        log.warning("%s: this link cannot be made (%s); use %s", link, os_reason(error), target)
 
 
 def move_link(link: Path, target: str) -> None:
-    """Make *link* a link to *target*, in one step; raises `OSError`."""
-    partial = link.with_name(f".{link.name}.{os.getpid()}{PARTIAL}")
-    try:
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(target)
-        partial.replace(link)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    """Make *link* a link to *target*, in one step; raises `OSError`, also if it would lead to itself."""
+    if leads_through(link.parent / target, link):
+        raise OSError(errno.ELOOP, "the link would lead to itself", str(link))
+    with temporary_folder(link.parent) as folder:
+        (folder / link.name).symlink_to(target)
+        (folder / link.name).replace(link)
+
+
+def leads_through(path: Path, link: Path) -> bool:
+    """Tell whether *path* leads through *link*, which need not exist, or through too many links."""
+    place = Path(os.path.realpath(link.parent), link.name)
+    names, current = [*reversed(Path.cwd().joinpath(path).parts[1:])], Path("/")
+    for _ in range(MAX_PATH_STEPS):
+        if not names:
+            return False
+        name = names.pop()
+        if name == "..":
+            current = current.parent
+            continue
+        current /= name
+        if current == place:
+            return True
+        if current.is_symlink():
+            target = current.readlink()
+            current = Path("/") if target.is_absolute() else current.parent
+            names += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+    return True
 
 
 def sha256(path: Path) -> str:
@@ -160,6 +282,10 @@ def check_is_weights(path: Path) -> WeightPath:
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
         raise WeightsError(f"{path}: {problem}; give a weight file")
+    if path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise WeightsError(
+            f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; give a weight file"
+        )
     with path.open("rb") as file:
         first = file.read(16)
     is_safetensors = first[8:9] == b"{"  # 8 bytes of length, then JSON
@@ -176,6 +302,8 @@ def check_is_checkpoint(path: Path) -> None:
     `read_checkpoint` checks its content. Commands call this before they import torch, which takes seconds.
     """
     check_is_file(path)
+    if path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again")
     try:
         with zipfile.ZipFile(path) as archive:
             is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
@@ -190,12 +318,16 @@ def check_is_checkpoint(path: Path) -> None:
 def read_class_names(file: Path) -> tuple[str, ...]:
     """Read class names from *file*, one per line or as a JSON list; raises `ConfigError`."""
     try:
-        content = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-        names = json.loads(content) if file.suffix == ".json" else content.split("\n")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        content = read_text(file, MAX_NAMES_BYTES)
+        found = parse_json(content) if file.suffix == ".json" else content.split("\n")
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             raise ValueError('no list of names such as ["cat", "dog"]')
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{file} cannot be read ({error}); give one name per line", setting="labels"
+            f"{file} cannot be read ({reason}); give one name per line", setting="labels"
         ) from error
-    return tuple(name.strip() for name in names if name.strip())
+    names = tuple(name.strip() for name in found if name.strip())
+    if problem := label_problem(names):
+        raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
+    return names

@@ -19,14 +19,16 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, Text
+from sopdeploy.files import LOCK, MAX_TEXT_BYTES, read_file
+from sopdeploy.names import DISTINCT_NAMES
 
 Reason = Literal["unknown", "low_margin", "sample"]
-LOCK = ".lock"  # in a folder to which a server writes
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
 SAMPLE_FOLDER = "sample"  # in the folder of photographs that show no class: those of the uniform sample
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")
 MAX_KEPT_LABELS = 100  # classes of a record
+OF_CLASSES = pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS)
 
 log = logging.getLogger("sopdeploy.kept")
 
@@ -42,7 +44,8 @@ class KeptRecord(StrictModel):
         time: When it was predicted, in UTC.
         reasons: Why it was kept: `known` was false, the two most probable classes were close, or a hash of
             its bytes put it into the uniform sample.
-        labels: All classes in the bundle's order, or the `MAX_KEPT_LABELS` most probable ones, best first.
+        labels: One or more: all classes in the bundle's order, or the `MAX_KEPT_LABELS` most probable ones,
+            best first.
         logits: The logits of `labels`, as the bundle gave them.
         known: Whether it probably shows one of the classes; None if the bundle has no threshold for this.
         score: What the threshold of `known` was applied to.
@@ -51,12 +54,14 @@ class KeptRecord(StrictModel):
 
     version: Literal[1] = 1
     image: Annotated[str, pydantic.Field(pattern=rf"^{KEPT_NAME.pattern}$")]
-    bundle: str
-    model: str
+    bundle: Text
+    model: Text
     time: pydantic.AwareDatetime
-    reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1)]
-    labels: tuple[str, ...]
-    logits: tuple[float, ...]
+    reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1, max_length=3)]
+    labels: Annotated[
+        tuple[str, ...], pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS), DISTINCT_NAMES
+    ]
+    logits: Annotated[tuple[float, ...], pydantic.Field(max_length=MAX_KEPT_LABELS)]
     known: bool | None = None
     score: float | None = None
     near_hash: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{16}$")]
@@ -86,7 +91,7 @@ def read_kept(folder: Path) -> list[Kept]:
     files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
     for path in files:
         with suppress(OSError, pydantic.ValidationError):
-            record = KeptRecord.model_validate_json(path.read_bytes())
+            record = KeptRecord.model_validate_json(read_file(path, MAX_TEXT_BYTES))
             image = path.with_name(record.image)
             # A copy of a record would repeat its photograph, and a link may lead to any file.
             if image.stem == path.stem and image.is_file() and not image.is_symlink():

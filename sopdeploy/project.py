@@ -8,22 +8,23 @@ from typing import Annotated
 
 import pydantic
 
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, Text
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import expand_user
+from sopdeploy.names import is_bundle_name, project_problem, without_bundle_end
 
-PROJECT_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$"  # files and folders have up to 50 more characters
 # UTC; the order of the texts is that of the times.
 Time = Annotated[str, pydantic.Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$")]
 SAMPLED = 2000  # images of a data set that a bundle records, 50 KB
 
 
 def check_project_name(name: str | None) -> str | None:
-    """Return *name*; raise `ConfigError` unless it can name a project."""
-    if name is not None and re.fullmatch(PROJECT_NAME, name) is None:
-        raise ConfigError(
-            "use at most 200 letters, digits, `.`, `_` and `-`, the first not `.`", setting="name", value=name
-        )
+    """Return *name*; raise `ConfigError` unless it can name a new project, which no bundle is named like."""
+    problem = None if name is None else project_problem(name)
+    if name is not None and is_bundle_name(name):
+        problem = "the name of a bundle ends with `-` and 12 hexadecimal digits; leave them out"
+    if problem:
+        raise ConfigError(problem, setting="name", value=name)
     return name
 
 
@@ -37,13 +38,13 @@ class Origin(StrictModel):
     held-out ones; `sample` has the lowest hashes of training images, at most `SAMPLED`.
     """
 
-    run: str
-    run_id: str
+    run: Text
+    run_id: Text
     started: Time
-    data: str
+    data: Text
     num_images: int
     num_classes: int
-    sample: tuple[int, ...] = ()
+    sample: Annotated[tuple[int, ...], pydantic.Field(max_length=SAMPLED)] = ()
 
 
 def folder_name(folder: str | Path) -> str:
@@ -55,14 +56,15 @@ def folder_name(folder: str | Path) -> str:
 def folder_project(folder: Path) -> str:
     """Name the project of the data by their *folder*; by its parent if it is a file or named `train`.
 
-    Other characters than those of a name are replaced by `-`; the name is empty if nothing remains.
+    Other characters than those of a name are replaced by `-`; the name is empty if nothing remains. A name
+    that ends as that of a bundle gets a `.` there.
     """
     path = expand_user(folder).absolute()
     named = path.parent if path.is_file() else path
     name = folder_name(named)
     if name.lower() in {"train", "training"}:
         name = folder_name(named / "..")  # `named.parent` would be wrong where *folder* ends with `..`
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200]
+    return without_bundle_end(re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200])
 
 
 def utc_now() -> str:

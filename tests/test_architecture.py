@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import tomllib
+from graphlib import TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
+import grimp
 import pytest
 
 import sopdeploy
@@ -226,6 +228,13 @@ def test_modules_do_not_import_heavy_packages(modules: tuple[str, ...]) -> None:
     code = f"import {', '.join(modules)}, sys; print([n for n in {WITHOUT[modules]} if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"
+
+
+def test_no_file_imports_another_in_a_circle() -> None:
+    """Imports of functions and those for types alone count, which import contracts do not see."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # raises `CycleError`, which names the files
 
 
 def test_the_exporter_imports_no_network_of_a_paper() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle import folder as bundle
-from sopdeploy.bundle.folder import label_problem, read_bundles
+from sopdeploy.bundle.folder import read_bundles
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
 from sopdeploy.bundle.manifest import EMBEDDING, Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
@@ -26,6 +26,7 @@ from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, Det
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.describe import Counts, tally
+from sopdeploy.names import label_problem
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.graph import (

@@ -7,10 +7,9 @@ and is ready only after warm-up batches have run.
 """
 
 import json
-import shutil
 from pathlib import Path
 
-from sopdeploy.bundle.folder import Bundle, staging
+from sopdeploy.bundle.folder import GRAPH, Bundle, staging
 from sopdeploy.bundle.manifest import TensorRecord
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import BundleError
@@ -42,9 +41,10 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
     with staging(repository) as folder:
         (folder / "1").mkdir()
         (folder / "warmup").mkdir()
-        shutil.copyfile(bundle.onnx, folder / "1" / "model.onnx")
+        with (folder / "1" / GRAPH).open("wb") as graph:
+            graph.writelines(bundle.onnx.blocks())
         (folder / _LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
-        (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle.probes).images[0].tobytes())
+        (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle).images[0].tobytes())
         (folder / "config.pbtxt").write_text(_model_config(bundle), encoding="utf-8")
         folder.chmod(0o755)  # `staging` lets the owner only read it
         if not target.exists():
@@ -114,7 +114,7 @@ def _model_config(bundle: Bundle) -> str:
         batch=batch,
         tensors="\n".join(tensors),
         precision=manifest.precision,
-        onnx_sha256=manifest.files[bundle.onnx.name].sha256,
+        onnx_sha256=manifest.files[GRAPH].sha256,
     )
     for size in sorted({1, batch.optimum, batch.maximum}):  # Triton repeats one probe image to this size
         name, kind = json.dumps(image.name), TYPES[image.dtype]

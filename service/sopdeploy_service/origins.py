@@ -9,6 +9,7 @@ name. Behind a proxy, `Host` is the name that the proxy chooses, and `X-Forwarde
 import functools
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import NamedTuple, TypeAlias
 from urllib.parse import urlsplit
@@ -16,6 +17,10 @@ from urllib.parse import urlsplit
 Network: TypeAlias = IPv4Network | IPv6Network
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
+MAX_NAME = 253  # characters (RFC 1035, section 2.3.4, without the dot at the end)
+MAX_TEXT = len("https://*.") + MAX_NAME + len(".:65535")
+FOREIGN_PAGES = "requests of pages of other hosts"
+MAX_ADDRESS = 64  # characters of an IP address with its zone
 _PATTERN = re.compile(r"((?:https?://)?)(\*\.)?([^/\s*@?#]+)", re.IGNORECASE)
 
 
@@ -48,69 +53,27 @@ def parse_host(text: str) -> HostPattern:
 
     Raises `ValueError` if *text* is none.
     """
-    match = _PATTERN.fullmatch(text)
+    match = _PATTERN.fullmatch(text) if len(text) <= MAX_TEXT else None
     if match is None:
-        raise ValueError(f"{text!r} is not a host such as example.com, *.example.com or https://example.com")
+        raise ValueError(
+            f"{text[:100]!r} is not a host such as example.com, *.example.com or https://example.com"
+        )
     parts = urlsplit(f"//{match[3]}")  # raises ValueError for brackets that do not match
     name = (parts.hostname or "").removesuffix(".")
     if not name.isascii():
         name = name.encode("idna").decode()  # raises UnicodeError, which is a ValueError
-    if not name:
-        raise ValueError(f"{text!r} has no host")
+    if not 1 <= len(name) <= MAX_NAME:
+        raise ValueError(f"{text!r} has no host, or one of more than {MAX_NAME} characters")
     scheme = match[1].removesuffix("://").lower() or None
     return HostPattern(scheme, name, parts.port, is_for_subdomains=match[2] is not None)
 
 
-def is_own_host(host: str, own: Collection[str]) -> bool:
-    """Tell whether *host*, the value of a header, is an IP address or among the patterns *own*."""
-    try:
-        parsed = parse_host(host)
-        if any(parse_host(pattern).matches(parsed) for pattern in own):
-            return True
-        ip_address(parsed.name)  # raises ValueError unless it is one
-    except ValueError:  # also if *host* is malformed
-        return False
-    return True
-
-
-def foreign_host(headers: Mapping[str, str], own: Collection[str], *, is_proxied: bool = False) -> str | None:
-    """Return the first host of a request with *headers* that is not among *own*, as `is_own_host` says.
-
-    With *is_proxied*, a trusted proxy sent the request: the host that the browser sees counts, too.
-    """
-    hosts = _hosts(headers, is_proxied=is_proxied)
-    return next((host for host in hosts if not is_own_host(host, own)), None)
-
-
-def is_foreign_page(
-    headers: Mapping[str, str], allowed: Collection[str], *, is_proxied: bool = False, is_link: bool = False
-) -> bool:
-    """Tell whether a browser sent a request with *headers* for a page of another host.
-
-    Pages of the host of the request, and of the patterns *allowed*, are this server's. With *is_link*, a link
-    on another page may lead here; a browser sends no `Origin` for it.
-    """
-    origin = headers.get("origin")
-    if origin is not None:
-        schemes = ["http", *(_listed(headers.get("x-forwarded-proto")) if is_proxied else ())]
-        hosts = _hosts(headers, is_proxied=is_proxied)
-        if origin not in {f"{scheme}://{host}" for scheme in schemes for host in hosts}:
-            return not _is_allowed(origin, allowed)
-    return not is_link and headers.get("sec-fetch-site") not in {None, "none", "same-origin"}
-
-
-def _is_allowed(origin: str, allowed: Collection[str]) -> bool:
-    try:
-        page = parse_host(origin)
-    except ValueError:  # such as `null`
-        return False
-    return any(parse_host(pattern).matches(page) for pattern in allowed)
-
-
-def _hosts(headers: Mapping[str, str], *, is_proxied: bool) -> list[str]:
-    """List the hosts to which a request was sent; HTTP/1.0 requests may have none."""
-    host = headers.get("host", "localhost")
-    return [host, *_listed(headers.get("x-forwarded-host"))] if is_proxied else [host]
+def client_address(headers: Mapping[str, str], peer: str, proxies: tuple[Network, ...]) -> str:
+    """Return *peer* or, if it is among *proxies*, the last address of `X-Forwarded-For` that is not."""
+    sent = _listed(headers.get("x-forwarded-for"))
+    while sent and is_within(peer, proxies):
+        peer = sent.pop()[:MAX_ADDRESS]
+    return peer
 
 
 def without_prefix(path: str, root_path: str) -> str:
@@ -121,30 +84,63 @@ def without_prefix(path: str, root_path: str) -> str:
 
 
 def _listed(value: str | None) -> list[str]:
-    """Split the *value* of a header to which each of several proxies adds its own."""
-    return [] if value is None else [part.strip() for part in value.split(",")]
+    """Split the *value* of a header to which each of several proxies adds its own; skip empty elements.
+
+    RFC 9110, section 5.6.1.2.
+    """
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 
 class OwnOrigins:
     """The hosts *names* and *allowed* of a server behind *proxies*, and the pages whose requests it answers.
 
-    Pages of other hosts among *allowed* may send requests, too.
+    Pages of other hosts among *allowed* may send requests, too. IP addresses are own hosts: no other name can
+    lead to them.
     """
 
     def __init__(
         self, names: Collection[str], allowed: Collection[str], proxies: tuple[Network, ...]
     ) -> None:
-        self._own, self._allowed, self._proxies = (*names, *allowed), allowed, proxies
+        self._allowed, self._proxies = [parse_host(name) for name in allowed], proxies
+        self._own = list(self._allowed)
+        for name in names:
+            with suppress(ValueError):  # an IPv6 address without brackets
+                self._own.append(parse_host(name))
 
     def find_foreign(self, headers: Mapping[str, str], peer: str, *, is_link: bool = False) -> str:
-        """Say which host or page makes a request with *headers* from *peer* foreign; empty if none does."""
+        """Say which host or page makes a request with *headers* from *peer* foreign; empty if none does.
+
+        What a trusted proxy says about the host that the browser sees counts, too. With *is_link*, a link on
+        another page may lead here; a browser sends no `Origin` for it.
+        """
         is_proxied = is_within(peer, self._proxies)
-        host = foreign_host(headers, self._own, is_proxied=is_proxied)
-        if host is not None:
-            return f"requests for {host[:100]!r}"
-        if is_foreign_page(headers, self._allowed, is_proxied=is_proxied, is_link=is_link):
-            return "requests of pages of other hosts"
-        return ""
+        hosts = [headers.get("host", "localhost")]  # HTTP/1.0 requests may have none
+        hosts += _listed(headers.get("x-forwarded-host")) if is_proxied else []
+        foreign = next((host for host in hosts if not _is_among(host, self._own, or_address=True)), None)
+        if foreign is not None:
+            return f"requests for {foreign[:100]!r}"
+        origin = headers.get("origin")
+        if origin is not None:
+            scheme, _, host = origin.partition("://")
+            schemes = ["http", *(_listed(headers.get("x-forwarded-proto")) if is_proxied else ())]
+            if scheme not in schemes or host not in hosts:
+                return "" if _is_among(origin, self._allowed) else FOREIGN_PAGES
+        is_own_page = is_link or headers.get("sec-fetch-site") in {None, "none", "same-origin"}
+        return "" if is_own_page else FOREIGN_PAGES
+
+
+def _is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool = False) -> bool:
+    """Tell whether *sent*, the value of a header, is among *patterns* or, with *or_address*, an IP address.
+
+    Clients send names in ASCII (RFC 5891, section 4), so none of them is encoded here.
+    """
+    try:
+        host = parse_host(sent if sent.isascii() else "")
+        if any(pattern.matches(host) for pattern in patterns):
+            return True
+        return or_address and ip_address(host.name) is not None
+    except ValueError:  # it is malformed, or its name is no address
+        return False
 
 
 @functools.lru_cache(maxsize=4096)

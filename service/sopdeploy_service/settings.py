@@ -8,7 +8,6 @@ and the file overrides the defaults. The file is the one passed explicitly or th
 import difflib
 import json
 import os
-import tomllib
 from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import Count, Fraction, first_problem
+from sopdeploy.config import Count, Fraction, StrictModel, first_problem, parse_toml, shown
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import read_text
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
 from sopdeploy.plugins import RUNTIMES, VARIABLE
 from sopdeploy_service.origins import Network, parse_host, parse_network
@@ -94,10 +94,8 @@ def setting(default: Any, meaning: str) -> Any:
     return pydantic.Field(default, description=meaning)
 
 
-class Settings(pydantic.BaseModel):
+class Settings(StrictModel):
     """Network, limits, batching, devices and logging of one server process."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine")
     port: Port = setting(8000, "port to listen on; 0: any free port")
@@ -197,7 +195,7 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
     if path is not None and not path.is_file():
         raise ConfigError(f"{path}: settings file not found; check its name and SOPDEPLOY_CONFIG")
     try:
-        values = {} if path is None else tomllib.loads(path.read_text("utf-8"))
+        values = {} if path is None else parse_toml(read_text(path))
         for name in Settings.model_fields:
             if (text := os.environ.get(f"{VARIABLE_PREFIX}{name}".upper())) is not None:
                 values[name] = text
@@ -205,13 +203,15 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
         return Settings(**values)
     except pydantic.ValidationError as problem:
         hint = ""
-        if str(problem.errors()[0].get("input", "")).startswith("tcp://"):
+        if shown(problem.errors()[0].get("input", "")).startswith("'tcp://"):
             hint = " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
         elif problem.errors()[0]["type"] == "extra_forbidden":
             hint = "; `sopdeploy serve --print-config` lists all settings"
         raise ConfigError(f"settings: {first_problem(problem)}{hint}") from problem
-    except ValueError as problem:  # raised by the TOML parser
-        raise ConfigError(f"{path}: not TOML ({problem}); correct the file") from problem
+    except OSError as problem:
+        raise ConfigError(f"{path}: cannot be read ({problem.strerror}); check its permissions") from problem
+    except ValueError as problem:
+        raise ConfigError(f"{path}: {problem}; correct the file") from problem
 
 
 def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any]:

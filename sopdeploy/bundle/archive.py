@@ -11,15 +11,15 @@ are not trusted: an archive is checked by its hashes, and by a signature if one 
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sopdeploy.bundle.folder import MAX_MANIFEST_BYTES, Bundle, check_file_name
+from sopdeploy.bundle.folder import GRAPH, MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError, StorageError
-from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, writing
+from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
+from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, new_folder, writing
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -34,8 +34,7 @@ def write_archive(bundle: Bundle, file: BinaryIO) -> None:
         if isinstance(piece, bytes):
             file.write(piece)
         else:
-            with (bundle.path / piece).open("rb") as content:
-                shutil.copyfileobj(content, file, BLOCK_BYTES)
+            file.writelines(bundle.onnx.blocks() if piece == GRAPH else [bundle.contents[piece]])
 
 
 def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
@@ -49,43 +48,46 @@ def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
     yield pending + END
 
 
-def archived_manifest(archive: Path) -> Manifest:
-    """Read the manifest at the start of *archive*; raise `BundleError` if that is no archive of a bundle."""
+def archived_manifest(archive: IO[bytes], name: str) -> Manifest:
+    """Read the manifest at the start of *archive*, an open file that errors call *name*.
+
+    Raises `BundleError` if that is no archive of a bundle.
+    """
+    archive.seek(0)
     try:
-        with archive.open("rb") as file:
-            first_block = file.read(BLOCK)
-            size = int(first_block[SIZE_FIELD].rstrip(b"\0 "), 8)
-            if not 0 <= size <= MAX_MANIFEST_BYTES or first_block != header(MANIFEST, size):
-                raise ValueError("does not begin with a manifest")
-            return Manifest.from_bytes(file.read(size))
+        first_block = archive.read(BLOCK)
+        size = int(first_block[SIZE_FIELD].rstrip(b"\0 "), 8)
+        if not 0 <= size <= MAX_MANIFEST_BYTES or first_block != header(MANIFEST, size):
+            raise ValueError("does not begin with a manifest")
+        return Manifest.from_bytes(archive.read(size))
     except (ValueError, RecursionError) as error:
         raise BundleError(
-            f"{archive.name}: not an archive of `sopdeploy push` ({error}); give the .tar file that it wrote"
+            f"{name}: not an archive of `sopdeploy push` ({error}); give the .tar file that it wrote"
         ) from error
 
 
-def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
+def unpack(archive: IO[bytes], name: str, manifest: Manifest, folder: Path) -> None:
     """Write the files of *archive* into the empty *folder*; *manifest* comes from `archived_manifest`.
 
     Raises `BundleError` if anything but file contents differs from what `write_archive` writes. File contents
     are checked later by `open_bundle`.
     """
-    for name in manifest.files:
-        check_file_name(Path(archive.name), name)
+    for file in manifest.files:
+        check_file_name(Path(name), file)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
-    mismatch = f"{archive.name}: is not packed as `sopdeploy push` packs it; push the bundle again"
-    with archive.open("rb") as file:
-        for piece in archive_layout(manifest):
-            if isinstance(piece, str):  # the name of a file, whose contents follow
-                missing = manifest.files[piece].bytes
-                with writing(piece), (folder / piece).open("xb") as target:
-                    while missing > 0 and (block := file.read(min(missing, BLOCK_BYTES))):
-                        target.write(block)
-                        missing -= len(block)
-            elif file.read(len(piece)) != piece:  # other bytes, or fewer because the file ends
-                raise BundleError(mismatch)
-        if file.read(1):  # bytes after the last piece
+    mismatch = f"{name}: is not packed as `sopdeploy push` packs it; push the bundle again"
+    archive.seek(0)
+    for piece in archive_layout(manifest):
+        if isinstance(piece, str):  # the name of a file, whose contents follow
+            missing = manifest.files[piece].bytes
+            with (folder / piece).open("xb") as target:
+                while missing > 0 and (block := archive.read(min(missing, BLOCK_BYTES))):
+                    target.write(block)
+                    missing -= len(block)
+        elif archive.read(len(piece)) != piece:  # other bytes, or fewer because the file ends
             raise BundleError(mismatch)
+    if archive.read(1):  # bytes after the last piece
+        raise BundleError(mismatch)
 
 
 def header(name: str, size: int) -> bytes:
@@ -116,29 +118,23 @@ def put(file: Path, destination: str, name: str) -> str:
             store.put_file(str(file), path)
         return url
     target = Path(destination) / name
-    new = [folder for folder in target.parents if not folder.exists()]  # the innermost first
-    try:
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(target) as partial:
-                shutil.copyfile(file, partial)
-    except StorageError:
-        for folder in new:
-            with suppress(OSError):  # it was not created, or another process uses it meanwhile
-                folder.rmdir()
-        raise
+    with writing(target), new_folder(target.parent), atomic_write(target) as partial:
+        shutil.copyfile(file, partial)
     return str(target)
 
 
-def get(source: str, file: Path, limit: int) -> None:
-    """Copy *source*, a path or URL, to *file*; raise `BundleError` if it is larger than *limit* bytes."""
+def get(source: str, target: IO[bytes], limit: int, place: Path) -> None:
+    """Copy *source*, a path or URL, to *target*, an open file in *place*.
+
+    Raises `BundleError` if it is larger than *limit* bytes.
+    """
     size = 0
-    with _opened(source) as content, file.open("wb") as target:
+    with _opened(source) as content:
         while block := content.read(BLOCK_BYTES):
             size += len(block)
             if size > limit:
                 raise BundleError(f"{source}: larger than {limit} bytes, the limit; check the address")
-            with writing(file):
+            with writing(place):
                 target.write(block)
                 target.flush()
 

@@ -7,25 +7,28 @@ all paths, all sizes, all hashes. File contents are parsed only after that. Does
 Of the bundles of one project in a folder, the one that was exported last is served; of equal times, the one
 with the greater id. The times are those of the exporting machines. Neither the names of the folders nor the
 link `latest` have an effect, because copies of a folder may lack or change them.
+
+A bundle is read once: `Bundle` holds the very bytes that were hashed. Whoever exchanges a file in the folder
+later, even a moment after it was read, changes nothing that runs.
 """
 
 import errno
 import hashlib
 import os
-import shutil
-import tempfile
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-import pydantic
-
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
+from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
 from sopdeploy.errors import BundleError
+from sopdeploy.file_systems import flush, set_mode
 from sopdeploy.files import (
     FULL_ERRNOS,
     LATEST,
@@ -33,24 +36,41 @@ from sopdeploy.files import (
     atomic_write,
     has_manifest,
     link_latest,
+    new_folder,
+    open_regular,
+    os_reason,
+    read_at_most,
     sha256,
+    temporary_folder,
     writing,
 )
+from sopdeploy.names import read_labels
 
-REQUIRED = ("model.onnx", "labels.json", CERTIFICATE, "parity.json", "precision.json", "probes.npz")
+GRAPH = "model.onnx"
+PROBES = "probes.npz"
+CARD = "README.md"
+REQUIRED = (GRAPH, "labels.json", CERTIFICATE, "parity.json", "precision.json", PROBES)
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_JSON_BYTES = 16_000_000  # of any other JSON file
+MAX_CONTENT_BYTES = 512_000_000  # of all files but the graph, which are in memory
 SIGNATURE_SUFFIX = ".sig"  # of the file beside a bundle or an archive
 MAX_NAME_BYTES = 255  # limit of common file systems
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """An opened bundle: all files exist with the sizes and hashes of the manifest."""
+    """A bundle as it was read: the bytes that have the sizes and hashes of the manifest.
+
+    `path` is where it was read, for messages and for what lies beside it; nothing reads its files again.
+    `contents` has the bytes of the files by name, except those of the graph. `graph` is None if the graph was
+    hashed only, or is in a runtime already.
+    """
 
     path: Path
     manifest: Manifest
     labels: tuple[str, ...]
+    contents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    graph: SealedFile | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -58,38 +78,36 @@ class Bundle:
         return self.manifest.name
 
     @property
-    def onnx(self) -> Path:
-        """Path of the ONNX graph."""
-        return self.path / "model.onnx"
+    def onnx(self) -> SealedFile:
+        """The ONNX graph; raises `ValueError` if the bundle was read without it."""
+        if self.graph is None:
+            raise ValueError(f"{self.path / GRAPH}: was hashed, but not kept")
+        return self.graph
 
-    @property
-    def probes(self) -> Path:
-        """Path of the probe images and their expected outputs."""
-        return self.path / "probes.npz"
+    def reduced(self) -> "Bundle":
+        """Return the bundle with only the files that a server shows, so that the memory of others is free."""
+        shown = {name: self.contents[name] for name in (CARD, CERTIFICATE) if name in self.contents}
+        return replace(self, contents=shown, graph=None)
 
 
 @contextmanager
 def staging(destination: Path) -> Iterator[Path]:
     """Yield an empty hidden folder in *destination*; delete it at the end unless it was renamed.
 
+    The folder is locked as long as this process uses it; folders that killed processes left are deleted.
     Raises `StorageError` if the folder cannot be created, or if the disk is full.
     """
-    existed = destination.is_dir()
-    with writing(destination):
-        destination.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".bundle-", suffix=".partial", dir=destination))
-    try:
-        yield folder
-    except OSError as error:
-        if error.errno not in FULL_ERRNOS:
-            raise
+    with ExitStack() as folders:
         with writing(destination):
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not existed:
-            with suppress(OSError):  # `rmdir` fails on success, because the folder holds a bundle
-                destination.rmdir()
+            folders.enter_context(new_folder(destination))
+            folder = folders.enter_context(temporary_folder(destination))
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            with writing(destination):
+                raise
 
 
 def seal(
@@ -137,30 +155,63 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     return target
 
 
-def place(folder: Path, manifest: Manifest, destination: Path) -> Manifest:
+def place(folder: Path, manifest: Manifest, destination: Path, signature: bytes | None = None) -> Manifest:
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
-    Returns the manifest of the bundle that then has the name: *manifest*, or one that differs by its time
-    only. Raises `BundleError` if a different or damaged bundle has the name; it stays as it is.
+    A *signature* of *manifest* is written first, so that the bundle is never there without it. At the end,
+    the bundle that has the name is read again. Returns its manifest: *manifest*, or, without a *signature*,
+    one that differs by its time only. Raises `BundleError` if a different or damaged bundle has the name; it
+    stays as it is.
     """
     target = destination / manifest.name
-    if not target.exists():
-        folder.chmod(0o755)
-        for path in folder.iterdir():
-            path.chmod(0o644)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        try:
-            folder.rename(target)
-        except OSError as error:
-            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # these: *target* exists by now
+    beside = target.with_name(target.name + SIGNATURE_SUFFIX)
+    is_new, had_signature = not os.path.lexists(target), os.path.lexists(beside)
+    if not is_new:
+        if not target.is_dir():
+            raise BundleError(f"{target}: has the name of the bundle, but is no folder; move it away")
+        existing = _existing(target, manifest, is_signed=signature is not None)
+    with writing(target), ExitStack() as undo:
+        if signature is not None:
+            with atomic_write(beside) as partial_file:
+                partial_file.write_bytes(signature)
+            if not had_signature:
+                undo.callback(beside.unlink, missing_ok=True)
+        if is_new:
+            set_mode(folder, 0o755)
+            for path in folder.iterdir():
+                set_mode(path, 0o644)
+                with path.open("rb") as file:
+                    flush(file.fileno())
+            try:
+                folder.rename(target)
+            except OSError as error:
+                if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # these: *target* exists by now
+                    raise
+                is_new = False
+            try:
+                existing = _existing(target, manifest, is_signed=signature is not None)
+            except BundleError:
+                if is_new:  # somebody exchanged a file between the check and the new name
+                    target.rename(folder)  # the caller deletes it
                 raise
-    if folder.exists():  # not renamed: *target* existed before, or another process has just created it
-        existing = open_bundle(target).manifest
-        if not existing.has_content_of(manifest):
-            raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
-        return existing
-    return manifest
+        undo.pop_all()
+    return existing
+
+
+def _existing(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
+    """Read the bundle *target*; raise `BundleError` unless it has *manifest*, maybe with another time.
+
+    If it *is_signed*, the time must be the same, because the signature contains it.
+    """
+    existing = open_bundle(target, with_graph=False).manifest
+    if not existing.has_content_of(manifest):
+        raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
+    if is_signed and existing != manifest:
+        raise BundleError(
+            f"{target}: exported at {existing.exported_at}, but the signed copy at {manifest.exported_at}; "
+            "move this folder away and pull again"
+        )
+    return existing
 
 
 def follow_link(path: Path) -> Path:
@@ -195,51 +246,88 @@ def read_manifest(path: Path) -> Manifest:
         else:
             hint = f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
         raise BundleError(f"{path}: {hint}")
-    if file.stat().st_size > MAX_MANIFEST_BYTES:
+    with open_regular(file) as opened:
+        content = read_at_most(opened, MAX_MANIFEST_BYTES + 1)
+    if len(content) > MAX_MANIFEST_BYTES:
         raise BundleError(
             f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest; copy or export the bundle again"
         )
     try:
-        return Manifest.from_bytes(file.read_bytes())
+        return Manifest.from_bytes(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file}: {error}; copy or export the bundle again") from error
 
 
-def open_bundle(path: Path) -> Bundle:
-    """Check and open the bundle at *path*, a folder or a link to one.
+def open_bundle(path: Path, *, with_graph: bool = True) -> Bundle:
+    """Check and read the bundle at *path*, a folder or a link to one.
 
     Raises `BundleError` that names the first file whose path, size or hash differs from the manifest.
     """
     path = follow_link(path)
-    manifest = read_manifest(path)
+    return read_files(path, read_manifest(path), with_graph=with_graph)
+
+
+def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bundle:
+    """Read the files of *manifest* in the folder *path*, each once, and compare their hashes.
+
+    Without *with_graph*, the graph is hashed and not kept. Raises `BundleError` as `open_bundle` does.
+    """
     for name in manifest.files:
         check_file_name(path, name)
-        if (path / name).is_symlink():
-            raise BundleError(f"{path / name}: is a link; a bundle contains only plain files")
-        if not (path / name).is_file():
-            raise BundleError(f"{path / name}: missing; copy or export the bundle again")
     for required in REQUIRED:
         if required not in manifest.files:
             raise BundleError(f"{path}: the manifest lists no {required}; export the bundle again")
-    for name, record in manifest.files.items():
-        _check_size(path / name, record)
-    for name, record in manifest.files.items():
-        if sha256(path / name) != record.sha256:
-            raise BundleError(
-                f"{path / name}: its sha256 is not the one in the manifest; the file was damaged: "
-                "copy or export the bundle again"
-            )
-    return Bundle(path=path, manifest=manifest, labels=_read_labels(path / "labels.json", manifest))
-
-
-def _check_size(file: Path, record: FileRecord) -> None:
-    """Raise `BundleError` if *file* has another size than its *record*, or is JSON that is too large."""
-    size = file.stat().st_size
-    if size != record.bytes:
-        raise BundleError(
-            f"{file}: has {size} bytes, the manifest says {record.bytes}; copy or export the bundle again"
+    total = sum(record.bytes for name, record in manifest.files.items() if name != GRAPH)
+    if total > MAX_CONTENT_BYTES:
+        raise BundleError(f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again")
+    contents: dict[str, bytes] = {}
+    graph: SealedFile | None = None
+    name = ""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for name, record in manifest.files.items():
+                found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                _check_size(path / name, found, record)
+            for name, record in manifest.files.items():
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # it may be a link or a FIFO meanwhile
+                with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
+                    _check_size(path / name, os.fstat(file.fileno()), record)
+                    blocks = HashedBlocks(file, record.bytes)
+                    if name != GRAPH:
+                        contents[name] = b"".join(blocks)
+                    elif with_graph:
+                        graph = SealedFile(blocks)
+                    else:
+                        deque(blocks, maxlen=0)
+                    if blocks.sha256 != record.sha256:
+                        raise BundleError(
+                            f"{path / name}: its sha256 is not the one in the manifest; the file was "
+                            "damaged: copy or export the bundle again"
+                        )
+        finally:
+            os.close(folder)
+    except OSError as error:
+        problem = (
+            "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({os_reason(error)})"
         )
-    if file.suffix == ".json" and size > MAX_JSON_BYTES:
+        raise BundleError(f"{path / name}: {problem}; copy or export the bundle again") from error
+    labels = _read_labels(path / "labels.json", contents["labels.json"], manifest)
+    return Bundle(path=path, manifest=manifest, labels=labels, contents=contents, graph=graph)
+
+
+def _check_size(file: Path, found: os.stat_result, record: FileRecord) -> None:
+    """Raise `BundleError` if *found* is no plain file of the size in *record*, or JSON that is too large."""
+    if stat.S_ISLNK(found.st_mode):
+        raise BundleError(f"{file}: is a link; a bundle contains only plain files")
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{file}: missing; copy or export the bundle again")
+    if found.st_size != record.bytes:
+        raise BundleError(
+            f"{file}: has {found.st_size} bytes, the manifest says {record.bytes}; "
+            "copy or export the bundle again"
+        )
+    if file.suffix == ".json" and found.st_size > MAX_JSON_BYTES:
         raise BundleError(f"{file}: larger than {MAX_JSON_BYTES} bytes; export the bundle again")
 
 
@@ -253,44 +341,31 @@ def check_file_name(bundle: Path, name: str) -> None:
         )
 
 
-def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
+def _read_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, ...]:
     count = manifest.outputs[0].shape[-1]  # of classes
     try:
-        labels = pydantic.TypeAdapter(tuple[str, ...]).validate_json(file.read_bytes())
-    except pydantic.ValidationError as error:
-        raise BundleError(f"{file}: not a list of class names; export the bundle again") from error
+        labels = read_labels(content)
+    except ValueError as error:
+        raise BundleError(f"{file}: {error}; export the bundle again") from error
     if len(labels) != count:
         raise BundleError(f"{file}: {len(labels)} class names for {count} outputs; export the bundle again")
-    if wrong := label_problem(labels):
-        raise BundleError(f"{file}: {wrong}; export the bundle again")
     if problem := manifest.rules.problem_with(len(labels)):
         raise BundleError(f"{file.parent}: {problem}; export it again")
     return labels
 
 
-def label_problem(labels: Sequence[str]) -> str | None:
-    """Name the first of *labels* that occurs twice, has control characters or is not valid Unicode."""
-    earlier: set[str] = set()
-    for label in labels:
-        if label in earlier:
-            return f"class {label!r}: its name occurs twice"
-        if any(unicodedata.category(character) in {"Cc", "Cs"} for character in label):
-            return f"class {label!r}: its name has control characters or is not valid Unicode"
-        earlier.add(label)
-    return None
-
-
 class Listed(NamedTuple):
     """A bundle; `reason` says why it is not served, empty if it is. An unreadable `manifest` is None.
 
-    All files of a bundle that is served were checked. `replaced` is true if a later export, or the
-    bundle of which this is a copy, is served instead.
+    A bundle that is served was read: `bundle`. `replaced` is true if a later export, or the bundle of which
+    this is a copy, is served instead.
     """
 
     path: Path
     manifest: Manifest | None
     reason: str = ""
     replaced: bool = False
+    bundle: Bundle | None = None
 
 
 def read_bundles(folder: Path) -> Iterator[Listed]:
@@ -310,25 +385,30 @@ def read_bundles(folder: Path) -> Iterator[Listed]:
                 continue
             if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
                 yield Listed(path, read_manifest(path))  # raises without a valid manifest
-        except (BundleError, OSError) as error:
+        except (BundleError, OSError, RuntimeError) as error:  # `RuntimeError`: a link that leads to itself
             yield Listed(path, None, str(error))
 
 
-def list_bundles(folder: Path) -> list[Listed]:
+Read = Callable[[Path, Manifest], Bundle]
+
+
+def list_bundles(folder: Path, read: Read | None = None) -> list[Listed]:
     """List the bundles in *folder*; of each project, the last complete bundle is served.
 
-    Reads all manifests, and every file of the bundles that are served. Calls do not depend on earlier ones.
+    Reads all manifests, each once, and with *read*, by default without the graph, every file of the bundles
+    that are served. Calls do not depend on earlier ones.
     """
+    read = read or partial(read_files, with_graph=False)
     listed, served_by_project = [], dict[str, Manifest]()
     for bundle in sorted(read_bundles(folder), key=_preference, reverse=True):  # the last export first
-        manifest, reason = bundle.manifest, ""
+        manifest, reason, opened = bundle.manifest, "", None
         if manifest is None:  # `read_bundles` gave the reason
             listed.append(bundle)
             continue
         served = served_by_project.get(manifest.project)
         if served is None:  # this bundle is served if its files are complete
             try:
-                open_bundle(bundle.path)
+                opened = read(bundle.path, manifest)
                 served_by_project[manifest.project] = manifest
             except (BundleError, OSError) as error:
                 reason = str(error)
@@ -338,7 +418,7 @@ def list_bundles(folder: Path) -> list[Listed]:
             reason = "exported at the same time"
         else:
             reason = f"exported earlier, {manifest.exported_at[:19]}Z"
-        listed.append(Listed(bundle.path, manifest, reason, replaced=served is not None))
+        listed.append(Listed(bundle.path, manifest, reason, replaced=served is not None, bundle=opened))
     return listed
 
 
@@ -357,7 +437,7 @@ def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:
     """
     all_texts: dict[str, list[str]] = {}  # by project
     damaged = set()  # projects with a damaged or unreadable bundle
-    for path, manifest, reason, replaced in listed:
+    for path, manifest, reason, replaced, _ in listed:
         project = path.name if manifest is None else manifest.project
         texts = all_texts.setdefault(project, [])
         if manifest is not None and not reason:

@@ -22,10 +22,11 @@ from PIL import Image
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import GATES, to_json
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, Text
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.names import MAX_CLASSES
 
 GOLDEN = "golden.json"
 NUM_EXAMPLES = 3  # of an export; that of a mixture leaves out those whose route rounding can change
@@ -41,9 +42,9 @@ RunOne = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (H, W, 3) to logi
 class GoldenExample(StrictModel):
     """The names of the files of one example, and its logits (C,)."""
 
-    jpeg: str
-    pixels: str
-    logits: Annotated[tuple[float, ...], pydantic.Field(min_length=1)]
+    jpeg: Text
+    pixels: Text
+    logits: Annotated[tuple[float, ...], pydantic.Field(min_length=1, max_length=MAX_CLASSES)]
 
 
 class GoldenIndex(StrictModel):
@@ -116,13 +117,13 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     manifest, opened = bundle.manifest, list[Golden]()
     is_mixture = any(output.name == GATES for output in manifest.outputs)  # which may have fewer examples
     try:
-        index = GoldenIndex.model_validate_json(_read_listed(bundle, GOLDEN))
+        index = GoldenIndex.model_validate_json(bundle.contents[GOLDEN])
         for example in index.examples:
-            jpeg, raw = (_read_listed(bundle, name) for name in (example.jpeg, example.pixels))
+            jpeg, raw = (bundle.contents[name] for name in (example.jpeg, example.pixels))
             pixels = np.frombuffer(raw, np.uint8).reshape(manifest.image_shape)
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
             opened.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
-        logit_tolerance = read_probes(bundle.probes).tolerance[manifest.outputs[0].name]
+        logit_tolerance = read_probes(bundle).tolerance[manifest.outputs[0].name]
         is_strict = index.tolerance <= TOLERANCES * logit_tolerance  # otherwise a wrong runtime could pass
         fits = is_strict and (is_mixture or len(opened) == NUM_EXAMPLES)
     except (KeyError, ValueError):
@@ -130,13 +131,6 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     if not fits:
         raise BundleError(f"{bundle.path / GOLDEN}: does not fit the bundle; export the bundle again")
     return tuple(opened)
-
-
-def _read_listed(bundle: Bundle, name: str) -> bytes:
-    """Read a file whose hash was checked; raises `KeyError` if the manifest does not list it."""
-    if name not in bundle.manifest.files:
-        raise KeyError(name)
-    return (bundle.path / name).read_bytes()
 
 
 def check_golden(example: Golden, pixels: NDArray[np.uint8], run: RunOne, exporter: str | None) -> None:

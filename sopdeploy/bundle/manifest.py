@@ -6,10 +6,18 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import FieldValues, StrictModel, check_format_version, first_problem
+from sopdeploy.config import (
+    FieldValues,
+    StrictModel,
+    Text,
+    check_format_version,
+    first_problem,
+    parse_json,
+)
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.project import PROJECT_NAME, Origin, Time
+from sopdeploy.names import ProjectName
+from sopdeploy.project import Origin, Time
 from sopdeploy.version import __version__
 
 FORMAT_VERSION: Literal[1] = 1
@@ -28,6 +36,9 @@ PROOFS: dict[ProofKind, tuple[str, ...]] = {  # the networks that each kind comp
     "trained-plain": ("trained", "plain"),
     "trained-only": ("trained",),
 }
+MAX_TENSORS = 100  # inputs or outputs of a graph
+MAX_ENTRIES = 10_000  # files, versions, modules
+Entries = Annotated[tuple[Text, ...], pydantic.Field(max_length=MAX_ENTRIES)]
 Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -41,9 +52,9 @@ class FileRecord(StrictModel):
 class TensorRecord(StrictModel):
     """An input or output of the graph; a `None` dimension is the batch size."""
 
-    name: str
+    name: Text
     dtype: Literal["uint8", "float32", "int64"]
-    shape: Annotated[tuple[int | None, ...], pydantic.Field(min_length=1)]
+    shape: Annotated[tuple[int | None, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)]
 
 
 class BatchRange(StrictModel):
@@ -80,24 +91,24 @@ class Manifest(StrictModel):
 
     format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
     version: Literal[1] = FORMAT_VERSION
-    project: Annotated[str, pydantic.Field(pattern=PROJECT_NAME)]
+    project: ProjectName
     exported_at: Time
     origin: Origin | None = None
-    model: Annotated[str, pydantic.Field(pattern=r"^([a-z-]+:){0,2}[A-Za-z0-9._-]+$")]
+    model: Annotated[Text, pydantic.Field(pattern=r"^([a-z-]+:){0,2}[A-Za-z0-9._-]+$")]
     config: FieldValues
-    inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
-    outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
+    inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)]
+    outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)]
     preprocess: Preprocess
     precision: Precision = "fp32"
     int8_for: Int8For | None = None
     decision: Decision | None = None
     batch: BatchRange
-    mixes_images: tuple[str, ...] = ()
+    mixes_images: Entries = ()
     opset: int
-    detached: tuple[str, ...]
+    detached: Entries
     lineage: Lineage
-    versions: dict[str, str]
-    files: dict[str, FileRecord]
+    versions: Annotated[dict[Text, Text], pydantic.Field(max_length=MAX_ENTRIES)]
+    files: Annotated[dict[Text, FileRecord], pydantic.Field(max_length=MAX_ENTRIES)]
 
     @property
     def id(self) -> str:
@@ -137,7 +148,7 @@ class Manifest(StrictModel):
         Raises `ValueError` if *raw* is not JSON, is of a later version, has another schema, or differs by any
         byte from `to_bytes`.
         """
-        fields = json.loads(raw)
+        fields = parse_json(raw)
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
         for name in ("id", "sha256"):  # computed by `to_bytes`, and compared with all other bytes below

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
 from sopdeploy.errors import BundleError, CertificateError
 
@@ -149,16 +149,16 @@ def check_roots(bundle: Bundle) -> str | None:
     manifest, lineage = bundle.manifest, bundle.manifest.lineage
     root: str | None
     try:
-        model, root = read_model(bundle.onnx.read_bytes())
+        model, root = read_model(bundle.onnx.read())
         _check_interface(bundle, model)
     except ImportError:  # `onnx` is not installed
         root = None
     except CertificateError as error:
-        raise BundleError(f"{bundle.onnx}: {error}; {ADVICE}") from error
+        raise BundleError(f"{bundle.path / GRAPH}: {error}; {ADVICE}") from error
     if root is not None and root != lineage.onnx_root:
         raise BundleError(
-            f"{bundle.onnx}: its graph has the root {root[:16]}, the manifest says {lineage.onnx_root[:16]}; "
-            f"the graph was replaced after the export: {ADVICE}"
+            f"{bundle.path / GRAPH}: its graph has the root {root[:16]}, the manifest says "
+            f"{lineage.onnx_root[:16]}; the graph was replaced after the export: {ADVICE}"
         )
     _check_certificate(bundle)
     for name in ("parity.json", "precision.json"):
@@ -196,9 +196,9 @@ def _check_certificate(bundle: Bundle) -> None:
 
 
 def _read_fields(bundle: Bundle, name: str) -> dict[str, Any]:
-    """Read the JSON object in the file *name* of *bundle*, whose hash was checked."""
-    try:  # no OSError, because `open_bundle` has read the file
-        fields = json.loads((bundle.path / name).read_bytes())
+    """Read the JSON object in the file *name* of *bundle*."""
+    try:
+        fields = json.loads(bundle.contents[name])
         if isinstance(fields, dict):
             return fields
     except (ValueError, RecursionError):
@@ -214,8 +214,8 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
         is_same &= len(records) == len(values) and all(map(_is_recorded, values, records))
     if not is_same:
         raise BundleError(
-            f"{bundle.onnx}: has another opset, other inputs or other outputs than the manifest says; "
-            "export the bundle again"
+            f"{bundle.path / GRAPH}: has another opset, other inputs or other outputs than the manifest "
+            "says; export the bundle again"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.manifest import Manifest
+from sopdeploy.bundle.folder import PROBES, Bundle
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError, ParityError
 
@@ -61,12 +61,11 @@ def write_probes(path: Path, probes: Probes) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read the arrays of the `.npz` file *path*, which are not compressed, so they fit into its size.
+def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
+    """Read the arrays of an `.npz` file, which are not compressed, so they fit into its size.
 
     Raises `ValueError` for compressed or overlapping arrays, and many types for a damaged file.
     """
-    content = path.read_bytes()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = archive.infolist()
     compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
@@ -76,13 +75,15 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return dict(arrays)
 
 
-def read_probes(path: Path, manifest: Manifest | None = None) -> Probes:
-    """Read the probes at *path*; raise `BundleError` unless images differ and tolerances are finite.
+def read_probes(bundle: Bundle) -> Probes:
+    """Read the probes of *bundle*.
 
-    With *manifest*, there must be at least one image, and every output must have expected values.
+    Raises `BundleError` unless there is an image, images differ, tolerances are finite and every output has
+    expected values.
     """
+    path, manifest = bundle.path / PROBES, bundle.manifest
     try:
-        arrays = read_arrays(path)
+        arrays = read_arrays(bundle.contents[PROBES])
         names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]
         probes = Probes(
             images=np.asarray(arrays["images"], dtype=np.uint8),
@@ -96,13 +97,12 @@ def read_probes(path: Path, manifest: Manifest | None = None) -> Probes:
             raise BundleError(f"{path}: allows output {name!r} any value; export the bundle again")
     if len({image.tobytes() for image in probes.images}) < len(probes.images):
         raise BundleError(f"{path}: has the same image twice; export the bundle again")
-    if manifest is not None:
-        count = len(probes.images)
-        required = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
-        given = {name: values.shape for name, values in probes.expected.items() if name in required}
-        has_images = count > 0 and probes.images.shape[1:] == manifest.image_shape
-        if not has_images or given != required:
-            raise BundleError(f"{path}: does not probe every output; export the bundle again")
+    count = len(probes.images)
+    required = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
+    given = {name: values.shape for name, values in probes.expected.items() if name in required}
+    has_images = count > 0 and probes.images.shape[1:] == manifest.image_shape
+    if not has_images or given != required:
+        raise BundleError(f"{path}: does not probe every output; export the bundle again")
     return probes
 
 

@@ -1,19 +1,22 @@
 """Signatures of bundles in the format of OpenSSF Model Signing, by the `model-signing` package.
 
 A signature is a Sigstore bundle beside the folder: a signed in-toto statement with the hashes of all files.
+It is compared with the hashes of the bytes that were read, so that it covers exactly what runs.
 Keys are elliptic curve keys (P-256) in PEM files. `model_signing verify key` accepts signatures of `sign`,
 and `check_signature` accepts those of `model_signing sign key`.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle
+from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, Bundle, open_bundle
+from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
-from sopdeploy.files import atomic_write, writing
+from sopdeploy.files import MANIFEST, atomic_write, open_regular, read_at_most, read_file, writing
 
 MAX_FILE_BYTES = 1_000_000  # of a signature
 
@@ -24,44 +27,73 @@ def signature_path(bundle: Path) -> Path:
     return resolved.with_name(resolved.name + SIGNATURE_SUFFIX)
 
 
-def sign(bundle: Path, key: Path) -> Path:
-    """Sign the files of the bundle at *bundle* with the private key file *key*; return the signature path.
+def sign(path: Path, key: Path) -> Path:
+    """Sign the files of the bundle at *path* with the private key file *key*; return the signature path.
 
     Raises `BundleError` for a damaged bundle and `ConfigError` for an invalid key.
     """
     signing = _import("signing")
-    folder = open_bundle(bundle).path.resolve()
-    path = signature_path(bundle)
+    bundle = open_bundle(path, with_graph=False)
+    file = signature_path(bundle.path)
     with _reading(key, "private elliptic curve key, as `openssl genpkey -algorithm EC` writes"):
         config = signing.Config().use_elliptic_key_signer(private_key=key)
-    with writing(path), atomic_write(path) as partial:
-        config.sign(folder, partial)
-    return path
+    with writing(file), atomic_write(file) as partial:
+        config.set_hashing_config(_HashesOf(bundle)).sign(bundle.path, partial)
+    return file
 
 
-def check_signature(bundle: Path, signature: Path, key: Path) -> None:
-    """Verify *signature* of all files in *bundle* with the public key file *key*.
+def read_signature(file: Path, bundle: object) -> bytes:
+    """Read the signature *file* of *bundle*, which the error names; raises `BundleError`."""
+    try:
+        with open_regular(file) as opened:
+            content = read_at_most(opened, MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise BundleError(
+            f"{bundle}: no signature at {file.name} ({error.strerror}); see `sopdeploy sign`"
+        ) from error
+    if len(content) > MAX_FILE_BYTES:
+        raise BundleError(f"{file}: too large for a signature; get it again")
+    return content
+
+
+def check_signature(bundle: Bundle, signature: bytes, key: Path) -> None:
+    """Verify that *signature* covers every file that was read of *bundle*, with the public key file *key*.
 
     Raises `BundleError` if it is not valid, and `ConfigError` if *key* is not a public key file.
     """
     verifying = _import("verifying")
     with _reading(key, "public elliptic curve key, as `openssl pkey -pubout` writes"):
         config = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    sealed = SealedFile([signature])  # the package reads a file
     try:
-        if signature.stat().st_size > MAX_FILE_BYTES:
-            raise BundleError(f"{signature}: too large for a signature; get it again")
-        config.verify(bundle.resolve(), signature)
-    except OSError as error:
-        raise BundleError(
-            f"{bundle}: no signature at {signature.name} ({error.strerror}); see `sopdeploy sign`"
-        ) from error
-    except BundleError:
-        raise
+        config.set_hashing_config(_HashesOf(bundle)).verify(bundle.path, Path(sealed.path))
     except Exception as error:  # the package raises several types for invalid signatures
         reason = " ".join(str(error).split())[:300]
-        raise BundleError(
-            f"{bundle}: the signature {signature.name} is not valid ({reason}); get both again"
-        ) from error
+        raise BundleError(f"{bundle.path}: its signature is not valid ({reason}); get both again") from error
+
+
+class _HashesOf:
+    """What `model_signing` asks for the hashes of a folder; these are of the bytes that were read."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    def add_ignored_paths(self, **_: object) -> None:
+        """Ignore nothing: a signature covers all files that are used."""
+
+    def hash(self, path: Path, **_: object) -> Any:
+        """Return the `model_signing.manifest.Manifest` of the bundle."""
+        package = _import("manifest")
+        digest_type = _import("_hashing.hashing").Digest
+        manifest = self._bundle.manifest
+        hashes = {name: record.sha256 for name, record in manifest.files.items()}
+        hashes[MANIFEST] = hashlib.sha256(manifest.to_bytes()).hexdigest()
+        items = [
+            package.FileManifestItem(path=Path(name), digest=digest_type("sha256", bytes.fromhex(value)))
+            for name, value in hashes.items()
+        ]
+        how = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
+        return package.Manifest(path.name, items, package.SerializationType.from_args(how))
 
 
 def _import(module: str) -> Any:
@@ -74,6 +106,7 @@ def _import(module: str) -> Any:
 def _reading(key: Path, content: str) -> Iterator[None]:
     """Convert the error of a block that reads *key* to a `ConfigError`; the file should hold *content*."""
     try:
+        read_file(key, MAX_FILE_BYTES)  # the package reads a file of any size
         yield
     except OSError as error:
         raise ConfigError(f"{key}: key file cannot be read ({error.strerror}); check the path") from error

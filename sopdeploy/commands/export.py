@@ -16,7 +16,7 @@ from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError
-from sopdeploy.files import check_is_checkpoint, has_manifest, read_class_names
+from sopdeploy.files import MAX_TEXT_BYTES, check_is_checkpoint, has_manifest, read_class_names, read_file
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.files import data_folder
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
@@ -231,9 +231,11 @@ def read_preprocess(text: str | None) -> Preprocess:
         if kind == "torchvision":
             weights = importlib.import_module("torchvision.models").get_weight(name)
             return Preprocess.from_torchvision(weights.transforms())
-        return Preprocess.model_validate_json(Path(text).read_bytes())
+        return Preprocess.model_validate_json(read_file(text, MAX_TEXT_BYTES))
     except (AttributeError, KeyError, OSError, ValueError) as error:
         reason = first_problem(error) if isinstance(error, pydantic.ValidationError) else str(error)
+        if isinstance(error, OSError):
+            reason = str(error.strerror)
         message = f"cannot be read ({reason}); give {EXAMPLE}"
         raise ConfigError(message, setting="preprocess", value=text) from error
 

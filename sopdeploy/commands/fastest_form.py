@@ -1,14 +1,12 @@
 """Which form of a bundle is fastest on this processor: float32 or int8, with ONNX Runtime or OpenVINO."""
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.environment import install_hint, lacks_vnni
 from sopdeploy.errors import LoweringError, RuntimeUnavailableError
 from sopdeploy_export.precision.int8 import Int8Quantizer
@@ -69,19 +68,18 @@ def measure_forms(bundle: Bundle) -> dict[Form, list[float]]:
     """
     shape = (bundle.manifest.batch.minimum, *bundle.manifest.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        graphs = [bundle]
-        if bundle.manifest.precision == "fp32":
-            with suppress(LoweringError):  # no convolution
-                graphs.append(_quantize(bundle, images[:1], Path(folder)))
-        forms: dict[Form, Runtime] = {}
-        for graph in graphs:
-            for name, open_runtime in RUNTIMES.items():
-                sums_saturate = graph.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni()
-                if sums_saturate:
-                    continue
-                with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
-                    forms[Form(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
+    graphs = [bundle]
+    if bundle.manifest.precision == "fp32":
+        with suppress(LoweringError):  # no convolution
+            graphs.append(_quantize(bundle, images[:1]))
+    forms: dict[Form, Runtime] = {}
+    for graph in graphs:
+        for name, open_runtime in RUNTIMES.items():
+            sums_saturate = graph.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni()
+            if sums_saturate:
+                continue
+            with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
+                forms[Form(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
     return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
 
 
@@ -98,9 +96,8 @@ def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key,
     return {name: taken[1:] for name, taken in times.items()}
 
 
-def _quantize(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> Bundle:
-    """Write the int8 graph of *bundle* into *folder*; return the bundle with this graph."""
+def _quantize(bundle: Bundle, images: NDArray[np.uint8]) -> Bundle:
+    """Return *bundle* with its graph in int8."""
     manifest = bundle.manifest.model_copy(update={"precision": "int8"})
-    quantized = replace(bundle, path=folder, manifest=manifest)
-    quantized.onnx.write_bytes(Int8Quantizer(onnx.load(bundle.onnx), images).quantize().SerializeToString())
-    return quantized
+    quantizer = Int8Quantizer(onnx.load_model_from_string(bundle.onnx.read()), images)
+    return replace(bundle, manifest=manifest, graph=SealedFile([quantizer.quantize().SerializeToString()]))

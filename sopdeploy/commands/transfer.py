@@ -1,21 +1,25 @@
 """`sopdeploy sign`, `push` and `pull`: sign a bundle, upload it as one archive, download and check it."""
 
+import hashlib
 import hmac
+import io
 import re
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from sopdeploy.bundle import archive as tar
 from sopdeploy.bundle import signing
 from sopdeploy.bundle.archive import get, put
-from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle, place, read_bundles, staging
+from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle, place, read_bundles, read_files, staging
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import link_latest, writing
 from sopdeploy.files import sha256 as sha256_of
+from sopdeploy.names import is_bundle_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,40 +117,39 @@ def pull(
     """
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise ConfigError("use the 64 hexadecimal digits that `push` printed", setting="sha256", value=sha256)
-    with staging(destination) as download, staging(destination) as folder:
-        name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # shown in errors
-        archive, signature = download / name, download / (name + SIGNATURE_SUFFIX)
-        get(source, archive, tar.MAX_ARCHIVE_BYTES)
+    with ExitStack() as stack:
+        folder = stack.enter_context(staging(destination))
+        with writing(destination):  # without a name, so that nobody exchanges it and nothing can stay
+            archive = stack.enter_context(tempfile.TemporaryFile(dir=destination))
+        name, signature = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive", None
+        get(source, archive, tar.MAX_ARCHIVE_BYTES, destination)
         if require_signature is not None:
+            content = io.BytesIO()
             try:
-                get(source + SIGNATURE_SUFFIX, signature, signing.MAX_FILE_BYTES)
+                get(source + SIGNATURE_SUFFIX, content, signing.MAX_FILE_BYTES, destination)
             except BundleError as error:
                 message = f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
                 raise BundleError(message) from error
-        digest = sha256_of(archive)
+            signature = content.getvalue()
+        archive.seek(0)
+        digest = hashlib.file_digest(archive, "sha256").hexdigest()
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
             message = f"that of {source} is {digest}; check both and download it again"
             raise BundleError(message, setting="sha256")  # users see "--sha256: that of ..."
-        manifest = tar.archived_manifest(archive)
+        manifest = tar.archived_manifest(archive, name)
         _check_wanted(manifest, source, project)
-        tar.unpack(archive, manifest, folder)
+        with writing(destination):
+            tar.unpack(archive, name, manifest, folder)
         try:
-            open_bundle(folder)
-            if require_signature is not None:
-                signing.check_signature(folder, signature, require_signature)
+            opened = read_files(folder, manifest, with_graph=False)
+            if require_signature is not None and signature is not None:
+                signing.check_signature(opened, signature, require_signature)
         except BundleError as error:  # users know the source, not the hidden folder
             raise BundleError(str(error).replace(str(folder), source)) from error
         if not allow_older:
             _check_age(manifest, source, destination)
-        existing = place(folder, manifest, destination)
+        place(folder, manifest, destination, signature)
         path, is_new = destination / manifest.name, not folder.exists()
-        if require_signature is not None:
-            if existing != manifest:
-                raise BundleError(
-                    f"{path}: exported at {existing.exported_at}, but the signed copy at "
-                    f"{manifest.exported_at}; move this folder away and pull again"
-                )
-            signature.replace(signing.signature_path(path))
         link_latest(path)
     return Pulled(path=path, sha256=digest, verified=require_signature is not None, is_new=is_new)
 
@@ -155,13 +158,14 @@ def _check_wanted(manifest: Manifest, source: str, project: str | None) -> None:
     """Raise `BundleError` unless the bundle with *manifest* is of *project*, or has the name in *source*.
 
     A signature does not contain the name of an archive: without this check, who can write to a store could
-    put one signed bundle in the place of another.
+    put one signed bundle in the place of another. The name of a bundle stands for this bundle only, also if
+    it is that of a project.
     """
     name = source.rpartition("/")[2].removesuffix(tar.ARCHIVE_SUFFIX)
     if project is not None:
         is_wanted = manifest.project == project
     else:
-        is_wanted = name in {manifest.name, manifest.project}
+        is_wanted = name == manifest.name or (name == manifest.project and not is_bundle_name(name))
     if not is_wanted:
         raise BundleError(
             f"{source}: contains {manifest.name}, not {project or name}; check the address",

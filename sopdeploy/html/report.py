@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-_NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,11 +90,11 @@ def sanitize(text: str) -> str:
     """Replace control and text direction characters by U+FFFD; markup stays markup."""
     if text.isprintable():  # saves the loop over the long `data:` URLs of photographs
         return text
-    kept = "\n" + _NO_BREAK_SPACE  # harmless, although `isprintable` is false for them
+    kept = "\n" + NO_BREAK_SPACE  # harmless, although `isprintable` is false for them
     clean = (c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
     return type(text)("".join(clean))
 
 
 def percent(fraction: float, digits: int = 1) -> str:
     """Format a fraction as a percentage: 0.125 gives 12.5 %."""
-    return f"{100 * fraction:.{digits}f}{_NO_BREAK_SPACE}%"
+    return f"{100 * fraction:.{digits}f}{NO_BREAK_SPACE}%"

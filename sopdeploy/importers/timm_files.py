@@ -4,7 +4,6 @@ Files of timm's hub lie next to a `config.json` with their preprocessing; withou
 """
 
 import importlib
-import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 
 import torch
 
+from sopdeploy.config import parse_json
 from sopdeploy.errors import WeightsError
+from sopdeploy.files import MAX_TEXT_BYTES, read_file
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
 from sopdeploy.models.registry import create_model
@@ -124,7 +125,7 @@ def read_hub_config(weights: Path) -> Mapping[str, Any]:
 
 def _read_hub_json(weights: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(weights.with_name(HUB_CONFIG).read_bytes())
+        content = parse_json(read_file(weights.with_name(HUB_CONFIG), MAX_TEXT_BYTES))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -2,7 +2,8 @@
 
 Conventions: parameters are all learnable tensors (including batch norm's affine, excluding running
 statistics); MACs are the multiply-adds of convolutions and linear layers for one image, without bias. A
-mixture counts the K of its N components that it evaluates per image.
+mixture counts the K of its N components that it evaluates per image. Layers count if their module is called,
+and `nn.MultiheadAttention`; gates, and code that reads the weights of layers itself, do not.
 """
 
 import tomllib
@@ -23,7 +24,6 @@ from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.registry import create_model, entry, make_config
 
-PROBE_BATCH = 2  # with one image, counts per batch and per image would be equal
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 RESNET50_PARAMS, RESNET50_OPS = 25.5e6, 3.86e9  # the divisors of GSoP's Table 5
 PER_NORM_OUTPUT, PER_ROOT_PRODUCT = 5, 42  # operations in DSoP's tables; 42 d^3 per root is fitted
@@ -73,7 +73,8 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     """Count parameters and multiply-adds of *network*, on `meta` or the CPU, in its current mode."""
     counts = Tally(parameters=Counter({name: p.numel() for name, p in network.named_parameters()}))
     handles = [
-        part.register_forward_hook(partial(_add, counts, name)) for name, part in network.named_modules()
+        part.register_forward_hook(partial(_add, counts, name), with_kwargs=True)
+        for name, part in network.named_modules()
     ]
     # Batch norms take most of the time, also on `meta`, so they return their input. An attribute `forward` of
     # the instance hides the method of the class until it is deleted; one that a caller has set stays.
@@ -85,7 +86,7 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     device = next((parameter.device for parameter in network.parameters()), torch.device("meta"))
     try:
         with torch.no_grad():
-            network(torch.zeros(PROBE_BATCH, 3, image_size, image_size, device=device))
+            network(torch.zeros(1, 3, image_size, image_size, device=device))
     finally:
         for norm in norms:
             del norm.forward
@@ -98,16 +99,27 @@ def _unchanged(values: Tensor) -> Tensor:
     return values.view_as(values)  # a new tensor, because hooks of callers identify modules by their output
 
 
-def _add(counts: Tally, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Add to *counts* the operations of *module* for one image."""
+def _add(
+    counts: Tally,
+    name: str,
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    named: dict[str, Any],
+    output: Tensor,
+) -> None:
+    """Add to *counts* the operations of *module* for one image, which may be rows of many windows."""
     if isinstance(module, Components):
         counts.macs[name] += module.macs(inputs[0].shape)
     elif isinstance(module, nn.Linear):
-        counts.macs[name] += output[0].numel() * module.in_features
+        counts.macs[name] += output.numel() * module.in_features
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
-        counts.macs[name] += output[0].numel() * module.weight[0].numel()
+        counts.macs[name] += output.numel() * module.weight[0].numel()
+    elif isinstance(module, nn.MultiheadAttention):  # which calls no module for its four projections
+        tokens = [*inputs, *(named[name] for name in ("query", "key", "value") if name in named)]
+        query, keys, values = (vectors.numel() for vectors in tokens[:3])
+        counts.macs[name] += (2 * query + keys + values) * module.embed_dim
     elif isinstance(module, NORMS):
-        counts.norm_outputs += output[0].numel()
+        counts.norm_outputs += output.numel()
     elif isinstance(module, ISqrtCov):
         counts.root_products += module.width**3
 

@@ -11,15 +11,17 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
+from sopdeploy.names import label_problem
 
 Log = Callable[[str], None]
+FolderIdentity: TypeAlias = tuple[int, int] | str
 # Written by macOS, Synology, QNAP, Windows and file systems; they hold copies and thumbnails.
 SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
@@ -76,6 +78,12 @@ def describe_confusable(names: Iterable[str]) -> list[str]:
     ]
 
 
+def check_labels(where: Path, labels: Sequence[str]) -> None:
+    """Raise `DataError` for the first of *labels*, of images in *where*, that cannot name a class."""
+    if problem := label_problem(labels):
+        raise DataError(f"{where}: {problem}; rename the class")
+
+
 class Parts(NamedTuple):
     """Names of the subfolders of a data set.
 
@@ -102,14 +110,17 @@ def list_subfolders(folder: Path) -> list[str]:
     return [entry.name for entry in list_folder(folder) if _is_folder(entry)]
 
 
-def list_images(root: Path, folder: str = "") -> tuple[list[bytes], list[str]]:
+def list_images(
+    root: Path, folder: str = "", visited: set[FolderIdentity] | None = None
+) -> tuple[list[bytes], list[str]]:
     """List the images below the subfolder *folder* of *root*, sorted, and the other files below it.
 
     All paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them in an array; the
-    others are text for messages. Raises `DataError` for a folder that cannot be listed.
+    others are text for messages. Folders in *visited* are left out, as `walk` does. Raises `DataError` for a
+    folder that cannot be listed.
     """
     images, others = [], []
-    for path in walk(root / folder):
+    for path in walk(root / folder, visited):
         relative = path.relative_to(root)
         if is_image(path.name):
             images.append(os.fsencode(relative))
@@ -118,34 +129,59 @@ def list_images(root: Path, folder: str = "") -> tuple[list[bytes], list[str]]:
     return sorted(images), others
 
 
-def walk(folder: Path, ancestors: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the files below *folder*, sorted by name in each folder, without hidden files and folders.
+def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bool = False) -> Iterator[Path]:
+    """Yield the files below *folder*, sorted by name in each folder; with *hidden*, also hidden ones.
 
-    Links to folders are followed, except a link to a folder that contains the link. *ancestors* are the real
-    paths of the folders that contain *folder*. Raises `DataError` for a folder that cannot be listed.
+    Links to folders are followed. Each real folder is listed once: under its own path if it is below
+    *folder*, otherwise under the first link. Those that contain *folder* or are in *visited* are not listed;
+    those that are listed are added to it. The time is linear in the number of entries. Raises `DataError` for
+    a folder that cannot be listed.
     """
-    real = os.path.realpath(folder)
-    if real in ancestors:
-        return
-    ancestors |= {real, *map(str, Path(real).parents)}  # also those above the first folder
-    for entry in list_folder(folder):
-        path = folder / entry.name
-        if _is_folder(entry):
-            yield from walk(path, ancestors)
-        else:
+    visited, root = set() if visited is None else visited, folder.resolve()
+    visited.update(folder_identity(parent) for parent in (folder, *root.parents))
+    waiting = [(folder, iter(list_folder(folder, hidden=hidden)))]  # the innermost folder last
+    while waiting:
+        parent, entries = waiting[-1]
+        entry = next(entries, None)
+        if entry is None:
+            waiting.pop()
+            continue
+        path = parent / entry.name
+        if not _is_folder(entry):
             yield path
+        elif entry.is_symlink() and _is_listed_below(root, path, hidden=hidden):
+            continue
+        elif (identity := folder_identity(path)) not in visited:
+            visited.add(identity)
+            waiting.append((path, iter(list_folder(path, hidden=hidden))))
 
 
-def list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """List the content of *folder*, sorted by name, without what is hidden; raises `DataError`."""
+def _is_listed_below(root: Path, link: Path, *, hidden: bool) -> bool:
+    """Tell whether `walk` lists the folder to which *link* leads under its own path below *root*."""
+    real = link.resolve()
+    return real.is_relative_to(root) and (hidden or not any(map(is_hidden, real.relative_to(root).parts)))
+
+
+def folder_identity(folder: Path) -> FolderIdentity:
+    """Return what all paths of a real folder share: device and inode, or its real path without an inode."""
+    try:
+        status = folder.stat()
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
+
+
+def list_folder(folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]:
+    """List the content of *folder*, sorted by name; what is hidden only with *hidden*. Raises `DataError`."""
     try:
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not is_hidden(entry.name)]
+            visible = [entry for entry in entries if hidden or not is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
     for entry in visible:
         try:
-            os.fsencode(entry.name).decode("utf-8")
+            if not hidden:  # a name to show; hidden ones are only compared
+                os.fsencode(entry.name).decode("utf-8")
         except UnicodeDecodeError:
             raise DataError(f"{folder}: the name {entry.name!r} is not UTF-8; rename it") from None
     return sorted(visible, key=lambda entry: os.fsencode(entry.name))

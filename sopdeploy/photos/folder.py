@@ -21,10 +21,12 @@ from sopdeploy.photos.files import (
     TRAIN,
     Log,
     Parts,
+    check_labels,
     data_folder,
     describe_confusable,
     find_parts,
     fold,
+    folder_identity,
     hint_at_spelling,
     list_images,
     list_subfolders,
@@ -154,12 +156,17 @@ def list_classes(root: Path) -> ClassListing:
     """List the content of every class folder in *root*, sorted; a class may be empty.
 
     Folders with one name in two encodings are one class. The images of a folder in a class folder are a
-    group, unless it holds all images of the class.
+    group, unless it holds all images of the class. A folder that links in several class folders lead to is
+    listed for the first one; a link to a class folder is not followed.
     """
     folders = defaultdict[str, list[str]](list)  # names of folders by class
     for name in list_subfolders(root):
         folders[normalize(name)].append(name)
-    found = {label: [list_images(root, name) for name in folders[label]] for label in sorted(folders)}
+    check_labels(root, sorted(folders))
+    visited = {folder_identity(root / name) for names in folders.values() for name in names}
+    found = {
+        label: [list_images(root, name, visited) for name in folders[label]] for label in sorted(folders)
+    }
     class_paths = [[path for paths, _ in listings for path in paths] for listings in found.values()]
     other_files = {label: [file for _, files in found[label] for file in files] for label in found}
     all_paths = [path for paths in class_paths for path in paths]
@@ -311,7 +318,7 @@ def open_evaluation_images(
     """
     root = check_holds_classes(root)
     if multi_label:
-        if not (root / LABELS_FILE).is_file():
+        if not os.path.lexists(root / LABELS_FILE):
             raise DataError(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"

@@ -19,11 +19,13 @@ from PIL import Image
 
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError, ImageError, shorten, shorten_problems
-from sopdeploy.files import open_regular
+from sopdeploy.files import read_file
 from sopdeploy.images.formats import load_pixels, open_image
+from sopdeploy.images.limits import MAX_BYTES
 from sopdeploy.images.metadata import capture_time
 from sopdeploy.images.pixels import preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.names import label_problem
 from sopdeploy.photos.files import normalize
 
 UNREADABLE = 0  # the hash of a file that cannot be read
@@ -209,8 +211,7 @@ class ImageFiles(LabeledImages):
         """Read the bytes of a file; raises `DataError` naming it."""
         path = self.path(index)
         try:
-            with open_regular(path) as file:
-                return file.read()
+            return read_file(path, MAX_BYTES)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); repair or delete it") from error
 
@@ -239,6 +240,10 @@ class Split:
     train: LabeledImages
     held_out: LabeledImages
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if problem := label_problem(self.train.labels):  # of data sources that plug-ins register
+            raise DataError(f"{problem}; rename the class")
 
     @classmethod
     def undivided(cls, images: LabeledImages, notes: Sequence[str] = ()) -> "Split":

@@ -9,6 +9,7 @@ indices, as for class folders. `split` is optional, as is `group`: images with t
 or photographs of one object, are never divided. Paths are relative to the folder and cannot leave it.
 """
 
+import codecs
 import csv
 import io
 import os
@@ -21,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, amount, shorten
+from sopdeploy.files import read_file
 from sopdeploy.photos.files import (
     TRAIN,
+    check_labels,
     describe_confusable,
     fold,
     hint_at_spelling,
@@ -34,6 +37,12 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.photo import ImageFiles
 
 LABELS_FILE = "labels.csv"
+MAX_TABLE_BYTES = 1 << 28
+# By the bytes with which a file begins; that of UTF-16 is the beginning of that of UTF-32.
+_ENCODINGS = {
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 _REQUIRED = ("file", "classes")  # columns
 SPLIT, GROUP = "split", "group"  # optional columns
 SEPARATOR = "|"
@@ -60,18 +69,42 @@ def has_label_table(root: Path) -> bool:
     """Check whether the classes of the images in *root* are those of its `labels.csv`, not its class folders.
 
     A `labels.csv` with other columns counts only without class folders; reading it then raises an error.
+    Raises `DataError` for one that cannot be read or is empty, so that it is never ignored by mistake.
     """
     path = root / LABELS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path) or path.is_dir():  # a folder may be a class
         return False
-    start = path.read_bytes()[:1000]  # longer than any header
-    header = start.partition(b"\n")[0].decode("utf-8-sig", "replace")
+    header = read_table_text(path).partition("\n")[0]
     columns = {fold(column.strip(' "\r')) for column in re.split("[,;\t]", header)}
     if columns & set(_REQUIRED):  # one right name is enough: reading the table names what is wrong
         return True
     folders = list_subfolders(root)
     has_class_folders = len(folders) >= 2 or TRAIN in folders  # a single folder may hold the listed images
     return not has_class_folders
+
+
+def read_table_text(table: Path) -> str:
+    """Read the text of the regular file *table* in UTF-8 or, with a byte order mark, UTF-16 or UTF-32.
+
+    Raises `DataError` if it cannot be read, is larger than the limit or is empty.
+    """
+    try:
+        content = read_file(table, MAX_TABLE_BYTES)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"{table}: cannot be read ({reason}); replace it by a CSV file, or remove it"
+        ) from error
+    encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+        if "\0" in text:
+            raise ValueError("it has null characters, as UTF-16 without a byte order mark")
+    except ValueError as error:  # also `UnicodeDecodeError`
+        raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
+    if not text.strip():
+        raise DataError(f"{table}: is empty; list the images and their classes in it, or remove it")
+    return text
 
 
 def read_label_table(
@@ -93,6 +126,7 @@ def read_label_table(
         raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
     listed = set().union(*(row.classes for row in rows))
     labels = tuple(sorted(listed)) if labels is None else labels
+    check_labels(table, labels)
     if len(labels) < 2:
         names = shorten(labels) or "none"
         raise DataError(f"{table}: has fewer than two classes ({names}); a network needs at least two")
@@ -160,15 +194,15 @@ class _Row(NamedTuple):
 def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
     """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line."""
     try:
-        text = io.StringIO(table.read_bytes().decode("utf-8-sig"), newline="")
+        text = io.StringIO(read_table_text(table), newline="")
         reader = csv.DictReader(text, strict=True, skipinitialspace=True)
         columns = reader.fieldnames = [fold(column) for column in reader.fieldnames or ()]
         records = [(reader.line_num, record) for record in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     if {*columns} - {SPLIT, GROUP} != {*_REQUIRED}:
         raise DataError(
-            f"{table}: has the columns {', '.join(columns) or 'none'}; write file,classes and optionally "
+            f"{table}: has the columns {shorten(columns) or 'none'}; write file,classes and optionally "
             "split and group, with commas"
         )
     if not records:

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
-from sopdeploy.errors import amount
 from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.evaluation.prediction import score_images
@@ -30,7 +29,7 @@ from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.fits import FewShotFit, Fit
 from sopdeploy.training.recipe import flatten
-from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
+from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore, describe_for_page
 from sopdeploy.training.start import Start
 from sopdeploy.training.train import FinishedRun
 
@@ -61,19 +60,19 @@ def write_run_page(
     """
     start, fit, page = run.start, run.fit, folder / PAGE
     result: Any = fit.result
+    texts = describe_for_page(result)
     labels, rules, train = start.labels, start.recipe.preprocess, start.data.train
-    images, description, logits_NC = _predict(start, fit, on_image)
+    images, description, logits_NC = _predict(start, fit, texts.held_out, on_image)
     predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
     is_measured = result.score is not None  # otherwise the predictions say nothing about other photographs
     shown = labels[:_MAX_LABELS]
     more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
     classes = around(f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown)
-    tiles = {"time": f"{fit.position.seconds:.0f} s"}
     content = HtmlReport(
         title=start.recipe.project or fit.name,
-        text=[_describe_training(start, fit), classes],
-        tiles={**_score_tiles(result), **tiles},
+        text=[_describe_training(start, fit, texts.procedure), classes],
+        tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
         sections=[
             *_describe_networks(networks),
             _describe_learning(fit.position.history, result),
@@ -94,20 +93,16 @@ def write_run_page(
 
 
 def _predict(
-    start: Start, fit: Fit, on_image: Callable[[int, int], None]
+    start: Start, fit: Fit, description: str, on_image: Callable[[int, int], None]
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
-    """Return the images that the page evaluates, what they are, and their calibrated logits (N, C)."""
+    """Return the images that the page evaluates, what they are, and their calibrated logits (N, C).
+
+    *description* is that of held-out images.
+    """
     held_out, recipe = start.data.held_out, start.recipe
     if isinstance(fit, FewShotFit) and not len(held_out):  # the head of this procedure has its temperature
         description = "the training images, each predicted by a network that was fitted without it"
         return start.data.train, description, fit.logits
-    description = "the held-out images"
-    result = fit.result
-    if isinstance(result, LoopResult):
-        selected = "the epoch" if result.tuning is None else "fine-tuning"
-        description += f", which also selected {selected}, so all scores of this section are too high"
-        if result.mirrored:
-            description += "; without their mirror images, as a server computes them"
     logits_NC = score_images(
         fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image
     )
@@ -115,30 +110,12 @@ def _predict(
     return held_out, description, logits_NC / temperature
 
 
-def _describe_training(start: Start, fit: Fit) -> str:
+def _describe_training(start: Start, fit: Fit, procedure: str) -> str:
     """Describe in a sentence what was trained: network, start weights, images and procedure."""
-    result: Any = fit.result
     given, side = start.weights, start.recipe.preprocess.crop
     weights = "random weights" if given is None else f"the weights of {given.file} ({given.network})"
-    how = f"by the {result.kind.replace('_', '-')} procedure"
-    if isinstance(result, LoopResult):
-        how = f"for {amount(result.num_epochs, 'epoch')}"
-    count = len(start.data.train)
-    return f"{fit.name}, trained from {weights} on {count} images, scaled to {side} x {side} pixels, {how}."
-
-
-def _score_tiles(result: AnyProcedureResult) -> dict[str, str]:
-    """Return the tiles of the page: the score with its interval, and the best epoch of the training loop."""
-    score = result.score
-    tiles = {"epoch": f"{result.epoch} of {result.num_epochs}"} if isinstance(result, LoopResult) else {}
-    if score is None:
-        text = "no estimate"
-    elif isinstance(score, float):
-        text = percent(score)
-    else:
-        interval = f"({100 * score.low:.0f} to {100 * score.high:.0f})".replace(" ", "\N{NO-BREAK SPACE}")
-        text = f"{percent(score.value)} {interval}"
-    return {**tiles, result.score_name: text}
+    images = f"{len(start.data.train)} images, scaled to {side} x {side} pixels"
+    return f"{fit.name}, trained from {weights} on {images}, {procedure}."
 
 
 def _describe_networks(networks: Sequence[NetworkScore]) -> Iterator[Section]:

@@ -11,7 +11,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos.photo import LabeledImages, hash_images
-from sopdeploy.training.record import read_label_check, read_recorded_recipe
+from sopdeploy.training.recorded import read_label_check, read_recorded_recipe
 
 # A label is listed if another class is so many times as probable, both relative to the average probability of
 # the class for its own images. Labels that are contradicted less are mostly right

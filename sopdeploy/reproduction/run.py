@@ -9,7 +9,7 @@ import pydantic
 from sopdeploy.config import first_problem
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import atomic_write, writing
+from sopdeploy.files import MAX_NAMES_BYTES, atomic_write, read_file, writing
 from sopdeploy.reproduction.page import render_page
 from sopdeploy.reproduction.plan import Reproduction, plan
 from sopdeploy.reproduction.results import SeedResult, measure_run, measured_facts
@@ -68,7 +68,9 @@ def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:
     if not path.is_file():
         return None
     try:
-        stored = SeedResult.model_validate_json(path.read_bytes())
+        stored = SeedResult.model_validate_json(read_file(path, MAX_NAMES_BYTES))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); remove this file") from error
     except pydantic.ValidationError as error:
         raise ConfigError(f"{path}: not a result ({first_problem(error)}); remove this file") from error
     if stored.recipe != recipe.model_dump(mode="json"):

@@ -19,12 +19,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.bundle.manifest import BatchRange, Sha256, to_json
 from sopdeploy.bundle.probes import Replay
 from sopdeploy.config import Count, NonNegative, StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import atomic_write, writing
+from sopdeploy.files import MAX_TEXT_BYTES, MAX_WEIGHTS_BYTES, atomic_write, read_file, writing
 
 _FOLDER = "engines"
 NAME_LENGTH = 16
@@ -127,7 +127,7 @@ def key_fields(bundle: Bundle, tensorrt: str, gpu: Gpu) -> dict[str, str]:
     """Return the fields of a key that *bundle* and the machine decide."""
     return {
         "bundle": bundle.name,
-        "bundle_onnx": bundle.manifest.files[bundle.onnx.name].sha256,
+        "bundle_onnx": bundle.manifest.files[GRAPH].sha256,
         "tensorrt": tensorrt,
         "gpu": gpu.name,
         "architecture": gpu.architecture,
@@ -151,7 +151,7 @@ def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
     for file, content in contents.items():
         with writing(file):
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(file, shared=True) as partial:
+            with atomic_write(file) as partial:
                 partial.write_bytes(content)
     return path
 
@@ -172,7 +172,10 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
     path = folder / f"{best.key.name}.plan"
     if not path.is_file():
         return f"{path.name} is missing"
-    plan = path.read_bytes()
+    try:
+        plan = read_file(path, MAX_WEIGHTS_BYTES)
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
     if hashlib.sha256(plan).hexdigest() != best.plan_sha256:
         return f"{path.name} does not have the sha256 of its record: it was damaged or replaced"
     return StoredEngine(plan, best)
@@ -196,7 +199,7 @@ def records(folder: Path) -> list[EngineRecord]:
     found = []
     for path in sorted(folder.glob("*.json")):
         with suppress(OSError, ValueError):
-            record = EngineRecord.model_validate_json(path.read_bytes())
+            record = EngineRecord.model_validate_json(read_file(path, MAX_TEXT_BYTES))
             if record.key.name == path.stem:
                 found.append(record)
     return found

@@ -35,15 +35,9 @@ from sopdeploy.training.few_shot.classifier import class_means, unit_length
 from sopdeploy.training.few_shot.run import fit_new, with_decision
 from sopdeploy.training.fits import FewShotFit, Fit
 from sopdeploy.training.loop.run import fit_loop
-from sopdeploy.training.loop.state import LoopRun
-from sopdeploy.training.record import (
-    best_record,
-    last_loop_record,
-    read_few_shot_fit,
-    read_frozen,
-    read_resumed,
-    restore_loop,
-)
+from sopdeploy.training.loop.state import LoopRun, last_loop_record, read_frozen, restore_loop
+from sopdeploy.training.record import best_record, read_few_shot_fit
+from sopdeploy.training.recorded import read_resumed
 from sopdeploy.training.results import LoopResult, Tuning
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import Start, place

@@ -1,13 +1,13 @@
 """Recipes as text: the packaged ones and TOML files, their base, and `key=value`. Does not import torch."""
 
 import difflib
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.config import FieldValues
+from sopdeploy.config import FieldValues, parse_toml
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import read_text
 
 _KINDS = ("kind", "name")  # keys that say to what the other keys of a table belong
 
@@ -22,7 +22,7 @@ def recipe_text(source: str | Path) -> str:
     """Read the TOML text of *source*, a packaged recipe or a path ending in `.toml`."""
     if str(source).endswith(".toml"):
         try:
-            return Path(source).read_text(encoding="utf-8")
+            return read_text(source)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error  # without the path
             raise ConfigError(f"{source}: cannot be read ({reason}); give a recipe file") from error
@@ -40,9 +40,9 @@ def read_values(source: str | Path) -> FieldValues:
     A table of another `kind` or `name` replaces that of the base; others only set keys. Raises `ConfigError`.
     """
     try:
-        values = tomllib.loads(recipe_text(source))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not a TOML file ({error}); correct the file") from error
+        values = parse_toml(recipe_text(source))
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}; correct the file") from error
     if "base" not in values:
         return values
     base = values.pop("base")
@@ -68,8 +68,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {text}")
+    except ValueError:
         return key, text
     is_one_value = parsed.keys() == {"value"}  # a text of several lines may define more keys
     return key, parsed["value"] if is_one_value else text

@@ -1,7 +1,7 @@
-"""The result of the training loop and of the few-shot procedure, part of the checkpoint `best.pt`."""
+"""The result of the loop and of the few-shot procedure, part of `best.pt`, and all sentences about it."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -13,6 +13,7 @@ from sopdeploy.errors import CheckpointError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import TESTABLE, TOLERANCE, Verdict, decide, mcnemar, smallest_difference
+from sopdeploy.html.report import NO_BREAK_SPACE, percent
 from sopdeploy.photos.clips import describe_clip, describe_possible_clip
 
 _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
@@ -41,10 +42,13 @@ class NetworkScore(StrictModel):
         """Return the cells of a table."""
         score = "too slow" if self.has_weights else "no weights"
         if self.score is not None:
-            interval = f"{100 * self.score.low:.0f} to {100 * self.score.high:.0f}"
-            score = f"{100 * self.score.value:.1f} % ({interval})"
+            score = f"{100 * self.score.value:.1f} % ({_interval(self.score)})"
         mark = "chosen" if self.chosen else ""
         return (self.name, score, f"{self.milliseconds:.1f}", f"{self.megabytes:.1f}", mark)
+
+
+def _interval(score: Rate | MeanPrecision) -> str:
+    return f"{100 * score.low:.0f} to {100 * score.high:.0f}"
 
 
 class Tuning(StrictModel):
@@ -134,8 +138,7 @@ class LoopResult(StrictModel):
         """Describe the score, its interval and its bias in one line."""
         score = f"mAP {100 * (self.map or 0.0):.1f} %"
         if self.top1 is not None:
-            interval = f"95 % interval {100 * self.top1.low:.0f} to {100 * self.top1.high:.0f} %"
-            score = f"top-1 {100 * self.top1.share:.1f} % ({interval})"
+            score = f"top-1 {100 * self.top1.share:.1f} % (95 % interval {_interval(self.top1)} %)"
         note = {
             "nothing": "",
             "other images": ", corrected for their choice of the epoch",
@@ -257,8 +260,8 @@ class FewShotResult(StrictModel):
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
         return (
-            f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
-            f"{100 * score.high:.0f} %{comparison}) of {score.count} images"
+            f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval {_interval(score)} "
+            f"%{comparison}) of {score.count} images"
         )
 
     def describe_groups(self) -> Iterator[str]:
@@ -317,6 +320,34 @@ class FewShotResult(StrictModel):
         if self.num_duplicates:
             text += f"; {amount(self.num_duplicates, 'duplicate')}"
         return text
+
+
+class PageTexts(NamedTuple):
+    """What the page says about a result: how was trained, what the held-out images are, and key figures."""
+
+    procedure: str
+    held_out: str
+    tiles: dict[str, str]
+
+
+def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
+    """Build the sentences of the page, with the bias of its predictions of held-out images."""
+    score, shown = result.score, "no estimate"
+    if isinstance(score, float):
+        shown = percent(score)
+    elif score is not None:
+        shown = f"{percent(score.value)} ({_interval(score).replace(' ', NO_BREAK_SPACE)})"
+    tiles = {result.score_name: shown}
+    if isinstance(result, FewShotResult):
+        return PageTexts("by the few-shot procedure", "the held-out images", tiles)
+    selected = "the epoch" if result.tuning is None else "fine-tuning"
+    held_out = (
+        f"the held-out images, which also selected {selected}, so all scores of this section are too high"
+    )
+    if result.mirrored:
+        held_out += "; without their mirror images, as a server computes them"
+    tiles = {"epoch": f"{result.epoch} of {result.num_epochs}", **tiles}
+    return PageTexts(f"for {amount(result.num_epochs, 'epoch')}", held_out, tiles)
 
 
 AnyProcedureResult = Annotated[LoopResult | FewShotResult, pydantic.Field(discriminator="kind")]

@@ -8,25 +8,24 @@ file is written atomically. `last.pt` is written first; all other files are deri
 again when the run is resumed.
 """
 
-import fcntl
 import os
 import re
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import torch
 
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError, StorageError
-from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
+from sopdeploy.file_systems import Lock, lock_file
+from sopdeploy.files import LOCK, PARTIAL, atomic_write, link_latest, new_folder, writing
 from sopdeploy.training.diagnostics import EpochRow, history_csv
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop_settings import SaveConfig
 
-LOCK_FILE = ".lock"  # remains after a run was killed, without a lock
 RUNS = Path("runs")
 
 
@@ -50,8 +49,8 @@ class RunFolder:
         self.best = path / "best.pt"
         self.history = path / "history.csv"
         self.saved_at = time.monotonic()
-        self._lock: IO[bytes] | None = None
-        self._created = False
+        self._lock: Lock | None = None
+        self._created = ExitStack()  # removes the folders that `lock` created, if they are empty
 
     def lock(self) -> None:
         """Create the folder and lock it until `unlock`; raise `ConfigError` if another process trains there.
@@ -68,30 +67,25 @@ class RunFolder:
 
     def _try_lock(self) -> bool:
         """Create the folder and, if the file system can, lock it; false if another process holds the lock."""
-        path = self.path / LOCK_FILE
-        with writing(path):
-            self._created = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = path.open("wb")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # EAGAIN or, by POSIX also possible, EACCES
-            file.close()
-            return False
-        except OSError:  # this file system has no locks
-            pass
-        self._lock = file
+        path = self.path / LOCK
+        with ExitStack() as created:
+            with writing(path):
+                created.enter_context(new_folder(self.path))
+                try:
+                    lock = lock_file(path, of_process=True)
+                except BlockingIOError:
+                    return False
+            lock.note(self.path, "train only one network in this folder at a time")
+            self._lock, self._created = lock, created.pop_all()
         return True
 
     def unlock(self) -> None:
-        """Release the lock, if this process holds it; an empty folder that `lock` created is removed."""
+        """Release the lock, if this process holds it; empty folders that `lock` created are removed."""
         if self._lock is not None:
             with suppress(OSError):
-                (self.path / LOCK_FILE).unlink()  # before another process can lock it
-            self._lock.close()
-            if self._created:
-                with suppress(OSError):
-                    self.path.rmdir()  # fails if it holds files
+                (self.path / LOCK).unlink()  # before another process can lock it
+            os.close(self._lock.file)
+            self._created.close()
 
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
         """Lock the folder and read `last.pt` to *resume*; otherwise check that a new run can be written here.
@@ -113,7 +107,7 @@ class RunFolder:
             )
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         # A run that was killed before its first checkpoint may have left the lock file and partial files.
-        others = {name for name in names - {LOCK_FILE} if not name.endswith(PARTIAL)}
+        others = {name for name in names - {LOCK} if not name.endswith(PARTIAL)}
         is_no_folder = os.path.lexists(self.path) and not self.path.is_dir()
         if others or is_no_folder:
             raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")

@@ -36,7 +36,7 @@ from sopdeploy.training.recipe import (
     Recipe,
     check_same_recipe,
 )
-from sopdeploy.training.record import (
+from sopdeploy.training.recorded import (
     read_held_out,
     read_recorded_recipe,
     read_resumed,

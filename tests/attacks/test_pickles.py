@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.export.pt2_archive import _package
 
-from sopdeploy.bundle.probes import read_arrays, read_probes
+from sopdeploy.bundle.probes import read_arrays
 from sopdeploy.checkpoint import load_plain, read_checkpoint, read_pytorch
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import check_is_weights
@@ -35,9 +35,7 @@ READERS = {
     "sopdeploy/checkpoint.py: torch.load",  # with weights_only=True
     "sopdeploy/importers/gmsop.py: scipy_io.loadmat",  # numbers, text and structs
     # A protocol buffer:
-    "export/sopdeploy_export/engine_builder/engine.py: onnx.load",
     "export/sopdeploy_export/operators.py: onnx.load",
-    "sopdeploy/commands/fastest_form.py: onnx.load",
 }
 
 
@@ -123,8 +121,7 @@ OPEN: dict[str, Callable[[Path], object]] = {
     "a state of a run": lambda path: load_plain(path, path.read_bytes()),
     "weights": lambda path: read_pytorch(check_is_weights(path)),
     "weights to import": lambda path: open_weights(check_is_weights(path)),
-    "probes": read_probes,
-    "arrays": read_arrays,
+    "arrays": lambda path: read_arrays(path.read_bytes()),
 }
 
 

@@ -79,7 +79,7 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("below {:.0f} %, `train` warns", PERCENT * decision_fit.FEW),
     ("warns if it is less than {:.0f} %", PERCENT * decision_fit.FEW),
     ("stays in use for {:.0f} s", memory_budget.ROOM_SECONDS),
-    ("twice the size of its `model.onnx` and {:.0f} MB", memory_budget.ACTIVATION_BYTES / MEGA),
+    ("three times the size of its `model.onnx` and {:.0f} MB", memory_budget.ACTIVATION_BYTES / MEGA),
     ("get false, too, {:.0f} % of them", PERCENT * (1 - ACCEPTS)),
     ("takes {} times as long", occlusion.IMAGES_PER_MAP),
     ("`max_json_bytes` ({:.0f} MB)", SETTINGS.max_json_bytes / MEGA),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.client import Client
@@ -32,7 +33,7 @@ def test_the_last_linear_layer_maps_the_embedding_to_the_logits(tmp_path):
         network, "dsop-resnet8", tmp_path, max_batch=1, with_features=True, precision="fp16"
     )
     assert [output.name for output in exported.manifest.outputs] == ["logits", EMBEDDING]
-    expected = read_probes(exported.path / "probes.npz").expected
+    expected = read_probes(open_bundle(exported.path)).expected
     with torch.no_grad():
         logits = network.logits_layer()(torch.from_numpy(expected[EMBEDDING]))
     assert np.abs(logits.numpy() - expected["logits"]).max() <= exported.parity.logits.tolerance

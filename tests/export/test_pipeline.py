@@ -61,16 +61,16 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     assert bundle.manifest.detached == ("branches",)
     assert (
         bundle.manifest.lineage.onnx_root
-        == onnx_root(onnx.load(bundle.onnx))
+        == onnx_root(onnx.load_model_from_string(bundle.onnx.read()))
         == exported.certificate.roots.onnx
     )
     assert bundle.manifest.lineage.program_root == exported.certificate.roots.any_batch
     assert {path.name for path in exported.path.iterdir()} == {*bundle.manifest.files, "manifest.json"}
     assert len(read_golden(bundle)) == verify(exported.path, Settings(threads=1)).golden == 3
-    probes = read_probes(exported.path / "probes.npz")
+    probes = read_probes(bundle)
     assert probes.images.shape == (12, 16, 16, 3)
     assert probes.tolerance["logits"] == exported.parity.logits.tolerance
-    names = [tensor.name for tensor in onnx.load(bundle.onnx).graph.initializer]
+    names = [tensor.name for tensor in onnx.load_model_from_string(bundle.onnx.read()).graph.initializer]
     assert not [name for name in names if "branch" in name]
     assert {entry.name.split(".")[0] for entry in exported.certificate.removed} == {"branches"}
 

@@ -126,7 +126,7 @@ def test_the_program_is_built_again_from_the_checkpoint_and_gives_the_logits(
     exported = export_checkpoint(tmp_path / "ckpt.pt", tmp_path / "out", options=options)
     program, probes = (
         rebuild_program(tmp_path / "ckpt.pt", exported.manifest),
-        read_probes(exported.path / "probes.npz"),
+        read_probes(open_bundle(exported.path)),
     )
     logits, embedding = program.module()(torch.from_numpy(probes.images[:3]))
     for name, values in (("logits", logits), ("embedding", embedding)):

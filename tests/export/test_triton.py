@@ -59,7 +59,7 @@ def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle
     assert np.frombuffer(raw, np.uint8).reshape(value.dims).tolist() == some_images()[0].tolist()
     files = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
     assert files == {"1/model.onnx", "config.pbtxt", "labels.txt", "warmup/image"}
-    assert (written / "1" / "model.onnx").read_bytes() == bundle.onnx.read_bytes()
+    assert (written / "1" / "model.onnx").read_bytes() == bundle.onnx.read()
     assert (written / "labels.txt").read_text().splitlines() == list(bundle.labels)
     for name in files:
         assert str(tmp_path).encode() not in (written / name).read_bytes()

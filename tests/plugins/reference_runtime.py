@@ -17,7 +17,7 @@ class ReferenceRuntime:
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.largest_batch = bundle.manifest.batch.maximum
-        self._graph = ReferenceEvaluator(onnx.load(bundle.onnx))
+        self._graph = ReferenceEvaluator(onnx.load_model_from_string(bundle.onnx.read()))
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""

@@ -1,6 +1,7 @@
 """A tiny bundle, pictures in every format, and real servers in threads of this process."""
 
 import asyncio
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,6 @@ from PIL import Image
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.manifest import FileRecord, to_json
 from sopdeploy.decision import Decision
-from sopdeploy.files import sha256
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
@@ -125,11 +125,13 @@ def carded_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> B
     )  # fmt: skip
     (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
     (folder / "README.md").write_text(CARD)
+    contents = {file.name: file.read_bytes() for file in folder.iterdir()}
     files = {
-        file.name: FileRecord(bytes=file.stat().st_size, sha256=sha256(file)) for file in folder.iterdir()
+        name: FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        for name, content in contents.items()
     }
     manifest = bundle.manifest.model_copy(update={"files": {**bundle.manifest.files, **files}})
-    return replace(bundle, path=folder, manifest=manifest)
+    return replace(bundle, path=folder, manifest=manifest, contents=contents)
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ def test_a_damaged_file_and_a_bug_do_not_end_keeping(bundle, caplog) -> None:
     assert "is not kept" in caplog.text
 
 
-STEPS = ("touch", "write_bytes", "replace", "unlink")  # of `Path`
+STEPS = ("chmod", "write_bytes", "replace", "unlink")  # of `Path`
 PHOTO = b"x" * FILE_BLOCK  # one block, and one for its record
 PAIR = 2 * FILE_BLOCK
 
@@ -340,102 +340,152 @@ def test_a_near_duplicate_of_a_forgotten_photograph_is_kept(bundle, onnx_runtime
         wait_for(lambda: results(client) == {"kept": 2})
 
 
-@pytest.mark.file_times
-def test_old_photographs_are_deleted_at_the_start_and_with_the_next_one(tmp_path: Path) -> None:
-    ages = [timedelta(days=31), timedelta(days=29.5), timedelta(0)]
-    kept = KeptFolder(tmp_path, 100 * PAIR, 40)
-    for number, age in enumerate(ages):
-        reason = "sample" if number == 1 else "unknown"
-        kept.add(PHOTO, photo(number, reason, time=datetime.now(UTC) - age))
+DAY = 86_400.0
+
+
+class RunningTime:
+    """The monotonic clock of a keeper, which a test advances."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0.0
+        monkeypatch.setattr(kept_folder, "time", SimpleNamespace(monotonic=lambda: self.seconds))
+
+    def run(self, kept: KeptFolder, days: float) -> None:
+        """Let *days* pass in the intervals in which a keeper checks the ages."""
+        step = kept_folder.MAX_STEP * kept.check_seconds
+        for _ in range(round(days * DAY / step)):
+            self.seconds += step
+            kept.check()
+
+
+@pytest.fixture
+def running_time(monkeypatch: pytest.MonkeyPatch) -> RunningTime:
+    monkeypatch.setattr(kept_folder, "CHECK_SECONDS", DAY / 8)  # so that a month has few checks
+    return RunningTime(monkeypatch)
+
+
+def reopened(folder: Path, days: float = 30, deleted: list[str] | None = None) -> KeptFolder:
+    """Open *folder* as the next process does."""
+    gc.collect()  # closes the lock of a keeper that is not used any more
+    return KeptFolder(folder, 100 * PAIR, days, (deleted if deleted is not None else []).append)
+
+
+def filled(folder: Path, running_time: RunningTime) -> None:
+    """Keep three photographs, ten days apart, and run until the first one is 29 days old."""
+    kept = reopened(folder)
+    for number, days in enumerate((10, 10, 9)):
+        kept.add(PHOTO, photo(number))
+        running_time.run(kept, days)
+
+
+def test_photographs_expire_after_the_days_in_which_a_keeper_has_run(
+    tmp_path: Path, running_time: RunningTime
+) -> None:
+    filled(tmp_path, running_time)
     assert numbers(tmp_path) == [0, 1, 2]
+    deleted: list[str] = []
+    kept = reopened(tmp_path, deleted=deleted)  # the days of the process before count, too
+    running_time.run(kept, 2)
+    assert (numbers(tmp_path), deleted) == ([1, 2], ["expired"])
     del kept
-    gc.collect()  # closes the lock
-    kept = KeptFolder(tmp_path, 100 * PAIR, 30)
-    assert numbers(tmp_path) == [1, 2]
-    kept._age = timedelta(days=29)
-    kept.add(PHOTO, photo(3))
-    assert numbers(tmp_path) == [2, 3]
+    reopened(tmp_path, days=15)  # a shorter time holds for those that are there
+    assert numbers(tmp_path) == [2]
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, **ahead: float) -> None:
-    """Let the folder read a clock that is *ahead*."""
+    """Let the modules that read a date read one that is *ahead*."""
 
     class Clock(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> datetime:
             return datetime.now(tz) + timedelta(**ahead)
 
-    monkeypatch.setattr(kept_folder, "datetime", Clock)
+    monkeypatch.setattr(keep, "datetime", Clock)
+    monkeypatch.setattr(kept_folder, "datetime", Clock, raising=False)
 
 
-def filled(folder: Path, days: float = 30) -> None:
-    """Keep five photographs, of today and each of the four weeks before."""
-    kept = KeptFolder(folder, 100 * PAIR, days)
-    for number in range(5):
-        kept.add(PHOTO, photo(number, time=datetime.now(UTC) - timedelta(weeks=number)))
+def touch_all(folder: Path, time: float) -> None:
+    for file in [*folder.iterdir(), folder]:
+        os.utime(file, (time, time))
 
 
-CLOCKS: dict[str, tuple[dict[str, float], list[int], str]] = {
-    "right": ({}, [0, 1, 2, 3, 4], ""),
-    "after four days": ({"days": 4}, [0, 1, 2, 3], ""),
-    "after a month": ({"days": 31}, [0, 1, 2, 3, 4], "last check of ages was 31 days ago"),
-    "60 days ahead": ({"days": 60}, [0, 1, 2, 3, 4], "last check of ages was 60 days ago"),
-    "a decade ahead": ({"days": 3650}, [0, 1, 2, 3, 4], "last check of ages was 3650 days ago"),
-    "an hour behind": ({"hours": -1}, [0, 1, 2, 3, 4], "the clock is before"),
-    "1970": ({"days": -20_000}, [0, 1, 2, 3, 4], "the clock is before"),
-}
+def copied(folder: Path) -> None:
+    """Replace *folder* by a copy without its hidden files, as `cp *` makes."""
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".*"))
+    shutil.rmtree(folder)
+    copy.rename(folder)
 
 
-@pytest.mark.file_times
-@pytest.mark.parametrize(("ahead", "remaining", "problem"), CLOCKS.values(), ids=CLOCKS)
-def test_a_wrong_clock_deletes_no_photograph(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    ahead,
-    remaining,
-    problem,
+def of_the_future(folder: Path) -> None:
+    """Write the time of a wrong clock into all records."""
+    for path, record in read_kept(folder):
+        changed = record.model_copy(update={"time": record.time + timedelta(days=10_000)})
+        path.with_suffix(".json").write_text(changed.model_dump_json())
+
+
+AGES = kept_folder.AGES
+# What happens between two processes, and whether the ages begin anew.
+EVENTS: dict[str, tuple[Callable[[Path], object], bool]] = {
+    "nothing": (lambda _: None, False),
+    "the times of all files are those of a decade ago": (lambda folder: touch_all(folder, 1.4e9), False),
+    "the times of all files are 1970": (lambda folder: touch_all(folder, 0), False),
+    "the times of all files are those of 2100": (lambda folder: touch_all(folder, 4.1e9), False),
+    "the records have times of a wrong clock": (of_the_future, False),
+    "the lock file is lost": (lambda folder: (folder / ".lock").unlink(), False),
+    "the ages are lost": (lambda folder: (folder / AGES).unlink(), True),
+    "the ages are lost with the lock file": (copied, True),
+    "the ages are empty": (lambda folder: (folder / AGES).write_bytes(b""), True),
+    "half of the ages is left": (lambda folder: os.truncate(folder / AGES, 40), True),
+    "the ages are of a later version": (lambda folder: (folder / AGES).write_text('{"version":2}'), True),
+    "the ages are not finite": (lambda folder: (folder / AGES).write_text('{"counted":Infinity}'), True),
+    "the ages are a pipe": (lambda folder: ((folder / AGES).unlink(), os.mkfifo(folder / AGES)), True),
+    "photographs are younger than the count": (
+        lambda folder: (folder / AGES).write_text(f'{{"kept_at":{{"{photo(0).image}":9}}}}'), True
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("event", "begins_anew"), EVENTS.values(), ids=EVENTS)
+@pytest.mark.parametrize("days", [-20_000, 60])
+def test_no_clock_and_no_lost_file_deletes_a_photograph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running_time, caplog, event, begins_anew: bool, days: int
 ) -> None:
-    filled(tmp_path)
+    folder = tmp_path / "kept"
+    filled(folder, running_time)
+    event(folder)
+    set_clock(monkeypatch, days=days)
+    kept = reopened(folder)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"{folder}: the ages of 3 photographs are not known; they begin now"] * begins_anew
+    kept.add(PHOTO, photo(3, time=datetime.now(UTC) + timedelta(days=days)))
+    running_time.run(kept, 0.5)
+    assert numbers(folder) == [0, 1, 2, 3]
+
+
+def test_a_gain_of_days_at_each_start_and_between_checks_deletes_no_photograph(
+    tmp_path: Path, monkeypatch, running_time: RunningTime
+) -> None:
+    filled(tmp_path, running_time)
+    for start in range(5):
+        set_clock(monkeypatch, days=7 * start)
+        reopened(tmp_path).check()
+    kept = reopened(tmp_path)
+    running_time.seconds += 7 * DAY  # the machine slept, or its monotonic clock is wrong
+    kept.check()
+    assert numbers(tmp_path) == [0, 1, 2]
+
+
+def test_the_oldest_by_running_time_makes_room_whatever_the_records_say(
+    tmp_path: Path, running_time: RunningTime
+) -> None:
+    filled(tmp_path, running_time)
+    (path, record), *_ = read_kept(tmp_path)
+    future = record.model_copy(update={"time": record.time + timedelta(days=10_000)})
+    path.with_suffix(".json").write_text(future.model_dump_json())
     gc.collect()
-    set_clock(monkeypatch, **ahead)
-    deleted: list[str] = []
-    kept = KeptFolder(tmp_path, 100 * PAIR, 30, deleted.append)
-    kept.expire()
-    assert numbers(tmp_path) == remaining
-    assert deleted == ["expired"] * (5 - len(remaining))
-    warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == bool(problem)
-    assert problem in "".join(warnings)
-    if ahead.get("days", 0) > 30:  # the line tells how the user confirms the clock
-        time = (datetime.now(UTC) + timedelta(**ahead)).timestamp()
-        os.utime(tmp_path / ".lock", (time, time))
-        kept.expire()
-        assert numbers(tmp_path) == []
-
-
-def test_a_clock_that_jumps_while_the_server_runs_deletes_no_photograph(tmp_path: Path, monkeypatch) -> None:
-    filled(tmp_path)
-    gc.collect()
-    kept = KeptFolder(tmp_path, 100 * PAIR, 30)
-    with monkeypatch.context() as patch:
-        set_clock(patch, days=60)
-        kept.add(PHOTO, photo(5))
-        assert numbers(tmp_path) == [0, 1, 2, 3, 4, 5]
-    kept.expire()
-    assert numbers(tmp_path) == [0, 1, 2, 3, 4, 5]
-
-
-@pytest.mark.file_times
-def test_a_photograph_from_the_future_stops_deletion(tmp_path: Path, caplog) -> None:
-    filled(tmp_path)
-    gc.collect()
-    kept = KeptFolder(tmp_path, 100 * PAIR, 30)
-    kept.add(PHOTO, photo(5, time=datetime.now(UTC) + timedelta(days=1)))
-    kept._age = timedelta(days=1)
-    kept.expire()
-    assert numbers(tmp_path) == [0, 1, 2, 3, 4, 5]
-    assert f"before that of {5:032x}.jpg; correct it, or forget this photograph" in caplog.text
+    KeptFolder(tmp_path, 2 * PAIR, 30)
+    assert numbers(tmp_path) == [1, 2]
 
 
 @pytest.mark.file_times

@@ -62,6 +62,8 @@ def encoded(image: Image.Image, quality: int) -> Image.Image:
         {"reasons": ()},
         {"reasons": ("because",)},
         {"logits": (0.5,)},
+        {"labels": (), "logits": ()},
+        {"labels": ("hat",), "logits": ()},
         {"logits": (0.5, float("nan"))},
         {"time": datetime(2026, 11, 23)},  # without a time zone
         {"extra": 1},

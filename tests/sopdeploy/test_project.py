@@ -22,6 +22,8 @@ FOLDERS = {
     "/": "",
     "/train": "",
     "x" * 255: "x" * 200,
+    "hats-202611261427": "hats.202611261427",  # 12 hexadecimal digits end the name of a bundle
+    "hats-20261126": "hats-20261126",
 }
 
 

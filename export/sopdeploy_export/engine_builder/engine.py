@@ -70,7 +70,9 @@ def get_engine(
     begin = time.monotonic()
     workspace = gpu.memory // 4
     if build_via_torch is None:
-        graph = cast_images_first(onnx.load(bundle.onnx)).SerializeToString(deterministic=True)
+        graph = cast_images_first(onnx.load_model_from_string(bundle.onnx.read())).SerializeToString(
+            deterministic=True
+        )
         plan = parse_and_build(trt, graph, profiles, workspace, report)
     else:
         plan = build_via_torch(profiles[0], workspace)  # without progress
@@ -93,7 +95,7 @@ def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: Engine
     Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an
     output has no probes.
     """
-    probes = read_probes(bundle.probes, bundle.manifest)
+    probes = read_probes(bundle)
     sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
     with closing(EngineSession(trt, cuda, plan, bundle.manifest, key)) as session:
         return replay_in_turn({size: repeat(probes, size) for size in sizes}, session.run)

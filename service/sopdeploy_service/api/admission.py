@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple
 
 import anyio
 import orjson
@@ -24,11 +24,12 @@ from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.http.strict_json import decode_text, parse_json
+from sopdeploy_service.http.strict_json import MAX_QUOTES, decode_text, parse_json
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.inference.service import Images, Service
+from sopdeploy_service.origins import client_address
 from sopdeploy_service.settings import LARGE_BODY_SHARE
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
@@ -123,14 +124,18 @@ class AdmittedRequest:
             raise RejectedError(HttpError("too_many_explained", 422, message))
         service.check_queue(self.model, num_images)
         if context.rate_limit is not None:
-            context.rate_limit.spend(num_images)
+            context.rate_limit.spend(num_images, work=context.bytes // SMALL_BODY)
         context.num_images += num_images
         stages = context.stage_seconds
         stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)  # all but the load
+        address = client_address(context.headers, context.peer, service.settings.trusted_proxies)
+        client = context.key_name or address
         if explain:
-            work = service.explain(self.model, images, self.deadline)
+            work = service.explain(self.model, images, self.deadline, client)
         else:
-            work = service.infer(self.model, images, self.deadline, features=features, may_keep=may_keep)
+            work = service.infer(
+                self.model, images, self.deadline, client=client, features=features, may_keep=may_keep
+            )
         outcomes = await cancel_on_disconnect(work, self.request.receive)
         for outcome in outcomes:  # the longest time of each stage counts
             if isinstance(outcome, Prediction):
@@ -146,7 +151,8 @@ async def admit(
     """Admit *request* to the model with *name* and *version*.
 
     With a memory budget, the request may wait until the model is loaded. Raises `RejectedError` if the
-    model does not exist, the deadline cannot be met, or the queue or the rate limit is full.
+    model does not exist, the deadline cannot be met, or the queue or the rate limit is full. A request that
+    is refused by its own fault costs its key as much as an image, and as another one per `SMALL_BODY` bytes.
     """
     started = time.monotonic()
     service = service_of(request)
@@ -167,6 +173,11 @@ async def admit(
                 context.stage_seconds["load"] = time.monotonic() - began
             yield admitted
         result = "success"
+    except RejectedError as error:
+        is_own_fault = error.reason.retry_after is None  # else the client should send it again
+        if context.rate_limit is not None and is_own_fault and not context.num_images:  # these are paid
+            context.rate_limit.charge(1 + context.bytes // SMALL_BODY)
+        raise
     finally:
         service.metrics.count_inference(model.name, result, time.monotonic() - started, context.stage_seconds)
 
@@ -204,13 +215,16 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
     raise RejectedError(results.CLIENT_GONE)
 
 
+Texts = Annotated[list[str], pydantic.Field(max_length=MAX_QUOTES // 2, fail_fast=True)]
+
+
 class ClassifyRequest(pydantic.BaseModel):
     """JSON body of `/v1/classify` and `/v1/embed`: either `image` or `images`."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
     image: str | None = pydantic.Field(None, description="base64, or a data URI")
-    images: list[str] | None = pydantic.Field(None, description="base64, or data URIs")
+    images: Texts | None = pydantic.Field(None, description="base64, or data URIs")
 
     @pydantic.model_validator(mode="after")
     def _has_images(self) -> "ClassifyRequest":
@@ -238,7 +252,9 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
         if kind != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
         body = await read_body(admitted, settings.max_body_bytes)
-        images = parse_form(body, content_type, settings.max_images)
+        given = body, content_type, settings.max_images
+        is_small = len(body) <= SMALL_BODY  # else it would take too long on the event loop
+        images = parse_form(*given) if is_small else await admitted.parse(parse_form, *given)
         return Upload(images, is_list=len(images) > 1)
     if kind != "application/json":
         body = await read_body(admitted, settings.max_body_bytes)

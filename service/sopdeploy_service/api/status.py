@@ -1,15 +1,14 @@
 """Health, metrics and model information."""
 
 import asyncio
-import hashlib
 import json
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import EMBEDDING
+from sopdeploy.bundle.folder import CARD, Bundle
+from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
 from sopdeploy.config import StrictModel
 from sopdeploy.files import has_manifest
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
@@ -130,7 +129,7 @@ async def card(request: Request, query: Annotated[CardQuery, Query()]) -> Respon
 def read_card(bundle: Bundle) -> Card:
     """Read the model card and summarize the certificate of *bundle*."""
     try:
-        certificate = json.loads(read_unchanged(bundle, "certificate.json"))
+        certificate = json.loads(bundle.contents[CERTIFICATE])
         roots = certificate["roots"]
         summary = CertificateSummary(
             proof=certificate["proof"],
@@ -145,16 +144,7 @@ def read_card(bundle: Bundle) -> Card:
             onnx_root=roots["onnx"],
             num_operations=roots["num_operations"],
         )
-    except (KeyError, TypeError, ValueError):  # it was deleted or changed, or has another structure
+    except (KeyError, TypeError, ValueError):  # it has another structure
         summary = None
-    text = read_unchanged(bundle, "README.md").decode("utf-8", "replace")
+    text = bundle.contents.get(CARD, b"").decode("utf-8", "replace")
     return Card(bundle=bundle.name, text=text, certificate=summary)
-
-
-def read_unchanged(bundle: Bundle, name: str) -> bytes:
-    """Read the file *name* of *bundle*; b"" if it was deleted or changed after the bundle was loaded."""
-    record, file = bundle.manifest.files.get(name), bundle.path / name
-    if record is None or not file.is_file() or file.stat().st_size != record.bytes:
-        return b""
-    content = file.read_bytes()
-    return content if hashlib.sha256(content).hexdigest() == record.sha256 else b""

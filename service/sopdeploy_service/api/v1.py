@@ -15,7 +15,8 @@ from sopdeploy_service.api.admission import AdmittedRequest, ClassifyRequest, Up
 from sopdeploy_service.http.problems import bad_request, describe_error, problem_responses
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
-router = APIRouter(tags=["Images"])
+STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+router = APIRouter(tags=["Images"], responses=problem_responses(*STATUSES))
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}, "required": ["image"]}
@@ -29,7 +30,6 @@ BODY = {  # read by `read_upload`, within the limits of the settings
         },
     }
 }
-STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
 class Failed(StrictModel):
@@ -73,7 +73,6 @@ class FailedFields(TypedDict):
     "/v1/classify",
     summary="Classify one image or several",
     response_model=Classes | Results,
-    responses=problem_responses(*STATUSES),
     openapi_extra=BODY,
 )
 async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -> Response:
@@ -109,7 +108,6 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     "/v1/embed",
     summary="Compute the features in front of the classifier",
     response_model=EncodedEmbedding | Embeddings,
-    responses=problem_responses(*STATUSES),
     openapi_extra=BODY,
 )
 async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:

@@ -41,11 +41,13 @@ class Page:
         policy: str = "",
         folder: Traversable = _FOLDER,
     ) -> None:
-        """Replace comments in *html* by the logo, the icon and styles; add the files *scripts* to its end.
+        """Replace comments in *html* by head, logo, icon and styles; add the files *scripts* to its end.
 
         The security policy allows these styles and scripts, those of the sources *assets*, and what the rules
         *policy* say. Files that *folder* does not have are those of this package, or shared with reports.
         """
+        head = _read("head.html").rstrip()
+        html = re.sub("<!-- head: (.*) -->", lambda match: head.replace("<!-- title -->", match[1]), html)
         html = html.replace("<!-- mark -->", _LOGO)
         html = html.replace("<!-- icon -->", f'<link rel="icon" href="{_ICON}">')
         html = re.sub(r"<!-- (\w+\.css) -->", lambda match: f"<style>{_read(match[1], folder)}</style>", html)

@@ -9,6 +9,7 @@ not independent; only the first of a group counts. Letters: N photographs, C cla
 """
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, Text
 from sopdeploy.errors import ConfigError, DataError, amount
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
@@ -34,8 +35,10 @@ from sopdeploy.evaluation.statistics import (
     images_to_decide,
     mcnemar,
 )
+from sopdeploy.files import MAX_NAMES_BYTES, read_file
 from sopdeploy.html.report import percent
 from sopdeploy.kept import KEPT_NAME, SAMPLE_FOLDER
+from sopdeploy.names import LinkPath
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
@@ -155,11 +158,11 @@ class Promotion(StrictModel):
     """
 
     time: Time
-    user: str
-    link: str
-    before: str | None
-    after: str
-    reason: str
+    user: Text
+    link: LinkPath
+    before: LinkPath | None
+    after: LinkPath
+    reason: Text
     refused: bool = False
     comparison: BundleComparison | None = None
 
@@ -229,6 +232,28 @@ def compare(
     """
     settings = load_settings()
     pair = [load_model(path, settings) for path in (first, second)]
+    return compare_loaded(
+        pair,
+        data,
+        count_comparisons(first),
+        settings,
+        unknown=unknown,
+        tolerance=tolerance,
+        on_image=on_image,
+    )
+
+
+def compare_loaded(
+    pair: Sequence[LoadedModel],
+    data: Path,
+    num_earlier: int,
+    settings: Settings,
+    *,
+    unknown: Path | None,
+    tolerance: float,
+    on_image: Callable[[int, int], None],
+) -> BundleComparison:
+    """Compare the two bundles of *pair*, as `compare` does; *num_earlier* comparisons are recorded."""
     if several := [one.bundle.name for one in pair if one.bundle.manifest.rules.thresholds is not None]:
         raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
     notes: list[str] = []
@@ -253,7 +278,7 @@ def compare(
     wins, losses = sum(one.wins for one in common_classes), sum(one.losses for one in common_classes)
     count, tolerated = int(common_N.sum()), tolerance / 100
     low, high = difference_interval(wins, losses, count)
-    attempt = count_comparisons(first) + 1
+    attempt = num_earlier + 1
     verdict = decide(wins, losses, count, tolerated, attempt)
     rejections = _compare_rejections(*(one.rejected for one in evaluated))
     if rejections is not None and rejections.is_worse:  # even if it is better on the photographs
@@ -272,7 +297,10 @@ def compare(
 def read_promotions(link: Path) -> list[Promotion]:
     """Read what the log says of *link*."""
     log, found = link.with_name(LOG), list[Promotion]()
-    lines = log.read_bytes().splitlines() if log.is_file() else []
+    try:
+        lines = read_file(log, MAX_NAMES_BYTES).splitlines() if os.path.lexists(log) else []
+    except OSError as error:
+        raise ConfigError(f"{log}: cannot be read ({error.strerror}); repair or move it away") from error
     for line in lines:
         with suppress(pydantic.ValidationError):  # the machine stopped while the line was written
             found.append(Promotion.model_validate_json(line))

@@ -5,24 +5,26 @@ is on disk before the link is moved. Trying again until a bundle passes would pr
 than stated, so each further comparison with one live bundle needs stronger evidence (`decide`).
 """
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sopdeploy.bundle.folder import read_manifest
+from sopdeploy.bundle.folder import read_files
+from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
-from sopdeploy.errors import ConfigError, PromotionError
+from sopdeploy.errors import ConfigError, PromotionError, StorageError
 from sopdeploy.evaluation.statistics import TOLERANCE
-from sopdeploy.files import move_link, writing
+from sopdeploy.file_systems import flush, lock_file
+from sopdeploy.files import MAX_NAMES_BYTES, leads_through, move_link, os_reason, read_at_most, writing
 from sopdeploy.project import utc_now
 from sopdeploy_service.commands.compare import (
     LOG,
     BundleComparison,
     Promotion,
     Tolerance,
-    compare,
+    compare_loaded,
+    count_comparisons,
     read_promotions,
 )
 from sopdeploy_service.inference.loader import load_model
@@ -83,18 +85,24 @@ def promote(
         if data is None and force is None:
             raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     after = os.path.relpath(new.resolve(), over.parent.resolve())
+    settings = load_settings()
+    loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
+    manifest = loaded.bundle.manifest
     if not has_live or data is None:  # nothing to compare with, or a forced move without photographs
-        load_model(new, load_settings())  # raises an error for a damaged bundle, as `compare` does
-        return _record(over, before, after, force or "first bundle", None)
-    comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
-    objections = _list_objections(comparison, read_manifest(over).project, read_manifest(new).project)
+        return _record(over, before, after, force or "first bundle", None, manifest)
+    live = load_model(over, settings)
+    comparison = compare_loaded(
+        (live, loaded), data, count_comparisons(over), settings,
+        unknown=unknown, tolerance=tolerance, on_image=on_image,
+    )  # fmt: skip
+    objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
     if objections and force is None:
-        _record(over, before, after, "; ".join(objections), comparison, refused=True)
+        _record(over, before, after, "; ".join(objections), comparison, manifest, refused=True)
         raise PromotionError(
             f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
             lists={"objections": objections},
         )
-    return _record(over, before, after, force or comparison.summary, comparison)
+    return _record(over, before, after, force or comparison.summary, comparison, manifest)
 
 
 def _promote_back(link: Path) -> Promotion:
@@ -105,8 +113,8 @@ def _promote_back(link: Path) -> Promotion:
     if not previous:
         log = link.with_name(LOG)
         raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
-    load_model(link.parent / previous[-1], load_settings())  # raises an error for a damaged bundle
-    return _record(link, live, previous[-1], "back", None)
+    loaded = load_model(link.parent / previous[-1], load_settings())  # raises an error for a damaged bundle
+    return _record(link, live, previous[-1], "back", None, loaded.bundle.manifest)
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
@@ -138,31 +146,46 @@ def _record(
     after: str,
     reason: str,
     comparison: BundleComparison | None,
+    manifest: Manifest,
     *,
     refused: bool = False,
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, and make it unless it is *refused*.
 
-    A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more.
+    A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more or
+    would lead to itself, and `BundleError` if *after* has no longer the files of *manifest*, which were
+    loaded and compared.
     """
+    if leads_through(link.parent / after, link):
+        raise ConfigError(f"{link}: {after[:80]!r} leads to this link itself; name the bundle to promote")
     user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for the user
     move = Promotion(
         time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
         refused=refused, comparison=comparison,
     )  # fmt: skip
-    with writing(link), link.with_name(LOG).open("ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+    path = link.with_name(LOG)
+    with writing(path):
+        lock = lock_file(path, wait=True)
+    lock.note(path, "promote from one place at a time")
+    with writing(path), os.fdopen(lock.file, "r+b") as log:
         if _target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")
-        recorded = link.with_name(LOG).read_bytes()
+        if not refused:
+            read_files(link.parent / after, manifest, with_graph=False)
+        recorded = read_at_most(log, MAX_NAMES_BYTES + 1)
+        if len(recorded) > MAX_NAMES_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere")
         is_torn = bool(recorded) and not recorded.endswith(b"\n")  # its last line is not complete
         log.write((b"\n" if is_torn else b"") + move.model_dump_json().encode() + b"\n")
         log.flush()
-        os.fsync(log.fileno())
+        flush(log.fileno())
         if not refused:
             try:
                 move_link(link, after)
-            except OSError:
+            except OSError as error:
                 log.truncate(len(recorded))  # removes the line of this move
-                raise
+                raise StorageError(
+                    f"{link}: cannot be written ({os_reason(error)}); check the permissions of its folder, "
+                    "and that its file system has symbolic links"
+                ) from error
     return move

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import PROBES, Bundle
 from sopdeploy.bundle.golden import check_golden, read_golden
 from sopdeploy.bundle.probes import Probes, Replay, read_probes
 from sopdeploy.cli.command import command
@@ -91,7 +91,7 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
         decoded = decode(jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS)
         with must_run(loaded.runtime):
             check_golden(example, decoded.pixels, run, manifest.versions.get("pillow"))
-    probes = read_probes(loaded.bundle.probes)
+    probes = read_probes(loaded.bundle)
     _check_tolerances(loaded.bundle, probes)
     return Verification(
         bundle=loaded.bundle.name,
@@ -116,7 +116,7 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
     """
     advice = "export the bundle again"
     try:
-        parity = json.loads((bundle.path / "parity.json").read_bytes())
+        parity = json.loads(bundle.contents["parity.json"])
         outputs = parity["outputs"]
         allowed_drifts = ALLOWED_DRIFTS if parity["drift_allowed"] else 0
         for name, tolerance in probes.tolerance.items():
@@ -125,7 +125,7 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
             largest = _ROUNDING * max(noise, allowed_drifts * drift)
             if not tolerance <= largest:  # it is larger, or one of them is NaN
                 problem = f"parity.json does not explain the tolerance {tolerance:.2g} of {name}"
-                raise BundleError(f"{bundle.probes}: {problem}; {advice}")
+                raise BundleError(f"{bundle.path / PROBES}: {problem}; {advice}")
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleError(f"{bundle.path / 'parity.json'}: records no noise floor; {advice}") from error
 

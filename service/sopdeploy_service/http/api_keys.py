@@ -10,7 +10,6 @@ import math
 import os
 import secrets
 import time
-import tomllib
 from collections.abc import MutableSequence, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +17,10 @@ from typing import Annotated, TypeAlias
 
 import pydantic
 
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import StrictModel, first_problem, parse_toml
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import atomic_write, writing
+from sopdeploy.file_systems import set_mode
+from sopdeploy.files import atomic_write, read_text, writing
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 _PREFIX = "sop_"  # lets secret scanners recognize leaked keys
@@ -59,16 +59,16 @@ def find_key(keys: Sequence[Key], secret: bytes) -> Key | None:
 def read_keys(path: Path) -> tuple[Key, ...]:
     """Read the key file *path*; raises `ConfigError` if it is missing, malformed or has equal keys."""
     try:
-        keys = KeyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).key
+        keys = KeyFile.model_validate(parse_toml(read_text(path))).key
     except OSError as problem:
         hint = "`sopdeploy key` creates a key file"
         if isinstance(problem, PermissionError):
             hint = f"the server runs as user {os.geteuid()}: run chown {os.geteuid()} {path}"
         raise ConfigError(f"{path}: cannot read keys ({problem.strerror}); {hint}") from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"{path}: not TOML ({problem}); correct the file") from problem
     except pydantic.ValidationError as problem:
         raise ConfigError(f"{path}: {first_problem(problem)}") from problem
+    except ValueError as problem:
+        raise ConfigError(f"{path}: {problem}; correct the file") from problem
     for attribute in ("name", "sha256"):
         values = [getattr(key, attribute) for key in keys]
         duplicate = next((value for value in values if values.count(value) > 1), None)
@@ -95,11 +95,11 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
         limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
         entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\n'
         with atomic_write(path) as partial:
-            partial.touch(mode=0o600)
+            set_mode(partial, 0o600)
             if path.exists():
-                with suppress(PermissionError):  # only root gives files away
+                with suppress(OSError):  # only root gives files away, on file systems that have owners
                     os.chown(partial, path.stat().st_uid, path.stat().st_gid)
-            partial.write_text((path.read_text("utf-8") if path.exists() else "") + entry, "utf-8")
+            partial.write_text((read_text(path) if path.exists() else "") + entry, "utf-8")
         return secret
 
 
@@ -111,10 +111,11 @@ class TokenBucket:
         if not state[_FILLED]:
             state[_TOKENS], state[_FILLED] = float(burst), time.monotonic()
 
-    def spend(self, num_images: int, *, check_only: bool = False) -> None:
+    def spend(self, num_images: int, *, check_only: bool = False, work: int = 0) -> None:
         """Take the tokens of *num_images*, unless *check_only*.
 
-        Raises `RejectedError`, and takes none, if they exceed the *burst* or the tokens that are there now.
+        Raises `RejectedError` if they exceed the *burst* or the tokens that are there now; in the latter case
+        it takes *work* instead, the tokens of what was done for the request.
         """
         tokens = self._fill()
         if num_images > self.burst:
@@ -123,18 +124,23 @@ class TokenBucket:
             )
             raise RejectedError(HttpError("too_many_images", 400, message))
         if num_images > tokens + _ROUNDING:
-            wait = math.ceil((num_images - tokens) / self._rate)
+            self.charge(work)
+            wait = math.ceil((num_images - self._state[_TOKENS]) / self._rate)
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
             self._state[_TOKENS] = max(0.0, tokens - num_images)  # up to `_ROUNDING` may be missing
+
+    def charge(self, num_tokens: int) -> None:
+        """Take *num_tokens*; up to *burst* of them are taken before they are there."""
+        self._state[_TOKENS] = max(-float(self.burst), self._fill() - num_tokens)
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""
         tokens = self._fill()
         return {
             "RateLimit-Limit": str(self.burst),
-            "RateLimit-Remaining": str(int(tokens)),
+            "RateLimit-Remaining": str(max(0, int(tokens))),
             "RateLimit-Reset": str(math.ceil((self.burst - tokens) / self._rate)),
         }
 

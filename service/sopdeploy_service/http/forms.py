@@ -12,6 +12,7 @@ from python_multipart.multipart import MultipartState, parse_options_header
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 FIELDS = {"image", "images", "file", "files"}
+MAX_TYPE_CHARS = 1000  # of the content type, whose parser takes quadratic time
 
 _MALFORMED = HttpError("malformed_multipart", 400, "the multipart body is malformed or truncated")
 NO_BOUNDARY = HttpError("malformed_multipart", 400, "the content type has no valid multipart boundary")
@@ -24,7 +25,8 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
     Bytes before the first delimiter and after the last one are skipped (RFC 2046, section 5.1.1). Raises
     `RejectedError` for a form that is malformed, truncated or empty, or has other fields or more images.
     """
-    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    is_short = len(content_type) <= MAX_TYPE_CHARS
+    boundary = parse_options_header(content_type)[1].get(b"boundary") if is_short else None
     if not boundary:
         raise RejectedError(NO_BOUNDARY)
     parts = _Parts(max_images)
@@ -74,7 +76,7 @@ class _Parts:
 
     def end_headers(self) -> None:
         if self.name not in FIELDS:
-            message = f"field {self.name!r:.80}: images must be in fields named `image`"
+            message = f"field {str(self.name)[:80]!r}: images must be in fields named `image`"
             raise RejectedError(HttpError("unexpected_field", 422, message))
         if len(self.images) == self.max_images:
             message = f"the form has more than {self.max_images} images, the limit of this server"

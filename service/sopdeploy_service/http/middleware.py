@@ -37,6 +37,7 @@ MONITORING = PROBES | {METRICS_PATH}  # successful requests are logged at debug 
 NO_KEY = HttpError(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
+OUT_OF_MEMORY = HttpError("out_of_memory", 503, "the server has too little memory for this; retry later", 2)
 ALLOW = "list the name that clients use in the setting allowed_hosts"
 
 log = logging.getLogger("sopdeploy.http")
@@ -142,6 +143,9 @@ class RequestContextMiddleware:
 
     def _error_of(self, error: Exception, scope: Scope) -> HttpError:
         """Return the `HttpError` that answers *error*; count it, or log an *error* that is a defect."""
+        if isinstance(error, MemoryError):
+            log.warning("out of memory in %s", getattr(scope.get("route"), "path", "other"))
+            error = RejectedError(OUT_OF_MEMORY)
         if not isinstance(error, RejectedError):
             log.exception("internal error in %s", getattr(scope.get("route"), "path", "other"))
             return INTERNAL

@@ -1,8 +1,8 @@
 """Strict parsing of untrusted JSON and base64.
 
-orjson rejects deep nesting, NaN, Infinity and numbers beyond float64. It keeps the last of several equal
-keys; two parsers that keep different ones see different requests, so duplicate keys are rejected here. orjson
-holds the GIL, also in a thread: limits on the size and on strings, lists and objects keep that short.
+orjson rejects NaN, Infinity and numbers beyond float64. It keeps the last of several equal keys; two parsers
+that keep different ones see different requests, so duplicate keys are rejected here. orjson holds the GIL,
+also in a thread: limits on the size and on the number of values, which are counted first, keep that short.
 """
 
 import binascii
@@ -16,34 +16,51 @@ from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 MAX_QUOTES = 10_000  # two of each string, and escaped ones
+MAX_COMMAS = 1_000_000  # beside those of a tensor
+MAX_ESCAPES = 1_000_000  # some clients escape two characters of the alphabet of base64
+MAX_LISTS = 100_000  # and objects, beside those of a tensor
 MAX_BRACKETS = 1_000_000  # opening ones; 20 nested images of 224 x 224 pixels have as many
 ParsedBody = TypeVar("ParsedBody", bound=pydantic.BaseModel)
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
 TOO_COMPLEX = HttpError(  # more than any valid request has
-    "json_too_complex", 400, "the JSON has too many strings, lists or objects"
+    "json_too_complex", 400, "the JSON has too many strings, numbers, lists or objects"
 )
+TOO_DEEP = HttpError("malformed_json", 400, "malformed JSON: lists and objects are nested too deeply")
 
 
-def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int) -> ParsedBody:
+def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int, max_elements: int = 0) -> ParsedBody:
     """Parse the JSON document *raw* of at most *limit* bytes as *body_type*; call it in a thread.
 
-    Raises `RejectedError` if it is too large, malformed or invalid, has duplicate keys, or too many strings,
-    lists and objects.
+    *max_elements* is the number of elements of its largest tensor. Every other list of *body_type* has a
+    maximum length, so that a long list is one error, not one per element. Raises `RejectedError` if the
+    document is too large, malformed or invalid, has duplicate keys, too many values, or more levels than can
+    be written back.
     """
     if len(raw) > limit:
         message = f"the JSON is larger than the limit, {limit} bytes; send binary images or tensors"
         raise RejectedError(HttpError("json_too_large", 413, message))
-    if raw.count(b'"') > MAX_QUOTES or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
+    # Lists of a tensor of [n, height, width, 1], each of a row or a pixel, are fewer than twice its elements.
+    max_brackets = min(MAX_BRACKETS, MAX_LISTS + 2 * max_elements)
+    if (
+        raw.count(b'"') > MAX_QUOTES
+        or raw.count(b",") > MAX_COMMAS + max_elements
+        or raw.count(b"[") + raw.count(b"{") > max_brackets
+        or raw.count(b"\\") > MAX_ESCAPES
+    ):
         raise RejectedError(TOO_COMPLEX)
     try:
         value = orjson.loads(raw)
-        if count_keys(raw) != count_keys(orjson.dumps(value)):  # *value* has the last of equal keys only
-            raise bad_request("duplicate_key", "an object in the JSON has the same key twice")
-        return body_type.model_validate(value)
+        written = orjson.dumps(value)
     except orjson.JSONDecodeError as problem:
         raise bad_request("malformed_json", f"malformed JSON: {problem}") from problem
+    except orjson.JSONEncodeError as problem:  # of JSON, only the depth cannot be written
+        raise RejectedError(TOO_DEEP) from problem
+    if count_keys(raw) != count_keys(written):  # *value* has the last of equal keys only
+        raise bad_request("duplicate_key", "an object in the JSON has the same key twice")
+    try:
+        return body_type.model_validate(value)
     except pydantic.ValidationError as problem:
         raise bad_request("malformed_request", first_problem(problem)) from problem
 

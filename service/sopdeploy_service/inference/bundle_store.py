@@ -7,14 +7,23 @@ A source is a bundle, a folder of bundles (`sopdeploy.bundle.folder` says which 
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
-from sopdeploy.bundle.folder import describe_projects, follow_link, list_bundles, read_manifest
+from sopdeploy.bundle.folder import (
+    Bundle,
+    describe_projects,
+    follow_link,
+    list_bundles,
+    read_manifest,
+)
+from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import has_manifest
 
 FOLLOW_SECONDS = 1.0
+ReadNamed: TypeAlias = Callable[[str, Path, Manifest], Bundle]  # name in the server, folder, its manifest
 
 log = logging.getLogger("sopdeploy.models")
 
@@ -54,40 +63,38 @@ async def moves_of(target_of_link: Mapping[Path, Path]) -> AsyncIterator[None]:
             yield
 
 
-def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
-    """Find the bundles of *sources*, each `PATH` or `NAME=PATH`, by name.
+def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bundle]:
+    """Find the bundles of *sources*, each `PATH` or `NAME=PATH`, by name; *read* reads each, once.
 
     For a folder, the log gets a line about each project, a warning if a bundle cannot be served.
     Raises `BundleError` for a path without a bundle and `ConfigError` for different bundles with one name.
     """
-    bundles: dict[str, Path] = {}
+    bundles: dict[str, Bundle] = {}
     for given_name, source in map(_parse_source, sources):
         path = follow_link(source)  # every process then serves the same bundle, even if the link changes
         may_hold_bundles = path.is_dir() and not has_manifest(path)
         if given_name or not may_hold_bundles:  # with a name, *path* must be one bundle
-            named = [(given_name or read_manifest(path).project, path)]
-        else:
-            named = _find_in_folder(path)
-        for name, bundle in named:
+            manifest = read_manifest(path)
+            name = given_name or manifest.project
             # The same bundle may be given twice, as by `bundles/*` with the link `latest`.
-            is_known = name in bundles
-            if is_known and not read_manifest(bundle).has_content_of(read_manifest(bundles[name])):
-                reason = f"the name {name} is already used by {bundles[name]}"
-                raise ConfigError(f"{bundle}: {reason}; choose another one: NAME={bundle}")
-            bundles.setdefault(name, bundle)
+            is_known = name in bundles and bundles[name].manifest.has_content_of(manifest)
+            found = [(name, bundles[name] if is_known else read(name, path, manifest))]
+        else:
+            found = [(bundle.manifest.project, bundle) for bundle in _read_folder(path, read)]
+        for name, bundle in found:
+            other = bundles.setdefault(name, bundle)
+            if not other.manifest.has_content_of(bundle.manifest):
+                reason = f"the name {name} is already used by {other.path}"
+                raise ConfigError(f"{bundle.path}: {reason}; choose another one: NAME={bundle.path}")
     return bundles
 
 
-def _find_in_folder(folder: Path) -> list[tuple[str, Path]]:
-    """Return name and path of each bundle in *folder* that is served; raises `BundleError` for none."""
-    listed = list_bundles(folder)
+def _read_folder(folder: Path, read: ReadNamed) -> list[Bundle]:
+    """Read the bundles in *folder* that are served; raises `BundleError` for none."""
+    listed = list_bundles(folder, lambda path, manifest: read(manifest.project, path, manifest))
     if all(bundle.reason for bundle in listed):  # none is served, or none is here
         none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"
         raise BundleError(f"{folder}: {listed[0].reason if listed else none_here}")
     for line, failed in describe_projects(listed):
         log.log(logging.WARNING if failed else logging.INFO, line)
-    return [
-        (bundle.manifest.project, bundle.path)
-        for bundle in listed
-        if bundle.manifest is not None and not bundle.reason
-    ]
+    return [bundle.bundle for bundle in listed if bundle.bundle is not None]

@@ -6,6 +6,10 @@ and low priority. So light images pass large ones, and the memory of all childre
 
 A child can also end without any fault of its image, as when the system runs out of memory. An image whose
 child ends by another cause than its own limits is therefore decoded once more, by a child for large images.
+
+Clients share the children for large images. Each has two groups of images there: slow ones, which are small
+but took too long for a light child, and large ones. The groups take turns, and if too many images wait, the
+group with most of them loses its last one.
 """
 
 import logging
@@ -14,6 +18,7 @@ import os
 import signal
 import threading
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -53,13 +58,14 @@ LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are sever
 NICENESS = 10  # of children for large images
 USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
-MAX_WAITING_LARGE = 8  # large images; one more gets 503
+MAX_WAITING_LARGE = 8  # large images; for one more, one of the largest group gets 503
 WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped at both is ended
 
 log = logging.getLogger("sopdeploy.service")
 
 _Result = TypeVar("_Result")
 Job: TypeAlias = Callable[[DecoderProcess], None]  # is called on the thread of a child
+Refuse: TypeAlias = Callable[[], None]
 
 
 class Plan(NamedTuple):
@@ -104,6 +110,46 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     return Plan(light, large, large_memory)
 
 
+class SharedQueue:
+    """Jobs in the order of arrival within each group; the groups take turns. Thread-safe.
+
+    A group is a client, and whether its images are slow ones; that of the server's own jobs is None.
+    """
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[str, bool] | None, deque[tuple[Job | None, Refuse]]] = OrderedDict()
+        self._changed = threading.Condition()
+
+    def put(
+        self, job: Job | None, group: tuple[str, bool] | None = None, refuse: Refuse = lambda: None
+    ) -> None:
+        """Add *job* to *group*; if `MAX_WAITING_LARGE` wait, refuse it or the last one of a larger group.
+
+        *refuse* is called if *job* will not run. The server's own jobs are never refused.
+        """
+        with self._changed:
+            if group is not None and sum(map(len, self._groups.values())) >= MAX_WAITING_LARGE:
+                sizes = {one: len(jobs) for one, jobs in self._groups.items() if one is not None}
+                largest = max(sizes, key=lambda one: sizes[one], default=group)
+                if sizes.get(largest, 0) <= sizes.get(group, 0) + 1:
+                    refuse()
+                    return
+                _, refuse_last = self._groups[largest].pop()
+                refuse_last()
+            self._groups.setdefault(group, deque()).append((job, refuse))
+            self._changed.notify()
+
+    def get(self) -> Job | None:
+        """Wait for a job; return the first one of the group whose turn it is."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._groups)
+            group, waiting = self._groups.popitem(last=False)
+            job, _ = waiting.popleft()
+            if waiting:
+                self._groups[group] = waiting  # after all others
+            return job
+
+
 class Decoders:
     """Decodes images, from `start` to `stop`."""
 
@@ -111,7 +157,7 @@ class Decoders:
         """Decode light images in up to *max_children* children."""
         self._max_children, self._settings, self._metrics = max_children, settings, metrics
         self.light: SimpleQueue[Job | None] = SimpleQueue()
-        self.large: SimpleQueue[Job | None] = SimpleQueue()
+        self.large = SharedQueue()
         self.budget: int | None = None  # bytes of memory of the children; None: what this process may use
         self._plan = Plan(light=0, large=0, large_memory=0)  # no children before `start`
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
@@ -221,17 +267,17 @@ class Decoders:
         )
         return DecoderProcess(shared_template(), options, settings.decode_seconds, self._note_end)
 
-    def _put_large(self, model: Model, item: QueuedImage, image: bytes, num_ends: int = 0) -> None:
-        """Queue *image* for a child for large images, or refuse it if too many wait there.
+    def _put_large(
+        self, model: Model, item: QueuedImage, image: bytes, num_ends: int = 0, *, is_slow: bool = False
+    ) -> None:
+        """Queue *image* for a child for large images, among the slow ones of its client if it *is_slow*.
 
         *num_ends* children of it have ended without its fault.
         """
-        if self.large.qsize() >= MAX_WAITING_LARGE:
-            call_soon(item.outcome.get_loop(), item.settle, DECODERS_BUSY)
-            return
         item.late = DECODERS_BUSY  # if its deadline passes before it is decoded
         decode = partial(self._decode_item, model, item, image, is_light=False, num_ends=num_ends)
-        self.large.put(decode)
+        refuse = partial(call_soon, item.outcome.get_loop(), item.settle, DECODERS_BUSY)
+        self.large.put(decode, (item.client, is_slow), refuse)
 
     def _decode_item(
         self,
@@ -263,7 +309,7 @@ class Decoders:
         except DecoderEndedError as error:
             num_ends += not error.is_limit
             if is_light or (num_ends == 1 and not error.is_limit):
-                self._put_large(model, item, image, num_ends)
+                self._put_large(model, item, image, num_ends, is_slow=error.is_limit)
                 return
             refusal = refusal_after(error)
         finally:
@@ -286,7 +332,7 @@ def refusal_after(error: DecoderEndedError) -> HttpError:
     return DECODER_KILLED if error.is_kill else DECODER_CRASHED
 
 
-def _run_jobs(jobs: "SimpleQueue[Job | None]", child: DecoderProcess) -> None:
+def _run_jobs(jobs: "SimpleQueue[Job | None] | SharedQueue", child: DecoderProcess) -> None:
     """Run *jobs* with *child* until None is queued, then end the child."""
     while (job := jobs.get()) is not None:
         job(child)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare, fill, read_probes, replay, select
-from sopdeploy.bundle.signing import check_signature, signature_path
+from sopdeploy.bundle.signing import check_signature, read_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import daemon_threads
@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """A verified bundle and its runtime, which does not need the files of the bundle any more.
+    """A verified bundle and its runtime; after a thorough load with all contents, otherwise `reduced`.
 
     `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
     `onnx_root` is the root of the graph, if it was recomputed.
@@ -74,12 +74,18 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     Raises `BundleError`, `RuntimeUnavailableError`, also for a load that takes too long, `ConfigError` for an
     invalid key file, and `ParityError`.
     """
-    return wait_in_time(_begin_load(path, settings, thorough=thorough), path, settings)
+    reading = daemon_threads.start(partial(open_bundle, path))
+    return load_bundle(wait_in_time(reading, path, settings), settings, thorough=thorough)
 
 
-async def load_in_background(path: Path, settings: Settings) -> LoadedModel:
-    """Load the bundle at *path* as `load_model` does, while the event loop runs."""
-    return await finish_in_time(_begin_load(path, settings), path, settings)
+def load_bundle(bundle: Bundle, settings: Settings, *, thorough: bool = False) -> LoadedModel:
+    """Load *bundle*, which was read, as `load_model` does."""
+    return wait_in_time(_begin_load(bundle, settings, thorough=thorough), bundle.path, settings)
+
+
+async def load_in_background(bundle: Bundle, settings: Settings) -> LoadedModel:
+    """Load *bundle*, which was read, as `load_model` does, while the event loop runs."""
+    return await finish_in_time(_begin_load(bundle, settings), bundle.path, settings)
 
 
 def wait_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
@@ -115,9 +121,9 @@ def load_seconds(settings: Settings) -> float:
     return LOAD_SECONDS_ON_CPU if on_cpu else LOAD_SECONDS_ON_GPU
 
 
-def _begin_load(path: Path, settings: Settings, *, thorough: bool = False) -> Future[LoadedModel]:
-    """Load the bundle at *path* in a daemon thread; close its runtime if nobody waits for it any more."""
-    load = partial(_load, path, settings, thorough=thorough)
+def _begin_load(bundle: Bundle, settings: Settings, *, thorough: bool = False) -> Future[LoadedModel]:
+    """Load *bundle* in a daemon thread; close its runtime if nobody waits for it any more."""
+    load = partial(_load, bundle, settings, thorough=thorough)
     return daemon_threads.start(load, discard=lambda loaded: loaded.runtime.close())
 
 
@@ -128,31 +134,32 @@ def _too_slow(what: object, seconds: float) -> RuntimeUnavailableError:
     )
 
 
-def _load(path: Path, settings: Settings, *, thorough: bool) -> LoadedModel:
-    bundle = open_checked(path, settings)
+def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
+    check_trust(bundle, settings)
     root = check_roots(bundle) if thorough else None
     with ExitStack() as stack:
         runtime = open_runtime(bundle, settings)
         stack.callback(runtime.close)  # unless everything below succeeds
         with must_run(runtime):
             max_batch = largest_batch(runtime, settings)
-            probes = read_probes(bundle.probes, bundle.manifest)
+            probes = read_probes(bundle)
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
         stack.pop_all()
     return LoadedModel(
-        bundle=bundle, runtime=runtime, replays=replays, timings=tuple(timings), onnx_root=root
-    )
+        bundle=bundle if thorough else bundle.reduced(),
+        runtime=runtime, replays=replays, timings=tuple(timings), onnx_root=root,
+    )  # fmt: skip
 
 
-def open_checked(path: Path, settings: Settings) -> Bundle:
-    """Check the files of the bundle at *path* and, if *settings* require it, the signature; open it.
+def check_trust(bundle: Bundle, settings: Settings) -> None:
+    """If *settings* require it, check the signature of what was read of *bundle*.
 
     Raises `BundleError`, and `ConfigError` for an invalid key file.
     """
     if settings.require_signature is not None:
-        check_signature(path, signature_path(path), settings.require_signature)
-    return open_bundle(path)
+        signature = read_signature(signature_path(bundle.path), bundle.path)
+        check_signature(bundle, signature, settings.require_signature)
 
 
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:

@@ -12,22 +12,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.errors import BundleError, ConfigError, SopdeployError
+from sopdeploy.bundle.folder import GRAPH, Bundle, read_files
+from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.inference import daemon_threads
-from sopdeploy_service.inference.loader import LoadedModel, load_in_background, open_checked, wait_in_time
+from sopdeploy_service.inference.loader import LoadedModel, check_trust, finish_in_time, load_in_background
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.settings import Settings
 
-# Measured in ONNX Runtime on a CPU: a load needs at most twice the graph's file and 64 MB. Afterwards, at
-# most 1.25 times the file and 55 MB for activations remain.
-FILE_FACTOR, ACTIVATION_BYTES = 2, 64_000_000
+# Measured in ONNX Runtime on a CPU: a load needs at most twice the graph's file and 64 MB, and once more the
+# file, which is sealed in memory meanwhile. Afterwards, at most 1.25 times the file and 55 MB remain.
+FILE_FACTOR, ACTIVATION_BYTES = 3, 64_000_000
 ROOM_SECONDS = 5.0  # how long a load waits for a model that is in use
 _POLL_SECONDS = 0.01
 RETRY_SECONDS = 60.0  # after a failed load, the bundle is not loaded again for this long
@@ -68,15 +68,17 @@ class BudgetEntry:
 class BudgetedRegistry(ModelRegistry):
     """Models by name, of which only as many are loaded as the memory budget of the settings allows."""
 
-    def __init__(self, bundles: Mapping[str, Path], settings: Settings) -> None:
+    def __init__(self, bundles: Mapping[str, Bundle], settings: Settings) -> None:
         """Check all *bundles* by name.
 
-        Raises the errors of `open_checked`, and `ConfigError` for a bundle that does not fit into the budget.
+        Raises the errors of `check_trust`, and `ConfigError` for a bundle that does not fit into the budget.
         """
         super().__init__({}, settings)
         self._budget = settings.memory_budget or 0  # not None: see `load_app`
         # The model that was used longest ago comes first.
-        self._entries = OrderedDict((name, self._make_entry(name, path)) for name, path in bundles.items())
+        self._entries = OrderedDict(
+            (name, self._make_entry(name, bundle)) for name, bundle in bundles.items()
+        )
         for name, entry in self._entries.items():
             if entry.bytes > self._budget:
                 sizes = f"{name} needs {entry.bytes / 1e9:.2f} GB, the budget is {self._budget / 1e9:.2f} GB"
@@ -109,15 +111,14 @@ class BudgetedRegistry(ModelRegistry):
                 asyncio.get_running_loop().call_soon(entry.loading.cancel)  # when `_load_entry` has begun
         super().close(reason)
 
-    def _make_entry(self, name: str, path: Path) -> BudgetEntry:
-        """Check the bundle at *path*, and let requests find its model, not loaded, under *name*."""
-        reading = daemon_threads.start(partial(open_checked, path, self._settings))
-        bundle = wait_in_time(reading, path, self._settings)
-        not_loaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
+    def _make_entry(self, name: str, bundle: Bundle) -> BudgetEntry:
+        """Check *bundle*, and let requests find its model, not loaded, under *name*."""
+        check_trust(bundle, self._settings)
+        not_loaded = LoadedModel(bundle=bundle.reduced(), runtime=NoRuntime(), replays={})
         placeholder = self._by_name[name] = Model(name, not_loaded, self._settings, self.metrics)
         placeholder.is_loaded = False
         self.metrics.model_memory.labels(name).set(0)
-        size = FILE_FACTOR * bundle.manifest.files["model.onnx"].bytes + ACTIVATION_BYTES
+        size = FILE_FACTOR * bundle.manifest.files[GRAPH].bytes + ACTIVATION_BYTES
         return BudgetEntry(placeholder, size)
 
     async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
@@ -129,10 +130,9 @@ class BudgetedRegistry(ModelRegistry):
                     return entry.load_error
                 await self._make_room(entry.bytes)
                 checked = entry.placeholder.bundle
-                loaded = await load_in_background(checked.path, self._settings)
-                if not loaded.bundle.manifest.has_content_of(checked.manifest):
-                    loaded.runtime.close()
-                    raise BundleError(f"{checked.path}: another bundle than at the start; restart the server")
+                reading = daemon_threads.start(partial(read_files, checked.path, checked.manifest))
+                bundle = await finish_in_time(reading, checked.path, self._settings)
+                loaded = await load_in_background(bundle, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
                 model.drift = entry.placeholder.drift  # it has counted since the start of the server
                 model.start()

@@ -52,14 +52,15 @@ log = logging.getLogger("sopdeploy.inference")
 class QueuedImage:
     """One image and the future that gets its outcome; times are those of `time.monotonic`.
 
-    *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the
-    embedding. A copy that *is_occluded* does not count for the drift.
+    *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *client* is the key or address
+    of its request. *features* requests the embedding. A copy that *is_occluded* does not count for the drift.
     """
 
     outcome: "asyncio.Future[Outcome]"
     deadline: float
     image: NDArray[np.uint8] = field(init=False, repr=False)
     warnings: tuple[str, ...] = ()
+    client: str = ""
     features: bool = False
     is_occluded: bool = False
     decode_seconds: float | None = None

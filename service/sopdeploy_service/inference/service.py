@@ -21,12 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import generate_latest
 
+from sopdeploy.bundle.folder import Bundle, read_files
+from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
-from sopdeploy_service.inference.loader import LoadedModel, finish_in_time, load_in_background, open_checked
+from sopdeploy_service.inference.loader import LoadedModel, check_trust, finish_in_time, load_in_background
 from sopdeploy_service.inference.model_worker import Model, QueuedImage
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
@@ -100,44 +102,52 @@ class ModelRegistry:
         """Return *model*, which is loaded already."""
         return model
 
-    async def follow(self, bundles: Mapping[str, Path]) -> None:
+    async def follow(self, bundles: Mapping[str, Bundle]) -> None:
         """Serve exactly *bundles*, by name; those that are already served are not loaded again.
 
-        All new bundles are loaded before any is served: an error, such as of `load_model`, changes nothing.
+        The caller holds `changing`. All new bundles are loaded before any is served: an error, such as of
+        `load_model`, changes nothing.
         """
-        async with self.changing:
-            loaded: dict[str, LoadedModel] = {}
-            with ExitStack() as stack:
-                for name, path in bundles.items():
-                    # A folder may have got another bundle, or other files under the same manifest.
-                    present = self._by_name.get(name)
-                    reading = daemon_threads.start(partial(open_checked, path, self._settings))
-                    bundle = await finish_in_time(reading, path, self._settings)
-                    if present is None or not present.bundle.manifest.has_content_of(bundle.manifest):
-                        loaded[name] = await load_in_background(path, self._settings)
-                        stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded
-                stack.pop_all()
-            for name in set(self._by_name) - set(bundles):
-                self._retire(self._by_name.pop(name))
-            for name, new in loaded.items():
-                model = self._make_model(name, new)
-                model.start()
-                if name in self._by_name:
-                    self._retire(self._by_name[name])
-                self._by_name[name] = model
+        loaded: dict[str, LoadedModel] = {}
+        with ExitStack() as stack:
+            for name, bundle in bundles.items():
+                if self._serves(name, bundle.manifest):
+                    check_trust(bundle, self._settings)
+                else:
+                    loaded[name] = await load_in_background(bundle, self._settings)
+                    stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded
+            stack.pop_all()
+        for name in set(self._by_name) - set(bundles):
+            self._retire(self._by_name.pop(name))
+        for name, new in loaded.items():
+            model = self._make_model(name, new)
+            model.start()
+            if name in self._by_name:
+                self._retire(self._by_name[name])
+            self._by_name[name] = model
 
     async def reload(self, sources: Iterable[str | Path]) -> None:
-        """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
+        """Read the bundles of *sources* again and `follow` them, or log why this is not possible."""
         try:
-            finding = daemon_threads.start(partial(find_bundles, sources))
-            bundles = await finish_in_time(finding, "the bundles", self._settings)
-            await self.follow(bundles)
+            async with self.changing:
+                # Also of bundles that are served: a folder may have other files under the same manifest.
+                finding = daemon_threads.start(partial(find_bundles, sources, self._read))
+                bundles = await finish_in_time(finding, "the bundles", self._settings)
+                await self.follow(bundles)
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
             self.metrics.count_load_failure(error)
             models_log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
             return
         models_log.info("reloaded", extra={"bundles": " ".join(model.bundle.name for model in self.models())})
+
+    def _serves(self, name: str, manifest: Manifest) -> bool:
+        present = self._by_name.get(name)
+        return present is not None and present.bundle.manifest.has_content_of(manifest)
+
+    def _read(self, name: str, path: Path, manifest: Manifest) -> Bundle:
+        """Read the bundle at *path*, which is to be served as *name*; its graph only if it is new."""
+        return read_files(path, manifest, with_graph=not self._serves(name, manifest))
 
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome."""
@@ -259,19 +269,23 @@ class Service:
         images: Images,
         deadline: float,
         *,
+        client: str = "",
         features: bool = False,
         may_keep: bool = False,
         are_occluded: bool = False,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
-        Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
-        requests the embedding, *may_keep* allows to keep the images, and those that *are_occluded* do not
-        count for the drift. Cancelling the call removes its images from the queue; call `check_queue` before.
-        Raises `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
+        Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`, *client* the
+        key or address that shares the decoders for large images; *features* requests the embedding,
+        *may_keep* allows to keep the images, and those that *are_occluded* do not count for the drift.
+        Cancelling the call removes its images from the queue; call `check_queue` before. Raises
+        `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
         """
         loop = asyncio.get_running_loop()
-        create = partial(QueuedImage, deadline=deadline, features=features, is_occluded=are_occluded)
+        create = partial(
+            QueuedImage, deadline=deadline, client=client, features=features, is_occluded=are_occluded
+        )
         items = [create(outcome=loop.create_future()) for _ in images]
         timer = loop.call_later(deadline - time.monotonic(), self._miss_deadline, model, items)
         self.admitted += len(images)
@@ -299,7 +313,7 @@ class Service:
                     self.keep(model, image, outcome)
         return outcomes
 
-    async def explain(self, model: Model, images: Images, deadline: float) -> list[Outcome]:
+    async def explain(self, model: Model, images: Images, deadline: float, client: str = "") -> list[Outcome]:
         """Run `infer`, then run it on occluded copies of each image; add their logits to its `Prediction`.
 
         An image gets the error of its first copy that fails. The images may be kept, their copies not. The
@@ -308,7 +322,7 @@ class Service:
         num_copies = GRID**2
         self.admitted += num_copies * len(images)
         try:
-            outcomes = await self.infer(model, images, deadline, may_keep=True)
+            outcomes = await self.infer(model, images, deadline, client=client, may_keep=True)
         finally:  # nothing is awaited before the second `infer`, which counts its copies itself
             self.admitted -= num_copies * len(images)
         predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]

@@ -3,52 +3,80 @@
 Every file is written under a temporary name and then renamed, the photograph before its record. What a killed
 process leaves is deleted at the next start. A file counts as whole blocks, as on most file systems.
 
-Photographs may be the only copies of their owners, so a wrong clock must not delete them. The modification
-time of the lock file is the time of the last check of their ages. If the clock is before it or before a
-photograph, or after the time in which only few of them can have expired, none expires.
+Photographs may be the only copies of their owners, so no clock deletes them. The age of a photograph is the
+time during which a keeper has run since it was kept, by the monotonic clock, in steps of limited length.
+`.ages` has the counted seconds. Without it, as after a copy without hidden files, all ages begin anew.
 """
 
-import fcntl
 import logging
 import os
 import re
+import time
 import weakref
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from contextlib import ExitStack
 from pathlib import Path
-from shlex import quote
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from sopdeploy.errors import ConfigError
-from sopdeploy.files import PARTIAL, atomic_write, writing
-from sopdeploy.kept import LOCK, NEAR_BITS, KeptRecord, Reason, read_kept
+import pydantic
+
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import ConfigError, StorageError
+from sopdeploy.file_systems import lock_file, set_mode
+from sopdeploy.files import (
+    LOCK,
+    PARTIAL,
+    atomic_write,
+    new_folder,
+    open_regular,
+    read_at_most,
+    remove_left,
+    writing,
+)
+from sopdeploy.kept import NEAR_BITS, KeptRecord, Reason, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]
 FILE_BLOCK = 4096  # bytes
 CHECK_SECONDS = 60.0  # between two checks of the ages; less if photographs are kept for a short time
-MAX_ABSENCE = timedelta(days=2)  # that is accepted since the last check, or `ABSENCE_SHARE` of their age
-ABSENCE_SHARE = 0.25
-CLOCK_STEP = timedelta(seconds=60)  # by which a clock may be set back
+MAX_STEP = 2.0  # intervals of checks that count between two checks; a machine that slept counts no more
+SAVE_SECONDS = 600.0  # counted between two writes of the ages, which a process that is killed loses
+AGES, MAX_AGES_BYTES = ".ages", 1 << 26
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
 _SUFFIXES = ".jpg", ".png"
-_OWN = re.compile(rf"[0-9a-f]{{32}}\.(?:jpg|png|json)(?:{re.escape(PARTIAL)})?")
+_OWN = re.compile(rf"[0-9a-f]{{32}}\.(?:jpg|png|json)(?:(?:\.[0-9a-f]{{8}})?{re.escape(PARTIAL)})?")
 
 log = logging.getLogger("sopdeploy.keep")
 
 
+Seconds = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+
+
+class Ages(StrictModel):
+    """Content of `.ages`.
+
+    Attributes:
+        counted: Seconds that keepers of this folder have run, all together.
+        kept_at: What `counted` was when each photograph was kept, by its name.
+    """
+
+    version: Literal[1] = 1
+    counted: Seconds = 0.0
+    kept_at: dict[str, Seconds] = pydantic.Field(default_factory=dict)
+
+
 class _Entry(NamedTuple):
-    """A kept photograph: `near_hash` is a number, `bytes` are those of both files."""
+    """A kept photograph: `kept_at` are counted seconds, `near_hash` is a number, `bytes` of both files."""
 
     path: Path
-    time: datetime
+    kept_at: float
     near_hash: int
     reasons: frozenset[str]
     bytes: int
 
 
 class KeptFolder:
-    """Keeps photographs in *path*, at most *max_bytes*, each for *days*; not thread-safe.
+    """Keeps photographs in *path*, at most *max_bytes*, each for *days* in which it runs; not thread-safe.
 
     The oldest one with the fewest reasons makes room; but while the uniform sample has more than
     `SAMPLE_SHARE` of the bytes or nothing else is kept, the oldest one of the sample does.
@@ -60,29 +88,36 @@ class KeptFolder:
         """Reserve *path* for this process, and create it if needed; only its owner can read the files.
 
         *on_delete* is called for each photograph that was deleted. Raises `StorageError` if the folder cannot
-        be written, and `ConfigError` if another process keeps photographs there.
+        be written or locked, and `ConfigError` if another process keeps photographs there.
         """
-        self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
+        self.path, self._max_bytes, self._age = path, max_bytes, days * 86_400
         self._entries: dict[str, _Entry] = {}  # by name, the oldest first
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
-        self._clock_problem = ""  # why no photograph expires; empty if they do
-        with writing(path):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            was_here = (path / LOCK).exists()
-            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            weakref.finalize(self, os.close, lock)  # which releases the lock
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                message = f"{path}: another process keeps photographs there; name another folder"
-                raise ConfigError(message) from error
-            self._read()
-            self._delete_incomplete()
-            if not was_here and self._entries:  # as after a copy: the newest photograph shows the last run
-                self._checked_at(max(entry.time for entry in self._entries.values()))
-            self.expire()
-            self._make_room(0)
+        self._counted = self._saved = 0.0  # seconds that keepers of this folder have run, and those in `AGES`
+        self._ticked = time.monotonic()
+        with ExitStack() as opened:
+            with writing(path):
+                opened.enter_context(new_folder(path, 0o700))
+                try:
+                    lock = lock_file(path / LOCK, 0o600)
+                except BlockingIOError as error:
+                    message = f"{path}: another process keeps photographs there; name another folder"
+                    raise ConfigError(message) from error
+            opened.callback(os.close, lock.file)
+            if lock.missing:  # two servers would delete what the other one writes
+                (path / LOCK).unlink()
+                raise StorageError(
+                    f"{path}: its file system has no locks ({lock.missing}), which keep other servers out; "
+                    "keep photographs on another file system"
+                )
+            with writing(path):
+                self._read()
+                self._delete_incomplete()
+                self.expire()
+                self._make_room(0)
+            opened.pop_all()
+        weakref.finalize(self, os.close, lock.file)  # which releases the lock
 
     @property
     def used(self) -> int:
@@ -90,16 +125,34 @@ class KeptFolder:
         return sum(entry.bytes for entry in self._entries.values())
 
     def _read(self) -> None:
-        """Read the records of the complete photographs."""
-        for path, record in read_kept(self.path):
+        """Read the records of the complete photographs; an age that is not known begins now."""
+        kept, ages = read_kept(self.path), self._read_ages()
+        if ages is None and kept:
+            log.warning("%s: the ages of %d photographs are not known; they begin now", self.path, len(kept))
+        ages = ages or Ages()
+        self._counted = self._saved = ages.counted
+        kept_at = {path.name: ages.kept_at.get(path.name, ages.counted) for path, _ in kept}
+        for path, record in sorted(kept, key=lambda entry: kept_at[entry.path.name]):  # stable
             files = path, path.with_suffix(".json")
-            self._insert(path, record, sum(_size_on_disk(file.stat().st_size) for file in files))
+            size = sum(_size_on_disk(file.stat().st_size) for file in files)
+            self._insert(path, record, size, kept_at[path.name])
+
+    def _read_ages(self) -> Ages | None:
+        """Read the counted seconds; None if they are missing or damaged."""
+        try:
+            with open_regular(self.path / AGES) as file:
+                ages = Ages.model_validate_json(read_at_most(file, MAX_AGES_BYTES))
+        except (OSError, pydantic.ValidationError):
+            return None
+        is_valid = all(kept_at <= ages.counted for kept_at in ages.kept_at.values())
+        return ages if is_valid else None
 
     def _delete_incomplete(self) -> None:
         """Delete photographs without a record, records without a photograph, and partial files.
 
         Files that no `KeptFolder` wrote stay, and damaged records with their photographs.
         """
+        remove_left(self.path)
         photographs = {entry.path for entry in self._entries.values()}
         complete = photographs | {path.with_suffix(".json") for path in photographs}
         for file in set(self.path.iterdir()) - complete:
@@ -119,7 +172,6 @@ class KeptFolder:
         near-duplicates. The first write that fails is logged, and the next one that succeeds.
         """
         try:
-            self.expire()
             result = self._add(image, record)
         except OSError as error:
             if not self._failed:
@@ -134,7 +186,7 @@ class KeptFolder:
     @property
     def check_seconds(self) -> float:
         """Seconds after which `check` should be called again."""
-        return min(CHECK_SECONDS, max(1.0, self._age.total_seconds() / 10))
+        return min(CHECK_SECONDS, max(1.0, self._age / 10))
 
     def check(self) -> None:
         """Delete photographs that are too old, and forget those that others have deleted or labelled."""
@@ -163,35 +215,18 @@ class KeptFolder:
         return is_gone
 
     def expire(self) -> None:
-        """Delete photographs that are too old, unless the clock may be wrong, and record the time."""
-        now = datetime.now(UTC)
-        problem = self._find_clock_problem(now)
-        if problem and not self._clock_problem:
-            log.warning("%s: %s; no photograph expires until then", self.path, problem)
-        self._clock_problem = problem
-        if problem:
-            return
-        earliest = now - self._age
-        self._delete_for("expired", [entry for entry in self._entries.values() if entry.time < earliest])
-        self._checked_at(now)
-
-    def _find_clock_problem(self, now: datetime) -> str:
-        """Say why *now* may be wrong, and what to do; empty if it is plausible."""
-        checked = datetime.fromtimestamp((self.path / LOCK).stat().st_mtime, UTC)
-        newest = max(self._entries.values(), key=lambda entry: entry.time, default=None)
-        if now < checked - CLOCK_STEP:
-            return f"the clock is before {checked:%Y-%m-%d %H:%M}, the last check of ages; correct it"
-        if newest is not None and now < newest.time - CLOCK_STEP:
-            return f"the clock is before that of {newest.path.name}; correct it, or forget this photograph"
-        if now - checked > max(MAX_ABSENCE, self._age * ABSENCE_SHARE):
-            return (
-                f"the last check of ages was {(now - checked).days} days ago; correct the clock or, if it is "
-                f"right, run: touch {quote(str(self.path / LOCK))}"
-            )
-        return ""
-
-    def _checked_at(self, time: datetime) -> None:
-        os.utime(self.path / LOCK, (time.timestamp(), time.timestamp()))
+        """Count the time since the last call, and delete photographs that are too old; raises `OSError`."""
+        now = time.monotonic()
+        step = min(max(0.0, now - self._ticked), MAX_STEP * self.check_seconds)
+        self._ticked = now
+        self._counted += step
+        if self._counted - self._saved >= min(SAVE_SECONDS, self._age / 10):
+            kept_at = {name: entry.kept_at for name, entry in self._entries.items()}
+            content = Ages(counted=self._counted, kept_at=kept_at).model_dump_json().encode()
+            _write(self.path / AGES, content)
+            self._saved = self._counted
+        old = [one for one in self._entries.values() if self._counted - one.kept_at > self._age]
+        self._delete_for("expired", old)
 
     def _delete_for(self, reason: Deletion, entries: list[_Entry]) -> None:
         """Delete *entries*, and count and log this."""
@@ -218,7 +253,7 @@ class KeptFolder:
         if previous is not None:
             return self._replace_record(previous, record, content)
         self._make_room(size)
-        entry = self._insert(path, record, size)
+        entry = self._insert(path, record, size, self._counted)
         try:  # the photograph is written first: its record shows that it is complete
             _write(path, image)
             _write(path.with_suffix(".json"), content)
@@ -243,13 +278,15 @@ class KeptFolder:
         except OSError:
             self._entries[previous.path.name] = previous
             raise
-        if self._forget_if_gone(self._insert(previous.path, record, size)):  # deleted meanwhile
+        if self._forget_if_gone(
+            self._insert(previous.path, record, size, self._counted)
+        ):  # deleted meanwhile
             previous.path.with_suffix(".json").unlink(missing_ok=True)
             return "dropped"
         return "kept"
 
-    def _insert(self, path: Path, record: KeptRecord, size: int) -> _Entry:
-        entry = _Entry(path, record.time, int(record.near_hash, 16), frozenset(record.reasons), size)
+    def _insert(self, path: Path, record: KeptRecord, size: int, kept_at: float) -> _Entry:
+        entry = _Entry(path, kept_at, int(record.near_hash, 16), frozenset(record.reasons), size)
         self._entries[path.name] = entry
         return entry
 
@@ -273,7 +310,7 @@ class KeptFolder:
 
 def _write(file: Path, content: bytes) -> None:
     with atomic_write(file) as partial:
-        partial.touch(0o600)
+        set_mode(partial, 0o600)
         partial.write_bytes(content)
 
 

@@ -21,15 +21,18 @@ from urllib.parse import parse_qs
 import numpy as np
 import pydantic
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import softmax
 from sopdeploy.errors import SopdeployError
+from sopdeploy.files import MAX_IMAGE_BYTES, read_file
 from sopdeploy.photos.files import normalize
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
+from sopdeploy_service.http.strict_json import parse_json
+from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.labelling.folders import GoneError, LabelFolders
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import OwnOrigins, without_prefix
@@ -58,7 +61,12 @@ class GivenLabel(StrictModel):
 
     id: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}$")]
     kind: Literal["class", "unknown", "skip"]
-    name: str = ""
+    name: Annotated[str, pydantic.Field(max_length=1000)] = ""
+
+
+async def read_label(request: Request) -> GivenLabel:
+    """Read the body of *request*; raises `RejectedError` unless it is a label."""
+    return parse_json(GivenLabel, await request.body(), MAX_BODY_BYTES)
 
 
 def refuse_request(request: Request, origins: OwnOrigins, root_path: str, key: str) -> Response | None:
@@ -136,10 +144,14 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             path = folders.waiting[identity].path if identity in folders.waiting else None
         if path is None:
             return JSONResponse({"detail": "no such photograph"}, 404)
-        return Response(path.read_bytes(), media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)
+        try:
+            content = read_file(path, MAX_IMAGE_BYTES)
+        except OSError:  # the server has deleted it
+            return JSONResponse({"detail": "no such photograph"}, 404)
+        return Response(content, media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)
 
     @app.post("/label")
-    def label(given: GivenLabel) -> LabelState:
+    def label(given: Annotated[GivenLabel, Depends(read_label)]) -> LabelState:
         with lock:
             if given.kind == "skip":
                 folders.skip(given.id)
@@ -156,6 +168,10 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     @app.exception_handler(SopdeployError)
     def refuse(_request: Request, error: SopdeployError) -> Response:
         return JSONResponse({"detail": str(error)}, 409 if isinstance(error, GoneError) else 422)
+
+    @app.exception_handler(RejectedError)
+    def refuse_body(_request: Request, error: RejectedError) -> Response:
+        return JSONResponse({"detail": error.reason.message}, 422)
 
     @app.exception_handler(OSError)
     def fail(_request: Request, error: OSError) -> Response:

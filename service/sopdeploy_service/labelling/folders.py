@@ -8,7 +8,6 @@ deleted after that; `read_kept` skips a record that remains. A file `ID.skipped`
 import errno
 import os
 import shutil
-import unicodedata
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.files import atomic_write, expand_user
-from sopdeploy.kept import LOCK, NEAR_BITS, SAMPLE_FOLDER, Kept, read_kept
+from sopdeploy.files import LOCK, atomic_write, expand_user
+from sopdeploy.kept import NEAR_BITS, SAMPLE_FOLDER, Kept, read_kept
+from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import find_parts, fold, is_hidden, list_subfolders, normalize, part_kind
 
 SKIPPED = ".skipped"
@@ -229,13 +229,15 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     if name not in classes:  # names that exist stay as they are
         name = name.strip()
     has_valid_length = 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES
-    is_printable = not any(unicodedata.category(char)[0] == "C" or char in NOT_IN_NAMES for char in name)
+    is_printable = all(map(can_be_typed, name)) and not set(name) & set(NOT_IN_NAMES)
     spellings = [other for other in classes if fold(other) == fold(name)]
     problem = ""
     if name not in folders and not has_valid_length:
         problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
     elif name not in folders and not is_printable:
-        problem = f"leave out control characters and {' '.join(NOT_IN_NAMES)}"
+        problem = f"leave out control and invisible characters and {' '.join(NOT_IN_NAMES)}"
+    elif invalid := class_problem(name):  # also of a folder, which no network could be trained on
+        problem = invalid
     elif is_hidden(name) or name.endswith("."):
         problem = "the folder would be hidden; do not begin or end with a dot"
     elif part_kind(name):

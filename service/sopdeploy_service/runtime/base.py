@@ -49,7 +49,8 @@ class Runtime(Protocol):
         ...
 
 
-# Opens a runtime for a bundle; raises `RuntimeUnavailableError` if it cannot run here.
+# Opens a runtime for a bundle; raises `RuntimeUnavailableError` if it cannot run here. The graph is
+# `bundle.onnx`, a `SealedFile` with `path` and `read()`; the folder of the bundle may have changed meanwhile.
 OpenRuntime: TypeAlias = Callable[[Bundle, Settings], Runtime]
 
 

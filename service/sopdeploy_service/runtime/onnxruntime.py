@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import is_out_of_memory, padded_sizes, reason_of
@@ -55,8 +55,7 @@ class OnnxRuntime:
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        self._open = partial(_open_session, onnxruntime, bundle, threads or usable_cores(), self._provider)
-        self._session = self._open()
+        self._session = _open_session(onnxruntime, bundle, threads or usable_cores(), self._provider)
         if self._provider == CPU and manifest.precision == "int8" and lacks_vnni():
             log.info("%s: %s", bundle.name, SLOW_INT8)
 
@@ -84,6 +83,9 @@ class CudaOnnxRuntime(OnnxRuntime):
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle, threads=threads)
         self._bundle_name = bundle.name
+        self._open = partial(  # keeps the graph in memory, for the sessions of other sizes
+            _open_session, import_onnxruntime(), bundle, threads or usable_cores(), self._provider
+        )
         self._plans_sizes = plans_sizes(self._session)
         self._sessions = {1: self._session}  # by the size of their batches
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -230,18 +232,18 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str,
     options = session_options(onnxruntime, threads, provider)
     try:
         session = open_graph(
-            onnxruntime, str(bundle.onnx), options, provider, bundle.manifest.precision, like
+            onnxruntime, bundle.onnx.path, options, provider, bundle.manifest.precision, like
         )
     except Exception as error:  # onnxruntime's errors share no base class
         reason = f"cannot load the graph: {reason_of(error)}"
-        raise RuntimeUnavailableError(f"{bundle.onnx}: onnxruntime {version} {reason}") from error
+        raise RuntimeUnavailableError(f"{bundle.path / GRAPH}: onnxruntime {version} {reason}") from error
     if session.get_providers()[0] != provider:
         raise RuntimeUnavailableError(
-            f"{bundle.onnx}: asked for {provider}, onnxruntime chose {session.get_providers()}"
+            f"{bundle.path / GRAPH}: asked for {provider}, onnxruntime chose {session.get_providers()}"
         )
     if provider != CPU and (operators := operators_on_cpu(session)):
         raise RuntimeUnavailableError(
-            f"{bundle.onnx}: onnxruntime {version} runs {', '.join(operators)} on the CPU instead of "
+            f"{bundle.path / GRAPH}: onnxruntime {version} runs {', '.join(operators)} on the CPU instead of "
             f"{DEVICES[provider]}; export the checkpoint again, for int8 with int8_for=tensorrt",
             remedies={"runtime": "onnxruntime-cpu"},
         )
@@ -249,7 +251,7 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str,
     tensors = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]
     if tensors != declared:
         raise RuntimeUnavailableError(
-            f"{bundle.onnx}: the graph has the tensors {tensors}, the manifest says {declared}; "
+            f"{bundle.path / GRAPH}: the graph has the tensors {tensors}, the manifest says {declared}; "
             "export the bundle again"
         )
     return session

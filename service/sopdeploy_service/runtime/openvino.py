@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.environment import import_optional, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
 
@@ -69,16 +69,16 @@ class OpenVINORuntime:
             "NUM_STREAMS": 1,
         }
         try:
-            model = core.compile_model(str(bundle.onnx), "CPU", options)
+            model = core.compile_model(bundle.onnx.path, "CPU", options)
         except Exception as error:  # OpenVINO raises plain `RuntimeError`s and others
             reason = str(error).strip().splitlines()[-1]
             raise RuntimeUnavailableError(
-                f"{bundle.onnx}: openvino {version} cannot compile the graph: {reason}"
+                f"{bundle.path / GRAPH}: openvino {version} cannot compile the graph: {reason}"
             ) from error
         declared = {tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)}
         if any(not port.names & declared for port in (*model.inputs, *model.outputs)):
             raise RuntimeUnavailableError(
-                f"{bundle.onnx}: has other tensors than the manifest; export it again"
+                f"{bundle.path / GRAPH}: has other tensors than the manifest; export it again"
             )
         # A port may have other names, too; the manifest declares one of them.
         self._outputs = {next(iter(port.names & declared)): port for port in model.outputs}

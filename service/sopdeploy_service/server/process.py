@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sopdeploy.bundle.folder import read_files
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
-from sopdeploy_service.inference.loader import load_model, wait_in_time
+from sopdeploy_service.inference.loader import load_bundle, wait_in_time
 from sopdeploy_service.observability import logs
 from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server.sockets import bind, raise_file_limit
@@ -25,7 +26,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
     when the probes are verified and the port is open. Returns the exit code: 0 after a drain, 70 if a runtime
-    died. Raises `ConfigError` if it cannot listen, and the errors of `find_bundles` and `load_model`.
+    died. Raises `ConfigError` if it cannot listen, and the errors of `find_bundles` and `load_bundle`.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
@@ -65,7 +66,11 @@ def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, 
 
 def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) -> "FastAPI":
     """Load the bundles at *sources* in the time that *settings* allow; return the app that serves them."""
-    finding = daemon_threads.start(partial(find_bundles, sources))  # before the slow imports
+    # With a memory budget, the graphs are hashed only, and read again when they are loaded.
+    with_graph = settings.memory_budget is None
+    finding = daemon_threads.start(  # before the slow imports
+        partial(find_bundles, sources, lambda _name, *found: read_files(*found, with_graph=with_graph))
+    )
     bundles = wait_in_time(finding, "the bundles", settings)
     from sopdeploy_service.app import create_app  # noqa: PLC0415
 
@@ -73,5 +78,5 @@ def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) 
         from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
 
         return create_app(BudgetedRegistry(bundles, settings), settings, **options)
-    models = {name: load_model(path, settings) for name, path in bundles.items()}
+    models = {name: load_bundle(bundles.pop(name), settings) for name in list(bundles)}
     return create_app(models, settings, **options)

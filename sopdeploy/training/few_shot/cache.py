@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from sopdeploy.environment import installed
-from sopdeploy.files import atomic_write, expand_user
+from sopdeploy.files import atomic_write, expand_user, read_file
 from sopdeploy.models.second_order_head import POOLED_HEAD, SecondOrderHead
 from sopdeploy.training.recipe import Recipe
 
@@ -70,7 +70,7 @@ class FeatureCache:
         if self.is_stale:
             return None
         try:
-            content = path.read_bytes()
+            content = read_file(path, self.limit)
             if int.from_bytes(content[:CHECKSUM_BYTES]) != crc32(content[CHECKSUM_BYTES:]):
                 return None
             arrays = load(content[CHECKSUM_BYTES:])
@@ -90,7 +90,7 @@ class FeatureCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # safetensors writes the bytes of an array in the order in which they are in memory.
             content = save({str(number): np.ascontiguousarray(array) for number, array in enumerate(entry)})
-            with atomic_write(path, shared=True) as partial:
+            with atomic_write(path) as partial:
                 partial.write_bytes(crc32(content).to_bytes(CHECKSUM_BYTES) + content)
             self.bytes += path.stat().st_size
         except OSError:

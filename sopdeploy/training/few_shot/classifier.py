@@ -10,6 +10,7 @@ space: memory and time grow with the images, and not with their product with the
 Letters: N images, D features, D_0 of the network's own vector, R dimensions of the basis, K classes.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,6 +83,8 @@ class Targets:
         more groups has: a head to which images of some classes are missing is biased against these, and its
         test images are those that are missing. Raises `DataError` if all keys are equal.
         """
+        from sklearn.model_selection import StratifiedGroupKFold  # noqa: PLC0415  # its import takes a second
+
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
         if num_groups == 1:
@@ -93,7 +96,13 @@ class Targets:
         num_folds = min(at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist())
         # If no stratum has an image for every fold, only the sizes of the folds are balanced: one stratum.
         strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
-        return _spread(strata, groups_N, num_folds, seed % 2**32)  # NumPy's limit for seeds
+        splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed % 2**32)  # NumPy's limit
+        fold_N = np.zeros(len(strata), np.intp)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of classes of fewer images than folds
+            for fold, (_, tested) in enumerate(splitter.split(strata, strata, groups_N)):
+                fold_N[tested] = fold
+        return np.unique(fold_N, return_inverse=True)[1]  # renumbered, without empty folds
 
 
 class LinearHead(NamedTuple):
@@ -326,47 +335,6 @@ def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     """Scale *vectors* (n, D) to length 1; zeros remain."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
-
-
-def _spread(strata_N: NDArray[np.int64], groups_N: Indices, count: int, seed: int) -> Indices:
-    """Assign the groups to *count* folds with equal shares of each stratum; returns the folds (N,) of images.
-
-    The groups with the most uneven strata are assigned first, as long as others can compensate them.
-    """
-    _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)  # numbered from 0
-    images_GS = np.zeros((int(groups_N.max()) + 1, len(sizes_S)))  # number by group and stratum
-    np.add.at(images_GS, (groups_N, stratum_N), 1)  # counts each image
-    shuffled = np.random.RandomState(seed).permutation(len(images_GS))  # groups in scikit-learn's order
-    unevenness = images_GS[shuffled].std(axis=1)  # of the shuffled groups
-    fold_G = np.zeros(len(images_GS), np.intp)
-    images_FS = np.zeros((count, len(sizes_S)))  # number by fold and stratum, of the groups assigned so far
-    for group in shuffled[np.argsort(-unevenness, kind="stable")]:
-        fold = _most_even_fold(images_FS, images_GS[group], sizes_S)
-        fold_G[group] = fold
-        images_FS[fold] += images_GS[group]
-    _, folds_N = np.unique(fold_G[groups_N], return_inverse=True)  # renumbered, without empty folds
-    return folds_N.astype(np.intp)
-
-
-def _most_even_fold(images_FS: Array, group_S: Array, sizes_S: Indices) -> int:
-    """Choose the fold for a group of *group_S* images by stratum; all images of a stratum are *sizes_S*.
-
-    The strata are then spread most evenly over the folds. Of equally good folds, the smallest is chosen.
-    """
-    count = len(images_FS)
-    # Entry [f] is `images_FS` with the group added to its row f, where the identity matrix is 1.
-    attempts_FFS = images_FS + np.eye(count)[:, :, None] * group_S
-    share_of_stratum_FFS = attempts_FFS / sizes_S
-    deviation_over_folds_FS = share_of_stratum_FFS.std(axis=1)
-    unevenness_F = deviation_over_folds_FS.mean(axis=1)  # of each attempt
-    fold_sizes_F = images_FS.sum(axis=1)
-    best = 0
-    for fold in range(1, count):
-        is_smaller = fold_sizes_F[fold] < fold_sizes_F[best]
-        is_as_even = np.isclose(unevenness_F[fold], unevenness_F[best])
-        if unevenness_F[fold] < unevenness_F[best] or (is_as_even and is_smaller):
-            best = fold
-    return best
 
 
 def _remaining_errors(classes_NK: Array, groups_N: Indices) -> float:

@@ -21,9 +21,9 @@ from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
 from sopdeploy.training.fits import Fit
 from sopdeploy.training.loop.gradient import train_step
-from sopdeploy.training.loop.state import LoopRun, set_train_mode
+from sopdeploy.training.loop.state import LoopRun, last_loop_record, restore_loop, set_train_mode
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.record import best_record, last_loop_record, restore_loop, with_result
+from sopdeploy.training.record import best_record, with_result
 from sopdeploy.training.results import LoopResult, SelectedBy
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import Start

@@ -1,8 +1,9 @@
-"""The run of the training loop: what learns, its optimizer, average and teacher."""
+"""The run of the training loop: what learns, its optimizer, average and teacher, and their `last.pt`."""
 
 import copy
 import operator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from sopdeploy.checkpoint import Checkpoint, parse_checkpoint, plain_content
 from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import HeldOutMetrics
@@ -22,6 +24,8 @@ from sopdeploy.training.loop.ema import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
 from sopdeploy.training.loop.optimizers import OPTIMIZERS
 from sopdeploy.training.recipe import Recipe, StartConfig
+from sopdeploy.training.record import best_record, last_few_shot_record, resume_of
+from sopdeploy.training.recorded import state_errors
 from sopdeploy.training.start import Start, place
 from sopdeploy.training.start_weights import classifier_name
 
@@ -243,3 +247,34 @@ def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[
     classifier = [parameter for name, parameter in named if is_in(name, head)]
     others = [parameter for name, parameter in named if not is_in(name, head)]
     return [{"params": others, LR_FACTOR: 1.0}, {"params": classifier, LR_FACTOR: start.head_factor}]
+
+
+def last_loop_record(run: LoopRun) -> Checkpoint:
+    """Build the content of `last.pt` of a training loop, which may be between any two steps."""
+    resume = resume_of(run.start, run.position, run.model.state_dict())
+    resume["optimizer"] = run.optimizer.state_dict()
+    resume["average"] = None if run.ema is None else run.ema.state_dict()
+    if run.frozen is not None:  # the run may keep this fit in the end
+        frozen = last_few_shot_record(run.start, run.frozen)
+        resume["procedure"] = (frozen.resume or {})["procedure"]
+        resume["frozen"] = plain_content(frozen)
+    if run.teacher is not None and run.teacher.learns:
+        resume["teacher"] = run.teacher.model.state_dict()
+    return best_record(run.start, run.fit(), resume)
+
+
+def read_frozen(last: Checkpoint, source: Path) -> Checkpoint:
+    """Read the fit of the frozen network from which the loop of *last* started; `CheckpointError` if none."""
+    with state_errors(source):
+        return parse_checkpoint(source, dict((last.resume or {})["frozen"]), "")
+
+
+def restore_loop(run: LoopRun, last: Checkpoint, source: Path) -> None:
+    """Restore the average, the teacher and the optimizer of *run*; raises `CheckpointError`."""
+    with state_errors(source):
+        state: Any = last.resume
+        if run.ema is not None:
+            run.ema.load_state_dict(state["average"])
+        if run.teacher is not None and run.teacher.learns:
+            run.teacher.model.load_state_dict(state["teacher"])
+        run.optimizer.load_state_dict(state["optimizer"])

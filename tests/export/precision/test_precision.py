@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sopdeploy.backbones import resnet
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
@@ -268,7 +269,7 @@ def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: 
     assert found.manifest.precision == found.precision.precision == found.parity.precision == "fp16"
     assert found.parity.floors_allowed == 4
     assert found.parity.logits.noise_floor > 1e-5
-    probes = read_probes(found.path / "probes.npz")
+    probes = read_probes(open_bundle(found.path))
     assert probes.tolerance["logits"] == pytest.approx(4 * found.parity.logits.noise_floor)
     assert (found.path / "precision.json").is_file()
     assert found.manifest.lineage.onnx_root != found.certificate.roots.onnx

@@ -18,6 +18,7 @@ from torchvision import models
 from torchvision.ops import roi_align
 
 import sopdeploy
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import SopdeployError
 from sopdeploy.images.preprocess import Preprocess
@@ -37,7 +38,7 @@ Build = Callable[[], nn.Module]
 
 def classify_over_http(bundle: Path) -> None:
     """Send one probe image to a server of *bundle* in this process and compare the answer."""
-    probes, settings, body = read_probes(bundle / "probes.npz"), Settings(), io.BytesIO()
+    probes, settings, body = read_probes(open_bundle(bundle)), Settings(), io.BytesIO()
     Image.fromarray(probes.images[-1]).save(body, "PNG")
     logits = probes.expected["logits"][-1].astype(np.float64)
     expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()

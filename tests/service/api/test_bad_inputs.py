@@ -204,6 +204,12 @@ BAD_JSON = [
     (b'{"image": "YQ==', 400, "malformed_json"),
     (b'{"image": "YQ==", "image": "Yg=="}', 400, "duplicate_key"),
     (b"[" * 9000, 400, "malformed_json"),
+    *(
+        (b'{"images": [], "x": ' + b"[" * n + b"]" * n + b"}", 400, "malformed_json")
+        for n in (254, 500, 1022)
+    ),
+    *((b'{"images": [%b]}' % number, 400, "malformed_json") for number in (b"NaN", b"-Infinity", b"1e999")),
+    ({"images": ["YQ=="] * 1000 + [0] * 1000}, 400, "malformed_request"),
     ({"image": "A" * 10_000}, 413, "json_too_large"),
 ]
 

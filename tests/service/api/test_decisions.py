@@ -94,7 +94,7 @@ def test_training_export_and_predict_share_one_decision(
         Image.fromarray(pixels).save(image)
     arguments = ["predict", str(path), *map(str, images)]
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    logits = read_probes(path / "probes.npz").expected["logits"]
+    logits = read_probes(open_bundle(path)).expected["logits"]
     scores = energy(logits)
     assert [one["score"] for one in found] == pytest.approx(scores.tolist(), rel=1e-3)
     assert [one["known"] for one in found] == [one["score"] >= decision.rejection.threshold for one in found]

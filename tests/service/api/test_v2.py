@@ -114,12 +114,14 @@ NO_SHAPES: list[Any] = [
 ]
 
 BAD_DATATYPES = ["FP16", "BYTES", "", "X" * 1000]
-BAD_NUMBERS = [256, -1, 1.5, "1", None, [1], 2**63]
+BAD_NUMBERS = [256, -1, 1.5, "1", None, True, [1], {}, 2**63, "a" * 1000]
 
 BAD_DATA = [
-    *(RAGGED, list(range(11)), list(range(13)), [], [[]], "abc", {"a": 1}),
+    *(RAGGED, list(range(11)), list(range(13)), [], [[]], "abc", {"a": 1}, [list(range(12))], [NESTED]),
     *([*range(11), number] for number in BAD_NUMBERS),
 ]
+
+LONG_FIELDS = [("shape", [1] * 17), ("shape", [1.5] * 10_000), ("name", "a" * 1001), ("datatype", "a" * 1001)]
 
 BAD_FIELDS: list[tuple[str, Any, str, str]] = [
     *(("shape", shape, "wrong_shape", r"\[n, 2, 2, 3\] with n from 1 to 4") for shape in BAD_SHAPES),
@@ -127,6 +129,7 @@ BAD_FIELDS: list[tuple[str, Any, str, str]] = [
     ("shape", [HUGE, 2, 2, 3], "too_many_images", "the limit of this server"),
     *(("data", data, "wrong_data", r"\[1, 2, 2, 3\]|whole numbers|0 and 255") for data in BAD_DATA),
     *(("datatype", name, "wrong_datatype", "must be UINT8") for name in BAD_DATATYPES),
+    *((field, value, "malformed_request", "should have at most") for field, value in LONG_FIELDS),
 ]
 
 
@@ -157,6 +160,9 @@ LOGITS = {"name": "logits"}
 
 BAD_VALUES = [
     ("id", 7, "malformed_request"),
+    ("id", "a" * 1001, "malformed_request"),
+    ("inputs", [0] * 17, "malformed_request"),
+    ("outputs", [0] * 101, "malformed_request"),
     ("outputs", "logits", "malformed_request"),
     ("outputs", [{"name": "probabilities"}], "unknown_output"),
     ("outputs", [LOGITS] * 2, "duplicate_output"),
@@ -181,10 +187,14 @@ def test_an_invalid_request_is_rejected(case):
     assert rejected(text)[:2] == (expected, 400)
 
 
+# A response has at most 254 levels, and so has a request.
+DEPTHS = {253: "malformed_request", **dict.fromkeys((254, 255, 256, 1022, 1023, 1024), "malformed_json")}
+
 BAD_JSON = {
     "empty": (b"", "malformed_json"),
     "lists 100000 deep": (b"[" * 100_000, "json_too_large"),
     "lists 49000 deep": (b"[" * 49_000 + b"]" * 49_000, "malformed_json"),
+    **{f"lists {n} deep": (b'{"x": ' + b"[" * n + b"]" * n + b"}", code) for n, code in DEPTHS.items()},
     "objects 10000 deep": (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "json_too_complex"),
     "not UTF-8": (b'{"id": "\xff"}', "malformed_json"),
     "a key twice": (b'{"inputs": [], "inputs": []}', "duplicate_key"),
@@ -193,6 +203,8 @@ BAD_JSON = {
     "two documents": (b"{}{}", "malformed_json"),
     "numbers that are no data": (b'{"a": [' + b"1," * 49_900 + b"1]}", "malformed_request"),
     "a million lists": (b"[" + b"[]," * 1_000_000 + b"[]]", "json_too_complex"),
+    "a million escapes": (b'["' + b"\\\\" * 500_001 + b'"]', "json_too_complex"),
+    "a million numbers": (b"[" + b"1," * 1_010_000 + b"1]", "json_too_complex"),
     "a thousand strings": (b'{"a": [' + b'"",' * 6000 + b'""]}', "json_too_complex"),
 }
 

@@ -21,6 +21,8 @@ from sopdeploy_service.commands.compare import LOG, compare
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.promote import promote
+from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.settings import Settings
 from tests.service.conftest import write_bundle
 
 
@@ -299,9 +301,10 @@ def test_a_damaged_bundle_never_becomes_live(bundles, shelf) -> None:
     assert ((shelf / "live").readlink().name, (shelf / "new").is_symlink()) == (bundles[0].name, False)
 
 
-def move_away(_new: object, shelf: Path) -> None:
+def move_away(new: Path, settings: Settings, shelf: Path) -> LoadedModel:
     (shelf / "live").unlink()
     (shelf / "live").symlink_to("elsewhere")
+    return load_model(new, settings)
 
 
 def refuse(*_arguments: object) -> None:
@@ -317,7 +320,7 @@ def test_what_is_no_link_a_move_in_between_and_a_disk_without_links_change_nothi
         ("read_promotions", None, second, first, "not a link"),
         ("read_promotions", None, live, live, "leads to this bundle already"),
         ("move_link", refuse, second, live, "cannot be written"),
-        ("load_model", lambda new, _: move_away(new, shelf), second, live, "was moved by another process"),
+        ("load_model", lambda *given: move_away(*given, shelf), second, live, "was moved by another process"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(f"{module}.{function}", change)
@@ -325,6 +328,28 @@ def test_what_is_no_link_a_move_in_between_and_a_disk_without_links_change_nothi
                 promote(new, over, None, force="x")
         assert len(log_of(shelf)) == 1
     assert live.readlink().name == "elsewhere"
+
+
+@pytest.mark.parametrize("before", ["live", "./live", "live/../live", "../shelf/live", "other"])
+def test_a_link_is_not_moved_back_to_itself(bundles, shelf, before: str) -> None:
+    promote(shelf / bundles[1].name, shelf / "live", None, force="x")
+    (shelf / "other").symlink_to("live")
+    before = before.replace("shelf", shelf.name)
+    *_, line = log_of(shelf)
+    (shelf / LOG).write_text(json.dumps({**line, "before": before}) + "\n")
+    with pytest.raises(ConfigError, match="leads to this link itself"):
+        promote(back=shelf / "live")
+    assert (shelf / "live").readlink().name == bundles[1].name
+    assert len(log_of(shelf)) == 1
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\x00b", "x" * 5000])
+def test_a_line_of_the_log_with_a_name_that_is_no_path_is_skipped(bundles, shelf, name: str) -> None:
+    promote(shelf / bundles[1].name, shelf / "live", None, force="x")
+    *_, line = log_of(shelf)
+    (shelf / LOG).write_text(json.dumps({**line, "before": name}) + "\n")
+    with pytest.raises(PromotionError, match="names no bundle before"):
+        promote(back=shelf / "live")
 
 
 def test_a_torn_line_of_the_log_is_skipped(bundles, shelf) -> None:

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.commands import fastest_form
 from sopdeploy.commands.fastest_form import Form, describe_fastest_form, measure_forms
 from tests.forged import graph
@@ -61,18 +61,17 @@ convolutions (uint8[n, 32, 32, 3] images) => (float[n, 7] logits)
 
 @pytest.mark.parametrize("lacks_vnni", [True, False])
 def test_float32_and_int8_are_measured_where_they_are_exact_and_the_bundle_stays(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks_vnni: bool
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, lacks_vnni: bool
 ) -> None:
     if find_spec("openvino") is None:  # importing it here would start its telemetry
         pytest.skip("OpenVINO is not installed")
     monkeypatch.setattr(fastest_form, "lacks_vnni", lambda: lacks_vnni)
     monkeypatch.setattr(fastest_form, "ROUND_SECONDS", 0.0)
-    with_convolutions = replace(bundle, path=tmp_path)
     shapes, random = {"first": (8, 3, 3, 3), "second": (7, 8, 3, 3)}, np.random.default_rng(0)
     weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     before = graph(CONVOLUTIONS, **weights).SerializeToString()
-    with_convolutions.onnx.write_bytes(before)
+    with_convolutions = replace(bundle, graph=SealedFile([before]))
     exact = {ORT8} if lacks_vnni else {ORT8, VINO8}
     assert measure_forms(with_convolutions).keys() == {ORT, VINO, *exact}
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+    assert with_convolutions.onnx.read() == before
     assert measure_forms(bundle).keys() == {ORT, VINO}, "without a convolution there is no int8"

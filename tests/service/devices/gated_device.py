@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.devices.device_server import main
-from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.loader import LoadedModel, load_bundle
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.server import process
 from sopdeploy_service.settings import Settings
@@ -38,11 +39,11 @@ class Gated:
         return self._runtime.run(images)
 
 
-def load_gated(path: Path, settings: Settings) -> LoadedModel:
-    loaded = load_model(path, settings)
+def load_gated(bundle: Bundle, settings: Settings) -> LoadedModel:
+    loaded = load_bundle(bundle, settings)
     return replace(loaded, runtime=Gated(loaded.runtime))
 
 
 if __name__ == "__main__":
-    process.load_model = load_gated
+    process.load_bundle = load_gated
     sys.exit(main())

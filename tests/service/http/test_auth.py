@@ -172,6 +172,7 @@ def test_the_rate_limit_counts_every_image_and_tells_when_to_retry(locked, keys,
     large = post(5)
     assert (large.status_code, large.json()["code"]) == (400, "too_many_images")
     assert "(4)" in large.json()["detail"]
+    now += 2  # as long as one image: the work on a request that is refused
     form = post(3)
     assert form.status_code == 200
     assert (form.headers["ratelimit-limit"], form.headers["ratelimit-remaining"]) == ("4", "1")
@@ -184,6 +185,59 @@ def test_the_rate_limit_counts_every_image_and_tells_when_to_retry(locked, keys,
     other = post(1, {"x-api-key": keys["free"]})
     assert other.status_code == 200
     assert "ratelimit-limit" not in other.headers
+
+
+JSON = {"content-type": "application/json"}
+V2, LENGTH = "/v2/models/tiny/infer", "inference-header-content-length"
+TENSOR = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [%b]}]}'
+REFUSED = {  # path, headers, body: tokens that it costs
+    "no JSON": ((V2, {}, b"{{{{"), 1),
+    "one long text among numbers": ((V2, {}, TENSOR % (b'"a",' * 3071 + b'"%b"' % (b"a" * 3_000_000))), 4),
+    "a million inputs": ((V2, {}, b'{"inputs": [' + b"0," * 999_999 + b"0]}"), 3),
+    "a wrong header": ((V2, {LENGTH: "x"}, b"{}"), 1),
+    "too many numbers": (("/v1/classify", JSON, b'{"images": [' + b"0," * 1_500_000 + b"0]}"), 4),
+    "no image in a form": (
+        ("/v1/classify", {"content-type": "multipart/form-data; boundary=X"}, b"--X--"),
+        1,
+    ),
+    "no features": (("/v1/embed", {}, b"x" * 2_000_000), 1),  # the body is not read
+    "compressed": (("/v1/classify", {"content-encoding": "gzip"}, b"x" * 2_000_000), 1),
+    "a deadline during the parsing": ((V2, {"x-request-timeout-ms": "1"}, b"[" * 2_000_000), None),
+    "an image that cannot be decoded": (("/v1/classify", {}, b"BM" + bytes(2_000_000)), 1),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_work_costs_tokens(serve_with, tmp_path, monkeypatch, case) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: now))
+    secret = new_key(tmp_path / "keys.toml", "app", 1.0)
+    client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
+    (path, headers, body), cost = REFUSED[case]
+    reply = client.post(path, content=body, headers={**headers, "x-api-key": secret})
+    assert 400 <= reply.status_code < 600
+    left = int(reply.headers["ratelimit-remaining"])
+    assert left < 64 if cost is None else left == 64 - cost
+
+
+def test_a_key_without_tokens_is_not_served_until_it_has_paid_for_refused_work(
+    serve_with, tmp_path, monkeypatch, jpeg
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: now))
+    secret = new_key(tmp_path / "keys.toml", "app", 1.0)
+    text = (tmp_path / "keys.toml").read_text()
+    (tmp_path / "keys.toml").write_text(text.replace("burst = 64", "burst = 4"))
+    client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
+    two, mine = [("image", jpeg), ("image", bytes(3_500_000))], {"x-api-key": secret}
+    assert client.post(V2, content=b"{" * 5_500_000, headers=mine).headers["ratelimit-remaining"] == "0"
+    refused = client.post("/v1/classify", content=jpeg, headers=mine)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")  # 2 are missing
+    now += 3
+    assert client.post("/v1/classify", files=two, headers=mine).status_code == 429  # which costs 3, too
+    assert client.post("/v1/classify", content=jpeg, headers=mine).headers["retry-after"] == "3"
+    now += 4
+    assert client.post("/v1/classify", files=two, headers=mine).status_code == 200
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.floats(0, 30)), max_size=40), st.floats(0.1, 50))
@@ -289,17 +343,18 @@ def test_a_file_that_belongs_to_the_user_of_the_container_stays_that_users(
     monkeypatch.setattr(os, "chown", lambda file, *ids: given.append((Path(file).name, *ids)))
     new_key(path, "tablet")
     monkeypatch.undo()
-    assert given == [("keys.toml.partial", 10001, 10001)]
+    ((name, *ids),) = given
+    assert (name.startswith("keys.toml."), ids) == (True, [10001, 10001])
     assert [key.name for key in read_keys(path)] == ["phone", "tablet"]
 
 
 def test_a_file_of_another_user_is_one_line_that_says_whose_it_must_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_self: Path, **_: object) -> str:
+    def refuse(_path: Path) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(api_keys, "read_text", refuse)
     with pytest.raises(
         ConfigError, match=rf"\(Permission denied\); .* run chown {os.geteuid()} .*keys\.toml"
     ):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError
 from sopdeploy_service.inference import memory_budget
 from sopdeploy_service.inference.loader import LoadedModel
@@ -38,7 +38,7 @@ class Device:
         self.gate = threading.Event()
         self.gate.set()
 
-    def load(self, path: Path, _settings: Settings) -> LoadedModel:
+    def load(self, bundle: Bundle, _settings: Settings) -> LoadedModel:
         assert self.gate.wait(60)
         if self.errors:
             raise self.errors[0]
@@ -47,7 +47,7 @@ class Device:
         assert self.loaded <= self.budget // (64 * MB)
         runtime = FakeRuntime(num_classes=7)
         runtime.close = self._release  # type: ignore[method-assign]
-        return LoadedModel(bundle=open_once(path), runtime=runtime, replays={})
+        return LoadedModel(bundle=bundle, runtime=runtime, replays={})
 
     def _release(self) -> None:
         self.loaded -= 1
@@ -60,7 +60,8 @@ def run_with_registry(
 
     async def run() -> None:
         given = Settings.model_validate({"memory_budget": device.budget})
-        registry = BudgetedRegistry(bundles, given)
+        opened = {name: open_once(path) for name, path in bundles.items()}
+        registry = BudgetedRegistry(opened, given)
         await registry.start()
         await scenario(registry)
         await registry.stop()
@@ -124,7 +125,7 @@ def test_models_in_use_stay_and_are_waited_for(bundle_path, monkeypatch) -> None
 
 def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) -> None:
     device = Device(70 * MB, monkeypatch)
-    bundles = {"a": bundle.path, "b": bundle.path}
+    bundles = {"a": bundle, "b": bundle}
     settings = Settings.model_validate({"memory_budget": device.budget})
     registry = BudgetedRegistry(bundles, settings)
     with (
@@ -159,7 +160,7 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) 
 
 def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_again(bundle, jpeg, monkeypatch) -> None:
     device = Device(150 * MB, monkeypatch)
-    bundles = {"a": bundle.path, "b": bundle.path}
+    bundles = {"a": bundle, "b": bundle}
     settings = Settings.model_validate({"memory_budget": device.budget})
     registry = BudgetedRegistry(bundles, settings)
     with running(FakeRuntime(num_classes=7), bundle, settings, registry=registry) as client:
@@ -192,7 +193,7 @@ def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path, m
 
 def test_budgets_that_cannot_work_are_refused_at_the_start(bundle_path) -> None:
     with pytest.raises(ConfigError, match=r"a needs 0\.06 GB, the budget is 0\.02 GB; raise it"):
-        BudgetedRegistry({"a": bundle_path}, load_settings(memory_budget="20MB"))
+        BudgetedRegistry({"a": open_once(bundle_path)}, load_settings(memory_budget="20MB"))
     with pytest.raises(ConfigError, match="memory_budget needs a single process"):
         load_settings(memory_budget="20GB", devices="cpu")
     for budget in ("much", "0GB"):

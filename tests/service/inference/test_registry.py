@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
+from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
-from sopdeploy_service.inference import loader, memory_budget, service
+from sopdeploy_service.inference import loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import RejectedError
@@ -40,6 +41,12 @@ def versions(tmp_path: Path) -> list[Path]:
     return sorted(write_bundle(tmp_path, probes=probes) for probes in (3, 4))
 
 
+def found(sources: Iterable[str | Path]) -> dict[str, Path]:
+    """Where the bundles of *sources* are, by name."""
+    read = find_bundles(sources, lambda _, path, manifest: read_files(path, manifest))
+    return {name: bundle.path for name, bundle in read.items()}
+
+
 def run_with_registry(first: Path, scenario: Callable[[ModelRegistry], Awaitable[None]]) -> None:
     """Run *scenario* with a started registry of the bundle *first*, named `tiny`."""
 
@@ -55,7 +62,7 @@ def run_with_registry(first: Path, scenario: Callable[[ModelRegistry], Awaitable
 def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
-        await registry.follow({"tiny": versions[1], "second": versions[0]})
+        await registry.follow({"tiny": open_bundle(versions[1]), "second": open_bundle(versions[0])})
         assert [(model.name, model.bundle.name) for model in registry.models()] == [
             ("second", versions[0].name),
             ("tiny", versions[1].name),
@@ -63,7 +70,7 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
         after = registry.find("tiny")
         with pytest.raises(RejectedError, match=f"no version .*; the current one is {after.version}"):
             registry.find("tiny", before.version)
-        await registry.follow({"tiny": versions[1]})
+        await registry.follow({"tiny": open_bundle(versions[1])})
         assert registry.find("tiny", after.version) is after  # it was not loaded again
         with pytest.raises(RejectedError, match="no model 'second'"):
             registry.find("second")
@@ -78,10 +85,10 @@ def test_if_one_bundle_has_wrong_outputs_or_fails_none_of_them_is_served(version
     async def scenario(registry: ModelRegistry) -> None:
         before, runtime = registry.models(), Failing(dict.fromkeys(range(99), DeviceLostError("CUDA 719")))
         with pytest.raises(ParityError, match="deviates"):
-            await registry.follow({"tiny": versions[1], "wrong": wrong})
+            await registry.follow({"tiny": open_bundle(versions[1]), "wrong": open_bundle(wrong)})
         monkeypatch.setattr("sopdeploy_service.inference.loader.open_runtime", lambda *_: runtime)
         with pytest.raises(RuntimeUnavailableError):
-            await registry.follow({"tiny": versions[1]})
+            await registry.follow({"tiny": open_bundle(versions[1])})
         assert registry.models() == before
 
     run_with_registry(versions[0], scenario)
@@ -124,7 +131,7 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(tmp_pat
     }
     last = {"hats": made["hats", 2], "shoes": made["shoes", 3]}
     caplog.set_level("INFO")
-    assert find_bundles([folder]) == last
+    assert found([folder]) == last
     assert {record.levelname for record in caplog.records} == {"INFO"}
     assert lines(caplog) == [
         f"shoes: serves {last['shoes']} (exported 2026-11-23T10:00:00Z); "
@@ -134,12 +141,12 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(tmp_pat
     ]
     (folder / "latest").unlink()
     os.utime(made["hats", 1] / "manifest.json")
-    assert find_bundles([folder]) == last
+    assert found([folder]) == last
     (folder / "latest").symlink_to(made["hats", 1].name)
     shutil.copytree(folder, tmp_path / "copied")  # like `cp -rL`: the link becomes a folder
-    copied = find_bundles([tmp_path / "copied"])
+    copied = found([tmp_path / "copied"])
     assert copied == {name: tmp_path / "copied" / path.name for name, path in last.items()}
-    assert find_bundles([tmp_path / "copied" / "latest"]) == {"hats": tmp_path / "copied" / "latest"}
+    assert found([tmp_path / "copied" / "latest"]) == {"hats": tmp_path / "copied" / "latest"}
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -161,11 +168,11 @@ def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, c
     older = write_bundle(folder, exported_at=TIMES[0])
     newer = write_bundle(folder, exported_at=TIMES[1], probes=4)
     change(newer)
-    assert find_bundles([folder]) == {"tiny": older}
+    assert found([folder]) == {"tiny": older}
     assert [record.levelname for record in caplog.records if reason in record.getMessage()] == ["WARNING"]
     shutil.rmtree(older)
     with pytest.raises(BundleError) as error:
-        find_bundles([folder])
+        found([folder])
     assert str(newer) in str(error.value)
     assert (reason in str(error.value), "\n" in str(error.value)) == (True, False)
 
@@ -180,18 +187,18 @@ def test_a_bundle_that_is_given_twice_is_one_bundle(tmp_path, monkeypatch) -> No
         [bundle, relative],
         [bundle, tmp_path / "copy"],
     ):
-        assert find_bundles(sources) == {"tiny": bundle}
+        assert found(sources) == {"tiny": bundle}
 
 
 def test_invalid_sources_are_errors(versions, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"the name tiny is already used by .*NAME="):
-        find_bundles(versions)
+        found(versions)
     for source in ("a b=/x", "=/x", "a/b=/x"):
         with pytest.raises(ConfigError, match="letters, digits"):
-            find_bundles([source])
+            found([source])
     (tmp_path / "empty").mkdir()
     with pytest.raises(BundleError, match="no bundle here or in a folder directly below"):
-        find_bundles([tmp_path / "empty"])
+        found([tmp_path / "empty"])
 
 
 def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:
@@ -235,14 +242,14 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
 ) -> None:
     gate, closed, load = threading.Event(), threading.Event(), loader._load
 
-    def stuck(path: Path, settings: Settings, *, thorough: bool) -> Any:
+    def stuck(bundle: Bundle, settings: Settings, *, thorough: bool) -> Any:
         gate.wait()
         return dataclasses.replace(
-            load(path, settings, thorough=thorough), runtime=SimpleNamespace(close=closed.set)
+            load(bundle, settings, thorough=thorough), runtime=SimpleNamespace(close=closed.set)
         )
 
-    # To find the bundles, to read one, to load it; then for `load_model`.
-    seconds = iter([60, 60, 0.01, 0.01])
+    # To read the bundles, to load one; then the same for `load_model`.
+    seconds = iter([60, 0.01, 60, 0.01])
 
     async def scenario(registry: ModelRegistry) -> None:
         with monkeypatch.context() as patch:
@@ -265,7 +272,7 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
     run_with_registry(versions[0], scenario)
 
 
-@pytest.mark.parametrize("function", ["find_bundles", "open_checked"])
+@pytest.mark.parametrize("function", ["find_bundles", "read_files"])
 def test_a_disk_that_hangs_does_not_block_later_reloads(
     function: str, versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,7 +280,7 @@ def test_a_disk_that_hangs_does_not_block_later_reloads(
 
     async def scenario(registry: ModelRegistry) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(service, function, lambda *_: gate.wait())
+            patch.setattr(service, function, lambda *_, **__: gate.wait())
             patch.setattr(loader, "load_seconds", lambda _: 0.01)
             await registry.reload([versions[1]])
         assert metric(registry, code="load_timeout") == 1
@@ -293,8 +300,8 @@ FIRST_READS = {  # what a start reads from the disk before it loads a bundle
     ),
     "bundles": (process, "find_bundles", lambda path, settings: process.load_app([path], settings), {}),
     "budget": (
-        memory_budget,
-        "open_checked",
+        process,
+        "read_files",
         lambda path, settings: process.load_app([path], settings),
         {"memory_budget": "1GB"},
     ),
@@ -307,7 +314,7 @@ def test_a_disk_that_hangs_ends_a_start_at_its_deadline(
 ) -> None:
     module, function, start, values = FIRST_READS[case]
     gate = threading.Event()
-    monkeypatch.setattr(module, function, lambda *_: gate.wait())
+    monkeypatch.setattr(module, function, lambda *_, **__: gate.wait())
     with pytest.raises(RuntimeUnavailableError, match=r"not loaded within 0\.01 s; check the device"):
         start(versions[0], Settings(threads=1, load_timeout=0.01, **values))
     gate.set()

@@ -185,6 +185,10 @@ INVALID = {
     **dict.fromkeys(("", "  ", "a" * 101, "é" * 51), "1 to 100 bytes"),
     **dict.fromkeys(("a/b", "../hat", "a\\b", "/etc", "a\nb", "a\x00b", "C:", "\u202etah"), "leave out"),
     **dict.fromkeys(("a\x7f", "<img src=x>", "a|b", "a\ue000"), "leave out"),
+    **dict.fromkeys(
+        ("\u3164", "\u115f", "hat\u3164", "\u2800", "hat\u200b", "\uffa0", "\U000e0041"), "leave out"
+    ),
+    **dict.fromkeys(("\u0301", "\u200d", "\ufe0f"), "empty or invisible"),
     **dict.fromkeys((".", "..", ".hat", "hat.", "__MACOSX", "@eaDir"), "hidden"),
     **dict.fromkeys(("train", "Test", "val", "validation_set"), "a part of the data"),
     **dict.fromkeys(("Hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"), "use the class 'hat'"),

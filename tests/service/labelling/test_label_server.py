@@ -116,10 +116,24 @@ UNUSABLE = [
 ]
 
 
+NO_JSON = [
+    *(
+        b'{"id": %b}' % value
+        for value in (b"NaN", b"Infinity", b"-Infinity", b"1e999", b'"\\ud800"', b"[" * 500)
+    ),
+    b'{"id": ' + b"[" * 300 + b"]" * 300 + b"}",
+    b'{"id": "%b", "id": "x", "kind": "skip"}' % ONE.encode(),
+    *(b"", b"{", b"\xff", b'{"id": "%b", "kind": "class", "name": "%b"}' % (ONE.encode(), b"a" * 9000)),
+]
+
+
 def test_a_label_that_cannot_be_used_is_refused_and_changes_nothing(client, tmp_path):
     before = files_below(tmp_path)
     assert client.post("/label", json=answer(one=identity(2))).status_code == 409
     assert {client.post("/label", json=body).status_code for body in UNUSABLE} == {422}
+    for body in NO_JSON:
+        reply = client.post("/label", content=body, headers={"content-type": "application/json"})
+        assert (reply.status_code, list(reply.json())) == (422, ["detail"]), body
     assert client.get("/state").json()["left"] == 1
     assert files_below(tmp_path) == before
 

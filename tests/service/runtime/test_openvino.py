@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
@@ -36,16 +37,13 @@ def test_openvino_computes_the_outputs_of_onnx_runtime_and_keeps_them(bundle: Bu
     ("content", "message"),
     [(b"no graph", "cannot compile the graph"), (None, "has other tensors than the manifest")],
 )
-def test_another_graph_is_refused_in_one_line(
-    bundle: Bundle, tmp_path: Path, content: bytes | None, message: str
-) -> None:
+def test_another_graph_is_refused_in_one_line(bundle: Bundle, content: bytes | None, message: str) -> None:
     if content is None:
-        model = onnx.load(bundle.onnx)
+        model = onnx.load_model_from_string(bundle.onnx.read())
         model.graph.node[-1].output[0] = model.graph.output[0].name = "scores"
         content = model.SerializeToString()
-    (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(RuntimeUnavailableError, match=message) as problem:
-        OpenVINORuntime(replace(bundle, path=tmp_path))
+        OpenVINORuntime(replace(bundle, graph=SealedFile([content])))
     assert "\n" not in str(problem.value)
 
 
@@ -72,6 +70,7 @@ def test_opening_it_sends_nothing_and_leaves_the_home_folder_alone(tmp_path: Pat
 RELEASED_BEFORE_A_SIGNAL = """
 import gc, os, signal, sys, threading
 from pathlib import Path
+from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 

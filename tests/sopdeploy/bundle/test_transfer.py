@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.archive import get
-from sopdeploy.bundle.signing import check_signature, sign, signature_path
+from sopdeploy.bundle.folder import open_bundle, staging
+from sopdeploy.bundle.signing import check_signature, read_signature, sign, signature_path
 from sopdeploy.cli.app import app
 from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError, ConfigError, StorageError
@@ -47,6 +50,10 @@ def cli_error(*arguments: str | Path) -> str:
     result = cli(*arguments)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     return result.stderr
+
+
+def check(bundle: Path, signature: Path, key: Path) -> None:
+    check_signature(open_bundle(bundle), read_signature(signature, bundle), key)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -114,8 +121,9 @@ def test_a_download_to_a_full_disk_is_not_an_error_of_the_bundle(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     url = push(bundle, store).url
-    with pytest.raises(StorageError, match=r"/dev/full: cannot be written \(No space left on device\)"):
-        get(url, Path("/dev/full"), 10**9)
+    message = r"/dev/full: cannot be written \(No space left on device\)"
+    with Path("/dev/full").open("wb", 0) as full, pytest.raises(StorageError, match=message):
+        get(url, full, 10**9, Path("/dev/full"))
 
 
 def test_an_upload_to_a_full_disk_behind_a_url_is_not_an_error_of_the_bundle(
@@ -157,7 +165,7 @@ def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
     assert pulled.verified
     assert contents(pulled.path) == contents(bundle)
     assert signature_path(pulled.path).read_bytes() == signature_path(bundle).read_bytes()
-    check_signature(pulled.path, signature_path(pulled.path), public)
+    check(pulled.path, signature_path(pulled.path), public)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +177,9 @@ def test_invalid_key_files_are_rejected(text: str, bundle: Path, key: Path, tmp_
     with pytest.raises(ConfigError, match="not a PEM file with a private"):
         sign(bundle, file)
     with pytest.raises(ConfigError, match="not a PEM file with a public"):
-        check_signature(bundle, signature, file)
+        check(bundle, signature, file)
     with pytest.raises(ConfigError, match="key file cannot be read"):
-        check_signature(bundle, signature, tmp_path / "none")
+        check(bundle, signature, tmp_path / "none")
 
 
 def test_model_signing_and_sopdeploy_accept_each_others_signatures(
@@ -185,17 +193,21 @@ def test_model_signing_and_sopdeploy_accept_each_others_signatures(
     verify = ("verify", "key", bundle, "--public_key", public, "--signature")
     assert "Verification succeeded" in model_signing(*verify, sign(bundle, key))
     model_signing("sign", "key", bundle, "--private_key", key, "--signature", theirs)
-    check_signature(bundle, theirs, public)
+    check(bundle, theirs, public)
     for name in sorted(path.name for path in bundle.iterdir()):
-        file = bundle / name
-        content = file.read_bytes()
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        other = Path(shutil.copytree(bundle, tmp_path / name))
+        if name == "manifest.json":
+            forge(other, exported_at=LATER)
+        else:
+            content = (other / name).read_bytes()
+            (other / name).write_bytes(content + b"\n")
+            forge(other, bound=False)  # the manifest has the right hashes
         with pytest.raises(BundleError, match=r"is not valid \(Signature mismatch"):
-            check_signature(bundle, theirs, public)
+            check(other, theirs, public)
         if name == "model.onnx":
-            assert "Verification succeeded" not in model_signing(*verify, theirs)
-        file.write_bytes(content)
-    check_signature(bundle, theirs, public)
+            verify_other = ("verify", "key", other, "--public_key", public, "--signature")
+            assert "Verification succeeded" not in model_signing(*verify_other, theirs)
+    check(bundle, theirs, public)
 
 
 def another_time(bundle: Path, folder: Path, time: str) -> Path:
@@ -215,14 +227,14 @@ def test_a_pull_never_changes_a_bundle_that_is_there(
     copy = another_time(bundle, tmp_path / "copied", time)
     again = pull(push(copy, str(tmp_path / "copies")).url, here)
     assert (again.path, again.is_new, contents(path)) == (path, False, before)
-    check_signature(path, signature_path(path), public)
+    check(path, signature_path(path), public)
     if time != FIELDS["exported_at"]:
         sign(copy, key)
         other = push(copy, str(tmp_path / "copies")).url
         with pytest.raises(BundleError, match=r"exported at .*, but the signed copy at .*; move this folder"):
             pull(other, here, require_signature=public)
         assert contents(path) == before
-        check_signature(path, signature_path(path), public)
+        check(path, signature_path(path), public)
 
 
 def test_an_export_does_not_invalidate_a_signature(bundle: Path, key: Path, tmp_path: Path) -> None:
@@ -230,18 +242,22 @@ def test_an_export_does_not_invalidate_a_signature(bundle: Path, key: Path, tmp_
     assert write_hollow(bundle.parent) == bundle  # the same content and time
     with pytest.raises(BundleError, match=r"exists, signed with the time of its export; move .*\.sig"):
         write_hollow(bundle.parent, exported_at=LATER)
-    check_signature(bundle, signature_path(bundle), key.with_name("release.key.pub"))
+    check(bundle, signature_path(bundle), key.with_name("release.key.pub"))
 
 
 def test_a_signed_bundle_is_not_accepted_under_the_name_of_another(
     bundle: Path, key: Path, tmp_path: Path
 ) -> None:
     public, here = key.with_name("release.key.pub"), tmp_path / "here"
-    cats, old = (
+    cats, old, alias = (
         write_hollow(tmp_path / "bundles", **fields)
-        for fields in ({"project": "cats"}, {"config": {"width": 5}, "exported_at": EARLIER})
+        for fields in (
+            {"project": "cats"},
+            {"config": {"width": 5}, "exported_at": EARLIER},
+            {"project": bundle.name},
+        )
     )
-    for other in (cats, old):
+    for other in (cats, old, alias):
         sign(other, key)
         archive = Path(push(other, str(tmp_path / other.name)).url)
         for name in (f"{bundle.name}.tar", "dogs.tar", "latest.tar"):
@@ -298,3 +314,82 @@ def test_the_commands_print_what_they_did(bundle: Path, key: Path, tmp_path: Pat
     options = ("--require-signature", f"{key}.pub", "--sha256", pushed["sha256"])
     pulled = cli("pull", pushed["url"], tmp_path / "here", *options)
     assert "(signature and hashes checked)" in pulled.stdout
+
+
+def test_what_a_killed_pull_left_is_deleted_by_the_next_one_and_what_is_in_use_stays(
+    bundle: Path, tmp_path: Path
+) -> None:
+    url, here = push(bundle, str(tmp_path / "store")).url, tmp_path / "here"
+    kill = (
+        "import os, signal, sys; from pathlib import Path; from sopdeploy.commands.transfer import pull; "
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL); pull(sys.argv[1], Path(sys.argv[2]))"
+    )
+    for _ in range(2):
+        killed = subprocess.run([sys.executable, "-c", kill, url, here], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert [path.name[:8] for path in here.iterdir()] == [".bundle-"]
+    with staging(here) as in_use:
+        (in_use / "file").write_text("content")
+        pull(url, here)
+        assert {path.name for path in here.iterdir()} == {bundle.name, "latest", in_use.name}
+        assert (in_use / "file").read_text() == "content"
+    assert {path.name for path in here.iterdir()} == {bundle.name, "latest"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.EBADF])
+def test_without_locks_a_pull_works_and_deletes_nothing_of_others(
+    code: int, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    other = tmp_path / "here" / ".bundle-other.partial"
+    other.mkdir(parents=True)
+    pull(push(bundle, str(tmp_path / "store")).url, tmp_path / "here")
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {bundle.name, "latest", other.name}
+
+
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "a broken link": lambda path: path.symlink_to("nothing"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to a file": lambda path: path.symlink_to(__file__),
+    "a file": lambda path: path.write_text("content"),
+    "an empty folder": lambda path: path.mkdir(),
+    "a folder with a file": lambda path: (path / "deeper").mkdir(parents=True),
+    "a FIFO": os.mkfifo,
+    "a folder as signature": lambda path: (path.parent / f"{path.name}.sig" / "deeper").mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("case", IN_THE_WAY)
+def test_what_has_the_name_of_the_bundle_stays_and_is_one_error_line(
+    case: str, bundle: Path, key: Path, tmp_path: Path
+) -> None:
+    sign(bundle, key)
+    url, here = push(bundle, str(tmp_path / "store")).url, tmp_path / "here"
+    here.mkdir()
+    IN_THE_WAY[case](here / bundle.name)
+    before = sorted(here.iterdir())
+    error = cli_error("pull", url, here, "--require-signature", f"{key}.pub")
+    assert bundle.name in error
+    assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EBUSY, errno.ENOSPC, errno.EACCES, errno.ETXTBSY, errno.EIO, errno.ESTALE]
+)
+@pytest.mark.parametrize("operation", ["replace", "rename", "chmod", "write_bytes"])
+def test_a_pull_that_fails_leaves_neither_an_unsigned_bundle_nor_a_traceback(
+    operation: str, code: int, bundle: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign(bundle, key)
+    url, here = push(bundle, str(tmp_path / "store")).url, tmp_path / "here"
+
+    def fail(path: Path, *_: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, operation, fail)
+    error = cli_error("pull", url, here, "--require-signature", f"{key}.pub")
+    assert os.strerror(code) in error
+    assert not here.exists()

@@ -1,7 +1,9 @@
 """`labels.csv`: images with any number of classes, their split, and one line for everything that is wrong."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.errors import DataError
+from sopdeploy.photos import table
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.folder import open_evaluation_images, open_folder
@@ -122,6 +125,51 @@ def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> N
         (folder / "labels.csv").write_bytes(content)
         with pytest.raises(DataError, match=r"labels\.csv: cannot be read .*; write a CSV file in UTF-8"):
             open_folder(folder)
+
+
+TABLE = "file,classes\r\na.png,Ä|dog\r\nb.png,\r\nsub/c.png,dog\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_the_encoding_of_a_table_is_that_of_its_byte_order_mark(folder: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding in {"utf-16-le", "utf-16-be"} else ""
+    (folder / "labels.csv").write_bytes((mark + TABLE).encode(encoding))
+    assert rows(folder, ("Ä", "dog")) == {"a.png": [1, 1], "b.png": [0, 0], "sub/c.png": [0, 1]}
+
+
+# What is at the place of `labels.csv` beside class folders, and what the error says.
+NO_TABLES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.touch(), "is empty; list the images and their classes in it, or remove it"),
+    "blank": (lambda path: path.write_text("\ufeff \n\n", "utf-8"), "is empty"),
+    "a pipe": (os.mkfifo, r"cannot be read \(not a regular file\); replace it by a CSV file, or remove it"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), r"cannot be read \(not a regular file\)"),
+    "a broken link": (lambda path: path.symlink_to("nowhere"), r"cannot be read \(No such file"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), r"cannot be read \(Too many levels"),
+    "UTF-16 without a mark": (
+        lambda path: path.write_text(GOOD, "utf-16-le"), r"cannot be read \(it has null characters, .*UTF-8"
+    ),
+    "half a character": (lambda path: path.write_bytes(b"\xff\xfef"), r"cannot be read \(.*; write a CSV"),
+    "no text": (lambda path: path.write_bytes(bytes(range(255, 0, -1))), r"cannot be read \(.*; write a CSV"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), NO_TABLES.values(), ids=NO_TABLES)
+def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, message: str) -> None:
+    for label in ("cat", "dog"):
+        (folder / label).mkdir()
+        for name in ("a.png", "d.png"):
+            shutil.copy(folder / name, folder / label / name)
+    make(folder / "labels.csv")
+    for read in (open_folder, check_data, lambda path: open_evaluation_images(path, ("cat", "dog"))):
+        with pytest.raises(DataError, match=rf"labels\.csv: {message}") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_table_without_end_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "MAX_TABLE_BYTES", len(GOOD) - 1)
+    with pytest.raises(DataError, match=r"labels\.csv: larger than \d+ bytes"):
+        open_folder(write(folder, GOOD))
 
 
 def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(folder: Path) -> None:

@@ -6,10 +6,15 @@ import math
 from typing import Any
 
 import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sopdeploy import describe
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.describe import PUBLISHED_ROWS, Published, PublishedRow
+from sopdeploy.models.describe import PUBLISHED_ROWS, Published, PublishedRow, tally
 from sopdeploy.models.gsop import RELEASED
 
 NO_NORM = {"channel_norm": False}  # the released code has no batch norm after the row-wise convolution
@@ -55,6 +60,41 @@ def test_counts_are_exact(name: str, config: dict[str, Any], parameters: int, ma
     counted = describe(name, **config).training
     assert counted.parameters == parameters
     assert macs in {None, counted.macs}
+
+
+class SequenceFirst(nn.Module):
+    """Self-attention on tokens (L, B, C), given by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.attention = nn.Conv2d(3, 32, 16, 16), nn.MultiheadAttention(32, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(images).flatten(2).permute(2, 0, 1)
+        return self.attention(query=tokens, key=tokens, value=tokens, need_weights=False)[0].mean(0)
+
+
+@pytest.mark.parametrize(
+    ("build", "side"),
+    [
+        (torchvision.models.densenet121, 224),
+        (torchvision.models.vit_b_16, 224),  # the projections of `nn.MultiheadAttention`
+        (functools.partial(timm.create_model, "swin_tiny_patch4_window7_224"), 224),  # rows of windows
+        (functools.partial(timm.create_model, "swinv2_cr_tiny_224"), 224),  # and of positions
+        (functools.partial(timm.create_model, "mobilevit_s"), 256),  # and of pixels
+        (SequenceFirst, 224),
+    ],
+    ids=["densenet", "vit", "swin", "swin_v2", "mobilevit", "sequence_first"],
+)
+def test_macs_are_those_that_torch_counts_for_convolutions_and_linear_layers(build: Any, side: int) -> None:
+    with torch.device("meta"):
+        network, image = build().eval(), torch.zeros(1, 3, side, side)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        network(image)
+    aten = torch.ops.aten
+    counted = {str(key): value for key, value in flops.get_flop_counts()["Global"].items()}
+    of_layers = sum(counted.get(str(key), 0) for key in (aten.convolution, aten.addmm, aten.mm))
+    assert tally(network, side).total().macs == of_layers // 2
 
 
 @pytest.mark.parametrize(("components", "chosen"), [(4, 2), (128, 32)])

@@ -199,6 +199,20 @@ def test_the_vector_joins_the_networks_own_vector_the_means_and_the_roots(name, 
 
 
 @pytest.mark.parametrize(
+    ("kind", "length"),
+    [("gap", 64), ("isqrt", 36), ("gap+isqrt", 100), ("gap+mean", 128), ("gap+mean+isqrt", 164)],
+)
+@torch.no_grad()
+def test_every_head_that_a_recipe_may_name_has_its_vector_and_its_distance(kind: Any, length: int) -> None:
+    """No procedure fits some of them, but loops of earlier versions have written checkpoints with all."""
+    head = HeadConfig(kind=kind, width=8, distance=True)
+    _, network, images = with_statistics("resnet8", 32, head)
+    vector = network.pooled_head.vector(*network.head_inputs(images))
+    assert network.num_features() == vector.shape[1] == length + 1
+    assert torch.allclose(vector[:, -1], vector[:, :-1].norm(dim=1))
+
+
+@pytest.mark.parametrize(
     "name", ["resnet8", "vgg16", "timm:test_convnext", "timm:deit_tiny_distilled_patch16_224"]
 )
 def test_the_tensors_of_the_network_keep_their_names_and_its_classifier_is_gone(name: str) -> None:

@@ -181,6 +181,55 @@ def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
     assert max(np.bincount(folds[:10])) <= 3
 
 
+@pytest.mark.parametrize(
+    ("classes", "keys", "at_most", "seed", "expected"),
+    [  # few copies, many, groups of one class; small classes; three groups; 20 folds
+        (
+            "1001100101021202120020122011202111121100",
+            "riynZVQiEhdgvXdeyXRmAqTZPspaezVIxhAzOwjd",
+            10,
+            0,
+            "6400373412645160012773132547057312756526",
+        ),
+        (
+            "3231031132002233331330222003311130011201",
+            "gcmlhnilmlehhneqsankrhkambjstbcmhckajsgc",
+            5,
+            3,
+            "2342000242300032110200214411343403211123",
+        ),
+        (
+            "0000001111010011001001010011010111000001",
+            "liljchffefifilbbihakdecaldfbcedagahckida",
+            10,
+            2**40 + 1,
+            "0103322232121044120243300424334010232140",
+        ),
+        ("045210430124", "SpEBoZtARwhJ", 10, 5, "132760985401"),
+        (
+            "110010000110110011111110000000",
+            "baaaacbbaccbcbcbcaaccabcacabaa",
+            10,
+            1,
+            "200001220112121210011021010200",
+        ),
+        (
+            "3234430004141224344032434230213201413312",
+            "aAuhawcudgmhgtpqDgnexwcACzkvjjzynwDumskl",
+            20,
+            8,
+            "5310502101201322413430234055440130412255",
+        ),
+    ],
+)
+def test_the_folds_of_a_run_do_not_change_with_versions(
+    classes: str, keys: str, at_most: int, seed: int, expected: str
+):
+    strata = np.asarray([int(digit) for digit in classes])
+    folds = softmax_targets(strata, int(strata.max()) + 1).folds(list(keys), at_most, seed)
+    assert "".join(map(str, folds)) == expected
+
+
 def test_a_class_of_two_images_does_not_halve_the_images_of_all_heads():
     classes = np.asarray([*np.repeat([0, 1, 2], 20), 3, 3])
     folds = softmax_targets(classes).folds(list(map(str, range(62))), 10, seed=3)

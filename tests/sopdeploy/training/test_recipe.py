@@ -107,7 +107,7 @@ def test_errors_in_a_recipe_file_name_the_file(tmp_path) -> None:
     assert read_recipe(path) == read_recipe("digits-dsop") == read_recipe(str(path))
     contents = {
         text.replace("epochs", "epoch").encode(): "epoch",
-        b"epochs = ": "not a TOML file",
+        b"epochs = ": "not TOML",
         b"\xff\xfe": "cannot be read",
         b'base = "mine"': "base: no packaged recipe 'mine'",
         b"": "missing",

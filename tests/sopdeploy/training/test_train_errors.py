@@ -10,13 +10,13 @@ import torch
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
+from sopdeploy.files import LOCK
 from sopdeploy.photos.photo import hash_images
 from sopdeploy.training import start
 from sopdeploy.training.loop import gradient, run
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.run_folder import LOCK_FILE
 from sopdeploy.training.start import open_held_out
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make
@@ -62,18 +62,16 @@ def locked_by_another_process(path):
 def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
     recipe, out, message = short_recipe("epochs=1"), tmp_path / "run", "another process trains in this folder"
     out.mkdir()
-    with locked_by_another_process(out / LOCK_FILE):
+    with locked_by_another_process(out / LOCK):
         for resume in (False, "auto"):
             with pytest.raises(ConfigError, match=message):
                 train_recipe(recipe, out, resume=resume)
-    assert [path.name for path in out.iterdir()] == [
-        LOCK_FILE
-    ]  # of the killed process, which no longer locks it
+    assert [path.name for path in out.iterdir()] == [LOCK]  # of the killed process, which no longer locks it
     interrupt(recipe, out, "step", 0, 0)
-    with locked_by_another_process(out / LOCK_FILE), pytest.raises(ConfigError, match=message):
+    with locked_by_another_process(out / LOCK), pytest.raises(ConfigError, match=message):
         train_recipe(recipe, out, resume=True)
     assert train_recipe(recipe, out, resume=True).num_epochs == 1
-    assert not (out / LOCK_FILE).exists()
+    assert not (out / LOCK).exists()
 
 
 @pytest.mark.parametrize(

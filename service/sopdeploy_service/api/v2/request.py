@@ -6,14 +6,15 @@ of the JSON.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from struct import unpack_from
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
 from sopdeploy.bundle.manifest import EMBEDDING, Manifest, TensorRecord
 from sopdeploy_service.http.problems import bad_request
@@ -31,6 +32,8 @@ PIXELS_ONLY = (
 )
 LENGTH_BYTES = 4  # before every element of a binary BYTES tensor
 
+Text = Annotated[str, Field(max_length=1000)]
+
 
 class Body(pydantic.BaseModel):
     """A JSON object whose unknown keys are ignored."""
@@ -47,11 +50,11 @@ class InputParameters(Body):
 class InputTensor(Body):
     """One input: `data` in JSON, or `binary_data_size` bytes after the JSON."""
 
-    name: str
-    datatype: str
-    shape: list[int]
+    name: Text
+    datatype: Text
+    shape: Annotated[list[int], Field(max_length=16)]
     parameters: InputParameters = InputParameters()
-    data: Any = None  # row by row, flat or nested; BYTES as base64
+    data: Any = None  # row by row, flat or nested, which `_elements` checks; BYTES as base64
 
 
 class OutputParameters(Body):
@@ -64,7 +67,7 @@ class OutputParameters(Body):
 class OutputTensor(Body):
     """One requested output."""
 
-    name: str
+    name: Text
     parameters: OutputParameters = OutputParameters()
 
 
@@ -78,10 +81,10 @@ class RequestParameters(Body):
 class InferBody(Body):
     """The JSON of an inference request."""
 
-    id: str | None = None
+    id: Text | None = None
     parameters: RequestParameters = RequestParameters()
-    inputs: list[InputTensor]
-    outputs: list[OutputTensor] = []
+    inputs: Annotated[list[InputTensor], Field(max_length=16)]
+    outputs: Annotated[list[OutputTensor], Field(max_length=100)] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +112,12 @@ def parse_body(
             message = f"Inference-Header-Content-Length must be a number of bytes, at most {len(body)}"
             raise bad_request("bad_header_length", message)
         text, binary = body[: int(digits)], memoryview(body)[int(digits) :]
-    request = parse_json(InferBody, text, max_json)
+    record = manifest.inputs[0]
+    request = parse_json(InferBody, text, max_json, max_images * prod(size or 1 for size in record.shape))
     timeout = request.parameters.timeout
     return InferRequest(
         id=request.id,
-        images=_read_images(request.inputs, binary, manifest.inputs[0], max_images),
+        images=_read_images(request.inputs, binary, record, max_images),
         outputs=_requested_outputs(request, [output.name for output in manifest.outputs]),
         timeout_seconds=timeout / MICROSECONDS if timeout else None,  # 0 means none
     )
@@ -165,7 +169,9 @@ def _read_images(
             "the header Inference-Header-Content-Length must be the length of the JSON",
         )
     if declared is None:
-        return _decode_texts(item, shape) if is_encoded else _pixels_from_json(item, shape)
+        if not is_encoded:
+            return _pixels_from_json(item, shape)
+        return [decode_text(text, f"input 'IMAGE'[{i}]") for i, text in enumerate(_elements(item, shape))]
     return _split_elements(item, binary, shape[0]) if is_encoded else _pixels_from_binary(item, binary, shape)
 
 
@@ -191,14 +197,26 @@ def _check_shape(item: InputTensor, size: tuple[int | None, ...], max_images: in
 
 
 def _pixels_from_json(item: InputTensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Convert the data of *item*, numbers in a list that is flat or nested like *shape*, to that shape."""
-    try:
-        values = np.array(item.data).reshape(shape)
-    except ValueError as problem:  # another number of elements, or rows that differ in length
-        raise _invalid("wrong_data", item, _wrong_count(shape)) from problem
-    if values.dtype.kind not in "iuf":
+    """Convert the numbers in the data of *item* to an array of *shape*."""
+    numbers = _elements(item, shape)
+    if not set(map(type, numbers)) <= {int, float}:  # of a text, NumPy would give its length to all elements
         raise _invalid("wrong_data", item, PIXELS_ONLY)
-    return _as_pixels(item, values)
+    return _as_pixels(item, np.array(numbers, np.float64).reshape(shape))
+
+
+def _elements(item: InputTensor, shape: tuple[int, ...]) -> list[Any]:
+    """Return the elements of the data of *item*, a list that is flat or nested like *shape*."""
+    rows = [item.data]
+    for size in shape:
+        if set(map(type, rows)) != {list} or set(map(len, rows)) != {size}:
+            break
+        rows = list(chain.from_iterable(rows))
+    else:
+        return rows
+    if not isinstance(item.data, list) or len(item.data) != prod(shape):
+        needed = f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
+        raise _invalid("wrong_data", item, needed)
+    return item.data
 
 
 def _pixels_from_binary(item: InputTensor, raw: memoryview, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -218,20 +236,6 @@ def _as_pixels(item: InputTensor, values: NDArray[Any]) -> NDArray[np.uint8]:
     if not np.array_equal(pixels, values):
         raise _invalid("wrong_data", item, PIXELS_ONLY)
     return pixels
-
-
-def _wrong_count(shape: tuple[int, ...]) -> str:
-    return f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
-
-
-def _decode_texts(item: InputTensor, shape: tuple[int, ...]) -> list[bytes]:
-    """Decode the data of *item*, a list of base64 texts, flat or each in its own list."""
-    texts = item.data if isinstance(item.data, list) else []
-    if len(shape) == 2 and all(isinstance(text, list) and len(text) == 1 for text in texts):
-        texts = [text[0] for text in texts]
-    if len(texts) != shape[0]:
-        raise _invalid("wrong_data", item, _wrong_count(shape))
-    return [decode_text(text, f"input 'IMAGE'[{index}]") for index, text in enumerate(texts)]
 
 
 def _split_elements(item: InputTensor, raw: memoryview, count: int) -> list[bytes]:

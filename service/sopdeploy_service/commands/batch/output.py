@@ -11,11 +11,10 @@ is a fixed range of the list, so a resumed run writes the same parts as an unint
 names the version of sopdeploy that wrote it.
 """
 
-import fcntl
 import hashlib
-import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from sopdeploy.config import StrictModel, check_format_version
+from sopdeploy.config import StrictModel, check_format_version, parse_json
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import PARTIAL, atomic_write, writing
+from sopdeploy.file_systems import lock_file
+from sopdeploy.files import (
+    LOCK,
+    MAX_TEXT_BYTES,
+    PARTIAL,
+    atomic_write,
+    new_folder,
+    read_file,
+    remove_left,
+    writing,
+)
 from sopdeploy.version import __version__
 from sopdeploy_service.commands.batch.sources import ListedImage
 
@@ -106,26 +115,40 @@ class OutputFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and reserve it for this process; raise `ConfigError` if another one uses it."""
-        with writing(str(self.path)):
-            (self.path / ROWS_FOLDER).mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                message = f"another run is writing to {self.path}; wait for it"
-                raise ConfigError(message, setting="out") from error
-            # An `OSError` in the caller's block is also one of this folder: reading an image raises others.
-            with writing(str(self.path)):
-                self._remove_partial()
-                yield
-                self._remove_partial()
+        """Create the folder and reserve it for this process; without `begin`, nothing of it remains.
 
-    def _remove_partial(self) -> None:
+        Raises `ConfigError` if another process uses it. Without locks, two runs at once write the same rows
+        twice, so a line warns of it.
+        """
+        with ExitStack() as created:
+            with writing(self.path):
+                created.enter_context(new_folder(self.path))
+                try:
+                    lock = lock_file(self.path / LOCK)
+                except BlockingIOError as error:
+                    message = f"another run is writing to {self.path}; wait for it"
+                    raise ConfigError(message, setting="out") from error
+            lock.note(self.path, "start no second run with this folder before this one has ended")
+            created.callback(os.close, lock.file)
+            created.callback(self._remove_unless_begun)
+            # An `OSError` in the caller's block is also one of this folder: reading an image raises others.
+            with writing(self.path):
+                created.enter_context(new_folder(self.path / ROWS_FOLDER))
+                self._remove_partial(is_locked=not lock.missing)
+                yield
+                self._remove_partial(is_locked=not lock.missing)
+
+    def _remove_unless_begun(self) -> None:
+        """Remove the lock file of a folder in which no run has begun."""
+        if {path.name for path in self.path.iterdir()} <= {LOCK, ROWS_FOLDER}:
+            (self.path / LOCK).unlink(missing_ok=True)
+
+    def _remove_partial(self, *, is_locked: bool) -> None:
         """Remove what killed processes left: those of an earlier run, and lost machines of a Ray cluster."""
-        for partial in self.path.rglob(f"*{PARTIAL}"):
-            partial.unlink(missing_ok=True)
+        for folder in (self.path, self.path / ROWS_FOLDER):
+            remove_left(folder)
+            for partial in folder.glob(f"*{PARTIAL}") if is_locked else ():
+                partial.unlink(missing_ok=True)
 
     def begin(self, images: Iterable[ListedImage], part_images: int, state: RowsState) -> None:
         """Write the list of *images* in parts of *part_images*, and *state*.
@@ -149,7 +172,7 @@ class OutputFolder:
         """Read `_run.json`; None if it is missing or damaged; raises `ConfigError` for a later format."""
         path = self.path / STATE
         try:
-            fields = dict(json.loads(path.read_bytes()))
+            fields = dict(parse_json(read_file(path, MAX_TEXT_BYTES)))
         except (OSError, ValueError, TypeError):
             return None
         writer = fields.get("written_by")
@@ -185,7 +208,7 @@ class OutputFolder:
     def write(self, part: int, rows: Sequence[Mapping[str, object]], schema: Any) -> None:
         """Write the *rows* of *part*; its file has its final name only when it is complete."""
         table = pa.Table.from_pylist(rows, schema=schema)
-        with atomic_write(self._file(part), shared=True) as partial:
+        with atomic_write(self._file(part)) as partial:
             pq.write_table(table, partial, compression="zstd")
 
     def _file(self, part: int) -> Path:

@@ -3,6 +3,7 @@
 import io
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import MANIFEST, REQUIRED
 from sopdeploy.cli.app import app
-from sopdeploy.errors import DataError, ImageError
+from sopdeploy.errors import DataError, ImageError, SopdeployError
 from sopdeploy_service.commands.batch import classifier
 from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, read_listed
 from tests.service.commands.batch.conftest import (
@@ -211,3 +212,49 @@ def test_a_line_that_never_ends_is_not_read(tmp_path: Path) -> None:
         file.truncate(3 << 30)
     with pytest.raises(DataError, match=r"list\.txt: cannot be listed \(a line of 65536 characters or more"):
         list(list_sources([str(tmp_path / "list.txt")]))
+
+
+def no_image(folder: Path) -> str:
+    (folder / "empty").mkdir()
+    return str(folder / "empty")
+
+
+def no_archive(folder: Path) -> str:
+    (folder / "a.tar").write_bytes(b"no archive" * 1000)
+    return str(folder / "a.tar")
+
+
+def no_member(folder: Path) -> str:
+    (folder / "list.txt").write_text("missing.tar")
+    return str(folder / "list.txt")
+
+
+def one_good(folder: Path) -> str:
+    (folder / "1.jpg").write_bytes(picture_bytes())
+    return str(folder / "1.jpg")
+
+
+WRONG: dict[str, Callable[[Path], list[str]]] = {
+    "a missing folder": lambda folder: [str(folder / "missing")],
+    "a missing folder after images": lambda folder: [one_good(folder), str(folder / "missing")],
+    "an empty folder": lambda folder: [no_image(folder)],
+    "no archive": lambda folder: [no_archive(folder)],
+    "a list of a missing archive": lambda folder: [no_member(folder)],
+    "an empty name": lambda folder: [""],
+    "no source": lambda folder: [],
+    "an unknown store": lambda folder: ["nowhere://x"],
+}
+
+
+@pytest.mark.parametrize("sources", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("new", ["out", "new/deep/out"])
+def test_a_run_that_cannot_begin_leaves_no_folder(bundle_path: Path, tmp_path: Path, sources, new) -> None:
+    given = sources(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SopdeployError):
+        classify(bundle_path, given, tmp_path / new)
+    assert set(tmp_path.rglob("*")) == before
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SopdeployError):
+        classify(bundle_path, given, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []

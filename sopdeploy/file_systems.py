@@ -1,0 +1,136 @@
+"""Operations that some file systems lack: locks, flushes and permissions.
+
+File systems of networks, containers and memory cards refuse them with different errors. Only a lock that
+another process holds means that it works there; every other error means that this file system has no locks.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+# An operation that the file system does not have; other errors, such as EIO, are those of a disk that fails.
+LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM}
+# Errors of a flush after which the content may be lost.
+LOST = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE}
+_MAX_TRIES = 20  # to lock a file that others delete meanwhile
+
+log = logging.getLogger("sopdeploy.files")
+
+
+class Lock(NamedTuple):
+    """An open lock file; `missing` tells why the file system cannot lock it, empty if it is locked."""
+
+    file: int
+    missing: str
+
+    def note(self, path: Path, advice: str) -> None:
+        """Log in one line that the file system of *path* has no locks, if so, and the *advice*."""
+        if self.missing:
+            log.warning("%s: this file system has no locks (%s); %s", path, self.missing, advice)
+
+
+def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: bool = False) -> Lock:
+    """Create the file *path* if needed, open it for reading and writing, and lock it.
+
+    The system releases the lock when the file is closed, also when the process ends in any way. With *wait*,
+    it waits for another process. With *of_process*, child processes do not inherit the lock. Raises
+    `BlockingIOError` if another process holds the lock, and `OSError` if the file cannot be opened.
+    """
+    tries = 0
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+        try:
+            missing = _try_lock(file, wait=wait, of_process=of_process)
+        except BaseException:  # an interrupt must not leave the file open
+            os.close(file)
+            raise
+        tries += 1
+        if missing or _is_at(file, path) or tries == _MAX_TRIES:  # some file systems change the inode
+            return Lock(file, missing)
+        os.close(file)  # its last owner has deleted it
+
+
+@contextmanager
+def locked_if_left(path: Path) -> Iterator[bool]:
+    """Yield whether the process that locked the file *path* has ended; if so, lock it during the block.
+
+    Without locks nobody knows, so it yields false.
+    """
+    file = None
+    is_left = False
+    with suppress(OSError):
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        is_left = not _try_lock(file)
+    try:
+        yield is_left
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def flush(file: int) -> None:
+    """Write the content of the open *file* to the disk, if the file system can; raises `OSError`."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+
+
+def flush_folder(path: Path) -> None:
+    """Write the names in the folder *path* to the disk, if the file system can; raises `OSError`."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno in LOST:
+            raise
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Set the permissions of *path*, if the file system has permissions; raises `OSError`."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+
+
+def rename_file(file: int, source: Path, target: Path) -> None:
+    """Give *source*, which is open as *file*, the name *target*, and replace what has it; raises `OSError`.
+
+    A network file system that repeats a request whose answer was lost reports that *source* does not exist.
+    """
+    try:
+        source.replace(target)
+    except FileNotFoundError:
+        if not _is_at(file, target):
+            raise
+
+
+def _try_lock(file: int, *, wait: bool = False, of_process: bool = False) -> str:
+    """Lock the open *file*; return why the file system cannot, or "". Raises `BlockingIOError`."""
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
+        (fcntl.lockf if of_process else fcntl.flock)(file, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if of_process and error.errno == errno.EACCES:  # POSIX allows it for a lock that is held
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+        return os.strerror(error.errno or errno.ENOLCK)
+    return ""
+
+
+def _is_at(file: int, path: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file), os.stat(path))  # noqa: PTH116 - both without `Path`
+    return False

@@ -1,0 +1,113 @@
+"""Pickles of data, read in linear time: what they would cost is counted before, and what they hold after.
+
+A pickle can name one object any number of times. Forty lists that hold the next one twice are 2^40 values for
+all that walks them, and a tuple is hashed through all its paths if it is a key.
+"""
+
+import pickletools
+from argparse import Namespace
+from collections.abc import Collection
+from typing import IO, Any
+
+MAX_VALUES = 10_000_000  # of lists, tuples and dicts, each counted wherever it is named
+MAX_LEVELS = 100
+_MAX_PICKLES = 5  # of a file of PyTorch before 1.6
+# The first ones allocate as many bytes as a number says, the codecs take quadratic time.
+_COSTLY = {
+    "builtins bytearray", "__builtin__ bytearray", "torch.storage UntypedStorage",
+    "torch.storage TypedStorage", "idna", "punycode",
+}  # fmt: skip
+
+
+def check_pickles(file: IO[bytes]) -> None:
+    """Raise `ValueError` if one of the pickles at the start of *file* names too many values to read it."""
+    cost = 0
+    for _ in range(_MAX_PICKLES):
+        cost = _check_pickle(file, cost)
+        if not file.read(1):
+            return
+        file.seek(-1, 1)
+
+
+def _check_pickle(file: IO[bytes], cost: int) -> int:
+    """Follow the operations of a pickle with numbers for values; return *cost* and the values it hashes.
+
+    A tuple is the number of its values, and every other value 1, because only tuples are hashed by content.
+    """
+    stack: list[tuple[int, int] | None] = []  # values and levels of each entry; None is a mark
+    memo: dict[Any, tuple[int, int] | None] = {}
+    for operation, argument, _ in pickletools.genops(file):
+        name = operation.name
+        if argument in _COSTLY:
+            raise ValueError(f"{argument}: may take any time or memory")
+        if name in {"BINPUT", "LONG_BINPUT"}:
+            memo[argument] = stack[-1]
+            continue
+        if name in {"BINGET", "LONG_BINGET"}:
+            stack.append(memo[argument])
+            continue
+        if name == "MARK":
+            stack.append(None)
+            continue
+        taken: list[tuple[int, int]] = []
+        before = operation.stack_before
+        if pickletools.markobject in before:
+            while (entry := stack.pop()) is not None:
+                taken.append(entry)
+            before = before[: before.index(pickletools.markobject)]
+            del stack[len(stack) - len(before) :]
+        else:
+            taken = [entry for entry in (stack.pop() for _ in before) if entry is not None]
+        values, levels = 1, 0
+        if name.startswith("TUPLE"):
+            values += sum(entry[0] for entry in taken)
+            levels = 1 + max((entry[1] for entry in taken), default=0)
+        elif name in {"SETITEM", "SETITEMS", "REDUCE"}:
+            cost += sum(entry[0] for entry in taken)
+        if values > MAX_VALUES or cost > MAX_VALUES or levels > MAX_LEVELS:
+            raise ValueError("a tuple has too many values or levels")
+        stack += [(values, levels)] * len(operation.stack_after)
+    return cost
+
+
+def distinct_values(content: Any) -> list[Any]:
+    """List each object in *content*, of dicts, lists, tuples and sets, once, without these.
+
+    Takes linear time. Raises `ValueError` for more than `MAX_VALUES`, counted wherever they are named, for
+    more than `MAX_LEVELS`, and if *content* contains itself.
+    """
+    found: list[Any] = []
+    counted: dict[int, tuple[int, int]] = {}  # values and levels by the identity of an object
+    open_ids: set[int] = set()  # of the objects whose parts are counted now
+    waiting = [(content, False)]
+    while waiting:
+        value, is_counted = waiting.pop()
+        if id(value) in counted:
+            continue
+        parts = _parts(value)
+        if parts is None:
+            counted[id(value)] = (1, 0)
+            found.append(value)
+        elif is_counted:
+            counts = [counted[id(part)] for part in parts]
+            total, levels = 1 + sum(count for count, _ in counts), 1 + max((n for _, n in counts), default=0)
+            if total > MAX_VALUES or levels > MAX_LEVELS:
+                raise ValueError("its lists name too many values or have too many levels")
+            counted[id(value)] = (total, levels)
+            open_ids.discard(id(value))
+        elif id(value) in open_ids:
+            raise ValueError("a list contains itself")
+        else:
+            open_ids.add(id(value))
+            waiting.append((value, True))
+            waiting += [(part, False) for part in parts]
+    return found
+
+
+def _parts(value: Any) -> Collection[Any] | None:
+    """Return the objects in a dict, list, tuple, set or namespace; None for another value."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return value if isinstance(value, list | tuple | set | frozenset) else None

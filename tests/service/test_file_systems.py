@@ -1,0 +1,84 @@
+"""Commands and servers on file systems without locks or links."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sopdeploy.errors import ConfigError, SopdeployError, StorageError
+from sopdeploy_service.commands import promote as promoting
+from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.promote import promote
+from sopdeploy_service.keep.folder import KeptFolder
+from tests.sopdeploy.test_file_systems import NO_LINKS, NO_LOCKS, failing
+
+
+def run(folder: Path, _bundle: Path) -> None:
+    with OutputFolder(folder / "out").locked():
+        (folder / "out" / "rows" / "part-00000.parquet").touch()
+
+
+def keep(folder: Path, _bundle: Path) -> None:
+    KeptFolder(folder / "kept", 100_000, 30)
+
+
+def move(folder: Path, bundle: Path) -> None:
+    assert promote(bundle, folder / "live", None).reason == "first bundle"
+    assert (folder / "live").resolve() == bundle.resolve()
+
+
+Action = Callable[[Path, Path], None]
+NOTED: dict[Action, str] = {
+    run: "start no second run with this folder before this one has ended",
+    move: "promote from one place at a time",
+}
+HELD: dict[Action, str] = {
+    run: "another run is writing to .*out; wait for it",
+    keep: "another process keeps photographs there; name another folder",
+}
+
+
+@pytest.mark.parametrize("code", NO_LOCKS)
+@pytest.mark.parametrize("action", NOTED)
+def test_what_is_safe_without_locks_is_done_with_a_note(
+    tmp_path: Path, bundle_path: Path, monkeypatch, caplog, action: Action, code: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(code))
+    action(tmp_path, bundle_path)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith(f": this file system has no locks ({os.strerror(code)}); {NOTED[action]}")
+
+
+@pytest.mark.parametrize("code", NO_LOCKS)
+def test_photographs_are_not_kept_where_another_server_could_delete_them(
+    tmp_path: Path, monkeypatch, code: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(code))
+    with pytest.raises(StorageError) as caught:
+        KeptFolder(tmp_path / "new" / "kept", 100_000, 30)
+    assert list(tmp_path.iterdir()) == []
+    reason = f"has no locks ({os.strerror(code)}), which keep other servers out; keep photographs on another"
+    assert str(caught.value) == f"{tmp_path}/new/kept: its file system {reason} file system"
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EWOULDBLOCK])
+@pytest.mark.parametrize("action", HELD)
+def test_a_lock_that_is_held_is_another_process(
+    tmp_path: Path, bundle_path, monkeypatch, action, code
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(code))
+    with pytest.raises(ConfigError, match=HELD[action]):
+        action(tmp_path, bundle_path)
+
+
+@pytest.mark.parametrize("code", NO_LINKS)
+def test_a_link_that_servers_follow_is_needed(tmp_path: Path, bundle_path, monkeypatch, code: int) -> None:
+    monkeypatch.setattr(os, "symlink", failing(code))
+    with pytest.raises(
+        SopdeployError, match=rf"live: cannot be written .{os.strerror(code)}.; .*symbolic links"
+    ):
+        promote(bundle_path, tmp_path / "live", None)
+    assert (tmp_path / promoting.LOG).read_bytes() == b""
