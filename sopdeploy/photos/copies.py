@@ -201,16 +201,17 @@ def _find_threshold(
     other_class_KN = (class_N[compared, None] != class_N) & different_KN
     in_class = cosines[same_class_KN]  # one-dimensional
     largest_with_others_K = np.where(other_class_KN, cosines, -1.0).max(axis=1)
-    if np.quantile(largest_with_others_K, 0.75) >= reached_by_copies:
+    reached_in_class = _upper_bound(in_class)
+    tells_copies = reached_in_class < reached_by_copies  # else other classes do not show what copies reach
+    if tells_copies and np.quantile(largest_with_others_K, 0.75) >= reached_by_copies:
         # Many images have copies with other labels, or classes look alike: then even the fourth image does.
         place = max(0, len(class_N) - 1 - MAX_OTHER_LABELS)
         largest_with_others_K = np.partition(np.where(other_class_KN, cosines, -1.0), place, axis=1)[:, place]
     reached_by_others = _upper_bound(largest_with_others_K)
-    if reached_by_others >= reached_by_copies:
+    if tells_copies and reached_by_others >= reached_by_copies:
         reached_by_others = _upper_bound(largest_with_others_K, has_heavy_tail=True)
-    within = _upper_bound(in_class)
-    within = max(within, (within + reached_by_copies) / 2)
-    bound = max(reached_by_others, _upper_bound(in_class))
+    within = max(reached_in_class, (reached_in_class + reached_by_copies) / 2)
+    bound = max(reached_by_others, reached_in_class)
     second = max(0, len(class_N) - 2)
     # The second largest and the largest cosine of each image in its class; the copy frees the others.
     most_similar_K2 = np.partition(np.where(same_class_KN, cosines, -1.0), second, axis=1)[:, second:].copy()
