@@ -186,6 +186,7 @@ class FewShotResult(StrictModel):
         num_images: Number of training images.
         num_selected: Images that a server kept because its network was not sure of them; the network learns
             them, but they count neither for the score nor for the threshold.
+        num_doubted: Training images whose label is probably wrong (`evaluation.label_doubts`).
         head: The network, and the statistics that its classifier reads.
         num_features: Length of the vector that the classifier reads.
         temperature: What the scores of the classifier are divided by; the network contains it.
@@ -213,6 +214,7 @@ class FewShotResult(StrictModel):
     contradictions: tuple[str, ...] = ()
     num_images: Count
     num_selected: int = 0
+    num_doubted: int = 0
     head: str
     num_features: Count
     temperature: Positive | None = None
@@ -300,6 +302,11 @@ class FewShotResult(StrictModel):
             yield (
                 f"the images of {shorten(self.alike)} resemble each other as frames of one clip do; if a "
                 "class shows fewer than three objects, the accuracy is too high: give each object a folder"
+            )
+        if self.num_doubted:
+            yield (
+                f"{amount(self.num_doubted, 'label')} of {self.num_images} probably wrong; list them: "
+                "sopdeploy data check DIR --wrong-labels RUN"
             )
         if self.contradictions:
             yield (

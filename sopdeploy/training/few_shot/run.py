@@ -22,6 +22,7 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.decision import Decision, Estimate, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_thresholds, missing_threshold
+from sopdeploy.evaluation.label_doubts import doubt_labels
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
@@ -100,6 +101,9 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
                 label_logits = problem.doubt_labels(found.logits, found.folds, found.scaling)
             network = place(recipe, built, start.strategy)
             result, metrics = _evaluate(start, network, found)
+            if label_logits is not None:
+                doubts = doubt_labels(label_logits, images.targets.astype(np.int64))
+                result = result.model_copy(update={"num_doubted": int(doubts.listed.sum())})
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise

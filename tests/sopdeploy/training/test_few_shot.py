@@ -722,3 +722,16 @@ def test_the_suggested_command_can_be_pasted(tmp_path: Path):
     shown = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(out), *settings])
     (line,) = [line for line in shown.output.splitlines() if line.startswith("next: ")]
     assert shlex.split(line)[-2] == str(out / "best.pt")
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(tmp_path: Path, monkeypatch, wrong):
+    monkeypatch.setattr("sopdeploy.evaluation.label_doubts.LISTED_RATIO", 1.5)  # of so few photographs
+    root = paint(tmp_path / "photos", 12)
+    first, second = sorted(COLORS)[:2]
+    for number in range(wrong):
+        (root / first / f"{number}.png").rename(root / second / f"wrong {number}.png")
+    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    lines = "\n".join(result.procedure.lines())
+    assert result.procedure.num_doubted == wrong
+    assert ("2 labels of 36 probably wrong; list them: sopdeploy data check DIR" in lines) == bool(wrong)
