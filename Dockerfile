@@ -12,6 +12,8 @@ COPY deploy/install_image.sh deploy/no_torch.py pyproject.toml README.md LICENSE
 COPY sopdeploy/ sopdeploy/
 COPY export/ export/
 COPY service/ service/
+COPY commands/ commands/
+COPY plugins/ plugins/
 # Everything after lock/build.txt is installed by the pip in it: that of the base image rejects extras in a file with hashes as
 # soon as the index has a newer version of the package (https://github.com/pypa/pip/issues/12345).
 # The secrets `pip` and `ca` are optional: a pip.conf and a certificate bundle for a private index.

@@ -219,9 +219,9 @@ lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions, for ima
 	$(COMPILE) --group cuda-stand-in --no-deps --constraint deploy/lock/gpu.txt --output-file deploy/lock/cuda-stand-in.txt
 	! command -v npm || npm install --package-lock-only --omit-lockfile-registry-resolved --prefix deploy/samples/javascript
 
-$(STAMP): pyproject.toml plugins/poolings/pyproject.toml $(LOCK)
+$(STAMP): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python deploy/install.py $(if $(LOCK),,--upgrade) --editable '$(INSTALLED)' --editable plugins/poolings
+	$(BIN)/python deploy/install.py $(if $(LOCK),,--upgrade) --editable '$(INSTALLED)'
 	$(if $(LOWEST),$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > $(VENV)/lowest.txt)
 	touch $@
 

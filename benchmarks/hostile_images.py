@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 from PIL import Image
 
-from tests.hostile_images import bits, jpeg, riff, segment, webp_codes, webp_lossless
-from tests.pictures import chunk
+from tests.support.hostile_images import bits, jpeg, riff, segment, webp_codes, webp_lossless
+from tests.support.pictures import chunk
 
 PHOTO_SIDE = 1024  # pixels of the noise that photographs repeat
 

@@ -19,8 +19,8 @@ import sopdeploy
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import import_weights
-from sopdeploy_service.commands.evaluate import scores_of_bundle
-from sopdeploy_service.commands.verify import verify
+from sopdeploy_commands.bundles.scores import scores_of_bundle
+from sopdeploy_commands.bundles.verify import verify
 
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},

@@ -22,7 +22,7 @@ from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server.draining_server import freeze_objects, http_config
 from sopdeploy_service.settings import Settings, load_settings
-from tests.fake_runtime import FakeOverlappingRuntime
+from tests.support.fake_runtime import FakeOverlappingRuntime
 
 CLASSES = 1000
 

@@ -21,8 +21,9 @@ from tempfile import TemporaryDirectory
 import httpx
 import numpy as np
 from builders import ROOT, WORK, Builder, builder_for_test
-from commands import run, timed
 from PIL import Image
+
+from commands import run, timed
 
 DEPLOYMENT = ROOT / "docs" / "deploy.md"
 USER = 10_001

@@ -21,8 +21,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.cli.app import COMMANDS, app
 from sopdeploy.errors import SopdeployError
+from sopdeploy_commands.app import COMMANDS, app
 
 # Arguments with which a command imports what it needs, and ends at once where everything is installed.
 ARGUMENTS = {

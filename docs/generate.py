@@ -10,7 +10,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from sopdeploy.cli.app import app
+from sopdeploy_commands.app import app
 
 FOLDER = Path(__file__).parent
 HEAD = """# The command line
@@ -62,6 +62,8 @@ def cli_page() -> str:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
     from generate_errors import SERVED, errors_page, served_page
+    from generate_floors import PAGE as ARCHITECTURE
+    from generate_floors import architecture_page
     from generate_models import models_page
     from generate_operations import PAGE, operations_page
     from generate_other_photos import PAGE as OTHER_PHOTOS
@@ -73,6 +75,7 @@ if __name__ == "__main__":
     (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
     SERVED.write_text(served_page(), encoding="utf-8")
     (FOLDER / "models.md").write_text(models_page(), encoding="utf-8")
+    ARCHITECTURE.write_text(architecture_page(), encoding="utf-8")
     PAGE.write_text(operations_page(), encoding="utf-8")
     RESULTS.write_text(results_page(), encoding="utf-8")
     OTHER_PHOTOS.write_text(other_photos_page(), encoding="utf-8")

@@ -56,8 +56,8 @@ No network is adapted to a figure. M: million parameters; G: billion operations;
 {differing}
 
 The catalog builds what the four papers trained. Of the methods that they only cite, timm has SE-Net, CBAM
-(`timm:resnet50` with `attn_layer=cbam`) and DRN-A (`output_stride=8`), and the package `plugins/poolings` of
-the repository has compact, kernel and low-rank bilinear pooling, NetVLAD and NetFV;
+(`timm:resnet50` with `attn_layer=cbam`) and DRN-A (`output_stride=8`), and `plugins/papers` has compact,
+kernel and low-rank bilinear pooling, NetVLAD and NetFV;
 [`reproduce`](howto/reproduce.md) trains them, and says of each other row why no network is its own. [Not
 there](decisions.md#not-there-from-the-papers) has the rest.
 """

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import sys
+from importlib import import_module
 
 _YOUNG_OBJECTS = 50_000  # threshold of the youngest garbage collector generation
 
@@ -22,9 +23,8 @@ def main() -> None:
     gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)  # excludes all objects from the collection at exit
     try:
-        from sopdeploy.cli.app import main as run
-
-        run()
+        # By name: this package imports none of the rooms above it.
+        import_module("sopdeploy_commands.app").main()
     except KeyboardInterrupt:
         sys.stderr.write("stopped by Ctrl-C\n")
         sys.exit(130)

@@ -19,6 +19,7 @@ from sopdeploy.config import parse_json
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 from sopdeploy.file_systems import Lock, lock_file, locked_if_left, rename_file
 from sopdeploy.names import label_problem
+from sopdeploy.plugins import IMPORTERS
 
 PARTIAL = ".partial"
 MAX_PARTIAL_BYTES = 230  # of the name of the file in that of its temporary file
@@ -277,7 +278,7 @@ class WeightPath(NamedTuple):
 def check_is_weights(path: Path) -> WeightPath:
     """Raise `WeightsError` unless *path* begins as weight files do, without importing torch.
 
-    They are zip archives, pickles, safetensors and files of MATLAB.
+    They are zip archives, pickles, safetensors, files of MATLAB, and those of the importers of plug-ins.
     """
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
@@ -289,11 +290,19 @@ def check_is_weights(path: Path) -> WeightPath:
     with path.open("rb") as file:
         first = file.read(16)
     is_safetensors = first[8:9] == b"{"  # 8 bytes of length, then JSON
-    if not is_safetensors and not first.startswith((b"PK", b"\x80", b"\x89HDF", b"MATLAB")):
+    is_known = is_safetensors or first.startswith((b"PK", b"\x80", b"\x89HDF", b"MATLAB"))
+    if not is_known and not any(first.startswith(magic) for magic in _magic_of_plugins()):
         raise WeightsError(
             f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
         )
     return WeightPath(path, first)
+
+
+def _magic_of_plugins() -> list[bytes]:
+    """List the first bytes of the files of importers that plug-ins have registered."""
+    IMPORTERS.names()  # imports plug-ins; importers of this project are only named, not imported
+    importers = [item for item, _ in IMPORTERS.registered.values() if not isinstance(item, str)]
+    return [importer.magic for importer in importers if importer.magic]
 
 
 def check_is_checkpoint(path: Path) -> None:

@@ -1,13 +1,16 @@
-"""Plug-ins: installed packages that register networks, poolings, data sources and runtimes.
+"""Plug-ins: installed packages that register networks, poolings, data sources, runtimes and importers.
 
 A package names a module in its `pyproject.toml`:
 
     [project.entry-points."sopdeploy.plugins"]
     acme = "acme.sopdeploy_plugin"
 
-The module calls `register_model`, `register_pooling`, `register_data_source` or `register_runtime` of
-`sopdeploy`. It is imported when a name is used that sopdeploy does not have, and by `sopdeploy models`.
-`SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first.
+The module calls `register_model`, `register_pooling`, `register_data_source`, `register_runtime` or
+`register_importer` of `sopdeploy`. It is imported when a name is used that sopdeploy does not have, and by
+`sopdeploy models`. `SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first.
+
+Packages of the wheel itself, such as that of the papers, name a function that registers their names. It is
+always called, and imports no torch: it registers `module:name` in place of an object.
 """
 
 import logging
@@ -15,12 +18,14 @@ import os
 import re
 from collections.abc import Iterable
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, get_args
 
 from sopdeploy.errors import ConfigError, first_line
 
-_GROUP = "sopdeploy.plugins"
+_GROUP, RECIPES = "sopdeploy.plugins", "sopdeploy.recipes"  # groups of entry points
+_THIS_PROJECT = "sopdeploy"
 VARIABLE = "SOPDEPLOY_PLUGINS"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _Item = TypeVar("_Item")
@@ -33,10 +38,12 @@ class Registry(Generic[_Item]):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.registered: dict[str, tuple[_Item, str]] = {}  # each with the module that defines it
+        self.registered: dict[str, tuple[_Item | str, str]] = {}  # each with the module that defines it
 
-    def register(self, name: str, item: _Item, module: str) -> None:
+    def register(self, name: str, item: _Item | str, module: str) -> None:
         """Register *item*, which *module* defines, under *name*; the same module may replace its item.
+
+        An item that is imported when it is used is given as `module:name`.
 
         Raises `ConfigError` for other characters than letters, digits, `.`, `_` and `-`, and for a name that
         another module has registered.
@@ -67,21 +74,35 @@ class Registry(Generic[_Item]):
 
         Raises `ConfigError` if nothing is found and a plug-in cannot be imported.
         """
-        problems = [] if name in self.registered else import_plugins()  # their import may register *name*
+        problems: list[str] = []
+        if name not in self.registered:
+            register_own_packages()
+        if name not in self.registered:
+            problems = import_plugins()  # their import may register *name*
         if name in self.registered:
-            return self.registered[name][0]
+            return load(self.registered[name][0])
         if problems:
             raise ConfigError(f"{self.kind} {name!r}: not found; {problems[0]}")
         return None
 
     def names(self) -> list[str]:
         """Import the plug-ins and list the registered names; warn of plug-ins that cannot be imported."""
+        register_own_packages()
         for problem in import_plugins():
             log.warning(problem)
         return list(self.registered)
 
 
+def load(source: Any) -> Any:
+    """Import what *source* names, if it is a text `module:name`; return anything else as it is."""
+    if not isinstance(source, str):
+        return source
+    module, _, name = source.partition(":")
+    return getattr(import_module(module), name)
+
+
 DATA_SOURCES: Registry[Any] = Registry("data source")
+IMPORTERS: Registry[Any] = Registry("importer")
 MODELS: Registry[Any] = Registry("model")
 POOLINGS: Registry[Any] = Registry("pooling")
 RUNTIMES: Registry[Any] = Registry("runtime")
@@ -101,9 +122,25 @@ def import_plugins() -> list[str]:
     return problems
 
 
+def register_own_packages() -> None:
+    """Let the other packages of this project's wheel register their names."""
+    for point in own_entry_points(_GROUP):
+        point.load()()
+
+
+@cache
+def own_entry_points(group: str) -> tuple[EntryPoint, ...]:
+    """List the entry points of this project in *group*, by the metadata of its own installation."""
+    return tuple(point for point in entry_points(group=group) if _is_own(point))
+
+
 @cache
 def _entry_points() -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=_GROUP))
+    return tuple(point for point in entry_points(group=_GROUP) if not _is_own(point))
+
+
+def _is_own(point: EntryPoint) -> bool:
+    return point.dist is not None and point.dist.name == _THIS_PROJECT
 
 
 def installed_plugins() -> tuple[EntryPoint, ...]:

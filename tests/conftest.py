@@ -124,7 +124,7 @@ def _state_between_files() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    from tests.scheduling import GroupScheduling
+    from tests.support.scheduling import GroupScheduling
 
     return GroupScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
@@ -139,7 +139,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
-        from tests.scheduling import start_position
+        from tests.support.scheduling import start_position
 
         items.sort(key=lambda item: start_position(item.nodeid))
     if config.getoption("--reverse"):

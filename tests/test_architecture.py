@@ -5,9 +5,8 @@ import re
 import subprocess
 import sys
 import threading
-import tomllib
 from graphlib import TopologicalSorter
-from itertools import pairwise
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
@@ -16,18 +15,20 @@ import pytest
 
 import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.cli.app import COMMANDS
+from sopdeploy_commands.app import COMMANDS
 from sopdeploy_service.decoding import child
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import module_at
-from tests.service.conftest import picture_bytes, running, write_bundle
+from tests.support.service import picture_bytes, running, write_bundle
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "sopdeploy": ROOT / "sopdeploy",
     "sopdeploy_export": ROOT / "export" / "sopdeploy_export",
     "sopdeploy_service": ROOT / "service" / "sopdeploy_service",
+    "sopdeploy_commands": ROOT / "commands" / "sopdeploy_commands",
+    "sopdeploy_papers": ROOT / "plugins" / "papers" / "sopdeploy_papers",
 }
 TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".html", ".css", ".js", ".json", ".cfg", ""}
 
@@ -92,7 +93,7 @@ def test_the_tables_of_the_operations_page_are_up_to_date() -> None:
 SUGGESTED = re.compile(rf'(sopdeploy ({"|".join(COMMANDS)}) |run: \w+ )[^;`("\n]*\Z')  # a command so far
 
 
-@pytest.mark.parametrize("package", ["sopdeploy", "service", "export"])
+@pytest.mark.parametrize("package", ["sopdeploy", "service", "export", "commands", "plugins"])
 def test_the_words_of_suggested_commands_are_quoted(package: str) -> None:
     unquoted = []
     for path in sorted((ROOT / package).rglob("*.py")):
@@ -123,7 +124,7 @@ def test_the_counts_of_the_models_page_are_up_to_date() -> None:
 
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-MENTION = re.compile(r"`((?:sopdeploy|export|service|tests|docs|benchmarks)/[\w/.-]+)`")
+MENTION = re.compile(r"`((?:sopdeploy|export|service|commands|plugins|tests|docs|benchmarks)/[\w/.-]+)`")
 
 
 def anchors(page: Path) -> set[str]:
@@ -145,26 +146,36 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
-    "contracts"
-]
-LAYERS = {one["containers"][0]: one["layers"] for one in CONTRACTS if one["type"] == "layers"}
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_the_table_of_a_package_has_the_order_of_its_import_contract(package: str) -> None:
-    layer_of = {
-        module: number
-        for number, layer in enumerate(LAYERS[package])
-        for module in layer.split(" | ")
-        if module != "__main__"
-    }
+def test_the_page_of_the_architecture_has_the_floors_of_the_contracts_and_fits_a_screen() -> None:
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    table = page.partition(f"| `{name(PACKAGES[package])}/` | content |\n|---|---|\n")[2].partition("\n\n")[0]
-    rows = [re.findall(r"`(\w+)/?`", row.split(" | ")[0]) for row in table.splitlines()]
-    assert sorted(module for row in rows for module in row) == sorted(layer_of)
-    layers = [[layer_of[module] for module in row] for row in rows]
-    assert all(max(above) < min(below) for above, below in pairwise(layers))
+    assert page == module_at(ROOT / "docs" / "generate_floors.py").architecture_page(), "run `make docs`"
+    assert len(page.split()) <= 700
+
+
+def imports_of(path: Path) -> set[str]:
+    """List the top-level packages that a module imports anywhere: in functions and for type checks, too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module).partition(".")[0])
+    return names
+
+
+def test_the_ground_imports_no_other_room() -> None:
+    others = PACKAGES.keys() - {"sopdeploy"}
+    found = {name(path): imports_of(path) & others for path in sorted(PACKAGES["sopdeploy"].rglob("*.py"))}
+    assert {path: rooms for path, rooms in found.items() if rooms} == {}
+
+
+def test_the_stub_of_the_package_has_the_lazy_names_at_their_places() -> None:
+    stub = ast.parse((ROOT / "sopdeploy" / "__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    typed = {alias.asname: str(node.module) for node in imports for alias in node.names}
+    assert typed == {**sopdeploy._MODULES, "__version__": "sopdeploy.version"}
+    for exported, module in sopdeploy._MODULES.items():
+        assert getattr(sopdeploy, exported) is getattr(import_module(module), exported)
 
 
 def test_a_request_executes_the_files_of_its_table(tmp_path: Path) -> None:
@@ -209,16 +220,12 @@ def test_a_request_executes_the_files_of_its_table(tmp_path: Path) -> None:
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopdeploy_export")
 WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing these modules must not import
     (
-        *("sopdeploy", "sopdeploy.bundle.manifest", "sopdeploy.bundle.probes", "sopdeploy.cli.app"),
-        "sopdeploy.client",
-        *(
-            "sopdeploy.images.preprocess",
-            "sopdeploy_service.commands.predict",
-        ),
-        *("sopdeploy_service.commands.verify", "sopdeploy_service.commands.evaluate"),
+        *("sopdeploy", "sopdeploy.bundle.manifest", "sopdeploy.bundle.probes", "sopdeploy_commands.app"),
+        *("sopdeploy.client", "sopdeploy.images.preprocess", "sopdeploy_commands.bundles.predict"),
+        *("sopdeploy_commands.bundles.verify", "sopdeploy_commands.bundles.scores"),
         *("sopdeploy_service.server.process", "sopdeploy_service.app"),
     ): HEAVY,
-    ("sopdeploy.cli.app",): ("importlib.metadata", "rich", "pydantic", "numpy", "fastapi"),
+    ("sopdeploy_commands.app",): ("importlib.metadata", "rich", "pydantic", "numpy", "fastapi"),
     ("sopdeploy.models.registry", "sopdeploy.training.recipe"): ("torch", "timm"),
 }
 

@@ -22,10 +22,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from tests.pictures import encoded
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
-from tests.service.children import PYTHONPATH, announcing
-from tests.service.conftest import wait_for
+from tests.support.children import PYTHONPATH, announcing
+from tests.support.pictures import encoded
+from tests.support.service import wait_for
 
 COLOURS = {  # by the name of the class
     "Überwurf " + "ж" * 95: (40, 60, 200),  # 200 bytes

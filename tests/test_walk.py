@@ -19,12 +19,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.cli.app import app
-from sopdeploy.commands import demo
-from tests import quick_torch
+from sopdeploy_commands import demo
+from sopdeploy_commands.app import app
 from tests.export.once import proving_once
-from tests.service.children import PYTHONPATH, serving
-from tests.service.conftest import write_bundle
+from tests.support import quick_torch
+from tests.support.children import PYTHONPATH, serving
+from tests.support.service import write_bundle
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"blue": (40, 60, 210), "green": (30, 190, 60), "red": (215, 40, 50)}

@@ -25,8 +25,7 @@ from sopdeploy_service.http.middleware import (
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import ModelRegistry, Service
-from sopdeploy_service.keep.folder import KeptFolder
-from sopdeploy_service.keep.keeper import Keeper
+from sopdeploy_service.second_week.keep.keeper import open_keeper
 from sopdeploy_service.settings import Settings, is_loopback
 
 ROUTERS = v1.router, status.router, v2.router, web.router
@@ -49,16 +48,8 @@ def create_app(
         raise ConfigError(f"{settings.keys}: {reason}")
     registry = models if isinstance(models, ModelRegistry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
-    keeper: Keeper | None = None
-    if settings.keep is not None:
-        deleted = service.metrics.kept_deleted
-        folder = KeptFolder(
-            settings.keep,
-            settings.keep_bytes,
-            settings.keep_days,
-            lambda reason: deleted.labels(reason).inc(),
-        )
-        keeper = Keeper(folder, settings.keep_sample, service.metrics, service.decoders.copy)
+    keeper = open_keeper(settings, service.metrics, service.decoders.copy)
+    if keeper is not None:
         service.keep = keeper.offer
 
     @asynccontextmanager

@@ -1,10 +1,10 @@
 """Weight files, converted weights, and their match with the network that the user named."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,7 @@ from sopdeploy.config import FieldValues, StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model, entry, make_config
-
-
-class Layer(NamedTuple):
-    """A layer of a MatConvNet network; `block` holds its settings, such as `iterNum` or `stride`."""
-
-    kind: str
-    block: Mapping[str, Any]
+from sopdeploy.plugins import IMPORTERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,16 +22,12 @@ class WeightFile:
     """Content of a weight file; tensor names have no data-parallel prefixes.
 
     `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts store.
-    MatConvNet files also have `layers` by name and `normalization`, the size of images and the color that is
-    subtracted from them; their tensors have MATLAB's axes.
     """
 
     path: Path
     sha256: str
     tensors: Mapping[str, Tensor]
     arch: str | None = None
-    layers: Mapping[str, Layer] = field(default_factory=dict)
-    normalization: Mapping[str, Any] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
         """Get the tensor *name*; raises `WeightsError` if the file has none."""
@@ -73,6 +63,31 @@ class ConvertedWeights:
     class_names: tuple[str, ...] = ()
     imagenet: bool = True
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Importer:
+    """Reads the published weight files of a project.
+
+    `convert` takes a file and the catalog name that the user gave; it returns None for files of other
+    projects, and is asked only about files in which the name of a tensor contains one of `marks`.
+    Files of another format than those of torch and safetensors begin with `magic`; `read` takes their path
+    and their sha256.
+    """
+
+    marks: tuple[str, ...]
+    convert: Callable[[WeightFile, str], ConvertedWeights | None]
+    magic: bytes | None = None
+    read: Callable[[Path, str], WeightFile] | None = None
+
+
+def register_importer(name: str, importer: Importer) -> None:
+    """Let `sopdeploy import`, and training from weights, read the files of another project.
+
+    Importers of sopdeploy come first. Raises `ConfigError` if *name* is invalid, or if another module has
+    registered it.
+    """
+    IMPORTERS.register(name, importer, importer.convert.__module__)
 
 
 def rename_tensors(file: WeightFile, renames: Mapping[str, str]) -> dict[str, Tensor]:

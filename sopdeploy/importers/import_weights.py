@@ -5,8 +5,9 @@ a JSON header and numbers.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from shlex import join
 from types import MappingProxyType
@@ -31,26 +32,38 @@ from sopdeploy.files import WeightPath, read_class_names, sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import (
     ConvertedWeights,
+    Importer,
     WeightFile,
     choose_config,
     fit_tensors,
     make_row_wise,
 )
-from sopdeploy.importers.timm_files import TIMM_PREFIX, find_network, refuse_other_network
-from sopdeploy.models.registry import list_models, load
+from sopdeploy.importers.pytorch_projects import (
+    convert_cifar_resnet,
+    convert_gsop,
+    convert_resnet,
+    convert_vgg,
+)
+from sopdeploy.importers.timm_files import (
+    TIMM_PREFIX,
+    convert_efficientnet_lite,
+    convert_timm,
+    find_network,
+    refuse_other_network,
+)
+from sopdeploy.models.registry import list_models
+from sopdeploy.plugins import IMPORTERS
 from sopdeploy.version import __version__
 
-# Parts of tensor names that the files of a project have, and its function (file, model), which returns None
-# for other files; the first one that returns weights is used.
-CONVERTERS = (
-    (("",), "timm_files:convert_timm"),  # of all files: the user names the network
-    (("conv_stem.",), "timm_files:convert_efficientnet_lite"),
-    ((".conv_for_DR",), "pytorch_projects:convert_gsop"),
-    (("layer4.", "features.7."), "pytorch_projects:convert_resnet"),
-    (("features.0.",), "pytorch_projects:convert_vgg"),
-    (("linear.",), "pytorch_projects:convert_cifar_resnet"),
-    (("prediction_f",), "gmsop:convert_gmsop"),
+OWN_IMPORTERS = (  # the first one that returns weights is used
+    Importer(marks=("",), convert=convert_timm),  # of all files: the user names the network
+    Importer(marks=("conv_stem.",), convert=convert_efficientnet_lite),
+    Importer(marks=(".conv_for_DR",), convert=convert_gsop),
+    Importer(marks=("layer4.", "features.7."), convert=convert_resnet),
+    Importer(marks=("features.0.",), convert=convert_vgg),
+    Importer(marks=("linear.",), convert=convert_cifar_resnet),
 )
+TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
 
 Triangle = Literal["rows", "columns"]
 # By the first digits of the SHA-256, which are in the name of the file: what is wrong with a published file.
@@ -61,7 +74,6 @@ BROKEN = dict.fromkeys(
     "add --triangle columns and measure the accuracy",
 )
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
-MATLAB_MAGIC, HDF5_MAGIC = b"MATLAB ", b"MATLAB 7.3"
 
 
 class ImportReport(StrictModel):
@@ -150,12 +162,10 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
     Raises `WeightsError`, and `CheckpointError` for a damaged checkpoint.
     """
     path = file.path
-    if file.first.startswith(HDF5_MAGIC):
-        raise WeightsError(f"{path}: MATLAB's version 7.3 is not read; save it in MATLAB with the option -v7")
-    if file.first.startswith(MATLAB_MAGIC):
-        from sopdeploy.importers.gmsop import read_dagnn  # noqa: PLC0415 # imports networks
-
-        return read_dagnn(path, sha256(path))
+    if not file.first.startswith(TORCH_MAGIC):
+        for importer in _registered_importers():
+            if importer.magic and importer.read and file.first.startswith(importer.magic):
+                return importer.read(path, sha256(path))
     content, digest = read_pytorch(file)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         return parse_checkpoint(path, content, digest)
@@ -214,12 +224,13 @@ def network_of_weights(file: WeightFile, default: str) -> str:
 
 
 def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert *file* by the first of `CONVERTERS` that recognizes it; None if none does."""
-    for marks, function in CONVERTERS:
-        if not any(mark in name for mark in marks for name in file.tensors):
+    """Convert *file* by the first importer that recognizes it; None if none does."""
+    has_own_format = type(file) is not WeightFile  # read by a registered importer, which alone knows it
+    for importer in chain(() if has_own_format else OWN_IMPORTERS, _registered_importers()):
+        if not any(mark in name for mark in importer.marks for name in file.tensors):
             continue
         try:
-            converted: ConvertedWeights | None = load(f"importers.{function}")(file, model)
+            converted = importer.convert(file, model)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of tensors with other axes
             reason = str(error).partition("\n")[0]
             raise WeightsError(
@@ -228,6 +239,13 @@ def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
         if converted is not None:
             return converted
     return None
+
+
+def _registered_importers() -> Iterator[Importer]:
+    """Yield the importers that packages have registered; each is imported when it is reached."""
+    for name in IMPORTERS.names():
+        if importer := IMPORTERS.find(name):
+            yield importer
 
 
 def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:

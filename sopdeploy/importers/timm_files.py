@@ -33,7 +33,7 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
 
     Raises `WeightsError` if the tensors are those of another network.
     """
-    if not model.startswith(TIMM_PREFIX) or file.layers:  # MatConvNet files have layers
+    if not model.startswith(TIMM_PREFIX):
         return None
     from sopdeploy.models.timm_networks import import_timm  # noqa: PLC0415  # imports blocks of networks
 

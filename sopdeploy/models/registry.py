@@ -6,14 +6,13 @@ The module of a network is imported when its class is used, so this module does 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pydantic
 
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
-from sopdeploy.plugins import MODELS
+from sopdeploy.plugins import MODELS, load
 
 if TYPE_CHECKING:
     from sopdeploy.models.base import Classifier
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A network and its config, each as a class or as `module:Class` in `sopdeploy`.
+    """A network and its config, each as a class or as `module:Class`.
 
     From a `Backbone`, `network` derives a `Classifier`. `image_size` is that of its paper, in pixels.
     """
@@ -46,14 +45,6 @@ class Entry:
         return load(self.config_source)
 
 
-def load(source: str | type) -> Any:
-    """Import what *source* names, `module:name`; a class is returned as it is."""
-    if not isinstance(source, str):
-        return source
-    module, _, name = source.partition(":")
-    return getattr(import_module(f"sopdeploy.{module}"), name)
-
-
 def with_config(network: str, defaults: Mapping[str, Any], summary: str, **sizes: int) -> Entry:
     """Build the entry of a *network* whose config has its name and `Config`."""
     return Entry(network, f"{network}Config", defaults, summary, **sizes)
@@ -66,12 +57,14 @@ def at_32(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
 
 def at_64(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
     """Build the entry of a network of GM-SOP's paper, for the 64-pixel images of ImageNet."""
-    return with_config(f"models.gmsop:{network}", defaults, f"{title} for 64-pixel images", image_size=64)
+    return with_config(
+        f"sopdeploy.models.gmsop:{network}", defaults, f"{title} for 64-pixel images", image_size=64
+    )
 
 
-RESNET, VGG = "backbones.resnet:ResNet", "backbones.alexnet_vgg:VGG"
-LITE = "backbones.efficientnet:EfficientNetLite"
-CIFAR, DSOP_NETWORKS = "backbones.cifar_resnet", "models.dsop_networks"
+RESNET, VGG = "sopdeploy.backbones.resnet:ResNet", "sopdeploy.backbones.alexnet_vgg:VGG"
+LITE = "sopdeploy.backbones.efficientnet:EfficientNetLite"
+CIFAR, DSOP_NETWORKS = "sopdeploy.backbones.cifar_resnet", "sopdeploy.models.dsop_networks"
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
     "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
     "preact-resnet164": ({"blocks": 18, "block": "bottleneck"}, "pre-activation ResNet-164"),
@@ -85,12 +78,14 @@ POOLED = {
         f"resnet{depth}": with_config(RESNET, {"depth": depth}, f"plain ResNet-{depth}")
         for depth in (18, 34, 50, 101)
     },
-    "alexnet": with_config("backbones.alexnet_vgg:AlexNet", {}, "plain AlexNet"),
+    "alexnet": with_config("sopdeploy.backbones.alexnet_vgg:AlexNet", {}, "plain AlexNet"),
     **{
         name: with_config(VGG, {"pooling": "flatten", "batch_norm": norm}, f"plain {title}")
         for name, norm, title in (("vgg16", False, "VGG-16"), ("vgg16-bn", True, "VGG-16 with batch norm"))
     },
-    "efficientnet-b0": with_config("backbones.efficientnet:EfficientNet", {}, "plain EfficientNet-b0"),
+    "efficientnet-b0": with_config(
+        "sopdeploy.backbones.efficientnet:EfficientNet", {}, "plain EfficientNet-b0"
+    ),
     "efficientnet-lite0": with_config(LITE, {}, "plain EfficientNet-Lite0"),
     "efficientnet-lite2": with_config(
         LITE, {"width": 1.1, "depth": 1.2, "dropout": 0.3}, "plain EfficientNet-Lite2", image_size=260
@@ -115,7 +110,7 @@ POOLED = {
         for depth in depths
     },
     "isqrt-efficientnet-b0": with_config(
-        "models.pooled:SecondOrderEfficientNet",
+        "sopdeploy.models.pooled:SecondOrderEfficientNet",
         {},
         "EfficientNet-b0 with iSQRT-COV in place of its global average",
     ),
@@ -151,14 +146,14 @@ DSOP = {
 }
 PSDR = {
     "psdr-resnet50": Entry(
-        "models.psdr:SupervisedPSDRResNet",
-        "models.psdr:PSDRConfig",
+        "sopdeploy.models.psdr:SupervisedPSDRResNet",
+        "sopdeploy.models.psdr:PSDRConfig",
         {"depth": 50},
         "ResNet-50 before PSDR and iSQRT-COV; its auxiliary heads are detached",
     ),
     "psdr-resnet50-no-aux": Entry(
-        "models.psdr:PSDRResNet",
-        "models.psdr:PSDRConfig",
+        "sopdeploy.models.psdr:PSDRResNet",
+        "sopdeploy.models.psdr:PSDRConfig",
         {"depth": 50},
         "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
     ),
@@ -179,7 +174,7 @@ FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
 GSOP = {
     **{
         f"gsop-net{net}-resnet{depth}": with_config(
-            "models.gsop:GSoPResNet",
+            "sopdeploy.models.gsop:GSoPResNet",
             {"depth": depth, "final_pooling": final},
             f"GSoP-Net{net} on ResNet-{depth}: covariances scale the channels of every stage",
         )
@@ -188,7 +183,7 @@ GSOP = {
     },
     **{
         f"gsop-net{net}-preact-resnet164": with_config(
-            "models.gsop:GSoPPreActResNet",
+            "sopdeploy.models.gsop:GSoPPreActResNet",
             {"blocks": 18, "final_pooling": final},
             f"GSoP-Net{net} on PreAct-ResNet-164 for 32-pixel images",
             image_size=32,
@@ -252,9 +247,9 @@ FAMILIES = (  # title and networks, in display order
 )
 CATALOG: dict[str, Entry] = {name: item for _, entries in FAMILIES for name, item in entries.items()}
 PREFIXES = {  # functions (prefix, name) that build the entry of PREFIX:NAME
-    "head": "models.second_order_head:head_entry",
-    "timm": "models.timm_networks:timm_entry",
-    "dsop-timm": "models.timm_networks:timm_entry",
+    "head": "sopdeploy.models.second_order_head:head_entry",
+    "timm": "sopdeploy.models.timm_networks:timm_entry",
+    "dsop-timm": "sopdeploy.models.timm_networks:timm_entry",
 }
 
 

@@ -188,5 +188,5 @@ def timm_entry(family: str, name: str) -> Entry:
     side = timm_image_size(name)
     if family == "timm":
         return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)
-    network = "models.dsop_networks:DSoPTimm"
+    network = "sopdeploy.models.dsop_networks:DSoPTimm"
     return Entry(network, f"{network}Config", {"backbone": name}, f"DSoP on timm's {name}", side)

@@ -2,20 +2,32 @@
 
 import difflib
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from sopdeploy.config import FieldValues, parse_toml
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_text
+from sopdeploy.plugins import RECIPES, own_entry_points
 
 _KINDS = ("kind", "name")  # keys that say to what the other keys of a table belong
 
 
 def list_recipes() -> list[str]:
     """List the names of the packaged recipes."""
-    names = [file.name for file in resources.files("sopdeploy.recipes").iterdir()]
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+    return sorted(_packaged())
+
+
+def _packaged() -> dict[str, Traversable]:
+    """Find the packaged recipes by name: those of sopdeploy, and of other packages of its wheel."""
+    packages = ["sopdeploy.recipes", *(point.module for point in own_entry_points(RECIPES))]
+    return {
+        file.name.removesuffix(".toml"): file
+        for package in packages
+        for file in resources.files(package).iterdir()
+        if file.name.endswith(".toml")
+    }
 
 
 def recipe_text(source: str | Path) -> str:
@@ -26,12 +38,13 @@ def recipe_text(source: str | Path) -> str:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error  # without the path
             raise ConfigError(f"{source}: cannot be read ({reason}); give a recipe file") from error
-    names = list_recipes()
-    if str(source) not in names:
+    recipes = _packaged()
+    if str(source) not in recipes:
+        names = sorted(recipes)
         close = difflib.get_close_matches(str(source), names, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(names)}"
         raise ConfigError(f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)")
-    return (resources.files("sopdeploy.recipes") / f"{source}.toml").read_text(encoding="utf-8")
+    return recipes[str(source)].read_text(encoding="utf-8")
 
 
 def read_values(source: str | Path) -> FieldValues:

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.archive import BLOCK, END, header, padding
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.signing import sign, signature_path
-from sopdeploy.cli.app import app
-from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError
-from tests.forged import forge, write_hollow
-from tests.keys import write_key
+from sopdeploy_commands.app import app
+from sopdeploy_commands.bundles.transfer import pull, push
+from tests.support.forged import forge, write_hollow
+from tests.support.keys import write_key
 
 ARCHIVE = "tiny.tar"
 PWNED = Path(tempfile.gettempdir()) / "pwned"

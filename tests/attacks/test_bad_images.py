@@ -18,14 +18,14 @@ from sopdeploy.images.pixels import TILE
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.folder import open_folder
+from sopdeploy_commands.bulk.sources import ListedImage, list_sources, read_listed
+from sopdeploy_commands.bundles.predict import read_image
 from sopdeploy_export.precision.accuracy_gate import calibration_images
-from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, read_listed
-from sopdeploy_service.commands.predict import read_image
 from sopdeploy_service.images.decode import decode
-from tests.counted import counted, record_images
-from tests.pictures import chunk, encoded, png
-from tests.sopdeploy.data.small_data import jpeg, write_classes
-from tests.strategies import image_files
+from tests.support.counted import counted, record_images
+from tests.support.pictures import chunk, encoded, png
+from tests.support.small_data import jpeg, write_classes
+from tests.support.strategies import image_files
 
 RULES = Preprocess(resize=36, crop=32)
 

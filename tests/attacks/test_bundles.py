@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.onnx_root import read_model
-from sopdeploy.cli.app import app
 from sopdeploy.errors import CertificateError
-from tests.forged import FIELDS, LABELS, forge, graph, proof_files, write_computed
+from sopdeploy_commands.app import app
+from tests.support.forged import FIELDS, LABELS, forge, graph, proof_files, write_computed
 
 SIDE = 16
 PROBES = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8)

@@ -33,9 +33,9 @@ from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.certificate import certify
 from sopdeploy_export.proof.networks import detach
-from tests import quick_torch
 from tests.export.conftest import GMSOP, save, trained
 from tests.export.once import digest, proving_once
+from tests.support import quick_torch
 
 SIDE = 16
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)

@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import Checkpoint, load_plain, read_checkpoint, write_checkpoint
-from sopdeploy.cli.app import app
 from sopdeploy.errors import CheckpointError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from tests import quick_torch
+from sopdeploy_commands.app import app
+from tests.support import quick_torch
 
 MARKER = "pwned"
 

@@ -28,22 +28,22 @@ from sopdeploy.bundle.golden import read_golden
 from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
-from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError, RuntimeUnavailableError, SopdeployError
+from sopdeploy_commands.bundles.predict import predict
+from sopdeploy_commands.bundles.transfer import pull, push
+from sopdeploy_commands.bundles.verify import verify
+from sopdeploy_commands.second_week.compare import compare
+from sopdeploy_commands.second_week.promote import promote
 from sopdeploy_export.triton import write_triton
-from sopdeploy_service.commands.compare import compare
-from sopdeploy_service.commands.predict import predict
-from sopdeploy_service.commands.promote import promote
-from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.server.process import load_app
 from sopdeploy_service.settings import Settings
-from tests.keys import write_key
-from tests.pictures import encoded
-from tests.service.conftest import write_bundle
+from tests.support.keys import write_key
+from tests.support.pictures import encoded
+from tests.support.service import write_bundle
 
 IMAGES = np.random.default_rng(7).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
 LATER = "2030-01-01T00:00:00.000000Z"

@@ -33,7 +33,7 @@ READERS = {
     "sopdeploy/checkpoint.py: import pickle",  # the type of an exception
     "sopdeploy/checkpoint.py: safetensors.load",  # JSON and numbers
     "sopdeploy/checkpoint.py: torch.load",  # with weights_only=True
-    "sopdeploy/importers/gmsop.py: scipy_io.loadmat",  # numbers, text and structs
+    "plugins/papers/sopdeploy_papers/gmsop_weights.py: scipy_io.loadmat",  # numbers, text and structs
     # A protocol buffer:
     "export/sopdeploy_export/operators.py: onnx.load",
 }

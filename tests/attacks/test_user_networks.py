@@ -17,11 +17,11 @@ from torch import nn
 
 from sopdeploy.errors import SopdeployError
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_service.commands.verify import verify
-from tests import quick_torch
 from tests.attacks import user_networks as u
 from tests.export.user_network.networks import PREPROCESS, SIDE, export_small
+from tests.support import quick_torch
 
 TOLERANCE = 1e-4  # of the largest logit
 BATCHES = (1, 2, 3, 5)

@@ -18,8 +18,8 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
-from sopdeploy.cli.app import app
 from sopdeploy.evaluation.drift import SIGNIFICANCE
+from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings, load_settings

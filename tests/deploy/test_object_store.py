@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from tests.deploy.test_deploy import needs_helm, run_helm, yaml
-from tests.service.children import serving
-from tests.service.conftest import picture_bytes, wait_for, write_bundle
+from tests.support.children import serving
+from tests.support.service import picture_bytes, wait_for, write_bundle
 
 KEYS = {"AWS_ACCESS_KEY_ID": "static", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 ADDRESS = "http://127.0.0.1:"

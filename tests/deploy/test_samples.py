@@ -16,10 +16,10 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import GOLDEN, check_golden, read_golden
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.commands.verify import verify
+from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_service.settings import Settings
-from tests.forged import forge
-from tests.service.conftest import picture_bytes, write_bundle
+from tests.support.forged import forge
+from tests.support.service import picture_bytes, write_bundle
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "deploy" / "samples"

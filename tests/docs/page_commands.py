@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.docs.reading import ROOT, blocks
-from tests.service.children import free_port, line_of
+from tests.support.children import free_port, line_of
 
 DRAW = blocks(ROOT / "docs" / "quickstart.md", "python")[0]
 CODE = re.compile(r"^( *)```(sh|bash|python)\n(.*?)^\1```|^ {4}(\S[^\n]*)$", re.MULTILINE | re.DOTALL)

@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from sopdeploy.cli.app import app
+from sopdeploy_commands.app import app
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: Any = get_command(app)

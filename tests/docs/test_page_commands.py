@@ -9,19 +9,19 @@ import pytest
 
 from tests.docs.page_commands import SERVE, Workspace, steps
 from tests.docs.reading import PAGES, ROOT, name
-from tests.service.conftest import write_bundle
+from tests.support.service import write_bundle
 
 NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a GPU, or hours
     r"pip (install|wheel)",
     r"(git|make|docker|helm) ",
     r".* s3://",
-    r"sopdeploy classify .*--ray ",  # `tests/service/commands/batch/test_on_ray.py` runs it
+    r"sopdeploy classify .*--ray ",  # `tests/commands/bulk/test_on_ray.py` runs it
     r".*(--profiles|--runtime tensorrt)",
     r"sopdeploy (import|\w+ ckpt\.pt)",
     r"sopdeploy promote ",  # needs two networks; `tests/test_loop.py` runs it
     r"sopdeploy reproduce .*--data",
     r".* (--weights|--models) ",
-    r"sopdeploy label |.* --unknown ",  # `tests/service/labelling` labels; these folders come from it
+    r"sopdeploy label |.* --unknown ",  # tested in `tests/service/second_week`; these folders come from it
     r".* fgvc",
     r"torchrun ",
     r"#!/bin/bash\n#SBATCH",

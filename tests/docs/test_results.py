@@ -17,14 +17,14 @@ from sopdeploy.training.few_shot import cache as feature_cache
 from sopdeploy.training.few_shot import features
 from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.recipe import RejectionConfig
+from sopdeploy_commands.bulk import sources
+from sopdeploy_commands.bundles import verify
 from sopdeploy_export.results import FLOORS, FLOORS_BY_PRECISION
 from sopdeploy_service.api import admission
-from sopdeploy_service.commands import verify
-from sopdeploy_service.commands.batch import sources
 from sopdeploy_service.devices import supervisor
 from sopdeploy_service.inference import decoders, memory_budget
-from sopdeploy_service.keep import folder as kept_folder
-from sopdeploy_service.keep import keeper
+from sopdeploy_service.second_week.keep import folder as kept_folder
+from sopdeploy_service.second_week.keep import keeper
 from sopdeploy_service.server import http_protocol
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import PAGES, ROOT, module_at, name

@@ -17,8 +17,8 @@ from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.results import Exported
-from tests import quick_torch
 from tests.export.once import proving_once
+from tests.support import quick_torch
 
 SIDE = 16
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)

@@ -22,7 +22,7 @@ from sopdeploy_service.settings import Settings
 from tests.export.conftest import export_once, trained
 from tests.export.once import proving_once
 from tests.export.user_network.networks import CLASSES, Small, export_small, variant
-from tests.service.conftest import picture_bytes, running
+from tests.support.service import picture_bytes, running
 
 SETTINGS = Settings(threads=1)
 

@@ -25,6 +25,7 @@ from sopdeploy.errors import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
+from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_export import program_hashes
 from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
@@ -33,12 +34,11 @@ from sopdeploy_export.parity import compare
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.results import Exported
-from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import ROOT
 from tests.export.conftest import GMGAP, LABELS, save, trained
 from tests.export.once import proving_once
-from tests.forged import write_hollow
+from tests.support.forged import write_hollow
 
 DETACH = ExportOptions(detach=True, max_batch=4)
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError
+from sopdeploy_commands.app import app
 from sopdeploy_export.triton import write_triton
 from tests.tensorrt.networks import CLASSES, SIDE, some_images, write
 

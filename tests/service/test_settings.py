@@ -8,7 +8,7 @@ import pytest
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.loader import largest_batch
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments, to_toml
-from tests.fake_runtime import FakeRuntime
+from tests.support.fake_runtime import FakeRuntime
 
 
 def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatch, tmp_path):

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import quick_torch
 from tests.sopdeploy.training import runs
+from tests.support import quick_torch
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,7 @@ from sopdeploy.file_systems import lock_file
 from sopdeploy.files import atomic_write, link_latest, move_link, new_folder, remove_left, temporary_folder
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.run_folder import RunFolder
-from tests.forged import write_hollow
+from tests.support.forged import write_hollow
 
 # Errors of file systems without locks; others raise them for a file of a server that was restarted.
 NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.EINVAL, errno.EBADF, errno.EIO]

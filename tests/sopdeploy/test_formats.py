@@ -22,20 +22,20 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.checkpoint import Checkpoint, build_classifier, load_plain, read_checkpoint, write_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.kept import KeptRecord, read_kept
 from sopdeploy.models.registry import create_model
 from sopdeploy.training import record as record_module
 from sopdeploy.training.train import train_recipe
-from sopdeploy_service.commands.batch import classifier, output
-from sopdeploy_service.commands.batch.options import ClassifyOptions
-from sopdeploy_service.commands.batch.run import Classified, classify
-from sopdeploy_service.commands.forget import forget
+from sopdeploy_commands.bulk import classifier, output
+from sopdeploy_commands.bulk.options import ClassifyOptions
+from sopdeploy_commands.bulk.run import Classified, classify
+from sopdeploy_commands.second_week.forget import forget
 from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.second_week.kept import KeptRecord, read_kept
 from sopdeploy_service.settings import Settings
-from tests import quick_torch
-from tests.service.conftest import picture_bytes, write_bundle
-from tests.sopdeploy.test_kept import NAME, record_of
+from tests.service.second_week.test_kept import NAME, record_of
 from tests.sopdeploy.training.runs import few_digits, interrupt, short_recipe
+from tests.support import quick_torch
+from tests.support.service import picture_bytes, write_bundle
 
 FOLDER = Path(__file__).parents[1] / "formats" / "0.1.0"
 TIME = "2026-01-02T03:04:05.000000Z"

@@ -19,13 +19,11 @@ from sopdeploy.bundle.golden import GoldenIndex
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.checkpoint import Checkpoint, load_plain, read_checkpoint, read_pytorch, write_checkpoint
 from sopdeploy.client import encode_image
-from sopdeploy.commands.export import read_preprocess
 from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, shown
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.files import check_is_checkpoint, check_is_weights, read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.timm_files import read_hub_config
-from sopdeploy.kept import KeptRecord, read_kept
 from sopdeploy.names import read_labels
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy.photos.table import read_label_table
@@ -33,8 +31,10 @@ from sopdeploy.pickled import distinct_values
 from sopdeploy.tensorrt.cache import EngineRecord, records
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import parse_override, recipe_text
-from sopdeploy_service.commands.compare import Promotion, read_promotions
+from sopdeploy_commands.bundles.export import read_preprocess
+from sopdeploy_commands.second_week.compare import Promotion, read_promotions
 from sopdeploy_service.http.api_keys import read_keys
+from sopdeploy_service.second_week.kept import KeptRecord, read_kept
 from sopdeploy_service.settings import load_settings
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,6 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import leads_through, move_link, read_class_names
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.kept import KeptRecord
 from sopdeploy.names import (
     class_problem,
     is_bundle_name,
@@ -27,6 +26,7 @@ from sopdeploy.photos.check import check_data
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.photo import ArrayImages, Split
 from sopdeploy.project import check_project_name
+from sopdeploy_service.second_week.kept import KeptRecord
 
 ACCEPTED = (
     "hat", "red hat", "Schuhé 👟", "e\u0301toile", "人", "\u0645\u06cc\u200c\u062e", "👩\u200d🔧", "❤\ufe0f",

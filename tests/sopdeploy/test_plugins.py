@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import sopdeploy
 from sopdeploy import plugins
-from sopdeploy.cli.app import app
+from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.sources import DataSource
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.models.registry import entry
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy_commands.app import app
 from sopdeploy_service.settings import load_settings
 
+TESTS = Path(__file__).parents[1]
 Install = Callable[[str], None]
 MODULES = {
     "raises": "raise RuntimeError('first line\\nsecond line')",
@@ -26,12 +28,16 @@ MODULES = {
     "wrong": "import sopdeploy\nsopdeploy.register_pooling(1)",
     "unnamed": "from sopdeploy.layers.pooling.registry import *\nregister_pooling(PoolingConfig)",
     "works": "import sopdeploy\nsopdeploy.register_runtime('acme', print)",
+    "weights": (TESTS / "plugins" / "text_weights.py").read_text(encoding="utf-8"),
 }
 
 
 @pytest.fixture(autouse=True)
 def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (plugins.MODELS, plugins.POOLINGS, plugins.DATA_SOURCES, plugins.RUNTIMES):
+    for registry in (
+        *(plugins.MODELS, plugins.POOLINGS, plugins.DATA_SOURCES),
+        *(plugins.RUNTIMES, plugins.IMPORTERS),
+    ):
         monkeypatch.setattr(registry, "registered", {})
 
 
@@ -102,6 +108,44 @@ def test_a_name_that_another_module_has_registered_is_an_error(install: Install)
         "runtime 'acme': sopdeploy_service.settings has registered this name; choose another" in problems[0]
     )
     sopdeploy.register_runtime("acme", load_settings)  # the same module again, as in a notebook
+
+
+def import_line(path: Path, model: str = "resnet8") -> Result:
+    out = path.with_name("imported.pt")
+    return CliRunner().invoke(app, ["import", str(path), "--as", model, "--out-file", str(out)])
+
+
+def test_an_outside_package_imports_the_files_of_its_project(install: Install, tmp_path: Path) -> None:
+    network = sopdeploy.create_model("resnet8", num_classes=3)
+    path = tmp_path / "weights.txt"
+    lines = [f"{name} {' '.join(map(str, tensor.shape))}" for name, tensor in network.state_dict().items()]
+    path.write_text("\n".join(["ACME-WEIGHTS", *lines]), encoding="utf-8")
+    before = import_line(path)
+    assert (before.exit_code, len(before.stderr.splitlines())) == (2, 1)
+    install("weights = weights_plugin")
+    result = import_line(path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = read_checkpoint(tmp_path / "imported.pt")
+    assert (found.model, len(found.labels)) == ("resnet8", 3)
+    assert all(float(tensor.sum()) == 0.0 for tensor in found.weights.values())
+
+
+def test_a_checkpoint_names_the_outside_packages_of_its_network(install: Install) -> None:
+    install("weights = weights_plugin")
+    (point,) = plugins.installed_plugins()
+    importer = vars(point.load())["TextWeights"]()
+    assert plugins.makers([importer, network := sopdeploy.create_model("resnet8")]) == {"acme": "2.0"}
+    assert plugins.makers([network]) == {}
+
+
+def test_plug_ins_that_are_switched_off_are_not_found(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("works = works_plugin")
+    monkeypatch.setenv(plugins.VARIABLE, "off")
+    with pytest.raises(ConfigError, match=r"runtime: .*choose from"):
+        load_settings(runtime="acme")
+    assert plugins.MODELS.find("lrbp-vgg16") is not None  # of this wheel, so it is no plug-in
 
 
 class Digits(DataSource):

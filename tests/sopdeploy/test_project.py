@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sopdeploy.commands.train import TrainOptions, configure
 from sopdeploy.errors import ConfigError
 from sopdeploy.project import check_project_name, folder_project, utc_now
+from sopdeploy_commands.training.train import TrainOptions, configure
 
 FOLDERS = {
     "photos": "photos",

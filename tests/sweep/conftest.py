@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import quick_torch
+from tests.support import quick_torch
 
 
 @pytest.fixture(scope="session", autouse=True)

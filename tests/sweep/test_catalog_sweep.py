@@ -19,8 +19,8 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import detach, export_checkpoint
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from tests.gpu_graphs import accepted
 from tests.sopdeploy.training.small_recipes import few_blocks
+from tests.support.gpu_graphs import accepted
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
 from tests.sweep.steps import Small, agreed, detached, exported
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
-from tests.gpu_graphs import ABSENT, real_tensorrt
+from tests.support.gpu_graphs import ABSENT, real_tensorrt
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import write

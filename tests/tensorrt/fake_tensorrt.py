@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tests.gpu_graphs import RealTensorRT
+from tests.support.gpu_graphs import RealTensorRT
 
 END = b"\nend of the real plan\n"
 

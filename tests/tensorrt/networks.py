@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
-from tests.forged import write_computed
+from tests.support.forged import write_computed
 
 SIDE, CHANNELS, CLASSES = 8, 4, 5
 RULES = Preprocess(resize=SIDE, crop=SIDE)

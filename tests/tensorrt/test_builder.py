@@ -1,6 +1,6 @@
 """The casts of images move to the input; a real parser and builder, TensorRT-RTX, accept the result.
 
-See tests/gpu_graphs.py.
+See tests/support/gpu_graphs.py.
 """
 
 import signal
@@ -15,7 +15,7 @@ from sopdeploy.errors import EngineError, LoweringError
 from sopdeploy.tensorrt.cache import Profile
 from sopdeploy.tensorrt.session import create, make_logger
 from sopdeploy_export.engine_builder.build import cast_images_first, parse_and_build
-from tests.gpu_graphs import ABSENT, WORKSPACE, RealTensorRT, real_tensorrt
+from tests.support.gpu_graphs import ABSENT, WORKSPACE, RealTensorRT, real_tensorrt
 from tests.tensorrt.networks import CHANNELS, network, outputs_of, some_images
 
 PROFILES = (Profile(minimum=1, maximum=1), Profile(minimum=2, maximum=16))

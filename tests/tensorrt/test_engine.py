@@ -17,7 +17,6 @@ from typer.testing import CliRunner, Result
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.cli.app import app
 from sopdeploy.errors import (
     ConfigError,
     EngineError,
@@ -36,6 +35,7 @@ from sopdeploy.tensorrt.cache import (
     load_engine,
     parse_profiles,
 )
+from sopdeploy_commands.app import app
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model, open_runtime

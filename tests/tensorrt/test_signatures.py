@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cuda.stand_in import ABSENT, FOLDER, installed
-from tests.gpu_graphs import real_tensorrt
+from tests.support.gpu_graphs import real_tensorrt
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import SIMULATED
 

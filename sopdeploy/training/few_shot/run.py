@@ -26,11 +26,11 @@ from sopdeploy.evaluation.label_doubts import doubt_labels
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
-from sopdeploy.kept import KEPT_NAME
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import Clips, find_clips
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, number_classes
+from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.photo import (
     LabeledImages,
     PreprocessedDataset,

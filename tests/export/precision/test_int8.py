@@ -31,7 +31,7 @@ from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.results import Exported
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, graph_of
-from tests.gpu_graphs import accepted
+from tests.support.gpu_graphs import accepted
 
 
 @pytest.fixture(scope="module")

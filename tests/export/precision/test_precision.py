@@ -24,7 +24,7 @@ from sopdeploy_export.precision.convert import CapturedGraph
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.precision.test_int8 import painted
-from tests.gpu_graphs import accepted
+from tests.support.gpu_graphs import accepted
 
 Make = Callable[..., Classifier]
 

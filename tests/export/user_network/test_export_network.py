@@ -22,10 +22,10 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import SopdeployError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.user_network.export_network import unused_modules
 from sopdeploy_service.app import create_app
-from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once

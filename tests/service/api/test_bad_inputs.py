@@ -15,9 +15,9 @@ from sopdeploy_service.http.strict_json import decode_text
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
-from tests.pictures import encoded, png
-from tests.service.conftest import RULES, picture_bytes
-from tests.service.raw import connect, read
+from tests.support.pictures import encoded, png
+from tests.support.raw import connect, read
+from tests.support.service import RULES, picture_bytes
 
 JPEG_IMAGE = picture_bytes()
 

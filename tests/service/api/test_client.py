@@ -13,7 +13,7 @@ from PIL import Image
 
 from sopdeploy.client import Client
 from sopdeploy_service.images.decode import decode
-from tests.service.conftest import LABELS, picture_bytes
+from tests.support.service import LABELS, picture_bytes
 
 
 @pytest.fixture

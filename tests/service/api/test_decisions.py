@@ -13,22 +13,22 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.cli.app import app
 from sopdeploy.client import Client
 from sopdeploy.decision import Decision, Rejection, energy
 from sopdeploy.errors import BundleError
 from sopdeploy.training.train import train_recipe
+from sopdeploy_commands.app import app
+from sopdeploy_commands.bundles.predict import predict
+from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_service.commands.evaluate import scores_of_bundle
-from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
-from tests.service.conftest import LABELS, deciding, picture_bytes, running, write_bundle
 from tests.sopdeploy.training.runs import few_digits, short_recipe
+from tests.support.service import LABELS, deciding, picture_bytes, running, write_bundle
 
 
 def rejecting(bundle: Bundle, threshold: float) -> Bundle:

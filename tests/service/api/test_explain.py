@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sopdeploy.cli.app import app
 from sopdeploy.client import Client
 from sopdeploy.decision import Decision, PredictionCounts
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_commands.app import app
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability.metrics import DriftWindow
 from sopdeploy_service.settings import Settings
-from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import deciding, picture_bytes, running, wait_for
-from tests.service.raw import count
-from tests.service.runtimes import Held
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.raw import count
+from tests.support.runtimes import Held
+from tests.support.service import deciding, picture_bytes, running, wait_for
 
 URL = "/v1/classify?explain=true"
 

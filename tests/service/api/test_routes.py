@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from sopdeploy.images.limits import describe_formats
+from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
-from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
-from tests.pictures import encoded
-from tests.service.conftest import CARD, running
+from tests.support.pictures import encoded
+from tests.support.service import CARD, running
 
 
 def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timing(client, jpeg, bundle):

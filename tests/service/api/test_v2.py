@@ -14,7 +14,7 @@ from sopdeploy.bundle.manifest import Manifest, TensorRecord
 from sopdeploy_service.api.v2.request import InferRequest, parse_body
 from sopdeploy_service.api.v2.routes import stack_outputs
 from sopdeploy_service.inference.results import INFERENCE_FAILED, NONFINITE, Prediction, RejectedError
-from tests.strategies import json_bodies
+from tests.support.strategies import json_bodies
 
 LIMIT = 100_000
 

@@ -14,10 +14,10 @@ from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.decoding.pool import DecoderProcess, shared_template
 from sopdeploy_service.images.decode import decode
-from tests.pictures import encoded
 from tests.service.api.test_bad_inputs import BAD_BODIES
-from tests.service.conftest import picture_bytes
 from tests.service.inference.test_decoders import LARGE, RULES
+from tests.support.pictures import encoded
+from tests.support.service import picture_bytes
 
 OPTIONS = LARGE._replace(formats=())
 

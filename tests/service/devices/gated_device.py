@@ -20,7 +20,7 @@ from sopdeploy_service.settings import Settings
 SERVE = (
     "-c",
     "import sys; from sopdeploy_service.devices import supervisor; "
-    "from sopdeploy.cli.app import main; "
+    "from sopdeploy_commands.app import main; "
     "supervisor.MODULE = 'tests.service.devices.gated_device'; "
     "sys.argv.insert(1, 'serve'); main()",
 )

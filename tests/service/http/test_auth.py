@@ -15,17 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
+from sopdeploy_commands.app import app as cli
 from sopdeploy_service.app import create_app
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, new_key, read_keys
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
-from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import wait_for
-from tests.service.raw import EXPECT, POST, connect, count, post_of, read
-from tests.service.runtimes import Held
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.raw import EXPECT, POST, connect, count, post_of, read
+from tests.support.runtimes import Held
+from tests.support.service import wait_for
 
 DIGEST = hashlib.sha256(b"secret").hexdigest()
 

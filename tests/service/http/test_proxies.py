@@ -17,10 +17,10 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings, load_settings
-from tests.fake_runtime import FakeRuntime
-from tests.service.children import free_port
-from tests.service.conftest import running, wait_for
-from tests.service.raw import POST, connect, read
+from tests.support.children import free_port
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.raw import POST, connect, read
+from tests.support.service import running, wait_for
 
 PAGE = (Path(__file__).parents[3] / "docs" / "howto" / "proxies.md").read_text(encoding="utf-8")
 PROGRAMS = f"{os.defpath}:/usr/sbin:{os.environ['PATH']}"  # where proxies are installed

@@ -17,15 +17,15 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.folder import open_evaluation_images
 from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
+from sopdeploy_commands.bundles import predict as predict_command
 from sopdeploy_export.precision.accuracy_gate import calibration_images
-from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.images.decode import decode, is_truncated
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
-from tests import hostile_images as hostile
-from tests.fake_runtime import FakeRuntime
-from tests.pictures import encoded
-from tests.service.conftest import running
+from tests.support import hostile_images as hostile
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.pictures import encoded
+from tests.support.service import running
 
 RULES = Preprocess(resize=36, crop=32)
 ROWS, COLUMNS = np.mgrid[0:60, 0:90]

@@ -30,11 +30,11 @@ from sopdeploy_service.inference.decoders import (
     plan_children,
 )
 from sopdeploy_service.runtime import device_memory
-from tests import hostile_images as hostile
-from tests.fake_runtime import FakeRuntime
-from tests.service.children import children_of
-from tests.service.conftest import picture_bytes, wait_for
-from tests.service.raw import count
+from tests.support import hostile_images as hostile
+from tests.support.children import children_of
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.raw import count
+from tests.support.service import picture_bytes, wait_for
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(platform.system() != "Linux", reason="limits of memory exist on Linux only")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from typer.testing import CliRunner
 
-from sopdeploy.cli.app import app
 from sopdeploy.decision import Decision, Rejection, softmax
 from sopdeploy.http_api import Classes
+from sopdeploy_commands.app import app
 from sopdeploy_service.api import admission
 from sopdeploy_service.api.v2 import routes
 from sopdeploy_service.inference import model_worker, service
@@ -22,10 +22,10 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.settings import Settings
-from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import wait_for
-from tests.service.raw import count
-from tests.service.runtimes import Failing, Held
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.raw import count
+from tests.support.runtimes import Failing, Held
+from tests.support.service import wait_for
 
 
 def post(client: httpx.Client, body: bytes) -> httpx.Response:

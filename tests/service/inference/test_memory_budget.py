@@ -18,8 +18,8 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.settings import Settings, load_settings
-from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import running, wait_for
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.service import running, wait_for
 
 MB = 1_000_000
 SIZE = 65 * MB  # more than a model with a tiny file is assumed to need

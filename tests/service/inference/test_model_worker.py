@@ -14,10 +14,10 @@ from sopdeploy_service.inference.loader import replay_overlapping, warm_up
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected
 from sopdeploy_service.inference.results import INFERENCE_FAILED
 from sopdeploy_service.runtime.base import DeviceLostError
-from tests.fake_runtime import FakeOverlappingRuntime, FakeRuntime
-from tests.service.conftest import picture_bytes, wait_for
-from tests.service.raw import connect, count, post_of
-from tests.service.runtimes import Held
+from tests.support.fake_runtime import FakeOverlappingRuntime, FakeRuntime
+from tests.support.raw import connect, count, post_of
+from tests.support.runtimes import Held
+from tests.support.service import picture_bytes, wait_for
 
 Fill = Callable[..., list[QueuedImage]]
 

@@ -17,8 +17,8 @@ from sopdeploy.errors import BundleError
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability import logs, metrics
 from sopdeploy_service.settings import Settings
-from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import deciding, running, wait_for, write_bundle
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.service import deciding, running, wait_for, write_bundle
 
 
 @pytest.fixture

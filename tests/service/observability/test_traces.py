@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.docs.reading import ROOT
-from tests.service.children import line_of
+from tests.support.children import line_of
 
 collected = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")

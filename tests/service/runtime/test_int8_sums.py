@@ -13,7 +13,7 @@ from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy_service.runtime import onnxruntime as runtime
 from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime, session_options
-from tests.forged import graph
+from tests.support.forged import graph
 
 TENSORS = {
     "weights": np.full((8, 3, 5, 5), 127, np.int8),

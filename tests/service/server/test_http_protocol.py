@@ -18,10 +18,10 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.server import http_protocol
 from sopdeploy_service.server.sockets import UNSENT_BYTES, bind, raise_file_limit
 from sopdeploy_service.settings import Settings
-from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import running, wait_for
-from tests.service.raw import EXPECT, GET, POST, connect, count, post_of, read
-from tests.strategies import damaged
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.raw import EXPECT, GET, POST, connect, count, post_of, read
+from tests.support.service import running, wait_for
+from tests.support.strategies import damaged
 
 SHORT = {"header_timeout": 1, "body_grace_seconds": 1, "write_timeout": 1, "keep_alive_seconds": 1}
 

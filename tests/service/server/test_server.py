@@ -21,16 +21,16 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import move_link
+from sopdeploy_commands.second_week.promote import promote
 from sopdeploy_service.app import create_app
-from sopdeploy_service.commands.promote import promote
 from sopdeploy_service.server import draining_server
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.forged import forge, graph
-from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving, spawn
-from tests.service.conftest import wait_for, write_bundle
-from tests.service.raw import GET, POST, connect, post_of, read
+from tests.support.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving, spawn
+from tests.support.forged import forge, graph
+from tests.support.raw import GET, POST, connect, post_of, read
+from tests.support.service import wait_for, write_bundle
 
 PATIENCE = 90  # seconds; usually a few are enough
 
@@ -66,7 +66,7 @@ DrainingServer.on_tick = halt
 
 def faulty(code: str) -> tuple[str, ...]:
     """A program that runs `serve` after *code*; warnings are errors."""
-    run = "import sys; from sopdeploy.cli.app import main; sys.argv.insert(1, 'serve'); main()"
+    run = "import sys; from sopdeploy_commands.app import main; sys.argv.insert(1, 'serve'); main()"
     return "-W", "error", "-c", f"{code}\n{run}"
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.sopdeploy.data.small_data import write_classes
+from tests.sopdeploy.data.test_near import encoded, scene
 
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
@@ -16,8 +18,6 @@ from sopdeploy.photos.clips import Clips, find_clips
 from sopdeploy.photos.photo import Photo
 from sopdeploy.training.few_shot.classifier import estimate
 from sopdeploy.training.recipe import read_recipe
-from tests.sopdeploy.data.small_data import write_classes
-from tests.sopdeploy.data.test_near import encoded, scene
 
 CLASSES, OBJECTS, FRAMES = 3, 4, 8
 

@@ -11,7 +11,7 @@ from sopdeploy.photos import files
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.files import walk
 from sopdeploy.photos.folder import list_classes, open_any_images, open_folder
-from tests.sopdeploy.data.test_data_folder import make, paint
+from tests.sopdeploy.photos.test_folder import make, paint
 
 IMAGES = 4  # in every folder that `FOLDERS` makes
 

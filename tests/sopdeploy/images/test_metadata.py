@@ -12,8 +12,8 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.pixels import exif_orientation, to_rgb
 from sopdeploy.images.preprocess import Preprocess
-from tests import hostile_images as hostile
-from tests.pictures import encoded
+from tests.support import hostile_images as hostile
+from tests.support.pictures import encoded
 
 SECRET = b"SECRET"
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -26,9 +26,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.photo import image_errors
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.settings import Settings
-from tests.counted import record_images
-from tests.pictures import encoded
 from tests.service.api.test_bad_inputs import BAD_BODIES
+from tests.support.counted import record_images
+from tests.support.pictures import encoded
 
 FUZZ = settings(max_examples=25)
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -15,7 +15,6 @@ from sopdeploy.layers.covariance import (
     covariance_trace,
 )
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig
-from tests.gpu_graphs import accepted
 from tests.sopdeploy.layers.numerics.all_poolings import (
     EACH_POOLING,
     build,
@@ -23,6 +22,7 @@ from tests.sopdeploy.layers.numerics.all_poolings import (
     relu_features,
     textbook_root,
 )
+from tests.support.gpu_graphs import accepted
 from tests.sweep.smallest import POOLINGS
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 import sopdeploy
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.commands.train import train
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.models.base import TrainingOutput, is_in
@@ -22,6 +21,7 @@ from sopdeploy.training.fine_tune import OwnVectors
 from sopdeploy.training.loop.state import first_stages, parameter_groups, set_train_mode
 from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
 from sopdeploy.training.results import Tuning
+from sopdeploy_commands.training.train import train
 from tests.sopdeploy.training.runs import (
     RecordingCallback,
     few_digits,

@@ -11,9 +11,9 @@ from sopdeploy.models.registry import make_config
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.data.small_data import write_cifar, write_classes, write_photos, write_places
 from tests.sopdeploy.training.runs import interrupt
 from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
+from tests.support.small_data import write_cifar, write_classes, write_photos, write_places
 
 
 def write_data(name: str, root: Path, monkeypatch: Any) -> list[str]:

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
-from sopdeploy.cli.app import app
-from sopdeploy.commands.train import _show as show
 from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training.results import LoopResult
-from tests.forged import write_hollow
+from sopdeploy_commands.app import app
+from sopdeploy_commands.training.train import _show as show
+from tests.support.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
 LOOP = ["epochs=1", "procedure.kind=loop"]

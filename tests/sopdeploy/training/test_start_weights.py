@@ -19,7 +19,6 @@ import torchvision
 from huggingface_hub import close_session, constants
 
 from sopdeploy.checkpoint import load_plain, read_checkpoint
-from sopdeploy.commands.train import TrainOptions, configure
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.files import check_is_weights
@@ -37,6 +36,7 @@ from sopdeploy.training.start_weights import (
     load_start_weights,
 )
 from sopdeploy.training.train import train_recipe
+from sopdeploy_commands.training.train import TrainOptions, configure
 from tests.sopdeploy.training.runs import short_recipe
 
 

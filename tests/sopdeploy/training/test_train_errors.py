@@ -19,7 +19,7 @@ from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.start import open_held_out
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.data.test_data_folder import make
+from tests.sopdeploy.photos.test_folder import make
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")

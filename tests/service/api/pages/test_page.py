@@ -14,10 +14,10 @@ from PIL import Image
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings
-from tests.fake_runtime import FakeRuntime
-from tests.pictures import encoded
 from tests.service.api.pages.conftest import done, expected, give, operate, shown
-from tests.service.conftest import deciding, picture_bytes, running
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.pictures import encoded
+from tests.support.service import deciding, picture_bytes, running
 
 pytestmark = pytest.mark.browser
 

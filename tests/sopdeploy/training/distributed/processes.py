@@ -15,8 +15,8 @@ import torch
 
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.training.distributed import join_processes
-from tests.service.children import PYTHONPATH, ROOT
 from tests.sopdeploy.training.runs import few_digits, forkserver
+from tests.support.children import PYTHONPATH, ROOT
 
 TIMEOUT_S = 240
 

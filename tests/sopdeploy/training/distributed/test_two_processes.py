@@ -11,7 +11,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.loop import run as loop
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.data.test_data_folder import make
+from tests.sopdeploy.photos.test_folder import make
 from tests.sopdeploy.training.distributed.processes import held_port, run_in_processes, start_module, wait_for
 from tests.sopdeploy.training.runs import short_recipe
 

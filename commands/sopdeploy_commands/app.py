@@ -1,0 +1,251 @@
+"""The `sopdeploy` command line. A command is imported when it runs, so that help and completion are fast."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from sopdeploy.version import __version__
+
+ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
+OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
+INTERRUPTED = 130  # the exit code after Ctrl-C, as in a shell
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it
+SETTINGS: Any = {  # of every `typer.Typer`
+    "rich_markup_mode": None,  # tables of Rich cut the names of options
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+# Commands by topic: name of a command, its function, summary.
+TOPICS = {
+    "Everyday": {
+        "train": ("sopdeploy_commands.training.train:train", "train a network"),
+        "export": (
+            "sopdeploy_commands.bundles.export:export",
+            "convert a checkpoint to a bundle, with a proof",
+        ),
+        "serve": ("sopdeploy_commands.serve:serve", "serve bundles over HTTP, with a web page"),
+        "predict": ("sopdeploy_commands.bundles.predict:predict", "classify images without a server"),
+        "label": ("sopdeploy_commands.second_week.label:label", "label kept photographs on a local web page"),
+        "compare": ("sopdeploy_commands.second_week.compare:compare", "compare two bundles on photographs"),
+        "promote": (
+            "sopdeploy_commands.second_week.promote:promote",
+            "make a bundle live if it is not worse",
+        ),
+    },
+    "Operate": {
+        "runs": ("sopdeploy_commands.training.runs:runs", "list runs and bundles"),
+        "data": ("sopdeploy_commands.training.data:check", "inspect images before training"),
+        "eval": ("sopdeploy_commands.training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
+        "verify": ("sopdeploy_commands.bundles.verify:verify", "check files and outputs of a bundle"),
+        "bench": ("sopdeploy_commands.bundles.bench:bench", "measure latency and throughput of a bundle"),
+        "classify": (
+            "sopdeploy_commands.bulk.run:classify",
+            "classify any number of images into parquet files",
+        ),
+        "key": ("sopdeploy_commands.serve:key", "create an API key for a server"),
+        "forget": ("sopdeploy_commands.second_week.forget:forget", "delete a photograph that was kept"),
+        "health": ("sopdeploy_commands.health:health", "check whether a server is ready"),
+        "sign": ("sopdeploy_commands.bundles.transfer:sign", "sign a bundle"),
+        "push": ("sopdeploy_commands.bundles.transfer:push", "upload a bundle"),
+        "pull": ("sopdeploy_commands.bundles.transfer:pull", "download and check a bundle"),
+        "engine": ("sopdeploy_commands.bundles.export:engine", "build the TensorRT engine of a bundle"),
+        "triton": ("sopdeploy_commands.bundles.export:triton", "add a bundle to a Triton model repository"),
+        "demo": ("sopdeploy_commands.demo:demo", "run the whole workflow in a minute"),
+        "env": ("sopdeploy_commands.env:env", "versions and hardware, for a bug report"),
+    },
+    "Research": {
+        "models": (
+            "sopdeploy_commands.training.models:models",
+            "list the networks of the catalog, or count one",
+        ),
+        "recipes": ("sopdeploy_commands.training.train:recipes", "list the packaged recipes"),
+        "import": (
+            "sopdeploy_commands.training.import_file:import_file",
+            "convert published weights to a checkpoint",
+        ),
+        "inspect": (
+            "sopdeploy_commands.bundles.export:inspect",
+            "list parts of your network that have no effect",
+        ),
+        "reproduce": ("sopdeploy_papers.reproduce:reproduce", "train the rows of a paper's table"),
+    },
+}
+COMMANDS = {name: command for commands in TOPICS.values() for name, command in commands.items()}
+ONLY_COMMAND_OF_GROUP = {"data": "check"}  # `sopdeploy data check`; the group has no other command
+QUICK_START = (
+    "sopdeploy train --data photos",
+    "sopdeploy export runs/latest/best.pt --detach",
+    "sopdeploy verify bundles/latest",
+    "sopdeploy predict bundles/latest photo.jpg",
+    "sopdeploy serve bundles/latest",
+)
+
+
+class CommandLine(TyperCommand):
+    """A command that rejects empty values, and explains arguments that it does not have."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse *args*; raises the usage errors of Typer."""
+        previous = "the first argument"
+        for arg in args:
+            name, equals, value = arg.partition("=")
+            if name.startswith("--") and equals and not value:  # --data=
+                ctx.fail(f"{name}: an empty value")
+            if not arg:  # --data ""
+                ctx.fail(f"{previous}: an empty value")
+            previous = arg
+        ctx.allow_extra_args = True  # they are returned instead of rejected
+        rest: list[str] = super().parse_args(ctx, args)
+        if rest:
+            hint = ""
+            if any("--data" in parameter.opts for parameter in self.params):
+                option = "--recipe" if rest[0].endswith(".toml") else "--data"
+                hint = f"; did you mean {option} {rest[0]}?"
+            ctx.fail(f"Unexpected argument {rest[0]}{hint}")
+        return rest
+
+
+class Commands(Mapping[str, Any]):
+    """The commands by name; a command is imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, function = COMMANDS[name][0].partition(":")
+        run = getattr(import_module(module), function).run_command  # set by the decorator `command`
+        app = typer.Typer(add_completion=False, **SETTINGS)
+        app.command(ONLY_COMMAND_OF_GROUP.get(name, name), cls=CommandLine)(run)
+        if name in ONLY_COMMAND_OF_GROUP:  # with a callback, Typer keeps a group of a single command
+            app.callback(help=run.__doc__)(lambda: None)
+        return typer.main.get_command(app)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class Program(TyperGroup):
+    """The group of all commands; its help lists them without importing them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = Commands()
+
+    def main(self, *arguments: Any, **settings: Any) -> None:
+        """Run a command; a wrong command line is one error line."""
+        try:
+            code = super().main(*arguments, **{**settings, "standalone_mode": False})
+        except UsageError as error:
+            code = _print_user_error(_usage_error(error))
+        except ImportError as error:  # of a command
+            code = _print_user_error(error)
+        sys.exit(code)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Import and run the command; Ctrl-C ends it with one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            sys.stderr.write(f"{str(stop) or 'stopped by Ctrl-C'}\n")
+            raise typer.Exit(INTERRUPTED) from None
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write usage, quick start, commands by topic, and options as plain text."""
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...")
+        formatter.write(f"\n{ABOUT}\n\nQuick start:\n")
+        for number, command in enumerate(QUICK_START, 1):
+            formatter.write(f"  {number}  {command}\n")
+        for topic, commands in TOPICS.items():
+            with formatter.section(topic):
+                formatter.write_dl([(name, summary) for name, (_, summary) in commands.items()])
+        records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]
+        with formatter.section("Options"):
+            formatter.write_dl([record for record in records if record])
+        formatter.write("\nsopdeploy COMMAND --help shows the options of a command and an example.\n")
+
+
+app = typer.Typer(name="sopdeploy", cls=Program, help=ABOUT, **SETTINGS)
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        sys.stdout.write(f"sopdeploy {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Show the help if no command is given."""
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+
+
+def main() -> None:
+    """Run the command line; exit with 1 if the reader of stdout has closed it, as `head` does.
+
+    Any other failure to write to stdout, such as a full disk, is a user error. If stdout or stderr was closed
+    before the start (`>&-`), its output is discarded.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+    # On shared cores, spinning OpenMP threads slow each other down. Must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The search for plugins of pydantic reads the metadata of every installed package, which takes 50 ms.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    try:
+        code = _run_and_flush()
+    except BrokenPipeError:
+        code = OUTPUT_CLOSED
+    except Exception as error:  # a bug keeps its traceback, see `_print_user_error`
+        code = _print_user_error(error)
+    from sopdeploy.environment import exit_process
+
+    # The interpreter flushes stdout again; what is still in the buffer goes nowhere and cannot fail.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    exit_process(code)
+
+
+def _run_and_flush() -> Any:
+    """Run the command line, write the rest of its output, and return the exit code."""
+    code: Any = 0
+    try:
+        app(prog_name="sopdeploy")
+    except SystemExit as stop:
+        code = stop.code
+    try:
+        sys.stdout.flush()  # the interpreter would do it too late to handle an error
+    except OSError:
+        if not code:  # a command that failed has printed its own error, so this one is not shown
+            raise
+    return code
+
+
+def _usage_error(error: Any) -> Exception:
+    """Describe a command line that Typer does not accept, in one line."""
+    from sopdeploy.errors import ConfigError
+
+    command = "sopdeploy" if error.ctx is None else error.ctx.command_path
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return ConfigError(f"{command}: {message}; see {command} --help")
+
+
+def _print_user_error(error: Exception) -> int:
+    """Print *error* as a command does, and return the exit code; raises it again if it is no user error."""
+    from sopdeploy.cli.console import one_line_errors
+
+    try:
+        with one_line_errors():
+            raise error
+    except typer.Exit as stop:
+        return stop.exit_code

@@ -1,0 +1,191 @@
+"""Classify parts of a list: decoder processes, full batches, one row per image.
+
+The last bits of a runtime's results may depend on the size of the batch and on the position in the batch.
+Therefore batches are fixed ranges of a part, and zeros replace an image that cannot be decoded. The outputs
+of an image then depend neither on interruptions nor on errors of other images.
+"""
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Literal, Required, TypeAlias, TypedDict
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.manifest import EMBEDDING
+from sopdeploy.environment import usable_cores
+from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
+from sopdeploy.images.formats import too_large_error
+from sopdeploy_commands.bulk.options import ClassifyOptions
+from sopdeploy_commands.bulk.output import OutputFolder, RowsState
+from sopdeploy_commands.bulk.sources import ListedImage, read_listed
+from sopdeploy_commands.tables import make_schema
+from sopdeploy_service.inference.decoders import Decoders
+from sopdeploy_service.inference.loader import largest_batch, load_model
+from sopdeploy_service.inference.model_worker import ImageOutputs, check_device, run_bisected
+from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.runtime.base import DeviceLostError
+from sopdeploy_service.settings import Settings
+
+IMAGES_AHEAD = 16  # of each worker
+MAX_WORKERS = 16  # unless more are requested
+COLUMNS = {  # of a row; docs/batch.md
+    "path": pa.string(),
+    "sha256": pa.string(),
+    "classes": pa.list_(pa.string()),
+    "probabilities": pa.list_(pa.float64()),
+    "known": pa.bool_(),
+    "score": pa.float64(),
+    "warnings": pa.list_(pa.string()),
+    "error": pa.string(),
+    "error_message": pa.string(),
+    "bundle": pa.string(),
+}
+
+
+class Row(TypedDict, total=False):
+    """The columns of an image, as in `COLUMNS`, and those that were requested; missing ones become null."""
+
+    path: Required[str]
+    sha256: str
+    classes: list[str]
+    probabilities: list[float]
+    known: bool | None
+    score: float | None
+    warnings: Required[Sequence[str]]
+    error: str
+    error_message: str
+    bundle: str
+    logits: NDArray[np.float32]
+    features: NDArray[np.float32]
+
+
+DecodedImage: TypeAlias = tuple[Row, NDArray[np.uint8]]  # (H, W, 3), zeros for an image with an error
+OnImages = Callable[[int], None]  # is called with a number of images when they are classified
+
+
+class BatchClassifier:
+    """Classifies parts in this process, with the bundle in the folder *path*.
+
+    `state` is what the rows depend on, besides the images; a run with another one must not continue this run.
+    Raises what `load_model` raises, and `ConfigError` if the bundle does not have the requested features.
+    """
+
+    def __init__(self, path: Path, settings: Settings, options: ClassifyOptions) -> None:
+        loaded = load_model(path, settings)
+        self._bundle, self._runtime, self._settings = loaded.bundle, loaded.runtime, settings
+        manifest = loaded.bundle.manifest
+        optional: dict[Literal["logits", "features"], str] = {}
+        if options.logits:
+            optional["logits"] = manifest.outputs[0].name
+        if options.features:
+            if EMBEDDING not in {output.name for output in manifest.outputs}:
+                raise ConfigError(f"{path} has no features; export it with_features", setting="features")
+            optional["features"] = EMBEDDING
+        self._optional = optional  # the outputs that become columns, by the name of the column
+        self._workers = options.workers or min(usable_cores(), MAX_WORKERS)
+        self._batch_size = largest_batch(loaded.runtime, settings)
+        self._top_k = settings.classes_per_image(multi_label=manifest.rules.thresholds is not None)
+        self.state = RowsState(
+            bundle=manifest.id,
+            runtime=f"{self._runtime.name} on {self._runtime.device}",
+            batch=self._batch_size,
+            top_k=self._top_k,
+            columns=tuple(optional),
+            max_body_bytes=settings.max_body_bytes,
+            max_pixels=settings.max_pixels,
+        )
+
+    def close(self) -> None:
+        """Close the runtime."""
+        self._runtime.close()
+
+    def write_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
+        """Write the rows of *parts*; raises `RuntimeUnavailableError` if the device or the decoders fail."""
+        sizes = folder.sizes()
+        schema = make_schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
+        images = (image for part in parts for image in folder.images(part))
+        with closing(self._decode_ahead(images)) as decoded:  # yields the images of all parts, in order
+            for part in parts:
+                rows: list[Row] = []
+                for start in range(0, sizes[part], self._batch_size):
+                    batch = list(itertools.islice(decoded, min(self._batch_size, sizes[part] - start)))
+                    outputs = self._run([pixels for _, pixels in batch])
+                    for (row, _), output in zip(batch, outputs, strict=True):
+                        self._complete(row, output)
+                        rows.append(row)
+                    on_images(len(batch))
+                folder.write(part, rows, schema)
+
+    def _decode_ahead(self, images: Iterable[ListedImage]) -> Generator[DecodedImage, None, None]:
+        """Decode *images* of any format in child processes, some in advance; yield them in order."""
+        decoders = Decoders(self._workers, self._settings.model_copy(update={"formats": ()}), Metrics())
+        decoders.start()
+        threads = ThreadPoolExecutor(self._workers)  # each waits for one child
+        waiting: deque[Future[DecodedImage]] = deque()
+        try:
+            for image in images:
+                waiting.append(threads.submit(self._decode, image, decoders))
+                if len(waiting) > self._batch_size + IMAGES_AHEAD * self._workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+            decoders.stop()
+
+    def _decode(self, image: ListedImage, decoders: Decoders) -> DecodedImage:
+        """Read, hash and decode *image* as a server does."""
+        rules, max_bytes = self._bundle.manifest.preprocess, self._settings.max_body_bytes
+        row: Row = {"path": image.path, "warnings": ()}
+        try:
+            body = read_listed(image, max_bytes + 1)  # enough to reject a larger one
+            if len(body) > max_bytes:
+                raise too_large_error(max_bytes)
+            row["sha256"] = hashlib.sha256(body).hexdigest()
+            pixels, row["warnings"] = decoders.decode(body, rules)
+        except ImageError as error:
+            row["error"], row["error_message"] = error.code, str(error)
+            pixels = np.zeros((rules.crop, rules.crop, 3), np.uint8)
+        return row, pixels
+
+    def _run(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
+        """Return the outputs of a batch, which is halved if it fails; raises `RuntimeUnavailableError`."""
+        names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})  # each once
+        try:
+            outputs = run_bisected(lambda images: self._runtime.run(np.stack(images)), pixels, names)
+            if all(output is INFERENCE_FAILED for output in outputs):
+                check_device(self._runtime, pixels[0].shape)  # raises `DeviceLostError` if no image can run
+        except DeviceLostError as error:
+            raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error
+        # A row records that inference fails on its image, but not a lack of memory, which may be over in the
+        # next run. A smaller batch needs another folder, because the last bits of results depend on its size.
+        if any(output is OUT_OF_MEMORY for output in outputs):
+            raise RuntimeUnavailableError(
+                f"{self._runtime.name} failed on a batch of {len(pixels)}; run again to continue, or choose "
+                "a smaller max_batch and another folder"
+            )
+        return outputs
+
+    def _complete(self, row: Row, output: ImageOutputs) -> None:
+        """Add the prediction to the *row* of an image; the *output* of one with an error is ignored."""
+        manifest, labels = self._bundle.manifest, self._bundle.labels
+        row["bundle"] = manifest.id
+        if "error" in row:
+            return
+        if isinstance(output, HttpError):
+            row["error"], row["error_message"] = output.code, output.message
+            return
+        answer = manifest.rules.answer(output[manifest.outputs[0].name], self._top_k)
+        row["known"], row["score"] = answer.known, answer.score
+        row["classes"] = [labels[index] for index, _ in answer.ranked]
+        row["probabilities"] = [probability for _, probability in answer.ranked]
+        for column, name in self._optional.items():
+            row[column] = output[name]

@@ -1,0 +1,215 @@
+"""The output folder of `sopdeploy classify`: one parquet file per part of the list of images.
+
+    OUT/rows/part-00000.parquet     the rows of the first part; a file with its final name is complete
+    OUT/_list.parquet               all images in the order of the rows, one row group per part
+    OUT/_run.json                   what the rows depend on
+
+Programs that read parquet files from OUT ignore names with an underscore, so they read only the rows. A part
+is a fixed range of the list, so a resumed run writes the same parts as an uninterrupted one.
+
+`RunState` and the columns are format 1: a later version may add optional fields and columns, and each file
+names the version of sopdeploy that wrote it.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+
+from sopdeploy.config import StrictModel, check_format_version, parse_json
+from sopdeploy.errors import ConfigError
+from sopdeploy.file_systems import lock_file
+from sopdeploy.files import (
+    LOCK,
+    MAX_TEXT_BYTES,
+    PARTIAL,
+    atomic_write,
+    new_folder,
+    read_file,
+    remove_left,
+    writing,
+)
+from sopdeploy.version import __version__
+from sopdeploy_commands.bulk.sources import ListedImage
+from sopdeploy_commands.tables import VERSION, make_schema
+
+ROWS_FOLDER, LISTING, STATE = "rows", "_list.parquet", "_run.json"
+_TEXT, _NUMBER = pa.string(), pa.int64()
+
+
+LIST_SCHEMA = make_schema({"path": _TEXT, "location": _TEXT, "offset": _NUMBER, "size": _NUMBER})
+
+
+class RowsState(StrictModel):
+    """What the rows of a run depend on, besides its images.
+
+    Attributes:
+        bundle: ID of the bundle.
+        runtime: Name and device of the runtime.
+        batch: Images in a batch.
+        top_k: Classes of a row; None: all above their threshold.
+        columns: Optional columns.
+        max_body_bytes, max_pixels: Limits of an image.
+    """
+
+    bundle: str
+    runtime: str
+    batch: int
+    top_k: int | None
+    columns: tuple[str, ...]
+    max_body_bytes: int
+    max_pixels: int
+
+
+class RunState(RowsState):
+    """Content of `_run.json`.
+
+    Attributes:
+        version: Of the format.
+        written_by: Version of sopdeploy that wrote the file last.
+        part_images: Images of a part.
+        images: Number of images, and a hash of their names, positions and sizes.
+    """
+
+    version: Literal[1] = VERSION
+    written_by: str = __version__
+    part_images: int
+    images: str
+
+    def difference(self, other: "RunState | None") -> str:
+        """Name the first field that would change the rows of *other*; empty if none does.
+
+        Rows without a readable state are those of an unknown run.
+        """
+        here = self.model_dump(mode="json", exclude={"written_by"})
+        there = {} if other is None else other.model_dump(mode="json")
+        name = next((name for name in sorted(here) if there.get(name) != here[name]), None)
+        return "" if name is None else f"{name} {there.get(name)}, not {here[name]}"
+
+
+class OutputFolder:
+    """The folder *path* of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and reserve it for this process; without `begin`, nothing of it remains.
+
+        Raises `ConfigError` if another process uses it. Without locks, two runs at once write the same rows
+        twice, so a line warns of it.
+        """
+        with ExitStack() as created:
+            with writing(self.path):
+                created.enter_context(new_folder(self.path))
+                try:
+                    lock = lock_file(self.path / LOCK)
+                except BlockingIOError as error:
+                    message = f"another run is writing to {self.path}; wait for it"
+                    raise ConfigError(message, setting="out") from error
+            lock.note(self.path, "start no second run with this folder before this one has ended")
+            created.callback(os.close, lock.file)
+            created.callback(self._remove_unless_begun)
+            # An `OSError` in the caller's block is also one of this folder: reading an image raises others.
+            with writing(self.path):
+                created.enter_context(new_folder(self.path / ROWS_FOLDER))
+                self._remove_partial(is_locked=not lock.missing)
+                yield
+                self._remove_partial(is_locked=not lock.missing)
+
+    def _remove_unless_begun(self) -> None:
+        """Remove the lock file of a folder in which no run has begun."""
+        if {path.name for path in self.path.iterdir()} <= {LOCK, ROWS_FOLDER}:
+            (self.path / LOCK).unlink(missing_ok=True)
+
+    def _remove_partial(self, *, is_locked: bool) -> None:
+        """Remove what killed processes left: those of an earlier run, and lost machines of a Ray cluster."""
+        for folder in (self.path, self.path / ROWS_FOLDER):
+            remove_left(folder)
+            for partial in folder.glob(f"*{PARTIAL}") if is_locked else ():
+                partial.unlink(missing_ok=True)
+
+    def begin(self, images: Iterable[ListedImage], part_images: int, state: RowsState) -> None:
+        """Write the list of *images* in parts of *part_images*, and *state*.
+
+        Raises `ConfigError` if the folder belongs to a run with other images or another state: rows of
+        different runs must not be mixed.
+        """
+        with atomic_write(self.path / LISTING) as partial:
+            hashed = _write_list(partial, images, part_images)
+            now = RunState(**state.model_dump(), part_images=part_images, images=hashed)
+            before = self._read_state()
+            belongs_to_run = before is not None or any((self.path / ROWS_FOLDER).iterdir())
+            if belongs_to_run and (difference := now.difference(before)):
+                advice = "continue with the same images and options, or choose another folder"
+                message = f"{self.path} was begun with {difference}; {advice}"
+                raise ConfigError(message, setting="out")  # `atomic_write` keeps the old list
+        with atomic_write(self.path / STATE) as partial:
+            partial.write_text(now.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def _read_state(self) -> RunState | None:
+        """Read `_run.json`; None if it is missing or damaged; raises `ConfigError` for a later format."""
+        path = self.path / STATE
+        try:
+            fields = dict(parse_json(read_file(path, MAX_TEXT_BYTES)))
+        except (OSError, ValueError, TypeError):
+            return None
+        writer = fields.get("written_by")
+        unknown = fields.keys() - RunState.model_fields.keys() if writer != __version__ else ()
+        try:
+            check_format_version(fields.get("version", VERSION), VERSION, writer, unknown)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}", setting="out") from error
+        try:
+            return RunState.model_validate(fields)
+        except pydantic.ValidationError:
+            return None
+
+    def sizes(self) -> list[int]:
+        """Return the number of images in each part."""
+        metadata = pq.read_metadata(self.path / LISTING)
+        return [metadata.row_group(part).num_rows for part in range(metadata.num_row_groups)]
+
+    def images(self, part: int) -> list[ListedImage]:
+        """Read *part* of the list."""
+        with pq.ParquetFile(self.path / LISTING) as file:
+            columns = file.read_row_group(part, columns=LIST_SCHEMA.names).to_pydict().values()
+            return list(map(ListedImage, *columns))
+
+    def num_errors(self, part: int, size: int) -> int | None:
+        """Count the images with an error in *part*; None if its file does not have *size* rows yet."""
+        try:
+            errors = pq.read_table(self._file(part), columns=["error"])["error"]
+        except (OSError, ValueError):  # pyarrow's own error is a ValueError
+            return None
+        return len(errors) - int(errors.null_count) if len(errors) == size else None
+
+    def write(self, part: int, rows: Sequence[Mapping[str, object]], schema: Any) -> None:
+        """Write the *rows* of *part*; its file has its final name only when it is complete."""
+        table = pa.Table.from_pylist(rows, schema=schema)
+        with atomic_write(self._file(part)) as partial:
+            pq.write_table(table, partial, compression="zstd")
+
+    def _file(self, part: int) -> Path:
+        return self.path / ROWS_FOLDER / f"part-{part:05d}.parquet"
+
+
+def _write_list(file: Path, images: Iterable[ListedImage], part_images: int) -> str:
+    """Write *images* to *file*; return their number and a hash of their names, positions and sizes."""
+    remaining, count, digest = iter(images), 0, hashlib.sha256()
+    with pq.ParquetWriter(file, LIST_SCHEMA, compression="zstd") as writer:
+        while part := list(islice(remaining, part_images)):
+            count += len(part)
+            for image in part:
+                digest.update(f"{image.path}\0{image.offset} {image.size}\n".encode())
+            columns = [list(values) for values in zip(*part, strict=True)]
+            writer.write_table(pa.table(columns, schema=LIST_SCHEMA))
+    return f"{count} ({digest.hexdigest()[:16]})"

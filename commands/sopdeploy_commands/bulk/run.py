@@ -1,0 +1,128 @@
+"""`sopdeploy classify`: classify all images of some sources into parquet files; continue after a stop."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sopdeploy.cli.command import SettingOptions, command, expand_options
+from sopdeploy.cli.console import print_field
+from sopdeploy.config import StrictModel
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import ConfigError, MissingPackageError
+from sopdeploy_commands.bulk.options import ClassifyOptions
+from sopdeploy_service.settings import Settings, load_settings, parse_assignments
+
+if TYPE_CHECKING:
+    from sopdeploy_commands.bulk.classifier import BatchClassifier
+    from sopdeploy_commands.bulk.on_ray import RayClassifier
+
+
+class Classified(StrictModel):
+    """A finished run.
+
+    Attributes:
+        rows: The folder of the parquet files.
+        num_images: Number of images and of rows.
+        num_errors: Number of images that have an error and no prediction.
+    """
+
+    rows: Path
+    num_images: int
+    num_errors: int
+
+
+def _show(classified: Classified) -> None:
+    print_field("images", f"{classified.num_images:,}; {classified.num_errors:,} with an error")
+    print_field("rows", str(classified.rows), style="bold green")
+
+
+@command(_show, options={"out"}, settings=SettingOptions(parse_assignments))
+@expand_options
+def classify(
+    bundle: str | Path,
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    options: ClassifyOptions,
+    config: str | Path | None = None,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+    **settings: Any,
+) -> Classified:
+    """Classify any number of images into parquet files, one row per image.
+
+    Repeat the command to continue an interrupted run. An image that cannot be used gets a row with its error.
+    The results equal those of the service. The memory depends on `workers` and `part_images`, not on the
+    number of images.
+
+    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results
+
+    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 s3://bucket/photos --out results
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+        sources: Folders, .tar archives, lists of paths (.txt), images; paths or URLs that fsspec opens.
+        out: Folder for the results; an interrupted run is continued.
+        config: TOML file with settings.
+        on_image: Called with the numbers of images done and in total.
+        **settings: Settings of the server that apply to decoding and inference, for example `threads=1`,
+            `max_batch=8` or `top_k=1`.
+
+    Returns:
+        The folder of the rows, and the numbers of images and errors.
+
+    Raises:
+        DataError: A source is missing, damaged or has no images.
+        ConfigError: Invalid options, or *out* belongs to another run.
+        BundleError: The bundle is damaged.
+        StorageError: *out* cannot be written.
+        MissingPackageError: A package of an extra is missing.
+        RuntimeUnavailableError: No runtime can run the bundle, or its device failed.
+    """
+    from sopdeploy_commands.bulk.output import ROWS_FOLDER, OutputFolder
+    from sopdeploy_commands.bulk.sources import list_sources
+
+    names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
+    loaded_settings = load_settings(None if config is None else Path(config), **settings)
+    if any("://" not in name and Path(name).resolve() == Path(out).resolve() for name in names):
+        raise ConfigError("is a source; choose another folder", setting="out", value=out)
+    folder, done = OutputFolder(Path(out)), 0
+    with closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier, folder.locked():
+        folder.begin(list_sources(names), options.part_images, classifier.state)
+        sizes = folder.sizes()
+        total = sum(sizes)
+
+        def add_done(num_images: int) -> None:
+            nonlocal done
+            done += num_images
+            on_image(done, total)
+
+        pending = [part for part, size in enumerate(sizes) if folder.num_errors(part, size) is None]
+        add_done(total - sum(sizes[part] for part in pending))  # the images that earlier runs classified
+        try:
+            if pending:
+                classifier.write_parts(folder, pending, add_done)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; run the same command again to continue") from None
+        error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
+    num_errors = sum(count for count in error_counts if count is not None)  # now all parts are written
+    return Classified(rows=folder.path / ROWS_FOLDER, num_images=done, num_errors=num_errors)
+
+
+def _open_classifier(
+    bundle: Path, settings: Settings, options: ClassifyOptions
+) -> "BatchClassifier | RayClassifier":
+    """Load *bundle* in this process, or connect to the Ray cluster of *options*, whose machines load it."""
+    from sopdeploy_commands.bulk.classifier import BatchClassifier
+
+    if options.ray is None:
+        return BatchClassifier(bundle, settings, options)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if options.starts_cluster:
+        # A cluster that no other machine can join has its ports on loopback only, also on Linux.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    module = "sopdeploy_commands.bulk.on_ray"
+    on_ray = import_optional(module, "Ray Data", "sopdeploy[batch,ray]", MissingPackageError, "--ray")
+    classifier: RayClassifier = on_ray.RayClassifier(bundle, settings, options)
+    return classifier

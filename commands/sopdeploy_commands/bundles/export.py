@@ -1,0 +1,322 @@
+"""`sopdeploy export`, `inspect`, `engine` and `triton`: from a network to a bundle, and from that onwards."""
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from shlex import join
+from typing import TYPE_CHECKING
+
+import pydantic
+
+from sopdeploy.cli.command import command, expand_options
+from sopdeploy.cli.console import out as console
+from sopdeploy.cli.console import print_field, show_steps
+from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
+from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError
+from sopdeploy.files import MAX_TEXT_BYTES, check_is_checkpoint, has_manifest, read_class_names, read_file
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.files import data_folder
+from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sopdeploy_export.engine_builder.engine import Engine
+    from sopdeploy_export.results import Exported
+
+EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
+
+
+def show_export(exported: "Exported", *, verbose: bool = False) -> None:
+    """Print what was removed, proved and measured in four lines, or all facts, and the warnings.
+
+    Args:
+        verbose: Print one line per fact.
+    """
+    lines = exported.lines()
+    shown = {**exported.facts(), "bundle": lines["bundle"]} if verbose else lines
+    for name, text in shown.items():
+        print_field(name, text)
+    warnings = list(exported.warnings)
+    if exported.manifest.int8_for == "cpu" and lacks_vnni():
+        warnings.insert(0, SLOW_INT8)
+    if exported.parity.drift_allowed:
+        warnings.insert(0, "the numbers drift; the bundle records that this was allowed")
+    for warning in warnings:
+        print_field("warning", warning, style="bold yellow")
+    is_for_cpu = exported.manifest.precision == "fp32" or exported.manifest.int8_for == "cpu"
+    if console.is_terminal and is_for_cpu:
+        _show_fastest_form(exported.path)
+
+
+def _show_fastest_form(path: Path) -> None:
+    """Print which form of the bundle at *path* is fastest on this processor."""
+    from sopdeploy.bundle.folder import open_bundle
+    from sopdeploy_commands.bundles.fastest_form import describe_fastest_form
+
+    with show_steps("speed") as on_step:
+        on_step("measuring float32 and int8")
+        text = describe_fastest_form(open_bundle(path))
+    print_field("speed", text)
+
+
+@command(show_export, summarize=lambda exported: exported.summary(), options={"out"})
+@expand_options
+def export(
+    checkpoint: str | Path,
+    out: str | Path = "bundles",
+    *,
+    options: ExportOptions,
+    source: NetworkExportOptions,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> "Exported":
+    """Convert a checkpoint to a bundle: detach, prove equivalence, export to ONNX, compare, write.
+
+    With --network, the file holds the weights of a network of your own, which is built by your code. From
+    Python, `sopdeploy.export_network` exports a network object.
+
+    Example: sopdeploy export runs/latest/best.pt --detach
+
+    Args:
+        checkpoint: A checkpoint of `sopdeploy train`, or with a network any weight file.
+        out: Folder for the bundle.
+        on_step: Called with a description of each step as it begins.
+
+    Returns:
+        The path of the bundle and the results of all checks.
+
+    Raises:
+        ConfigError: Options that are invalid or do not fit together.
+        SopdeployError: A step failed; *out* contains nothing new.
+    """
+    path, out = Path(checkpoint), Path(out)
+    if source.network is None:
+        check_is_checkpoint(path)  # before the imports, which take seconds, as the checks below
+    for folder in filter(None, (options.calibrate, options.evaluate)):
+        data_folder(folder)
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; choose a folder", setting="out")
+    if source.network is not None:
+        return _export_weights(path, out, source, options, on_step)
+    from sopdeploy_export.pipeline import export_checkpoint
+
+    return export_checkpoint(path, out, options=options, on_step=on_step)
+
+
+def _export_weights(
+    weights: Path,
+    out: Path,
+    source: NetworkExportOptions,
+    options: ExportOptions,
+    on_step: Callable[[str], None],
+) -> "Exported":
+    """Export the network that *source* names with the weights of the file *weights*."""
+    from sopdeploy_export.user_network.export_network import export_network
+    from sopdeploy_export.user_network.loading import network_builder
+
+    if options.detach:
+        message = "name the parts of the network to remove"
+        raise ConfigError(message, setting="detach", remedies={"training_only": None})
+    if source.labels is None:
+        message = "missing; give a file with one class name per line, in the order of the logits"
+        raise ConfigError(message, setting="labels")
+    labels, preprocess = read_class_names(source.labels), read_preprocess(source.preprocess)
+    plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
+    attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
+    on_step("building the network")
+    network, weights_key, sha256 = _load_network(weights, source)
+    return export_network(
+        network,
+        plain=plain,
+        training_only=source.training_only,
+        labels=labels,
+        preprocess=preprocess,
+        destination=out,
+        name=options.name or attribute,
+        logits_key=_index_or_name(source.logits_key),
+        allow_constants=source.allow_constants,
+        options=options,
+        config={
+            "network": source.network,
+            "settings": list(source.option),
+            "plain": source.plain,
+            "plain_settings": list(source.plain_option),
+            "training_only": list(source.training_only),
+            "logits": source.logits_key,
+            "allow_constants": source.allow_constants,
+            "table": weights_key,
+        },
+        sha256=sha256,
+        on_step=on_step,
+    )
+
+
+class Inspection(StrictModel):
+    """The parts of a network that its output ignores; `table` names the table of weights in the file."""
+
+    network: str
+    num_tensors: int
+    table: str
+    unused: tuple[str, ...]
+
+
+def _show_unused(inspected: Inspection) -> None:
+    """Print which tensors fit, the unused parts, and the next command."""
+    print_field("weights", f"{inspected.num_tensors} tensors fit")
+    unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
+    print_field("unused", unused)
+    if inspected.unused:
+        words = ["--network", inspected.network]
+        for part in inspected.unused:
+            words += ["--training-only", part]
+        print_field("next", f"sopdeploy export .. {join(words)}", style="dim")
+
+
+@command(_show_unused)
+@expand_options
+def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
+    """List the parts of a network of your own that its output does not depend on; writes nothing.
+
+    They are candidates for `sopdeploy export --training-only`.
+
+    Example: sopdeploy inspect w.pth --network my_code:build --preprocess rules.json
+
+    Args:
+        file: A weight file.
+    """
+    from sopdeploy_export.user_network.export_network import unused_modules
+
+    network, weights_key, _ = _load_network(file, options)
+    logits_key = _index_or_name(options.logits_key)
+    unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
+    return Inspection(
+        network=str(options.network),  # `_load_network` requires it
+        num_tensors=len(network.state_dict()),
+        table=weights_key,
+        unused=tuple(unused),
+    )
+
+
+def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, str, str]":
+    """Build the network of *options* and load its weights; return it, their table in the file, its sha256."""
+    from sopdeploy_export.user_network.loading import load_weights, network_builder
+
+    if options.network is None:
+        if has_manifest(weights):
+            raise ConfigError(f"{weights}: a bundle, not a weight file; its README.md describes it")
+        raise ConfigError("missing; give package.module:callable", setting="network")
+    network = network_builder("network", options.network, options.option)()
+    return network, *load_weights(network, weights, options.weights_key)
+
+
+def read_preprocess(text: str | None) -> Preprocess:
+    """Read the preprocessing rules that *text* names: `timm:NAME`, `torchvision:WEIGHTS` or a JSON file.
+
+    Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
+    """
+    if not text:
+        raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
+    kind, _, name = text.partition(":")
+    try:
+        if kind == "timm":
+            from sopdeploy.models.timm_networks import import_timm
+
+            config = import_timm(name).get_pretrained_cfg(name)
+            if config is None:
+                raise ValueError("timm publishes no preprocessing for it")
+            return Preprocess.from_timm(config.to_dict())
+        if kind == "torchvision":
+            weights = importlib.import_module("torchvision.models").get_weight(name)
+            return Preprocess.from_torchvision(weights.transforms())
+        return Preprocess.model_validate_json(read_file(text, MAX_TEXT_BYTES))
+    except (AttributeError, KeyError, OSError, ValueError) as error:
+        reason = first_problem(error) if isinstance(error, pydantic.ValidationError) else str(error)
+        if isinstance(error, OSError):
+            reason = str(error.strerror)
+        message = f"cannot be read ({reason}); give {EXAMPLE}"
+        raise ConfigError(message, setting="preprocess", value=text) from error
+
+
+def _index_or_name(key: str | None) -> str | int | None:
+    try:
+        return None if key is None else int(key)
+    except ValueError:
+        return key
+
+
+def _show_engine(engine: "Engine") -> None:
+    record, key = engine.record, engine.record.key
+    print_field("engine", f"{key.gpu} ({key.architecture}), TensorRT {key.tensorrt}")
+    print_field("built", engine.reason or "no, it was in the cache")
+    print_field("profiles", f"batches {', '.join(map(str, key.profiles))}")
+    print_field("precision", key.precision)
+    for replay in record.replays:
+        for text in replay.lines():
+            print_field("probes", text)
+    print_field("ready", f"{engine.path} ({record.plan_bytes:,} bytes)", style="bold green")
+
+
+@command(
+    _show_engine,
+    summarize=lambda engine: {
+        "plan": str(engine.path),
+        "built": engine.reason is not None,
+        "reason": engine.reason,
+        "record": engine.record.model_dump(mode="json"),
+    },
+)
+@expand_options
+def engine(
+    bundle: Path, *, options: EngineOptions, on_step: Callable[[str], None] = lambda _: None
+) -> "Engine":
+    """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its outputs.
+
+    Example: sopdeploy engine bundles/photos-3f6c01d2a4b7 --profiles 1,8,32
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+    """
+    import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
+    from sopdeploy.bundle.folder import open_bundle
+    from sopdeploy_export.engine_builder.engine import get_engine
+
+    opened = open_bundle(bundle)
+    cache_of_servers = os.environ.get("SOPDEPLOY_ENGINE_CACHE")
+    if options.cache is None and cache_of_servers:
+        options = options.model_copy(update={"cache": Path(cache_of_servers)})
+    if options.via == "torch-tensorrt" and "network" in opened.manifest.config:
+        message = f"{bundle}: is of a network of your own, which has no checkpoint to convert; omit --via"
+        raise EngineError(message)
+    if options.via == "torch-tensorrt" and options.checkpoint is None:
+        problem = "converts the program of the checkpoint that was exported"
+        raise ConfigError(problem, setting="via", remedies={"checkpoint": None})
+    if options.checkpoint is None:
+        return get_engine(opened, options, on_step)
+    check_is_checkpoint(options.checkpoint)
+    from sopdeploy_export.engine_builder.from_program import build_from_program
+    from sopdeploy_export.pipeline import rebuild_program
+
+    read_program = partial(rebuild_program, options.checkpoint, opened.manifest)
+    return get_engine(opened, options, on_step, partial(build_from_program, opened, read_program))
+
+
+@command()
+def triton(bundle: Path, repository: Path) -> None:
+    """Write a bundle into a Triton model repository: config, labels, warm-up and graph.
+
+    Example: sopdeploy triton bundles/photos-3f6c01d2a4b7 models
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+        repository: Triton model repository; created if it is missing.
+    """
+    from sopdeploy.bundle.folder import open_bundle
+    from sopdeploy_export.triton import write_triton
+
+    opened = open_bundle(bundle)
+    written = write_triton(opened, repository)
+    print_field("model", f"{written.name}, batches of 1 to {opened.manifest.batch.maximum}")
+    print_field("written", str(written), style="bold green")

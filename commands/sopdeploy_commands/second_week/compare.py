@@ -1,0 +1,471 @@
+"""`sopdeploy compare`: compare two bundles on the same photographs, with the server's code.
+
+What decides is the photographs of classes that both bundles have. Photographs of a class that only the second
+bundle has are wrong for the first one by definition; counted, they would hide a loss in the other classes.
+They are reported beside the comparison, in which the answer "new class" to another photograph is a mistake.
+
+Photographs that a bundle was trained on are left out: `Origin.sample` has their hashes. Near-duplicates are
+not independent; only the first of a group counts. Letters: N photographs, C classes.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, NamedTuple, TypedDict
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import err, plain_text, print_table, say
+from sopdeploy.config import StrictModel, Text
+from sopdeploy.errors import ConfigError, DataError, amount
+from sopdeploy.evaluation.metrics import Rate, log_loss
+from sopdeploy.evaluation.statistics import (
+    ALPHA,
+    TESTABLE,
+    TOLERANCE,
+    Verdict,
+    decide,
+    difference_interval,
+    holm,
+    images_to_decide,
+    mcnemar,
+)
+from sopdeploy.files import MAX_NAMES_BYTES, read_file
+from sopdeploy.html.report import percent
+from sopdeploy.names import LinkPath
+from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
+from sopdeploy.photos.files import KEPT_NAME, SAMPLE_FOLDER
+from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.photos.photo import ImageFiles
+from sopdeploy.project import SAMPLED, Time
+from sopdeploy_commands.bundles.scores import logits_of_images
+from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.settings import Settings, load_settings
+
+Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
+LOG = "promotions.jsonl"  # beside a link: one line for each promotion, refused or not
+
+
+class BundleScore(StrictModel):
+    """Accuracy and log loss of one bundle.
+
+    `accepted` is the share of the photographs that are `known`, `rejected` that of the unknown ones that are
+    not; None without a threshold or unknown photographs.
+    """
+
+    bundle: str
+    id: str
+    top1: Rate
+    log_loss: float
+    accepted: Rate | None
+    rejected: Rate | None
+
+
+class Change(StrictModel):
+    """Images that only the second bundle answers correctly (`wins`), or only the first (`losses`).
+
+    `p` is McNemar's exact p-value. Of unknown images, a correct answer is that they are unknown; a bundle
+    without a threshold has none.
+    """
+
+    wins: int
+    losses: int
+    p: float | None = None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the second bundle is worse on these images."""
+        return self.p is not None and self.p <= ALPHA and self.losses > self.wins
+
+
+class ClassChange(Change):
+    """One class: photographs that the first and the second bundle classify correctly.
+
+    `p` is corrected by Holm's method over the classes with at least `TESTABLE` wins and losses; None for the
+    others.
+    """
+
+    label: str
+    num_images: int
+    first: int
+    second: int
+
+
+class BundleComparison(StrictModel):
+    """The second bundle compared with the first on `num_images` photographs of `classes`.
+
+    Accuracies and differences are fractions. `new` and `removed` are classes of the second or the first
+    bundle only. `num_copies` near-duplicates and `trained_on` training images were left out. `suspects` are
+    bundles some of whose training images were found, but whose record of them is incomplete. `attempt` counts
+    the comparisons of `promote` with this first bundle, and includes this one. `num_more_images` would decide
+    what is undecided, in the next attempt. `unknown` is None without unknown images; a second bundle that
+    rejects fewer of them is worse.
+    """
+
+    first: BundleScore
+    second: BundleScore
+    num_images: int
+    num_copies: int
+    trained_on: int
+    suspects: tuple[str, ...]
+    wins: int
+    losses: int
+    difference: float
+    low: float
+    high: float
+    p: float
+    tolerance: float
+    attempt: int
+    verdict: Verdict
+    num_more_images: int | None
+    unknown: Change | None
+    classes: tuple[ClassChange, ...]
+    new: tuple[ClassChange, ...]
+    removed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """The verdict in one line."""
+        text: str = self.verdict
+        if text == "not worse":
+            text += f" within {100 * self.tolerance:g} points"
+        elif text == "undecided" and self.num_more_images is not None:
+            rounded = float(f"{self.num_more_images:.1e}")  # to two digits
+            text += f" (about {rounded:,.0f} more labels would decide)"
+        if self.unknown is not None and self.unknown.is_worse:
+            text += f", rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
+        points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
+        text += f": {points[0]} points ({points[1]} to {points[2]}) on {self.num_images:,} photographs"
+        return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"
+
+    @property
+    def worse_classes(self) -> list[str]:
+        """Classes in which the second bundle is worse."""
+        return [one.label for one in self.classes if one.is_worse]
+
+
+class Promotion(StrictModel):
+    """One move of the link named `link`, or a refused one: who, when, why, and the figures.
+
+    `before` and `after` are what the link contains: paths relative to its folder. `before` is None for the
+    first bundle; `comparison` is None if nothing was compared.
+    """
+
+    time: Time
+    user: Text
+    link: LinkPath
+    before: LinkPath | None
+    after: LinkPath
+    reason: Text
+    refused: bool = False
+    comparison: BundleComparison | None = None
+
+
+def _show(result: BundleComparison) -> None:
+    """Print both bundles, their classes and the verdict."""
+    for note in result.notes:
+        err.print(plain_text(f"warning: {note}"))
+    columns = ("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected")
+    print_table(columns, map(_row, (result.first, result.second)))
+    rows = [
+        (
+            one.label, str(one.num_images),
+            *(percent(right / one.num_images) for right in (one.first, one.second)),
+            f"{one.wins}, {one.losses}", "" if one.p is None else f"{one.p:.2g}",
+        )
+        for one in result.classes
+    ]  # fmt: skip
+    print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), rows)
+    for one in result.new:
+        say(f"new class {one.label}: {one.second} of {one.num_images} correct, not counted")
+    if result.removed:
+        say(f"only in the first bundle, not counted: {', '.join(result.removed)}")
+    say(
+        f"left out: {result.num_copies} near-duplicates, {result.trained_on} photographs from the training",
+        f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}",
+    )
+    say(result.summary, style="bold")
+
+
+def _row(score: BundleScore) -> tuple[str, ...]:
+    shares = (percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected))
+    top1 = (percent(score.top1.share), f"{percent(score.top1.low)} to {percent(score.top1.high)}")
+    return score.bundle, *top1, f"{score.log_loss:.3f}", *shares
+
+
+@command(_show, options={"data"})
+def compare(
+    first: Path,
+    second: Path,
+    data: Path,
+    *,
+    unknown: Path | None = None,
+    tolerance: Tolerance = 100 * TOLERANCE,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+) -> BundleComparison:
+    """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.
+
+    The photographs of classes of both bundles decide. Training images and near-duplicates are left out; so
+    are folders that are no class of either bundle, with a note.
+
+    Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
+
+    Args:
+        first: A bundle, such as the live one.
+        second: The bundle to compare with it.
+        data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
+        unknown: Folder of images of none of the classes, which test `known`; of those that a server kept,
+            only the uniform sample counts.
+        tolerance: Points of accuracy by which a bundle that is not worse may lose.
+        on_image: Called with the numbers of predictions done and in total.
+
+    Raises:
+        DataError: An image that the server would reject, or no photograph of a common class remains.
+        ConfigError: A bundle predicts several classes per image.
+        BundleError: A bundle is damaged.
+    """
+    settings = load_settings()
+    pair = [load_model(path, settings) for path in (first, second)]
+    return compare_loaded(
+        pair,
+        data,
+        count_comparisons(first),
+        settings,
+        unknown=unknown,
+        tolerance=tolerance,
+        on_image=on_image,
+    )
+
+
+def compare_loaded(
+    pair: Sequence[LoadedModel],
+    data: Path,
+    num_earlier: int,
+    settings: Settings,
+    *,
+    unknown: Path | None,
+    tolerance: float,
+    on_image: Callable[[int, int], None],
+) -> BundleComparison:
+    """Compare the two bundles of *pair*, as `compare` does; *num_earlier* comparisons are recorded."""
+    if several := [one.bundle.name for one in pair if one.bundle.manifest.rules.thresholds is not None]:
+        raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
+    notes: list[str] = []
+    first_labels, second_labels = (set(one.bundle.labels) for one in pair)
+    all_labels, common_labels = tuple(sorted(first_labels | second_labels)), first_labels & second_labels
+    found = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
+    images, left_out = _select(found, pair, notes)
+    labels, targets = images.labels, images.targets.astype(np.int64)  # a target is an index in *labels*
+    is_common_C = np.array([label in common_labels for label in labels])
+    common_N = is_common_C[targets]  # the photographs of classes that both bundles have
+    if not common_N.any():
+        raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
+    unknown_images = None if unknown is None else _open_unknown(unknown, notes)
+    total = len(pair) * (len(images) + len(unknown_images or ()))  # predictions
+    done = itertools.count(1)
+    evaluated = [
+        _evaluate(one, images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
+        for one in pair
+    ]
+    common_classes = compare_classes(labels, targets[common_N], [one.right[common_N] for one in evaluated])
+    other_classes = compare_classes(labels, targets[~common_N], [one.right[~common_N] for one in evaluated])
+    wins, losses = sum(one.wins for one in common_classes), sum(one.losses for one in common_classes)
+    count, tolerated = int(common_N.sum()), tolerance / 100
+    low, high = difference_interval(wins, losses, count)
+    attempt = num_earlier + 1
+    verdict = decide(wins, losses, count, tolerated, attempt)
+    rejections = _compare_rejections(*(one.rejected for one in evaluated))
+    if rejections is not None and rejections.is_worse:  # even if it is better on the photographs
+        verdict = "worse"
+    return BundleComparison(
+        first=evaluated[0].score, second=evaluated[1].score, num_images=count, **left_out,
+        wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
+        p=mcnemar(wins, losses), tolerance=tolerated, attempt=attempt, verdict=verdict, unknown=rejections,
+        classes=common_classes, new=[one for one in other_classes if one.label in second_labels],
+        removed=sorted(first_labels - second_labels), notes=notes,
+        # More images are for another attempt, which needs stronger evidence than this one.
+        num_more_images=images_to_decide(wins, losses, count, tolerated, attempt + 1),
+    )  # fmt: skip
+
+
+def read_promotions(link: Path) -> list[Promotion]:
+    """Read what the log says of *link*."""
+    log, found = link.with_name(LOG), list[Promotion]()
+    try:
+        lines = read_file(log, MAX_NAMES_BYTES).splitlines() if os.path.lexists(log) else []
+    except OSError as error:
+        raise ConfigError(f"{log}: cannot be read ({error.strerror}); repair or move it away") from error
+    for line in lines:
+        with suppress(pydantic.ValidationError):  # the machine stopped while the line was written
+            found.append(Promotion.model_validate_json(line))
+    return [one for one in found if one.link == link.name]
+
+
+def count_comparisons(link: Path) -> int:
+    """Count the recorded comparisons with the bundle that *link* leads to; equal ones count once."""
+    if not link.is_symlink():
+        return 0
+    different, live = set(), str(link.readlink())
+    for promotion in read_promotions(link):
+        compared = promotion.comparison
+        if promotion.before == live and compared is not None:
+            different.add((promotion.after, compared.num_images, compared.wins, compared.losses))
+    return len(different)
+
+
+def _open_unknown(folder: Path, notes: list[str]) -> ImageFiles | None:
+    """Open the images in *folder*, without those that a server kept because its network was not sure of them.
+
+    The live bundle rejected most of these: it would seem better than it is. Those of the uniform sample
+    count. Returns None if none remain; appends to *notes*.
+    """
+    images = open_any_images(folder)
+    paths = [images.path(index) for index in range(len(images))]
+    is_fair_N = np.array(
+        [path.parent.name == SAMPLE_FOLDER or not KEPT_NAME.fullmatch(path.name) for path in paths]
+    )
+    if num_left := int((~is_fair_N).sum()):
+        notes.append(
+            f"{folder}: {amount(num_left, 'photograph')} not compared, because a server kept them outside of "
+            f"its sample, mostly as unknown; {int(is_fair_N.sum())} remain"
+        )
+    return images.select(is_fair_N) if is_fair_N.any() else None
+
+
+class LeftOut(TypedDict):
+    """The fields of `BundleComparison` about photographs that are not compared."""
+
+    num_copies: int
+    trained_on: int
+    suspects: list[str]
+
+
+def _select(images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]) -> tuple[ImageFiles, LeftOut]:
+    """Leave out training images of the bundles with their near-duplicates, and copies among the others.
+
+    Also returns what was left out; appends to *notes*.
+    """
+    grouped = group_photographs(images)
+    group_N, hashes = grouped.groups, grouped.file_hashes  # groups are equal for near-duplicates
+    recorded_N, suspects = _find_recorded(hashes, pair, notes)
+    if len(images) > MAX_SIGNATURES:
+        notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out")
+    trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of recorded images
+    _, first_G = np.unique(group_N, return_index=True)  # the index of the first image of each of G groups
+    is_first_N = np.isin(np.arange(len(images)), first_G)
+    kept_N = is_first_N & ~trained_on_N
+    if not kept_N.any():
+        raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
+    num_copies = int((~is_first_N & ~trained_on_N).sum())
+    left_out: LeftOut = {
+        "num_copies": num_copies,
+        "trained_on": int(trained_on_N.sum()),
+        "suspects": suspects,
+    }
+    return images.select(kept_N), left_out
+
+
+def _find_recorded(
+    hashes: NDArray[np.int64], pair: Sequence[LoadedModel], notes: list[str]
+) -> tuple[NDArray[np.bool_], list[str]]:
+    """Return the mask (N,) of files that a bundle has recorded as training images, and the suspects.
+
+    *hashes* are those of the N files. A suspect is the name of a bundle that was trained on some of them. Its
+    record has the largest size, `SAMPLED`, so it may be incomplete: the bundle may have seen more of them.
+    Appends to *notes*.
+    """
+    recorded_N, suspects = np.zeros(len(hashes), np.bool_), []
+    for one in pair:
+        name, origin = one.bundle.name, one.bundle.manifest.origin
+        if origin is None or not origin.sample:
+            notes.append(f"{name}: its training images are not recorded; leave them out yourself")
+            continue
+        found_N = np.isin(hashes, origin.sample)
+        recorded_N |= found_N
+        if found_N.any() and len(origin.sample) == SAMPLED:  # a record of this size may be incomplete
+            suspects.append(name)
+    return recorded_N, suspects
+
+
+class Evaluated(NamedTuple):
+    """A bundle's score, which photographs (N,) are `right`, and which unknown images (U,) are `rejected`."""
+
+    score: BundleScore
+    right: NDArray[np.bool_]
+    rejected: NDArray[np.bool_] | None
+
+
+def _evaluate(
+    loaded: LoadedModel,
+    images: ImageFiles,
+    common_N: NDArray[np.bool_],
+    unknown: ImageFiles | None,
+    settings: Settings,
+    on_image: Callable[[], None],
+) -> Evaluated:
+    """Run a bundle on *images* and, if given, *unknown* ones; score it on those of the mask *common_N*."""
+    bundle, labels = loaded.bundle, images.labels
+    logits_NC, known_N = _answer(loaded, images, settings, on_image)
+    rejected = None  # or a mask (U,)
+    if unknown is not None:
+        _, known_U = _answer(loaded, unknown, settings, on_image)
+        rejected = ~known_U
+    # A class has two numbers: its target, the index in *labels*, and its output, the index in the bundle.
+    target_of_output = np.array([labels.index(label) for label in bundle.labels])
+    right_N = target_of_output[logits_NC.argmax(axis=1)] == images.targets
+    labels_K = [labels[target] for target in images.targets[common_N]]  # of the K photographs in the mask
+    outputs_K = np.array([bundle.labels.index(label) for label in labels_K])
+    has_rule = bundle.manifest.rules.rejection is not None
+    score = BundleScore(
+        bundle=bundle.name,
+        id=bundle.manifest.id,
+        top1=Rate.of(int(right_N[common_N].sum()), len(labels_K)),
+        log_loss=log_loss(logits_NC[common_N].astype(np.float64), outputs_K),
+        accepted=Rate.of(int(known_N[common_N].sum()), len(labels_K)) if has_rule else None,
+        rejected=Rate.of(int(rejected.sum()), len(rejected)) if has_rule and rejected is not None else None,
+    )
+    return Evaluated(score, right_N, rejected)
+
+
+def _answer(
+    loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the logits (N, C) of *images* and the mask (N,) of known ones: all without a threshold."""
+    logits = logits_of_images(loaded, images, settings, on_image)
+    answers = [loaded.bundle.manifest.rules.answer(row, top_k=1) for row in logits]
+    return logits, np.array([answer.known is not False for answer in answers])
+
+
+def _compare_rejections(first: NDArray[np.bool_] | None, second: NDArray[np.bool_] | None) -> Change | None:
+    """Compare the unknown images (U,) that the *first* and the *second* bundle reject, if there are any."""
+    if first is None or second is None:
+        return None
+    wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
+    return Change(wins=wins, losses=losses, p=mcnemar(wins, losses))
+
+
+def compare_classes(
+    labels: Sequence[str], targets: NDArray[np.int64], right: Sequence[NDArray[np.bool_]]
+) -> list[ClassChange]:
+    """Compare the two bundles in each class of *targets* (N,), the classes of the photographs.
+
+    *right* has a mask (N,) for each bundle: the photographs that it classifies correctly.
+    """
+    changes = []
+    for target in np.unique(targets).tolist():
+        first, second = (mask[targets == target] for mask in right)
+        masks = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
+        counts = {name: int(mask.sum()) for name, mask in masks.items()}
+        changes.append(ClassChange(label=labels[target], num_images=len(first), **counts))
+    # Classes below `TESTABLE` cannot become significant, so they are left out of the correction. Which ones
+    # these are depends only on the sum of wins and losses, which says nothing about the better bundle.
+    tested = [one for one in changes if one.wins + one.losses >= TESTABLE]
+    corrected = holm([mcnemar(one.wins, one.losses) for one in tested])
+    p_values = {one.label: p for one, p in zip(tested, corrected, strict=True)}
+    return [one.model_copy(update={"p": p_values.get(one.label)}) for one in changes]

@@ -1,0 +1,264 @@
+"""`sopdeploy forget`: delete a photograph, its label and its records for a person who asks for it."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import print_field, say
+from sopdeploy.errors import DataError, StorageError, shorten
+from sopdeploy.file_systems import lock_file
+from sopdeploy.files import LOCK, PARTIAL, atomic_write, open_regular, remove_left, sha256, writing
+from sopdeploy.images.limits import SUFFIXES
+from sopdeploy.photos.files import normalize, walk
+
+ID = re.compile(r"[0-9a-f]{32}")  # of a kept photograph: the first digits of the sha256 of the sent file
+RECORDS = (".json", ".skipped")  # beside a kept photograph
+_PARTIAL_NAME = re.compile(rf"(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")  # after the name of the file
+LISTING, STATE, ROWS_FOLDER = "_list.parquet", "_run.json", "rows"  # of `classify`
+# Values of columns that cannot be empty.
+FORGOTTEN = {"path": "forgotten", "location": "forgotten", "offset": 0, "size": 0}
+
+
+def _show(deleted: Sequence[Path]) -> None:
+    for path in deleted:
+        print_field("deleted", str(path), style="")
+    say('what may remain: docs/operations.md, "Erasure"')
+
+
+@command(_show, summarize=lambda deleted: {"deleted": list(map(str, deleted))})
+def forget(photograph: str, folders: list[Path]) -> list[Path]:
+    """Delete a photograph, its label and its records in folders, also in the rows of `classify`.
+
+    Every copy goes that has the content of the file, its name if it was kept, or the given name. All of them
+    are found first, and only then deleted; after a stop, repeat the command.
+
+    Example: sopdeploy forget photo.jpg kept photos photos-held-out photos-unknown
+
+    Args:
+        photograph: The file that was sent, or the name of a kept or labelled photograph.
+        folders: Folders of kept and labelled photographs, and output folders of `classify`.
+
+    Returns:
+        The files that were deleted or changed.
+
+    Raises:
+        DataError: A folder is missing, or none contains the photograph, the name is that of several ones, or
+            a table is of a later version or is being written.
+        StorageError: A file cannot be changed.
+    """
+    named = [Path(folder) for folder in folders]
+    for folder in named:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
+    wanted = _Wanted.read(photograph)
+    found = {os.path.abspath(path): path for folder in named for path in walk(folder, hidden=True)}  # noqa: PTH100
+    files = list(found.values())
+    tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
+    for table in tables:
+        _check_table(table)
+    images = _find_images(wanted, files)
+    ids = wanted.ids.union(name.stem for name in map(_name, images) if ID.fullmatch(name.stem))
+    rows = _find_rows(wanted._replace(ids=ids), tables)
+    of_ids = [
+        path
+        for path in files
+        if _name(path).stem in ids and _name(path).suffix.lower() in (*SUFFIXES, *RECORDS)
+    ]
+    if not wanted.digest and not ids:
+        _check_one_photograph(photograph, images, rows)
+    # The records first and the named file last: until then, a repeated command finds all that is left.
+    deleted = sorted({*images, *of_ids}, key=lambda path: (wanted.is_named(path), path in images, path))
+    if not deleted and not rows:
+        raise DataError(f"{photograph}: not found in {', '.join(map(str, named))}; check the name")
+    for folder in {path.parent for path in (*deleted, *rows)}:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise StorageError(
+                f"{folder}: its files cannot be changed; check permissions; nothing is deleted"
+            )
+    with ExitStack() as locks:
+        for folder in {_output_folder(table) for table in rows}:
+            _lock_output(folder, locks)
+        for table in sorted(rows, key=lambda table: table.name == LISTING):  # rows are found by the list
+            with writing(table):
+                _empty_rows(table, [row.number for row in rows[table]])
+    for path in deleted:
+        with writing(path):
+            path.unlink(missing_ok=True)
+    for folder in {path.parent for path in files if path.name.endswith(PARTIAL)}:
+        remove_left(folder)  # of a process that was killed while it wrote a copy
+    return [*rows, *deleted]
+
+
+class _Wanted(NamedTuple):
+    """A photograph to forget: the given path; size and sha256 if it is a file; ids under which it is kept."""
+
+    path: Path
+    size: int
+    digest: str
+    ids: frozenset[str]
+
+    @classmethod
+    def read(cls, photograph: str) -> "_Wanted":
+        """Read the file *photograph*, if there is one; otherwise it is a name."""
+        path = Path(photograph)
+        digest = sha256(path) if path.is_file() else ""
+        ids = {digest[:32], path.stem if ID.fullmatch(path.stem) else ""} - {""}
+        return cls(path, path.stat().st_size if digest else 0, digest, frozenset(ids))
+
+    def is_named(self, path: Path) -> bool:
+        """Tell whether *path* leads to the given file, or ends with the given name if there is no file."""
+        if self.digest:
+            return os.path.realpath(path) == os.path.realpath(self.path)
+        parts = [normalize(part) for part in self.path.parts]
+        return [normalize(part) for part in path.parts][-len(parts) :] == parts
+
+    def has_content(self, path: Path, offset: int = 0, size: int | None = None) -> bool:
+        """Tell whether the file *path*, or *size* bytes of it, have the content of the given file."""
+        with suppress(OSError, ValueError):  # it does not exist, or its name has null bytes
+            size = path.stat().st_size if size is None else size
+            if self.digest and size == self.size and path.is_file():
+                with open_regular(path) as file:
+                    file.seek(offset)
+                    return hashlib.sha256(file.read(size)).hexdigest() == self.digest
+        return False
+
+
+class _Row(NamedTuple):
+    """The number of a row in its table, and what it says of its image, which may be a part of an archive."""
+
+    number: int
+    path: str
+    location: str
+    offset: int = 0
+    size: int | None = None
+
+
+def _name(path: Path) -> Path:
+    """Return the name of *path*, for a temporary file that of the file that it would have become."""
+    return Path(_PARTIAL_NAME.sub("", path.name) if path.name.endswith(PARTIAL) else path.name)
+
+
+def _find_images(wanted: _Wanted, files: Sequence[Path]) -> list[Path]:
+    """List the images of *files* that have the content of *wanted*; without a file, its name."""
+    images = [path for path in files if _name(path).suffix.lower() in SUFFIXES]
+    if wanted.digest:
+        return [path for path in images if wanted.has_content(path)]
+    return [path for path in images if wanted.is_named(path.with_name(_name(path).name))]
+
+
+def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]]:
+    """Find the rows of *wanted* in the *tables* of `classify`, by the places in the list of each run."""
+    all_rows = {table: list(_read_rows(table)) for table in tables}
+    places = {
+        (_output_folder(table), row.path): row
+        for table, rows in all_rows.items()
+        if table.name == LISTING
+        for row in rows
+    }
+
+    def is_wanted(row: _Row) -> bool:
+        if Path(row.path).stem in wanted.ids:
+            return True
+        if not wanted.digest:
+            return any(wanted.is_named(Path(name)) for name in (row.path, row.location))
+        is_file = not row.offset  # others are members of an archive
+        return (is_file and wanted.is_named(Path(row.location))) or wanted.has_content(
+            Path(row.location), row.offset, None if is_file else row.size
+        )
+
+    found = {}
+    for table, rows in all_rows.items():
+        placed = [
+            places.get((_output_folder(table), row.path), row)._replace(number=row.number) for row in rows
+        ]
+        if marked := [row for row in placed if is_wanted(row)]:
+            found[table] = marked
+    return found
+
+
+def _read_rows(table: Path) -> Iterator[_Row]:
+    """Yield the rows of a table of `classify`; a table of another program has none."""
+    import pyarrow.parquet as pq  # of an extra
+
+    names = pq.read_schema(table).names
+    if "path" not in names:
+        return
+    columns = pq.read_table(table, columns=[name for name in _Row._fields if name in names]).to_pylist()
+    for number, values in enumerate(columns):
+        if isinstance(values["path"], str) and values["path"] != FORGOTTEN["path"]:
+            yield _Row(number, **{"location": values["path"], **values})
+
+
+def _output_folder(table: Path) -> Path:
+    """Return the output folder of `classify` that holds *table*."""
+    return table.parent.parent if table.parent.name == ROWS_FOLDER else table.parent
+
+
+def _lock_output(folder: Path, locks: ExitStack) -> None:
+    """Keep runs of `classify` out of *folder*; raises `DataError` if one is writing to it."""
+    if not (folder / STATE).exists():
+        return
+    with writing(folder):
+        try:
+            lock = lock_file(folder / LOCK)
+        except BlockingIOError as error:
+            raise DataError(f"{folder}: a run of `classify` is writing to it; wait for it") from error
+    locks.callback(os.close, lock.file)
+
+
+def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, list[_Row]]) -> None:
+    """Raise `DataError` if *name* is that of photographs with different contents."""
+    places = {str(path): path for path in images}
+    for row in (row for found in rows.values() for row in found):
+        places[row.path] = Path(row.path) if row.offset else Path(row.location)
+    different: dict[str, str] = {}
+    for text, path in places.items():
+        is_readable = path.is_file() and path.suffix.lower() in SUFFIXES  # not an archive
+        different.setdefault(sha256(path) if is_readable else os.path.abspath(path), text)  # noqa: PTH100
+    if len(different) > 1:
+        names = shorten(sorted(different.values()))
+        raise DataError(f"{name}: is the name of different photographs ({names}); name one with its folder")
+
+
+def _check_table(table: Path) -> None:
+    """Raise `DataError` if *table* is of a later format than this version can rewrite."""
+    import pyarrow.parquet as pq  # of an extra
+
+    from sopdeploy_commands.tables import check_schema
+
+    try:
+        check_schema(pq.read_schema(table))
+    except ValueError as error:  # also of pyarrow, for a damaged file
+        raise DataError(f"{table}: {error}") from error
+
+
+def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
+    """Replace the rows with *numbers* of a table of `classify` by empty ones.
+
+    The table keeps its number of rows, so that a run can continue.
+    """
+    import pyarrow as pa  # of an extra
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(table) as file:
+        schema = file.schema_arrow
+        groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+    marked, first = set(numbers), 0
+    with atomic_write(table) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for group in groups:
+            marks = [first + row in marked for row in range(group.num_rows)]
+            columns = [_blank(group[field.name], field, marks, pa) for field in schema]
+            writer.write_table(pa.table(columns, schema=schema))
+            first += group.num_rows
+
+
+def _blank(column: Any, field: Any, marks: Sequence[bool], pa: Any) -> Any:
+    """Copy *column* without the values of the marked rows."""
+    empty = FORGOTTEN.get(field.name)
+    values = [empty if mark else value for value, mark in zip(column.to_pylist(), marks, strict=True)]
+    return pa.array(values, field.type)

@@ -1,0 +1,191 @@
+"""`sopdeploy promote`: lead the link that a server follows to another bundle, if the evidence allows it.
+
+`promotions.jsonl` beside the link has one line for each move and for each attempt that was refused. The line
+is on disk before the link is moved. Trying again until a bundle passes would promote a worse one more often
+than stated, so each further comparison with one live bundle needs stronger evidence (`decide`).
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from sopdeploy.bundle.folder import read_files
+from sopdeploy.bundle.manifest import Manifest
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import print_field, say
+from sopdeploy.errors import ConfigError, PromotionError, StorageError
+from sopdeploy.evaluation.statistics import TOLERANCE
+from sopdeploy.file_systems import flush, lock_file
+from sopdeploy.files import MAX_NAMES_BYTES, leads_through, move_link, os_reason, read_at_most, writing
+from sopdeploy.project import utc_now
+from sopdeploy_commands.second_week.compare import (
+    LOG,
+    BundleComparison,
+    Promotion,
+    Tolerance,
+    compare_loaded,
+    count_comparisons,
+    read_promotions,
+)
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.settings import load_settings
+
+
+def _show(move: Promotion) -> None:
+    """Print what the link leads to, and why."""
+    print_field(move.link, f"{move.after} (before: {move.before or 'nothing'})", style="bold green")
+    say(move.reason)
+
+
+@command(_show, options={"over", "data"})
+def promote(
+    new: Path | None = None,
+    over: Path | None = None,
+    data: Path | None = None,
+    *,
+    unknown: Path | None = None,
+    tolerance: Tolerance = 100 * TOLERANCE,
+    force: str | None = None,
+    back: Path | None = None,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Promotion:
+    """Move the link that a server follows to a bundle that is better or not worse, and record why.
+
+    A bundle is refused if it is worse, overall or in a class, or if the photographs do not show that it is
+    not worse. `promotions.jsonl` beside the link has the figures of each move and refusal; each further
+    attempt at the same live bundle needs stronger evidence. The new bundle is loaded before the move, which
+    checks its hashes and outputs.
+
+    Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
+
+    Example: sopdeploy promote --back bundles/live
+
+    Args:
+        new: The bundle to serve.
+        over: Link that the server follows; created if absent.
+        data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
+        unknown: Folder of images of none of the classes, which test `known`.
+        tolerance: Points of accuracy by which a bundle that is not worse may lose.
+        force: Reason to move the link in any case; recorded.
+        back: Link to move back to the bundle before, without other arguments; a second time undoes the first.
+        on_image: Called with the numbers of photographs done and in total.
+
+    Raises:
+        PromotionError: The objections, or there is no bundle to go back to.
+        ConfigError: *over* or *back* is no link, or arguments that do not fit together.
+    """
+    if back is not None and all(other is None for other in (new, over, data, unknown, force)):
+        return _promote_back(back)
+    if new is None or over is None or back is not None:
+        raise ConfigError("give NEW --over LINK, or --back LINK alone")
+    before, has_live = _target(over), over.exists()  # a link may lead to a bundle that was deleted
+    if has_live:
+        if over.resolve() == new.resolve():
+            raise ConfigError(f"{over}: leads to this bundle already; name another one")
+        if data is None and force is None:
+            raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
+    after = os.path.relpath(new.resolve(), over.parent.resolve())
+    settings = load_settings()
+    loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
+    manifest = loaded.bundle.manifest
+    if not has_live or data is None:  # nothing to compare with, or a forced move without photographs
+        return _record(over, before, after, force or "first bundle", None, manifest)
+    live = load_model(over, settings)
+    comparison = compare_loaded(
+        (live, loaded), data, count_comparisons(over), settings,
+        unknown=unknown, tolerance=tolerance, on_image=on_image,
+    )  # fmt: skip
+    objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
+    if objections and force is None:
+        _record(over, before, after, "; ".join(objections), comparison, manifest, refused=True)
+        raise PromotionError(
+            f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
+            lists={"objections": objections},
+        )
+    return _record(over, before, after, force or comparison.summary, comparison, manifest)
+
+
+def _promote_back(link: Path) -> Promotion:
+    """Move *link* back to the bundle before the last promotion of the live one."""
+    live = _target(link)
+    moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
+    previous = [move.before for move in moves if move.before]  # oldest first; a first bundle has none
+    if not previous:
+        log = link.with_name(LOG)
+        raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
+    loaded = load_model(link.parent / previous[-1], load_settings())  # raises an error for a damaged bundle
+    return _record(link, live, previous[-1], "back", None, loaded.bundle.manifest)
+
+
+def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
+    """List what speaks against the second bundle."""
+    found = []
+    if comparison.verdict in {"worse", "undecided"}:
+        found.append(comparison.summary)
+    if comparison.worse_classes:
+        found.append(f"worse in {', '.join(comparison.worse_classes)}")
+    if comparison.removed:
+        found.append(f"without the classes {', '.join(comparison.removed)}")
+    if comparison.suspects:
+        found.append(f"{', '.join(comparison.suspects)} may have been trained on more of the photographs")
+    if old_name != new_name:
+        found.append(f"its name is {new_name}, but clients use {old_name}")
+    return found
+
+
+def _target(link: Path) -> str | None:
+    """Read where *link* leads; None if it does not exist. Raises `ConfigError` for a file or folder."""
+    if link.exists() and not link.is_symlink():
+        raise ConfigError(f"{link}: not a link; name one, such as bundles/live, which need not exist yet")
+    return str(link.readlink()) if link.is_symlink() else None
+
+
+def _record(
+    link: Path,
+    before: str | None,
+    after: str,
+    reason: str,
+    comparison: BundleComparison | None,
+    manifest: Manifest,
+    *,
+    refused: bool = False,
+) -> Promotion:
+    """Record the move of *link* from *before* to *after*, and make it unless it is *refused*.
+
+    A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more or
+    would lead to itself, and `BundleError` if *after* has no longer the files of *manifest*, which were
+    loaded and compared.
+    """
+    if leads_through(link.parent / after, link):
+        raise ConfigError(f"{link}: {after[:80]!r} leads to this link itself; name the bundle to promote")
+    user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for the user
+    move = Promotion(
+        time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
+        refused=refused, comparison=comparison,
+    )  # fmt: skip
+    path = link.with_name(LOG)
+    with writing(path):
+        lock = lock_file(path, wait=True)
+    lock.note(path, "promote from one place at a time")
+    with writing(path), os.fdopen(lock.file, "r+b") as log:
+        if _target(link) != before:
+            raise ConfigError(f"{link}: was moved by another process; repeat the command")
+        if not refused:
+            read_files(link.parent / after, manifest, with_graph=False)
+        recorded = read_at_most(log, MAX_NAMES_BYTES + 1)
+        if len(recorded) > MAX_NAMES_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere")
+        is_torn = bool(recorded) and not recorded.endswith(b"\n")  # its last line is not complete
+        log.write((b"\n" if is_torn else b"") + move.model_dump_json().encode() + b"\n")
+        log.flush()
+        flush(log.fileno())
+        if not refused:
+            try:
+                move_link(link, after)
+            except OSError as error:
+                log.truncate(len(recorded))  # removes the line of this move
+                raise StorageError(
+                    f"{link}: cannot be written ({os_reason(error)}); check the permissions of its folder, "
+                    "and that its file system has symbolic links"
+                ) from error
+    return move

@@ -1,0 +1,116 @@
+"""`sopdeploy serve` and `key`: a server, and the keys of its clients."""
+
+import asyncio
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from sopdeploy.cli.command import SettingOptions, command
+from sopdeploy.cli.console import err, plain_text
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.settings import (
+    Settings,
+    load_settings,
+    parse_assignments,
+    to_toml,
+    unused_variables,
+)
+
+COMPARED = 30  # held-out photographs for a first comparison of two networks
+
+
+def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
+    """Describe an option for each of the settings *names*; `Settings` validates its value."""
+    found = {}
+    for name in names:
+        field = Settings.model_fields[name]
+        default = "" if field.default in {None, ()} else f"; default: {field.default}"
+        value_type = int if field.annotation is int else str
+        found[name] = (value_type | None, f"{field.description}{default}.")
+    return found
+
+
+def _parse(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
+    """Parse the settings of a command line, and print which environment variables have no effect."""
+    for name in unused_variables():
+        note = f"environment variable {name} is not a setting and has no effect"
+        err.print(Text.assemble(("note:", "yellow"), " ", plain_text(note)))
+    return parse_assignments(assignments, **flags)
+
+
+@command(
+    settings=SettingOptions(
+        _parse,
+        setting_flags("host", "port", "runtime", "devices", "threads", "keys", "require_signature", "log"),
+    )
+)
+def serve(
+    bundles: str | Path | Sequence[str | Path],
+    *,
+    config: str | Path | None = None,
+    print_config: bool = False,
+    **settings: Any,
+) -> int:
+    """Serve bundles over HTTP: POST an image to /v1/classify.
+
+    Settings come from options or keywords, from environment variables such as SOPDEPLOY_PORT, and from the
+    file *config*, in this order of priority.
+
+    Example: sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000
+
+    Example: sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle
+
+    Args:
+        bundles: One or several of: a bundle, a folder of bundles, or NAME=BUNDLE.
+        config: TOML file with settings.
+        print_config: Print all settings as a TOML file and exit.
+        **settings: Settings, for example `port=8000` (0 selects a free port), `host`, `threads`.
+
+    Returns:
+        The exit code after SIGTERM or SIGINT: 0 after a drain, 70 if a runtime died.
+
+    Raises:
+        ConfigError: Invalid settings, the port is in use, or the server would block an event loop.
+        BundleError: A bundle is damaged.
+        SopdeployError: No runtime can run a bundle, or its outputs differ from its probes.
+    """
+    sources = [bundles] if isinstance(bundles, str | Path) else list(bundles)
+    loaded = load_settings(None if config is None else Path(config), **settings)
+    if print_config:
+        sys.stdout.write(to_toml(loaded))
+        return 0
+    from sopdeploy_service.server.process import run_server
+
+    if loaded.keep is not None and loaded.keep_sample > 0:
+        rate = loaded.keep_sample
+        sample = f"about {1000 * rate:.4g} of 1,000 photographs are the uniform sample (keep_sample={rate:g})"
+        needed = f"about {COMPARED} of it, from {math.ceil(COMPARED / rate):,} photographs"
+        err.print(plain_text(f"keep: {sample}; compare needs {needed}"))
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # no event loop runs in this thread, as it should be
+        return run_server(sources, loaded)
+    reason = "an event loop runs in this thread, as in a notebook"
+    raise ConfigError(f"serve: {reason}; run the command in another process")
+
+
+@command()
+def key(name: str, *, keys: Path, rate: float | None = None) -> None:
+    """Create an API key, print it once and store its hash; servers read the file when they start.
+
+    Example: sopdeploy key phone-app --keys keys.toml --rate 100
+
+    Args:
+        name: Name of the client; it appears in the server's log.
+        keys: API key file; created if it is missing.
+        rate: Largest number of images per second; by default no limit.
+    """
+    from sopdeploy_service.http.api_keys import new_key
+
+    created = new_key(keys, name, rate)
+    sys.stdout.write(created + "\n")
+    err.print(plain_text(f"{keys} stores only a hash: keep the key, it is not shown again"))

@@ -1,0 +1,208 @@
+"""Choose among networks by accuracy and time: `sopdeploy train --models A,B --within 20ms`.
+
+Each network is built with random weights and the head that the few-shot procedure fits, exported, and
+measured on one thread. Those that are fast enough are cross-validated with their start weights, so that only
+these are downloaded. Without `--models`, the networks are those of `choices.toml`, and one whose weights
+cannot be reached is skipped. Of the most accurate one and those that do not differ from it significantly, the
+fastest is chosen.
+"""
+
+import statistics
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.data.sources import open_data
+from sopdeploy.errors import ConfigError, DataError, WeightsError, shorten
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.multi_label import MeanPrecision
+from sopdeploy.evaluation.statistics import difference_interval
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.choices import file_stem
+from sopdeploy.models.registry import create_model, entry
+from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.training.callback import Callback
+from sopdeploy.training.distributed import Strategy, select_device
+from sopdeploy.training.few_shot.features import unfitted_network
+from sopdeploy.training.few_shot.run import cross_validate
+from sopdeploy.training.recipe import HeadOptions, Recipe
+from sopdeploy.training.results import NetworkScore
+from sopdeploy.training.start import Given, check_count, place, select_procedure
+from sopdeploy.training.start_weights import (
+    WeightSource,
+    complete_preprocess,
+    create_initial_model,
+    fetch_published,
+)
+from sopdeploy_commands.bundles.fastest_form import measure_alternately
+from sopdeploy_export.graph import INPUT, capture_any_batch, lower, output_names
+from sopdeploy_service.runtime.onnxruntime import CPU, import_onnxruntime, session_options
+
+
+class Speed(NamedTuple):
+    """Processor time of an image, and size of the graph."""
+
+    milliseconds: float
+    megabytes: float
+
+
+class Validated(NamedTuple):
+    """A score, which of N images are `right` (N,), None with several classes per image, and `groups` (N,)."""
+
+    score: Rate | MeanPrecision
+    right: NDArray[np.bool_] | None
+    groups: NDArray[np.int64]
+
+
+def choose_network(
+    configured: Mapping[str, tuple[Recipe, Given]],
+    within: float | None,
+    callback: Callback,
+    *,
+    may_skip: bool = False,
+) -> tuple[NetworkScore, ...]:
+    """Compare networks by name; one of them is `chosen`. *within* is the largest time in milliseconds.
+
+    *configured* are their recipes, and what is known of each run. With *may_skip*, networks whose weights
+    cannot be reached are skipped. Raises `ConfigError` if all networks take longer, or if one would not be
+    trained by the few-shot procedure, and the errors of `fetch_weights`.
+    """
+    shared, given = next(iter(configured.values()))  # the recipes differ in the network only
+    data, strategy = given.data or open_data(shared.data), Strategy(select_device(shared.device))
+    if shared.threads:
+        torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
+    recipes = {name: select_procedure(recipe, len(data.train)) for name, (recipe, _) in configured.items()}
+    for name, recipe in recipes.items():
+        if not isinstance(recipe.procedure, HeadOptions):
+            reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
+            advice = "choose a network with --set model.name"
+            raise ConfigError(f"{name}: {reason}; {advice}", setting="models")
+    speeds = measure_networks(recipes, len(data.train.labels), callback)
+    fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
+    if not fast:
+        name, speed = min(speeds.items(), key=lambda item: item[1].milliseconds)
+        fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
+        raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
+    reached = fetch_weights({name: recipes[name] for name in fast}, callback, may_skip=may_skip)
+    validated = {
+        name: score_network(recipes[name], data.train, configured[name][1].weights, strategy, callback)
+        for name in reached
+    }
+    best = max(reached, key=lambda name: validated[name].score.value)
+    not_worse = [name for name in reached if not is_better(validated[best], validated[name])]  # also *best*
+    chosen = min(not_worse, key=lambda name: speeds[name].milliseconds)
+    return tuple(
+        NetworkScore(
+            name=name,
+            **speed._asdict(),
+            score=validated[name].score if name in validated else None,
+            has_weights=name in validated or name not in fast,
+            chosen=name == chosen,
+        )
+        for name, speed in speeds.items()
+    )
+
+
+def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Callback) -> dict[str, Speed]:
+    """Export the network of each of *recipes*, with random weights, and measure it on an image of noise."""
+    onnxruntime = import_onnxruntime()
+    graphs: dict[str, bytes] = {}
+    inputs: dict[str, dict[str, NDArray[np.uint8]]] = {}
+    for number, (name, recipe) in enumerate(recipes.items()):
+        callback.on_stage(name=f"time of {name}", done=number, total=len(recipes))
+        procedure: Any = recipe.procedure
+        side = entry(recipe.model.name).image_size
+        preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
+        model = create_model(recipe.model.name, num_classes=classes, **recipe.model.config)
+        network = unfitted_network(recipe, procedure.head, model)
+        program = capture_any_batch(network, preprocess, BatchRange())
+        graphs[name] = lower(program, output_names(network)).SerializeToString()
+        shape = (1, preprocess.crop, preprocess.crop, 3)
+        inputs[name] = {INPUT: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)}
+
+    def run_alternately() -> dict[str, list[float]]:
+        """Measure all graphs in sessions of one thread."""
+        options = session_options(onnxruntime, 1, CPU)
+        # Random weights can give denormal numbers, which a processor computes slowly.
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        sessions = {
+            name: onnxruntime.InferenceSession(graph, options, [CPU]) for name, graph in graphs.items()
+        }
+        runs = {name: partial(session.run, None, inputs[name]) for name, session in sessions.items()}
+        return measure_alternately(runs)
+
+    # `set_denormal_as_zero` changes the floating-point mode of the thread, so the sessions have their own.
+    with ThreadPoolExecutor(1) as thread:
+        times = thread.submit(run_alternately).result()
+    return {name: Speed(1000 * statistics.median(times[name]), len(graphs[name]) / 1e6) for name in recipes}
+
+
+def fetch_weights(recipes: Mapping[str, Recipe], callback: Callback, *, may_skip: bool) -> list[str]:
+    """Fetch the published start weights of *recipes*, before any is cross-validated; return the names of all.
+
+    With *may_skip*, those that cannot be fetched are missing, and a warning names them. Raises `WeightsError`
+    for the first one without *may_skip*, and if none can be fetched.
+    """
+    problems: dict[str, WeightsError] = {}
+    for number, (name, recipe) in enumerate(recipes.items()):
+        if recipe.start is not None and recipe.start.weights == "imagenet":
+            callback.on_stage(name=f"weights of {name}", done=number, total=len(recipes))
+            try:
+                fetch_published(recipe)
+            except WeightsError as error:
+                if not may_skip:
+                    raise
+                problems[name] = error
+    if not problems:
+        return list(recipes)
+    first = next(iter(problems.values())).message
+    if len(problems) == len(recipes):
+        advice = f"put files named like {file_stem(next(iter(recipes)))}.safetensors into a folder"
+        message = f"no weights of {shorten(list(problems))} can be reached ({first}); {advice}"
+        raise WeightsError(message, remedies={"weights": "FOLDER"})
+    callback.on_warning(f"skipped, because their weights cannot be reached: {', '.join(problems)} ({first})")
+    return [name for name in recipes if name not in problems]
+
+
+def score_network(
+    recipe: Recipe,
+    images: LabeledImages,
+    weights: WeightSource | None,
+    strategy: Strategy,
+    callback: Callback,
+) -> Validated:
+    """Cross-validate the network of *recipe* on *images*; a cache keeps their features for a later run."""
+    check_count(images)
+    model, recipe, _ = create_initial_model(recipe, images.labels, strategy, weights)
+    found = cross_validate(
+        recipe,
+        place(recipe, model, strategy),
+        images,
+        lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
+    )
+    right = None
+    if images.targets.ndim == 1:  # one class per image, so that a prediction is either right or wrong
+        right = found.shifted_logits.argmax(axis=1) == images.targets
+    if (score := found.score()) is None:
+        raise DataError("networks cannot be compared: fewer than two classes have two different photographs")
+    return Validated(score, right, found.groups)
+
+
+def is_better(best: Validated, other: Validated) -> bool:
+    """Tell whether *best* is significantly better than *other*.
+
+    The 95 % interval of the difference, from one image per group, is then above 0. With several classes per
+    image, the score of *other* is below the interval of *best*.
+    """
+    if best.right is None or other.right is None:
+        return other.score.value < best.score.low
+    first_G = np.unique(best.groups, return_index=True)[1]  # the first image of each group
+    best_right, other_right = best.right[first_G], other.right[first_G]
+    wins, losses = int((best_right & ~other_right).sum()), int((other_right & ~best_right).sum())
+    return difference_interval(wins, losses, len(first_G)).low > 0

@@ -1,0 +1,410 @@
+"""`sopdeploy.train`, `sopdeploy train` and `sopdeploy recipes`."""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import pydantic
+
+from sopdeploy.cli.command import command, expand_options
+from sopdeploy.cli.console import ProgressBars, err, print_table, say
+from sopdeploy.config import Options
+from sopdeploy.environment import is_main_process
+from sopdeploy.errors import ConfigError, WeightsError, amount, shorten
+from sopdeploy.files import WeightPath, check_is_weights, expand_user, has_manifest
+from sopdeploy.models.choices import file_stem, read_choices
+from sopdeploy.photos.files import data_folder
+from sopdeploy.photos.folder import open_folder
+from sopdeploy.photos.photo import Split
+from sopdeploy.project import Name, folder_project
+from sopdeploy.training.recipe_files import list_recipes, parse_override, read_values, recipe_text
+from sopdeploy.training.results import NetworkScore, read_result
+
+if TYPE_CHECKING:
+    from sopdeploy.checkpoint import Checkpoint
+    from sopdeploy.training.callback import Callback
+    from sopdeploy.training.recipe import Recipe
+    from sopdeploy.training.start import Given, Start
+    from sopdeploy.training.start_weights import WeightSource
+    from sopdeploy.training.train import TrainingResult
+
+FOLDER_RECIPE = "photos"
+RECIPE_NETWORK = ""  # stands for the name of the only network, that of the recipe, if none is chosen
+PUBLISHED = ("imagenet", "none")  # start weights that are no file
+
+
+def _as_text(value: object) -> str | None:
+    """Convert a path, a number, or a list of texts."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return None if value is None else str(value)
+
+
+Text = Annotated[str | None, pydantic.BeforeValidator(_as_text)]
+
+
+class TrainOptions(Options):
+    """Options of `sopdeploy.train` and `sopdeploy train`."""
+
+    from_: Text = None
+    """A run, or a bundle whose run is in runs: start from its recipe, and print its accuracy and what was
+    added since."""
+    models: Text = None
+    """Networks, separated by commas: train the most accurate one by cross-validation."""
+    within: Text = None
+    """Of `--models`, only those that need at most this time for an image on one thread here, such as 20ms.
+    Without `--models`, of the networks of a list; those whose weights cannot be reached are skipped."""
+    weights: Text = None
+    """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
+    imagenet for a folder of images without a recipe. With several networks, one for each, separated by
+    commas, or a folder of files that are named like the networks."""
+    name: Name = None
+    """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
+    unknown: Text = None
+    """Folder of images of none of the classes, which test the rejection; sets `rejection.unknown`."""
+    resume: Literal["never", "always", "auto"] = "never"
+    """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
+    none."""
+    set: tuple[str, ...] = ()
+    """Override a value of the recipe, KEY=VALUE; repeatable."""
+
+    def per_network(self, settings: Mapping[str, Any] = {}) -> "dict[str, TrainOptions]":
+        """Return the options that train each of the networks `models` alone, by the name of the network.
+
+        *settings* are further values of the recipe, which may not name a network either. Without `models` and
+        `within`, returns these options, by the name `RECIPE_NETWORK`. Networks of the list without a file in
+        the folder `weights` are missing. Raises `ConfigError` if there are not as many `weights` as networks,
+        and for options that do not fit together, and `WeightsError` for a network without a file in the
+        folder, or, of the list, if all are without.
+        """
+        if not self.compares:
+            return {RECIPE_NETWORK: self}
+        setting = "within" if self.models is None else "models"
+        if self.resume != "never":
+            raise ConfigError("not with resume, which continues the network of a run", setting=setting)
+        if self.within is not None:
+            _milliseconds(self.within)  # raises the error of an invalid time
+        changes = [*map(parse_override, self.set), *settings.items()]
+        if any(key == "model.name" or (key == "model" and "name" in value) for key, value in changes):
+            raise ConfigError("not with model.name, the name of one network", setting=setting)
+        options = {}
+        for name, file in self._weights_by_network().items():
+            change = {"models": None, "within": None, "weights": file}
+            options[name] = self.model_copy(update={**change, "set": (*self.set, f"model.name={name}")})
+        return options
+
+    @property
+    def compares(self) -> bool:
+        """Whether several networks are compared."""
+        return self.models is not None or self.within is not None
+
+    def networks(self) -> list[str]:
+        """Return the names of the networks to compare: `models`, or those of the list."""
+        if self.models is not None:
+            return [name.strip() for name in self.models.split(",")]
+        return [choice.name for choice in read_choices().networks]
+
+    def _weights_by_network(self) -> dict[str, str | None]:
+        """Return the start weights of each network that has some; raises the errors of `per_network`."""
+        names = self.networks()
+        if self.weights is None or self.weights in PUBLISHED:  # the same for every network
+            return dict.fromkeys(names, self.weights)
+        if (folder := expand_user(self.weights)).is_dir():
+            stems = {path.stem: str(path) for path in sorted(folder.iterdir())}
+            found: dict[str, str | None] = {
+                name: stems[file_stem(name)] for name in names if file_stem(name) in stems
+            }
+            missing = [name for name in names if name not in found]
+            if missing and (self.models is not None or not found):
+                advice = f"name files like {file_stem(missing[0])}.safetensors"
+                problem = f"there are no weights of {shorten(missing)}; {advice}"
+                raise WeightsError(f"{folder}: {problem}", setting="weights")
+            return found
+        files = [file.strip() for file in self.weights.split(",")]
+        if len(files) != len(names):
+            message = f"{len(files)} for {len(names)} networks; give a folder, or one for each with commas"
+            raise ConfigError(message, setting="weights")
+        return dict(zip(names, files, strict=True))
+
+
+def _show(result: "TrainingResult") -> None:
+    """Print the results, where they are, the time and the next command."""
+    if result.networks:
+        print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
+    mistakes = [f"{count} x {true} predicted as {predicted}" for true, predicted, count in result.mistakes]
+    worst = [f"most frequent mistakes: {', '.join(mistakes)}"] if mistakes else []
+    say(*result.procedure.lines(), *worst)
+    if result.decision is not None:
+        say(*(f"{name}: {text}" for name, text in result.decision.rows()))
+    if result.previous:
+        say(result.previous)
+    steps = result.procedure.describe_time()
+    time = f"{result.seconds:.0f} s in total" + (f" ({steps})" if steps else "")
+    say(f"page: {result.report}", time, f"next: sopdeploy export {quote(str(result.best))} --detach")
+
+
+@command(_show, options={"data", "recipe", "out"})
+@expand_options
+def train(
+    data: str | Path | None = None,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    options: TrainOptions,
+    progress: bool | None = None,
+    callback: "Callback | None" = None,
+    **settings: Any,
+) -> "TrainingResult":
+    """Train a network; Ctrl-C and SIGTERM save and stop, `--resume always` continues bit for bit.
+
+    The run's report.html shows curves, confusions and the worst mistakes.
+
+    Example: sopdeploy train --data photos/
+
+    Example: sopdeploy train --data photos/ --from bundles/live
+
+    Example: sopdeploy train --data photos/ --weights model.safetensors
+
+    Example: sopdeploy train --data photos/ --within 20ms
+
+    Example: sopdeploy train --recipe digits-dsop --set epochs=10
+
+    Example: sopdeploy train --recipe digits-plain --set model.config.pooling=isqrt
+
+    Args:
+        data: Folder of images, DIR/<class>/*.jpg; sets `data.path`.
+        recipe: A recipe of `sopdeploy recipes`, or a .toml file; by default that for photos.
+        out: Folder of the run; by default runs/<project>-<number>. `runs/latest` links to it.
+        progress: Print progress on stderr; by default only on a terminal and in a notebook.
+        callback: Receives the events of the run, instead of the progress display.
+        **settings: Values of the recipe, for example `epochs=5`, `optimizer={"lr": 0.1}` or
+            `**{"optimizer.lr": 0.1}`. An empty dict adds an optional table with its defaults: `ema={}`.
+
+    Returns:
+        The files and metrics of the run.
+
+    Raises:
+        ConfigError: Unknown recipe or setting, an invalid value, or *out* holds another run.
+        DataError: The images cannot be used.
+        WeightsError: The start weights cannot be downloaded or read, or belong to another network.
+        TrainingError: A loss or gradient is not finite. `TrainingStoppedError`, a subclass, after Ctrl-C or
+            SIGTERM; the run is saved before.
+    """
+    data, out = (None if path is None else Path(path) for path in (data, out))
+    checked = _check(data, recipe, out, options, settings)
+    from sopdeploy.evaluation.decision_fit import describe_weakness
+    from sopdeploy.report.page import PAGE, write_run_page
+    from sopdeploy.training.callback import Callback
+    from sopdeploy.training.distributed import Strategy, join_processes, select_device
+    from sopdeploy.training.run_folder import RunFolder, numbered_folder
+    from sopdeploy.training.train import summarize_run, train_run
+
+    previous = None if options.from_ is None else read_previous(Path(options.from_))
+    with ExitStack() as stack:
+        stack.enter_context(join_processes())
+        observer: Any = callback or Callback()
+        shown = (err.is_terminal or err.is_jupyter) if progress is None else progress
+        draws_bars = callback is None and shown and is_main_process()
+        if draws_bars:
+            observer = stack.enter_context(ProgressBars(err))
+        configured = {
+            name: configure(data, recipe, of_network, settings, previous, checked.data, file)
+            for name, (of_network, file) in checked.networks.items()
+        }
+        networks: tuple[NetworkScore, ...] = ()  # those that were compared
+        chosen = RECIPE_NETWORK
+        if options.compares:
+            from sopdeploy_commands.training.network_choice import choose_network
+
+            within = None if options.within is None else _milliseconds(options.within)
+            if out is not None:  # raises the error of another run there before minutes of measurements
+                RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
+            if skipped := [name for name in options.networks() if name not in configured]:
+                observer.on_warning(f"skipped, because {options.weights} lacks them: {', '.join(skipped)}")
+            networks = choose_network(configured, within, observer, may_skip=options.models is None)
+            chosen = next(network.name for network in networks if network.chosen)
+        loaded, given = configured[chosen]
+        strategy = Strategy(select_device(loaded.device))
+        resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
+        folder = out or numbered_folder(str(loaded.project), strategy, resume=options.resume != "never")
+        run = train_run(loaded, folder, resume=resume, callback=observer, strategy=strategy, given=given)
+        if not is_main_process():
+            return summarize_run(run, folder)
+
+        def on_image(done: int, total: int) -> None:
+            observer.on_stage(name="report", done=done, total=total)
+
+        mistakes = write_run_page(run, folder, on_image, networks)
+        decision_before = None if previous is None else previous.decision
+        rule = None if run.fit.decision is None else run.fit.decision.rejection
+        rule_before = None if decision_before is None else decision_before.rejection
+        if weakness := describe_weakness(rule, rule_before):
+            observer.on_warning(weakness)
+    changes = "" if previous is None else _describe_changes(previous, run.start)
+    page = {"report": folder / PAGE, "mistakes": tuple(mistakes[:2]), "previous": changes}
+    return summarize_run(run, folder, networks, **page)
+
+
+class _Checked(NamedTuple):
+    """The data, if they are opened; the options and the file of start weights of each network."""
+
+    data: Split | None
+    networks: dict[str, tuple[TrainOptions, WeightPath | None]]
+
+
+def _check(
+    data: Path | None,
+    recipe: str | Path | None,
+    out: Path | None,
+    options: TrainOptions,
+    settings: Mapping[str, Any],
+) -> _Checked:
+    """Raise the error of a path or a text that `train` cannot use, before torch is imported.
+
+    The data are opened if the recipe for photos will use them as they are.
+    """
+    opened, is_changed = None, bool(options.set or settings)
+    for assignment in options.set:
+        parse_override(assignment)
+    if recipe is not None:
+        read_values(recipe)
+    elif data is not None and not is_changed:  # a recipe and changes may need images of another form
+        opened = open_folder(data)
+    if out is not None and out.is_file():
+        raise ConfigError(f"{out} is a file; choose a folder", setting="out")
+    if options.from_ is not None and not Path(options.from_).exists():
+        message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
+        raise ConfigError(message, setting="from")
+    networks = {
+        name: (of_network, _check_weights(of_network.weights))
+        for name, of_network in options.per_network(settings).items()
+    }
+    if options.unknown is not None:
+        data_folder(Path(options.unknown))
+    # The recipe of a run may select classes.
+    return _Checked(opened if options.from_ is None else None, networks)
+
+
+def _check_weights(text: str | None) -> WeightPath | None:
+    """Return the file of start weights, None if they are published; raise the error of another file."""
+    if text is None or text in PUBLISHED:
+        return None
+    try:
+        return check_is_weights(expand_user(text))
+    except WeightsError as error:
+        raise WeightsError(f"{error}, or {' or '.join(PUBLISHED)}", setting="weights") from error
+
+
+def _milliseconds(text: str) -> float:
+    """Convert a time such as "20ms" to a number; raise `ConfigError` for another text."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", text)
+    if found is None:
+        raise ConfigError(f"{text!r} is no time; give milliseconds, such as 20ms", setting="within")
+    return float(found[1])
+
+
+def read_previous(source: Path) -> "Checkpoint":
+    """Read the best checkpoint of a run; *source* is the run, or a bundle that was exported from it.
+
+    Raises `ConfigError` if the run of a bundle is not there, and the errors of `read_checkpoint`.
+    """
+    from sopdeploy.bundle.folder import read_manifest
+    from sopdeploy.checkpoint import read_checkpoint
+    from sopdeploy.training.run_folder import RUNS
+
+    run, run_id = source, None
+    if has_manifest(source):  # a bundle names its run
+        origin = read_manifest(source).origin
+        if origin is None or not (RUNS / origin.run / "best.pt").is_file():
+            raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
+        run, run_id = RUNS / origin.run, origin.run_id
+    best = run / "best.pt" if (run / "best.pt").is_file() else run  # *source* can be the checkpoint itself
+    checkpoint = read_checkpoint(best)
+    origin = checkpoint.origin
+    is_of_run = origin is not None and read_result(checkpoint.training) is not None
+    # By now, a later run may have the folder that the bundle names.
+    is_same_run = run_id is None or (origin is not None and origin.run_id == run_id)
+    if not (is_of_run and is_same_run):
+        raise ConfigError(f"{best}: not the run to start from; give the run", setting="from")
+    return checkpoint
+
+
+def _describe_changes(before: "Checkpoint", start: "Start") -> str:
+    """Say what the run *before* reached, and what the images and classes of *start* add to it."""
+    result_before, origin = read_result(before.training), before.origin
+    if result_before is None or origin is None:
+        return ""
+    names = [name for name in start.labels if name not in before.labels]
+    added = len(start.data.train) + len(start.data.held_out) - origin.num_images
+    new = f", new: {', '.join(names)}" if names else ""
+    accuracy = dict(result_before.rows())["accuracy"]
+    return f"before, {origin.run}: {accuracy}; since then {amount(added, 'photograph', '+')}{new}"
+
+
+def configure(
+    data: Path | None,
+    recipe: str | Path | None,
+    options: TrainOptions,
+    settings: Mapping[str, Any] = {},
+    previous: "Checkpoint | None" = None,
+    opened: Split | None = None,
+    start_file: WeightPath | None = None,
+) -> "tuple[Recipe, Given]":
+    """Read *recipe*, or that of the *previous* run, with the given changes, and name its project.
+
+    Without a recipe and a network, a weight file determines the network. Returns the recipe, and what is
+    known: *opened* are the data, if they are opened, and *start_file* is the file of the start weights, if it
+    is checked. Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
+    """
+    from sopdeploy.importers.conversion import WeightFile
+    from sopdeploy.importers.import_weights import network_of_weights, open_weights
+    from sopdeploy.training.recipe import change_recipe, flatten
+    from sopdeploy.training.start import Given
+
+    if recipe is None and data is None:
+        raise ConfigError("no training data", remedies={"data": None, "recipe": None})
+    if recipe is not None and previous is not None:
+        raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
+    previous_recipe = None if previous is None else previous.training["recipe"]
+    source = recipe or FOLDER_RECIPE  # without a previous recipe, this one is read
+    option_values = {
+        "project": options.name,
+        "data.path": data,
+        "start.weights": options.weights,
+        "rejection.unknown": options.unknown,
+    }
+    changes = [*map(parse_override, options.set), *flatten(settings)]
+    changes += [(key, value) for key, value in option_values.items() if value is not None]
+    loaded = change_recipe(source, changes, previous_recipe)
+    keys = [key for key, _ in changes]
+    weights: WeightSource | None = start_file
+    is_recipe_given = recipe is not None or previous_recipe is not None
+    configured = None if loaded.start is None else loaded.start.weights
+    if not is_recipe_given and "model.name" not in keys and isinstance(configured, Path):
+        path = expand_user(configured)  # only the weights can determine the network
+        if start_file is None and path.is_file():
+            start_file = check_is_weights(path)
+        weights = None if start_file is None else open_weights(start_file)
+        if isinstance(weights, WeightFile):
+            network = network_of_weights(weights, loaded.model.name)
+            loaded = change_recipe(source, [*changes, ("model.name", network)])  # there is no previous recipe
+    if loaded.project is None:
+        folder = getattr(loaded.data, "path", None)
+        of_data = "" if folder is None else folder_project(folder)
+        name = of_data or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
+        loaded = loaded.model_copy(update={"project": name})
+    return loaded, Given(keys, weights, opened)
+
+
+@command()
+def recipes() -> None:
+    """List the packaged recipes.
+
+    Example: sopdeploy recipes
+    """
+    summaries = ((name, tomllib.loads(recipe_text(name))["summary"]) for name in list_recipes())
+    print_table(("recipe", "summary"), summaries)

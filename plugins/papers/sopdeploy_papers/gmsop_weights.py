@@ -1,0 +1,293 @@
+"""Importer of GM-SOP's networks for 64-pixel images: GAP, SR-SOP, GM-GAP and GM-SOP on ResNet and WRN.
+
+Paper: Wang et al., GM-SOP (NeurIPS 2018). The files are MatConvNet networks (DagNN): `net.params` has the
+arrays by name, `net.layers` the settings of each layer, `net.meta` the color that is subtracted from images.
+
+The released networks take pixels of 0 to 255 minus the mean. Here they are also divided by 60, so the weights
+of conv1 are multiplied by 60. Triangle vectors are stored column by column and are made row-wise.
+"""
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
+from sopdeploy.checkpoint import check_tensors
+from sopdeploy.config import FieldValues
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import WeightsError
+from sopdeploy.files import BLOCK_BYTES
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.conversion import ConvertedWeights, Importer, WeightFile
+from sopdeploy.models.registry import CATALOG
+
+# A layer of the released networks, our name of it, and that of its batch norm; our numbers are one lower.
+RENAMES = {
+    r"conv1": ("conv1", "bn1"),
+    r"conv(\d)_(\d+)a": ("layer{0}.{1}.conv1", "layer{0}.{1}.bn1"),
+    r"conv(\d)_(\d+)b": ("layer{0}.{1}.conv2", "layer{0}.{1}.bn2"),
+    r"conv(\d)_(\d+)_adapt_conv": ("layer{0}.{1}.downsample.0", "layer{0}.{1}.downsample.1"),
+    r"gating(\d)": ("gate.feature.{0}.0", "gate.feature.{0}.1"),
+    r"fusion_bn": ("head", "head.bn"),
+    r"prediction": ("head.fc", "head.bn"),
+}
+PARAMETERS = {"w": "weight", "b": "bias"}  # of a batch norm; a convolution has `f` and `b`
+GATE_WEIGHTS = {"gating_w": "gate.weight", "gating_noise_w": "gate.noise.weight"}
+MATLAB, HDF5 = b"MATLAB ", b"MATLAB 7.3"  # first bytes of MATLAB's files, and of those of version 7.3
+VARIABLES = ("net", "params", "layers", "meta")
+# Of a MATLAB file: the size of its header, the tag and the type of a compressed element.
+HEADER_BYTES, TAG, COMPRESSED = 128, struct.Struct("<II"), 15
+MAX_EXPANSION, MIN_EXPANDED_BYTES = 20, 1 << 26  # of all compressed elements
+SIDE = 64
+PIXEL_DEVIATION = 60.0  # standard deviation of pixels of 0 to 255 here; the released networks have 1
+EPS = 1e-5  # of every batch norm of sopdeploy
+MATRIX_ROOT = "OBJ_ConvNet_Cov_Sqrtm"
+PRENORMS = {"OBJ_ConvNet_Cov_TraceNorm": "trace", "OBJ_ConvNet_Cov_FroNorm": "frobenius"}
+LAYER_KINDS = {
+    *("Conv", "BatchNorm", "ReLU", "Sum", "Pooling", "DropOut", "Loss"),
+    *("H_x", "gating", "CM_out", "Balance_loss"),
+    *(MATRIX_ROOT, *PRENORMS, "OBJ_ConvNet_COV_Pool", "OBJ_ConvNet_COV_ScaleTr", "OBJ_ConvNet_COV_ScaleFro"),
+}
+_TITLES = {(True, "gap"): "GM-GAP", (True, "sop"): "GM-SOP", (False, "gap"): "GAP", (False, "sop"): "SR-SOP"}
+NOTES = (
+    "classes are numbered: downsampled ImageNet has a class order of its own; give --labels",
+    "height and width of the training images may have been swapped: compare with the published error",
+)
+
+
+class Layer(NamedTuple):
+    """A layer of a MatConvNet network; `block` holds its settings, such as `iterNum` or `stride`."""
+
+    kind: str
+    block: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DagNN(WeightFile):
+    """A MatConvNet network; its tensors have MATLAB's axes.
+
+    `layers` are its layers by name, `normalization` the size of images and the color that is subtracted from
+    them.
+    """
+
+    layers: Mapping[str, Layer]
+    normalization: Mapping[str, Any]
+
+
+def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert a network of GM-SOP, with the settings in its layers; None for files of other formats."""
+    if not isinstance(file, DagNN):
+        return None
+    tensors = _rename(file)
+    blocks = sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors)
+    widen = len(tensors["layer1.0.conv1.weight"]) // WIDTHS[0]
+    config = {**_pooling_config(file), "blocks_per_stage": blocks, "widen": widen, "components": 1}
+    config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
+    component, gated = config["component"], "gating_w" in file.tensors
+    if gated:
+        weights = _join_components(tensors)  # (N, out, in) of each convolution
+        widths = [weight.shape[1] for weight in weights]
+        pooled_channels = widths[-1]  # of a component's last convolution
+        config |= {**_gate_config(file, tensors), "component_widths": widths}  # with N as "components"
+        tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
+    else:
+        pooled_channels = WIDTHS[-1] * widen  # of the last stage
+    triangles: dict[str, int] = {}
+    if component == "sop":  # the head and the gate read triangle vectors
+        head_names = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
+        triangles = dict.fromkeys(head_names, pooled_channels)
+        if gated:
+            triangles |= dict.fromkeys(GATE_WEIGHTS.values(), config["gate_widths"][-1])
+    return ConvertedWeights(
+        project="GM-SOP",
+        description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
+        model=_catalog_name(gated, component, blocks, widen),
+        tensors=tensors,
+        triangles=triangles,
+        by_columns=True,
+        num_classes=len(tensors["head.fc.weight"]),
+        preprocess=_preprocess(file),
+        detected=config,
+        imagenet=False,
+        notes=NOTES,
+    )
+
+
+def _rename(file: DagNN) -> dict[str, Tensor]:
+    """Give the arrays of *file* our axes and, where `RENAMES` has their layers, our names."""
+    tensors: dict[str, Tensor] = {}
+    for name, values in file.tensors.items():
+        source, _, kind = name.rpartition("_")  # conv2_1a_bn_w: conv2_1a_bn and w
+        is_norm = source.endswith("_bn")
+        layer, norm = _our_names(source.removesuffix("_bn"))  # of conv2_1a and of its batch norm
+        if name in GATE_WEIGHTS:
+            tensors[GATE_WEIGHTS[name]] = values.T
+        elif is_norm and kind == "m":  # (C, 2): the mean and sqrt(variance + eps)
+            mean, deviation = values.unbind(dim=1)
+            variance = (deviation.square() - EPS).clamp_min(0.0)  # rounding may make it negative
+            tensors |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance}
+        elif kind == "f":  # of a convolution: (height, width, in, out), or (in, out) for a kernel of 1x1
+            kernel = values[None, None] if values.dim() == 2 else values
+            tensors[f"{layer}.weight"] = kernel.permute(3, 2, 0, 1)
+        elif kind in PARAMETERS:  # of a batch norm, or the bias of a convolution
+            tensors[f"{norm if is_norm else layer}.{PARAMETERS[kind]}"] = values.reshape(-1)
+        else:  # in no released file; it is reported as a tensor that the network does not have
+            tensors[name] = values
+    tensors["conv1.weight"] = tensors["conv1.weight"] * PIXEL_DEVIATION
+    tensors["head.fc.weight"] = tensors["head.fc.weight"].flatten(start_dim=1)
+    return tensors
+
+
+def _our_names(source: str) -> tuple[str, str]:
+    """Return our names of the layer *source* of a file and of its batch norm; others keep their names."""
+    for pattern, (layer, norm) in RENAMES.items():
+        if match := re.fullmatch(pattern, source):
+            numbers = [int(number) - 1 for number in match.groups()]  # conv2_1a is of layer1.0
+            return layer.format(*numbers), norm.format(*numbers)
+    return source, f"{source}_bn"
+
+
+def _join_components(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """Move the kernels of the N components out of *tensors*; return (N, out, in) of each convolution."""
+    joined, components = [], len(tensors["gate.weight"])  # the gate has one row per component
+    for letter in "abcdefgh":  # CM_2_a is the first convolution of component 2, CM_2_b the second one
+        if f"CM_1_{letter}.weight" in tensors:
+            kernels = [tensors.pop(f"CM_{n}_{letter}.weight") for n in range(1, components + 1)]
+            joined.append(torch.stack(kernels).flatten(start_dim=2))  # from (N, out, in, 1, 1)
+    return joined
+
+
+def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str | None:
+    """Name the network of the catalog with this gate, component, blocks per stage and widening, if any."""
+    backbone = {(2, 1): "resnet18", (6, 1): "resnet50", (4, 2): "wrn36-2"}.get((blocks, widen))
+    if gated:
+        name = f"gm{component}-16-8-{backbone}"  # 16 components, 8 of them kept
+    elif component == "gap":
+        name = "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"  # resnet18 is for 224 pixels
+    else:
+        name = f"srsop-{backbone}"
+    return name if name in CATALOG else None  # no name with a backbone of None is in the catalog
+
+
+def _preprocess(file: DagNN) -> Preprocess:
+    """Build the preprocessing: pixels of 0 to 255 minus a color, or minus the mean color of an image."""
+    average = np.ravel(file.normalization.get("averageImage", ()))  # a color (3,), or an image (H, W, 3)
+    if not average.size:
+        raise WeightsError(f"{file.path}: has no meta.normalization.averageImage; save the network with meta")
+    side = float(np.ravel(file.normalization.get("imageSize", SIDE))[0])
+    mean, std = tuple(average.reshape(-1, 3).mean(axis=0) / 255.0), (PIXEL_DEVIATION / 255,) * 3
+    return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": std})
+
+
+def _pooling_config(file: DagNN) -> FieldValues:
+    """Read the kind of pooling, and iterations and pre-normalization of the matrix square roots.
+
+    Raises `WeightsError` if a layer is not supported.
+    """
+    for name, layer in file.layers.items():
+        if layer.kind not in LAYER_KINDS:
+            raise WeightsError(f"{file.path}: layer {name} has the type {layer.kind}, not supported")
+    roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
+    if not roots:
+        return {"component": "gap"}
+    # If the square roots differ, unpacking raises a ValueError, which the import converts to a WeightsError.
+    (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}
+    (norm,) = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
+    return {"component": "sop", "iterations": iterations, "prenorm": norm}
+
+
+def _gate_config(file: DagNN, tensors: dict[str, Tensor]) -> FieldValues:
+    """Read the options of the gate and of the mixture; norms and noise are the same in all released files."""
+    dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
+    gates = sorted(name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name))
+    return {
+        "components": len(tensors["gate.weight"]),
+        "chosen": int(layer_number(file, "gating", "topk")),
+        "gate_widths": [len(tensors[name]) for name in gates],
+        "gate_norm": True,
+        "dropout": layer_number(file, dropouts[0], "rate") if dropouts else 0.0,
+        "balance_weight": layer_number(file, "Balance_loss", "loss_weight"),
+        "noise_per": "image",
+        "fusion_norm": True,
+    }
+
+
+def _check_expansion(path: Path) -> None:
+    """Raise `ValueError` if the compressed elements of a MATLAB file expand to much more than its size.
+
+    Weights hardly shrink, but zlib can store a gigabyte of zeros in a megabyte, and scipy expands an element
+    at once.
+    """
+    left = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)
+    with path.open("rb") as file:
+        order = "<" if file.read(HEADER_BYTES).endswith(b"IM") else ">"
+        while len(tag := file.read(TAG.size)) == TAG.size:  # of an element: its type and size
+            kind, size = struct.unpack(f"{order}II", tag)
+            if kind != COMPRESSED:
+                file.seek(size, os.SEEK_CUR)
+                continue
+            decompressor = zlib.decompressobj()
+            while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
+                size -= len(block)
+                while block and left > 0:
+                    left -= len(decompressor.decompress(block, BLOCK_BYTES))
+                    block = decompressor.unconsumed_tail
+            if left <= 0:
+                raise ValueError("expands to far more than its size")
+
+
+def read_dagnn(path: Path, digest: str) -> DagNN:
+    """Read the network in a MATLAB file of version 5 to 7 with sha256 *digest*; raises `WeightsError`.
+
+    The arrays of `net.params` become float64 tensors, the settings of `net.layers` a `Layer` each, by name.
+    scipy makes a struct a dict, a struct array a list of dicts, text a `str`, one number a Python number, and
+    an array a NumPy array; axes of length 1 are removed.
+    """
+    with path.open("rb") as file:
+        if file.read(len(HDF5)) == HDF5:
+            raise WeightsError(
+                f"{path}: MATLAB's version 7.3 is not read; save it in MATLAB with the option -v7"
+            )
+    scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[train]", WeightsError, str(path))
+    try:
+        _check_expansion(path)
+        content = scipy_io.loadmat(path, variable_names=VARIABLES, simplify_cells=True)
+    except Exception as error:  # scipy raises many types for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
+    net = content.get("net", content)  # a file may hold the fields of `net` themselves
+    try:  # a field may be missing or have another type
+        tensors = {}
+        for record in net["params"]:
+            values = np.asarray(record["value"]).astype(np.float64, casting="same_kind")  # TypeError for text
+            tensors[record["name"]] = torch.from_numpy(values)
+        layers = {
+            record["name"]: Layer(record["type"].removeprefix("dagnn."), record.get("block"))
+            for record in net["layers"]
+        }
+        checked = check_tensors(path, tensors)
+        normalization = net.get("meta", {}).get("normalization", {})
+        return DagNN(path=path, sha256=digest, tensors=checked, layers=layers, normalization=normalization)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: holds no MatConvNet network (`net` with `params` and `layers`, on the CPU); save the "
+            "whole network"
+        ) from error
+
+
+def layer_number(file: DagNN, name: str, key: str) -> float:
+    """Get the number *key* of the layer *name*; a stride has two values, which must be equal."""
+    (value,) = set(np.ravel(file.layers[name].block[key]).tolist())
+    return float(value)
+
+
+IMPORTER = Importer(marks=("prediction_f",), convert=convert_gmsop, magic=MATLAB, read=read_dagnn)

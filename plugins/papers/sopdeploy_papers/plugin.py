@@ -1,0 +1,26 @@
+"""The names that this package adds to sopdeploy; what they stand for is imported when it is used."""
+
+from sopdeploy.models.registry import Entry
+from sopdeploy.plugins import IMPORTERS, MODELS, POOLINGS
+
+_POOLINGS = {
+    "cbp": "sketch:CompactBilinearConfig",
+    "kernel": "sketch:KernelPoolingConfig",
+    "netvlad": "codebook:NetVLADConfig",
+    "netfv": "codebook:NetFVConfig",
+    "dropcov": "dropcov:DropCovConfig",
+}
+_LOW_RANK_VGG = Entry(
+    "sopdeploy_papers.poolings.low_rank:LowRankVGG",
+    "sopdeploy.config:StrictModel",
+    {},
+    "VGG-16 with low-rank bilinear pooling",
+)
+
+
+def register() -> None:
+    """Register the poolings, the network and the importer of this package."""
+    for name, config in _POOLINGS.items():
+        POOLINGS.register(name, f"sopdeploy_papers.poolings.{config}", __name__)
+    MODELS.register("lrbp-vgg16", _LOW_RANK_VGG, __name__)
+    IMPORTERS.register("gmsop", "sopdeploy_papers.gmsop_weights:IMPORTER", __name__)

@@ -1,0 +1,186 @@
+"""The page of a reproduced table: printed figures beside measured ones, curves, commands."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+from sopdeploy.errors import amount
+from sopdeploy.html.plots import component_chart, plot
+from sopdeploy.html.report import Figure, HtmlReport, Section, Table, render
+from sopdeploy.training.diagnostics import EpochRow, history_curve
+from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction
+from sopdeploy_papers.reproduction.results import MeanError, mean_error
+from sopdeploy_papers.reproduction.tables import PrintedTable
+
+_ERRORS = {"top1": "top-1 error in %", "top5": "top-5 error in %"}
+
+
+def render_page(results: Reproduction) -> str:
+    """Render the page as HTML; the same results always give the same text."""
+    table, finished = results.table, [row for row in results.rows if row.runs]
+    curves = {row.printed.name: (row.runs[0].history, "") for row in finished}  # seed 0; no column prefix
+    commands = Table(
+        caption="Each command trains one row, with seed 0",
+        columns=("row", "command"),
+        rows=[(row.printed.name, results.commands(row)[0]) for row in results.rows if row.recipe],
+    )
+    charts = [*_option_chart(table, finished), *chain.from_iterable(map(_row_charts, finished))]
+    sections = [
+        _describe_results(results, finished),
+        Section(title="Curves", figures=list(_error_charts(curves, "Seed 0"))),
+        Section(title="Figures", figures=charts),
+        Section(title="Counts and other figures", tables=[fact_table(results.rows)]),
+        Section(title="Commands", tables=[commands]),
+    ]
+    text = [table.title, *filter(None, [results.deviations, results.paper_scale])]
+    return render(HtmlReport(title=table.source, text=text, sections=sections))
+
+
+def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) -> Section:
+    """Describe how the rows are measured, and list printed and measured errors."""
+    table, text, tables = results.table, [], []
+    if table.measures == "counts":
+        text.append("The networks are built and counted, not trained.")
+    elif table.measures == "nothing":
+        text.append("The figures are those of the paper; nothing is counted or measured.")
+    else:
+        tables += [error_table(results.rows), _branch_table(finished)]
+        if finished:
+            run, seeds = finished[0].runs[0], results.seeds
+            text.append(
+                f"Measured: last epoch on {run.held_out_count} held-out images after training on "
+                f"{run.train_count}, {amount(seeds, 'seed')}, 95 % interval over "
+                f"{'seeds (Student)' if seeds > 1 else 'images (Wilson)'}."
+            )
+    if note := results.note:
+        text.append(f"{note[0].upper()}{note[1:]}.")
+    explained = list(notes(results.rows))
+    tables.append(Table(caption="Notes on the printed figures", columns=("row", "note"), rows=explained))
+    return Section(title="Results", text=text, tables=tables)
+
+
+def notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
+    """Yield the notes on *rows* and their counts, each once for a row, with the names of what it explains."""
+    for row in rows:
+        if row.printed.note:
+            yield row.printed.name, row.printed.note
+        for note in dict.fromkeys(figure.note for figure in row.figures.values() if figure.note):
+            names = ", ".join(name for name, figure in row.figures.items() if figure.note == note)
+            yield f"{row.printed.name}: {names}", note
+
+
+def error_table(rows: Sequence[ReproducedRow]) -> Table:
+    """Format the printed and the measured errors of *rows*, in percent."""
+    lines = [
+        (
+            f"{row.printed.name}{' (cited)' if row.printed.cited else ''}",
+            _printed_error(row.printed.top1),
+            _measured_error(mean_error(row.runs, "top1")),
+            _printed_error(row.printed.top5),
+            _measured_error(mean_error(row.runs, "top5")),
+            row.status,
+        )
+        for row in rows
+        if not row.printed.teacher
+    ]
+    columns = ("row", "top-1 printed", "measured", "top-5 printed", "measured", "status")
+    return Table(caption="Printed and measured errors in percent", columns=columns, rows=lines)
+
+
+def fact_table(rows: Sequence[ReproducedRow]) -> Table:
+    """Format the printed counts and facts of *rows*, each beside the one that was counted or measured."""
+    figures = [(row.printed.name, name, figure) for row in rows for name, figure in row.figures.items()]
+    if all(figure.found is None for _, _, figure in figures):
+        lines = [(row, name, _number(figure.printed)) for row, name, figure in figures]
+        return Table(caption="Printed figures", columns=("row", "figure", "printed"), rows=lines)
+    compared = []
+    for row, name, figure in figures:
+        multiple = " x ResNet-50" if figure.unit == "x" else ""  # a multiple of the count of ResNet-50
+        printed = _number(figure.printed) + multiple
+        compared.append((row, name, printed, _number(figure.found), figure.mark))
+    caption = (
+        "Counts of the paper's networks at its image size and number of classes. GFLOPs are multiply-adds, "
+        "or operations by the paper's convention where it is known. A cross marks a count that differs from "
+        "the printed figure; the notes say why"
+    )
+    columns = ("row", "figure", "printed", "counted or measured", "")
+    return Table(caption=caption, columns=columns, rows=compared)
+
+
+def _branch_table(rows: Sequence[ReproducedRow]) -> Table:
+    """Format printed and measured errors of the branches, averaged over seeds."""
+    lines = []
+    for row in rows:
+        for name in row.runs[0].heads:
+            if name == "main":
+                continue
+            stage = name.partition("_")[0]  # a branch is named after its stage and block
+            printed_top1, printed_top5 = row.printed.heads.get(stage, (None, None))
+            heads = [run.heads[name] for run in row.runs]  # the metrics of this branch, with each seed
+            top1, top5 = (
+                sum(100 * (1 - getattr(head, key)) for head in heads) / len(heads) for key in _ERRORS
+            )
+            cells = _printed_error(printed_top1), f"{top1:.2f}", _printed_error(printed_top5), f"{top5:.2f}"
+            lines.append((f"{row.printed.name}, {name}", *cells))
+    columns = ("branch", "top-1 printed", "measured", "top-5 printed", "measured")
+    return Table(caption="Branches, on all held-out images", columns=columns, rows=lines)
+
+
+def _printed_error(error: float | None) -> str:
+    return "" if error is None else f"{error:.2f}"
+
+
+def _measured_error(error: MeanError | None) -> str:
+    return "" if error is None else f"{error.mean:.2f} ({error.low:.2f} to {error.high:.2f})"
+
+
+def _number(value: float | None) -> str:
+    """Format *value* with four significant digits, or as an integer if it is at least 1000."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _error_charts(curves: Mapping[str, tuple[Sequence[EpochRow], str]], caption: str) -> Iterator[Figure]:
+    """Plot top-1 and top-5 error over the epochs; no chart without *curves*.
+
+    These are histories by name, each with the prefix of its columns: "" for the network, "HEAD_" for a head.
+    """
+    if not curves:
+        return
+    for metric, label in _ERRORS.items():
+        points = {}
+        for name, (history, prefix) in curves.items():
+            shares = history_curve(history, f"{prefix}{metric}")
+            points[name] = [(epoch, 100 * (1 - share)) for epoch, share in shares]
+        yield Figure(image=plot(points, "epoch", label), caption=f"{caption}: {label}.")
+
+
+def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
+    """Draw the paper's chart: errors of finished *rows* over the value of the network option `table.over`.
+
+    Each value of the option `table.curve` has a curve. No chart if all rows have the same value of `over`.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        options, error = row.runs[0].network, mean_error(row.runs, "top1")
+        if table.over in options and error is not None:
+            name = f"{table.curve} = {options[table.curve]}" if table.curve else "measured"
+            curves.setdefault(name, []).append((float(options[table.over]), error.mean))
+    values = {value for points in curves.values() for value, _ in points}
+    if len(values) > 1:
+        ordered = {name: sorted(points) for name, points in curves.items()}
+        chart = plot(ordered, table.over, _ERRORS["top1"], logarithmic=max(values) > 100 * min(values))
+        yield Figure(image=chart, caption=f"Top-1 error over {table.over}, {table.title}.")
+
+
+def _row_charts(row: ReproducedRow) -> Iterator[Figure]:
+    """Plot the errors of the heads, and draw the use of the components, in the run with seed 0."""
+    run = row.runs[0]
+    heads = sorted(run.heads, key=lambda head: head == "main")  # the network's own head is the last one
+    diagnostics = run.history[-1].diagnostics
+    if diagnostics is not None and diagnostics.num_images:
+        caption = f"Heads of {row.printed.name} on a fixed subset of {diagnostics.num_images} held-out images"
+        curves = {head: (run.history, f"{head}_") for head in heads}  # columns such as `main_top1`
+        yield from _error_charts(curves, caption)
+    if run.usage:
+        yield component_chart(run.usage, f"Images per component, {row.printed.name}")

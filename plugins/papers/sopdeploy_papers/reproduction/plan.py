@@ -1,0 +1,250 @@
+"""The plan of a reproduced table: the recipe of each row, its commands, its estimated time, its results."""
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sopdeploy.data.augment import PadCrop
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.describe import Counts, describe
+from sopdeploy.models.registry import CatalogModel
+from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
+from sopdeploy_papers.reproduction.counts import RowFigure, count_figures
+from sopdeploy_papers.reproduction.results import SeedResult, mean_error
+from sopdeploy_papers.reproduction.tables import (
+    DATA_SETS,
+    DataSet,
+    PrintedRow,
+    PrintedTable,
+    ReproduceOptions,
+)
+
+# Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
+# the forward pass, and a multiply-add is two operations.
+_OPERATIONS_PER_MAC = 3 * 2
+GPU_OPERATIONS_PER_SECOND = 20e12  # that one GPU sustains
+ASSUMPTION = (
+    "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
+    "images and evaluation are not counted"
+)
+
+
+@dataclass(kw_only=True)
+class ReproducedRow:
+    """What is printed in a row, how it is trained, and its results so far.
+
+    `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
+    recipe `source`, without the seed and the checkpoints of other rows. `figures` are those of the table's
+    columns and of `PrintedRow.facts`, by name. `forms` has the counts in training of the network's other
+    forms, by name and changes to the recipe. `gpu_hours` is the estimated time of one run as in the paper.
+    """
+
+    printed: PrintedRow
+    source: str = ""
+    overrides: tuple[str, ...] = ()
+    recipe: Recipe | None = None
+    reason: str = ""
+    figures: dict[str, RowFigure] = field(default_factory=dict)
+    forms: dict[tuple[str, tuple[str, ...]], Counts] = field(default_factory=dict)
+    gpu_hours: float = 0.0
+    runs: list[SeedResult] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """Return "measured", "not run", or the reason for which the row cannot be run."""
+        return "measured" if self.runs else self.reason or "not run"
+
+
+@dataclass
+class Reproduction:
+    """A table, the options, and the selected rows with the results so far.
+
+    `folder` is that of the runs, `page` the path of the page, `seeds` the number of runs per row. After a
+    dry run there are no results.
+    """
+
+    table: PrintedTable
+    options: ReproduceOptions
+    rows: tuple[ReproducedRow, ...]
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        self.folder = self.options.out / self.table.id
+        self.page = self.folder / "index.html"
+        self.seeds = self.options.seeds or self.table.seeds
+
+    @property
+    def deviations(self) -> str:
+        """What the options and the data change in the experiment of the paper; empty if nothing is known."""
+        if self.table.measures != "errors":
+            return ""
+        printed = DATA_SETS[self.table.data].images
+        counts = sorted({run.train_count for row in self.rows for run in row.runs} - {printed})
+        differences = [f"--set {override}" for override in self.options.set]
+        differences += [f"{count:,} training images instead of {printed:,}" for count in counts]
+        if self.seeds != self.table.seeds:
+            differences.append(f"{self.seeds} runs per row instead of {self.table.seeds}")
+        return f"Not the conditions of the paper: {'; '.join(differences)}." if differences else ""
+
+    @property
+    def note(self) -> str:
+        """The note of the table, and for each other form of its networks the options and the counts."""
+        counts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for row in self.rows:
+            for form, counted in row.forms.items():
+                text = f"{row.printed.id} {counted.parameters:,} and {counted.macs / 1e9:.3f} G"
+                counts.setdefault(form, []).append(text)
+        forms = [
+            f"{name}: {shlex.join(_as_settings(changes))} "
+            f"(parameters and multiply-adds in training: {', '.join(found)})"
+            for (name, changes), found in counts.items()
+        ]
+        return "; ".join(filter(None, [self.table.note, *forms]))
+
+    @property
+    def paper_scale(self) -> str:
+        """How many rows have run as in the paper, and the estimated time of all; empty if none can run."""
+        rows = [row for row in self.rows if row.recipe is not None]
+        if not rows:
+            return ""
+        measured = 0 if self.deviations else sum(bool(row.runs) for row in rows)  # none as in the paper
+        done = f"{measured} of {len(rows)} rows" if measured else "no"
+        hours = format_hours(sum(row.gpu_hours for row in rows))
+        return f"Run at paper scale: {done}. All rows take about {hours} per seed ({ASSUMPTION})."
+
+    @property
+    def gpu_hours(self) -> float:
+        """The estimated time of all runs at the scale of the paper."""
+        return self.seeds * sum(row.gpu_hours for row in self.rows)
+
+    def run_folder(self, row: str, seed: int) -> Path:
+        """Return the folder of the run of *row* with *seed*."""
+        return self.folder / row / f"seed-{seed}"
+
+    def overrides(self, row: ReproducedRow, seed: int) -> tuple[str, ...]:
+        """Return the overrides of *row* with *seed* and the checkpoints of other rows."""
+        needs = row.printed.needs.items()
+        needed = (f"{key}={self.run_folder(other, seed) / 'best.pt'}" for key, other in needs)
+        return (*row.overrides, *needed, f"seed={seed}")
+
+    def commands(self, row: ReproducedRow) -> list[str]:
+        """Format the commands that train *row* alone, one for each seed; none if it is not trained."""
+        if row.recipe is None:
+            return []
+        lines = []
+        for seed in range(self.seeds):
+            settings = _as_settings(self.overrides(row, seed))
+            out = str(self.run_folder(row.printed.id, seed))
+            lines.append(shlex.join(["sopdeploy", "train", "--recipe", row.source, *settings, "--out", out]))
+        return lines
+
+    def summary(self) -> dict[str, Any]:
+        """Return the results without the epochs of the runs and their recipes, for `--json`."""
+        hidden = {"recipe", "network", "history", "machine"}
+        rows = []
+        for row in self.rows:
+            top1, top5 = mean_error(row.runs, "top1"), mean_error(row.runs, "top5")
+            rows.append(
+                {
+                    "printed": row.printed.model_dump(mode="json"),
+                    "status": row.status,
+                    "commands": self.commands(row),
+                    "gpu_hours": row.gpu_hours,
+                    "figures": {name: figure._asdict() for name, figure in row.figures.items()},
+                    "network": "" if row.recipe is None else row.recipe.model.name,
+                    "top1": None if top1 is None else top1.model_dump(),
+                    "top5": None if top5 is None else top5.model_dump(),
+                    "runs": [run.model_dump(mode="json", exclude=hidden) for run in row.runs],
+                }
+            )
+        return {
+            "table": self.table.id,
+            **self.table.model_dump(include={"source", "title", "measures"}),
+            "note": self.note,
+            "statement": self.deviations,
+            "paper_scale": self.paper_scale,
+            "seeds": self.seeds,
+            "gpu_hours": self.gpu_hours,
+            "data": None if self.options.data is None else str(self.options.data),
+            "page": str(self.page),
+            "rows": rows,
+        }
+
+
+def _as_settings(changes: Iterable[str]) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
+
+
+def format_hours(hours: float) -> str:
+    """Round GPU *hours* to two significant digits and at most three decimals; format without an exponent."""
+    decimals = 0 if hours >= 10 else 1 if hours >= 1 else 3
+    return f"{float(f'{hours:.2g}'):,.{decimals}f} GPU hours"
+
+
+def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = False) -> Reproduction:
+    """Plan the selected rows of *table*; raise `ConfigError` for unknown rows."""
+    rows = (_plan_row(table, printed, options) for printed in table.select(options.rows))
+    return Reproduction(table, options, tuple(rows), dry_run)
+
+
+def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> ReproducedRow:
+    """Plan how the row *printed* of *table* is trained, or set the reason why it is not."""
+    figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
+    row, recipe_and_changes = ReproducedRow(printed=printed, figures=figures), table.recipe_of(printed)
+    if table.measures == "nothing":
+        row.reason = "printed, not measured"
+    elif recipe_and_changes is None:
+        row.reason = f"cited: {printed.missing}"
+    else:
+        row.source, row.overrides = recipe_and_changes
+        try:
+            _plan_training(row, table, options)
+        except ConfigError as error:
+            row.reason = f"not available: {error}"
+    return row
+
+
+def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
+    """Set figures, recipe and times of *row*; raise `ConfigError` if its network cannot be built."""
+    paper_recipe = read_recipe(row.source, row.overrides)  # without the user's data and settings
+    row.figures = count_figures(row.printed, paper_recipe, table)
+    for form in table.forms:
+        if changes := form.changes(paper_recipe.model):
+            other = read_recipe(row.source, (*row.overrides, *changes)).model
+            if other != paper_recipe.model:
+                classes, side = DATA_SETS[table.data].classes, paper_recipe.preprocess.crop
+                described = describe(other.name, image_size=side, num_classes=classes, **other.config)
+                row.forms[form.name, changes] = described.training
+    if table.measures == "counts":
+        row.reason = "counted, not trained"
+        return
+    if options.data is not None:
+        row.overrides += (f"data.path={format_toml(str(options.data))}",)
+    if row.printed.pretrained is not None:
+        weights = options.out / row.printed.pretrained / "seed-0/best.pt"  # the result of another table's row
+        if weights.is_file():  # otherwise the row starts from random weights
+            row.overrides += (f"start.weights={format_toml(str(weights))}",)
+    row.overrides += options.set
+    row.recipe = read_recipe(row.source, row.overrides)
+    row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
+
+
+def estimate_hours(recipe: Recipe, data: DataSet) -> float:
+    """Estimate the GPU hours of a run of *recipe* on *data*, with the assumption `ASSUMPTION`.
+
+    A teacher that is trained jointly costs as much per multiply-add as its student; the forward pass of a
+    trained teacher, whose network only its checkpoint names, is not counted.
+    """
+    networks: list[CatalogModel] = [recipe.model]
+    if recipe.teacher is not None and recipe.teacher.model is not None:
+        networks.append(recipe.teacher.model)
+    is_doubled = isinstance(recipe.augment, PadCrop) and recipe.augment.doubled  # by their mirror images
+    num_images = data.images * recipe.epochs * (2 if is_doubled else 1)  # of all epochs
+    side = recipe.training_crop
+    macs = sum(
+        describe(network.name, image_size=side, num_classes=data.classes, **network.config).training.macs
+        for network in networks
+    )
+    return macs * _OPERATIONS_PER_MAC * num_images / GPU_OPERATIONS_PER_SECOND / 3600

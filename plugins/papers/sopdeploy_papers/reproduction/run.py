@@ -1,0 +1,93 @@
+"""Run the rows of a table: finished runs are kept, interrupted ones continue from their `last.pt`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pydantic
+
+from sopdeploy.config import first_problem
+from sopdeploy.environment import is_main_process
+from sopdeploy.errors import ConfigError
+from sopdeploy.files import MAX_NAMES_BYTES, atomic_write, read_file, writing
+from sopdeploy.training.callback import Callback
+from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.train import train_recipe
+from sopdeploy_papers.reproduction.page import render_page
+from sopdeploy_papers.reproduction.plan import Reproduction, plan
+from sopdeploy_papers.reproduction.results import SeedResult, measure_run, measured_facts
+from sopdeploy_papers.reproduction.tables import PrintedTable, ReproduceOptions
+
+_RESULT = "result.json"
+
+
+def reproduce(
+    table: PrintedTable,
+    options: ReproduceOptions,
+    *,
+    callback: Callback | None = None,
+    on_run: Callable[[str, int], None] = lambda _row, _seed: None,
+) -> Reproduction:
+    """Run the rows of *table* and write a page about them.
+
+    The runs are in `<out>/<table>/<row>/seed-0`; the page is written after every row. *on_run* receives the
+    row and seed of each run that starts. Raises `ConfigError` for selected rows that cannot be run and for
+    results of another recipe in the folder, and the errors of `train`.
+    """
+    results = plan(table, options)
+    must_run = options.rows is not None and table.measures == "errors"  # other tables are not trained
+    for row in results.rows:
+        if row.recipe is None and must_run:
+            message = f"cannot be run ({row.reason}); leave it out"
+            raise ConfigError(message, setting="rows", value=row.printed.id)
+    by_id = {row.printed.id: row for row in results.rows}
+    for row in results.rows:
+        if row.recipe is None:
+            continue
+        for seed in range(results.seeds):
+            path = results.run_folder(row.printed.id, seed)
+            recipe = read_recipe(row.source, results.overrides(row, seed))
+            stored = _read_result(path / _RESULT, recipe)
+            if stored is None:
+                on_run(row.printed.id, seed)
+                stored = measure_run(recipe, train_recipe(recipe, path, resume="auto", callback=callback))
+                _write(path / _RESULT, stored.model_dump_json() + "\n")
+            row.runs.append(stored)
+        # The baseline is above in the table, so it has already run, unless the user left it out.
+        baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
+        for name, value in measured_facts(row.runs, baseline).items():
+            if name in row.figures:
+                row.figures[name] = row.figures[name]._replace(found=value)
+        _write_page(results)
+    _write_page(results)  # even if no row is trained
+    return results
+
+
+def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:
+    """Read the result at *path* if there is one; raise `ConfigError` if it is not that of *recipe*."""
+    if not path.is_file():
+        return None
+    try:
+        stored = SeedResult.model_validate_json(read_file(path, MAX_NAMES_BYTES))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); remove this file") from error
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: not a result ({first_problem(error)}); remove this file") from error
+    if stored.recipe != recipe.model_dump(mode="json"):
+        message = f"{path}: the row was trained with another recipe or other data; choose another folder"
+        raise ConfigError(message, setting="out")
+    return stored
+
+
+def _write_page(results: Reproduction) -> None:
+    _write(results.page, render_page(results))
+    _write(results.folder / _RESULT, json.dumps(results.summary(), indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write *text* to *path*, in the first process of torchrun only."""
+    if is_main_process():
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as partial:
+                partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Keep photographs that are worth a label, and label them on a page."""

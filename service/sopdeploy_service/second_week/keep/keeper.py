@@ -1,0 +1,237 @@
+"""Keep photographs that are worth a label: unknown and uncertain ones, and a small uniform sample.
+
+A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
+process copy them without metadata, and stores them. Photographs are dropped if the queue is full. Those
+outside of the uniform sample are also dropped if copies take more than `COPY_SHARE` of the time. The log says
+how many were dropped, and what keeps them.
+"""
+
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import NamedTuple, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.decision import sigmoid
+from sopdeploy.errors import ImageError
+from sopdeploy_service.inference.model_worker import Model
+from sopdeploy_service.inference.results import Prediction
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.second_week.keep.folder import KeptFolder, KeptResult
+from sopdeploy_service.second_week.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
+from sopdeploy_service.settings import Settings
+
+LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
+MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
+COPY_SHARE, COPY_BURST = 0.01, 0.25  # of the time; seconds that may be spent at once, or owed
+RECENT_PHOTOS = 1000  # outside of the sample, whose copies were not kept; others near them are not copied
+_STOP_SECONDS = 5.0  # for the photographs in the queue
+
+log = logging.getLogger("sopdeploy.keep")
+CopyImage: TypeAlias = Callable[[bytes], tuple[bytes, str]]  # `Decoders.copy`
+
+
+class PredictedPhoto(NamedTuple):
+    """A file, the network's input (H, W, 3) uint8, and the logits (C,) of *bundle*, served as *model*."""
+
+    image: bytes
+    pixels: NDArray[np.uint8]
+    logits: NDArray[np.float32]
+    bundle: Bundle
+    model: str
+    time: datetime
+
+
+def reasons_to_keep(
+    bundle: Bundle, logits: NDArray[np.float32], sha256: str, share: float
+) -> tuple[Reason, ...]:
+    """List why a file with the hash *sha256* and with *logits* (C,) of *bundle* is worth a label.
+
+    *share* of all files are in the uniform sample. The margin of a network with several classes per image is
+    twice the distance of a probability from its threshold, for the closest class.
+    """
+    manifest = bundle.manifest
+    answer = manifest.rules.answer(logits, top_k=2)
+    if manifest.rules.thresholds is None:
+        probabilities = [probability for _, probability in answer.ranked]
+        margin = probabilities[0] - (probabilities[1] if len(probabilities) > 1 else 0.0)
+    else:
+        margin = 2 * np.abs(sigmoid(logits) - manifest.rules.thresholds).min()
+    reasons: dict[Reason, bool] = {
+        "unknown": answer.known is False,  # None: the bundle does not tell
+        "low_margin": bool(margin < LOW_MARGIN),
+        "sample": int(sha256[:8], 16) < share * 2**32,  # the first 32 bits are uniform
+    }
+    return tuple(reason for reason, applies in reasons.items() if applies)
+
+
+def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
+    """Describe *photo*, which is kept as the file *image* for *reasons*."""
+    manifest, labels = photo.bundle.manifest, photo.bundle.labels
+    indexes = list(range(len(labels)))  # of the labels in the record: all, or those with the largest logits
+    if len(labels) > MAX_KEPT_LABELS:
+        indexes = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
+    answer = manifest.rules.answer(photo.logits, top_k=1)
+    return KeptRecord(
+        image=image,
+        bundle=manifest.id,
+        model=photo.model,
+        time=photo.time,
+        reasons=reasons,
+        labels=tuple(labels[index] for index in indexes),
+        logits=tuple(photo.logits[indexes].tolist()),
+        known=answer.known,
+        score=answer.score,
+        near_hash=near_hash(photo.pixels),
+    )
+
+
+def open_keeper(settings: Settings, metrics: Metrics, copy: CopyImage) -> "Keeper | None":
+    """Create the keeper of the folder `keep` of *settings*; None if it is not set.
+
+    Raises `ConfigError` if the folder cannot be used.
+    """
+    if settings.keep is None:
+        return None
+    folder = KeptFolder(
+        settings.keep,
+        settings.keep_bytes,
+        settings.keep_days,
+        lambda reason: metrics.kept_deleted.labels(reason).inc(),
+    )
+    return Keeper(folder, settings.keep_sample, metrics, copy)
+
+
+class Keeper:
+    """Passes copies made by *copy* to *folder* in a thread; *share* of all photographs are the sample.
+
+    The thread also deletes what is too old.
+    """
+
+    def __init__(self, folder: KeptFolder, share: float, metrics: Metrics, copy: CopyImage) -> None:
+        self._folder, self._share, self._copy = folder, share, copy
+        self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
+        self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
+        # Two totals instead of one counter: each is written by one thread only, so no lock is needed. The
+        # event loop adds the bytes that it puts into the queue, the keeper's thread those that it takes out.
+        self._bytes_in = self._bytes_out = 0
+        self._copy_budget = COPY_BURST  # seconds that copies may take; negative if they took more
+        self._refilled = time.monotonic()  # when seconds were last added to the budget
+        self._num_unqueued = self._num_uncopied = 0  # dropped; the event loop counts the former
+        self._num_logged = 0  # of both
+        self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Store what is queued, for at most `_STOP_SECONDS`, and end the thread."""
+        self._photos.put(None)
+        self._thread.join(_STOP_SECONDS)
+
+    def offer(self, model: Model, image: bytes, prediction: Prediction) -> None:
+        """Queue *image* with its *prediction* by *model*, on the event loop; drop it if the queue is full."""
+        size = len(image) + prediction.pixels.nbytes
+        queued = self._bytes_in - self._bytes_out
+        if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
+            self._counts["dropped"].inc()
+            self._num_unqueued += 1
+            return
+        self._bytes_in += size
+        logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
+        now = datetime.now(UTC)
+        self._photos.put(PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now))
+
+    def _run(self) -> None:
+        next_check = 0.0
+        while True:
+            if time.monotonic() >= next_check:
+                self._check_folder()
+                self._log_dropped()
+                next_check = time.monotonic() + self._folder.check_seconds
+            try:
+                photo = self._photos.get(timeout=self._folder.check_seconds)
+            except queue.Empty:
+                continue
+            if photo is None:
+                self._log_dropped()
+                return
+            self._bytes_out += len(photo.image) + photo.pixels.nbytes
+            try:
+                result = self._keep(photo)
+            except Exception:  # untrusted bytes, and nothing else sees the error of this thread
+                log.exception("a photograph of %d bytes is not kept", len(photo.image))
+                result = "failed"
+            if result is not None:
+                self._counts[result].inc()
+
+    def _log_dropped(self) -> None:
+        """Log how many photographs were dropped since the last call, if any, and what keeps them."""
+        unqueued, uncopied = self._num_unqueued, self._num_uncopied
+        if (dropped := unqueued + uncopied - self._num_logged) > 0:
+            self._num_logged += dropped
+            log.warning(
+                "%d photographs worth a label were not kept, because they arrived too fast: copies may take "
+                "%g %% of the time; send photographs more slowly, or raise keep_sample, whose photographs "
+                "need none of this time",
+                dropped,
+                100 * COPY_SHARE,
+                extra={"unqueued": unqueued, "uncopied": uncopied},
+            )
+
+    def _check_folder(self) -> None:
+        try:
+            self._folder.check()
+        except OSError as error:
+            log.warning("%s: cannot be cleaned up (%s)", self._folder.path, error.strerror)
+
+    def _keep(self, photo: PredictedPhoto) -> KeptResult | None:
+        """Keep *photo* if it is worth a label; return the result, or None if it is not."""
+        sha256 = hashlib.sha256(photo.image).hexdigest()
+        reasons = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
+        if not reasons:
+            return None
+        near, is_sample = near_hash(photo.pixels), "sample" in reasons
+        refusal = None if is_sample else self._refuse_copy(int(near, 16))
+        if refusal is not None:
+            return refusal
+        started = time.monotonic()
+        try:
+            if self._folder.has_near(sha256[:32], reasons, near):
+                return "near_duplicate"
+            if not is_sample:
+                self._recent.append(int(near, 16))
+            copy, suffix = self._copy(photo.image)
+            result = self._folder.add(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
+            if result == "kept" and not is_sample:
+                self._recent.pop()  # the folder knows it, as long as nobody deletes or labels it
+            return result
+        except ImageError:
+            return "dropped"
+        finally:
+            if not is_sample:  # the sample stays uniform because its copies need no budget
+                spent = time.monotonic() - started  # includes the wait for a decoder process
+                self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)  # the debt is limited
+
+    def _refuse_copy(self, near: int) -> KeptResult | None:
+        """Return why a photograph outside of the sample is not copied, or None; *near* is its near hash."""
+        now = time.monotonic()
+        # The budget grows with the time since the last call; `_keep` subtracts the seconds of a copy.
+        self._copy_budget = min(COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled))
+        self._refilled = now
+        if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
+            return "near_duplicate"
+        if self._copy_budget > 0:
+            return None
+        self._num_uncopied += 1
+        return "dropped"

@@ -1,0 +1,113 @@
+"""Photographs that a server or `classify` keeps because a label for them would help.
+
+In a folder of kept photographs, `ID.jpg` or `ID.png` is a photograph without metadata except its orientation,
+and `ID.json` its `KeptRecord`. The photograph is written first, so a record always has its photograph; a
+photograph without a record is not complete. A server with several devices has a subfolder for each.
+
+`label` moves photographs without changing their names. Those outside of the uniform sample are atypical: they
+were kept because the network was not sure of them. Figures about new photographs must not count them.
+"""
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.config import StrictModel, Text
+from sopdeploy.files import LOCK, MAX_TEXT_BYTES, read_file
+from sopdeploy.names import DISTINCT_NAMES
+from sopdeploy.photos.files import KEPT_NAME
+
+Reason = Literal["unknown", "low_margin", "sample"]
+NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
+MAX_KEPT_LABELS = 100  # classes of a record
+OF_CLASSES = pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS)
+
+log = logging.getLogger("sopdeploy_service.second_week.kept")
+
+
+class KeptRecord(StrictModel):
+    """What was predicted for a kept photograph, and why it was kept.
+
+    Attributes:
+        version: Of the format; a record of another one is skipped, and its photograph stays.
+        image: Name of the file beside the record.
+        bundle: ID of the bundle that predicted.
+        model: Name under which the bundle was served.
+        time: When it was predicted, in UTC.
+        reasons: Why it was kept: `known` was false, the two most probable classes were close, or a hash of
+            its bytes put it into the uniform sample.
+        labels: One or more: all classes in the bundle's order, or the `MAX_KEPT_LABELS` most probable ones,
+            best first.
+        logits: The logits of `labels`, as the bundle gave them.
+        known: Whether it probably shows one of the classes; None if the bundle has no threshold for this.
+        score: What the threshold of `known` was applied to.
+        near_hash: `near_hash` of the network's input.
+    """
+
+    version: Literal[1] = 1
+    image: Annotated[str, pydantic.Field(pattern=rf"^{KEPT_NAME.pattern}$")]
+    bundle: Text
+    model: Text
+    time: pydantic.AwareDatetime
+    reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1, max_length=3)]
+    labels: Annotated[
+        tuple[str, ...], pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS), DISTINCT_NAMES
+    ]
+    logits: Annotated[tuple[float, ...], pydantic.Field(max_length=MAX_KEPT_LABELS)]
+    known: bool | None = None
+    score: float | None = None
+    near_hash: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{16}$")]
+
+    @pydantic.model_validator(mode="after")
+    def _check_lengths(self) -> "KeptRecord":
+        if len(self.labels) != len(self.logits):
+            raise ValueError(f"{len(self.logits)} logits for {len(self.labels)} labels")
+        return self
+
+
+class Kept(NamedTuple):
+    """A kept photograph: the path of the image, and its record."""
+
+    path: Path
+    record: KeptRecord
+
+
+def read_kept(folder: Path) -> list[Kept]:
+    """Read the kept photographs in *folder* and its subfolders of devices, the oldest first.
+
+    Records that are damaged, or whose photograph is missing, are skipped; a warning tells how many. Raises
+    `OSError` if *folder* cannot be read.
+    """
+    kept = []
+    device_folders = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
+    files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
+    for path in files:
+        with suppress(OSError, pydantic.ValidationError):
+            record = KeptRecord.model_validate_json(read_file(path, MAX_TEXT_BYTES))
+            image = path.with_name(record.image)
+            # A copy of a record would repeat its photograph, and a link may lead to any file.
+            if image.stem == path.stem and image.is_file() and not image.is_symlink():
+                kept.append(Kept(image, record))
+    if skipped := len(files) - len(kept):
+        log.warning(
+            "%s: %d records are damaged, of a later version or have no photograph; they are skipped",
+            folder, skipped,
+        )  # fmt: skip
+    return sorted(kept, key=lambda entry: entry.record.time)
+
+
+def near_hash(pixels: NDArray[np.uint8]) -> str:
+    """Compute a hash of *pixels* (H, W, 3) as 16 hexadecimal digits, which copies share up to `NEAR_BITS`.
+
+    Each of its 64 bits tells whether a cell of the gray image is brighter than the cell to its left, in 8
+    rows of 9 cells (dHash; Krawetz, "Kind of Like That", hackerfactor.com, 2013).
+    """
+    gray = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)
+    cells = np.asarray(gray, np.int16)
+    return np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes().hex()

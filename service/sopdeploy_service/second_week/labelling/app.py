@@ -1,0 +1,253 @@
+"""The server of the label page: its routes, and the requests that it refuses.
+
+It answers only to its own names and pages, as a service with the same settings does, and only with the random
+key of the address that it prints: other users of this machine reach it, too. Its connections have the limits
+of the service's. It decodes no image: a browser gets the files.
+"""
+
+import asyncio
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import parse_qs
+
+import numpy as np
+import pydantic
+import uvicorn
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+
+from sopdeploy.config import StrictModel
+from sopdeploy.decision import softmax
+from sopdeploy.errors import SopdeployError
+from sopdeploy.files import MAX_IMAGE_BYTES, read_file
+from sopdeploy.photos.files import normalize
+from sopdeploy_service.api.web import TRUSTED_TYPES, Page
+from sopdeploy_service.http.strict_json import parse_json
+from sopdeploy_service.inference.results import RejectedError
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.origins import OwnOrigins, without_prefix
+from sopdeploy_service.second_week.labelling.folders import GoneError, LabelFolders
+from sopdeploy_service.server.http_protocol import Connections, limited_config
+from sopdeploy_service.server.sockets import bind, url
+from sopdeploy_service.settings import Settings
+
+COOKIE = "sopdeploy-label"
+MAX_BODY_BYTES, BODY_SECONDS = 10_000, 10.0
+MAX_CONNECTIONS = 100
+MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
+MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
+IMAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+_FOLDER = files("sopdeploy_service.second_week.labelling") / "pages"
+_HTML = (_FOLDER / "label.html").read_text("utf-8")
+_PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER)
+
+
+class GivenLabel(StrictModel):
+    """What the user says about the photograph `id`; `name` is the class of the kind "class"."""
+
+    id: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}$")]
+    kind: Literal["class", "unknown", "skip"]
+    name: Annotated[str, pydantic.Field(max_length=1000)] = ""
+
+
+async def read_label(request: Request) -> GivenLabel:
+    """Read the body of *request*; raises `RejectedError` unless it is a label."""
+    return parse_json(GivenLabel, await request.body(), MAX_BODY_BYTES)
+
+
+def refuse_request(request: Request, origins: OwnOrigins, root_path: str, key: str) -> Response | None:
+    """Refuse requests that *origins* refuse, without the *key*, too large, or POSTs without JSON.
+
+    Returns None for requests to handle. A request for the page with the key in its address gets a cookie with
+    the key, and a redirect to the address without it.
+    """
+    headers, peer = request.headers, request.client.host if request.client else ""
+    navigates = request.method == "GET" and request.scope["path"] == "/"
+    if origins.find_foreign(headers, peer, is_link=navigates):
+        return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
+    if request.method == "POST":
+        if headers.get("content-type") != "application/json":
+            return PlainTextResponse("send application/json", 415)
+        length = headers.get("content-length")
+        if length is None or int(length) > MAX_BODY_BYTES:
+            return PlainTextResponse(f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413)
+    if secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), key.encode()):
+        return None
+    given = parse_qs(request.url.query).get("key", [""])[0]
+    if navigates and secrets.compare_digest(given.encode(), key.encode()):
+        # So that the key is not in the history of the browser.
+        response = RedirectResponse(f"{root_path or '.'}/", 303)
+        response.set_cookie(COOKIE, key, httponly=True, samesite="lax")
+        return response
+    return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
+
+
+async def guard(
+    origins: OwnOrigins, root_path: str, key: str, request: Request, call_next: RequestResponseEndpoint
+) -> Response:
+    """Handle or refuse one request; a body that arrives slowly is refused, too."""
+    full_path = request.scope["path"]
+    request.scope["path"] = without_prefix(full_path, root_path)
+    if (refusal := refuse_request(request, origins, root_path, key)) is not None:
+        return refusal
+    if full_path == root_path != "":
+        return RedirectResponse(f"{root_path}/")  # the links of the page are relative to it
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            await request.body()  # is kept for `call_next`
+    except TimeoutError:
+        return PlainTextResponse("the body did not arrive in time", 408)
+    return await call_next(request)
+
+
+def label_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """Create the uvicorn configuration of the label page: the protocol and the limits of the service."""
+    fewer = settings.model_copy(update={"max_connections": MAX_CONNECTIONS})
+    return limited_config(app, Connections(fewer, Metrics()))
+
+
+def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> FastAPI:
+    """Create the app that labels the photographs of *folders*; it refuses what `refuse_request` refuses."""
+    names = {"localhost", settings.host, socket.gethostname()}
+    origins = OwnOrigins(names, settings.allowed_hosts, settings.trusted_proxies)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    lock = threading.Lock()  # of *folders*; the routes run in threads
+
+    @app.get("/")
+    def page() -> Response:
+        with lock:
+            folders.read()
+        return Response(_PAGE.html, media_type="text/html", headers=_PAGE.headers)
+
+    @app.get("/state")
+    def state() -> LabelState:
+        with lock:
+            return describe_next(folders)
+
+    @app.get("/images/{identity}")
+    def image(identity: str) -> Response:
+        with lock:
+            path = folders.waiting[identity].path if identity in folders.waiting else None
+        if path is None:
+            return JSONResponse({"detail": "no such photograph"}, 404)
+        try:
+            content = read_file(path, MAX_IMAGE_BYTES)
+        except OSError:  # the server has deleted it
+            return JSONResponse({"detail": "no such photograph"}, 404)
+        return Response(content, media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)
+
+    @app.post("/label")
+    def label(given: Annotated[GivenLabel, Depends(read_label)]) -> LabelState:
+        with lock:
+            if given.kind == "skip":
+                folders.skip(given.id)
+            else:
+                folders.label(given.id, given.name if given.kind == "class" else None)
+            return describe_next(folders)
+
+    @app.post("/undo")
+    def undo() -> LabelState:
+        with lock:
+            folders.undo()
+            return describe_next(folders)
+
+    @app.exception_handler(SopdeployError)
+    def refuse(_request: Request, error: SopdeployError) -> Response:
+        return JSONResponse({"detail": str(error)}, 409 if isinstance(error, GoneError) else 422)
+
+    @app.exception_handler(RejectedError)
+    def refuse_body(_request: Request, error: RejectedError) -> Response:
+        return JSONResponse({"detail": error.reason.message}, 422)
+
+    @app.exception_handler(OSError)
+    def fail(_request: Request, error: OSError) -> Response:
+        detail = f"{error.filename}: cannot be read or written ({error.strerror}); nothing was changed"
+        return JSONResponse({"detail": detail}, 507)
+
+    app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, origins, settings.root_path, key))
+    return app
+
+
+class ShownPhotograph(StrictModel):
+    """The photograph to label; `sampled` if it was chosen at random, `known` as in `http_api.Classes`."""
+
+    id: str
+    sampled: bool
+    known: bool | None
+
+
+class ShownClass(StrictModel):
+    """A class to choose, and its probability for the photograph; None if the network does not have it."""
+
+    name: str
+    probability: float | None
+
+
+class LabelState(StrictModel):
+    """What the page shows.
+
+    `next` has the IDs of the photographs shown as thumbnails; the first is the one to label. `classes` begin
+    with the most probable one. `done` and `left` are numbers of photographs.
+    """
+
+    photograph: ShownPhotograph | None
+    next: tuple[str, ...]
+    classes: tuple[ShownClass, ...]
+    done: int
+    left: int
+
+
+def describe_next(folders: LabelFolders) -> LabelState:
+    """Describe the next photograph of *folders*, the classes and the progress."""
+    if not folders.waiting:
+        folders.read()  # the server may have kept others
+    photograph: ShownPhotograph | None = None
+    probabilities: dict[str, float] = {}
+    if folders.waiting:
+        identity, (_, record) = next(iter(folders.waiting.items()))
+        labels = map(normalize, record.labels)
+        probabilities = dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
+        is_sampled = "sample" in record.reasons
+        photograph = ShownPhotograph(id=identity, sampled=is_sampled, known=record.known)
+    names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))  # without one: last
+    return LabelState(
+        photograph=photograph,
+        next=tuple(islice(folders.waiting, MAX_THUMBNAILS)),
+        classes=tuple(ShownClass(name=name, probability=probabilities.get(name)) for name in names),
+        done=len(folders.steps),
+        left=len(folders.waiting),
+    )
+
+
+def run_label_server(
+    kept: Path, photos: Path, settings: Settings, on_ready: Callable[[str, int], None]
+) -> LabelFolders:
+    """Serve the label page as *settings* say until Ctrl-C or SIGTERM; return the folders.
+
+    *on_ready* receives the URL to open, with a random key, and the number of photographs. Raises
+    `ConfigError` if it cannot listen, and `DataError` as `LabelFolders`.
+    """
+    folders = LabelFolders(kept, photos)
+    with bind(settings.host, settings.port) as listener:
+        listener.listen()  # requests from now on wait for the server
+        key = secrets.token_urlsafe(16)
+        app = create_label_app(folders, settings, key)
+        address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")  # for other machines
+        on_ready(f"{address}/?key={key}", len(folders.waiting))
+        with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
+            uvicorn.Server(label_config(app, settings)).run(sockets=[listener])
+    return folders

@@ -1,0 +1,269 @@
+"""Kept photographs that wait for a label, their order, and the folders into which labels move them.
+
+The folders are the only state. A label is one rename of the photograph, so a photograph is either kept or
+labelled, also after a crash, and of two labels for one photograph only the first succeeds. Its record is
+deleted after that; `read_kept` skips a record that remains. A file `ID.skipped` marks a skipped photograph.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.decision import softmax
+from sopdeploy.errors import ConfigError, DataError, shorten
+from sopdeploy.files import LOCK, atomic_write, expand_user
+from sopdeploy.names import can_be_typed, class_problem
+from sopdeploy.photos.files import (
+    SAMPLE_FOLDER,
+    find_parts,
+    fold,
+    is_hidden,
+    list_subfolders,
+    normalize,
+    part_kind,
+)
+from sopdeploy_service.second_week.kept import NEAR_BITS, Kept, read_kept
+
+SKIPPED = ".skipped"
+SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
+MAX_CLASS_BYTES = 100  # of a name in UTF-8
+MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
+NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
+
+
+class GoneError(DataError):
+    """The photograph has a label already, or the server has deleted it."""
+
+
+class LabelStep(NamedTuple):
+    """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped."""
+
+    photo: Kept
+    target: Path | None = None
+    new_folder: bool = False
+
+
+class LabelFolders:
+    """Photographs in the order in which they are labelled, and the labels of this session.
+
+    Attributes:
+        waiting: The photographs without a label and their records, by ID; the next one is first.
+        steps: The labels and skips of this session.
+    """
+
+    def __init__(self, kept: Path, photos: Path) -> None:
+        """Read the photographs in *kept*; labels go to *photos* and to two folders beside it.
+
+        Raises `DataError` if *kept* is no folder or holds only folders, or if *photos* has its classes in a
+        folder `train/`.
+        """
+        # Absolute, but through the links that the user named: the siblings have the names that commands get.
+        self.kept, self.photos = expand_user(kept), Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
+        if not self.kept.is_dir():
+            raise DataError(f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`")
+        if self.photos.is_dir() and (train := find_parts(self.photos).train):
+            raise DataError(f"{photos}: has its classes in the folder {train}; give {photos / train}")
+        self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
+        self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
+        self.steps: list[LabelStep] = []
+        self._sampled: set[int] = set()  # near hashes of the uniform sample, which `label` compares
+        self.read()
+        others = [name for name in list_subfolders(self.kept) if not (self.kept / name / LOCK).exists()]
+        if not self.waiting and others:  # subfolders that are not those of a server's devices
+            raise DataError(
+                f"{self.kept}: holds no kept photographs, but folders ({shorten(others)}); give the folder "
+                "of `serve --setting keep=FOLDER`"
+            )
+
+    def read(self) -> None:
+        """Read and order the kept photographs again, and remember those of the sample; raises `OSError`."""
+        skipped = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
+        found = [photo for photo in read_kept(self.kept) if photo.path.stem not in skipped]
+        samples = [photo for photo in found if "sample" in photo.record.reasons]
+        self._sampled.update(int(record.near_hash, 16) for _, record in samples)
+        queue = order_records([photo for photo in found if "sample" not in photo.record.reasons])
+        for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
+            queue.insert(SAMPLE_EVERY * number, photo)
+        self.waiting = {photo.path.stem: photo for photo in queue}
+
+    def classes(self) -> list[str]:
+        """List the names of all classes: those of the bundles and of the folders, sorted."""
+        names = {normalize(label) for _, record in self.waiting.values() for label in record.labels}
+        return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
+
+    def label(self, identity: str, name: str | None) -> None:
+        """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
+
+        Photographs of the uniform sample are held out from training, with their near-duplicates, which
+        would make a network that was trained on them look better than it is; without a class, they are in
+        `SAMPLE_FOLDER`. Raises `ConfigError` if *name*
+        cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
+        """
+        photo = self._find(identity)
+        if name is None:
+            folder = self.unknown / SAMPLE_FOLDER if self._is_sampled(photo) else self.unknown
+        else:
+            parent = self.held_out if self._is_sampled(photo) else self.photos
+            folders = _class_folders(self.photos) | _class_folders(self.held_out)
+            name = check_class_name(name, self.classes(), folders)
+            folder = _class_folders(parent).get(name, parent / name)
+        target = folder / photo.path.name
+        is_new_folder = not folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _move(photo.path, target)
+        except FileNotFoundError:
+            raise self._gone(identity) from None
+        finally:
+            if is_new_folder:
+                with suppress(OSError):  # only an empty folder is removed: after a move that failed
+                    folder.rmdir()
+        del self.waiting[identity]
+        self.steps.append(LabelStep(photo, target, is_new_folder))
+        photo.path.with_suffix(".json").unlink(missing_ok=True)
+
+    def _is_sampled(self, photo: Kept) -> bool:
+        """Tell whether *photo* is in the uniform sample, or a near-duplicate of one of the sample."""
+        near_hash = int(photo.record.near_hash, 16)  # in `_sampled` for a photograph of the sample
+        return any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
+
+    def skip(self, identity: str) -> None:
+        """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
+        photo = self._find(identity)
+        if not photo.path.exists():
+            raise self._gone(identity)
+        photo.path.with_suffix(SKIPPED).touch()
+        del self.waiting[identity]
+        self.steps.append(LabelStep(photo))
+
+    def undo(self) -> None:
+        """Reverse the last step of this session; its photograph becomes the next one.
+
+        Raises `GoneError` if there is no step or its photograph is gone, and `OSError`.
+        """
+        if not self.steps:
+            raise GoneError("nothing to undo in this session; move older photographs yourself")
+        photo, target, new_folder = self.steps[-1]
+        image = photo.path
+        current = image if target is None else target  # None: it was skipped, so it was not moved
+        if not current.exists():
+            self.steps.pop()
+            raise GoneError(f"{current}: no longer there, so the last step cannot be undone")
+        if target is None:
+            image.with_suffix(SKIPPED).unlink(missing_ok=True)
+        else:
+            # The record first: a server that starts deletes a photograph without one. If the process stops
+            # in between, the photograph is still labelled, and `read_kept` skips the record.
+            with atomic_write(image.with_suffix(".json")) as partial:
+                partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
+            _move(target, image)
+            if new_folder:
+                with suppress(OSError):  # stays if other photographs are in it
+                    target.parent.rmdir()
+                    if target.parent.name == SAMPLE_FOLDER and target.parent.parent == self.unknown:
+                        self.unknown.rmdir()
+        self.steps.pop()
+        self.waiting = {image.stem: photo, **self.waiting}
+
+    def _find(self, identity: str) -> Kept:
+        if identity not in self.waiting:
+            raise self._gone(identity)
+        return self.waiting[identity]
+
+    def _gone(self, identity: str) -> GoneError:
+        self.waiting.pop(identity, None)
+        return GoneError("that photograph has a label already or is no longer kept; this is the next one")
+
+
+def order_records(found: list[Kept]) -> list[Kept]:
+    """Order photographs by how useful their labels are; their bundles may have different classes."""
+    names = {label for _, record in found for label in record.labels}
+    columns = {name: column for column, name in enumerate(sorted(names))}
+    probabilities_NC = np.zeros((len(found), len(names)))
+    for row, (_, record) in zip(probabilities_NC, found, strict=True):
+        row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
+    # A photograph counts as known if its bundle has no threshold, so that `known` is None.
+    known_N = np.asarray([record.known is not False for _, record in found], np.bool_)
+    return [found[index] for index in order_by_value(probabilities_NC, known_N)]
+
+
+def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Return the order (N,) of photographs with *probabilities_NC*: uncertain and different ones first.
+
+    Those that are not *known_N* come last, because most of them show nothing that the network has to learn.
+    In each group, the next one has the largest product of two numbers: its uncertainty, 1 minus the margin
+    between its two largest probabilities (Scheffer et al., IDA 2001), and the distance of its probabilities
+    from the closest ones chosen before (k-center: Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the
+    uncertainty decides alone.
+    """
+    padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))  # two columns of zeros, in case C is below 2
+    ascending = np.sort(padded, axis=1)
+    uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])
+    order: list[int] = []
+    for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
+        # Indices of the L photographs of the group that are not chosen yet, the most uncertain one first.
+        left_L = group[np.argsort(-uncertainties_N[group], kind="stable")]
+        distances_L = np.ones(len(left_L))  # to the closest one chosen before; at most 1
+        for _ in range(min(MAX_SPREAD, len(left_L))):
+            best = int((distances_L * uncertainties_N[left_L]).argmax())  # a position in *left_L*
+            order.append(int(left_L[best]))
+            from_best_L = np.linalg.norm(probabilities_NC[left_L] - probabilities_NC[left_L[best]], axis=1)
+            distances_L = np.delete(np.minimum(distances_L, from_best_L), best)
+            left_L = np.delete(left_L, best)
+        order += left_L.tolist()
+    return np.asarray(order, np.intp)
+
+
+def _class_folders(parent: Path) -> dict[str, Path]:
+    """Return the folders of classes in *parent*, which may not exist, by the names of the classes."""
+    names = list_subfolders(parent) if parent.is_dir() else ()
+    return {normalize(name): parent / name for name in names}
+
+
+def check_class_name(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
+    """Return the name of the class *name*; raise `ConfigError` unless it can name a class.
+
+    A new name must not be easily confused with one of *classes*. Those of the existing *folders* may have any
+    length and characters.
+    """
+    name = normalize(name)
+    if name not in classes:  # names that exist stay as they are
+        name = name.strip()
+    has_valid_length = 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES
+    is_printable = all(map(can_be_typed, name)) and not set(name) & set(NOT_IN_NAMES)
+    spellings = [other for other in classes if fold(other) == fold(name)]
+    problem = ""
+    if name not in folders and not has_valid_length:
+        problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
+    elif name not in folders and not is_printable:
+        problem = f"leave out control and invisible characters and {' '.join(NOT_IN_NAMES)}"
+    elif invalid := class_problem(name):  # also of a folder, which no network could be trained on
+        problem = invalid
+    elif is_hidden(name) or name.endswith("."):
+        problem = "the folder would be hidden; do not begin or end with a dot"
+    elif part_kind(name):
+        problem = "`train` takes such a folder for a part of the data; choose another name"
+    elif spellings and name not in spellings:
+        problem = f"use the class {spellings[0]!r}, which has the same name in other letters"
+    if problem:
+        raise ConfigError(f"class {name!r:.80}: {problem}")
+    return name
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file in one step; between file systems, the copy is complete before *source* is deleted."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with atomic_write(target) as partial:
+            shutil.copyfile(source, partial)
+        source.unlink()

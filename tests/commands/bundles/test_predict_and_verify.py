@@ -1,0 +1,323 @@
+"""`predict`, `eval` and `verify` give the results of HTTP; `bench` and `health`."""
+
+import http.server
+import json
+import shutil
+import ssl
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+from typer.testing import CliRunner
+
+from sopdeploy.bundle.manifest import to_json
+from sopdeploy.bundle.signing import sign
+from sopdeploy_commands.app import app
+from sopdeploy.decision import Decision
+from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
+from sopdeploy.evaluation.metrics import classification_report
+from sopdeploy.http_api import ClassProbability
+from sopdeploy_commands.bundles import bench as timing
+from sopdeploy_commands.bundles import scores as evaluate
+from sopdeploy_commands.bundles.bench import batch_sizes
+from sopdeploy_commands.bundles.scores import scores_of_bundle
+from sopdeploy_commands.bundles.predict import FilePrediction, _print_prediction, predict
+from sopdeploy_commands.bundles.verify import verify
+from sopdeploy_service.images.decode import decode
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.server.sockets import bind
+from sopdeploy_service.settings import Settings, load_settings
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.forged import forge
+from tests.support.keys import write_key
+from tests.support.service import picture_bytes, write_bundle
+
+ONE_THREAD = Settings(threads=1, runtime="onnxruntime-cpu")
+
+
+def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, tmp_path):
+    paths = [tmp_path / name for name in ("a.jpg", "b.txt", "c.jpg")]
+    for path, body in zip(paths, (jpeg, b"text", jpeg), strict=True):
+        path.write_bytes(body)
+    first, bad, last = predict(bundle_path, paths, threads=1, top_k=2)
+    assert [entry.image for entry in (first, bad, last)] == [str(path) for path in paths]
+    assert first.classes == last.classes
+    assert len(first.classes) == 2
+    assert (bad.error.code, bad.classes) == ("not_an_image", ())
+    with pytest.raises(DataError, match=r"nothing\.jpg: cannot be read"):
+        predict(bundle_path, tmp_path / "nothing.jpg", threads=1)
+    (large,) = predict(bundle_path, paths[0], threads=1, max_body_bytes=len(jpeg) - 1)
+    assert large.error.code == "too_large"
+
+
+def test_predict_notices_a_missing_image_before_it_loads_the_network(
+    bundle_path, jpeg, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sopdeploy_commands.bundles.predict.load_model", None)
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    (tmp_path / "folder").mkdir()
+    for name, reason in {"b.jpg": "cannot be read", "folder": "a folder; name its images"}.items():
+        with pytest.raises(DataError, match=f"{name}: {reason}"):
+            predict(bundle_path, [tmp_path / "a.jpg", tmp_path / name])
+
+
+def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path, bundle):
+    report = verify(bundle_path, ONE_THREAD)
+    assert (report.bundle, report.id) == (bundle_path.name, bundle.manifest.id)
+    assert (report.num_files, report.device) == (13, "cpu")
+    assert [(entry.batch, entry.num_images) for entry in report.replays] == [(1, 3), (3, 3)]
+    for entry in report.replays:
+        assert entry.deviation["logits"] <= entry.tolerance["logits"]
+
+
+def replace_weight(folder: Path) -> None:
+    """Move one weight of the graph by one ulp, far less than the probes' tolerance."""
+    graph = onnx.load(folder / "model.onnx")
+    weights = numpy_helper.to_array(graph.graph.initializer[1]).copy()
+    weights.flat[0] = np.nextafter(weights.flat[0], np.float32(1))
+    graph.graph.initializer[1].CopyFrom(numpy_helper.from_array(weights, graph.graph.initializer[1].name))
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+
+
+def certify(any_batch: str, root: str) -> Callable[[Path], object]:
+    """Change the roots in the certificate of a bundle to repeated digits."""
+
+    def change(folder: Path) -> None:
+        fields = json.loads((folder / "certificate.json").read_bytes())
+        fields["roots"] = {"any_batch": any_batch * 64, "onnx": root * 64, "shipped": root * 64}
+        (folder / "certificate.json").write_bytes(to_json(fields))
+
+    return change
+
+
+REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another weight": (replace_weight, r"model\.onnx: its graph has the root"),
+    "another certified graph": (certify("1", "9"), r"certificate\.json: certifies another graph"),
+    "another certified program": (certify("9", "9"), r"certificate\.json: belongs to another network"),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_verify_rejects_another_graph_than_the_certified_one(bundle_path, tmp_path, case):
+    change, message = REPLACED[case]
+    copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
+    change(copy)
+    with pytest.raises(BundleError, match=message):
+        verify(forge(copy), ONE_THREAD)
+
+
+def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_recomputed(
+    bundle_path, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    result = CliRunner().invoke(app, ["verify", str(bundle_path)])
+    assert result.exit_code == 0, result.output
+    assert "sha256 equal" in result.stdout
+    assert "root was not recomputed, because onnx is not installed" in " ".join(result.stdout.split())
+    copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
+    replace_weight(copy)
+    with pytest.raises(BundleError, match=r"model\.onnx"):
+        verify(copy, ONE_THREAD)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(RuntimeUnavailableError, match=r"pip install \"sopdeploy\[cpu\]\""):
+        verify(bundle_path, ONE_THREAD)
+
+
+def test_verify_and_bench_reject_other_outputs_and_probes_that_prove_nothing(tmp_path):
+    wrong = write_bundle(tmp_path, wrong_by=0.01)
+    for command in (verify, timing.bench):
+        with pytest.raises(ParityError, match=r"deviates by 0\.01"):
+            command(wrong, settings=ONE_THREAD)
+    for number, options in enumerate(({"probes": 0}, {"output": "gate"})):
+        with pytest.raises(BundleError, match=r"probes\.npz: does not probe every output"):
+            verify(write_bundle(tmp_path / str(number), **options), ONE_THREAD)
+
+
+def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path) -> None:
+    bundle, key = write_bundle(tmp_path), tmp_path / "release.key"
+    write_key(key)
+    settings = Settings(threads=1, require_signature=key.with_name("release.key.pub"))
+    with pytest.raises(BundleError, match="no signature at"):
+        load_model(bundle, settings)
+    signature = sign(bundle, key)
+    assert load_model(bundle, settings).bundle.name == bundle.name
+    write_key(tmp_path / "other.key")
+    signature.unlink()
+    sign(bundle, tmp_path / "other.key")
+    with pytest.raises(BundleError, match="Key mismatch"):
+        load_model(bundle, settings)
+
+
+COLORS = {"ant": (200, 30, 60), "bee": (90, 160, 30), "cat": (10, 90, 220), "dog": (200, 200, 20)}
+REST = ("eel", "fox", "gnu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images of each of the tiny bundle's seven classes, in two formats."""
+    for label in (*COLORS, *REST):
+        (tmp_path / label).mkdir()
+        for number, kind in enumerate(("JPEG", "PNG")):
+            color = COLORS.get(label, (40 * number, 120, 200))
+            body = picture_bytes(color, size=(50 + 7 * number, 40), kind=kind)
+            (tmp_path / label / f"{number}.{kind.lower()}").write_bytes(body)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    return tmp_path
+
+
+def test_a_bundle_and_predict_agree_exactly(bundle_path, folder) -> None:
+    progress: list[tuple[int, int]] = []
+    labels, scores, facts = scores_of_bundle(
+        bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: progress.append(done)
+    )
+    assert facts["bundle"] == bundle_path.name
+    assert progress == [(done, 14) for done in range(1, 15)]
+    paths = [path for label in labels for path in sorted((folder / label).iterdir())]
+    predictions = predict(bundle_path, paths, threads=1, top_k=7)
+    for one, prediction in zip(scores, predictions, strict=True):
+        assert one.confidence == prediction.classes[0].probability
+        assert [labels[index] for index in one.top5] == [c.label for c in prediction.classes[:5]]
+
+
+def test_mirrored_scores_of_a_bundle_are_those_of_the_mean_logits(bundle_path, folder, monkeypatch) -> None:
+    random = np.random.default_rng(0)
+    for path in folder.glob("*/*.png"):
+        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+        path.with_name("0.jpeg").unlink()
+    loaded = replace(load_model(bundle_path, ONE_THREAD), runtime=FakeRuntime(num_classes=7))
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: loaded)
+    labels, scores, _ = scores_of_bundle(
+        bundle_path, folder, settings=ONE_THREAD, mirror=True, on_image=lambda *_: None
+    )
+    paths = [path for label in labels for path in sorted((folder / label).iterdir())]
+    limits = {"max_bytes": ONE_THREAD.max_body_bytes, "max_pixels": ONE_THREAD.max_pixels}
+    for score, path in zip(scores, paths, strict=True):
+        pixels = decode(path.read_bytes(), loaded.bundle.manifest.preprocess, **limits).pixels
+        alone, mirrored = loaded.runtime.run(np.stack([pixels, pixels[:, ::-1]]))["logits"]
+        assert not np.array_equal(alone, mirrored)
+        (_, probability), *_ = Decision().answer((alone + mirrored) / 2).ranked
+        assert score.confidence == pytest.approx(probability, abs=1e-6)
+
+
+def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(bundle_path, folder) -> None:
+    notes: list[str] = []
+
+    def score() -> Any:
+        given = {"settings": ONE_THREAD, "on_image": lambda *_: None, "log": notes.append}
+        return scores_of_bundle(bundle_path, folder, **given)
+
+    for path in (folder / "fox").iterdir():
+        path.unlink()
+    shutil.rmtree(folder / "gnu")
+    labels, scores, _ = score()
+    assert notes == [f"{folder}: no images of 2 of 7 classes: fox, gnu"]
+    counts = {one.label: one.count for one in classification_report(labels, scores).classes if one.count}
+    assert list(counts) == ["ant", "bee", "cat", "dog", "eel"]
+    (folder / "eel" / "0.jpeg").write_bytes(b"text")
+    with pytest.raises(DataError, match=r"eel/0\.jpeg: this is not an image"):
+        score()
+    (folder / "fox").rename(folder / "yak")
+    with pytest.raises(DataError, match="yak is no class of the network, which knows ant, bee"):
+        score()
+
+
+def test_a_bundle_is_timed_at_every_batch_size(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.01)
+    found = timing.bench(bundle_path, batch="1,2", settings=load_settings(threads=1))
+    assert [row.batch for row in found.latencies] == [1, 2]
+    assert all(row.num_runs >= timing.MIN_RUNS for row in found.latencies)
+    assert (found.precision, found.threads) == ("fp32", 1)
+    assert {"processor", "cores"} <= found.machine.keys()
+    assert "onnxruntime" in found.versions
+
+
+def test_unsupported_batch_sizes_are_errors(bundle_path: Path) -> None:
+    assert batch_sizes("1, 8,8") == (1, 8)
+    for text, message in (
+        ("", "sizes"),
+        ("1;8", "sizes"),
+        ("-1", "sizes"),
+        ("1234567", "sizes"),
+        ("0", "takes batches of 1 to"),
+        ("10000", "takes batches of 1 to"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            timing.bench(bundle_path, batch=text, settings=load_settings(threads=1))
+
+
+class Fixed(http.server.BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/readyz" else 404)
+        self.end_headers()
+        self.wfile.write(b'{"status":"draining\\u001b[31m"}')
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Fixed) as found:
+        thread = threading.Thread(target=found.serve_forever)
+        thread.start()
+        yield found.server_port
+        found.shutdown()
+        thread.join()
+
+
+def health(*words: str) -> tuple[int, int, str]:
+    """Return the exit code, the number of lines on stderr, and the lines."""
+    found = CliRunner().invoke(app, ["health", *words])
+    assert found.stdout == ""
+    return found.exit_code, found.stderr.count("\n"), found.stderr
+
+
+def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert health("--url", f"http://127.0.0.1:{port}/") == (0, 0, "")
+    monkeypatch.setenv("SOPDEPLOY_PORT", str(port))
+    assert health() == (0, 0, "")
+    monkeypatch.setattr(Fixed, "status", 503)
+    *found, said = health()
+    assert found == [1, 1]
+    assert "503" in said
+    assert "draining" in said
+    with bind("127.0.0.1", 0) as listener:
+        silent = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr("sopdeploy_commands.health.TIMEOUT", 0.2)
+        assert health("--url", silent)[:2] == (1, 1)
+    for url in ("127.0.0.1:8000", "http://x:port", f"http://127.0.0.1:{port}/a b"):
+        assert health("--url", url)[:2] == (2, 1)
+
+    def refuse(*_: object) -> None:
+        raise ssl.SSLCertVerificationError("self-signed certificate")
+
+    monkeypatch.setattr("http.client.HTTPSConnection.request", refuse)
+    assert health("--url", "https://127.0.0.1:8000")[:2] == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("known", "end"),
+    [(None, "ant 0.9000"), (True, "ant 0.9000"), (False, "ant 0.9000; probably none of these classes")],
+)
+def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(known, end, capsys) -> None:
+    classes = (ClassProbability(label="ant", probability=0.9),)
+    score = None if known is None else 0.2367
+    _print_prediction(FilePrediction(image="a.jpg", classes=classes, warnings=(), known=known, score=score))
+    assert capsys.readouterr().out == f"a.jpg: {end}\n"
+
+
+def test_inspect_of_a_bundle_says_what_to_read_instead(bundle_path: Path) -> None:
+    done = CliRunner().invoke(app, ["inspect", str(bundle_path)])
+    assert done.exit_code == 2
+    assert "a bundle, not a weight file; its README.md describes it" in " ".join(done.stderr.split())

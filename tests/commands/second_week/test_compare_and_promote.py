@@ -1,0 +1,374 @@
+"""Comparing two bundles on photographs, and moving the link to the better one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sopdeploy.bundle.folder import read_manifest
+from sopdeploy.bundle.manifest import FileRecord
+from sopdeploy.decision import Decision, Rejection
+from sopdeploy.errors import ConfigError, DataError, PromotionError, SopdeployError
+from sopdeploy.evaluation.statistics import decide
+from sopdeploy.files import sha256
+from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.photo import hash_images
+from sopdeploy.project import Origin, utc_now
+from sopdeploy_commands.bundles.predict import predict
+from sopdeploy_commands.bundles.scores import scores_of_bundle
+from sopdeploy_commands.second_week.compare import LOG, compare
+from sopdeploy_commands.second_week.promote import promote
+from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.settings import Settings
+from tests.support.service import write_bundle
+
+
+def photograph(number: int) -> Image.Image:
+    """A photograph of a colour of its own with edges of its own."""
+    rng = np.random.default_rng(number)
+    cells = np.kron(rng.random((5, 6)), np.ones((10, 10)))[..., None]
+    return Image.fromarray((cells * 255 * rng.permutation([1.0, 0.6, 0.0])).astype(np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOPDEPLOY_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory) -> tuple[Path, Path]:
+    """Two bundles of different networks with the same classes."""
+    folder = tmp_path_factory.mktemp("bundles")
+    rule = Decision(rejection=Rejection(threshold=0.5))
+    return write_bundle(folder, seed=0), write_bundle(folder, seed=1, decision=rule)
+
+
+@pytest.fixture(scope="module")
+def labelled(bundles, tmp_path_factory):
+    """`labelled(by, count, first)` sorts photographs into the classes that the bundle *by* gives them."""
+
+    def make(by: Path, count: int = 40, first: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp("photos")
+        numbers = range(first, first + count)
+        predictions = predict(by, [photograph(number) for number in numbers], threads=1)
+        for number, prediction in zip(numbers, predictions, strict=True):
+            path = folder / prediction.classes[0].label / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            photograph(number).save(path)
+        return folder
+
+    return make
+
+
+def with_manifest(bundle: Path, destination: Path, **changes) -> Path:
+    """Copy *bundle*, with other fields in its manifest."""
+    shutil.copytree(bundle, destination)
+    manifest = read_manifest(bundle).model_copy(update=changes)
+    (destination / "manifest.json").write_bytes(manifest.to_bytes())
+    return destination
+
+
+def trained_on(bundle: Path, destination: Path, photos: Path) -> Path:
+    """Copy *bundle*, as if it had been trained on *photos*."""
+    hashes = tuple(np.unique(hash_images(open_any_images(photos))).tolist())
+    names, counts = {"run": "r", "run_id": "0", "data": "d"}, {"num_images": len(hashes), "num_classes": 7}
+    origin = Origin(started=utc_now(), sample=hashes, **names, **counts)
+    return with_manifest(bundle, destination, origin=origin)
+
+
+def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
+    first, second = bundles
+    photos = labelled(second)
+    strangers = labelled(first, count=6, first=500)
+    done: list[tuple[int, int]] = []
+    found = compare(first, second, photos, unknown=strangers, on_image=lambda *counts: done.append(counts))
+    paths = sorted(photos.rglob("*.png"))
+    answers = [[one.classes[0].label for one in predict(bundle, paths, threads=1)] for bundle in bundles]
+    right = sum(one == path.parent.name for one, path in zip(answers[0], paths, strict=True))
+    assert (found.num_images, found.first.top1.right, found.second.top1.right) == (40, right, 40)
+    assert (found.wins, found.losses, found.difference) == (40 - right, 0, (40 - right) / 40)
+    assert found.verdict == "better"
+    assert found.summary.startswith(f"better: +{100 * found.difference:.1f} points (+")
+    assert [one.label for one in found.classes] == sorted(set(answers[1]))
+    assert sum(one.num_images for one in found.classes) == 40
+    assert found.first.accepted is None
+    known = [one.known for one in predict(second, paths, threads=1)]
+    unknown = [one.known for one in predict(second, sorted(strangers.rglob("*.png")), threads=1)]
+    assert (found.second.accepted.right, found.second.rejected.right) == (sum(known), 6 - sum(unknown))
+    assert done[-1] == (92, 92)
+    assert all("not recorded" in note or "no images of" in note for note in found.notes)
+    back = compare(second, first, photos)
+    assert (back.verdict, back.wins, back.difference) == ("worse", 0, -found.difference)
+
+
+def test_copies_of_photographs_count_once(bundles, labelled) -> None:
+    """A user who copies what the second bundle gets right would otherwise prove anything."""
+    first, second = bundles
+    photos = labelled(second, count=24)
+    before = compare(first, second, photos)
+    for path in sorted(photos.rglob("*.png"))[::2]:
+        image = Image.open(path)
+        for number, quality in enumerate((60, 80, 95)):
+            image.resize((54, 45)).save(path.with_name(f"{path.stem}-{number}.jpg"), quality=quality)
+    after = compare(first, second, photos)
+    assert (before.num_copies, after.num_copies) == (0, 36)
+    assert (after.num_images, after.wins + after.losses) == (before.num_images, before.wins + before.losses)
+    assert (after.low, after.high, after.p) == (before.low, before.high, before.p)
+
+
+def test_photographs_of_the_training_and_their_copies_decide_nothing(
+    bundles, labelled, tmp_path, monkeypatch
+) -> None:
+    first, second = bundles
+    photos = labelled(second, count=30)
+    seen = tmp_path / "seen"
+    shutil.copytree(photos, seen)
+    kept = sorted(seen.rglob("*.png"))[12:]
+    for path in kept:
+        path.unlink()
+    trained = trained_on(second, tmp_path / "trained", seen)
+    (one, *_) = sorted(seen.rglob("*.png"))
+    (photos / one.relative_to(seen)).with_name("copy.jpg").write_bytes(b"")
+    Image.open(one).save((photos / one.relative_to(seen)).with_name("copy.jpg"), quality=70)
+    found = compare(first, trained, photos)
+    assert (found.trained_on, found.num_images, found.num_copies, found.suspects) == (13, 18, 0, ())
+    assert not any("trained: its" in note for note in found.notes)
+    monkeypatch.setattr(
+        "sopdeploy_commands.second_week.compare.SAMPLED", 12
+    )  # so the record may be incomplete
+    assert compare(first, trained, photos).suspects == (read_manifest(trained).name,)
+    with pytest.raises(DataError, match="was trained on all of these photographs"):
+        compare(first, trained, seen)
+
+
+def relabelled(bundle: Path, destination: Path, old: str, new: str) -> Path:
+    """Copy *bundle* with another name of a class."""
+    shutil.copytree(bundle, destination)
+    path = destination / "labels.json"
+    path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
+    manifest = read_manifest(bundle)
+    files = {**manifest.files, path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))}
+    (destination / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).to_bytes())
+    return destination
+
+
+def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_path) -> None:
+    first, second = bundles
+    photos = labelled(second)
+    classes = {path.name: len(list(path.iterdir())) for path in photos.iterdir()}
+    name = min(classes, key=classes.__getitem__)
+    newer = relabelled(second, tmp_path / "newer", name, "yak")
+    (photos / name).rename(photos / "yak")
+    found = compare(first, newer, photos)
+    assert found.num_images == 40 - classes[name]
+    assert [(one.label, one.second) for one in found.new] == [("yak", classes[name])]
+    assert (found.removed, "yak" in [one.label for one in found.classes]) == ((name,), False)
+    (photos / "cow").mkdir()
+    photograph(0).save(photos / "cow" / "0.png")
+    more = compare(first, newer, photos)
+    assert (more.num_images, more.new) == (found.num_images, found.new)
+    assert [note for note in more.notes if "cow" in note] == [f"{photos}: left out, of no class: cow"]
+
+
+def test_only_unknown_photographs_of_the_sample_are_compared_and_those_that_no_server_kept(
+    bundles, labelled, tmp_path
+) -> None:
+    first, second = bundles
+    photos, unknown = labelled(second), tmp_path / "photos-unknown"
+    names = [f"{number:032x}.png" for number in range(7)]
+    for number, name in enumerate([*names[:5], *(f"sample/{name}" for name in names[5:]), "own.png"]):
+        (unknown / name).parent.mkdir(parents=True, exist_ok=True)
+        photograph(500 + number).save(unknown / name)
+    found = compare(first, second, photos, unknown=unknown)
+    assert found.second.rejected.count == 3
+    assert any("5 photographs not compared, because a server kept them" in note for note in found.notes)
+    (unknown / "own.png").unlink()
+    shutil.rmtree(unknown / "sample")
+    assert compare(first, second, photos, unknown=unknown).unknown is None
+
+
+def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(bundles, labelled, tmp_path) -> None:
+    first, second = bundles
+    unknown = labelled(first, count=12, first=500)
+    rules = (Rejection(threshold=threshold) for threshold in (1e9, -1e9))
+    strict, loose = (
+        with_manifest(second, tmp_path / name, decision=Decision(rejection=rule))
+        for name, rule in zip(("strict", "loose"), rules, strict=True)
+    )
+    photos = labelled(second)
+    found = compare(strict, loose, photos, unknown=unknown)
+    assert (found.wins, found.losses, found.verdict) == (0, 0, "worse")
+    assert (found.unknown.wins, found.unknown.losses) == (0, 12)
+    assert ", rejects 12 fewer unknown images: " in found.summary
+    assert not compare(loose, strict, photos, unknown=unknown).unknown.is_worse
+    assert compare(strict, loose, photos).unknown is None
+
+
+@pytest.fixture
+def shelf(bundles, tmp_path) -> Path:
+    """A folder with both bundles and the link `live` to the first."""
+    for bundle in bundles:
+        shutil.copytree(bundle, tmp_path / "shelf" / bundle.name)
+    promote(tmp_path / "shelf" / bundles[0].name, tmp_path / "shelf" / "live", None)
+    return tmp_path / "shelf"
+
+
+def log_of(shelf: Path) -> list[dict]:
+    return [json.loads(line) for line in (shelf / LOG).read_text().splitlines()]
+
+
+def test_a_better_bundle_is_promoted_and_the_log_says_why(bundles, labelled, shelf) -> None:
+    first, second = (bundle.name for bundle in bundles)
+    move = promote(shelf / second, shelf / "live", labelled(bundles[1]))
+    assert ((shelf / "live").readlink().name, move.before, move.after) == (second, first, second)
+    created, moved = log_of(shelf)
+    assert (created["reason"], created["before"]) == ("first bundle", None)
+    assert moved["reason"].startswith("better: +")
+    assert moved["comparison"]["first"]["bundle"] == first
+    assert moved["user"]
+    assert promote(back=shelf / "live").after == first
+    assert promote(back=shelf / "live").after == second
+    assert [line["after"] for line in log_of(shelf)] == [first, second, first, second]
+
+
+def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, shelf) -> None:
+    first, second = (bundle.name for bundle in bundles)
+    for photos, message in (
+        (labelled(bundles[0]), r"not promoted, worse: -.*; worse in"),
+        (labelled(bundles[1], count=3), r"not promoted, undecided \(about [\d,]+ more labels would decide\)"),
+    ):
+        with pytest.raises(PromotionError, match=message):
+            promote(shelf / second, shelf / "live", photos)
+    with pytest.raises(ConfigError, match="no photographs to compare with"):
+        promote(shelf / second, shelf / "live", None)
+    with pytest.raises(ConfigError, match="or --back LINK alone"):
+        promote(back=shelf / "live", force="not recorded")
+    assert ((shelf / "live").readlink().name, len(log_of(shelf))) == (first, 3)
+    promote(shelf / second, shelf / "live", labelled(bundles[0]), force="rollback of the camera")
+    promote(shelf / first, shelf / "live", None, force="once more")
+    assert [line["reason"] for line in log_of(shelf)[3:]] == ["rollback of the camera", "once more"]
+    assert log_of(shelf)[3]["comparison"]["verdict"] == "worse"
+
+
+def test_each_further_attempt_needs_more_evidence(bundles, labelled, shelf) -> None:
+    second = shelf / bundles[1].name
+    few, photos = labelled(bundles[1], count=3), labelled(bundles[1], count=10)
+    found = compare(*bundles, photos)
+    verdicts = (decide(found.wins, found.losses, 10, 0.01, attempt) for attempt in range(3, 200))
+    refusing = 3 + list(verdicts).index("undecided")
+    for _ in range(3):  # the same comparison again is not another one
+        announced = compare(shelf / "live", second, few).summary
+        with pytest.raises(PromotionError, match="undecided") as refusal:
+            promote(second, shelf / "live", few)
+        assert announced in str(refusal.value)
+    assert [(line["refused"], (line["comparison"] or {}).get("attempt")) for line in log_of(shelf)] == [
+        (False, None), (True, 1), (True, 2), (True, 2),
+    ]  # fmt: skip
+    refused = log_of(shelf)[1]
+    for number in range(refusing - 2):
+        refused["comparison"]["num_images"] = 100 + number
+        with (shelf / LOG).open("a") as log:
+            log.write(json.dumps(refused) + "\n")
+    with pytest.raises(PromotionError, match=f"undecided .* on 10 photographs, attempt {refusing}"):
+        promote(second, shelf / "live", photos)
+    with pytest.raises(PromotionError, match="names no bundle before"):
+        promote(back=shelf / "live")
+    refused["before"] = "another"
+    (shelf / LOG).write_text(json.dumps(refused) + "\n")
+    assert promote(second, shelf / "live", photos).comparison.attempt == 1
+
+
+def test_a_bundle_that_lacks_a_class_or_has_another_name_is_refused(
+    bundles, labelled, shelf, tmp_path
+) -> None:
+    photos = labelled(bundles[1])
+    name = min(path.name for path in photos.iterdir())
+    narrower = relabelled(bundles[1], tmp_path / "narrower", name, "yak")
+    with pytest.raises(PromotionError, match=f"without the classes {name}"):
+        promote(narrower, shelf / "live", photos)
+    renamed = with_manifest(bundles[1], tmp_path / "renamed", project="other")
+    with pytest.raises(PromotionError, match="its name is other, but clients use tiny"):
+        promote(renamed, shelf / "live", photos)
+
+
+def test_a_damaged_bundle_never_becomes_live(bundles, shelf) -> None:
+    second = shelf / bundles[1].name
+    (second / "model.onnx").write_bytes(b"damaged")
+    for force in (None, "urgent"):
+        with pytest.raises(Exception, match=r"model\.onnx"):
+            promote(second, shelf / ("live" if force else "new"), None, force=force)
+    assert ((shelf / "live").readlink().name, (shelf / "new").is_symlink()) == (bundles[0].name, False)
+
+
+def move_away(new: Path, settings: Settings, shelf: Path) -> LoadedModel:
+    (shelf / "live").unlink()
+    (shelf / "live").symlink_to("elsewhere")
+    return load_model(new, settings)
+
+
+def refuse(*_arguments: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_what_is_no_link_a_move_in_between_and_a_disk_without_links_change_nothing(
+    bundles, shelf, monkeypatch
+) -> None:
+    module = "sopdeploy_commands.second_week.promote"
+    first, second, live = (*(shelf / bundle.name for bundle in bundles), shelf / "live")
+    for function, change, new, over, message in (
+        ("read_promotions", None, second, first, "not a link"),
+        ("read_promotions", None, live, live, "leads to this bundle already"),
+        ("move_link", refuse, second, live, "cannot be written"),
+        ("load_model", lambda *given: move_away(*given, shelf), second, live, "was moved by another process"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{module}.{function}", change)
+            with pytest.raises(SopdeployError, match=message):
+                promote(new, over, None, force="x")
+        assert len(log_of(shelf)) == 1
+    assert live.readlink().name == "elsewhere"
+
+
+@pytest.mark.parametrize("before", ["live", "./live", "live/../live", "../shelf/live", "other"])
+def test_a_link_is_not_moved_back_to_itself(bundles, shelf, before: str) -> None:
+    promote(shelf / bundles[1].name, shelf / "live", None, force="x")
+    (shelf / "other").symlink_to("live")
+    before = before.replace("shelf", shelf.name)
+    *_, line = log_of(shelf)
+    (shelf / LOG).write_text(json.dumps({**line, "before": before}) + "\n")
+    with pytest.raises(ConfigError, match="leads to this link itself"):
+        promote(back=shelf / "live")
+    assert (shelf / "live").readlink().name == bundles[1].name
+    assert len(log_of(shelf)) == 1
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\x00b", "x" * 5000])
+def test_a_line_of_the_log_with_a_name_that_is_no_path_is_skipped(bundles, shelf, name: str) -> None:
+    promote(shelf / bundles[1].name, shelf / "live", None, force="x")
+    *_, line = log_of(shelf)
+    (shelf / LOG).write_text(json.dumps({**line, "before": name}) + "\n")
+    with pytest.raises(PromotionError, match="names no bundle before"):
+        promote(back=shelf / "live")
+
+
+def test_a_torn_line_of_the_log_is_skipped(bundles, shelf) -> None:
+    promote(shelf / bundles[1].name, shelf / "live", None, force="x")
+    with (shelf / LOG).open("a") as log:
+        log.write('{"time": "2026-')
+    assert promote(back=shelf / "live").after == bundles[0].name
+    assert promote(back=shelf / "live").after == bundles[1].name
+
+
+def test_the_evaluation_of_a_bundle_tells_how_many_images_it_was_trained_on(
+    bundles, labelled, tmp_path
+) -> None:
+    photos = labelled(bundles[0])
+    count, notes = len(list(photos.rglob("*.png"))), []
+    trained = trained_on(bundles[0], tmp_path / "trained", photos)
+    for bundle in (trained, bundles[0]):
+        scores_of_bundle(bundle, photos, on_image=lambda *_: None, log=notes.append)
+    warnings = [note for note in notes if "training images" in note]
+    assert [note.partition(" are ")[0] for note in warnings] == [f"{photos}: {count} of {count} images"]

@@ -1,0 +1,259 @@
+"""`forget` deletes every copy of a photograph that it is told of, and nothing else."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from sopdeploy.errors import DataError, StorageError
+from sopdeploy.file_systems import lock_file
+from sopdeploy_commands.app import app
+from sopdeploy_commands.bulk.output import OutputFolder
+from sopdeploy_commands.second_week.forget import forget
+from tests.commands.bulk.conftest import OPTIONS, SETTINGS, classify
+from tests.support.service import picture_bytes
+
+BODY, OTHER = picture_bytes(), picture_bytes() + b"other"
+ID, OTHER_ID = (hashlib.sha256(body).hexdigest()[:32] for body in (BODY, OTHER))
+FILES = {  # a kept copy has other bytes than the file that was sent
+    f"kept/{ID}.jpg": b"copy", f"kept/{ID}.json": b"{}", f"kept/{ID}.skipped": b"",
+    f"kept/0/{ID}.png": b"copy", f"photos/hat/{ID}.jpg": b"copy",
+    "photos/hat/mine.jpg": BODY, "photos/shoes/sent.JPG": OTHER,
+    f"kept/{OTHER_ID}.jpg": b"other", f"kept/{OTHER_ID}.json": b"{}", "photos/notes.json": b"{}",
+}  # fmt: skip
+OF_BODY = {name for name in FILES if ID in name or name == "photos/hat/mine.jpg"}
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content)
+    Path("sent.jpg").write_bytes(BODY)
+    return [Path("kept"), Path("photos")]
+
+
+def remaining() -> set[str]:
+    return {str(path) for folder in ("kept", "photos") for path in Path(folder).rglob("*") if path.is_file()}
+
+
+CASES = {
+    "the file that was sent": ("sent.jpg", OF_BODY),
+    "the name of a kept one": (f"{ID}.jpg", OF_BODY - {"photos/hat/mine.jpg"}),
+    "its id": (ID, OF_BODY - {"photos/hat/mine.jpg"}),
+    "the name of a labelled one": ("mine.jpg", {"photos/hat/mine.jpg"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_copy_and_record_is_deleted_and_no_other_file(case: str, folders: list[Path]) -> None:
+    photograph, deleted = CASES[case]
+    assert {str(path) for path in forget(photograph, folders)} == deleted
+    assert remaining() == FILES.keys() - deleted
+    assert Path("sent.jpg").exists()
+
+
+def test_rows_of_classify_are_emptied_and_the_table_keeps_its_parts(
+    bundle_path: Path, folders: list[Path], tmp_path: Path
+) -> None:
+    classify(bundle_path, ["photos"], tmp_path / "out", SETTINGS, OPTIONS)
+    out = OutputFolder(tmp_path / "out")
+    before = out.sizes()
+    forget("sent.jpg", [*folders, tmp_path / "out"])
+    tables = [pq.read_table(path) for path in sorted((tmp_path / "out").rglob("*.parquet"))]
+    assert all(
+        ID not in str(table.to_pylist()) and "mine.jpg" not in str(table.to_pylist()) for table in tables
+    )
+    assert all("sent.JPG" in str(table.to_pylist()) for table in tables)
+    assert out.sizes() == before
+    assert [out.num_errors(part, size) is not None for part, size in enumerate(before)] == [True] * len(
+        before
+    )
+
+
+def test_what_is_not_there_is_one_line(folders: list[Path]) -> None:
+    with pytest.raises(DataError, match=r"nobody\.jpg: not found in kept, photos; check the name"):
+        forget("nobody.jpg", folders)
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        forget("sent.jpg", [Path("nowhere")])
+    assert remaining() == FILES.keys()
+    result = CliRunner().invoke(app, ["forget", "mine.jpg", "photos", "--json"])
+    assert json.loads(result.stdout) == {"deleted": ["photos/hat/mine.jpg"]}
+
+
+def rows(out: Path) -> set[str]:
+    """The paths in the rows and in the list of a run; both must be equal."""
+    (listing,) = out.rglob("_list.parquet")
+    listed = pq.read_table(listing)["path"].to_pylist()
+    parts = [pq.read_table(path)["path"].to_pylist() for path in sorted(out.rglob("part-*.parquet"))]
+    assert listed == [path for part in parts for path in part]
+    return set(listed) - {"forgotten"}
+
+
+@pytest.fixture(scope="module")
+def classified(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs with equal names in folders and in an archive, and the rows of all; `classify` ran here."""
+    root = tmp_path_factory.mktemp("classified")
+    contents = {"x/1.jpg": BODY, "y/1.jpg": OTHER, "y/2.jpg": OTHER + b"2", "y/copy.jpg": BODY}
+    for name, content in contents.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(content)
+    with tarfile.open(root / "a.tar", "w") as archive:
+        for name in ("x/1.jpg", "y/1.jpg"):
+            archive.add(root / name, f"{name[0]}{name}")
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        classify(bundle_path, ["x", "y", "a.tar"], root / "out", SETTINGS, OPTIONS)
+    finally:
+        os.chdir(before)
+    return root
+
+
+ALL = {"x/1.jpg", "y/1.jpg", "y/2.jpg", "y/copy.jpg", "a.tar/xx/1.jpg", "a.tar/yy/1.jpg"}
+OF_X = {"x/1.jpg", "y/copy.jpg", "a.tar/xx/1.jpg"}
+ROWS: dict[str, tuple[str, Callable[[], object], set[str]]] = {
+    "a file": ("x/1.jpg", lambda: None, OF_X),
+    "a file of the same name": ("y/1.jpg", lambda: None, {"y/1.jpg", "a.tar/yy/1.jpg"}),
+    "its absolute path": ("{root}/x/1.jpg", lambda: None, OF_X),
+    "a copy elsewhere": ("z.jpg", lambda: shutil.copy("x/1.jpg", "z.jpg"), OF_X),
+    "a file that is gone, by its folder": ("y/2.jpg", lambda: Path("y/2.jpg").unlink(), {"y/2.jpg"}),
+    "a file that is gone, by its path": ("{root}/y/2.jpg", lambda: Path("y/2.jpg").unlink(), {"y/2.jpg"}),
+    "a name that is used once": ("2.jpg", lambda: None, {"y/2.jpg"}),
+    "a member of an archive": ("yy/1.jpg", lambda: None, {"a.tar/yy/1.jpg"}),
+    "a file that was changed": ("y/2.jpg", lambda: Path("y/2.jpg").write_bytes(b"new"), {"y/2.jpg"}),
+    "a link to a file": ("z.jpg", lambda: Path("z.jpg").symlink_to("y/2.jpg"), {"y/2.jpg"}),
+}
+
+
+@pytest.mark.parametrize(("photograph", "change", "emptied"), ROWS.values(), ids=ROWS)
+def test_only_the_rows_of_the_photograph_are_emptied(
+    classified: Path, tmp_path: Path, monkeypatch, photograph: str, change, emptied: set[str]
+) -> None:
+    shutil.copytree(classified / "out", tmp_path / "out")
+    for name in ("x", "y"):  # in the folder in which `classify` ran, so that places in the list are right
+        shutil.copytree(classified / name, tmp_path / name)
+    monkeypatch.chdir(classified)
+    try:
+        change()
+        forget(photograph.format(root=classified), [tmp_path / "out"])
+    finally:
+        Path("z.jpg").unlink(missing_ok=True)
+        for name in ("x", "y"):
+            shutil.rmtree(name)
+            shutil.copytree(tmp_path / name, name)
+    assert rows(tmp_path / "out") == ALL - emptied
+
+
+def test_a_name_of_different_photographs_deletes_nothing(
+    classified: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(classified / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    message = r"^1\.jpg: is the name of different photographs \(.*x/1\.jpg.*\); name one with its folder$"
+    with pytest.raises(DataError, match=message):
+        forget("1.jpg", [tmp_path / "out"])
+    assert rows(tmp_path / "out") == ALL
+
+
+def test_rows_are_not_changed_while_a_run_writes_them(classified: Path, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(classified / "out", tmp_path / "out")
+    monkeypatch.chdir(classified)
+    lock = lock_file(tmp_path / "out" / ".lock")
+    with pytest.raises(DataError, match="a run of `classify` is writing to it; wait for it"):
+        forget("x/1.jpg", [tmp_path / "out"])
+    os.close(lock.file)
+    assert rows(tmp_path / "out") == ALL
+
+
+def kill_at(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process kill itself in its step number *last* that changes files."""
+    steps = iter(range(1, last))
+
+    def killed(original: Callable[..., object]) -> Callable[..., object]:
+        def step(*values: object, **options: object) -> object:
+            if next(steps, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*values, **options)
+
+        return step
+
+    for name in ("unlink", "replace"):
+        monkeypatch.setattr(Path, name, killed(getattr(Path, name)))
+
+
+@pytest.mark.parametrize("photograph", ["sent.jpg", "photos/hat/mine.jpg", f"{ID}.jpg"])
+def test_after_a_kill_at_any_step_the_same_command_completes(
+    classified: Path, folders: list[Path], tmp_path: Path, monkeypatch, photograph: str
+) -> None:
+    shutil.copytree(classified / "out", "photos/out")
+    for name in list(FILES)[:5]:
+        Path("start", name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree("kept", "start/kept", dirs_exist_ok=True)
+    shutil.copytree("photos", "start/photos", dirs_exist_ok=True)
+    forget(photograph, folders)
+    complete, complete_rows = remaining(), rows(Path("photos"))
+    for last in range(1, 100):
+        for folder in folders:
+            shutil.rmtree(folder)
+            shutil.copytree(Path("start", folder), folder)
+        process = os.fork()
+        if not process:
+            kill_at(last, monkeypatch)
+            forget(photograph, folders)
+            os._exit(0)
+        _, status = os.waitpid(process, 0)
+        if status:
+            forget(photograph, folders)
+        assert (remaining(), rows(Path("photos"))) == (complete, complete_rows), last
+        if status == 0:
+            break
+    assert last > 3
+
+
+LEFT = {
+    "a record without its photograph": f"kept/{ID}.json",
+    "a mark without its photograph": f"kept/{ID}.skipped",
+    "a copy that was not finished": f"photos/hat/{ID}.jpg.0123abcd.partial",
+    "a record that was not finished": f"kept/{ID}.json.0123abcd.partial",
+    "a copy in a hidden folder": f"photos/.trash/{ID}.jpg",
+    "a link to a copy": f"photos/shoes/{ID}.jpeg",
+}
+
+
+@pytest.mark.parametrize("name", LEFT.values(), ids=LEFT)
+def test_what_was_left_of_a_photograph_is_deleted(name: str, folders: list[Path]) -> None:
+    Path(name).parent.mkdir(exist_ok=True)
+    if name.endswith(".jpeg"):
+        Path(name).symlink_to(Path("sent.jpg").absolute())
+    else:
+        Path(name).write_bytes(b"left")
+    forget("sent.jpg", folders)
+    assert remaining() == FILES.keys() - OF_BODY
+    assert not os.path.lexists(name)
+
+
+@pytest.mark.parametrize("photograph", ["photos/hat/a.jpg", "sent.jpg"])
+def test_a_photograph_in_a_folder_is_deleted_with_its_kept_copy(photograph: str, folders: list[Path]) -> None:
+    shutil.copy("sent.jpg", "photos/hat/a.jpg")
+    Path("photos/hat/b.jpg").write_bytes(OTHER + b"another one")
+    forget(photograph, [Path("photos"), Path("kept")])
+    assert remaining() == (FILES.keys() - OF_BODY) | {"photos/hat/b.jpg"}
+
+
+def test_a_folder_that_cannot_be_changed_is_named_before_anything_is_deleted(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path).name != "0")
+    with pytest.raises(StorageError, match=r"kept/0: its files cannot be changed; .*; nothing is deleted"):
+        forget("sent.jpg", folders)
+    assert remaining() == FILES.keys()

@@ -1,0 +1,363 @@
+"""The command line: help, completion, JSON output, one-line errors, and `sopdeploy env`."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+import sopdeploy
+from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field, show_steps
+from sopdeploy.models.registry import CATALOG, FAMILIES
+from sopdeploy.training.recipe_files import list_recipes
+from sopdeploy_commands import env
+from sopdeploy_commands.app import QUICK_START, app
+
+ROOT = Path(sopdeploy.__file__).parents[1]
+COMMANDS: Any = get_command(app)
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def sopdeploy_cli(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def in_process(
+    *arguments: str, program: tuple[str, ...] = ("-m", "sopdeploy"), **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run `sopdeploy` in a new process with buffered stdout; *options* are those of `subprocess.run`."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    variables["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
+    options = {"stdout": subprocess.PIPE, "env": variables, **options}
+    return subprocess.run(
+        [sys.executable, *program, *arguments], stderr=subprocess.PIPE, text=True, check=False, **options
+    )
+
+
+def as_json(*arguments: str) -> Any:
+    result = sopdeploy_cli(*arguments, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    return json.loads(result.stdout)
+
+
+def error_line(*arguments: str) -> str:
+    """Run a command that must fail with one error line and write nothing; return the line."""
+    result = sopdeploy_cli(*arguments)
+    assert result.exit_code == 2, result.output or repr(result.exception)
+    assert (result.stdout, result.stderr[:7], result.stderr.count("\n")) == ("", "error: ", 1)
+    assert list(Path.cwd().iterdir()) == []
+    return result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS.commands)
+def test_every_command_documents_its_options_and_shows_an_example(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = sopdeploy_cli(command, "--help")
+    assert result.exit_code == 0
+    assert re.search(rf"Example:\s+sopdeploy {command}", result.stdout), result.stdout
+    undocumented = [p.name for p in COMMANDS.commands[command].params if not getattr(p, "help", None)]
+    assert undocumented == []
+    options = [name for p in COMMANDS.commands[command].params for name in p.opts if name[0] == "-"]
+    assert [name for name in options if name not in result.stdout] == []
+
+
+def test_without_a_command_and_with_help_all_commands_are_listed() -> None:
+    for arguments in ((), ("--help",), ("-h",)):
+        result = sopdeploy_cli(*arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert re.findall(r"^  ([a-z-]+) +[a-z]", result.stdout, re.MULTILINE) == list(COMMANDS.commands)
+        assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_the_commands_of_the_quick_start_are_valid() -> None:
+    for line in QUICK_START:
+        _, command, *arguments = shlex.split(line)
+        assert COMMANDS.commands[command].make_context(command, arguments).args == []
+
+
+def test_shell_completion_suggests_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"COMP_WORDS": "sopdeploy ex", "COMP_CWORD": "1", "_SOPDEPLOY_COMPLETE": "complete_bash"}
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    suggestions = in_process(program=("-c", "from sopdeploy_commands.app import main; main()")).stdout
+    assert "export" in suggestions
+    assert not any(text in suggestions for text in ("train", "\x1b", "[bold]"))
+
+
+def test_the_module_prints_the_package_version() -> None:
+    assert in_process("--version").stdout == f"sopdeploy {sopdeploy.__version__}\n"
+
+
+def test_models_lists_the_catalog_by_family() -> None:
+    result = as_json("models")
+    assert [row["name"] for row in result] == list(CATALOG)
+    assert all(row["summary"] for row in result)
+    lines = sopdeploy_cli("models").stdout.splitlines()
+    assert max(map(len, lines)) <= 160
+    assert set(CATALOG) <= {line.split()[0] for line in lines if line}
+    for title, entries in FAMILIES:
+        assert lines[lines.index(title) + 1].split()[0] == next(iter(entries))
+
+
+def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of_classes() -> None:
+    short = as_json(
+        "models", "resnet20", "--option", "pooling=isqrt", "--num-classes", "7", "--image-size", "24"
+    )
+    assert short["config"]["pooling"]["kind"] == "isqrt"
+    assert (short["num_classes"], short["image_size"]) == (7, 24)
+    printed = CliRunner().invoke(app, ["models", "resnet20", "--option", "pooling=isqrt"]).stdout
+    assert re.search("^options: .*pooling=isqrt", printed, re.MULTILINE)
+    strided = CliRunner().invoke(app, ["models", "dsop-resnet18"]).stdout
+    assert "3.05 G multiply-adds deployed, with the usual stride of 2" in strided
+
+
+def test_recipes_lists_every_recipe() -> None:
+    text = sopdeploy_cli("recipes").stdout
+    assert all(name in text for name in list_recipes())
+
+
+INVALID: dict[str, tuple[tuple[str, ...], str]] = {
+    "options of no model": (("models", "--num-classes", "7"), "no network to describe; give a name"),
+    "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
+    "batch size zero": (("export", "c.pt", "--max-batch", "0"), "--max-batch: Input should be greater than"),
+    "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
+    "a mistyped command": (("exprt",), "sopdeploy: No such command 'exprt'. Did you mean 'export'"),
+    "a mistyped option": (("models", "--jsn"), r"sopdeploy models: .*--json.*; see sopdeploy models --help"),
+    "a mistyped option of the program": (("--verison",), "--version"),
+    "no command of a group": (("data",), "sopdeploy data: Missing command"),
+    "a missing argument": (("export",), "sopdeploy export: Missing argument 'checkpoint'"),
+    "photographs as an argument": (("train", "photos"), "did you mean --data photos?"),
+    "an empty folder name": (("train", "--data", ""), "--data: an empty value; see sopdeploy train --help"),
+    "an empty argument": (("label", ""), "the first argument: an empty value"),
+    "a recipe as an argument": (("train", "a.toml"), "did you mean --recipe a.toml?"),
+    "a mistyped setting": (("serve", "bundle", "--setting", "prot=1"), "prot: .*did you mean port?"),
+    "no source to classify": (
+        ("classify", "bundle", "x", "--out", "x"),
+        "--out x: is a source; choose another",
+    ),
+    "a path with markup": (("verify", "[bold]x[/]"), re.escape("[bold]x[/]: no bundle here")),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_input_is_one_error_line(case: str) -> None:
+    arguments, message = INVALID[case]
+    assert re.search(message, error_line(*arguments))
+
+
+def test_serve_says_from_how_many_photographs_the_sample_suffices_to_compare(tmp_path: Path) -> None:
+    settings = ("--setting", f"keep={tmp_path / 'kept'}", "--setting", "keep_sample=0.2")
+    shown = CliRunner().invoke(app, ["serve", str(tmp_path), *settings])
+    assert "keep: about 200 of 1,000 photographs are the uniform sample (keep_sample=0.2)" in shown.stderr
+    assert "compare needs about 30 of it, from 150 photographs" in shown.stderr
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        done = in_process("--help", stdout=closed)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+LONG = f"serve x --print-config --setting engine_cache={'x' * 9000}"  # more than the buffer of stdout
+
+
+@pytest.mark.parametrize("command", ["--help", LONG], ids=["short", "long"])
+def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = in_process(*command.split(), stdout=full)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: a file or stdout: cannot be read or written (No space left on device); "
+        "free disk space, or choose another file or folder [no_storage]\n",
+    )
+
+
+@pytest.mark.parametrize(("command", "expected"), [("--help", (0, 0)), ("verify nowhere", (2, 1))])
+def test_output_to_a_closed_stdout_is_discarded(command: str, expected: tuple[int, int]) -> None:
+    done = in_process(*command.split(), stdout=None, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr.count("\n")) == expected
+
+
+# A command and the function that Ctrl-C interrupts.
+INTERRUPTED = {
+    "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_run"),
+    "eval": ("eval x.pt --data photos", "sopdeploy_commands.training.evaluate.check_is_checkpoint"),
+    "serve": ("serve x", "sopdeploy_service.server.process.run_server"),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_ctrl_c_ends_a_command_with_one_line_and_130(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    command, function = INTERRUPTED[case]
+    monkeypatch.setattr(function, interrupt)
+    result = sopdeploy_cli(*command.split())
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "stopped by Ctrl-C\n")
+    assert list(Path.cwd().iterdir()) == []
+
+
+BELOW_A_FILE = {
+    "train": "train --recipe digits-plain --out file/run",
+    "demo": "demo --out file/demo",
+    "key": "key camera --keys file/keys.toml",
+}
+
+
+@pytest.mark.parametrize("command", BELOW_A_FILE)
+def test_an_output_that_cannot_be_written_has_one_code_for_all_commands(command: str) -> None:
+    Path("file").write_text("mine")
+    result = sopdeploy_cli(*BELOW_A_FILE[command].split())
+    assert (result.exit_code, result.stderr[-14:]) == (2, " [no_storage]\n"), result.output
+    assert result.stderr.count("\n") == 1
+    assert "cannot be written" in result.stderr
+
+
+def test_errors_print_their_code_and_return_it_as_json() -> None:
+    result = sopdeploy_cli("verify", "nowhere", "--json")
+    assert (result.exit_code, result.stderr[-19:]) == (2, " [unusable_bundle]\n")
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == "unusable_bundle"
+    assert error["message"] in result.stderr
+    assert sopdeploy_cli("verify", "nowhere").stdout == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["Python", "CPU"],
+)
+def test_exhausted_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BaseException, match="2"), one_line_errors():
+        raise error
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: out of memory ({type(error).__name__}")
+    assert line.endswith("[no_memory]\n")
+
+
+MARKUP = ["[bold]x[/]", "\\[bold]x", "x\\", ":dog:"]
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_markup_in_external_text_is_printed_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(text, "x[y]")
+    print_field("label", text)
+    captured = capsys.readouterr()
+    assert (captured.err, captured.out) == (f"error: {text} [x[y]]\n", f"label    {text}\n")
+
+
+@given(st.text(st.characters(categories=["L", "N", "P", "S", "Zs", "Cc"]), max_size=30))
+def test_external_text_is_one_line_without_control_characters(text: str) -> None:
+    expected = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    assert plain_text(text).plain.translate(dict.fromkeys(map(ord, "\u2068\u2069"))) == expected
+
+
+ISOLATED = {  # text: how it is printed; < and > stand for U+2068 and U+2069
+    "images: dress 10, قبعة 10": "images: dress 10, <قبعة> 10",
+    "حذاء رياضي 3, כובע 2, قبعة_2 4": "<حذاء رياضي> 3, <כובע> 2, <قبعة_2> 4",
+    "photos/قبعة/1.jpg: قبعة 0.9": "photos/قبعة/1.jpg: <قبعة> 0.9",
+    "run `sopdeploy label kept صور`, قبعة": "run `sopdeploy label kept صور`, <قبعة>",
+    "next: sopdeploy train --data صور": "next: sopdeploy train --data صور",
+    "é 日本 10": "é 日本 10",
+}
+
+
+@pytest.mark.parametrize("text", ISOLATED)
+def test_a_right_to_left_name_is_isolated_unless_it_may_be_copied(text: str) -> None:
+    assert plain_text(text).plain.translate({0x2068: "<", 0x2069: ">"}) == ISOLATED[text]
+
+
+EARLY_MISTAKES = {  # command: its error
+    "train --data one": "one: holds only one class (a)",
+    "train --data photos.zip": "photos.zip: not a folder; unpack archives first",
+    "train --data nowhere": "nowhere: no such folder",
+    "eval nothing.pt --data one": "nothing.pt: no such file",
+    "train --recipe digits-plian": "did you mean digits-plain",
+    "train --data one --set epochs=2 --weights imagnet": "imagnet: no such file; give a weight file, or",
+    "train --data one --set epochs=2 --from runs/1": "--from: runs/1: no such run or bundle",
+    "train --data one --set epochs=2 --unknown nowhere": "nowhere: no such folder",
+    "train --data one --set epochs=2 --out photos.zip": "--out: photos.zip is a file; choose a folder",
+    "import one/a/0.png --as resnet18": "one/a/0.png: not a weight file",
+    "export one --detach": "one: a folder; use the best.pt of a training run",
+    "export ckpt.pt --out photos.zip": "--out: photos.zip is a file; choose a folder",
+    "export ckpt.pt --precision int8": "--precision: int8 needs images to measure ranges on; try --calibrate",
+    "export nothing.pt --detach": "nothing.pt: no such file",
+}
+
+
+@pytest.mark.parametrize("command", EARLY_MISTAKES)
+def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    (tmp_path / "one" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a" / "0.png")
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as checkpoint:
+        checkpoint.writestr("ckpt/data.pkl", b"")
+    program = (
+        "import sys\n"
+        "from sopdeploy_commands.app import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    sys.exit(9 if 'torch' in sys.modules else stop.code)"
+    )
+    done = in_process(*command.split(), program=("-c", program), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert EARLY_MISTAKES[command] in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_all_sections_are_printed() -> None:
+    found = CliRunner().invoke(app, ["env"])
+    assert (found.exit_code, found.stderr) == (0, "")
+    lines = found.stdout.splitlines()
+    sections = [line for line in lines if line[0] != " "]
+    assert sections == ["versions", "machine", "accelerators", "plug-ins"]
+    values = dict(line.split(maxsplit=1) for line in lines if line[0] == " ")
+    assert values["sopdeploy"] == sopdeploy.__version__
+    assert {"python", "numpy", "pydantic", "processor", "cores", "system", "release"} <= set(values)
+    assert {"onnxruntime", "tensorrt"} <= set(values)
+
+
+def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cuda:
+        def gpu(self) -> "Cuda":
+            return self
+
+        name = "NVIDIA H200"
+
+    trt = ModuleType("tensorrt")
+    trt.__version__ = "11.4.0"
+    monkeypatch.setattr("sopdeploy.tensorrt.session.import_tensorrt", lambda: trt)
+    monkeypatch.setattr("sopdeploy.tensorrt.session.open_cuda", Cuda)
+    assert env.accelerators()["tensorrt"] == "11.4.0 on NVIDIA H200"
+
+
+def test_a_command_whose_output_is_redirected_prints_a_line_for_each_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with show_steps("export") as on_step:
+        on_step("converting to ONNX")
+        on_step("writing [the] bundle")
+    assert capsys.readouterr() == ("", "export: converting to ONNX\nexport: writing [the] bundle\n")

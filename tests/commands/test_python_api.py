@@ -1,0 +1,119 @@
+"""The Python API gives the results of the command line, with the same defaults."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import sopdeploy
+from sopdeploy.errors import ConfigError, DataError, command_line_option
+from sopdeploy.training.recipe import change_recipe, flatten
+from sopdeploy_commands.app import app
+from sopdeploy_commands.training.train import TrainOptions, configure
+from tests.support.service import picture_bytes, write_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles"))
+
+
+def test_the_same_error_names_arguments_in_python_and_options_on_the_command_line() -> None:
+    with pytest.raises(ConfigError, match=r"^max_batch: Input should be greater than or equal to 1"):
+        sopdeploy.export("ckpt.pt", max_batch=0)
+    error = CliRunner().invoke(app, ["export", "ckpt.pt", "--max-batch", "0"])
+    assert (error.exit_code, error.stdout, error.stderr.count("\n")) == (2, "", 1)
+    assert "--max-batch: Input should be greater than or equal to 1" in error.stderr
+
+
+ERRORS = {
+    "max_batch=0: too small": ("--max-batch 0: too small", {"setting": "max_batch", "value": 0}),
+    "x; try detach=True or allow_drift=False": (
+        "x; try --detach or --no-allow-drift", {"remedies": {"detach": True, "allow_drift": False}},
+    ),
+    "out: x; try precision='fp32'": (
+        "--out: x; try --precision fp32", {"setting": "out", "remedies": {"precision": "fp32"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_an_error_writes_settings_as_python_or_as_the_command_line(message: str) -> None:
+    on_the_command_line, settings = ERRORS[message]
+    error = ConfigError("too small" if "too small" in message else "x", **settings)
+    assert (str(error), error.describe(command_line_option)) == (message, on_the_command_line)
+
+
+def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> None:
+    given = {"augment": {"scale": [0.5, 1.0]}, "ema": {}, "optimizer": {}, "model": {"config": {}}}
+    recipe = change_recipe("photos", list(flatten(given)))
+    assert (recipe.augment.scale, recipe.ema is None) == ((0.5, 1.0), False)
+
+
+def test_paths_images_and_arrays_give_the_predictions_of_the_command(bundle: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, color in zip(paths, ((200, 30, 60), (10, 90, 30)), strict=True):
+        path.write_bytes(picture_bytes(color, kind="PNG"))
+    images = [Image.open(path) for path in paths]
+    arrays = np.stack([np.asarray(image) for image in images])
+    shown = CliRunner().invoke(app, ["predict", str(bundle), *map(str, paths), "--json"])
+    found = sopdeploy.predict(bundle, paths)
+    assert [one.model_dump(mode="json") for one in found] == json.loads(shown.stdout)
+    classes = [one.classes for one in found]
+    for several in (map(str, paths), images, arrays, list(arrays)):
+        assert [one.classes for one in sopdeploy.predict(bundle, several)] == classes
+    for single in (paths[0], str(paths[0]), images[0], arrays[0]):
+        assert [one.classes for one in sopdeploy.predict(bundle, single)] == classes[:1]
+    (best,) = sopdeploy.predict(bundle, arrays[0], top_k=1)
+    assert (best.image, len(best.classes)) == ("image 0", 1)
+
+
+BAD_IMAGES = {
+    "float pixels": np.zeros((8, 8, 3)),
+    "channels first": np.zeros((3, 8, 8), dtype=np.uint8),
+    "another type": [b"bytes"],
+    "a missing file": "missing.jpg",
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_what_is_no_image_is_one_error_line(case: str, bundle: Path) -> None:
+    with pytest.raises(DataError, match=r"^(image 0|missing\.jpg): [^\n]*give|cannot be read"):
+        sopdeploy.predict(bundle, BAD_IMAGES[case])
+
+
+@pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
+def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> None:
+    recipe = configure(name, None, TrainOptions(weights=name))[0]
+    assert str(getattr(recipe.data, "path", None)) == name
+    assert recipe.start is not None
+    assert str(recipe.start.weights) == name
+
+
+def test_user_errors_are_sopdeploy_errors(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="no training data"):
+        sopdeploy.train()
+    with pytest.raises(ConfigError, match="epoch: unknown key; did you mean epochs"):
+        sopdeploy.train(recipe="digits-plain", epoch=3)
+
+    async def serve_in_a_loop() -> None:
+        sopdeploy.serve(bundle)
+
+    with pytest.raises(ConfigError, match="an event loop runs in this thread"):
+        asyncio.run(serve_in_a_loop())
+
+
+def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:
+    code = (
+        "import sys, sopdeploy; first = sorted(sys.modules); sopdeploy.predict, sopdeploy.serve; "
+        "print([n for n in ('torch', 'numpy', 'PIL', 'fastapi', 'pydantic') if n in first], "
+        "[n for n in ('torch', 'torchvision', 'onnx', 'sklearn', 'timm', 'jinja2') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] []\n"

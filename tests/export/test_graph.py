@@ -1,0 +1,367 @@
+"""Networks as ONNX graphs: inputs, batch sizes, operators, and which operators differ from ATen."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export import operators
+from sopdeploy_export.graph import OPSET, SymbolicForms, capture, capture_any_batch, generated_images, lower
+from sopdeploy_export.operators import check_operators
+from sopdeploy_export.precision.casts import float32_parts
+from sopdeploy_export.precision.int8 import Int8Quantizer
+from tests.export.once import ALONE, BATCH, graph_of
+from tests.export.user_network.networks import export_small, trained, variant
+from tests.support.gpu_graphs import accepted
+from tests.sweep.steps import Small, agreed
+
+
+def lowered(network: nn.Module, preprocess: Preprocess, batch: BatchRange = BATCH) -> onnx.ModelProto:
+    return lower(capture_any_batch(network, preprocess, batch), ("logits",))
+
+
+def test_graph_has_one_uint8_input_one_float_output_and_standard_operators(preprocess: Preprocess) -> None:
+    model = graph_of("resnet8", preprocess).model
+    (images,), (logits,) = model.graph.input, model.graph.output
+    dims = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
+    assert (images.name, dims) == ("images", ["batch", 16, 16, 3])
+    assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert (logits.name, logits.type.tensor_type.elem_type) == ("logits", onnx.TensorProto.FLOAT)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", OPSET)]
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("Conv") == 7
+    assert "BatchNormalization" not in operators
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert {"conv1.weight", "layer3.0.conv2.weight", "fc.weight", "fc.bias"} <= names
+    content = model.SerializeToString()
+    for trace in (b"/home", b"/usr", b"site-packages", b".py", b"stack_trace", b"pkg.torch"):
+        assert trace not in content
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 9])
+def test_any_batch_size_gives_the_networks_logits(preprocess: Preprocess, batch: int) -> None:
+    network, _, model = graph_of("resnet8", preprocess)
+    session = ort.InferenceSession(model.SerializeToString())
+    images = np.random.default_rng(batch).integers(0, 256, (batch, 16, 16, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
+    with torch.no_grad():
+        expected = network((pixels - mean) / std)
+    np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=2e-5)
+
+
+class Minimal(nn.Module):
+    """A network of one function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.reshape(2, -1),
+        lambda x: x.mean(dim=(2, 3)) if x.shape[0] < 4 else x.amax(dim=(2, 3)),
+    ],
+    ids=["fixes the batch", "treats small batches differently"],
+)
+def test_network_that_restricts_the_batch_size_is_rejected(
+    function: Callable[[Tensor], Tensor], preprocess: Preprocess
+) -> None:
+    with pytest.raises(LoweringError):
+        capture(Minimal(function).eval(), preprocess, BATCH)
+
+
+def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
+    x, indices = torch.arange(8.0).reshape(4, 2), torch.tensor([[1]])
+    with SymbolicForms():
+        halves = torch.chunk(input=x, chunks=2)
+        parts = torch.split(tensor=x, split_size_or_sections=3)
+        second = torch.take_along_dim(input=x, indices=indices, dim=1)
+    assert torch.equal(torch.cat(halves), x)
+    assert [part.tolist() for part in parts] == [x[:3].tolist(), x[3:].tolist()]
+    assert torch.equal(second, x[:, 1:])
+
+
+def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
+    eigenvalues = Minimal(lambda x: torch.linalg.eigvalsh(x[:, 0] @ x[:, 0].transpose(1, 2)))
+    with pytest.raises(LoweringError, match=r"no ONNX form: .*aten\._linalg_eigh") as problem:
+        lowered(eigenvalues.eval(), preprocess)
+    assert str(problem.value).isprintable()
+
+
+def attend(images: Tensor, dimensions: int, masked: bool) -> Tensor:
+    """Attention between pixels (2), rows (3), rows of patches (4) or of windows of them (5 dimensions)."""
+    rows = images.flatten(2) if dimensions == 3 else images
+    values = rows.unflatten(2, (2, -1)) if dimensions == 5 else rows
+    mask = torch.eye(values.shape[-2], dtype=torch.bool) if masked else None
+    return F.scaled_dot_product_attention(values, values + 1, values, mask).flatten(2).mean(dim=2)
+
+
+def assert_same_logits(network: nn.Module, preprocess: Preprocess) -> None:
+    """Compare the ONNX file of *network* with *network* itself on three images."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
+    mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
+    expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std).detach()
+    np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dimensions", [3, 4, 5])
+def test_attention_on_any_number_of_dimensions_is_exported(
+    dimensions: int, masked: bool, preprocess: Preprocess
+) -> None:
+    assert_same_logits(Minimal(lambda x: attend(x, dimensions, masked)).eval(), preprocess)
+
+
+@pytest.mark.parametrize("dimensions", [3, 4])
+def test_attention_of_a_query_that_may_read_nothing_is_zero(dimensions: int, preprocess: Preprocess) -> None:
+    def attend_to_dark(images: Tensor) -> Tensor:
+        rows = images.flatten(2) if dimensions == 3 else images
+        mask = (rows.mean(-1, keepdim=True) < 0).expand(*rows.shape[:-1], rows.shape[-2])
+        return F.scaled_dot_product_attention(rows, rows, rows, mask).flatten(1)
+
+    assert_same_logits(Minimal(attend_to_dark).eval(), preprocess)
+    check(attend_to_dark, preprocess)
+
+
+class JoinedHeads(nn.Module):
+    """Attention of two heads between rows, with relative positions for each image, as in BEiT and MaxViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.arange(2 * 16 * 16).reshape(1, 2, 16, 16) / 100)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.transpose(1, 2).flatten(2)
+        heads = rows.unflatten(2, (2, -1)).transpose(1, 2)
+        positions = self.positions.expand(images.shape[0], -1, -1, -1)
+        attended = F.scaled_dot_product_attention(heads, heads, heads, positions)
+        return attended.transpose(1, 2).reshape(images.shape[0], 16, 48).mean(dim=1)
+
+
+def test_attention_whose_heads_are_joined_by_a_view_is_exported(preprocess: Preprocess) -> None:
+    assert_same_logits(JoinedHeads().eval(), preprocess)
+
+
+SCALE = nn.Parameter(torch.tensor(1.000005))
+SMALL = nn.Parameter(torch.tensor([1e-9, -1e-9]))
+
+OF_ZERO: dict[str, Callable[[Tensor], Tensor]] = {
+    "x / (|x| + 1e-8)": lambda x: x / (x.abs() + 1e-8),
+    "1e9 (x - 1e-9)": lambda x: 1e9 * (x - 1e-9),
+    "1.000005 (x + 1)": lambda x: 1.000005 * (x + 1),
+    "(x + 1) / 1.000005": lambda x: (x + 1) / 1.000005,
+    "x + 1.000005 (x + 1)": lambda x: torch.add(x, x + 1, alpha=1.000005),
+    "a parameter of 1.000005": lambda x: SCALE * (x + 1),
+    "exp(0.99999 parameter) + x": lambda x: (0.99999 * SCALE).exp() + x,
+    "x / (x + exp(parameter))": lambda x: x / (x + (-20.7 * SCALE).exp()),
+    "x / (x + parameter[0])": lambda x: x / (x + SMALL[0]),
+    "x / (x + |parameter|)": lambda x: x / (x + SMALL[1].abs()),
+    "logsigmoid(-45)": lambda x: F.logsigmoid(x - 45),
+    "the angle of (-1, 0)": lambda x: torch.atan2(x.abs(), x - 1),
+    "the angle of (-1, -0)": lambda x: torch.atan2(-x.abs(), x - 1),
+    "log1p(1e-9)": lambda x: torch.log1p(x + 1e-9),
+    "expm1(-1e-9)": lambda x: torch.expm1(x - 1e-9),
+    "equal values in order": lambda x: x.repeat(1, 9).sort(dim=1, stable=True)[1].float(),
+}
+
+
+@pytest.mark.parametrize("form", OF_ZERO)
+def test_results_for_zeros_are_those_of_the_network(form: str, preprocess: Preprocess) -> None:
+    network = Minimal(lambda x: OF_ZERO[form](x.mean(dim=(2, 3)) * 0)).eval()
+    session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
+    found = session.run(None, {"images": np.zeros((3, 16, 16, 3), np.uint8)})[0]
+    np.testing.assert_allclose(found, OF_ZERO[form](torch.zeros(3, 3)).detach(), rtol=1e-6)
+
+
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu of an empty range": lambda x: x.clamp(-2, -1).relu(),
+    "ranges without overlap": lambda x: x.clamp(0, 1).clamp(2, 3),
+    "a sum into all positions": lambda x: x.T.index_add(0, torch.arange(3), x.T).T,
+}
+
+
+@pytest.mark.parametrize("form", RULES)
+def test_the_optimizer_changes_no_result(form: str, preprocess: Preprocess) -> None:
+    assert_same_logits(Minimal(lambda x: RULES[form](x.mean(dim=(2, 3)))).eval(), preprocess)
+
+
+ON_SHAPES = ("Shape", "Range", "Gather", "Squeeze", "Unsqueeze")
+
+NETWORKS_OF_OTHERS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
+    "torchvision": (lambda: ResNet(BasicBlock, [1, 1, 1, 1]), 64, {"Reshape": 1, "Mul": 1, "Add": 5}),
+    "timm": (lambda: timm.create_model("test_efficientnet"), 64, {"Reshape": 1, "ReduceMean": 3}),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS_OF_OTHERS)
+def test_pooling_to_one_position_adds_no_operators_on_shapes(name: str) -> None:
+    build, side, expected = NETWORKS_OF_OTHERS[name]
+    model = lowered(build().eval(), Preprocess(resize=side, crop=side))
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert {kind: counts[kind] for kind in (*ON_SHAPES, *expected)} == dict.fromkeys(ON_SHAPES, 0) | expected
+    accepted(model, "fp32")
+
+
+def check(function: Callable[[Tensor], Tensor], preprocess: Preprocess) -> None:
+    network = nn.Sequential(nn.Identity(), Minimal(function)).eval()
+    check_operators(capture_any_batch(network, preprocess, ALONE), generated_images(preprocess.crop)[:1])
+
+
+SORTED = r"use torch\.sort\(stable=True\)"
+
+
+def attend_masked(images: Tensor, added: Tensor) -> Tensor:
+    """Attention between rows, with -inf added where an image is positive."""
+    added = added.masked_fill(images > 0, -torch.inf)
+    return F.scaled_dot_product_attention(images, images, images, added).mean((2, 3))
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "a divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3).mean((2, 3)), r"avg_pool2d.* instead of"),
+    "strides": (
+        lambda x: torch.as_strided(x.to(memory_format=torch.channels_last), (1, 3), (768, 1)),
+        r"as_strided.* instead of",
+    ),
+    "ties of topk": (lambda x: x.flatten(1).topk(5)[1].float(), rf"topk.*{SORTED}"),
+    "ties of argsort": (lambda x: x.flatten(1).argsort(1)[:, :5].float(), rf"argsort.*{SORTED}"),
+    "maximum of NaN": (lambda x: (x / x.sum((2, 3), True)).amax((2, 3)), r"amax.* instead of nan"),
+    "position of NaN": (lambda x: (x / x.std()).flatten(1).argmax(1, True).float(), r"argmax.* instead of"),
+    "max pooling of NaN": (
+        lambda x: F.max_pool2d(x / x.mean(), 4).mean((2, 3)),
+        r"max_pool2d.* instead of nan",
+    ),
+    "casts of large values": (
+        lambda x: (x * 1e9).long().to(torch.int32).float().mean((2, 3)),
+        r"_to_copy.default and aten\._to_copy.* instead of -1.29497e\+09 for 3e\+09",
+    ),
+    "overflow": (lambda x: torch.logaddexp(x, 2 * x).mean((2, 3)), r"logaddexp.* inf instead of 100 for 100"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_operator_whose_onnx_form_differs_is_named_with_its_part(
+    case: str, preprocess: Preprocess
+) -> None:
+    function, message = REFUSED[case]
+    with pytest.raises(
+        LoweringError, match=rf"aten\.{message.split('.*')[0]}\S* in 1: .*{message.split('.*')[1]}"
+    ):
+        check(function, preprocess)
+
+
+def test_a_finite_result_in_place_of_infinity_is_refused(preprocess: Preprocess, monkeypatch) -> None:
+    session, run = ort.InferenceSession, ort.InferenceSession.run
+    monkeypatch.setattr(session, "run", lambda *given: [np.where(np.isposinf(x), 9, x) for x in run(*given)])
+    with pytest.raises(LoweringError, match=r"9 instead of inf"):
+        check(lambda x: torch.sinh(x).mean((2, 3)), preprocess)
+
+
+def softmax_by_hand(x: Tensor) -> Tensor:
+    powers = (x - x.amax(1, keepdim=True)).exp()
+    return powers / powers.sum(1, keepdim=True)
+
+
+TABLE = nn.Parameter(torch.arange(18.0).reshape(9, 2))  # has no row 100
+EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "logsigmoid": F.logsigmoid,
+    "atan2": lambda x: torch.atan2(x, x + 1) + torch.atan2(x / x.sum(), x),
+    "log1p": torch.log1p,
+    "expm1": torch.expm1,
+    "sign": torch.sign,
+    "largest": lambda x: x.amax(1),
+    "a table": lambda x: F.embedding(x.long().abs(), TABLE).mean(-1),
+    "maximum after a norm": lambda x: F.normalize(x).amax(1),
+    "maximum after a local response norm": lambda x: F.max_pool2d(F.local_response_norm(x, 3), 2),
+    "softmax by hand": lambda x: softmax_by_hand(x).amax(1),
+    "roots": lambda x: x.abs().pow(0.5),
+    "no value that may be read": lambda x: attend_masked(x, x.new_zeros(x.shape)),
+    "infinities": lambda x: x.masked_fill(x > 0, -torch.inf).softmax(-1).nan_to_num(),
+    "largest values": lambda x: x.flatten(1).topk(5)[0],
+    "stable sort": lambda x: x.flatten(1).sort(dim=1, stable=True)[1].float(),
+    "stable argsort": lambda x: x.flatten(1).argsort(dim=1, stable=True, descending=True).float(),
+    "activations": lambda x: F.elu(x) + F.gelu(x) + F.mish(x) + F.hardswish(x) + F.silu(x) + F.softplus(x),
+    "pooling": lambda x: F.max_pool2d(F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), 3, 2, 1),
+    "pooling of a padding": lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2),
+    "norms": lambda x: F.layer_norm(F.group_norm(F.normalize(x), 3), (16,)),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_equal_operators_are_accepted_and_compared_once(
+    case: str, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(lambda x: EQUAL[case](x).flatten(1), preprocess)
+    monkeypatch.setattr(operators, "_compare", lambda calls: pytest.fail("again") if calls else [])
+    check(lambda x: EQUAL[case](x).flatten(1), preprocess)
+
+
+def test_operators_are_compared_in_groups_as_all_at_once(
+    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Counter[str]]] = []
+    for most in (1, 1_000):
+        monkeypatch.setattr(operators, "OPERANDS", most)
+        monkeypatch.setattr(operators, "_forms", {})
+        check(lambda x: F.softplus(F.avg_pool2d(x.exp() + x, 2)).flatten(1), preprocess)
+        found.append(operators._forms)
+    assert len(found[0]) > 4
+    assert found[0] == found[1]
+
+
+def test_an_export_compares_the_operators(tmp_path: Path) -> None:
+    network = variant(
+        lambda self, x: self.fc(self.features(F.avg_pool2d(x, 2, divisor_override=3))), aux=False
+    )
+    with pytest.raises(LoweringError, match=r"aten\.avg_pool2d\.default in forward: .* instead of"):
+        export_small(trained(network), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+STATISTICS = {"head": {"kind": "gap+mean+isqrt", "width": 8, "iterations": 3, "cosine": True}}
+VIT = Small("head:timm:test_vit", 160, STATISTICS)
+
+
+def test_a_transformer_with_a_head_agrees_and_gpu_runtimes_accept_it(tmp_path: Path) -> None:
+    assert agreed(VIT.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
+    accepted(onnx.load(tmp_path / "model.onnx"), "fp32")
+
+
+def test_a_head_of_an_earlier_version_with_a_distance_agrees(tmp_path: Path) -> None:
+    head = {"head": {"kind": "gap+isqrt", "width": 8, "iterations": 3, "distance": True}}
+    assert agreed(
+        Small("head:resnet8", 16, head).trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx"
+    ).passed
+
+
+def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
+    small = Small("head:resnet8", 16, STATISTICS)
+    assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
+    images, plain = generated_images(16)[:4], onnx.load(tmp_path / "model.onnx")
+    graph = Int8Quantizer(plain, images, float32_parts(small.build())).quantize().graph
+    in_float = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    weights = {node.input[1] for node in graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}}
+    assert weights & in_float == {
+        "conv1.weight",  # reads the image
+        "pooled_head.poolings.layer3_0.layer_reduce.weight",
+        "pooled_head.fc.weight",
+        "pooled_head.means",
+    }

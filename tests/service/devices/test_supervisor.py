@@ -1,0 +1,202 @@
+"""One process per device behind one port: restarts, drain, joint metrics, rate limits, kept photographs."""
+
+import asyncio
+import contextlib
+import http.client
+import itertools
+import os
+import re
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from sopdeploy.decision import Decision, Rejection
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.devices import supervisor
+from sopdeploy_service.devices.processes import Process, visible_devices
+from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.second_week.kept import read_kept
+from sopdeploy_service.second_week.labelling.folders import LabelFolders
+from sopdeploy_service.settings import load_settings
+from tests.service.devices import gated_device
+from tests.service.second_week.keep.test_keeper import photos, results
+from tests.support.children import (
+    START_SECONDS,
+    TWO_DEVICES,
+    WAYS,
+    children_of,
+    is_alive,
+    serving,
+)
+from tests.support.raw import GET, connect, post_of, read
+from tests.support.service import wait_for, write_bundle
+
+
+def open_connections(client: httpx.Client, count: int, stack: ExitStack) -> list[http.client.HTTPConnection]:
+    """Make *count* connections, which *stack* closes; half of them reach each process if all stay open."""
+    host = client.base_url.netloc.decode()
+    return [
+        stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, timeout=60)))
+        for _ in range(count)
+    ]
+
+
+def classify_on(jpeg: bytes, connection: http.client.HTTPConnection, **headers: str) -> int:
+    """Return the status of a request on *connection*."""
+    connection.request("POST", "/v1/classify", jpeg, headers)
+    response = connection.getresponse()
+    response.read()
+    return response.status
+
+
+def resources_of(process: int) -> tuple[int, int]:
+    """Count the open files and the threads of *process*."""
+    return tuple(len(list(Path(f"/proc/{process}/{name}").iterdir())) for name in ("fd", "task"))
+
+
+def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bundle_path: Path, jpeg) -> None:
+    with serving(str(bundle_path), *WAYS[TWO_DEVICES]) as client, ExitStack() as stack:
+        child = client.child
+        for pid in children_of(child.pid):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            assert b"CUDA_VISIBLE_DEVICES=" in variables  # no GPU
+        connections = open_connections(client, 8, stack)
+        assert [classify_on(jpeg, connection) for connection in connections] == [200] * 8
+        page = client.get("/metrics").text
+        answered = r'sopdeploy_requests_total\{code="200",.*process="\S+",route="/v1/classify"\} (\S+)'
+        assert re.findall(answered, page) == ["4.0", "4.0"]
+        names = {"cpu-0", "cpu-1", "supervisor"}
+        assert set(re.findall(r'^process_cpu_seconds_total{process="(.*?)"}', page, re.M)) == names
+        resources = resources_of(child.pid)
+
+        def send_to_the_oldest(number: signal.Signals) -> None:
+            before = children_of(child.pid)
+            os.kill(before[0], number)
+            wait_for(lambda: not is_alive(before[0]))
+            # A connection that the supervisor passes on before it notices the death is reset.
+            wait_for(lambda: len(set(children_of(child.pid)) - set(before)) == 1)
+            codes = {client.post("/v1/classify", content=jpeg).status_code for _ in range(5)}
+            assert codes == {200}
+
+        send_to_the_oldest(signal.SIGKILL)
+        kept = []
+        for connection in connections:
+            with contextlib.suppress(ConnectionError):
+                kept.append(classify_on(jpeg, connection))
+        assert kept == [200] * 4  # the others were connected to the killed process
+        up = re.compile(r"^sopdeploy_worker_up\{.*\} 1\.0$", re.MULTILINE)
+        wait_for(lambda: len(up.findall(client.get("/metrics").text)) == 2)
+        wait_for(lambda: resources_of(child.pid) == resources)
+        send_to_the_oldest(signal.SIGSTOP)
+        orphans = children_of(child.pid)
+        child.kill()
+        wait_for(lambda: not any(is_alive(process) for process in orphans))
+
+
+def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> None:
+    monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_SECONDS", 0.0)
+    starts = itertools.count(1)
+    with socket.socket() as listener:
+        process = Process("cpu", {}, load_settings())
+        server = supervisor.Supervisor([], [process], listener)
+
+        def start(_: Process) -> SimpleNamespace:
+            if next(starts) == 1100:
+                server._stopping.set()
+            return SimpleNamespace(wait=lambda: 1)
+
+        monkeypatch.setattr(server, "_start", start)
+        assert asyncio.run(server.run()) == 0
+    assert next(starts) == 1101
+
+
+def test_a_drain_completes_the_requests_of_both_processes(bundle_path, tmp_path, jpeg, monkeypatch) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("GATE", str(gate))
+    options = (*WAYS[TWO_DEVICES], "--setting", "batch_timeout_seconds=60", "--setting", "drain_seconds=60")
+    with (
+        serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
+        ExitStack() as stack,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        late = [stack.enter_context(connect(client)) for _ in range(8)]
+        for wire in late:
+            wire.sendall(GET + b"\r\n")
+            assert read(wire, to_the_end=False).status == 200
+        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
+        depth = r"^sopdeploy_queue_depth{.*} (\S+)"
+        wait_for(lambda: sum(map(float, re.findall(depth, client.get("/metrics").text, re.M))) == 16)
+        client.child.send_signal(signal.SIGTERM)
+        wait_for(lambda: client.get("/readyz").status_code == 503)
+        late.append(stack.enter_context(connect(client)))
+        for wire in late:
+            wire.sendall(post_of(jpeg))
+            reply = read(wire)
+            assert (reply.status, reply.code) == (503, "draining")
+        gate.touch()
+        assert [reply.result().status_code for reply in sent] == [200] * 16
+        assert client.child.wait(START_SECONDS) == 0
+
+
+IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3a3b8a3f5c11"
+
+VISIBLE: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
+    "a number": ("1", None, {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    "a UUID": (IDS[0], None, {"CUDA_VISIBLE_DEVICES": IDS[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    "the cpu": ("cpu", "2,3", {"CUDA_VISIBLE_DEVICES": ""}),
+    "a position": ("1", "2,3", {"CUDA_VISIBLE_DEVICES": "3"}),
+    "a listed UUID": (IDS[0], f"{IDS[1]}, {IDS[0]}", {"CUDA_VISIBLE_DEVICES": IDS[0]}),
+    "a number, not a position": ("2", "2,3", None),
+    "a UUID that is not listed": (IDS[0], IDS[1], None),
+    "a position after an invalid entry": ("1", "0,-1,1", None),
+}
+
+
+@pytest.mark.parametrize(("device", "inherited", "expected"), VISIBLE.values(), ids=VISIBLE)
+def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
+    device, inherited, expected
+) -> None:
+    assert load_settings(devices=device).devices == (device,)
+    environment = {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited}
+    if expected is not None:
+        assert visible_devices(device, environment) == expected
+        return
+    with pytest.raises(ConfigError, match=rf"devices: {device} is not among the \d GPUs of CUDA_VISIBLE_DEV"):
+        visible_devices(device, environment)
+
+
+def test_processes_share_a_rate_limit_and_each_keeps_in_its_own_folder_within_its_share(
+    tmp_path, jpeg
+) -> None:
+    decision = Decision(rejection=Rejection(threshold=1e9))
+    bundle = write_bundle(tmp_path / "bundle", decision=decision)
+    kept = tmp_path / "kept"
+    file = tmp_path / "keys.toml"
+    free, limited = new_key(file, "free"), new_key(file, "limited", 1e-6)
+    file.write_text(file.read_text().replace("burst = 64", "burst = 5"))
+    options = [f"--setting={setting}" for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")]
+    with serving(str(bundle), "--keys", str(file), *options, *WAYS[TWO_DEVICES]) as client:
+        with ExitStack() as stack:
+            for body, connection in zip(photos(12), open_connections(client, 12, stack), strict=True):
+                assert classify_on(body, connection, **{"x-api-key": free}) == 200
+        client.headers["x-api-key"] = free
+        wait_for(lambda: sum(results(client).values()) == 12)
+        assert results(client) == {"kept": 12}
+        assert sorted(path.name for path in kept.iterdir()) == ["cpu-0", "cpu-1"]
+        for folder in kept.iterdir():
+            assert sum(4096 for file in folder.iterdir() if file.name != ".lock") == 32_768
+        assert len({record.image for _, record in read_kept(kept)}) == 8
+        client.headers["x-api-key"] = limited
+        replies = [client.post("/v1/classify", content=jpeg) for _ in range(7)]
+        assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
+        remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
+        assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
+    assert LabelFolders(kept, tmp_path / "photos").waiting.keys() == {
+        path.stem for path, _ in read_kept(kept)
+    }

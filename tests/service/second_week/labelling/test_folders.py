@@ -1,0 +1,274 @@
+"""Labels as moves between folders, and the order in which photographs are shown."""
+
+import errno
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy_service.second_week.labelling.folders import (
+    MAX_SPREAD,
+    GoneError,
+    LabelFolders,
+    check_class_name,
+    order_by_value,
+)
+from tests.service.second_week.labelling.conftest import LABELS, files_below
+
+
+@pytest.mark.parametrize(
+    ("reasons", "name", "folder"),
+    [
+        (("low_margin",), "hat", "photos/hat"),
+        (("unknown", "low_margin"), "scarf", "photos/scarf"),
+        (("sample",), "hat", "photos-held-out/hat"),
+        (("unknown", "sample"), "scarf", "photos-held-out/scarf"),
+        (("unknown",), None, "photos-unknown"),
+        (("sample",), None, "photos-unknown/sample"),
+    ],
+)
+def test_a_label_moves_the_photograph_to_the_folder_of_its_kind(
+    tmp_path, keep, open_folders, reasons, name, folder
+):
+    one = keep(1, reasons=reasons)
+    content = (tmp_path / "kept" / f"{one}.jpg").read_bytes()
+    folders = open_folders()
+    folders.label(one, name)
+    assert files_below(tmp_path) == {f"{folder}/{one}.jpg"}
+    assert (tmp_path / folder / f"{one}.jpg").read_bytes() == content
+    assert not folders.waiting
+
+
+def test_near_duplicates_of_the_uniform_sample_are_not_trained_on(tmp_path, keep, open_folders):
+    """Also after the sampled one has its label; four bits of the hash differ in copies, five in others."""
+    sampled = keep(1, reasons=("sample",), near_hash="00" * 8)
+    copy, other = keep(2, near_hash="00" * 7 + "0f"), keep(3, near_hash="00" * 7 + "1f")
+    folders = open_folders()
+    for one in (sampled, copy, other):
+        folders.label(one, "hat")
+        folders.read()
+    held_out = {f"photos-held-out/hat/{one}.jpg" for one in (sampled, copy)}
+    assert files_below(tmp_path) == {*held_out, f"photos/hat/{other}.jpg"}
+
+
+def test_undo_restores_photographs_records_and_folders_in_reverse_order(tmp_path, keep, open_folders):
+    for number in range(4):
+        keep(number)
+    before = {path: (tmp_path / path).read_bytes() for path in files_below(tmp_path)}
+    folders = open_folders()
+    order = list(folders.waiting)
+    folders.label(order[0], "hat")
+    folders.skip(order[1])
+    folders.label(order[2], None)
+    assert list(open_folders().waiting) == order[3:]  # after a restart
+    folders.label(order[3], "hat")
+    for left in (order[3:], order[2:], order[1:], order):
+        folders.undo()
+        assert list(folders.waiting) == left
+    assert {path: (tmp_path / path).read_bytes() for path in files_below(tmp_path)} == before
+    assert not list((tmp_path / "photos").iterdir())
+    assert not (tmp_path / "photos-unknown").exists()
+    with pytest.raises(GoneError, match="nothing to undo"):
+        folders.undo()
+
+
+@pytest.mark.parametrize("stop", ["before the record is deleted", "after a copy to another file system"])
+def test_a_label_that_was_interrupted_is_complete_or_did_not_happen(
+    tmp_path, keep, open_folders, monkeypatch, stop
+):
+    one = keep(1)
+    folders = open_folders()
+
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    if stop == "before the record is deleted":
+        monkeypatch.setattr(Path, "unlink", interrupt)
+    else:
+        other_file_system(monkeypatch)
+        monkeypatch.setattr("shutil.copyfile", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        folders.label(one, "hat")
+    monkeypatch.undo()
+    waiting = set(open_folders().waiting)
+    labelled = (tmp_path / "photos" / "hat" / f"{one}.jpg").is_file()
+    assert waiting == (set() if labelled else {one})
+    assert labelled is (stop == "before the record is deleted")
+
+
+def other_file_system(monkeypatch) -> None:
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "other file system")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
+def test_labels_and_undo_work_between_file_systems(tmp_path, keep, open_folders, monkeypatch):
+    one = keep(1)
+    other_file_system(monkeypatch)
+    folders = open_folders()
+    folders.label(one, "hat")
+    assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
+    folders.undo()
+    assert files_below(tmp_path) == {f"kept/{one}.jpg", f"kept/{one}.json"}
+
+
+def test_an_undo_on_a_full_disk_changes_nothing_and_can_follow(tmp_path, keep, open_folders, monkeypatch):
+    one, folders = keep(1), open_folders()
+    before = files_below(tmp_path)
+    folders.label(one, "hat")
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", fail)
+        with pytest.raises(OSError, match="No space"):
+            folders.undo()
+    assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
+    folders.undo()
+    assert (files_below(tmp_path), list(folders.waiting)) == (before, [one])
+
+
+def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(tmp_path, keep, open_folders):
+    labelled, deleted, unseen, skipped, other = (keep(number) for number in range(5))
+    folders = open_folders()
+    label = partial(folders.label, name="shoes")
+    folders.skip(skipped)
+    open_folders().label(labelled, "hat")
+    for one in (deleted, unseen, skipped):
+        (tmp_path / "kept" / f"{one}.jpg").unlink()
+    for one, step in ((labelled, label), (deleted, label), (unseen, folders.skip)):
+        with pytest.raises(GoneError, match="has a label already or is no longer kept"):
+            step(one)
+    with pytest.raises(GoneError, match="no longer there, so the last step cannot be undone"):
+        folders.undo()
+    assert not (tmp_path / "photos" / "shoes").exists()
+    assert list(folders.waiting) == [other]
+
+
+def test_one_of_five_photographs_is_from_the_uniform_sample_until_there_are_no_more(keep, open_folders):
+    for number in range(12):
+        keep(number)
+    for number in range(20, 24):
+        keep(number, reasons=("sample",))
+    waiting = open_folders().waiting
+    sampled = [place for place, (_, record) in enumerate(waiting.values()) if "sample" in record.reasons]
+    assert sampled == [0, 5, 10, 15]
+
+
+def test_classes_are_those_of_the_bundles_and_of_the_folders(tmp_path, keep, open_folders):
+    keep(1)
+    keep(2, [0.0, 1.0], labels=["coat", "hat"])
+    for folder in ("photos/scarf", "photos/.hidden", "photos-held-out/belt", "photos-unknown/none"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert open_folders().classes() == sorted([*LABELS, "coat", "scarf", "belt"])
+
+
+def test_a_class_whose_folder_and_bundle_encode_its_name_differently_is_one(tmp_path, keep, open_folders):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    one = keep(1, [0.0, 1.0], labels=[composed, "hat"])
+    (tmp_path / "photos" / decomposed).mkdir(parents=True)
+    folders = open_folders()
+    assert folders.classes() == [composed, "hat"]
+    folders.label(one, composed)
+    assert files_below(tmp_path) == {f"photos/{decomposed}/{one}.jpg"}
+
+
+INVALID = {
+    **dict.fromkeys(("", "  ", "a" * 101, "é" * 51), "1 to 100 bytes"),
+    **dict.fromkeys(("a/b", "../hat", "a\\b", "/etc", "a\nb", "a\x00b", "C:", "\u202etah"), "leave out"),
+    **dict.fromkeys(("a\x7f", "<img src=x>", "a|b", "a\ue000"), "leave out"),
+    **dict.fromkeys(
+        ("\u3164", "\u115f", "hat\u3164", "\u2800", "hat\u200b", "\uffa0", "\U000e0041"), "leave out"
+    ),
+    **dict.fromkeys(("\u0301", "\u200d", "\ufe0f"), "empty or invisible"),
+    **dict.fromkeys((".", "..", ".hat", "hat.", "__MACOSX", "@eaDir"), "hidden"),
+    **dict.fromkeys(("train", "Test", "val", "validation_set"), "a part of the data"),
+    **dict.fromkeys(("Hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"), "use the class 'hat'"),
+}
+
+
+def test_names_that_can_name_a_class_are_normalized():
+    names = {"hat": "hat", "  red hat ": "red hat", "e\u0301toile": "\u00e9toile", "t-shirt": "t-shirt"}
+    assert {name: check_class_name(name, list(LABELS)) for name in names} == names
+    assert check_class_name("cafe\u0301", ["caf\u00e9"]) == "caf\u00e9"
+    existing = ['say "ok"', "x" * 200]
+    assert [check_class_name(name, existing, existing) for name in existing] == existing
+
+
+def test_names_that_cannot_name_a_class_are_refused_and_change_nothing(tmp_path, keep, open_folders):
+    one = keep(1)
+    before, folders = files_below(tmp_path), open_folders()
+    for name, message in INVALID.items():
+        with pytest.raises(ConfigError, match=message) as caught:
+            folders.label(one, name)
+        assert "\n" not in str(caught.value)
+    assert files_below(tmp_path) == before
+    assert not (tmp_path / "photos").exists()
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        LabelFolders(tmp_path / "none", tmp_path / "photos")
+    (tmp_path / "classes" / "hat").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"holds no kept photographs, but folders \(hat\); give"):
+        LabelFolders(tmp_path / "classes", tmp_path / "photos")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "photos" / "train" / "hat").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"in the folder train; give .*photos/train"):
+        LabelFolders(tmp_path / "kept", tmp_path / "photos")
+
+
+def test_links_and_foreign_files_in_the_kept_folder_are_not_shown(tmp_path, keep, open_folders):
+    one, link = keep(1), keep(2)
+    image = (tmp_path / "kept" / f"{link}.jpg").rename(tmp_path / "secret.jpg")
+    (tmp_path / "kept" / f"{link}.jpg").symlink_to(image)
+    (tmp_path / "kept" / "notes.json").write_text("{}")
+    assert list(open_folders().waiting) == [one]
+
+
+def two_classes(*probabilities: float) -> np.ndarray:
+    """Probabilities (N, 2) whose first column is given."""
+    return np.stack([probabilities, 1 - np.asarray(probabilities)], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "known", "expected"),
+    [
+        ([], [], []),
+        ([0.9], [True], [0]),
+        ([0.99, 0.5], [True, True], [1, 0]),  # the uncertain one first
+        ([0.5, 0.99], [False, True], [1, 0]),  # but known ones before it
+        ([0.4, 0.5, 0.5], [True, True, True], [1, 0, 2]),  # a copy of the first one last
+        ([0.8, 0.8, 0.8], [True, True, True], [0, 1, 2]),  # copies only
+    ],
+)
+def test_small_cases_have_the_expected_order(probabilities, known, expected):
+    found = order_by_value(two_classes(*probabilities), np.asarray(known, np.bool_))
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("count", [40, MAX_SPREAD + 100])
+def test_each_photograph_occurs_once_and_the_order_is_the_same_each_time(count):
+    logits = np.random.default_rng(0).normal(size=(count, 5)) * 2
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    known = np.arange(count) % 10 > 0
+    order = order_by_value(probabilities, known)
+    assert sorted(order.tolist()) == list(range(count))
+    assert known[order[: known.sum()]].all()
+    assert order.tolist() == order_by_value(probabilities, known).tolist()
+
+
+def test_the_first_photographs_come_from_all_regions_not_from_the_most_frequent_one():
+    probabilities = np.zeros((103, 4))
+    probabilities[:100, :2] = 0.5  # between two classes
+    probabilities[100:, 2:] = 0.5  # between two others
+    first = order_by_value(probabilities, np.ones(103, np.bool_))[:2]
+    assert {index >= 100 for index in first.tolist()} == {False, True}

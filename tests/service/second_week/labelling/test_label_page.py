@@ -1,0 +1,162 @@
+"""The label page in a real browser: keys, touch, undo, new classes, reload, and names with markup."""
+
+import pytest
+
+from tests.service.second_week.labelling.conftest import KEY, LABELS, files_below, identity, label_server
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def open_label_page(open_page, open_folders):
+    """`open_label_page(**traits)` starts a server and opens its page."""
+    with label_server(open_folders()) as client:
+
+        def open_one(**traits):
+            page = open_page(client.base_url, f"/?key={KEY}", **traits)
+            page.wait_for_selector("#classes li, #empty:not([hidden])")
+            return page
+
+        yield open_one
+
+
+def press(page, key: str, left: int) -> None:
+    """Press *key* and wait until *left* photographs are left."""
+    page.keyboard.press(key)
+    wait_until(page, left)
+
+
+def wait_until(page, left: int) -> None:
+    page.locator("#progress", has_text=f", {left} left").wait_for()
+    page.locator("#main[aria-busy=false]").wait_for()
+
+
+def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tmp_path):
+    for number in range(6):
+        keep(number, [float(number), 1.0, 2.5], known=False if number == 0 else None)
+    page = open_label_page()
+    shown = []
+
+    def identity_shown() -> str:
+        shown.append(page.evaluate("state.photograph.id"))
+        return shown[-1]
+
+    first = identity_shown()
+    assert page.locator("#photo").evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
+    best = page.locator("#classes .name").first.text_content()
+    press(page, "1", 5)
+    assert files_below(tmp_path / "photos") == {f"{best}/{first}.jpg"}
+    second = identity_shown()
+    press(page, "x", 4)
+    assert files_below(tmp_path / "photos-unknown") == {f"{second}.jpg"}
+    skipped = identity_shown()
+    press(page, "s", 3)
+    press(page, "u", 4)
+    assert page.evaluate("state.photograph.id") == skipped
+    press(page, "u", 5)
+    assert page.evaluate("state.photograph.id") == second
+    assert not (tmp_path / "photos-unknown").exists()
+    page.reload()
+    page.wait_for_selector("#classes li")
+    assert page.locator("#progress").text_content() == "1 done in this session, 5 left"
+    for left in range(4, -1, -1):
+        press(page, "2", left)
+    assert page.locator("#empty").is_visible()
+    assert page.locator("#photo").is_hidden()
+    assert len(files_below(tmp_path / "photos")) == 6
+    page.keyboard.press("1")
+    assert page.locator("#error").is_hidden()
+
+
+def test_a_new_class_is_typed_after_its_key_and_offered_from_then_on(keep, open_label_page, tmp_path):
+    for number in range(3):
+        keep(number)
+    page = open_label_page()
+    page.keyboard.press("n")
+    page.keyboard.type("snow boots")  # with the letters of other keys
+    press(page, "Enter", 2)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["snow boots"]
+    assert page.locator("#classes .name").all_text_contents() == [*LABELS, "snow boots"]
+    press(page, "4", 1)
+    assert len(files_below(tmp_path / "photos" / "snow boots")) == 2
+    page.keyboard.press("n")
+    page.keyboard.type("../hat")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#error:not([hidden])")
+    assert "leave out control characters" in page.locator("#error").text_content()
+    assert page.locator("#name").input_value() == "../hat"  # to correct it
+
+
+def pressed(page) -> list[bool]:
+    shown = page.locator("#next button").evaluate_all("all => all.map((one) => one.ariaPressed)")
+    return [value == "true" for value in shown]
+
+
+def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(keep, open_label_page, tmp_path):
+    for number in range(30):
+        keep(number, [float(number), 1.0, 2.5])
+    page = open_label_page(viewport={"width": 390, "height": 844}, has_touch=True)
+    order = page.evaluate("state.next")
+    thumbnails = page.locator("#next button")
+    assert thumbnails.count() == len(order) == 24
+    fits = "document.scrollingElement.scrollHeight <= 844 && document.scrollingElement.scrollWidth <= 390"
+    assert page.evaluate(fits)
+    assert page.locator("#selection").text_content() == "Select several to label them together."
+    thumbnails.nth(3).tap()
+    thumbnails.nth(1).click(modifiers=["Shift"])  # 1 to 3
+    thumbnails.nth(2).click()  # no longer
+    thumbnails.nth(0).focus()
+    for key in ("Tab", "Tab", "Tab", "Tab", "Space"):
+        page.keyboard.press(key)
+    assert [place for place, value in enumerate(pressed(page)) if value] == [1, 3, 4]
+    assert page.locator("#selection").text_content().startswith("3 selected")
+    assert page.evaluate(fits)
+    assert page.locator("#photo").evaluate("image => image.clientHeight") > 0
+    best = page.locator("#classes .name").first.text_content()
+    press(page, "1", 27)
+    labelled = {f"{best}/{order[place]}.jpg" for place in (1, 3, 4)}
+    assert files_below(tmp_path / "photos") == labelled
+    assert not any(pressed(page))
+    assert page.evaluate("state.photograph.id") == order[0]
+    press(page, "u", 28)
+    press(page, "s", 27)  # without a selection, one
+    thumbnails.nth(0).tap()
+    page.keyboard.press("Escape")
+    assert not any(pressed(page))
+
+
+def test_of_several_labels_one_that_another_tab_took_leaves_the_others_selected(
+    keep, open_label_page, tmp_path
+):
+    for number in range(4):
+        keep(number)
+    page, other = open_label_page(), open_label_page()
+    taken = page.evaluate("state.next[1]")
+    other.locator("#next button").nth(1).click()
+    press(other, "1", 3)
+    for place in range(3):
+        page.locator("#next button").nth(place).click()
+    press(page, "2", 2)
+    assert "has a label already" in page.locator("#error").text_content()
+    assert pressed(page) == [True, False]
+    press(page, "2", 1)
+    assert len(files_below(tmp_path / "photos")) == 3
+    assert f"{LABELS[0]}/{taken}.jpg" in files_below(tmp_path / "photos")
+
+
+def test_the_sample_is_marked_and_held_out_and_names_with_markup_are_text(keep, open_label_page, tmp_path):
+    name = "<img src=x onerror=alert(1)>"
+    keep(1, reasons=("sample",))
+    keep(2, [3.0, 0.0], labels=[name, "hat"], known=False)
+    page = open_label_page()
+    assert page.locator("#sampled").is_visible()
+    assert page.locator("#unknown").is_hidden()
+    press(page, "1", 1)
+    assert files_below(tmp_path / "photos-held-out") == {f"hat/{identity(1)}.jpg"}
+    assert page.locator("#sampled").is_hidden()
+    assert page.locator("#unknown").is_visible()
+    assert page.locator("#classes .name").first.text_content() == name
+    page.keyboard.press("1")
+    page.wait_for_selector("#error:not([hidden])")  # it cannot name a folder
+    assert page.locator("#classes img, #error img").count() == 0
+    assert not (tmp_path / "photos").exists()

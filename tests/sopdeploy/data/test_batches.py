@@ -1,0 +1,123 @@
+"""Splits, preprocessed data sets, batches, and images that cannot be read."""
+
+import multiprocessing
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sopdeploy.data.augment import AugmentedDataset, ColorConfig, PadCrop
+from sopdeploy.data.batches import load_batches, shuffled_batches
+from sopdeploy.data.sources import DigitsConfig, open_data
+from sopdeploy.errors import DataError
+from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset, unreadable_images_error
+from sopdeploy.photos.split import hold_out
+from sopdeploy.seeds import derive_seed
+from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
+from tests.support.small_data import jpeg, write_photos
+
+CLASSES = st.lists(st.integers(0, 4), min_size=1, max_size=60)
+
+
+@given(targets=CLASSES, fraction=st.floats(0.01, 0.99), seed=st.integers(0, 2**40))
+def test_every_class_of_two_or_more_is_in_both_parts_of_a_split(targets, fraction, seed) -> None:
+    held = hold_out([str(i) for i in range(len(targets))], np.asarray(targets), fraction, seed)
+    for target, count in enumerate(np.bincount(targets)):
+        out = sum(h for h, t in zip(held, targets, strict=True) if t == target)
+        if count > 1:
+            assert 1 <= out < count
+            assert abs(out - fraction * count) <= 1
+
+
+def test_a_seed_is_the_same_on_every_machine_and_in_every_version() -> None:
+    assert derive_seed(0, "order", 1) == 4739946833832999988
+    assert len({derive_seed(a, b) for a in range(30) for b in range(30)}) == 900
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    assert derive_seed("\udcff") >= 0  # a file name that is no UTF-8
+
+
+def test_one_fifth_of_the_digits_of_every_class_is_held_out_and_preprocessed() -> None:
+    split = open_data(DigitsConfig(kind="digits"))
+    assert (len(split.train), len(split.held_out)) == (1438, 359)
+    assert split.train.labels == split.held_out.labels == tuple("0123456789")
+    held = np.bincount([split.held_out[i][1] for i in range(359)])
+    assert 35 <= held.min() <= held.max() <= 37
+    for resize, crop in ((16, 16), (32, 32), (9, 8)):
+        rules = Preprocess(resize=resize, crop=crop)
+        prepared = PreprocessedDataset(split.held_out, rules)
+        array, label = prepared[7]
+        image, expected = split.held_out[7]
+        assert (array.dtype, array.shape, label) == (np.uint8, (crop, crop, 3), expected)
+        assert np.array_equal(array, preprocess_image(image, rules))
+        assert len(prepared) == 359
+
+
+@given(st.integers(1, 2000), st.integers(2, 300), st.integers(0, 2**40), st.integers(0, 99))
+def test_an_epoch_is_a_permutation_in_batches_of_nearly_equal_size(samples, size, seed, epoch) -> None:
+    batches = shuffled_batches(samples, size, seed, epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(samples))
+    sizes = [len(batch) for batch in batches]
+    assert max(sizes) <= max(size, 3)
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) > 1 or samples == 1
+    assert shuffled_batches(samples, size, seed, epoch) == batches
+
+
+def test_the_order_changes_with_seed_and_epoch() -> None:
+    orders = [shuffled_batches(50, 50, seed, epoch)[0] for seed in range(3) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 9
+
+
+def test_batches_do_not_depend_on_the_number_of_workers() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
+    images, augmentation = (
+        ArrayImages(("a", "b"), pixels, np.arange(30) % 2),
+        PadCrop(kind="pad-crop", flip=0.5),
+    )
+    color = ColorConfig(lighting=0.1)
+    view = AugmentedDataset(images, augmentation, Preprocess(resize=12, crop=12), 0, 0, color)
+    batches = shuffled_batches(30, 8, 0, 0)
+    alone, shared = (list(load_batches(view, batches, workers, torch.device("cpu"))) for workers in (0, 2))
+    assert len(alone) == len(shared) == 4
+    for (left, a), (right, b) in zip(alone, shared, strict=True):
+        assert torch.equal(left, right)
+        assert torch.equal(a, b)
+        assert left.dtype == torch.uint8
+    assert not multiprocessing.active_children()
+
+
+MODEL = ["model.name=dsop-resnet8", "model.config={aux_widths=[8,8,8], iterations=2}"]
+SMALL = [*MODEL, "preprocess.resize=20", "preprocess.crop=16", "batch_size=3", "epochs=2"]
+
+
+@pytest.fixture
+def spoilt(tmp_path) -> Path:
+    """Write photos with three unreadable files: two for training, one held out."""
+    root = write_photos(tmp_path / "photos")
+    (root / "train" / "cat" / "1.jpg").write_bytes(b"no image")
+    (root / "train" / "dog" / "2.jpg").write_bytes(jpeg(1)[:-300])
+    (root / "val" / "dog" / "0.jpg").write_bytes(b"")
+    return root
+
+
+def recipe_for(path: Path, *settings: str):
+    return read_recipe("photos-dsop", [*SMALL, f"data.path={path}", *settings])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) -> None:
+    with pytest.raises(DataError) as problem:
+        train_recipe(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
+    text = str(problem.value)
+    assert text.startswith("3 images cannot be used (`sopdeploy data check --json` lists all): ")
+    assert re.search("train/cat/1.jpg, .*val/dog/0.jpg: this is not.*; .*train/dog/2.jpg: the image", text)
+    assert "\n" not in text
+    met = DataError("a/5.jpg: cannot be read")  # a single unreadable image keeps its own error
+    assert unreadable_images_error(met, open_data(recipe_for(spoilt).data).held_out) is met

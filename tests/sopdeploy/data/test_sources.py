@@ -1,0 +1,134 @@
+"""CIFAR, FGVC-Aircraft, Stanford Cars and Places365 in their official layouts."""
+
+import json
+import pickle  # noqa: TID251  # the official files are pickles
+from pathlib import Path
+
+import numpy as np
+import pydantic
+import pytest
+import torchvision
+from typer.testing import CliRunner
+
+from sopdeploy.data.sources import DataConfig, DigitsConfig, open_data
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos.folder import class_aliases, open_evaluation_images
+from sopdeploy.photos.photo import Split
+from sopdeploy.training.recipe import read_recipe
+from sopdeploy_commands.app import app
+from tests.support.small_data import write_aircraft, write_cifar, write_places
+
+
+def open_at(kind, path, **settings):
+    config = {"kind": kind, "path": path, **settings}
+    return open_data(pydantic.TypeAdapter(DataConfig).validate_python(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "train", "test", "key"),
+    [("cifar10", 10, 20, "test_batch", "labels"), ("cifar100", 100, 4, "test", "fine_labels")],
+)
+def test_the_official_cifar_layout_is_read_and_a_changed_file_is_not_unpickled(
+    tmp_path, monkeypatch, kind, classes, train, test, key
+) -> None:
+    folder = write_cifar(tmp_path, kind, monkeypatch)
+    split = open_at(kind, tmp_path)
+    assert split.train.labels == tuple(f"class {number}" for number in range(classes))
+    assert (len(split.train), len(split.held_out)) == (train, 4)
+    stored = pickle.loads((folder / test).read_bytes())  # noqa: S301
+    image, label = split.held_out[2]
+    assert np.array_equal(np.asarray(image).transpose(2, 0, 1).reshape(-1), stored["data"][2])
+    assert label == stored[key][2]
+    (folder / ("data_batch_3" if kind == "cifar10" else "train")).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(DataError, match="holds no complete cifar-10"):
+        open_at(kind, tmp_path)
+
+
+OFFICIAL = {
+    # kind: labels, training images of each class, size of an image
+    "aircraft": (("707-320", "Cessna 172", "F-16A/B"), 2, (24, 20)),
+    "places365": (("abbey", "apartment-outdoor", "bar"), 4, (64, 64)),
+}
+
+
+@pytest.mark.parametrize("kind", OFFICIAL)
+def test_an_official_layout_is_read_and_recognized(tmp_path, monkeypatch, kind) -> None:
+    write_places(tmp_path, monkeypatch) if kind == "places365" else write_aircraft(tmp_path)
+    labels, each, size = OFFICIAL[kind]
+    split = open_at(kind, tmp_path)
+    assert split.train.labels == split.held_out.labels == labels
+    assert split.train.class_counts().tolist() == [each] * 3
+    assert split.held_out.targets.tolist() == [0, 1, 2]
+    files = {part.path(index) for part in (split.train, split.held_out) for index in range(len(part))}
+    assert len(files) == len(split.train) + len(split.held_out)
+    assert all(split.train[index][0].size == size for index in range(len(split.train)))
+    held_out = open_evaluation_images(tmp_path, labels[::-1])
+    assert (held_out.labels, held_out.targets.tolist()) == (labels[::-1], [2, 1, 0])
+    checked = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--json"])
+    assert checked.exit_code == 0, checked.stderr
+    assert [part["count"] for part in json.loads(checked.stdout)["parts"]] == [3 * each, 3]
+    assert open_at("folder", tmp_path).held_out.targets.tolist() == [0, 1, 2]
+
+
+def test_a_missing_or_damaged_official_file_is_one_line(tmp_path) -> None:
+    write_aircraft(tmp_path / "aircraft")
+    (tmp_path / "aircraft/fgvc-aircraft-2013b/data/variants.txt").write_text("Boeing\n")
+    (tmp_path / "empty").mkdir()
+    for kind, path, message in (
+        ("aircraft", "aircraft", r"FGVCAircraft cannot read the trainval images \('707-320'\); use the"),
+        ("places365", "empty", "Places365 cannot read the train-standard images"),
+        ("cifar100", "empty", r"no complete cifar-100.*; unpack https://.*\.tar\.gz there"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            open_at(kind, tmp_path / path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"data\.path: not set; give the folder of the data"):
+        open_at("aircraft", None)
+
+
+def test_imagenet_names_of_torchvision_match_wordnet_ids_in_their_order(tmp_path) -> None:
+    names = tuple(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    ids = sorted(name for name, other in class_aliases().items() if other in names)
+    assert [class_aliases()[wordnet_id] for wordnet_id in ids] == list(names)
+    for wordnet_id in ids:
+        (tmp_path / wordnet_id).mkdir()
+        (tmp_path / wordnet_id / "1.JPEG").touch()
+    (tmp_path / ids[0]).rename(tmp_path / names[0])  # names and IDs may be mixed
+    lines: list[str] = []
+    in_folders = open_evaluation_images(tmp_path, (*names, "unicorn"), log=lines.append)
+    assert sorted(in_folders.labels[target] for target in in_folders.targets) == sorted(names)
+    assert lines == [f"{tmp_path}: no images of 1 of 1001 classes: unicorn"]
+    (tmp_path / names[0]).rename(tmp_path / ids[0])
+    assert open_evaluation_images(tmp_path, tuple(ids)).labels == tuple(ids)
+
+
+def digits(classes: int | Path | None) -> Split:
+    return open_data(DigitsConfig(kind="digits", classes=classes))
+
+
+def classes_of(split: Split) -> list[str]:
+    return [split.train.labels[target] for target in split.train.targets]
+
+
+def test_a_subset_of_classes_keeps_images_and_order_of_every_kind_of_data(tmp_path, monkeypatch) -> None:
+    write_cifar(tmp_path, "cifar10", monkeypatch)
+    for whole, some in (
+        (open_at("cifar10", tmp_path), open_at("cifar10", tmp_path, classes=4)),
+        (digits(None), digits(4)),
+        (open_at("aircraft", write_aircraft(tmp_path)), open_at("aircraft", tmp_path, classes=2)),
+    ):
+        kept = some.train.labels
+        assert len(kept) == min(4, len(whole.train.labels) - 1)
+        assert kept == tuple(label for label in whole.train.labels if label in kept)
+        assert classes_of(some) == [label for label in classes_of(whole) if label in kept]
+        index = classes_of(whole).index(classes_of(some)[0])
+        assert np.array_equal(some.train[0][0], whole.train[index][0])
+        assert some.train[0][1] == some.train.targets[0]
+    assert digits(4).train.labels == ("2", "3", "6", "9")
+
+
+def test_an_invalid_subset_is_one_line() -> None:
+    with pytest.raises(DataError, match="11, but the data have 10 classes"):
+        digits(11)
+    with pytest.raises(ConfigError, match="hold_out: unknown key"):
+        read_recipe("photos", ["data.kind=cars", "data.hold_out=0.1"])

@@ -1,0 +1,394 @@
+"""Folders with one subfolder per class: what people's folders look like, splits, and errors with advice."""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+from typer.testing import CliRunner
+
+from sopdeploy.data.sources import FolderConfig, open_data
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos.check import check_data
+from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.folder import open_evaluation_images, open_folder
+from sopdeploy.photos.photo import Split
+from sopdeploy.photos.split import choose_held_out, divide
+from sopdeploy_commands.app import app
+from tests.support.small_data import jpeg, write_classes
+
+
+def paint(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    endings = {"jpg": "JPEG"}
+    ending = path.suffix[1:]
+    path.write_bytes(jpeg(seed, (32, 24), endings.get(ending, ending)))
+
+
+def make(root: Path, **counts: int) -> Path:
+    """Make a folder with so many images per class, all different; `__` in a name is a slash."""
+    for name, count in counts.items():
+        folder = root / name.replace("__", "/")
+        folder.mkdir(parents=True)
+        for number in range(count):
+            paint(folder / f"{number:03}.jpg", crc32(f"{name} {number}".encode()))
+    return root
+
+
+def names(images) -> list[str]:
+    return [os.fsdecode(path) for path in images.paths]
+
+
+def open_at(path: Path, hold_out: float = 0.2, seed: int = 0):
+    return hold_out_images(open_folder(path), hold_out, seed)
+
+
+def hold_out_images(split: Split, hold_out: float, seed: int) -> Split:
+    if len(split.held_out):
+        return split
+    return divide(split, choose_held_out(split.train, group_photographs(split.train).groups, hold_out, seed))
+
+
+def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None:
+    make(tmp_path, zebra=5, ant=5, Bee=5)
+    for hidden in (".ipynb_checkpoints", "ant/.trash", "__MACOSX", "@eaDir", "lost+found", "ant/@eaDir"):
+        paint(tmp_path / hidden / "copy.png")
+    paint(tmp_path / "ant" / ".hidden.png")
+    (tmp_path / "ant" / "notes.txt").write_text("six legs")
+    (tmp_path / "Bee" / "scan.TIF").write_bytes(b"II*")
+    (tmp_path / "README").write_text("mine")
+    split, lines = open_at(tmp_path), open_folder(tmp_path).notes
+    formats = "JPEG, PNG, WebP, GIF, BMP and HEIC"
+    assert lines[-1] == f"{tmp_path}: 2 files skipped, not {formats}: .tif 1, .txt 1"
+    assert split.train.labels == split.held_out.labels == ("Bee", "ant", "zebra")
+    assert len(split.train) + len(split.held_out) == 15
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path) -> None:
+    make(tmp_path / "elsewhere", c=3, more=2)
+    root = make(tmp_path / "photos", a=2, b=2)
+    (root / "c").symlink_to(tmp_path / "elsewhere" / "c")
+    (root / "a" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    (root / "a" / "circle").symlink_to("..")
+    (tmp_path / "elsewhere" / "more" / "back").symlink_to(root / "a")
+    split = open_at(root)
+    found = {Path(name).parent.as_posix() for name in names(split.train) + names(split.held_out)}
+    assert found == {"a", "a/more", "b", "c"}
+
+
+@pytest.mark.parametrize("name", ["a/Stra\udcdfe.jpg", "Stra\udcdfe/0.jpg"])
+def test_a_name_that_is_not_utf8_is_named_in_one_line(tmp_path, name) -> None:
+    make(tmp_path, a=2, b=2)
+    try:
+        paint(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(DataError, match=r"^[^\n]*: the name 'Stra.udcdfe(.jpg)?' is not UTF-8; rename it$"):
+        open_at(tmp_path)
+
+
+def test_a_class_of_one_image_is_left_out_with_a_line(tmp_path) -> None:
+    split = open_folder(make(tmp_path, a=3, b=1, c=3))
+    assert split.train.labels == ("a", "c")
+    assert names(split.train) == [f"{label}/00{number}.jpg" for label in "ac" for number in range(3)]
+    assert split.notes == (f"{tmp_path}: left out, because there are fewer than two images: b; add some",)
+
+
+COMPOSED, DECOMPOSED = "\u00c4pfel", "A\u0308pfel"  # as Linux and macOS write the name
+
+
+def test_folders_whose_names_differ_only_in_their_encoding_are_one_class(tmp_path) -> None:
+    split = open_folder(make(tmp_path / "photos", **{COMPOSED: 3, DECOMPOSED: 2, "Birne": 2}))
+    assert split.train.labels == ("Birne", COMPOSED)
+    assert split.train.class_counts().tolist() == [2, 5]
+    assert split.notes == ()
+    parts = {f"train__{COMPOSED}": 2, "train__b": 2, f"val__{DECOMPOSED}": 2, "val__b": 1}
+    parts = open_folder(make(tmp_path / "parts", **parts))
+    assert parts.train.labels == parts.held_out.labels == ("b", COMPOSED)
+    images = open_evaluation_images(tmp_path / "photos", (DECOMPOSED, "Birne"))
+    assert images.labels == (DECOMPOSED, "Birne")
+    assert images.class_counts().tolist() == [5, 2]
+
+
+def test_the_images_of_a_split_do_not_depend_on_the_encoding_of_names(tmp_path) -> None:
+    held_out = [
+        {Path(name).name for name in names(open_at(make(tmp_path / str(place), **folders)).held_out)}
+        for place, folders in enumerate(({COMPOSED: 20, "b": 20}, {DECOMPOSED: 20, "b": 20}))
+    ]
+    assert held_out[0] == held_out[1]
+
+
+@pytest.mark.parametrize("other", ["Hat", "hat ", " hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"])
+def test_classes_that_are_easily_confused_are_named(tmp_path, other) -> None:
+    one, two = sorted([other, "hat"])
+    line = f"{one!r} and {two!r} are different classes; rename one if they are the same"
+    split = open_folder(make(tmp_path / "photos", **{other: 2, "hat": 2, "b": 2}))
+    assert split.notes == (f"{tmp_path}/photos: {line}",)
+    make(tmp_path / "parts", **{f"train__{other}": 2, "train__b": 2, "val__hat": 2, "val__b": 1})
+    with pytest.raises(DataError) as problem:
+        open_folder(tmp_path / "parts")
+    path = tmp_path / "parts" / "val"
+    assert (
+        str(problem.value)
+        == f"{path}: the class 'hat' is {other!r} in the training images; rename one of them"
+    )
+    with pytest.raises(DataError) as problem:
+        open_evaluation_images(tmp_path / "photos", ("b", "hat"))
+    assert line in str(problem.value)
+    make(tmp_path / "parts" / "val", hAT=1)
+    (tmp_path / "parts" / "val" / "hat").rename(tmp_path / "parts" / "val" / "haT")
+    with pytest.raises(DataError) as problem:
+        open_folder(tmp_path / "parts")
+    assert f"'hAT' and 'haT' is {other!r} in the training images" in str(problem.value)
+    lines: list[str] = []
+    open_evaluation_images(tmp_path / "photos", ("b", "hat"), other_classes=True, log=lines.append)
+    assert line in lines[0]
+
+
+def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
+    split = open_at(make(tmp_path / "x", a=20, b=20))
+    held = names(split.held_out)
+    assert names(open_at(tmp_path / "x").held_out) == held
+    assert names(open_at(make(tmp_path / "y", b=20, a=20)).held_out) == held
+    assert names(open_at(tmp_path / "x", seed=1).held_out) != held
+    assert len(open_at(tmp_path / "x", hold_out=0.5).held_out) > 2 * len(held)
+    assert not set(held) & set(names(split.train))
+
+
+BAD_FOLDERS = [
+    ({}, "holds no class folders and no labels.csv; sort the images into one subfolder per class"),
+    ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
+    (
+        {"in__a": 1, "in__b": 1},
+        "(in); a classifier needs at least two; if a, b are the classes, run: sopdeploy train --data ",
+    ),
+    ({"a": 3, "b": 0}, "b: no images in this class folder; add some"),
+    ({"a": 3, "b": 1}, "a classifier needs two classes of two images or more; add images of b"),
+    ({"train": 0}, "train: holds no class folders"),
+    ({"train__a": 2, "train__b": 2, "val__a": 1}, "val: training classes b are missing, add them"),
+    (
+        {"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 1, "val__c": 1, "val__d": 1},
+        "val: classes c, d are not training classes, remove them",
+    ),
+    ({"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 0}, "b: no images in this class folder"),
+    ({"val__a": 2, "val__b": 2}, "holds val but no train; put the training images there"),
+    ({"train__a": 2, "Training__a": 2}, "Training, train may all hold the training images; rename all but"),
+]
+
+
+@pytest.mark.parametrize(("counts", "message"), BAD_FOLDERS, ids=[m[:30] for _, m in BAD_FOLDERS])
+def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> None:
+    make(tmp_path, **counts)
+    with pytest.raises(DataError) as problem:
+        open_at(tmp_path)
+    assert message in str(problem.value)
+    assert str(tmp_path) in str(problem.value)
+    assert "\n" not in str(problem.value)
+
+
+def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
+    with pytest.raises(DataError, match="nowhere: no such folder; give a folder with one subfolder"):
+        open_at(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"data\.path: not set; give the folder of the data; try data"):
+        open_data(FolderConfig(kind="folder"))
+
+    def refuse(_path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="cannot be listed"):
+        open_at(tmp_path)
+
+
+PETS = {"cats": 3, "dogs": 3}
+
+
+def below(*parts: str) -> dict[str, int]:
+    """So many images of every pet, below each of the folders *parts*."""
+    return {f"{part.replace('/', '__')}__{name}": count for part in parts for name, count in PETS.items()}
+
+
+def open_logged(path: Path) -> tuple[Split, str]:
+    split = open_folder(path)
+    return split, "\n".join(split.notes)
+
+
+LAYOUTS = [
+    below("Training", "Validation"),
+    below("Train", "Val"),
+    below("seg_train/seg_train", "seg_test/seg_test"),
+    below("train-images", "dev"),
+    below("trainset", "testset"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_usual_names_of_parts_are_recognized_in_any_case(tmp_path, layout) -> None:
+    path = make(tmp_path / "photos", **layout)
+    split, log = open_logged(path)
+    assert (split.train.labels, len(split.train), len(split.held_out)) == (("cats", "dogs"), 6, 6)
+    assert log == ""
+    assert [part.count for part in check_data(path).parts] == [6, 6]
+    used: list[str] = []
+    assert len(open_evaluation_images(path, ("cats", "dogs"), log=used.append)) == 6
+    assert used[0].endswith(": the images in this folder are used")
+
+
+UNCLEAR = [
+    (
+        below("train", "val", "test") | {"extra__new": 2},
+        (6, 6),
+        "training uses train and val only, not test, extra",
+    ),
+    (PETS | {"test": 3}, (9, 0), "test counts as a class, because there is no folder train"),
+    ({"train": 3, "car": 3}, (6, 0), ""),
+    (below("train"), (6, 0), ""),
+    (
+        {"animals__cats": 3, "animals__dogs": 2, "plants": 3},
+        (8, 0),
+        "of several folders as a group each: animals/cats, animals/dogs; move these folders up if they are",
+    ),
+]
+
+
+@pytest.mark.parametrize(("counts", "sizes", "line"), UNCLEAR, ids=[line[:20] for *_, line in UNCLEAR])
+def test_folders_that_may_be_a_mistake_are_named(tmp_path, counts, sizes, line) -> None:
+    split, log = open_logged(make(tmp_path, **counts))
+    assert (len(split.train), len(split.held_out)) == sizes
+    assert line in log
+    assert log.count("\n") == 0
+    assert "\n".join(check_data(tmp_path).notes) == log
+
+
+TOO_HIGH = [  # folders, the one that was meant; "" if there is none
+    ({"images__rose": 3, "images__tulip": 3, "samples__rose": 1, "samples__tulip": 1}, "images"),
+    ({"images__rose": 3, "images__tulip": 3, "samples__rose": 1}, "images"),
+    ({"a__2024__rose": 1, "a__2024__tulip": 1, "b__2024__rose": 3, "b__2024__tulip": 3}, "b/2024"),
+    ({"photos__rose": 3, "photos__tulip": 3}, "photos"),
+    ({"in__photos__rose": 3, "in__photos__tulip": 3}, "in/photos"),
+    ({"my photos__train__rose": 3, "my photos__train__tulip": 3, "my photos__val__rose": 1}, "my photos"),
+    ({"photos__rose": 3, "photos__tulip": 3, "docs": 0}, "photos"),
+    ({"rose__1": 2, "rose__2": 2, "tulip__3": 2, "tulip__4": 2}, ""),  # objects
+    ({"rose": 2, "tulip__red": 2, "tulip__white": 2}, ""),
+    ({"rose__all": 2, "tulip__all": 2}, ""),
+    ({"photos__rose": 3}, ""),
+]
+
+
+@pytest.mark.parametrize(("counts", "meant"), TOO_HIGH, ids=str)
+def test_a_folder_one_level_too_high_is_named_with_the_command(tmp_path, counts, meant) -> None:
+    shown = CliRunner().invoke(app, ["data", "check", str(make(tmp_path, **counts))])
+    found = re.search(
+        r"if rose, tulip are the classes, run: sopdeploy train --data (.*?)(\. |$)", shown.output, re.M
+    )
+    assert (found is not None) == bool(meant), shown.output
+    if found is not None:
+        assert shlex.split(found[1])[0] == str(tmp_path / meant)
+        with pytest.raises(DataError, match="if rose, tulip are the classes, give "):
+            open_evaluation_images(tmp_path, ("rose", "tulip"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "shape"),
+    [(["cat", "dog", "cat", "dog"], (3,)), (["cat", "dog", "cat|dog", "dog"], (3, 2))],
+    ids=["one class each", "several classes"],
+)
+def test_a_table_with_one_class_per_image_makes_a_network_that_predicts_one(tmp_path, classes, shape) -> None:
+    make(tmp_path, images=4)
+    lines = [f"images/{number:03}.jpg,{name}" for number, name in enumerate(classes)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,classes", *lines]))
+    split, log = open_logged(tmp_path)
+    assert (split.train.labels, split.train.targets.ndim) == (("cat", "dog"), len(shape))
+    assert ("every image has one class, so the network predicts one" in log) == (len(shape) == 1)
+    if len(shape) == 1:
+        found = open_evaluation_images(tmp_path, ("dog", "cat"))
+        assert [found.labels[target] for target in found.targets] == classes
+        assert check_data(tmp_path).parts[0].classes == {"cat": 2, "dog": 2}
+
+
+def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> None:
+    folder = write_classes(tmp_path / "photos", ("a", "b"), 30)
+    for file in sorted(folder.rglob("*.jpg"))[:40]:
+        file.write_bytes(b"no image")
+    command = ["train", "--recipe", "digits-plain", "--set", "data.kind=folder", "--data", str(folder)]
+    shown = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "run"), "--json"])
+    assert shown.exit_code == 2
+    assert "40 images cannot be used" in shown.stderr
+    assert (shown.stderr.count(".jpg"), shown.stderr.count("not an image")) == (10, 1)
+    assert " and 30 more: this is not an image" in shown.stderr
+    assert len(json.loads(shown.stdout)["error"]["lists"]["images"]) == 40
+    checked = CliRunner().invoke(app, ["data", "check", str(folder)])
+    assert (checked.stderr.count(".jpg"), checked.stderr.count("not an image")) == (10, 1)
+    assert "and 30 more: this is not an image" in checked.stderr
+
+
+TABLES = {
+    "file,classes": ",", "filename,label": ",", "file;classes": ";", "sep=;\nfile;classes": ";",
+    "image\tlabel": "\t", '"sep=,"\r\nPath,Class': ",",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(("heading", "separator"), TABLES.items())
+def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
+    tmp_path, heading: str, separator: str, encoding: str
+) -> None:
+    make(tmp_path, **{"2026-01": 3, "2026-02": 3})
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*.jpg"))
+    rows = [separator.join((file, ("h\u00fcte", "kleid")[place % 2])) for place, file in enumerate(files)]
+    (tmp_path / "labels.csv").write_bytes("\n".join([heading, *rows]).encode(encoding))
+    split = open_folder(tmp_path)
+    assert split.train.labels == ("h\u00fcte", "kleid")
+    assert split.train.class_counts().tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("labels.csv", "id,date\n1,2026", "labels.csv: has the columns id, date"),
+        (
+            "labels.csv",
+            "id,file,classes\n1,2026-01/000.jpg,a",
+            "labels.csv: has the columns id, file, classes",
+        ),
+        ("labels.tsv", "file\tclasses", "labels.tsv: not read; save it as labels.csv"),
+        ("Labels.XLSX", "PK", "Labels.XLSX: not read; save it as labels.csv"),
+        ("Labels.csv", "file,classes", "Labels.csv: not read; save it as labels.csv"),
+        ("train/labels.csv", "file,classes\na/0.jpg,a", "train/labels.csv: not read here"),
+    ],
+)
+def test_a_table_beside_class_folders_that_is_not_read_is_an_error(
+    tmp_path, name: str, content: str, problem: str
+) -> None:
+    folders = {"train__a": 2, "train__b": 2} if "/" in name else {"2026-01": 2, "2026-02": 2}
+    make(tmp_path, **folders)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=problem.replace(".", r"\.")):
+        open_folder(tmp_path)
+
+
+ABOVE = "put the parts above the classes"
+AMBIGUOUS: dict[str, tuple[dict[str, int], str]] = {
+    "a class called train": (
+        {"train__steam": 2, "train__tram": 2, "bus": 2, "car": 2}, "train may be a class, as bus, car"
+    ),
+    "parts in classes": ({"rose__train": 2, "rose__test": 2, "lily__train": 2, "lily__test": 2}, ABOVE),
+    "parts in a class": ({"rose__Training": 2, "rose__valid": 2, "lily": 2}, f"{ABOVE}, such as Tr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("folders", "problem"), AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_folders_that_may_be_parts_or_classes_are_refused(
+    tmp_path, folders: dict[str, int], problem: str
+) -> None:
+    with pytest.raises(DataError, match=problem):
+        open_folder(make(tmp_path, **folders))
+
+
+def test_a_class_called_train_that_holds_no_folders_is_named(tmp_path) -> None:
+    split = open_folder(make(tmp_path, train=2, bus=2))
+    assert split.train.labels == ("bus", "train")
+    assert split.notes == (f"{tmp_path}: train counts as a class, because it holds no folders",)

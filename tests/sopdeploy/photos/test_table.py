@@ -1,0 +1,221 @@
+"""`labels.csv`: images with any number of classes, their split, and one line for everything that is wrong."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sopdeploy.errors import DataError
+from sopdeploy.photos import table
+from sopdeploy.photos.check import check_data
+from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.folder import open_evaluation_images, open_folder
+from sopdeploy.photos.split import choose_held_out, divide
+from tests.support.two_objects import CLASSES, draw_scenes
+
+GOOD = "file,classes\na.png,cat|dog\nb.png,\nsub/c.png, dog \n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    for number, name in enumerate(("a.png", "b.png", "sub/c.png", "d.png")):
+        Image.new("RGB", (40, 40), (50 * number, 9, 9)).save(tmp_path / name)
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "labels.csv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def rows(folder: Path, labels: tuple[str, ...] = ("cat", "dog")) -> dict[str, list[float]]:
+    images = open_evaluation_images(folder, labels, multi_label=True)
+    return {str(images.path(i).relative_to(folder)): images.target(i).tolist() for i in range(len(images))}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "\ufeff" + GOOD.replace("\n", "\r\n"),
+        'classes,file\n"cat|dog",./a.png\n\n,b.png\ndog,sub/c.png\n',
+        'file, Classes \na.png, "cat|dog"\nb.png, \nsub\\c.png, dog\n',
+    ],
+)
+def test_targets_have_a_one_for_every_class_of_an_image(folder: Path, text: str) -> None:
+    assert rows(write(folder, text)) == {"a.png": [1, 1], "b.png": [0, 0], "sub/c.png": [0, 1]}
+
+
+COMPOSED, DECOMPOSED = "\u00c4pfel", "A\u0308pfel"  # as Linux and macOS write the name
+
+
+@pytest.mark.parametrize("listed", [COMPOSED, DECOMPOSED])
+@pytest.mark.parametrize("on_disk", [COMPOSED, DECOMPOSED])
+def test_a_table_finds_files_and_classes_in_any_encoding(folder: Path, listed: str, on_disk: str) -> None:
+    (folder / on_disk).mkdir()
+    shutil.copy(folder / "a.png", folder / on_disk / f"{on_disk}.png")
+    write(folder, f"file,classes\nb.png,{COMPOSED}\n{listed}/{listed}.png,{DECOMPOSED}|dog\nd.png,dog\n")
+    found = rows(folder, (on_disk, "dog"))
+    assert found == {"b.png": [1, 0], f"{on_disk}/{on_disk}.png": [1, 1], "d.png": [0, 1]}
+    assert check_data(folder).parts[0].classes == {"dog": 2, COMPOSED: 2}
+
+
+def test_a_file_that_two_rows_name_differently_is_listed_twice(folder: Path) -> None:
+    (folder / f"{DECOMPOSED}.png").write_bytes((folder / "a.png").read_bytes())
+    for pair in ((f"{COMPOSED}.png", f"{DECOMPOSED}.png"), ("sub/c.png", "sub\\c.png")):
+        with pytest.raises(DataError, match=r"line 3: .* is listed in line 2, too"):
+            open_folder(write(folder, f"file,classes\n{pair[0]},cat\n{pair[1]},dog\n"))
+
+
+def test_a_backslash_in_the_name_of_a_file_is_read_as_it_is(folder: Path) -> None:
+    shutil.copy(folder / "a.png", folder / "sub\\c.png")
+    assert list(rows(write(folder, "file,classes\nsub\\c.png,cat\nsub/c.png,dog\n"))) == [
+        "sub\\c.png",
+        "sub/c.png",
+    ]
+
+
+def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> None:
+    table = "file,classes\na.png,Hat\nb.png,hat\nsub/c.png,red  cat\nd.png,red cat\n"
+    notes = check_data(write(folder, table)).notes
+    assert (
+        f"{folder}/labels.csv: 'Hat' and 'hat' are different classes; rename one if they are the same"
+        in notes
+    )
+    assert any("'red  cat' and 'red cat'" in note for note in notes)
+    with pytest.raises(DataError, match=r"remove them \('Hat' and 'hat' are different classes; rename one"):
+        open_evaluation_images(folder, ("hat", "red cat", "red  cat"), multi_label=True)
+
+
+PROBLEMS = {
+    "file,classes\n": "lists no images",
+    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is listed in line 2, too",
+    "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\n": "line 3: x.png does not exist, and 1 more files",
+    "file,classes\n..\\a.png,cat\n": "line 2: '..\\\\\\\\a.png' is not the path of an image, relative to",
+    "file,classes\n../a.png,cat\n": "line 2: '../a.png' is not the path of an image, relative to",
+    "file,classes\nsub,cat\n": "line 2: 'sub' is not the path of an image",
+    "file,classes\na.png,cat||dog\n": "line 2: 'cat||dog' has an empty class name",
+    "file,classes\na.png,cat,dog\n": "line 2: does not have 2 columns",
+    "file,classes\na.png,cat\nb.png,\n": r"has fewer than two classes \(cat\)",
+    "file,classes,split\na.png,cat|dog,test\n": "line 2: split is 'test'; write train or val",
+    "file,classes,split\na.png,cat|dog,train\n": "no image of split val has a class",
+    "file,classes,split\na.png,cat,train\nb.png,dog,val\n": "no training image of dog",
+    GOOD: "a classifier needs two classes of two images or more; add images of cat",
+}
+
+
+@pytest.mark.parametrize("text", PROBLEMS)
+def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> None:
+    path = write(folder, text)
+    with pytest.raises(DataError, match=f"{path}(/labels.csv)?: {PROBLEMS[text]}") as caught:
+        open_folder(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> None:
+    for content in (b"file,classes\n\xff.png,a\n", b'file,classes\n"a.png,cat\n'):
+        (folder / "labels.csv").write_bytes(content)
+        with pytest.raises(DataError, match=r"labels\.csv: cannot be read .*; write a CSV file in UTF-8"):
+            open_folder(folder)
+
+
+TABLE = "file,classes\r\na.png,Ä|dog\r\nb.png,\r\nsub/c.png,dog\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_the_encoding_of_a_table_is_that_of_its_byte_order_mark(folder: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding in {"utf-16-le", "utf-16-be"} else ""
+    (folder / "labels.csv").write_bytes((mark + TABLE).encode(encoding))
+    assert rows(folder, ("Ä", "dog")) == {"a.png": [1, 1], "b.png": [0, 0], "sub/c.png": [0, 1]}
+
+
+# What is at the place of `labels.csv` beside class folders, and what the error says.
+NO_TABLES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.touch(), "is empty; list the images and their classes in it, or remove it"),
+    "blank": (lambda path: path.write_text("\ufeff \n\n", "utf-8"), "is empty"),
+    "a pipe": (os.mkfifo, r"cannot be read \(not a regular file\); replace it by a CSV file, or remove it"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), r"cannot be read \(not a regular file\)"),
+    "a broken link": (lambda path: path.symlink_to("nowhere"), r"cannot be read \(No such file"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), r"cannot be read \(Too many levels"),
+    "UTF-16 without a mark": (
+        lambda path: path.write_text(GOOD, "utf-16-le"), r"cannot be read \(it has null characters, .*UTF-8"
+    ),
+    "half a character": (lambda path: path.write_bytes(b"\xff\xfef"), r"cannot be read \(.*; write a CSV"),
+    "no text": (lambda path: path.write_bytes(bytes(range(255, 0, -1))), r"cannot be read \(.*; write a CSV"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), NO_TABLES.values(), ids=NO_TABLES)
+def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, message: str) -> None:
+    for label in ("cat", "dog"):
+        (folder / label).mkdir()
+        for name in ("a.png", "d.png"):
+            shutil.copy(folder / name, folder / label / name)
+    make(folder / "labels.csv")
+    for read in (open_folder, check_data, lambda path: open_evaluation_images(path, ("cat", "dog"))):
+        with pytest.raises(DataError, match=rf"labels\.csv: {message}") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_table_without_end_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "MAX_TABLE_BYTES", len(GOOD) - 1)
+    with pytest.raises(DataError, match=r"labels\.csv: larger than \d+ bytes"):
+        open_folder(write(folder, GOOD))
+
+
+def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"line 2: has no class or several, but the network predicts one"):
+        open_evaluation_images(write(folder, GOOD), ("cat", "dog"))
+    with pytest.raises(DataError, match="dog are not classes of the network"):
+        open_evaluation_images(folder, ("cat", "cow"), multi_label=True)
+    with pytest.raises(DataError, match=r"holds no class folders and no labels\.csv"):
+        open_evaluation_images(folder / "sub", ("cat", "dog"), multi_label=True)
+
+
+def test_a_table_of_other_columns_next_to_class_folders_is_an_error(folder: Path) -> None:
+    for label in ("cat", "dog"):
+        (folder / label).mkdir()
+        for name in ("a.png", "d.png"):
+            shutil.copy(folder / name, folder / label / name)
+    shutil.rmtree(folder / "sub")
+    with pytest.raises(DataError, match=r"name, breed; .*or rename the file if the folders are the classes"):
+        open_folder(write(folder, "name,breed\na,b\n"))
+
+
+def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> None:
+    scenes = draw_scenes(tmp_path / "scenes", count=60)
+    opened = open_folder(scenes)
+    split, again = (
+        divide(opened, choose_held_out(opened.train, group_photographs(opened.train).groups, 0.2, 0))
+        for _ in range(2)
+    )
+    assert split.train.labels == CLASSES
+    assert len(split.train) + len(split.held_out) == 60
+    held = split.held_out.targets.sum(axis=0)
+    total = split.train.targets.sum(axis=0) + held
+    assert (np.abs(held - 0.2 * total) <= 3).all()
+    assert (split.held_out.paths == again.held_out.paths).all()
+    lines = (scenes / "labels.csv").read_text().splitlines()
+    parts = ["split", *["val"] * 20, *["train"] * 40]
+    write(scenes, "\n".join(f"{line},{part}" for line, part in zip(lines, parts, strict=True)))
+    split = open_folder(scenes)
+    assert [len(split.train), len(split.held_out)] == [40, 20]
+    assert len(open_evaluation_images(scenes, CLASSES, multi_label=True)) == 20
+
+
+def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: Path) -> None:
+    (folder / "sub" / "c.png").write_bytes(b"no image")
+    found = json.loads(check_data(write(folder, GOOD)).model_dump_json())
+    assert [(part["name"], part["count"], part["classes"]) for part in found["parts"]] == [
+        ("all", 3, {"cat": 1, "dog": 2})
+    ]
+    assert found["notes"] == [f"not listed in labels.csv: 1 image: {folder / 'd.png'}"]
+    assert "sub/c.png: this is not an image" in found["unreadable"][0]
+    assert "cat: only one image" in found["too_few"][0]

@@ -1,0 +1,108 @@
+"""The page about a run: self-contained, escaped, and equal to the recorded metrics."""
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
+from sopdeploy.evaluation.metrics import classification_report
+from sopdeploy.html.plots import plot
+from sopdeploy.training.recipe import Recipe, read_recipe
+from tests.sopdeploy.training.runs import short_recipe, train_with_page
+from tests.support.pages import ALLOWED, Reader, charts
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def page_of(recipe: Recipe, folder: Path) -> str:
+    """Train *recipe* and return the page about the run."""
+    return (train_with_page(recipe, folder).out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def run(few_digits: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "dsop"
+    train_with_page(short_recipe(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
+    reader = Reader(page)
+    assert page.startswith("<!DOCTYPE html>")
+    assert {name for name, _ in reader.met} <= ALLOWED
+    images = [found for name, found in reader.met if name == "img"]
+    assert all(re.match("data:image/(jpeg|svg.xml);base64,", image["src"] or "") for image in images)
+    assert all(image.get("alt") for image in images)
+    assert not re.search(r"https?://|url\(|@import|<script", page)
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+
+
+def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(run: Path, page: str) -> None:
+    texts = [text for _, text in Reader(page).texts]
+    stored = read_checkpoint(run / "best.pt")
+    top1 = stored.training["metrics"]["top1"]
+    assert any(text.startswith(f"Top-1 {100 * top1:.1f}\N{NO-BREAK SPACE}%") for text in texts)
+    assert f"{stored.training['epoch']} of 3" in texts
+    assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(texts)
+    curves = charts(page)["top-1 on held-out images."]
+    assert all(f">{head}<" in curves for head in ("layer1_0", "layer2_0", "layer3_0", "main", "deployed"))
+    assert not re.search(r">\d+\.\d+<", curves.partition('id="matplotlib.axis_2"')[0]), "half an epoch"
+    assert '<td class="number zero"><bdi>0</bdi></td>' in page
+    photographs = [found for name, found in Reader(page).met if "image/jpeg" in (found.get("src") or "")]
+    assert 0 < len(photographs) <= 24
+    image = Image.open(io.BytesIO(base64.b64decode((photographs[0]["src"] or "").partition(",")[2])))
+    assert (image.format, max(image.size) <= 128) == ("JPEG", True)
+    confidences = [float(re.findall(r"\(([\d.]+)", found["alt"] or "")[1]) for found in photographs]
+    assert confidences == sorted(confidences, reverse=True)
+
+
+def test_a_resumed_run_writes_an_equal_page(run: Path, page: str, few_digits: None) -> None:
+    train_with_page(short_recipe(), run, resume=True)
+    assert (run / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path: Path) -> None:
+    """Comments of the files, which may tell where or by whom, are not part of the page."""
+    data, rng, text = tmp_path / "photos", np.random.default_rng(0), PngImagePlugin.PngInfo()
+    text.add_text("comment", "SECRET")
+    for part in ("train", "val"):
+        for label in ("ant", HOSTILE.replace("/", "\N{DIVISION SLASH}")):
+            (data / part / label).mkdir(parents=True)
+            for number in range(4):
+                pixels = rng.integers(0, 256, (12, 14, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / part / label / f"{number}.png", pnginfo=text)
+    settings = ["epochs=1", "batch_size=4", "preprocess.resize=8", "preprocess.crop=8", f"data.path={data}"]
+    settings += ["model.name=dsop-resnet8", "model.config.base_width=2"]
+    page = page_of(read_recipe("photos-dsop", settings), tmp_path / "run")
+    Reader(page)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    found = score_checkpoint(tmp_path / "run" / "best.pt", data)
+    assert f"log loss {classification_report(found.labels, found.predictions).log_loss:.4f}" in page
+    wrong = [score for score in found.predictions if not score.correct]
+    assert len(re.findall(r": <bdi>[^<]+/[0-3]\.png</bdi></figcaption>", page)) == len(wrong) > 0
+    photographs = re.findall(r"image/jpeg;base64,([^\"]+)", page)
+    assert not any(b"SECRET" in base64.b64decode(photograph) for photograph in photographs)
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>", "$x^2$", "_hidden", "\N{RIGHT-TO-LEFT OVERRIDE}a", "\x1b[1m", "漢"]
+)
+def test_charts_show_every_text_as_it_is(text: str) -> None:
+    image = plot({text: [(0, 1), (1, 3)]}, text, "y")
+    drawn = base64.b64decode(image.partition(",")[2]).decode("utf-8")
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    assert Reader(drawn).text_in("text").count(shown) == 2
+    assert image == plot({text: [(0, 1), (1, 3)]}, text, "y")

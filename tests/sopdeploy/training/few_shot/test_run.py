@@ -1,0 +1,737 @@
+"""The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from scipy.special import log_softmax
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
+
+from sopdeploy import checkpoint
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.data.sources import open_data
+from sopdeploy.decision import softmax
+from sopdeploy.errors import DataError
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
+from sopdeploy.evaluation.decision_fit import fit_decision
+from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
+from sopdeploy.models import registry, second_order_head
+from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
+from sopdeploy.photos.photo import ArrayImages, ImageFiles
+from sopdeploy.report.wrong_labels import list_wrong_labels
+from sopdeploy.training import start_weights
+from sopdeploy.training.callback import Callback, ExpectedTime
+from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.few_shot.classifier import (
+    SHRINKAGE,
+    Problem,
+    Scaling,
+    Space,
+    Targets,
+    estimate,
+    unit_length,
+)
+from sopdeploy.training.few_shot.features import Features
+from sopdeploy.training.few_shot.run import select_typical
+from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
+from sopdeploy.training.results import read_result
+from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import FEW_IMAGES, divide_images, select_procedure, start_run
+from sopdeploy.training.train import train_recipe
+from sopdeploy_commands.app import app
+from sopdeploy_commands.training.train import train
+from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
+
+FEW_SHOT = ["procedure.kind=few_shot"]
+
+
+def blobs(count: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Draw features (count, 24) of *classes* overlapping clusters, and their classes."""
+    random, targets = np.random.default_rng(0), np.arange(count) % classes
+    means = 0.7 * random.normal(size=(classes, 24))
+    return means[targets] + random.normal(size=(count, 24)), targets
+
+
+def softmax_targets(classes: np.ndarray, count: int = 4) -> Targets:
+    """Build targets of one class per image."""
+    return Targets(np.eye(count)[classes], classes, "softmax")
+
+
+def problem_of(parts: list[np.ndarray], targets: Targets, spanning: int | None = None) -> Problem:
+    """Build the problem of the vectors with *parts*, in the span of the first *spanning* ones."""
+    space = Space.of([part[:spanning] for part in parts])
+    return Problem(space, space.project(np.concatenate(parts, axis=1)), unit_length(parts[0]), targets)
+
+
+UNSCALED = Scaling(temperature=1.0, exponent=0.0)
+
+
+def scaled_inputs(parts: list[np.ndarray]) -> np.ndarray:
+    """Center and scale *parts* (N, D_i) as `Space.of` describes, and join them."""
+    centered = [part - part.mean(axis=0) for part in parts]
+    return np.concatenate([part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in centered], axis=1)
+
+
+def test_sums_do_not_depend_on_how_many_images_are_added_at_once(monkeypatch: pytest.MonkeyPatch):
+    features, classes = blobs()
+    found = []
+    for rows in (4096, 7):
+        monkeypatch.setattr("sopdeploy.training.few_shot.classifier.ROWS", rows)
+        problem = problem_of([features], softmax_targets(classes))
+        found.append((problem.cosines(np.arange(40) % 5), problem.fit_all(UNSCALED).weight))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [40, 12])
+def test_the_head_is_scikit_learns_discriminant_and_equals_its_linear_layer(count: int):
+    features, classes = blobs(count)
+    parts = [features[:, :10], features[:, 10:]]
+    problem = problem_of(parts, softmax_targets(classes))
+    head = problem.fit_all(UNSCALED)
+    equal = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=[1 / 4] * 4)
+    basis = np.linalg.qr(scaled_inputs(parts).T)[0]
+    inputs = scaled_inputs(parts) @ basis
+    expected = equal.fit(inputs, classes).decision_function(inputs)
+    found = features @ head.weight.T + head.bias
+    assert found.argmax(axis=1).tolist() == expected.argmax(axis=1).tolist()
+    centered = [logits - logits.mean(axis=1, keepdims=True) for logits in (found, expected)]
+    assert np.corrcoef(centered[0].ravel(), centered[1].ravel())[0, 1] > 0.99
+
+
+def test_several_classes_per_image_have_a_discriminant_each():
+    features, classes = blobs(40)
+    shown = np.eye(4)[classes] + np.eye(4)[(classes + 1) % 4]
+    targets = replace(softmax_targets(classes), classes=shown, activation="sigmoid")
+    head = problem_of([features], targets).fit_all(UNSCALED)
+    inputs = scaled_inputs([features])
+    ridge = SHRINKAGE * np.trace(inputs.T @ inputs) / inputs.shape[1] / (1 - SHRINKAGE)
+    for row, column in zip(head.weight, shown.T, strict=True):
+        # The discriminant of two classes has the direction of a ridge regression of their indicator.
+        expected = Ridge(alpha=ridge).fit(inputs, column).coef_
+        direction = row * np.sqrt(np.square(features - features.mean(axis=0)).sum(axis=1).mean())
+        assert direction / np.linalg.norm(direction) == pytest.approx(expected / np.linalg.norm(expected))
+    assert (((features @ head.weight.T + head.bias) > 0) == (shown > 0)).mean() > 0.9
+
+
+@pytest.mark.parametrize("classes", [[0, 1, 0, 1], [2, 2, 2, 2], [0, 1, 2, 2]])
+def test_a_class_without_images_is_never_the_answer(classes: list[int]):
+    features = blobs(4)[0]
+    head = problem_of([features], softmax_targets(np.asarray(classes))).fit_all(UNSCALED)
+    assert (features @ head.weight.T + head.bias).argmax(axis=1).tolist() == classes
+
+
+def test_labels_without_relation_to_the_images_are_estimated_at_chance():
+    random, classes = np.random.default_rng(1), np.arange(60) % 4
+    targets = softmax_targets(classes)
+    assigned = targets.folds([str(number) for number in range(60)], 5, 0)
+    problem = problem_of([random.normal(size=(60, 30))], targets)
+    scores = problem.cross_validate(assigned)
+    assert (scores.argmax(axis=1) == classes).mean() < 0.45
+    scaling = Scaling.fit(scores[None], targets)
+    assert targets.losses(problem.scale_scores(scores, scaling)).mean() < np.log(4) + 0.05
+
+
+def test_the_temperature_is_finite_where_all_are_right_and_follows_the_errors():
+    random, classes = np.random.default_rng(0), np.arange(80) % 4
+    targets, right = softmax_targets(classes), 30 * np.eye(4)[classes]
+    sure = Scaling.fit(right[None], targets)
+    assert 1 < sure.temperature < 30
+    probabilities = softmax(right / sure.temperature)[np.arange(80), classes]
+    assert probabilities == pytest.approx(1 - 1 / 82, abs=1e-3)
+    unsure = Scaling.fit((right + 30 * random.normal(size=(80, 4)))[None], targets)
+    assert unsure.temperature > 2 * sure.temperature
+    assert sure.exponent == unsure.exponent == 0  # the classes are equally large
+
+
+def test_a_class_of_few_images_is_recognized_as_well_as_the_others():
+    features, classes = blobs(4000)
+    kept = np.concatenate(
+        [np.flatnonzero(classes == label)[:count] for label, count in enumerate((5, 40, 40, 40))]
+    )
+    targets = softmax_targets(classes[kept])
+    problem = problem_of([features[kept]], targets)
+    folds = targets.folds(list(map(str, kept)), 10, 0)
+    scaling = Scaling.fit(problem.cross_validate(folds)[None], targets)
+    assert scaling.exponent < 0
+    losses = []
+    for one in (scaling, scaling._replace(exponent=0.0)):
+        head = problem.fit_all(one)
+        losses.append(softmax_targets(classes).losses(features @ head.weight.T + head.bias).mean())
+    assert losses[0] < losses[1]
+
+
+def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
+    classes = np.asarray([0] * 10 + [1] * 5)
+    keys = [f"a{number}" for number in range(9)] + ["a8"] + [f"b{number}" for number in range(5)]
+    folds = softmax_targets(classes, 2).folds(keys, 5, seed=3)
+    assert folds[8] == folds[9]
+    assert sorted(np.bincount(folds[10:], minlength=5)) == [1] * 5
+    assert max(np.bincount(folds[:10])) <= 3
+
+
+@pytest.mark.parametrize(
+    ("classes", "keys", "at_most", "seed", "expected"),
+    [  # few copies, many, groups of one class; small classes; three groups; 20 folds
+        (
+            "1001100101021202120020122011202111121100",
+            "riynZVQiEhdgvXdeyXRmAqTZPspaezVIxhAzOwjd",
+            10,
+            0,
+            "6400373412645160012773132547057312756526",
+        ),
+        (
+            "3231031132002233331330222003311130011201",
+            "gcmlhnilmlehhneqsankrhkambjstbcmhckajsgc",
+            5,
+            3,
+            "2342000242300032110200214411343403211123",
+        ),
+        (
+            "0000001111010011001001010011010111000001",
+            "liljchffefifilbbihakdecaldfbcedagahckida",
+            10,
+            2**40 + 1,
+            "0103322232121044120243300424334010232140",
+        ),
+        ("045210430124", "SpEBoZtARwhJ", 10, 5, "132760985401"),
+        (
+            "110010000110110011111110000000",
+            "baaaacbbaccbcbcbcaaccabcacabaa",
+            10,
+            1,
+            "200001220112121210011021010200",
+        ),
+        (
+            "3234430004141224344032434230213201413312",
+            "aAuhawcudgmhgtpqDgnexwcACzkvjjzynwDumskl",
+            20,
+            8,
+            "5310502101201322413430234055440130412255",
+        ),
+    ],
+)
+def test_the_folds_of_a_run_do_not_change_with_versions(
+    classes: str, keys: str, at_most: int, seed: int, expected: str
+):
+    strata = np.asarray([int(digit) for digit in classes])
+    folds = softmax_targets(strata, int(strata.max()) + 1).folds(list(keys), at_most, seed)
+    assert "".join(map(str, folds)) == expected
+
+
+def test_a_class_of_two_images_does_not_halve_the_images_of_all_heads():
+    classes = np.asarray([*np.repeat([0, 1, 2], 20), 3, 3])
+    folds = softmax_targets(classes).folds(list(map(str, range(62))), 10, seed=3)
+    assert len(set(folds)) == 10
+    assert folds[60] != folds[61]
+
+
+def test_every_fold_has_one_image_of_each_class_if_these_are_few():
+    classes = np.arange(40) % 4
+    keys = [str(number // 2) for number in range(40)]  # pairs of copies, of two classes
+    for targets, expected in ((softmax_targets(classes % 2, 2), 10), (softmax_targets(np.arange(20) % 4), 5)):
+        folds = targets.folds(
+            keys[: len(targets.classes)] if expected == 10 else list(map(str, range(20))), 10, 0
+        )
+        assert len(set(folds)) == expected
+        counts = np.stack([targets.classes[folds == fold].sum(axis=0) for fold in range(expected)])
+        assert (counts == counts[0]).all()
+
+
+def test_heads_without_doubted_labels_separate_wrong_labels_better():
+    features, classes = blobs(80)
+    wrong = np.arange(80) % 10 == 0
+    labels = np.where(wrong, (classes + 1) % 4, classes)
+    targets = softmax_targets(labels)
+    problem, folds = problem_of([features], targets), targets.folds(list(map(str, range(80))), 10, 0)
+    scores = problem.cross_validate(folds)
+    scaling = Scaling.fit(scores[None], targets)
+    first = problem.scale_scores(scores, scaling)
+    second = problem.doubt_labels(first, folds, scaling)
+    before, after = (-log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second))
+    assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.02
+    sure = 9.0 * np.eye(4)[labels]
+    assert problem.doubt_labels(sure, folds, scaling) is sure
+    none_left = problem.doubt_labels(-sure, folds, scaling)  # all are doubted: no image is left to fit
+    assert np.ptp(none_left, axis=0) == pytest.approx(0)
+
+
+def test_improbable_labels_are_listed_the_least_probable_first():
+    wrong = [[0.02, 0.97, 0.01], [0.93, 0.01, 0.06]]
+    right = [[0.95, 0.03, 0.02], [0.4, 0.11, 0.49], [0.05, 0.9, 0.05], [0.05, 0.05, 0.9], [0.9, 0.05, 0.05]]
+    probabilities, classes = np.asarray(wrong + right), np.asarray([0, 2, 0, 1, 1, 2, 0])
+    images = ArrayImages(("a", "b", "c"), np.zeros((7, 2, 2, 3), np.uint8), classes)
+    listed = list_wrong_labels(np.log(probabilities), images)
+    assert [(index, one.label, one.suggested) for index, one in listed] == [(0, "a", "b"), (1, "c", "a")]
+    assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.06])
+
+
+def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(tmp_path: Path, monkeypatch):
+    photos, first, calls = paint(tmp_path / "photos", 17), Problem.cosines, []
+
+    def with_larger_cosines(problem: Problem, folds: np.ndarray) -> np.ndarray:
+        calls.append(folds)
+        return first(problem, folds if len(calls) < 3 else calls[1]) + 3 * (len(calls) > 2)
+
+    monkeypatch.setattr(Problem, "cosines", with_larger_cosines)
+    recipe = read_recipe("photos", [f"data.path={photos}", *SMALL, *FEW_SHOT])
+    found = []
+    for limit in (0, 200):
+        monkeypatch.setattr("sopdeploy.training.few_shot.run.FEW_GROUPS", limit)
+        last = train_recipe(recipe, tmp_path / str(limit)).last
+        found.append(read_checkpoint(last).resume["procedure"]["out_of_fold"].numpy())
+    once, mean = (np.logaddexp.reduce(logits, axis=1) for logits in found)
+    assert len(calls) == 1 + 3
+    assert not np.array_equal(calls[1], calls[2])
+    assert (once <= 1).all()
+    assert mean == pytest.approx(once + (0 + 3 + 3) / 3)
+
+
+def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
+    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 17)}"])
+    stages: list[str] = []
+
+    class Stages(Callback):
+        def on_stage(self, *, name: str, done: int, total: int) -> None:
+            stages.append(name)
+            assert 0 <= done <= total
+
+    result = train_with_page(recipe, tmp_path / "run", callback=Stages())
+    found = result.procedure
+    assert (result.train_count, result.held_out_count) == (51, 0)
+    assert found.estimated_on == "cross-validation"
+    assert found.class_counts == dict.fromkeys(COLORS, 17)
+    assert found.top1.count == 51
+    assert found.top1.low < found.top1.share <= 1
+    assert found.top1.share > 0.8
+    assert found.head.startswith("dsop-resnet8 gap+isqrt of ")
+    assert "interval" in found.lines()[-1]
+    assert any(line.startswith(f"classifier: {found.head}, ") for line in found.lines())
+    assert list(dict.fromkeys(stages)) == [
+        "features of dsop-resnet8",
+        "cross-validation",
+    ]
+    checkpoint = read_checkpoint(result.best)
+    assert checkpoint.training["procedure"]["top1"]["count"] == 51
+    assert checkpoint.model == result.model == "head:resnet8"
+    before = found.model_dump(mode="json", exclude={"temperature"}) | {"strength": 30.0}
+    assert read_result({"procedure": before}).top1 == found.top1  # of a version with a logistic regression
+    test = paint(tmp_path / "test", 5, seed=1)
+    scores = score_checkpoint(result.best, test).predictions
+    assert np.mean([score.correct for score in scores]) > 0.8
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "cross-validated" in page
+    rows = dict(checkpoint.decision.rows())
+    assert "(95 % interval " in rows["unknown images"]
+    assert rows["log loss"].endswith("images")
+    command = ["data", "check", str(tmp_path / "photos"), "--wrong-labels", str(tmp_path / "run")]
+    shown = CliRunner().invoke(app, [*command, "--json"])
+    listed = json.loads(shown.stdout)
+    assert ("Probably wrong labels" in page) == bool(listed)
+    assert all(one["probability_suggested"] > one["probability"] for one in listed)
+    assert CliRunner().invoke(app, command).exit_code == 0
+    callback = RecordingCallback()
+    again = train_recipe(recipe, tmp_path / "run", resume=True, callback=callback)
+    assert not any("resumed" in values.get("message", "") for _, values in callback.events)
+    assert again.procedure == found
+    after = read_checkpoint(result.best)
+    (tmp_path / "photos" / "red" / "0.png").rename(tmp_path / "photos" / "red" / "z.png")  # another order
+    changed = CliRunner().invoke(app, command)
+    assert (changed.exit_code, changed.stdout) == (2, "")
+    assert "the images have changed since the run" in changed.stderr
+    assert (after.training, after.decision) == (checkpoint.training, checkpoint.decision)
+    assert all(torch.equal(after.weights[name], checkpoint.weights[name]) for name in checkpoint.weights)
+
+
+def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds():
+    random, classes = np.random.default_rng(0), np.arange(60) % 3
+    logits = 2 * np.eye(3)[classes] + random.normal(size=(60, 3))
+    copied = softmax_targets(np.tile(classes, 3), 3)
+    groups, one_hot = np.tile(np.arange(60), 3), np.eye(3)[classes]
+    single, several = (
+        estimate(one_hot, "softmax", logits, 0, np.arange(60)),
+        estimate(np.tile(one_hot, (3, 1)), "softmax", np.tile(logits, (3, 1)), 0, groups),
+    )
+    assert (several.low, several.high) == pytest.approx((single.low, single.high))
+    assert several.count == 180
+    expected = fit_decision(logits, classes, estimated_on="cross-validation")
+    assert expected.rejection is not None
+    found = fit_decision(
+        np.tile(logits, (3, 1)), np.tile(classes, 3), estimated_on="cross-validation", groups=groups
+    )
+    assert found == expected
+    copies = np.tile(random.normal(size=60), 3)
+    mean = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0, groups)
+    narrower = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0)
+    assert mean.high - mean.low > narrower.high - narrower.low
+
+
+def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: Path, monkeypatch):
+    root, each = paint(tmp_path / "photos", 6), 7
+    for color in COLORS:
+        Image.open(root / color / "0.png").resize((48, 40)).save(root / color / "copy.png")
+    first = each * np.arange(len(COLORS))
+    found = NearDuplicates(np.stack([first, first + each - 1]), np.arange(each * len(COLORS)) < each)
+    monkeypatch.setattr(Features, "find_copies", lambda *_: found)
+    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    judged = read_checkpoint(result.last).resume["procedure"]["judged"].tolist()
+    assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
+    assert result.procedure.top1.count == len(judged)
+    assert result.procedure.alike == (sorted(COLORS)[0],)
+    alike = f"the images of {sorted(COLORS)[0]} resemble each other as frames of one clip do"
+    assert alike in "\n".join(result.procedure.lines())
+
+
+@pytest.mark.parametrize("pattern", ["", "^clip"])
+def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
+    tmp_path: Path, monkeypatch, pattern: str
+):
+    root, frames = paint(tmp_path / "photos", 12), 4
+    objects = np.arange(12 * len(COLORS)) // frames
+    vectors = np.eye(objects.max() + 1, 64, dtype=np.float32)[objects]
+    found = NearDuplicates(NO_PAIRS, np.zeros(len(objects), np.bool_), vectors)
+    monkeypatch.setattr(Features, "find_copies", lambda *_: found)
+    for number in range(12):  # sorted as the frames are
+        for color in COLORS:
+            (root / color / f"{number}.png").rename(
+                root / color / f"clip{number // frames}_{number % frames}.png"
+            )
+    settings = [*SMALL, *FEW_SHOT, f"data.path={root}", f"data.groups={pattern}"]
+    result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
+    if pattern:
+        assert (result.num_groups, result.clip) == (len(COLORS), ())  # all names of a class begin alike
+    else:
+        assert (result.num_groups, len(result.clip)) == (3 * len(COLORS), 2)
+        assert "are frames of one clip, or show one object" in "\n".join(result.lines())
+
+
+def kept_names(count: int, first: int = 0) -> list[bytes]:
+    """Name *count* photographs as a server does that keeps them."""
+    return [f"{first + number:032x}.jpg".encode() for number in range(count)]
+
+
+# Own photographs of each of two classes, kept ones of each, those of a new class, and the judged ones.
+SELECTED = {
+    "no kept photographs": ((12, 12), (0, 0), 0, 24),
+    "kept photographs are atypical": ((12, 12), (5, 3), 0, 24),
+    "those of a new class are judged": ((12, 12), (5, 3), 9, 33),
+    "too few others for a threshold": ((8, 8), (5, 3), 0, 24),
+}
+
+
+@pytest.mark.parametrize(("own", "kept", "of_new_class", "judged"), SELECTED.values(), ids=SELECTED)
+def test_photographs_that_a_server_selected_are_not_judged(own, kept, of_new_class: int, judged: int):
+    paths, targets = [], []
+    for target, (num_own, num_kept) in enumerate(zip((*own, 0), (*kept, of_new_class), strict=True)):
+        names = [f"{target}-{number}.jpg".encode() for number in range(num_own)]
+        paths += [f"{target}/".encode() + name for name in (*names, *kept_names(num_kept, 100 * target))]
+        targets += [target] * (num_own + num_kept)
+    images = ImageFiles(Path(), ("a", "b", "c"), np.asarray(paths), np.asarray(targets))
+    assert select_typical(images).sum() == judged
+
+
+def test_the_threshold_and_the_accuracy_are_those_of_photographs_that_no_server_selected(tmp_path: Path):
+    root = paint(tmp_path / "photos", 12)
+    paint(tmp_path / "others", 2, seed=7)
+    for number, color in enumerate(COLORS):
+        for name, path in zip(
+            kept_names(2, 2 * number), sorted((tmp_path / "others" / color).iterdir()), strict=True
+        ):
+            Image.open(path).convert("RGB").save(root / color / name.decode())
+    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    found = result.procedure
+    assert (found.num_selected, found.top1.count) == (2 * len(COLORS), 12 * len(COLORS))
+    assert result.decision.calibration.num_images == 12 * len(COLORS)
+    assert f"{2 * len(COLORS)} photographs were kept because" in "\n".join(found.lines())
+
+
+def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
+    paint(tmp_path / "photos" / "train", 6)
+    paint(tmp_path / "photos" / "val", 2, seed=1)
+    for number in range(3, 6):
+        (tmp_path / "photos" / "train" / "red" / f"{number}.png").unlink()
+    settings = [*SMALL, *FEW_SHOT, f"data.path={tmp_path / 'photos'}", "procedure.group_copies=false"]
+    result = train_recipe(read_recipe("photos", settings), tmp_path / "run")
+    found = result.procedure
+    assert (result.train_count, result.held_out_count) == (15, 6)
+    assert found.estimated_on == "held-out"
+    assert found.top1.count == 6
+    assert found.balanced
+    assert found.class_counts["red"] == 3
+    corrected = "the largest is 2.0 times the smallest, and the logits are corrected for it"
+    assert corrected in found.describe_images()
+    assert "needs at least 20 images and there are 15" in found.unknown
+    assert any("unknown images: not recognized" in line for line in found.lines())
+
+
+def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_thousand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = [
+        *SMALL,
+        "model.name=resnet8",
+        "model.config={}",
+        f"data.path={paint(tmp_path / 'photos', 40)}",
+    ]
+    data, processes = open_data(read_recipe("photos", settings).data), Strategy(torch.device("cpu"))
+    start = start_run(
+        read_recipe("photos", settings), RunFolder(tmp_path / "run", processes), None, Callback()
+    )
+    joined = start.data
+    assert start.reason.startswith("few-shot procedure, for up to 100,000 images")
+    assert start.recipe.procedure == FewShotConfig()
+    assert isinstance(joined.train, ImageFiles)
+    assert (len(joined.train), len(joined.held_out)) == (120, 0)
+    expected = [f"{name}/{number}.png" for name in COLORS for number in range(40)]
+    assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
+    loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
+    other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
+    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).procedure == LoopConfig()
+    monkeypatch.setattr("sopdeploy.training.start.FEW_IMAGES", 100)
+    folder = RunFolder(tmp_path / "other", processes)
+    reason = start_run(read_recipe("photos", settings), folder, None, Callback()).reason
+    assert reason.startswith("training loop, for more than 100 images; procedure.kind=few_shot fits a head")
+    for recipe in (loop, other):
+        selected = select_procedure(recipe, len(data.train))
+        assert selected.procedure == LoopConfig()
+        divided = divide_images(selected, data, None, processes).data
+        assert len(divided.train) + len(divided.held_out) == 120
+
+
+def test_a_head_that_reads_the_span_of_some_images_predicts_as_well():
+    features, classes = blobs(400)
+    targets = softmax_targets(classes)
+    exact, problem = problem_of([features], targets), problem_of([features], targets, 20)
+    assert problem.reduced.shape == (400, 20)
+    heads = [one.fit_all(UNSCALED) for one in (exact, problem)]
+    right = [np.mean(head.logits(features).argmax(axis=1) == classes) for head in heads]
+    assert right[1] > right[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.5, []),  # the rest takes less than two minutes
+        (2.0, ["expected time: about 6 minutes; x"]),
+        (60.0, ["expected time: about 3.3 hours; x"]),
+    ],
+)
+def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: list[str]):
+    callback, now = RecordingCallback(), 0.0
+    told = ExpectedTime(callback, "x", clock=lambda: now)
+    for done in range(1, 201):
+        now = done * seconds
+        told.update(done, 200)
+    assert [values["message"] for _, values in callback.events] == expected
+
+
+def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
+    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 12)}"])
+    monkeypatch.setattr("sopdeploy.training.few_shot.features.MAX_RANK", 20)
+    found = []
+    first = Features.build
+    monkeypatch.setattr(
+        Features, "build", lambda features, *args: found.append(features) or first(features, *args)
+    )
+    train_recipe(recipe, tmp_path / "run")
+    (features,) = found
+    assert features.reduced.shape == (36, 20)
+    arrays = [value for value in vars(features).values() if isinstance(value, np.ndarray) and value.ndim == 2]
+    assert max(array.shape[1] for array in arrays) == features.own.shape[1] < features.full.num_features()
+
+
+def test_the_interval_of_the_map_is_that_of_resampled_images():
+    random = np.random.default_rng(0)
+    true, scores = random.random(30) < 0.4, random.random(30)
+    draws = random.multinomial(30, [1 / 30] * 30, 5)
+    for shown in (scores, scores.round(1), np.full(30, 0.5)):  # distinct scores, some equal, all equal
+        expected = [average_precision(np.repeat(true, row), np.repeat(shown, row)) for row in draws]
+        assert np.allclose(resampled_precision(true, shown, draws), expected)
+    both = np.stack([true, ~true], axis=1)
+    with pytest.raises(DataError, match=r"^no image shows a class of the network"):
+        MeanPrecision.of(np.zeros_like(both), np.stack([scores, 1 - scores], axis=1), 0)
+    found = MeanPrecision.of(both, np.stack([scores, 1 - scores], axis=1), 0)
+    assert found.low < found.value < found.high
+
+
+def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
+    random, lines = np.random.default_rng(0), ["file,classes"]
+    (tmp_path / "photos").mkdir()
+    for number in range(32):
+        pixels = random.integers(0, 60, (20, 20, 3), dtype=np.uint8)
+        shown = [name for place, name in enumerate(("green", "red")) if number >> place & 1]
+        for name in shown:
+            pixels[:, :10] += np.asarray(COLORS[name], np.uint8) // 3
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+        lines.append(f"{number}.png,{'|'.join(shown)}")
+    (tmp_path / "photos" / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    recipe = read_recipe("photos", [*SMALL, f"data.path={tmp_path / 'photos'}"])
+    result = train_with_page(recipe, tmp_path / "run")
+    found = result.procedure
+    assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
+    assert found.map.value == result.best_map > 0.9
+    assert found.map.low <= found.map.value <= found.map.high
+    assert found.num_images == 32
+    assert len(result.decision.thresholds) == 2
+    assert read_checkpoint(result.best).decision == result.decision
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"<td><bdi>{result.decision.thresholds[0]:.3f}</bdi></td>" in page
+    assert "counts as unknown" not in page  # this decision has no such rule
+    assert train_recipe(recipe, tmp_path / "run", resume=True).decision == result.decision
+
+
+def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
+    data = paint(tmp_path / "photos", 2)
+    for path in data.glob("*/*.png"):
+        path.write_bytes((data / "red" / "0.png").read_bytes())
+    with pytest.raises(DataError, match="copies of one photograph"):
+        train_recipe(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_photograph_is_read_once_and_three_networks_are_built(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reads, built = tmp_path / "reads", list[str]()
+    read = ImageFiles.read
+
+    def record(images: ImageFiles, index: int) -> bytes:
+        with reads.open("a") as file:  # loader processes read, too
+            file.write(f"{images.identity(index)}\n")
+        return read(images, index)
+
+    create = registry.create_model
+
+    def count(name: str, **options: Any) -> Any:
+        built.append(name)
+        return create(name, **options)
+
+    monkeypatch.setattr(ImageFiles, "read", record)
+    for module in (start_weights, second_order_head, checkpoint):
+        monkeypatch.setattr(module, "create_model", count)
+    photos = paint(tmp_path / "photos", 27)
+    settings = [*SMALL, f"workers={workers}"]
+    train(photos, out=tmp_path / "run", set=settings)
+    first = len(reads.read_text().splitlines())
+    assert first <= 1.5 * 81
+    assert len(built) <= 3
+    train(photos, out=tmp_path / "again", set=settings)  # with features in the cache
+    assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
+
+
+NETWORKS = {"a network that is named": ("model.name=timm:test_efficientnet",), "the network of the file": ()}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_a_weight_file_is_checked_once_and_read_once(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    weights, opened = tmp_path / "test_efficientnet.pth", list[Path]()
+    torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
+    open_file = Path.open
+
+    def record(path: Path, *options: Any, **more: Any) -> Any:
+        opened.append(path)
+        return open_file(path, *options, **more)
+
+    monkeypatch.setattr(Path, "open", record)
+    settings = [*NETWORKS[case], "preprocess.resize=32", "preprocess.crop=32"]
+    train(paint(tmp_path / "photos", 6), out=tmp_path / "run", weights=weights, set=settings)
+    assert opened.count(weights) == 2  # its first bytes before torch is imported, then the whole file
+
+
+def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path:
+    """Write folders of objects: numbers of photographed objects by class, and *views* files of each."""
+    random = np.random.default_rng(0)
+    for label, count in photographs.items():
+        for number in range(count):
+            image = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            (root / label / str(number)).mkdir(parents=True)
+            for view in range(views):
+                Image.fromarray(image).save(root / label / str(number) / f"{view}.png")
+    return root
+
+
+NO_ESTIMATE = "no estimate of the accuracy, which needs two different photographs of two classes or more"
+OBJECTS = {
+    "one class of two objects": ({"a": 2, "b": 1}, True, ["are two groups", NO_ESTIMATE]),
+    "two objects per class": ({"a": 2, "b": 2}, False, ["all images of a, b are two groups"]),
+    "three objects per class": ({"a": 3, "b": 3}, False, []),
+}
+
+
+@pytest.mark.parametrize("case", OBJECTS)
+def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
+    objects, has_none, expected = OBJECTS[case]
+    photos = write_views(tmp_path / "photos", objects)
+    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    lines = "\n".join(result.procedure.lines())
+    assert (result.procedure.score is None) == (NO_ESTIMATE in lines) == has_none
+    assert [text for text in expected if text not in lines] == []
+    assert expected or "two groups" not in lines
+    assert not (has_none and result.mistakes)
+    assert ("no estimate" in result.report.read_text()) == has_none
+
+
+def test_photographs_of_an_object_folder_are_a_group_and_no_copies(tmp_path: Path):
+    photos, random = write_views(tmp_path / "photos", {"a": 4, "b": 4}, views=1), np.random.default_rng(1)
+    for file in list(photos.rglob("0.png")):  # one more photograph of the object, and of one a copy
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file.with_name("1.png"))
+    shutil.copy(photos / "a" / "0" / "0.png", photos / "a" / "0" / "copy.png")
+    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    lines = result.procedure.lines()
+    assert "17 photographs, 16 different ones: copies share a fold, and the largest one is judged" in lines
+    groups = "16 different photographs are 8 groups, such as those of one object; a group shares a fold"
+    assert groups in lines
+    page = result.report.read_text()
+    assert ("group 1: a" in page, "group 2: " in page) == (True, False)
+
+
+def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
+    photos = paint(tmp_path / "photos", 6)
+    rows = [f"{file.relative_to(photos)},{file.parent.name},{file.stem}" for file in photos.rglob("*.png")]
+    (photos / "labels.csv").write_text("\n".join(["file,classes,group", *rows]))  # a session of all classes
+    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    assert result.procedure.contradictions == ()
+    assert (result.procedure.num_groups, result.procedure.num_photographs) == (6, 18)
+
+
+def test_photographs_that_are_all_in_two_classes_give_no_estimate(tmp_path: Path):
+    photos = paint(tmp_path / "photos", 6)
+    shutil.rmtree(photos / "red")
+    shutil.rmtree(photos / "green")
+    shutil.copytree(photos / "blue", photos / "navy")
+    result = train(photos, out=tmp_path / "run", set=SMALL)
+    assert (result.procedure.score, result.mistakes) == (None, ())
+
+
+def test_the_suggested_command_can_be_pasted(tmp_path: Path):
+    photos, out = paint(tmp_path / "photos", 6), tmp_path / "my run"
+    settings = [part for value in SMALL for part in ("--set", value)]
+    shown = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(out), *settings])
+    (line,) = [line for line in shown.output.splitlines() if line.startswith("next: ")]
+    assert shlex.split(line)[-2] == str(out / "best.pt")
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(tmp_path: Path, monkeypatch, wrong):
+    monkeypatch.setattr("sopdeploy.evaluation.label_doubts.LISTED_RATIO", 1.5)  # of so few photographs
+    root = paint(tmp_path / "photos", 12)
+    first, second = sorted(COLORS)[:2]
+    for number in range(wrong):
+        (root / first / f"{number}.png").rename(root / second / f"wrong {number}.png")
+    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    lines = "\n".join(result.procedure.lines())
+    assert result.procedure.num_doubted == wrong
+    assert ("2 labels of 36 probably wrong; list them: sopdeploy data check DIR" in lines) == bool(wrong)
