@@ -168,6 +168,35 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
     }
 
 
+def measure_diffuse(photos: Photographs, size: int, seed: int, unknown: list[Array]) -> dict[str, float]:
+    """Add a class for anything else, *size* of the *unknown* photographs; measure what passes as a class.
+
+    The figures with "without" are those of the same threshold without this class.
+    """
+    random, count = np.random.default_rng(1000 * size + seed), int(photos.classes.max()) + 1
+    of_classes = [
+        random.permutation(np.flatnonzero(photos.classes == label))[:size] for label in range(count)
+    ]
+    drawn, order = np.concatenate(of_classes), random.permutation(len(unknown[0]))
+    own = unit_length(np.concatenate([photos.train[drawn], unknown[0][order[:size]]])[:, : photos.own])
+    classes = np.concatenate([photos.classes[drawn], np.full(size, count)])
+    measured = {}
+    for text, num_classes in (("", count + 1), (" without", count)):
+        chosen = classes < num_classes
+        targets = Targets(np.eye(num_classes)[classes[chosen]], classes[chosen], "softmax")
+        problem = Problem(NO_SPACE, own[chosen][:, :1], own[chosen], targets)
+        folds = make_folds(targets, [str(index) for index in range(int(chosen.sum()))], FOLDS, seed)
+        cosines = np.sort(np.mean([problem.cosines(one) for one in folds], axis=0))
+        threshold = cosines[max(1, threshold_rank(len(cosines), ACCEPTS)) - 1]
+        means = problem.class_means()
+        for name, vectors in (("unknown", unknown[0][order[size:]]), ("others", unknown[1])):
+            found = unit_length(vectors[:, : photos.own]) @ means.T
+            passes = (found.max(axis=1) >= threshold) & (found.argmax(axis=1) < count)
+            measured[f"{name} as a class, anything else{text}"] = 100 * float(passes.mean())
+        measured[f"named diffuse{text}"] = float(len(problem.diffuse_classes()))
+    return measured
+
+
 def interval_holds(photos: Photographs, size: int, draws: int, *, by_lot: bool) -> float:
     """Return the share of *draws*, in percent, whose interval contains the accepted share of new photographs.
 
@@ -228,6 +257,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--sizes", default="10", help="numbers of photographs per class")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--intervals", type=int, default=100, help="draws that check the printed interval")
+    parser.add_argument("--diffuse", action="store_true", help="also with a class for anything else")
     parser.add_argument("--measure", help="names of sets, joined by commas")
     parser.add_argument("--out", type=Path, help="JSON file of the means")
     given = parser.parse_args(arguments)
@@ -248,6 +278,10 @@ def main(arguments: list[str]) -> int:
             ]
             for size in map(int, given.sizes.split(",")):
                 draws = [run_draw(photos, size, seed, foreign) for seed in range(given.draws)]
+                if given.diffuse:
+                    draws = [
+                        one | measure_diffuse(photos, size, seed, foreign) for seed, one in enumerate(draws)
+                    ]
                 means = {key: float(np.mean([one[key] for one in draws])) for key in draws[0]}
                 for key, by_lot in (("interval holds", True), ("interval holds in TEST", False)):
                     means[key] = interval_holds(photos, size, given.intervals, by_lot=by_lot)

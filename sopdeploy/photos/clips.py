@@ -307,7 +307,8 @@ def _link_sequence(relation: _Relation, vectors: NDArray[np.float32], quantile: 
     The largest cosine over the gap between them, of images at most two apart, exceeds this *quantile* of
     those of images that are half of their sequence apart.
     """
-    runs, ranks = relation.runs, relation.ranks
+    runs = relation.runs
+    ranks = np.zeros(len(runs), np.int64) if relation.ranks is None else relation.ranks
     order = np.lexsort((ranks, runs))
     order = order[runs[order] >= 0]
     starts = np.flatnonzero(np.diff(runs[order], prepend=-1))

@@ -33,6 +33,7 @@ SHRINKAGE = 0.1  # share of the identity in the covariance; 0.03 to 0.2 are as g
 MAX_RANK = 1024
 IMPLAUSIBLE = 0.1  # probability of a label
 MIN_FOLDS = 5
+DIFFUSE = 0.53
 # Errors fall with the number of objects to the power of 0.7 to 1.7 (docs/benchmarks/copied_photos.md).
 LEARNING = 1.5
 ROWS = 4096  # images whose sums are computed at once
@@ -298,6 +299,21 @@ class Problem:
             means_KD = unit_length((total_KD - class_sums(self.own, classes_NK, tested))[present_K])
             cosines_N[tested] = (self.own[tested] @ means_KD.T).max(axis=1)
         return cosines_N
+
+    def diffuse_classes(self) -> Indices:
+        """Find the classes whose images resemble each other far less than those of the other classes.
+
+        Their mean cosine of two images is below `DIFFUSE` of the median class: a class of anything else has
+        0.3 to 0.47 of it, others have 0.6 or more.
+        """
+        classes_NK = self.targets.classes
+        counts_K = classes_NK.sum(axis=0)
+        pairs_K = np.maximum(counts_K * (counts_K - 1), 1)
+        cosines_K = (np.square(class_sums(self.own, classes_NK)).sum(axis=1) - counts_K) / pairs_K
+        judged_K = counts_K >= MIN_FOLDS  # of fewer images, the mean is not certain
+        if judged_K.sum() < 3:
+            return np.zeros(0, np.intp)
+        return np.flatnonzero(judged_K & (cosines_K < DIFFUSE * np.median(cosines_K[judged_K])))
 
     def class_means(self) -> NDArray[np.float32]:
         """Compute the mean own vector (K, D_0) of each class; see the function of this name."""

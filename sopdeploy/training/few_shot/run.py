@@ -339,6 +339,8 @@ def _evaluate(
     targets_of_images = found.problem.targets
     head, counts = found.features.head, targets_of_images.classes.sum(axis=0).astype(int).tolist()
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
+    has_one_class = targets_of_images.activation == "softmax"
+    diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
     result = FewShotResult(
         **{"map" if isinstance(score, MeanPrecision) else "top1": score},
         estimated_on=estimated_on,
@@ -348,6 +350,7 @@ def _evaluate(
         num_selected=int((~select_typical(images)).sum()),
         num_duplicates=len(images) - len(set(found.features.hashes)),
         alike=found.alike,
+        diffuse=tuple(images.labels[label] for label in diffuse),
         clip=_identify(images, found.clips.found),
         possible_clip=_identify(images, found.clips.doubtful),
         clip_pattern=found.clips.pattern,

@@ -471,7 +471,7 @@ def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_pat
     assert found.class_counts["red"] == 3
     corrected = "the largest is 2.0 times the smallest, and the logits are corrected for it"
     assert corrected in found.describe_images()
-    assert "needs at least 20 images and there are 15" in found.unknown
+    assert "needs 20 different images and there are 15; add 5" in found.unknown
     assert any("unknown images: not recognized" in line for line in found.lines())
 
 
@@ -735,3 +735,19 @@ def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(tmp_path
     lines = "\n".join(result.procedure.lines())
     assert result.procedure.num_doubted == wrong
     assert ("2 labels of 36 probably wrong; list them: sopdeploy data check DIR" in lines) == bool(wrong)
+
+
+@pytest.mark.parametrize(("spread", "named"), [(1.0, []), (1.4, []), (6.0, [2])])
+def test_a_class_of_anything_else_is_recognized_by_its_spread(spread: float, named: list[int]):
+    random, classes = np.random.default_rng(0), np.repeat(np.arange(5), 10)
+    means = random.normal(size=(5, 200))
+    noise = random.normal(size=(50, 200)) * np.where(classes == 2, spread, 1.0)[:, None]
+    own = unit_length(means[classes] + noise)
+    problem = problem_of([own], softmax_targets(classes, 5))
+    assert problem.diffuse_classes().tolist() == named
+
+
+def test_two_classes_and_classes_of_few_images_are_not_judged_by_their_spread():
+    random, classes = np.random.default_rng(0), np.repeat(np.arange(3), (10, 10, 4))
+    own = unit_length(np.where(classes[:, None] == 2, 0.0, 1.0) + 0.1 * random.normal(size=(24, 50)))
+    assert not problem_of([own], softmax_targets(classes, 3)).diffuse_classes().size
