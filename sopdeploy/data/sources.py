@@ -151,7 +151,7 @@ def _group_by_name(split: Split, pattern: str) -> Split:
         return images.replaced(groups=groups)
 
     train = group(split.train)
-    if all(name.startswith("file ") for name in train.groups.tolist()):
+    if all(name.startswith("file ") for name in np.asarray(train.groups).tolist()):
         raise DataError(
             f"data.groups: {pattern!r} finds nothing in any name, such as {split.train.identity(0)}; give a "
             "regular expression for the part that files of one object share"
