@@ -59,8 +59,11 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.kill()
 
 
-def requests(url: str, folder: Path, form: bool) -> list[bytes]:
-    """Build one HTTP request per file in *folder*, with the file as body or as form field `file`."""
+def requests(url: str, folder: Path, form: bool, header: str = "") -> list[bytes]:
+    """Build one HTTP request per file in *folder*, with the file as body or as form field `file`.
+
+    *header* is a further line of every request.
+    """
     parts = urlsplit(url)
     target = parts.path + (f"?{parts.query}" if parts.query else "")
     found = []
@@ -72,6 +75,8 @@ def requests(url: str, folder: Path, form: bool) -> list[bytes]:
             body = head.encode() + body + f"\r\n--{BOUNDARY}--\r\n".encode()
             kind = f"multipart/form-data; boundary={BOUNDARY}"
         head = f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {kind}\r\n"
+        if header:
+            head += f"{header}\r\n"
         found.append(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     return found
 
@@ -138,10 +143,11 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--form", action="store_true")
+    parser.add_argument("--header", default="", help="a further line of every request")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=6)
     arguments = parser.parse_args()
-    bodies = requests(arguments.url, arguments.folder, arguments.form)
+    bodies = requests(arguments.url, arguments.folder, arguments.form, arguments.header)
     run = Run(arguments.url, bodies, arguments.connections, arguments.seconds)
     print(json.dumps(asdict(asyncio.run(run.measure()))))
 

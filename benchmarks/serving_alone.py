@@ -42,12 +42,16 @@ class SingleProcess:
     cpu_ms: float
 
 
-def write_images(folder: Path, count: int = 32) -> Path:
-    """Write *count* JPEGs of 500 x 375 pixels, about 50 kB each, into *folder*."""
+PHOTO, SMALL = (500, 375), (160, 120)  # pixels: about 50 and 6 kB
+
+
+def write_images(folder: Path, count: int = 32, size: tuple[int, int] = PHOTO) -> Path:
+    """Write *count* JPEGs of *size* into *folder*."""
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
+        smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))
         noisy = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / f"{number:03d}.jpg", quality=88)
     return folder

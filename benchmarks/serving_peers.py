@@ -22,12 +22,13 @@ START_SECONDS = 90
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Command of a server, its paths, and whether it requires a form."""
+    """Command of a server, its paths, whether it requires a form, and a further header of every request."""
 
     command: tuple[str, ...]
     path: str
     health: str
     form: bool
+    header: str = ""
 
 
 PEERS = {
@@ -39,6 +40,13 @@ PEERS = {
         form=True,
     ),
     "mosec": Peer(("serve_mosec.py",), "/inference", "/", form=False),
+    "triton": Peer(
+        ("serve_triton.py",),
+        "/v2/models/classify/infer",
+        "/v2/health/ready",
+        form=False,
+        header="Inference-Header-Content-Length: 0",
+    ),
     "ray": Peer(("serve_ray.py",), "/predict", "/health", form=False),
     "fastapi_naive": Peer(("serve_fastapi_naive.py",), "/predict", "/health", form=True),
 }
@@ -93,6 +101,12 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def own_cpu_seconds(process: int) -> float:
+    """Read the CPU seconds of *process* alone from /proc."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(process: int) -> float:

@@ -3,7 +3,8 @@
     with running({"devices": "cpu,cpu"}, "20,2,8") as server: ...
 
 The string "20,2,8" means: a batch of n images takes 20 + 2 n ms, and a batch has at most 8 images. Images
-are not decoded.
+are not decoded unless SIMULATED_DECODING is `real`. If SIMULATED_SAMPLES is set, each process writes the
+counts of `serving_stages.Sampler` to this folder.
 The supervisor starts this module for each process, with its config in SOPDEPLOY_WORKER.
 """
 
@@ -85,8 +86,17 @@ def main() -> int:
     model = fake_model(fixed, each, int(largest))
     process.find_bundles = lambda *_: {"model": model.bundle}  # type: ignore[attr-defined]
     process.load_bundle = lambda *_: model  # type: ignore[attr-defined]
-    skip_decoding()
-    return device_server.main()
+    if os.environ.get("SIMULATED_DECODING") != "real":
+        skip_decoding()
+    samples = os.environ.get("SIMULATED_SAMPLES")
+    if samples is None:
+        return device_server.main()
+    from serving_stages import Sampler  # noqa: PLC0415 - which imports this module
+
+    sampler = Sampler(Path(samples))
+    code = device_server.main()
+    sampler.write()
+    return code
 
 
 if __name__ == "__main__":

@@ -8,13 +8,19 @@ memory by tens of MB. Limits: resident memory at rest grows by less than 1 MB pe
 descriptor remains, every response names its bundle and equals `sopdeploy predict` with that bundle, no 5xx.
 Exit code 1 if a limit is exceeded.
 
+With `--front-ends`, batches run in an engine behind so many front ends. With `--kills`, a process is killed or
+stopped every `KILL_SECONDS`; clients then repeat requests whose connection was lost, and images may get 503
+`runtime_dead`.
+
     python benchmarks/soak.py --seconds 300
+    python benchmarks/soak.py --seconds 7200 --front-ends 2 --kills
 """
 
 import asyncio
 import base64
 import io
 import json
+import os
 import random
 import re
 import signal
@@ -46,11 +52,14 @@ SIZES = ((16, 16), (97, 61), (500, 375), (1600, 1200))
 CLASSES = 100  # maximum number of compared classes
 FLOOD, REQUESTS = 100, 48
 PAUSE = 0.02
+KILL_SECONDS = 20.0  # more than a start takes
+RETRIES = 20  # of a request whose connection was lost
 ROUND_SECONDS = 15.0
 SETTLE_SECONDS = 20.0
 STEADY = 6  # consecutive equal counts, half a second apart
 BUSY = re.compile(r"^sopdeploy_queue_depth(?:{.*})? (?!0\.0$)", re.M)
-ALLOWED_5XX = {(503, "deadline_unreachable")}  # estimated from the queue; clients may retry
+# Estimated from the queue; an engine that was killed. Clients may retry.
+ALLOWED_5XX = {(503, "deadline_unreachable"), (503, "runtime_dead")}
 CLOSE = 1e-5  # difference of probabilities: rounding depends on the batch size
 MAX_MB_PER_MINUTE = 1.0  # of each process
 JUDGED_SECONDS = 60.0  # shorter runs are not judged: the allocator dominates the slope
@@ -84,6 +93,20 @@ class Tally:
             self.failures.append(f"{kind}: differs by {difference}")
 
 
+class RepeatingTransport(httpx.AsyncHTTPTransport):
+    """Repeats a request whose connection is lost, as it is if a process of the server is killed."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send *request*, up to `RETRIES` times."""
+        for _ in range(RETRIES):
+            with suppress(httpx.NetworkError, httpx.RemoteProtocolError):
+                response = await super().handle_async_request(request)
+                await response.aread()
+                return response
+            await asyncio.sleep(0.2)
+        return await super().handle_async_request(request)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
     """The server, valid request bodies, and the expected probabilities by bundle digest and image.
@@ -100,11 +123,15 @@ class Scenario:
     labels: Sequence[str]
     link: Path
     bundles: Sequence[Path]
+    killed: int | None = None  # the supervisor whose children are killed
 
     def client(self) -> httpx.AsyncClient:
         """Open a client of the server."""
         limits = httpx.Limits(max_connections=FLOOD)
-        return httpx.AsyncClient(base_url=self.url, timeout=60, limits=limits)
+        transport = httpx.AsyncHTTPTransport(limits=limits)
+        if self.killed is not None:
+            transport = RepeatingTransport(limits=limits)
+        return httpx.AsyncClient(base_url=self.url, timeout=60, transport=transport)
 
     def draw(self, rng: random.Random, count: int) -> list[tuple[str, bytes]]:
         """Draw valid bodies with their names."""
@@ -265,13 +292,28 @@ async def monitoring(scenario: Scenario, _: random.Random) -> None:
     async with scenario.client() as client:
         while True:
             for path in ("/livez", "/readyz", "/metrics", "/info"):
-                scenario.tally.note(path, (await client.get(path)).status_code)
+                status = (await client.get(path)).status_code
+                is_starting = path == "/readyz" and scenario.killed is not None
+                scenario.tally.note(path, status, expected=503 if is_starting and status == 503 else 200)
             await asyncio.sleep(1)
+
+
+async def kills(scenario: Scenario, rng: random.Random) -> None:
+    """End or stop a child of the supervisor now and then; a stopped one is killed by the supervisor."""
+    while True:
+        await asyncio.sleep(KILL_SECONDS)
+        if scenario.killed is not None:
+            file = Path(f"/proc/{scenario.killed}/task/{scenario.killed}/children")
+            victim = int(rng.choice(file.read_text().split()))
+            number = rng.choice((signal.SIGKILL, signal.SIGSTOP))
+            scenario.tally.note(f"kill {number.name}", 200)
+            with suppress(ProcessLookupError):
+                os.kill(victim, number)
 
 
 MIX: Sequence[Callable[[Scenario, random.Random], Coroutine[Any, Any, None]]] = (
     *[single_images] * 5, forms, json_bodies, inference_protocol, model_swaps, invalid_images,
-    disconnecting, floods, monitoring,
+    disconnecting, floods, monitoring, kills,
 )  # fmt: skip
 
 
@@ -419,7 +461,7 @@ def digits_bundle(folder: Path, seed: int) -> Path:
 
 
 def soak(
-    bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float
+    bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float, front_ends: int, *, kill: bool
 ) -> tuple[Tally, list[Result], list[str]]:
     """Run the soak test; return the responses, the results, and the limits that were exceeded."""
     bodies = valid_bodies()
@@ -429,12 +471,13 @@ def soak(
     link = folder / "live"
     move_link(link, str(bundles[0]))
     options = ("--setting", "queue_size=64", "--threads", "1", "--setting", "follow=true")
+    options += ("--front-ends", str(front_ends))
     with serving(f"{NAME}={link}", *options) as (process, url):
 
         def scenario(tally: Tally) -> Scenario:
             return Scenario(
                 url=url, bodies=bodies, expected=expected, tally=tally, classes=classes, labels=labels,
-                link=link, bundles=bundles,
+                link=link, bundles=bundles, killed=process.pid if kill else None,
             )  # fmt: skip
 
         rounds(process.pid, scenario(Tally()), warm_up, seed=1)
@@ -455,11 +498,15 @@ def main() -> int:
         "--bundles", type=Path, nargs=2, metavar="BUNDLE",
         help="two bundles with the same classes; default: networks trained on digits for one epoch",
     )  # fmt: skip
+    parser.add_argument("--front-ends", type=int, default=0, help="processes that serve HTTP")
+    parser.add_argument("--kills", action="store_true", help="kill or stop processes; needs --front-ends")
     arguments = parser.parse_args()
     warm_up = min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
     with tempfile.TemporaryDirectory() as name:
         bundles = arguments.bundles or [digits_bundle(Path(name), seed) for seed in (0, 1)]
-        tally, rows, exceeded = soak(bundles, Path(name), arguments.seconds, warm_up)
+        tally, rows, exceeded = soak(
+            bundles, Path(name), arguments.seconds, warm_up, arguments.front_ends, kill=arguments.kills
+        )
     report(rows, as_json=arguments.json, seconds=arguments.seconds)
     for line in [*(f"exceeded: {case}" for case in exceeded), *tally.failures[:20]]:
         print(line, file=sys.stderr)

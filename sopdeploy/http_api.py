@@ -113,7 +113,8 @@ class ModelInfo(StrictModel):
 
 
 class ServerInfo(StrictModel):
-    """The models of a server by name; `server` is its version."""
+    """The models of a server by name; `server` is its version, `front_ends` the number of these processes."""
 
     server: str
     models: tuple[ModelInfo, ...]
+    front_ends: int = 0

@@ -45,7 +45,10 @@ def _parse(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
 @command(
     settings=SettingOptions(
         _parse,
-        setting_flags("host", "port", "runtime", "devices", "threads", "keys", "require_signature", "log"),
+        setting_flags(
+            *("host", "port", "runtime", "devices", "front_ends"),
+            *("threads", "keys", "require_signature", "log"),
+        ),
     )
 )
 def serve(

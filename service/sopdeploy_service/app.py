@@ -1,6 +1,7 @@
 """The ASGI app of the service, for any server."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from sopdeploy_service.http.middleware import (
 )
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import ModelRegistry, Service
 from sopdeploy_service.second_week.keep.keeper import open_keeper
 from sopdeploy_service.settings import Settings, is_loopback
@@ -32,23 +34,34 @@ ROUTERS = v1.router, status.router, v2.router, web.router
 
 
 def create_app(
-    models: Mapping[str, LoadedModel] | ModelRegistry,
+    models: Mapping[str, LoadedModel] | Registry,
     settings: Settings,
     *,
     limits: "memoryview[float] | None" = None,
+    photos: socket.socket | None = None,
+    is_keeper: bool = True,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *limits* is the memory of the keys' rate limits, if processes share it. `app.state.service` is the
-    `Service`. Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
+    *limits* is the memory of the keys' rate limits, if processes share it. If one process keeps the
+    photographs of several, *photos* is the end of their socket of the one that *is_keeper*, or of the others.
+    `app.state.service` is the `Service`. Raises `ConfigError` if the key file or the folder `keep` of
+    *settings* cannot be used.
     """
     keys = None if settings.keys is None else read_keys(settings.keys)
     if keys is not None and not keys:
         reason = "has no key, so no request would be accepted; see `sopdeploy key`"
         raise ConfigError(f"{settings.keys}: {reason}")
-    registry = models if isinstance(models, ModelRegistry) else ModelRegistry(models, settings)
+    registry = models if isinstance(models, Registry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
-    keeper = open_keeper(settings, service.metrics, service.decoders.copy)
+    decoders = service.decoders
+    keeper = open_keeper(
+        settings,
+        service.metrics,
+        lambda image: decoders.wait_for(decoders.copy(image)),
+        photos,
+        is_keeper=is_keeper,
+    )
     if keeper is not None:
         service.keep = keeper.offer
 

@@ -62,6 +62,7 @@ Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 Sandbox = Literal["auto", "off", "required"]
 LogForm = Literal["json", "console"]
+FrontEnds = Annotated[int, pydantic.Field(ge=0, le=256)]
 Threads = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
@@ -139,6 +140,9 @@ class Settings(StrictModel):
         "auto", "of decoder processes; auto: if supported; required: no start without seccomp"
     )
     devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")
+    front_ends: FrontEnds | Literal["auto"] = setting(
+        "auto", "HTTP processes before engines; auto: a quarter of the cores for a fast GPU, else 0"
+    )
     require_signature: Path | None = setting(None, "serve only bundles signed with this public key")
     runtime: RuntimeName = setting(
         "auto", "tensorrt, onnxruntime-cuda, onnxruntime-cpu or openvino; auto: first usable, not openvino"
@@ -148,7 +152,7 @@ class Settings(StrictModel):
     max_batch: Count | None = setting(None, "images in a batch; not set: 4 on a CPU, else those verified")
     load_timeout: Seconds | None = setting(None, "for a bundle; not set: 120 s on a CPU, 600 s with CUDA")
     memory_budget: PositiveBytes | None = setting(
-        None, "such as 20GB: load bundles at first use, release those used longest ago"
+        None, "of each device, such as 20GB: load bundles at first use, release those used longest ago"
     )
     max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
     batch_timeout_seconds: Seconds | None = setting(None, "not set: 20 times the usual time, >= 4 s")
@@ -172,8 +176,8 @@ class Settings(StrictModel):
     def _check_combinations(self) -> "Settings":
         if "cpu" in self.devices and self.runtime in {"onnxruntime-cuda", "tensorrt"}:
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
-        if self.memory_budget is not None and self.devices:
-            raise ValueError("memory_budget needs a single process; remove devices")
+        if self.devices and self.runtime in {"onnxruntime-cpu", "openvino"} and set(self.devices) != {"cpu"}:
+            raise ValueError(f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it")
         if self.follow and self.memory_budget is not None:  # bundles under a budget are not reloaded
             raise ValueError("follow excludes memory_budget; remove one of them")
         if self.max_images > self.queue_size:  # else a request of so many images is never admitted

@@ -21,9 +21,13 @@ PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in (".", "export", "servi
 START_SECONDS = 90.0  # far more than a start takes on a busy machine
 SERVE = ("-m", "sopdeploy", "serve")
 
-# How a server runs -> flags. Tests with this table demand the same behavior of both.
-ONE_PROCESS, TWO_DEVICES = "one process", "two devices"
-WAYS: dict[str, tuple[str, ...]] = {ONE_PROCESS: (), TWO_DEVICES: ("--devices", "cpu,cpu")}
+# How a server runs -> flags. Tests with this table demand the same behavior of all.
+ONE_PROCESS, TWO_DEVICES, FRONT_ENDS = "one process", "two devices", "front ends"
+WAYS: dict[str, tuple[str, ...]] = {
+    ONE_PROCESS: (),
+    TWO_DEVICES: ("--devices", "cpu,cpu"),
+    FRONT_ENDS: ("--front-ends", "2"),
+}
 
 
 def spawn(
@@ -38,7 +42,7 @@ def spawn(
 class ServerClient(httpx.Client):
     """A client of a server in another process, with a new connection for each request.
 
-    Requests therefore reach both processes of a server.
+    Requests therefore reach all processes of a server that serve HTTP.
     """
 
     child: subprocess.Popen[str]

@@ -14,7 +14,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy_export.engine_builder.engine import get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.inference.model_worker import Model
+from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
@@ -93,9 +93,9 @@ def held_by(cuda: FakeCuda, trt: FakeTensorRT) -> tuple[int, ...]:
 
 def test_a_replaced_model_releases_its_engine(built: Bundle, cuda: FakeCuda, trt: FakeTensorRT) -> None:
     for _ in range(3):
-        model = Model("tiny", load_model(built.path, SETTINGS), SETTINGS, Metrics())
+        model = LocalModel("tiny", load_model(built.path, SETTINGS), SETTINGS, Metrics())
 
-        async def serve_and_stop(model: Model = model) -> None:
+        async def serve_and_stop(model: LocalModel = model) -> None:
             model.start()
             await model.stop()
 

@@ -26,10 +26,11 @@ from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_commands.bulk.output import OutputFolder, RowsState
 from sopdeploy_commands.bulk.sources import ListedImage, read_listed
 from sopdeploy_commands.tables import make_schema
+from sopdeploy_service.inference.daemon_threads import running_loop
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model
 from sopdeploy_service.inference.model_worker import ImageOutputs, check_device, run_bisected
-from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
+from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.settings import Settings
@@ -127,19 +128,20 @@ class BatchClassifier:
     def _decode_ahead(self, images: Iterable[ListedImage]) -> Generator[DecodedImage, None, None]:
         """Decode *images* of any format in child processes, some in advance; yield them in order."""
         decoders = Decoders(self._workers, self._settings.model_copy(update={"formats": ()}), Metrics())
-        decoders.start()
         threads = ThreadPoolExecutor(self._workers)  # each waits for one child
         waiting: deque[Future[DecodedImage]] = deque()
-        try:
-            for image in images:
-                waiting.append(threads.submit(self._decode, image, decoders))
-                if len(waiting) > self._batch_size + IMAGES_AHEAD * self._workers:
+        with running_loop() as loop:
+            decoders.start(loop)
+            try:
+                for image in images:
+                    waiting.append(threads.submit(self._decode, image, decoders))
+                    if len(waiting) > self._batch_size + IMAGES_AHEAD * self._workers:
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            threads.shutdown(cancel_futures=True)
-            decoders.stop()
+            finally:
+                threads.shutdown(cancel_futures=True)
+                decoders.stop()
 
     def _decode(self, image: ListedImage, decoders: Decoders) -> DecodedImage:
         """Read, hash and decode *image* as a server does."""
@@ -150,9 +152,10 @@ class BatchClassifier:
             if len(body) > max_bytes:
                 raise too_large_error(max_bytes)
             row["sha256"] = hashlib.sha256(body).hexdigest()
-            pixels, row["warnings"] = decoders.decode(body, rules)
-        except ImageError as error:
-            row["error"], row["error_message"] = error.code, str(error)
+            pixels, row["warnings"] = decoders.wait_for(decoders.decode(body, rules))
+        except (ImageError, RejectedError) as error:
+            code = error.code if isinstance(error, ImageError) else error.reason.code
+            row["error"], row["error_message"] = code, str(error)
             pixels = np.zeros((rules.crop, rules.crop, 3), np.uint8)
         return row, pixels
 

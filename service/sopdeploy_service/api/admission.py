@@ -26,7 +26,7 @@ from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import MAX_QUOTES, decode_text, parse_json
 from sopdeploy_service.inference import results
-from sopdeploy_service.inference.model_worker import Model
+from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.inference.service import Images, Service
 from sopdeploy_service.origins import client_address

@@ -14,8 +14,7 @@ from sopdeploy.files import has_manifest
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import problem_responses
-from sopdeploy_service.inference.model_worker import Model
-from sopdeploy_service.inference.service import State
+from sopdeploy_service.inference.model import Model, State
 
 router = APIRouter(tags=["Server"])
 
@@ -83,16 +82,18 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/info", summary="Loaded models", response_model=ServerInfo)
+@router.get("/v1/status", summary="Loaded models, as `/info`", response_model=ServerInfo)
 async def info(request: Request) -> Response:
-    """Describe each loaded model and its runtime."""
+    """Describe each loaded model and its runtime, and the processes of the server."""
     service = service_of(request)
     models = tuple(model_info(model) for model in service.registry.models())
-    return json_response(ServerInfo(server=request.app.version, models=models))
+    info = ServerInfo(server=request.app.version, models=models, front_ends=service.num_front_ends)
+    return json_response(info)
 
 
 def model_info(model: Model) -> ModelInfo:
     """Describe *model* for `/info`."""
-    manifest, runtime = model.bundle.manifest, model.loaded.runtime
+    manifest, runtime = model.bundle.manifest, model.runtime
     thresholds = model.thresholds
     shapes = {output.name: output.shape for output in manifest.outputs}
     return ModelInfo(
@@ -105,7 +106,7 @@ def model_info(model: Model) -> ModelInfo:
         preprocess=manifest.preprocess,
         runtime=runtime.name,
         device=runtime.device,
-        largest_batch=model.largest_batch,
+        largest_batch=runtime.largest_batch,
         versions=manifest.versions,
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
         embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,

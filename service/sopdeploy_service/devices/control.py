@@ -1,10 +1,11 @@
-"""The socket between the supervisor and the process of a device, and the rate limits that processes share.
+"""The socket between the supervisor and another process of a server, and the memory that processes share.
 
-The supervisor sends the connections of clients. The process reports its status ten times per second. Both may
-ask the other for metrics. An empty message means that the other one has ended or left.
+The supervisor sends the connections of clients, and to front ends and engines the ends of their channels.
+Each process reports its status ten times per second. Both sides may ask the other for metrics. An empty
+message means that the other one has ended or left.
 
-The state of every bucket of a rate limit is in shared memory, without a lock: if two processes charge a key
-in the same microsecond, one of the charges is lost.
+The shared memory has the state of every bucket of a rate limit and the number of images that each process has
+admitted, without a lock: if two processes charge a key in the same microsecond, one of the charges is lost.
 """
 
 import asyncio
@@ -19,11 +20,14 @@ from typing import cast
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-# Messages with a file
-CLIENT, SEND_METRICS = b"client", b"metrics"
+# Messages with a file; the name of the engine or front end at the other end of a channel follows
+CLIENT, SEND_METRICS, CHANNEL = b"client", b"metrics", b"channel "
 RELOAD = b"reload"  # the bundles
-STATUS = struct.Struct("=QI")  # connections received and open ones; then names of bundles
-LIMIT_BYTES = 16 * 4096  # of the rate limits of so many keys
+SPEED = b"speed "  # seconds that the loaded models of a device need for an image
+FRONT_ENDS = b"front ends "  # the answer: their number; with 0, the device serves HTTP itself
+NEW_MODELS, BAD_FRONT_END = b"models", b"bad "  # of an engine: after a reload; with the name of a front end
+STATUS = struct.Struct("=QI")  # connections received and open ones, or images; then names of bundles
+LIMIT_BYTES, ADMITTED_BYTES = 16 * 4096, 4096  # of the rate limits of so many keys; of so many processes
 _METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
 

@@ -1,6 +1,11 @@
-"""The server process of one device; its connections come from the supervisor, which starts this module."""
+"""The process of a device, or a front end; the supervisor starts this module.
+
+The process of a device loads the models. It then serves HTTP, with connections from the supervisor, or is the
+engine of front ends. A front end serves HTTP with the models of engines.
+"""
 
 import asyncio
+import math
 import mmap
 import os
 import signal
@@ -8,22 +13,30 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from fastapi import FastAPI
 from prometheus_client import generate_latest
+from uvicorn.loops.auto import auto_loop_factory
 
 from sopdeploy.environment import exit_process
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy_service.app import create_app
 from sopdeploy_service.devices import control
-from sopdeploy_service.devices.processes import CONFIG_VARIABLE, LaunchConfig
+from sopdeploy_service.devices.engine import Engine
+from sopdeploy_service.devices.processes import ANY_DEVICE, CONFIG_VARIABLE, LaunchConfig
+from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
+from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import resident_bytes
-from sopdeploy_service.server.draining_server import DrainingServer
+from sopdeploy_service.runtime.onnxruntime import has_cuda
+from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
 from sopdeploy_service.server.lifetime import USER_ERROR, start_task
-from sopdeploy_service.server.process import configured_process, find_links, load_app
+from sopdeploy_service.server.process import configured_process, find_links, load_registry
 from sopdeploy_service.settings import Settings
 
 
@@ -43,6 +56,7 @@ class DeviceServer(DrainingServer):
         self._received = 0  # connections
         self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._attaching: set[asyncio.Task[None]] = set()
 
     def on_open(self, sockets: Sequence[socket.socket]) -> None:  # noqa: ARG002
         """Listen to the supervisor, which passes on connections after the first report."""
@@ -57,8 +71,10 @@ class DeviceServer(DrainingServer):
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it has ended or sends no more.
 
-        The file of `SEND_METRICS` is a socket for the metrics, that of `CLIENT` an accepted connection.
+        The file of `SEND_METRICS` is a socket for the metrics, that of `CLIENT` an accepted connection, that
+        of `CHANNEL` a channel to an engine.
         """
+        registry = self._service.registry
         message, files = control.receive_files(self._supervisor)
         if not message:
             self._loop.remove_reader(self._supervisor)
@@ -69,10 +85,18 @@ class DeviceServer(DrainingServer):
             if message == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
+            elif message.startswith(control.CHANNEL) and isinstance(registry, RemoteRegistry):
+                engine = message.removeprefix(control.CHANNEL).decode()
+                start_task(self._attaching, registry.attach(engine, socket.socket(fileno=file)))
             else:  # `CLIENT`
                 self._received += 1
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
         self._report()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at SIGTERM, which may also come from what ends all processes; only SIGINT ends the drain."""
+        if sig != signal.SIGTERM or self._drain_until is None:
+            super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
         """Also report to the supervisor, which shows that the event loop runs."""
@@ -93,8 +117,7 @@ class DeviceServer(DrainingServer):
 def main() -> int:
     """Serve as the supervisor says in the environment until SIGTERM or a dead runtime; return the exit code.
 
-    This process sends itself SIGTERM when the supervisor ends. It may use its share of the memory that the
-    whole server has for uploads and decoding. An error is printed as one line.
+    This process sends itself SIGTERM when the supervisor ends. An error is printed as one line.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
     config = LaunchConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
@@ -104,25 +127,109 @@ def main() -> int:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_with_supervisor, name="lifeline", daemon=True).start()
+    supervisor = socket.socket(fileno=config.control)
     try:
-        settings = config.settings
-        supervisor = socket.socket(fileno=config.control)
-        with configured_process(settings):
-            limits = memoryview(mmap.mmap(config.buckets, 0)).cast("d")  # float64, shared by all processes
-            # Read before the bundles: a link that moves while they are loaded then counts as moved.
-            links = find_links(config.sources, settings)
-            app = load_app(config.sources, settings, limits=limits)
-            service: Service = app.state.service
-            service.metrics_of_all = partial(control.request_metrics, supervisor)
-            server = DeviceServer(app, settings, supervisor, config.sources, links)
-            service.max_upload_bytes = upload_budget(settings, config.num_processes)
-            # The supervisor, and processes that have loaded the same models as this one.
-            at_rest = resident_bytes(os.getppid()) + config.num_processes * resident_bytes()
-            service.decoders.budget = decode_budget(settings, at_rest, config.num_processes)
-            return server.serve_until_end()
+        with configured_process(config.settings):
+            return (
+                run_front_end(config, supervisor) if config.device is None else run_device(config, supervisor)
+            )
     except SopdeployError as problem:
-        sys.stderr.write(f"error: device {config.name}: {problem} [{problem.code}]\n")
+        what = "front end" if config.device is None else "device"
+        sys.stderr.write(f"error: {what} {config.name}: {problem} [{problem.code}]\n")
         return USER_ERROR
+
+
+def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
+    """Load the models, then serve HTTP or front ends; return the exit code."""
+    settings = config.settings
+    # Read before the bundles: a link that moves while they are loaded then counts as moved.
+    links = find_links(config.sources, settings)
+    registry = load_registry(config.sources, settings)
+    if config.device not in {"cpu", ANY_DEVICE} and runs_on_cpu(registry, settings):
+        reason = "no GPU can be used here; install sopdeploy[gpu], or serve with --devices cpu"
+        raise ConfigError(f"devices: {config.device}: {reason}")
+    num_front_ends = config.front_ends
+    if num_front_ends is None:
+        num_front_ends = ask_for_front_ends(supervisor, seconds_per_image(registry, settings))
+    if num_front_ends == 0:
+        return serve_http(config, registry, supervisor, links)
+    freeze_objects()
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())
+
+
+def run_front_end(config: LaunchConfig, supervisor: socket.socket) -> int:
+    """Wait for a channel to an engine, then serve HTTP; return the exit code."""
+    supervisor.setblocking(True)
+    channels: list[EngineChannel] = []
+    while not channels:
+        message, files = control.receive_files(supervisor)
+        if not message:  # the supervisor has ended
+            return 0
+        for file in files:
+            engine, connection = message.removeprefix(control.CHANNEL).decode(), socket.socket(fileno=file)
+            with suppress(ConnectionError):  # the engine has ended, too; the next one follows
+                channels.append(EngineChannel(engine, connection))
+    supervisor.setblocking(False)
+    return serve_http(config, RemoteRegistry(channels, config.settings), supervisor, {})
+
+
+def serve_http(
+    config: LaunchConfig, registry: Registry, supervisor: socket.socket, links: Mapping[Path, Path]
+) -> int:
+    """Serve the models of *registry* on connections from the supervisor; return the exit code.
+
+    This process may use its share of the memory that the whole server has for uploads and decoding.
+    """
+    settings, count = config.settings, config.num_servers
+    shared = memoryview(mmap.mmap(config.shared, 0))
+    app = create_app(
+        registry,
+        settings,
+        limits=shared[: control.LIMIT_BYTES].cast("d"),
+        photos=socket.socket(fileno=config.photos),
+        is_keeper=config.position == 0,
+    )
+    service: Service = app.state.service
+    service.metrics_of_all = partial(control.request_metrics, supervisor)
+    service.share_admitted(shared[control.LIMIT_BYTES :].cast("q")[:count], config.position)
+    service.num_front_ends = config.front_ends or 0
+    service.max_upload_bytes = upload_budget(settings, count)
+    # The supervisor, the other processes as far as they run, and processes like this one.
+    at_rest = resident_bytes(os.getppid()) + count * resident_bytes()
+    if config.device is None:
+        at_rest += sum(map(resident_bytes, config.others))
+    service.decoders.budget = decode_budget(settings, at_rest, count)
+    return DeviceServer(app, settings, supervisor, config.sources, links).serve_until_end()
+
+
+def ask_for_front_ends(supervisor: socket.socket, seconds: float) -> int:
+    """Tell the *supervisor* that an image needs *seconds*; return how many front ends there will be."""
+    control.send_files(supervisor, control.SPEED + repr(seconds).encode())
+    supervisor.setblocking(True)
+    while True:
+        message, files = control.receive_files(supervisor)
+        if message.startswith(control.FRONT_ENDS):
+            supervisor.setblocking(False)
+            return int(message.removeprefix(control.FRONT_ENDS))
+        if not message:
+            raise SystemExit(0)  # the supervisor has ended
+        for file in files:  # it asks for metrics
+            os.close(file)
+
+
+def runs_on_cpu(registry: Registry, settings: Settings) -> bool:
+    """Tell whether a model runs on the CPU; with a memory budget, whether those to be loaded will."""
+    if settings.memory_budget is not None:
+        return settings.runtime in {"onnxruntime-cpu", "openvino"} or not has_cuda()
+    return any(model.runtime.device == "cpu" for model in registry.models())
+
+
+def seconds_per_image(registry: Registry, settings: Settings) -> float:
+    """Return the seconds of an image in the fastest model; infinity on a CPU, which has no core to spare."""
+    if runs_on_cpu(registry, settings):
+        return math.inf
+    return min(model.latency.seconds_per_image() for model in registry.models())
 
 
 if __name__ == "__main__":

@@ -9,41 +9,57 @@ from dataclasses import dataclass
 
 import pydantic
 
+from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.settings import Settings, decoders_per_process
 
+ANY_DEVICE = ""
+FEED_SECONDS = 0.0008  # that a process needs to feed an engine with an image, beside 16 decoders
+MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 CONFIG_VARIABLE = "SOPDEPLOY_WORKER"  # has the launch config of a process
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
 class LaunchConfig(pydantic.BaseModel):
-    """What each of *num_processes* gets: its *name*, *sources* of bundles, *settings*, file descriptors.
+    """What each process of a server gets: its *name*, *sources* of bundles, *settings*, file descriptors.
 
-    These are its end of the socket *control*, the file *buckets* of rate limits, and *lifeline*, a pipe: the
-    process ends when the supervisor closes the other end.
+    These are its end of the socket *control*, the file *shared* of rate limits and admitted images, and
+    *lifeline*, a pipe: the process ends when the supervisor closes the other end. The first of those that
+    serve HTTP keeps the photographs of all, which come from or go to the socket *photos*.
+
+    A front end has no *device*. *front_ends* is their number, None while nobody knows it. *position* counts
+    the processes of a kind; *num_servers* of them serve HTTP. *others* are the ids of the other processes.
     """
 
     name: str
+    device: str | None
     sources: tuple[str, ...]
     settings: Settings
     lifeline: int
     control: int
-    buckets: int
-    num_processes: int
+    shared: int
+    photos: int
+    front_ends: int | None
+    position: int
+    num_servers: int
+    others: tuple[int, ...]
 
 
 @dataclass(eq=False)
 class Process:
-    """The process of one device; *name* is unique among them.
+    """The process of one device, or a front end; *name* is unique among them.
 
-    *variables* are its additional environment variables, *settings* those of this process.
+    *variables* are its additional environment variables, *settings* those of this process, *position* is its
+    number among those of its kind. A front end has no *device*; that of "" may use every device.
     """
 
     name: str
     variables: Mapping[str, str]
     settings: Settings
+    device: str | None
+    position: int
     child: subprocess.Popen[str] | None = None
     control: socket.socket | None = None  # until the process has ended or left
     sent: int = 0  # connections
@@ -79,23 +95,39 @@ class Process:
         return self.control is not None and control.send_files(self.control, message, *files)
 
 
-def list_processes(settings: Settings) -> list[Process]:
+def list_devices(settings: Settings) -> list[Process]:
     """List the processes of all devices; raises `ConfigError` for a device that this process cannot use."""
-    devices = settings.devices
+    devices = settings.devices or (ANY_DEVICE,)
     decoders = decoders_per_process(len(devices))
     processes: list[Process] = []
     for position, device in enumerate(devices):
-        name = f"{device}-{position}" if devices.count(device) > 1 else device
+        name = f"{device}-{position}" if devices.count(device) > 1 else device or "engine"
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
         if device == "cpu" and settings.runtime == "auto":  # "auto" chooses CUDA wherever it is installed
             changed["runtime"] = "onnxruntime-cpu"
         if device != "cpu" and settings.decoders == "auto":  # "auto" would take all cores for one GPU
             changed["decoders"] = decoders
-        if settings.keep is not None:  # one process writes to a folder
-            changed["keep"] = settings.keep / name.replace("/", "_")
-            changed["keep_bytes"] = settings.keep_bytes // len(devices)
-        processes.append(Process(name, visible_devices(device), settings.model_copy(update=changed)))
+        variables = visible_devices(device) if device != ANY_DEVICE else {}
+        processes.append(Process(name, variables, settings.model_copy(update=changed), device, position))
     return processes
+
+
+def list_front_ends(settings: Settings, count: int) -> list[Process]:
+    """List *count* front ends."""
+    changed: dict[str, object] = {"devices": (), "follow": False, "memory_budget": None}
+    if settings.decoders == "auto":
+        changed["decoders"] = decoders_per_process(count)
+    own = settings.model_copy(update=changed)
+    return [Process(f"front-{number}", {VISIBLE: ""}, own, None, number) for number in range(count)]
+
+
+def choose_front_ends(settings: Settings, seconds_per_image: float) -> int:
+    """Return the number of front ends for models that need *seconds_per_image*; 0: one process suffices."""
+    if settings.front_ends != "auto":
+        return settings.front_ends
+    if seconds_per_image >= FEED_SECONDS:
+        return 0
+    return max(MIN_FRONT_ENDS, usable_cores() // CORES_PER_FRONT_END)
 
 
 def visible_devices(device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -1,13 +1,17 @@
-"""`serve --devices 0,1`: one process per device behind one port, restarted when it dies.
+"""Several processes behind one port, restarted when they die: one for each device, and front ends.
 
-A runtime belongs to one process, so several GPUs need several processes. The supervisor accepts every
-connection and passes it to the process with the fewest open connections. While no process accepts
-connections, they wait. SIGHUP reloads the bundles in every process.
+A runtime belongs to one process, so several GPUs need several processes. The process of a device serves HTTP
+itself or, if its models are faster than one process can decode and answer, is the engine of front ends, which
+serve HTTP. The supervisor accepts every connection and passes it to the process with the fewest open
+connections. While no process accepts connections, they wait. SIGHUP reloads the bundles of every device.
+
+When an engine or a front end starts, the supervisor creates the channels between it and the others.
 """
 
 import asyncio
 import contextlib
 import logging
+import mmap
 import os
 import signal
 import socket
@@ -15,12 +19,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 from sopdeploy_service.devices import control
-from sopdeploy_service.devices.processes import CONFIG_VARIABLE, LaunchConfig, Process, list_processes
+from sopdeploy_service.devices.processes import (
+    CONFIG_VARIABLE,
+    LaunchConfig,
+    Process,
+    choose_front_ends,
+    list_devices,
+    list_front_ends,
+)
+from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.observability import logs
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, STDERR, USER_ERROR, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
@@ -35,60 +46,93 @@ log = logging.getLogger("sopdeploy.supervisor")
 
 
 def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
-    """Serve the bundles at *sources* with a process for each of the devices of *settings*.
+    """Serve the bundles at *sources* with a process for each of the devices of *settings*, and front ends.
 
     Returns 0 after a drain, 2 if a process cannot start; raises `ConfigError` for a device it cannot use.
     """
     with logs.configured(settings), bind(settings.host, settings.port) as listener:
-        processes = list_processes(settings)
+        devices = list_devices(settings)
         listener.setblocking(False)
-        return asyncio.run(Supervisor(sources, processes, listener).run())
+        return asyncio.run(Supervisor(sources, settings, devices, listener).run())
 
 
 class Supervisor:
-    """Runs *processes*, which serve the bundles at *sources* on *listener*, until a signal arrives."""
+    """Runs *devices* and front ends, which serve the bundles at *sources* on *listener*, until a signal."""
 
     def __init__(
-        self, sources: Sequence[str | Path], processes: Sequence[Process], listener: socket.socket
+        self,
+        sources: Sequence[str | Path],
+        settings: Settings,
+        devices: Sequence[Process],
+        listener: socket.socket,
     ) -> None:
         self._sources = tuple(str(source) for source in sources)
-        self._processes = processes
-        self._listener = listener
+        self._settings, self._devices, self._listener = settings, devices, listener
+        self._front_ends: list[Process] = []
+        # The number of front ends, known as soon as all devices have told their speed if it depends on this.
+        self._num_front_ends = None if settings.front_ends == "auto" else settings.front_ends
+        self._seconds: dict[Process, float] = {}  # that a device needs for an image
         self._stopping = asyncio.Event()
         self._announced = False
         self._code = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def _servers(self) -> Sequence[Process]:
+        """The processes that serve HTTP."""
+        return self._front_ends or (self._devices if self._num_front_ends == 0 else ())
+
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit code."""
         self._loop = asyncio.get_running_loop()
-        self._waiters = ThreadPoolExecutor(len(self._processes))  # one for each child
+        self._loop.set_default_executor(DaemonThreads())  # has a thread for each child
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         with ExitStack() as stack:
             self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
-            self._buckets = os.memfd_create("sopdeploy-limits", os.MFD_CLOEXEC)
-            os.ftruncate(self._buckets, control.LIMIT_BYTES)
-            for file in (self._lifeline, writing, self._buckets):
+            self._shared = os.memfd_create("sopdeploy-shared", os.MFD_CLOEXEC)
+            os.ftruncate(self._shared, control.LIMIT_BYTES + control.ADMITTED_BYTES)
+            for file in (self._lifeline, writing, self._shared):
                 stack.callback(os.close, file)
+            # The process that keeps photographs reads from the first end, all others write to the second one.
+            self._photos = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            for end in self._photos:
+                stack.enter_context(end)
+            memory = memoryview(mmap.mmap(self._shared, 0))
+            self._admitted = memory[control.LIMIT_BYTES :].cast("q")
             start_task(self._tasks, self._kill_hanging())
-            await asyncio.gather(*(self._supervise(process) for process in self._processes))
+            async with asyncio.TaskGroup() as self._group:
+                for process in self._devices:
+                    self._group.create_task(self._supervise(process))
+                if self._num_front_ends:
+                    self._start_front_ends(self._num_front_ends)
         return self._code
 
     def _stop(self) -> None:
-        """Let the processes drain."""
+        """Let the processes drain: those that serve HTTP, and then the engines; a second call ends this."""
+        number = signal.SIGINT if self._stopping.is_set() else signal.SIGTERM
         self._stopping.set()
-        for process in self._processes:
+        for process in self._servers:
             if process.child is not None and process.child.poll() is None:
-                process.child.send_signal(signal.SIGTERM)
+                process.child.send_signal(number)
+        self._end_engines()
+
+    def _end_engines(self) -> None:
+        """If no process serves HTTP any more, end the engines, and the devices that are still loading."""
+        if any(one.child is not None and one.child.poll() is None for one in self._servers):
+            return
+        for process in self._devices:
+            self._close_control(process)  # an engine ends, and has no other end
+            if process.bundles is None and process.child is not None:
+                process.child.terminate()
 
     def _on_hangup(self) -> None:
         """Stop if the terminal was closed; a SIGHUP that a program sends reloads the bundles."""
         if terminal_is_closed():
             self._stop()
             return
-        for process in self._processes:
+        for process in self._devices:
             process.send(control.RELOAD)
 
     async def _supervise(self, process: Process) -> None:
@@ -97,31 +141,40 @@ class Supervisor:
         while not self._stopping.is_set():
             started = time.monotonic()
             process.child = self._start(process)
-            code = await self._loop.run_in_executor(self._waiters, process.child.wait)
+            code = await asyncio.to_thread(process.child.wait)
             self._close_control(process)
+            if process in self._servers:  # what it had admitted makes room
+                self._admitted[process.position] = 0
             if self._stopping.is_set():
-                return
+                break
             if code == USER_ERROR and not self._announced:  # another start would fail, too
                 self._code = USER_ERROR
                 self._stop()
-                return
+                break
             early_deaths = early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
             delay = min(MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1)  # 0, 0, 1, 3, 7 ...
-            log.error("device %s: exited with code %d; restart in %.0f s", process.name, code, delay)
+            log.error("%s: exited with code %d; restart in %.0f s", describe(process), code, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
+        self._end_engines()
 
     def _start(self, process: Process) -> subprocess.Popen[str]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        running = [other for other in (*self._devices, *self._front_ends) if other.child is not None]
         with theirs:
             config = LaunchConfig(
                 name=process.name,
+                device=process.device,
                 sources=self._sources,
                 settings=process.settings,
                 lifeline=self._lifeline,
                 control=theirs.fileno(),
-                buckets=self._buckets,
-                num_processes=len(self._processes),
+                shared=self._shared,
+                photos=self._photos[process.position > 0].fileno(),
+                front_ends=self._num_front_ends,
+                position=process.position,
+                num_servers=self._num_front_ends or len(self._devices),
+                others=tuple(other.child.pid for other in running if other.child and other is not process),
             )
             variables = {**process.variables, CONFIG_VARIABLE: config.model_dump_json()}
             child = subprocess.Popen(
@@ -129,12 +182,39 @@ class Supervisor:
                 text=True,
                 stdout=STDERR,  # stdout has the `ready` line only
                 start_new_session=True,  # Ctrl-C reaches the supervisor only, which forwards it
-                pass_fds=(config.lifeline, config.control, config.buckets),
+                pass_fds=(config.lifeline, config.control, config.shared, config.photos),
                 env={**os.environ, **variables},
             )
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
+        if process.device is None:
+            for engine in self._devices:
+                if engine.bundles is not None:
+                    self._connect(engine, process)
         return child
+
+    def _connect(self, engine: Process, front_end: Process) -> None:
+        """Create a channel between *engine* and *front_end*."""
+        for_engine, for_front_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with for_engine, for_front_end:
+            engine.send(control.CHANNEL + front_end.name.encode(), for_engine.fileno())
+            front_end.send(control.CHANNEL + engine.name.encode(), for_front_end.fileno())
+
+    def _start_front_ends(self, count: int) -> None:
+        self._front_ends = list_front_ends(self._settings, count)
+        log.info("front ends", extra={"front_ends": count, "engines": len(self._devices)})
+        for process in self._front_ends:
+            self._group.create_task(self._supervise(process))
+
+    def _learn_speed(self, device: Process, seconds: float) -> None:
+        """Choose the number of front ends when all devices have told their speed, and tell the devices."""
+        self._seconds[device] = seconds
+        if self._num_front_ends is None and len(self._seconds) == len(self._devices):
+            count = self._num_front_ends = choose_front_ends(self._settings, max(self._seconds.values()))
+            for process in self._devices:
+                process.send(control.FRONT_ENDS + str(count).encode())
+            if count:
+                self._start_front_ends(count)
 
     def _close_control(self, process: Process) -> None:
         """Send nothing more to *process*, which then ends."""
@@ -144,22 +224,45 @@ class Supervisor:
             process.control = None
 
     def _receive(self, process: Process) -> None:
-        """Handle a message of *process*: its status, or a request for metrics."""
+        """Handle a message of *process*: its status, a request for metrics, or news of a device."""
         if process.control is None:
             return
         message, files = control.receive_files(process.control)
         if files:  # sockets for the metrics
             for file in files:
                 start_task(self._tasks, self._send_metrics(file))
-            return
-        if not message:  # the process drains or has ended
+        elif not message:  # the process drains or has ended
             self._stop_sending(process)
-            return
+        elif message.startswith(control.SPEED):
+            self._learn_speed(process, float(message.removeprefix(control.SPEED)))
+        elif message == control.NEW_MODELS:
+            self._connect_front_ends(process)
+        elif message.startswith(control.BAD_FRONT_END):
+            self._kill_front_end(message.removeprefix(control.BAD_FRONT_END).decode())
+        else:
+            self._learn_status(process, message)
+
+    def _connect_front_ends(self, engine: Process) -> None:
+        for front_end in self._front_ends:
+            if front_end.control is not None:
+                self._connect(engine, front_end)
+
+    def _kill_front_end(self, name: str) -> None:
+        """Kill the front end *name*, which has sent nonsense to an engine; another one is started."""
+        for process in self._front_ends:
+            if process.name == name and process.child is not None:
+                process.child.kill()
+
+    def _learn_status(self, process: Process, status: bytes) -> None:
+        """Record the *status* of *process*; announce the server when all processes are ready."""
         is_first_report = process.bundles is None
-        process.report(message)  # sets `bundles`
+        process.report(status)  # sets `bundles`
         if is_first_report:
-            log.info("device %s: ready", process.name)
-        if not self._announced and all(other.bundles is not None for other in self._processes):
+            log.info("%s: ready", describe(process))
+            if process.device is not None:
+                self._connect_front_ends(process)
+        expected = [*self._devices, *self._front_ends]
+        if not self._announced and self._servers and all(one.bundles is not None for one in expected):
             self._announce(process)  # the last process has become ready
         # `_accept` removes this reader while no process accepts; now *process* may accept again.
         if self._announced and self._listener.fileno() != -1:  # -1: closed at the end of the drain
@@ -167,13 +270,14 @@ class Supervisor:
 
     def _stop_sending(self, process: Process) -> None:
         """Send nothing more to *process*; the last one of a drain gets the pending connections first."""
-        is_last = all(other.control is None for other in self._processes if other is not process)
-        if is_last and self._stopping.is_set():
-            self._loop.remove_reader(self._listener)
-            for connection in accept_pending(self._listener):
-                with connection:
-                    process.send(control.CLIENT, connection.fileno())
-            self._listener.close()
+        if process in self._servers:
+            is_last = all(other.control is None for other in self._servers if other is not process)
+            if is_last and self._stopping.is_set():
+                self._loop.remove_reader(self._listener)
+                for connection in accept_pending(self._listener):
+                    with connection:
+                        process.send(control.CLIENT, connection.fileno())
+                self._listener.close()
         self._close_control(process)
 
     def _announce(self, process: Process) -> None:
@@ -186,7 +290,7 @@ class Supervisor:
 
     def _accept(self) -> None:
         """Pass a waiting connection to the least loaded process that takes it; close it if none does."""
-        accepting = [process for process in self._processes if process.accepts]
+        accepting = [process for process in self._servers if process.accepts]
         if not accepting:  # pause until a process reports that it has received more
             self._loop.remove_reader(self._listener)
             return
@@ -205,22 +309,28 @@ class Supervisor:
         """Kill processes that hang; time in which this process is paused does not count."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            for process in self._processes:
+            for process in (*self._devices, *self._front_ends):
                 process.silent_beats += 1  # `Process.report` sets it to 0
                 is_silent = process.silent_beats * BEAT_SECONDS > HANG_SECONDS
                 # It need not report while it loads (`bundles` is None) or drains (`control` is None).
                 must_report = process.bundles is not None and process.control is not None
                 if is_silent and must_report and process.child is not None:
-                    log.error("device %s: hangs; it is killed", process.name)
+                    log.error("%s: hangs; it is killed", describe(process))
                     process.child.kill()
                     self._close_control(process)
 
     async def _send_metrics(self, file: int) -> None:
         """Send the metrics of all processes to the socket *file*."""
-        controls = [process.control for process in self._processes]
+        processes = [*self._devices, *self._front_ends]
+        controls = [process.control for process in processes]
         pages = await asyncio.gather(*map(control.request_metrics, controls))
-        names = [process.name for process in self._processes]
-        ids = {process.name: process.child.pid for process in self._processes if process.child is not None}
+        names = [process.name for process in processes]
+        ids = {process.name: process.child.pid for process in processes if process.child is not None}
         ids["supervisor"] = os.getpid()
         page = control.merge_metrics(dict(zip(names, pages, strict=True)), ids)
         await control.send_metrics(file, page)
+
+
+def describe(process: Process) -> str:
+    """Name *process* in the log."""
+    return process.name if process.device in {None, ""} else f"device {process.name}"

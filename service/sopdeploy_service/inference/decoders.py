@@ -12,6 +12,7 @@ but took too long for a light child, and large ones. The groups take turns, and 
 group with most of them loses its last one.
 """
 
+import asyncio
 import logging
 import math
 import os
@@ -19,14 +20,13 @@ import signal
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions, LargerImageError
 from sopdeploy_service.decoding.pool import (
@@ -37,14 +37,13 @@ from sopdeploy_service.decoding.pool import (
     shared_template,
 )
 from sopdeploy_service.images.decode import Decoded
-from sopdeploy_service.inference.model_worker import Model, QueuedImage, call_soon
 from sopdeploy_service.inference.results import (
     DAMAGED,
     DEADLINE,
     DECODER_CRASHED,
     DECODER_KILLED,
     DECODERS_BUSY,
-    HttpError,
+    RejectedError,
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes
@@ -163,8 +162,9 @@ class Decoders:
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
         self._ending = threading.Event()
 
-    def start(self) -> None:
-        """Start children and threads; raises the errors of `DecoderProcess`."""
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start children and threads, for calls on *loop*; raises the errors of `DecoderProcess`."""
+        self._loop = loop
         if self.budget is None:
             self.budget = decode_budget(self._settings, resident_bytes())
         self._plan = plan = plan_children(self.budget, self._max_children, self._settings.max_pixels)
@@ -186,49 +186,83 @@ class Decoders:
         for jobs in [self.light] * self._plan.light + [self.large] * self._plan.large:
             jobs.put(None)
 
-    def put(self, model: Model, item: QueuedImage, image: bytes) -> None:
-        """Queue *image* for decoding; *item* then joins the queue of *model*. Call it on the event loop."""
-        if len(image) <= LIGHT_BODY:
-            self.light.put(partial(self._decode_item, model, item, image, is_light=True))
-        else:
-            self._put_large(model, item, image)
+    async def decode(
+        self, image: bytes, preprocess: Preprocess, deadline: float = math.inf, client: str | None = None
+    ) -> Decoded:
+        """Decode *image* of *client*, a key or address that shares the children for large images.
 
-    def decode(self, image: bytes, preprocess: Preprocess) -> Decoded:
-        """Decode *image* while this thread waits; raises `ImageError`."""
-        return self._wait_for(image, lambda child: child.decode(image, preprocess))
+        Raises `ImageError`, and `RejectedError` if its children end, if none is free before *deadline*, or if
+        too many large images wait; those without a client, of the server itself, are never refused.
+        """
+        return await self._attempt(image, lambda child: child.decode(image, preprocess), deadline, client)
 
-    def copy(self, image: bytes) -> tuple[bytes, str]:
-        """Copy *image* without metadata, as `decode` does; return the copy and its suffix."""
-        return self._wait_for(image, lambda child: child.copy(image))
+    async def copy(self, image: bytes) -> tuple[bytes, str]:
+        """Copy *image* without metadata, with the errors of `decode`; return the copy and its suffix."""
+        return await self._attempt(image, lambda child: child.copy(image), math.inf, None)
 
-    def _wait_for(self, image: bytes, request: Callable[[DecoderProcess], _Result]) -> _Result:
+    def wait_for(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """Wait in another thread than that of the event loop for *work*, a call of `decode` or `copy`."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _attempt(
+        self, image: bytes, request: Callable[[DecoderProcess], _Result], deadline: float, client: str | None
+    ) -> _Result:
         """Run *request* in a light child; for a large body, or if that fails, in one for large images.
 
         The child for large images gets it once more if it ends without the fault of the image.
         """
-        queues = [self.light] * (len(image) <= LIGHT_BODY) + [self.large] * 2
+        is_light, is_slow = len(image) <= LIGHT_BODY, False
         num_ends = 0  # of children, without a fault of the image
-        refusal = DAMAGED
-        for jobs in queues:
-            result: Future[_Result] = Future()
-
-            def run(child: DecoderProcess, result: Future[_Result] = result) -> None:
-                try:
-                    result.set_result(request(child))
-                except Exception as error:  # `result.result()` raises it in the thread that waits
-                    result.set_exception(error)
-
-            jobs.put(run)
+        while True:
+            seconds = None if deadline == math.inf else deadline - time.monotonic()
+            group = None if client is None else (client, is_slow)
             try:
-                return result.result()
-            except LargerImageError:  # then try the next queue
+                async with asyncio.timeout(seconds):
+                    return await asyncio.wrap_future(self._submit(request, group, is_light=is_light))
+            except TimeoutError as error:
+                raise RejectedError(DEADLINE if is_light else DECODERS_BUSY) from error
+            except LargerImageError:  # raised by light children only
                 pass
             except DecoderEndedError as error:
                 num_ends += not error.is_limit
-                refusal = refusal_after(error)
-                if jobs is self.large and (error.is_limit or num_ends > 1):
-                    break
-        raise ImageError(refusal.message, code=refusal.code, status=refusal.status)
+                if not is_light and (error.is_limit or num_ends > 1):
+                    refusal = DECODER_KILLED if error.is_kill else DECODER_CRASHED
+                    raise RejectedError(DAMAGED if error.is_limit else refusal) from error
+                is_slow = is_light and error.is_limit
+            is_light = False
+
+    def _submit(
+        self,
+        request: Callable[[DecoderProcess], _Result],
+        group: tuple[str, bool] | None,
+        *,
+        is_light: bool,
+    ) -> "Future[_Result]":
+        """Queue *request*; its future is no variable of `_attempt`, which its error would keep alive."""
+        result: Future[_Result] = Future()
+        job = partial(self._run, request, result)
+        if is_light:
+            self.light.put(job)
+        else:
+            self.large.put(job, group, partial(_refuse, result))
+        return result
+
+    def _run(
+        self, request: Callable[[DecoderProcess], _Result], result: "Future[_Result]", child: DecoderProcess
+    ) -> None:
+        """Let *child* run *request* unless nobody waits for *result* any more."""
+        if not result.set_running_or_notify_cancel():
+            return
+        started = time.monotonic()
+        try:
+            result.set_result(request(child))
+        except Exception as error:  # who waits for the result gets it
+            result.set_exception(error)
+        finally:
+            self._metrics.decode_seconds.inc(time.monotonic() - started)
+            del (
+                result
+            )  # an error has this frame in its traceback, and would keep itself and its request alive
 
     def _watch(self, children: Sequence[DecoderProcess]) -> None:
         """End processes that are stopped; their images are decoded again, and others are started."""
@@ -267,69 +301,11 @@ class Decoders:
         )
         return DecoderProcess(shared_template(), options, settings.decode_seconds, self._note_end)
 
-    def _put_large(
-        self, model: Model, item: QueuedImage, image: bytes, num_ends: int = 0, *, is_slow: bool = False
-    ) -> None:
-        """Queue *image* for a child for large images, among the slow ones of its client if it *is_slow*.
 
-        *num_ends* children of it have ended without its fault.
-        """
-        item.late = DECODERS_BUSY  # if its deadline passes before it is decoded
-        decode = partial(self._decode_item, model, item, image, is_light=False, num_ends=num_ends)
-        refuse = partial(call_soon, item.outcome.get_loop(), item.settle, DECODERS_BUSY)
-        self.large.put(decode, (item.client, is_slow), refuse)
-
-    def _decode_item(
-        self,
-        model: Model,
-        item: QueuedImage,
-        image: bytes,
-        child: DecoderProcess,
-        *,
-        is_light: bool,
-        num_ends: int = 0,
-    ) -> None:
-        """Let *child* decode *image* and queue *item*, or settle an *item* that cannot be queued.
-
-        A child for large images gets the image next if this one *is_light* and cannot decode it, or if this
-        one ends by another cause and is the first to do so. *num_ends* children ended so before.
-        """
-        if item.outcome.done():
-            return
-        started = time.monotonic()
-        refusal = model.queue.closed_with  # None, or the outcome of *item*, which is then not queued
-        try:
-            if refusal is None:
-                item.image, item.warnings = child.decode(image, model.bundle.manifest.preprocess)
-        except ImageError as error:
-            refusal = HttpError.of(error)
-        except LargerImageError:  # raised by light children only
-            self._put_large(model, item, image)
-            return
-        except DecoderEndedError as error:
-            num_ends += not error.is_limit
-            if is_light or (num_ends == 1 and not error.is_limit):
-                self._put_large(model, item, image, num_ends, is_slow=error.is_limit)
-                return
-            refusal = refusal_after(error)
-        finally:
-            ended = time.monotonic()
-            self._metrics.decode_seconds.inc(ended - started)
-        if refusal is None:
-            item.late = DEADLINE  # no longer the error of `_put_large`
-            item.decode_seconds = ended - item.arrived
-            item.arrived = ended  # from now on, the arrival in the queue of the model
-            self._metrics.observe_stage("decode", item.decode_seconds)
-            refusal = model.queue.put(item)  # the queue may have been closed meanwhile
-        if refusal is not None:
-            call_soon(item.outcome.get_loop(), item.settle, refusal)
-
-
-def refusal_after(error: DecoderEndedError) -> HttpError:
-    """Return what a client gets for an image whose last child ended with *error*."""
-    if error.is_limit:
-        return DAMAGED
-    return DECODER_KILLED if error.is_kill else DECODER_CRASHED
+def _refuse(result: "Future[Any]") -> None:
+    """End a request that does not run, unless nobody waits for *result* any more."""
+    if result.set_running_or_notify_cancel():
+        result.set_exception(RejectedError(DECODERS_BUSY))
 
 
 def _run_jobs(jobs: "SimpleQueue[Job | None] | SharedQueue", child: DecoderProcess) -> None:

@@ -106,7 +106,8 @@ async def finish_in_time(work: Future[Result], what: object, settings: Settings)
     """
     result, seconds = asyncio.wrap_future(work), load_seconds(settings)
     try:
-        return await asyncio.wait_for(result, seconds)
+        async with asyncio.timeout(seconds):  # `wait_for` of Python 3.11 may swallow a cancellation
+            return await result
     except TimeoutError as error:
         if not result.cancelled():  # the work itself raised this error
             raise

@@ -20,7 +20,8 @@ from sopdeploy.bundle.folder import GRAPH, Bundle, read_files
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.loader import LoadedModel, check_trust, finish_in_time, load_in_background
-from sopdeploy_service.inference.model_worker import Model
+from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.settings import Settings
@@ -58,7 +59,7 @@ class BudgetEntry:
     requests get *load_error*, and no other load is tried before the time *retry_at*.
     """
 
-    placeholder: Model
+    placeholder: LocalModel
     bytes: int
     loading: asyncio.Task[HttpError | None] | None = None
     load_error: HttpError | None = None
@@ -115,7 +116,7 @@ class BudgetedRegistry(ModelRegistry):
         """Check *bundle*, and let requests find its model, not loaded, under *name*."""
         check_trust(bundle, self._settings)
         not_loaded = LoadedModel(bundle=bundle.reduced(), runtime=NoRuntime(), replays={})
-        placeholder = self._by_name[name] = Model(name, not_loaded, self._settings, self.metrics)
+        placeholder = self._by_name[name] = LocalModel(name, not_loaded, self._settings, self.metrics)
         placeholder.is_loaded = False
         self.metrics.model_memory.labels(name).set(0)
         size = FILE_FACTOR * bundle.manifest.files[GRAPH].bytes + ACTIVATION_BYTES
@@ -170,12 +171,12 @@ class BudgetedRegistry(ModelRegistry):
             else:
                 await asyncio.sleep(_POLL_SECONDS)
 
-    async def _release(self, placeholder: Model) -> None:
+    async def _release(self, placeholder: LocalModel) -> None:
         """Stop the model that *placeholder* replaces; requests for it wait until it can be loaded again."""
         name = placeholder.name
         model = self._by_name[name]
         self._by_name[name] = placeholder
         await model.stop()
-        self.metrics.count_bundle(name, model.bundle, model.loaded.runtime, -1)
+        self.metrics.count_bundle(name, model.bundle, model.runtime.name, -1)
         self.metrics.model_memory.labels(name).set(0)
         log.info("%s: released", name)

@@ -19,9 +19,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,46 +31,46 @@ from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import WORKER_THREAD
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
-from sopdeploy_service.inference.results import HttpError, Outcome, Prediction
+from sopdeploy_service.inference.model import Model, Ran, RuntimeFacts
+from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import DriftWindow, Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OverlappingRuntime, Runtime, is_out_of_memory
 from sopdeploy_service.settings import Settings
 
 MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
-SMOOTHING = 0.2  # weight of the newest batch in the moving average
 _JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
 WATCH_SECONDS = 1.0  # longest time between two checks of the thread
 
-_Pixels = Sequence[NDArray[np.uint8]]
-ImageOutputs = dict[str, NDArray[np.float32]] | HttpError
+_Pixels: TypeAlias = Sequence[NDArray[np.uint8]]
+ImageOutputs: TypeAlias = dict[str, NDArray[np.float32]] | HttpError
 
 log = logging.getLogger("sopdeploy.inference")
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
+@dataclass(eq=False, slots=True)
 class QueuedImage:
-    """One image and the future that gets its outcome; times are those of `time.monotonic`.
+    """One image (H, W, 3) uint8 and *deliver*, which gets its result on the event loop, at most once.
 
-    *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *client* is the key or address
-    of its request. *features* requests the embedding. A copy that *is_occluded* does not count for the drift.
+    Times are those of `time.monotonic`. *features* requests the embedding. An image that is not *for_drift*
+    does not count for the drift. It *is_over* when it has its result, or when nobody waits for one.
+    *in_batch* says that the pixels are read until it is settled.
     """
 
-    outcome: "asyncio.Future[Outcome]"
+    pixels: NDArray[np.uint8] = field(repr=False)
     deadline: float
-    image: NDArray[np.uint8] = field(init=False, repr=False)
-    warnings: tuple[str, ...] = ()
-    client: str = ""
+    deliver: Callable[[Ran | HttpError], None]
     features: bool = False
-    is_occluded: bool = False
-    decode_seconds: float | None = None
-    arrived: float = field(default_factory=time.monotonic)  # at the server; after decoding: in the queue
-    late: HttpError = results.DEADLINE  # the outcome if there is no other one at the deadline
+    for_drift: bool = True
+    arrived: float = field(default_factory=time.monotonic)
+    is_over: bool = False
+    in_batch: bool = False
 
-    def settle(self, outcome: Outcome) -> None:
-        """Set the outcome unless there is one. Call it on the event loop."""
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
+    def settle(self, result: Ran | HttpError) -> None:
+        """Deliver *result* unless the image is over. Call it on the event loop."""
+        if not self.is_over:
+            self.is_over = True
+            self.deliver(result)
 
 
 @dataclass(eq=False)
@@ -82,22 +82,24 @@ class RequestQueue:
     _items: deque[QueuedImage] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def put(self, item: QueuedImage) -> HttpError | None:
-        """Add *item*; if the queue is closed, return the reason instead."""
+    def put(self, item: QueuedImage) -> None:
+        """Add *item*; if the queue is closed, settle it with the reason instead."""
         with self._changed:
             if self.closed_with is None:
                 self._items.append(item)
                 self._changed.notify()
-            return self.closed_with
+                return
+        item.settle(self.closed_with)
 
-    def reject(self, items: Sequence[QueuedImage], reason: HttpError) -> None:
-        """Give *reason* to *items* without an outcome and remove them; call it on the event loop."""
+    def remove(self, item: QueuedImage) -> bool:
+        """Remove *item*, for which nobody waits any more; return False if its batch has begun."""
         with self._changed:
-            for item in items:
-                if item in self._items:
-                    self._items.remove(item)
-        for item in items:
-            item.settle(reason)
+            if item.in_batch:
+                return False
+            item.is_over = True
+            with contextlib.suppress(ValueError):  # `take` has removed it after its deadline
+                self._items.remove(item)
+            return True
 
     def take(self, max_size: int, *, only_full: bool = False) -> list[QueuedImage]:
         """Wait for *max_size* images, or until the oldest has waited for `max_delay`; return them.
@@ -109,19 +111,23 @@ class RequestQueue:
             while True:
                 now = time.monotonic()
                 # A loop here would leave its last image in a variable, and so alive, during the wait below.
-                self._items = deque(
-                    item for item in self._items if not item.outcome.done() and item.deadline > now
-                )
+                self._items = deque(item for item in self._items if not item.is_over and item.deadline > now)
                 if len(self._items) >= max_size:
-                    return [self._items.popleft() for _ in range(max_size)]
+                    return self._pop(max_size)
                 if only_full or self.closed_with is not None:  # a closed queue is empty
                     return []
                 seconds = None  # waits without a limit for the first image
                 if self._items:
                     seconds = self._items[0].arrived + self.max_delay - now
                     if seconds <= 0:
-                        return [self._items.popleft() for _ in range(len(self._items))]
+                        return self._pop(len(self._items))
                 self._changed.wait(seconds)
+
+    def _pop(self, count: int) -> list[QueuedImage]:
+        items = [self._items.popleft() for _ in range(count)]
+        for item in items:
+            item.in_batch = True
+        return items
 
     def close(self, reason: HttpError) -> list[QueuedImage]:
         """Give *reason* to every image from now on; return those that are still queued."""
@@ -141,38 +147,6 @@ def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *v
         log.debug("the event loop is closed; an outcome is dropped")
 
 
-class LatencyTable:
-    """Moving average of the seconds of a batch, by its size."""
-
-    def __init__(self, measured: Iterable[tuple[int, float]] = ()) -> None:
-        """Start with *measured* pairs (images, seconds); the fastest of each size counts."""
-        self._seconds: dict[int, float] = {}
-        for images, seconds in measured:
-            self._seconds[images] = min(seconds, self._seconds.get(images, seconds))
-
-    def record(self, num_images: int, seconds: float) -> None:
-        """Include a batch of *num_images* that took *seconds*."""
-        old = self._seconds.get(num_images, seconds)
-        self._seconds[num_images] = old + SMOOTHING * (seconds - old)
-
-    def batch_seconds(self, num_images: int) -> float:
-        """Estimate the seconds of one batch of *num_images*; 0 before the first measurement.
-
-        A size without measurement takes the value of the next larger size, or scales the largest one.
-        """
-        if not self._seconds:
-            return 0.0
-        if large_enough := [size for size in self._seconds if size >= num_images]:
-            return self._seconds[min(large_enough)]
-        largest = max(self._seconds)
-        return self._seconds[largest] * num_images / largest
-
-    def total_seconds(self, num_images: int, max_batch: int) -> float:
-        """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
-        full, rest = divmod(num_images, max_batch)
-        return full * self.batch_seconds(max_batch) + (self.batch_seconds(rest) if rest else 0.0)
-
-
 @dataclass(slots=True)
 class _Batch:
     """A batch in flight; *wait* returns its outputs. If *wait* is None, `_run_images` runs the batch."""
@@ -181,25 +155,15 @@ class _Batch:
     wait: Callable[[], Outputs] | None = None
 
 
-class Model:
-    """A bundle being served; public methods are called on the event loop, a thread runs batches."""
-
-    is_loaded = True
+class LocalModel(Model):
+    """A bundle whose runtime is in this process; public methods are called on the event loop."""
 
     def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
-        self.name, self.loaded, self.bundle, self.labels = name, loaded, loaded.bundle, loaded.bundle.labels
-        manifest = loaded.bundle.manifest
-        self.decision = manifest.rules
-        self.thresholds, self.rejection = self.decision.thresholds, self.decision.rejection
-        self.top_k = settings.classes_per_image(multi_label=self.thresholds is not None)
-        self.version, self.logits = manifest.id, manifest.outputs[0].name
-        self.largest_batch = largest_batch(loaded.runtime, settings)
-        self.dead = False  # whether a batch hung or the thread failed
+        runtime, manifest = loaded.runtime, loaded.bundle.manifest
+        facts = RuntimeFacts(runtime.name, runtime.device, largest_batch(runtime, settings))
+        super().__init__(name, loaded.bundle, facts, loaded.timings, settings)
+        self._is_dead = False
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
-        self.latency = LatencyTable(loaded.timings)
-        self.users = 0  # requests
-        self.unused = asyncio.Event()
-        self.unused.set()
         reference = self.decision.reference
         self.drift = None if reference is None else DriftWindow(reference, metrics, name)
         metrics.show_model(name, rejects=self.rejection is not None)
@@ -207,14 +171,42 @@ class Model:
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
         # Used by the thread, except that the watchdog and `close` read `_in_flight` and `_batch_started`.
-        self._runtime = loaded.runtime
+        self._runtime = runtime
         # The same runtime if it can have two batches in flight.
-        self._overlapping = loaded.runtime if isinstance(loaded.runtime, OverlappingRuntime) else None
+        self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
         self._outputs = tuple(output.name for output in manifest.outputs)
         self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
         self._must_check = False  # the device, because every image of the last batch failed
         self._in_flight: list[_Batch] = []  # oldest first
         self._batch_started: float | None = None  # when the oldest batch got the device to itself
+
+    @property
+    def dead(self) -> bool:
+        """Whether a batch hung or the thread failed."""
+        return self._is_dead
+
+    async def run(
+        self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
+    ) -> Ran:
+        """Queue the image, and wait until its batch has run."""
+        future: asyncio.Future[Ran | HttpError] = asyncio.get_running_loop().create_future()
+
+        def deliver(result: Ran | HttpError) -> None:
+            if not future.done():  # as after a cancellation
+                future.set_result(result)
+
+        item = QueuedImage(pixels, deadline, deliver, features, for_drift)
+        self.queue.put(item)
+        try:
+            async with asyncio.timeout(deadline - item.arrived):
+                result = await future
+        except TimeoutError as error:
+            raise RejectedError(results.DEADLINE) from error
+        finally:
+            self.queue.remove(item)  # unless it has a result
+        if isinstance(result, HttpError):
+            raise RejectedError(result)
+        return result
 
     def start(self) -> None:
         """Start the thread that runs batches, and its watchdog."""
@@ -242,10 +234,10 @@ class Model:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watchdog
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, 0.0 if self.dead else _JOIN_SECONDS)
+            await asyncio.to_thread(self._thread.join, 0.0 if self._is_dead else _JOIN_SECONDS)
             # A batch that has not ended still uses the memory; after a hang, `close` may hang, too.
-            if not self.dead and not self._thread.is_alive():
-                await asyncio.to_thread(self.loaded.runtime.close)
+            if not self._is_dead and not self._thread.is_alive():
+                await asyncio.to_thread(self._runtime.close)
 
     def hang_seconds(self, num_images: int) -> float:
         """Compute after how many seconds a batch of *num_images* counts as hung."""
@@ -254,7 +246,7 @@ class Model:
 
     async def _watch(self) -> None:
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
-        while not self.dead:
+        while not self._is_dead:
             # The thread sets the start of a batch before the batch becomes the oldest. So the batch is read
             # first: the start that is read next is not that of an earlier batch, which would seem to hang.
             batches = tuple(self._in_flight)
@@ -271,7 +263,7 @@ class Model:
         """Log *reason* and reject every image from now on, unless the model was closed."""
         if self.queue.closed_with is None:
             log.critical("%s; the model rejects every image from now on", reason)
-            self.dead = True
+            self._is_dead = True
             self.close(results.RUNTIME_DEAD)
 
     def _run_batches(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -306,13 +298,13 @@ class Model:
         self._in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
         if self._overlapping is not None:
             with contextlib.suppress(Exception):  # `_run_images` tries again, and handles errors
-                batch.wait = self._overlapping.begin([item.image for item in items], self._names_of(items))
+                batch.wait = self._overlapping.begin([item.pixels for item in items], self._names_of(items))
         return True
 
     def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait for the outputs of the oldest batch and pass them to the event loop."""
         batch = self._in_flight[0]
-        images = [item.image for item in batch.items]
+        images = [item.pixels for item in batch.items]
         names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
         started, ended = cast(float, self._batch_started), time.monotonic()  # a batch in flight has a start
@@ -320,15 +312,7 @@ class Model:
         # Set before the batch is removed, see `_watch`: the next one has the device to itself from now on.
         self._batch_started = ended if len(self._in_flight) > 1 else None
         del self._in_flight[0]
-        outcomes: list[Outcome] = []
-        for item, row in zip(batch.items, rows, strict=True):
-            if isinstance(row, HttpError):
-                outcomes.append(row)
-                continue
-            stages = {} if item.decode_seconds is None else {"decode": item.decode_seconds}
-            stages |= {"queue": started - item.arrived, "infer": ended - started}
-            outcomes.append(Prediction(row, stages, item.image, item.warnings))
-        call_soon(loop, self._settle, batch.items, outcomes, started, ended)
+        call_soon(loop, self._settle, batch.items, rows, started, ended)
 
     def _names_of(self, items: Sequence[QueuedImage]) -> Sequence[str]:
         """Return the outputs that *items* need."""
@@ -347,19 +331,24 @@ class Model:
         return self._runtime.run(np.stack(images))
 
     def _settle(
-        self, items: Sequence[QueuedImage], outcomes: Sequence[Outcome], started: float, ended: float
+        self, items: Sequence[QueuedImage], rows: Sequence[ImageOutputs], started: float, ended: float
     ) -> None:
         """Settle and count a batch. Runs on the event loop while the thread runs the next batch."""
-        for item, outcome in zip(items, outcomes, strict=True):
-            item.settle(outcome)
-        if self.drift is not None:
-            originals = [one for item, one in zip(items, outcomes, strict=True) if not item.is_occluded]
-            self.drift.add([one.outputs[self.logits] for one in originals if isinstance(one, Prediction)])
-        self.latency.record(len(items), ended - started)
         waited = [started - item.arrived for item in items]
+        logits: list[NDArray[np.float32]] = []  # that count for the drift
+        for item, row, seconds in zip(items, rows, waited, strict=True):
+            if isinstance(row, HttpError):
+                item.settle(row)
+                continue
+            item.settle(Ran(row, {"queue": seconds, "infer": ended - started}, len(items)))
+            if item.for_drift:
+                logits.append(row[self.logits])
+        if self.drift is not None:
+            self.drift.add(logits)
+        self.latency.record(len(items), ended - started)
         self._metrics.count_batch(self.name, waited, self.largest_batch, started, ended)
-        nonfinite = sum(outcome is results.NONFINITE for outcome in outcomes)
-        self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
+        if nonfinite := sum(row is results.NONFINITE for row in rows):
+            self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 
 
 def check_device(runtime: Runtime, image_shape: tuple[int, ...]) -> None:

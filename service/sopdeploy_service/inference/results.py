@@ -63,6 +63,7 @@ DECODER_KILLED = HttpError("decoder_killed", 503, "the image's decoder was kille
 DECODER_CRASHED = HttpError("decoder_crashed", 422, "the decoder crashed twice on this image")
 DAMAGED = HttpError("damaged_image", 422, "the image is damaged, or its decoder took too long")
 NONFINITE = HttpError("nonfinite_output", 500, "the network's output for this image is not finite")
+SLOTS_FULL = HttpError("queue_full", 429, "the queue is full; retry later", 1)
 TOO_LATE = HttpError("deadline_unreachable", 503, "the queue is too long to meet the deadline", 1)
 OUT_OF_MEMORY = HttpError("out_of_memory", 503, "the device is out of memory for this image; retry", 2)
 CLIENT_GONE = HttpError("client_gone", 499, "the client closed the connection")

@@ -1,8 +1,7 @@
 """Everything behind the HTTP layer: the models and their replacement, admission, decoders.
 
-An image is admitted or rejected, decoded in a child process, and queued at its model. The decoder sets the
-outcome of an invalid image, otherwise the model worker does, or the deadline if it is earlier. An invalid
-image never shares a batch with the images of other requests.
+An image is admitted or rejected, decoded in a child process, and run by its model in a batch with others
+(`Service._predict`). An invalid image never shares a batch with the images of other requests.
 """
 
 import asyncio
@@ -10,12 +9,12 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +22,15 @@ from prometheus_client import generate_latest
 
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.errors import SopdeployError, shorten
+from sopdeploy.errors import ImageError, SopdeployError
 from sopdeploy.images.occlusion import GRID, occlude
+from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
 from sopdeploy_service.inference.loader import LoadedModel, check_trust, finish_in_time, load_in_background
-from sopdeploy_service.inference.model_worker import Model, QueuedImage
+from sopdeploy_service.inference.model import Model, Registry, State
+from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import DECODERS_BESIDE_CPU_INFERENCE, Settings, decoders_per_process
@@ -38,14 +39,13 @@ MAX_RETRY_SECONDS = 60
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[bytes] | NDArray[np.uint8]
-State: TypeAlias = Literal["ok", "draining", "decoders_stopped", "runtime_dead"]
 CollectMetrics: TypeAlias = Callable[[], Awaitable[bytes]]
 
 models_log = logging.getLogger("sopdeploy.models")
 
 
-class ModelRegistry:
-    """The loaded models by name. Every method is called on the event loop.
+class ModelRegistry(Registry):
+    """The loaded models by name.
 
     A new bundle is loaded, verified and started beside the one that is served; then the name points to the
     new one, in one step. The replaced one is stopped when its last request has its response.
@@ -56,51 +56,21 @@ class ModelRegistry:
         self._settings = settings
         self.metrics = Metrics()
         self.changing = asyncio.Lock()  # held while models are loaded or replaced
-        self._retiring: dict[Model, asyncio.Task[None]] = {}
-        self._by_name = {name: self._make_model(name, model) for name, model in loaded.items()}
+        self._retiring: dict[LocalModel, asyncio.Task[None]] = {}
+        self._by_name: dict[str, LocalModel] = {}
+        for name, model in loaded.items():
+            self._by_name[name] = self._make_model(name, model)
 
     async def start(self) -> None:
         """Start the worker threads of the models that are loaded."""
-        for model in self.models():
+        for model in self._by_name.values():
             if model.is_loaded:
                 model.start()
 
-    def models(self) -> list[Model]:
-        """Return every model that requests can choose, by name."""
-        return [model for _, model in sorted(self._by_name.items())]
-
-    def find(self, name: str | None = None, version: str | None = None) -> Model:
-        """Find the model *name* (None: the only one) with *version* (None: any), or raise `RejectedError`."""
-        if name is None:
-            if len(self._by_name) > 1:
-                names = shorten(sorted(self._by_name))
-                message = f"the server has several models; choose one with ?model= ({names})"
-                raise RejectedError(HttpError("model_needed", 400, message))
-            name = next(iter(self._by_name))  # a server has at least one model
-        if name not in self._by_name:
-            message = f"no model {name[:100]!r}; available: {shorten(sorted(self._by_name))}"
-            raise RejectedError(HttpError("unknown_model", 404, message))
-        model = self._by_name[name]
-        if version not in {None, model.version}:
-            message = f"{name}: no version {str(version)[:100]!r}; the current one is {model.version}"
-            raise RejectedError(HttpError("unknown_version", 404, message))
-        return model
-
-    @contextmanager
-    def use(self, model: Model) -> Iterator[None]:
-        """Keep *model* loaded during the block. Await nothing since `find`, or it can be released before."""
-        model.users += 1
-        model.unused.clear()
-        try:
-            yield
-        finally:
-            model.users -= 1
-            if not model.users:
-                model.unused.set()
-
-    async def wait_until_loaded(self, model: Model) -> Model:
-        """Return *model*, which is loaded already."""
-        return model
+    @property
+    def problem(self) -> State | None:
+        """Whether a model cannot run any more, so that the process must be restarted."""
+        return "runtime_dead" if any(model.dead for model in self._by_name.values()) else None
 
     async def follow(self, bundles: Mapping[str, Bundle]) -> None:
         """Serve exactly *bundles*, by name; those that are already served are not loaded again.
@@ -151,23 +121,24 @@ class ModelRegistry:
 
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome."""
-        for model in (*self.models(), *self._retiring):
+        for model in (*self._by_name.values(), *self._retiring):
             model.close(reason)
 
     async def stop(self) -> None:
         """Stop every model."""
         for task in self._retiring.values():
             task.cancel()
-        await asyncio.gather(*(model.stop() for model in (*self.models(), *self._retiring)))
+        models = (*self._by_name.values(), *self._retiring)
+        await asyncio.gather(*(model.stop() for model in models))
 
-    def _make_model(self, name: str, loaded: LoadedModel) -> Model:
-        self.metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
-        return Model(name, loaded, self._settings, self.metrics)
+    def _make_model(self, name: str, loaded: LoadedModel) -> LocalModel:
+        self.metrics.count_bundle(name, loaded.bundle, loaded.runtime.name, 1)
+        return LocalModel(name, loaded, self._settings, self.metrics)
 
-    def _retire(self, model: Model) -> None:
+    def _retire(self, model: LocalModel) -> None:
         self._retiring[model] = asyncio.create_task(self._stop_unused(model))
 
-    async def _stop_unused(self, model: Model) -> None:
+    async def _stop_unused(self, model: LocalModel) -> None:
         """Stop *model* after the last request that uses it has its response."""
         try:
             await model.unused.wait()
@@ -176,7 +147,7 @@ class ModelRegistry:
             models_log.exception("%s: a replaced version did not stop cleanly", model.name)
         finally:
             del self._retiring[model]
-            self.metrics.count_bundle(model.name, model.bundle, model.loaded.runtime, -1)
+            self.metrics.count_bundle(model.name, model.bundle, model.runtime.name, -1)
 
 
 # Keeps an image if it is worth a label.
@@ -186,37 +157,52 @@ KeepImage: TypeAlias = Callable[[Model, bytes, Prediction], None]
 class Service:
     """Runs inference from `start` to `stop`, once. Every method is called on the event loop."""
 
-    def __init__(self, registry: ModelRegistry, settings: Settings) -> None:
+    def __init__(self, registry: Registry, settings: Settings) -> None:
         """Serve the models of *registry*."""
         self.settings, self.registry, self.metrics = settings, registry, registry.metrics
         self.active_requests = 0  # counted by the middleware
         self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
         self.metrics_of_all: CollectMetrics | None = None  # if the server has several processes
+        self.num_front_ends = 0
         self.keep: KeepImage | None = None
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
-        self.admitted = 0  # images without an outcome; a request that is not parsed yet counts as one
+        # Images without an outcome, of each process; a request that is not parsed yet counts as one.
+        self._admitted, self._position = memoryview(bytearray(8)).cast("q"), 0
         self.max_upload_bytes = upload_budget(settings)
         self.decoders = Decoders(self._count_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
         self._draining = True  # until `start`
 
+    @property
+    def admitted(self) -> int:
+        """The images that this process has admitted and not answered."""
+        return self._admitted[self._position]
+
+    @admitted.setter
+    def admitted(self, count: int) -> None:
+        self._admitted[self._position] = count
+
+    def share_admitted(self, cells: "memoryview[int]", position: int) -> None:
+        """Count in *cells*, one for each process of the server, of which this one is at *position*."""
+        self._admitted, self._position = cells, position
+        self.admitted = 0
+
     def _count_decoders(self) -> int:
         """Return the largest number of children for light images, if the server has no other process."""
         if self.settings.decoders != "auto":
             return self.settings.decoders
-        if all(model.loaded.runtime.device == "cpu" for model in self.registry.models()):
+        if all(model.runtime.device == "cpu" for model in self.registry.models()):
             return DECODERS_BESIDE_CPU_INFERENCE
         return decoders_per_process(processes=1)
 
     @property
     def state(self) -> State:
-        """The health: `ok`, `draining` (also before `start`), `decoders_stopped` or `runtime_dead`."""
-        if any(model.dead for model in self.registry.models()):
-            return "runtime_dead"
-        if self._draining:
+        """The health: `ok`, or why the server is not ready; `draining` also before `start`."""
+        problem = self.registry.problem
+        if self._draining and problem != "runtime_dead":
             return "draining"
-        return "decoders_stopped" if self.decoders.are_stopped else "ok"
+        return problem or ("decoders_stopped" if self.decoders.are_stopped else "ok")
 
     async def collect_metrics(self) -> bytes:
         """Format the metrics of all processes of this server for Prometheus, or those of this process."""
@@ -226,7 +212,7 @@ class Service:
     async def start(self) -> None:
         """Start the threads and accept requests."""
         await self.registry.start()
-        self.decoders.start()
+        self.decoders.start(asyncio.get_running_loop())
         self._draining = False
 
     def drain(self, *, abort: bool = False) -> None:
@@ -251,15 +237,16 @@ class Service:
         self.check_queue(model, 1)
         # A request that is alone is always admitted. Otherwise, an estimate that is too high would reject
         # every request, and no batch would correct it.
-        if self.admitted:
-            seconds = model.latency.total_seconds(self.admitted + 1, model.largest_batch)
+        if num_admitted := sum(self._admitted):
+            seconds = model.latency.total_seconds(num_admitted + 1, model.largest_batch)
             if time.monotonic() + seconds > deadline:
                 raise RejectedError(results.TOO_LATE)
 
     def check_queue(self, model: Model, num_images: int) -> None:
         """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
-        if self.admitted + num_images > self.settings.queue_size:
-            seconds = math.ceil(model.latency.total_seconds(self.admitted, model.largest_batch))
+        num_admitted = sum(self._admitted)
+        if num_admitted + num_images > self.settings.queue_size:
+            seconds = math.ceil(model.latency.total_seconds(num_admitted, model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
             raise RejectedError(HttpError("queue_full", 429, "the queue is full; retry later", retry_after))
 
@@ -282,28 +269,18 @@ class Service:
         Cancelling the call removes its images from the queue; call `check_queue` before. Raises
         `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
         """
-        loop = asyncio.get_running_loop()
-        create = partial(
-            QueuedImage, deadline=deadline, client=client, features=features, is_occluded=are_occluded
+        for_drift = not are_occluded
+        predict = partial(
+            self._predict, model, deadline, client=client, features=features, for_drift=for_drift
         )
-        items = [create(outcome=loop.create_future()) for _ in images]
-        timer = loop.call_later(deadline - time.monotonic(), self._miss_deadline, model, items)
         self.admitted += len(images)
         try:
-            for item, image in zip(items, images, strict=True):
-                if isinstance(image, bytes):
-                    self.decoders.put(model, item, image)  # queues it, decoded, at the model
-                else:
-                    item.image = image
-                    if (closed_with := model.queue.put(item)) is not None:
-                        item.settle(closed_with)  # as a decoder does for an encoded image
-            outcomes = [await item.outcome for item in items]
-        except asyncio.CancelledError:
-            model.queue.reject(items, results.CLIENT_GONE)
-            raise
+            if len(images) == 1:  # without a task of its own
+                outcomes = [await predict(images[0])]
+            else:
+                outcomes = await asyncio.gather(*map(predict, images))
         finally:
             self.admitted -= len(images)
-            timer.cancel()
         for outcome in outcomes:  # an image that is late or gets no decoder ends the request
             if isinstance(outcome, HttpError) and outcome in {results.DEADLINE, results.DECODERS_BUSY}:
                 raise RejectedError(outcome)
@@ -312,6 +289,33 @@ class Service:
                 if isinstance(outcome, Prediction) and isinstance(image, bytes):
                     self.keep(model, image, outcome)
         return outcomes
+
+    async def _predict(
+        self,
+        model: Model,
+        deadline: float,
+        image: bytes | NDArray[np.uint8],
+        *,
+        client: str,
+        features: bool,
+        for_drift: bool,
+    ) -> Outcome:
+        """Decode *image*, unless it is pixels already, and run *model* on it."""
+        try:
+            stages: dict[str, float] = {}
+            if isinstance(image, bytes):
+                started, rules = time.monotonic(), model.bundle.manifest.preprocess
+                decoded = await self.decoders.decode(image, rules, deadline, client)
+                stages["decode"] = time.monotonic() - started
+                self.metrics.observe_stage("decode", stages["decode"])
+            else:
+                decoded = Decoded(image, ())
+            ran = await model.run(decoded.pixels, deadline, features=features, for_drift=for_drift)
+            return Prediction(ran.outputs, {**stages, **ran.stage_seconds}, *decoded)
+        except ImageError as error:
+            return HttpError.of(error)
+        except RejectedError as error:
+            return error.reason
 
     async def explain(self, model: Model, images: Images, deadline: float, client: str = "") -> list[Outcome]:
         """Run `infer`, then run it on occluded copies of each image; add their logits to its `Prediction`.
@@ -341,7 +345,3 @@ class Service:
                 explained = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
                 outcomes[number] = errors[0] if errors else explained
         return outcomes
-
-    def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:
-        for item in items:
-            model.queue.reject([item], item.late)

@@ -14,7 +14,6 @@ from sopdeploy.decision import PredictionCounts, Reference
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.drift import SIGNIFICANCE, TESTS, Drift, find_drift
 from sopdeploy_service.observability.logs import DROPPED
-from sopdeploy_service.runtime.base import Runtime
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 REQUEST_RESULTS, REQUEST_STAGES = ("success", "fail"), ("decode", "queue", "infer")
@@ -122,13 +121,13 @@ class Metrics:
         if rejects:
             self.unknown_images.labels(model_name)
 
-    def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, change: int) -> None:
+    def count_bundle(self, name: str, bundle: Bundle, runtime: str, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
 
         A bundle may be loaded again before the last request of its previous load has a response. The
         metrics therefore contain it while its count is positive.
         """
-        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
+        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime)
         self._loaded[labels] += change
         if self._loaded[labels]:
             self._info.labels(*labels).set(1)

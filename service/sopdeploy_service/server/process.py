@@ -5,8 +5,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sopdeploy.bundle.folder import read_files
 from sopdeploy_service.inference import daemon_threads
@@ -14,11 +15,14 @@ from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_bundle, wait_in_time
 from sopdeploy_service.observability import logs
 from sopdeploy_service.runtime.device_memory import limit_heaps
+from sopdeploy_service.runtime.onnxruntime import has_cuda
 from sopdeploy_service.server.sockets import bind, raise_file_limit
 from sopdeploy_service.settings import Settings
 
+GPU_RUNTIMES = ("onnxruntime-cuda", "tensorrt")
+
 if TYPE_CHECKING:  # a supervisor does not import it
-    from fastapi import FastAPI
+    from sopdeploy_service.inference.service import ModelRegistry
 
 
 def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -34,16 +38,18 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     # Read before the bundles: a link that moves while they are loaded then counts as moved. With several
     # devices, this only checks that there are links; each process reads them on its own.
     links = find_links(sources, settings)
-    if settings.devices:
+    if settings.devices or may_need_front_ends(settings):
         from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 
         return run_supervisor(sources, settings)
     with bind(settings.host, settings.port) as listener, configured_process(settings):
-        app = load_app(sources, settings)
+        registry = load_registry(sources, settings)
         from prometheus_client import ProcessCollector  # noqa: PLC0415
 
+        from sopdeploy_service.app import create_app  # noqa: PLC0415
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
 
+        app = create_app(registry, settings)
         ProcessCollector(registry=app.state.service.metrics.registry)
         return DrainingServer(app, settings, sources, links).serve_until_end(listener)
 
@@ -57,6 +63,15 @@ def configured_process(settings: Settings) -> Iterator[None]:
         yield
 
 
+def may_need_front_ends(settings: Settings) -> bool:
+    """Tell whether a server with *settings* may need front ends, which only the speed of its models shows."""
+    if settings.front_ends != "auto":
+        return settings.front_ends > 0
+    if settings.runtime != "auto":
+        return settings.runtime in GPU_RUNTIMES
+    return has_cuda() or find_spec("tensorrt") is not None
+
+
 def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, Path]:
     """Return where the links to follow lead now; raises `ConfigError`, and an error if the disk hangs."""
     if not settings.follow:
@@ -64,19 +79,17 @@ def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, 
     return wait_in_time(daemon_threads.start(partial(links_among, sources)), "the links", settings)
 
 
-def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) -> "FastAPI":
-    """Load the bundles at *sources* in the time that *settings* allow; return the app that serves them."""
+def load_registry(sources: Sequence[str | Path], settings: Settings) -> "ModelRegistry":
+    """Load the bundles at *sources* in the time that *settings* allow."""
     # With a memory budget, the graphs are hashed only, and read again when they are loaded.
     with_graph = settings.memory_budget is None
     finding = daemon_threads.start(  # before the slow imports
         partial(find_bundles, sources, lambda _name, *found: read_files(*found, with_graph=with_graph))
     )
     bundles = wait_in_time(finding, "the bundles", settings)
-    from sopdeploy_service.app import create_app  # noqa: PLC0415
+    from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
+    from sopdeploy_service.inference.service import ModelRegistry  # noqa: PLC0415
 
     if settings.memory_budget is not None:
-        from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
-
-        return create_app(BudgetedRegistry(bundles, settings), settings, **options)
-    models = {name: load_bundle(bundles.pop(name), settings) for name in list(bundles)}
-    return create_app(models, settings, **options)
+        return BudgetedRegistry(bundles, settings)
+    return ModelRegistry({name: load_bundle(bundles.pop(name), settings) for name in list(bundles)}, settings)

@@ -22,11 +22,11 @@ from sopdeploy_service.devices import supervisor
 from sopdeploy_service.devices.processes import Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.second_week.kept import read_kept
-from sopdeploy_service.second_week.labelling.folders import LabelFolders
 from sopdeploy_service.settings import load_settings
 from tests.service.devices import gated_device
 from tests.service.second_week.keep.test_keeper import photos, results
 from tests.support.children import (
+    FRONT_ENDS,
     START_SECONDS,
     TWO_DEVICES,
     WAYS,
@@ -103,13 +103,14 @@ def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> N
     monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_SECONDS", 0.0)
     starts = itertools.count(1)
     with socket.socket() as listener:
-        process = Process("cpu", {}, load_settings())
-        server = supervisor.Supervisor([], [process], listener)
+        settings = load_settings()
+        process = Process("cpu", {}, settings, "cpu", 0)
+        server = supervisor.Supervisor([], settings, [process], listener)
 
         def start(_: Process) -> SimpleNamespace:
             if next(starts) == 1100:
                 server._stopping.set()
-            return SimpleNamespace(wait=lambda: 1)
+            return SimpleNamespace(wait=lambda: 1, terminate=lambda: None)
 
         monkeypatch.setattr(server, "_start", start)
         assert asyncio.run(server.run()) == 0
@@ -162,7 +163,7 @@ VISIBLE: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
 def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
     device, inherited, expected
 ) -> None:
-    assert load_settings(devices=device).devices == (device,)
+    assert load_settings(devices=device, runtime="auto").devices == (device,)
     environment = {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited}
     if expected is not None:
         assert visible_devices(device, environment) == expected
@@ -171,9 +172,8 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
         visible_devices(device, environment)
 
 
-def test_processes_share_a_rate_limit_and_each_keeps_in_its_own_folder_within_its_share(
-    tmp_path, jpeg
-) -> None:
+@pytest.mark.parametrize("way", [TWO_DEVICES, FRONT_ENDS])
+def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(tmp_path, jpeg, way) -> None:
     decision = Decision(rejection=Rejection(threshold=1e9))
     bundle = write_bundle(tmp_path / "bundle", decision=decision)
     kept = tmp_path / "kept"
@@ -181,22 +181,17 @@ def test_processes_share_a_rate_limit_and_each_keeps_in_its_own_folder_within_it
     free, limited = new_key(file, "free"), new_key(file, "limited", 1e-6)
     file.write_text(file.read_text().replace("burst = 64", "burst = 5"))
     options = [f"--setting={setting}" for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")]
-    with serving(str(bundle), "--keys", str(file), *options, *WAYS[TWO_DEVICES]) as client:
+    with serving(str(bundle), "--keys", str(file), *options, *WAYS[way]) as client:
         with ExitStack() as stack:
             for body, connection in zip(photos(12), open_connections(client, 12, stack), strict=True):
                 assert classify_on(body, connection, **{"x-api-key": free}) == 200
         client.headers["x-api-key"] = free
         wait_for(lambda: sum(results(client).values()) == 12)
         assert results(client) == {"kept": 12}
-        assert sorted(path.name for path in kept.iterdir()) == ["cpu-0", "cpu-1"]
-        for folder in kept.iterdir():
-            assert sum(4096 for file in folder.iterdir() if file.name != ".lock") == 32_768
+        assert sum(4096 for file in kept.iterdir() if file.name != ".lock") == 65_536
         assert len({record.image for _, record in read_kept(kept)}) == 8
         client.headers["x-api-key"] = limited
         replies = [client.post("/v1/classify", content=jpeg) for _ in range(7)]
         assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
         remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
         assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
-    assert LabelFolders(kept, tmp_path / "photos").waiting.keys() == {
-        path.stem for path, _ in read_kept(kept)
-    }

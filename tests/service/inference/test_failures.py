@@ -178,7 +178,7 @@ def test_a_batch_counts_as_hung_after_twenty_times_its_usual_time(bundle):
     runtime = FakeRuntime(num_classes=7)
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5)))
     for timeout, images, seconds in ((None, 8, 10.0), (None, 3, 10.0), (None, 1, 4.0), (2.5, 3, 2.5)):
-        served = model_worker.Model("tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics())
+        served = model_worker.LocalModel("tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics())
         assert served.hang_seconds(images) == seconds
 
 

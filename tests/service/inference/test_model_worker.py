@@ -1,9 +1,8 @@
 """The delay of the request queue, isolation of images that make a batch fail, and two batches on a device."""
 
-import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -19,25 +18,17 @@ from tests.support.raw import connect, count, post_of
 from tests.support.runtimes import Held
 from tests.support.service import picture_bytes, wait_for
 
-Fill = Callable[..., list[QueuedImage]]
+
+def fill(queue: RequestQueue, count: int) -> list[QueuedImage]:
+    """Put *count* images into *queue* and return them."""
+    deadline = time.monotonic() + 60
+    items = [QueuedImage(image, deadline, lambda _result: None) for image in images(*range(count))]
+    for item in items:
+        queue.put(item)
+    return items
 
 
-@pytest.fixture
-def fill() -> Iterator[Fill]:
-    """`fill(queue, 3)` puts three images into *queue* and returns them."""
-    loop = asyncio.new_event_loop()
-
-    def put(queue: RequestQueue, count: int, seconds: float = 60.0) -> list[QueuedImage]:
-        deadline = time.monotonic() + seconds
-        items = [QueuedImage(outcome=loop.create_future(), deadline=deadline) for _ in range(count)]
-        assert {queue.put(item) for item in items} == {None}
-        return items
-
-    yield put
-    loop.close()
-
-
-def test_a_full_batch_does_not_wait_for_the_delay_of_the_oldest_image(fill: Fill) -> None:
+def test_a_full_batch_does_not_wait_for_the_delay_of_the_oldest_image() -> None:
     queue = RequestQueue(max_delay=1000)
     assert queue.take(4, only_full=True) == []
     items = fill(queue, 4)

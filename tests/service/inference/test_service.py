@@ -298,11 +298,11 @@ FIRST_READS = {  # what a start reads from the disk before it loads a bundle
         lambda path, settings: process.find_links([path], settings),
         {"follow": True},
     ),
-    "bundles": (process, "find_bundles", lambda path, settings: process.load_app([path], settings), {}),
+    "bundles": (process, "find_bundles", lambda path, settings: process.load_registry([path], settings), {}),
     "budget": (
         process,
         "read_files",
-        lambda path, settings: process.load_app([path], settings),
+        lambda path, settings: process.load_registry([path], settings),
         {"memory_budget": "1GB"},
     ),
 }

@@ -27,7 +27,7 @@ from sopdeploy_service.server import draining_server
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.support.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving, spawn
+from tests.support.children import FRONT_ENDS, ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving, spawn
 from tests.support.forged import forge, graph
 from tests.support.raw import GET, POST, connect, post_of, read
 from tests.support.service import wait_for, write_bundle
@@ -152,7 +152,7 @@ def test_a_hanging_runtime_exits_with_70(bundle_path, jpeg) -> None:
     assert [json.loads(line)["level"] for line in err.splitlines()] == ["critical"]
 
 
-BOTH_WAYS = [ONE_PROCESS, pytest.param(TWO_DEVICES, marks=pytest.mark.slow)]
+ALL_WAYS = [ONE_PROCESS, *(pytest.param(way, marks=pytest.mark.slow) for way in (TWO_DEVICES, FRONT_ENDS))]
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def wait_for_refusals(child: subprocess.Popen[str], way: str, reason: str) -> No
         left -= event.startswith("not reloaded, the bundles in use stay: ") and reason in event
 
 
-@pytest.mark.parametrize("way", BOTH_WAYS)
+@pytest.mark.parametrize("way", ALL_WAYS)
 def test_sighup_serves_the_latest_bundles_and_loses_no_request(tmp_path, jpeg, way) -> None:
     folder = tmp_path / "bundles"
     first = write_bundle(folder)
@@ -210,7 +210,7 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(tmp_path, jpeg, w
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-@pytest.mark.parametrize("way", BOTH_WAYS)
+@pytest.mark.parametrize("way", ALL_WAYS)
 def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_request(
     tmp_path, jpeg, way
 ) -> None:
@@ -232,7 +232,7 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
         wait_for(lambda: serves(first))
 
 
-@pytest.mark.parametrize("way", BOTH_WAYS)
+@pytest.mark.parametrize("way", ALL_WAYS)
 def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(tmp_path, jpeg, way) -> None:
     live = tmp_path / "live"
     first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
@@ -276,7 +276,7 @@ def endless(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", BOTH_WAYS)
+@pytest.mark.parametrize("way", ALL_WAYS)
 def test_a_load_that_never_ends_delays_neither_a_start_nor_a_reload_nor_the_end(tmp_path, way) -> None:
     live, stuck = tmp_path / "live", endless(tmp_path / "stuck")
     first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
@@ -334,7 +334,7 @@ def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch)
     assert lags[-1] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("way", BOTH_WAYS)
+@pytest.mark.parametrize("way", ALL_WAYS)
 def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_path, jpeg, way) -> None:
     with serving(str(bundle_path), "--log", "json", *WAYS[way]) as client:
         fcntl.fcntl(client.child.stderr, fcntl.F_SETPIPE_SZ, 4096)  # full after ten requests

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import admit, find_and_record_model, json_response, read_body, service_of
 from sopdeploy_service.api.v2.request import BYTES, FP32, IMAGE_INPUT, UINT8, parse_body
-from sopdeploy_service.inference.model_worker import Model
+from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -135,7 +135,7 @@ class OutputTensor(TensorMetadata):
 def describe_model(model: Model) -> ModelMetadata:
     """Build the response of `GET /v2/models/{name}`."""
     manifest = model.bundle.manifest
-    is_engine = model.loaded.runtime.name.startswith("tensorrt ")  # the version follows
+    is_engine = model.runtime.name.startswith("tensorrt ")  # the version follows
     pixels = manifest.inputs[0]
 
     def describe(name: str, datatype: str, shape: Sequence[int | None]) -> TensorMetadata:

@@ -4,16 +4,21 @@ A request only appends its photographs and logits to a queue. One thread decides
 process copy them without metadata, and stores them. Photographs are dropped if the queue is full. Those
 outside of the uniform sample are also dropped if copies take more than `COPY_SHARE` of the time. The log says
 how many were dropped, and what keeps them.
+
+If a server has several processes, each decides on its own photographs, and one stores those of all.
 """
 
+import asyncio
 import hashlib
 import logging
 import queue
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -22,9 +27,10 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
-from sopdeploy_service.inference.model_worker import Model
-from sopdeploy_service.inference.results import Prediction
+from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.results import Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.second_week.keep import forwarding
 from sopdeploy_service.second_week.keep.folder import KeptFolder, KeptResult
 from sopdeploy_service.second_week.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.settings import Settings
@@ -33,6 +39,7 @@ LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
 COPY_SHARE, COPY_BURST = 0.01, 0.25  # of the time; seconds that may be spent at once, or owed
 RECENT_PHOTOS = 1000  # outside of the sample, whose copies were not kept; others near them are not copied
+LOG_SECONDS = 60.0  # between two lines about dropped photographs
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
@@ -94,32 +101,57 @@ def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) 
     )
 
 
-def open_keeper(settings: Settings, metrics: Metrics, copy: CopyImage) -> "Keeper | None":
+def open_keeper(
+    settings: Settings,
+    metrics: Metrics,
+    copy: CopyImage,
+    photos: socket.socket | None,
+    *,
+    is_keeper: bool,
+) -> "Keeper | None":
     """Create the keeper of the folder `keep` of *settings*; None if it is not set.
 
-    Raises `ConfigError` if the folder cannot be used.
+    If one process keeps the photographs of several, *photos* is its end of their socket if this one
+    *is_keeper*, otherwise the end of all others. Raises `ConfigError` if the folder cannot be used.
     """
     if settings.keep is None:
         return None
+    if not is_keeper:
+        return Keeper(None, settings.keep_sample, metrics, copy, photos)
     folder = KeptFolder(
         settings.keep,
         settings.keep_bytes,
         settings.keep_days,
         lambda reason: metrics.kept_deleted.labels(reason).inc(),
     )
-    return Keeper(folder, settings.keep_sample, metrics, copy)
+    return Keeper(folder, settings.keep_sample, metrics, copy, photos)
+
+
+class WorthPhoto(NamedTuple):
+    """A file of another process that is worth a label, and its record."""
+
+    image: bytes
+    record: KeptRecord
 
 
 class Keeper:
     """Passes copies made by *copy* to *folder* in a thread; *share* of all photographs are the sample.
 
-    The thread also deletes what is too old.
+    The thread also deletes what is too old. Without a folder, photographs that are worth a label go to the
+    socket *photos*; with one, those of other processes come from there.
     """
 
-    def __init__(self, folder: KeptFolder, share: float, metrics: Metrics, copy: CopyImage) -> None:
-        self._folder, self._share, self._copy = folder, share, copy
+    def __init__(
+        self,
+        folder: KeptFolder | None,
+        share: float,
+        metrics: Metrics,
+        copy: CopyImage,
+        photos: socket.socket | None = None,
+    ) -> None:
+        self._folder, self._share, self._copy, self._socket = folder, share, copy, photos
         self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
-        self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
+        self._photos: queue.SimpleQueue[PredictedPhoto | WorthPhoto | None] = queue.SimpleQueue()
         # Two totals instead of one counter: each is written by one thread only, so no lock is needed. The
         # event loop adds the bytes that it puts into the queue, the keeper's thread those that it takes out.
         self._bytes_in = self._bytes_out = 0
@@ -132,6 +164,8 @@ class Keeper:
 
     def start(self) -> None:
         """Start the thread."""
+        if self._socket is not None and self._folder is not None:
+            forwarding.receive_on(asyncio.get_running_loop(), self._socket, self.receive)
         self._thread.start()
 
     def stop(self) -> None:
@@ -141,32 +175,41 @@ class Keeper:
 
     def offer(self, model: Model, image: bytes, prediction: Prediction) -> None:
         """Queue *image* with its *prediction* by *model*, on the event loop; drop it if the queue is full."""
-        size = len(image) + prediction.pixels.nbytes
-        queued = self._bytes_in - self._bytes_out
+        logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
+        now = datetime.now(UTC)
+        self._put(PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now))
+
+    def receive(self, image: bytes, record: KeptRecord) -> None:
+        """Queue what another process forwards, on the event loop; drop it if the queue is full."""
+        self._put(WorthPhoto(image, record))
+
+    def _put(self, photo: PredictedPhoto | WorthPhoto) -> None:
+        size, queued = _size_of(photo), self._bytes_in - self._bytes_out
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._counts["dropped"].inc()
             self._num_unqueued += 1
             return
         self._bytes_in += size
-        logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
-        now = datetime.now(UTC)
-        self._photos.put(PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now))
+        self._photos.put(photo)
 
     def _run(self) -> None:
-        next_check = 0.0
+        next_check = next_log = 0.0
+        seconds = None if self._folder is None else self._folder.check_seconds
         while True:
-            if time.monotonic() >= next_check:
-                self._check_folder()
+            if time.monotonic() >= next_log:
                 self._log_dropped()
+                next_log = time.monotonic() + LOG_SECONDS
+            if self._folder is not None and time.monotonic() >= next_check:
+                self._check_folder(self._folder)
                 next_check = time.monotonic() + self._folder.check_seconds
             try:
-                photo = self._photos.get(timeout=self._folder.check_seconds)
+                photo = self._photos.get(timeout=seconds)
             except queue.Empty:
                 continue
             if photo is None:
                 self._log_dropped()
                 return
-            self._bytes_out += len(photo.image) + photo.pixels.nbytes
+            self._bytes_out += _size_of(photo)
             try:
                 result = self._keep(photo)
             except Exception:  # untrusted bytes, and nothing else sees the error of this thread
@@ -189,34 +232,43 @@ class Keeper:
                 extra={"unqueued": unqueued, "uncopied": uncopied},
             )
 
-    def _check_folder(self) -> None:
+    def _check_folder(self, folder: KeptFolder) -> None:
         try:
-            self._folder.check()
+            folder.check()
         except OSError as error:
-            log.warning("%s: cannot be cleaned up (%s)", self._folder.path, error.strerror)
+            log.warning("%s: cannot be cleaned up (%s)", folder.path, error.strerror)
 
-    def _keep(self, photo: PredictedPhoto) -> KeptResult | None:
-        """Keep *photo* if it is worth a label; return the result, or None if it is not."""
-        sha256 = hashlib.sha256(photo.image).hexdigest()
-        reasons = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
-        if not reasons:
-            return None
-        near, is_sample = near_hash(photo.pixels), "sample" in reasons
+    def _keep(self, photo: PredictedPhoto | WorthPhoto) -> KeptResult | None:
+        """Keep *photo* if it is worth a label; return the result, or None if it is not or was forwarded."""
+        if isinstance(photo, WorthPhoto):
+            name, reasons = Path(photo.record.image).stem, photo.record.reasons
+            near = photo.record.near_hash
+        else:
+            sha256 = hashlib.sha256(photo.image).hexdigest()
+            name, reasons = sha256[:32], reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
+            if not reasons:
+                return None
+            near = near_hash(photo.pixels)
+        is_sample = "sample" in reasons
         refusal = None if is_sample else self._refuse_copy(int(near, 16))
         if refusal is not None:
             return refusal
         started = time.monotonic()
         try:
-            if self._folder.has_near(sha256[:32], reasons, near):
+            if self._folder is None:
+                record = _record_of(photo, reasons, f"{name}.jpg")
+                is_taken = self._socket is not None and forwarding.forward(self._socket, photo.image, record)
+                return None if is_taken else "dropped"
+            if self._folder.has_near(name, reasons, near):
                 return "near_duplicate"
             if not is_sample:
                 self._recent.append(int(near, 16))
             copy, suffix = self._copy(photo.image)
-            result = self._folder.add(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
+            result = self._folder.add(copy, _record_of(photo, reasons, f"{name}{suffix}"))
             if result == "kept" and not is_sample:
                 self._recent.pop()  # the folder knows it, as long as nobody deletes or labels it
             return result
-        except ImageError:
+        except (ImageError, RejectedError):
             return "dropped"
         finally:
             if not is_sample:  # the sample stays uniform because its copies need no budget
@@ -235,3 +287,13 @@ class Keeper:
             return None
         self._num_uncopied += 1
         return "dropped"
+
+
+def _record_of(photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
+    if isinstance(photo, WorthPhoto):
+        return photo.record.model_copy(update={"image": image})
+    return make_record(photo, reasons, image)
+
+
+def _size_of(photo: PredictedPhoto | WorthPhoto) -> int:
+    return len(photo.image) + (photo.pixels.nbytes if isinstance(photo, PredictedPhoto) else 0)

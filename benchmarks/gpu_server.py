@@ -1,0 +1,160 @@
+"""`sopdeploy serve` on a GPU with 0 to 8 front ends and with the automatic number, in a quarter of an hour.
+
+    python benchmarks/gpu_server.py BUNDLE ... --out FILE [--seconds 5] [--front-ends 0,2,4,8,auto]
+    python benchmarks/gpu_server.py --simulated 1,0.0625,64 --out FILE      # rehearsal without a GPU
+
+For each bundle and number: seconds until the server is ready, images/s, p50 and p99 with 64 and 256
+connections of four client processes that send JPEGs of 500 x 375, the share of the time in which the GPU
+works and its memory (nvidia-smi), CPU ms per image, and the answers to 500 images at once on an idle server.
+Every result is written at once, as a JSON line; combinations that the file has are not measured again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from load import Load, put_load, serving
+from serving_alone import write_images
+from serving_peers import cpu_seconds
+from simulated_server import running
+
+CLIENTS = 4
+BURST = 500
+QUEUE = 1024
+
+
+@dataclass(slots=True)
+class GpuWatch:
+    """Samples of the busy share and the memory of the GPU, until `stop`."""
+
+    busy: list[float] = field(default_factory=list)
+    mebibytes: list[float] = field(default_factory=list)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self) -> None:
+        """Sample twice per second; nothing without nvidia-smi."""
+        query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+        while not self._ended.wait(0.5):
+            try:
+                text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            except (OSError, subprocess.CalledProcessError):
+                return
+            busy, used = text.splitlines()[0].split(",")
+            self.busy.append(float(busy))
+            self.mebibytes.append(float(used))
+
+    def stop(self) -> dict[str, float | None]:
+        """Return the mean busy share in percent and the largest memory in MiB."""
+        self._ended.set()
+        mean = statistics.mean(self.busy) if self.busy else None
+        return {"gpu_busy_percent": mean, "gpu_mib": max(self.mebibytes, default=None)}
+
+
+def put_loads(url: str, folder: Path, seconds: float, connections: int) -> dict[str, float]:
+    """Put load from `CLIENTS` processes; the latencies are those of the median client."""
+
+    def one(_: int) -> Load:
+        return put_load(url, folder, seconds, "--connections", connections // CLIENTS)
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        loads = list(pool.map(one, range(CLIENTS)))
+    codes = sum((Counter(load.codes) for load in loads), Counter[str]())
+    return {
+        "images_per_s": sum(load.images_per_s for load in loads),
+        "p50_ms": statistics.median(load.p50_ms for load in loads),
+        "p99_ms": statistics.median(load.p99_ms for load in loads),
+        "refused": sum(count for code, count in codes.items() if code != "200"),
+    }
+
+
+def send_burst(url: str, folder: Path) -> dict[str, Any]:
+    """Send `BURST` images at once to an idle server; return the seconds and the number of each status."""
+    bodies = [path.read_bytes() for path in sorted(folder.iterdir())]
+    limits = httpx.Limits(max_connections=BURST)
+    with httpx.Client(timeout=60, limits=limits) as client, ThreadPoolExecutor(BURST) as pool:
+        started = time.perf_counter()
+        sent = [pool.submit(client.post, url, content=bodies[n % len(bodies)]) for n in range(BURST)]
+        codes = Counter(str(one.result().status_code) for one in sent)
+        return {"burst_s": time.perf_counter() - started, "burst_codes": dict(codes)}
+
+
+def measure(
+    bundle: str, front_ends: str, folder: Path, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Measure a server for *bundle*, or for the simulated device, with so many *front_ends*."""
+    started = time.perf_counter()
+    results = []
+    if arguments.simulated:
+        settings = {"devices": "cpu", "front_ends": front_ends.replace("auto", "2"), "queue_size": QUEUE}
+        server: AbstractContextManager[Any] = running(settings, arguments.simulated)
+    else:
+        options = ("--front-ends", front_ends, "--setting", f"queue_size={QUEUE}")
+        server = serving(bundle, *options)
+    with server as found:
+        process, address = (found.child, found.url) if arguments.simulated else found
+        ready = time.perf_counter() - started
+        number = httpx.get(f"{address}/v1/status", timeout=30).json()["front_ends"]
+        url = f"{address}/v1/classify"
+        fields = {"bundle": bundle, "front_ends": front_ends, "number": number, "ready_s": ready}
+        burst = send_burst(url, folder)
+        for connections in (64, 256):
+            watch = GpuWatch()
+            threading.Thread(target=watch.watch, daemon=True).start()
+            before = cpu_seconds(process.pid)
+            load = put_loads(url, folder, arguments.seconds, connections)
+            images = load["images_per_s"] * (arguments.seconds + 1.0)  # with the warm-up
+            cpu_ms = 1000 * (cpu_seconds(process.pid) - before) / max(images, 1.0)
+            results.append(
+                {**fields, "connections": connections, **load, "cpu_ms": cpu_ms, **watch.stop(), **burst}
+            )
+    return results
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundles", nargs="*")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--front-ends", default="auto,0,4,2,8")
+    parser.add_argument("--simulated", help="milliseconds of a batch and of an image, and the largest batch")
+    parser.add_argument("--minutes", type=float, default=14.0, help="no measurement begins after so long")
+    arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
+    done: set[tuple[str, str]] = set()
+    if arguments.out.is_file():
+        lines = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+        done = {(line["bundle"], line["front_ends"]) for line in lines}
+    bundles = arguments.bundles or ["simulated"]
+    os.environ.setdefault("SIMULATED_DECODING", "real")
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_images(Path(name))
+        for front_ends in arguments.front_ends.split(","):
+            for bundle in bundles:
+                if (bundle, front_ends) in done or time.monotonic() > end:
+                    continue
+                try:
+                    results = measure(bundle, front_ends, folder, arguments)
+                except (OSError, RuntimeError, SystemExit, httpx.HTTPError) as error:
+                    results = [{"bundle": bundle, "front_ends": front_ends, "error": str(error)}]
+                with arguments.out.open("a") as out:
+                    for result in results:
+                        print(json.dumps(result), file=out, flush=True)
+                        print(json.dumps(result), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

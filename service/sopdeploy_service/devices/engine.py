@@ -1,0 +1,289 @@
+"""The engine of a device: it runs the images of all front ends with the models of one registry.
+
+Clients reach it only through front ends, which send pixels. It serves no HTTP and decodes nothing. Front ends
+read the bytes of untrusted clients, so everything that they send is checked; one that sends what no front end
+sends is cut off, and replaced by the supervisor.
+
+After a reload, the front ends get new channels with the new models. The models of a channel are in use until
+the front end closes it.
+"""
+
+import asyncio
+import logging
+import math
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import orjson
+from prometheus_client import generate_latest
+
+from sopdeploy_service.devices import channel, control
+from sopdeploy_service.devices.channel import ChannelError, ModelFacts, Slots
+from sopdeploy_service.inference.bundle_store import moves_of
+from sopdeploy_service.inference.model import Model, Ran, Registry
+from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
+from sopdeploy_service.inference.results import (
+    CLIENT_GONE,
+    DRAINING,
+    INFERENCE_FAILED,
+    HttpError,
+    RejectedError,
+)
+from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task
+from sopdeploy_service.settings import Settings
+
+LAST_SECONDS = 1.0  # for answers that front ends have not read when the process ends
+
+log = logging.getLogger("sopdeploy.inference")
+
+
+class FrontEnd(asyncio.Protocol):
+    """The engine's end of a channel to the front end *name*, with the *models* that this channel serves.
+
+    The front end gets *opening* first. `images` has, by slot, how each image is cancelled: a function that
+    returns whether the pixels are not read any more.
+    """
+
+    def __init__(
+        self, name: str, engine: "Engine", models: Sequence[Model], slots: Slots, opening: bytes
+    ) -> None:
+        self.name, self.images = name, dict[int, Callable[[], bool]]()
+        self._engine, self._models, self._slots, self._opening = engine, models, slots, opening
+        self._names = [tuple(channel.output_shapes(model.bundle)) for model in models]
+        self._names_without_features = [
+            tuple(channel.output_shapes(model.bundle, features=False)) for model in models
+        ]
+        self._rest = b""  # of an incomplete record
+        self._results = bytearray()  # not sent yet
+        self.transport: asyncio.Transport | None = None
+        self._in_use = ExitStack()
+        if not engine.loads_at_first_use:  # otherwise each image uses its model
+            for model in models:
+                self._in_use.enter_context(engine.registry.use(model))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Describe the models."""
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self._opening)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Forget the images of the front end, which has ended or was cut off."""
+        self.transport = None
+        self._engine.front_ends.discard(self)
+        for cancel in list(self.images.values()):
+            cancel()
+        self._in_use.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Handle the records that have arrived; cut the front end off if one of them is invalid."""
+        data = self._rest + data
+        whole = len(data) - len(data) % channel.REQUEST.size
+        self._rest = data[whole:]
+        try:
+            for record in channel.REQUEST.iter_unpack(memoryview(data)[:whole]):
+                self._handle(*record)
+        except ChannelError as error:
+            log.error("front end %s: %s; it is replaced", self.name, error)
+            self._engine.report_bad(self)
+
+    def _handle(self, kind: int, flags: int, number: int, slot: int, deadline: float) -> None:
+        """Run or cancel the image in *slot*; raises `ChannelError` for a record that no front end sends."""
+        cancel = self.images.get(slot)
+        if kind == channel.CANCEL:
+            if cancel is not None and cancel():
+                self._answer(slot, (), CLIENT_GONE)  # which nobody reads: the slot is free again
+            return
+        if kind != channel.RUN or slot >= self._slots.count or cancel is not None:
+            raise ChannelError(f"the record {kind} for slot {slot} is invalid")
+        if number >= len(self._models) or not math.isfinite(deadline):
+            raise ChannelError(f"model {number} with deadline {deadline} is invalid")
+        model, features = self._models[number], bool(flags & channel.FEATURES)
+        names = (self._names if features else self._names_without_features)[number]
+        pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
+        for_drift = bool(flags & channel.FOR_DRIFT)
+        item = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features, for_drift)
+        if isinstance(model, LocalModel) and not self._engine.loads_at_first_use:
+            self.images[slot] = partial(model.queue.remove, item)
+            model.queue.put(item)
+            return
+        task = asyncio.get_running_loop().create_task(self._load_and_run(model.name, item))
+        task.add_done_callback(lambda done: item.settle(CLIENT_GONE if done.cancelled() else done.result()))
+        self.images[slot] = lambda: task.cancel() and False  # its end answers
+
+    async def _load_and_run(self, name: str, item: QueuedImage) -> Ran | HttpError:
+        """Run *item* with the model *name*, which may have to be loaded first; return its result."""
+        registry = self._engine.registry
+        try:
+            model = registry.find(name)
+            with registry.use(model):
+                stages: dict[str, float] = {}
+                if not model.is_loaded:
+                    started = time.monotonic()
+                    model = await registry.wait_until_loaded(model)
+                    stages["load"] = time.monotonic() - started
+                # A copy: after a cancellation, the slot is free before the end of the batch.
+                ran = await model.run(
+                    item.pixels.copy(), item.deadline, features=item.features, for_drift=item.for_drift
+                )
+                return ran._replace(stage_seconds={**stages, **ran.stage_seconds})
+        except RejectedError as error:
+            return error.reason
+        except Exception:  # a bug fails its own image
+            log.exception("%s: an image was not run", name)
+            return INFERENCE_FAILED
+
+    def _answer(self, slot: int, names: Sequence[str], result: Ran | HttpError) -> None:
+        """Write *result* into *slot* and answer at the end of this turn of the loop, with others."""
+        del self.images[slot]
+        if self.transport is None:
+            return
+        if isinstance(result, HttpError):
+            self._slots.write_error(slot, result)
+            answer = channel.RESULT.pack(slot, 0, 0.0, 0.0, 0.0)
+        else:
+            self._slots.write_outputs(slot, result.outputs, names)
+            seconds = result.stage_seconds
+            stages = seconds["queue"], seconds["infer"], seconds.get("load", 0.0)
+            answer = channel.RESULT.pack(slot, result.batch_size, *stages)
+        if not self._results:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._results += answer
+
+    def _flush(self) -> None:
+        results, self._results = self._results, bytearray()
+        self.send(channel.RESULTS, results)
+
+    def send(self, kind: int, body: bytes | bytearray) -> None:
+        """Send *body* unless the front end has gone."""
+        if self.transport is not None:
+            self.transport.write(channel.FRAME.pack(kind, len(body)) + body)
+
+
+class Engine:
+    """Runs the images of front ends with *registry*, whose bundles are at *sources*, until it may end.
+
+    The *supervisor* sends the channels of front ends and gets status reports. A front end may have twice
+    `queue_size` images here: those admitted, and those cancelled while their batch runs.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Settings,
+        supervisor: socket.socket,
+        sources: Sequence[str | Path],
+        links: Mapping[Path, Path],
+    ) -> None:
+        self.registry, self._settings, self._supervisor = registry, settings, supervisor
+        self._sources, self._links = sources, links
+        self.loads_at_first_use = settings.memory_budget is not None
+        self.front_ends: set[FrontEnd] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._supervisor_left = False
+        self._loaded: list[str] = []  # as the front ends know it
+
+    async def run(self) -> int:
+        """Serve until the supervisor and the front ends have left; return the exit code.
+
+        This is 70 if a runtime is dead. SIGTERM has no effect: it may reach all processes of a server at
+        once, and front ends complete their requests.
+        """
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            loop.add_signal_handler(signal.SIGTERM, lambda: None)
+            loop.add_signal_handler(signal.SIGINT, lambda: None)
+        await self.registry.start()
+        loop.add_reader(self._supervisor, self._receive)
+        if self._links:
+            start_task(self._tasks, self._follow_links())
+        end = math.inf
+        while self.registry.problem is None and not (self._supervisor_left and not self.front_ends):
+            if self._supervisor_left:
+                end = min(end, time.monotonic() + self._settings.drain_seconds + LAST_SECONDS)
+            if time.monotonic() >= end:
+                break
+            self._report()
+            await asyncio.sleep(BEAT_SECONDS)
+        is_dead = self.registry.problem is not None
+        self.registry.close(DRAINING)  # unless the death of the runtime has answered all images
+        await self._end_channels()
+        if not is_dead:
+            await self.registry.stop()
+        return EXIT_RUNTIME_DEAD if is_dead else 0
+
+    async def _end_channels(self) -> None:
+        """Let front ends read the last answers, and close their channels."""
+        await asyncio.sleep(0)  # `FrontEnd._flush`
+        for front_end in self.front_ends:
+            if front_end.transport is not None:
+                front_end.transport.close()  # after it has sent what it has
+        end = time.monotonic() + LAST_SECONDS
+        while self.front_ends and time.monotonic() < end:
+            await asyncio.sleep(BEAT_SECONDS / 10)
+
+    def _report(self) -> None:
+        """Show the supervisor that the event loop runs, and front ends which models are loaded."""
+        models = self.registry.models()
+        num_images = sum(len(front_end.images) for front_end in self.front_ends)
+        bundles = " ".join(model.bundle.name for model in models)
+        control.send_files(self._supervisor, control.STATUS.pack(0, num_images) + bundles.encode())
+        loaded = [model.name for model in models if model.is_loaded]
+        if loaded != self._loaded:
+            self._loaded = loaded
+            for front_end in self.front_ends:
+                front_end.send(channel.LOADED, orjson.dumps(loaded))
+
+    def _receive(self) -> None:
+        """Act on a message of the supervisor; an empty one says that it, or the server, ends."""
+        message, files = control.receive_files(self._supervisor)
+        if not message:
+            asyncio.get_running_loop().remove_reader(self._supervisor)
+            self._supervisor_left = True
+        if message == control.RELOAD:
+            start_task(self._tasks, self._reload())
+        for file in files:
+            if message == control.SEND_METRICS:
+                page = generate_latest(self.registry.metrics.registry)
+                start_task(self._tasks, control.send_metrics(file, page))
+            else:
+                name = message.removeprefix(control.CHANNEL).decode()
+                start_task(self._tasks, self.connect(name, socket.socket(fileno=file)))
+
+    async def connect(self, name: str, connection: socket.socket) -> None:
+        """Serve the front end *name* at the other end of *connection* with the present models."""
+        models = self.registry.models()
+        facts = [ModelFacts.of(model) for model in models]
+        try:
+            slots, described = channel.open_channel(connection, facts, 2 * self._settings.queue_size)
+        except OSError:
+            log.debug("front end %s has ended", name)
+            connection.close()
+            return
+        front_end = FrontEnd(name, self, models, slots, described)
+        self.front_ends.add(front_end)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: front_end, connection)
+
+    def report_bad(self, front_end: FrontEnd) -> None:
+        """End the channel of *front_end*, and let the supervisor replace it."""
+        if front_end.transport is not None:
+            front_end.transport.abort()
+        control.send_files(self._supervisor, control.BAD_FRONT_END + front_end.name.encode())
+
+    async def _reload(self) -> None:
+        before = self.registry.models()
+        await self.registry.reload(self._sources)
+        if self.registry.models() != before:
+            control.send_files(self._supervisor, control.NEW_MODELS)
+
+    async def _follow_links(self) -> None:
+        """Reload whenever one of the links leads elsewhere."""
+        async for _ in moves_of(self._links):
+            start_task(self._tasks, self._reload())

@@ -1,0 +1,276 @@
+"""The models of a front end, which engines run.
+
+`RemoteModel` and `RemoteRegistry` take the place of `LocalModel` and `ModelRegistry`: admission, decoding,
+deadlines and answers are the same code with one process and with several. Each image goes to the engine with
+the shortest queue.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from sopdeploy_service.devices import channel
+from sopdeploy_service.devices.channel import ModelFacts
+from sopdeploy_service.inference.model import Model, Ran, Registry, State
+from sopdeploy_service.inference.results import (
+    DEADLINE,
+    DRAINING,
+    RUNTIME_DEAD,
+    SLOTS_FULL,
+    HttpError,
+    RejectedError,
+)
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.settings import Settings
+
+log = logging.getLogger("sopdeploy.inference")
+
+
+class EngineChannel(asyncio.Protocol):
+    """This front end's end of the channel at *connection* to the engine with the name *engine*.
+
+    *models* are those of the engine, which this channel names by their position.
+    """
+
+    def __init__(self, engine: str, connection: socket.socket) -> None:
+        """Wait for the description of the models; raises `ConnectionError` if the engine ends."""
+        self.engine, self._connection = engine, connection
+        self.models, self._slots = channel.receive_opening(connection)
+        self.loaded = {model.name for model in self.models if model.is_loaded}
+        self.is_open = False  # until `open`, and after the end of the engine
+        self.sent = 0  # images
+        self._free = list(range(self._slots.count))
+        # Of each model: the shapes of the outputs of an image without and with its embedding.
+        self._shapes = [
+            tuple(channel.output_shapes(model.bundle, features=features) for features in (False, True))
+            for model in self.models
+        ]
+        # By slot: the future of the image that is there, and the shapes of its outputs.
+        self._images: dict[int, tuple[asyncio.Future[Ran | HttpError], Mapping[str, tuple[int, ...]]]] = {}
+        self._requests = bytearray()  # not sent yet
+        self._rest = b""  # of an incomplete frame
+        self._ended_with = RUNTIME_DEAD
+
+    async def open(self) -> None:
+        """Use the channel on the event loop."""
+        self._connection.setblocking(False)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: self, self._connection)
+
+    def close(self, reason: HttpError) -> None:
+        """Refuse all images with *reason* and end the channel."""
+        self._ended_with = reason
+        if self.is_open:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Accept images from now on."""
+        self._transport, self.is_open = cast(asyncio.Transport, transport), True
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Refuse all images: the engine has ended, or this end was closed."""
+        self.is_open = False
+        for future, _ in self._images.values():
+            if not future.done():
+                future.set_result(self._ended_with)
+
+    @property
+    def queue_length(self) -> int:
+        """The number of images of this front end that the engine has not answered."""
+        return len(self._images)
+
+    async def run(
+        self, number: int, pixels: NDArray[np.uint8], deadline: float, *, features: bool, for_drift: bool
+    ) -> Ran:
+        """Run an image with the model *number*, as `Model.run` does."""
+        if not self._free:
+            raise RejectedError(SLOTS_FULL)
+        slot = self._free.pop()  # the one that was freed last, so that few pages of the memory are touched
+        self._slots.pixels(slot, pixels.shape)[...] = pixels
+        future: asyncio.Future[Ran | HttpError] = asyncio.get_running_loop().create_future()
+        image = self._images[slot] = future, self._shapes[number][features]
+        self.sent += 1
+        flags = channel.FEATURES * features + channel.FOR_DRIFT * for_drift
+        self._send(channel.RUN, flags, number, slot, deadline)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                result = await future
+        except TimeoutError as error:
+            raise RejectedError(DEADLINE) from error
+        finally:
+            if self._images.get(slot) is image:  # no answer yet; the one that comes frees the slot
+                self._send(channel.CANCEL, 0, number, slot, 0.0)
+        if isinstance(result, HttpError):
+            raise RejectedError(result)
+        return result
+
+    def _send(self, *request: float) -> None:
+        """Send a record at the end of this turn of the loop, with others."""
+        if not self._requests:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._requests += channel.REQUEST.pack(*request)
+
+    def _flush(self) -> None:
+        requests, self._requests = self._requests, bytearray()
+        if self.is_open:
+            self._transport.write(requests)
+
+    def data_received(self, data: bytes) -> None:
+        """Handle the frames that have arrived."""
+        data = self._rest + data
+        begin = 0
+        while begin + channel.FRAME.size <= len(data):
+            kind, size = channel.FRAME.unpack_from(data, begin)
+            body = data[begin + channel.FRAME.size : begin + channel.FRAME.size + size]
+            if len(body) < size:
+                break
+            begin += channel.FRAME.size + size
+            if kind == channel.RESULTS:
+                for result in channel.RESULT.iter_unpack(body):
+                    self._settle(*result)
+            else:  # `LOADED`
+                self.loaded = set(orjson.loads(body))
+        self._rest = data[begin:]
+
+    def _settle(self, slot: int, batch_size: int, queue: float, infer: float, load: float) -> None:
+        """Pass the result in *slot* to who waits for it, and free the slot."""
+        future, shapes = self._images.pop(slot)
+        if not future.done():
+            if batch_size:
+                stages = {"load": load} if load else {}
+                stages |= {"queue": queue, "infer": infer}
+                future.set_result(Ran(self._slots.read_outputs(slot, shapes), stages, batch_size))
+            else:
+                future.set_result(self._slots.read_error(slot))
+        self._free.append(slot)
+
+
+class RemoteModel(Model):
+    """A model that engines run; *routes* are channels to them, each with the number of the model there."""
+
+    def __init__(
+        self, facts: ModelFacts, routes: Sequence[tuple[EngineChannel, int]], settings: Settings
+    ) -> None:
+        super().__init__(facts.name, facts.bundle, facts.runtime, facts.timings, settings)
+        self.routes = routes
+        self._last_batch = (0, 0.0)  # its size and seconds, of which each of its images tells
+
+    @property
+    def dead(self) -> bool:
+        """Whether no engine runs that has the model."""
+        return not any(engine.is_open for engine, _ in self.routes)
+
+    async def run(
+        self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
+    ) -> Ran:
+        """Let the engine with the shortest queue run the image."""
+        routes = [route for route in self.routes if route[0].is_open]
+        if not routes:
+            raise RejectedError(RUNTIME_DEAD)
+        engine, number = min(routes, key=lambda route: (route[0].queue_length, route[0].sent))
+        ran = await engine.run(number, pixels, deadline, features=features, for_drift=for_drift)
+        batch = ran.batch_size, ran.stage_seconds["infer"]
+        if batch != self._last_batch:
+            self._last_batch = batch
+            self.latency.record(*batch)
+        self.is_loaded = self.name in engine.loaded
+        return ran
+
+
+class RemoteRegistry(Registry):
+    """The models of engines, which the supervisor replaces when they end."""
+
+    def __init__(self, channels: Iterable[EngineChannel], settings: Settings) -> None:
+        """Use the models at the other ends of *channels*, one for each engine."""
+        self.metrics, self._settings = Metrics(), settings
+        self._channels = {one.engine: one for one in channels}  # the newest last
+        self._by_name: dict[str, RemoteModel] = {}
+        self._in_use: set[RemoteModel] = set()  # also of channels that were replaced
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._attaching = asyncio.Lock()  # keeps the order of channels
+        self._find_models()
+
+    @property
+    def problem(self) -> State | None:
+        """Whether a model waits for the start of an engine."""
+        return "engine_starting" if any(model.dead for model in self._by_name.values()) else None
+
+    async def start(self) -> None:
+        """Open the channels."""
+        for one in self._channels.values():
+            await one.open()
+
+    async def reload(self, sources: Iterable[str | Path]) -> None:
+        """Do nothing: engines reload their bundles, and then send new channels."""
+
+    def close(self, reason: HttpError) -> None:
+        """Give *reason* to every image without an outcome."""
+        for one in self._channels.values():
+            one.close(reason)
+
+    async def stop(self) -> None:
+        """Close all channels."""
+        for task in self._retiring:
+            task.cancel()
+        self.close(DRAINING)
+
+    @contextmanager
+    def use(self, model: Model) -> Iterator[None]:
+        """Keep the channels of *model* open during the block."""
+        used = cast(RemoteModel, model)
+        self._in_use.add(used)
+        try:
+            with super().use(model):
+                yield
+        finally:
+            if not used.users:
+                self._in_use.discard(used)
+
+    async def attach(self, engine: str, connection: socket.socket) -> None:
+        """Use the channel at *connection* to the *engine*, which has started or has new models."""
+        async with self._attaching:
+            try:
+                new = await asyncio.to_thread(EngineChannel, engine, connection)
+            except ConnectionError:  # the supervisor starts another one
+                connection.close()
+                return
+            await new.open()
+            old = self._channels.pop(engine, None)
+            self._channels[engine] = new
+            self._find_models()
+        if old is not None:
+            task = asyncio.get_running_loop().create_task(self._retire(old))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def _retire(self, old: EngineChannel) -> None:
+        """Close *old* after the last request of a model that may use it."""
+        for model in list(self._in_use):
+            if any(one is old for one, _ in model.routes):
+                await model.unused.wait()
+        old.close(DRAINING)
+
+    def _find_models(self) -> None:
+        """List the models of the channels by name, each in the version of the newest channel that has it."""
+        models: dict[str, RemoteModel] = {}
+        for newest in reversed(self._channels.values()):
+            for facts in newest.models:
+                if facts.name in models:
+                    continue
+                routes = [
+                    (one, number)
+                    for one in self._channels.values()
+                    for number, other in enumerate(one.models)
+                    if (other.name, other.bundle.manifest.id) == (facts.name, facts.bundle.manifest.id)
+                ]
+                models[facts.name] = RemoteModel(facts, routes, self._settings)
+                models[facts.name].is_loaded = facts.is_loaded
+        self._by_name = models

@@ -1,0 +1,188 @@
+"""Models as requests see them, whichever process runs them: their names, their facts, and `run`."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.errors import shorten
+from sopdeploy_service.inference.results import HttpError, RejectedError
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.settings import Settings
+
+State: TypeAlias = Literal["ok", "draining", "decoders_stopped", "engine_starting", "runtime_dead"]
+
+SMOOTHING = 0.2  # weight of the newest batch in the moving average
+
+
+class RuntimeFacts(NamedTuple):
+    """What requests may know of a runtime; *largest_batch* is that of the server."""
+
+    name: str
+    device: str
+    largest_batch: int
+
+
+class Ran(NamedTuple):
+    """The outputs of one image by name, (...) float32, logits first, and how its batch ran.
+
+    *stage_seconds* has `queue` and `infer` and, after a wait for a load, `load`.
+    """
+
+    outputs: Mapping[str, NDArray[np.float32]]
+    stage_seconds: Mapping[str, float]
+    batch_size: int
+
+
+class LatencyTable:
+    """Moving average of the seconds of a batch, by its size."""
+
+    def __init__(self, measured: Iterable[tuple[int, float]] = ()) -> None:
+        """Start with *measured* pairs (images, seconds); the fastest of each size counts."""
+        self._seconds: dict[int, float] = {}
+        for images, seconds in measured:
+            self._seconds[images] = min(seconds, self._seconds.get(images, seconds))
+
+    def record(self, num_images: int, seconds: float) -> None:
+        """Include a batch of *num_images* that took *seconds*."""
+        old = self._seconds.get(num_images, seconds)
+        self._seconds[num_images] = old + SMOOTHING * (seconds - old)
+
+    def batch_seconds(self, num_images: int) -> float:
+        """Estimate the seconds of one batch of *num_images*; 0 before the first measurement.
+
+        A size without measurement takes the value of the next larger size, or scales the largest one.
+        """
+        if not self._seconds:
+            return 0.0
+        if large_enough := [size for size in self._seconds if size >= num_images]:
+            return self._seconds[min(large_enough)]
+        largest = max(self._seconds)
+        return self._seconds[largest] * num_images / largest
+
+    def measured(self) -> tuple[tuple[int, float], ...]:
+        """Return (images, seconds) of each size, as the constructor takes them."""
+        return tuple(self._seconds.items())
+
+    def seconds_per_image(self) -> float:
+        """Estimate the seconds of an image in batches of the best size; 0 before the first measurement."""
+        return min((seconds / size for size, seconds in self._seconds.items()), default=0.0)
+
+    def total_seconds(self, num_images: int, max_batch: int) -> float:
+        """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
+        full, rest = divmod(num_images, max_batch)
+        return full * self.batch_seconds(max_batch) + (self.batch_seconds(rest) if rest else 0.0)
+
+
+class Model(ABC):
+    """A bundle that is served under *name*. Every method is called on the event loop."""
+
+    is_loaded = True  # False only with a memory budget
+
+    def __init__(
+        self,
+        name: str,
+        bundle: Bundle,
+        runtime: RuntimeFacts,
+        timings: Iterable[tuple[int, float]],
+        settings: Settings,
+    ) -> None:
+        """Describe *bundle* on *runtime*; *timings* has (images, seconds) of batches that have run."""
+        self.name, self.bundle, self.labels, self.runtime = name, bundle, bundle.labels, runtime
+        manifest = bundle.manifest
+        self.decision = manifest.rules
+        self.thresholds, self.rejection = self.decision.thresholds, self.decision.rejection
+        self.top_k = settings.classes_per_image(multi_label=self.thresholds is not None)
+        self.version, self.logits = manifest.id, manifest.outputs[0].name
+        self.largest_batch = runtime.largest_batch
+        self.latency = LatencyTable(timings)
+        self.users = 0  # requests
+        self.unused = asyncio.Event()
+        self.unused.set()
+
+    @property
+    @abstractmethod
+    def dead(self) -> bool:
+        """Whether nothing can run, or nothing can run now."""
+
+    @abstractmethod
+    async def run(
+        self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
+    ) -> Ran:
+        """Run one image (H, W, 3) in a batch with others; its embedding is in the outputs with *features*.
+
+        *deadline* is a time of `time.monotonic`. An image that is not *for_drift* does not count for the
+        drift. Raises `RejectedError` for an image that fails, is late or cannot run any more. Cancelling the
+        call removes the image from the queue.
+        """
+
+
+class Registry(ABC):
+    """The models of a server by name. Every method is called on the event loop."""
+
+    metrics: Metrics
+    _by_name: Mapping[str, Model]
+
+    def models(self) -> Sequence[Model]:
+        """Return every model that requests can choose, by name."""
+        return [model for _, model in sorted(self._by_name.items())]
+
+    def find(self, name: str | None = None, version: str | None = None) -> Model:
+        """Find the model *name* (None: the only one) with *version* (None: any), or raise `RejectedError`."""
+        if name is None:
+            if len(self._by_name) > 1:
+                names = shorten(sorted(self._by_name))
+                message = f"the server has several models; choose one with ?model= ({names})"
+                raise RejectedError(HttpError("model_needed", 400, message))
+            name = next(iter(self._by_name))  # a server has at least one model
+        if name not in self._by_name:
+            message = f"no model {name[:100]!r}; available: {shorten(sorted(self._by_name))}"
+            raise RejectedError(HttpError("unknown_model", 404, message))
+        model = self._by_name[name]
+        if version not in {None, model.version}:
+            message = f"{name}: no version {str(version)[:100]!r}; the current one is {model.version}"
+            raise RejectedError(HttpError("unknown_version", 404, message))
+        return model
+
+    @contextmanager
+    def use(self, model: Model) -> Iterator[None]:
+        """Keep *model* loaded during the block. Await nothing since `find`, or it can be released before."""
+        model.users += 1
+        model.unused.clear()
+        try:
+            yield
+        finally:
+            model.users -= 1
+            if not model.users:
+                model.unused.set()
+
+    async def wait_until_loaded(self, model: Model) -> Model:
+        """Return *model*, which is loaded already."""
+        return model
+
+    @property
+    @abstractmethod
+    def problem(self) -> State | None:
+        """Why a server with these models is not ready; None if it is."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start what runs the models."""
+
+    @abstractmethod
+    async def reload(self, sources: Iterable[str | Path]) -> None:
+        """Find the bundles of *sources* again and serve them, or log why this is not possible."""
+
+    @abstractmethod
+    def close(self, reason: HttpError) -> None:
+        """Give *reason* to every image without an outcome."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Stop every model."""

@@ -1,0 +1,319 @@
+"""The channel between front ends and an engine, in one process: answers, cancellation, and nonsense."""
+
+import asyncio
+import fcntl
+import math
+import os
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.manifest import EMBEDDING, TensorRecord
+from sopdeploy_service.devices import channel, control
+from sopdeploy_service.devices.engine import Engine
+from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
+from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.memory_budget import BudgetedRegistry
+from sopdeploy_service.inference.model import Registry
+from sopdeploy_service.inference.results import RejectedError
+from sopdeploy_service.inference.service import ModelRegistry
+from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.settings import Settings
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.runtimes import Failing, Held
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+SETTINGS = Settings(queue_size=8, max_images=8, drain_seconds=0.1)
+FOREVER = 1e9  # a deadline
+
+
+class EngineUnderTest:
+    """An engine on the event loop of the test, and the supervisor's end of its control socket."""
+
+    def __init__(self, registry: Registry, settings: Settings = SETTINGS, name: str = "engine") -> None:
+        self.supervisor, theirs = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
+        )
+        self.name, self.engine = name, Engine(registry, settings, theirs, (), {})
+        self._theirs = theirs
+        self.running = asyncio.get_running_loop().create_task(self.engine.run())
+
+    async def connect(self) -> socket.socket:
+        """Return a front end's end of a new channel."""
+        theirs, ours = socket.socketpair()
+        await self.engine.connect("front-0", theirs)
+        return ours
+
+    async def open(self) -> EngineChannel:
+        """Return a front end's channel."""
+        ours = await self.connect()
+        return await asyncio.to_thread(EngineChannel, self.name, ours)
+
+    def messages(self) -> list[bytes]:
+        """Return what the engine has sent to the supervisor."""
+        found = []
+        with suppress(BlockingIOError):
+            while message := self.supervisor.recv(4096):
+                found.append(message)
+        return found
+
+    async def end(self) -> int:
+        """Let the supervisor leave, and return the exit code of the engine."""
+        self.supervisor.close()
+        code = await asyncio.wait_for(self.running, 60)
+        self._theirs.close()
+        return code
+
+
+def registry_of(bundle: Bundle, runtime: Runtime) -> ModelRegistry:
+    return ModelRegistry({"tiny": LoadedModel(bundle=bundle, runtime=runtime, replays={})}, SETTINGS)
+
+
+def run_with(
+    runtime: Runtime, bundle: Bundle, scenario: Callable[[EngineUnderTest, RemoteRegistry], Awaitable[None]]
+) -> None:
+    """Run *scenario* with an engine and the models of a front end."""
+
+    async def run() -> None:
+        engine = EngineUnderTest(registry_of(bundle, runtime))
+        registry = RemoteRegistry([await engine.open()], SETTINGS)
+        await registry.start()
+        await scenario(engine, registry)
+        await registry.stop()
+        assert await engine.end() == 0
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_the_outputs_of_an_image_are_those_of_the_runtime_whatever_slot_it_has(bundle) -> None:
+    expected = FakeRuntime(num_classes=7).run(PIXELS)["logits"]
+
+    async def scenario(_engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+        model = registry.find("tiny", bundle.manifest.id)
+        for _ in range(3):
+            found = await asyncio.gather(*(model.run(one, FOREVER) for one in PIXELS))
+            assert all((one.outputs["logits"] == row).all() for one, row in zip(found, expected, strict=True))
+            assert {name for one in found for name in one.stage_seconds} == {"queue", "infer"}
+            assert {type(one.batch_size) for one in found} == {int}
+        assert model.latency.seconds_per_image() > 0
+
+    run_with(FakeRuntime(num_classes=7), bundle, scenario)
+
+
+def test_an_image_that_fails_has_the_error_of_the_engine(bundle) -> None:
+    async def scenario(_engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+        model, codes = registry.find(), []
+        for _ in range(3):
+            try:
+                await model.run(PIXELS[0], FOREVER)
+                codes.append("ok")
+            except RejectedError as error:
+                codes.append(error.reason.code)
+        assert codes == ["nonfinite_output", "out_of_memory", "ok"]
+
+    run_with(Failing({1: "nan", 2: "oom"}), bundle, scenario)
+
+
+class WithFeatures(FakeRuntime):
+    """Also returns an embedding, the first two logits."""
+
+    def run(self, images):
+        logits = super().run(images)["logits"]
+        return {"logits": logits, EMBEDDING: logits[:, :2].copy()}
+
+
+def test_the_embedding_is_sent_if_it_was_requested(bundle) -> None:
+    record = TensorRecord(name=EMBEDDING, dtype="float32", shape=(None, 2))
+    manifest = bundle.manifest.model_copy(update={"outputs": (*bundle.manifest.outputs, record)})
+
+    async def scenario(_engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+        plain, full = await asyncio.gather(
+            registry.find().run(PIXELS[0], FOREVER), registry.find().run(PIXELS[1], FOREVER, features=True)
+        )
+        assert set(plain.outputs) == {"logits"}
+        assert (full.outputs[EMBEDDING] == full.outputs["logits"][:2]).all()
+
+    run_with(WithFeatures(num_classes=7), replace(bundle, manifest=manifest), scenario)
+
+
+def test_a_slot_is_free_when_the_engine_does_not_read_it_any_more(bundle) -> None:
+    runtime = Held(largest_batch=1)
+
+    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+        model = registry.find()
+        (front_end,) = engine.engine.front_ends
+        in_batch = asyncio.ensure_future(model.run(PIXELS[0], FOREVER))
+        await until(runtime.entered.is_set)
+        queued = [asyncio.ensure_future(model.run(one, FOREVER)) for one in PIXELS[1:]]
+        await until(lambda: len(front_end.images) == 16)
+        with pytest.raises(RejectedError, match="queue is full"):
+            await model.run(PIXELS[0], FOREVER)
+        for each in (in_batch, *queued):
+            each.cancel()
+        await until(lambda: len(front_end.images) == 1)  # that of the batch
+        with pytest.raises(RejectedError, match="deadline"):
+            await model.run(PIXELS[0], 0.0)
+        runtime.gate.set()
+        await until(lambda: not front_end.images)
+        await asyncio.gather(*(model.run(one, FOREVER) for one in PIXELS))
+
+    run_with(runtime, bundle, scenario)
+
+
+def record(kind: int = channel.RUN, number: int = 0, slot: int = 0, deadline: float = FOREVER) -> bytes:
+    return channel.REQUEST.pack(kind, 0, number, slot, deadline)
+
+
+NONSENSE = {
+    "an unknown kind": record(7),
+    "a slot that does not exist": record(slot=16),
+    "the largest slot": record(slot=2**32 - 1),
+    "a slot that is in use": record() + record(),
+    "an unknown model": record(number=1),
+    "a deadline that is no number": record(deadline=math.nan),
+    "an infinite deadline": record(deadline=math.inf),
+    "random bytes": bytes(range(256)) * 8,
+    "a cancellation between two of one slot": record() + record(channel.CANCEL, 9, 5) + record(),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_front_end_that_sends_nonsense_is_cut_off_and_others_are_served(bundle, name) -> None:
+    runtime = Held()
+
+    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+        bad = await engine.connect()
+        await asyncio.to_thread(channel.receive_opening, bad)
+        good = asyncio.ensure_future(registry.find().run(PIXELS[0], FOREVER))
+        await until(runtime.entered.is_set)
+        bad.setblocking(False)
+        await asyncio.get_running_loop().sock_sendall(bad, NONSENSE[name])
+        await until(lambda: len(engine.engine.front_ends) == 1)
+        with suppress(ConnectionError):
+            assert await asyncio.get_running_loop().sock_recv(bad, 4096) == b""
+        bad.close()
+        assert control.BAD_FRONT_END + b"front-0" in engine.messages()
+        runtime.gate.set()
+        assert (await good).outputs["logits"].shape == (7,)
+
+    run_with(runtime, bundle, scenario)
+
+
+HARMLESS = {
+    "a cancellation of nothing": record(channel.CANCEL, 65_535, 2**32 - 1),
+    "half a record": record()[:7],
+    "an image whose deadline has passed": record(deadline=0.0),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_front_end_that_ends_at_any_moment_leaves_nothing_behind(bundle, name) -> None:
+    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+        other = await engine.connect()
+        await asyncio.to_thread(channel.receive_opening, other)
+        other.sendall(HARMLESS[name])
+        other.close()
+        await until(lambda: len(engine.engine.front_ends) == 1)
+        await registry.find().run(PIXELS[0], FOREVER)
+        assert not any(message.startswith(control.BAD_FRONT_END) for message in engine.messages())
+        (model,) = engine.engine.registry.models()
+        assert model.users == 1  # the channel that is left
+
+    run_with(FakeRuntime(num_classes=7), bundle, scenario)
+
+
+def test_a_front_end_cannot_change_the_size_of_the_memory(bundle) -> None:
+    async def scenario(engine: EngineUnderTest, _registry: RemoteRegistry) -> None:
+        other = await engine.connect()
+        _, files, _, _ = socket.recv_fds(other, channel.OPENING.size, 1)
+        size = os.fstat(files[0]).st_size
+        for other_size in (0, size - 1, size + 1):
+            with pytest.raises(PermissionError):
+                os.ftruncate(files[0], other_size)
+        assert fcntl.fcntl(files[0], fcntl.F_GET_SEALS) == channel.SEALS
+        os.close(files[0])
+        other.close()
+
+    run_with(FakeRuntime(num_classes=7), bundle, scenario)
+
+
+def test_a_dead_runtime_refuses_all_images_and_ends_the_engine(bundle) -> None:
+    async def run() -> None:
+        engine = EngineUnderTest(registry_of(bundle, Failing({1: SystemExit("the device is gone")})))
+        registry = RemoteRegistry([await engine.open()], SETTINGS)
+        await registry.start()
+        found = await asyncio.gather(
+            *(registry.find().run(one, FOREVER) for one in PIXELS), return_exceptions=True
+        )
+        assert {error.reason.code for error in found} == {"runtime_dead"}
+        assert await engine.end() == 70
+        await until(lambda: registry.problem == "engine_starting")
+        await registry.stop()
+
+    asyncio.run(run())
+
+
+def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
+    runtimes = [Held(), Held()]
+
+    async def run() -> None:
+        engines = [
+            EngineUnderTest(registry_of(bundle, runtime), name=str(number))
+            for number, runtime in enumerate(runtimes)
+        ]
+        channels = [await engine.open() for engine in engines]
+        registry = RemoteRegistry(channels, SETTINGS)
+        await registry.start()
+        model, images = registry.find(), []
+        for pixels in PIXELS[:6]:
+            images.append(asyncio.ensure_future(model.run(pixels, FOREVER)))
+            await asyncio.sleep(0)
+        assert [one.queue_length for one in channels] == [3, 3]
+        runtimes[0].gate.set()
+        await until(lambda: channels[0].queue_length == 0)
+        images += [asyncio.ensure_future(model.run(pixels, FOREVER)) for pixels in PIXELS[6:8]]
+        await asyncio.wait(images[-2:])  # the other engine is held
+        runtimes[1].gate.set()
+        await asyncio.gather(*images)
+        assert await engines[0].end() == 0  # though a front end is left
+        await until(lambda: not channels[0].is_open)
+        await model.run(PIXELS[0], FOREVER)  # by the other one
+        await registry.stop()
+        await engines[1].end()
+
+    asyncio.run(run())
+
+
+def test_an_engine_loads_a_model_at_its_first_image(bundle, monkeypatch) -> None:
+    async def load(*_given: object) -> LoadedModel:
+        return LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
+
+    monkeypatch.setattr("sopdeploy_service.inference.memory_budget.load_in_background", load)
+    settings = Settings(memory_budget=70_000_000, drain_seconds=0.1, queue_size=8, max_images=8)
+
+    async def run() -> None:
+        engine = EngineUnderTest(BudgetedRegistry({"a": bundle, "b": bundle}, settings), settings)
+        registry = RemoteRegistry([await engine.open()], settings)
+        await registry.start()
+        loads: list[Sequence[bool]] = []
+        for name in "ab":
+            found = await asyncio.gather(*(registry.find(name).run(one, FOREVER) for one in PIXELS[:4]))
+            assert all("load" in one.stage_seconds for one in found)
+            assert "load" not in (await registry.find(name).run(PIXELS[0], FOREVER)).stage_seconds
+            loads.append([model.is_loaded for model in engine.engine.registry.models()])
+        assert loads == [[True, False], [False, True]]
+        await registry.stop()
+        assert await engine.end() == 0
+
+    asyncio.run(run())

@@ -1,0 +1,170 @@
+"""Front ends that share an engine, as processes: failures of each kind, the queue limit, the drain."""
+
+import json
+import os
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sopdeploy_service.devices.processes import choose_front_ends
+from sopdeploy_service.settings import Settings
+from tests.service.devices import gated_device
+from tests.support.children import (
+    FRONT_ENDS,
+    START_SECONDS,
+    WAYS,
+    ServerClient,
+    below,
+    is_alive,
+    serving,
+    spawn,
+)
+from tests.support.service import wait_for
+
+
+def process_of(client: ServerClient, name: str) -> int:
+    """Return the id of the process with the *name* that the supervisor gave it, 0 while there is none."""
+    for process in below(client.child.pid):
+        try:
+            variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        configs = [one for one in variables if one.startswith(b"SOPDEPLOY_WORKER=")]
+        if configs and json.loads(configs[0].partition(b"=")[2])["name"] == name:
+            return process
+    return 0
+
+
+def num_admitted(client: ServerClient) -> float:
+    """Return how many images all processes have admitted and not answered."""
+    return sum(map(float, re.findall(r"^sopdeploy_queue_depth{.*} (\S+)", client.get("/metrics").text, re.M)))
+
+
+def status_of(client: ServerClient, jpeg: bytes) -> int:
+    return client.post("/v1/classify", content=jpeg).status_code
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_its_front_ends(
+    bundle_path, tmp_path, jpeg, monkeypatch, number
+) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("GATE", str(gate))
+    options = (*WAYS[FRONT_ENDS], "--setting", "batch_timeout_seconds=60")
+    with (
+        serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        servers = {process_of(client, f"front-{number}") for number in range(2)}
+        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(8)]
+        wait_for(lambda: num_admitted(client) == 8)
+        engine = process_of(client, "engine")
+        os.kill(engine, number)
+        for reply in sent:
+            refused = reply.result()
+            assert (refused.status_code, refused.json()["code"]) == (503, "runtime_dead")
+            assert int(refused.headers["retry-after"]) >= 1
+        wait_for(lambda: not is_alive(engine))
+        gate.touch()
+        wait_for(lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8)  # of both front ends
+        assert {client.get(path).status_code for path in ("/livez", "/readyz") for _ in range(2)} == {200}
+        assert {process_of(client, f"front-{number}") for number in range(2)} == servers
+        client.child.send_signal(signal.SIGTERM)
+        assert client.child.wait(START_SECONDS) == 0
+
+
+def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(bundle_path, jpeg) -> None:
+    with serving(str(bundle_path), *WAYS[FRONT_ENDS]) as client:
+        engine = process_of(client, "engine")
+        os.kill(engine, signal.SIGSTOP)
+        os.kill(engine, signal.SIGKILL)
+        wait_for(lambda: client.get("/readyz").json()["status"] == "engine_starting")
+        assert client.get("/livez").status_code == 200
+        reply = client.post("/v1/classify", content=jpeg)
+        assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
+        wait_for(lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
+    bundle_path, tmp_path, jpeg, monkeypatch, number
+) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("GATE", str(gate))
+    options = (
+        "--setting",
+        "batch_timeout_seconds=60",
+        "--setting",
+        "queue_size=4",
+        "--setting",
+        "max_images=4",
+    )
+    with (
+        serving(str(bundle_path), *WAYS[FRONT_ENDS], *options, program=gated_device.SERVE) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        sent = [pool.submit(status_of, client, jpeg) for _ in range(4)]
+        wait_for(lambda: num_admitted(client) == 4)
+        assert status_of(client, jpeg) == 429  # the limit is that of both front ends together
+        victim, engine = process_of(client, "front-0"), process_of(client, "engine")
+        os.kill(victim, number)
+        wait_for(lambda: not is_alive(victim))
+        wait_for(lambda: process_of(client, "front-0") not in {0, victim})
+        gate.touch()
+        statuses = [one.exception() or one.result() for one in sent]
+        assert 1 <= statuses.count(200) <= 3  # those of the other front end
+        wait_for(lambda: status_of(client, jpeg) == 200)
+        files = [("image", jpeg)] * 4
+        wait_for(lambda: client.post("/v1/classify", files=files).status_code == 200)  # nothing is left
+        assert process_of(client, "engine") == engine
+
+
+def test_a_signal_to_every_process_completes_the_admitted_requests(
+    bundle_path, tmp_path, jpeg, monkeypatch
+) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("GATE", str(gate))
+    options = (*WAYS[FRONT_ENDS], "--setting", "batch_timeout_seconds=60", "--setting", "drain_seconds=60")
+    with (
+        serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        sent = [pool.submit(status_of, client, jpeg) for _ in range(16)]
+        wait_for(lambda: num_admitted(client) == 16)
+        processes = [process_of(client, name) for name in ("engine", "front-0", "front-1")]
+        for process in (client.child.pid, *processes):  # as systemd does
+            os.kill(process, signal.SIGTERM)
+        wait_for(lambda: client.get("/readyz").status_code == 503)
+        gate.touch()
+        assert [one.result() for one in sent] == [200] * 16
+        assert client.child.wait(START_SECONDS) == 0
+        assert not any(map(is_alive, processes))
+
+
+SPEEDS = {  # cores, seconds of an image -> front ends
+    "a fast model": (16, 0.00008, 4),
+    "few cores": (4, 0.00008, 2),
+    "many cores": (64, 0.00008, 16),
+    "a model that one process feeds": (16, 0.002, 0),
+    "a CPU": (16, float("inf"), 0),
+}
+
+
+@pytest.mark.parametrize("name", SPEEDS)
+def test_the_number_of_front_ends_follows_the_cores_unless_one_process_suffices(monkeypatch, name) -> None:
+    cores, seconds, expected = SPEEDS[name]
+    monkeypatch.setattr("sopdeploy_service.devices.processes.usable_cores", lambda: cores)
+    assert choose_front_ends(Settings(), seconds) == expected
+    assert choose_front_ends(Settings(front_ends=3), seconds) == 3
+
+
+@pytest.mark.parametrize("options", [(), ("--front-ends", "2")])
+def test_a_gpu_that_cannot_be_used_here_is_an_error(bundle_path, monkeypatch, options) -> None:
+    monkeypatch.setenv("SOPDEPLOY_RUNTIME", "auto")
+    with spawn(str(bundle_path), "--devices", "0", *options) as child:
+        out, err = child.communicate(timeout=START_SECONDS)
+    assert (child.returncode, out) == (2, "")
+    assert "error: device 0: devices: 0: no GPU can be used here" in err
