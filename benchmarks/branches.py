@@ -1,6 +1,6 @@
 """Detach branches of networks in other people's repositories, whose code stays as it is.
 
-    python benchmarks/branches.py FOLDER [--results FILE] [--only NAME]
+    python benchmarks/branches.py FOLDER --results FILE [--only NAME]
 
 FOLDER has a checkout of each repository under the last part of its name. Weights are random, batch norms
 have the statistics of the exporter's images. For each network, `unused_modules` names what the chosen
@@ -13,11 +13,12 @@ docs/benchmarks/networks.md.
 import argparse
 import contextlib
 import io
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -339,7 +340,12 @@ def build(candidate: Candidate, folder: Path) -> nn.Module:
 
 
 def attempt(candidate: Candidate, folder: Path) -> Row:
-    """Export the network of *candidate* without what its output does not depend on."""
+    """Export the network of *candidate* without what its output does not depend on; print nothing."""
+    with contextlib.redirect_stdout(io.StringIO()):  # networks print while they are built
+        return _attempt(candidate, folder)
+
+
+def _attempt(candidate: Candidate, folder: Path) -> Row:
     row = Row(
         kind=candidate.kind,
         repository=candidate.repository,
@@ -413,25 +419,10 @@ def largest_difference(network: nn.Module, rules: Preprocess, key: Any, file: Pa
     return max(differences) / largest
 
 
-def in_processes(folder: Path, only: str) -> Iterator[Row]:
-    """Try each candidate in a process of its own."""
-    for index, candidate in enumerate(CANDIDATES):
-        if only not in candidate.repository + candidate.code:
-            continue
-        command = [sys.executable, __file__, str(folder), "--index", str(index)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if lines:
-            yield Row.model_validate_json(lines[-1])
-        else:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            yield Row(
-                kind=candidate.kind,
-                repository=candidate.repository,
-                network=candidate.code,
-                pixels=candidate.pixels,
-                crashed=last,
-            )
+def in_processes(folder: Path, candidates: Sequence[Candidate]) -> Iterator[Row]:
+    """Try each of *candidates* in a process of its own."""
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        yield from pool.imap(partial(attempt, folder=folder), candidates)
 
 
 def table(rows: list[Row]) -> str:
@@ -453,24 +444,17 @@ def main() -> None:
     """Try all networks, write the results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--index", type=int)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--only", default="", help="a part of the repository's name or of the code")
     arguments = parser.parse_args()
-    if arguments.index is not None:
-        with contextlib.redirect_stdout(io.StringIO()):  # networks print while they are built
-            row = attempt(CANDIDATES[arguments.index], arguments.folder)
-        print(row.model_dump_json())
-        return
-    rows = []
-    for row in in_processes(arguments.folder, arguments.only):
-        rows.append(row)
+    torch.set_num_threads(1)
+    chosen = [found for found in CANDIDATES if arguments.only in found.repository + found.code]
+    for row in in_processes(arguments.folder, chosen):
         print(row.model_dump_json(exclude_defaults=True), flush=True)
-        if arguments.results:
-            arguments.results.write_text(
-                "".join(f"{row.model_dump_json()}\n" for row in rows), encoding="utf-8"
-            )
-    print(table(rows))
+        with arguments.results.open("a", encoding="utf-8") as file:
+            file.write(f"{row.model_dump_json()}\n")
+    lines = arguments.results.read_text(encoding="utf-8").splitlines()
+    print(table([Row.model_validate_json(line) for line in lines]))
 
 
 if __name__ == "__main__":

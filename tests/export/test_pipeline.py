@@ -32,7 +32,7 @@ from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.proof import certificate
+from sopdeploy_export.proof import networks
 from sopdeploy_export.results import Exported
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import ROOT
@@ -157,7 +157,7 @@ def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
         opened.append(source)
         return load(source, *options, **named)
 
-    for module in (program_hashes, certificate):
+    for module in (program_hashes, networks):
         monkeypatch.setattr(module, "tensor_hash", count_hash)
     monkeypatch.setattr(compare.ort, "InferenceSession", count_session)
     export_checkpoint(checkpoint, tmp_path, options=DETACH)
