@@ -160,18 +160,23 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
 
 def run_front_end(config: LaunchConfig, supervisor: socket.socket) -> int:
     """Wait for a channel to an engine, then serve HTTP; return the exit code."""
+    registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
+    return serve_http(config, registry, supervisor, {})
+
+
+def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
+    """Return the first channel to an engine; `DeviceServer` receives those that follow."""
     supervisor.setblocking(True)
-    channels: list[EngineChannel] = []
-    while not channels:
+    while True:
         message, files = control.receive_files(supervisor)
-        if not message:  # the supervisor has ended
-            return 0
+        if not message:
+            raise SystemExit(0)  # the supervisor has ended
         for file in files:
             engine, connection = message.removeprefix(control.CHANNEL).decode(), socket.socket(fileno=file)
-            with suppress(ConnectionError):  # the engine has ended, too; the next one follows
-                channels.append(EngineChannel(engine, connection))
-    supervisor.setblocking(False)
-    return serve_http(config, RemoteRegistry(channels, config.settings), supervisor, {})
+            with suppress(ConnectionError):  # the engine has ended, too; another one follows
+                found = EngineChannel(engine, connection)
+                supervisor.setblocking(False)
+                return found
 
 
 def serve_http(

@@ -80,6 +80,7 @@ class FrontEnd(asyncio.Protocol):
         self._engine.front_ends.discard(self)
         for cancel in list(self.images.values()):
             cancel()
+        self.images.clear()
         self._in_use.close()
 
     def data_received(self, data: bytes) -> None:
@@ -142,9 +143,9 @@ class FrontEnd(asyncio.Protocol):
 
     def _answer(self, slot: int, names: Sequence[str], result: Ran | HttpError) -> None:
         """Write *result* into *slot* and answer at the end of this turn of the loop, with others."""
-        del self.images[slot]
         if self.transport is None:
             return
+        del self.images[slot]
         if isinstance(result, HttpError):
             self._slots.write_error(slot, result)
             answer = channel.RESULT.pack(slot, 0, 0.0, 0.0, 0.0)
