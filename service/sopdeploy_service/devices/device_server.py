@@ -130,12 +130,12 @@ def main() -> int:
     supervisor = socket.socket(fileno=config.control)
     try:
         with configured_process(config.settings):
-            return (
-                run_front_end(config, supervisor) if config.device is None else run_device(config, supervisor)
-            )
+            run = run_front_end if config.device is None else run_device
+            return run(config, supervisor)
     except SopdeployError as problem:
-        what = "front end" if config.device is None else "device"
-        sys.stderr.write(f"error: {what} {config.name}: {problem} [{problem.code}]\n")
+        named = {None: f"front end {config.name}: ", ANY_DEVICE: ""}
+        where = named.get(config.device, f"device {config.name}: ")
+        sys.stderr.write(f"error: {where}{problem} [{problem.code}]\n")
         return USER_ERROR
 
 
@@ -172,9 +172,12 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
         if not message:
             raise SystemExit(0)  # the supervisor has ended
         for file in files:
-            engine, connection = message.removeprefix(control.CHANNEL).decode(), socket.socket(fileno=file)
+            connection = socket.socket(fileno=file)
+            if not message.startswith(control.CHANNEL):  # a request for metrics
+                connection.close()
+                continue
             with suppress(ConnectionError):  # the engine has ended, too; another one follows
-                found = EngineChannel(engine, connection)
+                found = EngineChannel(message.removeprefix(control.CHANNEL).decode(), connection)
                 supervisor.setblocking(False)
                 return found
 
