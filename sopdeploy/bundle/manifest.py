@@ -29,11 +29,20 @@ EMBEDDING = "embedding"
 
 Precision = Literal["fp32", "fp16", "int8"]
 Int8For = Literal["cpu", "tensorrt"]
-ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
+ProofKind = Literal[
+    "three-way",
+    "trained-detached-rebuilt",
+    "trained-detached",
+    "trained-plain",
+    "trained-rebuilt",
+    "trained-only",
+]
 PROOFS: dict[ProofKind, tuple[str, ...]] = {  # the networks that each kind compares
     "three-way": ("trained", "detached", "plain"),
+    "trained-detached-rebuilt": ("trained", "detached", "rebuilt"),
     "trained-detached": ("trained", "detached"),
     "trained-plain": ("trained", "plain"),
+    "trained-rebuilt": ("trained", "rebuilt"),
     "trained-only": ("trained",),
 }
 MAX_TENSORS = 100  # inputs or outputs of a graph

@@ -27,6 +27,9 @@ SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
     "__pycache__",
 }  # fmt: skip
+# A photograph that a server kept, in any folder into which its label moved it, and the folder of those of its
+# uniform sample among photographs that show no class.
+KEPT_NAME, SAMPLE_FOLDER = re.compile(r"[0-9a-f]{32}\.(jpg|png)"), "sample"
 TRAIN = "train"
 TRAINING = (TRAIN, "training")
 HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # best first

@@ -22,6 +22,7 @@ from sopdeploy.errors import DataError, ImageError, shorten, shorten_problems
 from sopdeploy.files import read_file
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.limits import MAX_BYTES
+from sopdeploy.images.metadata import capture_time
 from sopdeploy.images.pixels import preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.names import label_problem
@@ -54,6 +55,11 @@ class Photo:
         """The image of the file, whose pixels are decoded only if they are used."""
         with image_errors(self.name):
             return open_image(self.content)
+
+    @cached_property
+    def taken(self) -> int:
+        """When the photograph was taken, in seconds of the camera's clock, or `NO_TIME`."""
+        return capture_time(self.image)
 
     @cached_property
     def pixels(self) -> Image.Image:

@@ -14,7 +14,7 @@ import pydantic
 
 from sopdeploy.config import Count, FieldValues, PositiveRate, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
-from sopdeploy.data.sources import DataConfig, OwnDataConfig
+from sopdeploy.data.sources import DataConfig, FolderConfig, OwnDataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
@@ -210,6 +210,11 @@ class Recipe(LoopSettings):
                 f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
                 "or choose another one with procedure.kind"
             )
+
+    @property
+    def groups_by_name(self) -> bool:
+        """Whether the user groups images by their names, so that the names need no interpretation."""
+        return isinstance(self.data, FolderConfig) and bool(self.data.groups)
 
     @property
     def training_crop(self) -> int:

@@ -17,7 +17,8 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.photos.copies import NO_PAIRS, connect, group_photographs
+from sopdeploy.photos.clips import find_clips
+from sopdeploy.photos.copies import NO_PAIRS, connect, group_photographs, number_classes
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy.photos.photo import LabeledImages, Split, describe_contradictions, hash_images
 from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
@@ -274,7 +275,12 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
         else:
             groups = connect(len(images), NO_PAIRS, images.groups)
             if reads:
-                groups, hashes = group_photographs(images)
+                found = group_photographs(images)
+                groups, hashes = found.groups, found.file_hashes
+                if len(found.vectors) and not recipe.groups_by_name:
+                    names = [images.identity(index) for index in range(len(images))]
+                    classes = number_classes(images.targets)
+                    groups = find_clips(names, found.times, classes, found.vectors, groups).groups
             choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
     choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()  # the others add zeros

@@ -2,10 +2,10 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from shlex import join
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import pydantic
@@ -15,7 +15,7 @@ from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
-from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError
+from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError, command_line_option
 from sopdeploy.files import MAX_TEXT_BYTES, check_is_checkpoint, has_manifest, read_class_names, read_file
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.files import data_folder
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sopdeploy_export.engine_builder.engine import Engine
     from sopdeploy_export.results import Exported
 
+LABELS_FILE = "labels.txt"
 EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
 
 
@@ -117,9 +118,6 @@ def _export_weights(
     from sopdeploy_export.user_network.export_network import export_network
     from sopdeploy_export.user_network.loading import network_builder
 
-    if options.detach:
-        message = "name the parts of the network to remove"
-        raise ConfigError(message, setting="detach", remedies={"training_only": None})
     if source.labels is None:
         message = "missing; give a file with one class name per line, in the order of the logits"
         raise ConfigError(message, setting="labels")
@@ -131,6 +129,7 @@ def _export_weights(
     return export_network(
         network,
         plain=plain,
+        rebuild=network_builder("network", str(source.network), source.option),
         training_only=source.training_only,
         labels=labels,
         preprocess=preprocess,
@@ -155,12 +154,16 @@ def _export_weights(
 
 
 class Inspection(StrictModel):
-    """The parts of a network that its output ignores; `table` names the table of weights in the file."""
+    """The parts of a network that its output ignores; `table` names the table of weights in the file.
+
+    `command` exports the network without these parts.
+    """
 
     network: str
     num_tensors: int
     table: str
     unused: tuple[str, ...]
+    command: str
 
 
 def _show_unused(inspected: Inspection) -> None:
@@ -168,11 +171,8 @@ def _show_unused(inspected: Inspection) -> None:
     print_field("weights", f"{inspected.num_tensors} tensors fit")
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
-    if inspected.unused:
-        words = ["--network", inspected.network]
-        for part in inspected.unused:
-            words += ["--training-only", part]
-        print_field("next", f"sopdeploy export .. {join(words)}", style="dim")
+    print_field("next", f"write one class name per line to {LABELS_FILE}, then", style="dim")
+    print_field("", inspected.command, style="dim")
 
 
 @command(_show_unused)
@@ -197,7 +197,20 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         num_tensors=len(network.state_dict()),
         table=weights_key,
         unused=tuple(unused),
+        command=_export_command(file, options, unused),
     )
+
+
+def _export_command(file: Path, options: NetworkOptions, parts: Iterable[str]) -> str:
+    """Write the command that exports the network of *options* without *parts*."""
+    given = [(name, value) for name, value in vars(options).items() if value not in (None, ())]
+    given += [("training_only", tuple(parts)), ("labels", LABELS_FILE)]
+    words = ["sopdeploy export", quote(str(file))]
+    for name, value in given:
+        words += [
+            command_line_option(name, item) for item in (value if isinstance(value, tuple) else [value])
+        ]
+    return " ".join(words)
 
 
 def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, str, str]":

@@ -173,6 +173,23 @@ def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_pa
     assert [note for note in more.notes if "cow" in note] == [f"{photos}: left out, of no class: cow"]
 
 
+def test_only_unknown_photographs_of_the_sample_are_compared_and_those_that_no_server_kept(
+    bundles, labelled, tmp_path
+) -> None:
+    first, second = bundles
+    photos, unknown = labelled(second), tmp_path / "photos-unknown"
+    names = [f"{number:032x}.png" for number in range(7)]
+    for number, name in enumerate([*names[:5], *(f"sample/{name}" for name in names[5:]), "own.png"]):
+        (unknown / name).parent.mkdir(parents=True, exist_ok=True)
+        photograph(500 + number).save(unknown / name)
+    found = compare(first, second, photos, unknown=unknown)
+    assert found.second.rejected.count == 3
+    assert any("5 photographs not compared, because a server kept them" in note for note in found.notes)
+    (unknown / "own.png").unlink()
+    shutil.rmtree(unknown / "sample")
+    assert compare(first, second, photos, unknown=unknown).unknown is None
+
+
 def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(bundles, labelled, tmp_path) -> None:
     first, second = bundles
     unknown = labelled(first, count=12, first=500)

@@ -20,7 +20,15 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import LOCK, atomic_write, expand_user
 from sopdeploy.names import can_be_typed, class_problem
-from sopdeploy.photos.files import find_parts, fold, is_hidden, list_subfolders, normalize, part_kind
+from sopdeploy.photos.files import (
+    SAMPLE_FOLDER,
+    find_parts,
+    fold,
+    is_hidden,
+    list_subfolders,
+    normalize,
+    part_kind,
+)
 from sopdeploy_service.second_week.kept import NEAR_BITS, Kept, read_kept
 
 SKIPPED = ".skipped"
@@ -94,16 +102,15 @@ class LabelFolders:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
 
         Photographs of the uniform sample are held out from training, with their near-duplicates, which
-        would make a network that was trained on them look better than it is. Raises `ConfigError` if *name*
+        would make a network that was trained on them look better than it is; without a class, they are in
+        `SAMPLE_FOLDER`. Raises `ConfigError` if *name*
         cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
         if name is None:
-            folder = self.unknown
+            folder = self.unknown / SAMPLE_FOLDER if self._is_sampled(photo) else self.unknown
         else:
-            near_hash = int(photo.record.near_hash, 16)  # in `_sampled` for a photograph of the sample
-            is_held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
-            parent = self.held_out if is_held_out else self.photos
+            parent = self.held_out if self._is_sampled(photo) else self.photos
             folders = _class_folders(self.photos) | _class_folders(self.held_out)
             name = check_class_name(name, self.classes(), folders)
             folder = _class_folders(parent).get(name, parent / name)
@@ -121,6 +128,11 @@ class LabelFolders:
         del self.waiting[identity]
         self.steps.append(LabelStep(photo, target, is_new_folder))
         photo.path.with_suffix(".json").unlink(missing_ok=True)
+
+    def _is_sampled(self, photo: Kept) -> bool:
+        """Tell whether *photo* is in the uniform sample, or a near-duplicate of one of the sample."""
+        near_hash = int(photo.record.near_hash, 16)  # in `_sampled` for a photograph of the sample
+        return any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
 
     def skip(self, identity: str) -> None:
         """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
@@ -155,6 +167,8 @@ class LabelFolders:
             if new_folder:
                 with suppress(OSError):  # stays if other photographs are in it
                     target.parent.rmdir()
+                    if target.parent.name == SAMPLE_FOLDER and target.parent.parent == self.unknown:
+                        self.unknown.rmdir()
         self.steps.pop()
         self.waiting = {image.stem: photo, **self.waiting}
 
