@@ -53,12 +53,14 @@ class Run:
 
     def command(self, given: argparse.Namespace, data: Path) -> list[str]:
         """Return the command that starts or continues the training."""
+        # 80 and 120 of 160 epochs
+        milestones = sorted({max(1, given.epochs // 2), max(1, given.epochs * 3 // 4)})
         settings = {
             "data.kind": "folder",
             "data.path": data,
             "model.name": ARMS[self.arm],
             "epochs": given.epochs,
-            "schedule.milestones": [given.epochs // 2, given.epochs * 3 // 4],  # 80 and 120 of 160 epochs
+            "schedule.milestones": milestones,
             "batch_size": given.batch_size,
             "precision": given.precision,
             "workers": given.workers,

@@ -22,10 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -53,7 +55,7 @@ class Stages:
     """Seconds of the thread by stage, and counts of events."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.counts: Counter[str] = Counter()
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +119,7 @@ class CountOperators(TorchDispatchMode):
     """Counts all calls of operators, and those that read a number from the device."""
 
     def __init__(self, counts: Counter[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts = counts
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,9 +129,9 @@ class CountOperators(TorchDispatchMode):
 
 def train(recipe: Recipe, stages: Stages, *, counted: bool = False) -> None:
     """Train *recipe* without its network."""
-    original = run.LoopRun, run.load_batches, gradient.compute_gradient, run.train_epoch, run.fit_best
-    start, tolist = multiprocessing.process.BaseProcess.start, Tensor.tolist
-    optimizer_step, normalize = torch.optim.SGD.step, Normalize.forward
+    loop: Any = run
+    epoch, tolist = loop.train_epoch, Tensor.tolist
+    start = multiprocessing.process.BaseProcess.start
 
     def count_start(process: Any) -> None:
         stages.counts["processes"] += 1
@@ -140,27 +142,25 @@ def train(recipe: Recipe, stages: Stages, *, counted: bool = False) -> None:
         return tolist(tensor)
 
     def counted_epoch(*arguments: Any) -> None:
-        Tensor.tolist = count_list  # type: ignore[method-assign]
-        with CountOperators(stages.counts):
-            original[3](*arguments)
-        Tensor.tolist = tolist  # type: ignore[method-assign]
+        with patch.object(Tensor, "tolist", count_list), CountOperators(stages.counts):
+            epoch(*arguments)
 
-    try:
-        run.LoopRun = lambda *arguments: without_network(original[0](*arguments))  # type: ignore[misc,assignment]
-        run.load_batches = stages.batches(original[1])
-        gradient.compute_gradient = stages.timed("constant network", original[2])
-        run.train_epoch = counted_epoch if counted else stages.timed("epochs", original[3])
-        run.fit_best = lambda loop_run, *_: (loop_run.fit(), {})
-        torch.optim.SGD.step = stages.timed("optimizer", optimizer_step)  # type: ignore[method-assign]
-        Normalize.forward = stages.timed("normalize", normalize)  # type: ignore[method-assign]
-        multiprocessing.process.BaseProcess.start = count_start  # type: ignore[method-assign]
-        with tempfile.TemporaryDirectory() as folder:
-            train_run(recipe, Path(folder) / "run", strategy=Strategy(torch.device("cpu")))
-    finally:
-        run.LoopRun, run.load_batches, gradient.compute_gradient, run.train_epoch, run.fit_best = original  # type: ignore[misc]
-        multiprocessing.process.BaseProcess.start = start  # type: ignore[method-assign]
-        torch.optim.SGD.step = optimizer_step  # type: ignore[method-assign]
-        Normalize.forward = normalize  # type: ignore[method-assign]
+    build = loop.LoopRun
+    replaced: list[tuple[Any, str, Any]] = [
+        (loop, "LoopRun", lambda *arguments: without_network(build(*arguments))),
+        (loop, "load_batches", stages.batches(loop.load_batches)),
+        (loop, "train_epoch", counted_epoch if counted else stages.timed("epochs", epoch)),
+        (loop, "fit_best", lambda loop_run, *_: (loop_run.fit(), {})),
+        (gradient, "compute_gradient", stages.timed("constant network", gradient.compute_gradient)),
+        (torch.optim.SGD, "step", stages.timed("optimizer", torch.optim.SGD.step)),
+        (Normalize, "forward", stages.timed("normalize", Normalize.forward)),
+        (multiprocessing.process.BaseProcess, "start", count_start),
+    ]
+    with ExitStack() as stack:
+        for place, name, value in replaced:
+            stack.enter_context(patch.object(place, name, value))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        train_run(recipe, Path(folder) / "run", strategy=Strategy(torch.device("cpu")))
 
 
 def launching_ms() -> float:
@@ -281,12 +281,12 @@ def main(arguments: argparse.Namespace) -> None:
             for side, values in zip(sides, found, strict=True):
                 values.append(measure_checkout(side, data, arguments.workers))
     medians = [{name: statistics.median(row[name] for row in rows) for name in rows[0]} for rows in found]
-    for values in medians:
-        values["images a second and core, without the network"] = (
-            1e3 * BATCH / (values["main thread"] + values["loader processes"])
+    for row in medians:
+        row["images a second and core, without the network"] = (
+            1e3 * BATCH / (row["main thread"] + row["loader processes"])
         )
-        values["busy"] = busy(values, arguments.gpu_ms)
-        values["busy, with the launches of the network"] = busy(values, arguments.gpu_ms, launching=True)
+        row["busy"] = busy(row, arguments.gpu_ms)
+        row["busy, with the launches of the network"] = busy(row, arguments.gpu_ms, launching=True)
     units = {"images": "images/s", "busy": "%", "operators": "count", "waits": "count"}
     results = []
     for name, value in medians[0].items():

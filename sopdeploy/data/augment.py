@@ -186,7 +186,7 @@ def _crop_box(
     if rules.fit == "crop":
         image = to_rgb(image, rules)
     else:  # the square that evaluation sees, but larger, so that a small box of it keeps its details
-        enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop})
+        enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop, "resize": SQUARE * rules.resize})
         image = Image.fromarray(preprocess_image(image, enlarged))
     box = augmentation.box(image.size, rules.crop, random)
     resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)

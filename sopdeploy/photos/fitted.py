@@ -4,18 +4,25 @@ import copy
 import math
 import mmap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Pixels, Preprocess
 
-if TYPE_CHECKING:
-    from sopdeploy.photos.photo import LabeledImages
-
 MAX_IN_MEMORY = 2**29  # bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
+
+
+class Images(Protocol):
+    """What is needed of `LabeledImages`: each image with its target, and parts."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, Any]: ...
+    def select(self, mask: NDArray[np.bool_], /) -> Self:
+        """Keep the images where *mask* is true."""
 
 
 class FittedPixels:
@@ -26,7 +33,7 @@ class FittedPixels:
     processes may compute the same image at the same time; they write the same bytes.
     """
 
-    def __init__(self, images: "LabeledImages", rules: Preprocess) -> None:
+    def __init__(self, images: Images, rules: Preprocess) -> None:
         self.images, self.rules = images, rules
         shape = (len(images), rules.crop, rules.crop, 3)
         self.is_kept = 0 < math.prod(shape) <= MAX_IN_MEMORY
