@@ -43,6 +43,9 @@ def render_model_card(subject: ExportSubject, results: ExportResults, fields: Ma
         f"({preprocess.interpolation}), then crop the center;",
         "pad": f"Resize the\nlonger side of an image to {preprocess.crop} pixels "
         f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
+        "squash-crop": f"Resize both\nsides of an image to {preprocess.resize} pixels "
+        f"({preprocess.interpolation}) "
+        f"and crop the center to\n{preprocess.crop} x {preprocess.crop};",
         "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
     }[preprocess.fit]
     int8 = results.precision.quantisation

@@ -19,7 +19,7 @@ from sopdeploy.errors import ConfigError
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
-Fit = Literal["crop", "pad", "squash"]
+Fit = Literal["crop", "pad", "squash", "squash-crop"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
 
 TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -30,8 +30,8 @@ class Preprocess(StrictModel):
 
     `fit` says how an image becomes a square. "crop" resizes the shorter side to `resize` pixels and crops the
     center. "pad" resizes the longer side to `crop` pixels and centers the image on `background`. "squash"
-    resizes both sides to `crop` pixels. `resize` is used by "crop" only. `mean` and `std` refer to pixel
-    values in [0, 1]. Transparent pixels are composited onto `background`.
+    resizes both sides to `crop` pixels, "squash-crop" to `resize` pixels, and crops the center. `mean` and
+    `std` refer to pixel values in [0, 1]. Transparent pixels are composited onto `background`.
     """
 
     resize: Side = 256

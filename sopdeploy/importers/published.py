@@ -40,7 +40,7 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
     """
     if issubclass(entry(model).network, EfficientNetLite):
         return _fetch_from_hub(_lite_repository(model)), model
-    published = _published_network(model, config)  # "timm:resnet26", or torchvision's name "vgg16_bn"
+    published = published_network(model, config)  # "timm:resnet26", or torchvision's name "vgg16_bn"
     family, _, name = published.rpartition(":")
     if family == "timm":
         repository = import_timm(name).get_pretrained_cfg(name).hf_hub_id
@@ -65,9 +65,14 @@ def _lite_repository(model: str) -> str:
     return f"timm/tf_{model.replace('-', '_')}.in1k"
 
 
-def _published_network(model: str, config: StrictModel) -> str:
-    """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*."""
-    family, _, name = model.rpartition(":")
+def published_network(model: str, config: StrictModel) -> str:
+    """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*.
+
+    Fetches nothing. Raises `ConfigError` if none are published.
+    """
+    family, _, name = model.removeprefix("head:").rpartition(":")
+    if issubclass(entry(model).network, EfficientNetLite):
+        return f"timm:tf_{model.replace('-', '_')}"
     if family:  # timm or dsop-timm
         return f"timm:{name}"
     if issubclass(entry(model).network, EfficientNet):  # only b0; the Lite networks are no subclasses

@@ -163,9 +163,10 @@ byId("preview").addEventListener("load", () => {
   const { naturalWidth: width, naturalHeight: height } = byId("preview");
   const rules = state.info?.preprocess;
   const whole = rules?.fit === "pad" || rules?.fit === "squash";
-  const side = Math.min(width, height) * (rules ? rules.crop / rules.resize : 1);
-  byId("crop").style.width = whole ? "100%" : `${(100 * side) / width}%`;
-  byId("crop").style.height = whole ? "100%" : `${(100 * side) / height}%`;
+  const share = rules ? rules.crop / rules.resize : 1; // of the shorter side, or of both
+  const side = (length) => (rules?.fit === "squash-crop" ? length : Math.min(width, height)) * share;
+  byId("crop").style.width = whole ? "100%" : `${(100 * side(width)) / width}%`;
+  byId("crop").style.height = whole ? "100%" : `${(100 * side(height)) / height}%`;
   const padded = rules?.fit === "pad" ? Math.max(width, height) : 0; // the map covers the border, too
   byId("map").style.width = padded ? `${(100 * padded) / width}%` : "100%";
   byId("map").style.height = padded ? `${(100 * padded) / height}%` : "100%";
