@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.sopdeploy.data.small_data import write_classes
-from tests.sopdeploy.data.test_near import encoded, scene
 
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
@@ -18,6 +16,8 @@ from sopdeploy.photos.clips import Clips, find_clips
 from sopdeploy.photos.photo import Photo
 from sopdeploy.training.few_shot.classifier import estimate
 from sopdeploy.training.recipe import read_recipe
+from tests.sopdeploy.photos.test_copies import encoded, scene
+from tests.support.small_data import write_classes
 
 CLASSES, OBJECTS, FRAMES = 3, 4, 8
 
