@@ -16,6 +16,7 @@ from sopdeploy_service.http.api_keys import read_keys
 from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
+    AllowedOrigins,
     Guard,
     KeyGuard,
     OriginGuard,
@@ -93,4 +94,6 @@ def create_app(
         guards.append(KeyGuard(keys, open_paths, limits))
     guard = partial(all_of, guards) if len(guards) > 1 else next(iter(guards), None)
     app.add_middleware(RequestContextMiddleware, service=service, guard=guard)
+    if settings.allowed_origins:
+        app.add_middleware(AllowedOrigins, origins=settings.allowed_origins)
     return app

@@ -25,7 +25,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, matching
 from sopdeploy.decision import softmax
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import MAX_IMAGE_BYTES, read_file
@@ -59,7 +59,7 @@ _PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER
 class GivenLabel(StrictModel):
     """What the user says about the photograph `id`; `name` is the class of the kind "class"."""
 
-    id: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}$")]
+    id: Annotated[str, matching(r"[0-9a-f]{32}", "id of a photograph")]
     kind: Literal["class", "unknown", "skip"]
     name: Annotated[str, pydantic.Field(max_length=1000)] = ""
 

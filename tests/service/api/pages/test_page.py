@@ -290,7 +290,9 @@ def test_unknown_images_have_a_banner_and_gray_bars(open_page, bundle) -> None:
                 "all => all.every(e => getComputedStyle(e).color !== getComputedStyle(document.body).color)"
             )
             assert is_gray is not answer["known"]
-            assert status.text_content().startswith("Probably none of the classes. ") is not answer["known"]
+            assert (
+                status.text_content().startswith("Looks unlike your photos; closest: ") is not answer["known"]
+            )
             if not answer["known"]:
                 assert banner.text_content().startswith("Unknown.")
             assert shown(page)[0][0] == answer["classes"][0]["label"]
