@@ -161,9 +161,9 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
     """Yield the files below *folder*, sorted by name in each folder; with *hidden*, also hidden ones.
 
     Links to folders are followed. Each real folder is listed once: under its own path if it is below
-    *folder*, otherwise under the first link. Those that contain *folder* or are in *visited* are not listed;
-    those that are listed are added to it. The time is linear in the number of entries. Raises `DataError` for
-    a folder that cannot be listed.
+    *folder*, otherwise under the first link. Those that contain *folder* or are in *visited* are not listed,
+    nor, without *hidden*, bundles and runs, some of which hold images; those that are listed are added to it.
+    The time is linear in the number of entries. Raises `DataError` for a folder that cannot be listed.
     """
     visited, root = set() if visited is None else visited, folder.resolve()
     visited.update(folder_identity(parent) for parent in (folder, *root.parents))
@@ -179,7 +179,7 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
             yield path
         elif entry.is_symlink() and _is_listed_below(root, path, hidden=hidden):
             continue
-        elif (identity := folder_identity(path)) not in visited:
+        elif (hidden or not holds_output(path)) and (identity := folder_identity(path)) not in visited:
             visited.add(identity)
             waiting.append((path, iter(list_folder(path, hidden=hidden))))
 

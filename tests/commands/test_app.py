@@ -19,7 +19,14 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import sopdeploy
-from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field, show_steps
+from sopdeploy.cli.console import (
+    one_line_errors,
+    plain_text,
+    print_error,
+    print_field,
+    print_table,
+    show_steps,
+)
 from sopdeploy.models.registry import CATALOG, FAMILIES
 from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy_commands import env
@@ -361,6 +368,16 @@ def test_a_command_whose_output_is_redirected_prints_a_line_for_each_step(
         on_step("converting to ONNX")
         on_step("writing [the] bundle")
     assert capsys.readouterr() == ("", "export: converting to ONNX\nexport: writing [the] bundle\n")
+
+
+def test_a_row_of_a_table_is_one_line_in_a_pipe_and_no_name_is_cut(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = ["photographs-of-the-second-week-3f6c01d2a4b7" * 5, "b"]
+    print_table(("bundle", "accuracy"), [(name, "98.7 %") for name in names])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        [name, "98.7", "%"] for name in names
+    ]
 
 
 USAGE = {

@@ -132,7 +132,7 @@ class BundleComparison(StrictModel):
     def summary(self) -> str:
         """The verdict in one line."""
         text: str = self.verdict
-        is_same = self.wins == self.losses == 0
+        is_same = all(one.wins == one.losses == 0 for one in (self, self.unknown) if one is not None)
         if text == "not worse":
             text += f" within {100 * self.tolerance:g} points"
         elif is_same and self.first.id == self.second.id:
