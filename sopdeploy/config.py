@@ -5,7 +5,7 @@ import reprlib
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 import pydantic
 import pydantic_core
@@ -165,7 +165,12 @@ def with_registered(registry: Registry[type[StrictModel]], base: type[StrictMode
 
 
 class Options(StrictModel):
-    """Options of a command and of its Python function; the text below a field describes it for both."""
+    """Options of a command and of its Python function; the text below a field describes it for both.
+
+    `GROUPS` has the names of fields that the help of the command lists below a heading of their own.
+    """
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     model_config = pydantic.ConfigDict(use_attribute_docstrings=True, coerce_numbers_to_str=True)
 

@@ -114,6 +114,19 @@ class CommandLine(TyperCommand):
             ctx.fail(f"Unexpected argument '{rest[0]}'{hint}")
         return rest
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, each group of options below its heading."""
+        sections: dict[str, list[Any]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            title = getattr(parameter, "rich_help_panel", None) or usual
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
 
 class Commands(Mapping[str, Any]):
     """The commands by name; a command is imported when it is looked up."""

@@ -76,6 +76,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.state.examples = web.list_examples(settings.examples)
     for router in ROUTERS:
         app.include_router(router)
     paths = [str(getattr(route, "path", "")) for router in ROUTERS for route in router.routes]

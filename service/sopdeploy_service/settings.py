@@ -172,6 +172,7 @@ class Settings(StrictModel):
     max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
     batch_timeout_seconds: Seconds | None = setting(None, "not set: 20 times the usual time, >= 4 s")
     follow: bool = setting(False, "check each second where a BUNDLE that is a link leads, and reload it")
+    examples: Path | None = setting(None, "folder of photographs that the page offers to try; not set: none")
     keep: Path | None = setting(None, "folder for photographs that are worth a label; not set: none is kept")
     keep_bytes: PositiveBytes = setting(1_000_000_000, "at most in that folder; the oldest make room")
     keep_days: Annotated[float, pydantic.Field(gt=0, le=36_500)] = setting(30.0, "then they are deleted")

@@ -370,7 +370,7 @@ def test_a_command_whose_output_is_redirected_prints_a_line_for_each_step(
     assert capsys.readouterr() == ("", "export: converting to ONNX\nexport: writing [the] bundle\n")
 
 
-def test_a_row_of_a_table_is_one_line_in_a_pipe_and_no_name_is_cut(
+def test_a_row_of_a_table_is_one_line_in_a_pipe_and_not_cut(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = ["photographs-of-the-second-week-3f6c01d2a4b7" * 5, "b"]

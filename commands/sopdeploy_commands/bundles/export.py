@@ -84,6 +84,8 @@ def export(
 
     Example: sopdeploy export runs/latest/best.pt --detach
 
+    Example: sopdeploy export w.pth --network my_code:build --labels names.txt --preprocess timm:resnet50
+
     Args:
         checkpoint: A checkpoint of `sopdeploy train`, or with a network any weight file.
         out: Folder for the bundle.

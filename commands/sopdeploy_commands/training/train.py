@@ -159,9 +159,11 @@ def train(
     callback: "Callback | None" = None,
     **settings: Any,
 ) -> "TrainingResult":
-    """Train a network; Ctrl-C and SIGTERM save and stop, `--resume always` continues bit for bit.
+    """Train an image classifier on a folder of images with one subfolder per class.
 
-    The run's report.html shows curves, confusions and the worst mistakes.
+    It prints the accuracy to expect on new images, and writes best.pt, which `sopdeploy export` converts, and
+    report.html, which shows confusions and the worst mistakes. Ctrl-C and SIGTERM save and stop; `--resume
+    always` continues bit for bit.
 
     Example: sopdeploy train --data photos/
 
