@@ -123,7 +123,12 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) ->
     table = Table(*fields, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(plain_text(cell) if isinstance(cell, str) else cell for cell in row))
-    out.print(table, width=None if out.is_terminal else MAX_ROW)
+    width = out.width
+    try:
+        out.width = width if out.is_terminal else MAX_ROW
+        out.print(table)
+    finally:
+        out.width = width
 
 
 def print_field(label: str, text: str, *, style: str = "bold") -> None:

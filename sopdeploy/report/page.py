@@ -74,7 +74,7 @@ def write_run_page(
     content = HtmlReport(
         title=start.recipe.project or fit.name,
         text=[
-            describe_in_a_sentence(result.score),
+            describe_in_a_sentence(result.score, is_selected=isinstance(result, LoopResult)),
             classes,
             f"Next: sopdeploy export {quote(str(folder / 'best.pt'))} --detach",
         ],
@@ -99,8 +99,8 @@ def write_run_page(
     return metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
 
 
-def describe_in_a_sentence(score: Rate | MeanPrecision | float | None) -> str:
-    """Say what *score* means for new photographs, without terms."""
+def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_selected: bool = False) -> str:
+    """Say what *score* means for new photographs, without terms; if *is_selected*, it is too high."""
     if isinstance(score, MeanPrecision):
         return f"On new photographs like these, the mean average precision will be {percent(score.value, 0)}."
     if score is None:
@@ -108,6 +108,7 @@ def describe_in_a_sentence(score: Rate | MeanPrecision | float | None) -> str:
     value = score.value if isinstance(score, Rate) else score
     of_ten, of_hundred = round(10 * value), math.floor(100 * value)
     count = f"{of_ten} of 10" if of_ten < 10 else f"{of_hundred} of 100" if of_hundred < 100 else "nearly all"
+    count = f"at most {count}" if is_selected else count
     return f"{count[0].upper()}{count[1:]} new photographs like these will be right."
 
 

@@ -48,9 +48,8 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         warnings.insert(0, "the numbers drift; the bundle records that this was allowed")
     for warning in warnings:
         print_field("warning", warning, style="bold yellow")
-    path = quote(str(exported.path))
     print_field("page", str(exported.page), style="dim")
-    print_field("next", f"sopdeploy verify {path}; sopdeploy serve {path}", style="dim")
+    print_field("next", f"sopdeploy serve {quote(str(exported.path))}", style="dim")
     is_for_cpu = exported.manifest.precision == "fp32" or exported.manifest.int8_for == "cpu"
     if console.is_terminal and is_for_cpu:
         _show_fastest_form(exported.path)

@@ -1,5 +1,6 @@
 """`sopdeploy label`: a local web page that sorts photographs into classes."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from sopdeploy.cli.console import print_field, say
 from sopdeploy_service.settings import Port, load_settings
 
 if TYPE_CHECKING:
-    from sopdeploy_service.second_week.labelling.heap import Embed
+    from sopdeploy_service.second_week.labelling.heap import Vector
 
 
 @command()
@@ -35,25 +36,21 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
         port: TCP port to listen on; 0 is any free port.
     """
     from sopdeploy_service.second_week.labelling.app import run_label_server, training_command
-    from sopdeploy_service.second_week.labelling.heap import list_heap
 
     def print_page(url: str, count: int) -> None:
         print_field("photos", f"{count:,} to label")
         print_field("page", url, style="bold green")
 
     settings = load_settings(host=host, port=port)
-    embed = suggest_by_features() if kept.is_dir() and list_heap(kept) else None
-    folders = run_label_server(kept, photos, settings, print_page, embed)  # returns after Ctrl-C
+    folders = run_label_server(kept, photos, settings, print_page, embed_lazily)  # returns after Ctrl-C
     labels = [step for step in folders.steps if step.target is not None]  # the others are skips
     say(f"{len(labels):,} labels")
     if folders.photos.is_dir():
         say(f"next: {training_command(folders, photos)}")
 
 
-def suggest_by_features() -> "Embed | None":
-    """Return what computes the features of photographs; None without the packages of training."""
-    try:
-        from sopdeploy.training.few_shot.copies import embed_files
-    except ImportError:
-        return None
-    return embed_files
+def embed_lazily(paths: Sequence[Path]) -> "Iterator[tuple[Path, Vector]]":
+    """Compute the vectors of photographs; torch is imported by the thread that reads them."""
+    from sopdeploy.training.few_shot.copies import embed_files
+
+    yield from embed_files(paths)

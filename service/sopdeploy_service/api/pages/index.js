@@ -265,7 +265,7 @@ async function offerExamples() {
     return button;
   }));
   byId("examples").replaceChildren(...buttons.filter(Boolean));
-  byId("examples").hidden = !buttons.some(Boolean);
+  byId("try").hidden = byId("examples").hidden = !buttons.some(Boolean);
 }
 
 /** Load the list of models and show the first. */
