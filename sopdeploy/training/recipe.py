@@ -331,9 +331,13 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
     """Scale `preprocess.resize` if *changed* keys have `crop` alone, and both had values *before*."""
     if "preprocess.crop" not in changed or "preprocess.resize" in changed or not isinstance(before, dict):
         return
-    crop, sides = values["preprocess"]["crop"], (before.get("resize"), before.get("crop"))
-    if all(isinstance(side, int) and side > 0 for side in (crop, *sides)):  # else the validation names it
-        values["preprocess"]["resize"] = Preprocess.scaled_resize(crop, *sides)
+    table = values.get("preprocess")
+    sides: Any = before.get("resize"), before.get("crop")
+    crop = table.get("crop") if isinstance(table, dict) else None
+    if isinstance(table, dict) and all(
+        isinstance(side, int) and side > 0 for side in (crop, *sides)
+    ):  # else the validation names it
+        table["resize"] = Preprocess.scaled_resize(crop, *sides)
 
 
 def _procedure_settings(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
