@@ -15,7 +15,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import RedirectResponse
 
@@ -25,7 +25,6 @@ from sopdeploy.images.limits import MAX_BYTES, describe_formats
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.middleware import PAGE_FILES
-from sopdeploy_service.inference.results import HttpError, RejectedError
 
 _FOLDER = files("sopdeploy_service.api") / "pages"
 _SHARED = files("sopdeploy.html")  # the style sheet that reports have, too
@@ -152,7 +151,7 @@ async def example(request: Request, number: int) -> Response:
     except (IndexError, OSError):
         content = None
     if content is None:
-        raise RejectedError(HttpError("not_found", 404, "no such example"))
+        raise HTTPException(404, "no such example")
     media_type = mimetypes.guess_type(paths[number].name)[0] or "application/octet-stream"
     return Response(content, media_type=media_type, headers=_INERT)
 
