@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from sopdeploy_export.graph.capture import (
 )
 from sopdeploy_export.graph.file import lower
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
-from sopdeploy_export.model_card import render_model_card
+from sopdeploy_export.model_card import render_model_card, write_page
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare
@@ -212,7 +213,10 @@ def export_subject(
         manifest = _write_reports(subject, folder, options, probes, results, model.opset_import[0].version)
         path, seconds = bundle.publish(folder, manifest, destination), time.monotonic() - started
     # `Exported` has all fields of `ExportResults`, its base class, and these four.
-    return Exported(**vars(results), path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds)
+    exported = Exported(
+        **vars(results), path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds
+    )
+    return replace(exported, page=write_page(exported, subject.labels))
 
 
 def _networks(

@@ -199,9 +199,10 @@ class ExportResults:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported(ExportResults):
-    """The bundle that an export wrote, its results and its time in seconds."""
+    """The bundle that an export wrote, its results, its time in seconds, and the page about it."""
 
     path: Path
+    page: Path | None = None
     manifest: Manifest
     warnings: tuple[str, ...] = ()
     seconds: float

@@ -30,8 +30,9 @@ class Preprocess(StrictModel):
 
     `fit` says how an image becomes a square. "crop" resizes the shorter side to `resize` pixels and crops the
     center. "pad" resizes the longer side to `crop` pixels and centers the image on `background`. "squash"
-    resizes both sides to `crop` pixels, "squash-crop" to `resize` pixels, and crops the center. `mean` and
-    `std` refer to pixel values in [0, 1]. Transparent pixels are composited onto `background`.
+    resizes both sides to `crop` pixels, "squash-crop" to `resize` pixels, and crops the center. `resize` is
+    used by "crop" and "squash-crop" only; without it, it follows `crop`. `mean` and `std` refer to pixel
+    values in [0, 1]. Transparent pixels are composited onto `background`.
     """
 
     resize: Side = 256
@@ -45,9 +46,17 @@ class Preprocess(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _crop_fits(self) -> "Preprocess":
+        given = self.model_fields_set
+        if "crop" in given and "resize" not in given:  # it keeps the ratio of the defaults
+            vars(self)["resize"] = self.scaled_resize(self.crop, 256, 224)
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
         return self
+
+    @staticmethod
+    def scaled_resize(crop: int, resize: int, crop_before: int) -> int:
+        """Return the value of `resize` for *crop* in the ratio of *resize* to *crop_before*."""
+        return max(crop, round(crop * resize / crop_before))
 
     @classmethod
     def from_timm(cls, config: Mapping[str, Any]) -> "Preprocess":

@@ -31,6 +31,7 @@ from sopdeploy.photos.files import (
     hint_at_spelling,
     is_image,
     list_images,
+    list_outputs,
     list_subfolders,
     normalize,
     part_folder,
@@ -47,6 +48,8 @@ from sopdeploy.photos.table import (
     has_label_table,
     read_label_table,
 )
+
+ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
 
 
 def open_folder(path: Path) -> Split:
@@ -141,6 +144,8 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     _check_parts(root, parts, listings)
     problems, other_files = list[str](), list[str]()
     notes = [*_describe_parts(root, parts)]
+    if outputs := list_outputs(root):
+        notes.append(f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}")
     for listing in listings.values():
         problems += class_problems(listing, train.labels)
         notes += _describe_nested(listing)
@@ -434,10 +439,10 @@ def class_aliases() -> dict[str, str]:
 
 def open_any_images(root: Path) -> ImageFiles:
     """Open all images below *root*, without their classes; raises `DataError` if there are none."""
-    root = data_folder(root)
+    root = data_folder(root, ANY_IMAGES)
     paths = np.asarray(list_images(root)[0], dtype=np.bytes_)
     if not len(paths):
-        raise DataError(f"{root}: holds no images; give a folder of JPEG or PNG files")
+        raise DataError(f"{root}: holds no images; give a folder with {ANY_IMAGES}")
     return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))
 
 

@@ -271,16 +271,14 @@ class FewShotResult(StrictModel):
     def describe_groups(self) -> Iterator[str]:
         """Describe the copies among the training images, and what they make impossible."""
         photographs = self.num_photographs or self.num_groups
-        if photographs < self.num_images:
-            yield (
-                f"{self.num_images} photographs, {photographs} different ones: copies share a fold, and "
-                "the largest one is judged"
-            )
-        if self.num_groups < photographs:
-            yield (
-                f"{photographs} different photographs are {self.num_groups} groups, such as those of one "
-                "object; a group shares a fold"
-            )
+        if self.num_groups < self.num_images:
+            kinds = [
+                *(["copies"] if photographs < self.num_images else []),
+                *(["photographs of one folder or object"] if self.num_groups < photographs else []),
+            ]
+            judged = "; of copies, the largest is judged" if photographs < self.num_images else ""
+            groups = amount(self.num_groups, "independent group")
+            yield f"{self.num_images} photographs, {groups}: {' and '.join(kinds)} share a fold{judged}"
         if self.num_selected and self.estimated_on == "cross-validation":
             yield (
                 f"{self.num_selected} photographs were kept because a network was not sure of them: they are "

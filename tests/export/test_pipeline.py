@@ -79,7 +79,7 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     ("option", "message"),
     [
         ("evaluate", r"dog is no class of the network, which knows a, b.* j; remove or rename"),
-        ("calibrate", "holds no images; give a folder of JPEG"),
+        ("calibrate", "holds no images; give a folder with JPEG"),
     ],
 )
 def test_folders_are_checked_before_the_first_expensive_step(

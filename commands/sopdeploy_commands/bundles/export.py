@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import TYPE_CHECKING
 
 import pydantic
@@ -15,10 +15,24 @@ from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
-from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError, command_line_option
-from sopdeploy.files import MAX_TEXT_BYTES, check_is_checkpoint, has_manifest, read_class_names, read_file
+from sopdeploy.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    RuntimeUnavailableError,
+    command_line_option,
+)
+from sopdeploy.files import (
+    MAX_TEXT_BYTES,
+    check_is_checkpoint,
+    describe_foreign,
+    has_manifest,
+    read_class_names,
+    read_file,
+)
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.files import data_folder
+from sopdeploy.photos.files import check_takes_output, data_folder
+from sopdeploy.photos.folder import ANY_IMAGES
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
@@ -48,6 +62,8 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         warnings.insert(0, "the numbers drift; the bundle records that this was allowed")
     for warning in warnings:
         print_field("warning", warning, style="bold yellow")
+    print_field("page", str(exported.page), style="dim")
+    print_field("next", f"sopdeploy serve {quote(str(exported.path))}", style="dim")
     is_for_cpu = exported.manifest.precision == "fp32" or exported.manifest.int8_for == "cpu"
     if console.is_terminal and is_for_cpu:
         _show_fastest_form(exported.path)
@@ -81,6 +97,8 @@ def export(
 
     Example: sopdeploy export runs/latest/best.pt --detach
 
+    Example: sopdeploy export w.pth --network my_code:build --labels names.txt --preprocess timm:resnet50
+
     Args:
         checkpoint: A checkpoint of `sopdeploy train`, or with a network any weight file.
         out: Folder for the bundle.
@@ -95,11 +113,17 @@ def export(
     """
     path, out = Path(checkpoint), Path(out)
     if source.network is None:
-        check_is_checkpoint(path)  # before the imports, which take seconds, as the checks below
+        try:
+            check_is_checkpoint(path)  # before the imports, which take seconds, as the checks below
+        except CheckpointError as error:
+            if not describe_foreign(path) or path.suffix == ".onnx":
+                raise
+            raise CheckpointError(error.message, remedies={"network": "module:callable"}) from error
     for folder in filter(None, (options.calibrate, options.evaluate)):
-        data_folder(folder)
+        data_folder(folder, ANY_IMAGES)
     if out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
+    check_takes_output(out, "out")
     if source.network is not None:
         return _export_weights(path, out, source, options, on_step)
     from sopdeploy_export.pipeline import export_checkpoint
@@ -329,6 +353,7 @@ def triton(bundle: Path, repository: Path) -> None:
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_export.triton import write_triton
 
+    check_takes_output(repository, None)
     opened = open_bundle(bundle)
     written = write_triton(opened, repository)
     print_field("model", f"{written.name}, batches of 1 to {opened.manifest.batch.maximum}")

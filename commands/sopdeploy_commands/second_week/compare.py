@@ -133,13 +133,18 @@ class BundleComparison(StrictModel):
     def summary(self) -> str:
         """The verdict in one line."""
         text: str = self.verdict
+        is_same = all(one.wins == one.losses == 0 for one in (self, self.unknown) if one is not None)
         if text == "not worse":
             text += f" within {100 * self.tolerance:g} points"
+        elif is_same and self.first.id == self.second.id:
+            text = "no difference, both are the same bundle"
         elif text == "undecided" and self.num_more_images is not None:
             rounded = float(f"{self.num_more_images:.1e}")  # to two digits
             text += f" (about {rounded:,.0f} more labels would decide)"
         if self.unknown is not None and self.unknown.is_worse:
             text += f", rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
+        if is_same:
+            text += ", no answer differs"
         points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
         text += f": {points[0]} points ({points[1]} to {points[2]}) on {self.num_images:,} photographs"
         return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"

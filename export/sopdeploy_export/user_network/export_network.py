@@ -14,6 +14,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, SopdeployError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
+from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
 from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, Deployed, capture, compute_outputs
 from sopdeploy_export.options import ExportOptions
@@ -84,6 +85,7 @@ def export_network(
     options = options or ExportOptions()
     training_only = [training_only] if isinstance(training_only, str) else training_only
     _check_arguments(name, labels, preprocess)
+    check_takes_output(Path(destination), "destination")
     networks.check_torch_state()
     on_step("checking the network")
     given = checks.unwrap(trained)

@@ -18,7 +18,7 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import StrictModel, Text
+from sopdeploy.config import StrictModel, Text, matching
 from sopdeploy.files import LOCK, MAX_TEXT_BYTES, read_file
 from sopdeploy.names import DISTINCT_NAMES
 from sopdeploy.photos.files import KEPT_NAME
@@ -51,7 +51,7 @@ class KeptRecord(StrictModel):
     """
 
     version: Literal[1] = 1
-    image: Annotated[str, pydantic.Field(pattern=rf"^{KEPT_NAME.pattern}$")]
+    image: Annotated[str, matching(KEPT_NAME.pattern, "name of a kept photograph")]
     bundle: Text
     model: Text
     time: pydantic.AwareDatetime
@@ -62,7 +62,7 @@ class KeptRecord(StrictModel):
     logits: Annotated[tuple[float, ...], pydantic.Field(max_length=MAX_KEPT_LABELS)]
     known: bool | None = None
     score: float | None = None
-    near_hash: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{16}$")]
+    near_hash: Annotated[str, matching(r"[0-9a-f]{16}", "hash of 16 hexadecimal digits")]
 
     @pydantic.model_validator(mode="after")
     def _check_lengths(self) -> "KeptRecord":

@@ -111,7 +111,7 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
             raise unreadable_images_error(error, images, start.data.held_out) from None
     seconds = time.monotonic() - since
     losses = {"loss": float(problem.targets.losses(found.shifted_logits).mean())}
-    row = EpochRow(epoch=1, lr=recipe.optimizer.lr, losses=losses, metrics=metrics, seconds=seconds)
+    row = EpochRow(epoch=1, lr=0.0, losses=losses, metrics=metrics, seconds=seconds)
     fit = FewShotFit(
         name=head_name(recipe.model.name),
         network=network,
@@ -326,9 +326,7 @@ def _evaluate(
     if len(held_out):
         estimated_on = "held-out"
         dataset = PreprocessedDataset(held_out, recipe.preprocess)
-        logits, targets = predict_logits(
-            network, dataset, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
-        )
+        logits, targets = predict_logits(network, dataset, recipe.preprocess, workers=recipe.workers)
         groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
         expected = Targets.of(held_out)
         score = estimate(expected.classes, expected.activation, logits, recipe.seed, groups)

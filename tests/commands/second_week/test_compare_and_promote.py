@@ -104,6 +104,14 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     assert (back.verdict, back.wins, back.difference) == ("worse", 0, -found.difference)
 
 
+def test_a_bundle_compared_with_itself_has_no_difference_and_asks_for_no_labels(bundles, labelled) -> None:
+    first, second = bundles
+    text = compare(second, second, labelled(second, count=6)).summary
+    assert text.startswith("no difference, both are the same bundle, no answer differs: +0.0 points")
+    other = compare(first, second, labelled(second, count=6)).summary
+    assert "no answer differs" not in other
+
+
 def test_copies_of_photographs_count_once(bundles, labelled) -> None:
     """A user who copies what the second bundle gets right would otherwise prove anything."""
     first, second = bundles

@@ -392,3 +392,40 @@ def test_a_class_called_train_that_holds_no_folders_is_named(tmp_path) -> None:
     split = open_folder(make(tmp_path, train=2, bus=2))
     assert split.train.labels == ("bus", "train")
     assert split.notes == (f"{tmp_path}: train counts as a class, because it holds no folders",)
+
+
+def test_bundles_and_runs_are_never_classes(tmp_path) -> None:
+    make(tmp_path, cat=3, dog=3)
+    run, bundle = tmp_path / "photos-1", tmp_path / "photos-3f6c01d2a4b7"
+    for folder, files in ((run, ("best.pt", "last.pt")), (bundle, ("manifest.json", "model.onnx"))):
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_bytes(b"x")
+        paint(folder / "worst" / "1.jpg")  # whatever they hold
+        paint(folder / "2.jpg")
+    (tmp_path / "latest").symlink_to(run.name)
+    for name, output in (("runs", run), ("bundles", bundle)):  # also below folders that hold them
+        (tmp_path / name).mkdir()
+        (tmp_path / name / output.name).symlink_to(output)
+        (tmp_path / name / "latest").symlink_to(output.name)
+    opened = open_folder(tmp_path)
+    assert opened.train.labels == ("cat", "dog")
+    (note,) = opened.notes
+    names = "bundles, latest, photos-1, photos-3f6c01d2a4b7, runs"
+    assert note.endswith(f"left out, because they are or hold bundles or runs: {names}")
+    assert {part.name: [*part.classes] for part in check_data(tmp_path).parts} == {"all": ["cat", "dog"]}
+
+
+@pytest.mark.parametrize("out", ["run", "cat/run", "../photos/runs/run"])
+def test_a_run_is_not_written_into_its_photographs(tmp_path, out) -> None:
+    photos = make(tmp_path / "photos", cat=3, dog=3)
+    result = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(photos / out)])
+    assert (result.exit_code, "choose a folder outside" in result.stderr) == (2, True)
+    assert sorted(path.name for path in photos.iterdir()) == ["cat", "dog"]
+
+
+def test_runs_of_a_folder_that_is_the_current_one_are_written_elsewhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(make(tmp_path / "photos", cat=3, dog=3))
+    result = CliRunner().invoke(app, ["train", "--data", "."])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("error: --out: runs is in the photographs of .; choose a folder outside")

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from sopdeploy.config import Options, Positive, StrictModel
+from sopdeploy.config import Options, Positive, StrictModel, matching
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import GSOP_RELEASED, CatalogModel, make_config
 
@@ -62,7 +62,7 @@ class PrintedRow(StrictModel):
     rows need it.
     """
 
-    id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    id: Annotated[str, matching(r"[a-z0-9][a-z0-9.-]*", "id of a row: small letters, digits, dots and `-`")]
     name: str
     recipe: str | None = None
     set: tuple[str, ...] = ()

@@ -44,7 +44,7 @@ from sopdeploy.training.few_shot.classifier import (
 )
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.few_shot.run import select_typical
-from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
+from sopdeploy.training.recipe import FewShotConfig, LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import FEW_IMAGES, divide_images, select_procedure, start_run
@@ -54,6 +54,7 @@ from sopdeploy_commands.training.train import train
 from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
 
 FEW_SHOT = ["procedure.kind=few_shot"]
+PLAIN = ["model.name=resnet8", "model.config={}", *SMALL[2:], *FEW_SHOT]  # without settings of branches
 
 
 def blobs(count: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -299,7 +300,7 @@ def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
 
 
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
-    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 17)}"])
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 17)}"])
     stages: list[str] = []
 
     class Stages(Callback):
@@ -478,6 +479,7 @@ def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_pat
 def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(Recipe, "starts_random", False)  # as with a file of weights
     settings = [
         *SMALL,
         "model.name=resnet8",
@@ -537,7 +539,7 @@ def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: 
 
 
 def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
-    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 12)}"])
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 12)}"])
     monkeypatch.setattr("sopdeploy.training.few_shot.features.MAX_RANK", 20)
     found = []
     first = Features.build
@@ -576,7 +578,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
         lines.append(f"{number}.png,{'|'.join(shown)}")
     (tmp_path / "photos" / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    recipe = read_recipe("photos", [*SMALL, f"data.path={tmp_path / 'photos'}"])
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={tmp_path / 'photos'}"])
     result = train_with_page(recipe, tmp_path / "run")
     found = result.procedure
     assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
@@ -596,7 +598,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
     with pytest.raises(DataError, match="copies of one photograph"):
-        train_recipe(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
+        train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={data}"]), tmp_path / "run")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -621,7 +623,7 @@ def test_a_photograph_is_read_once_and_three_networks_are_built(
     for module in (start_weights, second_order_head, checkpoint):
         monkeypatch.setattr(module, "create_model", count)
     photos = paint(tmp_path / "photos", 27)
-    settings = [*SMALL, f"workers={workers}"]
+    settings = [*PLAIN, f"workers={workers}"]
     train(photos, out=tmp_path / "run", set=settings)
     first = len(reads.read_text().splitlines())
     assert first <= 1.5 * 81
@@ -675,7 +677,7 @@ OBJECTS = {
 def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
     objects, has_none, expected = OBJECTS[case]
     photos = write_views(tmp_path / "photos", objects)
-    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     lines = "\n".join(result.procedure.lines())
     assert (result.procedure.score is None) == (NO_ESTIMATE in lines) == has_none
     assert [text for text in expected if text not in lines] == []
@@ -689,10 +691,12 @@ def test_photographs_of_an_object_folder_are_a_group_and_no_copies(tmp_path: Pat
     for file in list(photos.rglob("0.png")):  # one more photograph of the object, and of one a copy
         Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file.with_name("1.png"))
     shutil.copy(photos / "a" / "0" / "0.png", photos / "a" / "0" / "copy.png")
-    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     lines = result.procedure.lines()
-    assert "17 photographs, 16 different ones: copies share a fold, and the largest one is judged" in lines
-    groups = "16 different photographs are 8 groups, such as those of one object; a group shares a fold"
+    groups = (
+        "17 photographs, 8 independent groups: copies and photographs of one folder or object share a fold; "
+        "of copies, the largest is judged"
+    )
     assert groups in lines
     page = result.report.read_text()
     assert ("group 1: a" in page, "group 2: " in page) == (True, False)
@@ -702,7 +706,7 @@ def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
     photos = paint(tmp_path / "photos", 6)
     rows = [f"{file.relative_to(photos)},{file.parent.name},{file.stem}" for file in photos.rglob("*.png")]
     (photos / "labels.csv").write_text("\n".join(["file,classes,group", *rows]))  # a session of all classes
-    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     assert result.procedure.contradictions == ()
     assert (result.procedure.num_groups, result.procedure.num_photographs) == (6, 18)
 
@@ -712,13 +716,13 @@ def test_photographs_that_are_all_in_two_classes_give_no_estimate(tmp_path: Path
     shutil.rmtree(photos / "red")
     shutil.rmtree(photos / "green")
     shutil.copytree(photos / "blue", photos / "navy")
-    result = train(photos, out=tmp_path / "run", set=SMALL)
+    result = train(photos, out=tmp_path / "run", set=PLAIN)
     assert (result.procedure.score, result.mistakes) == (None, ())
 
 
 def test_the_suggested_command_can_be_pasted(tmp_path: Path):
     photos, out = paint(tmp_path / "photos", 6), tmp_path / "my run"
-    settings = [part for value in SMALL for part in ("--set", value)]
+    settings = [part for value in PLAIN for part in ("--set", value)]
     shown = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(out), *settings])
     (line,) = [line for line in shown.output.splitlines() if line.startswith("next: ")]
     assert shlex.split(line)[-2] == str(out / "best.pt")
