@@ -39,6 +39,7 @@ from measure import Result, one_line_errors, report
 from PIL import Image, ImageEnhance, ImageOps
 
 from sopdeploy.errors import DataError
+from sopdeploy.evaluation.statistics import student
 from sopdeploy.training.fits import FewShotFit
 from sopdeploy.training.results import FewShotResult
 
@@ -173,7 +174,11 @@ def summarize(case: str, runs: list[Run]) -> tuple[list[Result], bool]:
             "accuracy": (float(np.mean([one["accuracy"] for one in printed])), "%"),
             "printed": (float(np.mean([one["estimate"] for one in printed])), "%"),
             "printed minus accuracy": (error, "points"),
-            "half of its 95 % interval": (1.96 * float(errors.std()) / len(errors) ** 0.5, "points"),
+            **(
+                {"half of its 95 % interval": (error - student(errors.tolist()).low, "points")}
+                if len(errors) > 1
+                else {}
+            ),
             "intervals that contain the accuracy": (100 * np.mean([one["inside"] for one in printed]), "%"),
         }
     few = [run for run in runs if run.cell.clips + run.cell.photographs < 3]

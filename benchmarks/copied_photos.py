@@ -11,7 +11,8 @@ Kinds of copies:
 - encoded: half to all of each side, JPEG of quality 40 to 80;
 - cropped: 75 to 92 % of each side, scaled by 0.7 to 1.3; half: 70 % of each side, half of the photograph;
 - burst: shifted by up to 5 % of each side, brightness 0.85 to 1.18, blurred;
-- mixed: each copy of one of these kinds; none: no copies.
+- mixed: each copy of one of these kinds; none: no copies;
+- turned, if it is named: turned by a quarter or a half, or mirrored, half to all of each side.
 
 Each run is `sopdeploy train` with default options; the cache of features is in --cache. "error" is the
 difference of the estimate and the accuracy on --test. Intervals are the printed ones: how many contain the
@@ -55,7 +56,10 @@ def copy_photograph(image: Image.Image, kind: str, source: random.Random) -> byt
     """Encode a copy of *image* of one of `KINDS` as JPEG."""
     width, height = image.size
     quality = 90
-    if kind == "encoded":
+    if kind == "turned":
+        image = image.transpose(source.choice(list(Image.Transpose)))
+        width, height = image.size
+    if kind in {"encoded", "turned"}:
         scale = source.uniform(0.5, 1)
         image = image.resize((max(8, round(width * scale)), max(8, round(height * scale))))
         quality = source.randint(40, 80)

@@ -24,7 +24,7 @@ from torch.export import Dim
 from sopdeploy.layers.covariance import covariance_trace
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, NewtonSchulzConfig
 from sopdeploy.layers.mixture import Components, keep_largest
-from sopdeploy_export.graph import convert
+from sopdeploy_export.graph.file import convert
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
 EXPERTS = {8: 0.52, 2: 0.17}  # largest share of the time of all 16, by K

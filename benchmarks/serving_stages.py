@@ -13,7 +13,6 @@ the number of images per batch do depend on it: compare results of one machine a
 import json
 import os
 import signal
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -140,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

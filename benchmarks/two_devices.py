@@ -36,7 +36,10 @@ def share(server: Server, folder: Path, connections: int, seconds: float) -> tup
 def measure(connections: int, runs: int, seconds: float, folder: Path) -> list[Result]:
     """Measure *runs* consecutive runs with *connections* keep-alive connections."""
     shares, ours, other = [], [], []
-    with running({"devices": "cpu,cpu"}, BATCH) as two, running({"devices": "cpu"}, BATCH) as one:
+    with (
+        running({"devices": "cpu,cpu", "front_ends": 0}, BATCH) as two,
+        running({"devices": "cpu", "front_ends": 0}, BATCH) as one,
+    ):
         for _ in range(runs):
             smallest, latency = share(two, folder, connections, seconds)
             shares.append(smallest)

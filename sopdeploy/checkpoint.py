@@ -20,7 +20,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sopdeploy.config import FieldValues, Text, check_format_version, first_problem
+from sopdeploy.config import FieldValues, Text, check_format_version, explain_invalid
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
@@ -153,7 +153,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
-            "`sopdeploy import` for weights of other projects"
+            "`sopdeploy import` for published weights, and `export --network` for those of your own network"
         )
     training = content.get("training")
     versions = training.get("versions") if isinstance(training, dict) else None
@@ -171,7 +171,8 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
         check_format_version(content.pop("version", None), _VERSION, written_by, map(str, unknown))
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
-        raise CheckpointError(f"{path}: {first_problem(error)}; train or import it again") from error
+        problem = explain_invalid(error, written_by, __version__)
+        raise CheckpointError(f"{path}: {problem}; train or import it again") from error
     except ValueError as error:  # of another version
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -1,10 +1,11 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
+import re
 import reprlib
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 import pydantic
 import pydantic_core
@@ -127,6 +128,18 @@ class StrictModel(pydantic.BaseModel):
         return super().model_copy(update=update, deep=deep)
 
 
+def matching(pattern: str, form: str) -> pydantic.AfterValidator:
+    """Require that a text matches *pattern* as a whole; the error calls what is required *form*."""
+    compiled = re.compile(pattern)
+
+    def check(text: str) -> str:
+        if compiled.fullmatch(text) is None:
+            raise ValueError(f"is no {form}")
+        return text
+
+    return pydantic.AfterValidator(check)
+
+
 def with_registered(registry: Registry[type[StrictModel]], base: type[StrictModel]) -> pydantic.WrapValidator:
     """Let a field also accept the configs of plugins, which are in *registry* and subclasses of *base*.
 
@@ -152,7 +165,12 @@ def with_registered(registry: Registry[type[StrictModel]], base: type[StrictMode
 
 
 class Options(StrictModel):
-    """Options of a command and of its Python function; the text below a field describes it for both."""
+    """Options of a command and of its Python function; the text below a field describes it for both.
+
+    `GROUPS` has the names of fields that the help of the command lists below a heading of their own.
+    """
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     model_config = pydantic.ConfigDict(use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
@@ -182,6 +200,17 @@ def check_format_version(found: Any, version: int, written_by: Any, unknown: Ite
         raise ValueError(f"version: {given}, but this sopdeploy reads {version}; read it with {reader}")
     if names := sorted(unknown):
         raise ValueError(f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it")
+
+
+def explain_invalid(error: pydantic.ValidationError, written_by: Any, version: str) -> str:
+    """Describe the first problem in *error*; if another *version* wrote the file, say which one reads it.
+
+    *written_by* is the version of sopdeploy in the file, *version* the one that reads it.
+    """
+    problem = first_problem(error)
+    if not isinstance(written_by, str) or written_by == version:
+        return problem
+    return f"{problem}; read it with sopdeploy {written_by[:MAX_SHOWN]}, which wrote it (this is {version})"
 
 
 class _Shortener(reprlib.Repr):

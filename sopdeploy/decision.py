@@ -240,6 +240,8 @@ class Decision(StrictModel):
             rows.append(("unknown images", f"score below {rule.threshold:.4g}; {accepted}"))
             if rule.recognized is not None:
                 rows.append(("photographs of other things", "{} of {} rejected".format(*rule.recognized)))
+            elif rule.new_class is not None:  # no images that are made of the user's own predict it
+                rows.append(("photographs of other things", "not measured; give --unknown FOLDER"))
             if rule.new_class is not None:
                 rejected, count = rule.new_class
                 text = f"{100 * rejected / max(1, count):.0f} % rejected (each class left out once)"

@@ -123,6 +123,15 @@ def import_optional(
         raise error(prefix + install_hint(package, source)) from problem
 
 
+def missing_store(address: str, error: ImportError) -> MissingPackageError:
+    """Build the error for an *address* whose client, which fsspec names in *error*, is not installed."""
+    scheme = address.partition("://")[0].split("::")[-1]
+    client = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(scheme)
+    if client is not None:  # s3fs requires aiohttp, too
+        return MissingPackageError(f"{address}: {install_hint(client, 'sopdeploy[s3]')}")
+    return MissingPackageError(f"{address}: {' '.join(str(error).split())}; install it with pip")
+
+
 @contextmanager
 def missing_extras() -> Iterator[None]:
     """Turn the failed import of a package that an extra of sopdeploy installs into `MissingPackageError`."""

@@ -254,11 +254,49 @@ def has_manifest(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def holds_output(path: Path) -> bool:
+    """Check whether the folder *path* is a bundle or a run, or holds some, as `runs` and `bundles` do.
+
+    Reads no file and lists no folder: a folder that holds some has the link `latest`.
+    """
+    return any(
+        all(os.path.isfile(folder / name) for name in names)  # noqa: PTH113 - false if the path is too long
+        for folder in (path, path / LATEST)
+        for names in ((MANIFEST, "model.onnx"), ("best.pt",), ("last.pt",))
+    )
+
+
+_OF_OTHERS = {  # what files of other programs are, by suffix, and what to give instead
+    (".h5", ".hdf5", ".keras", ".pb", ".tflite"): (
+        "a network of Keras or TensorFlow, which cannot be read; copy its weights into a PyTorch network"
+    ),
+    (
+        ".onnx",
+        ".engine",
+        ".plan",
+    ): "a finished graph without the network to compare it with; give its checkpoint",
+    (".py",): "code, not weights; give the weight file, and name the network as module:callable",
+    (".pth", ".ckpt", ".bin", ".safetensors"): (
+        "no checkpoint of `sopdeploy train`; for weights of a network of your own, name the network, too"
+    ),
+}
+
+
+def describe_foreign(path: Path) -> str:
+    """Say what a file of another program, or a name of code, is, and what to do; empty for other paths."""
+    if re.fullmatch(r"[\w.]+(?:\.py)?:[\w.]+", path.name) and not path.exists():
+        return "names code, not a file; give the weight file, and name the network as an option"
+    kinds = (text for suffixes, text in _OF_OTHERS.items() if path.suffix.lower() in suffixes)
+    return next(kinds, "")
+
+
 def check_is_file(path: Path) -> None:
     """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
     if path.is_file():
         return
     advice = "use the best.pt of a training run"
+    if ":" in path.name and (foreign := describe_foreign(path)):
+        raise CheckpointError(f"{path}: {foreign}")
     if has_manifest(path):
         problem = "a bundle, which is already exported"
     elif (path / "best.pt").is_file():
@@ -321,7 +359,8 @@ def check_is_checkpoint(path: Path) -> None:
     except Exception:  # zipfile raises many types for damaged files
         is_checkpoint = False
     if not is_checkpoint:
-        raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again")
+        problem = describe_foreign(path) or "damaged or not a checkpoint; copy or train it again"
+        raise CheckpointError(f"{path}: {problem}")
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:

@@ -8,13 +8,16 @@ from typing import Annotated
 
 import pydantic
 
-from sopdeploy.config import StrictModel, Text
+from sopdeploy.config import StrictModel, Text, matching
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import expand_user
 from sopdeploy.names import is_bundle_name, project_problem, without_bundle_end
 
 # UTC; the order of the texts is that of the times.
-Time = Annotated[str, pydantic.Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$")]
+Time = Annotated[
+    str,
+    matching(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z", "time in UTC"),
+]
 SAMPLED = 2000  # images of a data set that a bundle records, 50 KB
 
 

@@ -1,10 +1,11 @@
 """The `sopdeploy` command line. A command is imported when it runs, so that help and completion are fast."""
 
+import difflib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -45,7 +46,7 @@ TOPICS = {
         "bench": ("sopdeploy_commands.bundles.bench:bench", "measure latency and throughput of a bundle"),
         "classify": (
             "sopdeploy_commands.bulk.run:classify",
-            "classify any number of images into parquet files",
+            "classify any number of images into parquet or CSV files",
         ),
         "key": ("sopdeploy_commands.serve:key", "create an API key for a server"),
         "forget": ("sopdeploy_commands.second_week.forget:forget", "delete a photograph that was kept"),
@@ -100,14 +101,31 @@ class CommandLine(TyperCommand):
                 ctx.fail(f"{previous}: an empty value")
             previous = arg
         ctx.allow_extra_args = True  # they are returned instead of rejected
-        rest: list[str] = super().parse_args(ctx, args)
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except UsageError as error:
+            vars(error)["ctx"] = ctx  # the parser of arguments does not know the command
+            raise
         if rest:
             hint = ""
             if any("--data" in parameter.opts for parameter in self.params):
                 option = "--recipe" if rest[0].endswith(".toml") else "--data"
                 hint = f"; did you mean {option} {rest[0]}?"
-            ctx.fail(f"Unexpected argument {rest[0]}{hint}")
+            ctx.fail(f"Unexpected argument '{rest[0]}'{hint}")
         return rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, each group of options below its heading."""
+        sections: dict[str, list[Any]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            title = getattr(parameter, "rich_help_panel", None) or usual
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
 class Commands(Mapping[str, Any]):
@@ -237,7 +255,40 @@ def _usage_error(error: Any) -> Exception:
 
     command = "sopdeploy" if error.ctx is None else error.ctx.command_path
     message = " ".join(error.format_message().split()).rstrip(".")
+    parameters = [] if error.ctx is None else error.ctx.command.params
+    name = getattr(error, "option_name", None)
+    if hasattr(error, "possibilities") and name is not None:  # an option that the command does not have
+        message = f"No such option: {name}{_suggest_option(name, parameters)}"
+    elif name is not None:  # an option without a value
+        (parameter,) = [parameter for parameter in parameters if name in parameter.opts]
+        choices = get_args(parameter.type_descriptor.annotation)  # of a `Literal`
+        if choices and all(isinstance(one, str) for one in choices):
+            message += f", one of {', '.join(choices)}"
     return ConfigError(f"{command}: {message}; see {command} --help")
+
+
+def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
+    """Name the setting that does what the unknown option *name* may mean, or the option that is written so.
+
+    *parameters* are those of the command: --setting takes settings of the server, --set those of a recipe.
+    """
+    options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
+    key = name.lstrip("-").replace("-", "_")
+    means_gpu = key in {"gpu", "cuda", "device", "gpus"}
+    if close := difflib.get_close_matches(name, options, n=1, cutoff=0.8):
+        return f"; did you mean {close[0]}?"
+    if "--setting" in options:
+        from sopdeploy_service.settings import Settings
+
+        keys = ["runtime"] if means_gpu else difflib.get_close_matches(key, Settings.model_fields, 1, 0.7)
+        shown = "onnxruntime-cuda" if means_gpu else "VALUE"
+        return f"; use --setting {keys[0]}={shown}" if keys else "; --print-config lists all settings"
+    if "--set" in options:
+        from sopdeploy.training.recipe import suggest_keys
+
+        keys = ["device"] if means_gpu else suggest_keys(key)
+        return f"; use --set {keys[0]}={'cuda' if means_gpu else 'VALUE'}" if keys else ""
+    return ""
 
 
 def _print_user_error(error: Exception) -> int:

@@ -1,13 +1,16 @@
-"""Write the model card of a bundle, `README.md`."""
+"""Write the model card of a bundle, `README.md`, and the page about an export."""
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sopdeploy.environment import EXACT_INT8
-from sopdeploy.html.report import sanitize
+from sopdeploy.files import atomic_write, writing
+from sopdeploy.html.report import HtmlReport, Section, Table, around, render, sanitize
 from sopdeploy_export.proof.networks import ExportSubject
-from sopdeploy_export.results import ExportResults
+from sopdeploy_export.results import Exported, ExportResults
 
 MAX_LABELS = 20
 # An underscore between two letters or digits emphasizes nothing. GitHub makes links of "www." and "://".
@@ -20,6 +23,49 @@ x86 processors without VNNI:
     options.add_session_config_entry("{EXACT_INT8[0]}", "{EXACT_INT8[1]}")
     session = onnxruntime.InferenceSession("model.onnx", options)
 """
+
+
+def write_page(exported: Exported, labels: Sequence[str]) -> Path:
+    """Write the page about the bundle of *exported*, for people, beside the bundle; return its path.
+
+    Raises `StorageError` if it cannot be written.
+    """
+    manifest, facts = exported.manifest, exported.facts()
+    path = exported.path.with_name(f"{exported.path.name}.html")
+    equal = "answers as the trained one" if exported.parity.passed else "differs from the trained one"
+    kept = labels[:MAX_LABELS]
+    more = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
+    content = HtmlReport(
+        title=manifest.project,
+        text=[
+            f"The exported network {equal}: {facts['answers']}; {facts['batch']}.",
+            around(f"{len(labels)} classes: {', '.join(['{}'] * len(kept))}{more}", *kept),
+            f"Next: sopdeploy serve {quote(str(exported.path))}",
+        ],
+        tiles={
+            "megabytes": f"{exported.parity.file_bytes / 1e6:.1f}",
+            "million parameters": f"{exported.shipped.parameters / 1e6:.2f}",
+            "million multiply-adds": f"{exported.shipped.macs / 1e6:,.0f}",
+        },
+        sections=[
+            Section(title="Warnings", text=exported.warnings),
+            Section(
+                title="What was proved and measured",
+                tables=[Table(caption="All facts", columns=["what", "result"], rows=list(facts.items()))],
+            ),
+            Section(
+                title="Use",
+                text=[
+                    f"Check it on this machine: sopdeploy verify {quote(str(exported.path))}",
+                    f"Classify: sopdeploy predict {quote(str(exported.path))} photo.jpg",
+                    f"Serve, with a web page: sopdeploy serve {quote(str(exported.path))}",
+                ],
+            ),
+        ],
+    )
+    with writing(path), atomic_write(path) as partial:
+        partial.write_text(render(content), encoding="utf-8")
+    return path
 
 
 def render_model_card(subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any]) -> str:
@@ -43,6 +89,9 @@ def render_model_card(subject: ExportSubject, results: ExportResults, fields: Ma
         f"({preprocess.interpolation}), then crop the center;",
         "pad": f"Resize the\nlonger side of an image to {preprocess.crop} pixels "
         f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
+        "squash-crop": f"Resize both\nsides of an image to {preprocess.resize} pixels "
+        f"({preprocess.interpolation}) "
+        f"and crop the center to\n{preprocess.crop} x {preprocess.crop};",
         "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
     }[preprocess.fit]
     int8 = results.precision.quantisation

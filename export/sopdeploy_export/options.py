@@ -1,7 +1,7 @@
 """Options of an export and of an engine build."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 
@@ -16,6 +16,13 @@ USUAL_BATCH = 8  # the batch size that equivalent forms of a layer are chosen fo
 
 class ExportOptions(Options):
     """Options of `sopdeploy.export`, `sopdeploy.export_network` and `sopdeploy export`."""
+
+    GROUPS: ClassVar = {
+        "Precision and limits": (
+            *("precision", "calibrate", "int8_for", "evaluate", "max_drop"),
+            *("allow_drift", "allow_batch_dependence"),
+        )
+    }
 
     name: Name = None
     """Name of the project; by default that of the checkpoint or, for a network of your own, its builder."""
@@ -75,6 +82,13 @@ class NetworkOptions(Options):
 
 class NetworkExportOptions(NetworkOptions):
     """How to export a network of the user."""
+
+    GROUPS: ClassVar = {
+        "A network of your own": (
+            *("network", "option", "labels", "preprocess", "training_only", "plain", "plain_option"),
+            *("weights_key", "logits_key", "allow_constants"),
+        )
+    }
 
     plain: str | None = None
     """Builder of the network without training-only parts, package.module:callable."""

@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,26 +30,34 @@ from sopdeploy.models.describe import Counts, tally
 from sopdeploy.names import label_problem
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
-from sopdeploy_export.graph import (
+from sopdeploy_export.graph.capture import (
     INPUT,
     Captured,
     Deployed,
     capture_any_batch,
     generated_images,
-    lower,
     output_names,
 )
+from sopdeploy_export.graph.file import lower
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
-from sopdeploy_export.model_card import render_model_card
+from sopdeploy_export.model_card import render_model_card, write_page
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.proof.batch import NO_RULE, find_mixing
-from sopdeploy_export.proof.certificate import Certificate, FileRoots, GraphProof, NetworkProof, certify
-from sopdeploy_export.proof.networks import Detachment, ExportSubject, copy_module, detach, has_tensors
+from sopdeploy_export.proof.certificate import Certificate, FileRoots, certify
+from sopdeploy_export.proof.images import NO_RULE, find_mixing
+from sopdeploy_export.proof.networks import (
+    Detachment,
+    ExportSubject,
+    copy_module,
+    detach,
+    few_pixels,
+    has_tensors,
+)
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
+from sopdeploy_export.stubs import answering
 
 ONNX_FILE = "model.onnx"
 OPERATOR_IMAGES = 2  # of the run that records the operators of a program
@@ -150,36 +159,51 @@ def export_subject(
     preprocess, started = subject.preprocess, time.monotonic()
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         images = generated_images(preprocess.crop)
-        if options.with_features:
-            _add_embedding(subject, images)
-        certified, proof, graph = _prove(subject, images, options, on_step)
+        trained, detached = _networks(subject, images, options)
+        on_step("proving that the detached network equals the plain network")
+        # Statements 1 to 5: tensors, graphs, batch sizes, outputs, repetition
+        proof, captured = certify(
+            trained,
+            detached,
+            preprocess,
+            torch.from_numpy(images),
+            model=subject.name,
+            batch=options.batch,
+            detachment=subject.detachment,
+        )
+        on_step("converting to ONNX")
+        program, outputs = captured["detached"].any_batch, output_names(detached)
+        certified = CapturedGraph(detached, program, lower(program, outputs))
+        root = check_onnx(captured, certified.model, outputs)  # Statement 6: ONNX
+        mixes_images = check_images(certified.model, options)  # Statement 7: images
+        check_operators(program, images[: min(OPERATOR_IMAGES, options.max_batch)])
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
         converted = convert_precision(certified, preprocess, options, accuracy)
         model, precision = converted.model, converted.precision
         (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
-        shipped_root = graph.root if model is certified.model else onnx_root(model)
-        roots = FileRoots(**dict(proof.roots), onnx=graph.root, shipped=shipped_root)
-        proved = {**dict(proof), "roots": roots, "mixes_images": graph.mixes_images}
+        shipped_root = root if options.precision == "fp32" else onnx_root(model)
+        roots = FileRoots(**dict(proof.roots), onnx=root, shipped=shipped_root)
+        proved = {**dict(proof), "roots": roots, "mixes_images": mixes_images}
         certificate = Certificate(**proved, precision=options.precision)
         session = compare.open_session(folder / ONNX_FILE)
         if accuracy is not None:
             measured = accuracy.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy.check_drop(precision)
-        on_step("comparing the file with the network")
+        on_step("comparing the file with the network")  # Statement 8: file
         deployed = Deployed(certified.network, preprocess).eval()
         exact = compare.compute_reference(deployed, images, converted.run, options.precision, converted.gate)
         parity = compare.compare_file(
             session, model, exact, images, options.batch, allow_drift=options.allow_drift
         )
-        trained, shipped = count_costs(subject.network, certified.network, preprocess.crop)
+        trained_costs, shipped_costs = count_costs(subject.network, certified.network, preprocess.crop)
         results = ExportResults(
             certificate=certificate,
             parity=parity,
             precision=precision,
-            trained=trained,
-            shipped=shipped,
+            trained=trained_costs,
+            shipped=shipped_costs,
             decision=subject.decision,
         )
         on_step("writing the bundle")
@@ -189,38 +213,28 @@ def export_subject(
         manifest = _write_reports(subject, folder, options, probes, results, model.opset_import[0].version)
         path, seconds = bundle.publish(folder, manifest, destination), time.monotonic() - started
     # `Exported` has all fields of `ExportResults`, its base class, and these four.
-    return Exported(**vars(results), path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds)
-
-
-def _prove(
-    subject: ExportSubject, images: NDArray[np.uint8], options: ExportOptions, on_step: Callable[[str], None]
-) -> tuple[CapturedGraph, NetworkProof, GraphProof]:
-    """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX."""
-    preprocess, trained = subject.preprocess, subject.network
-    training_only = subject.detachment.training_only
-    if not options.detach and has_tensors(trained, training_only):
-        raise DetachError(
-            f"{type(trained).__name__} still carries training-only parts ({', '.join(training_only)})",
-            remedies={"detach": True},
-        )
-    trained = _with_temperature(subject, images)
-    detached = detach(trained, training_only)
-    on_step("proving that the detached network equals the plain network")
-    proof, captured = certify(
-        trained,
-        detached,
-        preprocess,
-        torch.from_numpy(images),
-        model=subject.name,
-        batch=options.batch,
-        detachment=subject.detachment,
+    exported = Exported(
+        **vars(results), path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds
     )
-    on_step("converting to ONNX")
-    program, outputs = captured["detached"].any_batch, output_names(detached)
-    model = lower(program, outputs)
-    graph = check_onnx(captured, model, outputs, options)
-    check_operators(program, images[: min(OPERATOR_IMAGES, options.max_batch)])
-    return CapturedGraph(detached, program, model), proof, graph
+    return replace(exported, page=write_page(exported, subject.labels))
+
+
+def _networks(
+    subject: ExportSubject, images: NDArray[np.uint8], options: ExportOptions
+) -> tuple[nn.Module, nn.Module]:
+    """Return the trained network of *subject*, with what the *options* add, and a copy without its parts.
+
+    Raises `DetachError` if there are such parts and the options do not allow to remove them.
+    """
+    training_only = subject.detachment.training_only
+    if not options.detach and has_tensors(subject.network, training_only):
+        kind, parts = type(subject.network).__name__, ", ".join(training_only)
+        problem = f"{kind} still carries training-only parts ({parts})"
+        raise DetachError(problem, remedies={"detach": True})
+    if options.with_features:
+        _add_embedding(subject, images)
+    trained = _with_temperature(subject, images)
+    return trained, detach(trained, training_only, few_pixels(trained, subject.preprocess))
 
 
 def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
@@ -237,28 +251,31 @@ def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.M
     return fold_temperature(subject.network, decision.temperature, preprocess, images, classes)
 
 
-def check_onnx(
-    captured: Mapping[str, Captured],
-    model: onnx.ModelProto,
-    outputs: tuple[str, ...],
-    options: ExportOptions,
-) -> GraphProof:
-    """Check that all *captured* networks have the root of *model*, and which operators mix its images.
+def check_onnx(captured: Mapping[str, Captured], model: onnx.ModelProto, outputs: tuple[str, ...]) -> str:
+    """Return the root of *model*, the graph of the detached network; all *captured* ones must have it.
 
-    Raises `CertificateError` if another compared network gives another graph, and `LoweringError` if an
-    output for an image may depend on other images, unless the user accepts this.
+    Raises `CertificateError` if another compared network gives another graph.
     """
-    root, mixing = onnx_root(model), find_mixing(model)
+    root = onnx_root(model)
     for role, programs in captured.items():
         is_shipped = programs is captured["detached"]  # whose root is *root*
         if not is_shipped and onnx_root(lower(programs.any_batch, outputs)) != root:
             raise CertificateError(f"the ONNX graph of the {role} network is not that of the detached one")
+    return root
+
+
+def check_images(model: onnx.ModelProto, options: ExportOptions) -> tuple[str, ...]:
+    """Name the operators through which *model* mixes images.
+
+    Raises `LoweringError` if there are any, unless the user accepts this.
+    """
+    mixing = find_mixing(model)
     if mixing and not options.allow_batch_dependence:
         problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
         if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
             problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
         raise LoweringError(problem, remedies={"allow_batch_dependence": True})
-    return GraphProof(root, mixing)
+    return mixing
 
 
 def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
@@ -272,7 +289,8 @@ def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Coun
             trained = tally(copied.train(), side)
         except Exception:  # the network's own code, which can raise anything
             trained = tally(copied.eval(), side)
-    return trained.total(), tally(shipped, side).total()
+    with answering(torch.zeros(1, 3, side, side)):  # as `tally` runs it
+        return trained.total(), tally(shipped, side).total()
 
 
 def as_probes(images: NDArray[np.uint8], expected: compare.ParityReference, parity: ParityReport) -> Probes:

@@ -9,10 +9,10 @@ the plain network if and only if its output is computed the same way.
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sopdeploy.bundle.onnx_root import hash_parts
 from sopdeploy.errors import CertificateError
 
+CHECK_OF_TYPE = torch.ops.aten._assert_tensor_metadata.default
 SCALARS = (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -36,11 +37,13 @@ class ProgramRoot:
         sha256: The root.
         nodes: Maps the hash of every operation that the outputs depend on to its name and module.
         state: The names of the parameters and buffers that the outputs depend on.
+        modules: The names of the modules that were running when these operations were captured.
     """
 
     sha256: str
     nodes: dict[str, str]
-    state: frozenset[str]
+    state: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
 
 
 def program_root(program: ExportedProgram) -> ProgramRoot:
@@ -55,34 +58,42 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
                 f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
             )
     outputs = next(node for node in program.graph.nodes if node.op == "output")
-    calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    side_effects = [node for node in calls if not node.users and node.is_impure()]  # such as an assertion
-    needed = [*outputs.all_input_nodes, *side_effects]
-    # `hashes` holds all nodes that *needed* depend on; `_hash_nodes` raises if one draws random numbers.
-    hashes, operations = _hash_nodes(program.graph, _leaf_hashes(program), needed)
+    reached = nodes_before(program.graph, outputs.all_input_nodes)
+    # Such as an assertion; one on the type of a value that no output depends on can never fail.
+    side_effects = [
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function" and not node.users and node.is_impure()
+        if node.target is not CHECK_OF_TYPE or reached.issuperset(node.all_input_nodes)
+    ]
+    reached |= nodes_before(program.graph, side_effects)
+    hashes, operations = _hash_nodes(
+        program.graph, _leaf_hashes(program), reached
+    )  # raises for random numbers
     lines = [_encode(value, hashes.__getitem__) for value in (outputs.args[0], *side_effects)]
     signature = program.graph_signature
     state_names = signature.inputs_to_parameters | signature.inputs_to_buffers  # by placeholder
-    reached = frozenset(state_names[node.name] for node in hashes if node.name in state_names)
-    return ProgramRoot(sha256=hash_parts(*lines), nodes=operations, state=reached)
+    paths = (path for node in hashes for path, _ in (node.meta.get("nn_module_stack") or {}).values())
+    return ProgramRoot(
+        sha256=hash_parts(*lines),
+        nodes=operations,
+        state=frozenset(state_names[node.name] for node in hashes if node.name in state_names),
+        modules=frozenset(_module_name(str(path)) for path in paths),
+    )
+
+
+def nodes_before(graph: fx.Graph, results: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes of *graph* that *results* depend on, and these."""
+    needed = set(results)
+    for node in reversed(graph.nodes):  # a node comes before its operands
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return needed
 
 
 def compute_roots(any_batch: ExportedProgram, batch_of_one: ExportedProgram) -> dict[str, ProgramRoot]:
     """Compute the roots of both programs of a network; the keys describe their batch sizes."""
     return {"any batch size": program_root(any_batch), "a batch of one": program_root(batch_of_one)}
-
-
-def find_size_difference(any_batch: ExportedProgram, batch_of_one: ExportedProgram) -> str | None:
-    """Describe how *any_batch*, with one image, differs from the program that was captured for one image.
-
-    torch.export itself checks that all batch sizes of at least 2 have one graph. Returns None if they equal.
-    """
-    if batch_of_one is any_batch:
-        return None
-    any_size, one_image = value_root(any_batch, batch=1), value_root(batch_of_one)
-    if any_size.sha256 == one_image.sha256:
-        return None
-    return describe_difference(any_size, one_image, "other")
 
 
 def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
@@ -98,28 +109,63 @@ def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str
     return f"it computes {extra}, the {reference} one {missing}"
 
 
-def trace_hash(program: ExportedProgram) -> str | None:
-    """Hash every operation of *program* in order, used or not, with its operands by position.
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The hash of every operation of a program in order, and the hashes of the tensors that they use.
 
-    Weights are hashed by content, kind and strides. Two programs with equal hashes differ in names only, so
-    torch's passes give both the same result. Returns None, without an error, for a program with an argument,
-    a subgraph or an operation that cannot be hashed.
+    Two programs with equal hashes differ in names only, and in tensors that nothing uses, so torch's passes
+    give both the same result.
     """
-    positions = {node: str(position) for position, node in enumerate(program.graph.nodes)}
-    lines = [str(program.range_constraints)]
+
+    operations: str
+    tensors: tuple[str, ...]
+    names: tuple[str, ...]  # of the tensors, in the network
+
+    def without(self, names: Iterable[str]) -> "Trace":
+        """Leave out the content of the tensors *names*."""
+        hidden = set(names)
+        pairs = zip(self.names, self.tensors, strict=True)
+        return replace(self, tensors=tuple("" if name in hidden else sha256 for name, sha256 in pairs))
+
+
+def are_equal_traces(first: Sequence[Trace | None], second: Sequence[Trace | None]) -> bool:
+    """Return whether all traces exist and are equal up to the names of tensors."""
+    pairs = zip(first, second, strict=True)
+    return all(
+        one is not None
+        and other is not None
+        and (one.operations, one.tensors) == (other.operations, other.tensors)
+        for one, other in pairs
+    )
+
+
+def trace_hash(program: ExportedProgram) -> Trace | None:
+    """Hash every operation of *program* in order, with its operands by position, and the tensors they use.
+
+    Tensors are hashed by content, kind and strides. Returns None, without an error, for a program with an
+    argument, a subgraph or an operation that cannot be hashed.
+    """
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    used = [spec for spec in program.graph_signature.input_specs if placeholders[spec.arg.name].users]
+    nodes = [placeholders[spec.arg.name] for spec in used]
+    nodes += [node for node in program.graph.nodes if node.op != "placeholder"]
+    positions = {node: str(position) for position, node in enumerate(nodes)}
+    lines, hashes, names = [str(program.range_constraints)], [], []
     try:
         leaves = _leaf_hashes(program)
-        for spec in program.graph_signature.input_specs:
+        for spec in used:
             stored = _stored_value(program, spec)
             strides = stored.stride() if isinstance(stored, Tensor) else ""
-            lines.append(f"{spec.kind} {spec.persistent} {strides} {leaves[spec.arg.name]}")
-        for node in program.graph.nodes:
-            if node.op not in ("placeholder", "output"):
+            lines.append(f"{spec.kind} {spec.persistent} {strides}")
+            hashes.append(leaves[spec.arg.name])
+            names.append(spec.target or "")
+        for node in nodes[len(used) :]:
+            if node.op != "output":
                 lines.append(_operation(node))  # raises an error unless the node is a call
             lines.append(_encode([node.args, node.kwargs], positions.__getitem__))
     except CertificateError:
         return None
-    return hash_parts(*lines)
+    return Trace(hash_parts(*lines), tuple(hashes), tuple(names))
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -223,16 +269,12 @@ def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
 
 
 def _hash_nodes(
-    graph: fx.Graph, leaves: dict[str, str], results: Iterable[fx.Node]
+    graph: fx.Graph, leaves: dict[str, str], needed: set[fx.Node]
 ) -> tuple[dict[fx.Node, str], dict[str, str]]:
-    """Hash the nodes that *results* depend on; return their hashes, and a description of each hash.
+    """Hash the *needed* nodes, with all operands; return their hashes, and a description of each hash.
 
     *leaves* are the hashes of the placeholders by name. A description names operation and module.
     """
-    needed = set(results)
-    for node in reversed(graph.nodes):  # a node comes before its operands
-        if node in needed:
-            needed.update(node.all_input_nodes)
     hashes: dict[fx.Node, str] = {}
     operations: dict[str, str] = {}
     for node in graph.nodes:  # in topological order
@@ -295,7 +337,7 @@ def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoo
     hasher = _ValueHasher(program, batch)
     for node in program.graph.nodes:
         hasher.visit(node)
-    return ProgramRoot(sha256=hasher.root, nodes=hasher.operations, state=frozenset())  # not traced
+    return ProgramRoot(sha256=hasher.root, nodes=hasher.operations)
 
 
 class _ValueHasher:
@@ -397,8 +439,13 @@ def _name(node: fx.Node) -> str:
 def module_of(node: fx.Node) -> str:
     """Return the name of the module that *node* was captured in."""
     paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""
-    return where if where not in ("", "network") else "forward"
+    return (_module_name(paths[-1]) if paths else "") or "forward"
+
+
+def _module_name(path: str) -> str:
+    """Return the name of a module in the network from its *path* in what was captured; "" for the whole."""
+    name = path.removeprefix("L['self'].").removeprefix("network.")
+    return "" if name == "network" else name
 
 
 def _is_random(node: fx.Node) -> bool:

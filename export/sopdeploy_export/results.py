@@ -16,6 +16,7 @@ from typing import Any, Literal
 from sopdeploy.bundle.manifest import Int8For, Manifest, Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import Decision
+from sopdeploy.errors import shorten
 from sopdeploy.models.describe import Counts
 from sopdeploy_export.proof.certificate import Certificate
 
@@ -28,6 +29,10 @@ SHOWS_ONE_POINT = 381  # images: if all agree, the 95 % interval of the agreemen
 WEAKER_PROOFS = {
     "trained-detached": "no plain network was given; the detached network was compared with the trained one",
     "trained-only": "nothing was detached and no plain network was given: only the conversion was checked",
+    "trained-detached-rebuilt": "no plain network was given; the detached network was compared with the "
+    "trained one, and with a new one of the same builder with its weights",
+    "trained-rebuilt": "no plain network was given; the trained network was compared with a new one of the "
+    "same builder with its weights",
 }
 TARGETS: Mapping[Int8For, str] = {
     "cpu": "for CPUs (TensorRT does not accept this form)",
@@ -194,9 +199,10 @@ class ExportResults:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported(ExportResults):
-    """The bundle that an export wrote, its results and its time in seconds."""
+    """The bundle that an export wrote, its results, its time in seconds, and the page about it."""
 
     path: Path
+    page: Path | None = None
     manifest: Manifest
     warnings: tuple[str, ...] = ()
     seconds: float
@@ -222,6 +228,7 @@ class Exported(ExportResults):
             "num_tensors_removed": len(self.certificate.removed),
             "bytes_removed": self.certificate.bytes_removed,
             "num_tensors_kept": len(self.certificate.kept),
+            "num_tensors_unreached": len(self.certificate.unreached),
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
             **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
@@ -232,8 +239,21 @@ class Exported(ExportResults):
 
 
 def _proof_facts(certificate: Certificate) -> dict[str, str]:
+    used_modules = {entry.name.rpartition(".")[0] for entry in certificate.kept}
+    # Without counters of modules that are used, such as `num_batches_tracked`.
+    dead = [
+        entry
+        for entry in certificate.unreached
+        if entry.dtype.startswith("float") or entry.name.rpartition(".")[0] not in used_modules
+    ]
     removed = "nothing: the network has no training-only parts"
-    if certificate.removed:
+    if dead:
+        names = shorten([entry.name for entry in dead])
+        size = sum(entry.bytes for entry in dead)
+        removed = (
+            f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
+        )
+    if certificate.detached:
         tensors = f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
         removed = f"{', '.join(certificate.detached)} ({tensors})"
     weaker = {}
@@ -241,7 +261,8 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         weaker["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
     return {
         "removed": removed,
-        "kept": f"{len(certificate.kept)} tensors, sha256 equal before and after",
+        "kept": f"{len(certificate.kept) + len(certificate.unreached)} tensors, sha256 equal before and "
+        f"after; the outputs depend on {len(certificate.kept)}",
         **weaker,
         "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
         f"({certificate.roots.num_operations} operations; also at batch 1, also as ONNX)",

@@ -17,6 +17,7 @@ from sopdeploy_service.http.api_keys import read_keys
 from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
+    AllowedOrigins,
     Guard,
     KeyGuard,
     OriginGuard,
@@ -88,6 +89,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.state.examples = web.list_examples(settings.examples)
     for router in ROUTERS:
         app.include_router(router)
     paths = [str(getattr(route, "path", "")) for router in ROUTERS for route in router.routes]
@@ -106,4 +108,6 @@ def create_app(
         guards.append(KeyGuard(keys, open_paths, limits))
     guard = partial(all_of, guards) if len(guards) > 1 else next(iter(guards), None)
     app.add_middleware(RequestContextMiddleware, service=service, guard=guard)
+    if settings.allowed_origins:
+        app.add_middleware(AllowedOrigins, origins=settings.allowed_origins)
     return app

@@ -94,15 +94,20 @@ def _listed(value: str | None) -> list[str]:
 class OwnOrigins:
     """The hosts *names* and *allowed* of a server behind *proxies*, and the pages whose requests it answers.
 
-    Pages of other hosts among *allowed* may send requests, too. IP addresses are own hosts: no other name can
-    lead to them.
+    Pages of other hosts among *allowed* or *pages*, where `*` means all, may send requests, too. IP addresses
+    are own hosts: no other name can lead to them.
     """
 
     def __init__(
-        self, names: Collection[str], allowed: Collection[str], proxies: tuple[Network, ...]
+        self,
+        names: Collection[str],
+        allowed: Collection[str],
+        proxies: tuple[Network, ...],
+        pages: Collection[str] = (),
     ) -> None:
-        self._allowed, self._proxies = [parse_host(name) for name in allowed], proxies
-        self._own = list(self._allowed)
+        self._own, self._proxies = [parse_host(name) for name in allowed], proxies
+        self._pages = [*self._own, *(parse_host(page) for page in pages if page != "*")]
+        self._all_pages = "*" in pages
         for name in names:
             with suppress(ValueError):  # an IPv6 address without brackets
                 self._own.append(parse_host(name))
@@ -116,20 +121,22 @@ class OwnOrigins:
         is_proxied = is_within(peer, self._proxies)
         hosts = [headers.get("host", "localhost")]  # HTTP/1.0 requests may have none
         hosts += _listed(headers.get("x-forwarded-host")) if is_proxied else []
-        foreign = next((host for host in hosts if not _is_among(host, self._own, or_address=True)), None)
+        foreign = next((host for host in hosts if not is_among(host, self._own, or_address=True)), None)
         if foreign is not None:
             return f"requests for {foreign[:100]!r}"
         origin = headers.get("origin")
+        if origin is not None and self._all_pages:
+            return ""
         if origin is not None:
             scheme, _, host = origin.partition("://")
             schemes = ["http", *(_listed(headers.get("x-forwarded-proto")) if is_proxied else ())]
             if scheme not in schemes or host not in hosts:
-                return "" if _is_among(origin, self._allowed) else FOREIGN_PAGES
+                return "" if is_among(origin, self._pages) else FOREIGN_PAGES
         is_own_page = is_link or headers.get("sec-fetch-site") in {None, "none", "same-origin"}
         return "" if is_own_page else FOREIGN_PAGES
 
 
-def _is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool = False) -> bool:
+def is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool = False) -> bool:
     """Tell whether *sent*, the value of a header, is among *patterns* or, with *or_address*, an IP address.
 
     Clients send names in ASCII (RFC 5891, section 4), so none of them is encoded here.

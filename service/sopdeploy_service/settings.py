@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import Count, Fraction, StrictModel, first_problem, parse_toml, shown
+from sopdeploy.config import Count, Fraction, StrictModel, first_problem, matching, parse_toml, shown
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_text
@@ -43,6 +43,11 @@ def _check_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
+    _check_hosts(tuple(text for text in value if text != "*"))
+    return value
+
+
 def _parse_networks(value: Any) -> Any:
     texts = _split_commas(value)
     return tuple(parse_network(str(text)) for text in texts) if isinstance(texts, (tuple, list)) else texts
@@ -65,7 +70,13 @@ LogForm = Literal["json", "console"]
 FrontEnds = Annotated[int, pydantic.Field(ge=0, le=256)]
 Threads = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
-Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
+Device = Annotated[
+    str,
+    matching(
+        r"cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80}",
+        "device: cpu, a number, or an id GPU-... or MIG-...",
+    ),
+]
 Formats = Annotated[
     tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_formats)
 ]
@@ -74,11 +85,16 @@ Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
 Hosts = Annotated[
     tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_hosts)
 ]
+Origins = Annotated[
+    tuple[str, ...],
+    pydantic.BeforeValidator(_split_commas),
+    pydantic.AfterValidator(_check_origins),
+]
 Networks = Annotated[tuple[Network, ...], pydantic.BeforeValidator(_parse_networks)]
 RootPath = Annotated[
     str,
     pydantic.BeforeValidator(lambda value: value.rstrip("/") if isinstance(value, str) else value),
-    pydantic.Field(pattern=r"^(/[A-Za-z0-9._~-]+)*$"),
+    matching(r"(/[A-Za-z0-9._~-]+)*", "path such as /ml, of letters, digits, dots, `_`, `~` and `-`"),
 ]
 
 DECODERS_BESIDE_CPU_INFERENCE = 2
@@ -103,6 +119,9 @@ class Settings(StrictModel):
 
     allowed_hosts: Hosts = setting(
         (), "other names of this server: `shop.example`, `*.shop.example`; different ones get 403"
+    )
+    allowed_origins: Origins = setting(
+        (), "pages of other servers that may use this one: `https://shop.example`; `*`: all, for public keys"
     )
     trusted_proxies: Networks = setting((), "addresses or networks whose `X-Forwarded-*` headers count")
     root_path: RootPath = setting("", "prefix of all paths at a proxy, such as `/ml`")
@@ -157,6 +176,7 @@ class Settings(StrictModel):
     max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
     batch_timeout_seconds: Seconds | None = setting(None, "not set: 20 times the usual time, >= 4 s")
     follow: bool = setting(False, "check each second where a BUNDLE that is a link leads, and reload it")
+    examples: Path | None = setting(None, "folder of photographs that the page offers to try; not set: none")
     keep: Path | None = setting(None, "folder for photographs that are worth a label; not set: none is kept")
     keep_bytes: PositiveBytes = setting(1_000_000_000, "at most in that folder; the oldest make room")
     keep_days: Annotated[float, pydantic.Field(gt=0, le=36_500)] = setting(30.0, "then they are deleted")
@@ -223,7 +243,9 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
     assigned: dict[str, Any] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
-        if not equals or name not in Settings.model_fields:
+        if not equals and name in Settings.model_fields:
+            raise ConfigError(f"{name}: give it a value, {name}=VALUE")
+        if name not in Settings.model_fields:
             close = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.7)
             hint = f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
             raise ConfigError(f"{name}: expected name=value with the name of a setting; {hint}")

@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO
 
 from sopdeploy.bundle.folder import GRAPH, MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.environment import import_optional
+from sopdeploy.environment import import_optional, missing_store
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
 from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, new_folder, writing
 
@@ -164,6 +164,8 @@ def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
         yield fsspec.core.url_to_fs(url)
     except SopdeployError:
         raise
+    except ImportError as error:
+        raise missing_store(url, error) from error
     except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks

@@ -34,6 +34,7 @@ from sopdeploy.files import (
     LATEST,
     MANIFEST,
     atomic_write,
+    describe_foreign,
     has_manifest,
     link_latest,
     new_folder,
@@ -233,7 +234,9 @@ def read_manifest(path: Path) -> Manifest:
         elif path.suffix == ".tar" and path.is_file():
             hint = f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
         else:
+            foreign = describe_foreign(path) if path.is_file() or ":" in path.name else ""
             hint = f"no bundle here; a bundle is a folder with a {MANIFEST}"
+            hint = f"{foreign}, and export it" if foreign else hint
         raise BundleError(f"{path}: {hint}")
     if not file.is_file() or file.is_symlink():
         bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))

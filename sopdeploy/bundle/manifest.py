@@ -11,7 +11,8 @@ from sopdeploy.config import (
     StrictModel,
     Text,
     check_format_version,
-    first_problem,
+    explain_invalid,
+    matching,
     parse_json,
 )
 from sopdeploy.decision import Decision
@@ -29,17 +30,26 @@ EMBEDDING = "embedding"
 
 Precision = Literal["fp32", "fp16", "int8"]
 Int8For = Literal["cpu", "tensorrt"]
-ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
+ProofKind = Literal[
+    "three-way",
+    "trained-detached-rebuilt",
+    "trained-detached",
+    "trained-plain",
+    "trained-rebuilt",
+    "trained-only",
+]
 PROOFS: dict[ProofKind, tuple[str, ...]] = {  # the networks that each kind compares
     "three-way": ("trained", "detached", "plain"),
+    "trained-detached-rebuilt": ("trained", "detached", "rebuilt"),
     "trained-detached": ("trained", "detached"),
     "trained-plain": ("trained", "plain"),
+    "trained-rebuilt": ("trained", "rebuilt"),
     "trained-only": ("trained",),
 }
 MAX_TENSORS = 100  # inputs or outputs of a graph
 MAX_ENTRIES = 10_000  # files, versions, modules
 Entries = Annotated[tuple[Text, ...], pydantic.Field(max_length=MAX_ENTRIES)]
-Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, matching(r"[0-9a-f]{64}", "SHA-256 of 64 hexadecimal digits")]
 
 
 class FileRecord(StrictModel):
@@ -94,7 +104,7 @@ class Manifest(StrictModel):
     project: ProjectName
     exported_at: Time
     origin: Origin | None = None
-    model: Annotated[Text, pydantic.Field(pattern=r"^([a-z-]+:){0,2}[A-Za-z0-9._-]+$")]
+    model: Annotated[Text, matching(r"([a-z-]+:){0,2}[A-Za-z0-9._-]+", "name of a network")]
     config: FieldValues
     inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)]
     outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)]
@@ -160,7 +170,7 @@ class Manifest(StrictModel):
         try:
             manifest = cls.model_validate(fields)
         except pydantic.ValidationError as problem:
-            raise ValueError(first_problem(problem)) from problem
+            raise ValueError(explain_invalid(problem, written_by, __version__)) from problem
         if manifest.to_bytes() != raw:
             raise ValueError("was edited or damaged after the export")
         return manifest

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import onnx
 
 _NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
+CERTIFIED = (
+    *("sha256", "contents", "proof", "precision", "compared", "detached", "removed", "mixes_images", "roots"),
+)  # fields of a certificate that are compared
+CERTIFIED_ROOTS = ("any_batch", "shipped", "onnx")
 ADVICE = "export the bundle again"
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
@@ -160,7 +164,7 @@ def check_roots(bundle: Bundle) -> str | None:
             f"{bundle.path / GRAPH}: its graph has the root {root[:16]}, the manifest says "
             f"{lineage.onnx_root[:16]}; the graph was replaced after the export: {ADVICE}"
         )
-    _check_certificate(bundle)
+    check_certificate(bundle)
     for name in ("parity.json", "precision.json"):
         precision = _read_fields(bundle, name).get("precision")
         if precision != manifest.precision:
@@ -169,17 +173,24 @@ def check_roots(bundle: Bundle) -> str | None:
     return root
 
 
-def _check_certificate(bundle: Bundle) -> None:
+def check_certificate(bundle: Bundle) -> None:
     """Raise `BundleError` unless the certificate of *bundle* is unchanged and certifies this bundle."""
     manifest, path = bundle.manifest, bundle.path / CERTIFICATE
     certificate = _read_fields(bundle, CERTIFICATE)
-    own = certificate.pop("sha256", None)
+    roots_found = certificate.get("roots")
+    missing = [name for name in CERTIFIED if name not in certificate]
+    if isinstance(roots_found, dict):
+        missing += [f"roots.{name}" for name in CERTIFIED_ROOTS if name not in roots_found]
+    if missing:
+        problem = f"has no {', '.join(missing)}, as bundles of earlier versions, which proved less"
+        raise BundleError(f"{path}: {problem}; {ADVICE} from its checkpoint")
+    own = certificate.pop("sha256")
     try:
         roots, precision, compared = (certificate[name] for name in ("roots", "precision", "compared"))
-        program_root, shipped_root, float32_root = (roots[name] for name in ("any_batch", "shipped", "onnx"))
+        program_root, shipped_root, float32_root = (roots[name] for name in CERTIFIED_ROOTS)
         detached, mixes_images = tuple(certificate["detached"]), tuple(certificate["mixes_images"])
         fits_proof = PROOFS[certificate["proof"]] == tuple(compared)
-        fits_proof &= ("detached" in compared) == bool(detached) == bool(certificate["removed"])
+        fits_proof &= ("detached" in compared) == bool(detached) >= bool(certificate["removed"])
         contents = certificate["contents"]
     except (KeyError, TypeError) as error:
         raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error

@@ -128,6 +128,8 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *option_lines])
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    groups = [(title, names) for model in models.values() for title, names in model.GROUPS.items()]
+    vars(call)["groups"] = {name: title for title, names in groups for name in names}
     return call
 
 
@@ -187,7 +189,8 @@ def _declare(
         text = " ".join(texts.get(name, "").split())
         if parameter.kind is parameter.KEYWORD_ONLY or name in options:
             limits = _limits(parameter.annotation)
-            found.append(_option(name, value_type, parameter.default, text, limits=limits))
+            group = getattr(function, "groups", {}).get(name)  # the heading in the help
+            found.append(_option(name, value_type, parameter.default, text, limits=limits, group=group))
         else:
             argument: Any = Annotated[value_type, typer.Argument(help=text)]
             found.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=argument))
@@ -203,13 +206,19 @@ def _declare_settings(settings: SettingOptions) -> Iterator[inspect.Parameter]:
 
 
 def _option(
-    name: str, kind: Any, default: Any, text: str, flag: str = "", limits: Mapping[str, Any] = {}
+    name: str,
+    kind: Any,
+    default: Any,
+    text: str,
+    flag: str = "",
+    limits: Mapping[str, Any] = {},
+    group: str | None = None,
 ) -> inspect.Parameter:
     """Declare the option of the parameter *name*, such as `from_`, whose underscore avoids a keyword."""
     flag = flag or "--" + name.strip("_").replace("_", "-")
     if default is True:  # the flag itself would change nothing, so its negation is added
         flag = f"{flag}/--no-{flag[2:]}"
-    annotation = Annotated[kind, typer.Option(flag, help=text, **limits)]
+    annotation = Annotated[kind, typer.Option(flag, help=text, rich_help_panel=group, **limits)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -31,6 +31,7 @@ from sopdeploy.files import STORAGE_ERRNOS, os_reason
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
+MAX_ROW = 100_000  # columns of a row in a file
 _COPIED = re.compile(r"\S*[/\\]\S*|`[^`]*`|\bsopdeploy .*")  # paths and commands, which may become input
 # Bidirectional classes: letters of a right-to-left script, what continues a word of them, and a space.
 _DIRECTIONS = {"R": "R", "AL": "R", "NSM": "w", "AN": "w", "EN": "w", "ES": "w", "WS": " "}
@@ -114,11 +115,20 @@ def say(*lines: str, style: str | None = None) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> None:
-    """Print *rows* below the names of *columns*, aligned and without markup."""
-    table = Table(*(Column(plain_text(name)) for name in columns), box=None, pad_edge=False)
+    """Print *rows* below the names of *columns*, aligned and without markup.
+
+    A terminal wraps long cells; a pipe or file, which has no width, gets each row in one line.
+    """
+    fields = [Column(plain_text(name), overflow="fold") for name in columns]
+    table = Table(*fields, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(plain_text(cell) if isinstance(cell, str) else cell for cell in row))
-    out.print(table)
+    width = out.width
+    try:
+        out.width = width if out.is_terminal else MAX_ROW
+        out.print(table)
+    finally:
+        out.width = width
 
 
 def print_field(label: str, text: str, *, style: str = "bold") -> None:

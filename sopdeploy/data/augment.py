@@ -6,6 +6,7 @@ size: the padded image, or the image with both sides of equal length.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Literal
@@ -18,7 +19,7 @@ from PIL import Image
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Box, Preprocess, Side
-from sopdeploy.photos.photo import Dataset, Target
+from sopdeploy.photos.photo import FittedDataset, crop_padded
 from sopdeploy.seeds import derive_seed
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
@@ -138,7 +139,7 @@ NO_COLOR_SHIFT = ColorConfig()
 
 
 @dataclass(frozen=True, slots=True)
-class AugmentedDataset(Dataset):
+class AugmentedDataset(FittedDataset):
     """Augmented images of one epoch, of `preprocess.crop` x `preprocess.crop` pixels.
 
     Repeated uses of a sample have the indices `sample + copy * len(self)` and are augmented differently. If
@@ -151,25 +152,31 @@ class AugmentedDataset(Dataset):
     epoch: int
     color: ColorConfig = NO_COLOR_SHIFT
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        copy, sample = divmod(index, len(self.images))
-        random = Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
+    def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Compute the pixels (B, crop, crop, 3) of the images at *indices*."""
         rules, augmentation = self.preprocess, self.augmentation
-        image, target = self.images[sample]
+        copies, samples = zip(*(divmod(index, len(self.images)) for index in indices), strict=True)
+        seeds = (derive_seed(self.seed, "augment", self.epoch, index) for index in indices)
+        randoms = [Random(seed) for seed in seeds]  # noqa: S311
         if isinstance(augmentation, BoxCrop):
-            array = _crop_box(image, augmentation, rules, random)
+            pairs = zip(samples, randoms, strict=True)
+            arrays = np.stack(
+                [_crop_box(self.images[sample][0], augmentation, rules, random) for sample, random in pairs]
+            )
         else:
-            array = preprocess_image(image, rules)
-        if isinstance(augmentation, PadCrop):
-            pad = augmentation.pad
-            padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
-            top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
-            array = padded[top : top + rules.crop, left : left + rules.crop]
+            arrays = self.fit(samples, rules)
+        pad = augmentation.pad if isinstance(augmentation, PadCrop) else 0
         is_doubled = isinstance(augmentation, PadCrop) and augmentation.doubled  # every second copy mirrored
-        is_mirrored = (copy % 2 == 1) if is_doubled else (random.random() < augmentation.flip)
-        if is_mirrored:
-            array = array[:, ::-1]
-        return self.color(array, derive_seed(self.seed, "color", self.epoch, index)), target
+        windows = []
+        for copy, random in zip(copies, randoms, strict=True):
+            top, left = (random.randint(0, 2 * pad), random.randint(0, 2 * pad)) if pad else (0, 0)
+            is_mirrored = (copy % 2 == 1) if is_doubled else (random.random() < augmentation.flip)
+            windows.append((top, left, is_mirrored))
+        arrays = crop_padded(arrays, pad, windows)
+        if self.color == NO_COLOR_SHIFT:
+            return arrays
+        seeds = (derive_seed(self.seed, "color", self.epoch, index) for index in indices)
+        return np.stack([self.color(array, seed) for array, seed in zip(arrays, seeds, strict=True)])
 
 
 def _crop_box(
@@ -179,7 +186,7 @@ def _crop_box(
     if rules.fit == "crop":
         image = to_rgb(image, rules)
     else:  # the square that evaluation sees, but larger, so that a small box of it keeps its details
-        enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop})
+        enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop, "resize": SQUARE * rules.resize})
         image = Image.fromarray(preprocess_image(image, enlarged))
     box = augmentation.box(image.size, rules.crop, random)
     resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)

@@ -3,10 +3,9 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,6 +17,7 @@ from sopdeploy.photos.photo import Dataset
 from sopdeploy.seeds import derive_seed
 
 PILLOW_BLOCKS = 2  # of 16 MB each that Pillow keeps: enough for a photograph and its conversion
+SHARED = {"images", "fitted"}  # fields of a data set that loader processes have
 Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8; labels (B,) int64 or (B, C) float32
 
 
@@ -43,45 +43,93 @@ def sequential_batches(samples: int, batch_size: int) -> list[list[int]]:
 
 
 def load_batches(
-    dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device
+    dataset: Dataset, batches: list[list[int]], workers: "int | Loader", device: torch.device
 ) -> Iterator[Batch]:
-    """Load *batches*, lists of indices of *dataset*, onto *device* with up to *workers* loader processes.
+    """Load *batches*, lists of indices of *dataset*, onto *device*.
 
-    Yields images (B, H, W, 3) uint8 and labels (B,) int64 or (B, C) float32. Raises the `DataError` of the
-    first unusable image.
+    *workers* is the largest number of loader processes, which end with the last batch, or the `Loader` of a
+    run. Yields images (B, H, W, 3) uint8 and labels (B,) int64 or (B, C) float32. Raises the `DataError` of
+    the first unusable image.
     """
     on_gpu = device.type == "cuda"
-    loader: DataLoader[Any] = DataLoader(
-        _BatchedDataset(dataset),  # type: ignore[arg-type]  # not torch's Dataset
-        batch_sampler=batches,
-        collate_fn=tuple,  # no change: `__getitems__` has stacked the samples
-        num_workers=min(workers, usable_cores()) if workers else 0,
-        worker_init_fn=_init_worker,
-        pin_memory=on_gpu,
-    )
-    for loaded in loader:
+    loader = Loader((dataset,), workers, device) if isinstance(workers, int) else workers
+    for loaded in loader.load(dataset, batches):
         if isinstance(loaded[0], str):  # the message of an error
             raise DataError(loaded[0])
         images, labels = loaded
         yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)
 
 
+class Loader:
+    """Up to *workers* processes that load batches of *datasets*, from the first batch on until `close`.
+
+    Each process gets the images once, and then the other fields of a data set with the indices of a batch.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], workers: int, device: torch.device) -> None:
+        self.datasets = datasets
+        count = min(workers, usable_cores()) if workers else 0
+        self.requests = _Requests([])
+        self.processes: DataLoader[Any] | None = DataLoader(
+            _Requested(datasets),  # type: ignore[arg-type]  # not torch's Dataset
+            batch_sampler=self.requests,  # type: ignore[arg-type]  # not lists of indices
+            collate_fn=tuple,  # no change: `__getitems__` has stacked the samples
+            num_workers=count,
+            persistent_workers=count > 0,
+            worker_init_fn=_init_worker,
+            pin_memory=device.type == "cuda",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.processes = None  # torch ends them when nothing refers to them any more
+
+    def load(self, dataset: Dataset, batches: list[list[int]]) -> Iterator[Batch | tuple[str]]:
+        """Load *batches* of *dataset*, which has the images of one of `datasets`, one after the other."""
+        number = next(n for n, known in enumerate(self.datasets) if known.images is dataset.images)
+        own = {name.name: getattr(dataset, name.name) for name in fields(dataset) if name.name not in SHARED}
+        self.requests.next = [_Request(number, own, indices) for indices in batches]
+        yield from self.processes or ()
+
+
+class _Request(NamedTuple):
+    """A batch of a data set: its number, its fields that are not `SHARED`, and the indices of the images."""
+
+    number: int
+    own: dict[str, Any]
+    indices: list[int]
+
+
 @dataclass
-class _BatchedDataset:
+class _Requests:
+    """The requests of the `next` iteration, as the sampler of a loader."""
+
+    next: list[_Request]
+
+    def __iter__(self) -> Iterator[_Request]:
+        return iter(self.next)
+
+    def __len__(self) -> int:
+        return len(self.next)
+
+
+@dataclass
+class _Requested:
     """Load whole batches (images, labels). After a `DataError`, the result is its message, as a tuple of one.
 
     DataLoader would add a traceback to a raised error; `load_batches` raises it instead.
     """
 
-    dataset: Dataset
+    datasets: Sequence[Dataset]
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch | tuple[str]:
+    def __getitems__(self, request: _Request) -> Batch | tuple[str]:
         try:
-            pairs = [self.dataset[index] for index in indices]
+            pixels, labels = replace(self.datasets[request.number], **request.own).batch(request.indices)
         except DataError as error:
             return (str(error),)
-        images = torch.from_numpy(np.stack([array for array, _ in pairs]))
-        return images, torch.from_numpy(np.asarray([label for _, label in pairs]))
+        return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 def _init_worker(_worker: int) -> None:

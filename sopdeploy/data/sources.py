@@ -1,9 +1,11 @@
 """The data sources that a recipe can name, and the function that opens them."""
 
+import re
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
+import numpy as np
 import pydantic
 
 from sopdeploy.config import StrictModel, with_registered
@@ -12,7 +14,7 @@ from sopdeploy.files import expand_user
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.libraries import open_cifar, open_digits, open_official
-from sopdeploy.photos.photo import Split, select_classes
+from sopdeploy.photos.photo import LabeledImages, Split, select_classes
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.seeds import derive_seed
 
@@ -51,10 +53,25 @@ class DataSource(HoldOut):
 
 
 class FolderConfig(HoldOut):
-    """Location of the images, and of the held-out ones if there is a folder; see `HoldOut`."""
+    """Location of the images, and of the held-out ones if there is a folder; see `HoldOut`.
+
+    Images of a folder in whose names, without suffix, the regular expression `groups` finds the same text are
+    never divided, such as `clip1_01.jpg` and `clip1_02.jpg` with `^clip[0-9]+`. It replaces all other groups
+    but those of copies.
+    """
 
     kind: Literal["folder"]
     path: Path | None = None
+    groups: str = ""
+
+    @pydantic.field_validator("groups")
+    @classmethod
+    def _check_groups(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"no regular expression ({error}), such as ^clip[0-9]+") from error
+        return pattern
 
 
 class CifarConfig(DataOptions):
@@ -109,11 +126,37 @@ def open_data(config: DataConfig | DataSource) -> Split:
     elif config.path is None:
         raise ConfigError("data.path: not set; give the folder of the data", remedies={"data": None})
     elif isinstance(config, FolderConfig):
-        split = open_folder(config.path)
+        split = _group_by_name(open_folder(config.path), config.groups)
     else:
         open_kind = open_cifar if isinstance(config, CifarConfig) else open_official
         split = open_kind(config.kind, expand_user(config.path))
     return split if config.classes is None else _select_subset(split, config.classes)
+
+
+def _group_by_name(split: Split, pattern: str) -> Split:
+    """Group the images of a folder in whose names *pattern* finds the same text; "" keeps their groups.
+
+    An image in whose name it finds nothing is a group. Raises `DataError` if it finds nothing in any name.
+    """
+    if not pattern:
+        return split
+
+    def group_of(identity: str) -> str:
+        path = PurePosixPath(identity)
+        found = re.search(pattern, path.stem)
+        return f"file {identity}" if found is None else f"group {path.parent} {found.group()}"
+
+    def group(images: LabeledImages) -> LabeledImages:
+        groups = np.asarray([group_of(images.identity(index)) for index in range(len(images))], np.str_)
+        return images.replaced(groups=groups)
+
+    train = group(split.train)
+    if all(name.startswith("file ") for name in np.asarray(train.groups).tolist()):
+        raise DataError(
+            f"data.groups: {pattern!r} finds nothing in any name, such as {split.train.identity(0)}; give a "
+            "regular expression for the part that files of one object share"
+        )
+    return replace(split, train=train, held_out=group(split.held_out))
 
 
 def _select_subset(split: Split, count: int) -> Split:

@@ -100,7 +100,8 @@ def missing_threshold(images: int, classes: int, accepts: float, min_images: int
     """Say why `fit_decision` fits no threshold for unknown images; empty if it fits one."""
     if images < min_images:
         return (
-            f"not recognized, because a threshold needs at least {min_images} images and there are {images}"
+            f"not recognized, because a threshold needs {min_images} different images and there are {images}"
+            f"; add {min_images - images}"
         )
     if classes < 2:
         return "not recognized, because there is only one class"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.batches import load_batches, sequential_batches
+from sopdeploy.data.batches import Loader, load_batches, sequential_batches
 from sopdeploy.decision import Activation, sigmoid
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.decision_fit import fit_thresholds
@@ -135,7 +135,7 @@ def predict_logits(
     preprocess: Preprocess,
     *,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | Loader = 0,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # has no state
     on_batch: Callable[[int], None] = lambda _done: None,
 ) -> tuple[NDArray[np.float64], NDArray[Any]]:

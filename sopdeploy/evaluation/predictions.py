@@ -85,7 +85,7 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
     if len(names) <= _MAX_MATRIX_CLASSES:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
         caption = "Confusion matrix: rows are true classes, columns are predicted classes"
-        tables.append(Table(caption=caption, columns=["class", *names], rows=rows))
+        tables.append(Table(caption=caption, columns=["class", *names], rows=rows, matrix=True))
     mistakes, columns_of_mistakes = metrics.mistakes()[:_MAX_CONFUSIONS], ["true", "predicted", "images"]
     tables.append(Table(caption="Most frequent mistakes", columns=columns_of_mistakes, rows=mistakes))
     worst_first = sorted(metrics.classes, key=lambda row: 2.0 if row.recall is None else row.recall.share)

@@ -14,12 +14,16 @@ NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A table; the first cell of each row is its header. A folded table is opened by its caption."""
+    """A table; the first cell of each row is its header. A folded table is opened by its caption.
+
+    The cells of a *matrix* are colored by their share of the row: the diagonal as right, others as wrong.
+    """
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     folded: bool = False
+    matrix: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,9 +4,12 @@ A JPEG keeps its coefficients, so its pixels do not change. Other formats are de
 so is a JPEG whose copy does not have the same pixels: decoders read kinds of JPEG that `_copy_jpeg` does not.
 """
 
+import calendar
 import hashlib
 import io
 import struct
+import time
+from contextlib import suppress
 
 from PIL import Image
 
@@ -18,11 +21,26 @@ from sopdeploy.images.preprocess import Preprocess
 
 MAX_COPIED_PIXELS = 12_000_000  # of a file that is not a JPEG
 HASHED_ROWS = 256
+NO_TIME = -1
+_EXIF_IFD, _TIME_TAKEN = 0x8769, 0x9003
 JFIF, _END = 0xE0, 0xD9
 # The segments that pixels depend on, by marker, with the start of their content: frames, scans, tables of the
 # Huffman code and quantization, number of lines, restart interval.
 NEEDED = dict.fromkeys((*FRAMES, SCAN, 0xC4, 0xDB, 0xDC, 0xDD), b"")
 NEEDED |= {0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}  # color profile, color transform
+
+
+def capture_time(image: Image.Image) -> int:
+    """Read when *image* was taken, in seconds of the camera's clock, from EXIF; `NO_TIME` if that is unknown.
+
+    Only EXIF that precedes the pixels is read, so that they need not be decoded.
+    """
+    with suppress(Exception):  # Pillow raises many types for damaged metadata
+        exif = Image.Exif()
+        exif.load(image.info["exif"])
+        text = exif.get_ifd(_EXIF_IFD)[_TIME_TAKEN]
+        return max(NO_TIME, calendar.timegm(time.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S")))
+    return NO_TIME
 
 
 def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:

@@ -83,6 +83,8 @@ def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
     """Compute (width, height) that an image of *size* is resized to before it is cropped or padded."""
     if rules.fit == "squash":
         return rules.crop, rules.crop
+    if rules.fit == "squash-crop":
+        return rules.resize, rules.resize
     shorter, longer = min(size), max(size)
     if rules.fit == "pad":  # rounded as by timm's `ResizeKeepRatio`
         new_shorter, new_longer = max(1, round(rules.crop * shorter / longer)), rules.crop
@@ -203,7 +205,14 @@ def squash(image: Image.Image, rules: Preprocess) -> Pixels:
     return np.asarray(image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation]))
 
 
-_FITS = {"crop": center_crop, "pad": pad_to_square, "squash": squash}
+def squash_and_crop(image: Image.Image, rules: Preprocess) -> Pixels:
+    """Resize both sides of an RGB *image* to `resize` and crop the center; returns (crop, crop, 3) uint8."""
+    start = round((rules.resize - rules.crop) / 2)
+    resized = image.resize((rules.resize, rules.resize), RESAMPLING[rules.interpolation])
+    return np.asarray(resized.crop((start, start, start + rules.crop, start + rules.crop)))
+
+
+_FITS = {"crop": center_crop, "pad": pad_to_square, "squash": squash, "squash-crop": squash_and_crop}
 
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from sopdeploy.errors import ConfigError
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
-Fit = Literal["crop", "pad", "squash"]
+Fit = Literal["crop", "pad", "squash", "squash-crop"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
 
 TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -30,7 +30,8 @@ class Preprocess(StrictModel):
 
     `fit` says how an image becomes a square. "crop" resizes the shorter side to `resize` pixels and crops the
     center. "pad" resizes the longer side to `crop` pixels and centers the image on `background`. "squash"
-    resizes both sides to `crop` pixels. `resize` is used by "crop" only. `mean` and `std` refer to pixel
+    resizes both sides to `crop` pixels, "squash-crop" to `resize` pixels, and crops the center. `resize` is
+    used by "crop" and "squash-crop" only; without it, it follows `crop`. `mean` and `std` refer to pixel
     values in [0, 1]. Transparent pixels are composited onto `background`.
     """
 
@@ -45,9 +46,17 @@ class Preprocess(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _crop_fits(self) -> "Preprocess":
+        given = self.model_fields_set
+        if "crop" in given and "resize" not in given:  # it keeps the ratio of the defaults
+            vars(self)["resize"] = self.scaled_resize(self.crop, 256, 224)
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
         return self
+
+    @staticmethod
+    def scaled_resize(crop: int, resize: int, crop_before: int) -> int:
+        """Return the value of `resize` for *crop* in the ratio of *resize* to *crop_before*."""
+        return max(crop, round(crop * resize / crop_before))
 
     @classmethod
     def from_timm(cls, config: Mapping[str, Any]) -> "Preprocess":

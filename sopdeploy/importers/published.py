@@ -31,16 +31,18 @@ _ADVICE = "or train from scratch with the weights none"
 OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user has
 
 
-def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
+def fetch_imagenet_weights(model: str, config: StrictModel, *, download: bool = True) -> tuple[Path, str]:
     """Find the ImageNet weights for the backbone of catalog *model* with *config*, and fetch them if needed.
+
+    Without *download*, it only asks whether a missing file can be fetched.
 
     Returns the file, and the catalog name under which the importers read it, such as `vgg16-bn`,
     `efficientnet-lite0` or `timm:resnet26`. Raises `ConfigError` if none are published, `WeightsError` if the
     file cannot be downloaded or has another hash; such a file is removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
-        return _fetch_from_hub(_lite_repository(model)), model
-    published = _published_network(model, config)  # "timm:resnet26", or torchvision's name "vgg16_bn"
+        return _fetch_from_hub(_lite_repository(model), download), model
+    published = published_network(model, config)  # "timm:resnet26", or torchvision's name "vgg16_bn"
     family, _, name = published.rpartition(":")
     if family == "timm":
         repository = import_timm(name).get_pretrained_cfg(name).hf_hub_id
@@ -49,9 +51,9 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
                 f"start.weights: timm's hub has no weights for {name}; choose another, {_ADVICE}",
                 remedies=OWN_FILE,
             )
-        return _fetch_from_hub(repository), published
+        return _fetch_from_hub(repository, download), published
     weights = importlib.import_module("torchvision.models").get_model_weights(name)[TORCHVISION_VERSION]
-    return _fetch_url(weights.url), name.replace("_", "-")  # the catalog's name is vgg16-bn
+    return _fetch_url(weights.url, download), name.replace("_", "-")  # the catalog's name is vgg16-bn
 
 
 def find_lite_weights(model: str) -> Path | None:
@@ -65,9 +67,14 @@ def _lite_repository(model: str) -> str:
     return f"timm/tf_{model.replace('-', '_')}.in1k"
 
 
-def _published_network(model: str, config: StrictModel) -> str:
-    """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*."""
-    family, _, name = model.rpartition(":")
+def published_network(model: str, config: StrictModel) -> str:
+    """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*.
+
+    Fetches nothing. Raises `ConfigError` if none are published.
+    """
+    family, _, name = model.removeprefix("head:").rpartition(":")
+    if issubclass(entry(model).network, EfficientNetLite):
+        return f"timm:tf_{model.replace('-', '_')}"
     if family:  # timm or dsop-timm
         return f"timm:{name}"
     if issubclass(entry(model).network, EfficientNet):  # only b0; the Lite networks are no subclasses
@@ -83,19 +90,22 @@ def _published_network(model: str, config: StrictModel) -> str:
     )
 
 
-def _fetch_url(url: str) -> Path:
+def _fetch_url(url: str, download: bool) -> Path:
     """Download *url* of torchvision to torch.hub's cache unless it is there; check the hash of the file."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         with _downloading(name, f"get {url} and put it at {path}"):
+            if not download:
+                importlib.import_module("torch.hub").urlopen(url, timeout=UNREACHABLE_SECONDS).close()
+                return path
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
     _check_hash(path, path.stem.rpartition("-")[2])
     return path
 
 
-def _fetch_from_hub(repository: str) -> Path:
+def _fetch_from_hub(repository: str, download: bool) -> Path:
     """Fetch the weights of the hub's *repository*, with @REVISION if any; check the hash of the file."""
     hub = importlib.import_module("huggingface_hub")
     name, _, revision = repository.partition("@")
@@ -105,6 +115,8 @@ def _fetch_from_hub(repository: str) -> Path:
         url = hub.hf_hub_url(**location)
         with _downloading(f"{name}/{HUB_FILE}", f"get {url} on another machine and copy it here", **OWN_FILE):
             hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)  # the download would retry for longer
+            if not download:
+                return Path(HUB_FILE)
             cached = hub.hf_hub_download(**location)
     path = Path(cached)
     blob = path.resolve().name  # the hub's cache names large files by their hash; others are not compared

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, shorten_problems
-from sopdeploy.photos.copies import Groups, group_by_edges, signature
+from sopdeploy.images.metadata import NO_TIME
+from sopdeploy.photos.clips import describe_possible_clip, find_clips
+from sopdeploy.photos.copies import MAX_SIGNATURES, Groups, group_by_edges, signature, whiten
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_parts, single_images
 from sopdeploy.photos.photo import ImageFiles, map_threaded
@@ -92,6 +94,7 @@ class _FileInfo:
     format: str = ""
     size: tuple[int, int] = (0, 0)
     pixel_hash: str = ""
+    taken: int = NO_TIME
     signature: NDArray[np.float32] | None = None
 
 
@@ -111,13 +114,19 @@ def check_data(
     if sum(len(images) for images in parts.values()) > MAX_FEATURES:
         group_by_features = None
     by_edges = near and group_by_features is None
+    num_images = sum(len(images) for images in parts.values())
+    has_signatures = by_edges or num_images <= MAX_SIGNATURES
     infos = [
         info
         for name, images in parts.items()
-        for info in map_threaded(partial(_inspect_file, images, name, by_edges), len(images))
+        for info in map_threaded(partial(_inspect_file, images, name, has_signatures), len(images))
     ]
     readable = [info for info in infos if not info.error]
-    notes = (*opened.notes, EDGES_MISS) if by_edges else tuple(opened.notes)
+    notes = [
+        *opened.notes,
+        *([EDGES_MISS] if by_edges else []),
+        *(_find_clips(readable) if has_signatures else []),
+    ]
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T  # two sides per image
     train, *held_out = parts.values()
     # If no images are held out by folder, training leaves out classes of one image: it cannot divide them.
@@ -134,7 +143,7 @@ def check_data(
         duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
         near=tuple(_find_near(readable, group_by_features)) if near else None,
         passed_over=dict(opened.ignored),
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
@@ -144,8 +153,8 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
     return PartReport(name=name, count=len(images), bytes=size, classes=counts)
 
 
-def _inspect_file(images: ImageFiles, part: str, by_edges: bool, index: int) -> _FileInfo:
-    """Decode an image and describe its file; with *by_edges*, with its signature for near-duplicates."""
+def _inspect_file(images: ImageFiles, part: str, has_signature: bool, index: int) -> _FileInfo:
+    """Decode an image and describe its file, if *has_signature* with the signature of its edges."""
     file, label, length = str(images.path(index)), SEPARATOR.join(images.class_names(index)), 0
     try:
         photo = images.photo(index)
@@ -158,10 +167,26 @@ def _inspect_file(images: ImageFiles, part: str, by_edges: bool, index: int) -> 
             format=photo.image.format or "",
             size=photo.pixels.size,
             pixel_hash=photo.pixel_hash,
-            signature=signature(photo.pixels) if by_edges else None,
+            taken=photo.taken,
+            signature=signature(photo.pixels) if has_signature else None,
         )
     except DataError as error:
         return _FileInfo(file, part, label, length, str(error))
+
+
+def _find_clips(infos: Sequence[_FileInfo]) -> Iterator[str]:
+    """Describe files that may be frames of one clip, by names, times and edges."""
+    if len(infos) < 2:
+        return
+    names, times = [info.file for info in infos], np.asarray([info.taken for info in infos], np.int64)
+    vectors = whiten([np.stack([info.signature for info in infos if info.signature is not None])])
+    classes, pixels = (
+        np.unique(keys, return_inverse=True)[1].astype(np.int64)
+        for keys in ([f"{info.part} {info.label}" for info in infos], [info.pixel_hash for info in infos])
+    )
+    found = find_clips(names, times, classes, vectors, pixels)
+    if (pair := found.found or found.doubtful) is not None:
+        yield describe_possible_clip([names[index] for index in pair], found.pattern)
 
 
 def _find_near(
@@ -177,7 +202,7 @@ def _find_near(
         groups = group_by_features(images)
     else:
         signatures = [info.signature for info in infos if info.signature is not None]  # all have one then
-        groups = group_by_edges(images, [info.pixel_hash for info in infos], signatures)
+        groups, _ = group_by_edges(images, [info.pixel_hash for info in infos], signatures)
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist()):
         if len({hashes[file] for file in group.files}) > 1:

@@ -10,8 +10,11 @@ The threshold is measured on the given images and vectors. It is halfway between
 and what copies reach: four fifths of `Copies` of a sample of the images, or, if most images are frames of
 clips and reach more, four fifths of the frames with the most similar one (`_reached_by_frames`). Different
 images reach four standard deviations above the median cosine of the images of a class, or above the median of
-the largest cosine with images of other classes. If most pairs of a class are copies, as in a clip, those that
-chains of copies connect do not count (`_find_threshold`).
+the largest cosine with images of other classes; its upper tail is not used if it reaches what copies do,
+because classes that look alike and copies with other labels make it heavy. If most pairs of a class are
+copies, as in a clip, those that chains of copies connect do not count (`_find_threshold`).
+
+Copies that are turned or mirrored are found by small gray images in eight orientations (`find_turned`).
 
 Letters: N images, M copies, V views, D components of a vector.
 """
@@ -28,6 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from sopdeploy.errors import DataError
+from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.photo import UNREADABLE, LabeledImages, map_threaded
 
 Groups = NDArray[np.int64]  # a number per image
@@ -37,12 +41,15 @@ COPY_SIDES, COPY_BRIGHTNESS, COPY_QUALITY = 0.6, 1.15, 60  # relative to the pho
 MISSED = 0.2  # share of the copies that may have a lower cosine
 MOST = 0.5  # share of the images from which on frames of clips determine what copies reach
 DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
+MAX_OTHER_LABELS = 3  # copies of an image with other labels, beyond which classes look alike
 SHARE_UNLIKE = 0.05  # of the pairs of a class that reach less than copies if the class holds clips
 MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
 _COSINES = 2**25  # similarities that are computed at once: 128 MiB
 MAX_SIGNATURES = 20_000  # among more images, only equal files are found
-NO_PAIRS = np.zeros((2, 0), np.intp)
+NO_PAIRS, NO_VECTORS = np.zeros((2, 0), np.intp), np.zeros((0, 0), np.float32)
+SMALL, TURNED = 16, 0.96  # pixels of a side, and cosine of equal images
+PLAIN = 2.0  # standard deviation of the gray levels of an image that shows nothing
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
 DECIMALS = 4  # of a signature; float32 differs between processors from the seventh decimal on
 
@@ -96,14 +103,20 @@ class Copies(LabeledImages):
 
 
 class NearDuplicates(NamedTuple):
-    """The `pairs` (2, P) of near-duplicates among N images, and which images (N,) are `alike`.
+    """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
-    These are the images of classes whose images nearly all resemble each other as copies do: frames of one
-    clip, or images of one kind, such as parts before one camera. The vectors do not tell which.
+    `certain` (2, Q) are those of them that reach what half of the copies reach, and that would be copies
+    within a class, too.
+
+    Alike are the images of classes whose images nearly all resemble each other as copies do: frames of one
+    clip, or images of one kind, such as parts before one camera. The vectors do not tell which; they are
+    those of the whole images (N, D), whitened, of length 1.
     """
 
     pairs: NDArray[np.intp]
     alike: NDArray[np.bool_]
+    vectors: NDArray[np.float32] = NO_VECTORS
+    certain: NDArray[np.intp] = NO_PAIRS
 
 
 def find_pairs(
@@ -120,7 +133,7 @@ def find_pairs(
     Images with equal *hashes* (N,) are exact copies, which `connect` groups by the hashes.
     """
     count, num_views = len(targets), views[0].shape[1]
-    class_N = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)  # equal rows are one class
+    class_N = number_classes(targets)
     photograph_N = np.unique(hashes, return_inverse=True)[1]  # equal for exact copies
     parts_by_view = [[part[:, view] for part in views] for view in range(num_views)]  # lists of (N, D)
     whole_parts = parts_by_view[0]
@@ -140,19 +153,28 @@ def find_pairs(
     compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
     cosines = largest_cosines(compared, whole_ND)
     cosine_of_copy_M = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
-    reached_by_copies = float(np.quantile(cosine_of_copy_M, MISSED))
-    threshold, alike = _find_threshold(cosines, compared, class_N, photograph_N, reached_by_copies)
+    reached_by_copies, of_half = np.quantile(cosine_of_copy_M, [MISSED, 0.5]).tolist()
+    threshold, alike, of_class = _find_threshold(cosines, compared, class_N, photograph_N, reached_by_copies)
     # The largest rounding error of a cosine. Cosines that are equal but for it are on one side: those of
     # identical images above the threshold, those of different images that determine it below.
     rounding = float(np.finfo(np.float32).eps) * whole_ND.shape[1]
     threshold = min(threshold + rounding, 1 - rounding)
-    pairs = []
+    pairs, are_certain = [], []
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory
         block = np.arange(start, min(start + size, count))
-        row, second = np.nonzero(largest_cosines(block, whole_ND) >= threshold)
+        cosines = largest_cosines(block, whole_ND)
+        row, second = np.nonzero(cosines >= threshold)
         pairs.append(np.stack([block[row], second]))
-    return NearDuplicates(np.concatenate(pairs, axis=1), np.isin(class_N, alike))
+        are_certain.append(cosines[row, second] >= max(of_class, of_half))
+    found = np.concatenate(pairs, axis=1)
+    certain = found[:, np.concatenate(are_certain)]
+    return NearDuplicates(found, np.isin(class_N, alike), whole_ND, certain)
+
+
+def number_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
+    """Number the classes (N,) of images with *targets* (N,) or (N, C); equal rows are one class."""
+    return np.unique(targets, axis=0, return_inverse=True)[1].reshape(len(targets)).astype(np.int64)
 
 
 def _find_threshold(
@@ -161,8 +183,10 @@ def _find_threshold(
     class_N: NDArray[np.intp],
     photograph_N: NDArray[np.intp],
     reached_by_copies: float,
-) -> tuple[float, list[int]]:
+) -> tuple[float, list[int], float]:
     """Find the cosine that copies reach and different images do not, and the classes that are `alike`.
+
+    Also returns this cosine by the images of each class alone.
 
     *cosines* (K, N) are of the images *compared* with all. Images with equal *photograph_N* are exact copies,
     whose cosines do not count. Both the cosines of two images of a class, and the largest cosine of each
@@ -177,14 +201,23 @@ def _find_threshold(
     other_class_KN = (class_N[compared, None] != class_N) & different_KN
     in_class = cosines[same_class_KN]  # one-dimensional
     largest_with_others_K = np.where(other_class_KN, cosines, -1.0).max(axis=1)
+    reached_in_class = _upper_bound(in_class)
+    tells_copies = reached_in_class < reached_by_copies  # else other classes do not show what copies reach
+    if tells_copies and np.quantile(largest_with_others_K, 0.75) >= reached_by_copies:
+        # Many images have copies with other labels, or classes look alike: then even the fourth image does.
+        place = max(0, len(class_N) - 1 - MAX_OTHER_LABELS)
+        largest_with_others_K = np.partition(np.where(other_class_KN, cosines, -1.0), place, axis=1)[:, place]
     reached_by_others = _upper_bound(largest_with_others_K)
-    bound = max(reached_by_others, _upper_bound(in_class))
+    if tells_copies and reached_by_others >= reached_by_copies:
+        reached_by_others = _upper_bound(largest_with_others_K, has_heavy_tail=True)
+    within = max(reached_in_class, (reached_in_class + reached_by_copies) / 2)
+    bound = max(reached_by_others, reached_in_class)
     second = max(0, len(class_N) - 2)
     # The second largest and the largest cosine of each image in its class; the copy frees the others.
     most_similar_K2 = np.partition(np.where(same_class_KN, cosines, -1.0), second, axis=1)[:, second:].copy()
     if bound < reached_by_copies or not len(in_class):
         reached_by_frames = _reached_by_frames(most_similar_K2, bound, reached_by_copies)
-        return max(bound, (bound + reached_by_frames) / 2), []
+        return max(bound, (bound + reached_by_frames) / 2), [], within
     if np.quantile(in_class, SHARE_UNLIKE) >= reached_by_copies:
         alike = [
             number
@@ -192,10 +225,10 @@ def _find_threshold(
             if len(of_class := cosines[same_class_KN & (class_N == number)])
             and np.quantile(of_class, SHARE_UNLIKE) >= reached_by_copies
         ]
-        return bound, alike
+        return bound, alike, within
     reached_by_frames = _reached_by_frames(most_similar_K2, reached_by_others, reached_by_copies)
     if reached_by_copies <= np.median(largest_with_others_K) and reached_by_frames <= reached_by_others:
-        return bound, []
+        return bound, [], within
     cosines_KK, same_class_KK = cosines[:, compared], same_class_KN[:, compared]
     bound, found = -1.0, reached_by_others
     while found > bound:  # a higher threshold connects fewer images, so that more pairs count
@@ -206,7 +239,7 @@ def _find_threshold(
         found = max(bound, _upper_bound(cosines_KK[same_class_KK & in_other_chain_KK]))
         if found > max(reached_by_frames, np.median(most_similar_K2[:, -1])):
             break  # pairs of frames count, because the chains divide clips
-    return threshold, []
+    return threshold, [], threshold
 
 
 def _reached_by_frames(most_similar_K2: NDArray[np.float32], bound: float, reached_by_copies: float) -> float:
@@ -222,15 +255,17 @@ def _reached_by_frames(most_similar_K2: NDArray[np.float32], bound: float, reach
     return max(reached_by_copies, float(np.quantile(most_similar_K2[are_frames_K, -1], MISSED)))
 
 
-def _upper_bound(cosines: NDArray[np.float32]) -> float:
-    """Return `DEVIATIONS` standard deviations above the median of *cosines*, -1 if there are none.
+def _upper_bound(cosines: NDArray[np.float32], *, has_heavy_tail: bool = False) -> float:
+    """Return `DEVIATIONS` standard deviations above the median of *cosines*, at most 1, -1 if there are none.
 
-    The upper quartile estimates the deviation, because a few copies or wrong labels do not change it.
+    The upper quartile estimates the deviation, because a few copies or wrong labels do not change it; if many
+    may (*has_heavy_tail*), the nearer quartile does.
     """
     if not len(cosines):  # there are no pairs in a class if each class has one image
         return -1.0
-    median, upper = np.quantile(cosines, [0.5, 0.75])
-    return float(median + DEVIATIONS * (upper - median) / QUARTILE)
+    lower, median, upper = np.quantile(cosines, [0.25, 0.5, 0.75]).tolist()
+    distance = min(upper - median, median - lower) if has_heavy_tail else upper - median
+    return min(1.0, float(median + DEVIATIONS * distance / QUARTILE))
 
 
 def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
@@ -291,6 +326,41 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     return whiten
 
 
+def whiten(parts: _Parts) -> NDArray[np.float32]:
+    """Whiten the vectors of different images, given in *parts*; returns rows of length 1."""
+    return _fit_whitening(parts)(parts)
+
+
+def shrink(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Compute the small gray image (`SMALL`, `SMALL`) of the square *pixels* (S, S, 3)."""
+    small = Image.fromarray(pixels).convert("L").resize((SMALL, SMALL), Image.Resampling.BOX)
+    return np.asarray(small)
+
+
+def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
+    """Find the pairs (2, P) of equal images in any of eight orientations, by their *small* ones (N, S, S).
+
+    They are compared after whitening, as other vectors are. Copies that are turned, smaller and re-encoded
+    reach 0.97, different photographs up to 0.94, also of classes that look alike.
+    """
+    count = len(small)
+    sides = [small, small[:, :, ::-1]]  # also mirrored
+    turned = [np.rot90(side, turns, axes=(1, 2)) for side in sides for turns in range(4)]
+    rows = np.stack(turned, axis=1).reshape(count, 8, -1).astype(np.float32)
+    rows -= rows.mean(axis=2, keepdims=True)
+    lengths = np.linalg.norm(rows, axis=2, keepdims=True)
+    is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5  # which all plain images would equal
+    whitened = whiten([(rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)]).reshape(count, 8, -1)
+    pairs = []
+    size = max(1, _COSINES // (8 * count))
+    for start in range(0, count, size):
+        cosines = whitened[start : start + size, 0] @ whitened.reshape(count * 8, -1).T
+        row, column = np.nonzero(cosines.reshape(len(cosines), count, 8).max(axis=2) >= TURNED)
+        pairs.append(np.stack([row + start, column]))
+    found = np.concatenate(pairs, axis=1)
+    return found[:, (found[0] < found[1]) & ~is_plain_N[found].any(axis=0)]
+
+
 def signature(image: Image.Image) -> NDArray[np.float32]:
     """Compute a histogram of the directions of edges in 8 x 8 cells of an RGB *image*, (512,).
 
@@ -316,21 +386,29 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
 
 def group_by_edges(
     images: LabeledImages, hashes: Sequence[str], signatures: Sequence[NDArray[np.float32]]
-) -> Groups:
-    """Group *images* by the *hashes* of their pixels, their *signatures*, and the groups that are known."""
+) -> tuple[Groups, NDArray[np.float32]]:
+    """Group *images* by the *hashes* of their pixels, their *signatures*, and the groups that are known.
+
+    Also returns the vectors (N, D) that tell how similar the images are.
+    """
     identities = [images.identity(index) for index in range(len(images))]
     copies = Copies.of(images, identities, crops=(0.95,))  # signatures miss most smaller crops
     of_copies = np.stack([signature(copies.photo(index).pixels) for index in range(len(copies))])  # (M, 512)
     views = np.stack(signatures)[:, None]  # (N, 1, 512): the whole image is the only view
     found = find_pairs([views], [of_copies], copies.originals, images.targets, hashes)  # one part per vector
-    return connect(len(images), found.pairs, hashes, images.groups)
+    return connect(len(images), found.pairs, hashes, images.groups), found.vectors
 
 
 class Grouped(NamedTuple):
-    """Groups (N,) of photographs that belong together, and the hashes of their files (N,)."""
+    """Groups (N,) of photographs that belong together, hashes of their files, and the times they were taken.
+
+    `vectors` (N, D) of their edges tell how similar they are; they are empty if only files were compared.
+    """
 
     groups: Groups
     file_hashes: NDArray[np.int64]
+    times: NDArray[np.int64]
+    vectors: NDArray[np.float32] = NO_VECTORS
 
 
 def group_photographs(images: LabeledImages) -> Grouped:
@@ -341,23 +419,22 @@ def group_photographs(images: LabeledImages) -> Grouped:
     """
     by_edges = len(images) <= MAX_SIGNATURES
 
-    def inspect(index: int) -> tuple[int, str, NDArray[np.float32] | None]:
-        """Return the hash of a file, and the hash and the signature of its pixels if they can be decoded."""
-        file_hash, pixel_hash, edges = UNREADABLE, "", None
+    def inspect(index: int) -> tuple[int, int, str, NDArray[np.float32] | None]:
+        """Return hash and time of a file, and if it can be decoded the hash and signature of its pixels."""
+        file_hash, taken, pixel_hash, edges = UNREADABLE, NO_TIME, "", None
         with suppress(DataError):  # whoever uses the image names it
             photo = images.photo(index)
             file_hash = photo.file_hash
             if by_edges:
-                pixel_hash, edges = photo.pixel_hash, signature(photo.pixels)
-        return file_hash, pixel_hash, edges
+                taken, pixel_hash, edges = photo.taken, photo.pixel_hash, signature(photo.pixels)
+        return file_hash, taken, pixel_hash, edges
 
     inspected = list(map_threaded(inspect, len(images)))
-    file_hashes = np.asarray([file_hash for file_hash, _, _ in inspected], np.int64)
-    signatures = [edges for _, _, edges in inspected if edges is not None]
+    file_hashes, times = np.asarray([one[:2] for one in inspected], np.int64).reshape(-1, 2).T
+    signatures = [edges for *_, edges in inspected if edges is not None]
     if by_edges and len(signatures) == len(images):
-        return Grouped(
-            group_by_edges(images, [pixels for _, pixels, _ in inspected], signatures), file_hashes
-        )
+        groups, vectors = group_by_edges(images, [pixels for _, _, pixels, _ in inspected], signatures)
+        return Grouped(groups, file_hashes, times, vectors)
     known = connect(len(images), NO_PAIRS, images.groups)
     files = np.where(file_hashes == UNREADABLE, known, file_hashes)  # unreadable files are no equal files
-    return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes)
+    return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes, times)

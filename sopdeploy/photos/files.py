@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from sopdeploy.errors import DataError, shorten
-from sopdeploy.files import expand_user
+from sopdeploy.errors import ConfigError, DataError, shorten
+from sopdeploy.files import expand_user, holds_output
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.names import label_problem
 
@@ -27,6 +27,9 @@ SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
     "__pycache__",
 }  # fmt: skip
+# A photograph that a server kept, in any folder into which its label moved it, and the folder of those of its
+# uniform sample among photographs that show no class.
+KEPT_NAME, SAMPLE_FOLDER = re.compile(r"[0-9a-f]{32}\.(jpg|png)"), "sample"
 TRAIN = "train"
 TRAINING = (TRAIN, "training")
 HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # best first
@@ -96,18 +99,46 @@ class Parts(NamedTuple):
     others: tuple[str, ...]
 
 
-def data_folder(path: Path) -> Path:
-    """Replace `~` at the beginning of *path*; raise `DataError` if it is not a folder."""
+def data_folder(path: Path, content: str = "one subfolder of images per class") -> Path:
+    """Replace `~` at the beginning of *path*; raise `DataError` if it is no folder, which has *content*."""
     folder = expand_user(path)
     if not folder.is_dir():
         problem = "not a folder; unpack archives first, and" if folder.exists() else "no such folder;"
-        raise DataError(f"{folder}: {problem} give a folder with one subfolder of images per class")
+        raise DataError(f"{folder}: {problem} give a folder with {content}")
     return folder
 
 
 def list_subfolders(folder: Path) -> list[str]:
-    """List the names of the subfolders of *folder*, sorted; raises `DataError`."""
-    return [entry.name for entry in list_folder(folder) if _is_folder(entry)]
+    """List the names of the subfolders of *folder*, sorted, except `list_outputs`; raises `DataError`."""
+    return [entry.name for entry in list_folder(folder) if _is_folder(entry) and not _is_output(entry)]
+
+
+def list_outputs(folder: Path) -> list[str]:
+    """List the subfolders of *folder* that are bundles or runs, or hold some; raises `DataError`."""
+    return [entry.name for entry in list_folder(folder) if _is_folder(entry) and _is_output(entry)]
+
+
+def _is_output(entry: os.DirEntry[str]) -> bool:
+    return holds_output(Path(entry.path))
+
+
+def check_takes_output(folder: Path, setting: str | None, images: Path | None = None) -> None:
+    """Raise `ConfigError` if bundles or runs in *folder* would be among photographs.
+
+    *folder* is then *images*, the training data, or below it; or it holds images or class folders of images,
+    whatever uses them. *setting* names *folder* unless it is an argument. A folder need not exist.
+    """
+    advice = "choose a folder outside of them"
+    if images is not None and folder.resolve().is_relative_to(expand_user(images).resolve()):
+        raise ConfigError(f"{folder} is in the photographs of {images}; {advice}", setting=setting)
+    waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
+    for inner in waiting:
+        entries = list_folder(inner)
+        if any(is_image(entry.name) and entry.is_file() for entry in entries):
+            raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)
+        is_part = inner is not folder and part_kind(inner.name)
+        if inner is folder or is_part:  # its class folders, and those of train/ and val/
+            waiting += [Path(entry.path) for entry in entries if _is_folder(entry) and not _is_output(entry)]
 
 
 def list_images(
@@ -133,9 +164,9 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
     """Yield the files below *folder*, sorted by name in each folder; with *hidden*, also hidden ones.
 
     Links to folders are followed. Each real folder is listed once: under its own path if it is below
-    *folder*, otherwise under the first link. Those that contain *folder* or are in *visited* are not listed;
-    those that are listed are added to it. The time is linear in the number of entries. Raises `DataError` for
-    a folder that cannot be listed.
+    *folder*, otherwise under the first link. Those that contain *folder* or are in *visited* are not listed,
+    nor, without *hidden*, bundles and runs, some of which hold images; those that are listed are added to it.
+    The time is linear in the number of entries. Raises `DataError` for a folder that cannot be listed.
     """
     visited, root = set() if visited is None else visited, folder.resolve()
     visited.update(folder_identity(parent) for parent in (folder, *root.parents))
@@ -151,7 +182,7 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
             yield path
         elif entry.is_symlink() and _is_listed_below(root, path, hidden=hidden):
             continue
-        elif (identity := folder_identity(path)) not in visited:
+        elif (hidden or not holds_output(path)) and (identity := folder_identity(path)) not in visited:
             visited.add(identity)
             waiting.append((path, iter(list_folder(path, hidden=hidden))))
 

@@ -19,6 +19,7 @@ from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.limits import SUFFIXES, describe_formats
 from sopdeploy.photos.files import (
     TRAIN,
+    TRAINING,
     Log,
     Parts,
     check_labels,
@@ -28,7 +29,9 @@ from sopdeploy.photos.files import (
     fold,
     folder_identity,
     hint_at_spelling,
+    is_image,
     list_images,
+    list_outputs,
     list_subfolders,
     normalize,
     part_folder,
@@ -38,12 +41,15 @@ from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, find_unreadable, select_classes
 from sopdeploy.photos.table import (
     LABELS_FILE,
+    SPLIT,
     UNSPLIT,
     OpenedParts,
     check_has_classes,
     has_label_table,
     read_label_table,
 )
+
+ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
 
 
 def open_folder(path: Path) -> Split:
@@ -125,12 +131,21 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
         folders = {name: part_folder(root, name) for name in names}
     else:
         folders = {UNSPLIT: root}
+    for folder in folders.values():
+        if folder != root and has_label_table(folder):
+            raise DataError(
+                f"{folder / LABELS_FILE}: not read here; write one for all images in {root}, with a column "
+                f"{SPLIT}, or rename it if the folders are the classes"
+            )
     listings = {name: list_classes(folder) for name, folder in folders.items()}
     train = listings[parts.train or UNSPLIT].images
     if len(train.labels) < 2:
         raise _too_few_classes(train)
+    _check_parts(root, parts, listings)
     problems, other_files = list[str](), list[str]()
     notes = [*_describe_parts(root, parts)]
+    if outputs := list_outputs(root):
+        notes.append(f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}")
     for listing in listings.values():
         problems += class_problems(listing, train.labels)
         notes += _describe_nested(listing)
@@ -138,6 +153,33 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
         other_files += [file for files in listing.other_files.values() for file in files]
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, _count_suffixes(other_files))
+
+
+def _check_parts(root: Path, parts: Parts, listings: Mapping[str, "ClassListing"]) -> None:
+    """Raise `DataError` if it is not certain which folders are parts of the data and which are classes.
+
+    These are a folder `train` of folders beside others that hold images themselves, and parts in the class
+    folders.
+    """
+    if parts.train and not parts.held_out:
+        classes = [
+            name
+            for name in parts.others
+            if any(map(is_image, os.listdir(root / name)))  # noqa: PTH208
+        ]
+        if classes:
+            raise DataError(
+                f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
+                f"rename it if it is a class, or move the others out of this folder"
+            )
+    for listing in listings.values():
+        inside = [path for path in listing.nested if part_kind(path.rpartition("/")[2])]
+        if any(part_kind(path.rpartition("/")[2]) in TRAINING for path in inside):
+            label, _, part = inside[0].rpartition("/")
+            raise DataError(
+                f"{listing.images.root}: class folders hold parts of the data: {shorten(inside)}; put the "
+                f"parts above the classes, such as {part}/{label}"
+            )
 
 
 class ClassListing(NamedTuple):
@@ -283,6 +325,8 @@ def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
         unused = (*parts.held_out[1:], *parts.others)
         if unused:
             yield f"{root}: training uses {' and '.join(used)} only, not {shorten(unused)}"
+    elif parts.others and (trains := [name for name in parts.others if part_kind(name) in TRAINING]):
+        yield f"{root}: {shorten(trains)} counts as a class, because it holds no folders"
     elif parts.held_out and parts.others:
         yield f"{root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
 
@@ -395,10 +439,10 @@ def class_aliases() -> dict[str, str]:
 
 def open_any_images(root: Path) -> ImageFiles:
     """Open all images below *root*, without their classes; raises `DataError` if there are none."""
-    root = data_folder(root)
+    root = data_folder(root, ANY_IMAGES)
     paths = np.asarray(list_images(root)[0], dtype=np.bytes_)
     if not len(paths):
-        raise DataError(f"{root}: holds no images; give a folder of JPEG or PNG files")
+        raise DataError(f"{root}: holds no images; give a folder with {ANY_IMAGES}")
     return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))
 
 

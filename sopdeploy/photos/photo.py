@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -22,10 +22,12 @@ from sopdeploy.errors import DataError, ImageError, shorten, shorten_problems
 from sopdeploy.files import read_file
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.limits import MAX_BYTES
+from sopdeploy.images.metadata import capture_time
 from sopdeploy.images.pixels import preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import normalize
+from sopdeploy.photos.fitted import FittedPixels
 
 UNREADABLE = 0  # the hash of a file that cannot be read
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
@@ -54,6 +56,11 @@ class Photo:
         """The image of the file, whose pixels are decoded only if they are used."""
         with image_errors(self.name):
             return open_image(self.content)
+
+    @cached_property
+    def taken(self) -> int:
+        """When the photograph was taken, in seconds of the camera's clock, or `NO_TIME`."""
+        return capture_time(self.image)
 
     @cached_property
     def pixels(self) -> Image.Image:
@@ -255,11 +262,49 @@ class Dataset(ABC):
         return len(self.images)
 
     @abstractmethod
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]: ...
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]: ...
+
+    def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+        """Compute the pixels (B, H, W, 3) of the images at *indices*, and what else belongs to them."""
+        pixels, others = zip(*(self[index] for index in indices), strict=True)
+        return np.stack(pixels), np.asarray(others)
 
 
 @dataclass(frozen=True, slots=True)
-class PreprocessedDataset(Dataset):
+class FittedDataset(Dataset):
+    """Base class of inputs whose images are fitted to the network; index `sample + copy * N` is a copy.
+
+    `fitted` are the pixels that stay in memory, if there are any.
+    """
+
+    fitted: FittedPixels | None = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Compute the pixels (B, H, W, 3) of the images at *indices*."""
+
+    def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+        """Compute the pixels (B, H, W, 3) and the targets, (B,) int64 or (B, C), of images."""
+        targets = self.images.targets[np.asarray(indices) % len(self.images)]
+        return self.pixels(indices), targets if targets.ndim == 2 else targets.astype(np.int64)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
+        return self.pixels([index])[0], self.images.target(index % len(self.images))
+
+    def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
+        """Fit the images at *indices* to the network, unless they are in memory: (B, crop, crop, 3)."""
+        if self.fitted is not None:
+            return self.fitted.read(indices)
+        return np.stack([preprocess_image(self.images[index][0], rules) for index in indices])
+
+    def select(self, mask: NDArray[np.bool_]) -> Self:
+        """Keep the images where *mask* (N,) is true."""
+        fitted = None if self.fitted is None else self.fitted.select(mask)
+        return replace(self, images=self.images.select(mask), fitted=fitted)
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessedDataset(FittedDataset):
     """Images preprocessed exactly as the service does, for evaluation.
 
     With `pad`, they are padded with that many black pixels and cropped at an offset that the pixels decide.
@@ -268,15 +313,33 @@ class PreprocessedDataset(Dataset):
     preprocess: Preprocess
     pad: int = 0
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        image, target = self.images[index]
-        array, pad = preprocess_image(image, self.preprocess), self.pad
-        if pad:  # the offset is the same in every epoch
+    def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Compute the pixels (B, crop, crop, 3) of the images at *indices*."""
+        arrays, pad = self.fit(indices, self.preprocess), self.pad
+        if not pad:
+            return arrays
+        windows = []
+        for array in arrays:  # the offset is the same in every epoch
             digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
             top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
-            padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
-            array = padded[top : top + self.preprocess.crop, left : left + self.preprocess.crop]
-        return array, target
+            windows.append((top, left, False))
+        return crop_padded(arrays, pad, windows)
+
+
+def crop_padded(
+    arrays: NDArray[np.uint8], pad: int, windows: Sequence[tuple[int, int, bool]]
+) -> NDArray[np.uint8]:
+    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) again.
+
+    *windows* has the top, the left and whether the result is mirrored, for each array.
+    """
+    count, height, width, channels = arrays.shape
+    padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
+    padded[:, pad : pad + height, pad : pad + width] = arrays
+    cropped = np.empty_like(arrays)
+    for array, target, (top, left, is_mirrored) in zip(padded, cropped, windows, strict=True):
+        target[:, :: -1 if is_mirrored else 1] = array[top : top + height, left : left + width]
+    return cropped
 
 
 def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:

@@ -31,7 +31,6 @@ from sopdeploy.photos.files import (
     hint_at_spelling,
     is_image,
     list_images,
-    list_subfolders,
     normalize,
 )
 from sopdeploy.photos.photo import ImageFiles
@@ -44,6 +43,12 @@ _ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _REQUIRED = ("file", "classes")  # columns
+_NAMES = {
+    **dict.fromkeys(("filename", "file name", "file_name", "image", "path"), "file"),
+    **dict.fromkeys(("class", "label", "labels"), "classes"),
+}  # of the required columns in tables of other programs
+_SEPARATORS = ",;\t"
+_OTHER_TABLES = (".tsv", ".xlsx", ".xls", ".ods")  # which are not read
 SPLIT, GROUP = "split", "group"  # optional columns
 SEPARATOR = "|"
 VAL = "val"
@@ -68,19 +73,20 @@ class OpenedParts(NamedTuple):
 def has_label_table(root: Path) -> bool:
     """Check whether the classes of the images in *root* are those of its `labels.csv`, not its class folders.
 
-    A `labels.csv` with other columns counts only without class folders; reading it then raises an error.
-    Raises `DataError` for one that cannot be read or is empty, so that it is never ignored by mistake.
+    A table is never ignored: raises `DataError` for one in another format, or that cannot be read.
     """
+    for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
+        is_table = other.suffix.lower() in (*_OTHER_TABLES, Path(LABELS_FILE).suffix)
+        if is_table and other.name != LABELS_FILE and not other.is_dir():
+            raise DataError(
+                f"{other}: not read; save it as {LABELS_FILE} with the columns file,classes, or rename it if "
+                "the folders are the classes"
+            )
     path = root / LABELS_FILE
     if not os.path.lexists(path) or path.is_dir():  # a folder may be a class
         return False
-    header = read_table_text(path).partition("\n")[0]
-    columns = {fold(column.strip(' "\r')) for column in re.split("[,;\t]", header)}
-    if columns & set(_REQUIRED):  # one right name is enough: reading the table names what is wrong
-        return True
-    folders = list_subfolders(root)
-    has_class_folders = len(folders) >= 2 or TRAIN in folders  # a single folder may hold the listed images
-    return not has_class_folders
+    read_table_text(path)
+    return True
 
 
 def read_table_text(table: Path) -> str:
@@ -194,16 +200,19 @@ class _Row(NamedTuple):
 def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
     """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line."""
     try:
-        text = io.StringIO(read_table_text(table), newline="")
-        reader = csv.DictReader(text, strict=True, skipinitialspace=True)
-        columns = reader.fieldnames = [fold(column) for column in reader.fieldnames or ()]
-        records = [(reader.line_num, record) for record in reader]
+        text, first_line, separator = _find_separator(read_table_text(table))
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
+        )
+        columns = [fold(column) for column in reader.fieldnames or ()]
+        columns = reader.fieldnames = [_NAMES.get(column, column) for column in columns]
+        records = [(reader.line_num + first_line, record) for record in reader]
     except csv.Error as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     if {*columns} - {SPLIT, GROUP} != {*_REQUIRED}:
         raise DataError(
             f"{table}: has the columns {shorten(columns) or 'none'}; write file,classes and optionally "
-            "split and group, with commas"
+            "split and group, or rename the file if the folders are the classes"
         )
     if not records:
         raise DataError(f"{table}: lists no images; add a line per image")
@@ -220,6 +229,17 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
                 f"{where}: {row.file} is listed in line {before.line}, too; keep one line per file"
             )
     return list(rows.values())
+
+
+def _find_separator(text: str) -> tuple[str, int, str]:
+    """Return *text* without a first line `sep=;`, the number of such lines, and the separator of columns.
+
+    Without this line, it is the one of `_SEPARATORS` that the heading has most often.
+    """
+    heading, _, rest = text.partition("\n")
+    if given := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", heading, re.IGNORECASE):
+        return rest, 1, given[1]
+    return text, 0, max(_SEPARATORS, key=heading.count)
 
 
 def _read_row(root: Path, line: int, values: Mapping[str, str]) -> _Row:

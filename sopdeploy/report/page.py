@@ -2,16 +2,18 @@
 
 import base64
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
-from sopdeploy.evaluation.metrics import ClassificationReport
-from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelPredictions
+from sopdeploy.evaluation.metrics import ClassificationReport, Rate
+from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import (
     Predictions,
@@ -71,25 +73,43 @@ def write_run_page(
     classes = around(f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown)
     content = HtmlReport(
         title=start.recipe.project or fit.name,
-        text=[_describe_training(start, fit, texts.procedure), classes],
+        text=[
+            describe_in_a_sentence(result.score, is_selected=isinstance(result, LoopResult)),
+            classes,
+            f"Next: sopdeploy export {quote(str(folder / 'best.pt'))} --detach",
+        ],
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
         sections=[
-            *_describe_networks(networks),
-            _describe_learning(fit.position.history, result),
             *(
                 [describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}.")]
                 * is_measured
             ),
-            *_describe_decision(fit.decision, labels),
             *(_show_mistakes(predicted, images, rules) if is_measured else ()),
             *(_show_wrong_labels(train, fit, rules) if isinstance(fit, FewShotFit) else ()),
             *(_show_copies(train, fit, rules) if isinstance(fit, FewShotFit) else ()),
+            Section(title="Training", text=[_describe_training(start, fit, texts.procedure)]),
+            *_describe_networks(networks),
+            _describe_learning(fit.position.history, result),
+            *_describe_decision(fit.decision, labels),
             *_describe_run(start, fit, run.record),
         ],
     )
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
     return metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
+
+
+def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_selected: bool = False) -> str:
+    """Say what *score* means for new photographs, without terms; if *is_selected*, it is too high."""
+    if isinstance(score, MeanPrecision):
+        return f"On new photographs like these, the mean average precision will be {percent(score.value, 0)}."
+    if score is None:
+        return "There are too few different photographs to say how many new ones will be right."
+    value = score.value if isinstance(score, Rate) else score
+    of_ten, of_hundred = round(10 * value), math.floor(100 * value)
+    count = f"{of_ten} of 10" if of_ten < 10 else f"{of_hundred} of 100" if of_hundred < 100 else "nearly all"
+    count = f"at most {count}" if is_selected else count
+    return f"{count[0].upper()}{count[1:]} new photographs like these will be right."
 
 
 def _predict(

@@ -8,15 +8,10 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.sources import open_data
-from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.label_doubts import doubt_labels
 from sopdeploy.photos.photo import LabeledImages, hash_images
 from sopdeploy.training.recorded import read_label_check, read_recorded_recipe
-
-# A label is listed if another class is so many times as probable, both relative to the average probability of
-# the class for its own images. Labels that are contradicted less are mostly right
-# (docs/benchmarks/copied_photos.md).
-LISTED_RATIO = 6
 
 
 class WrongLabel(StrictModel):
@@ -62,19 +57,11 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
     """List (index, description) of images whose label is probably wrong, the least probable label first.
 
-    An image is listed if a class has more than `LISTED_RATIO` times the relative probability of the label:
-    relative to the average one that images of the class have for it, because similar classes are never
-    certain ("confident learning", Northcutt et al., JAIR 2021).
+    `doubt_labels` tells which are.
     """
-    probabilities_NC, labels = softmax(logits_NC), images.targets.astype(np.int64)
+    labels = images.targets.astype(np.int64)
+    listed_N, suggested_N, probabilities_NC = doubt_labels(logits_NC, labels)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
-    sums_C = np.bincount(labels, of_label_N, minlength=probabilities_NC.shape[1])
-    average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)  # 0 without images
-    floor = of_label_N.mean() / 2  # a class of few images whose labels are all wrong has an average near 0
-    relative_NC = probabilities_NC / np.maximum(average_C, floor)
-    relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
-    suggested_N = relative_NC.argmax(axis=1)
-    is_wrong_N = relative_NC.max(axis=1) > LISTED_RATIO * relative_of_label_N
     return [
         (
             index,
@@ -87,5 +74,5 @@ def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> 
             ),
         )
         for index in np.argsort(of_label_N, kind="stable").tolist()
-        if is_wrong_N[index]
+        if listed_N[index]
     ]

@@ -22,7 +22,7 @@ import pydantic
 from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.bundle.manifest import BatchRange, Sha256, to_json
 from sopdeploy.bundle.probes import Replay
-from sopdeploy.config import Count, NonNegative, StrictModel
+from sopdeploy.config import Count, NonNegative, StrictModel, matching
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import MAX_TEXT_BYTES, MAX_WEIGHTS_BYTES, atomic_write, read_file, writing
 
@@ -87,7 +87,7 @@ class EngineKey(StrictModel):
     bundle_onnx: Sha256
     tensorrt: str
     gpu: str
-    architecture: Annotated[str, pydantic.Field(pattern=r"^sm_\d+$")]
+    architecture: Annotated[str, matching(r"sm_[0-9]+", "GPU architecture such as sm_90")]
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     via: Literal["onnx", "torch-tensorrt"] = "onnx"  # TensorRT's ONNX parser, or torch-tensorrt

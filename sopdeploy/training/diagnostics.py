@@ -8,7 +8,6 @@ The field names of the classes here are keys in checkpoints and columns of `hist
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import median_high
 
 import numpy as np
@@ -134,7 +133,7 @@ def diagnose(
     evenly_spaced = [number * len(held_out) // count for number in range(count)]
     mask = np.zeros(len(held_out), np.bool_)
     mask[evenly_spaced] = True
-    subset = replace(held_out, images=held_out.images.select(mask))
+    subset = held_out.select(mask)
     network = AllHeads(model)
     joined, targets = predict_logits(
         as_evaluated(network, mirror=mirror), subset, preprocess, batch_size=batch_size

@@ -98,7 +98,7 @@ def choose(
     _fit_means(tuned, PreprocessedDataset(run.start.data.train, recipe.preprocess), run)
     logits_NK, _ = _predict(tuned, held_out, run)
     right = logits_NK.argmax(axis=1) == targets
-    groups, _ = group_photographs(held_out.images)
+    groups = group_photographs(held_out.images).groups
     first = np.unique(groups, return_index=True)[1]  # near-duplicates are not independent
     tuning = Tuning.of(right_before[first], right[first])
     if not tuning.is_better:

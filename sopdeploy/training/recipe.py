@@ -5,7 +5,7 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
@@ -14,7 +14,7 @@ import pydantic
 
 from sopdeploy.config import Count, FieldValues, PositiveRate, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
-from sopdeploy.data.sources import DataConfig, OwnDataConfig
+from sopdeploy.data.sources import DataConfig, DataOptions, FolderConfig, HoldOut, OwnDataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
@@ -37,14 +37,18 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "rejection.accepts",
     "rejection.unknown",
 }
-FIRST_PHASE_KEYS = ("start.classifier_epochs", "start.classifier_lr")
-LOOP_KEYS = (
-    *LoopSettings.model_fields,
-    *FIRST_PHASE_KEYS,
-    "start.learn",
-    "start.head_factor",
-    "model.remove_branches_at",
+# The recipe keys, with all below them, that each procedure but the loop reads. The loop reads all.
+READ_BY_FEW_SHOT = (
+    *("summary", "project", "procedure", "seed", "workers", "threads", "device", "channels_last"),
+    *("model.name", "model.config", "data", "preprocess", "start.weights", "rejection"),
 )
+READ_BY_FINE_TUNE = (
+    *READ_BY_FEW_SHOT,
+    *("start.learn", "start.head_factor", "model.remove_branches_at"),
+    *("epochs", "batch_size", "precision", "augment", "color", "optimizer", "schedule", "loss", "ema"),
+    *("teacher", "save"),
+)
+HOLD_OUT_KEYS = {f"data.{name}" for name in HoldOut.model_fields.keys() - DataOptions.model_fields.keys()}
 
 
 class LoopConfig(StrictModel):
@@ -191,29 +195,54 @@ class Recipe(LoopSettings):
     rejection: RejectionConfig = RejectionConfig()
 
     def reads(self, key: str) -> bool:
-        """Check whether the procedure reads the dotted *key*.
+        """Check whether the procedure reads the dotted *key*, of a value or of a table with such values.
 
-        `few_shot` reads no `LOOP_KEYS`, `fine_tune` all but those of the first phase and of the validation.
+        Procedures that fit a head read only the options that the network with the head has.
         """
-        if isinstance(self.procedure, LoopConfig):
+        procedure = self.procedure
+        if not isinstance(procedure, HeadOptions):
             return True
-        ignored = LOOP_KEYS
-        if isinstance(self.procedure, FineTuneConfig):
-            ignored = (*FIRST_PHASE_KEYS, "validation")
-        return not any(key == name or key.startswith(f"{name}.") for name in ignored)
+        is_few_shot = isinstance(procedure, FewShotConfig)
+        if is_few_shot and key in HOLD_OUT_KEYS:
+            return False
+        if key.startswith("model.config."):
+            from sopdeploy.models.second_order_head import head_name, tuned_name  # noqa: PLC0415 # torch
 
-    def check_effect(self, given: Sequence[str]) -> None:
-        """Raise `ConfigError` if the procedure ignores a *given* key."""
-        ignored = [key for key in given if not self.reads(key)]
-        if ignored:
+            network = (head_name if is_few_shot else tuned_name)(self.model.name)
+            return key.split(".")[2] in entry(network).config.model_fields
+        read = READ_BY_FEW_SHOT if is_few_shot else READ_BY_FINE_TUNE
+        return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in read)
+
+    def check_effect(self, given: Sequence[str], *, holds_out: bool = True) -> None:
+        """Raise `ConfigError` if the procedure ignores a *given* key.
+
+        Without *holds_out*, the data have held-out images, so that the run chooses none.
+        """
+        if ignored := [key for key in given if not self.reads(key)]:
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
                 "or choose another one with procedure.kind"
             )
+        if not holds_out and (ignored := [key for key in given if key in HOLD_OUT_KEYS]):
+            raise ConfigError(
+                f"{', '.join(ignored)}: without effect, because the data have held-out images; remove them"
+            )
+
+    @property
+    def starts_random(self) -> bool:
+        """Whether all weights of the network are random at the start."""
+        return self.start is None or self.start.weights == "none"
+
+    @property
+    def groups_by_name(self) -> bool:
+        """Whether the user groups images by their names, so that the names need no interpretation."""
+        return isinstance(self.data, FolderConfig) and bool(self.data.groups)
 
     @property
     def training_crop(self) -> int:
-        """Side of the training images in pixels."""
+        """Side of the training images in pixels; those of the few-shot procedure are not augmented."""
+        if isinstance(self.procedure, FewShotConfig):
+            return self.preprocess.crop
         crop = self.augment.crop if isinstance(self.augment, BoxCrop) else None
         return self.preprocess.crop if crop is None else crop
 
@@ -290,6 +319,7 @@ def change_recipe(
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     _drop_values_of_others(values, dict(changes))
+    before = deepcopy(values)
     for key, value in [*_procedure_settings(values, dict(changes)), *changes]:
         *tables, last = key.split(".")
         table = values
@@ -298,7 +328,21 @@ def change_recipe(
             if not isinstance(table, dict):
                 raise ConfigError(f"{key}: {name} is a value, not a table with keys")
         table[last] = value
+    _scale_resize(values, before.get("preprocess"), {key for key, _ in changes})
     return validate_recipe(values, str(source))
+
+
+def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) -> None:
+    """Scale `preprocess.resize` if *changed* keys have `crop` alone, and both had values *before*."""
+    if "preprocess.crop" not in changed or "preprocess.resize" in changed or not isinstance(before, dict):
+        return
+    table = values.get("preprocess")
+    sides: Any = before.get("resize"), before.get("crop")
+    crop: Any = table.get("crop") if isinstance(table, dict) else None
+    if isinstance(table, dict) and all(
+        isinstance(side, int) and side > 0 for side in (crop, *sides)
+    ):  # else the validation names it
+        table["resize"] = Preprocess.scaled_resize(crop, *sides)
 
 
 def _procedure_settings(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -406,12 +450,17 @@ def _name_key(path: Sequence[str | int], values: Any) -> str:
 
 def _suggest_key(key: str) -> str:
     """Return the end of the message "unknown key" about *key*: "; did you mean optimizer.lr?", or ""."""
-    known = sorted(set(_list_keys(Recipe)))  # of all kinds of optimizers, data sources and others
-    if key in known:
+    if key in set(_list_keys(Recipe)):
         return " of this kind"  # for example, `optimizer.nesterov` of the kind adamw
-    same_name = [name for name in known if name.endswith(f".{key}")]
-    close = same_name or difflib.get_close_matches(key, known, n=1)
+    close = suggest_keys(key)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:
+    """List the keys that *name* may mean: those that are or end so, or else the one most alike."""
+    known = sorted(set(_list_keys(Recipe)))  # of all kinds of optimizers, data sources and others
+    same_name = [key for key in known if key == name or key.endswith(f".{name}")]
+    return same_name or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
 
 
 def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:

@@ -14,10 +14,11 @@ from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError, DataError, first_line, is_out_of_memory, shorten
 from sopdeploy.layers.normalize import IMAGES_FORMAT
-from sopdeploy.models.base import Classifier
+from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.photos.copies import NO_PAIRS, connect, group_photographs
+from sopdeploy.photos.clips import find_clips
+from sopdeploy.photos.copies import NO_PAIRS, connect, group_photographs, number_classes
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy.photos.photo import LabeledImages, Split, describe_contradictions, hash_images
 from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
@@ -45,6 +46,7 @@ from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     StartReport,
     WeightSource,
+    classifier_name,
     complete_preprocess,
     create_initial_model,
 )
@@ -132,6 +134,21 @@ class Start:
         """Whether the run has no epochs."""
         return isinstance(self.recipe.procedure, FewShotConfig)
 
+    def random_frozen_parts(self) -> str:
+        """Name the parts with random weights of a network that a head reads and that stays frozen, if any."""
+        if not isinstance(self.recipe.procedure, HeadOptions):
+            return ""
+        if self.weights is None:
+            return "all weights"
+        replaced = (*self.model.training_only, classifier_name(self.model))
+        return shorten(
+            [
+                part
+                for part in self.weights.new
+                if not any(is_in(name, part) or is_in(part, name) for name in replaced)
+            ]
+        )
+
     def describe(self, *, is_new: bool) -> Iterator[str]:
         """Describe weights, procedure and images in a line each."""
         if is_new and self.weights is not None:
@@ -167,13 +184,15 @@ def start_run(
     for note in opened.notes:
         callback.on_warning(note)
     selected = select_procedure(recipe, len(opened.train), recorded)
+    selected.check_effect(given.keys, holds_out=not len(opened.held_out))
     division = divide_images(selected, opened, last, strategy)
-    _check_data(selected, opened, division, callback)
-    selected.check_effect(given.keys)
+    _check_data(selected, opened, division, given.keys, callback)
     if isinstance(selected.procedure, LoopConfig):
         check_divisible(selected, len(division.data.train), strategy.world)
     if last is None:
         start = new_start(selected, division, strategy, given.weights)
+        if parts := start.random_frozen_parts():
+            callback.on_warning(f"{parts} of the frozen network: random weights; {LOOP_INSTEAD}")
     else:
         start = _resume_start(selected, division, folder, last)
     check_same_step(start, folder)
@@ -218,12 +237,14 @@ def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConf
     """Return *recipe* with the config of the procedure for *num_images* training images.
 
     "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot` for up to
-    `FEW_IMAGES` training images if the network has a head for it and torchrun did not start the run, and else
-    the training loop. Raises `ConfigError` if `few_shot` or `fine_tune` has no head for the network.
+    `FEW_IMAGES` training images if the network has start weights and a head for it, and torchrun did not
+    start the run, and else the training loop. Raises `ConfigError` if `few_shot` or `fine_tune` has no head
+    for the network.
     """
     config = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure
     if config is None:  # "auto" in a new run
-        can_be_few_shot = not torch.distributed.is_initialized() and _has_head(recipe)
+        is_one_process = not torch.distributed.is_initialized()
+        can_be_few_shot = is_one_process and not recipe.starts_random and _has_head(recipe)
         config = FewShotConfig() if can_be_few_shot and num_images <= FEW_IMAGES else LoopConfig()
     if isinstance(config, HeadOptions):
         if torch.distributed.is_initialized():
@@ -234,6 +255,8 @@ def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConf
 
 def _explain_procedure(recipe: Recipe, num_images: int, *, uses_loop: bool) -> str:
     """Say why "auto" selected the procedure, and how to select the other one if there is one."""
+    if recipe.starts_random:
+        return "training loop, because the network starts from random weights, which all learn"
     if not uses_loop:
         return f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
     if not _has_head(recipe):
@@ -274,7 +297,12 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
         else:
             groups = connect(len(images), NO_PAIRS, images.groups)
             if reads:
-                groups, hashes = group_photographs(images)
+                found = group_photographs(images)
+                groups, hashes = found.groups, found.file_hashes
+                if len(found.vectors) and not recipe.groups_by_name:
+                    names = [images.identity(index) for index in range(len(images))]
+                    classes = number_classes(images.targets)
+                    groups = find_clips(names, found.times, classes, found.vectors, groups).groups
             choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
     choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()  # the others add zeros
@@ -289,12 +317,14 @@ def open_held_out(recipe: Recipe, last: Checkpoint) -> LabeledImages:
     return divide_images(selected, opened, last, Strategy(torch.device("cpu"))).data.held_out
 
 
-def _check_data(recipe: Recipe, opened: Split, division: Division, callback: Callback) -> None:
+def _check_data(
+    recipe: Recipe, opened: Split, division: Division, given: Sequence[str], callback: Callback
+) -> None:
     """Check the images before the training.
 
     Warns of the classes of which no image could be held out, if *division* has images held out of *opened*,
-    and of equal files with different labels. Raises `ConfigError` or `DataError` if `rejection.unknown` could
-    not be used after the training.
+    and of equal files with different labels. Raises `ConfigError` or `DataError` if `rejection.unknown`, or
+    another one of the *given* keys, could not be used after the training.
     """
     data, file_hashes = division.data, division.file_hashes
     if isinstance(recipe.procedure, FineTuneConfig) and data.train.targets.ndim == 2:
@@ -309,12 +339,15 @@ def _check_data(recipe: Recipe, opened: Split, division: Division, callback: Cal
         missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
         if missing:
             callback.on_warning(f"{shorten(missing)}: {ONE_GROUP}")
-    if recipe.rejection.unknown is not None:
-        if data.train.targets.ndim == 2:
-            raise ConfigError(
-                "rejection.unknown: without effect where images have several classes; remove it"
-            )
-        open_any_images(recipe.rejection.unknown)
+    unknown = recipe.rejection.unknown
+    ignored = {key for key in given if key.startswith("rejection.")} | (
+        {"rejection.unknown"} if unknown is not None else set()
+    )
+    if ignored and data.train.targets.ndim == 2:
+        names = ", ".join(sorted(ignored))
+        raise ConfigError(f"{names}: without effect where images have several classes; remove it")
+    if unknown is not None:
+        open_any_images(unknown)
 
 
 def check_count(images: LabeledImages) -> None:

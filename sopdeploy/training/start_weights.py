@@ -93,15 +93,15 @@ def read_start_weights(
     return weights or _read(recipe, source)
 
 
-def fetch_published(recipe: Recipe) -> tuple[Path, str]:
-    """Find or fetch the ImageNet weights of the network of *recipe*; raises its errors.
+def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str]:
+    """Find or fetch the ImageNet weights of the network of *recipe*, as `fetch_imagenet_weights` does.
 
     Returns the file, and the catalog name under which the importers read it.
     """
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
     config = make_config(recipe.model.name, recipe.model.config)
-    return fetch_imagenet_weights(recipe.model.name.removeprefix("head:"), config)
+    return fetch_imagenet_weights(recipe.model.name.removeprefix("head:"), config, download=download)
 
 
 def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
@@ -147,7 +147,7 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
     """
     given = recipe.preprocess.model_dump(exclude_unset=True)
     if "crop" in given and "resize" not in given:
-        given["resize"] = max(given["crop"], round(given["crop"] * base.resize / base.crop))
+        given["resize"] = Preprocess.scaled_resize(given["crop"], base.resize, base.crop)
     try:
         completed = Preprocess(**{**base.model_dump(), **given})
     except pydantic.ValidationError as error:

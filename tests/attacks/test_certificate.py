@@ -26,11 +26,11 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph import Captured, capture, generated_images
+from sopdeploy_export.graph.capture import Captured, capture, generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.proof import certificate
+from sopdeploy_export.proof import certificate, graphs
 from sopdeploy_export.proof.certificate import certify
 from sopdeploy_export.proof.networks import detach
 from tests.export.conftest import GMSOP, save, trained
@@ -46,7 +46,7 @@ ALONE = BatchRange(optimum=1, maximum=1)  # the graph does not depend on the bat
 def _plain_network_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache the graphs of the plain network, which nearly all attacks leave unchanged."""
     quick_torch.keep()
-    monkeypatch.setattr(certificate, "capture", capture_once)
+    monkeypatch.setattr(graphs, "capture", capture_once)
 
 
 class Plain(Backbone):

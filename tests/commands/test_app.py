@@ -19,7 +19,14 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import sopdeploy
-from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field, show_steps
+from sopdeploy.cli.console import (
+    one_line_errors,
+    plain_text,
+    print_error,
+    print_field,
+    print_table,
+    show_steps,
+)
 from sopdeploy.models.registry import CATALOG, FAMILIES
 from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy_commands import env
@@ -361,3 +368,65 @@ def test_a_command_whose_output_is_redirected_prints_a_line_for_each_step(
         on_step("converting to ONNX")
         on_step("writing [the] bundle")
     assert capsys.readouterr() == ("", "export: converting to ONNX\nexport: writing [the] bundle\n")
+
+
+def test_a_row_of_a_table_is_one_line_in_a_pipe_and_not_cut(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = ["photographs-of-the-second-week-3f6c01d2a4b7" * 5, "b"]
+    print_table(("bundle", "accuracy"), [(name, "98.7 %") for name in names])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        [name, "98.7", "%"] for name in names
+    ]
+
+
+USAGE = {
+    "train --resume": "sopdeploy train: Option '--resume' requires an argument, one of never, always, auto",
+    "serve --port": "sopdeploy serve: Option '--port' requires an argument; see sopdeploy serve --help",
+    "runs .": "sopdeploy runs: Unexpected argument '.';",
+    "runs ...": "sopdeploy runs: Unexpected argument '...';",
+    "serve b --gpu": "No such option: --gpu; use --setting runtime=onnxruntime-cuda;",
+    "serve b --max-batch 3": "No such option: --max-batch; use --setting max_batch=VALUE;",
+    "serve b --device cpu": "No such option: --device; did you mean --devices?;",
+    "serve b --zebra": "No such option: --zebra; --print-config lists all settings;",
+    "train --epochs 3": "No such option: --epochs; use --set epochs=VALUE;",
+    "train --lr 3": "No such option: --lr; use --set optimizer.lr=VALUE;",
+    "train --cuda": "No such option: --cuda; use --set device=cuda;",
+    "export a --gpu": "sopdeploy export: No such option: --gpu; see sopdeploy export --help",
+    "serve b --setting port": "port: give it a value, port=VALUE",
+    "serve b --setting root_path=a?b": "root_path: is no path such as /ml",
+    "serve b --devices x": "is no device: cpu, a number, or an id",
+}
+
+
+@pytest.mark.parametrize("words", USAGE)
+def test_a_wrong_option_is_named_with_its_command_and_what_does_the_same(words: str) -> None:
+    result = CliRunner().invoke(app, words.split())
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert USAGE[words] in result.stderr
+    assert "pattern" not in result.stderr
+
+
+FOREIGN_FILES = {
+    "net.py": ("import torch", "code, not weights"),
+    "net.h5": ("\x89HDF", "Keras or TensorFlow"),
+    "net.keras": ("PK", "Keras or TensorFlow"),
+    "net.onnx": ("\x08", "a finished graph without the network"),
+    "net.safetensors": ("{", "no checkpoint of `sopdeploy train`"),
+    "net.py:Net": (None, "names code, not a file"),
+    "package.net:Net": (None, "names code, not a file"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_FILES)
+def test_a_file_of_another_program_is_named_with_what_to_give(name: str, tmp_path: Path) -> None:
+    content, message = FOREIGN_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    for words in (["export", tmp_path / name], ["verify", tmp_path / name]):
+        result = CliRunner().invoke(app, list(map(str, words)))
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert message in result.stderr
+        assert "damaged" not in result.stderr
+        if words[0] == "export":
+            assert ("--network" in result.stderr) is (name != "net.onnx")

@@ -34,6 +34,7 @@ RULES = {
     "crop-bicubic": Preprocess(resize=61, crop=32, interpolation="bicubic"),
     "pad": Preprocess(resize=36, crop=32, fit="pad", background=(10, 20, 30)),
     "squash": Preprocess(resize=70, crop=32, fit="squash", interpolation="bicubic"),
+    "squash-crop": Preprocess(resize=41, crop=32, fit="squash-crop"),
     "squash, rows first": Preprocess(resize=40, crop=32, fit="squash", interpolation="bicubic"),
 }
 

@@ -23,7 +23,6 @@ from sopdeploy_export.results import FLOORS, FLOORS_BY_PRECISION
 from sopdeploy_service.api import admission
 from sopdeploy_service.devices import processes, supervisor
 from sopdeploy_service.inference import decoders, memory_budget
-from sopdeploy_service.second_week.keep import folder as kept_folder
 from sopdeploy_service.second_week.keep import keeper
 from sopdeploy_service.server import http_protocol
 from sopdeploy_service.settings import Settings
@@ -70,7 +69,6 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("does not reject 1 at the {:.0f} % level", ALPHA),
     ("rejects equal accuracies at {:.0f} %, two-sided", ALPHA),
     ("(p at most {:.0f} %)", ALPHA),
-    ("the test cannot reach {:.0f} %", ALPHA),
     ("err in at most {:.0f} % of cases (Bonferroni)", ALPHA),
     (
         "{:.0f} points with 100 images, {:.1f} with 1,000",
@@ -101,18 +99,15 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("or after 1 to {:.0f} s", supervisor.MAX_RESTART_DELAY_SECONDS),
     ("event loop does not run for {:.0f} s", supervisor.HANG_SECONDS),
     ("({:.1f} ms per image in the warm-up)", 1000 * processes.FEED_SECONDS),
-    ("in blocks of {:.0f} KiB", kept_folder.FILE_BLOCK / 1024),
     ("at most {} images ({:.0f} MB)", keeper.MAX_QUEUED_PHOTOS, keeper.MAX_QUEUED_PHOTO_BYTES / MEGA),
-    ("for at most {:.0f} % of the time", PERCENT * keeper.COPY_SHARE),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", few_shot.UNEVEN),
     ("{} principal components ({} in the few-shot procedure)", HeadConfig().width, features.WIDTH),
-    ("takes N = {} steps", HeadConfig().iterations),
     ("show {:.0f} points in four of five cases", PERCENT * statistics.smallest_difference(5, 5, 100)),
 ]
 CITED = [  # from papers, releases and documentation of other programs, or part of an example
     "(75.1 % as published)",
-    "a gain of 0.33 points for ResNet-20 (7.59 instead of 7.92 % error)",
+    "a gain of 0.33 points for ResNet-20",
     "for the printed 3.86 G",
     "the printed 2.3 M parameters",
     "evaluates the first at 0.166 %",

@@ -18,10 +18,11 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export import pipeline
-from sopdeploy_export.graph import Captured, capture, capture_any_batch, lower, output_names
+from sopdeploy_export.graph.capture import Captured, capture, capture_any_batch, output_names
+from sopdeploy_export.graph.file import lower
 from sopdeploy_export.precision.convert import CapturedGraph
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.proof import certificate
+from sopdeploy_export.proof import graphs
 
 CAPTURED: dict[str, Captured] = {}
 GRAPHS: dict[str, CapturedGraph] = {}
@@ -59,7 +60,7 @@ def proving_once(*, alone: bool = False) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if alone:
             patch.setitem(globals(), "CAPTURED", {})
-        patch.setattr(certificate, "capture", _capture_once)
+        patch.setattr(graphs, "capture", _capture_once)
         patch.setattr(pipeline, "lower", _lower_once)
         yield
 

@@ -27,12 +27,12 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_export import program_hashes
-from sopdeploy_export.graph import Deployed, generated_images
+from sopdeploy_export.graph.capture import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.proof import certificate
+from sopdeploy_export.proof import networks
 from sopdeploy_export.results import Exported
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import ROOT
@@ -79,7 +79,7 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     ("option", "message"),
     [
         ("evaluate", r"dog is no class of the network, which knows a, b.* j; remove or rename"),
-        ("calibrate", "holds no images; give a folder of JPEG"),
+        ("calibrate", "holds no images; give a folder with JPEG"),
     ],
 )
 def test_folders_are_checked_before_the_first_expensive_step(
@@ -157,7 +157,7 @@ def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
         opened.append(source)
         return load(source, *options, **named)
 
-    for module in (program_hashes, certificate):
+    for module in (program_hashes, networks):
         monkeypatch.setattr(module, "tensor_hash", count_hash)
     monkeypatch.setattr(compare.ort, "InferenceSession", count_session)
     export_checkpoint(checkpoint, tmp_path, options=DETACH)

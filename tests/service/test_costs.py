@@ -495,7 +495,7 @@ ROUTES = {  # by site
         *(("POST", route) for route in (*READ_ALIKE, *READ_ALIKE.values())),
         *(
             ("GET", route)
-            for route in ("/livez", "/readyz", "/metrics", "/info", "/v1/card", "/openapi.json")
+            for route in ("/livez", "/readyz", "/metrics", "/info", "/v1/status", "/v1/card", "/openapi.json")
         ),
         *(("GET", f"/v2{route}") for route in ("", "/health/live", "/health/ready", "/models/{name}")),
         *(("GET", f"/v2/models/{{name}}{route}") for route in ("/ready", "/versions/{version}")),

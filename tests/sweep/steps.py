@@ -16,13 +16,15 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower
+from sopdeploy_export.graph.capture import Deployed, capture_any_batch, generated_images
+from sopdeploy_export.graph.file import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, open_session
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
-from sopdeploy_export.proof.certificate import Detachment, assert_equal_outputs, build_inventory
-from sopdeploy_export.proof.networks import build_plain_network, detach
+from sopdeploy_export.proof.networks import Detachment, Prepared, detach, load_plain_network
+from sopdeploy_export.proof.outputs import assert_equal_outputs
+from sopdeploy_export.proof.tensors import build_inventory
 from sopdeploy_export.results import Exported, ParityReport
 from tests.export.conftest import save
 
@@ -118,8 +120,11 @@ def detached(checkpoint: Path) -> Detached:
         detach(trained) if trained.training_only else trained,
     )
     detachment = Detachment.of(trained)
-    build_inventory(trained, detached, detachment.training_only)
-    plain = build_plain_network(detachment.plain or trained.inference_model, detached)
+    prepared = Prepared.of("detached", detached)
+    build_inventory(
+        Prepared.of("trained", trained, detachment.training_only), prepared, detachment.training_only
+    )
+    plain = load_plain_network(detachment, prepared).network
     networks = {"plain": plain, "trained": trained, "detached": detached}
     deployed = {role: Deployed(network, found.preprocess).eval() for role, network in networks.items()}
     assert_equal_outputs(deployed, torch.from_numpy(images))

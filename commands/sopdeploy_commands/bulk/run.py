@@ -1,5 +1,6 @@
 """`sopdeploy classify`: classify all images of some sources into parquet files; continue after a stop."""
 
+import csv
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -10,7 +11,8 @@ from sopdeploy.cli.command import SettingOptions, command, expand_options
 from sopdeploy.cli.console import print_field
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError, MissingPackageError
+from sopdeploy.errors import ConfigError, ImageError, MissingPackageError
+from sopdeploy.files import atomic_write, new_folder, writing
 from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments
 
@@ -23,7 +25,7 @@ class Classified(StrictModel):
     """A finished run.
 
     Attributes:
-        rows: The folder of the parquet files.
+        rows: The folder of the parquet files, or the CSV file.
         num_images: Number of images and of rows.
         num_errors: Number of images that have an error and no prediction.
     """
@@ -50,7 +52,7 @@ def classify(
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
     **settings: Any,
 ) -> Classified:
-    """Classify any number of images into parquet files, one row per image.
+    """Classify any number of images into parquet files, or into one CSV file, one row per image.
 
     Repeat the command to continue an interrupted run. An image that cannot be used gets a row with its error.
     The results equal those of the service. The memory depends on `workers` and `part_images`, not on the
@@ -58,12 +60,14 @@ def classify(
 
     Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results
 
+    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results.csv
+
     Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 s3://bucket/photos --out results
 
     Args:
         bundle: A bundle written by `sopdeploy export`.
         sources: Folders, .tar archives, lists of paths (.txt), images; paths or URLs that fsspec opens.
-        out: Folder for the results; an interrupted run is continued.
+        out: Folder for parquet files, of which an interrupted run is continued; or a file that ends in .csv.
         config: TOML file with settings.
         on_image: Called with the numbers of images done and in total.
         **settings: Settings of the server that apply to decoding and inference, for example `threads=1`,
@@ -80,6 +84,10 @@ def classify(
         MissingPackageError: A package of an extra is missing.
         RuntimeUnavailableError: No runtime can run the bundle, or its device failed.
     """
+    if Path(out).suffix.lower() == ".csv":
+        names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
+        settings_of_file = load_settings(None if config is None else Path(config), **settings)
+        return _classify_to_csv(Path(bundle), names, Path(out), options, settings_of_file, on_image)
     from sopdeploy_commands.bulk.output import ROWS_FOLDER, OutputFolder
     from sopdeploy_commands.bulk.sources import list_sources
 
@@ -108,6 +116,55 @@ def classify(
         error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
     num_errors = sum(count for count in error_counts if count is not None)  # now all parts are written
     return Classified(rows=folder.path / ROWS_FOLDER, num_images=done, num_errors=num_errors)
+
+
+def _classify_to_csv(
+    bundle: Path,
+    sources: Sequence[str],
+    out: Path,
+    options: ClassifyOptions,
+    settings: Settings,
+    on_image: Callable[[int, int], None],
+) -> Classified:
+    """Classify the images of *sources* into the CSV file *out*, one after the other, as `predict` does.
+
+    It needs no package of an extra, and is written as a whole or not at all. Several classes are joined by
+    `; `. Raises the errors of `classify`.
+    """
+    from sopdeploy_commands.bulk.sources import list_sources, read_listed
+    from sopdeploy_commands.bundles.predict import FilePrediction, predict_one
+    from sopdeploy_service.http.problems import describe_error
+    from sopdeploy_service.inference.loader import load_model
+    from sopdeploy_service.inference.results import HttpError
+
+    for name in options.model_fields_set:
+        if getattr(options, name) != ClassifyOptions.model_fields[name].default:
+            raise ConfigError("only with a folder of parquet files; give one as out", setting=name)
+    images, num_errors = list(list_sources(sources)), 0
+    loaded = load_model(bundle, settings)
+    several = loaded.bundle.manifest.rules.thresholds is not None
+    with (
+        writing(out),
+        new_folder(out.parent),
+        atomic_write(out) as partial,
+        partial.open("w", encoding="utf-8", newline="") as file,
+    ):
+        rows = csv.writer(file)
+        rows.writerow(("image", "class", "probability", "known", "error"))
+        for done, image in enumerate(images, 1):
+            try:
+                content = read_listed(image, settings.max_body_bytes + 1)
+                found = predict_one(loaded, content, image.path, settings, explain=False)
+            except ImageError as error:
+                found = FilePrediction(image=image.path, error=describe_error(HttpError.of(error)))
+            labels = "; ".join(one.label for one in found.classes[: None if several else 1])
+            probability = f"{found.classes[0].probability:.4f}" if found.classes else ""
+            known = "" if found.known is None else str(found.known).lower()
+            problem = "" if found.error is None else found.error.detail
+            num_errors += found.error is not None
+            rows.writerow((image.path, labels, probability, known, problem))
+            on_image(done, len(images))
+    return Classified(rows=out, num_images=len(images), num_errors=num_errors)
 
 
 def _open_classifier(

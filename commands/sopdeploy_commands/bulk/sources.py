@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
-import fsspec
-
 from sopdeploy.bundle.folder import is_bundle
+from sopdeploy.environment import import_optional, missing_store
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import SUFFIXES
@@ -54,7 +53,7 @@ def list_sources(sources: Sequence[str]) -> Iterator[ListedImage]:
         except SopdeployError:
             raise
         except ImportError as error:
-            raise MissingPackageError(f'{source}: {error}; for S3: pip install "sopdeploy[s3]"') from error
+            raise missing_store(source, error) from error
         except Exception as error:  # every store raises types of its own
             message = f"cannot be listed ({_reason(error)}); check the name, the file and the credentials"
             raise DataError(f"{source}: {message}") from error
@@ -67,11 +66,15 @@ def read_listed(image: ListedImage, limit: int) -> bytes:
     size = limit if image.size == UNKNOWN else min(limit, image.size)
     try:
         if _is_address(image.location):
-            store, path = fsspec.core.url_to_fs(image.location)
+            store, path = _fsspec().core.url_to_fs(image.location)
             return bytes(store.cat_file(path, image.offset, image.offset + size))
         with open_regular(image.location, buffering=0) as file:
             file.seek(image.offset)
             return read_at_most(file, size)
+    except SopdeployError:
+        raise
+    except ImportError as error:
+        raise missing_store(image.location, error) from error
     except Exception as error:  # every store raises types of its own
         raise ImageError(f"cannot be read ({_reason(error)})", code="unusable_data", status=422) from error
 
@@ -106,7 +109,7 @@ def _list_file(path: str) -> ListedImage:
 
 def _list_store(address: str) -> Iterator[ListedImage]:
     """Yield the images at or below *address*, without hidden ones."""
-    store, root = fsspec.core.url_to_fs(address)
+    store, root = _fsspec().core.url_to_fs(address)
     for name, facts in sorted(store.find(root, detail=True).items()):
         if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
             location, size = store.unstrip_protocol(name), facts.get("size")
@@ -174,7 +177,12 @@ def _read_line(lines: IO[str]) -> str:
 
 def _open(location: str) -> Any:
     """Open a regular file or an object for reading."""
-    return fsspec.open(location).open() if _is_address(location) else open_regular(location)
+    return _fsspec().open(location).open() if _is_address(location) else open_regular(location)
+
+
+def _fsspec() -> Any:
+    """Import fsspec, which only addresses need."""
+    return import_optional("fsspec", "fsspec", "sopdeploy[batch]", MissingPackageError)
 
 
 def _is_address(name: str) -> bool:

@@ -2,10 +2,10 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from shlex import join
+from shlex import join, quote
 from typing import TYPE_CHECKING
 
 import pydantic
@@ -15,10 +15,24 @@ from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
-from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError
-from sopdeploy.files import MAX_TEXT_BYTES, check_is_checkpoint, has_manifest, read_class_names, read_file
+from sopdeploy.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    RuntimeUnavailableError,
+    command_line_option,
+)
+from sopdeploy.files import (
+    MAX_TEXT_BYTES,
+    check_is_checkpoint,
+    describe_foreign,
+    has_manifest,
+    read_class_names,
+    read_file,
+)
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.files import data_folder
+from sopdeploy.photos.files import check_takes_output, data_folder
+from sopdeploy.photos.folder import ANY_IMAGES
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
@@ -27,6 +41,7 @@ if TYPE_CHECKING:
     from sopdeploy_export.engine_builder.engine import Engine
     from sopdeploy_export.results import Exported
 
+LABELS_FILE = "labels.txt"
 EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
 
 
@@ -47,6 +62,8 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         warnings.insert(0, "the numbers drift; the bundle records that this was allowed")
     for warning in warnings:
         print_field("warning", warning, style="bold yellow")
+    print_field("page", str(exported.page), style="dim")
+    print_field("next", f"sopdeploy serve {quote(str(exported.path))}", style="dim")
     is_for_cpu = exported.manifest.precision == "fp32" or exported.manifest.int8_for == "cpu"
     if console.is_terminal and is_for_cpu:
         _show_fastest_form(exported.path)
@@ -80,6 +97,8 @@ def export(
 
     Example: sopdeploy export runs/latest/best.pt --detach
 
+    Example: sopdeploy export w.pth --network my_code:build --labels names.txt --preprocess timm:resnet50
+
     Args:
         checkpoint: A checkpoint of `sopdeploy train`, or with a network any weight file.
         out: Folder for the bundle.
@@ -94,11 +113,17 @@ def export(
     """
     path, out = Path(checkpoint), Path(out)
     if source.network is None:
-        check_is_checkpoint(path)  # before the imports, which take seconds, as the checks below
+        try:
+            check_is_checkpoint(path)  # before the imports, which take seconds, as the checks below
+        except CheckpointError as error:
+            if not describe_foreign(path) or path.suffix == ".onnx":
+                raise
+            raise CheckpointError(error.message, remedies={"network": "module:callable"}) from error
     for folder in filter(None, (options.calibrate, options.evaluate)):
-        data_folder(folder)
+        data_folder(folder, ANY_IMAGES)
     if out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
+    check_takes_output(out, "out")
     if source.network is not None:
         return _export_weights(path, out, source, options, on_step)
     from sopdeploy_export.pipeline import export_checkpoint
@@ -117,9 +142,6 @@ def _export_weights(
     from sopdeploy_export.user_network.export_network import export_network
     from sopdeploy_export.user_network.loading import network_builder
 
-    if options.detach:
-        message = "name the parts of the network to remove"
-        raise ConfigError(message, setting="detach", remedies={"training_only": None})
     if source.labels is None:
         message = "missing; give a file with one class name per line, in the order of the logits"
         raise ConfigError(message, setting="labels")
@@ -131,6 +153,7 @@ def _export_weights(
     return export_network(
         network,
         plain=plain,
+        rebuild=network_builder("network", str(source.network), source.option),
         training_only=source.training_only,
         labels=labels,
         preprocess=preprocess,
@@ -155,12 +178,16 @@ def _export_weights(
 
 
 class Inspection(StrictModel):
-    """The parts of a network that its output ignores; `table` names the table of weights in the file."""
+    """The parts of a network that its output ignores; `table` names the table of weights in the file.
+
+    `command` exports the network without these parts.
+    """
 
     network: str
     num_tensors: int
     table: str
     unused: tuple[str, ...]
+    command: str
 
 
 def _show_unused(inspected: Inspection) -> None:
@@ -168,11 +195,8 @@ def _show_unused(inspected: Inspection) -> None:
     print_field("weights", f"{inspected.num_tensors} tensors fit")
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
-    if inspected.unused:
-        words = ["--network", inspected.network]
-        for part in inspected.unused:
-            words += ["--training-only", part]
-        print_field("next", f"sopdeploy export .. {join(words)}", style="dim")
+    print_field("next", f"write one class name per line to {LABELS_FILE}, then", style="dim")
+    print_field("", inspected.command, style="dim")
 
 
 @command(_show_unused)
@@ -197,7 +221,20 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         num_tensors=len(network.state_dict()),
         table=weights_key,
         unused=tuple(unused),
+        command=_export_command(file, options, unused),
     )
+
+
+def _export_command(file: Path, options: NetworkOptions, parts: Iterable[str]) -> str:
+    """Write the command that exports the network of *options* without *parts*."""
+    given = [(name, value) for name, value in vars(options).items() if value not in (None, ())]
+    given += [("training_only", tuple(parts)), ("labels", LABELS_FILE)]
+    words = ["sopdeploy export", quote(str(file))]
+    for name, value in given:
+        words += [
+            command_line_option(name, item) for item in (value if isinstance(value, tuple) else [value])
+        ]
+    return " ".join(words)
 
 
 def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, str, str]":
@@ -316,6 +353,7 @@ def triton(bundle: Path, repository: Path) -> None:
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_export.triton import write_triton
 
+    check_takes_output(repository, None)
     opened = open_bundle(bundle)
     written = write_triton(opened, repository)
     print_field("model", f"{written.name}, batches of 1 to {opened.manifest.batch.maximum}")

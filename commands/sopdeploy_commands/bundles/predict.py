@@ -18,6 +18,7 @@ from sopdeploy.http_api import Classes, ClassProbability, Problem
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image
 from sopdeploy.photos.files import is_image
+from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.images.decode import Decoded, decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -46,7 +47,7 @@ class FilePrediction(Classes):
         return {key: value for key, value in dump(self).items() if value is not None or key == "error"}
 
 
-def _predict_image(
+def predict_one(
     loaded: LoadedModel, image: bytes | Image.Image, name: str, settings: Settings, *, explain: bool
 ) -> FilePrediction:
     """Run an image in batches of one, so that its prediction does not depend on the other images."""
@@ -88,9 +89,7 @@ def read_image(path: Path, max_bytes: int) -> bytes:
         with open_regular(path) if is_image(path.name) else path.open("rb") as file:
             return read_at_most(file, max_bytes + 1)
     except OSError as error:
-        reason = f"cannot be read ({error.strerror}); name an image file"
-        if path.is_dir():
-            reason = f"a folder; name its images: {path}/*"
+        reason = f"cannot be read ({error.strerror}); name an image file, or a folder of images"
         raise DataError(f"{path}: {reason}") from error
 
 
@@ -106,9 +105,9 @@ def _print_prediction(prediction: FilePrediction) -> None:
     ranked = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
     classes = ", ".join(ranked) or "no class reaches its threshold"
     warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
-    unknown = "; probably none of these classes" if prediction.known is False else ""
-    line = plain_text(f"{prediction.image}: {classes}")
-    out.print(Text.assemble(line, (unknown, "yellow"), (warnings, "dim")))
+    unknown = "looks unlike the training photographs; closest: " if prediction.known is False else ""
+    image = plain_text(f"{prediction.image}:")
+    out.print(Text.assemble(image, " ", (unknown, "yellow"), plain_text(classes), (warnings, "dim")))
     if prediction.explanation is not None:
         losses = np.array(prediction.explanation)  # of the first class, if a cell of the image is hidden
         row, column = np.unravel_index(losses.argmax(), losses.shape)
@@ -143,9 +142,11 @@ def predict(
 
     Example: sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg
 
+    Example: sopdeploy predict bundles/photos-3f6c01d2a4b7 folder/
+
     Args:
         bundle: A bundle written by `sopdeploy export`.
-        images: Image files; in Python also PIL images, and uint8 arrays (H, W), (H, W, 3 or 4), (N, H, W, 3).
+        images: Image files, and folders of them; in Python also PIL images, and uint8 arrays (H, W), (H, W, 3 or 4), (N, H, W, 3).
         top_k: Classes per image.
         explain: Also find the parts of the image on which its first class depends; takes 50 times as long.
         **settings: Settings of the server that apply to predictions, for example `threads=1`.
@@ -161,7 +162,10 @@ def predict(
     is_one_array = isinstance(images, np.ndarray) and images.ndim < 4
     is_one = is_one_array or isinstance(images, str | Path | Image.Image)
     items: Iterable[Any] = [images] if is_one else images  # type: ignore[assignment]
-    checked = [_check_image(image, number) for number, image in enumerate(items)]
+    checked: list[Path | Image.Image] = []
+    for number, image in enumerate(items):
+        one = _check_image(image, number)
+        checked += _list_folder(one) if isinstance(one, Path) and one.is_dir() else [one]
     for image in checked:
         if isinstance(image, Path):
             check_readable(image)
@@ -174,8 +178,14 @@ def predict(
             name, content = str(image), read_image(image, loaded_settings.max_body_bytes)
         else:  # `Image.open` sets the name of the file
             name, content = str(getattr(image, "filename", "") or f"image {number}"), image
-        predictions.append(_predict_image(loaded, content, name, loaded_settings, explain=explain))
+        predictions.append(predict_one(loaded, content, name, loaded_settings, explain=explain))
     return tuple(predictions)
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    """List the images below *folder*, sorted by their paths; raises `DataError` if there are none."""
+    images = open_any_images(folder)
+    return [images.path(index) for index in range(len(images))]
 
 
 def _check_image(image: object, number: int) -> Path | Image.Image:

@@ -20,6 +20,7 @@ from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import link_latest, writing
 from sopdeploy.files import sha256 as sha256_of
 from sopdeploy.names import is_bundle_name
+from sopdeploy.photos.files import check_takes_output
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +118,7 @@ def pull(
     """
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise ConfigError("use the 64 hexadecimal digits that `push` printed", setting="sha256", value=sha256)
+    check_takes_output(destination, None)
     with ExitStack() as stack:
         folder = stack.enter_context(staging(destination))
         with writing(destination):  # without a name, so that nobody exchanges it and nothing can stay

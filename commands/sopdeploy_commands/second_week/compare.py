@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel, Text
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, amount
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
     ALPHA,
@@ -39,6 +39,7 @@ from sopdeploy.files import MAX_NAMES_BYTES, read_file
 from sopdeploy.html.report import percent
 from sopdeploy.names import LinkPath
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
+from sopdeploy.photos.files import KEPT_NAME, SAMPLE_FOLDER
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import SAMPLED, Time
@@ -132,13 +133,18 @@ class BundleComparison(StrictModel):
     def summary(self) -> str:
         """The verdict in one line."""
         text: str = self.verdict
+        is_same = all(one.wins == one.losses == 0 for one in (self, self.unknown) if one is not None)
         if text == "not worse":
             text += f" within {100 * self.tolerance:g} points"
+        elif is_same and self.first.id == self.second.id:
+            text = "no difference, both are the same bundle"
         elif text == "undecided" and self.num_more_images is not None:
             rounded = float(f"{self.num_more_images:.1e}")  # to two digits
             text += f" (about {rounded:,.0f} more labels would decide)"
         if self.unknown is not None and self.unknown.is_worse:
             text += f", rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
+        if is_same:
+            text += ", no answer differs"
         points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
         text += f": {points[0]} points ({points[1]} to {points[2]}) on {self.num_images:,} photographs"
         return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"
@@ -219,7 +225,8 @@ def compare(
         first: A bundle, such as the live one.
         second: The bundle to compare with it.
         data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
-        unknown: Folder of images of none of the classes, which test `known`.
+        unknown: Folder of images of none of the classes, which test `known`; of those that a server kept,
+            only the uniform sample counts.
         tolerance: Points of accuracy by which a bundle that is not worse may lose.
         on_image: Called with the numbers of predictions done and in total.
 
@@ -264,7 +271,7 @@ def compare_loaded(
     common_N = is_common_C[targets]  # the photographs of classes that both bundles have
     if not common_N.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
-    unknown_images = None if unknown is None else open_any_images(unknown)
+    unknown_images = None if unknown is None else _open_unknown(unknown, notes)
     total = len(pair) * (len(images) + len(unknown_images or ()))  # predictions
     done = itertools.count(1)
     evaluated = [
@@ -317,6 +324,25 @@ def count_comparisons(link: Path) -> int:
     return len(different)
 
 
+def _open_unknown(folder: Path, notes: list[str]) -> ImageFiles | None:
+    """Open the images in *folder*, without those that a server kept because its network was not sure of them.
+
+    The live bundle rejected most of these: it would seem better than it is. Those of the uniform sample
+    count. Returns None if none remain; appends to *notes*.
+    """
+    images = open_any_images(folder)
+    paths = [images.path(index) for index in range(len(images))]
+    is_fair_N = np.array(
+        [path.parent.name == SAMPLE_FOLDER or not KEPT_NAME.fullmatch(path.name) for path in paths]
+    )
+    if num_left := int((~is_fair_N).sum()):
+        notes.append(
+            f"{folder}: {amount(num_left, 'photograph')} not compared, because a server kept them outside of "
+            f"its sample, mostly as unknown; {int(is_fair_N.sum())} remain"
+        )
+    return images.select(is_fair_N) if is_fair_N.any() else None
+
+
 class LeftOut(TypedDict):
     """The fields of `BundleComparison` about photographs that are not compared."""
 
@@ -330,7 +356,8 @@ def _select(images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]) -
 
     Also returns what was left out; appends to *notes*.
     """
-    group_N, hashes = group_photographs(images)  # the groups are equal for near-duplicates
+    grouped = group_photographs(images)
+    group_N, hashes = grouped.groups, grouped.file_hashes  # groups are equal for near-duplicates
     recorded_N, suspects = _find_recorded(hashes, pair, notes)
     if len(images) > MAX_SIGNATURES:
         notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out")

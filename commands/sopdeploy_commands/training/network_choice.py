@@ -1,10 +1,10 @@
 """Choose among networks by accuracy and time: `sopdeploy train --models A,B --within 20ms`.
 
-Each network is built with random weights and the head that the few-shot procedure fits, exported, and
-measured on one thread. Those that are fast enough are cross-validated with their start weights, so that only
-these are downloaded. Without `--models`, the networks are those of `choices.toml`, and one whose weights
-cannot be reached is skipped. Of the most accurate one and those that do not differ from it significantly, the
-fastest is chosen.
+It asks first whether the start weights can be reached. Each network is then built with random weights and the
+head that the few-shot procedure fits, exported, and measured on one thread. Those that are fast enough are
+cross-validated with their start weights, so that only these are downloaded. Without `--models`, the networks
+are those of `choices.toml`, and one whose weights cannot be reached is skipped. Of the most accurate one and
+those that do not differ from it significantly, the fastest is chosen.
 """
 
 import statistics
@@ -41,7 +41,8 @@ from sopdeploy.training.start_weights import (
     fetch_published,
 )
 from sopdeploy_commands.bundles.fastest_form import measure_alternately
-from sopdeploy_export.graph import INPUT, capture_any_batch, lower, output_names
+from sopdeploy_export.graph.capture import INPUT, capture_any_batch, output_names
+from sopdeploy_export.graph.file import lower
 from sopdeploy_service.runtime.onnxruntime import CPU, import_onnxruntime, session_options
 
 
@@ -81,15 +82,21 @@ def choose_network(
     for name, recipe in recipes.items():
         if not isinstance(recipe.procedure, HeadOptions):
             reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
+            if recipe.starts_random:
+                reason = "all its weights are random, so there is nothing to cross-validate yet"
             advice = "choose a network with --set model.name"
             raise ConfigError(f"{name}: {reason}; {advice}", setting="models")
+        recipe.check_effect(configured[name][1].keys, holds_out=not len(data.held_out))
+    found = fetch_weights(recipes, callback, may_skip=may_skip, download=False)  # before the measurements
     speeds = measure_networks(recipes, len(data.train.labels), callback)
     fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
     if not fast:
         name, speed = min(speeds.items(), key=lambda item: item[1].milliseconds)
         fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
         raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
-    reached = fetch_weights({name: recipes[name] for name in fast}, callback, may_skip=may_skip)
+    if not (wanted := {name: recipes[name] for name in fast if name in found}):
+        raise WeightsError(f"the weights of {shorten(fast)}, which are fast enough, cannot be reached")
+    reached = fetch_weights(wanted, callback, may_skip=may_skip)
     validated = {
         name: score_network(recipes[name], data.train, configured[name][1].weights, strategy, callback)
         for name in reached
@@ -143,18 +150,21 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
     return {name: Speed(1000 * statistics.median(times[name]), len(graphs[name]) / 1e6) for name in recipes}
 
 
-def fetch_weights(recipes: Mapping[str, Recipe], callback: Callback, *, may_skip: bool) -> list[str]:
+def fetch_weights(
+    recipes: Mapping[str, Recipe], callback: Callback, *, may_skip: bool, download: bool = True
+) -> list[str]:
     """Fetch the published start weights of *recipes*, before any is cross-validated; return the names of all.
 
-    With *may_skip*, those that cannot be fetched are missing, and a warning names them. Raises `WeightsError`
-    for the first one without *may_skip*, and if none can be fetched.
+    Without *download*, it only asks whether they can be fetched. With *may_skip*, those that cannot be are
+    missing, and a warning names them. Raises `WeightsError` for the first one without *may_skip*, and if none
+    can be fetched.
     """
     problems: dict[str, WeightsError] = {}
     for number, (name, recipe) in enumerate(recipes.items()):
         if recipe.start is not None and recipe.start.weights == "imagenet":
             callback.on_stage(name=f"weights of {name}", done=number, total=len(recipes))
             try:
-                fetch_published(recipe)
+                fetch_published(recipe, download=download)
             except WeightsError as error:
                 if not may_skip:
                     raise

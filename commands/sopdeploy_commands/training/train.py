@@ -17,8 +17,8 @@ from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, WeightsError, amount, shorten
 from sopdeploy.files import WeightPath, check_is_weights, expand_user, has_manifest
 from sopdeploy.models.choices import file_stem, read_choices
-from sopdeploy.photos.files import data_folder
-from sopdeploy.photos.folder import open_folder
+from sopdeploy.photos.files import check_takes_output
+from sopdeploy.photos.folder import open_any_images, open_folder
 from sopdeploy.photos.photo import Split
 from sopdeploy.project import Name, folder_project
 from sopdeploy.training.recipe_files import list_recipes, parse_override, read_values, recipe_text
@@ -159,9 +159,11 @@ def train(
     callback: "Callback | None" = None,
     **settings: Any,
 ) -> "TrainingResult":
-    """Train a network; Ctrl-C and SIGTERM save and stop, `--resume always` continues bit for bit.
+    """Train an image classifier on a folder of images with one subfolder per class.
 
-    The run's report.html shows curves, confusions and the worst mistakes.
+    It prints the accuracy to expect on new images, and writes best.pt, which `sopdeploy export` converts, and
+    report.html, which shows confusions and the worst mistakes. Ctrl-C and SIGTERM save and stop; `--resume
+    always` continues bit for bit.
 
     Example: sopdeploy train --data photos/
 
@@ -276,6 +278,9 @@ def _check(
         opened = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
+    for images in (data, None if options.unknown is None else Path(options.unknown)):
+        if images is not None:
+            check_takes_output(out or Path("runs"), "out", images)
     if options.from_ is not None and not Path(options.from_).exists():
         message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
         raise ConfigError(message, setting="from")
@@ -284,7 +289,7 @@ def _check(
         for name, of_network in options.per_network(settings).items()
     }
     if options.unknown is not None:
-        data_folder(Path(options.unknown))
+        open_any_images(Path(options.unknown))
     # The recipe of a run may select classes.
     return _Checked(opened if options.from_ is None else None, networks)
 
@@ -380,7 +385,7 @@ def configure(
     changes = [*map(parse_override, options.set), *flatten(settings)]
     changes += [(key, value) for key, value in option_values.items() if value is not None]
     loaded = change_recipe(source, changes, previous_recipe)
-    keys = [key for key, _ in changes]
+    keys = [key for key, _ in flatten(dict(changes))]
     weights: WeightSource | None = start_file
     is_recipe_given = recipe is not None or previous_recipe is not None
     configured = None if loaded.start is None else loaded.start.weights

@@ -143,6 +143,8 @@ std::vector<uint8_t> preprocess(const Image& image, const json& rules) {
   if (fit == "crop") {
     small = rules["resize"];
     large = std::max(1, int(double(small) * longer / shorter));
+  } else if (fit == "squash-crop") {
+    small = large = rules["resize"];
   } else if (fit == "pad") {
     small = std::max(1, int(std::nearbyint(double(crop) * shorter / longer)));
   }

@@ -92,6 +92,7 @@ function preprocess(image, rules) {
   const [shorter, longer] = [image.width, image.height].sort((a, b) => a - b);
   let [small, large] = [crop, crop];
   if (fit === "crop") [small, large] = [rules.resize, Math.max(1, Math.trunc((rules.resize * longer) / shorter))];
+  if (fit === "squash-crop") small = large = rules.resize;
   if (fit === "pad") small = Math.max(1, nearest((crop * shorter) / longer));
   const size = image.width <= image.height ? [small, large] : [large, small];
   const resized = resize(image, ...size, rules.interpolation);

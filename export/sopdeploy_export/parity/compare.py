@@ -32,7 +32,7 @@ from sopdeploy.environment import EXACT_INT8, lacks_vnni
 from sopdeploy.errors import ParityError
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export import results
-from sopdeploy_export.graph import INPUT, Deployed, output_names
+from sopdeploy_export.graph.capture import INPUT, Deployed, output_names
 from sopdeploy_export.proof.networks import copy_module
 
 Arrays = dict[str, NDArray[Any]]

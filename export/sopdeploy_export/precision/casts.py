@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.graph import NETWORK_PREFIX, compute_outputs
+from sopdeploy_export.graph.capture import NETWORK_PREFIX, compute_outputs
 from sopdeploy_export.parity.compare import InFloat64, ReportsFloat32
 from sopdeploy_export.proof.networks import copy_module
 

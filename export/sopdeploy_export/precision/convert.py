@@ -23,7 +23,8 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower, output_names
+from sopdeploy_export.graph.capture import Deployed, capture_any_batch, generated_images, output_names
+from sopdeploy_export.graph.file import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare
 from sopdeploy_export.precision.casts import float32_parts, in_float16, sum_in_float32, weight_dtypes

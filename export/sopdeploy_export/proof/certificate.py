@@ -1,8 +1,8 @@
 """The certificate: proof that the detached network is the plain network.
 
 `STATEMENTS` lists what is checked. The export stops at the first statement that does not hold; `Certificate`
-is created when all of them do. `certify` checks those about networks and returns a `NetworkProof`,
-`pipeline.check_onnx` checks those about the ONNX graph.
+is created when all of them do. `certify` checks those about networks, in this order, and returns a
+`NetworkProof`; `pipeline` checks those about the ONNX graph. Each statement has a file beside this one.
 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
 names the weights that the output still depends on.
@@ -12,33 +12,24 @@ networks were compared. Without a plain network, the proof cannot detect changes
 share: frozen buffers, constants and patched methods.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import PROOFS, BatchRange, Precision, ProofKind
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.graph import NETWORK_PREFIX, Captured, Deployed, capture
-from sopdeploy_export.program_hashes import (
-    are_equal,
-    compute_roots,
-    describe_difference,
-    find_size_difference,
-    hashing_once,
-    stored_hash,
-    tensor_hash,
-)
-from sopdeploy_export.proof.networks import Detachment, build_plain_network, contiguous, prepare_networks
+from sopdeploy.models.base import Classifier
+from sopdeploy_export.graph.capture import Captured, Deployed
+from sopdeploy_export.program_hashes import hashing_once
+from sopdeploy_export.proof.batch_sizes import check_batch_sizes
+from sopdeploy_export.proof.graphs import Roots, assert_equal_graphs, capture_networks
+from sopdeploy_export.proof.networks import Detachment, Prepared, check_torch_state, load_plain_network
+from sopdeploy_export.proof.outputs import assert_equal_outputs
 from sopdeploy_export.proof.repetition import check_repetition
-from sopdeploy_export.state import tensors
+from sopdeploy_export.proof.tensors import TensorEntry, build_inventory, find_usage
 
 STATEMENTS = {
-    "Tensors": "Each tensor is removed or kept; the kept ones have the same sha256 before and after.",
+    "Tensors": "Each tensor is removed, needed or neither; all but the removed ones have the same sha256 "
+    "before and after.",
     "Graphs": "The trained network's output, the detached network and a plain network built "
     "independently have one Merkle root.",
     "Batch sizes": "The graph for any batch size, with one image, computes what the graph for one "
@@ -49,26 +40,6 @@ STATEMENTS = {
     "ONNX": "The ONNX graphs of these networks have one Merkle root.",
     "Images": "No output depends on other images of the batch. Otherwise the export names the operators.",
 }
-_SINGLE_PROBES = 4  # compared one by one
-MAX_BATCH = 16  # largest batch of probes
-
-
-class TensorEntry(StrictModel):
-    """One parameter or buffer, with the sha256 of its content."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    sha256: str
-
-
-class Roots(StrictModel):
-    """The Merkle roots of the programs that the networks share; `any_batch` covers `num_operations`."""
-
-    any_batch: str
-    batch_of_one: str
-    num_operations: int
 
 
 class FileRoots(Roots):
@@ -82,7 +53,10 @@ class NetworkProof(StrictModel):
     """The statements about networks that were proved.
 
     `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
-    `trained-plain` (nothing to detach) or `trained-only`; `compared` lists the networks that were compared.
+    `trained-plain` (nothing to detach), `trained-only`, or with `rebuilt` in place of `plain` if the builder
+    of the trained network built the other one; `compared` lists the networks that were compared. Each tensor
+    of the trained network is in `removed`, which the user or the catalog declared as training-only; in
+    `kept`, which the outputs depend on; or in `unreached`, which was neither declared nor needed.
     """
 
     model: str
@@ -90,6 +64,7 @@ class NetworkProof(StrictModel):
     detached: tuple[str, ...]
     removed: tuple[TensorEntry, ...]
     kept: tuple[TensorEntry, ...]
+    unreached: tuple[TensorEntry, ...] = ()
     roots: Roots
     compared: tuple[str, ...] = ("trained", "detached", "plain")
     batches: tuple[int, ...]
@@ -100,13 +75,6 @@ class NetworkProof(StrictModel):
     def bytes_removed(self) -> int:
         """Total size of the removed tensors in bytes."""
         return sum(entry.bytes for entry in self.removed)
-
-
-class GraphProof(NamedTuple):
-    """The root of the networks' ONNX graphs in float32, and the operators through which they mix images."""
-
-    root: str
-    mixes_images: tuple[str, ...]
 
 
 class Certificate(NetworkProof):
@@ -130,199 +98,51 @@ def certify(
     batch: BatchRange | None = None,
     detachment: Detachment | None = None,
 ) -> tuple[NetworkProof, dict[str, Captured]]:
-    """Prove that *detached* is the plain network with the weights of *trained*.
+    """Prove statements 1 to 5: *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
-    declares its own. Returns the proof and the captured networks: `trained`, `detached`, and `plain` if
-    it exists. Raises `CertificateError` with the violated statement; neither network is changed.
+    declares its own. Returns the proof and the captured networks: `trained`, `detached`, and `plain` or
+    `rebuilt` if it exists. Raises `CertificateError` with the violated statement; no network is changed.
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
-    is_detached = detached is not trained
-    with hashing_once():  # at the end, `_assert_unchanged` computes all hashes again
-        compared = prepare_networks(trained, detached, detachment.training_only)
-        remaining = compared["detached" if is_detached else "trained"]
-        removed, kept = build_inventory(trained, detached, detachment.training_only)
-        if detachment.plain is not None:
-            built = build_plain_network(detachment.plain, remaining, detachment.rename)
-            compared = {"plain": contiguous(built), **compared}  # the first one is the reference
-        captured = _capture_networks(compared, preprocess, batch or BatchRange(), detachment.captured)
-        roots = _assert_equal_graphs(captured, {entry.name for entry in removed})
-    deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
+    is_detached, training_only = detached is not trained, detachment.training_only
+    with hashing_once():  # at the end, `check_unchanged` computes all hashes again
+        check_torch_state()
+        # Without a detached network, also the training-only parts, which have no tensors, must be in order.
+        networks = {"trained": Prepared.of("trained", trained, training_only if is_detached else ())}
+        if is_detached:
+            networks["detached"] = Prepared.of("detached", detached)
+        shipped = networks["detached" if is_detached else "trained"]
+        # 1. Tensors
+        removed, kept = build_inventory(networks["trained"], shipped, training_only)
+        if detachment.plain is not None:  # the first network is the one that the others are compared with
+            networks = {detachment.reference: load_plain_network(detachment, shipped), **networks}
+        # 2. Graphs
+        modules = {role: prepared.network for role, prepared in networks.items()}
+        captured = capture_networks(modules, preprocess, batch or BatchRange(), detachment.captured)
+        roots, reached = assert_equal_graphs(captured, trained, training_only)
+        # 3. Batch sizes
+        check_batch_sizes(next(iter(captured.values())))
+    # 4. Outputs
+    deployed = {role: Deployed(network, preprocess) for role, network in modules.items()}
     sizes = assert_equal_outputs(deployed, probes)
-    check_repetition(remaining, preprocess, probes)
-    plain = compared.pop("plain", None)
-    # Both the given networks and their contiguous copies, if any: `forward` may have written to either.
-    for network in {id(network): network for network in (trained, detached, *compared.values())}.values():
-        _assert_unchanged(network, kept)
-    if plain is not None:
-        _assert_unchanged_plain(plain, tensors(remaining), kept, detachment.rename)
-        kind: ProofKind = "three-way" if is_detached else "trained-plain"
-    else:
-        kind = "trained-detached" if is_detached else "trained-only"
+    # 5. Repetition
+    check_repetition(shipped.network, preprocess, probes)
+    for prepared in networks.values():
+        prepared.check_unchanged({entry.name for entry in removed})
+    used, _ = find_usage(shipped.network, reached)
+    kind = next(kind for kind, roles in PROOFS.items() if set(roles) == networks.keys())
     proof = NetworkProof(
         model=model,
         proof=kind,
-        detached=detachment.training_only if is_detached else (),
+        detached=training_only if is_detached else (),
         removed=removed,
-        kept=kept,
+        kept=tuple(entry for entry in kept if entry.name in used),
+        unreached=tuple(entry for entry in kept if entry.name not in used),
         roots=roots,
         compared=PROOFS[kind],
         batches=sizes,
         num_images=len(probes),
     )
     return proof, {"detached": captured["trained"], **captured}
-
-
-def _capture_networks(
-    networks: dict[str, nn.Module],
-    preprocess: Preprocess,
-    batch: BatchRange,
-    captured_trained: Captured | None,
-) -> dict[str, Captured]:
-    """Capture *networks*; those with the same operations and weights share programs.
-
-    *captured_trained* are the programs of the trained network if it was captured before. The network that
-    ships comes first, because its programs name what the exported file holds.
-    """
-    captured = {} if captured_trained is None else {"trained": captured_trained}
-    for role in ("detached", "trained", "plain"):
-        if role in networks and role not in captured:
-            try:
-                captured[role] = capture(networks[role], preprocess, batch, tuple(captured.values()))
-            except LoweringError as error:
-                raise CertificateError(f"{role} network: {error}") from error
-    return {role: captured[role] for role in networks}
-
-
-def _assert_equal_graphs(captured: Mapping[str, Captured], removed: set[str]) -> Roots:
-    """Check that all networks have the Merkle roots of the first one, for any batch size and for one image.
-
-    Raises `CertificateError` with the removed weights that an output depends on, or with the first operation
-    that differs from the first network.
-    """
-    first_role, first = next(iter(captured.items()))
-    expected = compute_roots(first.any_batch, first.batch_of_one)
-    if (difference := find_size_difference(first.any_batch, first.batch_of_one)) is not None:
-        raise CertificateError(
-            f"the network for larger batches is not the network for a batch of one: {difference}; its code "
-            "must not depend on the batch size"
-        )
-    for role, programs in captured.items():
-        roots = expected
-        if programs is not first:
-            roots = compute_roots(programs.any_batch, programs.batch_of_one)
-        for size, root in roots.items():
-            weights = {name.removeprefix(NETWORK_PREFIX) for name in root.state}
-            if reached := sorted(weights & removed):
-                raise CertificateError(
-                    f"the output still depends on training-only weights, for {size}: "
-                    f"{shorten(reached)}; a branch affects the main output"
-                )
-            if root.sha256 != expected[size].sha256:
-                difference = describe_difference(root, expected[size], first_role)
-                problem = f"the {role} network is not the {first_role} one, for {size}"
-                raise CertificateError(f"{problem}: {difference}")
-    return Roots(
-        any_batch=expected["any batch size"].sha256,
-        batch_of_one=expected["a batch of one"].sha256,
-        num_operations=len(expected["any batch size"].nodes),
-    )
-
-
-def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
-    """Raise `CertificateError` unless all outputs for *probes* are bitwise equal; return the batch sizes."""
-    single = [probes[i : i + 1] for i in range(min(_SINGLE_PROBES, len(probes)))]
-    batches = [probes[i : i + MAX_BATCH] for i in range(0, len(probes), MAX_BATCH)]
-    reference = next(iter(networks))
-    for images in (*single, *batches):
-        with torch.no_grad():
-            outputs = {role: network(images) for role, network in networks.items()}
-        for role in outputs:
-            for values, expected in zip(outputs[role], outputs[reference], strict=True):
-                if not are_equal(values, expected):
-                    difference = (values - expected).abs().max().item()
-                    raise CertificateError(
-                        f"the {role} network gives other logits than the {reference} one at batch "
-                        f"{len(images)}: largest difference {difference:.3g}"
-                    )
-    return (1, len(batches[0]))  # the last batch may be smaller
-
-
-def build_inventory(
-    trained: nn.Module, detached: nn.Module, training_only: tuple[str, ...]
-) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
-    """List the removed and the kept tensors of *trained*.
-
-    Raises `CertificateError` if a tensor of *detached* is new, is changed, is in *training_only*, or shares
-    memory with a removed tensor, or if a removed tensor is not in *training_only*.
-    """
-    before = tensors(trained)
-    after = before if detached is trained else tensors(detached)
-    if new := sorted(after.keys() - before.keys()):
-        raise CertificateError(f"the detached network has a tensor {new[0]} that was never trained")
-    removed = {name: tensor for name, tensor in before.items() if name not in after}
-    for name in removed:
-        if not is_in(name, *training_only):
-            raise CertificateError(f"{name} was removed, but is not training-only: {list(training_only)}")
-    if still_held := [name for name in after if is_in(name, *training_only)]:
-        raise CertificateError(f"{still_held[0]} is training-only, but the detached network still has it")
-    check_removed_memory(removed, {name: before[name] for name in after})
-    kept = []
-    for name, tensor in after.items():
-        if tensor is not before[name] and not are_equal(tensor, before[name]):
-            raise CertificateError(f"{name} changed while the network was detached")
-        kept.append(_entry(name, before[name]))
-    return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
-
-
-def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Raise `CertificateError` if a removed and a kept tensor overlap in memory, even in two storages."""
-    kept_ranges = [(name, *_addresses(tensor)) for name, tensor in kept.items()]
-    for name, tensor in removed.items():
-        start, end = _addresses(tensor)
-        for kept_name, kept_start, kept_end in kept_ranges:
-            if start < kept_end and kept_start < end:
-                problem = f"shares its memory with {kept_name}, which was kept"
-                raise CertificateError(f"{name} was removed but {problem}")
-
-
-def _addresses(tensor: Tensor) -> tuple[int, int]:
-    """Return the first address of *tensor* and the address after its last; (0, 0) if it is empty."""
-    if not tensor.numel():
-        return 0, 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    elements = 1 + sum((size - 1) * stride for size, stride in steps)  # strides are never negative
-    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
-
-
-def _assert_unchanged(network: nn.Module, kept: Sequence[TensorEntry]) -> None:
-    """Raise `CertificateError` if a kept tensor changed, because code outside of the graph wrote to it."""
-    current = tensors(network)
-    for entry in kept:
-        if entry.name not in current or tensor_hash(current[entry.name]) != entry.sha256:
-            raise CertificateError(f"{entry.name} changed during the proof; forward must not write to it")
-
-
-def _assert_unchanged_plain(
-    plain: nn.Module,
-    unchanged: Mapping[str, Tensor],
-    kept: Sequence[TensorEntry],
-    rename: Callable[[str], str],
-) -> None:
-    """Raise `CertificateError` if a tensor of *plain* differs from the *unchanged* one that it copies."""
-    current = tensors(plain)
-    for entry in kept:
-        name = rename(entry.name)
-        if name not in current or not are_equal(current[name], unchanged[entry.name]):
-            raise CertificateError(f"{name} of the plain network changed during the proof")
-
-
-def _entry(name: str, tensor: Tensor) -> TensorEntry:
-    return TensorEntry(
-        name=name,
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        bytes=tensor.numel() * tensor.element_size(),
-        sha256=stored_hash(tensor),
-    )

@@ -10,12 +10,12 @@ captured. The comparisons of the certificate could not detect it.
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -24,13 +24,21 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CertificateError, DetachError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
+from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
-from sopdeploy_export.graph import EXPORT_EMBEDDING, Captured
-from sopdeploy_export.program_hashes import are_equal, copy_hashed
+from sopdeploy_export.graph.capture import EXPORT_EMBEDDING, Captured, generated_images
+from sopdeploy_export.program_hashes import are_equal, copy_hashed, stored_hash, tensor_hash
 from sopdeploy_export.state import modules, tensors
+from sopdeploy_export.stubs import (
+    SIZES,
+    Recording,
+    record_calls,
+    removed_modules,
+    stubs_of,
+    without_values,
+)
 
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 REMOVED_BY = {  # the function that removes a hook of this class in torch.nn.utils
@@ -38,7 +46,6 @@ REMOVED_BY = {  # the function that removes a hook of this class in torch.nn.uti
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
     "BasePruningMethod": "torch.nn.utils.prune.remove",
 }
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
@@ -49,12 +56,15 @@ class Detachment:
     Attributes:
         training_only: Dotted names of the removed parts.
         plain: Builds the plain network, with any weights; `None` if there is none to compare with.
+        reference: What *plain* builds: the `plain` network, or with the builder of the trained network a
+            `rebuilt` one.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
         captured: The programs of the trained network, if it was captured already, with contiguous tensors.
     """
 
     training_only: tuple[str, ...] = ()
     plain: Callable[[], nn.Module] | None = None
+    reference: Literal["plain", "rebuilt"] = "plain"
     rename: Callable[[str], str] = str
     captured: Captured | None = None
 
@@ -111,29 +121,51 @@ class ExportSubject:
         return {**{str(name): str(versions[name]) for name in versions}, **makers(self.network.modules())}
 
 
-def detach(network: _Network, training_only: tuple[str, ...] | None = None) -> _Network:
+def detach(
+    network: _Network, training_only: tuple[str, ...] | None = None, pixels: Tensor | None = None
+) -> _Network:
     """Return a copy of *network*, in eval mode, without its *training_only* parts.
 
-    It is *network* itself if these parts have no tensors, such as an empty list of branches. *training_only*
-    defaults to the parts that a network of the catalog declares. In a network outside of the catalog, a
-    removed part becomes `None`, because its `forward` may test for that, unless a container such as
-    `nn.Sequential` holds it. Raises `DetachError` if a name does not exist.
+    It is *network* itself if there are none, and for a network of the catalog also if they have no tensors,
+    as an empty list of branches. *training_only* defaults to the parts that a network of the catalog
+    declares. In a network outside of the catalog, stubs take the place of removed parts; *pixels*, normalized
+    images (3, 3, H, W), show what the parts return.
+    Raises `DetachError` if a name does not exist, and `LoweringError` if a part cannot have a stub.
     """
+    is_of_catalog = isinstance(network, Classifier)
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
-    copies: dict[int, Any] = {}  # what `copy.deepcopy` puts in place of an object: None for each part
-    for name in training_only:
-        owner, attribute = _find_owner(network, name)  # raises for an unknown name
-        copies[id(getattr(owner, attribute))] = None
-    if not has_tensors(network, training_only):
+    owners = {name: _find_owner(network, name) for name in training_only}  # raises for an unknown name
+    if not training_only or (is_of_catalog and not has_tensors(network, training_only)):
         return network
-    detached = copy_module(network, memo=copies)
+    removed = {name: getattr(owner, attribute) for name, (owner, attribute) in owners.items()}
+    places: dict[int, Any] = {}  # what `copy.deepcopy` puts in place of an object
+    if is_of_catalog:
+        places = dict.fromkeys(map(id, removed.values()))
+    else:
+        parts = removed_modules(network, training_only)
+        recording = Recording((), ())
+        if parts and pixels is not None:
+            recording = record_calls(copy_module(network), training_only, pixels)
+        given = [part for part in removed.values() if isinstance(part, Tensor)]
+        places = {id(tensor): without_values(tensor) for tensor in given}
+        places |= stubs_of(parts, recording)
+    detached = copy_module(network, memo=places)
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
-        if isinstance(network, Classifier) or isinstance(owner, _CONTAINERS):
-            delattr(owner, attribute)  # others stay None
+        if is_of_catalog:
+            delattr(owner, attribute)
+        elif isinstance(value := getattr(owner, attribute), Tensor):
+            delattr(owner, attribute)
+            vars(owner)[attribute] = value  # no parameter or buffer any more
     detached.eval()
     return detached
+
+
+def few_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
+    """Normalize the last of the generated images, in the layout of *network*: (3, 3, H, W)."""
+    images = torch.from_numpy(generated_images(preprocess.crop)[-max(SIZES) :])
+    return Normalize(preprocess, images_format(network))(images)
 
 
 def has_tensors(network: nn.Module, parts: tuple[str, ...]) -> bool:
@@ -255,39 +287,77 @@ def contiguous(network: _Network) -> _Network:
     return copied
 
 
-def prepare_networks(
-    trained: nn.Module, detached: nn.Module, training_only: tuple[str, ...]
-) -> dict[str, nn.Module]:
-    """Check the state of torch and of both networks; return them by role, with contiguous tensors.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A network of the comparison whose state was checked; what is known of it is computed once.
 
-    `detached` is missing if it is *trained*. Raises `CertificateError`.
+    Attributes:
+        role: `trained`, `detached`, `plain` or `rebuilt`.
+        given: The network as it was given.
+        network: *given*, or a copy with contiguous tensors if any is not.
+        tensors: The tensors of *network* by name.
+        hashes: The sha256 of each, before anything ran.
     """
-    check_torch_state()
-    if detached is trained:  # with its training-only parts, if these have no tensors
-        check_network_state(trained, "trained")
-        return {"trained": contiguous(trained)}
-    check_network_state(trained, "trained", training_only)
-    check_network_state(detached, "detached")
-    return {"trained": contiguous(trained), "detached": contiguous(detached)}
+
+    role: str
+    given: nn.Module
+    network: nn.Module
+    tensors: Mapping[str, Tensor]
+    hashes: Mapping[str, str]
+
+    @classmethod
+    def of(cls, role: str, given: nn.Module, removed: tuple[str, ...] = ()) -> "Prepared":
+        """Check the state of *given* without its *removed* parts; raises `CertificateError`."""
+        check_network_state(given, role, removed)
+        network = contiguous(given)
+        named = tensors(network)
+        hashes = {name: stored_hash(tensor) for name, tensor in named.items()}
+        return cls(role=role, given=given, network=network, tensors=named, hashes=hashes)
+
+    def check_unchanged(self, removed: Set[str]) -> None:
+        """Raise `CertificateError` if a tensor that is not *removed* changed, also in the given network.
+
+        Code outside of the graph may have written to it in a way that its version does not show.
+        """
+        for network in {id(self.given): self.given, id(self.network): self.network}.values():
+            current = tensors(network)
+            for name in self.hashes.keys() - removed:
+                if name not in current or tensor_hash(current[name]) != self.hashes[name]:
+                    problem = f"{name} changed during the proof, in the {self.role} network"
+                    raise CertificateError(f"{problem}; forward must not write to it")
 
 
-def build_plain_network(
-    build: Callable[[], nn.Module], detached: nn.Module, rename: Callable[[str], str] = str
-) -> nn.Module:
-    """Build a plain network with *build* and copy the weights of *detached* into it.
+def fit_prefix(plain: nn.Module, detached: nn.Module, rename: Callable[[str], str]) -> Callable[[str], str]:
+    """Return *rename*, or if the names then differ from those of *plain* by a prefix only, one without it."""
+    names, renamed = set(tensors(plain)), {rename(name) for name in tensors(detached)}
+    if names == renamed or not names or not renamed:
+        return rename
+    own, other = (min(found, key=lambda name: (len(name), name)) for found in (renamed, names))
+    if {name.removeprefix(own.removesuffix(other)) for name in renamed} == names:
+        return lambda name: rename(name).removeprefix(own.removesuffix(other))
+    if {other.removesuffix(own) + name for name in renamed} == names:
+        return lambda name: other.removesuffix(own) + rename(name)
+    return rename
 
-    *rename* maps the name of a tensor in *detached* to its name in the plain network. Buffers that
-    checkpoints do not store follow from the config, so they are compared instead of copied. Raises
-    `CertificateError` if such a buffer differs, or if the networks have tensors of other names or shapes.
+
+def load_plain_network(detachment: Detachment, source: Prepared) -> Prepared:
+    """Build the plain network of *detachment* and copy the weights of *source*, the detached one, into it.
+
+    `rename` maps the name of a tensor in *source* to its name in the plain network. Buffers that checkpoints
+    do not store follow from the config, so they are compared instead of copied. Raises `CertificateError` if
+    such a buffer differs, or if the networks have tensors of other names or shapes.
     """
-    plain = build()
+    if detachment.plain is None:
+        raise CertificateError("there is no builder of a plain network")
+    plain, detached = detachment.plain(), source.network
+    rename = fit_prefix(plain, detached, detachment.rename)
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
     vars(plain)[IMAGES_FORMAT] = images_format(detached)
-    detached_tensors, plain_tensors = tensors(detached), tensors(plain)
-    renamed = {rename(name): tensor for name, tensor in detached_tensors.items()}
-    if len(renamed) != len(detached_tensors):
+    plain_tensors = tensors(plain)
+    renamed = {rename(name): tensor for name, tensor in source.tensors.items()}
+    if len(renamed) != len(source.tensors):
         raise CertificateError("rename gives two tensors of the trained network the same name")
     if missing := sorted(plain_tensors.keys() - renamed.keys()):
         raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
@@ -296,15 +366,15 @@ def build_plain_network(
     stored_names = plain.state_dict().keys()  # without the buffers that checkpoints do not store
     with torch.no_grad():
         for name, tensor in plain_tensors.items():
-            source = renamed[name]
-            if source.shape != tensor.shape or source.dtype != tensor.dtype:
+            weight = renamed[name]
+            if weight.shape != tensor.shape or weight.dtype != tensor.dtype:
                 raise CertificateError(f"{name} has a different shape or dtype in the plain network")
             if name in stored_names:
-                copy_hashed(source, tensor)
-            elif not are_equal(tensor, source):
+                copy_hashed(weight, tensor)
+            elif not are_equal(tensor, weight):
                 raise CertificateError(
                     f"{name} differs from the plain network's; checkpoints do not store this buffer, "
                     "so its values must follow from the config"
                 )
     plain.eval()
-    return plain
+    return Prepared.of(detachment.reference, plain)

@@ -19,14 +19,24 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from sopdeploy.errors import CertificateError, LoweringError, first_line
+from sopdeploy.errors import CertificateError, LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import is_in
-from sopdeploy_export import graph, state
+from sopdeploy_export import state
+from sopdeploy_export.graph.capture import (
+    EXPORT_LOGITS,
+    Captured,
+    Deployed,
+    capture,
+    capture_any_batch,
+    compute_outputs,
+    generated_images,
+)
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
+from sopdeploy_export.proof.tensors import check_drawn_anew, drawn_anew
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _IMAGES = 4  # probes that are computed eagerly
@@ -76,7 +86,7 @@ def copy_for_export(
             check_tensor(name, tensor)
     copied = copy_module(network).cpu().eval()
     if logits is not None:
-        vars(copied)[graph.EXPORT_LOGITS] = logits
+        vars(copied)[EXPORT_LOGITS] = logits
     return copied
 
 
@@ -164,7 +174,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_outputs(
-    deployed: graph.Deployed, preprocess: Preprocess, classes: int, role: str
+    deployed: Deployed, preprocess: Preprocess, classes: int, role: str
 ) -> tuple[str | None, tuple[str, ...]]:
     """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
 
@@ -172,7 +182,7 @@ def check_outputs(
     warnings. Raises `LoweringError` if the network fails, returns no (B, classes) logits, or if the last two
     runs change its state or return other logits.
     """
-    images, network = torch.from_numpy(graph.generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
+    images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     before = state.read_state(network)
     first_logits = _run(deployed, images, role, classes)
     _run(deployed, images[:1], role, classes)
@@ -217,7 +227,7 @@ def _run(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor
     try:
         with torch.no_grad():
             logits: Tensor = deployed(images)[0]
-    except LoweringError:
+    except SopdeployError:
         raise
     except Exception as error:  # the user's code
         if operation := CONTROL_FLOW.search(str(error)):
@@ -266,7 +276,7 @@ def _changed_buffers(
     """
     with state.preserved(network), torch.no_grad():
         with suppress(Exception):  # of the user's code; a later run gives the message
-            graph.compute_outputs(network, pixels)
+            compute_outputs(network, pixels)
         after = _unstored_buffers(network)
     return {
         name: tensor
@@ -303,15 +313,22 @@ def prepared(given: nn.Module, logits: str | int | None, preprocess: Preprocess)
         for _, module in state.modules(given):
             vars(module)["_compiled_call_impl"] = None
         if logits is not None:
-            vars(given)[graph.EXPORT_LOGITS] = logits  # not by `setattr`, which a class can define
+            vars(given)[EXPORT_LOGITS] = logits  # not by `setattr`, which a class can define
         create_buffers(given, preprocess)
         yield
 
 
 def capture_given(
-    given: nn.Module, copied: nn.Module, preprocess: Preprocess, classes: int, options: ExportOptions
-) -> graph.Captured:
+    given: nn.Module,
+    copied: nn.Module,
+    preprocess: Preprocess,
+    classes: int,
+    options: ExportOptions,
+    parts: Sequence[str],
+) -> Captured:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
+
+    What is captured must stay the same while the removed *parts* have random values.
 
     They can differ because a class can define how it is copied. Both networks run on probe images. Unless
     *given* is on a GPU, their graphs are compared, too: here, or by `certify` if the result is the graph of
@@ -323,30 +340,36 @@ def capture_given(
     on_cpu = devices == {torch.device("cpu")}
     is_exact = on_cpu and all(tensor.is_contiguous() for tensor in tensors)  # stored as in *copied*
     tolerance = LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE
-    images = torch.from_numpy(graph.generated_images(preprocess.crop))
-    deployed = graph.Deployed(given, preprocess).eval()
+    images = torch.from_numpy(generated_images(preprocess.crop))
+    deployed = Deployed(given, preprocess).eval()
     deployed.normalise.to(device)
     for batch in (images, images[:1]):
         # Caches are empty again when the networks are captured.
         with state.preserved(given), state.preserved(copied), unreplaced(given):
             expected = _run(deployed, batch.to(device), "given", classes).cpu()
-            logits = _run(graph.Deployed(copied, preprocess).eval(), batch, "trained", classes)
+            logits = _run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
     certify_compares = is_exact and not options.with_features  # which change the programs that it compares
     if certify_compares:
-        return graph.capture(given, preprocess, options.batch)
-    captured = graph.capture(copied, preprocess, options.batch)
+        captured = capture(given, preprocess, options.batch)
+        if parts:
+            check_drawn_anew(given, parts, preprocess, options.batch, captured)
+        return captured
+    captured = capture(copied, preprocess, options.batch)
+    if parts and not on_cpu:
+        check_drawn_anew(copied, parts, preprocess, options.batch, captured)
     if on_cpu:  # a graph for a GPU names the GPU, so it would differ; roots of values ignore the layout
-        program = graph.capture_any_batch(given, preprocess, options.batch)
+        with drawn_anew(given, parts):
+            program = capture_any_batch(given, preprocess, options.batch)
         if value_root(program).sha256 != value_root(captured.any_batch).sha256:
             raise LoweringError(OTHER_COPY)
     return captured
 
 
-def check_constants(captured: graph.Captured, network: nn.Module) -> None:
+def check_constants(captured: Captured, network: nn.Module) -> None:
     """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered."""
     registered = {tensor.untyped_storage().data_ptr() for tensor in state.tensors(network).values()}
     for program in (captured.any_batch, captured.batch_of_one):
@@ -368,7 +391,7 @@ def check_constants(captured: graph.Captured, network: nn.Module) -> None:
                 )
 
 
-def check_cache(path: str, captured: graph.Captured, filled: graph.Captured) -> None:
+def check_cache(path: str, captured: Captured, filled: Captured) -> None:
     """Check that a network computes the same after its first run, which changed the attribute at *path*.
 
     *filled* are the programs after that run. Raises `LoweringError`.

@@ -4,23 +4,27 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import join
 from typing import Any
 
+import torch
 from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.errors import CertificateError, ConfigError, DetachError, shorten
+from sopdeploy.errors import CertificateError, ConfigError, DetachError, SopdeployError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
+from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
-from sopdeploy_export.graph import NETWORK_PREFIX, Captured, Deployed, capture
+from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, Deployed, capture, compute_outputs
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import program_root, tensor_hash
 from sopdeploy_export.proof import networks
-from sopdeploy_export.proof.certificate import check_removed_memory
+from sopdeploy_export.proof.tensors import check_removed_memory, find_usage, outermost
 from sopdeploy_export.results import Exported
 from sopdeploy_export.state import modules, tensors
+from sopdeploy_export.stubs import ReadError
 from sopdeploy_export.user_network import checks
 
 
@@ -28,6 +32,7 @@ def export_network(
     trained: nn.Module,
     *,
     plain: Callable[[], nn.Module] | None = None,
+    rebuild: Callable[[], nn.Module] | None = None,
     training_only: Sequence[str] = (),
     labels: Sequence[str],
     preprocess: Preprocess,
@@ -50,6 +55,8 @@ def export_network(
         trained: The network as it was trained.
         plain: Builds the network that must remain, with any weights. With `None` the certificate compares
             less; `docs/howto/your-network.md` says what it then cannot show.
+        rebuild: Builds *trained* again, with any weights. Without *plain*, the certificate compares with this
+            network, from which the same parts are removed.
         training_only: Dotted names of the parts to remove, or patterns such as `aux*`.
         labels: Class names, in the order of the logits.
         preprocess: Converts an image to the input of the network.
@@ -78,6 +85,7 @@ def export_network(
     options = options or ExportOptions()
     training_only = [training_only] if isinstance(training_only, str) else training_only
     _check_arguments(name, labels, preprocess)
+    check_takes_output(Path(destination), "destination")
     networks.check_torch_state()
     on_step("checking the network")
     given = checks.unwrap(trained)
@@ -93,7 +101,7 @@ def export_network(
     trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
     cache, warnings = checks.check_outputs(trial, preprocess, len(labels), "trained")
     with checks.prepared(given, logits_key, preprocess):
-        captured = checks.capture_given(given, copied, preprocess, len(labels), options)
+        captured = checks.capture_given(given, copied, preprocess, len(labels), options, parts)
     if cache is not None:
         checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
     if created:
@@ -102,7 +110,8 @@ def export_network(
         checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
-    warnings += _check_usage(copied, captured, parts, preprocess, len(labels))
+    warnings += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
+    builder, rebuilt = plain or rebuild, None if plain is not None else parts
     class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
     description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
     subject = networks.ExportSubject(
@@ -111,7 +120,10 @@ def export_network(
         network=copied,
         detachment=networks.Detachment(
             training_only=parts,
-            plain=None if plain is None else _checked_builder(plain, given, logits_key, preprocess),
+            plain=None
+            if builder is None
+            else _checked_builder(builder, given, logits_key, preprocess, rebuilt),
+            reference="plain" if plain is not None else "rebuilt",
             rename=rename or str,
             captured=None if options.with_features else captured,  # features change the programs
         ),
@@ -140,45 +152,41 @@ def unused_modules(
 ) -> tuple[str, ...]:
     """Name the outermost modules of *network* that its output in eval mode does not depend on.
 
-    They are candidates for `training_only`. *logits_key* is the attribute, key or index of the logits, if the
-    network returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
+    `training_only` may name them. *logits_key* is the attribute, key or index of the logits, if the network
+    returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
     """
     networks.check_torch_state()
     copied = networks.contiguous(checks.copy_for_export(network, "given", logits_key))
     checks.create_buffers(copied, preprocess)
-    _, unused = find_usage(copied, capture(copied, preprocess, BatchRange()))
-    return outermost(copied, unused)
+    _, unused = find_usage(copied, reached_names(capture(copied, preprocess, BatchRange())))
+    return removable(copied, outermost(copied, unused), preprocess)
 
 
-def find_usage(network: nn.Module, captured: Captured) -> tuple[set[str], set[str]]:
-    """Name the tensors of *network* that the outputs of its *captured* programs depend on, and the others.
+def removable(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> tuple[str, ...]:
+    """Return *parts* of *network*; in place of a part whose length or other values code reads, its parts."""
+    pixels = networks.few_pixels(network, preprocess)
+    while parts:
+        try:
+            with torch.no_grad():
+                compute_outputs(networks.detach(network, parts, pixels), pixels)
+        except ReadError as error:
+            part = network.get_submodule(error.part)
+            inner = [
+                f"{error.part}.{name}" for name in {**part._modules, **part._parameters, **part._buffers}
+            ]
+            stays = [name for name in parts if name != error.part]
+            parts = (*stays, *(name for name in inner if networks.has_tensors(network, (name,))))
+        except SopdeployError:  # that another run reports
+            break
+        else:
+            break
+    return parts
 
-    Counters of used modules, such as `num_batches_tracked`, are in neither set. Raises `CertificateError` if
-    the programs are not deterministic or write to buffers.
-    """
-    states = [program_root(program).state for program in (captured.any_batch, captured.batch_of_one)]
-    reached = {name.removeprefix(NETWORK_PREFIX) for state in states for name in state}
-    named = tensors(network)
-    # The programs have one name of a tensor; it is used under all names that the network has for it.
-    reached_ids = {id(tensor) for name, tensor in named.items() if name in reached}
-    used = {name for name, tensor in named.items() if id(tensor) in reached_ids}
-    used_modules = {name.rpartition(".")[0] for name in used}
-    unused = set()
-    for name in named.keys() - used:
-        is_counter = not named[name].is_floating_point() and name.rpartition(".")[0] in used_modules
-        if not is_counter:
-            unused.add(name)
-    return used, unused
 
-
-def outermost(network: nn.Module, unused: set[str]) -> tuple[str, ...]:
-    """Name the outermost modules of *network* with only *unused* tensors, then the other unused tensors."""
-    outer: list[str] = []
-    for name, module in modules(network):
-        inner = {f"{name}.{tensor}" for tensor in tensors(module)} if name else set()  # "" is *network*
-        if inner and inner <= unused and not is_in(name, *outer):
-            outer.append(name)
-    return (*outer, *sorted(name for name in unused if not is_in(name, *outer)))
+def reached_names(captured: Captured) -> set[str]:
+    """Name the tensors that the outputs of *captured* programs depend on, each by one name."""
+    roots = [program_root(program) for program in (captured.any_batch, captured.batch_of_one)]
+    return {name.removeprefix(NETWORK_PREFIX) for root in roots for name in root.state}
 
 
 def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -206,9 +214,14 @@ def _check_usage(
     parts: tuple[str, ...],
     preprocess: Preprocess,
     classes: int,
+    *,
+    proposes: bool,
 ) -> tuple[str, ...]:
-    """Check that the output does not depend on the training-only *parts*; return warnings."""
-    used, unused = find_usage(network, captured)
+    """Check that the output does not depend on the training-only *parts*; return warnings.
+
+    Raises `DetachError` with the parts to remove if it *proposes* them.
+    """
+    used, unused = find_usage(network, reached_names(captured))
     reached = sorted(name for name in used if is_in(name, *parts))
     if reached:
         raise CertificateError(
@@ -216,9 +229,15 @@ def _check_usage(
             setting="training_only",
         )
     if parts:
-        detached = Deployed(networks.detach(network, parts), preprocess).eval()
-        checks.check_outputs(detached, preprocess, classes, "detached")
+        detached = networks.detach(network, parts, networks.few_pixels(network, preprocess))
+        checks.check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
     undeclared = outermost(network, {name for name in unused if not is_in(name, *parts)})
+    undeclared = undeclared if parts else removable(network, undeclared, preprocess)
+    if proposes and not parts:
+        if not undeclared:
+            raise DetachError("the output depends on every part of the network", setting="detach")
+        names = join([word for name in undeclared for word in ("--training-only", name)])
+        raise DetachError(f"the output does not depend on {', '.join(undeclared)}; add {names}")
     if not undeclared:
         return ()
     names = ", ".join(undeclared)
@@ -230,8 +249,12 @@ def _checked_builder(
     trained: nn.Module,
     logits_key: str | int | None,
     preprocess: Preprocess,
+    removed: tuple[str, ...] | None,
 ) -> Callable[[], nn.Module]:
-    """Return a builder of the same network as *plain*, unwrapped and in eval mode, in memory of its own."""
+    """Return a builder of the same network as *plain*, unwrapped and in eval mode, in memory of its own.
+
+    If *plain* builds the trained network again, *removed* are the parts to remove, otherwise None.
+    """
 
     def addresses(network: nn.Module) -> set[int]:
         return {tensor.data_ptr() for tensor in tensors(network).values() if tensor.numel()}
@@ -245,7 +268,9 @@ def _checked_builder(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )
         checks.create_buffers(copied, preprocess)
-        return copied
+        return (
+            networks.detach(copied, removed, networks.few_pixels(copied, preprocess)) if removed else copied
+        )
 
     return build
 

@@ -12,7 +12,7 @@ _POOLINGS = {
 }
 _LOW_RANK_VGG = Entry(
     "sopdeploy_papers.poolings.low_rank:LowRankVGG",
-    "sopdeploy.config:StrictModel",
+    "sopdeploy_papers.poolings.low_rank:LowRankConfig",
     {},
     "VGG-16 with low-rank bilinear pooling",
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, out, plain_text, print_table, say
 from sopdeploy.environment import is_main_process
+from sopdeploy.errors import TrainingError, shorten
 from sopdeploy_papers.reproduction.tables import PrintedTable, ReproduceOptions, find_table, load_tables
 
 if TYPE_CHECKING:
@@ -60,10 +61,16 @@ def reproduce(
                 err.print(plain_text(f"{row}, seed {seed}"))
 
         try:
-            return run.reproduce(printed, options, callback=bars, on_run=print_run)
+            found = run.reproduce(printed, options, callback=bars, on_run=print_run)
         except TrainingStoppedError as stopped:
             stopped.message += " with the same command"  # it ends in "can be resumed"
             raise
+    if failed := [row.printed.id for row in found.rows if row.failure]:
+        raise TrainingError(
+            f"{shorten(failed)}: cannot be trained; {found.page} shows why, and the other rows; repeat the "
+            "command to try these again"
+        )
+    return found
 
 
 def _print_tables(tables: list[PrintedTable]) -> None:
@@ -71,11 +78,13 @@ def _print_tables(tables: list[PrintedTable]) -> None:
         say(f"{table.id}  {table.source}: {table.title}", style="bold")
         rows = []
         for row in table.rows:
-            errors = ("" if error is None else f"{error:.2f}" for error in (row.top1, row.top5))
-            rows.append((row.id, f"{row.name}{' (cited)' if row.cited else ''}", *errors))
-        print_table(("row", "printed as", "top-1", "top-5"), rows)
+            errors = (row.top1, row.top5)
+            figures = ("" if error is None else f"{table.shown(error):.2f}" for error in errors)
+            rows.append((row.id, f"{row.name}{' (cited)' if row.cited else ''}", *figures))
+        names = (f"top-1 {table.metric}", f"top-5 {table.metric}")
+        print_table(("row", "printed as", *names), rows)
         out.print()
-    out.print("errors in percent; no table has been run at the scale of its paper")
+    out.print("errors and accuracies in percent; no table has been run at the scale of its paper")
     out.print("sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
 
 
@@ -97,9 +106,10 @@ def _print_results(results: "Reproduction") -> None:
     from sopdeploy_papers.reproduction.page import error_table, fact_table, notes
 
     trained = results.table.measures == "errors"
-    table = error_table(results.rows) if trained else fact_table(results.rows)
+    table = error_table(results.table, results.rows) if trained else fact_table(results.rows)
     print_table(table.columns, (map(str, row) for row in table.rows))
     say(*(f"{name}: {note}" for name, note in notes(results.rows)))
     say(*filter(None, (results.note, results.deviations, results.paper_scale)))
-    unit = "errors in percent with 95 % intervals; " if trained else ""
+    names = "accuracies" if results.table.accuracy else "errors"
+    unit = f"{names} in percent with 95 % intervals; " if trained else ""
     say(f"{unit}page: {results.page}")

@@ -42,14 +42,19 @@ class CertificateSummary(StrictModel):
     num_operations: int
 
 
+MAX_SHOWN_LABELS = 100
+
+
 class Card(StrictModel):
     """The model card as Markdown, and the certificate in short.
 
-    The text is empty and the certificate null if the bundle has none that can be read.
+    The text is empty and the certificate null if the bundle has none that can be read. `labels` are the names
+    of the first 100 classes.
     """
 
     bundle: str
     text: str
+    labels: tuple[str, ...]
     certificate: CertificateSummary | None
 
 
@@ -148,4 +153,5 @@ def read_card(bundle: Bundle) -> Card:
     except (KeyError, TypeError, ValueError):  # it has another structure
         summary = None
     text = bundle.contents.get(CARD, b"").decode("utf-8", "replace")
-    return Card(bundle=bundle.name, text=text, certificate=summary)
+    labels = bundle.labels[:MAX_SHOWN_LABELS]
+    return Card(bundle=bundle.name, text=text, labels=labels, certificate=summary)

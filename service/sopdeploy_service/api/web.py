@@ -5,25 +5,37 @@ No page loads anything from other hosts. The content security policy allows inli
 elsewhere (a file name, a label, a model card) cannot become a script.
 """
 
+import asyncio
 import base64
 import hashlib
+import mimetypes
 import re
 from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import RedirectResponse
 
-from sopdeploy.images.limits import describe_formats
-from sopdeploy_service.api.admission import service_of
+from sopdeploy.config import StrictModel
+from sopdeploy.files import read_file
+from sopdeploy.images.limits import MAX_BYTES, describe_formats
+from sopdeploy.photos.folder import open_any_images
+from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.middleware import PAGE_FILES
 
 _FOLDER = files("sopdeploy_service.api") / "pages"
 _SHARED = files("sopdeploy.html")  # the style sheet that reports have, too
 _LOGO = (_FOLDER / "mark.svg").read_text("utf-8")
 _ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
+MAX_EXAMPLES = 8
+_INERT = {  # a file of the owner never runs in this origin
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
 TRUSTED_TYPES = "require-trusted-types-for 'script'"  # no script can turn a string into markup
 
 router = APIRouter(include_in_schema=False)
@@ -107,6 +119,41 @@ async def _respond_page(page: Page, request: Request) -> Response:
 
 async def _respond_file(content: bytes, media_type: str) -> Response:
     return Response(content, media_type=media_type, headers={"Cache-Control": "max-age=86400"})
+
+
+class Examples(StrictModel):
+    """Names of the files of `/examples/0`, `/examples/1` and so on."""
+
+    names: tuple[str, ...]
+
+
+def list_examples(folder: Path | None) -> list[Path]:
+    """List at most `MAX_EXAMPLES` photographs below *folder*, spread over it; raises `DataError`."""
+    if folder is None:
+        return []
+    images = open_any_images(folder)
+    shown = range(0, len(images), -(-len(images) // MAX_EXAMPLES))
+    return [images.path(index) for index in shown]
+
+
+@router.get("/examples")
+async def examples(request: Request) -> Response:
+    """Return the names of the examples that the page offers, those of the setting `examples`."""
+    return json_response(Examples(names=tuple(path.name for path in request.app.state.examples)))
+
+
+@router.get("/examples/{number}")
+async def example(request: Request, number: int) -> Response:
+    """Return the bytes of the example *number*."""
+    paths: list[Path] = request.app.state.examples
+    try:
+        content = await asyncio.to_thread(read_file, paths[number], MAX_BYTES) if number >= 0 else None
+    except (IndexError, OSError):
+        content = None
+    if content is None:
+        raise HTTPException(404, "no such example")
+    media_type = mimetypes.guess_type(paths[number].name)[0] or "application/octet-stream"
+    return Response(content, media_type=media_type, headers=_INERT)
 
 
 INDEX = Page(

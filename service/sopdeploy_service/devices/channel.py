@@ -39,6 +39,7 @@ RESULT = struct.Struct("=IHddd")
 OPENING = struct.Struct("=IIII")  # slots, bytes of the outputs and of the pixels in each, bytes of the models
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
+MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # else a front end could shrink the file
 LINE = 64  # bytes
 

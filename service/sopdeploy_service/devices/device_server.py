@@ -130,12 +130,12 @@ def main() -> int:
     supervisor = socket.socket(fileno=config.control)
     try:
         with configured_process(config.settings):
-            return (
-                run_front_end(config, supervisor) if config.device is None else run_device(config, supervisor)
-            )
+            run = run_front_end if config.device is None else run_device
+            return run(config, supervisor)
     except SopdeployError as problem:
-        what = "front end" if config.device is None else "device"
-        sys.stderr.write(f"error: {what} {config.name}: {problem} [{problem.code}]\n")
+        named = {None: f"front end {config.name}: ", ANY_DEVICE: ""}
+        where = named.get(config.device, f"device {config.name}: ")
+        sys.stderr.write(f"error: {where}{problem} [{problem.code}]\n")
         return USER_ERROR
 
 
@@ -160,18 +160,26 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
 
 def run_front_end(config: LaunchConfig, supervisor: socket.socket) -> int:
     """Wait for a channel to an engine, then serve HTTP; return the exit code."""
+    registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
+    return serve_http(config, registry, supervisor, {})
+
+
+def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
+    """Return the first channel to an engine; `DeviceServer` receives those that follow."""
     supervisor.setblocking(True)
-    channels: list[EngineChannel] = []
-    while not channels:
+    while True:
         message, files = control.receive_files(supervisor)
-        if not message:  # the supervisor has ended
-            return 0
+        if not message:
+            raise SystemExit(0)  # the supervisor has ended
         for file in files:
-            engine, connection = message.removeprefix(control.CHANNEL).decode(), socket.socket(fileno=file)
-            with suppress(ConnectionError):  # the engine has ended, too; the next one follows
-                channels.append(EngineChannel(engine, connection))
-    supervisor.setblocking(False)
-    return serve_http(config, RemoteRegistry(channels, config.settings), supervisor, {})
+            connection = socket.socket(fileno=file)
+            if not message.startswith(control.CHANNEL):  # a request for metrics
+                connection.close()
+                continue
+            with suppress(ConnectionError):  # the engine has ended, too; another one follows
+                found = EngineChannel(message.removeprefix(control.CHANNEL).decode(), connection)
+                supervisor.setblocking(False)
+                return found
 
 
 def serve_http(

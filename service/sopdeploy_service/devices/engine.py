@@ -27,6 +27,7 @@ from prometheus_client import generate_latest
 from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.channel import ChannelError, ModelFacts, Slots
 from sopdeploy_service.inference.bundle_store import moves_of
+from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.model import Model, Ran, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
 from sopdeploy_service.inference.results import (
@@ -80,6 +81,7 @@ class FrontEnd(asyncio.Protocol):
         self._engine.front_ends.discard(self)
         for cancel in list(self.images.values()):
             cancel()
+        self.images.clear()
         self._in_use.close()
 
     def data_received(self, data: bytes) -> None:
@@ -105,6 +107,8 @@ class FrontEnd(asyncio.Protocol):
             raise ChannelError(f"the record {kind} for slot {slot} is invalid")
         if number >= len(self._models) or not math.isfinite(deadline):
             raise ChannelError(f"model {number} with deadline {deadline} is invalid")
+        if self.transport is None or self.transport.get_write_buffer_size() > channel.MAX_UNSENT_BYTES:
+            raise ChannelError("the results are not read")
         model, features = self._models[number], bool(flags & channel.FEATURES)
         names = (self._names if features else self._names_without_features)[number]
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
@@ -142,9 +146,9 @@ class FrontEnd(asyncio.Protocol):
 
     def _answer(self, slot: int, names: Sequence[str], result: Ran | HttpError) -> None:
         """Write *result* into *slot* and answer at the end of this turn of the loop, with others."""
-        del self.images[slot]
         if self.transport is None:
             return
+        del self.images[slot]
         if isinstance(result, HttpError):
             self._slots.write_error(slot, result)
             answer = channel.RESULT.pack(slot, 0, 0.0, 0.0, 0.0)
@@ -197,6 +201,7 @@ class Engine:
         once, and front ends complete their requests.
         """
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(DaemonThreads())  # no work that hangs delays the exit
         if threading.current_thread() is threading.main_thread():
             loop.add_signal_handler(signal.SIGTERM, lambda: None)
             loop.add_signal_handler(signal.SIGINT, lambda: None)

@@ -17,7 +17,7 @@ from typing import Annotated, TypeAlias
 
 import pydantic
 
-from sopdeploy.config import StrictModel, first_problem, parse_toml
+from sopdeploy.config import StrictModel, first_problem, matching, parse_toml
 from sopdeploy.errors import ConfigError
 from sopdeploy.file_systems import set_mode
 from sopdeploy.files import atomic_write, read_text, writing
@@ -31,14 +31,17 @@ _ROUNDING = 1e-6  # tokens that may be missing after the announced time
 # a lock: if two of them change it at once, a few requests more may pass.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
 _TOKENS, _FILLED = 0, 1
-KeyName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+RATE_HEADERS = "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"
+KeyName = Annotated[
+    str, matching(r"[A-Za-z0-9._-]{1,64}", "name of 1 to 64 letters, digits, dots, `_` and `-`")
+]
 
 
 class Key(StrictModel):
     """One key, without the secret; *rate* is in images per second, None means unlimited."""
 
     name: KeyName
-    sha256: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Annotated[str, matching(r"[0-9a-f]{64}", "SHA-256 of 64 hexadecimal digits")]
     rate: Annotated[float, pydantic.Field(gt=0, le=1e6)] | None = None
     burst: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] = 64
 
@@ -138,11 +141,8 @@ class TokenBucket:
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""
         tokens = self._fill()
-        return {
-            "RateLimit-Limit": str(self.burst),
-            "RateLimit-Remaining": str(max(0, int(tokens))),
-            "RateLimit-Reset": str(math.ceil((self.burst - tokens) / self._rate)),
-        }
+        values = self.burst, max(0, int(tokens)), math.ceil((self.burst - tokens) / self._rate)
+        return dict(zip(RATE_HEADERS, map(str, values), strict=True))
 
     def _fill(self) -> float:
         """Add the tokens since the last fill; store and return their number."""

@@ -13,14 +13,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
-from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key
+from sopdeploy_service.http.api_keys import RATE_HEADERS, Key, TokenBucket, find_key
 from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.origins import OwnOrigins, without_prefix
+from sopdeploy_service.origins import FOREIGN_PAGES, OwnOrigins, is_among, parse_host, without_prefix
 from sopdeploy_service.settings import Settings
 
 PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
@@ -38,7 +39,8 @@ NO_KEY = HttpError(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
 OUT_OF_MEMORY = HttpError("out_of_memory", 503, "the server has too little memory for this; retry later", 2)
-ALLOW = "list the name that clients use in the setting allowed_hosts"
+ALLOW_HOST = "list the name that clients use in the setting allowed_hosts"
+ALLOW_PAGE = "list the address of the page, such as https://shop.example, in the setting allowed_origins"
 
 log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
@@ -199,15 +201,42 @@ class OriginGuard:
 
     def __init__(self, settings: Settings) -> None:
         names = ("localhost", settings.host)
-        self._origins = OwnOrigins(names, settings.allowed_hosts, settings.trusted_proxies)
+        allowed = settings.allowed_hosts, settings.trusted_proxies, settings.allowed_origins
+        self._origins = OwnOrigins(names, *allowed)
 
     def __call__(self, context: RequestContext) -> None:
         """Raise `RejectedError` unless the request is allowed."""
         if context.path in OPEN:
             return
         if foreign := self._origins.find_foreign(context.headers, context.peer):
-            message = f"this server does not answer {foreign}; {ALLOW}"
+            advice = ALLOW_PAGE if foreign is FOREIGN_PAGES else ALLOW_HOST
+            message = f"this server does not answer {foreign}; {advice}"
             raise RejectedError(HttpError("foreign_request", 403, message))
+
+
+class AllowedOrigins(CORSMiddleware):
+    """Lets pages of *origins*, patterns of `parse_host` or `*` for all, read responses and send keys.
+
+    It answers the requests by which browsers ask before (`OPTIONS`), before any guard, because they carry no
+    key. Responses vary with `Origin`, also errors.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=["*"] if "*" in origins else [],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["Authorization", "X-API-Key", "X-Request-ID", "Inference-Header-Content-Length"],
+            expose_headers=[
+                *["X-Request-ID", "X-Model-Digest", "Retry-After", "Server-Timing"],
+                *RATE_HEADERS,
+            ],
+        )
+        self._patterns = [parse_host(origin) for origin in origins if origin != "*"]
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        """Tell whether pages of *origin* may read responses."""
+        return self.allow_all_origins or is_among(origin, self._patterns)
 
 
 class KeyGuard:

@@ -168,8 +168,9 @@ class Metrics:
         self.batch_close.labels(model_name, "full" if len(waited) == max_batch else "idle").inc()
         self.runtime_seconds.labels(model_name).inc(ended - started)
         self.observe_stage("infer", ended - started)
+        queue = self._stage_seconds.labels("queue")
         for seconds in waited:
-            self.observe_stage("queue", seconds)
+            queue.observe(seconds)
 
 
 class DriftWindow:

@@ -3,6 +3,9 @@
 In a folder of kept photographs, `ID.jpg` or `ID.png` is a photograph without metadata except its orientation,
 and `ID.json` its `KeptRecord`. The photograph is written first, so a record always has its photograph; a
 photograph without a record is not complete. A server with several devices has a subfolder for each.
+
+`label` moves photographs without changing their names. Those outside of the uniform sample are atypical: they
+were kept because the network was not sure of them. Figures about new photographs must not count them.
 """
 
 import logging
@@ -15,9 +18,10 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import StrictModel, Text
+from sopdeploy.config import StrictModel, Text, matching
 from sopdeploy.files import LOCK, MAX_TEXT_BYTES, read_file
 from sopdeploy.names import DISTINCT_NAMES
+from sopdeploy.photos.files import KEPT_NAME
 
 Reason = Literal["unknown", "low_margin", "sample"]
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
@@ -47,7 +51,7 @@ class KeptRecord(StrictModel):
     """
 
     version: Literal[1] = 1
-    image: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}\.(jpg|png)$")]
+    image: Annotated[str, matching(KEPT_NAME.pattern, "name of a kept photograph")]
     bundle: Text
     model: Text
     time: pydantic.AwareDatetime
@@ -58,7 +62,7 @@ class KeptRecord(StrictModel):
     logits: Annotated[tuple[float, ...], pydantic.Field(max_length=MAX_KEPT_LABELS)]
     known: bool | None = None
     score: float | None = None
-    near_hash: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{16}$")]
+    near_hash: Annotated[str, matching(r"[0-9a-f]{16}", "hash of 16 hexadecimal digits")]
 
     @pydantic.model_validator(mode="after")
     def _check_lengths(self) -> "KeptRecord":

@@ -26,6 +26,7 @@ from sopdeploy.training.recipe import Recipe
 Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
 CHECKSUM_BYTES = 4
+ENTRY = "hash of the pixels, small image, own vector, maps"  # what an entry contains
 _PACKAGES = ("sopdeploy", "torch", "pillow", "timm")
 
 
@@ -135,7 +136,7 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
         if device.type == "cuda"
         else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
-    facts = [recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor]
+    facts = [ENTRY, recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor]
     facts += [*installed(_PACKAGES).values(), *network.maps]  # versions, and names of the taps
     digest = hashlib.sha256(repr(facts).encode())
     for name, module in network.named_modules():

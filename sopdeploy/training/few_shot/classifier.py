@@ -23,7 +23,7 @@ from scipy.special import expit, log_softmax
 
 from sopdeploy.decision import Activation
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.metrics import Rate, effective_count
+from sopdeploy.evaluation.metrics import Rate, effective_count, wilson
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.photos.photo import LabeledImages
 
@@ -33,6 +33,9 @@ SHRINKAGE = 0.1  # share of the identity in the covariance; 0.03 to 0.2 are as g
 MAX_RANK = 1024
 IMPLAUSIBLE = 0.1  # probability of a label
 MIN_FOLDS = 5
+DIFFUSE = 0.53
+# Errors fall with the number of objects to the power of 0.7 to 1.7 (docs/benchmarks/copied_photos.md).
+LEARNING = 1.5
 ROWS = 4096  # images whose sums are computed at once
 
 
@@ -297,6 +300,21 @@ class Problem:
             cosines_N[tested] = (self.own[tested] @ means_KD.T).max(axis=1)
         return cosines_N
 
+    def diffuse_classes(self) -> Indices:
+        """Find the classes whose images resemble each other far less than those of the other classes.
+
+        Their mean cosine of two images is below `DIFFUSE` of the median class: a class of anything else has
+        0.3 to 0.47 of it, others have 0.6 or more.
+        """
+        classes_NK = self.targets.classes
+        counts_K = classes_NK.sum(axis=0)
+        pairs_K = np.maximum(counts_K * (counts_K - 1), 1)
+        cosines_K = (np.square(class_sums(self.own, classes_NK)).sum(axis=1) - counts_K) / pairs_K
+        judged_K = counts_K >= MIN_FOLDS  # of fewer images, the mean is not certain
+        if judged_K.sum() < 3:
+            return np.zeros(0, np.intp)
+        return np.flatnonzero(judged_K & (cosines_K < DIFFUSE * np.median(cosines_K[judged_K])))
+
     def class_means(self) -> NDArray[np.float32]:
         """Compute the mean own vector (K, D_0) of each class; see the function of this name."""
         return class_means(self.own, self.targets.classes)
@@ -335,6 +353,17 @@ def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
+def _remaining_errors(classes_NK: Array, groups_N: Indices) -> float:
+    """Estimate the errors of a network relative to those of heads that lack one group of a class.
+
+    With G groups of a class, they are ((G - 1) / G)^`LEARNING`; only classes of few groups count.
+    """
+    num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
+    few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
+    factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
+    return float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))
+
+
 def estimate(
     classes_NK: Array, activation: Activation, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
 ) -> Rate | MeanPrecision:
@@ -342,12 +371,16 @@ def estimate(
 
     *folds* is the number of folds of a cross-validation, or 0 for held-out images. The heads of a
     cross-validation share most of their training images, so the interval of top-1 is widened: Nadeau and
-    Bengio, "Inference for the Generalization Error" (2003), section 3.
+    Bengio, "Inference for the Generalization Error" (2003), section 3. If classes have fewer groups than
+    `MIN_FOLDS`, each head lacks one of few, and the network errs less: the upper end allows for this.
     """
     if activation == "softmax":
         right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
         # The variance of a mean of J folds is s (1 / J + r), not s / J, where r = 1 / (J - 1) is the ratio of
         # test images to training images of a fold. So the factor is 1 + r J.
         variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
-        return Rate.of(int(right.sum()), len(right), effective_count(groups_N) / variance_factor)
+        units = effective_count(groups_N) / variance_factor
+        rate = Rate.of(int(right.sum()), len(right), units)
+        learned = 1 - (1 - rate.share) * _remaining_errors(classes_NK, groups_N) if folds > 0 else rate.share
+        return rate.model_copy(update={"high": max(rate.high, wilson(units * learned, units).high)})
     return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)

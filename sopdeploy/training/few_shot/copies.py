@@ -1,12 +1,18 @@
-"""Groups of copies without a run, by features of the default network whose weights are on this machine."""
+"""Groups of copies without a run, and vectors of photographs, by features of the default network."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sopdeploy.importers.published import find_lite_weights
 from sopdeploy.photos.copies import Groups, connect
-from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.photos.photo import ImageFiles, LabeledImages, find_unreadable
 from sopdeploy.training.distributed import Strategy, select_device
-from sopdeploy.training.few_shot.features import Features
+from sopdeploy.training.few_shot.classifier import unit_length
+from sopdeploy.training.few_shot.features import CachedNetwork, Features, full_head
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 
@@ -26,6 +32,31 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
     model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used
     features = Features(recipe, "gap", model.to(strategy.device), images, on_image)
     return connect(len(images), features.find_copies(images).pairs, features.hashes, images.groups)
+
+
+def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float32]]]:
+    """Yield the vector (D,) of length 1 of each photograph of *paths* by the default network.
+
+    Downloads its weights if they are not on this machine; raises `WeightsError` if they cannot be reached.
+    Files that are no images are left out.
+    """
+    recipe = _default_recipe()
+    strategy = Strategy(select_device(recipe.device))
+    model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used
+    network = CachedNetwork(full_head(recipe, model.to(strategy.device)), recipe)
+    for start in range(0, len(paths), network.batch_size):
+        part = paths[start : start + network.batch_size]
+        names = np.asarray([os.fsencode(path.absolute().relative_to("/")) for path in part], np.bytes_)
+        images = ImageFiles(Path("/"), ("one", "other"), names, np.zeros(len(part), np.int64))
+        bad = find_unreadable(images)
+        good = [
+            index
+            for index in range(len(part))
+            if not any(error.startswith(f"{images.path(index)}: ") for error in bad)
+        ]
+        for batch in network.batches(images, good) if good else ():
+            vectors = unit_length(batch.own_vectors.float().cpu().numpy())
+            yield from ((part[index], row) for index, row in zip(batch.indices, vectors, strict=True))
 
 
 def _default_recipe() -> Recipe:

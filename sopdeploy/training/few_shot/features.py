@@ -17,7 +17,15 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
-from sopdeploy.photos.copies import Copies, NearDuplicates, find_pairs
+from sopdeploy.photos.copies import (
+    MAX_SIGNATURES,
+    SMALL,
+    Copies,
+    NearDuplicates,
+    find_pairs,
+    find_turned,
+    shrink,
+)
 from sopdeploy.photos.photo import Dataset, LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
@@ -37,7 +45,7 @@ class Features:
     `full` is a copy of the network with the head that reads all statistics, `head` the head to fit, of the
     configured *kind*. In `space`, the span of the inputs of `head`, `reduced` (N, R) are their coordinates.
     `own` (N, D_0) are the network's own vectors of length 1, `views` those of `average_views`, `hashes` and
-    `file_hashes` (N,) those of the pixels and of the files.
+    `file_hashes` (N,) those of the pixels and of the files, `times` (N,) those of `Photo.taken`.
     """
 
     def __init__(
@@ -67,7 +75,8 @@ class Features:
         columns = self.full.pooled_head.columns()[: None if self.head.taps else 1]
         waiting: list[tuple[list[int], Any]] = []  # indices and vectors, until the space is known
         hashes: dict[int, str] = {}
-        self.file_hashes = np.zeros(count, np.int64)
+        self.file_hashes, self.times = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self.small = np.zeros((count, SMALL, SMALL), np.uint8)
         for batch in chain(first, batches):
             vectors = self.full.pooled_head.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
             views = average_views(batch.own_vectors, batch.maps)  # (B, V, C) for each map
@@ -77,7 +86,8 @@ class Features:
             for of_all, of_batch in zip(self.views, views, strict=True):
                 of_all[batch.indices] = of_batch
             self.own[batch.indices] = unit_length(vectors[:, columns[0]])
-            self.file_hashes[batch.indices] = batch.file_hashes
+            self.file_hashes[batch.indices], self.times[batch.indices] = batch.file_hashes, batch.times
+            self.small[batch.indices] = batch.small
             hashes.update(zip(batch.indices, batch.hashes, strict=True))
             waiting.append((batch.indices, vectors))
             if len(hashes) >= min(count, MAX_RANK):
@@ -103,7 +113,14 @@ class Features:
         views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
         views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
         whole = [views[:, 0] for views in views_of_maps]  # the first view, not those of the corners
-        return find_pairs(self.views, whole, copies.originals, images.targets, self.hashes)
+        found = find_pairs(self.views, whole, copies.originals, images.targets, self.hashes)
+        if len(images) > MAX_SIGNATURES:
+            return found
+        turned = find_turned(self.small)
+        return found._replace(
+            pairs=np.concatenate([found.pairs, turned], axis=1),
+            certain=np.concatenate([found.certain, turned], axis=1),
+        )
 
     @torch.no_grad()
     def build(self, problem: Problem, fitted: LinearHead) -> SecondOrderHead:
@@ -123,17 +140,18 @@ class Features:
 
 
 class _Loaded(NamedTuple):
-    """A batch: pixels (B, H, W, 3) uint8, hashes of files (B,), and entries of the cache, None if missing."""
+    """A batch: pixels (B, H, W, 3) uint8, hashes and times (B,), entries of the cache, None if missing."""
 
     pixels: Tensor
     hashes: NDArray[np.int64]
+    times: NDArray[np.int64]
     paths: list[Path]
     entries: list[Entry | None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Photographs(Dataset):
-    """Pixels of photographs with two numbers (2,): the `file_hash`, and 1 if the pixels were decoded.
+    """Pixels of photographs with three numbers (3,): `file_hash`, `taken`, and 1 if the pixels were decoded.
 
     The pixels are black if the *cache* has an entry, except those of the image at *always_decoded*.
     """
@@ -147,14 +165,16 @@ class _Photographs(Dataset):
         file_hash = photo.file_hash
         is_cached = index != self.always_decoded and self.cache.has(file_hash)
         pixels = np.zeros((side, side, 3), np.uint8) if is_cached else photo.preprocess(self.preprocess)
-        return pixels, np.asarray([file_hash, not is_cached])
+        return pixels, np.asarray([file_hash, photo.taken, not is_cached])
 
 
 class Batch(NamedTuple):
-    """Images at `indices`: hashes of files (B,) and pixels, own vectors (B, D_0), and maps by tap."""
+    """Images at `indices`: facts (B,), `small` images (B, S, S), own vectors (B, D_0), and maps by tap."""
 
     indices: list[int]
     file_hashes: NDArray[np.int64]
+    times: NDArray[np.int64]
+    small: NDArray[np.uint8]
     hashes: list[str]
     own_vectors: Tensor
     maps: dict[str, Tensor]
@@ -174,31 +194,31 @@ class CachedNetwork:
         """Yield the outputs for the images at *indices*, in batches on the device of the network."""
         size = self.batch_size
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
-        for chosen, (file_hashes, entries) in zip(chunks, self._load(images, chunks), strict=True):
+        for chosen, (loaded, entries) in zip(chunks, self._load(images, chunks), strict=True):
             outputs = zip(*entries, strict=True)  # all hashes, all own vectors, all maps of each tap
-            digests, own_vectors, *maps = (np.ascontiguousarray(np.stack(arrays)) for arrays in outputs)
+            digests, small, own_vectors, *maps = (
+                np.ascontiguousarray(np.stack(arrays)) for arrays in outputs
+            )
             hashes = [digest.tobytes().hex() for digest in digests]
             maps_by_tap = {
                 tap: torch.from_numpy(features).to(self.device, memory_format=torch.channels_last)
                 for tap, features in zip(self.network.maps, maps, strict=True)
             }
             own = torch.from_numpy(own_vectors).to(self.device)
-            yield Batch(chosen, file_hashes, hashes, own, maps_by_tap)
+            yield Batch(chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap)
 
-    def _load(
-        self, images: LabeledImages, batches: list[list[int]]
-    ) -> Iterator[tuple[NDArray[np.int64], list[Entry]]]:
-        """Yield the hashes of the files (B,) and the entries of the images at the indices of each batch.
+    def _load(self, images: LabeledImages, batches: list[list[int]]) -> Iterator[tuple[_Loaded, list[Entry]]]:
+        """Yield each batch of images, and the entries of all of them.
 
-        An entry is [hash of the pixels, own vector, map of each tap]. A photograph is read once, unless its
-        entry in the cache is damaged. The first photograph is computed in any case: if its entry differs,
-        something that the name of the entry does not contain has changed, and the cache is not read.
+        An entry is [hash of the pixels, small image, own vector, map of each tap]. A photograph is read once,
+        unless its entry in the cache is damaged. The first photograph is computed in any case: if its entry
+        differs, something that the name of the entry does not contain has changed, and the cache is not read.
         """
         photographs = _Photographs(images, self.recipe.preprocess, self.cache, batches[0][0])
         loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
         waiting: list[_Loaded] = []  # until a full batch of photographs without an entry is there
         for batch, (pixels, facts) in zip(batches, loader, strict=True):
-            hashes, are_decoded = facts.numpy().T
+            hashes, times, are_decoded = facts.numpy().T
             paths = [self.cache.find(file_hash) for file_hash in hashes.tolist()]
             entries = [self.cache.read(path) for path in paths]
             if batch is batches[0] and self._is_stale(entries[0], pixels[:1]):
@@ -209,7 +229,7 @@ class CachedNetwork:
                 if entry is None and not are_decoded[position]:  # there is an entry, but it is damaged
                     decoded = images.photo(batch[position]).preprocess(self.recipe.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
-            waiting.append(_Loaded(pixels, hashes, paths, entries))
+            waiting.append(_Loaded(pixels, hashes, times, paths, entries))
             num_missing = sum(loaded.entries.count(None) for loaded in waiting)
             is_last = batch is batches[-1]
             if num_missing % self.batch_size == 0 or len(waiting) == MAX_WAITING or is_last:
@@ -220,7 +240,7 @@ class CachedNetwork:
         """Tell whether the *entry* of an image differs from what is computed of its *pixels* (1, H, W, 3)."""
         return entry is not None and not all(map(np.array_equal, entry, self._compute(pixels)[0]))
 
-    def _complete(self, waiting: list["_Loaded"]) -> Iterator[tuple[NDArray[np.int64], list[Entry]]]:
+    def _complete(self, waiting: list[_Loaded]) -> Iterator[tuple[_Loaded, list[Entry]]]:
         """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""
         missing = [
             (loaded, position)
@@ -235,7 +255,7 @@ class CachedNetwork:
                 loaded.entries[position] = entry
                 self.cache.write(loaded.paths[position], entry)
         for loaded in waiting:
-            yield loaded.hashes, cast(list[Entry], loaded.entries)
+            yield loaded, cast(list[Entry], loaded.entries)
 
     def _compute(self, pixels: Tensor) -> list[Entry]:
         """Compute the entries of *pixels* (B, H, W, 3) in a full batch.
@@ -246,10 +266,14 @@ class CachedNetwork:
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)  # 0, 1, ... and the last one
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
-        digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in pixels]
+        images = [image.numpy() for image in pixels]
         return [
-            [np.frombuffer(digest, np.uint8), *(output[position] for output in outputs)]
-            for position, digest in enumerate(digests)
+            [
+                np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8),
+                shrink(image),
+                *(output[position] for output in outputs),
+            ]
+            for position, image in enumerate(images)
         ]
 
 

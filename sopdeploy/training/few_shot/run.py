@@ -11,21 +11,26 @@ The only checkpoints are those of the finished run. Letters: N images, K classes
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.decision import Decision, Estimate, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_thresholds, missing_threshold
+from sopdeploy.evaluation.label_doubts import doubt_labels
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.photos.copies import NO_PAIRS, connect
+from sopdeploy.photos.clips import Clips, find_clips
+from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, number_classes
+from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.photo import (
     LabeledImages,
     PreprocessedDataset,
@@ -96,6 +101,9 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
                 label_logits = problem.doubt_labels(found.logits, found.folds, found.scaling)
             network = place(recipe, built, start.strategy)
             result, metrics = _evaluate(start, network, found)
+            if label_logits is not None:
+                doubts = doubt_labels(label_logits, images.targets.astype(np.int64))
+                result = result.model_copy(update={"num_doubted": int(doubts.listed.sum())})
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise
@@ -103,7 +111,7 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
             raise unreadable_images_error(error, images, start.data.held_out) from None
     seconds = time.monotonic() - since
     losses = {"loss": float(problem.targets.losses(found.shifted_logits).mean())}
-    row = EpochRow(epoch=1, lr=recipe.optimizer.lr, losses=losses, metrics=metrics, seconds=seconds)
+    row = EpochRow(epoch=1, lr=0.0, losses=losses, metrics=metrics, seconds=seconds)
     fit = FewShotFit(
         name=head_name(recipe.model.name),
         network=network,
@@ -128,7 +136,9 @@ class CrossValidation:
         problem: The linear problem of the features that the head reads, with the targets.
         groups, judged: The group (N,) of each image, and the indices of the images that the score counts.
         alike: The classes of `NearDuplicates.alike`.
+        clips: The `groups` and images that tell how they were found.
         copies: The photograph (N,) that each image shows; those of an object are a group, too.
+        certain_copies: The same (N,), only by copies that resemble each other most.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
@@ -141,7 +151,9 @@ class CrossValidation:
     problem: Problem
     groups: Indices
     alike: tuple[str, ...]
+    clips: Clips
     copies: Indices
+    certain_copies: Indices
     judged: Indices
     folds: Indices
     logits: Array
@@ -181,12 +193,18 @@ def cross_validate(
         images,
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
-    pairs, alike_N = NO_PAIRS, np.zeros(count, np.bool_)
+    near, targets = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_)), Targets.of(images)
     if config.group_copies:
-        pairs, alike_N = features.find_copies(images)
-    groups_N, targets = connect(count, pairs, features.hashes, images.groups), Targets.of(images)
+        near = features.find_copies(images)
+    clips, pairs = Clips(connect(count, NO_PAIRS, features.hashes, images.groups)), near.pairs
+    if len(near.vectors) and not recipe.groups_by_name:
+        names = [images.identity(index) for index in range(count)]
+        clips = find_clips(names, features.times, number_classes(images.targets), near.vectors, clips.groups)
+        pairs = clips.select_pairs(pairs)
     copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
+    groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
     judged = _largest_copies(images, copies_N)
+    judged = judged[select_typical(images)[judged]]
     if images.targets.ndim == 1:  # no classifier is fitted without all images of a class that is one group
         one_group = [
             number for number, groups in enumerate(_groups_of_classes(targets, groups_N)) if len(groups) == 1
@@ -211,8 +229,10 @@ def cross_validate(
         features=features,
         problem=problem,
         copies=copies_N,
+        certain_copies=connect(count, clips.select_pairs(near.certain), features.hashes),
         groups=groups_N,
-        alike=tuple(np.asarray(images.labels)[targets.classes[alike_N].any(axis=0)].tolist()),
+        alike=tuple(np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()),
+        clips=clips,
         judged=judged,
         folds=folds_of_validations[0],  # the others count only in means
         logits=logits_NK,
@@ -259,16 +279,29 @@ class GroupFields(TypedDict):
     contradictions: tuple[str, ...]
 
 
+def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
+    """Select the images (N,) that are like new photographs: not those that a server kept for a label.
+
+    A server keeps atypical ones, of which fewer are known and fewer are classified correctly. Those of
+    classes without other photographs are selected, too, and all if too few others are there for a threshold.
+    """
+    is_kept = [KEPT_NAME.fullmatch(PurePath(images.identity(index)).name) for index in range(len(images))]
+    typical_N = np.asarray([one is None for one in is_kept], np.bool_)
+    if images.targets.ndim == 2 or typical_N.all() or typical_N.sum() < MIN_COSINES:
+        return np.ones(len(images), np.bool_)
+    return typical_N | ~np.isin(images.targets, np.unique(images.targets[typical_N]))
+
+
 def _describe_groups(
-    images: LabeledImages, targets: Targets, groups_N: Indices, copies_N: Indices
+    images: LabeledImages, targets: Targets, groups_N: Indices, copies_N: Indices, certain_N: Indices
 ) -> GroupFields:
-    """Describe the groups of photographs *groups_N* and the photographs *copies_N*."""
+    """Describe the groups *groups_N*, the photographs *copies_N*, and copies that are certain (N,)."""
     groups = _groups_of_classes(targets, groups_N)
     num_groups = {label: len(found) for label, found in zip(images.labels, groups, strict=True)}
     counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
     contradictions = []
-    for photograph in np.flatnonzero(np.bincount(copies_N) > 1):
-        indices = np.flatnonzero(copies_N == photograph)
+    for photograph in np.flatnonzero(np.bincount(certain_N) > 1):
+        indices = np.flatnonzero(certain_N == photograph)
         if (targets.classes[indices] != targets.classes[indices[0]]).any():
             contradictions.append(" = ".join(images.identity(index) for index in indices.tolist()))
     return {
@@ -293,9 +326,7 @@ def _evaluate(
     if len(held_out):
         estimated_on = "held-out"
         dataset = PreprocessedDataset(held_out, recipe.preprocess)
-        logits, targets = predict_logits(
-            network, dataset, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
-        )
+        logits, targets = predict_logits(network, dataset, recipe.preprocess, workers=recipe.workers)
         groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
         expected = Targets.of(held_out)
         score = estimate(expected.classes, expected.activation, logits, recipe.seed, groups)
@@ -306,21 +337,33 @@ def _evaluate(
     targets_of_images = found.problem.targets
     head, counts = found.features.head, targets_of_images.classes.sum(axis=0).astype(int).tolist()
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
+    has_one_class = targets_of_images.activation == "softmax"
+    diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
     result = FewShotResult(
         **{"map" if isinstance(score, MeanPrecision) else "top1": score},
         estimated_on=estimated_on,
         class_counts=dict(zip(images.labels, counts, strict=True)),
         balanced=images.targets.ndim == 1 and max(counts) > UNEVEN * max(1, min(counts)),
         num_images=len(images),
+        num_selected=int((~select_typical(images)).sum()),
         num_duplicates=len(images) - len(set(found.features.hashes)),
         alike=found.alike,
-        **_describe_groups(images, targets_of_images, found.groups, found.copies),
+        diffuse=tuple(images.labels[label] for label in diffuse),
+        clip=_identify(images, found.clips.found),
+        possible_clip=_identify(images, found.clips.doubtful),
+        clip_pattern=found.clips.pattern,
+        **_describe_groups(images, targets_of_images, found.groups, found.copies, found.certain_copies),
         head=f"{recipe.model.name} {head.kind}{taps}",
         num_features=len(found.problem.space.center),
         temperature=found.scaling.temperature,
         seconds=found.seconds,
     )
     return result, held_out_metrics(start.labels, logits, targets)
+
+
+def _identify(images: LabeledImages, chosen: tuple[int, int] | None) -> tuple[str, ...]:
+    """Return the identities of the *chosen* images, if there are any."""
+    return () if chosen is None else tuple(map(images.identity, chosen))
 
 
 def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:
@@ -330,17 +373,19 @@ def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))
         return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
     result: Any = fit.result
+    typical_N = select_typical(start.data.train)
+    num_typical = len(np.unique(fit.groups[typical_N]))
     unknown = predict_unknown(fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers)
-    reason = missing_threshold(result.num_groups, fit.logits.shape[1], accepts, MIN_COSINES)
+    reason = missing_threshold(num_typical, fit.logits.shape[1], accepts, MIN_COSINES)
     decision = fit_decision(
-        fit.logits,
-        targets.astype(np.int64),
+        fit.logits[typical_N],
+        targets[typical_N].astype(np.int64),
         estimated_on="cross-validation",
         accepts=accepts,
         scalable=False,  # the network contains the temperature
-        groups=fit.groups,
+        groups=fit.groups[typical_N],
         unknown=unknown,
-        left_out=fit.left_out,
+        left_out=None if fit.left_out is None else fit.left_out[typical_N],
         min_images=MIN_COSINES,
     )
     result = result.model_copy(update={"unknown": reason})

@@ -1,22 +1,23 @@
 """One step of training: the gradient over all processes, and the update of the weights."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.batches import Batch
-from sopdeploy.errors import TrainingError
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import Loss, training_loss
 from sopdeploy.training.loop.optimizers import AdaHessian
-from sopdeploy.training.loop.state import LR_FACTOR, LoopRun
+from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopRun
 
 
-def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> tuple[Loss, float]:
+def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> FinishedStep:
     """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *num_samples* samples.
 
-    Returns the loss over all processes, and the gradient norm before clipping. Raises `TrainingError` if the
-    loss, the gradient or a buffer is not finite; the weights are then unchanged.
+    Waits for no result of the device. `LoopRun.read_steps` finds a loss, gradient or buffer that is not
+    finite, before anything is evaluated or written.
     """
     recipe, position = run.recipe, run.position
     # Each process draws other random numbers; process 0 draws those of a run of a single process.
@@ -27,15 +28,14 @@ def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> t
         group["lr"] = recipe.learning_rate(time, group.get(LR_FACTOR, 1.0))
     run.optimizer.zero_grad()
     loss = compute_gradient(run, (run.normalize(batch[0]), batch[1]), num_samples)
-    gradients = [parameter.grad for parameter in run.trained().parameters() if parameter.grad is not None]
-    norm = get_total_norm(gradients)
-    _check_finite_step(run, loss, norm)
+    norm = get_total_norm([parameter.grad for parameter in run.parameters if parameter.grad is not None])
+    are_finite = count_finite(run, loss, norm)
     if recipe.optimizer.clip_norm:  # 0 disables clipping
-        clip_grads_with_norm_(run.trained().parameters(), recipe.optimizer.clip_norm, norm)
+        clip_grads_with_norm_(run.parameters, recipe.optimizer.clip_norm, norm)
     run.optimizer.step()
     if run.ema is not None:
         run.ema.update(run.model)
-    return loss, float(norm)
+    return FinishedStep(loss, norm, are_finite, num_samples)
 
 
 def compute_gradient(run: LoopRun, batch: Batch, num_samples: int) -> Loss:
@@ -74,16 +74,9 @@ def _backward(run: LoopRun, loss: Tensor) -> None:
         run.strategy.backward(loss, run.trained())
 
 
-def _check_finite_step(run: LoopRun, loss: Loss, norm: Tensor) -> None:
-    """Raise `TrainingError` if the gradient, the loss or a buffer is not finite, before weights change."""
-    # Batch norm's running statistics, which include this batch already.
-    buffers = [buffer for buffer in run.trained().buffers() if buffer.is_floating_point()]
-    finite = torch.stack([value.isfinite().all() for value in (norm, loss.total, *buffers)])
-    if int(run.strategy.all_reduce(finite.all().int())) == run.strategy.world:  # one wait for the device
-        return
-    damaged = (name for name, part in loss.parts.items() if not bool(part.isfinite()))
-    raise TrainingError(
-        f"epoch {run.position.epoch + 1}, step {run.position.step + 1}: "
-        f"{next(damaged, 'the gradient or a running statistic')} is not finite; lower optimizer.lr or set "
-        "optimizer.clip_norm"
-    )
+def count_finite(run: LoopRun, loss: Loss, norm: Tensor) -> Tensor:
+    """Count the processes in which gradient, loss and all buffers are finite, before weights change."""
+    # Batch norm's running statistics, which include this batch already. Their norm is the largest value.
+    largest = [get_total_norm(run.float_buffers, math.inf)] if run.float_buffers else []
+    finite = torch.stack([value.double() for value in (norm, loss.total, *largest)]).isfinite()
+    return run.strategy.all_reduce(finite.all().double())

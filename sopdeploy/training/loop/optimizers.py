@@ -104,10 +104,12 @@ def random_signs(seed: int, number: int, like: Tensor) -> Tensor:
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {  # by the `kind` of their settings
-    "sgd": torch.optim.SGD,
-    "adamw": torch.optim.AdamW,
+# By the `kind` of their settings. "foreach" updates all parameters in a few calls, with the bits of a loop
+# over them; RAdam has other bits.
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, foreach=True),
+    "adamw": partial(torch.optim.AdamW, foreach=True),
     "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
-    "rmsprop": torch.optim.RMSprop,
+    "rmsprop": partial(torch.optim.RMSprop, foreach=True),
     "adahessian": AdaHessian,
 }

@@ -9,19 +9,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.data.augment import AugmentedDataset, PadCrop
-from sopdeploy.data.batches import load_batches, shuffled_batches
+from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
+from sopdeploy.data.batches import Loader, load_batches, shuffled_batches
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
+from sopdeploy.photos.fitted import FittedPixels
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
 from sopdeploy.training.fits import Fit
 from sopdeploy.training.loop.gradient import train_step
-from sopdeploy.training.loop.state import LoopRun, last_loop_record, restore_loop, set_train_mode
+from sopdeploy.training.loop.state import (
+    STEPS_PER_READ,
+    LoopRun,
+    last_loop_record,
+    restore_loop,
+    set_train_mode,
+)
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import best_record, with_result
 from sopdeploy.training.results import LoopResult, SelectedBy
@@ -52,16 +59,21 @@ def fit_loop(
     augment = recipe.augment
     pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0  # of held-out images
     data = run.start.data
-    held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad)
+    fitted = FittedPixels(data.held_out, recipe.preprocess)
+    held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad, fitted=fitted)
+    training, _ = epoch_data(recipe, data.train, run.position.epoch)
     expected = ExpectedTime(callback, "`epochs` changes it")
     save_derived_files(run, folder)  # the process may have been killed before it wrote them
-    with handle_signals(run.strategy) as signals:
+    with (
+        handle_signals(run.strategy) as signals,
+        Loader((training, held_out), recipe.workers, run.strategy.device) as loader,
+    ):
         try:
             while run.position.epoch < recipe.epochs:
                 signals.exchange()
                 run.start_epoch()
-                train_epoch(run, data.train, folder, signals, callback, expected)
-                evaluate_epoch(run, held_out, signals, callback)
+                train_epoch(run, training, loader, folder, signals, callback, expected)
+                evaluate_epoch(run, held_out, loader, signals, callback)
                 folder.save_last(last_loop_record(run))
                 save_derived_files(run, folder)
                 callback.on_epoch_end(run.position.history[-1])
@@ -78,44 +90,64 @@ def fit_loop(
 
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
-    """Return the augmented *images* of *epoch*, and the sample indices of each step."""
+    """Return the augmented *images* of *epoch*, and the sample indices of each step.
+
+    Other epochs of the data set share the pixels in memory, if their augmentation starts from fitted ones.
+    """
     augment = recipe.augment
     preprocess = recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
-    dataset = AugmentedDataset(images, augment, preprocess, recipe.seed, epoch, recipe.color)
+    fitted = None if isinstance(augment, BoxCrop) else FittedPixels(images, preprocess)
+    dataset = AugmentedDataset(images, augment, preprocess, recipe.seed, epoch, recipe.color, fitted=fitted)
+    return dataset, epoch_batches(recipe, len(images), epoch)
+
+
+def epoch_batches(recipe: Recipe, count: int, epoch: int) -> list[list[int]]:
+    """Return the indices of each step of *epoch* in the augmented data set of *count* images."""
+    augment = recipe.augment
     copies = 2 if isinstance(augment, PadCrop) and augment.doubled else 1  # of each image
-    return dataset, shuffled_batches(copies * len(images), recipe.batch_size, recipe.seed, epoch)
+    return shuffled_batches(copies * count, recipe.batch_size, recipe.seed, epoch)
 
 
 def train_epoch(
     run: LoopRun,
-    images: LabeledImages,
+    training: AugmentedDataset,
+    loader: Loader,
     folder: RunFolder,
     signals: SignalState,
     callback: Callback,
     expected: ExpectedTime,
 ) -> None:
-    """Run the remaining steps of the current epoch."""
-    recipe, epoch = run.recipe, run.position.epoch
-    dataset, batches = epoch_data(recipe, images, epoch)
+    """Run the remaining steps of the current epoch on the images of *training*.
+
+    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time.
+    """
+    recipe, epoch, position = run.recipe, run.position.epoch, run.position
+    batches = epoch_batches(recipe, len(training), epoch)
     set_train_mode(run.model, recipe.start_of(epoch))
     shards = [run.strategy.shard(samples) for samples in batches[run.position.step :]]
     since = time.monotonic()
-    for batch in load_batches(dataset, shards, recipe.workers, run.strategy.device):
-        step = run.position.step  # which `after_step` increases
-        size = len(batches[step])  # samples of all processes
-        loss, gradient_norm = train_step(run, batch, num_samples=size, steps=len(batches))
+    for batch in load_batches(replace(training, epoch=epoch), shards, loader, run.strategy.device):
+        size = len(batches[position.step])  # samples of all processes
+        run.unread.append(train_step(run, batch, num_samples=size, steps=len(batches)))
+        position.step += 1
+        is_last = position.step == len(batches)
+        if len(run.unread) < STEPS_PER_READ[run.strategy.device.type] and not is_last:
+            continue
+        first = position.step - len(run.unread)
+        losses = run.read_steps()
         now = time.monotonic()
-        run.after_step(loss, gradient_norm, size, seconds=now - since)
+        position.train_seconds += now - since
+        position.seconds += now - since  # to which `after_epoch` adds the time of the evaluation
         since = now
-        progress = {"epoch": epoch, "epochs": recipe.epochs, "step": step, "steps": len(batches)}
-        callback.on_step_end(**progress, loss=float(loss.total))
-        expected.update(epoch * len(batches) + step + 1, recipe.epochs * len(batches))
+        for step, loss in enumerate(losses, first):
+            callback.on_step_end(epoch=epoch, epochs=recipe.epochs, step=step, steps=len(batches), loss=loss)
+        expected.update(epoch * len(batches) + position.step, recipe.epochs * len(batches))
         if signals.exchange(save_due=folder.is_save_due(recipe.save)):
             folder.save_last(last_loop_record(run))
 
 
 def evaluate_epoch(
-    run: LoopRun, held_out: PreprocessedDataset, signals: SignalState, callback: Callback
+    run: LoopRun, held_out: PreprocessedDataset, loader: Loader, signals: SignalState, callback: Callback
 ) -> None:
     """Evaluate the exported weights on held-out images; finish the epoch."""
     since, epoch, recipe = time.monotonic(), run.position.epoch, run.recipe
@@ -131,7 +163,7 @@ def evaluate_epoch(
         held_out,
         recipe.preprocess,
         batch_size=recipe.batch_size // run.strategy.world,
-        workers=recipe.workers,
+        workers=loader,
         processes=run.strategy,
         on_batch=on_batch,
     )

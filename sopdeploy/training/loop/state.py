@@ -1,19 +1,21 @@
 """The run of the training loop: what learns, its optimizer, average and teacher, and their `last.pt`."""
 
 import copy
+import math
 import operator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from sopdeploy.checkpoint import Checkpoint, parse_checkpoint, plain_content
 from sopdeploy.decision import Activation
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
@@ -32,6 +34,27 @@ from sopdeploy.training.start_weights import classifier_name
 # Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain it.
 LR_FACTOR = "times"
 
+# Steps after which their values are read, by device. Reading waits for all of its work.
+STEPS_PER_READ = {"cpu": 1, "cuda": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """What a step has computed, on the device: its loss over all processes, and the norm of the gradient.
+
+    `finite_count` is the number of processes in which all values are finite, `num_samples` that of samples.
+    """
+
+    loss: Loss
+    norm: Tensor
+    finite_count: Tensor
+    num_samples: int
+
+    def values(self) -> list[Tensor]:
+        """Return all values: total and parts of the loss, norm, count of processes, counts of components."""
+        counts = [] if self.loss.component_counts is None else self.loss.component_counts.unbind()
+        return [self.loss.total, *self.loss.parts.values(), self.norm, self.finite_count, *counts]
+
 
 class LoopRun:
     """A training loop in progress; raises `ConfigError` for a teacher if images have several classes.
@@ -43,6 +66,7 @@ class LoopRun:
         position: The progress.
         groups: Groups of the optimizer's parameters.
         trainable: Names of the parameters that learn unless `start` freezes them.
+        unread: Finished steps whose values are not read yet; only `position.step` counts them.
     """
 
     groups: list[dict[str, Any]]
@@ -53,6 +77,7 @@ class LoopRun:
         self.name = start.recipe.model.name if frozen is None else tuned_name(start.recipe.model.name)
         self.activation: Activation = start.activation
         self.model, self.position = start.model, start.position
+        self.unread: list[FinishedStep] = []
         self.trainable = {name for name, value in start.model.named_parameters() if value.requires_grad}
         recipe: Recipe = start.recipe
         if self.activation == "sigmoid" and recipe.teacher is not None:
@@ -82,19 +107,48 @@ class LoopRun:
             return self.model
         return nn.ModuleDict({"model": self.model, "teacher": self.teacher.model})
 
-    def after_step(self, loss: Loss, gradient_norm: float, count: int, *, seconds: float) -> None:
-        """Add a step of *count* images, which took *seconds*, to the position."""
-        position = self.position
-        for name, part in {"loss": loss.total, **loss.parts}.items():
-            position.sums[name] = position.sums.get(name, 0.0) + float(part) * count
-        if loss.component_counts is not None:
-            before = position.component_counts or (0,) * len(loss.component_counts)
-            position.component_counts = tuple(map(operator.add, before, loss.component_counts.tolist()))
-        position.step += 1
-        position.seen += count
-        position.gradient += gradient_norm * count
-        position.train_seconds += seconds
-        position.seconds += seconds  # to which `after_epoch` adds the time of the evaluation
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of what learns, with the frozen ones; torch would search all modules for them."""
+        return list(self.trained().parameters())
+
+    @cached_property
+    def float_buffers(self) -> list[Tensor]:
+        """The floating-point buffers of what learns: the running statistics of batch norms."""
+        return [buffer for buffer in self.trained().buffers() if buffer.is_floating_point()]
+
+    def read_steps(self) -> list[float]:
+        """Add the unread steps to the position and return their losses, in one wait for the device.
+
+        Raises `TrainingError` if a value of a step is not finite.
+        """
+        steps, position = self.unread, self.position
+        rows = [step.values() for step in steps]
+        flat = (
+            torch.stack([value.detach().double() for row in rows for value in row]).tolist() if rows else []
+        )
+        self.unread = []
+        losses, values = [], iter(flat)
+        for number, step in enumerate(steps, position.step - len(steps) + 1):
+            parts = {name: next(values) for name in ("loss", *step.loss.parts)}
+            norm, finite_count = next(values), next(values)
+            if finite_count != self.strategy.world:
+                damaged = (name for name in step.loss.parts if not math.isfinite(parts[name]))
+                raise TrainingError(
+                    f"epoch {position.epoch + 1}, step {number}: "
+                    f"{next(damaged, 'the gradient or a running statistic')} is not finite; lower "
+                    "optimizer.lr or set optimizer.clip_norm"
+                )
+            for name, part in parts.items():
+                position.sums[name] = position.sums.get(name, 0.0) + part * step.num_samples
+            if step.loss.component_counts is not None:
+                counts = [int(next(values)) for _ in range(len(step.loss.component_counts))]
+                before = position.component_counts or (0,) * len(counts)
+                position.component_counts = tuple(map(operator.add, before, counts))
+            position.seen += step.num_samples
+            position.gradient += norm * step.num_samples
+            losses.append(parts["loss"])
+        return losses
 
     def after_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
         """Add an epoch with its metrics, whose evaluation took *seconds*, to the position."""
@@ -165,6 +219,8 @@ class LoopRun:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
         set_train_mode(self.model, start)
+        for name in ("parameters", "float_buffers"):  # of the model before
+            vars(self).pop(name, None)
         self.groups = parameter_groups(self.model, start)
         if self.teacher is not None:
             layout = torch.channels_last if recipe.channels_last else torch.preserve_format

@@ -1,5 +1,6 @@
 """A run: its rows, its errors, and how it continues after an interruption."""
 
+import csv
 import hashlib
 import shutil
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
-from sopdeploy.errors import ConfigError, RuntimeUnavailableError
-from sopdeploy_commands.bulk import classifier
+from sopdeploy.errors import ConfigError, DataError, RuntimeUnavailableError
+from sopdeploy_commands.bulk import classifier, run
 from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_commands.bulk.output import OutputFolder
 from sopdeploy_commands.bundles.predict import predict
@@ -201,3 +202,40 @@ def write_bundle_with_outputs(folder: Path) -> Path:
     model = graph(GRAPH, weight=(weight / np.float32(40)).T.copy(), bias=bias, mixing=mixing)
     images = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     return write_computed(folder, model, images, 1e-2, preprocess=RULES, labels=LABELS)
+
+
+def test_a_csv_file_has_the_predictions_and_needs_no_extra(bundle_path, photos, tmp_path, monkeypatch):
+    for module in ("pyarrow", "fsspec"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in ("bulk.output", "bulk.sources", "bulk.classifier", "tables"):
+        monkeypatch.delitem(sys.modules, f"sopdeploy_commands.{name}", raising=False)
+    out, shown = tmp_path / "new" / "results.CSV", []
+    found = run.classify(
+        bundle_path, photos, out, on_image=lambda *numbers: shown.append(numbers), threads=1, top_k=2
+    )
+    assert (found.rows, found.num_images, found.num_errors) == (out, COUNT, len(BAD))
+    assert shown[-1] == (COUNT, COUNT)
+    with out.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = predict(bundle_path, [photos], threads=1)  # the folder
+    assert len(rows) == len(expected) == COUNT
+    for row, one in zip(rows, expected, strict=True):
+        assert row["image"] == one.image
+        if one.error is None:
+            first = one.classes[0]
+            assert (row["class"], row["probability"]) == (first.label, f"{first.probability:.4f}")
+        assert row["error"] == ("" if one.error is None else one.error.detail)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_options_of_parquet_files_are_refused_for_a_csv_file(bundle_path, photos, tmp_path):
+    for option in ({"logits": True}, {"workers": 2}, {"ray": "local"}):
+        with pytest.raises(ConfigError, match="only with a folder of parquet files"):
+            run.classify(bundle_path, photos, tmp_path / "results.csv", **option)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_without_images_is_named(bundle_path, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        predict(bundle_path, [tmp_path / "empty"])

@@ -64,7 +64,7 @@ def test_predict_notices_a_missing_image_before_it_loads_the_network(
     monkeypatch.setattr("sopdeploy_commands.bundles.predict.load_model", None)
     (tmp_path / "a.jpg").write_bytes(jpeg)
     (tmp_path / "folder").mkdir()
-    for name, reason in {"b.jpg": "cannot be read", "folder": "a folder; name its images"}.items():
+    for name, reason in {"b.jpg": "cannot be read", "folder": "holds no images"}.items():
         with pytest.raises(DataError, match=f"{name}: {reason}"):
             predict(bundle_path, [tmp_path / "a.jpg", tmp_path / name])
 
@@ -308,7 +308,7 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
 
 @pytest.mark.parametrize(
     ("known", "end"),
-    [(None, "ant 0.9000"), (True, "ant 0.9000"), (False, "ant 0.9000; probably none of these classes")],
+    [(None, "ant 0.9000"), (True, "ant 0.9000"), (False, "looks unlike the training photographs; closest: ant 0.9000")],
 )
 def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(known, end, capsys) -> None:
     classes = (ClassProbability(label="ant", probability=0.9),)

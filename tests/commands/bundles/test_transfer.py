@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from sopdeploy.bundle.folder import open_bundle, staging
 from sopdeploy.bundle.signing import check_signature, read_signature, sign, signature_path
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull, push
-from sopdeploy.errors import BundleError, ConfigError, StorageError
+from sopdeploy.errors import BundleError, ConfigError, MissingPackageError, StorageError
 from sopdeploy.files import writing
 from tests.support.forged import FIELDS, forge, write_hollow
 from tests.support.keys import write_key
+from tests.support.small_data import jpeg
 
 EARLIER, LATER = "2025-12-31T23:59:59.000000Z", "2026-02-03T04:05:06.000000Z"
 
@@ -393,3 +396,46 @@ def test_a_pull_that_fails_leaves_neither_an_unsigned_bundle_nor_a_traceback(
     error = cli_error("pull", url, here, "--require-signature", f"{key}.pub")
     assert os.strerror(code) in error
     assert not here.exists()
+
+
+MISSING_CLIENTS = [
+    ("s3://bucket/a-0.tar", "s3fs", 's3fs is not installed; run: pip install "sopdeploy[s3]"'),
+    ("https://example.org/a-0.tar", "aiohttp", 'aiohttp is not installed; run: pip install "sopdeploy[s3]"'),
+    ("gs://bucket/a-0.tar", "gcsfs", "gcsfs"),
+]
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+@pytest.mark.parametrize(("address", "module", "message"), MISSING_CLIENTS)
+def test_a_client_of_a_store_that_is_not_installed_is_named_with_its_extra(
+    command: str, address: str, module: str, message: str, bundle: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    monkeypatch.setattr(import_module("fsspec.registry"), "_registry", {})
+    with pytest.raises(MissingPackageError, match=re.escape(message)) as error:
+        push(bundle, address) if command == "push" else pull(address, tmp_path / "pulled")
+    assert error.value.code == "not_installed"
+
+
+IN_PHOTOGRAPHS = {
+    "class folders": ("cat/1.jpg", "."),
+    "a heap": ("1.jpg", "."),
+    "classes of a part": ("train/cat/1.jpg", "."),
+    "a class": ("cat/1.jpg", "cat"),
+}
+
+
+@pytest.mark.parametrize("case", IN_PHOTOGRAPHS)
+def test_a_bundle_is_not_pulled_into_photographs(case: str, bundle: Path, tmp_path: Path) -> None:
+    image, destination = IN_PHOTOGRAPHS[case]
+    photos = tmp_path / "photos"
+    (photos / image).parent.mkdir(parents=True)
+    (photos / image).write_bytes(jpeg(0, (8, 8)))
+    archive = push(bundle, str(tmp_path / "store")).url
+    before = sorted(photos.rglob("*"))
+    with pytest.raises(ConfigError, match="holds photographs; choose a folder outside"):
+        pull(archive, photos / destination)
+    assert sorted(photos.rglob("*")) == before

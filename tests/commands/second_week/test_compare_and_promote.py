@@ -104,6 +104,14 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     assert (back.verdict, back.wins, back.difference) == ("worse", 0, -found.difference)
 
 
+def test_a_bundle_compared_with_itself_has_no_difference_and_asks_for_no_labels(bundles, labelled) -> None:
+    first, second = bundles
+    text = compare(second, second, labelled(second, count=6)).summary
+    assert text.startswith("no difference, both are the same bundle, no answer differs: +0.0 points")
+    other = compare(first, second, labelled(second, count=6)).summary
+    assert "no answer differs" not in other
+
+
 def test_copies_of_photographs_count_once(bundles, labelled) -> None:
     """A user who copies what the second bundle gets right would otherwise prove anything."""
     first, second = bundles
@@ -171,6 +179,23 @@ def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_pa
     more = compare(first, newer, photos)
     assert (more.num_images, more.new) == (found.num_images, found.new)
     assert [note for note in more.notes if "cow" in note] == [f"{photos}: left out, of no class: cow"]
+
+
+def test_only_unknown_photographs_of_the_sample_are_compared_and_those_that_no_server_kept(
+    bundles, labelled, tmp_path
+) -> None:
+    first, second = bundles
+    photos, unknown = labelled(second), tmp_path / "photos-unknown"
+    names = [f"{number:032x}.png" for number in range(7)]
+    for number, name in enumerate([*names[:5], *(f"sample/{name}" for name in names[5:]), "own.png"]):
+        (unknown / name).parent.mkdir(parents=True, exist_ok=True)
+        photograph(500 + number).save(unknown / name)
+    found = compare(first, second, photos, unknown=unknown)
+    assert found.second.rejected.count == 3
+    assert any("5 photographs not compared, because a server kept them" in note for note in found.notes)
+    (unknown / "own.png").unlink()
+    shutil.rmtree(unknown / "sample")
+    assert compare(first, second, photos, unknown=unknown).unknown is None
 
 
 def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(bundles, labelled, tmp_path) -> None:

@@ -1,5 +1,6 @@
 """The choice among networks by cross-validation and time, with times that the tests set."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.errors import ConfigError, DataError, WeightsError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.choices import Choice, Choices, file_stem, read_choices
@@ -74,7 +75,7 @@ def set_results(patch: pytest.MonkeyPatch, found: dict[str, tuple[float, Validat
     speeds = {name: Speed(time, 1.0) for name, (time, _) in found.items()}
     patch.setattr(network_choice, "measure_networks", lambda *_: speeds)
     patch.setattr(network_choice, "score_network", score_network)
-    patch.setattr(network_choice, "fetch_published", lambda _: None)
+    patch.setattr(network_choice, "fetch_published", lambda *_, **_options: None)
     return names
 
 
@@ -119,7 +120,7 @@ def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
         within="10.5ms",
         weights="none",
         out=photos.parent / "run",
-        set=("preprocess.resize=16", "preprocess.crop=16"),
+        set=("preprocess.resize=16", "preprocess.crop=16", "procedure.kind=few_shot"),
     )
     assert [(one.name, one.score is None) for one in result.networks] == list(
         zip(NAMES, (0, 0, 1), strict=True)
@@ -237,7 +238,7 @@ def test_a_folder_without_weights_is_an_error_that_names_the_files(
 def unreachable(*names: str) -> Any:
     """A stand-in for the download, in which the weights of *names* cannot be reached."""
 
-    def fetch_published(recipe: Recipe) -> None:
+    def fetch_published(recipe: Recipe, *, download: bool) -> None:
         if recipe.model.name in names:
             raise WeightsError(f"{recipe.model.name}: cannot be downloaded")
 
@@ -308,3 +309,21 @@ def test_options_are_refused(case: str, photos: Path) -> None:
     options, message = ERRORS[case]
     with pytest.raises(ConfigError, match=message):
         train(photos, out=photos.parent / "run", **options)
+
+
+def test_weights_that_cannot_be_reached_are_named_before_anything_is_measured(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_choice, "fetch_published", unreachable(NAMES[1]))
+    monkeypatch.setattr(network_choice, "measure_networks", None)
+    with pytest.raises(WeightsError, match=f"^{NAMES[1]}: cannot be downloaded$"):
+        train(photos, models=",".join(NAMES), within="9ms", out=photos.parent / "run")
+
+
+def test_unknown_images_may_be_in_a_flat_folder_and_a_missing_one_is_named(photos: Path) -> None:
+    flat = photos.parent / "flat"
+    shutil.copytree(next(photos.iterdir()), flat)
+    settings = ("model.name=resnet8", "preprocess.crop=16", "procedure.kind=few_shot")
+    train(photos, weights="none", unknown=str(flat), out=photos.parent / "run", set=settings)
+    with pytest.raises(DataError, match="no such folder; give a folder with JPEG or PNG files"):
+        train(photos, weights="none", unknown=str(flat / "missing"), out=photos.parent / "other")

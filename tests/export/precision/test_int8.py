@@ -16,7 +16,8 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import capture_any_batch, generated_images, lower
+from sopdeploy_export.graph.capture import capture_any_batch, generated_images
+from sopdeploy_export.graph.file import lower
 from sopdeploy_export.parity.compare import file_outputs, open_session
 from sopdeploy_export.precision.accuracy_gate import (
     AccuracyCheck,

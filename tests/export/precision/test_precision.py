@@ -16,7 +16,8 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import NETWORK_PREFIX, capture_any_batch, generated_images, lower
+from sopdeploy_export.graph.capture import NETWORK_PREFIX, capture_any_batch, generated_images
+from sopdeploy_export.graph.file import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.casts import in_float16

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from sopdeploy.errors import CertificateError, DetachError
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, trace_hash
-from sopdeploy_export.proof.batch import find_mixing
+from sopdeploy_export.proof.images import find_mixing
 from sopdeploy_export.proof.networks import copy_module, detach
 
 Make = Callable[..., Classifier]

@@ -373,7 +373,7 @@ EXPORTED: dict[str, Case] = {
     "a data class": (forward(lambda net, x: Output(logits(net, x))), {"logits_key": "logits"}, ONLY),
     "auxiliary outputs in train mode": (Small, {"training_only": ["aux"]}, DETACHED),
     "a Lightning module with a metric": (LightningModule, {}, ONLY),
-    "a metric that only training uses": (LightningModule, {"training_only": ["accuracy"]}, ONLY),
+    "a metric that only training uses": (LightningModule, {"training_only": ["accuracy"]}, DETACHED),
     "a criterion with weights of the classes": (
         with_parts(logits, criterion=lambda: nn.CrossEntropyLoss(torch.ones(CLASSES))),
         {"training_only": ["criterion"]},

@@ -51,6 +51,29 @@ def variant(forward: Callable[[Any, Tensor], Any], *, aux: bool = True) -> Small
     return type("Variant", (Small,), {"forward": forward})(aux=aux)
 
 
+class Exits(Small):
+    """Returns the logits, and those of a list of heads whose length it reads."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.heads = nn.ModuleList(nn.Linear(8, CLASSES) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.features(images)
+        return self.fc(features), [self.heads[i](features) for i in range(len(self.heads))]
+
+
+class Sketch(Small):
+    """Multiplies by random signs, which the state dict does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.register_buffer("signs", torch.randn(8), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.features(images) * self.signs)
+
+
 class Keeps(nn.Module):
     """Keeps the options that it is built with."""
 

@@ -221,7 +221,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a dict without a name": (
         lambda: n.variant(n.as_dict),
         {},
-        r"a dict with 'out', 'features'; choose one as the logits; try logits_key",
+        r"a dict with 'out', 'features'; choose .*: out \(4, 4\), features \(4, 8\); try logits_key",
     ),
     "a part that does not exist": (
         n.Small,

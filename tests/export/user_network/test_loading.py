@@ -1,6 +1,8 @@
 """Weight files and builders of users: what is read, what is removed from names, and each error."""
 
 import argparse
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,13 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.errors import CertificateError, ConfigError, WeightsError
 from sopdeploy.files import read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_export.user_network.loading import load_weights, network_builder
-from tests.export.user_network.networks import Small, trained
+from tests.export.user_network.networks import Exits, Sketch, Small, export_small, trained
 
 MODULE = "tests.export.user_network.networks"
 STATE = trained(Small()).state_dict()
@@ -164,6 +166,38 @@ def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(tmp
     assert (tmp_path / "out" / "latest").readlink().name.startswith("Small-")
 
 
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    return f"{result.exit_code} {result.output}"
+
+
+def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_output_does_not_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(trained(Exits()).state_dict(), "w.pth")
+    Path("labels.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
+    Path("rules.json").write_text('{"resize": 12, "crop": 12}', encoding="utf-8")
+    given = ("w.pth", "--network", f"{MODULE}:Exits", "--preprocess", "rules.json")
+    assert "choose one as the logits: 0 (B, 4), 1.0 (B, 4), 1.1 (B, 4)" in run("inspect", *given)
+    inspected = json.loads(CliRunner().invoke(app, ["inspect", *given, "--logits-key", "0", "--json"]).stdout)
+    assert inspected["unused"] == ["heads.0", "heads.1"], "the code reads the length of `heads`"
+    proposed = run("export", *given, "--logits-key", "0", "--detach", "--labels", "labels.txt")
+    assert "add --training-only heads.0 --training-only heads.1" in proposed
+    exported = run(*shlex.split(inspected["command"])[1:])
+    assert exported.startswith("0 ")
+    assert "removed  heads.0, heads.1 (4 tensors" in exported
+    assert "trained = detached = rebuilt: equal graphs" in exported
+    assert "no plain network was given" in exported
+
+
+def test_a_builder_that_draws_what_the_weight_file_does_not_hold_is_refused(tmp_path: Path) -> None:
+    network = trained(Sketch())
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CertificateError, match=r"signs differs from the plain network's"):
+        export_small(network, tmp_path / "out", rebuild=Sketch)
+
+
 @pytest.mark.parametrize("name", ["names.txt", "names.json"])
 def test_a_byte_order_mark_is_no_part_of_the_first_class_name(tmp_path: Path, name: str) -> None:
     text = {"names.txt": "cat\r\ndog\r\n", "names.json": '["cat", "dog"]'}[name]
@@ -175,7 +209,6 @@ def test_a_byte_order_mark_is_no_part_of_the_first_class_name(tmp_path: Path, na
     ("arguments", "message"),
     [
         (("--labels", "names.txt"), "--labels: only for a network of your own; try --network"),
-        (("--network", f"{MODULE}:Small", "--detach"), "--training-only"),
         (("--network", f"{MODULE}:Small"), "--labels: missing"),
     ],
 )

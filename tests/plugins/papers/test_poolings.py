@@ -23,10 +23,13 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.published import published_network
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy.layers.pooling.base import GlobalPooling
+from sopdeploy.layers.pooling.base import GlobalPooling, unit_signed_root
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.start_weights import StartWeights, load_start_weights
 from sopdeploy_commands.app import app
 from sopdeploy_papers.poolings.dropcov import DropCov
 from sopdeploy_papers.poolings.low_rank import LowRankClassifier, ReducedBilinear
@@ -110,7 +113,7 @@ def test_vectors_and_parameters_are_those_of_the_papers(
 def test_low_rank_bilinear_pooling_has_the_factors_of_each_class() -> None:
     with torch.device("meta"):
         network = sopdeploy.create_model("lrbp-vgg16", num_classes=200)
-    parts: Any = network.get_submodule("network")
+    parts: Any = network
     assert parts.pooling.out_features == 10_000
     counts = {
         name: sum(p.numel() for p in getattr(parts, name).parameters()) for name in ("pooling", "classifier")
@@ -127,6 +130,34 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     assert torch.autograd.gradcheck(lambda x, *_: pooling(x), (features, *parameters), fast_mode=True)
 
 
+def test_low_rank_bilinear_pooling_starts_from_the_weights_of_vgg16() -> None:
+    with torch.device("meta"):
+        source = sopdeploy.create_model("vgg16-bn", num_classes=1000)
+    tensors = {
+        name: torch.full(tensor.shape, 0.5)
+        for name, tensor in source.state_dict().items()
+        if "layers" in name
+    }
+    tensors["classifier.6.bias"] = torch.zeros(1000)
+    network = sopdeploy.create_model("lrbp-vgg16", num_classes=3, width=4)
+    given = StartWeights(
+        file="vgg16_bn.pth", sha256="", network="VGG-16", tensors=tensors, preprocess=Preprocess()
+    )
+    report = load_start_weights(given, network, ("a", "b", "c"))
+    assert (report.new, report.unused) == (("classifier", "pooling"), ("classifier",))
+    assert all(bool((value == 0.5).all()) for name, value in network.layers.named_parameters())
+    assert published_network("lrbp-vgg16", network.config) == "vgg16_bn"
+
+
+def test_the_signed_root_of_low_rank_bilinear_pooling_is_an_option() -> None:
+    features = relu_features(2, 4, 4)
+    plain, rooted = ReducedBilinear(4, 3), ReducedBilinear(4, 3, signed_root=True)
+    rooted.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(rooted.float()(features.float()), unit_signed_root(plain(features.float())))
+    with pytest.raises(ConfigError, match="has its own pooling and classifier"):
+        sopdeploy.create_model("lrbp-vgg16", num_classes=3, pooling="isqrt")
+
+
 def test_gradients_of_low_rank_bilinear_pooling_are_those_of_finite_differences() -> None:
     torch.manual_seed(4)
     features = relu_features(2, 4, 4).requires_grad_()
@@ -134,7 +165,7 @@ def test_gradients_of_low_rank_bilinear_pooling_are_those_of_finite_differences(
     assert torch.autograd.gradcheck(network, (features,), fast_mode=True)
     logits, classifier, vector = network(features), network[1], network[0](features)
     for k in range(5):
-        plus, minus = classifier.factors.weight[2 * k : 2 * k + 2]
+        plus, minus = classifier.weight[2 * k : 2 * k + 2]
         expected = vector @ (torch.outer(plus, plus) - torch.outer(minus, minus)).flatten()
         torch.testing.assert_close(logits[:, k], expected)
 

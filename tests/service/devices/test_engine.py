@@ -210,6 +210,26 @@ def test_a_front_end_that_sends_nonsense_is_cut_off_and_others_are_served(bundle
     run_with(runtime, bundle, scenario)
 
 
+def test_a_front_end_that_reads_no_results_is_cut_off(bundle, monkeypatch) -> None:
+    monkeypatch.setattr(channel, "MAX_UNSENT_BYTES", 1000)
+
+    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+        bad = await engine.connect()
+        await asyncio.to_thread(channel.receive_opening, bad)
+        bad.setblocking(False)
+        while len(engine.engine.front_ends) == 2:
+            with suppress(OSError):
+                await asyncio.get_running_loop().sock_sendall(
+                    bad, b"".join(record(slot=slot) for slot in range(16))
+                )
+            await until(lambda: not any(one.images for one in engine.engine.front_ends))
+        bad.close()
+        assert control.BAD_FRONT_END + b"front-0" in engine.messages()
+        await registry.find().run(PIXELS[0], FOREVER)
+
+    run_with(FakeRuntime(num_classes=7), bundle, scenario)
+
+
 HARMLESS = {
     "a cancellation of nothing": record(channel.CANCEL, 65_535, 2**32 - 1),
     "half a record": record()[:7],

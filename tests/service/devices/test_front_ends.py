@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def num_admitted(client: ServerClient) -> float:
     return sum(map(float, re.findall(r"^sopdeploy_queue_depth{.*} (\S+)", client.get("/metrics").text, re.M)))
 
 
+def num_memories(process: int) -> int:
+    """Count the files in memory that *process* has open: slots of channels, limits."""
+    found = 0
+    for file in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(OSError):  # it was closed meanwhile
+            found += str(file.readlink()).startswith("/memfd:")
+    return found
+
+
 def status_of(client: ServerClient, jpeg: bytes) -> int:
     return client.post("/v1/classify", content=jpeg).status_code
 
@@ -78,6 +88,9 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
 
 def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(bundle_path, jpeg) -> None:
     with serving(str(bundle_path), *WAYS[FRONT_ENDS]) as client:
+        assert status_of(client, jpeg) == 200
+        kept = [client.child.pid, *(process_of(client, f"front-{number}") for number in range(2))]
+        files = [num_memories(process) for process in kept]
         engine = process_of(client, "engine")
         os.kill(engine, signal.SIGSTOP)
         os.kill(engine, signal.SIGKILL)
@@ -86,6 +99,7 @@ def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(bundle_path,
         reply = client.post("/v1/classify", content=jpeg)
         assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
         wait_for(lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8)
+        wait_for(lambda: [num_memories(process) for process in kept] == files)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -142,6 +156,14 @@ def test_a_signal_to_every_process_completes_the_admitted_requests(
         assert [one.result() for one in sent] == [200] * 16
         assert client.child.wait(START_SECONDS) == 0
         assert not any(map(is_alive, processes))
+
+
+def test_no_process_survives_the_supervisor(bundle_path, jpeg) -> None:
+    with serving(str(bundle_path), *WAYS[FRONT_ENDS]) as client:
+        assert status_of(client, jpeg) == 200
+        processes = [process_of(client, name) for name in ("engine", "front-0", "front-1")]
+        client.child.kill()
+        wait_for(lambda: not any(map(is_alive, processes)))
 
 
 SPEEDS = {  # cores, seconds of an image -> front ends

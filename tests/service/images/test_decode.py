@@ -148,7 +148,7 @@ def test_a_complete_jpeg_may_have_any_gray_area(
 
 
 BACKGROUND = (10, 200, 30)
-FITS = ("crop", "pad", "squash")
+FITS = ("crop", "pad", "squash", "squash-crop")
 
 
 def rules_for(fit):
@@ -246,7 +246,7 @@ def test_pad_centers_the_whole_image_on_the_background():
         assert np.array_equal(pixels, expected)
 
 
-@pytest.mark.parametrize("fit", ["pad", "squash"])
+@pytest.mark.parametrize("fit", ["pad", "squash", "squash-crop"])
 def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(fit):
     rules = rules_for(fit)
     whole = RandomResizedCrop(kind="random-resized-crop", scale=(1.0, 1.0), ratio=(1.0, 1.0))

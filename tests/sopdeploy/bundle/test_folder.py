@@ -305,6 +305,17 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         edited(extra=1, versions={"sopdeploy": "0.9.1"}),
         r"^extra: unknown here; read it with sopdeploy 0\.9\.1, which wrote it",
     ),
+    "a nested field of a later version": (
+        edited(
+            versions={"sopdeploy": "0.9.1"},
+            lineage={**json.loads(VALID)["lineage"], "recipe_sha256": "0" * 64},
+        ),
+        r"^lineage\.recipe_sha256: unknown key; read it with sopdeploy 0\.9\.1, which wrote it",
+    ),
+    "a value of a later version": (
+        edited(versions={"sopdeploy": "0.9.1"}, precision="fp4"),
+        r"^precision: .*fp4.*; read it with sopdeploy 0\.9\.1, which wrote it",
+    ),
     "another format": (edited(format="zip"), "format: .*zip"),
     "an invalid hash": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),
     "a negative size": (edited(files={"a": {"bytes": -1, "sha256": "a" * 64}}), r"files\.a\.bytes"),

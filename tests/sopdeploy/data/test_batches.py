@@ -1,7 +1,9 @@
 """Splits, preprocessed data sets, batches, and images that cannot be read."""
 
 import multiprocessing
+import multiprocessing.process
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sopdeploy.data import batches as data_batches
 from sopdeploy.data.augment import AugmentedDataset, ColorConfig, PadCrop
 from sopdeploy.data.batches import load_batches, shuffled_batches
 from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos import fitted
 from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.photos.split import hold_out
 from sopdeploy.seeds import derive_seed
@@ -121,3 +125,79 @@ def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) 
     assert "\n" not in text
     met = DataError("a/5.jpg: cannot be read")  # a single unreadable image keeps its own error
     assert unreadable_images_error(met, open_data(recipe_for(spoilt).data).held_out) is met
+
+
+class CountedImages(ArrayImages):
+    """Images that count how often each is opened, in this process."""
+
+    opened: list[int] = []  # noqa: RUF012
+
+    def open(self, index: int):
+        self.opened.append(index)
+        return super().open(index)
+
+
+def counted_images(monkeypatch, count: int = 30) -> CountedImages:
+    pixels = np.random.default_rng(1).integers(0, 256, (count, 14, 12, 3), dtype=np.uint8)
+    monkeypatch.setattr(CountedImages, "opened", [])
+    return CountedImages(("a", "b"), pixels, np.arange(count) % 2)
+
+
+PADDED, FITTED = PadCrop(kind="pad-crop", flip=0.5), Preprocess(resize=12, crop=12)
+
+
+@pytest.mark.parametrize("limit", [2**29, 0], ids=["in memory", "too many"])
+def test_pixels_in_memory_are_computed_once_and_give_the_same_batches(monkeypatch, limit) -> None:
+    monkeypatch.setattr(fitted, "MAX_IN_MEMORY", limit)
+    images = counted_images(monkeypatch)
+    in_memory = fitted.FittedPixels(images, FITTED)
+    for epoch in range(3):
+        plain = AugmentedDataset(images, PADDED, FITTED, 0, epoch)
+        kept = replace(plain, fitted=in_memory)
+        expected = [plain[index][0] for index in range(60)]
+        images.opened.clear()
+        assert np.array_equal(kept.batch(range(60))[0], expected)
+        assert len(images.opened) == (60 if not limit else 0 if epoch else 30)
+    mask = np.arange(30) % 3 == 1
+    part = PreprocessedDataset(images, FITTED, 2, fitted=in_memory).select(mask)
+    expected_part = PreprocessedDataset(images.select(mask), FITTED, 2).batch(range(10))
+    assert all(map(np.array_equal, part.batch(range(10)), expected_part))
+    build, arguments = in_memory.__reduce__()  # for processes that are not forked
+    assert np.array_equal(build(*arguments).read([3, 1]), in_memory.read([3, 1]))
+
+
+def test_the_processes_of_a_run_load_all_epochs_and_fill_the_memory(monkeypatch) -> None:
+    started, start = [], multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(
+        multiprocessing.process.BaseProcess, "start", lambda self: (started.append(self), start(self))
+    )
+    monkeypatch.setattr(data_batches, "usable_cores", lambda: 2)
+    images, others = counted_images(monkeypatch), counted_images(monkeypatch, 7)
+    training = AugmentedDataset(images, PADDED, FITTED, 0, 0, fitted=fitted.FittedPixels(images, FITTED))
+    held_out, cpu = PreprocessedDataset(others, FITTED), torch.device("cpu")
+    with data_batches.Loader((training, held_out), 2, cpu) as loader:
+        for epoch in range(3):
+            of_epoch, batches = replace(training, epoch=epoch), shuffled_batches(30, 8, 0, epoch)
+            for dataset, chosen in ((of_epoch, batches), (held_out, [[0, 3], [6]])):
+                loaded = list(load_batches(dataset, chosen, loader, cpu))
+                alone = list(load_batches(replace(dataset, fitted=None), chosen, 0, cpu))
+                assert all(
+                    torch.equal(a, b)
+                    for x, y in zip(loaded, alone, strict=True)
+                    for a, b in zip(x, y, strict=True)
+                )
+    assert len(started) == 2
+    images.opened.clear()
+    training.fitted.read(range(30))  # type: ignore[union-attr]
+    assert not images.opened
+    del loader
+    assert not multiprocessing.active_children()
+
+
+def test_an_epoch_that_ends_early_leaves_no_batch_for_the_next_one(monkeypatch) -> None:
+    images, cpu = counted_images(monkeypatch), torch.device("cpu")
+    dataset = PreprocessedDataset(images, FITTED)
+    with data_batches.Loader((dataset,), 1, cpu) as loader:
+        next(load_batches(dataset, [[number] for number in range(30)], loader, cpu))
+        ((pixels, _),) = load_batches(dataset, [[29]], loader, cpu)
+    assert np.array_equal(pixels[0], dataset[29][0])

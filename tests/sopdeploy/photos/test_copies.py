@@ -17,7 +17,17 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import effective_count
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.check import EDGES_MISS, check_data
-from sopdeploy.photos.copies import NO_PAIRS, Copies, NearDuplicates, connect, find_pairs, group_photographs
+from sopdeploy.photos.copies import (
+    NO_PAIRS,
+    Copies,
+    NearDuplicates,
+    _upper_bound,
+    connect,
+    find_pairs,
+    find_turned,
+    group_photographs,
+    shrink,
+)
 from sopdeploy.photos.folder import list_classes, open_folder
 from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
 from sopdeploy.photos.split import NONE, choose_held_out, divide, record_choice, recorded_choice
@@ -473,3 +483,52 @@ def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(p
     assert "train/cat/2.jpg: this is not an image" in found.stderr
     assert "1 in both training and held-out data" in found.stdout
     assert check_data(photos).parts[0].classes == {"cat": 4, "cow": 0, "dog": 8, "eel": 0}
+
+
+@pytest.mark.parametrize("copied", [0, 20, 60, 120])
+def test_copies_are_found_however_many_have_other_labels(copied: int):
+    random, classes = np.random.default_rng(0), np.arange(300) % 4
+    vectors = random.normal(size=(300, 64))
+    noise = 0.2 * random.normal(size=(copied + 1, 64))
+    vectors[copied : 2 * copied] = np.roll(vectors[:copied], 1, axis=0) + noise[1:]  # with other labels
+    vectors[-2] = vectors[-6] + noise[0]  # a copy within a class
+    originals = np.arange(16)
+    copies = vectors[originals] + 0.4 * random.normal(size=(16, 64))
+    found = find_pairs([vectors[:, None]], [copies], originals, classes, range(300))
+    groups = connect(300, found.pairs)
+    assert groups[copied : 2 * copied].tolist() == np.roll(groups[:copied], 1).tolist()
+    assert groups[-2] == groups[-6]
+    assert len(set(groups.tolist())) == 300 - copied - 1
+
+
+def test_photographs_of_classes_that_look_alike_are_not_named_as_copies_with_different_labels():
+    random, classes = np.random.default_rng(0), np.arange(80) % 4
+    vectors = random.normal(size=(80, 64))
+    alike = np.arange(0, 40, 4)  # half of the first class resemble images of the next one
+    vectors[alike + 1] = vectors[alike] + 0.9 * random.normal(size=(10, 64))
+    vectors[2] = vectors[3] + 0.05 * random.normal(size=64)  # a copy with another label
+    originals = np.arange(40, 56)
+    copies = vectors[originals] + 0.4 * random.normal(size=(16, 64))
+    certain = find_pairs([vectors[:, None]], [copies], originals, classes, range(80)).certain
+    assert {(int(one), int(other)) for one, other in certain.T if one < other} == {(2, 3)}
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+def test_copies_in_eight_orientations_are_found_and_other_scenes_are_not(turns: int, *, mirrored: bool):
+    scenes = [np.asarray(scene(seed).resize((120, 120))) for seed in range(20)]
+    turned = np.rot90(scenes[7][:, ::-1] if mirrored else scenes[7], turns)
+    copy = Image.open(io.BytesIO(encoded(Image.fromarray(turned).resize((72, 72)), 60)))
+    darker = np.asarray(ImageEnhance.Brightness(copy).enhance(0.85).resize((120, 120)))
+    small = np.stack([shrink(np.ascontiguousarray(one)) for one in (*scenes, darker)])
+    assert find_turned(small).T.tolist() == [[7, 20]]
+
+
+def test_plain_images_are_no_copies_of_each_other():
+    plain = [np.full((32, 32, 3), level, np.uint8) for level in (0, 90, 91, 255)]
+    scenes = [np.asarray(scene(seed).resize((32, 32))) for seed in range(6)]
+    assert not find_turned(np.stack([shrink(one) for one in (*plain, *scenes)])).size
+
+
+def test_a_bound_of_cosines_is_at_most_one():
+    assert _upper_bound(np.asarray([0.1, 0.5, 0.9, 0.95, 0.99], np.float32)) == 1.0

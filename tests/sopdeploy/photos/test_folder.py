@@ -323,3 +323,109 @@ def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> Non
     checked = CliRunner().invoke(app, ["data", "check", str(folder)])
     assert (checked.stderr.count(".jpg"), checked.stderr.count("not an image")) == (10, 1)
     assert "and 30 more: this is not an image" in checked.stderr
+
+
+TABLES = {
+    "file,classes": ",", "filename,label": ",", "file;classes": ";", "sep=;\nfile;classes": ";",
+    "image\tlabel": "\t", '"sep=,"\r\nPath,Class': ",",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(("heading", "separator"), TABLES.items())
+def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
+    tmp_path, heading: str, separator: str, encoding: str
+) -> None:
+    make(tmp_path, **{"2026-01": 3, "2026-02": 3})
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*.jpg"))
+    rows = [separator.join((file, ("h\u00fcte", "kleid")[place % 2])) for place, file in enumerate(files)]
+    (tmp_path / "labels.csv").write_bytes("\n".join([heading, *rows]).encode(encoding))
+    split = open_folder(tmp_path)
+    assert split.train.labels == ("h\u00fcte", "kleid")
+    assert split.train.class_counts().tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("labels.csv", "id,date\n1,2026", "labels.csv: has the columns id, date"),
+        (
+            "labels.csv",
+            "id,file,classes\n1,2026-01/000.jpg,a",
+            "labels.csv: has the columns id, file, classes",
+        ),
+        ("labels.tsv", "file\tclasses", "labels.tsv: not read; save it as labels.csv"),
+        ("Labels.XLSX", "PK", "Labels.XLSX: not read; save it as labels.csv"),
+        ("Labels.csv", "file,classes", "Labels.csv: not read; save it as labels.csv"),
+        ("train/labels.csv", "file,classes\na/0.jpg,a", "train/labels.csv: not read here"),
+    ],
+)
+def test_a_table_beside_class_folders_that_is_not_read_is_an_error(
+    tmp_path, name: str, content: str, problem: str
+) -> None:
+    folders = {"train__a": 2, "train__b": 2} if "/" in name else {"2026-01": 2, "2026-02": 2}
+    make(tmp_path, **folders)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=problem.replace(".", r"\.")):
+        open_folder(tmp_path)
+
+
+ABOVE = "put the parts above the classes"
+AMBIGUOUS: dict[str, tuple[dict[str, int], str]] = {
+    "a class called train": (
+        {"train__steam": 2, "train__tram": 2, "bus": 2, "car": 2}, "train may be a class, as bus, car"
+    ),
+    "parts in classes": ({"rose__train": 2, "rose__test": 2, "lily__train": 2, "lily__test": 2}, ABOVE),
+    "parts in a class": ({"rose__Training": 2, "rose__valid": 2, "lily": 2}, f"{ABOVE}, such as Tr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("folders", "problem"), AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_folders_that_may_be_parts_or_classes_are_refused(
+    tmp_path, folders: dict[str, int], problem: str
+) -> None:
+    with pytest.raises(DataError, match=problem):
+        open_folder(make(tmp_path, **folders))
+
+
+def test_a_class_called_train_that_holds_no_folders_is_named(tmp_path) -> None:
+    split = open_folder(make(tmp_path, train=2, bus=2))
+    assert split.train.labels == ("bus", "train")
+    assert split.notes == (f"{tmp_path}: train counts as a class, because it holds no folders",)
+
+
+def test_bundles_and_runs_are_never_classes(tmp_path) -> None:
+    make(tmp_path, cat=3, dog=3)
+    run, bundle = tmp_path / "photos-1", tmp_path / "photos-3f6c01d2a4b7"
+    for folder, files in ((run, ("best.pt", "last.pt")), (bundle, ("manifest.json", "model.onnx"))):
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_bytes(b"x")
+        paint(folder / "worst" / "1.jpg")  # whatever they hold
+        paint(folder / "2.jpg")
+    (tmp_path / "latest").symlink_to(run.name)
+    for name, output in (("runs", run), ("bundles", bundle)):  # also below folders that hold them
+        (tmp_path / name).mkdir()
+        (tmp_path / name / output.name).symlink_to(output)
+        (tmp_path / name / "latest").symlink_to(output.name)
+    opened = open_folder(tmp_path)
+    assert opened.train.labels == ("cat", "dog")
+    (note,) = opened.notes
+    names = "bundles, latest, photos-1, photos-3f6c01d2a4b7, runs"
+    assert note.endswith(f"left out, because they are or hold bundles or runs: {names}")
+    assert {part.name: [*part.classes] for part in check_data(tmp_path).parts} == {"all": ["cat", "dog"]}
+
+
+@pytest.mark.parametrize("out", ["run", "cat/run", "../photos/runs/run"])
+def test_a_run_is_not_written_into_its_photographs(tmp_path, out) -> None:
+    photos = make(tmp_path / "photos", cat=3, dog=3)
+    result = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(photos / out)])
+    assert (result.exit_code, "choose a folder outside" in result.stderr) == (2, True)
+    assert sorted(path.name for path in photos.iterdir()) == ["cat", "dog"]
+
+
+def test_runs_of_a_folder_that_is_the_current_one_are_written_elsewhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(make(tmp_path / "photos", cat=3, dog=3))
+    result = CliRunner().invoke(app, ["train", "--data", "."])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("error: --out: runs is in the photographs of .; choose a folder outside")

@@ -94,8 +94,6 @@ def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> 
 
 
 PROBLEMS = {
-    "file,labels\na.png,cat\n": "has the columns file, labels; write file,classes",
-    "file;classes\na.png;cat\n": "has the columns file;classes; write file,classes",
     "file,classes\n": "lists no images",
     "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is listed in line 2, too",
     "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\n": "line 3: x.png does not exist, and 1 more files",
@@ -181,15 +179,14 @@ def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(fold
         open_evaluation_images(folder / "sub", ("cat", "dog"), multi_label=True)
 
 
-def test_a_table_of_other_columns_next_to_class_folders_is_ignored(folder: Path) -> None:
+def test_a_table_of_other_columns_next_to_class_folders_is_an_error(folder: Path) -> None:
     for label in ("cat", "dog"):
         (folder / label).mkdir()
         for name in ("a.png", "d.png"):
             shutil.copy(folder / name, folder / label / name)
     shutil.rmtree(folder / "sub")
-    split = open_folder(write(folder, "name,breed\na,b\n"))
-    assert split.train.labels == ("cat", "dog")
-    assert split.train.targets.shape == (4,)
+    with pytest.raises(DataError, match=r"name, breed; .*or rename the file if the folders are the classes"):
+        open_folder(write(folder, "name,breed\na,b\n"))
 
 
 def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> None:

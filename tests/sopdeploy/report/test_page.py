@@ -11,8 +11,9 @@ from PIL import Image, PngImagePlugin
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
-from sopdeploy.evaluation.metrics import classification_report
+from sopdeploy.evaluation.metrics import Rate, classification_report
 from sopdeploy.html.plots import plot
+from sopdeploy.report.page import describe_in_a_sentence
 from sopdeploy.training.recipe import Recipe, read_recipe
 from tests.sopdeploy.training.runs import short_recipe, train_with_page
 from tests.support.pages import ALLOWED, Reader, charts
@@ -106,3 +107,32 @@ def test_charts_show_every_text_as_it_is(text: str) -> None:
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     assert Reader(drawn).text_in("text").count(shown) == 2
     assert image == plot({text: [(0, 1), (1, 3)]}, text, "y")
+
+
+SENTENCES = {
+    "most": (Rate.of(83, 100), "8 of 10 new photographs like these will be right."),
+    "nearly all": (Rate.of(987, 1000), "98 of 100 new photographs like these will be right."),
+    "all that were seen": (Rate.of(40, 40), "Nearly all new photographs like these will be right."),
+    "an epoch": (0.25, "2 of 10 new photographs like these will be right."),
+    "no estimate": (None, "There are too few different photographs to say how many new ones will be right."),
+}
+
+
+@pytest.mark.parametrize("case", SENTENCES)
+def test_the_first_sentence_says_what_the_score_means(case: str) -> None:
+    score, text = SENTENCES[case]
+    assert describe_in_a_sentence(score) == text
+
+
+def test_the_page_begins_with_a_sentence_the_classes_and_the_next_command_and_colors_confusions(
+    run: Path, page: str
+) -> None:
+    header = page[page.index("<header>") : page.index("</header>")]
+    sentences = re.findall("<p>(.*)</p>", header)
+    assert "of 10 new photographs like these will be right." in sentences[0]
+    assert sentences[-1] == f"Next: sopdeploy export {run / 'best.pt'} --detach"
+    matrix = page[page.index("Confusion matrix") :].partition("</table>")[0]
+    for row, cells in enumerate(re.findall("<tr>(<th scope=.row.>.*)</tr>", matrix)):
+        kinds = re.findall('<td class="number (right|wrong|zero)"', cells)
+        assert [kind for kind in kinds[row : row + 1] if kind == "wrong"] == []
+        assert "right" not in kinds[:row] + kinds[row + 1 :]

@@ -87,7 +87,7 @@ INVALID_OVERRIDES = [
     ("ema={decay=1.0}", "ema.decay: Input should be less than 1"),
     ("model.remove_branches_at=99", "remove_branches_at: the run has only"),
     ("epochs=0", "epochs: Input should be greater than or equal to 1 (got '0')"),
-    ("preprocess.crop=99", "crop (99) is larger than resize (16)"),
+    ("preprocess={crop=99, resize=16}", "crop (99) is larger than resize (16)"),
     ("epochs", "epochs: write key=value, for example optimizer.lr=0.05"),
     ("epochs.a=1", "epochs.a: epochs is a value, not a table with keys"),
 ]

@@ -134,12 +134,12 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     ("settings", "message"),
     [
         (
-            ["epochs=50", "optimizer.lr=5"],
+            ["procedure.kind=few_shot", "epochs=50", "optimizer.lr=5"],
             r"epochs, optimizer\.lr: without effect in the procedure few_shot",
         ),
         (
             ["procedure.kind=few_shot", 'schedule={kind="one-cycle"}'],
-            "schedule: without effect .* choose another one with procedure.kind",
+            r"schedule\.kind: without effect .* choose another one with procedure.kind",
         ),
         ([*LOOP, "procedure.folds=3"], r"procedure\.folds: unknown key of this kind"),
     ],

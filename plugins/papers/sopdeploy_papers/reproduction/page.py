@@ -11,7 +11,7 @@ from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction
 from sopdeploy_papers.reproduction.results import MeanError, mean_error
 from sopdeploy_papers.reproduction.tables import PrintedTable
 
-_ERRORS = {"top1": "top-1 error in %", "top5": "top-5 error in %"}
+_METRICS = {"top1": "top-1", "top5": "top-5"}
 
 
 def render_page(results: Reproduction) -> str:
@@ -23,10 +23,11 @@ def render_page(results: Reproduction) -> str:
         columns=("row", "command"),
         rows=[(row.printed.name, results.commands(row)[0]) for row in results.rows if row.recipe],
     )
-    charts = [*_option_chart(table, finished), *chain.from_iterable(map(_row_charts, finished))]
+    charts = [*_option_chart(table, finished)]
+    charts += chain.from_iterable(_row_charts(table, row) for row in finished)
     sections = [
         _describe_results(results, finished),
-        Section(title="Curves", figures=list(_error_charts(curves, "Seed 0"))),
+        Section(title="Curves", figures=list(_metric_charts(table, curves, "Seed 0"))),
         Section(title="Figures", figures=charts),
         Section(title="Counts and other figures", tables=[fact_table(results.rows)]),
         Section(title="Commands", tables=[commands]),
@@ -43,7 +44,7 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
     elif table.measures == "nothing":
         text.append("The figures are those of the paper; nothing is counted or measured.")
     else:
-        tables += [error_table(results.rows), _branch_table(finished)]
+        tables += [error_table(table, results.rows), _branch_table(table, finished)]
         if finished:
             run, seeds = finished[0].runs[0], results.seeds
             text.append(
@@ -68,22 +69,23 @@ def notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
             yield f"{row.printed.name}: {names}", note
 
 
-def error_table(rows: Sequence[ReproducedRow]) -> Table:
-    """Format the printed and the measured errors of *rows*, in percent."""
+def error_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
+    """Format the printed and the measured errors or accuracies of *rows* of *table*, in percent."""
     lines = [
         (
             f"{row.printed.name}{' (cited)' if row.printed.cited else ''}",
-            _printed_error(row.printed.top1),
-            _measured_error(mean_error(row.runs, "top1")),
-            _printed_error(row.printed.top5),
-            _measured_error(mean_error(row.runs, "top5")),
+            _printed(table, row.printed.top1),
+            _measured(table, mean_error(row.runs, "top1")),
+            _printed(table, row.printed.top5),
+            _measured(table, mean_error(row.runs, "top5")),
             row.status,
         )
         for row in rows
         if not row.printed.teacher
     ]
     columns = ("row", "top-1 printed", "measured", "top-5 printed", "measured", "status")
-    return Table(caption="Printed and measured errors in percent", columns=columns, rows=lines)
+    names = "accuracies" if table.accuracy else "errors"
+    return Table(caption=f"Printed and measured {names} in percent", columns=columns, rows=lines)
 
 
 def fact_table(rows: Sequence[ReproducedRow]) -> Table:
@@ -106,8 +108,8 @@ def fact_table(rows: Sequence[ReproducedRow]) -> Table:
     return Table(caption=caption, columns=columns, rows=compared)
 
 
-def _branch_table(rows: Sequence[ReproducedRow]) -> Table:
-    """Format printed and measured errors of the branches, averaged over seeds."""
+def _branch_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
+    """Format printed and measured errors or accuracies of the branches, averaged over seeds."""
     lines = []
     for row in rows:
         for name in row.runs[0].heads:
@@ -117,20 +119,25 @@ def _branch_table(rows: Sequence[ReproducedRow]) -> Table:
             printed_top1, printed_top5 = row.printed.heads.get(stage, (None, None))
             heads = [run.heads[name] for run in row.runs]  # the metrics of this branch, with each seed
             top1, top5 = (
-                sum(100 * (1 - getattr(head, key)) for head in heads) / len(heads) for key in _ERRORS
+                sum(table.shown(100 * (1 - getattr(head, key))) for head in heads) / len(heads)
+                for key in _METRICS
             )
-            cells = _printed_error(printed_top1), f"{top1:.2f}", _printed_error(printed_top5), f"{top5:.2f}"
+            printed = _printed(table, printed_top1), _printed(table, printed_top5)
+            cells = printed[0], f"{top1:.2f}", printed[1], f"{top5:.2f}"
             lines.append((f"{row.printed.name}, {name}", *cells))
     columns = ("branch", "top-1 printed", "measured", "top-5 printed", "measured")
     return Table(caption="Branches, on all held-out images", columns=columns, rows=lines)
 
 
-def _printed_error(error: float | None) -> str:
-    return "" if error is None else f"{error:.2f}"
+def _printed(table: PrintedTable, error: float | None) -> str:
+    return "" if error is None else f"{table.shown(error):.2f}"
 
 
-def _measured_error(error: MeanError | None) -> str:
-    return "" if error is None else f"{error.mean:.2f} ({error.low:.2f} to {error.high:.2f})"
+def _measured(table: PrintedTable, error: MeanError | None) -> str:
+    if error is None:
+        return ""
+    low, high = sorted((table.shown(error.low), table.shown(error.high)))
+    return f"{table.shown(error.mean):.2f} ({low:.2f} to {high:.2f})"
 
 
 def _number(value: float | None) -> str:
@@ -140,23 +147,26 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _error_charts(curves: Mapping[str, tuple[Sequence[EpochRow], str]], caption: str) -> Iterator[Figure]:
-    """Plot top-1 and top-5 error over the epochs; no chart without *curves*.
+def _metric_charts(
+    table: PrintedTable, curves: Mapping[str, tuple[Sequence[EpochRow], str]], caption: str
+) -> Iterator[Figure]:
+    """Plot top-1 and top-5 error, or accuracy, over the epochs; no chart without *curves*.
 
     These are histories by name, each with the prefix of its columns: "" for the network, "HEAD_" for a head.
     """
     if not curves:
         return
-    for metric, label in _ERRORS.items():
+    for metric, rank in _METRICS.items():
+        label = f"{rank} {table.metric} in %"
         points = {}
         for name, (history, prefix) in curves.items():
             shares = history_curve(history, f"{prefix}{metric}")
-            points[name] = [(epoch, 100 * (1 - share)) for epoch, share in shares]
+            points[name] = [(epoch, table.shown(100 * (1 - share))) for epoch, share in shares]
         yield Figure(image=plot(points, "epoch", label), caption=f"{caption}: {label}.")
 
 
 def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
-    """Draw the paper's chart: errors of finished *rows* over the value of the network option `table.over`.
+    """Draw the paper's chart: finished *rows* over the value of the network option `table.over`.
 
     Each value of the option `table.curve` has a curve. No chart if all rows have the same value of `over`.
     """
@@ -165,22 +175,23 @@ def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterato
         options, error = row.runs[0].network, mean_error(row.runs, "top1")
         if table.over in options and error is not None:
             name = f"{table.curve} = {options[table.curve]}" if table.curve else "measured"
-            curves.setdefault(name, []).append((float(options[table.over]), error.mean))
+            curves.setdefault(name, []).append((float(options[table.over]), table.shown(error.mean)))
     values = {value for points in curves.values() for value, _ in points}
     if len(values) > 1:
         ordered = {name: sorted(points) for name, points in curves.items()}
-        chart = plot(ordered, table.over, _ERRORS["top1"], logarithmic=max(values) > 100 * min(values))
-        yield Figure(image=chart, caption=f"Top-1 error over {table.over}, {table.title}.")
+        label = f"top-1 {table.metric} in %"
+        chart = plot(ordered, table.over, label, logarithmic=max(values) > 100 * min(values))
+        yield Figure(image=chart, caption=f"Top-1 {table.metric} over {table.over}, {table.title}.")
 
 
-def _row_charts(row: ReproducedRow) -> Iterator[Figure]:
-    """Plot the errors of the heads, and draw the use of the components, in the run with seed 0."""
+def _row_charts(table: PrintedTable, row: ReproducedRow) -> Iterator[Figure]:
+    """Plot what the heads reach, and draw the use of the components, in the run with seed 0."""
     run = row.runs[0]
     heads = sorted(run.heads, key=lambda head: head == "main")  # the network's own head is the last one
     diagnostics = run.history[-1].diagnostics
     if diagnostics is not None and diagnostics.num_images:
         caption = f"Heads of {row.printed.name} on a fixed subset of {diagnostics.num_images} held-out images"
         curves = {head: (run.history, f"{head}_") for head in heads}  # columns such as `main_top1`
-        yield from _error_charts(curves, caption)
+        yield from _metric_charts(table, curves, caption)
     if run.usage:
         yield component_chart(run.usage, f"Images per component, {row.printed.name}")

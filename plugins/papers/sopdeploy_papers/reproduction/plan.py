@@ -8,8 +8,9 @@ from typing import Any
 
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
+from sopdeploy.importers.published import published_network
 from sopdeploy.models.describe import Counts, describe
-from sopdeploy.models.registry import CatalogModel
+from sopdeploy.models.registry import CatalogModel, make_config
 from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
 from sopdeploy_papers.reproduction.counts import RowFigure, count_figures
 from sopdeploy_papers.reproduction.results import SeedResult, mean_error
@@ -39,6 +40,7 @@ class ReproducedRow:
     recipe `source`, without the seed and the checkpoints of other rows. `figures` are those of the table's
     columns and of `PrintedRow.facts`, by name. `forms` has the counts in training of the network's other
     forms, by name and changes to the recipe. `gpu_hours` is the estimated time of one run as in the paper.
+    `failure` says which seed failed, and why.
     """
 
     printed: PrintedRow
@@ -50,11 +52,12 @@ class ReproducedRow:
     forms: dict[tuple[str, tuple[str, ...]], Counts] = field(default_factory=dict)
     gpu_hours: float = 0.0
     runs: list[SeedResult] = field(default_factory=list)
+    failure: str = ""
 
     @property
     def status(self) -> str:
-        """Return "measured", "not run", or the reason for which the row cannot be run."""
-        return "measured" if self.runs else self.reason or "not run"
+        """Return "measured", "not run", the reason for which the row cannot be run, or its failure."""
+        return self.failure or ("measured" if self.runs else self.reason or "not run")
 
 
 @dataclass
@@ -207,7 +210,10 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
 
 
 def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
-    """Set figures, recipe and times of *row*; raise `ConfigError` if its network cannot be built."""
+    """Set figures, recipe and times of *row*.
+
+    Raises `ConfigError` if its network cannot be built, or no start weights are published for it.
+    """
     paper_recipe = read_recipe(row.source, row.overrides)  # without the user's data and settings
     row.figures = count_figures(row.printed, paper_recipe, table)
     for form in table.forms:
@@ -227,7 +233,10 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
         if weights.is_file():  # otherwise the row starts from random weights
             row.overrides += (f"start.weights={format_toml(str(weights))}",)
     row.overrides += options.set
-    row.recipe = read_recipe(row.source, row.overrides)
+    recipe = read_recipe(row.source, row.overrides)
+    if recipe.start is not None and recipe.start.weights == "imagenet":
+        published_network(recipe.model.name, make_config(recipe.model.name, recipe.model.config))
+    row.recipe = recipe
     row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
 
 

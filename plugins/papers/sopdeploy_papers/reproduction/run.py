@@ -8,9 +8,10 @@ import pydantic
 
 from sopdeploy.config import first_problem
 from sopdeploy.environment import is_main_process
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy.files import MAX_NAMES_BYTES, atomic_write, read_file, writing
 from sopdeploy.training.callback import Callback
+from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from sopdeploy_papers.reproduction.page import render_page
@@ -31,8 +32,9 @@ def reproduce(
     """Run the rows of *table* and write a page about them.
 
     The runs are in `<out>/<table>/<row>/seed-0`; the page is written after every row. *on_run* receives the
-    row and seed of each run that starts. Raises `ConfigError` for selected rows that cannot be run and for
-    results of another recipe in the folder, and the errors of `train`.
+    row and seed of each run that starts. A row that fails has a `failure`, and the next one runs. Raises
+    `ConfigError` for selected rows that cannot be run and for results of another recipe in the folder, and
+    `TrainingStoppedError`.
     """
     results = plan(table, options)
     must_run = options.rows is not None and table.measures == "errors"  # other tables are not trained
@@ -50,9 +52,19 @@ def reproduce(
             stored = _read_result(path / _RESULT, recipe)
             if stored is None:
                 on_run(row.printed.id, seed)
-                stored = measure_run(recipe, train_recipe(recipe, path, resume="auto", callback=callback))
+                try:
+                    trained = train_recipe(recipe, path, resume="auto", callback=callback)
+                except TrainingStoppedError:
+                    raise
+                except SopdeployError as error:  # another row may be trained
+                    row.failure = f"seed {seed} failed: {error}"
+                    break
+                stored = measure_run(recipe, trained)
                 _write(path / _RESULT, stored.model_dump_json() + "\n")
             row.runs.append(stored)
+        if not row.runs:
+            _write_page(results)
+            continue
         # The baseline is above in the table, so it has already run, unless the user left it out.
         baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
         for name, value in measured_facts(row.runs, baseline).items():

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from sopdeploy.config import Options, Positive, StrictModel
+from sopdeploy.config import Options, Positive, StrictModel, matching
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import GSOP_RELEASED, CatalogModel, make_config
 
@@ -62,7 +62,7 @@ class PrintedRow(StrictModel):
     rows need it.
     """
 
-    id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    id: Annotated[str, matching(r"[a-z0-9][a-z0-9.-]*", "id of a row: small letters, digits, dots and `-`")]
     name: str
     recipe: str | None = None
     set: tuple[str, ...] = ()
@@ -107,7 +107,8 @@ class PrintedTable(StrictModel):
     only built, or "nothing". `recipe` and `set` apply to all rows. `data` is a key of `DATA_SETS`. `seeds` is
     the number of runs that the paper averages. `over` and `curve` make the table a chart of errors over this
     option of the networks, with one curve for each value of the other one. If `accuracy` is true,
-    `top1` and `top5` in the file are the printed accuracies; they are converted to errors. `columns` are the
+    `top1` and `top5` in the file are the printed accuracies; they are converted to errors, and shown as
+    accuracies again. `columns` are the
     counts that the table prints: `params` and `gflops` of the deployed network in millions and billions,
     `train_params` and `train_gflops` of the network in training, `dim`, the length of the vector that is
     classified. They are those that `published.toml` has for the network of a row. `forms` are other forms of
@@ -145,6 +146,15 @@ class PrintedTable(StrictModel):
             errors = {key: round(100 - row[key], 2) for key in ("top1", "top5") if key in row}
             rows.append({**row, **errors})
         return {**values, "rows": rows}
+
+    @property
+    def metric(self) -> str:
+        """What the paper prints, and therefore pages and commands: "accuracy" or "error"."""
+        return "accuracy" if self.accuracy else "error"
+
+    def shown(self, error: float) -> float:
+        """Convert an *error* in percent to what the paper prints, with the digits of `top1` and `top5`."""
+        return round(100 - error, 10) if self.accuracy else error
 
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
         """Return the recipe of *row* and its changes; None for a row whose network is missing."""

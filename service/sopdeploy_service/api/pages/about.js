@@ -9,6 +9,9 @@ function showAbout(info, card, server) {
   byId("model").textContent = info.name;
   const facts = [`${info.num_labels} classes`, info.precision, `${info.runtime} on ${info.device}`];
   byId("facts").replaceChildren(...facts.map((fact) => make("li", {}, fact)));
+  const more = info.num_labels - card.labels.length;
+  const chips = [...card.labels, ...(more > 0 ? [`and ${more} more`] : [])];
+  byId("labels").replaceChildren(...chips.map((label) => make("li", {}, make("bdi", {}, label))));
   byId("bundle").textContent = `${info.bundle} · sopdeploy ${server}`;
   byId("verdict").textContent = card.certificate ? verdict(card.certificate) : "";
   byId("proof").replaceChildren(...(card.certificate ? proof(card.certificate) : [nothing("certificate")]));

@@ -22,8 +22,9 @@ function showAnswer(body) {
   byId("unknown").hidden = body.known !== false;
   byId("classes").classList.toggle("unlikely", body.known === false);
   byId("none").hidden = body.classes.length > 0;
-  const unknown = body.known === false ? "Probably none of the classes. " : "";
-  byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${unknown}Prediction: ${body.classes
+  byId("closest").textContent = body.classes[0]?.label ?? "";
+  const lead = body.known === false ? "Looks unlike your photos; closest" : "Prediction";
+  byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${lead}: ${body.classes
     .map((entry) => `${entry.label} ${percent(entry.probability)}`)
     .join(", ")}`;
 }

@@ -59,7 +59,10 @@ function display(photo) {
   showPreview(photo);
   showSnippets();
   if (photo.show) photo.show();
-  else progress(photo, "Waiting");
+  else {
+    clearAnswer(); // that of the photo before
+    progress(photo, "Waiting");
+  }
 }
 
 /** Show in words what is being done with `photo`. */
@@ -163,9 +166,10 @@ byId("preview").addEventListener("load", () => {
   const { naturalWidth: width, naturalHeight: height } = byId("preview");
   const rules = state.info?.preprocess;
   const whole = rules?.fit === "pad" || rules?.fit === "squash";
-  const side = Math.min(width, height) * (rules ? rules.crop / rules.resize : 1);
-  byId("crop").style.width = whole ? "100%" : `${(100 * side) / width}%`;
-  byId("crop").style.height = whole ? "100%" : `${(100 * side) / height}%`;
+  const share = rules ? rules.crop / rules.resize : 1; // of the shorter side, or of both
+  const side = (length) => (rules?.fit === "squash-crop" ? length : Math.min(width, height)) * share;
+  byId("crop").style.width = whole ? "100%" : `${(100 * side(width)) / width}%`;
+  byId("crop").style.height = whole ? "100%" : `${(100 * side(height)) / height}%`;
   const padded = rules?.fit === "pad" ? Math.max(width, height) : 0; // the map covers the border, too
   byId("map").style.width = padded ? `${(100 * padded) / width}%` : "100%";
   byId("map").style.height = padded ? `${(100 * padded) / height}%` : "100%";
@@ -183,10 +187,12 @@ function showSnippets() {
     [language, codeBlock(code, `${language} code`)]));
 }
 
-byId("file").addEventListener("change", (event) => {
-  take(event.target.files);
-  event.target.value = ""; // allow choosing the same file again
-});
+for (const id of ["file", "camera"]) {
+  byId(id).addEventListener("change", (event) => {
+    take(event.target.files);
+    event.target.value = ""; // allow choosing the same file again
+  });
+}
 for (const id of ["top-k", "explain"]) {
   byId(id).addEventListener("change", () => {
     showSnippets();
@@ -247,6 +253,22 @@ async function followSwap(digest) {
   }
 }
 
+/** Offer the example photographs of the server, which classify themselves on a click. */
+async function offerExamples() {
+  const { names } = await fetchJson("examples");
+  const buttons = await Promise.all(names.map(async (name, number) => {
+    const reply = await fetch(`examples/${number}`, { headers: keyHeaders() });
+    if (!reply.ok) return null;
+    const file = new File([await reply.blob()], name, { type: reply.headers.get("content-type") });
+    const button = make("button", { type: "button", "aria-label": `Example ${number + 1}` },
+      make("img", { src: URL.createObjectURL(file), alt: "" }));
+    button.addEventListener("click", () => take([file]));
+    return button;
+  }));
+  byId("examples").replaceChildren(...buttons.filter(Boolean));
+  byId("try").hidden = byId("examples").hidden = !buttons.some(Boolean);
+}
+
 /** Load the list of models and show the first. */
 async function start() {
   byId("error").hidden = true;
@@ -261,6 +283,7 @@ async function start() {
   byId("models").replaceChildren(...names.map((name) => make("option", {}, name)));
   byId("chooser").hidden = names.length < 2;
   await choose(names[0]);
+  await offerExamples().catch(() => {}); // the page works without
 }
 
 onKey(() => { starting = start(); });

@@ -2,7 +2,8 @@
 
 A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
 process copy them without metadata, and stores them. Photographs are dropped if the queue is full. Those
-outside of the uniform sample are also dropped if copies take more than `COPY_SHARE` of the time.
+outside of the uniform sample are also dropped if copies take more than `COPY_SHARE` of the time. The log says
+how many were dropped, and what keeps them.
 
 If a server has several processes, each decides on its own photographs, and one stores those of all.
 """
@@ -38,6 +39,7 @@ LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
 COPY_SHARE, COPY_BURST = 0.01, 0.25  # of the time; seconds that may be spent at once, or owed
 RECENT_PHOTOS = 1000  # outside of the sample, whose copies were not kept; others near them are not copied
+LOG_SECONDS = 60.0  # between two lines about dropped photographs
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
@@ -155,6 +157,8 @@ class Keeper:
         self._bytes_in = self._bytes_out = 0
         self._copy_budget = COPY_BURST  # seconds that copies may take; negative if they took more
         self._refilled = time.monotonic()  # when seconds were last added to the budget
+        self._num_unqueued = self._num_uncopied = 0  # dropped; the event loop counts the former
+        self._num_logged = 0  # of both
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -183,14 +187,18 @@ class Keeper:
         size, queued = _size_of(photo), self._bytes_in - self._bytes_out
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._counts["dropped"].inc()
+            self._num_unqueued += 1
             return
         self._bytes_in += size
         self._photos.put(photo)
 
     def _run(self) -> None:
-        next_check = 0.0
+        next_check = next_log = 0.0
         seconds = None if self._folder is None else self._folder.check_seconds
         while True:
+            if time.monotonic() >= next_log:
+                self._log_dropped()
+                next_log = time.monotonic() + LOG_SECONDS
             if self._folder is not None and time.monotonic() >= next_check:
                 self._check_folder(self._folder)
                 next_check = time.monotonic() + self._folder.check_seconds
@@ -199,6 +207,7 @@ class Keeper:
             except queue.Empty:
                 continue
             if photo is None:
+                self._log_dropped()
                 return
             self._bytes_out += _size_of(photo)
             try:
@@ -208,6 +217,20 @@ class Keeper:
                 result = "failed"
             if result is not None:
                 self._counts[result].inc()
+
+    def _log_dropped(self) -> None:
+        """Log how many photographs were dropped since the last call, if any, and what keeps them."""
+        unqueued, uncopied = self._num_unqueued, self._num_uncopied
+        if (dropped := unqueued + uncopied - self._num_logged) > 0:
+            self._num_logged += dropped
+            log.warning(
+                "%d photographs worth a label were not kept, because they arrived too fast: copies may take "
+                "%g %% of the time; send photographs more slowly, or raise keep_sample, whose photographs "
+                "need none of this time",
+                dropped,
+                100 * COPY_SHARE,
+                extra={"unqueued": unqueued, "uncopied": uncopied},
+            )
 
     def _check_folder(self, folder: KeptFolder) -> None:
         try:
@@ -260,7 +283,10 @@ class Keeper:
         self._refilled = now
         if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
             return "near_duplicate"
-        return "dropped" if self._copy_budget <= 0 else None
+        if self._copy_budget > 0:
+            return None
+        self._num_uncopied += 1
+        return "dropped"
 
 
 def _record_of(photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:

@@ -15,27 +15,26 @@ from functools import partial
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
+from shlex import join
 from typing import Annotated, Literal
 from urllib.parse import parse_qs
 
-import numpy as np
 import pydantic
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
-from sopdeploy.config import StrictModel
-from sopdeploy.decision import softmax
+from sopdeploy.config import StrictModel, matching
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import MAX_IMAGE_BYTES, read_file
-from sopdeploy.photos.files import normalize
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.http.strict_json import parse_json
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import OwnOrigins, without_prefix
 from sopdeploy_service.second_week.labelling.folders import GoneError, LabelFolders
+from sopdeploy_service.second_week.labelling.heap import Embed
 from sopdeploy_service.server.http_protocol import Connections, limited_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
@@ -44,7 +43,10 @@ COOKIE = "sopdeploy-label"
 MAX_BODY_BYTES, BODY_SECONDS = 10_000, 10.0
 MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
-MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
+MEDIA_TYPES = {
+    **{".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"},
+    **{".gif": "image/gif", ".bmp": "image/bmp", ".heic": "image/heic", ".heif": "image/heif"},
+}
 IMAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -59,7 +61,7 @@ _PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER
 class GivenLabel(StrictModel):
     """What the user says about the photograph `id`; `name` is the class of the kind "class"."""
 
-    id: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}$")]
+    id: Annotated[str, matching(r"[0-9a-f]{32}", "id of a photograph")]
     kind: Literal["class", "unknown", "skip"]
     name: Annotated[str, pydantic.Field(max_length=1000)] = ""
 
@@ -148,7 +150,8 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             content = read_file(path, MAX_IMAGE_BYTES)
         except OSError:  # the server has deleted it
             return JSONResponse({"detail": "no such photograph"}, 404)
-        return Response(content, media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)
+        media_type = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
+        return Response(content, media_type=media_type, headers=IMAGE_HEADERS)
 
     @app.post("/label")
     def label(given: Annotated[GivenLabel, Depends(read_label)]) -> LabelState:
@@ -201,7 +204,8 @@ class LabelState(StrictModel):
     """What the page shows.
 
     `next` has the IDs of the photographs shown as thumbnails; the first is the one to label. `classes` begin
-    with the most probable one. `done` and `left` are numbers of photographs.
+    with the most probable one. `done` and `left` are numbers of photographs,
+    `command` trains with the labels.
     """
 
     photograph: ShownPhotograph | None
@@ -209,6 +213,7 @@ class LabelState(StrictModel):
     classes: tuple[ShownClass, ...]
     done: int
     left: int
+    command: str
 
 
 def describe_next(folders: LabelFolders) -> LabelState:
@@ -219,10 +224,10 @@ def describe_next(folders: LabelFolders) -> LabelState:
     probabilities: dict[str, float] = {}
     if folders.waiting:
         identity, (_, record) = next(iter(folders.waiting.items()))
-        labels = map(normalize, record.labels)
-        probabilities = dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
-        is_sampled = "sample" in record.reasons
-        photograph = ShownPhotograph(id=identity, sampled=is_sampled, known=record.known)
+        probabilities = folders.probabilities(identity)
+        is_sampled = record is not None and "sample" in record.reasons
+        known = None if record is None else record.known
+        photograph = ShownPhotograph(id=identity, sampled=is_sampled, known=known)
     names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))  # without one: last
     return LabelState(
         photograph=photograph,
@@ -230,18 +235,34 @@ def describe_next(folders: LabelFolders) -> LabelState:
         classes=tuple(ShownClass(name=name, probability=probabilities.get(name)) for name in names),
         done=len(folders.steps),
         left=len(folders.waiting),
+        command=training_command(folders),
     )
 
 
+def training_command(folders: LabelFolders, photos: Path | None = None) -> str:
+    """Write the command that trains on the photographs of *folders*, which the user named *photos*."""
+    photos = photos or folders.photos
+    # Both as the user named them, unless that was `.` or `..`, which have no siblings with their names.
+    has_name = photos.name not in {"", ".."}
+    unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
+    words = ["--data", str(photos), *(["--unknown", str(unknown)] if unknown.is_dir() else ())]
+    return f"sopdeploy train {join(words)}"
+
+
 def run_label_server(
-    kept: Path, photos: Path, settings: Settings, on_ready: Callable[[str, int], None]
+    kept: Path,
+    photos: Path,
+    settings: Settings,
+    on_ready: Callable[[str, int], None],
+    embed: Embed | None = None,
 ) -> LabelFolders:
     """Serve the label page as *settings* say until Ctrl-C or SIGTERM; return the folders.
 
-    *on_ready* receives the URL to open, with a random key, and the number of photographs. Raises
+    *on_ready* receives the URL to open, with a random key, and the number of photographs; *embed* is that of
+    `LabelFolders`. Raises
     `ConfigError` if it cannot listen, and `DataError` as `LabelFolders`.
     """
-    folders = LabelFolders(kept, photos)
+    folders = LabelFolders(kept, photos, embed)
     with bind(settings.host, settings.port) as listener:
         listener.listen()  # requests from now on wait for the server
         key = secrets.token_urlsafe(16)

@@ -1,4 +1,7 @@
-"""Kept photographs that wait for a label, their order, and the folders into which labels move them.
+"""Photographs that wait for a label, their order, and the folders into which labels move them.
+
+They are kept photographs, with a record of what a network predicted, or a heap: the images of a folder, in
+which nobody has sorted them. Suggestions for these come from the photographs that have a label.
 
 The folders are the only state. A label is one rename of the photograph, so a photograph is either kept or
 labelled, also after a crash, and of two labels for one photograph only the first succeeds. Its record is
@@ -6,6 +9,7 @@ deleted after that; `read_kept` skips a record that remains. A file `ID.skipped`
 """
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Collection
@@ -20,8 +24,17 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import LOCK, atomic_write, expand_user
 from sopdeploy.names import can_be_typed, class_problem
-from sopdeploy.photos.files import find_parts, fold, is_hidden, list_subfolders, normalize, part_kind
-from sopdeploy_service.second_week.kept import NEAR_BITS, Kept, read_kept
+from sopdeploy.photos.files import (
+    SAMPLE_FOLDER,
+    find_parts,
+    fold,
+    is_hidden,
+    list_subfolders,
+    normalize,
+    part_kind,
+)
+from sopdeploy_service.second_week.kept import NEAR_BITS, Kept, KeptRecord, read_kept
+from sopdeploy_service.second_week.labelling.heap import Embed, Suggestions, heap_id, list_heap
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
@@ -34,10 +47,17 @@ class GoneError(DataError):
     """The photograph has a label already, or the server has deleted it."""
 
 
+class Waiting(NamedTuple):
+    """The path of a photograph that waits for a label, and its record; one of a heap has none."""
+
+    path: Path
+    record: KeptRecord | None
+
+
 class LabelStep(NamedTuple):
     """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped."""
 
-    photo: Kept
+    photo: Waiting
     target: Path | None = None
     new_folder: bool = False
 
@@ -48,10 +68,13 @@ class LabelFolders:
     Attributes:
         waiting: The photographs without a label and their records, by ID; the next one is first.
         steps: The labels and skips of this session.
+        suggestions: Those for the photographs of a heap.
     """
 
-    def __init__(self, kept: Path, photos: Path) -> None:
+    def __init__(self, kept: Path, photos: Path, embed: Embed | None = None) -> None:
         """Read the photographs in *kept*; labels go to *photos* and to two folders beside it.
+
+        *embed* computes what the suggestions for a heap compare.
 
         Raises `DataError` if *kept* is no folder or holds only folders, or if *photos* has its classes in a
         folder `train/`.
@@ -65,6 +88,8 @@ class LabelFolders:
         self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
         self.steps: list[LabelStep] = []
+        self.suggestions = Suggestions(embed)
+        self._skipped: set[str] = set()  # of a heap, in this session
         self._sampled: set[int] = set()  # near hashes of the uniform sample, which `label` compares
         self.read()
         others = [name for name in list_subfolders(self.kept) if not (self.kept / name / LOCK).exists()]
@@ -83,31 +108,59 @@ class LabelFolders:
         queue = order_records([photo for photo in found if "sample" not in photo.record.reasons])
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
-        self.waiting = {photo.path.stem: photo for photo in queue}
+        self.waiting = {photo.path.stem: Waiting(*photo) for photo in queue}
+        heap = [path for path in list_heap(self.kept) if heap_id(path) not in self._skipped]
+        self.waiting |= {heap_id(path): Waiting(path, None) for path in heap}
+        self.suggestions.learn(_class_folders(self.photos))
+        self.suggestions.compute(heap)
+        self._order_heap()
+
+    def _order_heap(self) -> None:
+        """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
+        heap = {one: photo.path for one, photo in self.waiting.items() if photo.record is None}
+        guesses = {one: self.suggestions.best(path) for one, path in heap.items()}
+        names = dict.fromkeys(name for name, _ in guesses.values())  # in the order of their appearance
+        places = {name: place for place, name in enumerate(names)}
+        order = sorted(guesses, key=lambda one: (places[guesses[one][0]], -guesses[one][1]))
+        with_record = {one: photo for one, photo in self.waiting.items() if photo.record is not None}
+        self.waiting = with_record | {one: self.waiting[one] for one in order}
+
+    def probabilities(self, identity: str) -> dict[str, float]:
+        """Return the probability of each class that the network has for a photograph, or those suggested."""
+        path, record = self.waiting[identity]
+        if record is None:
+            return self.suggestions.of(path)
+        labels = map(normalize, record.labels)
+        return dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
 
     def classes(self) -> list[str]:
         """List the names of all classes: those of the bundles and of the folders, sorted."""
-        names = {normalize(label) for _, record in self.waiting.values() for label in record.labels}
+        records = [record for _, record in self.waiting.values() if record is not None]
+        names = {normalize(label) for record in records for label in record.labels}
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
 
         Photographs of the uniform sample are held out from training, with their near-duplicates, which
-        would make a network that was trained on them look better than it is. Raises `ConfigError` if *name*
-        cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
+        would make a network that was trained on them look better than it is; without a class, they are in
+        `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot name a class, `GoneError` if the photograph
+        does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
+        is_sampled = photo.record is not None and self._is_of_sample(photo.record)
         if name is None:
-            folder = self.unknown
+            folder = self.unknown / SAMPLE_FOLDER if is_sampled else self.unknown
         else:
-            near_hash = int(photo.record.near_hash, 16)  # in `_sampled` for a photograph of the sample
-            is_held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
-            parent = self.held_out if is_held_out else self.photos
+            parent = self.held_out if is_sampled else self.photos
             folders = _class_folders(self.photos) | _class_folders(self.held_out)
             name = check_class_name(name, self.classes(), folders)
             folder = _class_folders(parent).get(name, parent / name)
         target = folder / photo.path.name
+        for number in itertools.count(2):  # photographs of a heap can have equal names
+            if not os.path.lexists(target):
+                break
+            target = folder / f"{photo.path.stem}-{number}{photo.path.suffix}"
         is_new_folder = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -120,14 +173,21 @@ class LabelFolders:
                     folder.rmdir()
         del self.waiting[identity]
         self.steps.append(LabelStep(photo, target, is_new_folder))
-        photo.path.with_suffix(".json").unlink(missing_ok=True)
+        if photo.record is not None:
+            photo.path.with_suffix(".json").unlink(missing_ok=True)
+        elif name is not None:
+            self.suggestions.add(name, photo.path)
+            self._order_heap()
 
     def skip(self, identity: str) -> None:
         """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
         photo = self._find(identity)
         if not photo.path.exists():
             raise self._gone(identity)
-        photo.path.with_suffix(SKIPPED).touch()
+        if photo.record is None:
+            self._skipped.add(identity)
+        else:
+            photo.path.with_suffix(SKIPPED).touch()
         del self.waiting[identity]
         self.steps.append(LabelStep(photo))
 
@@ -144,21 +204,35 @@ class LabelFolders:
         if not current.exists():
             self.steps.pop()
             raise GoneError(f"{current}: no longer there, so the last step cannot be undone")
+        identity = heap_id(image) if photo.record is None else image.stem
         if target is None:
-            image.with_suffix(SKIPPED).unlink(missing_ok=True)
+            self._skipped.discard(identity)
+            if photo.record is not None:
+                image.with_suffix(SKIPPED).unlink(missing_ok=True)
         else:
             # The record first: a server that starts deletes a photograph without one. If the process stops
             # in between, the photograph is still labelled, and `read_kept` skips the record.
-            with atomic_write(image.with_suffix(".json")) as partial:
-                partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
+            if photo.record is not None:
+                with atomic_write(image.with_suffix(".json")) as partial:
+                    partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
+            elif os.path.lexists(image):
+                raise GoneError(f"{image}: another photograph has its name now; move {target} yourself")
+            self.suggestions.remove(image)
             _move(target, image)
             if new_folder:
                 with suppress(OSError):  # stays if other photographs are in it
                     target.parent.rmdir()
+                    if target.parent.name == SAMPLE_FOLDER and target.parent.parent == self.unknown:
+                        self.unknown.rmdir()
         self.steps.pop()
-        self.waiting = {image.stem: photo, **self.waiting}
+        self.waiting = {identity: photo, **self.waiting}
 
-    def _find(self, identity: str) -> Kept:
+    def _is_of_sample(self, record: KeptRecord) -> bool:
+        """Tell whether a photograph is in the uniform sample, or a copy of one that is."""
+        near_hash = int(record.near_hash, 16)  # in `_sampled` for a photograph of the sample
+        return any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
+
+    def _find(self, identity: str) -> Waiting:
         if identity not in self.waiting:
             raise self._gone(identity)
         return self.waiting[identity]

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy_commands.app import app
-from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction
+from sopdeploy_papers import reproduce as reproduce_command
+from sopdeploy_papers.reproduction.page import error_table
+from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan
 from sopdeploy_papers.reproduction.results import mean_error
 from sopdeploy_papers.reproduction.run import reproduce
 from sopdeploy_papers.reproduction.tables import PrintedRow, PrintedTable, ReproduceOptions, load_tables
@@ -168,3 +170,45 @@ def test_errors_over_an_option_of_the_networks_are_a_chart(tmp_path) -> None:
     finished = reproduce(TINY.model_copy(update=chart), ReproduceOptions(out=tmp_path, set=("epochs=1",)))
     drawn = charts(finished.page.read_text(encoding="utf-8"))
     assert ">iterations = 5<" in drawn["Top-1 error over main_weight, two networks."]
+
+
+def test_a_row_that_fails_is_recorded_and_the_next_one_runs(tmp_path) -> None:
+    plain, dsop, other = TINY.rows
+    broken = plain.model_copy(update={"id": "broken", "set": (*plain.set, "start.weights=missing.pt")})
+    rows = (broken, dsop.model_copy(update={"needs": {"start.weights": "broken"}}), plain, other)
+    table = TINY.model_copy(update={"rows": rows, "set": (*TINY.set, "epochs=1")})
+    found = reproduce(table, ReproduceOptions(out=tmp_path))
+    status = [row.status for row in found.rows]
+    assert status[0].startswith("seed 0 failed: missing.pt: no such file")
+    assert re.fullmatch(r"seed 0 failed: .*broken/seed-0/best\.pt.*", status[1])
+    assert status[2:] == ["measured", "cited: no network"]
+    assert "seed 0 failed: " in found.page.read_text(encoding="utf-8")
+    assert [row["status"] for row in found.summary()["rows"]] == status
+
+
+def test_a_command_with_a_failed_row_ends_with_2_and_one_line(tmp_path, monkeypatch) -> None:
+    broken = TINY.rows[0].model_copy(update={"set": (*TINY.rows[0].set, "start.weights=missing.pt")})
+    monkeypatch.setattr(
+        reproduce_command, "find_table", lambda _: TINY.model_copy(update={"rows": (broken,)})
+    )
+    shown = CliRunner().invoke(app, ["reproduce", "tiny", "--out", str(tmp_path)])
+    assert shown.exit_code != 0
+    assert "plain: cannot be trained; " in shown.output
+
+
+@pytest.mark.parametrize("name", ["slides-birds", "slides-aircraft", "slides-cars"])
+def test_the_start_weights_of_fine_grained_rows_are_published(name) -> None:
+    for row in plan(TABLES[name], ReproduceOptions()).rows:
+        assert row.recipe is not None or row.reason.startswith("cited: "), row.reason
+    without = TABLES[name].rows[0].model_copy(update={"set": ("model.name=dsop-resnet8",)})
+    (row,) = plan(TABLES[name].model_copy(update={"rows": (without,)}), ReproduceOptions()).rows
+    assert row.reason.startswith("not available: start.weights: no ImageNet weights are published")
+
+
+def test_a_table_of_accuracies_prints_accuracies() -> None:
+    table = TABLES["slides-birds"]
+    row = next(row for row in plan(table, ReproduceOptions()).rows if row.printed.id == "netvlad-vgg16")
+    shown = error_table(table, [row])
+    assert (shown.caption, shown.rows[0][1]) == ("Printed and measured accuracies in percent", "81.90")
+    listed = CliRunner().invoke(app, ["reproduce", "list"]).stdout
+    assert re.search(r"netvlad-vgg16 +VGG-16, NetVLAD \(cited\) +81\.90", listed)

@@ -14,7 +14,7 @@ from PIL import Image
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings
-from tests.service.api.pages.conftest import done, expected, give, operate, shown
+from tests.service.api.pages.conftest import SEND_FILE, done, expected, give, operate, shown
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
 from tests.support.service import deciding, picture_bytes, running
@@ -54,8 +54,9 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
     page.keyboard.type("2")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "explain"
-    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")  # the timing
     page.wait_for_selector("#classes:not(:has(li:nth-child(3))) li:nth-child(2)")
+    page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "tab-curl"
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.id") == "tab-Python"
@@ -290,10 +291,54 @@ def test_unknown_images_have_a_banner_and_gray_bars(open_page, bundle) -> None:
                 "all => all.every(e => getComputedStyle(e).color !== getComputedStyle(document.body).color)"
             )
             assert is_gray is not answer["known"]
-            assert status.text_content().startswith("Probably none of the classes. ") is not answer["known"]
+            assert (
+                status.text_content().startswith("Looks unlike your photos; closest: ") is not answer["known"]
+            )
             if not answer["known"]:
-                assert banner.text_content().startswith("Unknown.")
+                assert (
+                    banner.text_content()
+                    == f"Looks unlike your photos. Closest: {answer['classes'][0]['label']}"
+                )
             assert shown(page)[0][0] == answer["classes"][0]["label"]
         give(page, DARK)
         give(page, b"no picture", name="notes.txt", type="text/plain")
         assert banner.is_hidden()
+
+
+def test_examples_and_classes_are_offered_and_a_click_works(open_page, serve_with, onnx_runtime, tmp_path):
+    for number in range(20):
+        path = tmp_path / "examples" / f"class {number % 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture_bytes((number * 12, 200, 60)))
+    client = serve_with(onnx_runtime, examples=tmp_path / "examples")
+    page = open_page(client.base_url)
+    page.wait_for_selector("#examples button")
+    assert page.locator("#labels li").all_text_contents() == client.get("/v1/card").json()["labels"]
+    assert page.locator("#examples button").count() == len(client.get("/examples").json()["names"]) <= 8
+    page.locator("#examples button").nth(1).click()
+    done(page)
+    assert shown(page) == expected(client, client.get("/examples/1").content)
+    assert page.locator("#labels").is_hidden()
+    assert not page.locator("#waterfall").is_visible()
+    assert [client.get(f"/examples/{number}").status_code for number in ("99", "-1", "x")] == [404, 404, 422]
+
+
+def test_a_phone_offers_its_camera_and_no_drop(open_page, client):
+    phone = open_page(client.base_url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    assert phone.get_by_text("Take a photo").is_visible()
+    assert phone.locator(".others").is_hidden()
+    assert phone.locator("#camera").get_attribute("capture") == "environment"
+    desk = open_page(client.base_url)
+    assert desk.get_by_text("Take a photo").is_hidden()
+
+
+def test_the_answer_to_one_image_does_not_stay_under_the_next_one(open_page, serve_with, onnx_runtime):
+    client = serve_with(onnx_runtime)
+    page = open_page(client.base_url)
+    page.locator("#explain").check()
+    give(page, picture_bytes((30, 200, 60)))
+    assert page.locator("#map").is_visible()
+    page.evaluate("askAll = async () => {}")  # no answer arrives
+    page.evaluate(SEND_FILE, ["drop", list(picture_bytes((200, 30, 60))), "b.jpg", "image/jpeg"])
+    assert page.locator("#classes li").count() == 0
+    assert page.locator("#map").is_hidden()

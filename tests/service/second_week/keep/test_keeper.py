@@ -176,7 +176,7 @@ class KeeperOfTests(Keeper):
         return {name: count for name, count in found.items() if count}
 
 
-def test_a_full_queue_drops_and_counts(bundle, monkeypatch) -> None:
+def test_a_full_queue_drops_counts_and_logs_it_once(bundle, monkeypatch, caplog) -> None:
     keeper, bodies = KeeperOfTests(bundle, lambda *_: "kept"), photos(6)
     monkeypatch.setattr(keep, "MAX_QUEUED_PHOTOS", 3)
     keeper.take(*bodies[:5])
@@ -184,14 +184,19 @@ def test_a_full_queue_drops_and_counts(bundle, monkeypatch) -> None:
     monkeypatch.setattr(keep, "MAX_QUEUED_PHOTO_BYTES", 3 * (len(bodies[0]) + 3072))
     keeper.take(bodies[5])
     assert keeper.counts() == {"kept": 3, "dropped": 3}
+    assert caplog.text.count("3 photographs worth a label were not kept") == 1
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, {"dropped": 4}), (1.0, {"kept": 4})])
-def test_only_the_sample_is_written_without_a_rest_of_time(bundle, monkeypatch, share, expected) -> None:
+def test_only_the_sample_is_written_without_a_rest_of_time(
+    bundle, monkeypatch, caplog, share, expected
+) -> None:
     monkeypatch.setattr(keep, "COPY_BURST", 0.0)
     keeper = KeeperOfTests(bundle, lambda *_: "kept", share)
     keeper.take(*photos(4))
     assert keeper.counts() == expected
+    assert ("4 photographs worth a label were not kept" in caplog.text) == ("dropped" in expected)
+    assert ("raise keep_sample" in caplog.text) == ("dropped" in expected)
 
 
 def test_a_damaged_file_and_a_bug_do_not_end_keeping(bundle, caplog) -> None:

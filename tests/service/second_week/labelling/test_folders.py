@@ -26,7 +26,7 @@ from tests.service.second_week.labelling.conftest import LABELS, files_below
         (("sample",), "hat", "photos-held-out/hat"),
         (("unknown", "sample"), "scarf", "photos-held-out/scarf"),
         (("unknown",), None, "photos-unknown"),
-        (("sample",), None, "photos-unknown"),
+        (("sample",), None, "photos-unknown/sample"),
     ],
 )
 def test_a_label_moves_the_photograph_to_the_folder_of_its_kind(

@@ -83,7 +83,7 @@ def test_a_new_class_is_typed_after_its_key_and_offered_from_then_on(keep, open_
     page.keyboard.type("../hat")
     page.keyboard.press("Enter")
     page.wait_for_selector("#error:not([hidden])")
-    assert "leave out control characters" in page.locator("#error").text_content()
+    assert "leave out control and invisible characters" in page.locator("#error").text_content()
     assert page.locator("#name").input_value() == "../hat"  # to correct it
 
 

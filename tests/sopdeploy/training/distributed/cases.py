@@ -92,8 +92,9 @@ def learn(
             loaded = run.strategy.shard(samples)
             images = np.stack([augmented[sample][0] for sample in loaded])
             batch = torch.from_numpy(images), torch.from_numpy(data.targets[np.array(loaded) % SAMPLES])
-            step = train_step(run, batch, num_samples=len(samples), steps=len(batches))
-            run.after_step(*step, len(samples), seconds=0.0)
+            run.unread.append(train_step(run, batch, num_samples=len(samples), steps=len(batches)))
+            run.position.step += 1
+            run.read_steps()
             done += 1
         run.position = run.position.model_copy(update={"epoch": run.position.epoch + 1, "step": 0})
     average = run.ema.model.state_dict() if run.ema is not None else {}

@@ -27,7 +27,7 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.models import registry, second_order_head
-from sopdeploy.photos.copies import NearDuplicates
+from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
 from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import start_weights
@@ -43,7 +43,8 @@ from sopdeploy.training.few_shot.classifier import (
     unit_length,
 )
 from sopdeploy.training.few_shot.features import Features
-from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
+from sopdeploy.training.few_shot.run import select_typical
+from sopdeploy.training.recipe import FewShotConfig, LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import FEW_IMAGES, divide_images, select_procedure, start_run
@@ -53,6 +54,7 @@ from sopdeploy_commands.training.train import train
 from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
 
 FEW_SHOT = ["procedure.kind=few_shot"]
+PLAIN = ["model.name=resnet8", "model.config={}", *SMALL[2:], *FEW_SHOT]  # without settings of branches
 
 
 def blobs(count: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -298,7 +300,7 @@ def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
 
 
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
-    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 17)}"])
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 17)}"])
     stages: list[str] = []
 
     class Stages(Callback):
@@ -392,6 +394,69 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
     assert alike in "\n".join(result.procedure.lines())
 
 
+@pytest.mark.parametrize("pattern", ["", "^clip"])
+def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
+    tmp_path: Path, monkeypatch, pattern: str
+):
+    root, frames = paint(tmp_path / "photos", 12), 4
+    objects = np.arange(12 * len(COLORS)) // frames
+    vectors = np.eye(objects.max() + 1, 64, dtype=np.float32)[objects]
+    found = NearDuplicates(NO_PAIRS, np.zeros(len(objects), np.bool_), vectors)
+    monkeypatch.setattr(Features, "find_copies", lambda *_: found)
+    for number in range(12):  # sorted as the frames are
+        for color in COLORS:
+            (root / color / f"{number}.png").rename(
+                root / color / f"clip{number // frames}_{number % frames}.png"
+            )
+    settings = [*SMALL, *FEW_SHOT, f"data.path={root}", f"data.groups={pattern}"]
+    result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
+    if pattern:
+        assert (result.num_groups, result.clip) == (len(COLORS), ())  # all names of a class begin alike
+    else:
+        assert (result.num_groups, len(result.clip)) == (3 * len(COLORS), 2)
+        assert "are frames of one clip, or show one object" in "\n".join(result.lines())
+
+
+def kept_names(count: int, first: int = 0) -> list[bytes]:
+    """Name *count* photographs as a server does that keeps them."""
+    return [f"{first + number:032x}.jpg".encode() for number in range(count)]
+
+
+# Own photographs of each of two classes, kept ones of each, those of a new class, and the judged ones.
+SELECTED = {
+    "no kept photographs": ((12, 12), (0, 0), 0, 24),
+    "kept photographs are atypical": ((12, 12), (5, 3), 0, 24),
+    "those of a new class are judged": ((12, 12), (5, 3), 9, 33),
+    "too few others for a threshold": ((8, 8), (5, 3), 0, 24),
+}
+
+
+@pytest.mark.parametrize(("own", "kept", "of_new_class", "judged"), SELECTED.values(), ids=SELECTED)
+def test_photographs_that_a_server_selected_are_not_judged(own, kept, of_new_class: int, judged: int):
+    paths, targets = [], []
+    for target, (num_own, num_kept) in enumerate(zip((*own, 0), (*kept, of_new_class), strict=True)):
+        names = [f"{target}-{number}.jpg".encode() for number in range(num_own)]
+        paths += [f"{target}/".encode() + name for name in (*names, *kept_names(num_kept, 100 * target))]
+        targets += [target] * (num_own + num_kept)
+    images = ImageFiles(Path(), ("a", "b", "c"), np.asarray(paths), np.asarray(targets))
+    assert select_typical(images).sum() == judged
+
+
+def test_the_threshold_and_the_accuracy_are_those_of_photographs_that_no_server_selected(tmp_path: Path):
+    root = paint(tmp_path / "photos", 12)
+    paint(tmp_path / "others", 2, seed=7)
+    for number, color in enumerate(COLORS):
+        for name, path in zip(
+            kept_names(2, 2 * number), sorted((tmp_path / "others" / color).iterdir()), strict=True
+        ):
+            Image.open(path).convert("RGB").save(root / color / name.decode())
+    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    found = result.procedure
+    assert (found.num_selected, found.top1.count) == (2 * len(COLORS), 12 * len(COLORS))
+    assert result.decision.calibration.num_images == 12 * len(COLORS)
+    assert f"{2 * len(COLORS)} photographs were kept because" in "\n".join(found.lines())
+
+
 def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
     paint(tmp_path / "photos" / "train", 6)
     paint(tmp_path / "photos" / "val", 2, seed=1)
@@ -407,13 +472,14 @@ def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_pat
     assert found.class_counts["red"] == 3
     corrected = "the largest is 2.0 times the smallest, and the logits are corrected for it"
     assert corrected in found.describe_images()
-    assert "needs at least 20 images and there are 15" in found.unknown
+    assert "needs 20 different images and there are 15; add 5" in found.unknown
     assert any("unknown images: not recognized" in line for line in found.lines())
 
 
 def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(Recipe, "starts_random", False)  # as with a file of weights
     settings = [
         *SMALL,
         "model.name=resnet8",
@@ -473,7 +539,7 @@ def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: 
 
 
 def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
-    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 12)}"])
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 12)}"])
     monkeypatch.setattr("sopdeploy.training.few_shot.features.MAX_RANK", 20)
     found = []
     first = Features.build
@@ -512,7 +578,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
         lines.append(f"{number}.png,{'|'.join(shown)}")
     (tmp_path / "photos" / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    recipe = read_recipe("photos", [*SMALL, f"data.path={tmp_path / 'photos'}"])
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={tmp_path / 'photos'}"])
     result = train_with_page(recipe, tmp_path / "run")
     found = result.procedure
     assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
@@ -532,7 +598,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
     with pytest.raises(DataError, match="copies of one photograph"):
-        train_recipe(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
+        train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={data}"]), tmp_path / "run")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -557,7 +623,7 @@ def test_a_photograph_is_read_once_and_three_networks_are_built(
     for module in (start_weights, second_order_head, checkpoint):
         monkeypatch.setattr(module, "create_model", count)
     photos = paint(tmp_path / "photos", 27)
-    settings = [*SMALL, f"workers={workers}"]
+    settings = [*PLAIN, f"workers={workers}"]
     train(photos, out=tmp_path / "run", set=settings)
     first = len(reads.read_text().splitlines())
     assert first <= 1.5 * 81
@@ -611,7 +677,7 @@ OBJECTS = {
 def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
     objects, has_none, expected = OBJECTS[case]
     photos = write_views(tmp_path / "photos", objects)
-    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     lines = "\n".join(result.procedure.lines())
     assert (result.procedure.score is None) == (NO_ESTIMATE in lines) == has_none
     assert [text for text in expected if text not in lines] == []
@@ -625,10 +691,12 @@ def test_photographs_of_an_object_folder_are_a_group_and_no_copies(tmp_path: Pat
     for file in list(photos.rglob("0.png")):  # one more photograph of the object, and of one a copy
         Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file.with_name("1.png"))
     shutil.copy(photos / "a" / "0" / "0.png", photos / "a" / "0" / "copy.png")
-    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     lines = result.procedure.lines()
-    assert "17 photographs, 16 different ones: copies share a fold, and the largest one is judged" in lines
-    groups = "16 different photographs are 8 groups, such as those of one object; a group shares a fold"
+    groups = (
+        "17 photographs, 8 independent groups: copies and photographs of one folder or object share a fold; "
+        "of copies, the largest is judged"
+    )
     assert groups in lines
     page = result.report.read_text()
     assert ("group 1: a" in page, "group 2: " in page) == (True, False)
@@ -638,7 +706,7 @@ def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
     photos = paint(tmp_path / "photos", 6)
     rows = [f"{file.relative_to(photos)},{file.parent.name},{file.stem}" for file in photos.rglob("*.png")]
     (photos / "labels.csv").write_text("\n".join(["file,classes,group", *rows]))  # a session of all classes
-    result = train(photos, out=tmp_path / "run", set=[*SMALL, *FEW_SHOT, "procedure.group_copies=false"])
+    result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     assert result.procedure.contradictions == ()
     assert (result.procedure.num_groups, result.procedure.num_photographs) == (6, 18)
 
@@ -648,13 +716,42 @@ def test_photographs_that_are_all_in_two_classes_give_no_estimate(tmp_path: Path
     shutil.rmtree(photos / "red")
     shutil.rmtree(photos / "green")
     shutil.copytree(photos / "blue", photos / "navy")
-    result = train(photos, out=tmp_path / "run", set=SMALL)
+    result = train(photos, out=tmp_path / "run", set=PLAIN)
     assert (result.procedure.score, result.mistakes) == (None, ())
 
 
 def test_the_suggested_command_can_be_pasted(tmp_path: Path):
     photos, out = paint(tmp_path / "photos", 6), tmp_path / "my run"
-    settings = [part for value in SMALL for part in ("--set", value)]
+    settings = [part for value in PLAIN for part in ("--set", value)]
     shown = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(out), *settings])
     (line,) = [line for line in shown.output.splitlines() if line.startswith("next: ")]
     assert shlex.split(line)[-2] == str(out / "best.pt")
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(tmp_path: Path, monkeypatch, wrong):
+    monkeypatch.setattr("sopdeploy.evaluation.label_doubts.LISTED_RATIO", 1.5)  # of so few photographs
+    root = paint(tmp_path / "photos", 12)
+    first, second = sorted(COLORS)[:2]
+    for number in range(wrong):
+        (root / first / f"{number}.png").rename(root / second / f"wrong {number}.png")
+    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    lines = "\n".join(result.procedure.lines())
+    assert result.procedure.num_doubted == wrong
+    assert ("2 labels of 36 probably wrong; list them: sopdeploy data check DIR" in lines) == bool(wrong)
+
+
+@pytest.mark.parametrize(("spread", "named"), [(1.0, []), (1.4, []), (6.0, [2])])
+def test_a_class_of_anything_else_is_recognized_by_its_spread(spread: float, named: list[int]):
+    random, classes = np.random.default_rng(0), np.repeat(np.arange(5), 10)
+    means = random.normal(size=(5, 200))
+    noise = random.normal(size=(50, 200)) * np.where(classes == 2, spread, 1.0)[:, None]
+    own = unit_length(means[classes] + noise)
+    problem = problem_of([own], softmax_targets(classes, 5))
+    assert problem.diffuse_classes().tolist() == named
+
+
+def test_two_classes_and_classes_of_few_images_are_not_judged_by_their_spread():
+    random, classes = np.random.default_rng(0), np.repeat(np.arange(3), (10, 10, 4))
+    own = unit_length(np.where(classes[:, None] == 2, 0.0, 1.0) + 0.1 * random.normal(size=(24, 50)))
+    assert not problem_of([own], softmax_targets(classes, 3)).diffuse_classes().size

@@ -20,6 +20,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.training import run_folder
 from sopdeploy.training.callback import Callback
+from sopdeploy.training.loop import state
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import (
     RecordingCallback,
@@ -271,3 +272,22 @@ def check_removed_branches(out: Path) -> None:
     assert len(optimizer["state"]) == len(optimizer["param_groups"][0]["params"])
     branch_losses = [bool(row["train_layer1_0"]) for row in history_without_times(out)]
     assert branch_losses == [True] * 3 + [False]
+
+
+@pytest.mark.parametrize("event", [None, ("step", 1, 2), ("epoch", 1, 0)], ids=str)
+def test_steps_that_are_read_together_report_and_save_the_same(
+    tmp_path, monkeypatch, uninterrupted, event
+) -> None:
+    monkeypatch.setitem(state.STEPS_PER_READ, "cpu", 4)  # an epoch has six steps
+    out, callback = tmp_path / "run", RecordingCallback()
+    if event is not None:
+        stopped = str(interrupt(short_recipe("save.every_minutes=1e-9"), out, *event))
+        assert ("after 4 steps of it" in stopped) == (event[0] == "step")
+    train_recipe(short_recipe(), out, resume="auto", callback=callback)
+    assert same_run(out, uninterrupted)
+    steps = [values for name, values in callback.events if name == "step" and values["epoch"] == 2]
+    assert [values["step"] for values in steps] == list(range(6))
+    single = RecordingCallback()
+    monkeypatch.setitem(state.STEPS_PER_READ, "cpu", 1)
+    train_recipe(short_recipe(), tmp_path / "single", callback=single)
+    assert steps == [values for name, values in single.events if name == "step" and values["epoch"] == 2]

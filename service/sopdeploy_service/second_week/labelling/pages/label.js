@@ -78,6 +78,8 @@ async function show(next) {
   }
   byId("photo").hidden = !photograph;
   byId("empty").hidden = Boolean(photograph);
+  byId("command").textContent = next.command;
+  byId("first").hidden = !photograph || classes.length > 0;
   byId("sampled").hidden = !photograph?.sampled;
   byId("unknown").hidden = photograph?.known !== false;
   byId("progress").textContent = `${done} done in this session, ${left} left`;

@@ -1,11 +1,11 @@
-"""Proof that no output of an image depends on the other images of its batch, by data flow in the ONNX graph.
+"""Statement 7: no output of an image depends on the other images of its batch.
 
-Every value has at most one batch axis, of `outer * batch * inner` rows: row r belongs to the image
-`r // inner % batch`. A table has one rule for each operator, which says where this axis is in the results. An
-operator to which its rule does not apply mixes images; one without a rule may mix them. Shapes, and numbers
-computed from them, are evaluated for three batch sizes: every size must be constant or a multiple of the
-batch, and a number that depends on the batch size is used as a size, never as data. The number of an image in
-its batch selects the rows of this image, and nothing else.
+The proof follows the data flow in the ONNX graph. Every value has at most one batch axis, of `outer * batch *
+inner` rows: row r belongs to the image `r // inner % batch`. A table has one rule for each operator, which
+says where this axis is in the results. An operator to which its rule does not apply mixes images; one without
+a rule may mix them. Shapes, and numbers computed from them, are evaluated for three batch sizes: every size
+must be constant or a multiple of the batch, and a number that depends on the batch size is used as a size,
+never as data. The number of an image in its batch selects the rows of this image, and nothing else.
 
 The proof covers all contents of the images, also those that no probe has, and batches of at most
 `_BATCHES[-1]` images. It assumes that the runtime implements the operators as ONNX defines them.
@@ -122,7 +122,7 @@ class Call:
         return [int(axis) % max(self.x.rank, 1) for axis in listed]
 
 
-def agree(*places: Place) -> Place:
+def agreed_place(*places: Place) -> Place:
     """Return the place of a result whose rows are computed from the same row of every operand."""
     axes = {place.axis for place in places} - {None}  # an operand without the images (None) fits all others
     inner = {place.inner for place in places} - {None}  # equal rows (None) fit any number of rows per image
@@ -130,12 +130,12 @@ def agree(*places: Place) -> Place:
     return Place(axis=next(iter(axes), None), inner=next(iter(inner), None))
 
 
-def common(values: Sequence[TracedValue | None]) -> Place:
+def common_place(values: Sequence[TracedValue | None]) -> Place:
     """Return the place of *values*, whose axes are counted from the first."""
-    return agree(*(value.place for value in values if value is not None))
+    return agreed_place(*(value.place for value in values if value is not None))
 
 
-def varying(shapes: Shapes) -> int | None:
+def batch_axis_of(shapes: Shapes) -> int | None:
     """Return the axis whose size is a multiple of the batch, if any; all others must be constant."""
     axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     if not axes:
@@ -147,30 +147,32 @@ def varying(shapes: Shapes) -> int | None:
     return axes[0]
 
 
-def elementwise(call: Call) -> Place:
+def place_of_aligned(call: Call) -> Place:
     """Align the operands at their last axes, as broadcasting does."""
-    return agree(*(value.shifted(call.rank - value.rank) for value in call.given))
+    return agreed_place(*(value.shifted(call.rank - value.rank) for value in call.given))
 
 
-def along(call: Call, axes: Sequence[int], *, keeps: bool = True) -> Place:
+def place_beside(call: Call, axes: Sequence[int], *, keeps: bool = True) -> Place:
     """Combine elements of `x` along other *axes*, which the result lacks unless the operator *keeps* them."""
     axis = call.x.axis
-    _require(axis not in axes and common(call.inputs[1:]) == _NO_BATCH)  # weights are the same for all images
+    _require(
+        axis not in axes and common_place(call.inputs[1:]) == _NO_BATCH
+    )  # weights are the same for all images
     if keeps or axis is None:
         return call.x.place
     removed_before = {removed for removed in axes if removed < axis}  # each moves the batch axis to the left
     return call.x.shifted(-len(removed_before))
 
 
-def reduces(call: Call) -> Place:
+def place_after_reduction(call: Call) -> Place:
     """Reduce the listed axes, by default all."""
     axes = call.axes(1, [] if call.attributes.get("noop_with_empty_axes") else range(call.x.rank))
-    return along(call, axes, keeps=call.attributes.get("keepdims", 1))
+    return place_beside(call, axes, keeps=call.attributes.get("keepdims", 1))
 
 
-def _rows(call: Call, operands: int = 1) -> Place:
+def place_of_rows(call: Call, operands: int = 1) -> Place:
     """Compute each row, along the first axis, from this row of the first *operands* and shared weights."""
-    place, weights = common(call.inputs[:operands]), common(call.inputs[operands:])
+    place, weights = common_place(call.inputs[:operands]), common_place(call.inputs[operands:])
     _require(place.axis in (None, 0) and weights == _NO_BATCH)
     _require(call.num_outputs == 1)  # the second output of MaxPool numbers the elements of the whole batch
     _require(not call.attributes.get("training_mode"))  # in which batch norm subtracts the mean of all images
@@ -180,13 +182,13 @@ def _rows(call: Call, operands: int = 1) -> Place:
     return place
 
 
-def reshapes(call: Call) -> Place:
+def place_after_reshape(call: Call) -> Place:
     """Keep the order of all elements, so that neighboring elements of an image become rows of the result.
 
     For example, (batch, 3, 8) becomes (batch * 6, 4): the 24 elements of an image fill 6 rows of 4.
     """
     axis, inner = call.x.place
-    new_axis = varying(call.shapes)
+    new_axis = batch_axis_of(call.shapes)
     if axis is None or new_axis is None:
         _require(axis == new_axis)  # neither has the batch
         return _NO_BATCH
@@ -200,13 +202,13 @@ def reshapes(call: Call) -> Place:
     return Place(axis=new_axis, inner=new_inner)
 
 
-def transposes(call: Call) -> Place:
+def place_after_transpose(call: Call) -> Place:
     """Permute the axes."""
     order = list(call.attributes.get("perm", reversed(range(call.x.rank))))
     return _NO_BATCH if call.x.axis is None else call.x.at(order.index(call.x.axis))
 
 
-def multiplies(call: Call) -> Place:
+def place_after_product(call: Call) -> Place:
     """Multiply *a* (..., m, k) by *b* (..., k, n), or by a vector (k,); the batch may be any axis but k."""
     a, b = call.x, call[1]
     _require(a.axis != a.rank - 1)  # so a vector *a* has no batch axis
@@ -214,10 +216,10 @@ def multiplies(call: Call) -> Place:
         _require(b.axis is None)
         return a.place  # the result (..., m) has the axes of *a* before k
     _require(b.axis != b.rank - 2)
-    return elementwise(call)  # the axes before the last two are broadcast, m and n stay where they are
+    return place_of_aligned(call)  # the axes before the last two are broadcast, m and n stay where they are
 
 
-def gemm(call: Call) -> Place:
+def place_after_gemm(call: Call) -> Place:
     """Compute *a* (m, k) @ *b* (k, n) + *added*, which is broadcast to (m, n); the batch is m or n.
 
     The attributes transA and transB say that *a* is stored as (k, m), and *b* as (n, k).
@@ -226,10 +228,10 @@ def gemm(call: Call) -> Place:
     axis_of_m = 1 if call.attributes.get("transA") else 0
     axis_of_n = 0 if call.attributes.get("transB") else 1
     _require(a.axis in (None, axis_of_m) and b.axis in (None, axis_of_n))
-    return agree(a.at(0), b.at(1), *(value.shifted(2 - value.rank) for value in added))
+    return agreed_place(a.at(0), b.at(1), *(value.shifted(2 - value.rank) for value in added))
 
 
-def einsum(call: Call) -> Place:
+def place_after_einsum(call: Call) -> Place:
     """Follow the label of the batch axis, which each term has once and the result keeps."""
     terms, _, result = call.attributes["equation"].decode().replace(" ", "").partition("->")
     places = []
@@ -239,26 +241,26 @@ def einsum(call: Call) -> Place:
         _require(term.isalpha() and result.isalpha())  # an ellipsis hides labels
         _require(term.count(term[axis]) == 1 and term[axis] in result)
         places.append(call[i].at(result.index(term[axis])))
-    return agree(*places)
+    return agreed_place(*places)
 
 
-def joins(call: Call) -> Place:
+def place_after_concat(call: Call) -> Place:
     """Join values along an axis; along that of the batch, the rows of the operands keep their images."""
-    place = common(call.inputs)
+    place = common_place(call.inputs)
     if place.axis == call.axis(0):  # then all have this axis: rows of a constant would belong to no image
         _require(all(value.axis == place.axis for value in call.given))
     return place
 
 
-def within(call: Call) -> Place:
+def place_beside_index(call: Call) -> Place:
     """Index or write single elements along the axis of the attribute, which is not that of the batch."""
     _require(len({value.axis for value in call.given}) == 1)  # all operands have the batch axis, or none has
-    place = common(call.inputs)
+    place = common_place(call.inputs)
     _require(place.axis != call.axis(0))
     return place
 
 
-def slices(call: Call) -> Place:
+def place_after_slice(call: Call) -> Place:
     """Cut other axes than the batch at constant positions, and this one between whole batches."""
     # The inputs are data, starts, ends, axes and steps; the shape of the result shows where a slice ends.
     starts = [start.reshape(-1).tolist() for start in call[1].contents]  # a list for each batch size
@@ -285,35 +287,37 @@ def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
     return len(slices_in_batches) == 1
 
 
-def pads(call: Call) -> Place:
+def place_after_pad(call: Call) -> Place:
     """Pad other axes than the batch."""
     axes, sizes = call.axes(3, range(call.x.rank)), call[1].numbers()
     before, after = sizes[: len(axes)], sizes[len(axes) :]
-    return along(call, [axis for axis, first, last in zip(axes, before, after, strict=True) if first or last])
+    return place_beside(
+        call, [axis for axis, first, last in zip(axes, before, after, strict=True) if first or last]
+    )
 
 
-def repeats(call: Call, *, tile: bool = False) -> Place:
+def place_after_repeat(call: Call, *, tile: bool = False) -> Place:
     """Repeat `x`; a constant can get a batch axis.
 
     Expanded from (1, 4) to (batch, 4), it has equal rows, which fit any image. With *tile*, (3, 4) becomes
     (batch * 3, 4), where each image has a copy.
     """
-    axis = varying(call.shapes)
+    axis = batch_axis_of(call.shapes)
     if axis is None or call.x.axis is not None:  # the result has the batch axis of `x`, or none
-        return elementwise(call)
+        return place_of_aligned(call)
     return Place(axis=axis, inner=call.shapes[0][axis] // _BATCHES[0] if tile else None)  # None: equal rows
 
 
-def ranges(call: Call) -> Place:
+def place_of_range(call: Call) -> Place:
     """Accept a range of constant length, or 0, 1, ..., batch - 1: the number of each image in the batch."""
-    if varying(call.shapes) is None:
+    if batch_axis_of(call.shapes) is None:
         return _NO_BATCH
     start, step = call.x.numbers(), call[2].numbers()  # inputs 0 and 2; input 1 is the limit
     _require(start == [0] and step == [1] and call.shapes[0] == (_BATCHES[0],))
     return Place(axis=0, inner=1)
 
 
-def gathers(call: Call) -> Place:
+def place_after_gather(call: Call) -> Place:
     """Select along another axis than the batch, from a constant table, or the row of the own image."""
     data, indices, axis = call.x, call[1], call.axis(0)
     if data.axis == axis:  # data (batch, 7), indices (batch,): image i must take row i
@@ -326,47 +330,47 @@ def gathers(call: Call) -> Place:
     return data.shifted(indices.rank - 1 if data.axis is not None and data.axis > axis else 0)
 
 
-def gathers_nd(call: Call) -> Place:
+def place_after_gather_nd(call: Call) -> Place:
     """Select by positions in several axes: data (*shared, *selected, *kept), indices (*shared, *others, n).
 
     The n numbers of a position are for the n selected axes. The result is (*shared, *others, *kept).
     """
     data, indices, num_shared = call.x, call[1], call.attributes.get("batch_dims", 0)
     _require(indices.axis is None or indices.axis < indices.rank - 1)  # n is no batch axis
-    if own_rows(data, indices, num_shared):  # data (batch, 7), pairs of image and column (batch, 2)
+    if selects_own_rows(data, indices, num_shared):  # data (batch, 7), pairs of image and column (batch, 2)
         return indices.place
     _require(not indices.image_numbers)
     if data.axis is None:  # all images select from the same data (5, 7), indices (batch, 2)
         return indices.place
     if data.axis < num_shared:  # data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
         _require(data.axis == indices.axis)
-        return common([data, indices])
+        return common_place([data, indices])
     # The batch axis must be a kept one: data (7, batch), indices (3, 1), result (3, batch).
     first_kept, first_kept_of_result = num_shared + indices.shapes[0][-1], indices.rank - 1
     _require(indices.axis is None and data.axis >= first_kept)
     return data.shifted(first_kept_of_result - first_kept)
 
 
-def writes_nd(call: Call) -> Place:
+def place_after_scatter_nd(call: Call) -> Place:
     """Write updates (*others, *kept) to data (*selected, *kept) at positions, indices (*others, n)."""
     data, indices, updates = call.x, call[1], call[2]
     if indices.axis is not None:  # data (batch, 7), pairs of image and column (batch, 2), updates (batch,)
-        _require(own_rows(data, indices, 0) and updates.axis == indices.axis)
-        return agree(data.place, indices.at(0), updates.at(0))  # `inner` must agree, too
+        _require(selects_own_rows(data, indices, 0) and updates.axis == indices.axis)
+        return agreed_place(data.place, indices.at(0), updates.at(0))  # `inner` must agree, too
     # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3, batch).
     first_kept, first_kept_of_updates = indices.shapes[0][-1], indices.rank - 1
     place_of_updates = updates.shifted(first_kept - first_kept_of_updates)  # as an operand of the data's rank
     _require(data.axis == place_of_updates.axis and (data.axis is None or data.axis >= first_kept))
-    return agree(data.place, place_of_updates)
+    return agreed_place(data.place, place_of_updates)
 
 
-def encodes(call: Call) -> Place:
+def place_after_one_hot(call: Call) -> Place:
     """Insert an axis of classes, which moves a batch axis at this position or behind it."""
     is_moved = call.x.axis is not None and call.axis(-1, rank=call.rank) <= call.x.axis
     return call.x.shifted(1 if is_moved else 0)
 
 
-def own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -> bool:
+def selects_own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -> bool:
     """Return whether each position in *indices* begins with the number of its image, a row of *data*."""
     numbers_of_position = indices.shapes[0][-1]
     begin_with_image = indices.image_numbers == ("first" if numbers_of_position > 1 else "all")
@@ -374,12 +378,12 @@ def own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -> bool:
     return has_row_per_image and num_shared == 0 and begin_with_image
 
 
-def recurs(call: Call) -> list[Place]:
+def places_after_recurrence(call: Call) -> list[Place]:
     """Run a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
     first_states = call.inputs[5:7]  # `initial_h` and `initial_c`
     shared = [*call.inputs[1:5], *call.inputs[7:]]  # `W`, `R`, `B`, `sequence_lens` and `P`
-    place = common([call.x, *first_states])
-    _require(place.axis in (None, 1) and common(shared) == _NO_BATCH)
+    place = common_place([call.x, *first_states])
+    _require(place.axis in (None, 1) and common_place(shared) == _NO_BATCH)
     _require(not call.attributes.get("layout"))  # another layout has the batch first
     # The outputs are all results (length, directions, batch, features), and the last states.
     place_in_results = place if place.axis is None else Place(axis=2, inner=place.inner)
@@ -391,26 +395,32 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "CastLike Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid "
     "HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or "
     "PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Tan "
-    "Tanh ThresholdedRelu Where Xor": elementwise,
+    "Tanh ThresholdedRelu Where Xor": place_of_aligned,
     "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
-    "ReduceSumSquare": reduces,
+    "ReduceSumSquare": place_after_reduction,
     "AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool GlobalMaxPool "
-    "Col2Im GroupNormalization InstanceNormalization LRN LpPool MaxPool Resize SpaceToDepth": _rows,
-    "GridSample": partial(_rows, operands=2),
-    "Flatten Reshape Squeeze Unsqueeze": reshapes,
-    "LogSoftmax Softmax Hardmax LpNormalization TopK": lambda call: along(call, [call.axis(-1)]),
-    "ArgMax ArgMin": lambda call: along(call, [call.axis(0)], keeps=call.attributes.get("keepdims", 1)),
-    "LayerNormalization": lambda call: along(call, range(call.axis(-1), call.x.rank)),
-    "CumSum": lambda call: along(call, [call[1].numbers()[0] % call.x.rank]),
-    "Trilu": lambda call: along(call, range(call.x.rank)[-2:]),
-    "Det": lambda call: along(call, range(call.x.rank)[-2:], keeps=False),
-    "DFT": lambda call: along(call, [call.axis(1)]),
-    "OneHot": encodes, "Split": lambda call: along(call, []),  # `has_whole_images` checks every part
-    "Expand ConstantOfShape": repeats, "Tile": partial(repeats, tile=True),
-    "Concat": joins, "EyeLike": lambda _: _NO_BATCH,
-    "GatherElements ScatterElements": within, "GatherND": gathers_nd, "ScatterND": writes_nd,
-    "Gather": gathers, "Slice": slices, "Pad": pads, "Transpose": transposes, "Range": ranges,
-    "MatMul": multiplies, "Gemm": gemm, "Einsum": einsum, "LSTM GRU RNN": recurs,
+    "Col2Im GroupNormalization InstanceNormalization LRN LpPool MaxPool Resize SpaceToDepth": place_of_rows,
+    "GridSample": partial(place_of_rows, operands=2),
+    "Flatten Reshape Squeeze Unsqueeze": place_after_reshape,
+    "LogSoftmax Softmax Hardmax LpNormalization TopK": lambda call: place_beside(call, [call.axis(-1)]),
+    "ArgMax ArgMin": lambda call: place_beside(
+        call, [call.axis(0)], keeps=call.attributes.get("keepdims", 1)
+    ),
+    "LayerNormalization": lambda call: place_beside(call, range(call.axis(-1), call.x.rank)),
+    "CumSum": lambda call: place_beside(call, [call[1].numbers()[0] % call.x.rank]),
+    "Trilu": lambda call: place_beside(call, range(call.x.rank)[-2:]),
+    "Det": lambda call: place_beside(call, range(call.x.rank)[-2:], keeps=False),
+    "DFT": lambda call: place_beside(call, [call.axis(1)]),
+    "OneHot": place_after_one_hot,
+    "Split": lambda call: place_beside(call, []),  # `has_whole_images` checks every part
+    "Expand ConstantOfShape": place_after_repeat, "Tile": partial(place_after_repeat, tile=True),
+    "Concat": place_after_concat, "EyeLike": lambda _: _NO_BATCH,
+    "GatherElements ScatterElements": place_beside_index,
+    "GatherND": place_after_gather_nd, "ScatterND": place_after_scatter_nd,
+    "Gather": place_after_gather, "Slice": place_after_slice, "Range": place_of_range,
+    "Pad": place_after_pad, "Transpose": place_after_transpose,
+    "MatMul": place_after_product, "Gemm": place_after_gemm, "Einsum": place_after_einsum,
+    "LSTM GRU RNN": places_after_recurrence,
 }  # fmt: skip
 _RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
 _SIZES = {  # the numbers of the inputs that are sizes or positions
@@ -565,17 +575,17 @@ def has_whole_images(value: TracedValue) -> bool:
     """Return whether only the batch axis of *value* changes its size, with as many rows for every image."""
     if not value.shapes:  # an optional result that the graph leaves out
         return True
-    axis = varying(value.shapes)
+    axis = batch_axis_of(value.shapes)
     if axis != value.axis:
         return False
     rows_of_batch = _BATCHES[0] * (value.place.inner or 1)  # 3 rows per image fit batch * 6, not batch * 4
-    return axis is None or value.shapes[0][axis] % rows_of_batch == 0  # `varying` covers other sizes
+    return axis is None or value.shapes[0][axis] % rows_of_batch == 0  # `batch_axis_of` covers other sizes
 
 
 def find_image_numbers(kind: str, call: Call) -> Literal["", "all", "first"]:
     """Return which elements of an operator's result are the number of their image in the batch."""
     if kind == "Range":  # 0, ..., batch - 1, as `ranges` requires, or a range of constant length
-        is_batch = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
+        is_batch = batch_axis_of(call.shapes) is not None and call.x.type == TensorProto.INT64
         return "all" if is_batch else ""
     if call.x.image_numbers != "all":
         return ""

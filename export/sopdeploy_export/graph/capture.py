@@ -1,0 +1,386 @@
+"""The network as it is deployed, captured as a torch.export program; and probe images.
+
+The program takes uint8 images (batch, height, width, 3) from `Preprocess`, normalizes them and returns
+float32 outputs for any batch size of the bundle; a program that does not support the whole range is rejected.
+"""
+
+import gc
+import io
+import linecache
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.sym_node import SymNode
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
+from sopdeploy.errors import LoweringError, SopdeployError, first_line
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.covariance import at_least_float32
+from sopdeploy.layers.export_hints import ExportHints
+from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy_export.graph.forms import SymbolicForms, simplify_operators
+from sopdeploy_export.program_hashes import Trace, are_equal_traces, trace_hash
+from sopdeploy_export.state import (
+    DEPTH,
+    NOT_IN_EVAL,
+    STATELESS,
+    modules,
+    preserved,
+    recording_calls,
+    tensors,
+)
+from sopdeploy_export.stubs import answering
+
+INPUT = "images"
+EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
+EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
+NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
+_SEED = 20_240_117
+GENERATED = 12
+
+
+class Deployed(nn.Module):
+    """Normalization followed by *network*: the module that is captured and exported.
+
+    Every run, also while it is captured, raises `LoweringError` if the network writes to one of its tensors.
+    """
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.normalise = Normalize(preprocess, images_format(network))
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
+        before = {name: (tensor, *_storage(tensor)) for name, tensor in tensors(self.network).items()}
+        outputs = compute_outputs(self.network, self.normalise(images))
+        _check_unwritten(self.network, before)
+        return tuple(at_least_float32(value) for value in outputs)
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """Return the version of *tensor*, which a write to it changes, and the address of its memory."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return 0, 0  # tensors of torch.export's tracing have no address, inference tensors no version
+    return tensor._version, tensor.data_ptr()
+
+
+def _check_unwritten(network: nn.Module, before: Mapping[str, tuple[Tensor, int, int]]) -> None:
+    """Raise `LoweringError` if a tensor of *network* was written to or replaced since *before* was read."""
+    after = tensors(network)
+    for name, (tensor, *storage) in before.items():
+        if after.get(name) is not tensor or _storage(tensor) != tuple(storage):
+            owner = dict(modules(network)).get(name.rpartition(".")[0])
+            scales_rows = getattr(owner, "max_norm", None) is not None  # as `nn.Embedding` can
+            remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
+            remedy = remedy if scales_rows else NOT_IN_EVAL
+            raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
+
+
+def output_names(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of the exported outputs of *network*, class logits first."""
+    names = network.outputs if isinstance(network, Backbone) else Backbone.outputs
+    return (*names, EMBEDDING) if EXPORT_EMBEDDING in vars(network) else names
+
+
+def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
+
+    If *network* has an attribute `export_embedding`, the name of a linear layer, the input (B, D) of this
+    layer is the last output. Raises the errors of `_network_outputs`.
+    """
+    with answering(pixels):
+        if (name := vars(network).get(EXPORT_EMBEDDING)) is None:
+            return _network_outputs(network, pixels)
+        inputs: list[Tensor] = []
+        layer = network.get_submodule(name)
+        with layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0])):
+            outputs = _network_outputs(network, pixels)
+        return (*outputs, inputs[0])
+
+
+def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Compute the outputs of *network*, without an embedding, for normalized *pixels* (B, 3, H, W).
+
+    If a network outside of the catalog returns a container, its attribute `export_logits` says which of the
+    tensors in it are the logits, as `choose_output` does. Raises `LoweringError` if there are no logits.
+    """
+    if isinstance(network, Backbone):
+        return network.outputs_tuple(pixels)
+    output, key = network(pixels), vars(network).get(EXPORT_LOGITS)
+    if key is not None and not isinstance(output, Tensor):
+        output = choose_output(output, key)
+    if not isinstance(output, Tensor):
+        outputs = output_shapes(output, "" if key is None else str(key))
+        found = ", ".join(f"{path} {shape}" for path, shape in outputs) or "it holds no tensor"
+        problem = f"the network returns {_describe(output)}; choose one as the logits: {found}"
+        raise LoweringError(problem, remedies={"logits_key": None})
+    return (output,)
+
+
+def choose_output(output: Any, key: str | int) -> Any:
+    """Choose the tensor *key* of *output*: an attribute, key or index, or several of them, as `0.2`.
+
+    Raises `LoweringError` if *output* has none.
+    """
+    chosen = output
+    steps = [key] if isinstance(key, int) or _has(output, key) else key.split(".")
+    for step in steps:
+        if not _has(chosen, step):
+            found = ", ".join(path for path, _ in output_shapes(output))
+            problem = f"the network returns {_describe(output)}, without logits {key!r}; it has {found}"
+            raise LoweringError(problem, setting="logits_key", value=key)
+        chosen = _item(chosen, step)
+    return chosen
+
+
+def _has(output: Any, key: str | int) -> bool:
+    try:
+        _item(output, key)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _item(output: Any, key: str | int) -> Any:
+    if isinstance(output, Mapping):
+        return output[key] if key in output else output[int(key)]
+    if isinstance(key, str) and hasattr(output, key):
+        return getattr(output, key)
+    return output[int(key)]
+
+
+def output_shapes(output: Any, path: str = "") -> list[tuple[str, str]]:
+    """List the tensors in *output*, what a network returned, with the keys that choose them."""
+    if isinstance(output, Tensor):
+        sizes = [str(size) if isinstance(size, int) else "B" for size in output.shape]
+        return [(path, f"({', '.join(sizes)})")]
+    fields = getattr(output, "_fields", None)
+    if path.count(".") > DEPTH:
+        return []
+    if isinstance(output, Mapping):
+        items = [(str(key), value) for key, value in output.items()]
+    elif fields is not None or not isinstance(output, list | tuple):
+        items = [(name, getattr(output, name)) for name in fields or vars_of(output)]
+    else:
+        items = [(str(index), value) for index, value in enumerate(output)]
+    inner = f"{path}." if path else ""
+    return [found for key, value in items for found in output_shapes(value, inner + key)]
+
+
+def vars_of(output: Any) -> Mapping[str, Any]:
+    """Return the attributes of an object; none if it has no dict of them."""
+    held: Mapping[str, Any] = {} if callable(output) else getattr(output, "__dict__", {})
+    return held
+
+
+def _describe(output: Any) -> str:
+    """Describe *output*, the return value of a network: its type with its keys, fields or length."""
+    if isinstance(output, Mapping):
+        return f"a dict with {', '.join(map(repr, output))}"
+    if (fields := getattr(output, "_fields", None)) is not None:
+        return f"a named tuple with {', '.join(fields)}"
+    length = f" of {len(output)}" if isinstance(output, list | tuple) else ""
+    return f"a {type(output).__name__}{length}"
+
+
+def generated_images(side: int) -> NDArray[np.uint8]:
+    """Generate the images on which the file is compared, uint8 (12, side, side, 3), always the same ones."""
+    random = np.random.default_rng(_SEED)
+    horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
+    square = np.arange(side) // 4  # number of the square, 4 pixels wide, that a row or column belongs to
+    checkerboard = 255.0 * ((square[:, None] + square) % 2)
+    colors = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    images = [
+        *(np.broadcast_to(color, (side, side, 3)) for color in colors),
+        np.stack([checkerboard] * 3, axis=2),
+        np.stack([horizontal_ramp, horizontal_ramp.T, checkerboard], axis=2),
+        random.integers(0, 256, (side, side, 3)),
+    ]
+    for i in range(GENERATED - len(images)):  # the others are enlarged noise, first the coarsest
+        size = min(side, 2 + 6 * i)
+        noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        images.append(np.asarray(Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)))
+    return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])
+
+
+def evenly_spread(count: int, most: int) -> NDArray[np.int64]:
+    """Choose at most *most* of *count* positions, evenly spread."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
+
+
+# How torch.export says that code depends on the batch size.
+BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
+NO_GRAPH = "cannot be captured as one graph"
+BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
+SIZE_REMEDY = (
+    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), and compute all images "
+    "of a batch at once instead of in a loop"
+)
+DATA_GUARD = re.compile(r"data-dependent expression")
+BY_VALUE = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captured:
+    """The functional torch.export programs of one network: for the whole batch range and for a batch of one.
+
+    `traces` are the hashes of both programs before they were made functional; None: it cannot be hashed.
+    """
+
+    any_batch: ExportedProgram
+    batch_of_one: ExportedProgram
+    traces: tuple[Trace | None, ...]
+
+
+def capture(
+    network: nn.Module, preprocess: Preprocess, batch: BatchRange, known: Sequence[Captured] = ()
+) -> Captured:
+    """Capture *network*, in eval mode, for the batch range and for a batch of one.
+
+    torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
+    handles a single image differently. If torch.export gives the same two programs as for one of *known*,
+    this one is returned, because making programs functional takes longer than torch.export.
+    Raises `LoweringError` if the network cannot be captured.
+    """
+    ranges = ranges_of(batch)
+    traced = [trace(network, preprocess, one) for one in ranges]
+    traces = tuple(map(trace_hash, traced))
+    for captured in known:
+        if are_equal_traces(captured.traces, traces):
+            return captured
+    programs = [functional(program, one) for program, one in zip(traced, ranges, strict=True)]
+    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)  # equal if maximum is 1
+
+
+def ranges_of(batch: BatchRange) -> list[BatchRange]:
+    """List the ranges that a network is captured for: *batch*, and one image unless this is all of it."""
+    return [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
+
+
+def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+    """Capture *network* for every batch size of the range; raises the errors of `trace` and `functional`."""
+    return functional(trace(network, preprocess, batch), batch)
+
+
+def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+    """Run torch.export on *network* for every batch size of the range; *network* is unchanged afterwards.
+
+    Raises `LoweringError` with the first line of torch's message.
+    """
+    deployed = Deployed(network, preprocess).eval()
+    size = min(2, batch.maximum)  # torch.export makes a dimension of size 1 constant
+    images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
+    shapes = None if size == 1 else ({0: Dim("batch", min=1, max=batch.maximum)},)
+    with (
+        capturing(),  # raises the `LoweringError`
+        SymbolicForms(),  # replaces functions that fit one batch size only
+        redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
+        preserved(deployed),  # resets `is_captured`, and caches, where torch leaves tensors without values
+        warnings.catch_warnings(action="ignore"),  # torch warns about caches that forward assigns
+    ):
+        for _, module in modules(deployed):
+            if isinstance(module, ExportHints):
+                module.is_captured = True
+        try:
+            return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+        except Exception as error:  # the network's own code, which can raise anything
+            if not BATCH_GUARD.search(str(error)):
+                raise
+            with fixed_sizes() as places, suppress(Exception):  # fails again
+                torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+            where = f" in {places[0]}" if places else ""
+            raise LoweringError(f"{NO_GRAPH}: {BY_SIZE}{where}; {SIZE_REMEDY}") from error
+
+
+@contextmanager
+def fixed_sizes() -> Iterator[list[str]]:
+    """List the lines of code in the block, outside of torch and this package, that need sizes as numbers."""
+    places: list[str] = []
+    guards = (SymNode.guard_int.__code__, SymNode.guard_bool.__code__)
+
+    def record(frame: FrameType, event: str, _argument: object) -> None:
+        if event != "call" or frame.f_code not in guards:
+            return
+        is_number, caller = frame.f_code is guards[0], frame.f_back
+        while caller is not None:
+            package = str(caller.f_globals.get("__name__", "")).partition(".")[0]
+            if package not in ("torch", "sopdeploy", "sopdeploy_export"):
+                break
+            # Operators compare sizes, too, in ways that fit every size.
+            if not is_number and str(caller.f_globals.get("__name__")) not in ("torch", SymNode.__module__):
+                return
+            caller = caller.f_back
+        if caller is not None:
+            file, line = caller.f_code.co_filename, caller.f_lineno
+            code = linecache.getline(file, line).strip()
+            places.append(f"{Path(file).name}:{line} ({code})")
+
+    with recording_calls(record):
+        yield places
+
+
+def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
+    """Replace writes to operands, some forms of pooling, and the ellipsis of `einsum` in *program*.
+
+    Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is not accepted.
+    """
+    with capturing():
+        simplify_operators(program)
+        program = program.run_decompositions({})
+    if batch.maximum == 1:
+        return program
+    name = program.graph_signature.user_inputs[0]
+    dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
+    if isinstance(dimension, int):
+        raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept every size")
+    # torch.export narrows the range that `trace` asks for, 1 to `batch.maximum`, if code requires it.
+    allowed = program.range_constraints[dimension.node.expr]
+    if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
+        raise LoweringError(
+            f"the network accepts batches of {allowed.lower} to {allowed.upper} images only, not of "
+            f"1 to {batch.maximum}; its code depends on the batch size"
+        )
+    return program
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Run a step of the capture; raise `LoweringError` with the first line of torch's message if it fails.
+
+    The garbage collector is off, because it would visit all nodes of a graph again and again, which takes a
+    tenth of the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            yield
+    except SopdeployError:
+        raise
+    except Exception as error:  # tracing runs the network's own code, which can raise anything
+        raise LoweringError(f"{NO_GRAPH}: {_capture_problem(error)}") from error
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _capture_problem(error: Exception) -> str:
+    """Describe an *error* of torch.export."""
+    text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
+    if BATCH_GUARD.search(text):
+        return f"{BY_SIZE}; {SIZE_REMEDY}"
+    return BY_VALUE if DATA_GUARD.search(text) else first_line(error)

@@ -1,0 +1,181 @@
+"""Convert a program to one ONNX file.
+
+Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18 is
+the lowest that torch writes and the most widely supported.
+"""
+
+import ast
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import rewriter
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules import common as common_rules
+from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from sopdeploy.errors import LoweringError, first_line
+from sopdeploy_export.graph.capture import BY_VALUE, DATA_GUARD, INPUT, NETWORK_PREFIX
+from sopdeploy_export.graph.forms import decompose
+from sopdeploy_export.program_hashes import module_of
+
+OPSET = 18
+# How the converter names the node that it cannot translate, and the operator of it.
+TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
+REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
+PASSES = 2  # of the converter's optimizer: the second one simplifies what the first has made
+# The optimizer's rules that can change a result; `_simplify` leaves them out. The others are exact up to the
+# rounding of `fuse_batchnorm` (folded weights are rounded once more) and `cast_cast` (of 64-bit numbers).
+INEXACT = {
+    *_no_op.rules,  # x + c and x * c become x if c differs from 0 by 1e-8 or from 1 by 1e-5
+    *_fuse_relus_clips.rules,  # relu(clip(x, -2, -1)), which is 0, becomes clip(x, 0, -1), which is -1
+    common_rules.no_op_static_scatter_nd_rule,  # a sum into all positions becomes a copy
+    common_rules.slice_split_rule,  # of an odd number, the first half becomes the longer one
+}
+EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in INEXACT]
+_MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
+
+
+def check_bfloat16(program: ExportedProgram) -> None:
+    """Raise `LoweringError` if code of the network computes in bfloat16, for which CPUs have no kernels."""
+    for node in program.graph.nodes:
+        values = (value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor))
+        if node.op == "call_function" and any(value.dtype == torch.bfloat16 for value in values):
+            raise LoweringError(
+                f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
+                "from forward"
+            )
+
+
+def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
+
+    The metadata `part` of a node names the part of the network that computes it; `convert_precision` removes
+    it. Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
+    """
+    check_bfloat16(program)
+    model = convert(program, [INPUT], outputs)
+    _drop_metadata_except_parts(model)
+    model.graph.name = "sopdeploy"
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size > _MAX_BYTES:
+        raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}")
+    proto: onnx.ModelProto = ir.to_proto(model)
+    check_graph(proto)
+    return proto
+
+
+def _drop_metadata_except_parts(model: ir.Model) -> None:
+    """Drop source lines, shapes of inner values and other metadata; keep the part of each node."""
+    scopes = {node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
+    common.ClearMetadataAndDocStringPass()(model)  # of nodes and the graph; that of values is cleared below
+    for node, scope in scopes.items():
+        if scope is not None:  # the modules from the outermost to the innermost, then the operation
+            node.metadata_props["part"] = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape, output.type = None, None
+    for name, value in list(model.graph.initializers.items()):  # a list, because a new name changes the dict
+        name_in_network = name.removeprefix(NETWORK_PREFIX)
+        if name_in_network not in model.graph.initializers:  # as `normalise.scale` of this package may be
+            value.name = name_in_network
+        value.metadata_props.clear()
+    common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape[0] = ir.SymbolicDim("batch")
+    model.metadata_props.clear()
+
+
+def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """Convert *program* to ONNX with named inputs and outputs; raise `LoweringError` if it has no form."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the converter warns about its own internals
+        try:
+            program = decompose(program)
+            converted: Any = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                external_data=False,
+                verbose=False,
+                optimize=False,
+            )
+            model: ir.Model = converted.model
+            _simplify(model)
+        except Exception as error:  # the converter does not limit what its passes raise
+            raise LoweringError(f"no ONNX form: {_conversion_problem(error, program)}") from error
+    return model
+
+
+def _conversion_problem(error: BaseException, program: ExportedProgram) -> str:
+    """Name the operator of *program* that the converter cannot translate; else describe its first *error*."""
+    cause: BaseException | None = error
+    while cause is not None:
+        problem = first_line(cause)
+        if found := TRANSLATED.search(problem):
+            name, operator = found.groups()
+            places = [f" in {module_of(node)}" for node in program.graph.nodes if node.name == name]
+            return f"{operator}{''.join(places)}; use other operators"
+        cause = cause.__cause__
+    return BY_VALUE if DATA_GUARD.search(problem) else problem
+
+
+def _simplify(model: ir.Model) -> None:
+    """Simplify *model* as the converter's optimizer (onnxscript) does, but with exact rules only."""
+    common.InlinePass()(model)
+    for _ in range(PASSES):
+        fold_constants(model, onnx_shape_inference=True)
+        _remove_choices(model)
+        rewrite(model, EXACT_RULES)  # removes what nothing reads, too
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
+
+
+def _remove_choices(model: ir.Model) -> None:
+    """Remove each `Where` of *model* that never chooses its first value, as behind a constant mask."""
+    for node in model.graph:
+        if node.op_type != "Where" or node.inputs[0] is None or node.inputs[0].const_value is None:
+            continue
+        chosen, result = node.inputs[2], node.outputs[0]
+        if chosen is None or chosen.shape is None or chosen.shape != result.shape:
+            continue
+        if not node.inputs[0].const_value.numpy().any() and not result.is_graph_output():
+            ir.convenience.replace_all_uses_with(result, chosen)
+
+
+def check_graph(proto: onnx.ModelProto) -> None:
+    """Check that every runtime can execute *proto*; raises `LoweringError`.
+
+    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow.
+    """
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise LoweringError(f"no ONNX form in opset {OPSET}: {reason}") from error
+    opsets = {imported.domain: imported.version for imported in proto.opset_import}
+    if opsets != {"": OPSET}:
+        raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed")
+    for node in proto.graph.node:
+        if node.op_type in REJECTED:
+            part = next((item.value for item in node.metadata_props if item.key == "part"), "")
+            where = part if part not in ("", "network") else "forward"
+            reason = BY_VALUE if node.op_type == "NonZero" else "control flow is not allowed"
+            raise LoweringError(f"the graph contains {node.op_type} in {where}; {reason}")

@@ -1,0 +1,268 @@
+"""Forms of operators that torch captures for every batch size, and that ONNX has."""
+
+import inspect
+from collections.abc import Sequence
+from contextvars import ContextVar
+from string import ascii_letters
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
+
+from sopdeploy_export.state import (
+    PythonNumbers,
+)
+
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def simplify_operators(program: ExportedProgram) -> None:
+    """Replace some forms of pooling, and the ellipsis of `einsum`, in *program*, in place."""
+    _simplify_average_pooling(program)
+    _simplify_max_pooling(program)
+    _name_all_axes(program)
+    program.graph_module.recompile()
+
+
+def _simplify_average_pooling(program: ExportedProgram) -> None:
+    """Replace average pooling to one position, in place, by the mean that ATen computes for it.
+
+    After the mean, ATen restores the strides of a map in channels-last layout with `as_strided`
+    (AdaptiveAveragePooling.cpp), which torch-tensorrt cannot convert, and ONNX needs five operators for it.
+    """
+    aten = torch.ops.aten
+    poolings = (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d)
+    for num_axes, pooling in enumerate(poolings, start=1):
+        for node in program.graph.find_nodes(op="call_function", target=pooling.default):
+            x, output_size = node.args
+            if output_size == [1] * num_axes:
+                node.target, node.args = aten.mean.dim, (x, [*range(-1, -1 - num_axes, -1)], True)
+
+
+def _simplify_max_pooling(program: ExportedProgram) -> None:
+    """Turn `ceil_mode` off, in place, where the result (B, C, H, W) has the same size without it.
+
+    With it, ONNX counts windows that begin behind the map, ATen does not.
+    """
+    aten = torch.ops.aten
+    for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
+        if len(node.args) == 6 and node.args[5]:  # the last argument is `ceil_mode`, by default False
+            x, kernel, stride, padding, dilation, _ = node.args
+            image = torch.empty(x.meta["val"].shape[1:], device="meta")  # (C, H, W)
+            floored = aten.max_pool2d(image, kernel, stride, padding, dilation)
+            if floored.shape[-2:] == node.meta["val"].shape[-2:]:
+                node.args = (x, kernel, stride, padding, dilation)
+
+
+def _name_all_axes(program: ExportedProgram) -> None:
+    """Replace the ellipsis in `einsum` by labels, in place; ONNX Runtime does not accept every form of it."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default):
+        equation, operands = node.args
+        if "..." in equation.partition("->")[0]:
+            ranks = [operand.meta["val"].ndim for operand in operands]
+            node.args = (_label_hidden_axes(equation, ranks), operands)
+
+
+def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
+    """Replace every "..." by labels: for *ranks* 4 and 3, "...ij,...jk" becomes "baij,ajk->baik"."""
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:  # then the result has the labels that occur once, in alphabetical order
+        result = "..." + "".join(sorted(x for x in set(terms) - set(",.") if terms.count(x) == 1))
+    unused = [letter for letter in ascii_letters if letter not in terms]
+    new_terms, longest = [], ""
+    for term, rank in zip(terms.split(","), ranks, strict=True):
+        num_hidden = rank - len(term.replace("...", ""))
+        # Reversed, so that the last hidden axis, at which operands are aligned, is always unused[0].
+        labels = "".join(reversed(unused[:num_hidden]))
+        new_terms.append(term.replace("...", labels))
+        longest = max(longest, labels, key=len)  # the result has all hidden axes
+    return f"{','.join(new_terms)}->{result.replace('...', longest)}"
+
+
+class SymbolicForms(TorchFunctionMode):
+    """Replaces functions that torch.export captures for one batch size only, or not at all.
+
+    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`. Instance
+    norm with running statistics is a batch norm, for which torch would make one image of the whole batch.
+    Code that reads tensors of Python numbers gets their values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = PythonNumbers()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the other form of *function*, if there is one."""
+        del types
+        number = self._numbers.compute(function, args, kwargs or {})
+        if number is not None and not isinstance(number, Tensor):
+            return number
+        result = OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
+        self._numbers.add(result, number)
+        return result
+
+
+def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:
+    if is_batch_axis(input, dim) and input.shape[0] % chunks == 0:
+        return input.view(chunks, -1, *input.shape[1:]).unbind(0)
+    return input.chunk(chunks, dim)
+
+
+def _split(x: Tensor, size: Any, dim: int = 0) -> Any:
+    if is_batch_axis(x, dim) and not isinstance(size, list | tuple) and x.shape[0] % size == 0:
+        return x.view(-1, size, *x.shape[1:]).unbind(0)
+    return torch.split(x, size, dim)
+
+
+def is_batch_axis(x: Tensor, dim: int) -> bool:
+    """Return whether *dim* is the first axis of *x*, and *x* no weight."""
+    return dim in (0, -x.ndim) and not isinstance(x, nn.Parameter)
+
+
+def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """Compute `take_along_dim` by `gather`, after all axes but *dim* are expanded to common sizes."""
+    if dim is None:  # both are flattened
+        return torch.take_along_dim(input, indices)
+    x, chosen = input.movedim(dim, -1), indices.movedim(dim, -1)  # (..., n) and (..., k)
+    shape = torch.broadcast_shapes(x.shape[:-1], chosen.shape[:-1])  # type: ignore[no-untyped-call]
+    x, chosen = x.expand(*shape, x.shape[-1]), chosen.expand(*shape, chosen.shape[-1])
+    return x.gather(-1, chosen).movedim(-1, dim)
+
+
+def _instance_norm(*args: Any, **options: Any) -> Tensor:
+    """Normalize by running statistics, as a batch norm does, unless each image has its own."""
+    named = inspect.signature(F.instance_norm).bind(*args, **options).arguments
+    if named.pop("use_input_stats", True):
+        return F.instance_norm(*args, **options)
+    return F.batch_norm(**named)
+
+
+OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given by position (split)
+    **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
+    **dict.fromkeys((torch.split, Tensor.split), _split),
+    **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),
+    F.instance_norm: _instance_norm,
+}
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
+) -> Any:
+    """Write attention on other than four dimensions as matrix products, and a mask as what is added.
+
+    The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
+    """
+    if mask is not None and not _is_masked.get():
+        added, allowed = mask, mask != -torch.inf
+        if mask.dtype == torch.bool:
+            added, allowed = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf), mask
+        token = _is_masked.set(True)
+        try:
+            result = ATTENTION(query, key, value, added, *args, **options)
+        finally:
+            _is_masked.reset(token)
+        filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+        # The strides stay those of attention, so that a view of the result stays possible.
+        axes = sorted(range(result.dim()), key=result.stride, reverse=True)
+        return filled.permute(axes).contiguous().permute([axes.index(axis) for axis in range(len(axes))])
+    if query.dim() == 4:
+        return NotImplemented  # the operator stays
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
+
+
+_is_masked: ContextVar[bool] = ContextVar("_is_masked", default=False)  # within the call in `_attention`
+
+
+def _log1p(values: Tensor) -> Tensor:
+    """Write log(1 + x) without its cancellation near 0 (Higham, "Accuracy and Stability", section 1.14.1)."""
+    rounded = 1 + values
+    near = torch.where(rounded == 1, values, rounded.log() * (values / (rounded - 1)))
+    return torch.where(values.abs() < 0.5, near, rounded.log())
+
+
+def _expm1(values: Tensor) -> Tensor:
+    """Write exp(x) - 1 without its cancellation near 0 (Higham, "Accuracy and Stability", section 1.14.1)."""
+    power = values.exp()
+    near = torch.where(power == 1, values, (power - 1) * (values / power.log()))
+    return torch.where(values.abs() < 0.5, near, power - 1)
+
+
+def _atan2(y: Tensor, x: Tensor) -> Tensor:
+    """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0 or -0."""
+    below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
+    far = (y.abs() == torch.inf) & (x.abs() == torch.inf)  # then the angle is that of a diagonal
+    divisor = torch.where((x == 0) & (y == 0), 1.0, x)
+    slope = torch.where(far, y.sign() * x.sign(), y / divisor)
+    # This is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x, -y).
+    angle = slope.atan()
+    half_turn = torch.where(below, -torch.pi, torch.pi)
+    return angle + torch.where(left, half_turn, 0.0)
+
+
+def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable: bool) -> Any:
+    """Write a stable sort as the choice of all elements: `TopK` is stable, and needs no shape at run time."""
+    if values.dim() == 0 or not isinstance(values.shape[dim], int):
+        return torch.ops.aten.sort.default(values, dim, descending)
+    return torch.ops.aten.topk.default(values, values.shape[dim], dim, descending)
+
+
+def _index_put(
+    values: Tensor, indices: Sequence[Tensor | None], new: Tensor, accumulate: bool = False
+) -> Tensor:
+    """Write x[mask] = number as a choice, because the number of chosen values is no size of a graph."""
+    is_mask = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
+    if not is_mask or new.numel() != 1 or accumulate:
+        return NotImplemented
+    mask = cast(Tensor, indices[0])
+    return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
+
+
+def _hstack(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*map(torch.atleast_1d, values)], dim=int(values[0].dim() > 1))
+
+
+def _column_stack(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1)
+
+
+# Operators whose form of the converter is missing, or wrong for some values
+DECOMPOSED = {
+    ATTENTION: _attention,
+    torch.ops.aten.atan2.default: _atan2,
+    torch.ops.aten.expm1.default: _expm1,
+    torch.ops.aten.index_put.default: _index_put,
+    torch.ops.aten.log1p.default: _log1p,
+    torch.ops.aten.log_sigmoid.default: lambda values: -torch.nn.functional.softplus(-values),
+    torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
+    torch.ops.aten.sort.stable: _sort,
+    # The converter writes these with a loop over the tensors.
+    torch.ops.aten.atleast_1d.Sequence: lambda values: [*map(torch.atleast_1d, values)],
+    torch.ops.aten.atleast_2d.Sequence: lambda values: [*map(torch.atleast_2d, values)],
+    torch.ops.aten.atleast_3d.Sequence: lambda values: [*map(torch.atleast_3d, values)],
+    torch.ops.aten.hstack.default: _hstack,
+    torch.ops.aten.vstack.default: lambda values: torch.cat([*map(torch.atleast_2d, values)]),
+    torch.ops.aten.dstack.default: lambda values: torch.cat([*map(torch.atleast_3d, values)], 2),
+    torch.ops.aten.column_stack.default: _column_stack,
+}
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
+
+    The results of these forms, and the converter's of attention, have other strides than those of torch, with
+    which a view may be impossible. Every view therefore becomes a contiguous copy in another shape.
+    """
+    if not any(node.target in DECOMPOSED for node in program.graph.nodes):
+        return program
+    decomposed: ExportedProgram = program.run_decompositions(
+        {
+            **DECOMPOSED,
+            torch.ops.aten.view.default: lambda values, shape: torch.ops.aten._unsafe_view.default(
+                values.clone(memory_format=torch.contiguous_format), shape
+            ),
+        }
+    )
+    return decomposed

@@ -1,0 +1,359 @@
+"""Stubs in the place of removed parts: the network without these parts runs again, as a second network.
+
+Code of users calls branches in eval mode, too, as deep supervision, self-distillation and early exits do. So
+a `Stub` takes the place of a removed part. It answers each call as the part did when the trained network
+ran: in the same structure, with tensors full of NaN. The outputs of the network with stubs are finite only
+if nothing removed is needed. This is the second evidence; the first one is the graph, because code can hide
+a NaN (`torch.where`, `nan_to_num`).
+
+A stub has neither code nor tensors of its part. What it cannot answer is an error, such as a number that the
+part holds, or the length of a list.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from sopdeploy.errors import CertificateError, LoweringError
+from sopdeploy.models.base import is_in
+from sopdeploy_export.state import VALUES, modules
+
+SIZES = (
+    2,
+    3,
+)  # of the batches that show how sizes depend on the batch; a batch of one is recorded for itself
+
+
+class BatchNumber(NamedTuple):
+    """The number `per_image` * batch + `constant`."""
+
+    per_image: int
+    constant: int
+
+    def at(self, batch: Any) -> Any:
+        """Return the number for *batch* images, which torch.export gives as a symbol."""
+        if self == (1, 0) or not self.per_image:
+            return batch if self.per_image else self.constant
+        return self.per_image * batch + self.constant
+
+
+class TensorForm(NamedTuple):
+    """The type and the sizes of a tensor."""
+
+    dtype: torch.dtype
+    sizes: tuple[BatchNumber, ...]
+
+    def fill(self, pixels: Tensor) -> Tensor:
+        """Make the tensor, full of NaN, for *pixels* (B, 3, H, W); types without NaN get 0.
+
+        It counts as computed from *pixels*, and has their device and, in place of float32, their type.
+        """
+        sizes = [size.at(pixels.shape[0]) for size in self.sizes]
+        dtype = pixels.dtype if self.dtype == torch.float32 else self.dtype
+        has_nan = dtype.is_floating_point or dtype.is_complex
+        return pixels.new_full(sizes, torch.nan if has_nan else 0, dtype=dtype)
+
+
+class ObjectForm(NamedTuple):
+    """An object of a class that holds its values as attributes."""
+
+    kind: type
+    attributes: "Answer"
+
+
+class Answer(NamedTuple):
+    """What a call returned: its structure, with a form or the value itself for each leaf."""
+
+    structure: TreeSpec
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, returned: Any, part: str) -> "Answer":
+        """Describe what *part* returned for one size of the batch; raises `LoweringError` if it cannot be."""
+        leaves, structure = tree_flatten(returned)
+        return cls(structure, tuple(_form_of(leaf, part) for leaf in leaves))
+
+    def joined(self, other: "Answer", part: str) -> "Answer":
+        """Describe the answer for any size from those for `SIZES`: this one and the *other*."""
+        if self.structure != other.structure:
+            raise LoweringError(f"{part} returns another structure for {SIZES[1]} images than for {SIZES[0]}")
+        pairs = zip(self.leaves, other.leaves, strict=True)
+        return Answer(self.structure, tuple(_joined(*pair, part) for pair in pairs))
+
+    def make(self, pixels: Tensor) -> Any:
+        """Make the value for *pixels* (B, 3, H, W)."""
+        return tree_unflatten([_made(leaf, pixels) for leaf in self.leaves], self.structure)
+
+
+def _form_of(leaf: Any, part: str) -> Any:
+    if isinstance(leaf, Tensor):
+        return TensorForm(leaf.dtype, tuple(BatchNumber(0, size) for size in leaf.shape))
+    if isinstance(leaf, int) and not isinstance(leaf, bool | Enum):
+        return BatchNumber(0, leaf)
+    if isinstance(leaf, (*VALUES, Enum)):
+        return leaf
+    if callable(leaf) or not hasattr(leaf, "__dict__"):
+        raise LoweringError(
+            f"{part} returns a {type(leaf).__name__}, so it cannot be removed; return tensors"
+        )
+    return ObjectForm(type(leaf), Answer.of(vars(leaf), part))
+
+
+def _joined(one: Any, other: Any, part: str) -> Any:
+    """Join the forms of a leaf for `SIZES`."""
+    if isinstance(one, BatchNumber) and isinstance(other, BatchNumber):
+        per_image = (other.constant - one.constant) // (SIZES[1] - SIZES[0])
+        return BatchNumber(per_image, one.constant - per_image * SIZES[0])
+    if isinstance(one, TensorForm) and isinstance(other, TensorForm):
+        has_same_axes = (one.dtype, len(one.sizes)) == (other.dtype, len(other.sizes))
+        if has_same_axes:
+            pairs = zip(one.sizes, other.sizes, strict=True)
+            return TensorForm(one.dtype, tuple(_joined(*pair, part) for pair in pairs))
+    elif isinstance(one, ObjectForm) and isinstance(other, ObjectForm) and one.kind is other.kind:
+        return ObjectForm(one.kind, one.attributes.joined(other.attributes, part))
+    elif repr(one) == repr(other):  # NaN equals itself here
+        return one
+    raise LoweringError(f"{part} returns {one!r} for {SIZES[0]} images and {other!r} for {SIZES[1]}")
+
+
+def _made(leaf: Any, pixels: Tensor) -> Any:
+    if isinstance(leaf, TensorForm):
+        return leaf.fill(pixels)
+    if isinstance(leaf, BatchNumber):
+        return leaf.at(pixels.shape[0])
+    if not isinstance(leaf, ObjectForm):
+        return leaf
+    made: Any = object.__new__(leaf.kind)
+    vars(made).update(leaf.attributes.make(pixels))
+    return made
+
+
+class Call(NamedTuple):
+    """A call of a removed part by code outside of all removed parts, and its answer."""
+
+    part: str
+    method: str
+    answer: Answer
+
+
+class Recording(NamedTuple):
+    """The calls of removed parts, in order, when the trained network ran on several images and on one."""
+
+    several: tuple[Call, ...]
+    one: tuple[Call, ...]
+
+
+@torch.no_grad()
+def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Recording:
+    """Run *network*, a copy that is changed, on *pixels* (3, 3, H, W), and record the calls of its *parts*.
+
+    Raises `LoweringError` if the calls depend on the number of images in another way than by sizes.
+    """
+    calls: list[Call] = []
+    depth = 0  # of calls of removed parts; only the outermost are calls from outside
+
+    def recorded(part: str, method: str, function: Any) -> Any:
+        @wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            try:
+                returned = function(*arguments, **options)
+            finally:
+                depth -= 1
+            if depth == 0:
+                calls.append(Call(part, method, Answer.of(returned, part)))
+            return returned
+
+        return call
+
+    for name, module in removed_modules(network, parts).items():
+        for method in ("forward", *_own_methods(type(module))):
+            vars(module)[method] = recorded(name, method, getattr(module, method))
+    runs: list[tuple[Call, ...]] = []
+    for size in (*SIZES, 1):
+        calls.clear()
+        network(pixels[:size].clone())  # which the network may write to
+        runs.append(tuple(calls))
+    first, second, one = runs
+    if [call[:2] for call in first] != [call[:2] for call in second]:
+        raise LoweringError(f"the network calls its parts in another way for {SIZES[1]} images")
+    pairs = zip(first, second, strict=True)
+    several = (Call(*call[:2], call.answer.joined(other.answer, call.part)) for call, other in pairs)
+    return Recording(tuple(several), one)
+
+
+def removed_modules(network: nn.Module, parts: Sequence[str]) -> dict[str, nn.Module]:
+    """Map names to the modules in *parts* of *network*, except those that it also has elsewhere."""
+    named = dict(modules(network))
+    stays = {id(module) for name, module in named.items() if not is_in(name, *parts)}
+    return {name: module for name, module in named.items() if id(module) not in stays}
+
+
+def _own_methods(kind: type) -> list[str]:
+    """List the methods that classes of users add to those of `nn.Module` and torch's modules."""
+    classes = [cls for cls in kind.__mro__ if not f"{cls.__module__}.".startswith(("torch.", "builtins."))]
+    names = {name for cls in classes for name, value in vars(cls).items() if callable(value)}
+    return sorted(name for name in names - {*dir(nn.Module)} if not name.startswith("__"))
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run of a network on `pixels` (B, 3, H, W); `position` counts the calls of its stubs."""
+
+    pixels: Tensor
+    position: int = 0
+
+
+_run: ContextVar[_Run | None] = ContextVar("_run", default=None)
+
+
+@contextmanager
+def answering(pixels: Tensor) -> Iterator[None]:
+    """Let stubs answer for *pixels* (B, 3, H, W), on which the block runs a network once."""
+    token = _run.set(_Run(pixels))
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+class ReadError(CertificateError, TypeError):
+    """Code read a Python value of the removed *part*, such as how many parts it has.
+
+    It is a `TypeError`, because `list()` ignores one: it asks for the number, but can do without.
+    """
+
+    def __init__(self, value: str, part: str) -> None:
+        super().__init__(
+            f"the network reads {value} {part}, which was removed; remove what is in it only",
+            remedies={"training_only": f"{part}.*"},
+        )
+        self.part = part
+
+
+class Stub(nn.Module):
+    """What remains of a removed part; its own parts are stubs.
+
+    Attributes:
+        part: Dotted name of the removed part.
+        known: The names of its attributes and methods.
+        methods: The names of its methods that the recording has.
+        held: Its tensors, full of NaN.
+        recording: The calls that all stubs of the network answer.
+    """
+
+    def __init__(self, part: str, removed: nn.Module, recording: Recording) -> None:
+        super().__init__()
+        calls = (*recording.several, *recording.one)
+        held = {**removed._parameters, **removed._buffers}
+        vars(self).update(
+            part=part,
+            known={*dir(type(removed)), *vars(removed)} - {*dir(nn.Module)},
+            methods={call.method for call in calls if call.part == part},
+            held={name: without_values(tensor) for name, tensor in held.items() if tensor is not None},
+            recording=recording,
+        )
+
+    def forward(self, *_arguments: Any, **_options: Any) -> Any:
+        """Return what the removed part returned."""
+        return self.answer("forward")
+
+    def answer(self, method: str) -> Any:
+        """Return the answer of the next call in the recording, which must be one of *method* of this part."""
+        run = _run.get()
+        if run is None:
+            raise CertificateError(f"{self.part} was removed, and is called outside of a run of the network")
+        batch = run.pixels.shape[0]
+        is_one = isinstance(batch, int) and batch == 1
+        calls = self.recording.one if is_one else self.recording.several
+        call = calls[run.position] if run.position < len(calls) else None
+        if call is None or (call.part, call.method) != (self.part, method):
+            raise CertificateError(
+                f"without its values, the network calls {self.part} in another order than the trained network"
+            )
+        run.position += 1
+        return call.answer.make(run.pixels)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a part, a tensor or a method; raise `ReadError` for what else the part has."""
+        own = vars(self)
+        if name in own.get("held", ()):
+            return own["held"][name]
+        if name in own.get("methods", ()):
+            return lambda *_arguments, **_options: self.answer(name)
+        if name in own.get("known", ()) and not name.startswith("__") and name not in own["_modules"]:
+            raise ReadError(f"{name} of", self.part)
+        return super().__getattr__(name)
+
+    def __bool__(self) -> bool:
+        """Return True, because the part was there."""
+        return True
+
+    def __len__(self) -> int:
+        """Raise `ReadError`."""
+        raise ReadError("the length of", self.part)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the parts."""
+        return iter(self._content().values())
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the part at a position or with a name, or the parts of a slice."""
+        content = self._content()
+        return content[index] if isinstance(index, str) else list(content.values())[index]
+
+    def _content(self) -> dict[str, Any]:
+        return {**self._modules, **vars(self)["held"]}
+
+
+class StubDict(Stub):
+    """What remains of a removed `ModuleDict` or `ParameterDict`."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the parts."""
+        return iter(self._content())
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a part with this *name*."""
+        return name in self._content()
+
+    def keys(self) -> Any:
+        """Return the names of the parts."""
+        return self._content().keys()
+
+    def values(self) -> Any:
+        """Return the parts."""
+        return self._content().values()
+
+    def items(self) -> Any:
+        """Return the parts with their names."""
+        return self._content().items()
+
+
+def without_values(tensor: Tensor) -> Tensor:
+    """Return a tensor of NaN, or of zeros, with the type and shape of *tensor*, in the memory of a number."""
+    has_nan = tensor.is_floating_point() or tensor.is_complex()
+    return torch.full((), torch.nan if has_nan else 0, dtype=tensor.dtype).expand(tensor.shape)
+
+
+def stubs_of(removed: Mapping[str, nn.Module], recording: Recording) -> dict[int, Any]:
+    """Map the ids of *removed* modules and of their tensors to what takes their place."""
+    places: dict[int, Any] = {}
+    for name, module in reversed([*removed.items()]):  # parts before what holds them
+        kind = StubDict if isinstance(module, nn.ModuleDict | nn.ParameterDict) else Stub
+        stub = kind(name, module, recording)
+        for child, inner in module._modules.items():
+            stub._modules[child] = None if inner is None else places.get(id(inner))
+        tensors = {**module._parameters, **module._buffers}
+        places |= {id(tensors[held]): value for held, value in vars(stub)["held"].items()}
+        places[id(module)] = stub
+    return places

@@ -1,0 +1,115 @@
+"""A heap: photographs of a folder that nobody has sorted, and suggestions for their classes.
+
+As soon as each class has two photographs, the class of another one is suggested by the closest class mean.
+The vectors come from a function that the caller gives, because the service works without torch.
+"""
+
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.decision import softmax
+from sopdeploy.photos.files import is_image, list_folder
+
+Vector: TypeAlias = NDArray[np.float32]
+Embed: TypeAlias = Callable[[Sequence[Path]], Iterator[tuple[Path, Vector]]]
+MIN_PHOTOGRAPHS = 2  # of each class
+MAX_LEARNED = 20  # photographs of each class that were sorted before
+SCALE = 25.0  # of cosines as logits: 0.1 more makes a class 12 times as probable
+_KEPT = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # a kept photograph, whose record is missing or damaged
+_NONE: Vector = np.zeros((0, 0), np.float32)
+
+log = logging.getLogger("sopdeploy_service.second_week.heap")
+
+
+def list_heap(folder: Path) -> list[Path]:
+    """List the images directly in *folder*, sorted, without kept photographs; raises `DataError`."""
+    names = [entry.name for entry in list_folder(folder) if entry.is_file() and is_image(entry.name)]
+    return [folder / name for name in names if not _KEPT.fullmatch(name)]
+
+
+def heap_id(path: Path) -> str:
+    """Return the ID of the photograph at *path* of a heap: 32 hexadecimal digits of a hash of its name."""
+    return hashlib.sha256(path.name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+class Suggestions:
+    """The unit vectors of photographs by path, and the classes of those that are sorted.
+
+    A thread computes the vectors; until then, or without *embed*, nothing is suggested.
+    """
+
+    def __init__(self, embed: Embed | None) -> None:
+        self._embed = embed
+        self._vectors: dict[Path, Vector] = {}
+        self._classes: dict[Path, str] = {}
+        self._asked: set[Path] = set()
+        self._num_changes = 0  # of the classes
+        self._means: tuple[tuple[int, int], list[str], Vector] | None = None
+        self.thread: threading.Thread | None = None
+
+    def learn(self, folders: Mapping[str, Path]) -> None:
+        """Add photographs that are in the *folders* of their classes."""
+        for name, folder in folders.items() if self._embed is not None else ():
+            for path in list_heap(folder)[:MAX_LEARNED]:
+                self._classes.setdefault(path, name)
+        self._num_changes += 1
+
+    def compute(self, heap: Sequence[Path]) -> None:
+        """Compute the missing vectors of the sorted photographs and of *heap* in a thread."""
+        if self._embed is None or not heap or (self.thread is not None and self.thread.is_alive()):
+            return
+        missing = [path for path in (*self._classes, *heap) if path not in self._asked]
+        self._asked.update(missing)
+        self.thread = threading.Thread(target=self._run, args=(self._embed, missing), daemon=True)
+        self.thread.start()
+
+    def _run(self, embed: Embed, paths: Sequence[Path]) -> None:
+        try:
+            for path, vector in embed(paths):
+                self._vectors[path] = vector
+        except Exception as error:  # the page works without suggestions
+            log.warning("no suggestions: %s", error)
+
+    def add(self, name: str, path: Path) -> None:
+        """Add the photograph that was at *path* to the class *name*."""
+        self._classes[path] = name
+        self._num_changes += 1
+
+    def remove(self, path: Path) -> None:
+        """Remove the photograph at *path*, whose label was undone."""
+        self._classes.pop(path, None)
+        self._num_changes += 1
+
+    def of(self, path: Path) -> dict[str, float]:
+        """Suggest classes for the photograph at *path*: their probabilities, or none yet."""
+        names, means_KD = self._class_means()
+        own = self._vectors.get(path)
+        if own is None or not names:
+            return {}
+        return dict(zip(names, softmax(SCALE * (means_KD @ own)).tolist(), strict=True))
+
+    def _class_means(self) -> tuple[list[str], Vector]:
+        """Return the classes and their mean vectors (K, D) of length 1; none before each has two."""
+        state = len(self._vectors), self._num_changes
+        if self._means is None or self._means[0] != state:
+            members: dict[str, list[Vector]] = {name: [] for name in self._classes.values()}
+            for path, name in self._classes.items():
+                if (vector := self._vectors.get(path)) is not None:
+                    members[name].append(vector)
+            is_late = len(members) > 1 and all(len(found) >= MIN_PHOTOGRAPHS for found in members.values())
+            means = [np.mean(found, axis=0) for found in members.values()] if is_late else []
+            units = [mean / max(np.linalg.norm(mean), 1e-12) for mean in means]
+            self._means = state, list(members) if is_late else [], np.stack(units) if units else _NONE
+        return self._means[1:]
+
+    def best(self, path: Path) -> tuple[str, float]:
+        """Return the most probable class of the photograph at *path* with its probability, or ("", 0.0)."""
+        return max(self.of(path).items(), key=lambda item: item[1], default=("", 0.0))

@@ -1,0 +1,42 @@
+"""Which labels of images are probably wrong, by out-of-fold predictions."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.decision import softmax
+
+# A label is listed if another class is so many times as probable, both relative to the average probability of
+# the class for its own images. Labels that are contradicted less are mostly right
+# (docs/benchmarks/copied_photos.md).
+LISTED_RATIO = 6
+
+
+class LabelDoubts(NamedTuple):
+    """Which labels (N,) of images are `listed`, the classes that are `suggested`, and all `probabilities`.
+
+    The probabilities are (N, C).
+    """
+
+    listed: NDArray[np.bool_]
+    suggested: NDArray[np.intp]
+    probabilities: NDArray[np.float64]
+
+
+def doubt_labels(logits_NC: NDArray[np.float64], labels: NDArray[np.int64]) -> LabelDoubts:
+    """Doubt the *labels* (N,) of images with out-of-fold *logits_NC*.
+
+    A label is listed if a class has more than `LISTED_RATIO` times the relative probability of the label:
+    relative to the average one that images of the class have for it, because similar classes are never
+    certain ("confident learning", Northcutt et al., JAIR 2021).
+    """
+    probabilities_NC = softmax(logits_NC)
+    of_label_N = probabilities_NC[np.arange(len(labels)), labels]
+    sums_C = np.bincount(labels, of_label_N, minlength=probabilities_NC.shape[1])
+    average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)  # 0 without images
+    floor = of_label_N.mean() / 2  # a class of few images whose labels are all wrong has an average near 0
+    relative_NC = probabilities_NC / np.maximum(average_C, floor)
+    relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
+    is_listed_N = relative_NC.max(axis=1) > LISTED_RATIO * relative_of_label_N
+    return LabelDoubts(is_listed_N, relative_NC.argmax(axis=1), probabilities_NC)

@@ -1,0 +1,331 @@
+"""Groups of images that one clip or one object shows, by what their names and times have in common.
+
+Frames of a real clip do not always resemble each other as copies do: an object comes nearer, or turns. But
+their files are often named alike, `00001_00000.png` and `00001_00001.png`, or numbered in sequence, or taken
+within seconds. Names of other photographs are, too, so the images decide: a relation between images counts if
+the most similar other image of the class is related far more often than by chance, and about as similar as
+frames are. Relations that are found more often than by chance, but not so clearly, are only described.
+
+Relations are: names with the same text and the same first or last numbers, times in a chain of short gaps,
+and neighbors in the sequence of the names. A sequence is divided where the next images are no more similar
+than distant ones.
+
+Letters: N images, K nearest images of the same class.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from shlex import quote
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.images.metadata import NO_TIME
+from sopdeploy.photos.copies import NO_PAIRS, Groups, connect
+
+NEAREST = 32  # images of the class that are known for each image, the most similar first
+# Share of the images beyond chance whose most similar image is related: 0.5 to 1.0 for frames of clips and
+# turntables, 0.3 for tiles and slices of one object, 0 to 0.1 for others (docs/benchmarks/copied_photos.md).
+CLEAR, DOUBTFUL = 0.45, 0.25
+SIMILAR = 0.35  # median cosine of frames with the most similar one; those of one camera or place reach 0.3
+MIN_EVIDENCE, MIN_DEVIATIONS = 4.0, 4.0  # images that chance does not relate, and standard deviations
+MIN_IMAGES, MAX_PATTERNS = 6, 8  # images that share a pattern of names, and patterns that are compared
+WINDOW = 2  # neighbors in a sequence, on each side
+CHAIN_SECONDS = 10  # between two photographs of a burst
+START, END, TIME, SEQUENCE = "start", "end", "time", "sequence"  # what related images share
+LINK_QUANTILES = (0.9, 0.75)  # of the cosines of distant images, which those of next frames exceed
+_BLOCK = 2**25  # cosines that are computed at once
+
+
+class Clips(NamedTuple):
+    """The `groups` (N,) of images of one clip or object, and a pair of each of two kinds of names.
+
+    `found` are two images of a group that its copies do not explain, `doubtful` two images that may show one
+    object, but are no group; both are None without such images. `pattern` is a regular expression that groups
+    the doubtful ones by name; empty if none does.
+    """
+
+    groups: Groups
+    found: tuple[int, int] | None = None
+    doubtful: tuple[int, int] | None = None
+    pattern: str = ""
+
+    def select_pairs(self, pairs: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Select the *pairs* (2, P) of near-duplicates that do not join two clips.
+
+        If names tell the objects, some frames of different ones resemble each other as copies do.
+        """
+        if self.found is None:
+            return pairs
+        is_clip_2P = np.bincount(self.groups)[self.groups[pairs]] > 1
+        return pairs[:, (self.groups[pairs[0]] == self.groups[pairs[1]]) | ~is_clip_2P.all(axis=0)]
+
+
+class _Name(NamedTuple):
+    """A name without its suffix: the texts between its numbers, the numbers, and the kind of its texts."""
+
+    texts: tuple[str, ...]
+    numbers: tuple[int, ...]
+    kind: str
+
+    @classmethod
+    def of(cls, identity: str) -> "_Name":
+        """Divide the path *identity*; the folders are a part of the first text, and their digits are text."""
+        folder, slash, file = identity.rpartition("/")
+        parts = re.split(r"(\d+)", file.rpartition(".")[0] or file)
+        texts = (folder + slash + parts[0], *parts[2::2])
+        kind = re.sub(r"[^\W\d_]+", "a", "#".join((parts[0], *parts[2::2])))
+        return cls(texts, tuple(map(int, parts[1::2])), kind)
+
+
+class _Relation(NamedTuple):
+    """Related images have equal `runs` (N,); in a sequence, also `ranks` (N,) at most `WINDOW` apart.
+
+    It relates names of one `kind` by the `side` that they share. `pattern` is a regular expression that finds
+    equal parts in related names; empty if there is none.
+    """
+
+    kind: str
+    side: str
+    runs: NDArray[np.int64]
+    ranks: NDArray[np.int64] | None = None
+    pattern: str = ""
+
+
+class _Measured(NamedTuple):
+    """How much more often than by chance the most similar image outside of the group is related.
+
+    `excess` is the share beyond chance (Cohen, "A Coefficient of Agreement for Nominal Scales", 1960),
+    `similar` the median cosine of these images, and `pair` one of them with its most similar image.
+    """
+
+    excess: float
+    similar: float
+    pair: tuple[int, int]
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the related images show one clip or object."""
+        return self.excess >= CLEAR and self.similar >= SIMILAR
+
+
+def describe_clip(files: Sequence[str]) -> str:
+    """Describe groups of which *files* are an example."""
+    return (
+        f"files named like {' and '.join(files)} are frames of one clip, or show one object, by their names "
+        "and likeness: they share a fold; if all files show different ones, give --set data.groups='.*'"
+    )
+
+
+def describe_possible_clip(files: Sequence[str], pattern: str) -> str:
+    """Describe images that may be a group, such as *files*; *pattern* finds what their names share."""
+    by_name = f"--set data.groups={quote(pattern)}" if pattern else "--set data.groups=PATTERN"
+    return (
+        f"files named like {' and '.join(files)} resemble each other more than other files of their class; "
+        "if they are frames of one clip, or show one object, the accuracy is too high: give each object a "
+        f"folder or, if a part of the name tells it, {by_name}"
+    )
+
+
+def find_clips(
+    names: Sequence[str],
+    times: NDArray[np.int64],
+    classes: NDArray[np.int64],
+    vectors: NDArray[np.float32],
+    groups: Groups,
+) -> Clips:
+    """Join the *groups* (N,) of images that show one clip or object.
+
+    *names* (N,) are paths, *times* (N,) seconds or `NO_TIME`, *classes* (N,) numbers. *vectors* (N, D) have
+    length 1; they are those of `copies.find_pairs`, which lack what the images of a class have in common.
+    """
+    relations = list(_list_relations(names, times, classes))
+    if not relations:
+        return Clips(groups)
+    nearest_NK, cosines_NK = _nearest_of_class(vectors, classes)
+
+    def measure(relation: _Relation, groups: Groups) -> _Measured | None:
+        return _measure(relation, groups, classes, nearest_NK, cosines_NK)
+
+    found: tuple[int, int] | None = None
+    unclear: list[tuple[_Measured, str]] = []
+    decided: dict[str, str] = {}  # the side that identifies the clips, by the kind of names
+    for relation in relations:
+        if decided.get(relation.kind, relation.side) != relation.side:
+            continue  # the other numbers are those of frames and views
+        measured = measure(relation, groups)
+        if measured is None:
+            continue
+        if not measured.is_clear:
+            unclear.append((measured, relation.pattern))
+            continue
+        found, decided[relation.kind] = found or measured.pair, relation.side
+        if relation.side != SEQUENCE:
+            groups = connect(len(names), NO_PAIRS, groups, relation.runs)
+            continue
+        for quantile in LINK_QUANTILES:  # a lower one divides less
+            groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
+            measured = measure(relation, groups)
+            if measured is None or not measured.is_clear:
+                break
+        if measured is not None:
+            unclear.append((measured, relation.pattern))
+    # A pair that has one group now needs no decision.
+    unclear = [one for one in unclear if groups[one[0].pair[0]] != groups[one[0].pair[1]]]
+    if not unclear:
+        return Clips(groups, found)
+    doubtful, pattern = max(unclear, key=lambda one: one[0].excess)
+    return Clips(groups, found, doubtful.pair, pattern)
+
+
+def _list_relations(
+    names: Sequence[str], times: NDArray[np.int64], classes: NDArray[np.int64]
+) -> Iterator[_Relation]:
+    """Yield the relations that names and times suggest: the smallest groups first, sequences last."""
+    count, parsed = len(names), [_Name.of(name) for name in names]
+    kinds = Counter(name.kind for name in parsed if name.numbers)
+    keyed: list[tuple[int, _Relation]] = []  # with the number of different keys
+    sequences: list[_Relation] = []
+    for kind, size in kinds.most_common(MAX_PATTERNS):
+        if size < MIN_IMAGES:
+            break
+        chosen = [index for index, name in enumerate(parsed) if name.kind == kind]
+        length = len(parsed[chosen[0]].numbers)
+        sides = [(START, slice(stop), _starts_with(stop)) for stop in range(length)]
+        sides += [(END, slice(start, None), _ends_with(length - start)) for start in range(1, length)]
+        for side, kept, pattern in sides:
+            keys = [(int(classes[i]), parsed[i].texts, parsed[i].numbers[kept]) for i in chosen]
+            number_of_key = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+            if len(number_of_key) < len(chosen):
+                runs = -1 - np.arange(count)  # an image of another kind is related to none
+                runs[chosen] = [number_of_key[key] for key in keys]
+                keyed.append((len(number_of_key), _Relation(kind, side, runs, pattern=pattern)))
+        by_name = sorted(chosen, key=lambda index: (int(classes[index]), parsed[index][:2]))
+        texts = [(int(classes[i]), parsed[i].texts) for i in by_name]
+        number_of_text = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        runs, ranks = -1 - np.arange(count), np.zeros(count, np.int64)
+        runs[by_name], ranks[by_name] = [number_of_text[text] for text in texts], np.arange(len(by_name))
+        sequences.append(_Relation(kind, SEQUENCE, runs, ranks))
+    timed = np.flatnonzero(times != NO_TIME)
+    if len(timed) >= MIN_IMAGES:
+        timed = timed[np.lexsort((times[timed], classes[timed]))]
+        is_new = (np.diff(times[timed]) > CHAIN_SECONDS) | (np.diff(classes[timed]) != 0)
+        runs = -1 - np.arange(count)
+        runs[timed] = np.concatenate([[0], np.cumsum(is_new)])
+        keyed.append((int(runs.max()) + 1, _Relation("", TIME, runs)))
+    keyed.sort(key=lambda one: -one[0])
+    yield from (relation for _, relation in keyed)
+    yield from sequences
+
+
+def _starts_with(numbers: int) -> str:
+    """Build the regular expression that finds the start of a name up to this many numbers."""
+    return r"^\D*" if numbers == 0 else r"^\D*" + r"\D+".join([r"\d+"] * numbers)
+
+
+def _ends_with(numbers: int) -> str:
+    """Build the regular expression that finds the end of a name from the last *numbers* numbers on."""
+    return r"\D+".join([r"\d+"] * numbers) + r"\D*$"
+
+
+def _nearest_of_class(
+    vectors: NDArray[np.float32], classes: NDArray[np.int64]
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Find the `NEAREST` most similar images of the class of each image, and their cosines, (N, K) each.
+
+    Where there are fewer, the image itself is listed, with a cosine of -1.
+    """
+    count = len(classes)
+    nearest_NK = np.repeat(np.arange(count)[:, None], NEAREST, axis=1)
+    cosines_NK = np.full((count, NEAREST), -1.0, np.float32)
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        num_kept = min(NEAREST, len(members) - 1)
+        size = max(1, _BLOCK // len(members))
+        for start in range(0, len(members) if num_kept else 0, size):
+            block = members[start : start + size]
+            cosines = vectors[block] @ vectors[members].T
+            cosines[np.arange(len(block)), np.arange(start, start + len(block))] = -2.0  # the image itself
+            best = np.argsort(-cosines, axis=1, kind="stable")[:, :num_kept]
+            nearest_NK[block, :num_kept] = members[best]
+            cosines_NK[block, :num_kept] = np.take_along_axis(cosines, best, axis=1)
+    return nearest_NK, cosines_NK
+
+
+def _measure(
+    relation: _Relation,
+    groups: Groups,
+    classes: NDArray[np.int64],
+    nearest_NK: NDArray[np.intp],
+    cosines_NK: NDArray[np.float32],
+) -> _Measured | None:
+    """Measure *relation*; None if there are too few images, or none is related more often than by chance."""
+    runs, ranks = relation.runs, relation.ranks
+    is_outside_NK = (groups[nearest_NK] != groups[:, None]) & (cosines_NK > -1)
+    first_N = is_outside_NK.argmax(axis=1)
+    index_N = np.arange(len(runs))
+    near_N, cosine_N = nearest_NK[index_N, first_N], cosines_NK[index_N, first_N]
+    is_hit_N = runs[near_N] == runs
+    outside_class_N = _count_equal(classes) - _count_equal(classes, groups)
+    if ranks is None:
+        related_N = _count_equal(runs) - _count_equal(runs, groups)
+    else:
+        is_hit_N &= np.abs(ranks[near_N] - ranks) <= WINDOW
+        related_N = np.zeros(len(runs), np.int64)
+        order = np.lexsort((ranks, runs))
+        for step in range(1, WINDOW + 1):
+            one, other = order[:-step], order[step:]
+            counts = (runs[one] == runs[other]) & (groups[one] != groups[other])
+            related_N[one] += counts
+            related_N[other] += counts
+    chance_N = related_N / np.maximum(outside_class_N, 1)
+    counted_N = is_outside_NK.any(axis=1) & (chance_N > 0) & (chance_N < 1)
+    chance, hits = chance_N[counted_N], is_hit_N[counted_N]
+    evidence, beyond = float((1 - chance).sum()), float(hits.sum() - chance.sum())
+    if evidence < MIN_EVIDENCE or beyond < MIN_DEVIATIONS * np.sqrt((chance * (1 - chance)).sum()):
+        return None
+    if beyond / evidence < DOUBTFUL:
+        return None
+    hit_indices = np.flatnonzero(counted_N & is_hit_N)
+    shown = hit_indices[np.argmax(cosine_N[hit_indices])]
+    first, second = sorted((int(shown), int(near_N[shown])))
+    return _Measured(beyond / evidence, float(np.median(cosine_N[hit_indices])), (first, second))
+
+
+def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Count the images (N,) with the same values in all *keys* (N,)."""
+    _, number_N, counts = np.unique(np.stack(keys), axis=1, return_inverse=True, return_counts=True)
+    found: NDArray[np.int64] = counts[number_N.reshape(-1)]
+    return found
+
+
+def _link_sequence(relation: _Relation, vectors: NDArray[np.float32], quantile: float) -> NDArray[np.intp]:
+    """Return the pairs (2, P) of next images of a sequence that belong together.
+
+    The largest cosine over the gap between them, of images at most two apart, exceeds this *quantile* of
+    those of images that are half of their sequence apart.
+    """
+    runs = relation.runs
+    ranks = np.zeros(len(runs), np.int64) if relation.ranks is None else relation.ranks
+    order = np.lexsort((ranks, runs))
+    order = order[runs[order] >= 0]
+    starts = np.flatnonzero(np.diff(runs[order], prepend=-1))
+    links, strengths, distant = [], [], []
+    for members in np.split(order, starts[1:]):
+        rows, count = vectors[members], len(members)
+        if count < 2:
+            continue
+        strength = (rows[:-1] * rows[1:]).sum(axis=1)  # of each image with the next one
+        over_one = (rows[:-2] * rows[2:]).sum(axis=1)
+        strength[:-1] = np.maximum(strength[:-1], over_one)
+        strength[1:] = np.maximum(strength[1:], over_one)
+        links.append(np.stack([members[:-1], members[1:]]))
+        strengths.append(strength)
+        if (half := count // 2) > WINDOW:
+            distant.append((rows[:-half] * rows[half:]).sum(axis=1))
+    if not distant:
+        return NO_PAIRS
+    bound = np.quantile(np.concatenate(distant), quantile)
+    return np.concatenate(links, axis=1)[:, np.concatenate(strengths) > bound]

@@ -1,0 +1,75 @@
+"""Pages of other servers: what browsers ask before, what they may read, and who is refused."""
+
+import pytest
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.settings import load_settings
+from tests.support.fake_runtime import FakeRuntime
+
+SHOP, EVIL = "https://shop.example", "https://evil.example"
+ORIGINS = {  # values of `allowed_origins`: origins that are allowed, and others
+    SHOP: ([SHOP], [EVIL, "http://shop.example", "https://a.shop.example", "null"]),
+    "shop.example": ([SHOP, "http://shop.example:3000"], [EVIL]),
+    "https://*.shop.example": (["https://a.shop.example"], [SHOP]),
+    f"http://localhost:3000, {SHOP}": (["http://localhost:3000", SHOP], ["http://localhost:3001"]),
+    "*": ([SHOP, EVIL, "null"], []),
+}
+ASKED = {
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type,x-api-key",
+}
+
+
+@pytest.mark.parametrize("allowed", ORIGINS)
+def test_pages_of_allowed_origins_may_send_images_with_keys_and_read_answers(
+    serve_with, jpeg, allowed: str, tmp_path
+) -> None:
+    secret = new_key(tmp_path / "keys.toml", "me")
+    accepted, refused = ORIGINS[allowed]
+    for keys in (None, tmp_path / "keys.toml"):
+        client = serve_with(FakeRuntime(num_classes=7), allowed_origins=allowed, keys=keys)
+        for origin in accepted:
+            page = {"origin": origin, "sec-fetch-site": "cross-site"}
+            asked = client.options("/v1/classify", headers={**page, **ASKED})
+            assert asked.status_code == 200
+            names = asked.headers["access-control-allow-headers"].lower()
+            assert "x-api-key" in names
+            assert "authorization" in names
+            sent = client.post("/v1/classify", content=jpeg, headers={**page, "x-api-key": secret})
+            assert sent.status_code == 200
+            assert sent.headers["access-control-allow-origin"] in {origin, "*"}
+            assert "Origin" in sent.headers.get("vary", "") or allowed == "*"
+            failed = client.post("/v1/classify", content=b"", headers={**page, "x-api-key": secret})
+            assert failed.status_code == 400
+            assert failed.headers["access-control-allow-origin"] in {origin, "*"}  # the page reads why
+        for origin in refused:
+            page = {"origin": origin, "sec-fetch-site": "cross-site"}
+            asked = client.options("/v1/classify", headers={**page, **ASKED})
+            assert (asked.status_code, asked.headers.get("access-control-allow-origin")) == (400, None)
+            sent = client.post("/v1/classify", content=jpeg, headers={**page, "x-api-key": secret})
+            assert sent.headers.get("access-control-allow-origin") is None
+            assert "Origin" in sent.headers["vary"]
+            assert sent.status_code == (200 if keys else 403)
+
+
+def test_a_refused_page_is_told_the_setting_that_allows_it(serve_with, jpeg) -> None:
+    client = serve_with(FakeRuntime(num_classes=7))
+    for method in ("POST", "OPTIONS"):
+        reply = client.request(method, "/v1/classify", content=jpeg, headers={"origin": SHOP, **ASKED})
+        assert reply.status_code == 403
+        assert "in the setting allowed_origins" in reply.json()["detail"]
+    named = client.get("/info", headers={"host": "other.example"})
+    assert "in the setting allowed_hosts" in named.json()["detail"]
+
+
+def test_an_allowed_origin_does_not_make_its_host_a_name_of_this_server(serve_with) -> None:
+    client = serve_with(FakeRuntime(num_classes=7), allowed_origins="*,https://shop.example")
+    reply = client.get("/info", headers={"host": "shop.example", "origin": SHOP})
+    assert (reply.status_code, reply.json()["code"]) == (403, "foreign_request")
+
+
+@pytest.mark.parametrize("text", ["a b", "https://", "shop.example/ml"])
+def test_a_text_that_is_no_origin_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"allowed_origins: .*is not a host such as"):
+        load_settings(allowed_origins=text)

@@ -1,0 +1,127 @@
+"""Photographs that nobody has sorted: their order, suggestions, equal names, and what is never touched."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sopdeploy_service.second_week.labelling.app import MEDIA_TYPES
+from sopdeploy_service.second_week.labelling.folders import GoneError, LabelFolders
+from sopdeploy_service.second_week.labelling.heap import Vector, heap_id
+from tests.service.second_week.labelling.conftest import files_below, label_server
+from tests.support.service import picture_bytes
+
+
+def embed(paths: Sequence[Path]) -> Iterator[tuple[Path, Vector]]:
+    """Give photographs whose names begin alike the same direction."""
+    for path in paths:
+        vector = np.zeros(3, np.float32)
+        vector["abc".index(path.name[0])] = 1
+        yield path, vector
+
+
+@pytest.fixture
+def heap(tmp_path: Path) -> Callable[..., LabelFolders]:
+    def write(*names: str, **options: object) -> LabelFolders:
+        (tmp_path / "heap").mkdir()
+        for number, name in enumerate(names):
+            (tmp_path / "heap" / name).write_bytes(picture_bytes((number, 100, 200)))
+        folders = LabelFolders(tmp_path / "heap", tmp_path / "photos", **options)
+        if folders.suggestions.thread is not None:
+            folders.suggestions.thread.join()
+        return folders
+
+    return write
+
+
+def sort(folders: LabelFolders, name: str, label: str | None) -> None:
+    folders.label(heap_id(Path(name)), label)
+
+
+def test_images_of_a_folder_wait_for_a_label_and_others_stay(heap, tmp_path):
+    folders = heap("b 1.jpg", "a.JPEG", "notes.txt", ".hidden.jpg", f"{'0' * 32}.jpg")
+    assert [photo.path.name for photo in folders.waiting.values()] == ["a.JPEG", "b 1.jpg"]
+    sort(folders, "a.JPEG", "ant")
+    sort(folders, "b 1.jpg", None)
+    assert files_below(tmp_path) == {
+        "photos/ant/a.JPEG", "photos-unknown/b 1.jpg", "heap/notes.txt", "heap/.hidden.jpg",
+        f"heap/{'0' * 32}.jpg",
+    }  # fmt: skip
+    folders.undo()
+    folders.undo()
+    assert {"heap/a.JPEG", "heap/b 1.jpg"} <= files_below(tmp_path)
+    assert not (tmp_path / "photos" / "ant").exists()
+
+
+def test_a_photograph_never_replaces_another_one_with_its_name(heap, tmp_path):
+    folders = heap("a.jpg")
+    for name in ("a.jpg", "a-2.jpg"):
+        (tmp_path / "photos" / "ant").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / "ant" / name).write_bytes(name.encode())
+    sort(folders, "a.jpg", "ant")
+    assert files_below(tmp_path / "photos") == {"ant/a.jpg", "ant/a-2.jpg", "ant/a-3.jpg"}
+    assert (tmp_path / "photos" / "ant" / "a.jpg").read_bytes() == b"a.jpg"
+    (tmp_path / "heap" / "a.jpg").write_bytes(b"new")
+    with pytest.raises(GoneError, match="another photograph has its name now"):
+        folders.undo()
+    assert (tmp_path / "heap" / "a.jpg").read_bytes() == b"new"
+
+
+def test_classes_are_suggested_as_soon_as_each_has_two(heap):
+    folders = heap("a1.jpg", "a2.jpg", "a3.jpg", "b1.jpg", "b2.jpg", "b3.jpg", "c1.jpg", embed=embed)
+    ids = {name: heap_id(Path(f"{name}.jpg")) for name in ("a3", "b3", "c1")}
+    for name, label in (("a1", "ant"), ("b1", "bee"), ("a2", "ant")):
+        sort(folders, f"{name}.jpg", label)
+        assert folders.probabilities(ids["a3"]) == {}
+    sort(folders, "b2.jpg", "bee")
+    assert folders.probabilities(ids["a3"])["ant"] > 0.99
+    assert folders.probabilities(ids["b3"])["bee"] > 0.99
+    order = [photo.path.name for photo in folders.waiting.values()]
+    assert sorted(order) == ["a3.jpg", "b3.jpg", "c1.jpg"]
+    folders.undo()
+    assert folders.probabilities(ids["a3"]) == {}
+
+
+def test_photographs_that_were_sorted_before_count(heap, tmp_path):
+    for label, names in {"ant": ("a1.jpg", "a2.jpg"), "bee": ("b1.jpg", "b2.jpg")}.items():
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "photos" / label / name).write_bytes(b"x")
+    folders = heap("b9.jpg", embed=embed)
+    assert folders.probabilities(heap_id(Path("b9.jpg")))["bee"] > 0.99
+
+
+def test_without_a_network_photographs_are_sorted_without_suggestions(heap):
+    def fail(_paths: Sequence[Path]) -> Iterator[tuple[Path, Vector]]:
+        raise OSError("the weights cannot be reached")
+
+    folders = heap("a1.jpg", "a2.jpg", "b1.jpg", "b2.jpg", "b3.jpg", embed=fail)
+    for name in ("a1.jpg", "a2.jpg", "b1.jpg", "b2.jpg"):
+        sort(folders, name, name[0])
+    assert folders.probabilities(heap_id(Path("b3.jpg"))) == {}
+
+
+def test_a_skipped_photograph_leaves_no_file(heap, tmp_path):
+    folders = heap("a.jpg", "b.jpg")
+    before = files_below(tmp_path)
+    folders.skip(heap_id(Path("a.jpg")))
+    folders.read()
+    assert [photo.path.name for photo in folders.waiting.values()] == ["b.jpg"]
+    assert files_below(tmp_path) == before
+    folders.undo()
+    assert len(folders.waiting) == 2
+
+
+@pytest.mark.parametrize("suffix", MEDIA_TYPES)
+def test_the_server_shows_a_heap_and_ends_with_the_command_that_trains(heap, tmp_path, suffix):
+    folders = heap(f"a{suffix}")
+    with label_server(folders) as client:
+        state = client.get("/state").json()
+        (identity,) = state["next"]
+        image = client.get(f"/images/{identity}")
+        assert (image.status_code, image.headers["content-type"]) == (200, MEDIA_TYPES[suffix])
+        assert state["classes"] == []
+        end = client.post("/label", json={"id": identity, "kind": "class", "name": "ant"}).json()
+    assert (end["photograph"], end["left"]) == (None, 0)
+    assert end["command"] == f"sopdeploy train --data {tmp_path / 'photos'}"

@@ -1,0 +1,41 @@
+"""A bundle of an earlier version, whose certificate proves less: what is missing, and what to do."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.manifest import CERTIFICATE, to_json
+from sopdeploy.bundle.onnx_root import check_certificate
+from sopdeploy.errors import BundleError
+from tests.support.forged import forge
+from tests.support.service import write_bundle
+
+EARLIER = {  # fields that certificates of commit 67440da2 lack, and that a damaged one may lack
+    "an earlier version": (("sha256", "contents", "precision"), "has no sha256, contents, precision"),
+    "roots": (("roots",), "has no roots"),
+}
+
+
+@pytest.mark.parametrize("case", EARLIER)
+def test_the_missing_fields_are_named(case: str, tmp_path: Path) -> None:
+    names, message = EARLIER[case]
+    bundle = write_bundle(tmp_path)
+    fields = json.loads((bundle / CERTIFICATE).read_bytes())
+    earlier = {name: value for name, value in fields.items() if name not in names}
+    (bundle / CERTIFICATE).write_bytes(to_json(earlier))
+    changed = forge(bundle, bound=False)
+    with pytest.raises(BundleError, match=f"{message}.*; export the bundle again"):
+        check_certificate(open_bundle(changed))
+
+
+def test_a_missing_root_is_named(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    fields = json.loads((bundle / CERTIFICATE).read_bytes())
+    fields["roots"].pop("shipped", None)
+    (bundle / CERTIFICATE).write_bytes(to_json(fields))
+    with pytest.raises(
+        BundleError, match=r"has no .*roots\.shipped.*; export the bundle again from its checkpoint"
+    ):
+        check_certificate(open_bundle(forge(bundle, bound=False)))

@@ -1,0 +1,140 @@
+"""Settings that a procedure does not read are errors, and random weights are trained or named."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sopdeploy
+from sopdeploy.data.sources import FolderConfig
+from sopdeploy.errors import ConfigError
+from sopdeploy.training.recipe import (
+    READ_BY_FEW_SHOT,
+    ModelConfig,
+    Recipe,
+    RejectionConfig,
+    StartConfig,
+    flatten,
+    read_recipe,
+)
+from sopdeploy.training.results import LoopResult
+from sopdeploy.training.train import train_recipe
+from tests.sopdeploy.training.runs import RecordingCallback, paint
+
+TINY = ("model.name=resnet8", "model.config.base_width=2", "preprocess.resize=16", "preprocess.crop=16")
+FEW_SHOT = "procedure.kind=few_shot"
+TABLES = {
+    StartConfig: "start.",
+    ModelConfig: "model.",
+    RejectionConfig: "rejection.",
+    FolderConfig: "data.",
+    Recipe: "",
+}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return paint(tmp_path / "photos", 4)
+
+
+def test_the_few_shot_procedure_reads_the_keys_that_it_declares(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe("photos", [f"data.path={photos}", "start.weights=none", FEW_SHOT, *TINY])
+    found: set[str] = set()
+
+    def record(cls: Any, prefix: str) -> None:
+        def read(self: Any, name: str) -> Any:
+            if name in cls.model_fields:
+                found.add(prefix + name)
+            return object.__getattribute__(self, name)
+
+        monkeypatch.setattr(cls, "__getattribute__", read, raising=False)
+
+    for cls, prefix in TABLES.items():
+        record(cls, prefix)
+    train_recipe(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    read = {key for key in found if f"{key}." not in TABLES.values()}
+    not_traced = {"summary", "data.kind"}  # a title, and what selects the class of the config
+    declared = {key for key, _ in flatten(recipe.model_dump()) if recipe.reads(key)}
+    tables = {key for key in READ_BY_FEW_SHOT if any(name.startswith(f"{key}.") for name in declared)}
+    leaves = {key for key in declared if not any(key.startswith(f"{table}.") for table in tables)} | tables
+    assert {key for key in read if not recipe.reads(key)} == set()
+    assert {key for key in leaves if key not in read and f"{key}." not in TABLES.values()} <= not_traced
+    missing = {"data.hold_out", "data.hold_out_seed", "model.remove_branches_at", "start.learn", "epochs"}
+    assert not any(recipe.reads(key) for key in missing)
+
+
+NOT_READ: list[tuple[dict[str, Any], str]] = [
+    ({"set": ("data.hold_out=0.4",)}, "data.hold_out: without effect in the procedure few_shot"),
+    ({"data.hold_out_seed": 3}, "data.hold_out_seed: without effect in the procedure few_shot"),
+    ({"set": ('start={weights="none", learn="classifier"}',)}, "start.learn: without effect"),
+    ({"save": {"every_minutes": 1}}, "save.every_minutes: without effect"),
+    (
+        {"set": ("model.name=dsop-resnet8", "model.config.aux_widths=[8,8,8]")},
+        "model.config.aux_widths: without",
+    ),
+    ({"set": ("model={name='resnet8', remove_branches_at=1}",)}, "remove_branches_at"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), NOT_READ)
+def test_a_setting_that_few_photographs_do_not_need_is_refused(
+    photos: Path, settings: dict[str, Any], message: str
+) -> None:
+    texts = (*TINY, FEW_SHOT, *settings.pop("set", ()))
+    with pytest.raises(ConfigError, match=message):
+        sopdeploy.train(photos, out=photos.parent / "run", weights="none", set=texts, **settings)
+    assert not (photos.parent / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["data.hold_out=0.4", "data.hold_out_seed=1"])
+def test_the_part_to_hold_out_is_refused_where_the_data_have_one(photos: Path, key: str) -> None:
+    (photos / "val").mkdir()
+    (photos / "train").mkdir()
+    for label in ("blue", "green", "red"):
+        shutil.copytree(photos / label, photos / "val" / label)
+        (photos / label).rename(photos / "train" / label)
+    with pytest.raises(ConfigError, match="without effect, because the data have held-out images"):
+        sopdeploy.train(photos, weights="none", out=photos.parent / "run", set=(*TINY, key))
+
+
+def test_random_weights_are_trained_as_a_whole(photos: Path) -> None:
+    settings = (*TINY, "epochs=1")
+    result = sopdeploy.train(photos, weights="none", out=photos.parent / "run", set=settings)
+    assert isinstance(result.procedure, LoopResult)
+
+
+def test_a_head_on_random_weights_that_a_user_selects_is_named(photos: Path) -> None:
+    callback = RecordingCallback()
+    sopdeploy.train(
+        photos, weights="none", out=photos.parent / "run", set=(*TINY, FEW_SHOT), callback=callback
+    )
+    warnings = [values["warning"] for name, values in callback.events if name == "warning"]
+    assert any("random weights; procedure.kind=loop trains" in warning for warning in warnings)
+
+
+def test_networks_are_not_compared_by_random_weights(photos: Path) -> None:
+    with pytest.raises(ConfigError, match="resnet8: all its weights are random"):
+        sopdeploy.train(photos, models="resnet8,resnet20", weights="none", out=photos.parent / "run")
+
+
+CROPS = [
+    ((), "preprocess.crop=288", (329, 288)),
+    ((), "preprocess.crop=112", (128, 112)),
+    (("preprocess.resize=64", "preprocess.crop=32"), "preprocess.crop=48", (96, 48)),
+    ((), "preprocess={crop=288}", (329, 288)),
+]
+
+
+@pytest.mark.parametrize(("before", "change", "sides"), CROPS)
+def test_a_crop_alone_scales_the_side_before_it(
+    tmp_path: Path, before: tuple[str, ...], change: str, sides: tuple[int, int]
+) -> None:
+    base = tmp_path / "base.toml"
+    table = "".join(f"{text.removeprefix('preprocess.')}\n" for text in before)
+    base.write_text(f'base = "photos"\n[data]\npath = "x"\n[preprocess]\n{table}')
+    rules = read_recipe(base, [change]).preprocess
+    assert (rules.resize, rules.crop) == sides
