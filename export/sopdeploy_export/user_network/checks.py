@@ -57,6 +57,16 @@ def check_backend(where: str, compiled: Any) -> None:
         raise LoweringError(f"{where} is compiled with a backend of its own; export it before it is compiled")
 
 
+def checked_modules(network: nn.Module, role: str) -> nn.Module:
+    """Return *network*, unwrapped; raise `LoweringError` for modules that the exporter does not accept."""
+    if not isinstance(network, nn.Module):
+        raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
+    network = unwrap(network)
+    for name, module in state.modules(network):
+        check_module(f"{name} of the {role} network" if name else f"the whole {role} network", module)
+    return network
+
+
 def copy_for_export(
     network: nn.Module, role: str, logits: str | int | None = None, removed: tuple[str, ...] = ()
 ) -> nn.Module:
@@ -65,11 +75,7 @@ def copy_for_export(
     Raises `LoweringError` for modules and weights that the exporter does not accept, and `CertificateError`
     for hooks. Those of *removed* parts, and values of their tensors, do not matter.
     """
-    if not isinstance(network, nn.Module):
-        raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
-    network = unwrap(network)
-    for name, module in state.modules(network):
-        check_module(f"{name} of the {role} network" if name else f"the whole {role} network", module)
+    network = checked_modules(network, role)
     check_hooks(network, role, removed)
     for name, tensor in state.tensors(network).items():
         if not is_in(name, *removed):

@@ -39,6 +39,7 @@ def export_network(
     options: ExportOptions | None = None,
     config: Mapping[str, Any] | None = None,
     sha256: str | None = None,
+    warnings: Sequence[str] = (),
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Export *trained* as a bundle, and prove that the exported network is the *plain* network.
@@ -63,6 +64,7 @@ def export_network(
         options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
         config: Description of the network in the manifest; by default its class, its logits, *training_only*.
         sha256: Hash of the weight file; by default of the tensors.
+        warnings: Put before those of the export in the result.
         on_step: Called with a description of each step as it begins.
 
     Returns:
@@ -80,8 +82,8 @@ def export_network(
     _check_arguments(name, labels, preprocess)
     networks.check_torch_state()
     on_step("checking the network")
-    given = checks.unwrap(trained)
-    parts = match_parts(given, training_only) if isinstance(given, nn.Module) else ()
+    given = checks.checked_modules(trained, "trained")
+    parts = match_parts(given, training_only)
     copied = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
     networks.check_network_state(copied, "trained", parts)
     created = checks.create_buffers(copied, preprocess)
@@ -91,7 +93,7 @@ def export_network(
         {name: tensor for name, tensor in given_tensors.items() if not is_in(name, *parts)},
     )
     trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
-    cache, warnings = checks.check_outputs(trial, preprocess, len(labels), "trained")
+    cache, found = checks.check_outputs(trial, preprocess, len(labels), "trained")
     with checks.prepared(given, logits_key, preprocess):
         captured = checks.capture_given(given, copied, preprocess, len(labels), options)
     if cache is not None:
@@ -102,7 +104,7 @@ def export_network(
         checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
-    warnings += _check_usage(copied, captured, parts, preprocess, len(labels))
+    found += _check_usage(copied, captured, parts, preprocess, len(labels))
     class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
     description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
     subject = networks.ExportSubject(
@@ -119,7 +121,7 @@ def export_network(
         preprocess=preprocess,
         config=description if config is None else config,
         sha256=sha256 or _hash_tensors(copied),
-        warnings=warnings,
+        warnings=(*warnings, *found),
     )
     options = options.model_copy(update={"detach": bool(parts)})
     return export_subject(subject, Path(destination), options, on_step)

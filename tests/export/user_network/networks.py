@@ -1,5 +1,7 @@
 """Small networks outside of the catalog, as users write them: some to export, some to reject."""
 
+import subprocess
+import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -49,6 +51,13 @@ class Small(nn.Module):
 def variant(forward: Callable[[Any, Tensor], Any], *, aux: bool = True) -> Small:
     """Build a `Small` of a class with another *forward*."""
     return type("Variant", (Small,), {"forward": forward})(aux=aux)
+
+
+def talking() -> Small:
+    """Build a `Small`, and print on stdout from Python and from another program."""
+    sys.stdout.write("from Python\n")
+    subprocess.run([sys.executable, "-c", "print('from a program')"], check=True)
+    return Small()
 
 
 class Keeps(nn.Module):
