@@ -48,6 +48,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy_export.constant_parts import evaluate_constant_parts
 from sopdeploy_export.program_hashes import module_of, trace_hash
 from sopdeploy_export.state import (
     NOT_IN_EVAL,
@@ -472,7 +473,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     it. Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
     """
     check_bfloat16(program)
-    model = convert(program, [INPUT], outputs)
+    model = convert(evaluate_constant_parts(program), [INPUT], outputs)
     _drop_metadata_except_parts(model)
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)

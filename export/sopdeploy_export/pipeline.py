@@ -29,6 +29,7 @@ from sopdeploy.models.describe import Counts, tally
 from sopdeploy.names import label_problem
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
+from sopdeploy_export.constant_parts import evaluate_constant_parts
 from sopdeploy_export.graph import (
     INPUT,
     Captured,
@@ -219,7 +220,7 @@ def _prove(
     program, outputs = captured["detached"].any_batch, output_names(detached)
     model = lower(program, outputs)
     graph = check_onnx(captured, model, outputs, options)
-    check_operators(program, images[: min(OPERATOR_IMAGES, options.max_batch)])
+    check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
     return CapturedGraph(detached, program, model), proof, graph
 
 

@@ -174,7 +174,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, A
 
 @pytest.mark.parametrize("wrapper", ["module.fc.bias", "fc.module.bias", "_orig_mod.fc.bias"])
 def test_a_tensor_under_two_names_is_refused(tmp_path: Path, wrapper: str) -> None:
-    state = state_of(torchvision_resnet18())
+    state = torchvision_resnet18().state_dict()
     torch.save({**state, wrapper: state["fc.bias"] + 1}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"holds fc\.bias twice"):
         open_weights(check_is_weights(tmp_path / "w.pth"))
