@@ -5,15 +5,13 @@ constant mask. ONNX has no fixed size for them. Only the program that is convert
 the certificate is about.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 INDEX = torch.ops.aten.index.Tensor
 PREFIX = "constant"  # of the names of evaluated tensors
@@ -24,7 +22,7 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
 
     Its results are the same for all images, because the values that are evaluated depend on none.
     """
-    if not any(_has_unknown_size(node) for node in _constant_nodes(program)) and not _masked(program):
+    if not any(_has_size_of_values(node) for node in _constant_nodes(program)) and not _masked(program):
         return program
     program = program.run_decompositions({})  # a copy
     constant, values = _constant_nodes(program), dict[fx.Node, Any]()
@@ -42,21 +40,21 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
                 values[node] = function(*args, **kwargs)
         return values[node]
 
-    unknown: set[fx.Node] = set()  # constant nodes behind one of unknown size
+    sized: set[fx.Node] = set()  # constant nodes behind one whose values decide sizes
     for node in program.graph.nodes:
-        is_behind = not unknown.isdisjoint(node.all_input_nodes)
-        if node in constant and (is_behind or _has_unknown_size(node)):
-            unknown.add(node)
+        is_behind = not sized.isdisjoint(node.all_input_nodes)
+        if node in constant and (is_behind or _has_size_of_values(node)):
+            sized.add(node)
     with torch.no_grad():
         masked = _masked(program)
         for node in list(program.graph.nodes):
-            if node in unknown and node.op == "call_function":
+            if node in sized and node.op == "call_function":
                 _replace(program, node, evaluate(node), constant)
             elif node in masked:
                 x, indices = node.args
                 chosen: list[Any] = []
                 for index in indices:
-                    is_mask = index in constant and index.meta["val"].dtype == torch.bool
+                    is_mask = _is_mask(index) and index in constant
                     found = evaluate(index).nonzero(as_tuple=True) if is_mask else ()
                     chosen += [_add(program, positions) for positions in found] if is_mask else [index]
                 node.args = (x, chosen)
@@ -73,16 +71,23 @@ def _constant_nodes(program: ExportedProgram) -> set[fx.Node]:
             is_constant = node.name not in images
         else:
             is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            is_constant = node.op == "call_function" and not is_random and found.issuperset(node.all_input_nodes)
+            is_constant = (
+                node.op == "call_function" and not is_random and found.issuperset(node.all_input_nodes)
+            )
         if is_constant:
             found.add(node)
     return found
 
 
-def _has_unknown_size(node: fx.Node) -> bool:
-    """Return whether a size of the result of *node*, or the result itself, is known from values only."""
-    leaves = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor | torch.SymInt)]
-    return any(free_unbacked_symbols(leaf) for leaf in leaves)
+def _has_size_of_values(node: fx.Node) -> bool:
+    """Return whether values decide the size of the result of *node*, as those of `nonzero` or of a mask."""
+    by_values = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+    by_values |= node.target == torch.ops.aten.nonzero_numpy.default  # which has no such tag
+    return by_values and (node.target != INDEX or any(map(_is_mask, node.args[1])))
+
+
+def _is_mask(index: fx.Node | None) -> bool:
+    return index is not None and index.meta["val"].dtype == torch.bool
 
 
 def _masked(program: ExportedProgram) -> set[fx.Node]:
@@ -91,8 +96,7 @@ def _masked(program: ExportedProgram) -> set[fx.Node]:
     return {
         node
         for node in program.graph.find_nodes(op="call_function", target=INDEX)
-        if node not in constant
-        and any(index in constant and index.meta["val"].dtype == torch.bool for index in node.args[1])
+        if node not in constant and any(_is_mask(index) and index in constant for index in node.args[1])
     }
 
 

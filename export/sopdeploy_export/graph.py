@@ -59,6 +59,7 @@ from sopdeploy_export.state import (
     recording_calls,
     tensors,
 )
+from sopdeploy_export.sums import SUMS
 
 OPSET = 18
 INPUT = "images"
@@ -566,6 +567,7 @@ def _column_stack(values: Sequence[Tensor]) -> Tensor:
 
 # Operators whose form of the converter is missing, or wrong for some values
 DECOMPOSED = {
+    **SUMS,
     ATTENTION: _attention,
     torch.ops.aten.atan2.default: _atan2,
     torch.ops.aten.expm1.default: _expm1,
