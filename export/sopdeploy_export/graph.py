@@ -72,7 +72,8 @@ TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
-    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), and compute all images "
+    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), a // b for int(a / b), and "
+    "compute all images "
     "of a batch at once instead of in a loop"
 )
 DATA_GUARD = re.compile(r"data-dependent expression")

@@ -87,6 +87,9 @@ class NetworkExportOptions(NetworkOptions):
     allow_constants: bool = False
     """Accept large tensors that are neither weights nor buffers, without --plain."""
 
+    several_classes: bool = False
+    """An image may have several classes: the logits are those of sigmoids."""
+
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "NetworkExportOptions":
         if self.network is None:

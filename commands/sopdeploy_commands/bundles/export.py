@@ -144,6 +144,7 @@ def _export_weights(
         name=options.name or attribute,
         logits_key=_index_or_name(source.logits_key),
         allow_constants=source.allow_constants,
+        several_classes=source.several_classes,
         options=options,
         config={
             "network": source.network,

@@ -36,6 +36,27 @@ LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the
 GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
 # What torch says of `cond`, `while_loop`, `scan` and `map`.
 CONTROL_FLOW = re.compile(r"(?:HOP|HigherOrderOperator) (\w+) and mode")
+# Operators whose result has the values of their first operand.
+KEEP_VALUES = {
+    operator
+    for name in (
+        *(
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "clone",
+            "alias",
+        ),
+        *("_to_copy", "permute", "transpose", "expand", "contiguous", "detach", "slice", "select", "dropout"),
+    )
+    for operator in (
+        getattr(getattr(torch.ops.aten, name), kind) for kind in getattr(torch.ops.aten, name).overloads()
+    )
+}
 OTHER_COPY = (
     "a copy of the network with contiguous weights computes something else than the network: its code must "
     "not depend on the memory layout, and its classes must not define how they are copied"
@@ -202,9 +223,11 @@ def check_outputs(
     warnings = []
     if torch.equal(logits, logits[:1].expand_as(logits)):
         warnings.append(f"the {role} network returns the same logits for every probe image; is it trained?")
-    are_probabilities = (logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()
-    if are_probabilities:
-        warnings.append(f"the {role} network ends in a softmax; the service applies another, so remove it")
+    if bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()):
+        raise LoweringError(
+            f"the {role} network returns probabilities, to which the service would apply a softmax; return "
+            "the logits before its softmax, or the logarithms of the probabilities"
+        )
     return state.first_change(before, after_first), tuple(warnings)
 
 
@@ -372,6 +395,21 @@ def check_constants(captured: graph.Captured, network: nn.Module) -> None:
                     "contains it; use ModuleList, ModuleDict or register_buffer",
                     remedies={"allow_constants": True},
                 )
+
+
+def check_ends_in_logits(captured: graph.Captured) -> None:
+    """Raise `LoweringError` if the logits of a program are the results of a sigmoid."""
+    aten = torch.ops.aten
+    for program in (captured.any_batch, captured.batch_of_one):
+        node = program.graph.output_node().args[0][0]
+        while node.target in KEEP_VALUES:
+            node = node.args[0]
+        if node.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.special_expit.default):
+            raise LoweringError(
+                "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
+                "itself; return the logits before it; if an image may have several classes, add",
+                remedies={"several_classes": True},
+            )
 
 
 def check_cache(path: str, captured: graph.Captured, filled: graph.Captured) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.decision import Decision
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
@@ -35,6 +36,7 @@ def export_network(
     name: str,
     logits_key: str | int | None = None,
     allow_constants: bool = False,
+    several_classes: bool = False,
     rename: Callable[[str], str] | None = None,
     options: ExportOptions | None = None,
     config: Mapping[str, Any] | None = None,
@@ -60,6 +62,8 @@ def export_network(
         logits_key: Attribute, key or index of the logits, if the network returns more than one tensor.
         allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers, if
             there is no *plain* network to compare them with.
+        several_classes: An image may have several classes: each logit is that of a sigmoid, and the class is
+            present from a probability of 0.5.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
         options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
         config: Description of the network in the manifest; by default its class, its logits, *training_only*.
@@ -102,6 +106,7 @@ def export_network(
         unrun = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
         checks.replace_buffers(unrun, created)
         checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
+    checks.check_ends_in_logits(captured)
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
     found += _check_usage(copied, captured, parts, preprocess, len(labels))
@@ -121,6 +126,7 @@ def export_network(
         preprocess=preprocess,
         config=description if config is None else config,
         sha256=sha256 or _hash_tensors(copied),
+        decision=Decision(activation="sigmoid", thresholds=(0.5,) * len(labels)) if several_classes else None,
         warnings=(*warnings, *found),
     )
     options = options.model_copy(update={"detach": bool(parts)})
