@@ -83,7 +83,8 @@ def _has_size_of_values(node: fx.Node) -> bool:
     """Return whether values decide the size of the result of *node*, as those of `nonzero` or of a mask."""
     by_values = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
     by_values |= node.target == torch.ops.aten.nonzero_numpy.default  # which has no such tag
-    return by_values and (node.target != INDEX or any(map(_is_mask, node.args[1])))
+    indices: Any = node.args[1] if node.target == INDEX else ()
+    return by_values and (node.target != INDEX or any(map(_is_mask, indices)))
 
 
 def _is_mask(index: fx.Node | None) -> bool:

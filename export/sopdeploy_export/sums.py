@@ -35,7 +35,7 @@ def norm(
         return NotImplemented
     kept = [axis for axis in range(values.dim()) if axis not in axes]
     squares = (values * values).permute(*kept, *axes).flatten(len(kept))
-    blocks = F.pad(squares, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = F.pad(squares, (0, -count % BLOCK)).reshape(*squares.shape[:-1], -1, BLOCK)
     result = blocks.sum(-1).sum(-1).sqrt()
     for axis in axes if keepdim else ():
         result = result.unsqueeze(axis)
@@ -123,8 +123,9 @@ def _transform(real: Tensor, imaginary: Tensor | None, *, inverse: bool) -> tupl
             return real @ cosines, real @ sines
         return real @ cosines - imaginary @ sines, real @ sines + imaginary @ cosines
     columns = size // rows
-    table = None if imaginary is None else imaginary.unflatten(-1, (rows, columns))
-    real, imaginary = _transform_axis(real.unflatten(-1, (rows, columns)), table, -2, inverse=inverse)
+    shape = (*real.shape[:-1], rows, columns)
+    table = None if imaginary is None else imaginary.reshape(shape)
+    real, imaginary = _transform_axis(real.reshape(shape), table, -2, inverse=inverse)
     cosines, sines = _waves(rows, columns, size, inverse=inverse)
     real, imaginary = real * cosines - imaginary * sines, real * sines + imaginary * cosines
     real, imaginary = _transform(real, imaginary, inverse=inverse)
