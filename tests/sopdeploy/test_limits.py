@@ -179,7 +179,9 @@ def lists_of(schema: Any) -> list[Any]:
         part = waiting.pop()
         if isinstance(part, dict):
             found += [part] if part.get("type") in ("list", "tuple", "set", "frozenset", "dict") else []
-            waiting += [value for key, value in part.items() if key not in ("default", "metadata")]
+            waiting += [
+                value for key, value in part.items() if key not in ("default", "metadata", "serialization")
+            ]
         waiting += part if isinstance(part, list) else []
     return found
 
