@@ -17,7 +17,8 @@ ROOT = Path(sopdeploy.__file__).parents[1]
 PROGRAM = ROOT / "deploy" / "every_command.py"
 # Commands, and functions of the Python API, that need the extra `train`.
 COMMANDS = {"export", "import", "inspect", "models", "reproduce", "train"}
-NAMES = "Importer describe dsop export_network isqrt register_importer register_model register_pooling unused_modules"
+NAMES = "describe dsop export_network isqrt register_model register_pooling unused_modules"
+IMPORTERS = {"sopdeploy.Importer", "sopdeploy.register_importer"}
 FUNCTIONS = {f"sopdeploy.{name}" for name in NAMES.split()} | IMPORTERS
 # Hides packages as if they were not installed.
 HIDE = """
