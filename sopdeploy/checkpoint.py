@@ -5,7 +5,6 @@ without running code. Writing flushes a `.partial` file, renames it and flushes 
 failure either the old or the new file exists. No other module reads `.pt` files.
 """
 
-import argparse
 import hashlib
 import io
 import pickle  # for the exception type of torch.load
@@ -39,7 +38,7 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.names import Labels, ProjectName
-from sopdeploy.pickled import check_pickles, distinct_values
+from sopdeploy.pickled import PLAIN_TYPES, StoredArray, check_pickles, distinct_values
 from sopdeploy.project import Origin
 from sopdeploy.version import __version__
 
@@ -48,6 +47,8 @@ _VERSION = 1
 WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
 MAX_TENSORS = 1_000_000
+WRAPPERS = ("module", "_orig_mod")  # parts of the names of tensors, of DataParallel and torch.compile
+MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight": ..}}}
 
 
 @dataclass(
@@ -183,6 +184,8 @@ def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that
     Raises `CheckpointError` if it is damaged, expands or would run code; *advice* is the last part of that
     message.
     """
+    if _is_torchscript(raw):
+        raise CheckpointError(f"{path}: a TorchScript archive, which contains code; {WEIGHTS_ADVICE}")
     try:
         _check_stored(raw)
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
@@ -194,6 +197,16 @@ def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that
         ) from error
     except Exception as error:  # torch raises many types for damaged files
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from error
+
+
+def _is_torchscript(raw: bytes) -> bool:
+    """Return whether *raw* is an archive of `torch.jit.save`, which stores constants beside the code."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+    except Exception:  # no zip archive, or a damaged one, which a later check reports
+        return False
+    return "constants.pkl" in names and "data.pkl" in names
 
 
 def _check_stored(raw: bytes) -> None:
@@ -247,10 +260,41 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
         except Exception as error:  # `SafetensorError`, of a package that is imported above
             raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints
-            return load_plain(path, raw, WEIGHTS_ADVICE), digest
+        with torch.serialization.safe_globals(list(PLAIN_TYPES)):
+            return _with_tensors(load_plain(path, raw, WEIGHTS_ADVICE)), digest
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
+
+
+def _with_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
+    """Replace the arrays of numpy in the outer *levels* of dicts by tensors."""
+    if isinstance(content, StoredArray) and content.values is not None:
+        return torch.from_numpy(content.values)
+    if isinstance(content, dict) and levels:
+        return {key: _with_tensors(value, levels - 1) for key, value in content.items()}
+    return content
+
+
+def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mapping[str, Tensor]]:
+    """Map the keys of the tables of tensors in the outer *levels* of *content* to them; "" is *content*."""
+    if is_state_dict(content):
+        return {"": content}
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for key, value in content.items() if isinstance(content, dict) and levels > 1 else ():
+        inner = find_tables(value, levels - 1)
+        found |= {f"{key}.{name}".strip("."): table for name, table in inner.items()}
+    return found
+
+
+def find_labels(content: Any) -> tuple[str, ...] | None:
+    """Read the class names in the order of `class_to_idx`, as torchvision's folders number them, if any."""
+    numbers = content.get("class_to_idx") if isinstance(content, dict) else None
+    if not isinstance(numbers, dict) or not all(isinstance(name, str) for name in numbers):
+        return None
+    names = {number: name for name, number in numbers.items() if isinstance(number, int)}
+    if sorted(names) != list(range(len(numbers))):
+        return None
+    return tuple(names[number] for number in range(len(names)))
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from shlex import quote
 
 _MAX_LISTED = 10  # names in a message
-_MAX_MESSAGE = 4_000  # characters; files of others can have names of any length
+_MAX_MESSAGE, _MAX_END = 4_000, 500  # characters; files of others can have names of any length
 
 
 def python_argument(setting: str, value: object = None) -> str:
@@ -51,7 +51,8 @@ class SopdeployError(Exception):
         remedies: Mapping[str, object] | None = None,
         lists: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        message = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."
+        if len(message) > _MAX_MESSAGE:  # the end says what to do
+            message = f"{message[: _MAX_MESSAGE - _MAX_END]}...{message[-_MAX_END:]}"
         super().__init__(message)
         self.code, self.status = code or self.code, status
         self.message, self.setting, self.value, self.remedies = message, setting, value, dict(remedies or {})

@@ -4,10 +4,15 @@ A pickle can name one object any number of times. Forty lists that hold the next
 all that walks them, and a tuple is hashed through all its paths if it is a key.
 """
 
+import math
 import pickletools
+import re
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 MAX_VALUES = 10_000_000  # of lists, tuples and dicts, each counted wherever it is named
 MAX_LEVELS = 100
@@ -17,6 +22,78 @@ _COSTLY = {
     "builtins bytearray", "__builtin__ bytearray", "torch.storage UntypedStorage",
     "torch.storage TypedStorage", "idna", "punycode",
 }  # fmt: skip
+_NUMBERS = re.compile(r"[biufc][1-9]\d?")  # dtypes of numpy, such as "f8"
+
+
+class StoredKind:
+    """What a pickle says of a dtype of numpy, such as "f8"; `order` is "<", ">" or "|"."""
+
+    def __init__(self, text: Any = None, *_: Any) -> None:
+        self.text, self.order = text, "|"
+
+    def __setstate__(self, state: Any) -> None:
+        """Read the order of bytes; the other entries are those of fields and of dates."""
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
+            self.order = state[1]
+
+    def read(self, raw: Any, shape: Any, *, by_columns: bool = False) -> NDArray[Any] | None:
+        """Read an array from its bytes *raw*, of which it needs all; None if it does not contain numbers."""
+        if not isinstance(raw, bytes) or not isinstance(self.text, str) or not _NUMBERS.fullmatch(self.text):
+            return None
+        dtype = np.dtype(self.order + self.text)
+        if not isinstance(shape, tuple) or math.prod(map(int, shape)) * dtype.itemsize != len(raw):
+            raise ValueError("an array has another size than its numbers")
+        values = np.frombuffer(raw, dtype).reshape(shape, order="F" if by_columns else "C")
+        return values.astype(dtype.newbyteorder("="), order="C")
+
+
+class StoredArray:
+    """An array of numpy in a pickle; `values` is None if it does not contain numbers."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values: NDArray[Any] | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        """Read the version, shape, kind, order of axes and bytes."""
+        _, shape, kind, by_columns, raw = state
+        if isinstance(kind, StoredKind):
+            self.values = kind.read(raw, shape, by_columns=bool(by_columns))
+
+
+def _number(kind: Any, raw: Any = None) -> Any:
+    """Read a scalar of numpy as a number of Python; None if it is no number."""
+    values = kind.read(raw, ()) if isinstance(kind, StoredKind) else None
+    return None if values is None else values.item()
+
+
+def _path(*parts: Any) -> str:
+    return "/".join(map(str, parts))
+
+
+def _no_defaults(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _factory(*_: Any) -> None:
+    """Stand for the type of the missing values of a `defaultdict`."""
+
+
+# What stands for the plain types that checkpoints contain beside tensors. None of them allocates more than
+# the pickle has, or calls what the pickle names.
+PLAIN_TYPES: list[tuple[Callable[..., Any], str]] = [
+    (Namespace, "argparse.Namespace"),
+    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((StoredArray, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (StoredArray, "numpy.ndarray"),
+    (StoredKind, "numpy.dtype"),
+    *(
+        (_path, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ),
+    (_no_defaults, "collections.defaultdict"),
+    *((_factory, f"builtins.{name}") for name in ("list", "dict", "int", "float", "str", "bool", "tuple")),
+]
 
 
 def check_pickles(file: IO[bytes]) -> None:

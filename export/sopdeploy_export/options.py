@@ -71,11 +71,11 @@ class NetworkOptions(Options):
     network: str | None = None
     """Builder of the network, package.module:callable."""
     option: tuple[str, ...] = ()
-    """Option KEY=VALUE of the network; repeatable."""
+    """Option KEY=VALUE of the network, a Python literal or text; repeatable."""
     preprocess: str | None = None
-    """timm:NAME, torchvision:WEIGHTS or FILE.json."""
+    """imagenet, timm, clip or none, each also as NAME:SIDE; timm:NAME, torchvision:WEIGHTS or FILE.json."""
     weights_key: str | None = None
-    """Key of the state dict to use, if the file has several, such as model_ema."""
+    """Key or prefix of the tensors to use, if the file has several networks, such as model_ema."""
     logits_key: str | None = None
     """Attribute, key or index of the logits in the output."""
 
@@ -93,13 +93,16 @@ class NetworkExportOptions(NetworkOptions):
     plain: str | None = None
     """Builder of the network without training-only parts, package.module:callable."""
     plain_option: tuple[str, ...] = ()
-    """Option KEY=VALUE of the plain network; repeatable."""
+    """Option KEY=VALUE of the plain network, a Python literal or text; repeatable."""
     training_only: tuple[str, ...] = ()
     """Part to remove, or a pattern such as 'aux*'; repeatable."""
     labels: Path | None = None
-    """File with one class name per line."""
+    """File with one class name per line; by default class_to_idx of the weight file."""
     allow_constants: bool = False
     """Accept large tensors that are neither weights nor buffers, without --plain."""
+
+    several_classes: bool = False
+    """An image may have several classes: the logits are those of sigmoids."""
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "NetworkExportOptions":

@@ -30,6 +30,7 @@ from sopdeploy.models.describe import Counts, tally
 from sopdeploy.names import label_problem
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
+from sopdeploy_export.constant_parts import evaluate_constant_parts
 from sopdeploy_export.graph.capture import (
     INPUT,
     Captured,
@@ -176,7 +177,7 @@ def export_subject(
         certified = CapturedGraph(detached, program, lower(program, outputs))
         root = check_onnx(captured, certified.model, outputs)  # Statement 6: ONNX
         mixes_images = check_images(certified.model, options)  # Statement 7: images
-        check_operators(program, images[: min(OPERATOR_IMAGES, options.max_batch)])
+        check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
         converted = convert_precision(certified, preprocess, options, accuracy)

@@ -12,7 +12,14 @@ from typing import Annotated, Any, Literal, NamedTuple, Optional, TypeVar, Union
 
 import typer
 
-from sopdeploy.cli.console import err, image_progress, one_line_errors, print_json, show_steps
+from sopdeploy.cli.console import (
+    err,
+    image_progress,
+    one_line_errors,
+    print_json,
+    show_steps,
+    stdout_to_stderr,
+)
 from sopdeploy.config import Options
 from sopdeploy.environment import is_main_process
 
@@ -78,6 +85,8 @@ def command(
                     flags = {flag: values.pop(flag) for flag in settings.flags}
                     assignments = values.pop("setting") or ()  # None without --setting
                     values |= settings.parse(assignments, **flags)
+                if as_json:
+                    stack.enter_context(stdout_to_stderr())
                 result = function(**values, **_progress(function, as_json, stack))
             if is_main_process():
                 with one_line_errors():  # not as JSON: stdout may already hold the document of the result

@@ -3,12 +3,14 @@
 External text (paths, names, error messages) is printed as `rich.text.Text`: rich does not parse it as markup.
 """
 
+import ctypes
 import json
+import os
 import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import typer
@@ -144,6 +146,25 @@ def print_error(message: str, code: str) -> None:
 def print_json(value: Any) -> None:
     """Print *value* as indented JSON on stdout."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Print on stderr what code in the block, such as that of a network, prints on stdout.
+
+    This includes what libraries in C and other programs print, if stdout is a file or a pipe of this process.
+    """
+    sys.stdout.flush()
+    with ExitStack() as stack:
+        with suppress(OSError):  # stdout is closed
+            saved = os.dup(1)
+            stack.callback(os.close, saved)
+            os.dup2(2, 1)
+            stack.callback(os.dup2, saved, 1)
+            with suppress(OSError, TypeError):  # not on Windows
+                stack.callback(ctypes.CDLL(None).fflush, None)  # writes what C has kept, before `dup2`
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield
 
 
 @contextmanager

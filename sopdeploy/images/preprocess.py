@@ -6,7 +6,7 @@ pixels needs the rules, but no image library.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -113,3 +113,27 @@ class Preprocess(StrictModel):
             return cls(**fields)
         except pydantic.ValidationError as error:
             raise ConfigError(f"{source}: {first_problem(error)}") from error
+
+    @classmethod
+    def of_convention(cls, name: str, side: int = 224) -> "Preprocess":
+        """Return the rules of a usual convention for inputs of *side* x *side* pixels.
+
+        "imagenet" is that of torchvision's training scripts and "timm" that of timm: the shorter side becomes
+        8/7 of *side*, bilinear or bicubic. "clip" is that of OpenAI's CLIP: the shorter side becomes *side*.
+        "none" is "imagenet" with pixel values in [0, 1]. Raises `KeyError` for another name.
+        """
+        rules = CONVENTIONS[name]
+        return cls._published(name, **{"resize": side * 8 // 7, "crop": side, **rules(side)})
+
+
+CONVENTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "imagenet": lambda _: {},
+    "timm": lambda _: {"interpolation": "bicubic"},
+    "clip": lambda side: {
+        "resize": side,
+        "interpolation": "bicubic",
+        "mean": (0.48145466, 0.4578275, 0.40821073),
+        "std": (0.26862954, 0.26130258, 0.27577711),
+    },
+    "none": lambda _: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)},
+}

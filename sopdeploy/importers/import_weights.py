@@ -19,6 +19,7 @@ from torch import Tensor
 from sopdeploy.checkpoint import (
     CHECKPOINT_FORMAT,
     WEIGHTS_ADVICE,
+    WRAPPERS,
     Checkpoint,
     check_tensors,
     is_state_dict,
@@ -171,10 +172,12 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
         return parse_checkpoint(path, content, digest)
     state = _find_state_dict(path, content)  # raises unless the content is a dict
     arch = content["arch"] if isinstance(content.get("arch"), str) else None
-    tensors = {  # without `module` of names such as module.conv1.weight or features.module.0.weight
-        ".".join(part for part in name.split(".") if part != "module"): tensor
-        for name, tensor in state.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():  # such as module.conv1.weight or features.module.0.weight
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if short in tensors:
+            raise WeightsError(f"{path}: holds {short} twice, also as {name}; remove one of them")
+        tensors[short] = tensor
     return WeightFile(path=path, sha256=digest, tensors=check_tensors(path, tensors), arch=arch)
 
 

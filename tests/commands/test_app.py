@@ -115,7 +115,7 @@ def test_the_module_prints_the_package_version() -> None:
 
 def test_models_lists_the_catalog_by_family() -> None:
     result = as_json("models")
-    assert [row["name"] for row in result] == list(CATALOG)
+    assert [row["name"] for row in result] == [*CATALOG, "lrbp-vgg16"]  # of the papers' package
     assert all(row["summary"] for row in result)
     lines = sopdeploy_cli("models").stdout.splitlines()
     assert max(map(len, lines)) <= 160

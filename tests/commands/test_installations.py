@@ -18,7 +18,8 @@ PROGRAM = ROOT / "deploy" / "every_command.py"
 # Commands, and functions of the Python API, that need the extra `train`.
 COMMANDS = {"export", "import", "inspect", "models", "reproduce", "train"}
 NAMES = "describe dsop export_network isqrt register_model register_pooling unused_modules"
-FUNCTIONS = {f"sopdeploy.{name}" for name in NAMES.split()}
+IMPORTERS = {"sopdeploy.Importer", "sopdeploy.register_importer"}
+FUNCTIONS = {f"sopdeploy.{name}" for name in NAMES.split()} | IMPORTERS
 # Hides packages as if they were not installed.
 HIDE = """
 import sys

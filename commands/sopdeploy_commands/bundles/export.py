@@ -21,6 +21,7 @@ from sopdeploy.errors import (
     EngineError,
     RuntimeUnavailableError,
     command_line_option,
+    shorten,
 )
 from sopdeploy.files import (
     MAX_TEXT_BYTES,
@@ -30,7 +31,7 @@ from sopdeploy.files import (
     read_class_names,
     read_file,
 )
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import ANY_IMAGES
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
@@ -40,9 +41,13 @@ if TYPE_CHECKING:
 
     from sopdeploy_export.engine_builder.engine import Engine
     from sopdeploy_export.results import Exported
+    from sopdeploy_export.user_network.loading import LoadedWeights
 
 LABELS_FILE = "labels.txt"
-EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
+EXAMPLE = (
+    f"{', '.join(CONVENTIONS)}, timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json; "
+    "imagenet:384 for images of 384 x 384"
+)
 
 
 def show_export(exported: "Exported", *, verbose: bool = False) -> None:
@@ -142,14 +147,16 @@ def _export_weights(
     from sopdeploy_export.user_network.export_network import export_network
     from sopdeploy_export.user_network.loading import network_builder
 
-    if source.labels is None:
-        message = "missing; give a file with one class name per line, in the order of the logits"
-        raise ConfigError(message, setting="labels")
-    labels, preprocess = read_class_names(source.labels), read_preprocess(source.preprocess)
+    labels = None if source.labels is None else read_class_names(source.labels)
+    preprocess = read_preprocess(source.preprocess)
     plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
     attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
     on_step("building the network")
-    network, weights_key, sha256 = _load_network(weights, source)
+    network, loaded = _load_network(weights, source)
+    labels = labels or loaded.labels
+    if labels is None:
+        message = "missing; give a file with one class name per line, in the order of the logits"
+        raise ConfigError(message, setting="labels")
     return export_network(
         network,
         plain=plain,
@@ -161,6 +168,7 @@ def _export_weights(
         name=options.name or attribute,
         logits_key=_index_or_name(source.logits_key),
         allow_constants=source.allow_constants,
+        several_classes=source.several_classes,
         options=options,
         config={
             "network": source.network,
@@ -170,9 +178,10 @@ def _export_weights(
             "training_only": list(source.training_only),
             "logits": source.logits_key,
             "allow_constants": source.allow_constants,
-            "table": weights_key,
+            "table": loaded.table,
         },
-        sha256=sha256,
+        sha256=loaded.sha256,
+        warnings=loaded.warnings,
         on_step=on_step,
     )
 
@@ -180,7 +189,8 @@ def _export_weights(
 class Inspection(StrictModel):
     """The parts of a network that its output ignores; `table` names the table of weights in the file.
 
-    `command` exports the network without these parts.
+    `command` exports the network without these parts. `ignored` are the tensors of the file that the network
+    does not have.
     """
 
     network: str
@@ -188,11 +198,13 @@ class Inspection(StrictModel):
     table: str
     unused: tuple[str, ...]
     command: str
+    ignored: tuple[str, ...] = ()
 
 
 def _show_unused(inspected: Inspection) -> None:
     """Print which tensors fit, the unused parts, and the next command."""
-    print_field("weights", f"{inspected.num_tensors} tensors fit")
+    ignored = f"; ignored: {shorten(inspected.ignored)}" if inspected.ignored else ""
+    print_field("weights", f"{inspected.num_tensors} tensors fit{ignored}")
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
     print_field("next", f"write one class name per line to {LABELS_FILE}, then", style="dim")
@@ -213,15 +225,16 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     """
     from sopdeploy_export.user_network.export_network import unused_modules
 
-    network, weights_key, _ = _load_network(file, options)
+    network, loaded = _load_network(file, options)
     logits_key = _index_or_name(options.logits_key)
     unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
     return Inspection(
         network=str(options.network),  # `_load_network` requires it
         num_tensors=len(network.state_dict()),
-        table=weights_key,
+        table=loaded.table,
         unused=tuple(unused),
         command=_export_command(file, options, unused),
+        ignored=loaded.ignored,
     )
 
 
@@ -237,8 +250,8 @@ def _export_command(file: Path, options: NetworkOptions, parts: Iterable[str]) -
     return " ".join(words)
 
 
-def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, str, str]":
-    """Build the network of *options* and load its weights; return it, their table in the file, its sha256."""
+def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, LoadedWeights]":
+    """Build the network of *options* and load its weights; return it, and what was read."""
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     if options.network is None:
@@ -246,11 +259,13 @@ def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, s
             raise ConfigError(f"{weights}: a bundle, not a weight file; its README.md describes it")
         raise ConfigError("missing; give package.module:callable", setting="network")
     network = network_builder("network", options.network, options.option)()
-    return network, *load_weights(network, weights, options.weights_key)
+    return network, load_weights(network, weights, options.weights_key)
 
 
 def read_preprocess(text: str | None) -> Preprocess:
-    """Read the preprocessing rules that *text* names: `timm:NAME`, `torchvision:WEIGHTS` or a JSON file.
+    """Read the preprocessing rules that *text* names.
+
+    It is a convention such as `imagenet`, or `imagenet:SIDE`, `timm:NAME`, `torchvision:WEIGHTS`, or a file.
 
     Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
     """
@@ -258,6 +273,8 @@ def read_preprocess(text: str | None) -> Preprocess:
         raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
     kind, _, name = text.partition(":")
     try:
+        if kind in CONVENTIONS and (name.isdecimal() or text == kind):
+            return Preprocess.of_convention(kind, int(name or 224))
         if kind == "timm":
             from sopdeploy.models.timm_networks import import_timm
 

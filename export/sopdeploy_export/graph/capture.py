@@ -227,8 +227,8 @@ BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynami
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
-    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), and compute all images "
-    "of a batch at once instead of in a loop"
+    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), a // b for int(a / b), and "
+    "compute all images of a batch at once instead of in a loop"
 )
 DATA_GUARD = re.compile(r"data-dependent expression")
 BY_VALUE = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"

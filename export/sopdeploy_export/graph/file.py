@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
+from sopdeploy_export.constant_parts import evaluate_constant_parts
 from sopdeploy_export.graph.capture import BY_VALUE, DATA_GUARD, INPUT, NETWORK_PREFIX
 from sopdeploy_export.graph.forms import decompose
 from sopdeploy_export.program_hashes import module_of
@@ -63,7 +64,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     it. Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
     """
     check_bfloat16(program)
-    model = convert(program, [INPUT], outputs)
+    model = convert(evaluate_constant_parts(program), [INPUT], outputs)
     _drop_metadata_except_parts(model)
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)

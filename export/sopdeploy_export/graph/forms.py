@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from sopdeploy_export.state import (
     PythonNumbers,
 )
+from sopdeploy_export.sums import SUMS
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -230,6 +231,7 @@ def _column_stack(values: Sequence[Tensor]) -> Tensor:
 
 # Operators whose form of the converter is missing, or wrong for some values
 DECOMPOSED = {
+    **SUMS,
     ATTENTION: _attention,
     torch.ops.aten.atan2.default: _atan2,
     torch.ops.aten.expm1.default: _expm1,

@@ -46,6 +46,27 @@ LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the
 GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
 # What torch says of `cond`, `while_loop`, `scan` and `map`.
 CONTROL_FLOW = re.compile(r"(?:HOP|HigherOrderOperator) (\w+) and mode")
+# Operators whose result has the values of their first operand.
+KEEP_VALUES = {
+    operator
+    for name in (
+        *(
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "clone",
+            "alias",
+        ),
+        *("_to_copy", "permute", "transpose", "expand", "contiguous", "detach", "slice", "select", "dropout"),
+    )
+    for operator in (
+        getattr(getattr(torch.ops.aten, name), kind) for kind in getattr(torch.ops.aten, name).overloads()
+    )
+}
 OTHER_COPY = (
     "a copy of the network with contiguous weights computes something else than the network: its code must "
     "not depend on the memory layout, and its classes must not define how they are copied"
@@ -67,6 +88,16 @@ def check_backend(where: str, compiled: Any) -> None:
         raise LoweringError(f"{where} is compiled with a backend of its own; export it before it is compiled")
 
 
+def checked_modules(network: nn.Module, role: str) -> nn.Module:
+    """Return *network*, unwrapped; raise `LoweringError` for modules that the exporter does not accept."""
+    if not isinstance(network, nn.Module):
+        raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
+    network = unwrap(network)
+    for name, module in state.modules(network):
+        check_module(f"{name} of the {role} network" if name else f"the whole {role} network", module)
+    return network
+
+
 def copy_for_export(
     network: nn.Module, role: str, logits: str | int | None = None, removed: tuple[str, ...] = ()
 ) -> nn.Module:
@@ -75,11 +106,7 @@ def copy_for_export(
     Raises `LoweringError` for modules and weights that the exporter does not accept, and `CertificateError`
     for hooks. Those of *removed* parts, and values of their tensors, do not matter.
     """
-    if not isinstance(network, nn.Module):
-        raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
-    network = unwrap(network)
-    for name, module in state.modules(network):
-        check_module(f"{name} of the {role} network" if name else f"the whole {role} network", module)
+    network = checked_modules(network, role)
     check_hooks(network, role, removed)
     for name, tensor in state.tensors(network).items():
         if not is_in(name, *removed):
@@ -206,9 +233,11 @@ def check_outputs(
     warnings = []
     if torch.equal(logits, logits[:1].expand_as(logits)):
         warnings.append(f"the {role} network returns the same logits for every probe image; is it trained?")
-    are_probabilities = (logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()
-    if are_probabilities:
-        warnings.append(f"the {role} network ends in a softmax; the service applies another, so remove it")
+    if bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()):
+        raise LoweringError(
+            f"the {role} network returns probabilities, to which the service would apply a softmax; return "
+            "the logits before its softmax, or the logarithms of the probabilities"
+        )
     return state.first_change(before, after_first), tuple(warnings)
 
 
@@ -389,6 +418,21 @@ def check_constants(captured: Captured, network: nn.Module) -> None:
                     "contains it; use ModuleList, ModuleDict or register_buffer",
                     remedies={"allow_constants": True},
                 )
+
+
+def check_ends_in_logits(captured: Captured) -> None:
+    """Raise `LoweringError` if the logits of a program are the results of a sigmoid."""
+    aten = torch.ops.aten
+    for program in (captured.any_batch, captured.batch_of_one):
+        node = program.graph.output_node().args[0][0]
+        while node.target in KEEP_VALUES:
+            node = node.args[0]
+        if node.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.special_expit.default):
+            raise LoweringError(
+                "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
+                "itself; return the logits before it; if an image may have several classes, add",
+                remedies={"several_classes": True},
+            )
 
 
 def check_cache(path: str, captured: Captured, filled: Captured) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.decision import Decision
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, SopdeployError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
@@ -40,10 +41,12 @@ def export_network(
     name: str,
     logits_key: str | int | None = None,
     allow_constants: bool = False,
+    several_classes: bool = False,
     rename: Callable[[str], str] | None = None,
     options: ExportOptions | None = None,
     config: Mapping[str, Any] | None = None,
     sha256: str | None = None,
+    warnings: Sequence[str] = (),
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Export *trained* as a bundle, and prove that the exported network is the *plain* network.
@@ -66,10 +69,13 @@ def export_network(
         logits_key: Attribute, key or index of the logits, if the network returns more than one tensor.
         allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers, if
             there is no *plain* network to compare them with.
+        several_classes: An image may have several classes: each logit is that of a sigmoid, and the class is
+            present from a probability of 0.5.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
         options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
         config: Description of the network in the manifest; by default its class, its logits, *training_only*.
         sha256: Hash of the weight file; by default of the tensors.
+        warnings: Put before those of the export in the result.
         on_step: Called with a description of each step as it begins.
 
     Returns:
@@ -88,8 +94,8 @@ def export_network(
     check_takes_output(Path(destination), "destination")
     networks.check_torch_state()
     on_step("checking the network")
-    given = checks.unwrap(trained)
-    parts = match_parts(given, training_only) if isinstance(given, nn.Module) else ()
+    given = checks.checked_modules(trained, "trained")
+    parts = match_parts(given, training_only)
     copied = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
     networks.check_network_state(copied, "trained", parts)
     created = checks.create_buffers(copied, preprocess)
@@ -99,7 +105,7 @@ def export_network(
         {name: tensor for name, tensor in given_tensors.items() if not is_in(name, *parts)},
     )
     trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
-    cache, warnings = checks.check_outputs(trial, preprocess, len(labels), "trained")
+    cache, found = checks.check_outputs(trial, preprocess, len(labels), "trained")
     with checks.prepared(given, logits_key, preprocess):
         captured = checks.capture_given(given, copied, preprocess, len(labels), options, parts)
     if cache is not None:
@@ -108,9 +114,10 @@ def export_network(
         unrun = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
         checks.replace_buffers(unrun, created)
         checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
+    checks.check_ends_in_logits(captured)
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
-    warnings += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
+    found += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
     builder, rebuilt = plain or rebuild, None if plain is not None else parts
     class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
     description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
@@ -131,7 +138,8 @@ def export_network(
         preprocess=preprocess,
         config=description if config is None else config,
         sha256=sha256 or _hash_tensors(copied),
-        warnings=warnings,
+        decision=Decision(activation="sigmoid", thresholds=(0.5,) * len(labels)) if several_classes else None,
+        warnings=(*warnings, *found),
     )
     options = options.model_copy(update={"detach": bool(parts)})
     return export_subject(subject, Path(destination), options, on_step)

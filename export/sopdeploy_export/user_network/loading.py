@@ -4,22 +4,36 @@
 the user typed: never because of a checkpoint or a bundle.
 """
 
+import ast
+import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import WEIGHTS_ADVICE, check_tensors, is_state_dict, read_pytorch
-from sopdeploy.errors import ConfigError, WeightsError, first_line
+from sopdeploy.checkpoint import (
+    WEIGHTS_ADVICE,
+    WRAPPERS,
+    check_tensors,
+    find_labels,
+    find_tables,
+    read_pytorch,
+)
+from sopdeploy.errors import ConfigError, WeightsError, first_line, shorten
 from sopdeploy.files import check_is_weights
-from sopdeploy.training.recipe_files import parse_override
 
-PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
-AVERAGING_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+# Of batch norms, `AveragedModel` and packages that count operations; no output depends on them.
+COUNTER = "num_batches_tracked"
+COUNTERS = (COUNTER, "n_averaged", "total_ops", "total_params")
+WORDS = {"true": True, "false": False}  # as in TOML
+NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
+_MAX_PREFIXES = 1_000  # that are tried for a table
 
 
 def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
@@ -39,7 +53,8 @@ def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> 
         raise invalid(f"cannot be imported ({first_line(error)}); check its name") from error
     if not callable(builder):
         raise invalid(f"is a {type(builder).__name__}, not a function or a class; name one of these")
-    options = dict(map(parse_override, settings))
+    options = dict(map(parse_option, settings))
+    _check_options(builder, options, import_path)
 
     def build() -> nn.Module:
         try:
@@ -53,73 +68,215 @@ def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> 
     return build
 
 
-def load_weights(network: nn.Module, path: Path, table: str | None = None) -> tuple[str, str]:
+def parse_option(text: str) -> tuple[str, Any]:
+    """Split `key=value` into the key and the value, a Python literal such as False, None, 3 or (8, 16).
+
+    `true` and `false` are accepted, too; any other value is text. Raises `ConfigError` for a text that is
+    meant as a literal of another language.
+    """
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key.isidentifier():
+        raise ConfigError(f"{text}: write key=value, for example depth=18")
+    if value in WORDS:
+        return key, WORDS[value]
+    try:
+        return key, ast.literal_eval(value)
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        if value.lower() in NO_LITERALS:
+            quoted = f"{key}=\"'{value}'\""
+            raise ConfigError(f"{text}: write True, False or None, or {quoted} for a text") from error
+    return key, value
+
+
+def _check_options(builder: Callable[..., Any], options: Mapping[str, Any], import_path: str) -> None:
+    """Raise `ConfigError` for *options* that *builder* does not have, and for text in place of a number."""
+    try:
+        parameters = inspect.signature(builder).parameters.values()
+    except (TypeError, ValueError):  # as of some functions that are written in C
+        return
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {item.name: item for item in parameters if item.kind in kinds}
+    takes_any = any(item.kind is item.VAR_KEYWORD for item in parameters)
+    for name, value in options.items():
+        if name not in named and not takes_any:
+            known = f"it has {', '.join(named)}" if named else "it has none"
+            raise ConfigError(f"{import_path} has no option {name}; {known}")
+        default = named[name].default if name in named else None
+        if isinstance(value, str) and isinstance(default, bool | int | float):
+            raise ConfigError(
+                f"{name}={value!r} is text, but its default is {default!r}; write a value of this type"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedWeights:
+    """What `load_weights` read: the table, the sha256 of the file, unused tensors, and class names if any."""
+
+    table: str
+    sha256: str
+    ignored: tuple[str, ...]
+    labels: tuple[str, ...] | None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Say which tensors of the file the network has no place for."""
+        if not self.ignored:
+            return ()
+        return (f"ignored {len(self.ignored)} tensors of the weight file: {shorten(self.ignored)}",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fit:
+    """How the tensors of a table fit a network, if *prefix* is removed from their names.
+
+    *tensors* have the names of the network. *missing* are names of the network that the table lacks,
+    *unknown* names after the prefix that the network lacks, and *ignored* all others of the table.
+    """
+
+    table: str
+    prefix: str
+    tensors: Mapping[str, Tensor]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Return the value of `weights_key` that chooses it."""
+        return ".".join(filter(None, (self.table, self.prefix.rstrip("."))))
+
+    def has_shapes_of(self, expected: Mapping[str, Tensor]) -> bool:
+        """Return whether all tensors have the shapes of those with the same names in *expected*."""
+        return all(tensor.shape == expected[name].shape for name, tensor in self.tensors.items())
+
+
+def load_weights(network: nn.Module, path: Path, key: str | None = None) -> LoadedWeights:
     """Load the file at *path* into *network*; the names and shapes of all tensors must match.
 
-    *table* names one of several tables of tensors, such as `model_ema`. Prefixes that all names share
-    (`module.`, `_orig_mod.`, `model.`) are removed unless the network has them too. Returns the table and the
-    sha256 of the file. Raises `WeightsError` for a file that cannot be read or does not fit.
+    The file may have several tables of tensors, and a table more tensors than the network. The table and the
+    prefix such as `model.` under which all names of the network are found are chosen; if there are several,
+    *key* names one, such as `model_ema` or `encoder_q`. Counters of batch norms may be missing. After
+    loading, all tensors are compared with those of the file, because a network can define how it is loaded.
+    Raises `WeightsError` for a file that cannot be read or does not fit.
     """
     content, digest = read_pytorch(check_is_weights(path))
-    name, tensors = _choose_table(path, content, table)
-    check_tensors(path, tensors)
-    expected = network.state_dict()
-    if AVERAGING_COUNTER in tensors and AVERAGING_COUNTER not in expected:
-        tensors = {key: tensor for key, tensor in tensors.items() if key != AVERAGING_COUNTER}
-    while prefix := _shared_prefix(tensors, expected):
-        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    for key in expected:
-        if key not in tensors:
-            raise WeightsError(f"{path}: {key} is missing; {_other_settings(tensors, expected)}")
-        if tensors[key].shape != expected[key].shape:
-            shape, expected_shape = tuple(tensors[key].shape), tuple(expected[key].shape)
-            raise WeightsError(
-                f"{path}: {key} is {shape} in the file and {expected_shape} in the network; check its options"
-            )
-    unknown = next((key for key in tensors if key not in expected), None)
-    if unknown is not None:
-        raise WeightsError(f"{path}: the network has no {unknown}; {_other_settings(tensors, expected)}")
-    network.load_state_dict(tensors)
-    return name, digest
-
-
-def _choose_table(path: Path, content: Any, table: str | None) -> tuple[str, Mapping[str, Tensor]]:
-    """Choose the *table* of tensors in *content*, by default the only one; return its name and tensors.
-
-    The name is empty if *content* itself is the table.
-    """
-    if is_state_dict(content):
-        if table is not None:
-            problem = f"{path} is a single table of tensors; omit it"
-            raise WeightsError(problem, setting="weights_key", value=table)
-        return "", content
-    tables = {}
-    if isinstance(content, dict):
-        tables = {str(key): value for key, value in content.items() if is_state_dict(value)}
-    names = ", ".join(tables)
+    tables = find_tables(content)
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
-    if table is None and len(tables) > 1:
-        remedies = {"weights_key": None}  # without a value to try: the user has to choose
-        raise WeightsError(f"{path}: holds several tables of tensors ({names})", remedies=remedies)
-    if table is not None and table not in tables:
-        raise WeightsError(f"{path} has only {names}", setting="weights_key", value=table)
-    name = next(iter(tables)) if table is None else table
-    return name, tables[name]
+    expected = _own_tensors(network, path)
+    fits = [fit for name, table in tables.items() for fit in _fit(path, name, table, expected)]
+    if key is not None:
+        fits = [fit for fit in fits if key in (fit.table, fit.key, fit.prefix.rstrip("."))]
+    if not fits:
+        is_single = "" in tables
+        problem = "is a single table of tensors; omit it" if is_single else f"has only {', '.join(tables)}"
+        raise WeightsError(f"{path} {problem}", setting="weights_key", value=key)
+    complete = [fit for fit in fits if not fit.missing]
+    complete = [fit for fit in complete if fit.has_shapes_of(expected)] or complete
+    if len(complete) > 1 or (not complete and len({fit.table for fit in fits}) > 1):
+        of_several_tables = len({fit.table for fit in fits}) > 1
+        problem = "several tables of tensors" if of_several_tables else "the network under several names"
+        names = ", ".join(dict.fromkeys(fit.key or "no prefix" for fit in complete or fits))
+        raise WeightsError(f"{path}: holds {problem} ({names})", remedies={"weights_key": None})
+    chosen = complete[0] if complete else max(fits, key=lambda fit: len(fit.tensors))
+    num_fitting = len(expected.keys() & chosen.tensors.keys())
+    advice = (
+        f"{num_fitting} of {len(expected)} tensors fit: check the network and its options, or choose another "
+        "table of weights"
+    )
+    if chosen.missing:
+        raise WeightsError(f"{path}: {chosen.missing[0]} is missing; {advice}")
+    for name, tensor in check_tensors(path, chosen.tensors).items():
+        if tensor.shape != expected[name].shape:
+            shape, expected_shape = tuple(tensor.shape), tuple(expected[name].shape)
+            raise WeightsError(
+                f"{path}: {name} is {shape} in the file and {expected_shape} in the network; check its "
+                "options"
+            )
+    if chosen.unknown:
+        raise WeightsError(f"{path}: the network has no {chosen.unknown[0]}; {advice}")
+    _load(network, path, {**expected, **chosen.tensors})
+    labels = find_labels(content)
+    return LoadedWeights(table=chosen.table, sha256=digest, ignored=chosen.ignored, labels=labels)
 
 
-def _shared_prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Find a prefix that all names of *tensors* have and no *expected* name has; empty if there is none."""
-    for prefix in PREFIXES if tensors else ():  # without names, every prefix would be shared
-        expects_prefix = any(key.startswith(prefix) for key in expected)
-        if not expects_prefix and all(key.startswith(prefix) for key in tensors):
-            return prefix
-    return ""
+def _own_tensors(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Return the state dict of *network*, as `nn.Module` and not as its own class defines it."""
+    try:
+        state = nn.Module.state_dict(network)
+    except Exception as error:  # of a part that defines its state dict
+        raise WeightsError(f"{path}: the network has no state dict ({first_line(error)})") from error
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _other_settings(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    shared = len(tensors.keys() & expected.keys())
-    return (
-        f"{shared} of {len(expected)} tensors fit: check the network and its options, or choose "
-        "another table of weights"
+def _load(network: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Load *tensors* into *network*, and check that it has them afterwards; raises `WeightsError`."""
+    advice = "remove its load_state_dict, or let it load all tensors"
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # the network may keep or change them
+    try:
+        network.load_state_dict(copies)
+    except Exception as error:  # the user's code
+        raise WeightsError(f"{path}: the network cannot load it ({first_line(error)}); {advice}") from error
+    for name, loaded in _own_tensors(network, path).items():
+        given = tensors.get(name)
+        if given is None or given.shape != loaded.shape:
+            raise WeightsError(f"{path}: {name} has another shape after loading; {advice}")
+        loaded, given = loaded.cpu(), given.to(loaded.dtype)
+        if not bool(loaded.isclose(given, rtol=0, atol=0, equal_nan=True).all()):
+            raise WeightsError(
+                f"{path}: {name} has other values in the network after loading than in the file; {advice}"
+            )
+
+
+def _fit(path: Path, table: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[_Fit]:
+    """List the ways in which *tensors* have all *expected* names; if there is none, the closest one.
+
+    A network that wraps another one may have a first name that the file, of the other one, lacks.
+    """
+    parts = {part for name in expected for part in name.split(".")}
+    wrappers = {part for part in WRAPPERS if part not in parts}  # which the network itself does not have
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = ".".join(part for part in name.split(".") if part not in wrappers)
+        if short in named:
+            raise WeightsError(f"{path}: holds {short} twice, also as {name}; remove one of them")
+        named[short] = tensor
+    required = [name for name in expected if not name.endswith(COUNTER)] or [""]
+    owners = {f"{name.partition('.')[0]}." for name in expected}
+    complete, closest = [], None
+    for added in ("", *(owners if len(owners) == 1 else ())):
+        first = required[0].removeprefix(added)
+        found = (name[: -len(first) or None] for name in named if f".{name}".endswith(f".{first}"))
+        for prefix in ("", *islice(filter(None, dict.fromkeys(found)), _MAX_PREFIXES)):
+            count = sum(prefix + name.removeprefix(added) in named for name in required)
+            if count == len(required):
+                complete.append((prefix, added))
+            elif closest is None or count > closest[0]:
+                closest = (count, prefix, added)
+    ways = complete or ([closest[1:]] if closest is not None else [])
+    return [_describe_fit(table, prefix, added, named, expected) for prefix, added in ways]
+
+
+def _describe_fit(
+    table: str, prefix: str, added: str, named: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> _Fit:
+    """Describe the tensors *named*, whose names have *prefix* where the network has *added*."""
+    tensors, unknown, ignored = {}, [], []
+    for name, tensor in named.items():
+        own = added + name.removeprefix(prefix)
+        if name.startswith(prefix) and own in expected:
+            is_count = own.endswith(COUNTER) and tensor.numel() == 1  # some files have counters of shape (1,)
+            tensors[own] = tensor.reshape(expected[own].shape) if is_count else tensor
+        elif name.startswith(prefix) and not name.endswith(COUNTERS):
+            unknown.append(own)
+        else:
+            ignored.append(name)
+    missing = [name for name in expected if name not in tensors and not name.endswith(COUNTER)]
+    return _Fit(
+        table=table,
+        prefix=prefix,
+        tensors=tensors,
+        missing=tuple(missing),
+        unknown=tuple(unknown),
+        ignored=tuple(ignored),
     )

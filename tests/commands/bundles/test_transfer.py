@@ -330,7 +330,7 @@ def test_what_a_killed_pull_left_is_deleted_by_the_next_one_and_what_is_in_use_s
     for _ in range(2):
         killed = subprocess.run([sys.executable, "-c", kill, url, here], check=False)
         assert killed.returncode == -signal.SIGKILL
-        assert [path.name[:8] for path in here.iterdir()] == [".bundle-"]
+        assert [path.name[:5] for path in here.iterdir()] == [".new-"]
     with staging(here) as in_use:
         (in_use / "file").write_text("content")
         pull(url, here)

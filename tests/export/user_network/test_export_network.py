@@ -20,7 +20,7 @@ from torchvision.ops import roi_align
 import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_export.options import ExportOptions
@@ -294,11 +294,35 @@ def test_a_network_is_no_unused_part_of_itself() -> None:
     assert unused_modules(network, n.PREPROCESS) == ("stem", "aux", "fc")
 
 
-def test_an_unused_part_and_a_softmax_are_warnings(tmp_path: Path) -> None:
-    network = n.trained(n.variant(n.probabilities))
+ENDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "softmax": (lambda x: x.softmax(1), "returns probabilities"),
+    "a mean of two": (lambda x: (x.softmax(1) + (2 * x).softmax(1)) / 2, "returns probabilities"),
+    "softmax by hand": (lambda x: x.exp() / x.exp().sum(1, keepdim=True), "returns probabilities"),
+    "sigmoid": (lambda x: x.sigmoid(), r"ends in a sigmoid.*several.classes"),
+    "sigmoid and a view": (lambda x: torch.special.expit(x)[:, :, None].flatten(1), "ends in a sigmoid"),
+    "hard sigmoid": (torch.nn.functional.hardsigmoid, "ends in a sigmoid"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_probabilities_are_refused_with_the_advice_to_return_logits(end: str, tmp_path: Path) -> None:
+    change, message = ENDS[end]
+    network = n.trained(n.variant(lambda self, images: change(self.fc(self.features(images)))))
+    with pytest.raises(LoweringError, match=message):
+        n.export_small(network, tmp_path, options=QUICK)
+
+
+def test_logits_of_several_classes_get_a_sigmoid_in_the_service(tmp_path: Path) -> None:
+    exported = n.export_small(n.trained(n.Small(aux=False)), tmp_path, options=QUICK, several_classes=True)
+    decision = exported.manifest.decision
+    assert decision is not None
+    assert (decision.activation, decision.thresholds) == ("sigmoid", (0.5,) * n.CLASSES)
+
+
+def test_an_unused_part_is_a_warning(tmp_path: Path) -> None:
+    network = n.trained(n.Small())
     assert unused_modules(network, n.PREPROCESS) == ("aux",)
     exported = n.export_small(network, tmp_path, options=QUICK)
     assert exported.warnings == (
-        "the trained network ends in a softmax; the service applies another, so remove it",
         "the output does not depend on aux; name it as training-only to prove its removal",
     )

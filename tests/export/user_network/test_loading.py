@@ -3,9 +3,11 @@
 import argparse
 import json
 import shlex
-from pathlib import Path
+from collections import defaultdict
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -27,6 +29,10 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
     return {f"{prefix}{name}": tensor for name, tensor in STATE.items()}
 
 
+def without(name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in STATE.items() if key != name}
+
+
 READ: dict[str, tuple[Any, str | None, str]] = {
     "a state dict": (STATE, None, ""),
     "a training checkpoint of timm": (
@@ -41,6 +47,55 @@ READ: dict[str, tuple[Any, str | None, str]] = {
     ),
     "data parallel and compiled": (prefixed("_orig_mod.module."), None, ""),
     "averaged": (prefixed("module.") | {"n_averaged": torch.tensor(3)}, None, ""),
+    "numbers of numpy, paths and a dict with defaults": (
+        {
+            "best": np.float64(0.5),
+            "seen": np.arange(3),
+            "names": np.array(["a"]),
+            "out": Path("runs"),
+            "data": PureWindowsPath("D:/x"),
+            "log": defaultdict(list, {"loss": [np.float32(1)]}),
+            "net": STATE,
+        },
+        None,
+        "net",
+    ),
+    "arrays of numpy in place of tensors": ({k: v.numpy() for k, v in STATE.items()}, None, ""),
+    "arrays column by column": (
+        {"w": {k: np.asfortranarray(v.numpy()) for k, v in STATE.items()}},
+        None,
+        "w",
+    ),
+    "big-endian arrays": (
+        {k: v.numpy().astype(v.numpy().dtype.newbyteorder(">")) for k, v in STATE.items()},
+        None,
+        "",
+    ),
+    "dicts in dicts": ({"checkpoint": {"model": STATE}, "epoch": 3}, None, "checkpoint.model"),
+    "without counters": ({k: v for k, v in STATE.items() if "num_batches" not in k}, None, ""),
+    "counts of operations": (
+        STATE | {"total_ops": torch.zeros(1), "stem.0.total_params": torch.zeros(1)},
+        None,
+        "",
+    ),
+    "another attribute": (prefixed("net."), None, ""),
+    "two wrappers": (prefixed("module.student.backbone."), None, ""),
+    "a wrapper inside": ({k.replace("stem.", "stem.module."): v for k, v in STATE.items()}, None, ""),
+    "a loss and a metric beside it": (
+        {"state_dict": prefixed("model.") | {"criterion.weight": torch.ones(2), "acc.tp": torch.ones(4)}},
+        None,
+        "state_dict",
+    ),
+    "a table of a loss": ({"criterion": {"weight": torch.ones(2)}, "model": STATE}, None, "model"),
+    "one of two encoders": (prefixed("encoder_q.") | prefixed("encoder_k."), "encoder_q", ""),
+}
+
+
+IGNORED = {
+    "averaged": ("n_averaged",),
+    "counts of operations": ("total_ops", "stem.0.total_params"),
+    "a loss and a metric beside it": ("criterion.weight", "acc.tp"),
+    "one of two encoders": tuple(prefixed("encoder_k.")),
 }
 
 
@@ -49,12 +104,91 @@ def test_a_table_is_found_and_prefixes_are_removed(case: str, tmp_path: Path) ->
     content, table, name = READ[case]
     torch.save(content, tmp_path / "w.pth")
     network = Small()
-    assert load_weights(network, tmp_path / "w.pth", table)[0] == name
-    assert all(torch.equal(value, STATE[key]) for key, value in network.state_dict().items())
+    loaded = load_weights(network, tmp_path / "w.pth", table)
+    assert (loaded.table, loaded.ignored) == (name, IGNORED.get(case, ()))
+    counted = {key for key in STATE if "num_batches" in key} if case == "without counters" else set()
+    assert all(
+        torch.equal(value, STATE[key]) for key, value in network.state_dict().items() if key not in counted
+    )
 
 
-def without(name: str) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in STATE.items() if key != name}
+def test_a_network_that_wraps_another_reads_the_file_of_the_other(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "w.pth")
+    network = nn.ModuleDict({"inner": Small()})
+    load_weights(network, tmp_path / "w.pth")
+    assert all(torch.equal(value, STATE[key]) for key, value in network["inner"].state_dict().items())
+
+
+class Skips(Small):
+    def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
+        return super().load_state_dict({}, strict=False)
+
+
+class Halves(Small):
+    def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
+        return super().load_state_dict({name: tensor / 2 for name, tensor in state_dict.items()})
+
+
+class Raises(Small):
+    def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
+        raise KeyError("head")
+
+
+class SkipsInside(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc.register_load_state_dict_pre_hook(
+            lambda _, state, prefix, *__: state[f"{prefix}bias"].zero_()
+        )
+
+
+class Hides(Small):
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        return {"fc.bias": super().state_dict()["fc.bias"]}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
+        return super().load_state_dict({"fc.bias": state_dict["fc.bias"]}, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Skips, "has other values in the network after loading"),
+        (Halves, "has other values in the network after loading"),
+        (SkipsInside, r"fc\.bias has other values in the network after loading"),
+        (Hides, "has other values in the network after loading"),
+        (Raises, r"the network cannot load it \(KeyError: 'head'\); remove its load_state_dict"),
+    ],
+)
+def test_a_network_that_does_not_load_the_file_is_refused(
+    kind: type[Small], message: str, tmp_path: Path
+) -> None:
+    torch.save(STATE, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=message):
+        load_weights(kind(), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "labels"),
+    [
+        ({"a": 1, "b": 0}, ("b", "a")),
+        ({"a": np.int64(0), "b": np.int64(1)}, ("a", "b")),
+        ({"a": 1, "b": 2}, None),
+        ({"a": 0, "b": 0}, None),
+        ({1: 0}, None),
+        ("a", None),
+    ],
+)
+def test_class_to_idx_of_a_file_gives_the_labels(numbers: Any, labels: Any, tmp_path: Path) -> None:
+    torch.save({"model": STATE, "class_to_idx": numbers}, tmp_path / "w.pth")
+    assert load_weights(Small(), tmp_path / "w.pth").labels == labels
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchscript_is_called_by_its_name(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"a TorchScript archive, which contains code; save the network's"):
+        load_weights(Small(), tmp_path / "w.pt")
 
 
 WRONG: dict[str, tuple[Any, str | None, str]] = {
@@ -66,7 +200,19 @@ WRONG: dict[str, tuple[Any, str | None, str]] = {
     ),
     "another table": ({"model": STATE}, "ema", r"weights_key='ema': .* has only model"),
     "a table of a single one": (STATE, "model", r"is a single table of tensors; omit it"),
+    "a name twice": (
+        STATE | {"module.fc.bias": torch.ones(4)},
+        None,
+        r"holds fc\.bias twice, also as module",
+    ),
+    "two encoders": (
+        prefixed("encoder_q.") | prefixed("encoder_k."),
+        None,
+        r"the network under several names \(encoder_q, encoder_k\)",
+    ),
+    "an array of another size": ({"x": np.zeros(3), "net": without("fc.bias")}, None, r"fc\.bias is missing"),
     "no table": ({"epoch": 3}, None, r"holds no table of tensors"),
+    "a missing tensor behind a prefix": (prefixed("a.") | {"b": STATE["fc.bias"]}, "c", r"weights_key='c'"),
     "a missing tensor": (without("fc.bias"), None, r"fc\.bias is missing; \d+ of \d+ tensors fit"),
     "an unknown tensor": (STATE | {"head.bias": torch.ones(1)}, None, r"the network has no head\.bias"),
     "another shape": (STATE | {"fc.bias": torch.ones(7)}, None, r"fc\.bias is \(7,\) in the file and \(4,\)"),
@@ -88,7 +234,10 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
         ("no_such_module:build", (), r"cannot be imported \(ModuleNotFoundError"),
         ("torch.nn:NoSuch", (), r"cannot be imported \(AttributeError"),
         ("torch.nn.functional:__name__", (), r"is a str, not a function or a class"),
-        (f"{MODULE}:Small", ("width=3",), r"cannot be built \(TypeError"),
+        (f"{MODULE}:Small", ("width=3",), r"Small has no option width; it has aux"),
+        (f"{MODULE}:Small", ("aux=off",), r"write True, False or None, or aux=\"'off'\" for a text"),
+        (f"{MODULE}:Small", ("aux=sharp",), r"aux='sharp' is text, but its default is True"),
+        (f"{MODULE}:Keeps", ("x=null",), r"write True, False or None"),
         ("builtins:dict", (), r"returned a dict, not a torch\.nn\.Module"),
         (f"{MODULE}:Small", ("aux",), r"^aux: write key=value"),
     ],
@@ -100,10 +249,56 @@ def test_a_builder_that_cannot_be_used_is_one_line(
         network_builder("network", import_path, settings)()
 
 
-def test_options_of_a_builder_are_toml_values_or_text() -> None:
-    settings = ("aux=false", "depth=18", "widths=[8, 16]", "act=relu")
+def test_options_of_a_builder_are_python_literals_or_text() -> None:
+    settings = (
+        "aux=false",
+        "sharpen=False",
+        "depth=18",
+        "widths=(8, 16)",
+        "act=relu",
+        "norm='none'",
+        "k=None",
+    )
     built = network_builder("network", f"{MODULE}:Keeps", settings)()
-    assert vars(built)["options"] == {"aux": False, "depth": 18, "widths": [8, 16], "act": "relu"}
+    expected = {"aux": False, "sharpen": False, "depth": 18, "widths": (8, 16), "act": "relu", "norm": "none"}
+    assert vars(built)["options"] == {**expected, "k": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("imagenet", Preprocess()),
+        ("imagenet:32", Preprocess(resize=36, crop=32)),
+        ("timm", Preprocess(interpolation="bicubic")),
+        ("timm:384", Preprocess(resize=438, crop=384, interpolation="bicubic")),
+        ("none:8", Preprocess(resize=9, crop=8, mean=(0, 0, 0), std=(1, 1, 1))),
+    ],
+)
+def test_a_convention_of_preprocessing_has_a_name(text: str, expected: Preprocess) -> None:
+    assert read_preprocess(text) == expected
+
+
+def test_the_convention_of_clip_is_that_of_its_first_release() -> None:
+    rules = read_preprocess("clip")
+    assert (rules.resize, rules.crop, rules.interpolation) == (224, 224, "bicubic")
+    assert rules.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
+
+
+@pytest.mark.parametrize("text", ["imagenet:", "imagenet:big", "imagenet:0", "imagenet:99999", "imagenett"])
+def test_a_convention_that_does_not_exist_is_one_line(text: str) -> None:
+    with pytest.raises(ConfigError):
+        read_preprocess(text)
+
+
+def test_json_is_json_whatever_the_code_of_a_network_prints(tmp_path: Path, capfd: Any) -> None:
+    torch.save(STATE, tmp_path / "w.pth")
+    arguments = ["--network", f"{MODULE}:talking", "--preprocess", "imagenet:12", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        app(["inspect", str(tmp_path / "w.pth"), *arguments])
+    printed = capfd.readouterr()
+    assert not ended.value.code
+    assert json.loads(printed.out)["unused"] == ["aux"]
+    assert {"from Python", "from a program"} <= {*printed.err.splitlines()}
 
 
 PUBLISHED: dict[str, tuple[Any, Preprocess]] = {
@@ -209,7 +404,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_class_name(tmp_path: Path, na
     ("arguments", "message"),
     [
         (("--labels", "names.txt"), "--labels: only for a network of your own; try --network"),
-        (("--network", f"{MODULE}:Small"), "--labels: missing"),
+        (("--network", f"{MODULE}:Small"), "--preprocess: missing; give imagenet, timm, clip, none"),
     ],
 )
 def test_options_that_do_not_fit_together_are_one_line(

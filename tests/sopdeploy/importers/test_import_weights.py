@@ -17,9 +17,10 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.files import check_is_weights
 from sopdeploy.importers import pytorch_projects
 from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.importers.import_weights import convert_weights
+from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.models.registry import create_model
 from tests.sopdeploy.importers.released import (
     SHORT,
@@ -169,6 +170,14 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, A
     torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / "a.th")
     with pytest.raises(WeightsError, match=message):
         imported(tmp_path / "a.th", "resnet8")
+
+
+@pytest.mark.parametrize("wrapper", ["module.fc.bias", "fc.module.bias", "_orig_mod.fc.bias"])
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path, wrapper: str) -> None:
+    state = torchvision_resnet18().state_dict()
+    torch.save({**state, wrapper: state["fc.bias"] + 1}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"holds fc\.bias twice"):
+        open_weights(check_is_weights(tmp_path / "w.pth"))
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, messag
 
 def test_a_table_without_end_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "MAX_TABLE_BYTES", len(GOOD) - 1)
-    with pytest.raises(DataError, match=r"labels\.csv: larger than \d+ bytes"):
+    with pytest.raises(DataError, match=r"labels\.csv: cannot be read \(larger than \d+ bytes, the limit\)"):
         open_folder(write(folder, GOOD))
 
 

@@ -1,5 +1,7 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
+import builtins
+import io
 import json
 import shlex
 import shutil
@@ -639,18 +641,19 @@ NETWORKS = {"a network that is named": ("model.name=timm:test_efficientnet",), "
 def test_a_weight_file_is_checked_once_and_read_once(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    weights, opened = tmp_path / "test_efficientnet.pth", list[Path]()
+    weights, opened = tmp_path / "test_efficientnet.pth", list[str]()
     torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
-    open_file = Path.open
+    open_file = io.open  # of `open` and of `Path.open`
 
-    def record(path: Path, *options: Any, **more: Any) -> Any:
-        opened.append(path)
+    def record(path: Any, *options: Any, **more: Any) -> Any:
+        opened.append(str(path))
         return open_file(path, *options, **more)
 
-    monkeypatch.setattr(Path, "open", record)
+    monkeypatch.setattr(io, "open", record)
+    monkeypatch.setattr(builtins, "open", record)
     settings = [*NETWORKS[case], "preprocess.resize=32", "preprocess.crop=32"]
     train(paint(tmp_path / "photos", 6), out=tmp_path / "run", weights=weights, set=settings)
-    assert opened.count(weights) == 2  # its first bytes before torch is imported, then the whole file
+    assert opened.count(str(weights)) == 2  # its first bytes before torch is imported, then the whole file
 
 
 def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path:

@@ -1,0 +1,132 @@
+"""Evaluate parts of a program that no image reaches once, where their values decide the sizes of others.
+
+These are for example the positions of the upper triangle, `ones.triu().nonzero()`, and x[:, mask] with a
+constant mask. ONNX has no fixed size for them. Only the program that is converted changes, not the one that
+the certificate is about.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.utils._pytree import tree_map_only
+
+INDEX = torch.ops.aten.index.Tensor
+PREFIX = "constant"  # of the names of evaluated tensors
+
+
+def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
+    """Return *program* with such parts evaluated; *program* itself, unchanged, if it has none.
+
+    Its results are the same for all images, because the values that are evaluated depend on none.
+    """
+    if not any(_has_size_of_values(node) for node in _constant_nodes(program)) and not _masked(program):
+        return program
+    program = program.run_decompositions({})  # a copy
+    constant, values = _constant_nodes(program), dict[fx.Node, Any]()
+    stored = {**program.state_dict, **program.constants}
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+
+    def evaluate(node: fx.Node) -> Any:
+        """Compute the value of a constant node; its operands come before it."""
+        if node not in values:
+            if node.op == "placeholder":
+                values[node] = stored[str(specs[node.name].target)]
+            else:
+                args, kwargs = tree_map_only(fx.Node, evaluate, (node.args, node.kwargs))
+                function: Any = node.target
+                values[node] = function(*args, **kwargs)
+        return values[node]
+
+    sized: set[fx.Node] = set()  # constant nodes behind one whose values decide sizes
+    for node in program.graph.nodes:
+        is_behind = not sized.isdisjoint(node.all_input_nodes)
+        if node in constant and (is_behind or _has_size_of_values(node)):
+            sized.add(node)
+    with torch.no_grad():
+        masked = _masked(program)
+        for node in list(program.graph.nodes):
+            if node in sized and node.op == "call_function":
+                _replace(program, node, evaluate(node), constant)
+            elif node in masked:
+                x, indices = node.args
+                chosen: list[Any] = []
+                for index in indices:
+                    is_mask = _is_mask(index) and index in constant
+                    found = evaluate(index).nonzero(as_tuple=True) if is_mask else ()
+                    chosen += [_add(program, positions) for positions in found] if is_mask else [index]
+                node.args = (x, chosen)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program.run_decompositions({})  # computes all sizes again
+
+
+def _constant_nodes(program: ExportedProgram) -> set[fx.Node]:
+    """Find the nodes that depend on no image and on no random number."""
+    images, found = set(program.graph_signature.user_inputs), set[fx.Node]()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            is_constant = node.name not in images
+        else:
+            is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            is_constant = (
+                node.op == "call_function" and not is_random and found.issuperset(node.all_input_nodes)
+            )
+        if is_constant:
+            found.add(node)
+    return found
+
+
+def _has_size_of_values(node: fx.Node) -> bool:
+    """Return whether values decide the size of the result of *node*, as those of `nonzero` or of a mask."""
+    by_values = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+    by_values |= node.target == torch.ops.aten.nonzero_numpy.default  # which has no such tag
+    indices: Any = node.args[1] if node.target == INDEX else ()
+    return by_values and (node.target != INDEX or any(map(_is_mask, indices)))
+
+
+def _is_mask(index: fx.Node | None) -> bool:
+    return index is not None and index.meta["val"].dtype == torch.bool
+
+
+def _masked(program: ExportedProgram) -> set[fx.Node]:
+    """Find the nodes that choose elements by constant masks."""
+    constant = _constant_nodes(program)
+    return {
+        node
+        for node in program.graph.find_nodes(op="call_function", target=INDEX)
+        if node not in constant and any(_is_mask(index) and index in constant for index in node.args[1])
+    }
+
+
+def _replace(program: ExportedProgram, node: fx.Node, value: Any, constant: set[fx.Node]) -> None:
+    """Give the users of *node* that depend on images its *value*; remove checks of it."""
+    users = [user for user in node.users if user not in constant]
+    if users and isinstance(value, Tensor):
+        added = _add(program, value)
+        for user in users:
+            user.replace_input_with(node, added)
+    elif users:  # a number, such as a size
+        for user in users:
+            user.args, user.kwargs = tree_map_only(
+                fx.Node, lambda given: value if given is node else given, (user.args, user.kwargs)
+            )
+    elif node.is_impure():
+        program.graph.erase_node(node)
+
+
+def _add(program: ExportedProgram, value: Tensor) -> fx.Node:
+    """Add the constant *value* to the inputs of *program*; return its node."""
+    value = value.detach().clone()
+    first = next(iter(program.graph.nodes))
+    target = f"{PREFIX}_{len(program.constants)}"
+    with program.graph.inserting_before(first):
+        node = program.graph.placeholder(target)
+    fake_mode = first.meta["val"].fake_mode
+    node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
+    spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=node.name), target)
+    program.graph_signature.input_specs.insert(0, spec)
+    program.constants[target] = value
+    return node

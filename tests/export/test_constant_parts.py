@@ -1,0 +1,72 @@
+"""Parts that no image reaches are evaluated once; those that an image reaches are refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.user_network.export_network import export_network
+
+DIM = 96  # from 91 on, the converter's optimizer leaves a constant of this size as it is
+TRIANGLE = DIM * (DIM + 1) // 2
+
+
+def upper() -> Tensor:
+    return torch.ones(DIM, DIM).triu()
+
+
+class Pooled(nn.Module):
+    """A covariance of which `choose` takes the triangle."""
+
+    def __init__(self, choose: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(3, DIM, 4, stride=4), nn.Linear(TRIANGLE, 3)
+        self.register_buffer("mask", upper() > 0)
+        self.choose = choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x).flatten(2)
+        logits: Tensor = self.fc(self.choose(self, maps @ maps.transpose(1, 2)))
+        return logits
+
+
+FORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "nonzero": lambda _, x: x.flatten(1)[:, upper().reshape(-1).nonzero()].flatten(1),
+    "nonzero as a tuple": lambda _, x: x[:, *upper().nonzero(as_tuple=True)],
+    "a mask of all positions": lambda _, x: x.flatten(1)[:, upper().reshape(-1) > 0],
+    "a mask of rows and columns": lambda _, x: x[:, upper() > 0],
+    "a mask in a buffer": lambda network, x: x[:, network.mask],
+}
+
+
+def export(choose: Callable[[Any, Tensor], Tensor], folder: Path) -> Any:
+    rules = Preprocess(resize=8, crop=8)
+    return export_network(
+        Pooled(choose), labels=["a", "b", "c"], preprocess=rules, destination=folder, name="x"
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_constant_choice_of_elements_is_exported(form: str, tmp_path: Path) -> None:
+    assert export(FORMS[form], tmp_path).parity.passed
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda _, x: x.flatten(1)[:, x.flatten(1)[0].nonzero()[:TRIANGLE, 0]],
+        lambda _, x: x.flatten(1)[:, (x.flatten(1)[0] > -9).nonzero()[:TRIANGLE, 0]],
+        lambda _, x: x[:, (x[0] > 0) | (upper() > 0)][:, :TRIANGLE],
+    ],
+)
+def test_a_choice_by_values_of_images_is_refused(
+    choose: Callable[[Any, Tensor], Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(LoweringError):
+        export(choose, tmp_path)

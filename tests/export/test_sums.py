@@ -1,0 +1,99 @@
+"""Fourier transforms, norms and squeezed axes: exact forms, and graphs without operators that GPUs lack."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export import sums
+from sopdeploy_export.user_network.export_network import export_network
+
+SHAPES = [((2, 12), (-1,)), ((2, 7), (-1,)), ((2, 6, 9), (1, 2)), ((2, 600, 5), (1,)), ((1, 8192), (1,))]
+
+
+def complex_values(shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, dtype=torch.complex64, generator=generator)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("shape", "dim"), SHAPES)
+def test_transforms_are_those_of_torch(shape: tuple[int, ...], dim: tuple[int, ...]) -> None:
+    values = complex_values(shape)
+    real, half = values.real.contiguous(), torch.fft.rfftn(values.real, dim=dim)
+    sizes = [shape[axis] for axis in dim]
+    assert_close(sums.transform_real(real, dim=dim, onesided=True), half)
+    assert_close(sums.transform_real(real, dim=dim, onesided=False), torch.fft.fftn(real, dim=dim))
+    assert_close(sums.transform_complex(values, dim=dim, forward=True), torch.fft.fftn(values, dim=dim))
+    backward = torch.fft.ifftn(values, dim=dim, norm="forward")
+    assert_close(sums.transform_complex(values, dim=dim, forward=False), backward)
+    half = complex_values(tuple(half.shape))
+    expected = torch.fft.irfftn(half, s=sizes, dim=dim, norm="forward")
+    assert_close(sums.transform_to_real(half, dim=dim, last_dim_size=sizes[-1]), expected)
+
+
+@pytest.mark.parametrize("dim", [(1,), (1, 2), (-1, -2), (0, 2), None])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_a_norm_of_many_values_is_that_of_torch(dim: tuple[int, ...] | None, *, keepdim: bool) -> None:
+    values = complex_values((3, 300, 301)).real
+    expected = torch.linalg.vector_norm(values.double(), 2, dim, keepdim).float()
+    assert_close(sums.norm(values, 2, dim, keepdim), expected)
+
+
+def sketch(x: Tensor) -> Tensor:
+    first, second = torch.fft.fft(x), torch.fft.fft(x.roll(3, 1))
+    return torch.fft.ifft(first * second).real
+
+
+def global_filter(x: Tensor) -> Tensor:
+    maps = torch.fft.rfft2(x.view(-1, 4, 4, 4), norm="ortho")
+    return torch.fft.irfft2(maps * torch.tensor([1.0, 0.5, 0.25]), s=(4, 4), norm="ortho").flatten(1)
+
+
+def bilinear(x: Tensor) -> Tensor:
+    pairs = x[:, :, None] * x[:, None]
+    return F.normalize((pairs.flatten(1).relu() + 1e-5).sqrt())[:, :64]
+
+
+HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "compact bilinear pooling": sketch,
+    "a global filter": global_filter,
+    "the norm of a bilinear vector": bilinear,
+    "an axis of 64 that is not squeezed": lambda x: x.squeeze(1),
+    "an axis that is squeezed among others": lambda x: x[:, None].squeeze((1, 2)),
+}
+
+
+class WithHead(nn.Module):
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head, self.fc = nn.Conv2d(3, 4, 2, stride=2), head, nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(HEADS[self.head](self.conv(x).flatten(1)))
+        return logits
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_file_computes_it_without_operators_that_a_gpu_lacks(head: str, tmp_path: Path) -> None:
+    exported = export_network(
+        WithHead(head),
+        labels=["a", "b", "c"],
+        preprocess=Preprocess(resize=8, crop=8),
+        destination=tmp_path,
+        name="x",
+    )
+    operators = {node.op_type for node in onnx.load(exported.path / "model.onnx").graph.node}
+    assert not operators & {"DFT", "ReduceL2", "If", "Loop"}
+    output = exported.parity.outputs["logits"]
+    assert output.largest_drift <= output.tolerance / 4
