@@ -93,7 +93,7 @@ def test_the_export_detaches_with_proof_and_says_nothing_of_its_machine(home: Pa
     assert (manifest.project, manifest.model) == ("photos", "dsop-resnet8")
     assert (exported["detached"], exported["num_tensors_removed"] > 0) == (["branches"], True)
     assert not exported["parity"]["drift_allowed"]
-    assert {path.name for path in bundle.parent.iterdir()} == {bundle.name, "latest"}
+    assert {path.name for path in bundle.parent.iterdir()} == {bundle.name, f"{bundle.name}.html", "latest"}
     assert json.loads((bundle / "labels.json").read_bytes()) == sorted(COLOURS)
     told = {str(home), home.name, str(Path.home()) + "/", "photos/", "runs/", os.getcwd(), sys.prefix}  # noqa: PTH109
     for path in bundle.iterdir():

@@ -39,7 +39,7 @@ from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
-from sopdeploy_service.server.process import load_app
+from sopdeploy_service.server.process import load_registry
 from sopdeploy_service.settings import Settings
 from tests.support.keys import write_key
 from tests.support.pictures import encoded
@@ -97,21 +97,18 @@ def answers(bundle: Bundle, run: Callable[[NDArray[np.uint8]], Any]) -> Found:
 
 
 def started(world: World, source: Path, **settings: Any) -> Found:
-    app = load_app([source], world.settings.model_copy(update=settings))
-    model = app.state.service.registry.find()
-    return answers(model.bundle, model.loaded.runtime.run)
+    model = load_registry([source], world.settings.model_copy(update=settings)).find()
+    return answers(model.bundle, model._runtime.run)
 
 
 def loaded_in_budget(world: World) -> Found:
-    registry = load_app(
-        [world.bundle], world.settings.model_copy(update={"memory_budget": 10**9})
-    ).state.service.registry
+    registry = load_registry([world.bundle], world.settings.model_copy(update={"memory_budget": 10**9}))
 
     async def run() -> Found:
         model = registry.find()
         with registry.use(model):
             loaded = await registry.wait_until_loaded(model)
-            found = answers(loaded.bundle, loaded.loaded.runtime.run)
+            found = answers(loaded.bundle, loaded._runtime.run)
         await registry.stop()
         return found
 
@@ -128,11 +125,12 @@ def reloaded(world: World, source: Path) -> Found:
         first = load_model(world.root / "first", Settings(threads=1))
         registry = ModelRegistry({"tiny": first}, world.settings)
         await registry.start()
+        before = registry.find()
         await registry.reload([source])
         model = registry.find()
-        found = answers(model.bundle, model.loaded.runtime.run)
+        found = answers(model.bundle, model._runtime.run)
         await registry.stop()
-        if model.loaded is first:
+        if model is before:
             raise BundleError("not reloaded")
         return found
 

@@ -34,6 +34,8 @@ READERS = {
     "sopdeploy/checkpoint.py: safetensors.load",  # JSON and numbers
     "sopdeploy/checkpoint.py: torch.load",  # with weights_only=True
     "plugins/papers/sopdeploy_papers/gmsop_weights.py: scipy_io.loadmat",  # numbers, text and structs
+    "sopdeploy/images/metadata.py: exif.load",  # bytes
+    "sopdeploy/data/batches.py: loader.load",  # images of a batch
     # A protocol buffer:
     "export/sopdeploy_export/operators.py: onnx.load",
 }

@@ -43,13 +43,16 @@ def test_an_invalid_setting_is_named(given, message):
         load_settings(**given)
 
 
+NO_NAME = "expected name=value with the name of a setting"
+
+
 def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
     monkeypatch.setenv("SOPDEPLOY_PORT", "tcp://10.0.0.1:80")
     with pytest.raises(ConfigError, match=r"port.*enableServiceLinks"):
         load_settings()
-    for text in ("port", "prot=1", "=1"):
-        name = re.escape(text.partition("=")[0])
-        with pytest.raises(ConfigError, match=f"{name}: expected name=value"):
+    for text, problem in (("port", "give it a value, port=VALUE"), ("prot=1", NO_NAME), ("=1", NO_NAME)):
+        name = text.partition("=")[0]
+        with pytest.raises(ConfigError, match=re.escape(f"{name}: {problem}")):
             parse_assignments([text])
 
 

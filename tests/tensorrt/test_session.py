@@ -101,7 +101,7 @@ def test_a_replaced_model_releases_its_engine(built: Bundle, cuda: FakeCuda, trt
 
         asyncio.run(serve_and_stop())
         assert held_by(cuda, trt) == (0, 0, 0, 0)
-        model.loaded.runtime.close()  # a second time
+        model._runtime.close()  # a second time
 
 
 FAILED_OPENS = {

@@ -75,7 +75,7 @@ class BudgetedRegistry(ModelRegistry):
         Raises the errors of `check_trust`, and `ConfigError` for a bundle that does not fit into the budget.
         """
         super().__init__({}, settings)
-        self._budget = settings.memory_budget or 0  # not None: see `load_app`
+        self._budget = settings.memory_budget or 0  # not None: see `load_registry`
         # The model that was used longest ago comes first.
         self._entries = OrderedDict(
             (name, self._make_entry(name, bundle)) for name, bundle in bundles.items()

@@ -334,7 +334,7 @@ def test_what_a_killed_pull_left_is_deleted_by_the_next_one_and_what_is_in_use_s
     with staging(here) as in_use:
         (in_use / "file").write_text("content")
         pull(url, here)
-        assert {path.name for path in here.iterdir()} == {bundle.name, "latest", in_use.name}
+        assert {path.name for path in here.iterdir()} == {bundle.name, "latest", in_use.parent.name}
         assert (in_use / "file").read_text() == "content"
     assert {path.name for path in here.iterdir()} == {bundle.name, "latest"}
 

@@ -75,7 +75,7 @@ def converted(exported: Exported) -> dict[str, object]:
     """Build the program of *exported* in a process of its own."""
     paths = f"{PYTHONPATH}{os.pathsep}{FOLDER}"
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
-    program = str(Path(__file__).with_name("convert_program.py"))
+    program = str(Path(__file__).parents[1] / "convert_program.py")
     command = [sys.executable, program, str(exported.path), str(checkpoint_of(exported))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
