@@ -436,7 +436,7 @@ HEADERS = {  # names of headers that the code reads, for the values of `HEADER_V
     "inference-header-content-length",
     "cookie", "accept", "x-unknown",  # these are read by libraries, or by none
 }  # fmt: skip
-# The first must be a number of at most 19 digits, or the server closes the connection; the other is an answer.
+# The first must be a number of 19 digits or less, or the server closes the connection; the other is an answer
 NOT_SENT = {"content-length", "ratelimit-limit"}
 HEADER_VALUES: dict[str, Callable[[int], bytes]] = {
     "letters": lambda size: b"a" * size,
