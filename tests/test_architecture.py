@@ -162,6 +162,13 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout of git")
+def test_no_file_of_the_project_is_ignored_which_a_wheel_would_lack() -> None:
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == []
+
+
 def test_the_ground_imports_no_other_room() -> None:
     others = PACKAGES.keys() - {"sopdeploy"}
     found = {name(path): imports_of(path) & others for path in sorted(PACKAGES["sopdeploy"].rglob("*.py"))}
