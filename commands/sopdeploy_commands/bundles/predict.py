@@ -146,7 +146,8 @@ def predict(
 
     Args:
         bundle: A bundle written by `sopdeploy export`.
-        images: Image files, and folders of them; in Python also PIL images, and uint8 arrays (H, W), (H, W, 3 or 4), (N, H, W, 3).
+        images: Image files, and folders of them; in Python also PIL images, and uint8 arrays (H, W),
+            (H, W, 3 or 4), (N, H, W, 3).
         top_k: Classes per image.
         explain: Also find the parts of the image on which its first class depends; takes 50 times as long.
         **settings: Settings of the server that apply to predictions, for example `threads=1`.

@@ -20,16 +20,16 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import sign
-from sopdeploy_commands.app import app
 from sopdeploy.decision import Decision
 from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.http_api import ClassProbability
+from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles import bench as timing
 from sopdeploy_commands.bundles import scores as evaluate
 from sopdeploy_commands.bundles.bench import batch_sizes
-from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.bundles.predict import FilePrediction, _print_prediction, predict
+from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import load_model
@@ -308,7 +308,11 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
 
 @pytest.mark.parametrize(
     ("known", "end"),
-    [(None, "ant 0.9000"), (True, "ant 0.9000"), (False, "looks unlike the training photographs; closest: ant 0.9000")],
+    [
+        (None, "ant 0.9000"),
+        (True, "ant 0.9000"),
+        (False, "looks unlike the training photographs; closest: ant 0.9000"),
+    ],
 )
 def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(known, end, capsys) -> None:
     classes = (ClassProbability(label="ant", probability=0.9),)

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.archive import get
 from sopdeploy.bundle.folder import open_bundle, staging
 from sopdeploy.bundle.signing import check_signature, read_signature, sign, signature_path
-from sopdeploy_commands.app import app
-from sopdeploy_commands.bundles.transfer import pull, push
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError, StorageError
 from sopdeploy.files import writing
+from sopdeploy_commands.app import app
+from sopdeploy_commands.bundles.transfer import pull, push
 from tests.support.forged import FIELDS, forge, write_hollow
 from tests.support.keys import write_key
 from tests.support.small_data import jpeg
@@ -324,7 +324,8 @@ def test_what_a_killed_pull_left_is_deleted_by_the_next_one_and_what_is_in_use_s
 ) -> None:
     url, here = push(bundle, str(tmp_path / "store")).url, tmp_path / "here"
     kill = (
-        "import os, signal, sys; from pathlib import Path; from sopdeploy_commands.bundles.transfer import pull; "
+        "import os, signal, sys; from pathlib import Path; "
+        "from sopdeploy_commands.bundles.transfer import pull; "
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL); pull(sys.argv[1], Path(sys.argv[2]))"
     )
     for _ in range(2):
