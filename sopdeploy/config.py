@@ -39,9 +39,8 @@ def parse_json(raw: bytes | str) -> Any:
     Raises `ValueError`, also for NaN and infinity, and for more than `MAX_JSON_PARTS` values and lists.
     """
     document = raw.encode() if isinstance(raw, str) else raw
-    if (
-        sum(map(document.count, (b",", b"[", b"{"))) > MAX_JSON_PARTS
-    ):  # of 2 bytes each, they take 100 or more in memory
+    num_parts = sum(map(document.count, (b",", b"[", b"{")))  # of 2 bytes, each takes 100 or more in memory
+    if num_parts > MAX_JSON_PARTS:
         raise ValueError("not JSON: has too many lists, objects and values")
     try:
         return pydantic_core.from_json(document, allow_inf_nan=False, cache_strings="keys")

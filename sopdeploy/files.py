@@ -270,11 +270,9 @@ _OF_OTHERS = {  # what files of other programs are, by suffix, and what to give 
     (".h5", ".hdf5", ".keras", ".pb", ".tflite"): (
         "a network of Keras or TensorFlow, which cannot be read; copy its weights into a PyTorch network"
     ),
-    (
-        ".onnx",
-        ".engine",
-        ".plan",
-    ): "a finished graph without the network to compare it with; give its checkpoint",
+    (".onnx", ".engine", ".plan"): (
+        "a finished graph without the network to compare it with; give its checkpoint"
+    ),
     (".py",): "code, not weights; give the weight file, and name the network as module:callable",
     (".pth", ".ckpt", ".bin", ".safetensors"): (
         "no checkpoint of `sopdeploy train`; for weights of a network of your own, name the network, too"

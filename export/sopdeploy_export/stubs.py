@@ -26,10 +26,8 @@ from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.models.base import is_in
 from sopdeploy_export.state import VALUES, modules
 
-SIZES = (
-    2,
-    3,
-)  # of the batches that show how sizes depend on the batch; a batch of one is recorded for itself
+# Of the batches that show how sizes depend on the batch; a batch of one is recorded for itself.
+SIZES = (2, 3)
 
 
 class BatchNumber(NamedTuple):

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from sopdeploy_export.results import Exported
     from sopdeploy_export.user_network.loading import LoadedWeights
 
-LABELS_FILE = "labels.txt"
+CLASS_NAMES_FILE = "labels.txt"
 EXAMPLE = (
     f"{', '.join(CONVENTIONS)}, timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json; "
     "imagenet:384 for images of 384 x 384"
@@ -207,7 +207,7 @@ def _show_unused(inspected: Inspection) -> None:
     print_field("weights", f"{inspected.num_tensors} tensors fit{ignored}")
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
-    print_field("next", f"write one class name per line to {LABELS_FILE}, then", style="dim")
+    print_field("next", f"write one class name per line to {CLASS_NAMES_FILE}, then", style="dim")
     print_field("", inspected.command, style="dim")
 
 
@@ -241,7 +241,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
 def _export_command(file: Path, options: NetworkOptions, parts: Iterable[str]) -> str:
     """Write the command that exports the network of *options* without *parts*."""
     given = [(name, value) for name, value in vars(options).items() if value not in (None, ())]
-    given += [("training_only", tuple(parts)), ("labels", LABELS_FILE)]
+    given += [("training_only", tuple(parts)), ("labels", CLASS_NAMES_FILE)]
     words = ["sopdeploy export", quote(str(file))]
     for name, value in given:
         words += [

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from sopdeploy_export.state import (
-    PythonNumbers,
-)
+from sopdeploy_export.state import PythonNumbers
 from sopdeploy_export.sums import SUMS
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default

@@ -26,7 +26,6 @@ from sopdeploy.photos.files import KEPT_NAME
 Reason = Literal["unknown", "low_margin", "sample"]
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
 MAX_KEPT_LABELS = 100  # classes of a record
-OF_CLASSES = pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS)
 
 log = logging.getLogger("sopdeploy_service.second_week.kept")
 
