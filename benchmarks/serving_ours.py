@@ -16,8 +16,8 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.app import create_app
-from sopdeploy_service.decoding.pool import DecoderProcess
 from sopdeploy_service.images.decode import Decoded
+from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server.draining_server import freeze_objects, http_config
@@ -56,7 +56,11 @@ def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedMode
 def skip_decoding() -> None:
     """Let the server return the same pixels for all images instead of decoding them."""
     image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
-    DecoderProcess.decode = lambda *_: image  # type: ignore[method-assign]
+
+    async def decode(*_: object) -> Decoded:
+        return image
+
+    Decoders.decode = decode  # type: ignore[assignment, method-assign]
 
 
 def settings_for(largest: int) -> Settings:

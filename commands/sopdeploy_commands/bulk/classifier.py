@@ -5,6 +5,7 @@ Therefore batches are fixed ranges of a part, and zeros replace an image that ca
 of an image then depend neither on interruptions nor on errors of other images.
 """
 
+import asyncio
 import hashlib
 import itertools
 from collections import deque
@@ -131,7 +132,7 @@ class BatchClassifier:
         threads = ThreadPoolExecutor(self._workers)  # each waits for one child
         waiting: deque[Future[DecodedImage]] = deque()
         with running_loop() as loop:
-            decoders.start(loop)
+            asyncio.run_coroutine_threadsafe(decoders.start(), loop).result()
             try:
                 for image in images:
                     waiting.append(threads.submit(self._decode, image, decoders))
@@ -141,7 +142,7 @@ class BatchClassifier:
                     yield waiting.popleft().result()
             finally:
                 threads.shutdown(cancel_futures=True)
-                decoders.stop()
+                asyncio.run_coroutine_threadsafe(decoders.stop(), loop).result()
 
     def _decode(self, image: ListedImage, decoders: Decoders) -> DecodedImage:
         """Read, hash and decode *image* as a server does."""

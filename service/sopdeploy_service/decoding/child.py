@@ -76,10 +76,6 @@ class ChildOptions(NamedTuple):
     sandbox: str
 
 
-class LargerImageError(Exception):
-    """Ends the decoding of an image that is too large for this child, before a pixel is decoded."""
-
-
 @functools.lru_cache(maxsize=64)
 def read_rules(text: bytes) -> Preprocess:
     """Parse the rules of a request."""

@@ -1,56 +1,90 @@
 """The server's side of decoder processes. What a child sends is not trusted: sizes are fixed or limited.
 
-An image whose child ends, takes too long or sends a wrong reply raises `DecoderEndedError`, which says why.
+The event loop sends requests and reads replies; only the start of a child needs a thread.
 """
 
+import asyncio
 import atexit
 import functools
 import json
 import logging
-import math
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.decoding import child
-from sopdeploy_service.images.decode import Decoded
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
 START_SECONDS = 60.0
-MAX_COPY_BYTES = 1 << 26
+ERROR_KINDS = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
 LOGGED_CHARACTERS = 500  # of what children write to standard error at once
+
+TIME, WRONG_REPLY, UNKNOWN, EXIT = "time", "wrong_reply", "unknown", "exit"  # and names of signals
+
+OnIdle: TypeAlias = Callable[["DecoderProcess", float], None]  # with the seconds of its last request
+OnEnd: TypeAlias = Callable[[str], None]  # is told why a child has ended
 
 log = logging.getLogger("sopdeploy.decoding")
 
 
-TIME, WRONG_REPLY, UNKNOWN, EXIT = "time", "wrong_reply", "unknown", "exit"  # and names of signals
+class Reply(NamedTuple):
+    """The answer of a child, of one of the kinds of `decoding.child`."""
 
-OnEnd: TypeAlias = Callable[[str], None]  # is told why a child has ended
+    kind: int
+    bits: int
+    data: NDArray[np.uint8]
 
 
-class DecoderEndedError(Exception):
-    """The child ended, took too long or sent a wrong reply, and has been replaced; *reason* says which.
+class Ended(NamedTuple):
+    """The child of a request has ended, took too long or sent a wrong reply, and has been replaced.
 
     *reason* is `TIME`, `WRONG_REPLY`, `EXIT`, the name of a signal, or `UNKNOWN` if its template ended, too.
     """
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.is_limit = reason in {TIME, WRONG_REPLY}  # of this program: the image is the cause
-        self.is_kill = reason in {signal.SIGKILL.name, UNKNOWN}  # of the system or a user
+    reason: str
+
+    @property
+    def is_limit(self) -> bool:
+        """Whether a limit of this program has ended the child: its image is the cause."""
+        return self.reason in {TIME, WRONG_REPLY}
+
+    @property
+    def is_kill(self) -> bool:
+        """Whether the system or a user has ended the child."""
+        return self.reason in {signal.SIGKILL.name, UNKNOWN}
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """An *image* to decode by *rules*, or to copy without them.
+
+    A reply without an error has *kind* and data of one of *sizes*. *result* gets a `Reply`, `Ended`, or the
+    reason why no child runs the request.
+    """
+
+    image: bytes = field(repr=False)
+    rules: bytes
+    kind: int
+    sizes: range
+    result: "asyncio.Future[Any]"
+
+    def settle(self, result: object) -> None:
+        """Set *result* unless nobody waits for one any more."""
+        if not self.result.done():
+            self.result.set_result(result)
 
 
 def reason_of(code: int) -> str:
@@ -191,118 +225,140 @@ def shared_template() -> Template:
     return template
 
 
-@functools.lru_cache(maxsize=64)
-def _write_rules(preprocess: Preprocess) -> bytes:
-    return preprocess.model_dump_json().encode()
+class DecoderProcess(asyncio.BufferedProtocol):
+    """One child, which is replaced when it fails; all methods are called on the event loop.
 
-
-class DecoderProcess:
-    """One child, which is replaced when it fails. Not thread-safe."""
+    It runs one request at a time, for at most *seconds*, and calls *on_idle* when it can run the next one.
+    Replies are read into `_missing`, first the header and then the data; without a request, nothing may come.
+    """
 
     def __init__(
         self,
         template: Template,
         options: child.ChildOptions,
         seconds: float,
+        on_idle: Callable[["DecoderProcess", float], None] = lambda _child, _seconds: None,
         on_end: OnEnd = lambda _reason: None,
     ) -> None:
-        """Start a child that may take *seconds* for an image; *on_end* is called when it is replaced.
+        """Describe a child; *on_end* is called when one is replaced."""
+        self._template, self._options, self._seconds = template, options, seconds
+        self._on_idle, self._on_end = on_idle, on_end
+        self.process = self._number = 0  # id of the child; number of the last request
+        self._transport: asyncio.Transport | None = None  # None: there is no child, or it has to be replaced
+        self._reason = ""  # for which the child has to be replaced, if not for its exit code
+        self._request: Request | None = None
+        self._header = memoryview(bytearray(child.REPLY.size))
+        self._data: NDArray[np.uint8] | None = None  # None: the header has not arrived
+
+    async def start(self) -> str:
+        """Start a child; return its restrictions, or `no sandbox` and the reason.
 
         Raises `RuntimeUnavailableError` if it does not start, `ConfigError` if a required sandbox is missing.
         """
-        self._template, self._options, self._seconds, self._on_end = template, options, seconds, on_end
-        self._end: socket.socket | None = None
-        self._number = self.process = 0  # number of the last request; id of the child
-        self.restrictions = self._start()
+        end, restrictions = await asyncio.to_thread(self._fork)
+        self._loop = asyncio.get_running_loop()
+        await self._loop.connect_accepted_socket(lambda: self, end)
+        return restrictions
 
-    def decode(self, image: bytes, preprocess: Preprocess) -> Decoded:
-        """Decode *image* as `decode` does; also raises `LargerImageError` and `DecoderEndedError`."""
-        shape = (preprocess.crop, preprocess.crop, 3)
-        sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
-        bits, pixels = self._request(image, _write_rules(preprocess), child.PIXELS, sizes)
-        warnings = tuple(name for index, name in enumerate(child.WARNINGS) if bits & (1 << index))
-        return Decoded(np.frombuffer(pixels, np.uint8).reshape(shape), warnings)
-
-    def copy(self, image: bytes) -> tuple[bytes, str]:
-        """Copy *image* as `copy_without_metadata` does; raises what `decode` raises."""
-        is_png, copy = self._request(image, b"", child.COPY, sizes=range(MAX_COPY_BYTES + 1))
-        return copy, ".png" if is_png else ".jpg"
-
-    def _request(self, image: bytes, rules: bytes, expected: int, sizes: range) -> tuple[int, bytes]:
-        """Send *image* and *rules* to the child; return the bits and the data of its reply.
-
-        That reply has the kind *expected* and one of *sizes* bytes of data. Raises what `decode` raises.
-        """
-        end = self._idle_end()
-        self._number += 1
-        header = child.REQUEST.pack(self._number, len(rules), len(image))
-        deadline = time.monotonic() + self._seconds
-        try:
-            end.sendall(header + rules)
-            end.sendall(image)
-            number, kind, bits, num_bytes = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
-            error_kinds = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
-            is_known = kind in {expected, child.LARGER, *error_kinds}
-            valid_sizes = sizes if kind == expected else range(child.MAX_MESSAGE + 1)
-            if number != self._number or not is_known or num_bytes not in valid_sizes:
-                raise DecoderEndedError(self._replace(WRONG_REPLY))
-            data = child.receive(end, num_bytes, deadline)
-        except (BlockingIOError, TimeoutError) as error:  # BlockingIOError: after the timeout of the socket
-            raise DecoderEndedError(self._replace(TIME)) from error
-        except OSError as error:
-            raise DecoderEndedError(self._replace()) from error
-        if kind == expected:
-            return bits, data
-        if kind == child.LARGER:
-            raise child.LargerImageError
-        code, status = child.ERRORS[kind - child.FIRST_ERROR]
-        raise ImageError(data.decode(errors="replace"), code=code, status=status)
-
-    def close(self) -> None:
-        """End the child."""
-        if self._end is not None:
-            self._end.close()
-            self._end = None
-
-    def _idle_end(self) -> socket.socket:
-        """Return the socket; first replace a child that has ended or sent more than its replies."""
-        reason = ""
-        if self._end is not None:
-            try:
-                if self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):  # nothing: it has ended
-                    reason = WRONG_REPLY
-            except BlockingIOError:  # nothing to read: the child waits for a request
-                return self._end
-            except OSError:  # the child has ended
-                pass
-        reason = self._replace(reason)
-        if self._end is None:
-            raise DecoderEndedError(reason)
-        return self._end
-
-    def _replace(self, reason: str = "") -> str:
-        """Start another child for one that has ended for *reason*, by default that of its exit code."""
-        if self._end is None:  # the child was not replaced the last time
-            reason = UNKNOWN
+    def run(self, request: Request) -> None:
+        """Run *request*; if the child has ended, start another one first."""
+        self._request, self._started = request, time.monotonic()
+        if self._transport is None:
+            self._replacing = self._loop.create_task(self._replace(sends=True))
         else:
-            self.close()
-            code = self._template.end(self.process)
-            reason = reason or reason_of(code)
+            self._send(self._transport, request)
+
+    def close(self, reason: object) -> None:
+        """End the child; a request that it runs gets *reason*."""
+        if self._request is not None:
+            self._request.settle(reason)
+        self._request = None
+        self._lose("")
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Use the new child."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._data, self._missing = None, self._header
+
+    def _send(self, transport: asyncio.Transport, request: Request) -> None:
+        self._number += 1
+        header = child.REQUEST.pack(self._number, len(request.rules), len(request.image))
+        transport.write(header + request.rules)
+        transport.write(request.image)
+        self._timer = self._loop.call_later(self._seconds, self._lose, TIME)
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        """Return the memory for what arrives."""
+        return self._missing
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Check a header that is complete; pass on a reply that is complete."""
+        request = self._request
+        if request is None:
+            self._lose(WRONG_REPLY)
+            return
+        self._missing = self._missing[nbytes:]
+        if self._missing:
+            return
+        number, kind, bits, size = child.REPLY.unpack(self._header)
+        if self._data is None:
+            is_known = kind in {request.kind, child.LARGER} or kind in ERROR_KINDS
+            sizes = request.sizes if kind == request.kind else range(child.MAX_MESSAGE + 1)
+            if number != self._number or not is_known or size not in sizes:
+                self._lose(WRONG_REPLY)
+                return
+            self._data = np.empty(size, np.uint8)
+            self._missing = self._data.data
+            if size:
+                return
+        request.settle(Reply(kind, bits, self._data))
+        self._data, self._missing = None, self._header
+        self._timer.cancel()
+        self._become_idle()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Note that the child has ended."""
+        self._lose("")
+
+    def _lose(self, reason: str) -> None:
+        """End the child for *reason*, unless it has ended; a request that it runs fails."""
+        if self._transport is not None:
+            transport, self._transport, self._reason = self._transport, None, reason
+            transport.abort()
+            if self._request is not None:  # otherwise, the next request replaces the child
+                self._timer.cancel()
+                self._replacing = self._loop.create_task(self._replace(sends=False))
+
+    async def _replace(self, *, sends: bool) -> None:
+        """Start another child, which gets the request if this one *sends* it; otherwise the request fails."""
+        reason = UNKNOWN  # of a child that was not replaced the last time
+        if self.process:
+            code = await asyncio.to_thread(self._template.end, self.process)
+            reason, self.process = self._reason or reason_of(code), 0
             self._on_end(reason)
         try:
-            self._start()
+            await self.start()
         except (ConfigError, RuntimeUnavailableError) as error:  # the next image tries again
             log.error("a decoder process is not replaced: %s", error)
-        return reason
+        request = self._request
+        if request is None:  # closed
+            self._lose("")
+        elif sends and self._transport is not None:
+            self._send(self._transport, request)
+        else:
+            request.settle(Ended(reason))
+            self._become_idle()
 
-    def _start(self) -> str:
-        """Fork a child, whose id is `process`; return its restrictions, or `no sandbox` and the reason."""
-        end, self.process = self._template.fork(self._options)
+    def _become_idle(self) -> None:
+        self._request = None
+        self._on_idle(self, time.monotonic() - self._started)
+
+    def _fork(self) -> tuple[socket.socket, str]:
+        """Fork a child, whose id is `process`; return the socket to it and its restrictions."""
+        end, process = self._template.fork(self._options)
         with ExitStack() as stack:
             stack.callback(end.close)  # unless everything below succeeds
-            limit = struct.pack("@ll", int(self._seconds), int((self._seconds % 1) * 1e6))  # struct timeval
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            end.settimeout(START_SECONDS)
             try:
                 deadline = time.monotonic() + START_SECONDS
                 _, kind, _, size = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
@@ -313,5 +369,6 @@ class DecoderProcess:
             if kind != child.READY and self._options.sandbox == "required":
                 raise ConfigError(f"sandbox=required: {text}; set sandbox=auto")
             stack.pop_all()
-        self._end = end
-        return text if kind == child.READY else f"no sandbox ({text})"
+        end.setblocking(False)
+        self.process = process
+        return end, text if kind == child.READY else f"no sandbox ({text})"

@@ -1,8 +1,8 @@
 """Decode images in child processes: children for light images, and others for large ones.
 
-A thread per child sends it an image and waits. Light children are small and have normal priority; an image
-that is too large or takes too long for them is tried again by a child for large images, which has more memory
-and low priority. So light images pass large ones, and the memory of all children is limited.
+Light children are small and have normal priority; an image that is too large or takes too long for them is
+tried again by a child for large images, which has more memory and low priority. So light images pass large
+ones, and the memory of all children is limited.
 
 A child can also end without any fault of its image, as when the system runs out of memory. An image whose
 child ends by another cause than its own limits is therefore decoded once more, by a child for large images.
@@ -13,26 +13,26 @@ group with most of them loses its last one.
 """
 
 import asyncio
+import functools
 import logging
 import math
 import os
 import signal
-import threading
-import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from collections.abc import Coroutine
 from contextlib import suppress
-from functools import partial
-from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions, LargerImageError
+from sopdeploy_service.decoding import child
+from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions
 from sopdeploy_service.decoding.pool import (
     TIME,
-    DecoderEndedError,
     DecoderProcess,
+    Ended,
+    Reply,
+    Request,
     is_stopped,
     shared_template,
 )
@@ -43,6 +43,8 @@ from sopdeploy_service.inference.results import (
     DECODER_CRASHED,
     DECODER_KILLED,
     DECODERS_BUSY,
+    DRAINING,
+    HttpError,
     RejectedError,
 )
 from sopdeploy_service.observability.metrics import Metrics
@@ -57,14 +59,13 @@ LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are sever
 NICENESS = 10  # of children for large images
 USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
+MAX_COPY_BYTES = 1 << 26
 MAX_WAITING_LARGE = 8  # large images; for one more, one of the largest group gets 503
 WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped at both is ended
 
 log = logging.getLogger("sopdeploy.service")
 
 _Result = TypeVar("_Result")
-Job: TypeAlias = Callable[[DecoderProcess], None]  # is called on the thread of a child
-Refuse: TypeAlias = Callable[[], None]
 
 
 class Plan(NamedTuple):
@@ -109,82 +110,110 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     return Plan(light, large, large_memory)
 
 
-class SharedQueue:
-    """Jobs in the order of arrival within each group; the groups take turns. Thread-safe.
+class SharedChildren:
+    """Children of a kind, which clients share: those that are idle, or the requests that wait for one.
 
-    A group is a client, and whether its images are slow ones; that of the server's own jobs is None.
+    Requests run in the order of arrival within each group; the groups take turns. A group is a client, and
+    whether its images are slow ones; that of light images and of the server's own requests is None.
     """
 
-    def __init__(self) -> None:
-        self._groups: OrderedDict[tuple[str, bool] | None, deque[tuple[Job | None, Refuse]]] = OrderedDict()
-        self._changed = threading.Condition()
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.idle: list[DecoderProcess] = []
+        self._groups: OrderedDict[tuple[str, bool] | None, deque[Request]] = OrderedDict()
 
-    def put(
-        self, job: Job | None, group: tuple[str, bool] | None = None, refuse: Refuse = lambda: None
-    ) -> None:
-        """Add *job* to *group*; if `MAX_WAITING_LARGE` wait, refuse it or the last one of a larger group.
+    def put(self, request: Request, group: tuple[str, bool] | None) -> None:
+        """Let an idle child run *request* of *group*, or let it wait.
 
-        *refuse* is called if *job* will not run. The server's own jobs are never refused.
+        If `MAX_WAITING_LARGE` requests wait, refuse it or the last one of a larger group. Those of the group
+        None are never refused.
         """
-        with self._changed:
-            if group is not None and sum(map(len, self._groups.values())) >= MAX_WAITING_LARGE:
-                sizes = {one: len(jobs) for one, jobs in self._groups.items() if one is not None}
-                largest = max(sizes, key=lambda one: sizes[one], default=group)
-                if sizes.get(largest, 0) <= sizes.get(group, 0) + 1:
-                    refuse()
-                    return
-                _, refuse_last = self._groups[largest].pop()
-                refuse_last()
-            self._groups.setdefault(group, deque()).append((job, refuse))
-            self._changed.notify()
+        if self.idle:
+            self.idle.pop().run(request)
+            return
+        if group is not None and sum(map(len, self._groups.values())) >= MAX_WAITING_LARGE:
+            sizes = {one: len(requests) for one, requests in self._groups.items() if one is not None}
+            largest = max(sizes, key=lambda one: sizes[one], default=group)
+            if sizes.get(largest, 0) <= sizes.get(group, 0) + 1:
+                request.settle(DECODERS_BUSY)
+                return
+            self._groups[largest].pop().settle(DECODERS_BUSY)
+        self._groups.setdefault(group, deque()).append(request)
 
-    def get(self) -> Job | None:
-        """Wait for a job; return the first one of the group whose turn it is."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._groups)
+    def serve(self, child: DecoderProcess, seconds: float = 0.0) -> None:
+        """Let *child*, idle after *seconds* of work, run the first request of the group whose turn it is."""
+        self._metrics.decode_seconds.inc(seconds)
+        while self._groups:
             group, waiting = self._groups.popitem(last=False)
-            job, _ = waiting.popleft()
+            request = waiting.popleft()
             if waiting:
                 self._groups[group] = waiting  # after all others
-            return job
+            if not request.result.done():  # somebody still waits for it
+                child.run(request)
+                return
+        self.idle.append(child)
 
 
 class Decoders:
-    """Decodes images, from `start` to `stop`."""
+    """Decodes images, from `start` to `stop`, which are called on the event loop."""
 
     def __init__(self, max_children: int, settings: Settings, metrics: Metrics) -> None:
         """Decode light images in up to *max_children* children."""
         self._max_children, self._settings, self._metrics = max_children, settings, metrics
-        self.light: SimpleQueue[Job | None] = SimpleQueue()
-        self.large = SharedQueue()
+        self.light, self.large = SharedChildren(metrics), SharedChildren(metrics)
         self.budget: int | None = None  # bytes of memory of the children; None: what this process may use
-        self._plan = Plan(light=0, large=0, large_memory=0)  # no children before `start`
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
-        self._ending = threading.Event()
+        self._children: list[DecoderProcess] = []
+        self._watching: asyncio.Task[None] | None = None
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start children and threads, for calls on *loop*; raises the errors of `DecoderProcess`."""
-        self._loop = loop
+    async def start(self) -> None:
+        """Start the children; raises the errors of `DecoderProcess.start`."""
+        self._loop = asyncio.get_running_loop()
         if self.budget is None:
             self.budget = decode_budget(self._settings, resident_bytes())
-        self._plan = plan = plan_children(self.budget, self._max_children, self._settings.max_pixels)
+        plan = plan_children(self.budget, self._max_children, self._settings.max_pixels)
         log.debug("decoder processes", extra=plan._asdict())
         self._metrics.decoders.set(plan.light)
         self._metrics.max_decode_bytes.set(plan.large_memory)
-        queues = [self.light] * plan.light + [self.large] * plan.large
-        children = [self._start_child(is_light=jobs is self.light) for jobs in queues]
-        if children[0].restrictions.startswith("no sandbox"):
-            log.warning("images are decoded without a sandbox: %s", children[0].restrictions)
-        for jobs, child in zip(queues, children, strict=True):
-            # daemons: a child that hangs cannot block an exit
-            threading.Thread(target=_run_jobs, args=(jobs, child), name="decoder", daemon=True).start()
-        threading.Thread(target=self._watch, args=(children,), name="decoder_watch", daemon=True).start()
+        settings = self._settings
+        large = ChildOptions(
+            memory=plan.large_memory,
+            niceness=NICENESS,
+            is_light=False,
+            cpu_seconds=0.0,  # no limit
+            max_bytes=settings.max_body_bytes,
+            max_pixels=settings.max_pixels,
+            formats=settings.formats,
+            sandbox=settings.sandbox,
+        )
+        light = large._replace(
+            memory=LIGHT_MEMORY,
+            niceness=0,
+            is_light=True,
+            cpu_seconds=LIGHT_SECONDS,
+            max_pixels=min(LIGHT_PIXELS, settings.max_pixels),
+        )
+        restrictions = ""
+        for options in [light] * plan.light + [large] * plan.large:
+            children = self.light if options.is_light else self.large
+            process = DecoderProcess(
+                shared_template(), options, settings.decode_seconds, children.serve, self._note_end
+            )
+            self._children.append(process)
+            restrictions = await process.start()
+            children.serve(process)
+        if restrictions.startswith("no sandbox"):
+            log.warning("images are decoded without a sandbox: %s", restrictions)
+        self._watching = self._loop.create_task(self._watch())
 
-    def stop(self) -> None:
-        """End the threads and their children."""
-        self._ending.set()
-        for jobs in [self.light] * self._plan.light + [self.large] * self._plan.large:
-            jobs.put(None)
+    async def stop(self) -> None:
+        """End the children; requests that they run are refused."""
+        for process in self._children:
+            process.close(DRAINING)
+        if self._watching is not None:
+            self._watching.cancel()
+            with suppress(asyncio.CancelledError):  # the connections are closed meanwhile
+                await self._watching
 
     async def decode(
         self, image: bytes, preprocess: Preprocess, deadline: float = math.inf, client: str | None = None
@@ -194,85 +223,67 @@ class Decoders:
         Raises `ImageError`, and `RejectedError` if its children end, if none is free before *deadline*, or if
         too many large images wait; those without a client, of the server itself, are never refused.
         """
-        return await self._attempt(image, lambda child: child.decode(image, preprocess), deadline, client)
+        shape = (preprocess.crop, preprocess.crop, 3)
+        sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
+        rules = _write_rules(preprocess)
+        reply = await self._attempt(image, rules, child.PIXELS, sizes, deadline, client)
+        warnings = tuple(name for index, name in enumerate(child.WARNINGS) if reply.bits & (1 << index))
+        return Decoded(reply.data.reshape(shape), warnings)
 
     async def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* without metadata, with the errors of `decode`; return the copy and its suffix."""
-        return await self._attempt(image, lambda child: child.copy(image), math.inf, None)
+        reply = await self._attempt(image, b"", child.COPY, range(MAX_COPY_BYTES + 1), math.inf, None)
+        return reply.data.tobytes(), ".png" if reply.bits else ".jpg"
 
     def wait_for(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """Wait in another thread than that of the event loop for *work*, a call of `decode` or `copy`."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _attempt(
-        self, image: bytes, request: Callable[[DecoderProcess], _Result], deadline: float, client: str | None
-    ) -> _Result:
-        """Run *request* in a light child; for a large body, or if that fails, in one for large images.
+        self, image: bytes, rules: bytes, kind: int, sizes: range, deadline: float, client: str | None
+    ) -> Reply:
+        """Run a request in a light child; for a large body, or if that fails, in one for large images.
 
         The child for large images gets it once more if it ends without the fault of the image.
         """
         is_light, is_slow = len(image) <= LIGHT_BODY, False
         num_ends = 0  # of children, without a fault of the image
         while True:
-            seconds = None if deadline == math.inf else deadline - time.monotonic()
-            group = None if client is None else (client, is_slow)
+            request = Request(image, rules, kind, sizes, self._loop.create_future())
+            late = DEADLINE if is_light else DECODERS_BUSY
+            timer = self._loop.call_at(deadline, request.settle, late) if deadline < math.inf else None
+            if is_light:
+                self.light.put(request, None)
+            else:
+                self.large.put(request, None if client is None else (client, is_slow))
             try:
-                async with asyncio.timeout(seconds):
-                    return await asyncio.wrap_future(self._submit(request, group, is_light=is_light))
-            except TimeoutError as error:
-                raise RejectedError(DEADLINE if is_light else DECODERS_BUSY) from error
-            except LargerImageError:  # raised by light children only
-                pass
-            except DecoderEndedError as error:
-                num_ends += not error.is_limit
-                if not is_light and (error.is_limit or num_ends > 1):
-                    refusal = DECODER_KILLED if error.is_kill else DECODER_CRASHED
-                    raise RejectedError(DAMAGED if error.is_limit else refusal) from error
-                is_slow = is_light and error.is_limit
+                reply = await request.result
+            finally:
+                if timer is not None:
+                    timer.cancel()
+            if isinstance(reply, HttpError):
+                raise RejectedError(reply)
+            if isinstance(reply, Ended):
+                num_ends += not reply.is_limit
+                if not is_light and (reply.is_limit or num_ends > 1):
+                    refusal = DECODER_KILLED if reply.is_kill else DECODER_CRASHED
+                    raise RejectedError(DAMAGED if reply.is_limit else refusal)
+                is_slow = is_light and reply.is_limit
+            elif reply.kind == kind:
+                return reply
+            elif reply.kind != child.LARGER:  # which only light children answer
+                code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
+                raise ImageError(reply.data.tobytes().decode(errors="replace"), code=code, status=status)
             is_light = False
 
-    def _submit(
-        self,
-        request: Callable[[DecoderProcess], _Result],
-        group: tuple[str, bool] | None,
-        *,
-        is_light: bool,
-    ) -> "Future[_Result]":
-        """Queue *request*; its future is no variable of `_attempt`, which its error would keep alive."""
-        result: Future[_Result] = Future()
-        job = partial(self._run, request, result)
-        if is_light:
-            self.light.put(job)
-        else:
-            self.large.put(job, group, partial(_refuse, result))
-        return result
-
-    def _run(
-        self, request: Callable[[DecoderProcess], _Result], result: "Future[_Result]", child: DecoderProcess
-    ) -> None:
-        """Let *child* run *request* unless nobody waits for *result* any more."""
-        if not result.set_running_or_notify_cancel():
-            return
-        started = time.monotonic()
-        try:
-            result.set_result(request(child))
-        except Exception as error:  # who waits for the result gets it
-            result.set_exception(error)
-        finally:
-            self._metrics.decode_seconds.inc(time.monotonic() - started)
-            del (
-                result
-            )  # an error has this frame in its traceback, and would keep itself and its request alive
-
-    def _watch(self, children: Sequence[DecoderProcess]) -> None:
+    async def _watch(self) -> None:
         """End processes that are stopped; their images are decoded again, and others are started."""
         template = shared_template()
         suspects: set[int] = set()  # stopped at the last look
-        while not self._ending.wait(WATCH_SECONDS):
-            processes = {
-                process for process in (template.process, *(one.process for one in children)) if process
-            }
-            stopped = {process for process in processes if is_stopped(process)}
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            processes = {one.process for one in self._children} | {template.process or 0}
+            stopped = {process for process in processes if process and is_stopped(process)}
             self.are_stopped = bool(stopped)
             for process in stopped & suspects:
                 log.warning("the decoder process %d is stopped; it is ended", process)
@@ -286,31 +297,7 @@ class Decoders:
         if reason != TIME:
             log.warning("a decoder process has ended (%s) and is replaced", reason)
 
-    def _start_child(self, *, is_light: bool) -> DecoderProcess:
-        """Start a child with the limits of the light ones or of those for large images."""
-        settings = self._settings
-        options = ChildOptions(
-            memory=LIGHT_MEMORY if is_light else self._plan.large_memory,
-            niceness=0 if is_light else NICENESS,
-            is_light=is_light,
-            cpu_seconds=LIGHT_SECONDS if is_light else 0.0,  # 0: no limit
-            max_bytes=settings.max_body_bytes,
-            max_pixels=min(LIGHT_PIXELS, settings.max_pixels) if is_light else settings.max_pixels,
-            formats=settings.formats,
-            sandbox=settings.sandbox,
-        )
-        return DecoderProcess(shared_template(), options, settings.decode_seconds, self._note_end)
 
-
-def _refuse(result: "Future[Any]") -> None:
-    """End a request that does not run, unless nobody waits for *result* any more."""
-    if result.set_running_or_notify_cancel():
-        result.set_exception(RejectedError(DECODERS_BUSY))
-
-
-def _run_jobs(jobs: "SimpleQueue[Job | None] | SharedQueue", child: DecoderProcess) -> None:
-    """Run *jobs* with *child* until None is queued, then end the child."""
-    while (job := jobs.get()) is not None:
-        job(child)
-        del job  # an idle thread must not keep an image or a model alive
-    child.close()
+@functools.lru_cache(maxsize=64)
+def _write_rules(preprocess: Preprocess) -> bytes:
+    return preprocess.model_dump_json().encode()

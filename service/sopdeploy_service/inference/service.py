@@ -212,7 +212,7 @@ class Service:
     async def start(self) -> None:
         """Start the threads and accept requests."""
         await self.registry.start()
-        self.decoders.start(asyncio.get_running_loop())
+        await self.decoders.start()
         self._draining = False
 
     def drain(self, *, abort: bool = False) -> None:
@@ -224,7 +224,7 @@ class Service:
     async def stop(self) -> None:
         """End the threads."""
         self.drain(abort=True)
-        self.decoders.stop()
+        await self.decoders.stop()
         self.parsers.shutdown(wait=False, cancel_futures=True)
         await self.registry.stop()
 

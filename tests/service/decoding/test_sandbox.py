@@ -1,8 +1,8 @@
 """A sandboxed process decodes images; what it cannot do is in `test_decoders`."""
 
+import asyncio
 import errno
 import platform
-import re
 import struct
 
 import numpy as np
@@ -12,14 +12,15 @@ from PIL import Image
 from sopdeploy.errors import ImageError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy_service.decoding import sandbox
-from sopdeploy_service.decoding.pool import DecoderProcess, shared_template
 from sopdeploy_service.images.decode import decode
+from sopdeploy_service.inference.daemon_threads import running_loop
+from sopdeploy_service.inference.decoders import Decoders
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.settings import Settings
 from tests.service.api.test_bad_inputs import BAD_BODIES
-from tests.service.inference.test_decoders import LARGE, RULES
+from tests.support.decoding import RULES
 from tests.support.pictures import encoded
 from tests.support.service import picture_bytes
-
-OPTIONS = LARGE._replace(formats=())
 
 linux = pytest.mark.skipif(platform.system() != "Linux", reason="seccomp and Landlock exist on Linux only")
 
@@ -49,23 +50,28 @@ IMAGES = {
 
 @linux
 def test_a_sandboxed_child_decodes_and_copies_every_format_as_without_a_sandbox() -> None:
-    child, errors = DecoderProcess(shared_template(), OPTIONS, 60), {}
-    assert re.fullmatch(r"no_new_privs, (landlock \d+|no landlock), seccomp", child.restrictions)
-    for name, body in IMAGES.items():
-        try:
-            found = child.decode(body, RULES)
-            expected = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
-            assert np.array_equal(found.pixels, expected.pixels), name
-            assert child.copy(body) == copy_without_metadata(body), name
-        except ImageError as error:
-            errors[name] = error.code
+    decoders, errors = (
+        Decoders(1, Settings(sandbox="required").model_copy(update={"formats": ()}), Metrics()),
+        {},
+    )
+    with running_loop() as loop:
+        asyncio.run_coroutine_threadsafe(decoders.start(), loop).result(60)
+        for name, body in IMAGES.items():
+            try:
+                found = decoders.wait_for(decoders.decode(body, RULES))
+                expected = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
+                assert np.array_equal(found.pixels, expected.pixels), name
+                assert found.warnings == expected.warnings
+                assert decoders.wait_for(decoders.copy(body)) == copy_without_metadata(body), name
+            except ImageError as error:
+                errors[name] = error.code
+        asyncio.run_coroutine_threadsafe(decoders.stop(), loop).result()
     assert errors == {
         "truncated": "truncated_image",
         "damaged WebP": "damaged_image",
         "text": "not_an_image",
         "a bomb": "too_many_pixels",
     }
-    child.close()
 
 
 OTHER, SELF = 1, 4242

@@ -1,5 +1,6 @@
 """Decoder processes: images that misuse them fail alone, and the memory of all children is limited."""
 
+import asyncio
 import errno
 import json
 import os
@@ -8,19 +9,18 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sopdeploy import environment
-from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.decoding import pool
-from sopdeploy_service.decoding.child import FAILED, ChildOptions, LargerImageError
+from sopdeploy_service.decoding.child import FAILED, ChildOptions
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.decoders import (
     LARGE_MEMORY,
@@ -29,12 +29,14 @@ from sopdeploy_service.inference.decoders import (
     OWN_MEMORY,
     plan_children,
 )
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
 from tests.support import hostile_images as hostile
 from tests.support.children import children_of
+from tests.support.decoding import error_of, running_child
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.raw import count
-from tests.support.service import picture_bytes, wait_for
+from tests.support.service import Client, picture_bytes, wait_for
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(platform.system() != "Linux", reason="limits of memory exist on Linux only")
@@ -49,7 +51,6 @@ OPTIONS = ChildOptions(
     sandbox="auto",
 )
 LARGE = OPTIONS._replace(memory=LARGE_MEMORY, is_light=False, max_pixels=70_000_000)
-RULES = Preprocess(resize=36, crop=32)
 
 
 BUDGETS = {  # budget and wanted children: light ones, large ones, memory of a large one
@@ -114,22 +115,20 @@ def test_images_that_misuse_their_children_fail_alone(serve_with, jpeg) -> None:
 
 
 def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) -> None:
-    child = pool.DecoderProcess(template, OPTIONS, 60)
-    expected = child.decode(jpeg, RULES).pixels
-    for _ in range(3):
-        os.kill(child.process, signal.SIGKILL)
-        while Path(f"/proc/{child.process}/stat").exists() and child._end.recv(1, 2):  # until it has ended
-            pass
-        assert (child.decode(jpeg, RULES).pixels == expected).all()
-    too_many = child.decode(jpeg + b"too many", RULES)
-    assert (too_many.pixels == expected).all()
-    child._end.recv(1, 2)  # MSG_PEEK: the rest has arrived
-    assert (child.decode(jpeg, RULES).pixels == expected).all()
-    template.close()
-    with suppress(OSError):  # the child ends a moment later
-        child._end.recv(1, 2)
-    assert (child.decode(jpeg, RULES).pixels == expected).all()
-    child.close()
+    with running_child(template, OPTIONS) as child:
+        expected = child.decode(jpeg).data.tolist()
+        for _ in range(3):
+            before = child.process
+            os.kill(before, signal.SIGKILL)
+            wait_for(lambda: child._transport is None)
+            assert (child.decode(jpeg).data.tolist(), child.process != before) == (expected, True)
+        before = child.process
+        assert child.decode(jpeg + b"too many").data.tolist() == expected
+        wait_for(lambda: child._transport is None)
+        assert (child.decode(jpeg).data.tolist(), child.process != before) == (expected, True)
+        template.close()  # which ends the child
+        wait_for(lambda: child._transport is None)
+        assert child.decode(jpeg).data.tolist() == expected
 
 
 @linux
@@ -179,22 +178,19 @@ def test_a_system_without_room_for_a_process_is_an_error_in_one_line(monkeypatch
 
 @linux
 def test_a_child_reaches_nothing_and_has_no_environment(template) -> None:
-    child = pool.DecoderProcess(template, OPTIONS, 60)
-    assert "seccomp" in child.restrictions
-    with pytest.raises(ImageError) as caught:
-        child.decode(b"forbidden", RULES)
-    assert json.loads(str(caught.value)) == [[errno.EPERM], {}]
-    environment = Path(f"/proc/{child.process}/environ").read_bytes()
-    assert environment == b"OPENBLAS_NUM_THREADS=1\0"
-    assert len(list(Path(f"/proc/{child.process}/fd").iterdir())) == 4  # standard streams and its socket
-    child.close()
+    with running_child(template, OPTIONS) as child:
+        assert re.fullmatch(r"no_new_privs, (landlock \d+|no landlock), seccomp", child.restrictions)
+        assert json.loads(child.decode(b"forbidden").data.tobytes()) == [[errno.EPERM], {}]
+        environment = Path(f"/proc/{child.process}/environ").read_bytes()
+        assert environment == b"OPENBLAS_NUM_THREADS=1\0"
+        assert len(list(Path(f"/proc/{child.process}/fd").iterdir())) == 4  # standard streams and its socket
 
 
 COSTLY = {  # options, file, error
     "one prefix code per block": (OPTIONS, lambda: hostile.webp_codes(868, 868), "damaged_image"),
     "the same for a large child": (LARGE, lambda: hostile.webp_codes(2000, 1500), "damaged_image"),
-    "too large for a light child": (OPTIONS, lambda: hostile.jpeg(4000, 3000), LargerImageError),
-    "a WebP that is too large": (OPTIONS, lambda: hostile.webp_lossless(6000, 4000), LargerImageError),
+    "too large for a light child": (OPTIONS, lambda: hostile.jpeg(4000, 3000), "larger"),
+    "a WebP that is too large": (OPTIONS, lambda: hostile.webp_lossless(6000, 4000), "larger"),
     "more than the memory": (LARGE, lambda: hostile.webp_lossless(8000, 6000), "too_much_memory"),
 }
 
@@ -203,29 +199,35 @@ COSTLY = {  # options, file, error
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_file_that_needs_more_memory_than_a_child_has_fails_and_the_next_is_decoded(jpeg, name) -> None:
     options, make, expected = COSTLY[name]
-    child = pool.DecoderProcess(pool.shared_template(), options, 60)
-    process = child.process
-    with pytest.raises((ImageError, LargerImageError)) as caught:
-        child.decode(make(), RULES)
-    assert getattr(caught.value, "code", LargerImageError) == expected
-    assert child.decode(jpeg, RULES).pixels.shape == (32, 32, 3)
-    assert child.process == process
-    child.close()
+    with running_child(pool.shared_template(), options) as child:
+        process = child.process
+        assert error_of(child.decode(make())) == expected
+        assert len(child.decode(jpeg).data) == 32 * 32 * 3
+        assert child.process == process
 
 
 @linux
-def test_a_light_child_ends_at_its_cpu_time(jpeg) -> None:
+def test_a_light_child_ends_at_its_cpu_time() -> None:
     body = hostile.jpeg(1700, 1700, sampling=0x22, scans=98)
-    child = pool.DecoderProcess(pool.shared_template(), OPTIONS._replace(cpu_seconds=0.01), 60)
-    with pytest.raises(pool.DecoderEndedError):
-        child.decode(body, RULES)
-    child.close()
+    with running_child(pool.shared_template(), OPTIONS._replace(cpu_seconds=0.01)) as child:
+        assert child.decode(body) == pool.Ended(pool.TIME)
 
 
-def test_a_large_image_waits_for_few_others_and_passes_none(serve_with, jpeg, template, monkeypatch) -> None:
+@contextmanager
+def holding_large(client: Client) -> Iterator[None]:
+    """Keep every child for large images busy."""
+    service = client.app.state.service.decoders
+    held, service.large.idle[:] = list(service.large.idle), []
+    yield
+    for child in held:
+        service._loop.call_soon_threadsafe(service.large.serve, child)
+
+
+def test_a_large_image_waits_for_few_others_and_passes_none(serve_with, jpeg, monkeypatch) -> None:
     monkeypatch.setattr(decoders, "MAX_WAITING_LARGE", 0)
     client = serve_with(FakeRuntime(num_classes=7))
-    refused = client.post("/v1/classify", content=hostile.jpeg(4000, 3000))
+    with holding_large(client):
+        refused = client.post("/v1/classify", content=hostile.jpeg(4000, 3000))
     assert (refused.status_code, refused.json()["code"]) == (503, "decoders_busy")
     assert int(refused.headers["retry-after"]) >= 1
     assert client.post("/v1/classify", content=jpeg).status_code == 200
@@ -248,27 +250,22 @@ ARRIVALS = {
 
 @pytest.mark.parametrize(("arrivals", "refused", "order"), ARRIVALS.values(), ids=ARRIVALS)
 def test_clients_share_the_places_of_large_images_and_take_turns(arrivals, refused, order) -> None:
-    jobs, ended = decoders.SharedQueue(), []
-    for number, client in enumerate(arrivals):
-        group = None if client == "." else (client.lower(), client.isupper())
-        jobs.put(str(number), group, lambda number=number: ended.append(str(number)))
-    assert ended == (refused.split() if " " in refused else list(refused))
-    expected = order.split() if " " in order else list(order)
-    assert [jobs.get() for _ in expected] == expected
+    children, loop = decoders.SharedChildren(Metrics()), asyncio.new_event_loop()
+    requests = [pool.Request(b"", b"", 0, range(0), loop.create_future()) for _ in arrivals]
+    for request, client in zip(requests, arrivals, strict=True):
+        children.put(request, None if client == "." else (client.lower(), client.isupper()))
+    ended = {number for number, request in enumerate(requests) if request.result.done()}
+    assert ended == {int(number) for number in (refused.split() if " " in refused else refused)}
+    child = SimpleNamespace(run=lambda request: ran.append(requests.index(request)))
+    ran: list[int] = []
+    while not children.idle:
+        children.serve(child)
+    assert ran == [int(number) for number in (order.split() if " " in order else order)]
+    loop.close()
 
 
-def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serve_with, jpeg) -> None:
+def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serve_with) -> None:
     client = serve_with(FakeRuntime(num_classes=7), decoders=1, trusted_proxies="127.0.0.1")
-    service = client.app.state.service
-    entered, release = threading.Semaphore(0), threading.Event()
-
-    def hold(_child: object) -> None:
-        entered.release()
-        release.wait(60)
-
-    for _ in range(service.decoders._plan.large):  # every child for large images
-        service.decoders.large.put(hold)
-        assert entered.acquire(timeout=60)
     large = hostile.jpeg(4000, 3000)
 
     def post(number: int, address: str) -> int:
@@ -276,11 +273,11 @@ def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serv
         return client.post("/v1/classify", content=large, headers=headers).status_code
 
     with ThreadPoolExecutor(11) as threads:
-        many = [threads.submit(post, number, "10.0.0.1") for number in range(10)]
-        wait_for(lambda: sum(one.done() for one in many) == 2)
-        other = threads.submit(post, 0, "10.0.0.2")
-        wait_for(lambda: sum(one.done() for one in many) == 3)
-        release.set()
+        with holding_large(client):
+            many = [threads.submit(post, number, "10.0.0.1") for number in range(10)]
+            wait_for(lambda: sum(one.done() for one in many) == 2)
+            other = threads.submit(post, 0, "10.0.0.2")
+            wait_for(lambda: sum(one.done() for one in many) == 3)
         assert other.result() == 200
         assert sorted(one.result() for one in many) == [200] * 7 + [503] * 3
 
@@ -290,11 +287,11 @@ def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch) -> None:
     header = pool.child.REPLY.pack(0, FAILED, 0, len(message))  # the first message, without a sandbox
     replies = {len(header): header, len(message): message.encode()}
     monkeypatch.setattr(pool.child, "receive", lambda _end, count, _deadline: replies[count])
-    with pytest.raises(ConfigError, match=message):
-        pool.DecoderProcess(pool.shared_template(), OPTIONS._replace(sandbox="required"), 60)
-    child = pool.DecoderProcess(pool.shared_template(), OPTIONS, 60)
-    assert child.restrictions == f"no sandbox ({message})"
-    child.close()
+    required = OPTIONS._replace(sandbox="required")
+    with pytest.raises(ConfigError, match=message), running_child(pool.shared_template(), required):
+        pass
+    with running_child(pool.shared_template(), OPTIONS) as child:
+        assert child.restrictions == f"no sandbox ({message})"
 
 
 VERSION1 = "memory.limit_in_bytes"
