@@ -11,9 +11,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple, cast
 
-import anyio
 import orjson
 import pydantic
 from fastapi import Request, Response
@@ -199,20 +198,25 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
 
     The request body must have been read; a message of *receive* other than the disconnect is ignored.
     """
-    with anyio.CancelScope() as scope:
+    task = cast(asyncio.Task[Any], asyncio.current_task())
+    is_gone = False
 
-        async def cancel_work() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            scope.cancel()
+    async def cancel_work() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
 
-        watcher = asyncio.create_task(cancel_work())
-        try:
-            return await work
-        finally:
-            watcher.cancel()
-    # Reached only after `scope.cancel()`: the scope cancels *work*, and ends without an exception.
-    raise RejectedError(results.CLIENT_GONE)
+    watcher = asyncio.create_task(cancel_work())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if is_gone and not task.uncancel():  # nobody else has cancelled the task, too
+            raise RejectedError(results.CLIENT_GONE) from None
+        raise
+    finally:
+        watcher.cancel()
 
 
 Texts = Annotated[list[str], pydantic.Field(max_length=MAX_QUOTES // 2, fail_fast=True)]

@@ -8,7 +8,6 @@ the shortest queue.
 import asyncio
 import logging
 import socket
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,17 +94,22 @@ class EngineChannel(asyncio.Protocol):
             raise RejectedError(SLOTS_FULL)
         slot = self._free.pop()  # the one that was freed last, so that few pages of the memory are touched
         self._slots.pixels(slot, pixels.shape)[...] = pixels
-        future: asyncio.Future[Ran | HttpError] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Ran | HttpError] = loop.create_future()
+
+        def end_late() -> None:
+            if not future.done():
+                future.set_result(DEADLINE)
+
+        timer = loop.call_at(deadline, end_late)
         image = self._images[slot] = future, self._shapes[number][features]
         self.sent += 1
         flags = channel.FEATURES * features + channel.FOR_DRIFT * for_drift
         self._send(channel.RUN, flags, number, slot, deadline)
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                result = await future
-        except TimeoutError as error:
-            raise RejectedError(DEADLINE) from error
+            result = await future
         finally:
+            timer.cancel()
             if self._images.get(slot) is image:  # no answer yet; the one that comes frees the slot
                 self._send(channel.CANCEL, 0, number, slot, 0.0)
         if isinstance(result, HttpError):

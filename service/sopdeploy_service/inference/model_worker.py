@@ -189,20 +189,20 @@ class LocalModel(Model):
         self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
     ) -> Ran:
         """Queue the image, and wait until its batch has run."""
-        future: asyncio.Future[Ran | HttpError] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Ran | HttpError] = loop.create_future()
 
         def deliver(result: Ran | HttpError) -> None:
             if not future.done():  # as after a cancellation
                 future.set_result(result)
 
         item = QueuedImage(pixels, deadline, deliver, features, for_drift)
+        timer = loop.call_at(deadline, item.settle, results.DEADLINE)
         self.queue.put(item)
         try:
-            async with asyncio.timeout(deadline - item.arrived):
-                result = await future
-        except TimeoutError as error:
-            raise RejectedError(results.DEADLINE) from error
+            result = await future
         finally:
+            timer.cancel()
             self.queue.remove(item)  # unless it has a result
         if isinstance(result, HttpError):
             raise RejectedError(result)

@@ -1,8 +1,8 @@
 """The Prometheus metrics of one server process, in their own registry."""
 
+import functools
 from collections import Counter as Counts
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -28,9 +28,9 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        counter = partial(Counter, namespace="sopdeploy", registry=registry)
-        gauge = partial(Gauge, namespace="sopdeploy", registry=registry)
-        histogram = partial(Histogram, namespace="sopdeploy", registry=registry)
+        counter = functools.partial(Counter, namespace="sopdeploy", registry=registry)
+        gauge = functools.partial(Gauge, namespace="sopdeploy", registry=registry)
+        histogram = functools.partial(Histogram, namespace="sopdeploy", registry=registry)
         self._requests = counter("requests", "Requests answered", ("route", "code", "model"))
         self._request_seconds = histogram(
             "request_duration_seconds",
@@ -109,6 +109,8 @@ class Metrics:
             f"Predictions since the last test of drift, which needs {WINDOW_IMAGES:,}",
             ("model",),
         )
+        # Looking up a child by its labels takes longer than counting.
+        self._child = functools.cache(lambda metric, *labels: metric.labels(*labels))
         self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime"))
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
@@ -141,12 +143,12 @@ class Metrics:
 
     def count_request(self, route: str, code: int, seconds: float, model_name: str = "") -> None:
         """Count a response with the status *code*, from *model_name* if the request chose one."""
-        self._requests.labels(route, str(code), model_name).inc()
-        self._request_seconds.labels(route, model_name).observe(seconds)
+        self._child(self._requests, route, str(code), model_name).inc()
+        self._child(self._request_seconds, route, model_name).observe(seconds)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in `load`, `receive`, `decode`, `queue` or `infer`."""
-        self._stage_seconds.labels(stage).observe(seconds)
+        self._child(self._stage_seconds, stage).observe(seconds)
 
     def count_inference(
         self, model_name: str, result: Literal["success", "fail"], seconds: float, stages: Mapping[str, float]
@@ -154,21 +156,21 @@ class Metrics:
         """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
         for stage in stages.keys() & {"load", "receive"}:  # the others are counted per image and batch
             self.observe_stage(stage, stages[stage])
-        self.last_inference.labels(model_name).set_to_current_time()
-        self.inference_seconds.labels(model_name, result).observe(seconds)
+        self._child(self.last_inference, model_name).set_to_current_time()
+        self._child(self.inference_seconds, model_name, result).observe(seconds)
         if result == "success":
             for stage in REQUEST_STAGES:  # 0 s of those that a request does not have
-                self.inference_seconds.labels(model_name, stage).observe(stages.get(stage, 0.0))
+                self._child(self.inference_seconds, model_name, stage).observe(stages.get(stage, 0.0))
 
     def count_batch(
         self, model_name: str, waited: Sequence[float], max_batch: int, started: float, ended: float
     ) -> None:
         """Count a batch of *model_name* from *started* to *ended*; its images *waited* so many seconds."""
-        self.batch_size.labels(model_name).observe(len(waited))
-        self.batch_close.labels(model_name, "full" if len(waited) == max_batch else "idle").inc()
-        self.runtime_seconds.labels(model_name).inc(ended - started)
+        self._child(self.batch_size, model_name).observe(len(waited))
+        self._child(self.batch_close, model_name, "full" if len(waited) == max_batch else "idle").inc()
+        self._child(self.runtime_seconds, model_name).inc(ended - started)
         self.observe_stage("infer", ended - started)
-        queue = self._stage_seconds.labels("queue")
+        queue = self._child(self._stage_seconds, "queue")
         for seconds in waited:
             queue.observe(seconds)
 
