@@ -18,9 +18,8 @@ import struct
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import NamedTuple, NoReturn
 
-import numpy as np
 from PIL import Image
 
 from sopdeploy.errors import ImageError
@@ -56,8 +55,6 @@ WARNINGS = ("alpha_flattened", "exif_rotated", "first_frame_only", "sixteen_bit_
 PIXEL_BYTES = 20  # that the decoder of an ordinary file needs at most, lossless WebP with a rotation
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
-Buffer: TypeAlias = bytes | memoryview
-
 
 class ChildOptions(NamedTuple):
     """Limits of a child: *memory* in bytes beyond its own need; those of images are as in `Settings`.
@@ -82,17 +79,17 @@ def read_rules(text: bytes) -> Preprocess:
     return Preprocess.model_validate_json(text)
 
 
-def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> list[Buffer]:
-    """Decode *image* by *rules*, or copy it if there are none; return the header and data of the reply."""
+def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> list[bytes]:
+    """Decode *image* by *rules*, or copy it if there are none; return the parts of the reply."""
     try:
         if not rules:
             copy, suffix = copy_without_metadata(image, options.max_pixels)
             return [REPLY.pack(number, COPY, int(suffix == ".png"), len(copy)), copy]
         limits = {"max_bytes": options.max_bytes, "max_pixels": options.max_pixels}
         decoded = decode(image, read_rules(rules), **limits, formats=options.formats or None)
-        pixels = np.ascontiguousarray(decoded.pixels).data.cast("B")
+        pixels = decoded.pixels.tobytes()
         bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
-        return [REPLY.pack(number, PIXELS, bits, len(pixels)), pixels]
+        return [REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels]  # one part wakes the server once
     except ImageError as error:
         if options.is_light and error.code == "too_many_pixels":
             return [REPLY.pack(number, LARGER, 0, 0)]

@@ -11,6 +11,7 @@ import pydantic
 import pytest
 from PIL import Image, ImageEnhance
 
+from sopdeploy.files import LOCK
 from sopdeploy_service.second_week.kept import NEAR_BITS, KeptRecord, near_hash, read_kept
 
 NAME = f"{7:032x}"
@@ -79,6 +80,15 @@ def test_complete_photographs_are_read_oldest_first(tmp_path: Path) -> None:
     write(tmp_path, newer)
     write(tmp_path, record_of())
     assert read_kept(tmp_path) == [(tmp_path / f"{NAME}.jpg", record_of()), (tmp_path / newer.image, newer)]
+
+
+def test_photographs_that_an_earlier_version_kept_for_each_device_are_read(tmp_path: Path) -> None:
+    for number, device in enumerate(("0", "1", "other")):
+        (tmp_path / device).mkdir()
+        write(tmp_path / device, record_of(f"{number:032x}"))
+        if device != "other":  # which no server has locked
+            (tmp_path / device / LOCK).touch()
+    assert [image.parent.name for image, _ in read_kept(tmp_path)] == ["0", "1"]
 
 
 def test_what_is_not_a_complete_photograph_is_skipped_and_counted(tmp_path: Path, caplog) -> None:
