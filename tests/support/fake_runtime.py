@@ -56,6 +56,7 @@ class FakeOverlappingRuntime(FakeRuntime):
     """A `FakeRuntime` that can begin a batch while another one runs."""
 
     _free_at = 0.0  # when the device has finished everything it was given
+    _buffer: NDArray[np.uint8] | None = None  # as real ones, it copies images to memory that it keeps
 
     def begin(
         self,
@@ -63,7 +64,9 @@ class FakeOverlappingRuntime(FakeRuntime):
         names: Sequence[str] | None = None,
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that sleeps until it is done."""
-        outputs, seconds = self._compute(np.stack(images))
+        if self._buffer is None:
+            self._buffer = np.empty((self.largest_batch, *images[0].shape), np.uint8)
+        outputs, seconds = self._compute(np.stack(images, out=self._buffer[: len(images)]))
         done_at = self._free_at = max(time.monotonic(), self._free_at) + seconds
 
         def wait() -> dict[str, NDArray[np.float32]]:

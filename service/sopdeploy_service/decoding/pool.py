@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,8 @@ START_SECONDS = 60.0
 ERROR_KINDS = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
 LOGGED_CHARACTERS = 500  # of what children write to standard error at once
 
-TIME, WRONG_REPLY, UNKNOWN, EXIT = "time", "wrong_reply", "unknown", "exit"  # and names of signals
-
-OnIdle: TypeAlias = Callable[["DecoderProcess", float], None]  # with the seconds of its last request
-OnEnd: TypeAlias = Callable[[str], None]  # is told why a child has ended
+# Why a child ends: one of these (`UNKNOWN`: its template has ended, too) or the name of a signal.
+TIME, WRONG_REPLY, UNKNOWN, EXIT = "time", "wrong_reply", "unknown", "exit"
 
 log = logging.getLogger("sopdeploy.decoding")
 
@@ -49,22 +47,9 @@ class Reply(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """The child of a request has ended, took too long or sent a wrong reply, and has been replaced.
-
-    *reason* is `TIME`, `WRONG_REPLY`, `EXIT`, the name of a signal, or `UNKNOWN` if its template ended, too.
-    """
+    """The child of a request has ended, took too long or sent a wrong reply, and has been replaced."""
 
     reason: str
-
-    @property
-    def is_limit(self) -> bool:
-        """Whether a limit of this program has ended the child: its image is the cause."""
-        return self.reason in {TIME, WRONG_REPLY}
-
-    @property
-    def is_kill(self) -> bool:
-        """Whether the system or a user has ended the child."""
-        return self.reason in {signal.SIGKILL.name, UNKNOWN}
 
 
 @dataclass(eq=False, slots=True)
@@ -238,9 +223,9 @@ class DecoderProcess(asyncio.BufferedProtocol):
         options: child.ChildOptions,
         seconds: float,
         on_idle: Callable[["DecoderProcess", float], None] = lambda _child, _seconds: None,
-        on_end: OnEnd = lambda _reason: None,
+        on_end: Callable[[str], object] = lambda _reason: None,
     ) -> None:
-        """Describe a child; *on_end* is called when one is replaced."""
+        """Describe a child; *on_idle* gets the seconds of a request, *on_end* why a child is replaced."""
         self._template, self._options, self._seconds = template, options, seconds
         self._on_idle, self._on_end = on_idle, on_end
         self.process = self._number = 0  # id of the child; number of the last request
@@ -336,6 +321,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
             code = await asyncio.to_thread(self._template.end, self.process)
             reason, self.process = self._reason or reason_of(code), 0
             self._on_end(reason)
+            if reason != TIME:
+                log.warning("a decoder process has ended (%s) and is replaced", reason)
         try:
             await self.start()
         except (ConfigError, RuntimeUnavailableError) as error:  # the next image tries again

@@ -130,8 +130,10 @@ def main() -> int:
     supervisor = socket.socket(fileno=config.control)
     try:
         with configured_process(config.settings):
-            run = run_front_end if config.device is None else run_device
-            return run(config, supervisor)
+            if config.device is not None:
+                return run_device(config, supervisor)
+            registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
+            return serve_http(config, registry, supervisor, {})
     except SopdeployError as problem:
         named = {None: f"front end {config.name}: ", ANY_DEVICE: ""}
         where = named.get(config.device, f"device {config.name}: ")
@@ -156,12 +158,6 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     freeze_objects()
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())
-
-
-def run_front_end(config: LaunchConfig, supervisor: socket.socket) -> int:
-    """Wait for a channel to an engine, then serve HTTP; return the exit code."""
-    registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
-    return serve_http(config, registry, supervisor, {})
 
 
 def wait_for_channel(supervisor: socket.socket) -> EngineChannel:

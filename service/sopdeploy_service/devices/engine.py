@@ -219,20 +219,16 @@ class Engine:
             await asyncio.sleep(BEAT_SECONDS)
         is_dead = self.registry.problem is not None
         self.registry.close(DRAINING)  # unless the death of the runtime has answered all images
-        await self._end_channels()
-        if not is_dead:
-            await self.registry.stop()
-        return EXIT_RUNTIME_DEAD if is_dead else 0
-
-    async def _end_channels(self) -> None:
-        """Let front ends read the last answers, and close their channels."""
         await asyncio.sleep(0)  # `FrontEnd._flush`
         for front_end in self.front_ends:
             if front_end.transport is not None:
-                front_end.transport.close()  # after it has sent what it has
+                front_end.transport.close()  # after it has sent the last answers
         end = time.monotonic() + LAST_SECONDS
         while self.front_ends and time.monotonic() < end:
             await asyncio.sleep(BEAT_SECONDS / 10)
+        if not is_dead:
+            await self.registry.stop()
+        return EXIT_RUNTIME_DEAD if is_dead else 0
 
     def _report(self) -> None:
         """Show the supervisor that the event loop runs, and front ends which models are loaded."""

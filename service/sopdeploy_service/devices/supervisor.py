@@ -206,16 +206,6 @@ class Supervisor:
         for process in self._front_ends:
             self._group.create_task(self._supervise(process))
 
-    def _learn_speed(self, device: Process, seconds: float) -> None:
-        """Choose the number of front ends when all devices have told their speed, and tell the devices."""
-        self._seconds[device] = seconds
-        if self._num_front_ends is None and len(self._seconds) == len(self._devices):
-            count = self._num_front_ends = choose_front_ends(self._settings, max(self._seconds.values()))
-            for process in self._devices:
-                process.send(control.FRONT_ENDS + str(count).encode())
-            if count:
-                self._start_front_ends(count)
-
     def _close_control(self, process: Process) -> None:
         """Send nothing more to *process*, which then ends."""
         if process.control is not None:
@@ -234,7 +224,13 @@ class Supervisor:
         elif not message:  # the process drains or has ended
             self._stop_sending(process)
         elif message.startswith(control.SPEED):
-            self._learn_speed(process, float(message.removeprefix(control.SPEED)))
+            self._seconds[process] = float(message.removeprefix(control.SPEED))
+            if self._num_front_ends is None and len(self._seconds) == len(self._devices):
+                count = self._num_front_ends = choose_front_ends(self._settings, max(self._seconds.values()))
+                for device in self._devices:
+                    device.send(control.FRONT_ENDS + str(count).encode())
+                if count:
+                    self._start_front_ends(count)
         elif message == control.NEW_MODELS:
             self._connect_front_ends(process)
         elif message.startswith(control.BAD_FRONT_END):
@@ -254,7 +250,7 @@ class Supervisor:
                 process.child.kill()
 
     def _learn_status(self, process: Process, status: bytes) -> None:
-        """Record the *status* of *process*; announce the server when all processes are ready."""
+        """Record the *status* of *process*; when all processes are ready, open the port and say so."""
         is_first_report = process.bundles is None
         process.report(status)  # sets `bundles`
         if is_first_report:
@@ -263,7 +259,13 @@ class Supervisor:
                 self._connect_front_ends(process)
         expected = [*self._devices, *self._front_ends]
         if not self._announced and self._servers and all(one.bundles is not None for one in expected):
-            self._announce(process)  # the last process has become ready
+            self._announced = True
+            self._listener.listen(MAX_PENDING)
+            with contextlib.suppress(OSError):  # nobody reads it
+                sys.stdout.write(
+                    f"ready: {url(self._listener)}  {process.bundles}\n"
+                )  # those of all processes
+                sys.stdout.flush()
         # `_accept` removes this reader while no process accepts; now *process* may accept again.
         if self._announced and self._listener.fileno() != -1:  # -1: closed at the end of the drain
             self._loop.add_reader(self._listener, self._accept)
@@ -279,14 +281,6 @@ class Supervisor:
                         process.send(control.CLIENT, connection.fileno())
                 self._listener.close()
         self._close_control(process)
-
-    def _announce(self, process: Process) -> None:
-        """Open the port, and print that the server is ready, with the bundles of any *process*."""
-        self._announced = True
-        self._listener.listen(MAX_PENDING)
-        with contextlib.suppress(OSError):  # nobody reads it
-            sys.stdout.write(f"ready: {url(self._listener)}  {process.bundles}\n")
-            sys.stdout.flush()
 
     def _accept(self) -> None:
         """Pass a waiting connection to the least loaded process that takes it; close it if none does."""

@@ -29,6 +29,8 @@ from sopdeploy_service.decoding import child
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions
 from sopdeploy_service.decoding.pool import (
     TIME,
+    UNKNOWN,
+    WRONG_REPLY,
     DecoderProcess,
     Ended,
     Reply,
@@ -197,7 +199,11 @@ class Decoders:
         for options in [light] * plan.light + [large] * plan.large:
             children = self.light if options.is_light else self.large
             process = DecoderProcess(
-                shared_template(), options, settings.decode_seconds, children.serve, self._note_end
+                shared_template(),
+                options,
+                settings.decode_seconds,
+                on_idle=children.serve,
+                on_end=lambda reason: self._metrics.decoder_ended.labels(reason).inc(),
             )
             self._children.append(process)
             restrictions = await process.start()
@@ -264,11 +270,14 @@ class Decoders:
             if isinstance(reply, HttpError):
                 raise RejectedError(reply)
             if isinstance(reply, Ended):
-                num_ends += not reply.is_limit
-                if not is_light and (reply.is_limit or num_ends > 1):
-                    refusal = DECODER_KILLED if reply.is_kill else DECODER_CRASHED
-                    raise RejectedError(DAMAGED if reply.is_limit else refusal)
-                is_slow = is_light and reply.is_limit
+                is_fault = reply.reason in {TIME, WRONG_REPLY}  # of the image
+                num_ends += not is_fault
+                if not is_light and is_fault:
+                    raise RejectedError(DAMAGED)
+                if not is_light and num_ends > 1:
+                    is_kill = reply.reason in {signal.SIGKILL.name, UNKNOWN}  # by the system or a user
+                    raise RejectedError(DECODER_KILLED if is_kill else DECODER_CRASHED)
+                is_slow = is_light and is_fault
             elif reply.kind == kind:
                 return reply
             elif reply.kind != child.LARGER:  # which only light children answer
@@ -290,12 +299,6 @@ class Decoders:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)  # not by the template, which may be the one
             suspects = stopped
-
-    def _note_end(self, reason: str) -> None:
-        """Count a child that has ended for *reason*; log one that did not end at its time limit."""
-        self._metrics.decoder_ended.labels(reason).inc()
-        if reason != TIME:
-            log.warning("a decoder process has ended (%s) and is replaced", reason)
 
 
 @functools.lru_cache(maxsize=64)

@@ -88,6 +88,7 @@ class CudaOnnxRuntime(OnnxRuntime):
         )
         self._plans_sizes = plans_sizes(self._session)
         self._sessions = {1: self._session}  # by the size of their batches
+        self._buffers: list[NDArray[np.uint8]] = []  # for batches, as many as were in flight
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._end_thread = weakref.finalize(self, self._jobs.put, None)
         # A daemon, unlike the threads of an executor: a device that hangs must not delay the exit.
@@ -106,11 +107,21 @@ class CudaOnnxRuntime(OnnxRuntime):
         count = len(images)
         large_enough = [size for size in padded_sizes(self.largest_batch) if size >= count]
         size = min(large_enough, default=count)  # a batch that is too large is not padded, and may fail
-        padded = np.zeros((size, *images[0].shape), np.uint8)
-        np.stack(images, out=padded[:count])
+        # Memory that the system gives for each batch anew would cost more time than the copy of the images.
+        is_usable = bool(self._buffers) and size <= len(self._buffers[-1])
+        shape = (max(size, self.largest_batch), *images[0].shape)
+        buffer = self._buffers.pop() if is_usable else np.empty(shape, np.uint8)
+        np.stack(images, out=buffer[:count])
+        buffer[count:size] = 0
         future: Future[list[NDArray[np.float32]]] = Future()  # of an array for each name
-        self._jobs.put((partial(self._session_for(size).run, names, {self._input: padded}), future))
-        return lambda: {name: value[:count] for name, value in zip(names, future.result(), strict=True)}
+        self._jobs.put((partial(self._session_for(size).run, names, {self._input: buffer[:size]}), future))
+
+        def wait() -> dict[str, NDArray[np.float32]]:
+            values = future.result()
+            self._buffers.append(buffer)
+            return {name: value[:count] for name, value in zip(names, values, strict=True)}
+
+        return wait
 
     def close(self) -> None:
         """End the thread and release the sessions."""
