@@ -11,6 +11,7 @@ docs/benchmarks/networks.md.
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import multiprocessing
@@ -35,7 +36,6 @@ from sopdeploy_export.graph.capture import choose_output, generated_images
 
 BATCHES = (1, 2, 3, 7)
 BatchNorm = nn.modules.batchnorm._BatchNorm
-STATEMENTS = ("import ", "from ", "switch_")  # the beginnings of lines before the expression
 
 
 class Row(StrictModel):
@@ -196,7 +196,7 @@ CANDIDATES = [
         "attention dropping",
         "GuYuc/WS-DAN.PyTorch",
         "",
-        "from models.wsdan import WSDAN\nWSDAN(num_classes=10, M=4, net='resnet18')",
+        "from models.wsdan import WSDAN\nWSDAN(num_classes=10, M=4, net='resnet34')",
         0,
         64,
     ),
@@ -228,7 +228,7 @@ CANDIDATES = [
         "attention dropping",
         "clovaai/wsolevaluation",
         "",
-        f"from wsol import vgg\nvgg.vgg16('acol', False, num_classes=10, {WSOL})",
+        f"from wsol import vgg\nvgg.vgg16('acol', False, large_feature_map=False, num_classes=10, {WSOL})",
         "logits",
         64,
     ),
@@ -236,7 +236,7 @@ CANDIDATES = [
         "attention dropping",
         "clovaai/wsolevaluation",
         "",
-        f"from wsol import vgg\nvgg.vgg16('spg', False, num_classes=10, {WSOL})",
+        f"from wsol import vgg\nvgg.vgg16('spg', False, large_feature_map=False, num_classes=10, {WSOL})",
         "logits",
         64,
     ),
@@ -261,9 +261,41 @@ CANDIDATES = [
         "multi-branch fine-grained",
         "yangze0930/NTS-Net",
         "",
+        "from torch.utils import model_zoo\nfrom core import resnet\nbuilt = resnet.ResNet(resnet.Bottleneck, [3, 4, 6, 3])\n"
+        "model_zoo.load_url = lambda _: built.state_dict()\n"  # instead of a download
         "from core.model import attention_net\nattention_net(topN=2)",
         0,
         448,
+    ),
+    Candidate(
+        "multi-branch fine-grained",
+        "songdejia/DFL-CNN",
+        "",
+        "import torchvision\nbuild = torchvision.models.vgg16_bn\n"
+        "torchvision.models.vgg16_bn = lambda pretrained: build()\n"  # instead of a download
+        "from model.DFL import DFL_VGG16\nDFL_VGG16(k=2, nclass=10)",
+        0,
+        448,
+    ),
+    Candidate(
+        "multi-branch fine-grained",
+        "JDAI-CV/DCL",
+        "../pretrained-models.pytorch",
+        "from argparse import Namespace\nimport config\nconfig.pretrained_model.clear()\n"
+        "from models.LoadModel import MainModel\n"
+        "MainModel(Namespace(use_dcl=True, numcls=10, backbone='resnet50', use_Asoftmax=False, cls_2=True, "
+        "cls_2xmul=False))",
+        0,
+        128,
+    ),
+    Candidate(
+        "multi-branch fine-grained",
+        "chou141253/FGVC-PIM",
+        "",
+        "from models.builder import build_resnet50\nbuild_resnet50('', img_size=128, fpn_size=64, num_classes=10, "
+        "num_selects={'layer1': 32, 'layer2': 32, 'layer3': 32, 'layer4': 16})",
+        "comb_outs",
+        128,
     ),
     # a head for logits and one for a projection
     Candidate(
@@ -323,12 +355,12 @@ def build(candidate: Candidate, folder: Path) -> nn.Module:
     """Run the code of *candidate* in its repository below *folder*."""
     place = folder / candidate.repository.partition("/")[2]
     sys.path[:0] = [str(place / candidate.folder), str(place)]
-    lines = candidate.code.split("\n")
-    begin = next(index for index, line in enumerate(lines) if not line.startswith(STATEMENTS))
+    *statements, last = ast.parse(candidate.code).body
+    assert isinstance(last, ast.Expr)
     names: dict[str, Any] = {}
     torch.manual_seed(0)
-    exec("\n".join(lines[:begin]), names)  # noqa: S102 # from the table, imports the repository's code
-    network: nn.Module = eval("\n".join(lines[begin:]), names)  # noqa: S307
+    exec(compile(ast.Module(statements, []), "table", "exec"), names)  # noqa: S102 # the repository's code
+    network: nn.Module = eval(compile(ast.Expression(last.value), "table", "eval"), names)  # noqa: S307
     norms = [part.train() for part in network.eval().modules() if isinstance(part, BatchNorm)]
     for norm in norms:
         norm.momentum = None  # so that the statistics become those of the images

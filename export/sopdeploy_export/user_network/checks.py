@@ -430,7 +430,7 @@ def check_ends_in_logits(captured: Captured) -> None:
         if node.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.special_expit.default):
             raise LoweringError(
                 "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
-                "itself; return the logits before it; if an image may have several classes, add",
+                "itself; return the logits before it and, if an image may have several classes,",
                 remedies={"several_classes": True},
             )
 
