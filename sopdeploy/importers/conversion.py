@@ -21,8 +21,8 @@ from sopdeploy.plugins import IMPORTERS
 class WeightFile:
     """Content of a weight file; tensor names have no data-parallel prefixes.
 
-    `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts store, `labels`
-    are the class names of its `class_to_idx`.
+    `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts store,
+    `labels` are the class names of its `class_to_idx`.
     """
 
     path: Path
