@@ -19,13 +19,13 @@ from torch import Tensor
 from sopdeploy.checkpoint import (
     CHECKPOINT_FORMAT,
     WEIGHTS_ADVICE,
-    WRAPPERS,
     Checkpoint,
     check_tensors,
     find_labels,
     is_state_dict,
     parse_checkpoint,
     read_pytorch,
+    without_wrappers,
     write_checkpoint,
 )
 from sopdeploy.config import FieldValues, StrictModel, first_problem
@@ -173,13 +173,7 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
         return parse_checkpoint(path, content, digest)
     state = _find_state_dict(path, content)  # raises unless the content is a dict
     arch = content["arch"] if isinstance(content.get("arch"), str) else None
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():  # such as module.conv1.weight or features.module.0.weight
-        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        if short in tensors:
-            raise WeightsError(f"{path}: holds {short} twice, also as {name}; remove one of them")
-        tensors[short] = tensor
-    tensors, labels = check_tensors(path, tensors), find_labels(content)
+    tensors, labels = check_tensors(path, without_wrappers(path, state)), find_labels(content)
     return WeightFile(path=path, sha256=digest, tensors=tensors, arch=arch, labels=labels)
 
 
