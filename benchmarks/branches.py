@@ -30,7 +30,7 @@ from torch import nn
 
 from sopdeploy import Preprocess, export_network, unused_modules
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import SopdeployError, first_line
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph.capture import choose_output, generated_images
 
@@ -63,8 +63,7 @@ class Candidate(NamedTuple):
     code: str  # the last line is an expression
     key: str | int | None
     pixels: int
-    parts: tuple[str, ...] = ()  # by default those that `unused_modules` names
-    plain: str = ""
+    allow_constants: bool = False
 
 
 MSDNET = """from argparse import Namespace
@@ -74,14 +73,6 @@ net(Namespace(nBlocks=3, base=2, step=2, stepmode="even", nChannels=8, data="cif
     gamma=0.1, pretrained=None))"""
 SDN = {"num_classes": 10, "augment_training": False, "input_size": 32, "init_weights": True}
 RESNET_SDN = {**SDN, "num_blocks": [2, 2, 2], "block_type": "basic", "add_ic": [[0, 1], [1, 0], [1, 0]]}
-VGG_SDN = {
-    **SDN,
-    "fc_layers": [512, 512],
-    "max_pool_sizes": [1, 2, 1, 2, 1, 1, 2, 1],
-    "conv_batch_norm": True,
-    "conv_channels": [64, 64, 128, 128, 256, 256, 512, 512],
-    "add_ic": [0, 1, 0, 1, 0, 1, 0, 0],
-}
 WRN_SDN = {**SDN, "num_blocks": [1, 1, 1], "widen_factor": 1, "dropout_rate": 0.3, "add_ic": [[1], [1], [0]]}
 MOBILE_SDN = {**SDN, "cfg": [64, (128, 2), 128, (256, 2), (512, 2), (1024, 2)], "add_ic": [0, 1, 0, 1, 0, 0]}
 WSOL = "acol_drop_threshold=0.6, adl_drop_rate=0.75, adl_drop_threshold=0.8"
@@ -117,7 +108,6 @@ CANDIDATES = [
         )
         for name, options in (
             ("ResNet", RESNET_SDN),
-            ("VGG", VGG_SDN),
             ("WideResNet", WRN_SDN),
             ("MobileNet", MOBILE_SDN),
         )
@@ -156,10 +146,6 @@ CANDIDATES = [
         "built = resnet.ResNet(resnet.Bottleneck, [3, 4, 6, 3])\n"
         "model_zoo.load_url = lambda _: built.state_dict()\n"  # instead of a download
         "from core.model import attention_net\nattention_net(topN=2)", 0, 448),
-    Candidate("multi-branch fine-grained", "songdejia/DFL-CNN", "",
-        "import torchvision\nbuild = torchvision.models.vgg16_bn\n"
-        "torchvision.models.vgg16_bn = lambda pretrained: build()\n"  # instead of a download
-        "from model.DFL import DFL_VGG16\nDFL_VGG16(k=2, nclass=10)", 0, 448),
     Candidate("multi-branch fine-grained", "JDAI-CV/DCL", "../pretrained-models.pytorch",
         "from argparse import Namespace\nimport config\nconfig.pretrained_model.clear()\n"
         "from models.LoadModel import MainModel\n"
@@ -185,7 +171,8 @@ CANDIDATES = [
         "from mobileone import mobileone\nmobileone(num_classes=10, variant='s0')", None, 64),
     Candidate("re-parameterization", "DingXiaoH/DiverseBranchBlock", "",
         "from convnet_utils import switch_conv_bn_impl\nswitch_conv_bn_impl('DBB')\nimport resnet\n"
-        "resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10, width_multiplier=0.25)", None, 64),
+        "resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10, width_multiplier=0.25)", None, 64,
+        allow_constants=True),
 ]
 # fmt: on
 
@@ -226,13 +213,13 @@ def _attempt(candidate: Candidate, folder: Path) -> Row:
     try:
         network = build(candidate, folder)
     except Exception as error:  # the repository's code
-        return row.model_copy(update={"crashed": f"cannot be built: {type(error).__name__}: {error}"})
+        return row.model_copy(update={"crashed": f"cannot be built: {first_line(error)}"})
     key: Any = candidate.key
     row = row.model_copy(
         update={"network": f"{type(network).__name__}{'' if key is None else f', output {key}'}"}
     )
     try:
-        parts = candidate.parts or unused_modules(network, rules, key)
+        parts = unused_modules(network, rules, key)
         with tempfile.TemporaryDirectory() as out:
             classes = int(outputs(network, rules, key, images(rules, 1)).shape[1])
             exported = export_network(
@@ -243,6 +230,7 @@ def _attempt(candidate: Candidate, folder: Path) -> Row:
                 destination=out,
                 name="network",
                 logits_key=key,
+                allow_constants=candidate.allow_constants,
             )
             difference = largest_difference(network, rules, key, exported.path / "model.onnx")
         certificate = exported.certificate
@@ -304,7 +292,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         result = row.proof or (f"refused: {row.refused}" if row.refused else f"fails: {row.crashed}")
         numbers = (f"{row.percent:g} %", f"{row.difference:.0e}") if row.proof else ("", "")
-        removed = row.removed.replace("|", "\\|")
+        removed = row.removed or ("nothing: the output depends on all parts" if row.proof else "")
         cells = (row.kind, row.repository, row.network, str(row.pixels), result, removed, *numbers)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
