@@ -11,6 +11,7 @@ docs/benchmarks/networks.md.
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import multiprocessing
@@ -29,13 +30,12 @@ from torch import nn
 
 from sopdeploy import Preprocess, export_network, unused_modules
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import SopdeployError, first_line
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph.capture import choose_output, generated_images
 
 BATCHES = (1, 2, 3, 7)
 BatchNorm = nn.modules.batchnorm._BatchNorm
-STATEMENTS = ("import ", "from ", "switch_")  # the beginnings of lines before the expression
 
 
 class Row(StrictModel):
@@ -63,8 +63,7 @@ class Candidate(NamedTuple):
     code: str  # the last line is an expression
     key: str | int | None
     pixels: int
-    parts: tuple[str, ...] = ()  # by default those that `unused_modules` names
-    plain: str = ""
+    allow_constants: bool = False
 
 
 MSDNET = """from argparse import Namespace
@@ -74,78 +73,26 @@ net(Namespace(nBlocks=3, base=2, step=2, stepmode="even", nChannels=8, data="cif
     gamma=0.1, pretrained=None))"""
 SDN = {"num_classes": 10, "augment_training": False, "input_size": 32, "init_weights": True}
 RESNET_SDN = {**SDN, "num_blocks": [2, 2, 2], "block_type": "basic", "add_ic": [[0, 1], [1, 0], [1, 0]]}
-VGG_SDN = {
-    **SDN,
-    "fc_layers": [512, 512],
-    "max_pool_sizes": [1, 2, 1, 2, 1, 1, 2, 1],
-    "conv_batch_norm": True,
-    "conv_channels": [64, 64, 128, 128, 256, 256, 512, 512],
-    "add_ic": [0, 1, 0, 1, 0, 1, 0, 0],
-}
 WRN_SDN = {**SDN, "num_blocks": [1, 1, 1], "widen_factor": 1, "dropout_rate": 0.3, "add_ic": [[1], [1], [0]]}
 MOBILE_SDN = {**SDN, "cfg": [64, (128, 2), 128, (256, 2), (512, 2), (1024, 2)], "add_ic": [0, 1, 0, 1, 0, 0]}
 WSOL = "acol_drop_threshold=0.6, adl_drop_rate=0.75, adl_drop_threshold=0.8"
+# fmt: off
 CANDIDATES = [
-    # deep supervision
-    Candidate(
-        "deep supervision",
-        "ArchipLab-LinfengZhang/contrastive-deep-supervision",
-        "CIFAR",
-        "import resnet\nresnet.resnet18(num_classes=10)",
-        None,
-        32,
-    ),
-    Candidate(
-        "deep supervision",
-        "DingXiaoH/RepVGG",
-        "",
+    Candidate("deep supervision", "ArchipLab-LinfengZhang/contrastive-deep-supervision", "CIFAR",
+        "import resnet\nresnet.resnet18(num_classes=10)", None, 32),
+    Candidate("deep supervision", "DingXiaoH/RepVGG", "",
         "from repvggplus import RepVGGplus\nRepVGGplus(num_blocks=[1, 2, 4, 1], num_classes=10, "
-        "width_multiplier=[0.5, 0.5, 0.5, 0.5], deploy=False, use_post_se=True)",
-        "main",
-        64,
-    ),
-    Candidate(
-        "deep supervision",
-        "winycg/HSAKD",
-        "",
-        "from models.wrn import wrn_16_2_aux\nwrn_16_2_aux(num_classes=10)",
-        0,
-        32,
-    ),
-    Candidate(
-        "deep supervision",
-        "winycg/HSAKD",
-        "",
-        "from models.resnet import resnet20_aux\nresnet20_aux(num_classes=10)",
-        0,
-        32,
-    ),
-    Candidate(
-        "deep supervision",
-        "winycg/HSAKD",
-        "",
-        "from models.ShuffleNetv1 import ShuffleV1_aux\nShuffleV1_aux(num_classes=10)",
-        0,
-        32,
-    ),
-    # self-distillation
-    Candidate(
-        "self-distillation",
-        "luanyunteng/pytorch-be-your-own-teacher",
-        "",
-        "from models.resnet import multi_resnet18_kd\nmulti_resnet18_kd(num_classes=10)",
-        0,
-        32,
-    ),
-    Candidate(
-        "self-distillation",
-        "ArchipLab-LinfengZhang/pytorch-self-distillation-final",
-        "",
-        "import resnet\nresnet.resnet18(num_classes=10)",
-        "0.0",
-        32,
-    ),
-    # early exits
+        "width_multiplier=[0.5, 0.5, 0.5, 0.5], deploy=False, use_post_se=True)", "main", 64),
+    Candidate("deep supervision", "winycg/HSAKD", "",
+        "from models.wrn import wrn_16_2_aux\nwrn_16_2_aux(num_classes=10)", 0, 32),
+    Candidate("deep supervision", "winycg/HSAKD", "",
+        "from models.resnet import resnet20_aux\nresnet20_aux(num_classes=10)", 0, 32),
+    Candidate("deep supervision", "winycg/HSAKD", "",
+        "from models.ShuffleNetv1 import ShuffleV1_aux\nShuffleV1_aux(num_classes=10)", 0, 32),
+    Candidate("self-distillation", "luanyunteng/pytorch-be-your-own-teacher", "",
+        "from models.resnet import multi_resnet18_kd\nmulti_resnet18_kd(num_classes=10)", 0, 32),
+    Candidate("self-distillation", "ArchipLab-LinfengZhang/pytorch-self-distillation-final", "",
+        "import resnet\nresnet.resnet18(num_classes=10)", "0.0", 32),
     Candidate("early exits", "kalviny/MSDNet-PyTorch", "", MSDNET.format("msdnet", "MSDNet"), -1, 32),
     Candidate("early exits", "kalviny/MSDNet-PyTorch", "", MSDNET.format("msdnet", "MSDNet"), 0, 32),
     Candidate("early exits", "kalviny/IMTA", "", MSDNET.format("msdnet_ge", "msdnet_ge"), "0.-1", 32),
@@ -161,174 +108,84 @@ CANDIDATES = [
         )
         for name, options in (
             ("ResNet", RESNET_SDN),
-            ("VGG", VGG_SDN),
             ("WideResNet", WRN_SDN),
             ("MobileNet", MOBILE_SDN),
         )
     ),
-    # auxiliary classifiers
-    Candidate(
-        "auxiliary classifiers",
-        "Lornatang/GoogLeNet-PyTorch",
-        "",
+    Candidate("auxiliary classifiers", "Lornatang/GoogLeNet-PyTorch", "",
         "from model import GoogLeNet\nGoogLeNet(num_classes=10, aux_logits=True, transform_input=False)",
-        None,
-        96,
-    ),
-    Candidate(
-        "auxiliary classifiers",
-        "WZMIAOMIAO/deep-learning-for-image-processing",
+        None, 96),
+    Candidate("auxiliary classifiers", "WZMIAOMIAO/deep-learning-for-image-processing",
         "pytorch_classification/Test4_googlenet",
-        "from model import GoogLeNet\nGoogLeNet(num_classes=10, aux_logits=True, init_weights=False)",
-        None,
-        96,
-    ),
-    Candidate(
-        "auxiliary classifiers",
-        "GuYuc/WS-DAN.PyTorch",
-        "",
-        "from models.inception import Inception3\nInception3(num_classes=10, aux_logits=True)",
-        None,
-        299,
-    ),
-    # attention and dropping
-    Candidate(
-        "attention dropping",
-        "GuYuc/WS-DAN.PyTorch",
-        "",
-        "from models.wsdan import WSDAN\nWSDAN(num_classes=10, M=4, net='resnet18')",
-        0,
-        64,
-    ),
-    Candidate(
-        "attention dropping",
-        "clovaai/wsolevaluation",
-        "",
-        f"from wsol import resnet\nresnet.resnet50('acol', False, num_classes=10, {WSOL})",
-        "logits",
-        64,
-    ),
-    Candidate(
-        "attention dropping",
-        "clovaai/wsolevaluation",
-        "",
-        f"from wsol import resnet\nresnet.resnet50('adl', False, num_classes=10, {WSOL})",
-        "logits",
-        64,
-    ),
-    Candidate(
-        "attention dropping",
-        "clovaai/wsolevaluation",
-        "",
-        f"from wsol import resnet\nresnet.resnet50('spg', False, num_classes=10, {WSOL})",
-        "logits",
-        64,
-    ),
-    Candidate(
-        "attention dropping",
-        "clovaai/wsolevaluation",
-        "",
-        f"from wsol import vgg\nvgg.vgg16('acol', False, num_classes=10, {WSOL})",
-        "logits",
-        64,
-    ),
-    Candidate(
-        "attention dropping",
-        "clovaai/wsolevaluation",
-        "",
-        f"from wsol import vgg\nvgg.vgg16('spg', False, num_classes=10, {WSOL})",
-        "logits",
-        64,
-    ),
-    # several branches of fine-grained recognition
-    Candidate(
-        "multi-branch fine-grained",
-        "PRIS-CV/PMG-Progressive-Multi-Granularity-Training",
-        "",
+        "from model import GoogLeNet\nGoogLeNet(num_classes=10, aux_logits=True, init_weights=False)", None,
+        96),
+    Candidate("auxiliary classifiers", "GuYuc/WS-DAN.PyTorch", "",
+        "from models.inception import Inception3\nInception3(num_classes=10, aux_logits=True)", None, 299),
+    Candidate("attention dropping", "GuYuc/WS-DAN.PyTorch", "",
+        "from models.wsdan import WSDAN\nWSDAN(num_classes=10, M=4, net='resnet34')", 0, 64),
+    Candidate("attention dropping", "clovaai/wsolevaluation", "",
+        f"from wsol import resnet\nresnet.resnet50('acol', False, num_classes=10, {WSOL})", "logits", 64),
+    Candidate("attention dropping", "clovaai/wsolevaluation", "",
+        f"from wsol import resnet\nresnet.resnet50('adl', False, num_classes=10, {WSOL})", "logits", 64),
+    Candidate("attention dropping", "clovaai/wsolevaluation", "",
+        f"from wsol import resnet\nresnet.resnet50('spg', False, num_classes=10, {WSOL})", "logits", 64),
+    Candidate("attention dropping", "clovaai/wsolevaluation", "",
+        f"from wsol import vgg\nvgg.vgg16('acol', False, large_feature_map=False, num_classes=10, {WSOL})",
+        "logits", 64),
+    Candidate("attention dropping", "clovaai/wsolevaluation", "",
+        f"from wsol import vgg\nvgg.vgg16('spg', False, large_feature_map=False, num_classes=10, {WSOL})",
+        "logits", 64),
+    Candidate("multi-branch fine-grained", "PRIS-CV/PMG-Progressive-Multi-Granularity-Training", "",
         "import Resnet\nfrom model import PMG\nPMG(Resnet.ResNet(Resnet.Bottleneck, [1, 1, 1, 1]), 64, 10)",
-        3,
-        448,
-    ),
-    Candidate(
-        "multi-branch fine-grained",
-        "PRIS-CV/PMG-Progressive-Multi-Granularity-Training",
-        "",
+        3, 448),
+    Candidate("multi-branch fine-grained", "PRIS-CV/PMG-Progressive-Multi-Granularity-Training", "",
         "import Resnet\nfrom model import PMG\nPMG(Resnet.ResNet(Resnet.Bottleneck, [1, 1, 1, 1]), 64, 10)",
-        2,
-        448,
-    ),
-    Candidate(
-        "multi-branch fine-grained",
-        "yangze0930/NTS-Net",
-        "",
-        "from core.model import attention_net\nattention_net(topN=2)",
-        0,
-        448,
-    ),
-    # a head for logits and one for a projection
-    Candidate(
-        "projection head",
-        "xuguodong03/SSKD",
-        "",
+        2, 448),
+    Candidate("multi-branch fine-grained", "yangze0930/NTS-Net", "",
+        "from torch.utils import model_zoo\nfrom core import resnet\n"
+        "built = resnet.ResNet(resnet.Bottleneck, [3, 4, 6, 3])\n"
+        "model_zoo.load_url = lambda _: built.state_dict()\n"  # instead of a download
+        "from core.model import attention_net\nattention_net(topN=2)", 0, 448),
+    Candidate("multi-branch fine-grained", "JDAI-CV/DCL", "../pretrained-models.pytorch",
+        "from argparse import Namespace\nimport config\nconfig.pretrained_model.clear()\n"
+        "from models.LoadModel import MainModel\n"
+        "MainModel(Namespace(use_dcl=True, numcls=10, backbone='resnet50', use_Asoftmax=False, cls_2=True, "
+        "cls_2xmul=False))", 0, 128),
+    Candidate("multi-branch fine-grained", "chou141253/FGVC-PIM", "",
+        "from models.builder import build_resnet50\nbuild_resnet50('', img_size=128, fpn_size=64, "
+        "num_classes=10, num_selects={'layer1': 32, 'layer2': 32, 'layer3': 32, 'layer4': 16})", "comb_outs",
+        128),
+    Candidate("projection head", "xuguodong03/SSKD", "",
         "from wrapper import wrapper\nfrom models.resnet import resnet20\nwrapper(resnet20(num_classes=10))",
-        0,
-        32,
-    ),
-    Candidate(
-        "projection head",
-        "xuguodong03/SSKD",
-        "",
-        "from wrapper import wrapper\nfrom models.vgg import vgg8_bn\nwrapper(vgg8_bn(num_classes=10))",
-        0,
-        32,
-    ),
-    Candidate(
-        "projection head",
-        "FlamieZhu/Balanced-Contrastive-Learning",
-        "",
-        "from models.resnext import BCLModel\nBCLModel(num_classes=10, name='resnet50', feat_dim=128)",
-        1,
-        64,
-    ),
-    # re-parameterization
-    Candidate(
-        "re-parameterization",
-        "DingXiaoH/RepVGG",
-        "",
-        "from repvgg import RepVGG\nRepVGG([1, 1, 2, 1], num_classes=10, width_multiplier=[0.5] * 4)",
-        None,
-        64,
-    ),
-    Candidate(
-        "re-parameterization",
-        "apple/ml-mobileone",
-        "",
-        "from mobileone import mobileone\nmobileone(num_classes=10, variant='s0')",
-        None,
-        64,
-    ),
-    Candidate(
-        "re-parameterization",
-        "DingXiaoH/DiverseBranchBlock",
-        "",
+        0, 32),
+    Candidate("projection head", "xuguodong03/SSKD", "",
+        "from wrapper import wrapper\nfrom models.vgg import vgg8_bn\nwrapper(vgg8_bn(num_classes=10))", 0,
+        32),
+    Candidate("projection head", "FlamieZhu/Balanced-Contrastive-Learning", "",
+        "from models.resnext import BCLModel\nBCLModel(num_classes=10, name='resnet50', feat_dim=128)", 1,
+        64),
+    Candidate("re-parameterization", "DingXiaoH/RepVGG", "",
+        "from repvgg import RepVGG\nRepVGG([1, 1, 2, 1], num_classes=10, width_multiplier=[0.5] * 4)", None,
+        64),
+    Candidate("re-parameterization", "apple/ml-mobileone", "",
+        "from mobileone import mobileone\nmobileone(num_classes=10, variant='s0')", None, 64),
+    Candidate("re-parameterization", "DingXiaoH/DiverseBranchBlock", "",
         "from convnet_utils import switch_conv_bn_impl\nswitch_conv_bn_impl('DBB')\nimport resnet\n"
-        "resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10, width_multiplier=0.25)",
-        None,
-        64,
-    ),
+        "resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10, width_multiplier=0.25)", None, 64,
+        allow_constants=True),
 ]
+# fmt: on
 
 
 def build(candidate: Candidate, folder: Path) -> nn.Module:
     """Run the code of *candidate* in its repository below *folder*."""
     place = folder / candidate.repository.partition("/")[2]
     sys.path[:0] = [str(place / candidate.folder), str(place)]
-    lines = candidate.code.split("\n")
-    begin = next(index for index, line in enumerate(lines) if not line.startswith(STATEMENTS))
+    *statements, last = ast.parse(candidate.code).body
     names: dict[str, Any] = {}
     torch.manual_seed(0)
-    exec("\n".join(lines[:begin]), names)  # noqa: S102 # from the table, imports the repository's code
-    network: nn.Module = eval("\n".join(lines[begin:]), names)  # noqa: S307
+    exec(compile(ast.Module(statements, []), "table", "exec"), names)  # noqa: S102 # the repository's code
+    network: nn.Module = eval(ast.unparse(last), names)  # noqa: S307
     norms = [part.train() for part in network.eval().modules() if isinstance(part, BatchNorm)]
     for norm in norms:
         norm.momentum = None  # so that the statistics become those of the images
@@ -356,13 +213,13 @@ def _attempt(candidate: Candidate, folder: Path) -> Row:
     try:
         network = build(candidate, folder)
     except Exception as error:  # the repository's code
-        return row.model_copy(update={"crashed": f"cannot be built: {type(error).__name__}: {error}"})
+        return row.model_copy(update={"crashed": f"cannot be built: {first_line(error)}"})
     key: Any = candidate.key
     row = row.model_copy(
         update={"network": f"{type(network).__name__}{'' if key is None else f', output {key}'}"}
     )
     try:
-        parts = candidate.parts or unused_modules(network, rules, key)
+        parts = unused_modules(network, rules, key)
         with tempfile.TemporaryDirectory() as out:
             classes = int(outputs(network, rules, key, images(rules, 1)).shape[1])
             exported = export_network(
@@ -373,6 +230,7 @@ def _attempt(candidate: Candidate, folder: Path) -> Row:
                 destination=out,
                 name="network",
                 logits_key=key,
+                allow_constants=candidate.allow_constants,
             )
             difference = largest_difference(network, rules, key, exported.path / "model.onnx")
         certificate = exported.certificate
@@ -432,9 +290,9 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        result = row.proof or f"refused: {row.refused}"
+        result = row.proof or (f"refused: {row.refused}" if row.refused else f"fails: {row.crashed}")
         numbers = (f"{row.percent:g} %", f"{row.difference:.0e}") if row.proof else ("", "")
-        removed = row.removed.replace("|", "\\|")
+        removed = row.removed or ("nothing: the output depends on all parts" if row.proof else "")
         cells = (row.kind, row.repository, row.network, str(row.pixels), result, removed, *numbers)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

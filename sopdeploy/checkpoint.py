@@ -9,7 +9,7 @@ import hashlib
 import io
 import pickle  # for the exception type of torch.load
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -284,6 +284,22 @@ def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mappi
         inner = find_tables(value, levels - 1)
         found |= {f"{key}.{name}".strip("."): table for name, table in inner.items()}
     return found
+
+
+def without_wrappers(
+    path: Path, tensors: Mapping[str, Tensor], wrappers: Container[str] = WRAPPERS
+) -> dict[str, Tensor]:
+    """Leave *wrappers* out of the names of *tensors*, as in module.conv1.weight or features.module.0.weight.
+
+    Raises `WeightsError` if two names become one.
+    """
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = ".".join(part for part in name.split(".") if part not in wrappers)
+        if short in named:
+            raise WeightsError(f"{path}: holds {short} twice, also as {name}; remove one of them")
+        named[short] = tensor
+    return named
 
 
 def find_labels(content: Any) -> tuple[str, ...] | None:

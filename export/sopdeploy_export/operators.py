@@ -66,20 +66,25 @@ FAR = 1e18  # products of such values can overflow
 _forms: dict[str, Counter[str]] = {}  # ONNX operators of what this process has compared, by description
 
 
+class _Range(NamedTuple):
+    """Whether an operand depends on the images, or else is a weight; can be infinite; can be NaN."""
+
+    is_varying: bool
+    is_unbounded: bool
+    is_undefined: bool
+
+
 class _Operator(NamedTuple):
     """One operator of a program: its arguments, its used results and the part that calls it.
 
-    `varying` are the positions of the operands that depend on the images; the others are weights. Those in
-    `unbounded` can be infinite, or NaN if they are in `undefined`, too.
+    `ranges` has an item for each of the `operands`.
     """
 
     target: OpOverload
     arguments: tuple[Any, dict[str, Any]]
     used: tuple[int, ...]
     part: str
-    varying: frozenset[int]
-    unbounded: frozenset[int]
-    undefined: frozenset[int]
+    ranges: tuple[_Range, ...]
 
     @property
     def name(self) -> str:
@@ -105,8 +110,7 @@ class _Operator(NamedTuple):
         )
         if self.name in SIZELESS:  # all integers are sizes, such as a padding; the 5 of `x + 5` is a value
             described = tree_map_only(int, lambda number: min(number, limit), described)
-        places = [sorted(places) for places in (self.varying, self.unbounded, self.undefined)]
-        return f"{self.target} {described} {self.used} {places}"
+        return f"{self.target} {described} {self.used} {[tuple(place) for place in self.ranges]}"
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Compute the used results for other *operands*, in the order of the property `operands`."""
@@ -114,15 +118,6 @@ class _Operator(NamedTuple):
         args, kwargs = tree_map_only(Tensor, lambda _: next(given), self.arguments)
         results = self.target(*args, **kwargs)
         return [results] if isinstance(results, Tensor) else [results[position] for position in self.used]
-
-
-class _Input(NamedTuple):
-    """An operand from outside of a call; whether it depends on the images, can be infinite, can be NaN."""
-
-    operand: Tensor
-    is_varying: bool
-    is_unbounded: bool
-    is_undefined: bool
 
 
 class _Call(NamedTuple):
@@ -135,24 +130,19 @@ class _Call(NamedTuple):
     places: frozenset[int] = frozenset()
 
     @property
-    def inputs(self) -> list[_Input]:
-        """The operands from outside."""
+    def inputs(self) -> list[tuple[Tensor, _Range]]:
+        """The operands from outside, with what they can be."""
         return [
-            _Input(
-                operand,
-                place in operator.varying,
-                place in operator.unbounded,
-                place in operator.undefined,
-            )
+            given
             for number, operator in enumerate(self.operators)
-            for place, operand in enumerate(operator.operands)
+            for place, given in enumerate(zip(operator.operands, operator.ranges, strict=True))
             if not (number and place in self.places)
         ]
 
     @property
     def operands(self) -> list[Tensor]:
         """The tensors of `inputs`."""
-        return [given.operand for given in self.inputs]
+        return [operand for operand, _ in self.inputs]
 
     @property
     def size(self) -> int:
@@ -167,7 +157,7 @@ class _Call(NamedTuple):
     @property
     def can_be_unbounded(self) -> bool:
         """Whether an operand can be infinite or NaN."""
-        return any(given.is_unbounded for given in self.inputs)
+        return any(can_be.is_unbounded for _, can_be in self.inputs)
 
     def is_one_of(self, names: Sequence[str]) -> bool:
         """Return whether an operator has one of *names*."""
@@ -290,10 +280,13 @@ class _Recorder(fx.Interpreter):
             self._varying.add(n)
         nodes = [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, fx.Node)]
         operands = [node for node in nodes if isinstance(self.env.get(node), Tensor)]
-        varying = frozenset(place for place, node in enumerate(operands) if node in self._varying)
-        unbounded = frozenset(place for place in varying if operands[place].name in self._unbounded)
-        undefined = frozenset(place for place in varying if operands[place].name in self._undefined)
-        operator = _as_operator(n, arguments, results, varying, unbounded, undefined)
+        ranges = tuple(
+            _Range(True, node.name in self._unbounded, node.name in self._undefined)
+            if node in self._varying
+            else _Range(False, False, False)
+            for node in operands
+        )
+        operator = _as_operator(n, arguments, results, ranges)
         if operator is None:
             return results
         self._record(_Call((operator,)))
@@ -315,12 +308,7 @@ class _Recorder(fx.Interpreter):
 
 
 def _as_operator(
-    node: fx.Node,
-    arguments: tuple[Any, dict[str, Any]],
-    results: Any,
-    varying: frozenset[int],
-    unbounded: frozenset[int],
-    undefined: frozenset[int],
+    node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any, ranges: tuple[_Range, ...]
 ) -> _Operator | None:
     """Return the operator of *node*; None if it has no operands or no results that can be compared."""
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
@@ -333,8 +321,7 @@ def _as_operator(
     # Of several results, the users are `getitem` nodes, whose second argument is the position.
     positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
     target = cast(OpOverload, node.target)
-    used = tuple(sorted(positions))
-    operator = _Operator(target, arguments, used, module_of(node), varying, unbounded, undefined)
+    operator = _Operator(target, arguments, tuple(sorted(positions)), module_of(node), ranges)
     return operator if operator.operands else None
 
 
@@ -384,14 +371,14 @@ def _compare(calls: Mapping[str, _Call]) -> None:
     extractor, constants = Extractor(model), {tensor.name for tensor in model.graph.initializer}
     described = list(zip(calls.items(), inputs, outputs, strict=True))
 
-    def compare(call: _Call, names: list[str], results: list[str]) -> None:
+    def run_and_check(call: _Call, names: list[str], results: list[str]) -> None:
         if constants.isdisjoint(results):  # otherwise it depends on shapes only, as `zeros_like` does
             part = extractor.extract_model(names, results).SerializeToString()
             _compare_values(call, part, names, results)
 
     for (_, call), names, results in described:
         if len(call.operators) == 1:
-            compare(call, names, results)
+            run_and_check(call, names, results)
     count_for = _count_executed(model)
     forms = {description: count_for(results) for (description, _), _, results in described}
     known = ChainMap(forms, _forms)
@@ -399,7 +386,7 @@ def _compare(calls: Mapping[str, _Call]) -> None:
         if len(call.operators) > 1:
             first, second = (known[_Call((one,)).cropped().describe()] for one in call.operators)
             if forms[description] != first + second:
-                compare(call, names, results)
+                run_and_check(call, names, results)
     _forms.update(forms)
 
 
@@ -503,19 +490,17 @@ def _uniform_rounds(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Te
 
     One that can be infinite is also filled as `INFINITE` says, one that can be NaN as `UNDEFINED` says.
     """
-    varying = {place for place, given in enumerate(call.inputs) if given.is_varying}
-    unbounded = {place for place, given in enumerate(call.inputs) if given.is_unbounded}
-    undefined = {place for place, given in enumerate(call.inputs) if given.is_undefined}
-    for chosen in [{place} for place in sorted(varying)] + ([varying] if len(varying) > 1 else []):
-        infinite = INFINITE if chosen <= unbounded else ()
-        for one, others in (*UNIFORM, *infinite, *(UNDEFINED if chosen <= undefined else ())):
-            yield [_uniform(x, one, others) if place in chosen else x for place, x in enumerate(ordinary)]
-
-
-def _uniform(operand: Tensor, one: float, others: float) -> Tensor:
-    """Fill every third element of *operand*, from the second on, with *one* and the rest with *others*."""
-    is_third = torch.arange(operand.numel()) % 3 == 1
-    return _with_content(operand, torch.where(is_third, one, others))
+    ranges = [can_be for _, can_be in call.inputs]
+    varying = [place for place, can_be in enumerate(ranges) if can_be.is_varying]
+    for chosen in [[place] for place in varying] + ([varying] if len(varying) > 1 else []):
+        infinite = INFINITE if all(ranges[place].is_unbounded for place in chosen) else ()
+        undefined = UNDEFINED if all(ranges[place].is_undefined for place in chosen) else ()
+        for one, others in (*UNIFORM, *infinite, *undefined):
+            filled = list(ordinary)
+            for place in chosen:
+                is_third = torch.arange(ordinary[place].numel()) % 3 == 1
+                filled[place] = _with_content(ordinary[place], torch.where(is_third, one, others))
+            yield filled
 
 
 def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:

@@ -404,17 +404,17 @@ class _ValueHasher:
 
     def _keeps_values(self, node: fx.Node) -> bool:
         """Return whether *node* has the values of its operand in the same order, in any layout or shape."""
-        if _name(node) == "aten.expand":  # repeats values, unless the shape stays the same
+        if operator_name(node) == "aten.expand":  # repeats values, unless the shape stays the same
             return self._shape(node) == self._shape(node.all_input_nodes[0])
         reads_bytes = str(node.target) == "aten.view.dtype"  # an overload of `view` for another type
-        return _name(node) in VALUE_LAYOUT and not reads_bytes
+        return operator_name(node) in VALUE_LAYOUT and not reads_bytes
 
     def _unified_arguments(self, node: fx.Node) -> list[Any]:
         """List the arguments of *node*; those of `expand` and `slice` that mean the same get one form."""
         arguments = _arguments(node)
-        if _name(node) == "aten.expand":
+        if operator_name(node) == "aten.expand":
             return [arguments[0], self._shape(node)]
-        if _name(node) == "aten.slice":
+        if operator_name(node) == "aten.slice":
             start, end = arguments[2:4]  # None means from the first, to the last
             arguments[2:4] = [start or 0, sys.maxsize if end is None else end]
         return arguments
@@ -431,7 +431,7 @@ class _ValueHasher:
         return _encode(self.known[node], self._hash) if node in self.known else self.hashes[node]
 
 
-def _name(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
     """Return the name of the operation of *node* without its overload."""
     return str(getattr(node.target, "overloadpacket", node.target))
 

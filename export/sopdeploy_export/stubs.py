@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.models.base import is_in
@@ -30,116 +30,92 @@ from sopdeploy_export.state import VALUES, modules
 SIZES = (2, 3)
 
 
-class BatchNumber(NamedTuple):
-    """The number `per_image` * batch + `constant`."""
-
-    per_image: int
-    constant: int
-
-    def at(self, batch: Any) -> Any:
-        """Return the number for *batch* images, which torch.export gives as a symbol."""
-        if self == (1, 0) or not self.per_image:
-            return batch if self.per_image else self.constant
-        return self.per_image * batch + self.constant
-
-
-class TensorForm(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TensorForm:
     """The type and the sizes of a tensor."""
 
     dtype: torch.dtype
-    sizes: tuple[BatchNumber, ...]
-
-    def fill(self, pixels: Tensor) -> Tensor:
-        """Make the tensor, full of NaN, for *pixels* (B, 3, H, W); types without NaN get 0.
-
-        It counts as computed from *pixels*, and has their device and, in place of float32, their type.
-        """
-        sizes = [size.at(pixels.shape[0]) for size in self.sizes]
-        dtype = pixels.dtype if self.dtype == torch.float32 else self.dtype
-        has_nan = dtype.is_floating_point or dtype.is_complex
-        return pixels.new_full(sizes, torch.nan if has_nan else 0, dtype=dtype)
+    sizes: tuple[int, ...]
 
 
-class ObjectForm(NamedTuple):
-    """An object of a class that holds its values as attributes."""
+@dataclass(frozen=True, slots=True)
+class ObjectForm:
+    """An object of a class that holds its values as attributes, which are forms here."""
 
     kind: type
-    attributes: "Answer"
+    attributes: Any
 
 
-class Answer(NamedTuple):
-    """What a call returned: its structure, with a form or the value itself for each leaf."""
+def without_content(returned: Any, part: str) -> Any:
+    """Replace the tensors and objects in what *part* returned by their forms.
 
-    structure: TreeSpec
-    leaves: tuple[Any, ...]
+    Raises `LoweringError` for an object that a stub cannot make.
+    """
 
-    @classmethod
-    def of(cls, returned: Any, part: str) -> "Answer":
-        """Describe what *part* returned for one size of the batch; raises `LoweringError` if it cannot be."""
-        leaves, structure = tree_flatten(returned)
-        return cls(structure, tuple(_form_of(leaf, part) for leaf in leaves))
+    def form_of(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return TensorForm(leaf.dtype, tuple(leaf.shape))
+        if isinstance(leaf, (*VALUES, Enum)):
+            return leaf
+        if callable(leaf) or not hasattr(leaf, "__dict__"):
+            kind = type(leaf).__name__
+            raise LoweringError(f"{part} returns a {kind}, so it cannot be removed; return tensors")
+        return ObjectForm(type(leaf), without_content(vars(leaf), part))
 
-    def joined(self, other: "Answer", part: str) -> "Answer":
-        """Describe the answer for any size from those for `SIZES`: this one and the *other*."""
-        if self.structure != other.structure:
-            raise LoweringError(f"{part} returns another structure for {SIZES[1]} images than for {SIZES[0]}")
-        pairs = zip(self.leaves, other.leaves, strict=True)
-        return Answer(self.structure, tuple(_joined(*pair, part) for pair in pairs))
-
-    def make(self, pixels: Tensor) -> Any:
-        """Make the value for *pixels* (B, 3, H, W)."""
-        return tree_unflatten([_made(leaf, pixels) for leaf in self.leaves], self.structure)
-
-
-def _form_of(leaf: Any, part: str) -> Any:
-    if isinstance(leaf, Tensor):
-        return TensorForm(leaf.dtype, tuple(BatchNumber(0, size) for size in leaf.shape))
-    if isinstance(leaf, int) and not isinstance(leaf, bool | Enum):
-        return BatchNumber(0, leaf)
-    if isinstance(leaf, (*VALUES, Enum)):
-        return leaf
-    if callable(leaf) or not hasattr(leaf, "__dict__"):
-        raise LoweringError(
-            f"{part} returns a {type(leaf).__name__}, so it cannot be removed; return tensors"
-        )
-    return ObjectForm(type(leaf), Answer.of(vars(leaf), part))
-
-
-def _joined(one: Any, other: Any, part: str) -> Any:
-    """Join the forms of a leaf for `SIZES`."""
-    if isinstance(one, BatchNumber) and isinstance(other, BatchNumber):
-        per_image = (other.constant - one.constant) // (SIZES[1] - SIZES[0])
-        return BatchNumber(per_image, one.constant - per_image * SIZES[0])
-    if isinstance(one, TensorForm) and isinstance(other, TensorForm):
-        has_same_axes = (one.dtype, len(one.sizes)) == (other.dtype, len(other.sizes))
-        if has_same_axes:
-            pairs = zip(one.sizes, other.sizes, strict=True)
-            return TensorForm(one.dtype, tuple(_joined(*pair, part) for pair in pairs))
-    elif isinstance(one, ObjectForm) and isinstance(other, ObjectForm) and one.kind is other.kind:
-        return ObjectForm(one.kind, one.attributes.joined(other.attributes, part))
-    elif repr(one) == repr(other):  # NaN equals itself here
-        return one
-    raise LoweringError(f"{part} returns {one!r} for {SIZES[0]} images and {other!r} for {SIZES[1]}")
-
-
-def _made(leaf: Any, pixels: Tensor) -> Any:
-    if isinstance(leaf, TensorForm):
-        return leaf.fill(pixels)
-    if isinstance(leaf, BatchNumber):
-        return leaf.at(pixels.shape[0])
-    if not isinstance(leaf, ObjectForm):
-        return leaf
-    made: Any = object.__new__(leaf.kind)
-    vars(made).update(leaf.attributes.make(pixels))
-    return made
+    return tree_map(form_of, returned)
 
 
 class Call(NamedTuple):
-    """A call of a removed part by code outside of all removed parts, and its answer."""
+    """A call of a removed part by code outside of all removed parts.
+
+    `first` and `second` are what it returned for `SIZES`, with forms in place of tensors and objects.
+    """
 
     part: str
     method: str
-    answer: Answer
+    first: Any
+    second: Any
+
+    def answer(self, pixels: Tensor) -> Any:
+        """Make what the part returns for *pixels* (B, 3, H, W), with tensors full of NaN.
+
+        They count as computed from *pixels*, and have their device and, in place of float32, their type;
+        types without NaN get 0. Raises `LoweringError` if the part returned something else for other sizes.
+        """
+        leaves, structure = tree_flatten(self.first)
+        others, other_structure = tree_flatten(self.second)
+        if structure != other_structure:
+            problem = f"another structure for {SIZES[1]} images than for {SIZES[0]}"
+            raise LoweringError(f"{self.part} returns {problem}")
+        made = [self._make_leaf(*pair, pixels) for pair in zip(leaves, others, strict=True)]
+        return tree_unflatten(made, structure)
+
+    def _make_leaf(self, one: Any, other: Any, pixels: Tensor) -> Any:
+        if isinstance(one, TensorForm) and isinstance(other, TensorForm):
+            if (one.dtype, len(one.sizes)) == (other.dtype, len(other.sizes)):
+                pairs = zip(one.sizes, other.sizes, strict=True)
+                sizes = [_number_for(pixels.shape[0], *pair) for pair in pairs]
+                dtype = pixels.dtype if one.dtype == torch.float32 else one.dtype
+                has_nan = dtype.is_floating_point or dtype.is_complex
+                return pixels.new_full(sizes, torch.nan if has_nan else 0, dtype=dtype)
+        elif isinstance(one, ObjectForm) and isinstance(other, ObjectForm) and one.kind is other.kind:
+            made: Any = object.__new__(one.kind)
+            vars(made).update(Call(self.part, "", one.attributes, other.attributes).answer(pixels))
+            return made
+        elif repr(one) == repr(other):  # NaN equals itself here
+            return one
+        elif all(isinstance(leaf, int) and not isinstance(leaf, bool | Enum) for leaf in (one, other)):
+            return _number_for(pixels.shape[0], one, other)
+        raise LoweringError(f"{self.part} returns {one!r} for {SIZES[0]} images and {other!r} for {SIZES[1]}")
+
+
+def _number_for(batch: Any, first: int, second: int) -> Any:
+    """Return the number for *batch* images, which torch.export gives as a symbol, from those for `SIZES`."""
+    per_image = (second - first) // (SIZES[1] - SIZES[0])
+    constant = first - per_image * SIZES[0]
+    if (per_image, constant) == (1, 0) or not per_image:
+        return batch if per_image else constant
+    return per_image * batch + constant
 
 
 class Recording(NamedTuple):
@@ -168,7 +144,8 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
             finally:
                 depth -= 1
             if depth == 0:
-                calls.append(Call(part, method, Answer.of(returned, part)))
+                form = without_content(returned, part)
+                calls.append(Call(part, method, form, form))
             return returned
 
         return call
@@ -185,8 +162,10 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
     if [call[:2] for call in first] != [call[:2] for call in second]:
         raise LoweringError(f"the network calls its parts in another way for {SIZES[1]} images")
     pairs = zip(first, second, strict=True)
-    several = (Call(*call[:2], call.answer.joined(other.answer, call.part)) for call, other in pairs)
-    return Recording(tuple(several), one)
+    several = tuple(call._replace(second=other.second) for call, other in pairs)
+    for call in several:
+        call.answer(pixels)  # raises the error
+    return Recording(several, one)
 
 
 def removed_modules(network: nn.Module, parts: Sequence[str]) -> dict[str, nn.Module]:
@@ -279,7 +258,7 @@ class Stub(nn.Module):
                 f"without its values, the network calls {self.part} in another order than the trained network"
             )
         run.position += 1
-        return call.answer.make(run.pixels)
+        return call.answer(run.pixels)
 
     def __getattr__(self, name: str) -> Any:
         """Return a part, a tensor or a method; raise `ReadError` for what else the part has."""

@@ -21,13 +21,15 @@ from sopdeploy.plugins import IMPORTERS
 class WeightFile:
     """Content of a weight file; tensor names have no data-parallel prefixes.
 
-    `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts store.
+    `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts store,
+    `labels` are the class names of its `class_to_idx`.
     """
 
     path: Path
     sha256: str
     tensors: Mapping[str, Tensor]
     arch: str | None = None
+    labels: tuple[str, ...] | None = None
 
     def tensor(self, name: str) -> Tensor:
         """Get the tensor *name*; raises `WeightsError` if the file has none."""

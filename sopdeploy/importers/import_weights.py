@@ -19,12 +19,13 @@ from torch import Tensor
 from sopdeploy.checkpoint import (
     CHECKPOINT_FORMAT,
     WEIGHTS_ADVICE,
-    WRAPPERS,
     Checkpoint,
     check_tensors,
+    find_labels,
     is_state_dict,
     parse_checkpoint,
     read_pytorch,
+    without_wrappers,
     write_checkpoint,
 )
 from sopdeploy.config import FieldValues, StrictModel, first_problem
@@ -126,7 +127,7 @@ def import_weights(
         )
     config = choose_config(file, converted, model, settings)
     state = fit_tensors(file, converted, model, config)
-    names, label_origin = _class_names(converted, labels)
+    names, label_origin = _class_names(file, converted, labels)
     try:
         checkpoint = Checkpoint(
             model=model,
@@ -172,13 +173,8 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
         return parse_checkpoint(path, content, digest)
     state = _find_state_dict(path, content)  # raises unless the content is a dict
     arch = content["arch"] if isinstance(content.get("arch"), str) else None
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():  # such as module.conv1.weight or features.module.0.weight
-        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        if short in tensors:
-            raise WeightsError(f"{path}: holds {short} twice, also as {name}; remove one of them")
-        tensors[short] = tensor
-    return WeightFile(path=path, sha256=digest, tensors=check_tensors(path, tensors), arch=arch)
+    tensors, labels = check_tensors(path, without_wrappers(path, state)), find_labels(content)
+    return WeightFile(path=path, sha256=digest, tensors=tensors, arch=arch, labels=labels)
 
 
 def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
@@ -251,19 +247,22 @@ def _registered_importers() -> Iterator[Importer]:
             yield importer
 
 
-def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:
+def _class_names(
+    weights: WeightFile, converted: ConvertedWeights, file: Path | None
+) -> tuple[tuple[str, ...], str]:
     """Get the class names in output order, and their origin.
 
     *file* has one name per line, or is a `.json` list. Raises `ConfigError` if the number of names is wrong.
     """
     count = converted.num_classes
-    if file is not None:
-        names = read_class_names(file)
+    names = weights.labels if file is None else read_class_names(file)
+    if names is not None:
+        origin = f"class_to_idx of {weights.path}" if file is None else str(file)
         if len(names) != count:
             raise ConfigError(
-                f"{file} has {len(names)} names for {count} classes; give one per class", setting="labels"
+                f"{origin} has {len(names)} names for {count} classes; give one per class", setting="labels"
             )
-        return names, str(file)
+        return names, origin
     if converted.class_names and count == len(converted.class_names):
         return converted.class_names, f"those of {converted.project}"
     if converted.imagenet and count == 1000:

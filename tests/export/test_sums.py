@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export import sums
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.user_network.export_network import export_network
 
 SHAPES = [((2, 12), (-1,)), ((2, 7), (-1,)), ((2, 6, 9), (1, 2)), ((2, 600, 5), (1,)), ((1, 8192), (1,))]
@@ -97,3 +99,15 @@ def test_the_file_computes_it_without_operators_that_a_gpu_lacks(head: str, tmp_
     assert not operators & {"DFT", "ReduceL2", "If", "Loop"}
     output = exported.parity.outputs["logits"]
     assert output.largest_drift <= output.tolerance / 4
+
+
+def test_complex_numbers_are_refused_in_float16_with_their_operator(tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match=r"aten\.fft_fft\.default in forward computes complex numbers"):
+        export_network(
+            WithHead("compact bilinear pooling"),
+            labels=["a", "b", "c"],
+            preprocess=Preprocess(resize=8, crop=8),
+            destination=tmp_path,
+            name="x",
+            options=ExportOptions(precision="fp16"),
+        )

@@ -174,17 +174,12 @@ def output_shapes(output: Any, path: str = "") -> list[tuple[str, str]]:
     if isinstance(output, Mapping):
         items = [(str(key), value) for key, value in output.items()]
     elif fields is not None or not isinstance(output, list | tuple):
-        items = [(name, getattr(output, name)) for name in fields or vars_of(output)]
+        attributes = {} if callable(output) else getattr(output, "__dict__", {})  # some have no dict
+        items = [(name, getattr(output, name)) for name in fields or attributes]
     else:
         items = [(str(index), value) for index, value in enumerate(output)]
     inner = f"{path}." if path else ""
     return [found for key, value in items for found in output_shapes(value, inner + key)]
-
-
-def vars_of(output: Any) -> Mapping[str, Any]:
-    """Return the attributes of an object; none if it has no dict of them."""
-    held: Mapping[str, Any] = {} if callable(output) else getattr(output, "__dict__", {})
-    return held
 
 
 def _describe(output: Any) -> str:

@@ -240,7 +240,7 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
         convolution, norm = map(network.get_submodule, part_names)
         activation = without_normalization(norm)  # None: not a class whose normalization can be removed
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and activation is not None:
-            fold(convolution, norm)
+            fold_norm(convolution, norm)
             owner, _, attribute = part_names[1].rpartition(".")
             setattr(network.get_submodule(owner), attribute, activation)  # in place of the batch norm
             folds += 1
@@ -260,7 +260,7 @@ def without_normalization(norm: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+def fold_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Fold *norm*, (W x + b - mean) * scale + shift, into the weights and bias of *convolution*, in place."""
     mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     scale = norm.weight.double() / torch.sqrt(variance.double() + norm.eps)

@@ -101,7 +101,17 @@ class ConvertedGraph:
 
 
 def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
-    """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX."""
+    """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX.
+
+    Raises `LoweringError` if the network computes complex numbers, as Fourier transforms do.
+    """
+    for node in certified.program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_complex():
+            raise LoweringError(
+                f"{node.target} in {module_of(node)} computes complex numbers, which runtimes do not have in "
+                "float16; choose precision fp32"
+            )
     images = torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES])
     normalize = Normalize(preprocess, images_format(certified.network))
     cast = in_float16(certified.network, certified.program, normalize(images))

@@ -47,7 +47,7 @@ IMAGE_CHANNELS = 3  # a convolution with more input channels does not read the i
 CORRECTION_IMAGES = 64
 
 
-class Form(NamedTuple):
+class Scheme(NamedTuple):
     """Operators, activation type and quantizer options for one runtime."""
 
     operators: tuple[str, ...]
@@ -55,9 +55,9 @@ class Form(NamedTuple):
     options: Mapping[str, Any]
 
 
-FORMS: Mapping[Int8For, Form] = {
-    "cpu": Form(("Conv", *ACTIVATIONS), QuantType.QUInt8, {}),
-    "tensorrt": Form(
+SCHEMES: Mapping[Int8For, Scheme] = {
+    "cpu": Scheme(("Conv", *ACTIVATIONS), QuantType.QUInt8, {}),
+    "tensorrt": Scheme(
         ("Conv",),
         QuantType.QInt8,
         {
@@ -98,7 +98,7 @@ class Int8Quantizer:
 
         Parts named in *in_float* stay in float32. Raises `LoweringError` if no convolution is left.
         """
-        self.images, self.form, self.runtime = images, FORMS[runtime], runtime
+        self.images, self.scheme, self.runtime = images, SCHEMES[runtime], runtime
         self.original = model
         self.model = onnx.shape_inference.infer_shapes(model)
         for position, node in enumerate(self.model.graph.node):
@@ -122,12 +122,12 @@ class Int8Quantizer:
             per_channel=True,
             reduce_range=False,
             weight_qType=QuantType.QInt8,
-            activation_qType=self.form.activations,
+            activation_qType=self.scheme.activations,
             tensors_range=self.measure_ranges(),
             nodes_to_quantize=sorted(self.chosen | activations),
             nodes_to_exclude=[],
-            op_types_to_quantize=list(self.form.operators),
-            extra_options=dict(self.form.options),
+            op_types_to_quantize=list(self.scheme.operators),
+            extra_options=dict(self.scheme.options),
         )
         if self.runtime == "tensorrt":
             for value in _shortcuts(self.model, self.chosen):
@@ -154,7 +154,7 @@ class Int8Quantizer:
             onnx.save(self.model, path)
             calibrator = create_calibrator(
                 path,
-                list(self.form.operators),
+                list(self.scheme.operators),
                 augmented_model_path=str(Path(folder) / "augmented.onnx"),
                 calibrate_method=CalibrationMethod.MinMax,
             )

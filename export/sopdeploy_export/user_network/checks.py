@@ -34,7 +34,7 @@ from sopdeploy_export.graph.capture import (
     generated_images,
 )
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.program_hashes import value_root
+from sopdeploy_export.program_hashes import VALUE_LAYOUT, operator_name, value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
 from sopdeploy_export.proof.tensors import check_drawn_anew, drawn_anew
 
@@ -46,27 +46,11 @@ LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the
 GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
 # What torch says of `cond`, `while_loop`, `scan` and `map`.
 CONTROL_FLOW = re.compile(r"(?:HOP|HigherOrderOperator) (\w+) and mode")
-# Operators whose result has the values of their first operand.
+# Operators whose result has values of their first operand.
 KEEP_VALUES = {
-    operator
-    for name in (
-        *(
-            "view",
-            "_unsafe_view",
-            "reshape",
-            "flatten",
-            "unflatten",
-            "squeeze",
-            "unsqueeze",
-            "clone",
-            "alias",
-        ),
-        *("_to_copy", "permute", "transpose", "expand", "contiguous", "detach", "slice", "select", "dropout"),
-    )
-    for operator in (
-        getattr(getattr(torch.ops.aten, name), kind) for kind in getattr(torch.ops.aten, name).overloads()
-    )
-}
+    *VALUE_LAYOUT, "aten._to_copy", "aten.permute", "aten.transpose", "aten.expand", "aten.slice",
+    "aten.select", "aten.dropout",
+}  # fmt: skip
 OTHER_COPY = (
     "a copy of the network with contiguous weights computes something else than the network: its code must "
     "not depend on the memory layout, and its classes must not define how they are copied"
@@ -94,7 +78,15 @@ def checked_modules(network: nn.Module, role: str) -> nn.Module:
         raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
     network = unwrap(network)
     for name, module in state.modules(network):
-        check_module(f"{name} of the {role} network" if name else f"the whole {role} network", module)
+        where = f"{name} of the {role} network" if name else f"the whole {role} network"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise LoweringError(f"{where} is a ScriptModule; export the module that was scripted or traced")
+        if isinstance(module, LazyModuleMixin):
+            raise LoweringError(f"{where} is not initialized; run the network once before the export")
+        if isinstance(module, OptimizedModule):
+            raise LoweringError(f"{where} is compiled; put its _orig_mod in its place")
+        if vars(module).get("_compiled_call_impl") is not None:
+            check_backend(where, vars(module)["_compiled_call_impl"])
     return network
 
 
@@ -115,18 +107,6 @@ def copy_for_export(
     if logits is not None:
         vars(copied)[EXPORT_LOGITS] = logits
     return copied
-
-
-def check_module(where: str, module: nn.Module) -> None:
-    """Raise `LoweringError` if *module* cannot be captured."""
-    if isinstance(module, torch.jit.ScriptModule):
-        raise LoweringError(f"{where} is a ScriptModule; export the module that was scripted or traced")
-    if isinstance(module, LazyModuleMixin):
-        raise LoweringError(f"{where} is not initialized; run the network once before the export")
-    if isinstance(module, OptimizedModule):
-        raise LoweringError(f"{where} is compiled; put its _orig_mod in its place")
-    if vars(module).get("_compiled_call_impl") is not None:
-        check_backend(where, vars(module)["_compiled_call_impl"])
 
 
 @contextmanager
@@ -416,7 +396,7 @@ def check_constants(captured: Captured, network: nn.Module) -> None:
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "
                     "contains it; use ModuleList, ModuleDict or register_buffer",
-                    remedies={"allow_constants": True},
+                    remedies={"plain": None, "allow_constants": True},
                 )
 
 
@@ -425,12 +405,12 @@ def check_ends_in_logits(captured: Captured) -> None:
     aten = torch.ops.aten
     for program in (captured.any_batch, captured.batch_of_one):
         node = program.graph.output_node().args[0][0]
-        while node.target in KEEP_VALUES:
+        while operator_name(node) in KEEP_VALUES:
             node = node.args[0]
         if node.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.special_expit.default):
             raise LoweringError(
                 "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
-                "itself; return the logits before it; if an image may have several classes, add",
+                "itself; return the logits before it and, if an image may have several classes,",
                 remedies={"several_classes": True},
             )
 

@@ -24,6 +24,7 @@ from sopdeploy.checkpoint import (
     find_labels,
     find_tables,
     read_pytorch,
+    without_wrappers,
 )
 from sopdeploy.errors import ConfigError, WeightsError, first_line, shorten
 from sopdeploy.files import check_is_weights
@@ -234,13 +235,8 @@ def _fit(path: Path, table: str, tensors: Mapping[str, Tensor], expected: Mappin
     A network that wraps another one may have a first name that the file, of the other one, lacks.
     """
     parts = {part for name in expected for part in name.split(".")}
-    wrappers = {part for part in WRAPPERS if part not in parts}  # which the network itself does not have
-    named: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        short = ".".join(part for part in name.split(".") if part not in wrappers)
-        if short in named:
-            raise WeightsError(f"{path}: holds {short} twice, also as {name}; remove one of them")
-        named[short] = tensor
+    # The network itself may have a part with such a name.
+    named = without_wrappers(path, tensors, {part for part in WRAPPERS if part not in parts})
     required = [name for name in expected if not name.endswith(COUNTER)] or [""]
     owners = {f"{name.partition('.')[0]}." for name in expected}
     complete, closest = [], None

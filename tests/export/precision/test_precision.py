@@ -112,13 +112,13 @@ def test_second_order_parts_keep_float32_in_a_copy(
 def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
     preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = casts.fold
+    honest = casts.fold_norm
 
     def twice(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         honest(convolution, norm)
         honest(convolution, norm)
 
-    monkeypatch.setattr(casts, "fold", twice)
+    monkeypatch.setattr(casts, "fold_norm", twice)
     network, program, _ = graph_of("resnet8", preprocess)
     pixels = Normalize(preprocess, torch.contiguous_format)(
         torch.from_numpy(generated_images(preprocess.crop)[:2])

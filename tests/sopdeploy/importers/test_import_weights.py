@@ -211,6 +211,18 @@ def test_the_input_size_and_the_labels_can_be_given(narrow: Path, name: str, con
     assert read_checkpoint(narrow.with_name("imported.pt")).labels == ("a", "b", "c", "d", "e")
 
 
+@pytest.mark.parametrize(("classes", "message"), [("acbde", ""), ("abcd", "4 names for 5 classes")])
+def test_the_labels_of_a_file_are_those_of_its_class_to_idx(narrow: Path, classes: str, message: str) -> None:
+    numbers = {name: number for number, name in enumerate(classes)}
+    torch.save({"model": state_of("cifar A narrow"), "class_to_idx": numbers}, narrow)
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            imported(narrow, "resnet8")
+    else:
+        assert imported(narrow, "resnet8")[1].labels == f"class_to_idx of {narrow}"
+        assert read_checkpoint(narrow.with_name("imported.pt")).labels == tuple(classes)
+
+
 NETWORKS = [("vgg16", "vgg16"), ("vgg16_bn", "vgg16-bn")]
 
 
