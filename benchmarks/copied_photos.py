@@ -103,7 +103,7 @@ def draw(given: argparse.Namespace, folder: Path, kind: str, copies: int, size: 
 def count_errors(folder: Path, groups: np.ndarray) -> tuple[float, float]:
     """Return the shares of photographs in *folder* that are grouped wrongly, and that are divided."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
-    true = np.asarray([path.removesuffix(".jpg").split("~")[0] for path in paths])
+    true = np.asarray([path.rpartition(".")[0].split("~")[0] for path in paths])
     originals = np.unique(true)
     mixed = {group for group in set(groups) if len(set(true[groups == group])) > 1}
     wrong = [any(group in mixed for group in groups[true == name]) for name in originals]

@@ -4,7 +4,7 @@
         --cache DIR [--sizes 10] [--draws 3] [--out FILE] [--json]
 
 TRAIN and TEST are folders <class>/*.jpg, --unknown photographs of other things, <folder>/*.jpg. GROUP tells
-which sets decided (A) and which confirmed (B, C). The features of EfficientNet-Lite0 with the weights FILE
+which sets decided (A) and which confirmed (B, C, D). The features of EfficientNet-Lite0 with the weights FILE
 are computed once per set and kept in --cache. Each draw, whose seed is its number, takes --sizes photographs
 per class; the head is fitted and calibrated by the code of `train`, and tested on all of TEST. It is compared
 with scikit-learn's LogisticRegression, with C chosen by the loss in the same folds: "former", a former head
@@ -300,9 +300,9 @@ def main(arguments: list[str]) -> int:
     ]
     report(results, as_json=given.json)
     if given.out is not None:
-        measured = {(row["name"], row["size"]) for row in rows}
+        measured = [(row["group"], row["name"], row["size"]) for row in rows]
         before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else []
-        kept = [row for row in before if (row["name"], row["size"]) not in measured]
+        kept = [row for row in before if (row["group"], row["name"], row["size"]) not in measured]
         given.out.write_text(json.dumps([*kept, *rows], indent=1) + "\n", encoding="utf-8")
     gains = [row["accuracy"] - row["former accuracy"] for row in rows if row["group"] != "A"]
     return 1 if gains and np.mean(gains) < 0 else 0

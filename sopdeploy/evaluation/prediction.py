@@ -27,7 +27,7 @@ from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetric
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier
-from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.folder import open_unknown
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
 
 SCORE_BATCH = 32  # images
@@ -242,7 +242,6 @@ def score_images(
 def predict_unknown(
     model: nn.Module, folder: Path | None, preprocess: Preprocess, workers: int
 ) -> NDArray[np.float64] | None:
-    """Compute the logits (M, C) of *model* on the images in *folder*; None without a folder."""
-    if folder is None:
-        return None
-    return score_images(model, preprocess, open_any_images(folder), workers=workers)
+    """Compute the logits (M, C) of *model* on the images in *folder* (`open_unknown`); None without any."""
+    images = None if folder is None else open_unknown(folder)[0]
+    return None if images is None else score_images(model, preprocess, images, workers=workers)

@@ -193,8 +193,9 @@ def _list_relations(
             break
         chosen = [index for index, name in enumerate(parsed) if name.kind == kind]
         length = len(parsed[chosen[0]].numbers)
-        sides = [(START, slice(stop), _starts_with(stop)) for stop in range(length)]
-        sides += [(END, slice(start, None), _ends_with(length - start)) for start in range(1, length)]
+        digits = [r"\D+".join([r"\d+"] * size) for size in range(length)]  # that find so many
+        sides = [(START, slice(stop), rf"^\D*{digits[stop]}") for stop in range(length)]
+        sides += [(END, slice(-kept, None), rf"{digits[kept]}\D*$") for kept in range(length - 1, 0, -1)]
         for side, kept, pattern in sides:
             keys = [(int(classes[i]), parsed[i].texts, parsed[i].numbers[kept]) for i in chosen]
             number_of_key = {key: number for number, key in enumerate(dict.fromkeys(keys))}
@@ -218,16 +219,6 @@ def _list_relations(
     keyed.sort(key=lambda one: -one[0])
     yield from (relation for _, relation in keyed)
     yield from sequences
-
-
-def _starts_with(numbers: int) -> str:
-    """Build the regular expression that finds the start of a name up to this many numbers."""
-    return r"^\D*" if numbers == 0 else r"^\D*" + r"\D+".join([r"\d+"] * numbers)
-
-
-def _ends_with(numbers: int) -> str:
-    """Build the regular expression that finds the end of a name from the last *numbers* numbers on."""
-    return r"\D+".join([r"\d+"] * numbers) + r"\D*$"
 
 
 def _nearest_of_class(

@@ -18,6 +18,8 @@ import numpy as np
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.limits import SUFFIXES, describe_formats
 from sopdeploy.photos.files import (
+    KEPT_NAME,
+    SAMPLE_FOLDER,
     TRAIN,
     TRAINING,
     Log,
@@ -444,6 +446,25 @@ def open_any_images(root: Path) -> ImageFiles:
     if not len(paths):
         raise DataError(f"{root}: holds no images; give a folder with {ANY_IMAGES}")
     return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))
+
+
+def open_unknown(root: Path) -> tuple[ImageFiles | None, str]:
+    """Open the images of no class below *root*, without those that a server kept because of their scores.
+
+    The live network rejected most of these: its share would seem higher than it is, that of a later network,
+    too. Those of the uniform sample count. Returns None if none remain, and a line about those left out.
+    """
+    images = open_any_images(root)
+    paths = [images.path(index) for index in range(len(images))]
+    is_fair_N = np.array(
+        [path.parent.name == SAMPLE_FOLDER or not KEPT_NAME.fullmatch(path.name) for path in paths]
+    )
+    count = int(is_fair_N.sum())
+    line = (
+        f"{root}: {amount(len(paths) - count, 'photograph')} left out, because a server kept them outside of "
+        f"its sample, mostly as unknown; {count:,} remain"
+    )
+    return images.select(is_fair_N) if count else None, "" if count == len(paths) else line
 
 
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:

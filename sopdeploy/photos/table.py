@@ -48,7 +48,6 @@ _NAMES = {
     **dict.fromkeys(("class", "label", "labels"), "classes"),
 }  # of the required columns in tables of other programs
 _SEPARATORS = ",;\t"
-_OTHER_TABLES = (".tsv", ".xlsx", ".xls", ".ods")  # which are not read
 SPLIT, GROUP = "split", "group"  # optional columns
 SEPARATOR = "|"
 VAL = "val"
@@ -73,20 +72,20 @@ class OpenedParts(NamedTuple):
 def has_label_table(root: Path) -> bool:
     """Check whether the classes of the images in *root* are those of its `labels.csv`, not its class folders.
 
-    A table is never ignored: raises `DataError` for one in another format, or that cannot be read.
+    A table is never ignored: raises `DataError` for one of another name or format, such as `Labels.CSV`,
+    `labels.xlsx`, `labels.txt` or `labels.json`, or that cannot be read.
     """
+    path = root / LABELS_FILE
+    if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
+        read_table_text(path)
+        return True
     for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
-        is_table = other.suffix.lower() in (*_OTHER_TABLES, Path(LABELS_FILE).suffix)
-        if is_table and other.name != LABELS_FILE and not other.is_dir():
+        if other.is_file() and not is_image(other.name):
             raise DataError(
                 f"{other}: not read; save it as {LABELS_FILE} with the columns file,classes, or rename it if "
                 "the folders are the classes"
             )
-    path = root / LABELS_FILE
-    if not os.path.lexists(path) or path.is_dir():  # a folder may be a class
-        return False
-    read_table_text(path)
-    return True
+    return False
 
 
 def read_table_text(table: Path) -> str:
@@ -106,7 +105,13 @@ def read_table_text(table: Path) -> str:
         text = content.decode(encoding)
         if "\0" in text:
             raise ValueError("it has null characters, as UTF-16 without a byte order mark")
-    except ValueError as error:  # also `UnicodeDecodeError`
+    except UnicodeDecodeError as error:
+        name, line = encoding.removesuffix("-sig").upper(), content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{table}: cannot be read (line {line} is not {name}); write a CSV file in UTF-8, "
+            "in a spreadsheet the format 'CSV UTF-8'"
+        ) from error
+    except ValueError as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     if not text.strip():
         raise DataError(f"{table}: is empty; list the images and their classes in it, or remove it")
@@ -204,15 +209,15 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         reader = csv.DictReader(
             io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
         )
-        columns = [fold(column) for column in reader.fieldnames or ()]
-        columns = reader.fieldnames = [_NAMES.get(column, column) for column in columns]
+        given = [fold(column) for column in reader.fieldnames or ()]
+        columns = reader.fieldnames = [_NAMES.get(column, column) for column in given]
         records = [(reader.line_num + first_line, record) for record in reader]
     except csv.Error as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
-    if {*columns} - {SPLIT, GROUP} != {*_REQUIRED}:
+    if {*columns} - {SPLIT, GROUP} != {*_REQUIRED} or len({*columns}) < len(columns):
         raise DataError(
-            f"{table}: has the columns {shorten(columns) or 'none'}; write file,classes and optionally "
-            "split and group, or rename the file if the folders are the classes"
+            f"{table}: has the columns {shorten(given) or 'none'}; write file,classes and optionally split "
+            "and group, remove others, or rename the file if the folders are the classes"
         )
     if not records:
         raise DataError(f"{table}: lists no images; add a line per image")

@@ -19,7 +19,7 @@ from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import find_clips
 from sopdeploy.photos.copies import NO_PAIRS, connect, group_photographs, number_classes
-from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.folder import open_unknown
 from sopdeploy.photos.photo import LabeledImages, Split, describe_contradictions, hash_images
 from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.project import Origin, folder_name, utc_now
@@ -346,8 +346,8 @@ def _check_data(
     if ignored and data.train.targets.ndim == 2:
         names = ", ".join(sorted(ignored))
         raise ConfigError(f"{names}: without effect where images have several classes; remove it")
-    if unknown is not None:
-        open_any_images(unknown)
+    if unknown is not None and (line := open_unknown(unknown)[1]):
+        callback.on_warning(line)
 
 
 def check_count(images: LabeledImages) -> None:

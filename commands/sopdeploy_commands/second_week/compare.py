@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel, Text
-from sopdeploy.errors import ConfigError, DataError, amount
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
     ALPHA,
@@ -39,8 +39,7 @@ from sopdeploy.files import MAX_NAMES_BYTES, read_file
 from sopdeploy.html.report import percent
 from sopdeploy.names import LinkPath
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
-from sopdeploy.photos.files import KEPT_NAME, SAMPLE_FOLDER
-from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.photos.folder import open_evaluation_images, open_unknown
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import SAMPLED, Time
 from sopdeploy_commands.bundles.scores import logits_of_images
@@ -271,7 +270,8 @@ def compare_loaded(
     common_N = is_common_C[targets]  # the photographs of classes that both bundles have
     if not common_N.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
-    unknown_images = None if unknown is None else _open_unknown(unknown, notes)
+    unknown_images, line = (None, "") if unknown is None else open_unknown(unknown)
+    notes += [line] if line else []
     total = len(pair) * (len(images) + len(unknown_images or ()))  # predictions
     done = itertools.count(1)
     evaluated = [
@@ -322,25 +322,6 @@ def count_comparisons(link: Path) -> int:
         if promotion.before == live and compared is not None:
             different.add((promotion.after, compared.num_images, compared.wins, compared.losses))
     return len(different)
-
-
-def _open_unknown(folder: Path, notes: list[str]) -> ImageFiles | None:
-    """Open the images in *folder*, without those that a server kept because its network was not sure of them.
-
-    The live bundle rejected most of these: it would seem better than it is. Those of the uniform sample
-    count. Returns None if none remain; appends to *notes*.
-    """
-    images = open_any_images(folder)
-    paths = [images.path(index) for index in range(len(images))]
-    is_fair_N = np.array(
-        [path.parent.name == SAMPLE_FOLDER or not KEPT_NAME.fullmatch(path.name) for path in paths]
-    )
-    if num_left := int((~is_fair_N).sum()):
-        notes.append(
-            f"{folder}: {amount(num_left, 'photograph')} not compared, because a server kept them outside of "
-            f"its sample, mostly as unknown; {int(is_fair_N.sum())} remain"
-        )
-    return images.select(is_fair_N) if is_fair_N.any() else None
 
 
 class LeftOut(TypedDict):

@@ -61,7 +61,12 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
     tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
     for table in tables:
         _check_table(table)
-    images = _find_images(wanted, files)
+    images = [
+        path
+        for path in files
+        if _name(path).suffix.lower() in SUFFIXES
+        and (wanted.has_content(path) if wanted.digest else wanted.is_named(path.with_name(_name(path).name)))
+    ]
     ids = wanted.ids.union(name.stem for name in map(_name, images) if ID.fullmatch(name.stem))
     rows = _find_rows(wanted._replace(ids=ids), tables)
     of_ids = [
@@ -141,14 +146,6 @@ class _Row(NamedTuple):
 def _name(path: Path) -> Path:
     """Return the name of *path*, for a temporary file that of the file that it would have become."""
     return Path(_PARTIAL_NAME.sub("", path.name) if path.name.endswith(PARTIAL) else path.name)
-
-
-def _find_images(wanted: _Wanted, files: Sequence[Path]) -> list[Path]:
-    """List the images of *files* that have the content of *wanted*; without a file, its name."""
-    images = [path for path in files if _name(path).suffix.lower() in SUFFIXES]
-    if wanted.digest:
-        return [path for path in images if wanted.has_content(path)]
-    return [path for path in images if wanted.is_named(path.with_name(_name(path).name))]
 
 
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]]:

@@ -229,13 +229,14 @@ class Space(NamedTuple):
 class Problem:
     """N images with `targets`: coordinates `reduced` (N, R) of their vectors in `space`, and `own` (N, D_0).
 
-    The latter are the network's own vectors, scaled to length 1.
+    The latter are the network's own vectors, scaled to length 1, with `weights` (N,) in the class means.
     """
 
     space: Space
     reduced: NDArray[np.float32]
     own: NDArray[np.float32]
     targets: Targets
+    weights: Array | float = 1.0
 
     def cross_validate(self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True) -> Array:
         """Compute out-of-fold scores (N, K): those of an image by a head that was fitted without its fold.
@@ -291,7 +292,7 @@ class Problem:
 
     def cosines(self, folds_N: Indices) -> Array:
         """Compute the cosine (N,) of each own vector and the nearest class mean of the other folds."""
-        classes_NK, cosines_N = self.targets.classes, np.zeros(len(self.own))
+        classes_NK, cosines_N = self._weighted_classes(), np.zeros(len(self.own))
         total_KD = class_sums(self.own, classes_NK)
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
@@ -317,7 +318,10 @@ class Problem:
 
     def class_means(self) -> NDArray[np.float32]:
         """Compute the mean own vector (K, D_0) of each class; see the function of this name."""
-        return class_means(self.own, self.targets.classes)
+        return class_means(self.own, self._weighted_classes())
+
+    def _weighted_classes(self) -> Array:
+        return self.targets.classes * np.reshape(self.weights, (-1, 1))
 
     def cosines_without_class(self) -> Array:
         """Compute the cosine (N,) of each own vector and the nearest mean of the other classes."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sopdeploy.importers.published import find_lite_weights
@@ -34,6 +35,7 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
     return connect(len(images), features.find_copies(images).pairs, features.hashes, images.groups)
 
 
+@torch.no_grad()
 def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float32]]]:
     """Yield the vector (D,) of length 1 of each photograph of *paths* by the default network.
 

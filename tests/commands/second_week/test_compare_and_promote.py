@@ -192,7 +192,7 @@ def test_only_unknown_photographs_of_the_sample_are_compared_and_those_that_no_s
         photograph(500 + number).save(unknown / name)
     found = compare(first, second, photos, unknown=unknown)
     assert found.second.rejected.count == 3
-    assert any("5 photographs not compared, because a server kept them" in note for note in found.notes)
+    assert any("5 photographs left out, because a server kept them" in note for note in found.notes)
     (unknown / "own.png").unlink()
     shutil.rmtree(unknown / "sample")
     assert compare(first, second, photos, unknown=unknown).unknown is None

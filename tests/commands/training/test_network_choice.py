@@ -320,10 +320,17 @@ def test_weights_that_cannot_be_reached_are_named_before_anything_is_measured(
         train(photos, models=",".join(NAMES), within="9ms", out=photos.parent / "run")
 
 
-def test_unknown_images_may_be_in_a_flat_folder_and_a_missing_one_is_named(photos: Path) -> None:
+def test_unknown_images_may_be_in_a_flat_folder_and_a_missing_one_is_named(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flat = photos.parent / "flat"
     shutil.copytree(next(photos.iterdir()), flat)
     settings = ("model.name=resnet8", "preprocess.crop=16", "procedure.kind=few_shot")
-    train(photos, weights="none", unknown=str(flat), out=photos.parent / "run", set=settings)
+    callback, warnings = Callback(), list[str]()
+    monkeypatch.setattr(callback, "on_warning", warnings.append)
+    next(flat.iterdir()).rename(flat / f"{0:032x}.png")  # as a server names what it keeps
+    given = {"weights": "none", "unknown": str(flat), "set": settings}
+    train(photos, out=photos.parent / "run", callback=callback, **given)
+    assert any("1 photograph left out, because a server kept them" in line for line in warnings)
     with pytest.raises(DataError, match="no such folder; give a folder with JPEG or PNG files"):
         train(photos, weights="none", unknown=str(flat / "missing"), out=photos.parent / "other")

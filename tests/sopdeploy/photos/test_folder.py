@@ -349,14 +349,13 @@ def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
     ("name", "content", "problem"),
     [
         ("labels.csv", "id,date\n1,2026", "labels.csv: has the columns id, date"),
-        (
-            "labels.csv",
-            "id,file,classes\n1,2026-01/000.jpg,a",
-            "labels.csv: has the columns id, file, classes",
-        ),
+        ("labels.csv", "file,Class,set\n1.jpg,a,train", "the columns file, class, set; write file,clas"),
+        ("labels.csv", "file,Class,label\n1.jpg,1,a", "has the columns file, class, label; write file,cl"),
         ("labels.tsv", "file\tclasses", "labels.tsv: not read; save it as labels.csv"),
         ("Labels.XLSX", "PK", "Labels.XLSX: not read; save it as labels.csv"),
         ("Labels.csv", "file,classes", "Labels.csv: not read; save it as labels.csv"),
+        ("labels.txt", "000.jpg a", "labels.txt: not read; save it as labels.csv"),
+        ("labels.json", "{}", "labels.json: not read; save it as labels.csv"),
         ("train/labels.csv", "file,classes\na/0.jpg,a", "train/labels.csv: not read here"),
     ],
 )
@@ -366,7 +365,7 @@ def test_a_table_beside_class_folders_that_is_not_read_is_an_error(
     folders = {"train__a": 2, "train__b": 2} if "/" in name else {"2026-01": 2, "2026-02": 2}
     make(tmp_path, **folders)
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=problem.replace(".", r"\.")):
+    with pytest.raises(DataError, match=re.escape(problem)):
         open_folder(tmp_path)
 
 

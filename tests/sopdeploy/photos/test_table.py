@@ -119,10 +119,18 @@ def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> No
 
 
 def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> None:
-    for content in (b"file,classes\n\xff.png,a\n", b'file,classes\n"a.png,cat\n'):
+    texts = ("file,classes\na.png,B\u00e4r\n".encode("cp1252"), b'file,classes\n"a.png,cat\n')
+    for content, problem in zip(texts, (r"\(line 2 is not UTF-8\)", ".*"), strict=True):
         (folder / "labels.csv").write_bytes(content)
-        with pytest.raises(DataError, match=r"labels\.csv: cannot be read .*; write a CSV file in UTF-8"):
+        with pytest.raises(
+            DataError, match=rf"labels\.csv: cannot be read {problem}; write a CSV file in UTF-8"
+        ):
             open_folder(folder)
+
+
+def test_the_table_counts_and_not_what_it_was_exported_from(folder: Path) -> None:
+    (folder / "labels.xlsx").touch()
+    assert rows(write(folder, GOOD)) == {"a.png": [1, 1], "b.png": [0, 0], "sub/c.png": [0, 1]}
 
 
 TABLE = "file,classes\r\na.png,Ä|dog\r\nb.png,\r\nsub/c.png,dog\r\n"

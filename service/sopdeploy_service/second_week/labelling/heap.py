@@ -6,7 +6,6 @@ The vectors come from a function that the caller gives, because the service work
 
 import hashlib
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import softmax
-from sopdeploy.photos.files import is_image, list_folder
+from sopdeploy.photos.files import KEPT_NAME, is_image, list_folder
 
 Vector: TypeAlias = NDArray[np.float32]
 Embed: TypeAlias = Callable[[Sequence[Path]], Iterator[tuple[Path, Vector]]]
 MIN_PHOTOGRAPHS = 2  # of each class
 MAX_LEARNED = 20  # photographs of each class that were sorted before
 SCALE = 25.0  # of cosines as logits: 0.1 more makes a class 12 times as probable
-_KEPT = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # a kept photograph, whose record is missing or damaged
 _NONE: Vector = np.zeros((0, 0), np.float32)
 
 log = logging.getLogger("sopdeploy_service.second_week.heap")
@@ -32,7 +30,7 @@ log = logging.getLogger("sopdeploy_service.second_week.heap")
 def list_heap(folder: Path) -> list[Path]:
     """List the images directly in *folder*, sorted, without kept photographs; raises `DataError`."""
     names = [entry.name for entry in list_folder(folder) if entry.is_file() and is_image(entry.name)]
-    return [folder / name for name in names if not _KEPT.fullmatch(name)]
+    return [folder / name for name in names if not KEPT_NAME.fullmatch(name)]
 
 
 def heap_id(path: Path) -> str:

@@ -444,6 +444,17 @@ def test_photographs_that_a_server_selected_are_not_judged(own, kept, of_new_cla
     assert select_typical(images).sum() == judged
 
 
+def test_a_photograph_of_weight_one_counts_in_class_means_as_eight_of_an_eighth():
+    features, classes = blobs()
+    problem, folds = problem_of([features], softmax_targets(classes)), np.arange(40) // 4 % 5
+    often = np.repeat(np.arange(40), np.where(np.arange(40) < 28, 8, 1))  # the others are selected
+    repeated = problem_of([features[often]], softmax_targets(classes[often]))
+    weighted = replace(problem, weights=np.where(np.arange(40) < 28, 1.0, 0.125))
+    assert weighted.class_means() == pytest.approx(repeated.class_means(), abs=1e-6)
+    first = np.unique(often, return_index=True)[1]
+    assert weighted.cosines(folds) == pytest.approx(repeated.cosines(folds[often])[first], abs=1e-6)
+
+
 def test_the_threshold_and_the_accuracy_are_those_of_photographs_that_no_server_selected(tmp_path: Path):
     root = paint(tmp_path / "photos", 12)
     paint(tmp_path / "others", 2, seed=7)
