@@ -1,6 +1,7 @@
 """Accuracy gain of second-order pooling on generated textures, digits and CIFAR-10.
 
-    python benchmarks/second_order_gain.py [--cache DIR] [--cifar FOLDER] [--study NAME] [--json]
+    python benchmarks/second_order_gain.py [--cifar FOLDER --cache DIR] [--study NAME] [--lines FILE] [--json]
+        [--epochs 10 40] [--draws N] [--search-epochs 10] [--search-draws 5] [--report]
 
 Generated textures differ in second moments only, so minimum results can be required: linear features with
 average pooling are at chance, an iSQRT-COV head is at least 30 points above a two-layer network with
@@ -8,20 +9,22 @@ average pooling, the same network trained with DSoP branches (and detached) at l
 with average pooling (DSoP's Table VII), the plain network trained as long as DSoP, and learning rates. Digits
 and CIFAR-10 (a folder of images, train/ and test/, one folder per class) have no required result.
 
-Runs with the same seed are paired; intervals are 95 % Student intervals of the paired difference, without
-correction for multiple comparisons. The numbers of seeds are fixed. The last epoch counts. One thread per
-process, processor seconds of the training alone. Runs in --cache are not repeated.
+"CIFAR-10 branches" has the number of epochs as an axis. The rate of each arm is the best on draws that are
+not evaluated, and not on the edge of its grid. A second table has main loss and accuracy of each branch.
+
+Runs with the same seed are paired; intervals are 95 % intervals of the paired difference, which know that
+draws share their test images, without correction for multiple comparisons. The last epoch counts. One thread
+per process, processor seconds of the training alone. Runs in --lines are not repeated.
 Exit status 1: a required result was not reached.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
 
-from gain.execution import Results, run_studies
+from gain.execution import add_options, run_studies
 from gain.report import checks, print_studies, results_of
 from gain.small_image_studies import (
     cifar,
@@ -32,7 +35,7 @@ from gain.small_image_studies import (
 )
 from gain.study import Study
 from gain.task import write_arrays
-from measure import commit, existing, machine, make_parser, report, versions
+from measure import commit, existing, machine, make_parser, one_line_errors, report, versions
 
 NAMES = (
     "learning rates",
@@ -43,22 +46,29 @@ NAMES = (
 )
 
 
-def studies(arrays: Path | None) -> list[Study]:
-    """Choose the studies; *arrays* is the file of CIFAR's decoded images."""
-    chosen = [texture_rates(), textures(12), digits(24)]
-    return chosen if arrays is None else [*chosen, cifar(arrays, 5), cifar_branches(arrays, 10)]
+def studies(arrays: Path | None, given: argparse.Namespace) -> tuple[list[Study], dict[str, Study]]:
+    """Choose the studies, and those that choose their rates; *arrays* is the file of CIFAR's images."""
+    found = [texture_rates(), textures(given.draws or 12), digits(given.draws or 24)]
+    search = {}
+    if arrays is not None:
+        found.append(cifar(arrays, given.draws or 5))
+        for epochs in given.epochs:
+            one = cifar_branches(arrays, given.draws or 10, epochs)
+            search[one.name] = cifar_branches(arrays, 0, given.search_epochs or epochs)
+            found.append(one)
+    chosen = given.study or NAMES
+    return [one for one in found if one.name.partition(", ")[0] in chosen], search
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--cache", type=Path, help="folder of finished runs; created if it is missing")
     parser.add_argument("--cifar", type=existing, help="folder with CIFAR-10's images; needs --cache")
+    parser.add_argument("--cache", type=Path, help="folder for the decoded images; created if it is missing")
     parser.add_argument(
         "--study", action="append", choices=NAMES, help="run only this study; can be repeated"
     )
-    parser.add_argument("--seeds", type=int, help="use only the first SEEDS seeds of each study")
-    parser.add_argument("--jobs", type=int, default=2, help="number of single-threaded processes (2)")
+    add_options(parser, epochs=10)
     parsed = parser.parse_args(arguments)
     if parsed.cifar is not None and parsed.cache is None:
         parser.error("--cifar needs --cache, which stores the decoded images")
@@ -80,13 +90,7 @@ def main(arguments: list[str]) -> int:
     """Run the studies, print them, and return the exit status."""
     given = parse_arguments(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
-    available = studies(decode_cifar(given.cifar, given.cache))
-    chosen = [
-        dataclasses.replace(study, seeds=study.seeds[: given.seeds])
-        for study in available
-        if given.study is None or study.name in given.study
-    ]
-    results: Results = run_studies(chosen, given.cache, given.jobs)
+    chosen, results = run_studies(*studies(decode_cifar(given.cifar, given.cache), given), given)
     if given.json:
         rows = [result for study in chosen for result in results_of(study, results[study.name])]
         report(rows, as_json=True, commit=commit(), processes=given.jobs)
@@ -98,4 +102,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with one_line_errors():
+        sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,10 @@
 """The studies: networks, tasks and controls. No value was chosen with test images.
 
-Learning rates and epochs were chosen with seed 100, which only the study of learning rates uses. The number
-of epochs of an equal-time control gives it at least the CPU time of the DSoP training.
+Learning rates and epochs were chosen with seed 100 and more, which no evaluated draw has. The number of
+epochs of an equal-time control gives it at least the CPU time of the DSoP training.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def textures(seeds: int) -> Study:
     """Compare on generated textures; each seed generates another task."""
     return Study(
         name="textures",
+        images="textures",
         title="10 classes of Gaussian textures that differ in second moments only; 500 images, 60 epochs",
         seeds=tuple(range(seeds)),
         template=TEXTURE_RUN,
@@ -63,6 +65,7 @@ def texture_rates() -> Study:
     arms = {PLAIN: {}, DSOP: TEXTURE_ARMS[DSOP], HEAD: TEXTURE_ARMS[HEAD]}
     return Study(
         name="learning rates",
+        images="textures",
         title=f"textures, task {TUNING_SEED}, used by no other table",
         seeds=(TUNING_SEED,),
         template=TEXTURE_RUN,
@@ -78,6 +81,7 @@ def digits(seeds: int) -> Study:
     """Compare on scikit-learn's digits; each seed selects another 200 for training."""
     return Study(
         name="digits",
+        images="digits",
         title="handwritten digits, 200 images, ResNet-8 of width 8, 20 epochs",
         seeds=tuple(range(seeds)),
         template=DIGITS_RUN,
@@ -98,6 +102,7 @@ def cifar(arrays: Path, seeds: int) -> Study:
     extra = f"{PLAIN}, extra 1x1"
     return Study(
         name="CIFAR-10",
+        images="CIFAR-10",
         title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 epochs, 10 000 test images",
         seeds=tuple(range(seeds)),
         template=cifar_run(arrays),
@@ -111,21 +116,24 @@ def cifar(arrays: Path, seeds: int) -> Study:
     )
 
 
-def cifar_branches(arrays: Path, seeds: int) -> Study:
-    """Compare DSoP with its controls on 5000 images of CIFAR-10."""
+def cifar_branches(arrays: Path, seeds: int, epochs: int) -> Study:
+    """Compare DSoP with its controls on 5000 images of CIFAR-10 after a training of *epochs*."""
     return Study(
-        name="CIFAR-10 branches",
-        title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 epochs, 10 000 test images",
+        name=f"CIFAR-10 branches, {epochs} epochs",
+        images="CIFAR-10",
+        title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 000 test images",
         seeds=tuple(range(seeds)),
-        template=cifar_run(arrays),
+        template={**cifar_run(arrays), "epochs": epochs},
         arms={
             PLAIN: {},
             GAP_BRANCHES: {"network": "dsop-resnet", "config": {"depth": 8, "aux_pooling": "gap"}},
-            LONG: {"epochs": 22},
             DSOP: {"network": "dsop-resnet"},
+            LONG: {"epochs": math.ceil(2.3 * epochs)},
         },
         reference=PLAIN,
         pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG)),
+        rates=(0.03, 0.1, 0.3),
+        search=(PLAIN, GAP_BRANCHES, DSOP, LONG),
     )
 
 
