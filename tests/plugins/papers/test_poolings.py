@@ -43,6 +43,7 @@ from tests.docs.reading import ROOT, blocks, command_lines
 from tests.plugins.reference_runtime import ReferenceRuntime
 from tests.plugins.stripes import StripesConfig
 from tests.sopdeploy.layers.numerics.all_poolings import relu_features
+from tests.sopdeploy.training.runs import few_digits
 from tests.support.pictures import encoded
 
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -288,15 +289,16 @@ STRIPES = (
 )
 
 
-@pytest.mark.usefixtures("stripes")
 @pytest.mark.parametrize(
     "kind", [kind if kind == "dropcov" else pytest.param(kind, marks=pytest.mark.slow) for kind in SMALL]
 )
-def test_each_pooling_is_trained_exported_with_proof_verified_and_served(kind: str, tmp_path: Path) -> None:
-    options = [f"model.config.pooling.{key}={value}" for key, value in SMALL[kind].items()]
-    found = train(
-        tmp_path / "run", *STRIPES, "model.name=resnet8", f"model.config.pooling.kind={kind}", *options
-    )
+def test_each_pooling_learns_and_is_exported_with_proof_and_served(
+    kind: str, tmp_path: Path
+) -> None:
+    options = [f"model.config.pooling.{key}={value}" for key, value in {"kind": kind, **SMALL[kind]}.items()]
+    with few_digits(every=6):
+        found = train(tmp_path / "run", "epochs=4", "batch_size=16", "model.config.base_width=8", *options)
+    assert found.training["metrics"]["top1"] > 0.3  # of ten digits
     assert found.config["pooling"].items() >= {"kind": kind, **SMALL[kind]}.items()
     assert "plugins" not in found.training  # it is of the same wheel
     output = run("export", tmp_path / "run/best.pt", "--max-batch", 4, "--out", tmp_path / "bundles").stdout
@@ -317,9 +319,11 @@ def check_served(checkpoint: Path, bundle: Path) -> None:
     pixels = torch.tensor(preprocess_image(image, content.preprocess)[None])
     network = build_classifier(content, checkpoint)
     logits_C = network(Normalize(content.preprocess, images_format(network))(pixels))[0].detach()
-    expected = dict(zip(content.labels, logits_C.softmax(dim=0).tolist(), strict=True))
+    temperature = 1.0 if content.decision is None else content.decision.temperature
+    expected = dict(zip(content.labels, (logits_C / temperature).softmax(dim=0).tolist(), strict=True))
     served = {entry["label"]: entry["probability"] for entry in answer["classes"]}
-    assert served == pytest.approx(expected, abs=1e-4)
+    assert len(served) == min(5, len(expected))
+    assert served == pytest.approx({label: expected[label] for label in served}, abs=1e-4)
 
 
 @pytest.mark.slow
