@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gain.execution import Line, add_options, run_studies
+from gain.execution import Line, add_options
 from gain.paired import paired
 from gain.photos import MAX_PER_CLASS, PhotosConfig, count_classes, write_maps
-from gain.report import accuracies, print_studies, results_of
+from gain.report import accuracies, run_and_report
 from gain.study import Study
-from measure import commit, existing, make_parser, one_line_errors, report
+from measure import existing, make_parser, one_line_errors
 
 FROZEN, FROZEN_HEAD = "frozen, averages", "frozen, second-order head"
 PLAIN, LONGER, HEAD = "averages", "averages, equal time", "second-order head"
@@ -142,7 +142,7 @@ def main(arguments: list[str]) -> int:
         epochs: [study(name, task, given, epochs) for name, task in tasks.items()]
         for epochs in {*given.epochs, given.search_epochs or given.epochs[0]}
     }
-    chosen, results = run_studies(
+    chosen, results = run_and_report(
         [one for epochs in given.epochs for one in studies[epochs]],
         {
             one.name: other
@@ -151,13 +151,8 @@ def main(arguments: list[str]) -> int:
         },
         given,
     )
-    if given.json:
-        rows = [result for one in chosen for result in results_of(one, results[one.name])]
-        report(rows, as_json=True, commit=commit())
-        return 0
-    print_studies(chosen, results)
     for one in chosen:
-        if results[one.name] and not given.heads_only:
+        if results[one.name] and not (given.json or given.heads_only):
             print(f"{one.name}: {share(results[one.name])}")
     return 0
 

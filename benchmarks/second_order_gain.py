@@ -6,8 +6,8 @@
 Generated textures differ in second moments only, so minimum results can be required: linear features with
 average pooling are at chance, an iSQRT-COV head is at least 30 points above a two-layer network with
 average pooling, the same network trained with DSoP branches (and detached) at least 15. Controls are branches
-with average pooling (DSoP's Table VII), the plain network trained as long as DSoP, and learning rates. Digits
-and CIFAR-10 (a folder of images, train/ and test/, one folder per class) have no required result.
+with average pooling (DSoP's Table VII), and the plain network trained as long as DSoP. Digits and CIFAR-10
+(a folder of images, train/ and test/, one folder per class) have no required result.
 
 "CIFAR-10 branches" has the number of epochs as an axis. The rate of each arm is the best on draws that are
 not evaluated, and not on the edge of its grid. A second table has main loss and accuracy of each branch.
@@ -19,39 +19,24 @@ Exit status 1: a required result was not reached.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
-from gain.execution import add_options, run_studies
-from gain.report import checks, print_studies, results_of
-from gain.small_image_studies import (
-    cifar,
-    cifar_branches,
-    digits,
-    texture_rates,
-    textures,
-)
+from gain.execution import add_options
+from gain.report import checks, run_and_report
+from gain.small_image_studies import cifar_branches, digits, textures
 from gain.study import Study
 from gain.task import write_arrays
-from measure import commit, existing, machine, make_parser, one_line_errors, report, versions
+from measure import existing, make_parser, one_line_errors
 
-NAMES = (
-    "learning rates",
-    "textures",
-    "digits",
-    "CIFAR-10",
-    "CIFAR-10 branches",
-)
+NAMES = ("textures", "digits", "CIFAR-10 branches")
 
 
 def studies(arrays: Path | None, given: argparse.Namespace) -> tuple[list[Study], dict[str, Study]]:
     """Choose the studies, and those that choose their rates; *arrays* is the file of CIFAR's images."""
-    found = [texture_rates(), textures(given.draws or 12), digits(given.draws or 24)]
-    search = {}
+    found, search = [textures(given.draws or 12), digits(given.draws or 24)], {}
     if arrays is not None:
-        found.append(cifar(arrays, given.draws or 5))
         for epochs in given.epochs:
             one = cifar_branches(arrays, given.draws or 10, epochs)
             search[one.name] = cifar_branches(arrays, 0, given.search_epochs or epochs)
@@ -90,15 +75,10 @@ def main(arguments: list[str]) -> int:
     """Run the studies, print them, and return the exit status."""
     given = parse_arguments(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
-    chosen, results = run_studies(*studies(decode_cifar(given.cifar, given.cache), given), given)
-    if given.json:
-        rows = [result for study in chosen for result in results_of(study, results[study.name])]
-        report(rows, as_json=True, commit=commit(), processes=given.jobs)
-    else:
-        print(json.dumps({"machine": machine(), "versions": versions(), "commit": commit()}))
-        print_studies(chosen, results)
-    reached = [is_reached for study in chosen for _, is_reached in checks(study, results[study.name])]
-    return 0 if all(reached) else 1
+    arrays = decode_cifar(given.cifar, given.cache)
+    chosen, results = run_and_report(*studies(arrays, given), given)
+    finished = [(study, results[study.name]) for study in chosen if results[study.name]]
+    return 0 if all(is_reached for one in finished for _, is_reached in checks(*one)) else 1
 
 
 if __name__ == "__main__":

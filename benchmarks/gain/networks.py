@@ -2,10 +2,9 @@
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
@@ -76,28 +75,3 @@ class DSoPTextureNet(DSoP, TextureNet):
     def paper_branches(self) -> PaperBranches:
         """Return the branches for the texture network, which no paper describes."""
         return PaperBranches(blocks=(1, 1), widths=(32, 32))
-
-
-class ExtraConvSmallResNetConfig(SmallResNetConfig):
-    """`extra`: number of channels of an additional 1x1 convolution before the pooling."""
-
-    extra: int = 192
-
-
-class ExtraConvSmallResNet(Classifier, SmallResNet):
-    """Control for capacity: average pooling with the parameters and multiply-adds of a second-order head."""
-
-    config: ExtraConvSmallResNetConfig
-
-    def __init__(self, config: ExtraConvSmallResNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        channels = self.fc.in_features
-        self.wider = nn.Sequential(
-            nn.Conv2d(channels, config.extra, 1, bias=False), nn.BatchNorm2d(config.extra), nn.ReLU()
-        )
-        self.fc = nn.Linear(config.extra, num_classes)
-        initialize(self.wider)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Compute logits from the averaged wider feature map."""
-        return super().classify(self.wider(features))

@@ -1,13 +1,15 @@
 """Print studies as tables, or convert them to the results of all benchmarks."""
 
+import argparse
+import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from measure import Result, markdown
+from measure import Result, commit, machine, markdown, report, versions
 
-from gain.execution import Line, Results
+from gain.execution import Line, Results, run_studies
 from gain.paired import Paired, crossed, paired
 from gain.study import Study
 from gain.train_and_measure import Outcome, decode_bits
@@ -97,22 +99,28 @@ def moments(arms: dict[str, list[Line]]) -> str:
     return markdown(("arm", "epoch", "main loss", "network", "branches"), rows) if rows else ""
 
 
-def print_studies(studies: Sequence[Study], results: Results) -> None:
-    """Print each study: its tables and its required results."""
-    for study in studies:
+def run_and_report(
+    studies: Sequence[Study], search: Mapping[str, Study], given: argparse.Namespace
+) -> tuple[list[Study], Results]:
+    """Run *studies* as `run_studies` does, and print their tables and required results, or JSON."""
+    chosen, results = run_studies(studies, search, given)
+    if given.json:
+        rows = [result for study in chosen for result in results_of(study, results[study.name])]
+        report(rows, as_json=True, commit=commit(), processes=given.jobs)
+        return chosen, results
+    print(json.dumps({"machine": machine(), "versions": versions(), "commit": commit()}))
+    for study in chosen:
         arms = results[study.name]
         draws = len(next(iter(arms.values()), ()))
-        rates = {
-            arm: values.get("learning_rate") for arm, values in study.arms.items() if arm in study.search
-        }
+        rates = {arm: values["learning_rate"] for arm, values in study.arms.items() if arm in study.search}
         print(
             f"{study.name}: {study.title}, {draws} draws; rates {rates or study.template['learning_rate']}\n"
         )
-        if not draws:
-            continue
-        print(f"{table(study, arms)}\n\n{moments(arms)}\n")
-        for statement, holds in checks(study, arms):
-            print(f"{'holds' if holds else 'FAILS'}: {statement}")
+        if draws:
+            print(f"{table(study, arms)}\n\n{moments(arms)}\n")
+            for statement, holds in checks(study, arms):
+                print(f"{'holds' if holds else 'FAILS'}: {statement}")
+    return chosen, results
 
 
 def results_of(study: Study, arms: dict[str, list[Line]]) -> list[Result]:

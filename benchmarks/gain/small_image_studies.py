@@ -17,7 +17,6 @@ ISQRT = {"kind": "isqrt", "width": 64}
 PLAIN = "ReLU + GAP"
 GAP_BRANCHES, DSOP, LONG = f"{PLAIN}, GAP branches", f"{PLAIN}, DSoP, detached", f"{PLAIN}, equal time"
 HEAD, LINEAR = "iSQRT head", "linear + GAP"
-TUNING_SEED = 100
 
 TEXTURE_RUN: Mapping[str, Any] = {
     "task": TextureConfig(),
@@ -60,23 +59,6 @@ def textures(seeds: int) -> Study:
     )
 
 
-def texture_rates() -> Study:
-    """Compare learning rates: a badly tuned baseline would fake a gain."""
-    arms = {PLAIN: {}, DSOP: TEXTURE_ARMS[DSOP], HEAD: TEXTURE_ARMS[HEAD]}
-    return Study(
-        name="learning rates",
-        images="textures",
-        title=f"textures, task {TUNING_SEED}, used by no other table",
-        seeds=(TUNING_SEED,),
-        template=TEXTURE_RUN,
-        arms={
-            f"{name}, {rate}": {**arm, "learning_rate": rate}
-            for name, arm in arms.items()
-            for rate in (0.1, 0.3, 1.0)
-        },
-    )
-
-
 def digits(seeds: int) -> Study:
     """Compare on scikit-learn's digits; each seed selects another 200 for training."""
     return Study(
@@ -97,25 +79,6 @@ def digits(seeds: int) -> Study:
     )
 
 
-def cifar(arrays: Path, seeds: int) -> Study:
-    """Compare heads on 5000 images of CIFAR-10."""
-    extra = f"{PLAIN}, extra 1x1"
-    return Study(
-        name="CIFAR-10",
-        images="CIFAR-10",
-        title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 epochs, 10 000 test images",
-        seeds=tuple(range(seeds)),
-        template=cifar_run(arrays),
-        arms={
-            PLAIN: {},
-            extra: {"network": "wide-resnet"},
-            HEAD: {"config": {"depth": 8, "pooling": ISQRT}},
-        },
-        reference=PLAIN,
-        pairs=((HEAD, extra),),
-    )
-
-
 def cifar_branches(arrays: Path, seeds: int, epochs: int) -> Study:
     """Compare DSoP with its controls on 5000 images of CIFAR-10 after a training of *epochs*."""
     return Study(
@@ -123,7 +86,15 @@ def cifar_branches(arrays: Path, seeds: int, epochs: int) -> Study:
         images="CIFAR-10",
         title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 000 test images",
         seeds=tuple(range(seeds)),
-        template={**cifar_run(arrays), "epochs": epochs},
+        template={
+            "task": CifarConfig(arrays=arrays),
+            "network": "resnet",
+            "config": {"depth": 8},
+            "strides": (2, 2),
+            "epochs": epochs,
+            "learning_rate": 0.1,
+            "augment": True,
+        },
         arms={
             PLAIN: {},
             GAP_BRANCHES: {"network": "dsop-resnet", "config": {"depth": 8, "aux_pooling": "gap"}},
@@ -135,16 +106,3 @@ def cifar_branches(arrays: Path, seeds: int, epochs: int) -> Study:
         rates=(0.03, 0.1, 0.3),
         search=(PLAIN, GAP_BRANCHES, DSOP, LONG),
     )
-
-
-def cifar_run(arrays: Path) -> dict[str, Any]:
-    """Set what all runs on CIFAR-10 share."""
-    return {
-        "task": CifarConfig(arrays=arrays),
-        "network": "resnet",
-        "config": {"depth": 8},
-        "strides": (2, 2),
-        "epochs": 10,
-        "learning_rate": 0.1,
-        "augment": True,
-    }

@@ -21,8 +21,6 @@ from torch.nn.functional import cross_entropy
 from gain.networks import (
     DSoPTextureNet,
     DSoPTextureNetConfig,
-    ExtraConvSmallResNet,
-    ExtraConvSmallResNetConfig,
     PlainTextureNet,
     TextureNetConfig,
 )
@@ -63,7 +61,6 @@ NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
     "resnet": (as_classifier(SmallResNet), SmallResNetConfig),
     "dsop-resnet": (DSoPSmallResNet, DSoPSmallResNetConfig),
-    "wide-resnet": (ExtraConvSmallResNet, ExtraConvSmallResNetConfig),
     "photos": (PlainTimm, LastStagesConfig),
     "dsop-photos": (DSoPLastStages, DSoPLastStagesConfig),
     "head-photos": (HeadLastStages, HeadLastStagesConfig),
