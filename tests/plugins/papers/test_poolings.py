@@ -292,9 +292,7 @@ STRIPES = (
 @pytest.mark.parametrize(
     "kind", [kind if kind == "dropcov" else pytest.param(kind, marks=pytest.mark.slow) for kind in SMALL]
 )
-def test_each_pooling_learns_and_is_exported_with_proof_and_served(
-    kind: str, tmp_path: Path
-) -> None:
+def test_each_pooling_learns_and_is_exported_with_proof_and_served(kind: str, tmp_path: Path) -> None:
     options = [f"model.config.pooling.{key}={value}" for key, value in {"kind": kind, **SMALL[kind]}.items()]
     with few_digits(every=6):
         found = train(tmp_path / "run", "epochs=4", "batch_size=16", "model.config.base_width=8", *options)
