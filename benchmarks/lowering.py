@@ -139,7 +139,7 @@ def train_step(network: Classifier, images: Tensor) -> None:
     """Compute the gradients of *network* for *images*."""
     network.train()
     labels = torch.zeros(len(images), dtype=torch.int64)
-    training_loss(network(images), labels, network.loss_weights(), 0.0).total.backward()
+    torch.autograd.backward(training_loss(network(images), labels, network.loss_weights(), 0.0).total)
 
 
 def main() -> None:
