@@ -17,7 +17,7 @@ The learning rate of each arm, set and length is the best on --search-draws draw
 grid whose best rate is on its edge becomes wider. All arms have the same draws, so their differences are
 paired, with intervals which know that draws share photographs for testing. --lines receives a line of JSON
 for each arm and draw; finished ones are not repeated, and all sets have a draw before the next one starts.
-The last epoch counts. One thread per process.
+The last epoch counts. One thread.
 
 The share is DSoP's gain, divided by the gain of the second-order head after the same fine-tuning. Its
 interval is a bootstrap over the draws.
@@ -138,19 +138,8 @@ def main(arguments: list[str]) -> int:
             write_maps(folder, given.weights, maps, given.limit)
         sizes = {"classes": count_classes(maps), "per_class": given.per_class}
         tasks[name] = PhotosConfig(maps=maps, weights=given.weights.resolve(), **sizes)
-    studies = {
-        epochs: [study(name, task, given, epochs) for name, task in tasks.items()]
-        for epochs in {*given.epochs, given.search_epochs or given.epochs[0]}
-    }
-    chosen, results = run_and_report(
-        [one for epochs in given.epochs for one in studies[epochs]],
-        {
-            one.name: other
-            for epochs in given.epochs
-            for one, other in zip(studies[epochs], studies[given.search_epochs or epochs], strict=True)
-        },
-        given,
-    )
+    studies = [study(name, task, given, epochs) for epochs in given.epochs for name, task in tasks.items()]
+    chosen, results = run_and_report(studies, given)
     for one in chosen:
         if results[one.name] and not (given.json or given.heads_only):
             print(f"{one.name}: {share(results[one.name])}")

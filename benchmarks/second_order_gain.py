@@ -13,8 +13,8 @@ with average pooling (DSoP's Table VII), and the plain network trained as long a
 not evaluated, and not on the edge of its grid. A second table has main loss and accuracy of each branch.
 
 Runs with the same seed are paired; intervals are 95 % intervals of the paired difference, which know that
-draws share their test images, without correction for multiple comparisons. The last epoch counts. One thread
-per process, processor seconds of the training alone. Runs in --lines are not repeated.
+draws share their test images, without correction for multiple comparisons. The last epoch counts. One thread,
+processor seconds of the training alone. Runs in --lines are not repeated.
 Exit status 1: a required result was not reached.
 """
 
@@ -33,16 +33,12 @@ from measure import existing, make_parser, one_line_errors
 NAMES = ("textures", "digits", "CIFAR-10 branches")
 
 
-def studies(arrays: Path | None, given: argparse.Namespace) -> tuple[list[Study], dict[str, Study]]:
-    """Choose the studies, and those that choose their rates; *arrays* is the file of CIFAR's images."""
-    found, search = [textures(given.draws or 12), digits(given.draws or 24)], {}
+def studies(arrays: Path | None, given: argparse.Namespace) -> list[Study]:
+    """Choose the studies; *arrays* is the file of CIFAR's images."""
+    found = [textures(given.draws or 12), digits(given.draws or 24)]
     if arrays is not None:
-        for epochs in given.epochs:
-            one = cifar_branches(arrays, given.draws or 10, epochs)
-            search[one.name] = cifar_branches(arrays, 0, given.search_epochs or epochs)
-            found.append(one)
-    chosen = given.study or NAMES
-    return [one for one in found if one.name.partition(", ")[0] in chosen], search
+        found += [cifar_branches(arrays, given.draws or 10, epochs) for epochs in given.epochs]
+    return [one for one in found if one.name.partition(", ")[0] in (given.study or NAMES)]
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -76,7 +72,7 @@ def main(arguments: list[str]) -> int:
     given = parse_arguments(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
     arrays = decode_cifar(given.cifar, given.cache)
-    chosen, results = run_and_report(*studies(arrays, given), given)
+    chosen, results = run_and_report(studies(arrays, given), given)
     finished = [(study, results[study.name]) for study in chosen if results[study.name]]
     return 0 if all(is_reached for one in finished for _, is_reached in checks(*one)) else 1
 

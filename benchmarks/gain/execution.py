@@ -1,12 +1,10 @@
-"""Execute many runs in single-threaded processes, each written at once; choose rates; print progress."""
+"""Execute many runs on one thread, each written at once; choose rates; print progress."""
 
 import argparse
 import dataclasses
 import itertools
-import multiprocessing
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -35,8 +33,8 @@ class Line(Outcome):
 class Lines:
     """The file of finished runs; unless *may_run*, others are a `ConfigError`."""
 
-    def __init__(self, path: Path | None, *, may_run: bool = True, jobs: int = 1) -> None:
-        self.path, self.may_run, self.jobs = path, may_run, jobs
+    def __init__(self, path: Path | None, *, may_run: bool = True) -> None:
+        self.path, self.may_run = path, may_run
         texts = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
         lines = [Line.model_validate_json(text) for text in texts]
         self.by_run = {(line.images, line.key): line for line in lines}
@@ -52,9 +50,8 @@ class Lines:
         if missing and not self.may_run:
             images, arm, run = next(iter(missing.values()))
             raise ConfigError(f"{self.path}: has no draw {run.seed} of {images}, {arm}; omit --report")
-        done = execute([run for *_, run in missing.values()], self.jobs)
-        for number, (position, outcome) in enumerate(done, 1):
-            images, arm, run = list(missing.values())[position]
+        for number, (images, arm, run) in enumerate(missing.values(), 1):
+            outcome = train_and_measure(run)
             self.by_run[images, run.key] = line = Line(
                 images=images,
                 arm=arm,
@@ -77,31 +74,17 @@ class Lines:
         return [self.by_run[images, run.key] for images, _, run in planned]
 
 
-def execute(runs: Sequence[Run], jobs: int) -> Iterator[tuple[int, Outcome]]:
-    """Yield outcomes as they are completed; a single job runs in this process."""
-    if jobs == 1:
-        yield from ((position, train_and_measure(run)) for position, run in enumerate(runs))
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=context) as pool:
-        futures = {pool.submit(train_and_measure, run): position for position, run in enumerate(runs)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def choose_rates(study: Study, lines: Lines, seeds: Sequence[int]) -> dict[str, float]:
-    """Choose the learning rate of each arm that *study* searches, on *seeds*.
+def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) -> dict[str, float]:
+    """Choose the learning rate of each arm that *study* searches, on *seeds*, with *epochs* in its template.
 
     The largest mean accuracy decides, of equal ones the smallest log loss, then the smallest rate. A grid
     whose best rate is on its edge becomes wider; only with `--report`, it stays as it is.
     """
 
     def planned(arm: str, rates: Sequence[float]) -> list[Planned]:
-        runs = [study.run(arm, seed, learning_rate=rate) for seed in seeds for rate in rates]
+        own = study.template["epochs"]
+        length = study.arms[arm].get("epochs", own) * epochs // own
+        runs = [study.run(arm, seed, learning_rate=rate, epochs=length) for seed in seeds for rate in rates]
         return [(study.images, arm, run) for run in runs]
 
     everything = [one for arm in study.search for one in planned(arm, study.rates)]
@@ -111,7 +94,7 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int]) -> dict[str, 
         rates = sorted(study.rates)
         while True:
             found = {rate: lines.run(planned(arm, [rate])) for rate in rates}
-            best = min(rates, key=lambda rate, found=found: (*rank(found[rate]), rate))
+            best = min(rates, key=lambda rate, found=found: (*errors(found[rate]), rate))
             wider = {rates[0]: neighbor(rates[0], below=True), rates[-1]: neighbor(rates[-1], below=False)}
             if best not in wider:
                 break
@@ -123,8 +106,8 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int]) -> dict[str, 
     return chosen
 
 
-def rank(outcomes: Sequence[Outcome]) -> tuple[float, float]:
-    """Return what a good rate makes small."""
+def errors(outcomes: Sequence[Outcome]) -> tuple[float, float]:
+    """Return what a good rate makes small: the negative mean accuracy, and of equal ones the log loss."""
     return -fmean(one.accuracy for one in outcomes), fmean(one.log_loss or 0.0 for one in outcomes)
 
 
@@ -134,15 +117,6 @@ def neighbor(rate: float, *, below: bool) -> float:
     is_one = float(mantissa) < 2
     power = int(exponent) - 1 if below and is_one else int(exponent) + (not below and not is_one)
     return float(f"{3 if is_one else 1}e{power}")
-
-
-def set_rates(study: Study, rates: Mapping[str, float]) -> Study:
-    """Return *study* with the learning rates of its arms."""
-    arms = {
-        arm: {**values, "learning_rate": rates[arm]} if arm in rates else values
-        for arm, values in study.arms.items()
-    }
-    return dataclasses.replace(study, arms=arms)
 
 
 def add_options(parser: argparse.ArgumentParser, epochs: int) -> None:
@@ -158,24 +132,22 @@ def add_options(parser: argparse.ArgumentParser, epochs: int) -> None:
     parser.add_argument(
         "--search-draws", type=int, default=len(SEARCH_SEEDS), help="draws for the choice of rates (5)"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="number of single-threaded processes (1)")
     parser.add_argument("--report", action="store_true", help="print the finished draws, and run nothing")
 
 
-def run_studies(
-    studies: Sequence[Study], search: Mapping[str, Study], given: argparse.Namespace
-) -> tuple[list[Study], Results]:
+def run_studies(studies: Sequence[Study], given: argparse.Namespace) -> tuple[list[Study], Results]:
     """Choose rates, and run all arms of all studies, draw by draw.
 
-    *search* maps names of studies to those that choose their rates. Returns the studies with their rates, and
-    the outcomes of the draws that all arms have.
+    Returns the studies with their rates, and the outcomes of the draws that all arms have.
     """
-    lines = Lines(given.lines, may_run=not given.report, jobs=given.jobs)
-    seeds = SEARCH_SEEDS[: given.search_draws]
-    chosen = [
-        set_rates(one, choose_rates(search.get(one.name, one), lines, seeds)) if one.search else one
-        for one in studies
-    ]
+    lines, seeds = Lines(given.lines, may_run=not given.report), SEARCH_SEEDS[: given.search_draws]
+    chosen = []
+    for one in studies:
+        rates = choose_rates(one, lines, seeds, given.search_epochs or one.template["epochs"])
+        arms = {
+            arm: {**values, "learning_rate": rates[arm]} for arm, values in one.arms.items() if arm in rates
+        }
+        chosen.append(dataclasses.replace(one, arms={**one.arms, **arms}))
     if not given.report:
         order = itertools.zip_longest(*([(one, seed) for seed in one.seeds] for one in chosen))
         pairs = [pair for draw in order for pair in draw if pair is not None]

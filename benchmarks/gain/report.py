@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from measure import Result, commit, machine, markdown, report, versions
@@ -99,14 +99,12 @@ def moments(arms: dict[str, list[Line]]) -> str:
     return markdown(("arm", "epoch", "main loss", "network", "branches"), rows) if rows else ""
 
 
-def run_and_report(
-    studies: Sequence[Study], search: Mapping[str, Study], given: argparse.Namespace
-) -> tuple[list[Study], Results]:
+def run_and_report(studies: Sequence[Study], given: argparse.Namespace) -> tuple[list[Study], Results]:
     """Run *studies* as `run_studies` does, and print their tables and required results, or JSON."""
-    chosen, results = run_studies(studies, search, given)
+    chosen, results = run_studies(studies, given)
     if given.json:
         rows = [result for study in chosen for result in results_of(study, results[study.name])]
-        report(rows, as_json=True, commit=commit(), processes=given.jobs)
+        report(rows, as_json=True, commit=commit())
         return chosen, results
     print(json.dumps({"machine": machine(), "versions": versions(), "commit": commit()}))
     for study in chosen:

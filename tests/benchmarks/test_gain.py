@@ -51,7 +51,7 @@ def test_a_grid_grows_until_the_best_rate_is_not_on_its_edge(best, given, expect
         return [SimpleNamespace(accuracy=-abs(np.log(rate / best)), log_loss=rate) for rate in rates]
 
     lines = SimpleNamespace(run=run, may_run=True)
-    assert choose_rates(study, lines, (100, 101)) == {"a": expected}
+    assert choose_rates(study, lines, (100, 101), 1) == {"a": expected}
 
 
 def test_rates_are_one_and_three_times_powers_of_ten() -> None:
