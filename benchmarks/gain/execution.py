@@ -93,8 +93,11 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) 
     for arm in study.search:
         rates = sorted(study.rates)
         while True:
-            found = {rate: lines.run(planned(arm, [rate])) for rate in rates}
-            best = min(rates, key=lambda rate, found=found: (*errors(found[rate]), rate))
+            found = [(rate, lines.run(planned(arm, [rate]))) for rate in rates]
+            best = min(
+                (-fmean(one.accuracy for one in runs), fmean(one.log_loss or 0.0 for one in runs), rate)
+                for rate, runs in found
+            )[2]
             wider = {rates[0]: neighbor(rates[0], below=True), rates[-1]: neighbor(rates[-1], below=False)}
             if best not in wider:
                 break
@@ -104,11 +107,6 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) 
             rates = sorted([*rates, wider[best]])
         chosen[arm] = best
     return chosen
-
-
-def errors(outcomes: Sequence[Outcome]) -> tuple[float, float]:
-    """Return what a good rate makes small: the negative mean accuracy, and of equal ones the log loss."""
-    return -fmean(one.accuracy for one in outcomes), fmean(one.log_loss or 0.0 for one in outcomes)
 
 
 def neighbor(rate: float, *, below: bool) -> float:

@@ -18,29 +18,14 @@ PLAIN = "ReLU + GAP"
 GAP_BRANCHES, DSOP, LONG = f"{PLAIN}, GAP branches", f"{PLAIN}, DSoP, detached", f"{PLAIN}, equal time"
 HEAD, LINEAR = "iSQRT head", "linear + GAP"
 
-TEXTURE_RUN: Mapping[str, Any] = {
-    "task": TextureConfig(),
-    "network": "textures",
-    "epochs": 60,
-    "learning_rate": 0.3,
-}
-TEXTURE_ARMS: Mapping[str, Mapping[str, Any]] = {
-    LINEAR: {"config": {"layers": "linear"}, "epochs": 20},
-    PLAIN: {},
-    GAP_BRANCHES: {"network": "dsop-textures", "config": {"aux_pooling": "gap"}},
-    LONG: {"epochs": 110},
-    DSOP: {"network": "dsop-textures"},
-    HEAD: {"config": {"layers": "linear", "pooling": ISQRT}},
-}
 SMALL = {"depth": 8, "base_width": 8}
-DIGITS_RUN: Mapping[str, Any] = {
-    "task": DigitsConfig(),
-    "network": "resnet",
-    "config": SMALL,
-    "epochs": 20,
-    "learning_rate": 0.1,
-    "batch": 32,
-}
+PAIRS = ((DSOP, GAP_BRANCHES), (DSOP, LONG))
+
+
+def branch_arms(family: str, options: Mapping[str, Any], longer: int) -> dict[str, dict[str, Any]]:
+    """Return the plain network of *family*, with DSoP and its controls; "equal time" has *longer* epochs."""
+    gap = {"network": f"dsop-{family}", "config": {**options, "aux_pooling": "gap"}}
+    return {PLAIN: {}, GAP_BRANCHES: gap, LONG: {"epochs": longer}, DSOP: {"network": f"dsop-{family}"}}
 
 
 def textures(seeds: int) -> Study:
@@ -50,10 +35,14 @@ def textures(seeds: int) -> Study:
         images="textures",
         title="10 classes of Gaussian textures that differ in second moments only; 500 images, 60 epochs",
         seeds=tuple(range(seeds)),
-        template=TEXTURE_RUN,
-        arms=TEXTURE_ARMS,
+        template={"task": TextureConfig(), "network": "textures", "epochs": 60, "learning_rate": 0.3},
+        arms={
+            LINEAR: {"config": {"layers": "linear"}, "epochs": 20},
+            **branch_arms("textures", {}, 110),
+            HEAD: {"config": {"layers": "linear", "pooling": ISQRT}},
+        },
         reference=PLAIN,
-        pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG), (HEAD, LONG)),
+        pairs=(*PAIRS, (HEAD, LONG)),
         must={HEAD: 30.0, DSOP: 15.0},
         chance=LINEAR,
     )
@@ -61,21 +50,16 @@ def textures(seeds: int) -> Study:
 
 def digits(seeds: int) -> Study:
     """Compare on scikit-learn's digits; each seed selects another 200 for training."""
+    run = {"network": "resnet", "config": SMALL, "epochs": 20, "learning_rate": 0.1, "batch": 32}
     return Study(
         name="digits",
         images="digits",
         title="handwritten digits, 200 images, ResNet-8 of width 8, 20 epochs",
         seeds=tuple(range(seeds)),
-        template=DIGITS_RUN,
-        arms={
-            PLAIN: {},
-            GAP_BRANCHES: {"network": "dsop-resnet", "config": {**SMALL, "aux_pooling": "gap"}},
-            LONG: {"epochs": 42},
-            DSOP: {"network": "dsop-resnet"},
-            HEAD: {"config": {**SMALL, "pooling": ISQRT}},
-        },
+        template={"task": DigitsConfig(), **run},
+        arms={**branch_arms("resnet", SMALL, 42), HEAD: {"config": {**SMALL, "pooling": ISQRT}}},
         reference=PLAIN,
-        pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG), (HEAD, LONG)),
+        pairs=(*PAIRS, (HEAD, LONG)),
     )
 
 
@@ -95,14 +79,9 @@ def cifar_branches(arrays: Path, seeds: int, epochs: int) -> Study:
             "learning_rate": 0.1,
             "augment": True,
         },
-        arms={
-            PLAIN: {},
-            GAP_BRANCHES: {"network": "dsop-resnet", "config": {"depth": 8, "aux_pooling": "gap"}},
-            DSOP: {"network": "dsop-resnet"},
-            LONG: {"epochs": math.ceil(2.3 * epochs)},
-        },
+        arms=branch_arms("resnet", {"depth": 8}, math.ceil(2.3 * epochs)),
         reference=PLAIN,
-        pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG)),
+        pairs=PAIRS,
         rates=(0.03, 0.1, 0.3),
         search=(PLAIN, GAP_BRANCHES, DSOP, LONG),
     )

@@ -55,7 +55,7 @@ from sopdeploy_export.proof.networks import detach
 CLASSES = 10
 MOMENTS, SAMPLE = 4, 2000
 # Options of the part that all networks of a family share.
-TRUNK = {"filters", "stride", "hidden", "depth", "base_width", "shortcut", "backbone"}
+TRUNK = {"filters", "hidden", "depth", "base_width", "shortcut", "backbone"}
 NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "textures": (PlainTextureNet, TextureNetConfig),
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
