@@ -127,9 +127,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search-epochs", type=int, help="choose the rates with this length for all (with each length)"
     )
-    parser.add_argument(
-        "--search-draws", type=int, default=len(SEARCH_SEEDS), help="draws for the choice of rates (5)"
-    )
+    parser.add_argument("--search-draws", type=int, default=5, help="to choose rates with (5); 0: no choice")
     parser.add_argument("--report", action="store_true", help="print the finished draws, and run nothing")
 
 
@@ -141,7 +139,8 @@ def run_studies(studies: Sequence[Study], given: argparse.Namespace) -> tuple[li
     lines, seeds = Lines(given.lines, may_run=not given.report), SEARCH_SEEDS[: given.search_draws]
     chosen = []
     for one in studies:
-        rates = choose_rates(one, lines, seeds, given.search_epochs or one.template["epochs"])
+        length = given.search_epochs or one.template["epochs"]
+        rates = choose_rates(one, lines, seeds, length) if seeds else {}
         arms = {
             arm: {**values, "learning_rate": rates[arm]} for arm, values in one.arms.items() if arm in rates
         }

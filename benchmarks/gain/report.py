@@ -110,7 +110,7 @@ def run_and_report(studies: Sequence[Study], given: argparse.Namespace) -> tuple
     for study in chosen:
         arms = results[study.name]
         draws = len(next(iter(arms.values()), ()))
-        rates = {arm: values["learning_rate"] for arm, values in study.arms.items() if arm in study.search}
+        rates = {arm: one["learning_rate"] for arm, one in study.arms.items() if "learning_rate" in one}
         print(
             f"{study.name}: {study.title}, {draws} draws; rates {rates or study.template['learning_rate']}\n"
         )
