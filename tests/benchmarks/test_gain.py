@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gain.execution import choose_rates, neighbor
+from gain.execution import Lines, choose_rates, neighbor
 from gain.paired import crossed, paired
 from gain.study import Study
 from gain.task import DigitsConfig
+
+from tests.docs.reading import ROOT
 
 
 def test_without_effects_of_images_the_interval_is_that_of_independent_answers() -> None:
@@ -57,3 +59,8 @@ def test_a_grid_grows_until_the_best_rate_is_not_on_its_edge(best, given, expect
 def test_rates_are_one_and_three_times_powers_of_ten() -> None:
     assert [neighbor(rate, below=False) for rate in (0.03, 0.1, 3e-4)] == [0.1, 0.3, 1e-3]
     assert [neighbor(rate, below=True) for rate in (0.03, 0.1, 1e-3)] == [0.01, 0.03, 3e-4]
+
+
+@pytest.mark.parametrize("name", ["cifar_branches", "fine_tuned_heads", "photo_branches"])
+def test_the_lines_of_the_pages_are_read(name) -> None:
+    assert Lines(ROOT / "docs" / "benchmarks" / f"{name}.jsonl", may_run=False).by_run
