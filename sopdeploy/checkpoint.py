@@ -346,10 +346,11 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    problem = first_difference(network.state_dict(), checkpoint.weights)
+    weights = {network.current_name(name): tensor for name, tensor in checkpoint.weights.items()}
+    problem = first_difference(network.state_dict(), weights)
     if problem:
         raise CheckpointError(f"{path}: {checkpoint.model}: {problem}; train or import it again")
-    network.load_state_dict(checkpoint.weights)
+    network.load_state_dict(weights)
     is_contiguous = checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"  # others: channels-last
     vars(network)[IMAGES_FORMAT] = torch.contiguous_format if is_contiguous else torch.channels_last
     return network.eval()

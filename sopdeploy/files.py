@@ -19,7 +19,7 @@ from sopdeploy.config import parse_json
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 from sopdeploy.file_systems import Lock, lock_file, locked_if_left, rename_file
 from sopdeploy.names import label_problem
-from sopdeploy.plugins import IMPORTERS
+from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 
 PARTIAL = ".partial"
 MAX_PARTIAL_BYTES = 230  # of the name of the file in that of its temporary file
@@ -31,6 +31,7 @@ MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, k
 MAX_PATH_STEPS = 1_000  # folders and links of a path
 MAX_NAMES_BYTES = 100_000_000  # of a file that programs write: class names, tables, results
 MAX_IMAGE_BYTES = 256_000_000  # of a photograph that is not decoded here
+TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
 MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer, or an engine
 # Operating system errors that the user can fix: permissions, disk space, file names.
 STORAGE_ERRNOS = {
@@ -314,7 +315,7 @@ class WeightPath(NamedTuple):
 def check_is_weights(path: Path) -> WeightPath:
     """Raise `WeightsError` unless *path* begins as weight files do, without importing torch.
 
-    They are zip archives, pickles, safetensors, files of MATLAB, and those of the importers of plug-ins.
+    They are zip archives, pickles, safetensors, and files of the importers that packages register.
     """
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
@@ -326,19 +327,19 @@ def check_is_weights(path: Path) -> WeightPath:
     with path.open("rb") as file:
         first = file.read(16)
     is_safetensors = first[8:9] == b"{"  # 8 bytes of length, then JSON
-    is_known = is_safetensors or first.startswith((b"PK", b"\x80", b"\x89HDF", b"MATLAB"))
-    if not is_known and not any(first.startswith(magic) for magic in _magic_of_plugins()):
+    if not (is_safetensors or first.startswith(TORCH_MAGIC) or first.startswith(_magic_of_importers())):
         raise WeightsError(
             f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
         )
     return WeightPath(path, first)
 
 
-def _magic_of_plugins() -> list[bytes]:
-    """List the first bytes of the files of importers that plug-ins have registered."""
-    IMPORTERS.names()  # imports plug-ins; importers of this project are only named, not imported
-    importers = [item for item, _ in IMPORTERS.registered.values() if not isinstance(item, str)]
-    return [importer.magic for importer in importers if importer.magic]
+def _magic_of_importers() -> tuple[bytes, ...]:
+    """List the first bytes of the files of importers that packages have registered."""
+    IMPORTERS.names()  # imports plug-ins; an importer of the wheel itself is only named
+    items = (item for item, _ in IMPORTERS.registered.values())
+    found = (FIRST_BYTES.get(item) if isinstance(item, str) else item.magic for item in items)
+    return tuple(magic for magic in found if magic)
 
 
 def check_is_checkpoint(path: Path) -> None:

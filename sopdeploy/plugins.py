@@ -103,6 +103,7 @@ def load(source: Any) -> Any:
 
 DATA_SOURCES: Registry[Any] = Registry("data source")
 IMPORTERS: Registry[Any] = Registry("importer")
+FIRST_BYTES: dict[str, bytes] = {}  # of the files of an importer that is registered as `module:name`
 MODELS: Registry[Any] = Registry("model")
 POOLINGS: Registry[Any] = Registry("pooling")
 RUNTIMES: Registry[Any] = Registry("runtime")

@@ -1,97 +1,162 @@
-"""Execute many runs in single-threaded processes, cache results, print progress on stderr."""
+"""Execute many runs on one thread, each written at once; choose rates; print progress."""
 
-import multiprocessing
-import os
+import argparse
+import dataclasses
+import itertools
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-
-import pydantic
+from statistics import fmean
 
 from gain.study import Study
 from gain.train_and_measure import Outcome, Run, train_and_measure
+from sopdeploy.errors import ConfigError
+from sopdeploy.files import atomic_write
 
-OnDone = Callable[[int, Outcome], None]
-
-
-def read_cached(cache: Path | None, run: Run) -> Outcome | None:
-    """Read the cached outcome of *run*; None if it is missing or damaged."""
-    if cache is None:
-        return None
-    with suppress(OSError, pydantic.ValidationError):
-        return Outcome.model_validate_json((cache / f"{run.key}.json").read_bytes())
-    return None
+SEARCH_SEEDS = range(100, 105)  # of no draw that is evaluated
+Planned = tuple[str, str, Run]  # images, arm, run
+Results = dict[str, dict[str, list["Line"]]]  # by study and arm, in the order of the seeds
 
 
-def write_cached(cache: Path | None, run: Run, outcome: Outcome) -> None:
-    """Write *outcome* to *cache* atomically."""
-    if cache is None:
-        return
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = cache / f"{run.key}.{os.getpid()}.part"
-    partial.write_text(outcome.model_dump_json(), encoding="utf-8")
-    partial.replace(cache / f"{run.key}.json")
+class Line(Outcome):
+    """The outcome of an arm on a draw of *images*; `key` names all inputs of the run."""
+
+    images: str
+    arm: str
+    seed: int
+    rate: float
+    date: str
+    key: str
 
 
-def execute_or_read(runs: Sequence[Run], cache: Path | None, jobs: int, on_done: OnDone) -> list[Outcome]:
-    """Execute or read all runs; return outcomes in order. *on_done* receives each with its position."""
-    outcomes: dict[int, Outcome] = {}
-    waiting: dict[str, list[int]] = {}
-    for position, run in enumerate(runs):
-        known = read_cached(cache, run)
-        if known is None:
-            waiting.setdefault(run.key, []).append(position)
-        else:
-            outcomes[position] = known
-            on_done(position, known)
-    for position, outcome in execute({p[0]: runs[p[0]] for p in waiting.values()}, jobs):
-        write_cached(cache, runs[position], outcome)
-        for same in waiting[runs[position].key]:
-            outcomes[same] = outcome
-            on_done(same, outcome)
-    return [outcomes[position] for position in range(len(runs))]
+class Lines:
+    """The file of finished runs; unless *may_run*, others are a `ConfigError`."""
+
+    def __init__(self, path: Path | None, *, may_run: bool = True) -> None:
+        self.path, self.may_run = path, may_run
+        texts = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+        lines = [Line.model_validate_json(text) for text in texts]
+        self.by_run = {(line.images, line.key): line for line in lines}
+
+    def find(self, planned: Planned) -> Line | None:
+        """Look up the line of a run."""
+        images, _, run = planned
+        return self.by_run.get((images, run.key))
+
+    def run(self, planned: Sequence[Planned]) -> list[Line]:
+        """Read or execute the runs of *planned*; write the line of each as soon as it is finished."""
+        missing = {(one[0], one[2].key): one for one in planned if self.find(one) is None}
+        if missing and not self.may_run:
+            images, arm, run = next(iter(missing.values()))
+            raise ConfigError(f"{self.path}: has no draw {run.seed} of {images}, {arm}; omit --report")
+        for number, (images, arm, run) in enumerate(missing.values(), 1):
+            outcome = train_and_measure(run)
+            self.by_run[images, run.key] = line = Line(
+                images=images,
+                arm=arm,
+                seed=run.seed,
+                rate=run.learning_rate,
+                date=datetime.now(UTC).date().isoformat(),
+                key=run.key,
+                **dict(outcome),
+            )
+            if self.path is not None:
+                with atomic_write(self.path) as partial:
+                    rows = (one.model_dump_json(exclude_defaults=True) for one in self.by_run.values())
+                    partial.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+            print(
+                f"[{number}/{len(missing)}] {images}, draw {run.seed}, {arm}, rate {run.learning_rate:g}: "
+                f"{line.accuracy:.2f} % in {line.seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        return [self.by_run[images, run.key] for images, _, run in planned]
 
 
-def execute(runs: dict[int, Run], jobs: int) -> Iterator[tuple[int, Outcome]]:
-    """Yield outcomes as they are completed; a single job runs in this process."""
-    if jobs == 1:
-        yield from ((position, train_and_measure(run)) for position, run in runs.items())
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=context) as pool:
-        futures = {pool.submit(train_and_measure, run): position for position, run in runs.items()}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) -> dict[str, float]:
+    """Choose the learning rate of each arm that *study* searches, on *seeds*, with *epochs* in its template.
+
+    The largest mean accuracy decides, of equal ones the smallest log loss, then the smallest rate. A grid
+    whose best rate is on its edge becomes wider; only with `--report`, it stays as it is.
+    """
+
+    def planned(arm: str, rates: Sequence[float]) -> list[Planned]:
+        own = study.template["epochs"]
+        length = study.arms[arm].get("epochs", own) * epochs // own
+        runs = [study.run(arm, seed, learning_rate=rate, epochs=length) for seed in seeds for rate in rates]
+        return [(study.images, arm, run) for run in runs]
+
+    everything = [one for arm in study.search for one in planned(arm, study.rates)]
+    lines.run(sorted(everything, key=lambda one: one[2].seed))
+    chosen = {}
+    for arm in study.search:
+        rates = sorted(study.rates)
+        while True:
+            found = [(rate, lines.run(planned(arm, [rate]))) for rate in rates]
+            best = min(
+                (-fmean(one.accuracy for one in runs), fmean(one.log_loss or 0.0 for one in runs), rate)
+                for rate, runs in found
+            )[2]
+            wider = {rates[0]: neighbor(rates[0], below=True), rates[-1]: neighbor(rates[-1], below=False)}
+            if best not in wider:
+                break
+            if not lines.may_run and any(lines.find(one) is None for one in planned(arm, [wider[best]])):
+                print(f"{study.name}: {arm}: the best rate is on the edge of the grid", file=sys.stderr)
+                break
+            rates = sorted([*rates, wider[best]])
+        chosen[arm] = best
+    return chosen
 
 
-Results = dict[str, dict[str, list[Outcome]]]  # by study and arm, in the order of the seeds
+def neighbor(rate: float, *, below: bool) -> float:
+    """Return the next rate of 1, 3, 10, 30 and so on times a power of ten."""
+    mantissa, exponent = f"{rate:e}".split("e")
+    is_one = float(mantissa) < 2
+    power = int(exponent) - 1 if below and is_one else int(exponent) + (not below and not is_one)
+    return float(f"{3 if is_one else 1}e{power}")
 
 
-def run_studies(studies: Sequence[Study], cache: Path | None, jobs: int) -> Results:
-    """Execute all runs of *studies*; return the outcomes of each arm in the order of the seeds."""
-    flat = [(study, arm, seed, run) for study in studies for arm, seed, run in study.runs()]
-    start, count = time.monotonic(), 0
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of runs."""
+    parser.add_argument(
+        "--lines", type=Path, help="file with a line per finished run; those are not repeated"
+    )
+    parser.add_argument("--draws", type=int, help="number of draws, which are the seeds 0, 1 and so on")
+    parser.add_argument("--epochs", type=int, nargs="+", help="lengths (CIFAR-10: 10, photographs: 4)")
+    parser.add_argument(
+        "--search-epochs", type=int, help="choose the rates with this length for all (with each length)"
+    )
+    parser.add_argument("--search-draws", type=int, default=5, help="to choose rates with (5); 0: no choice")
+    parser.add_argument("--report", action="store_true", help="print the finished draws, and run nothing")
 
-    def print_progress(position: int, outcome: Outcome) -> None:
-        nonlocal count
-        count += 1
-        study, arm, seed, _ = flat[position]
-        print(
-            f"[{count}/{len(flat)}, {time.monotonic() - start:.0f} s] {study.name}, seed {seed}, {arm}: "
-            f"{outcome.accuracy:.2f} % in {outcome.seconds:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
 
-    outcomes = execute_or_read([run for *_, run in flat], cache, jobs, print_progress)
-    results: Results = {study.name: {arm: [] for arm in study.arms} for study in studies}
-    for (study, arm, _, _), outcome in zip(flat, outcomes, strict=True):
-        results[study.name][arm].append(outcome)
-    return results
+def run_studies(studies: Sequence[Study], given: argparse.Namespace) -> tuple[list[Study], Results]:
+    """Choose rates, and run all arms of all studies, draw by draw.
+
+    Returns the studies with their rates, and the outcomes of the draws that all arms have.
+    """
+    lines, seeds = Lines(given.lines, may_run=not given.report), SEARCH_SEEDS[: given.search_draws]
+    chosen = []
+    for one in studies:
+        length = given.search_epochs or one.template["epochs"]
+        rates = choose_rates(one, lines, seeds, length) if seeds else {}
+        arms = {
+            arm: {**values, "learning_rate": rates[arm]} for arm, values in one.arms.items() if arm in rates
+        }
+        chosen.append(dataclasses.replace(one, arms={**one.arms, **arms}))
+    if not given.report:
+        order = itertools.zip_longest(*([(one, seed) for seed in one.seeds] for one in chosen))
+        pairs = [pair for draw in order for pair in draw if pair is not None]
+        lines.run([(one.images, arm, one.run(arm, seed)) for one, seed in pairs for arm in one.arms])
+    results: Results = {}
+    for one in chosen:
+        draws = [
+            [lines.find((one.images, arm, one.run(arm, seed))) for arm in one.arms] for seed in one.seeds
+        ]
+        complete = [draw for draw in draws if None not in draw]
+        results[one.name] = {
+            arm: [line for line in column if line is not None]
+            for arm, column in zip(one.arms, zip(*complete, strict=True), strict=False)
+        }
+    return chosen, results

@@ -2,10 +2,9 @@
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
@@ -17,7 +16,6 @@ class TextureNetConfig(StrictModel):
     """A 5x5 convolution with batch norm, then `layers`: none, or ReLU, conv1x1, batch norm, ReLU."""
 
     filters: int = 16
-    stride: int = 1
     hidden: int = 24
     layers: Literal["linear", "two-layer"] = "two-layer"
     pooling: Pooling = GapConfig()
@@ -32,24 +30,19 @@ class TextureNet(Backbone):
 
     def __init__(self, config: TextureNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        conv = nn.Conv2d(3, config.filters, 5, stride=config.stride, bias=False)
+        conv = nn.Conv2d(3, config.filters, 5, bias=False)
         first = nn.Sequential(conv, nn.BatchNorm2d(config.filters))
         self.layer1 = nn.Sequential(first)
-        self.layer2 = nn.Sequential(*self.second_layer(config))
+        self.layer2 = nn.Sequential()
         self.tap_channels = {"layer1.0": config.filters}
         self.channels = config.filters
-        if config.layers == "two-layer":
+        if config.layers == "two-layer":  # ReLU keeps its input, which a branch may tap
+            conv = nn.Conv2d(config.filters, config.hidden, 1, bias=False)
+            self.layer2.append(nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(config.hidden), nn.ReLU()))
             self.channels = self.tap_channels["layer2.0"] = config.hidden
         self.pooling = config.pooling.build(self.channels)
         self.fc = nn.Linear(self.pooling.out_features, num_classes)
         initialize(self)
-
-    def second_layer(self, config: TextureNetConfig) -> list[nn.Module]:
-        """Create the blocks after the first convolution; ReLU keeps its input, which a branch may tap."""
-        if config.layers == "two-layer":
-            conv = nn.Conv2d(config.filters, config.hidden, 1, bias=False)
-            return [nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(config.hidden), nn.ReLU())]
-        return []
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Create an identity, because a branch pools the tapped feature map without further blocks."""
@@ -76,28 +69,3 @@ class DSoPTextureNet(DSoP, TextureNet):
     def paper_branches(self) -> PaperBranches:
         """Return the branches for the texture network, which no paper describes."""
         return PaperBranches(blocks=(1, 1), widths=(32, 32))
-
-
-class ExtraConvSmallResNetConfig(SmallResNetConfig):
-    """`extra`: number of channels of an additional 1x1 convolution before the pooling."""
-
-    extra: int = 192
-
-
-class ExtraConvSmallResNet(Classifier, SmallResNet):
-    """Control for capacity: average pooling with the parameters and multiply-adds of a second-order head."""
-
-    config: ExtraConvSmallResNetConfig
-
-    def __init__(self, config: ExtraConvSmallResNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        channels = self.fc.in_features
-        self.wider = nn.Sequential(
-            nn.Conv2d(channels, config.extra, 1, bias=False), nn.BatchNorm2d(config.extra), nn.ReLU()
-        )
-        self.fc = nn.Linear(config.extra, num_classes)
-        initialize(self.wider)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Compute logits from the averaged wider feature map."""
-        return super().classify(self.wider(features))

@@ -200,4 +200,4 @@ def photos(config: PhotosConfig, seed: int) -> Task:
     chosen = torch.cat(drawn)
     order = torch.randperm(len(labels), generator=generator)
     rest = order[~torch.isin(order, chosen)][: config.test]
-    return Task(maps[chosen].float(), labels[chosen], maps[rest, 0].float(), labels[rest])
+    return Task(maps[chosen].float(), labels[chosen], maps[rest, 0].float(), labels[rest], rest, len(labels))

@@ -1,15 +1,18 @@
 """Print studies as tables, or convert them to the results of all benchmarks."""
 
+import argparse
+import json
 import math
 import statistics
 from collections.abc import Sequence
 
-from measure import Result, markdown
+import numpy as np
+from measure import Result, commit, machine, markdown, report, versions
 
-from gain.execution import Results
-from gain.paired import Paired, paired
+from gain.execution import Line, Results, run_studies
+from gain.paired import Paired, crossed, paired
 from gain.study import Study
-from gain.train_and_measure import Outcome
+from gain.train_and_measure import Outcome, decode_bits
 
 CHANCE, CHANCE_TOLERANCE = 10.0, 2.0  # percent, for ten classes
 HEAD = ("arm", "accuracy", "difference", "wins", "p", "CPU s")
@@ -20,7 +23,7 @@ def accuracies(outcomes: Sequence[Outcome]) -> list[float]:
     return [outcome.accuracy for outcome in outcomes]
 
 
-def checks(study: Study, arms: dict[str, list[Outcome]]) -> list[tuple[str, bool]]:
+def checks(study: Study, arms: dict[str, list[Line]]) -> list[tuple[str, bool]]:
     """Check the required results of *study*; return a statement and whether it holds."""
     statements = []
     if study.chance:
@@ -28,10 +31,24 @@ def checks(study: Study, arms: dict[str, list[Outcome]]) -> list[tuple[str, bool
         statement = f"{study.chance}: {mean:.1f} %, must be {CHANCE:.0f} +- {CHANCE_TOLERANCE:.0f}"
         statements.append((statement, abs(mean - CHANCE) <= CHANCE_TOLERANCE))
     for arm, points in study.must.items():
-        gain = paired(accuracies(arms[arm]), accuracies(arms[study.reference]))
+        gain = compare(arms[arm], arms[study.reference])
         statement = f"{arm} over {study.reference}: {gain.mean:+.1f} points, must be at least {points:.0f}"
         statements.append((statement, gain.mean >= points))
     return statements
+
+
+def compare(ours: Sequence[Outcome], other: Sequence[Outcome]) -> Paired:
+    """Compute the paired difference; draws share test images, and the interval knows that if the lines do."""
+    if not all(one.right for one in (*ours, *other)):
+        return paired(accuracies(ours), accuracies(other))
+    return crossed(np.stack([answers(one) for one in ours]), np.stack([answers(one) for one in other]))
+
+
+def answers(outcome: Outcome) -> np.ndarray:
+    """Return 1 for each image of the pool that is right, 0 for a wrong one, NaN for others."""
+    right = decode_bits(outcome.right)
+    tested = decode_bits(outcome.tested) if outcome.tested else np.ones_like(right)
+    return np.where(tested, right, np.nan)
 
 
 def difference_cells(gain: Paired) -> list[str]:
@@ -48,32 +65,63 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}{deviation}"
 
 
-def table(study: Study, arms: dict[str, list[Outcome]]) -> str:
+def table(study: Study, arms: dict[str, list[Line]]) -> str:
     """Build the table of the arms, in which the reference is bold, and of further comparisons."""
     rows = []
     for arm, outcomes in arms.items():
         cells = ["", "", ""]
         if study.reference and arm != study.reference:
-            cells = difference_cells(paired(accuracies(outcomes), accuracies(arms[study.reference])))
+            cells = difference_cells(compare(outcomes, arms[study.reference]))
         seconds = statistics.fmean(outcome.seconds for outcome in outcomes)
         name = f"**{arm}**" if arm == study.reference else arm
         rows.append([name, mean_and_deviation(accuracies(outcomes)), *cells, f"{seconds:.1f}"])
     for ours, other in study.pairs:
-        gain = paired(accuracies(arms[ours]), accuracies(arms[other]))
+        gain = compare(arms[ours], arms[other])
         rows.append([f"{ours} minus {other}", "", *difference_cells(gain), ""])
     return markdown(HEAD, rows)
 
 
-def print_studies(studies: Sequence[Study], results: Results) -> None:
-    """Print each study: its table and its required results."""
-    for study in studies:
+def moments(arms: dict[str, list[Line]]) -> str:
+    """Build the table of the branches: main loss and accuracies, the means over the draws."""
+    rows = []
+    for arm, outcomes in arms.items():
+        histories = [outcome.history for outcome in outcomes]
+        if histories[0] and histories[0][0].branches:
+            for at in zip(*histories, strict=True):
+                teachers = [
+                    f"{statistics.fmean(moment.branches[name] for moment in at):.1f}"
+                    for name in at[0].branches
+                ]
+                loss, main = (
+                    statistics.fmean(getattr(one, key) for one in at) for key in ("loss", "accuracy")
+                )
+                rows.append([arm, str(at[0].epoch), f"{loss:.3f}", f"{main:.1f}", ", ".join(teachers)])
+    return markdown(("arm", "epoch", "main loss", "network", "branches"), rows) if rows else ""
+
+
+def run_and_report(studies: Sequence[Study], given: argparse.Namespace) -> tuple[list[Study], Results]:
+    """Run *studies* as `run_studies` does, and print their tables and required results, or JSON."""
+    chosen, results = run_studies(studies, given)
+    if given.json:
+        rows = [result for study in chosen for result in results_of(study, results[study.name])]
+        report(rows, as_json=True, commit=commit())
+        return chosen, results
+    print(json.dumps({"machine": machine(), "versions": versions(), "commit": commit()}))
+    for study in chosen:
         arms = results[study.name]
-        print(f"{study.name}: {study.title}, {len(study.seeds)} seeds\n\n{table(study, arms)}\n")
-        for statement, holds in checks(study, arms):
-            print(f"{'holds' if holds else 'FAILS'}: {statement}")
+        draws = len(next(iter(arms.values()), ()))
+        rates = {arm: one["learning_rate"] for arm, one in study.arms.items() if "learning_rate" in one}
+        print(
+            f"{study.name}: {study.title}, {draws} draws; rates {rates or study.template['learning_rate']}\n"
+        )
+        if draws:
+            print(f"{table(study, arms)}\n\n{moments(arms)}\n")
+            for statement, holds in checks(study, arms):
+                print(f"{'holds' if holds else 'FAILS'}: {statement}")
+    return chosen, results
 
 
-def results_of(study: Study, arms: dict[str, list[Outcome]]) -> list[Result]:
+def results_of(study: Study, arms: dict[str, list[Line]]) -> list[Result]:
     """Build the results of a study: accuracy of each arm in percent, compared with the reference arm."""
     means = {arm: statistics.fmean(accuracies(outcomes)) for arm, outcomes in arms.items()}
     return [

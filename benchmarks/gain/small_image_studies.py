@@ -1,9 +1,10 @@
 """The studies: networks, tasks and controls. No value was chosen with test images.
 
-Learning rates and epochs were chosen with seed 100, which only the study of learning rates uses. The number
-of epochs of an equal-time control gives it at least the CPU time of the DSoP training.
+Learning rates and epochs were chosen with seed 100 and more, which no evaluated draw has. The number of
+epochs of an equal-time control gives it at least the CPU time of the DSoP training.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,127 +17,71 @@ ISQRT = {"kind": "isqrt", "width": 64}
 PLAIN = "ReLU + GAP"
 GAP_BRANCHES, DSOP, LONG = f"{PLAIN}, GAP branches", f"{PLAIN}, DSoP, detached", f"{PLAIN}, equal time"
 HEAD, LINEAR = "iSQRT head", "linear + GAP"
-TUNING_SEED = 100
 
-TEXTURE_RUN: Mapping[str, Any] = {
-    "task": TextureConfig(),
-    "network": "textures",
-    "epochs": 60,
-    "learning_rate": 0.3,
-}
-TEXTURE_ARMS: Mapping[str, Mapping[str, Any]] = {
-    LINEAR: {"config": {"layers": "linear"}, "epochs": 20},
-    PLAIN: {},
-    GAP_BRANCHES: {"network": "dsop-textures", "config": {"aux_pooling": "gap"}},
-    LONG: {"epochs": 110},
-    DSOP: {"network": "dsop-textures"},
-    HEAD: {"config": {"layers": "linear", "pooling": ISQRT}},
-}
 SMALL = {"depth": 8, "base_width": 8}
-DIGITS_RUN: Mapping[str, Any] = {
-    "task": DigitsConfig(),
-    "network": "resnet",
-    "config": SMALL,
-    "epochs": 20,
-    "learning_rate": 0.1,
-    "batch": 32,
-}
+PAIRS = ((DSOP, GAP_BRANCHES), (DSOP, LONG))
+
+
+def branch_arms(family: str, options: Mapping[str, Any], longer: int) -> dict[str, dict[str, Any]]:
+    """Return the plain network of *family*, with DSoP and its controls; "equal time" has *longer* epochs."""
+    gap = {"network": f"dsop-{family}", "config": {**options, "aux_pooling": "gap"}}
+    return {PLAIN: {}, GAP_BRANCHES: gap, LONG: {"epochs": longer}, DSOP: {"network": f"dsop-{family}"}}
 
 
 def textures(seeds: int) -> Study:
     """Compare on generated textures; each seed generates another task."""
     return Study(
         name="textures",
+        images="textures",
         title="10 classes of Gaussian textures that differ in second moments only; 500 images, 60 epochs",
         seeds=tuple(range(seeds)),
-        template=TEXTURE_RUN,
-        arms=TEXTURE_ARMS,
+        template={"task": TextureConfig(), "network": "textures", "epochs": 60, "learning_rate": 0.3},
+        arms={
+            LINEAR: {"config": {"layers": "linear"}, "epochs": 20},
+            **branch_arms("textures", {}, 110),
+            HEAD: {"config": {"layers": "linear", "pooling": ISQRT}},
+        },
         reference=PLAIN,
-        pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG), (HEAD, LONG)),
+        pairs=(*PAIRS, (HEAD, LONG)),
         must={HEAD: 30.0, DSOP: 15.0},
         chance=LINEAR,
     )
 
 
-def texture_rates() -> Study:
-    """Compare learning rates: a badly tuned baseline would fake a gain."""
-    arms = {PLAIN: {}, DSOP: TEXTURE_ARMS[DSOP], HEAD: TEXTURE_ARMS[HEAD]}
-    return Study(
-        name="learning rates",
-        title=f"textures, task {TUNING_SEED}, used by no other table",
-        seeds=(TUNING_SEED,),
-        template=TEXTURE_RUN,
-        arms={
-            f"{name}, {rate}": {**arm, "learning_rate": rate}
-            for name, arm in arms.items()
-            for rate in (0.1, 0.3, 1.0)
-        },
-    )
-
-
 def digits(seeds: int) -> Study:
     """Compare on scikit-learn's digits; each seed selects another 200 for training."""
+    run = {"network": "resnet", "config": SMALL, "epochs": 20, "learning_rate": 0.1, "batch": 32}
     return Study(
         name="digits",
+        images="digits",
         title="handwritten digits, 200 images, ResNet-8 of width 8, 20 epochs",
         seeds=tuple(range(seeds)),
-        template=DIGITS_RUN,
-        arms={
-            PLAIN: {},
-            GAP_BRANCHES: {"network": "dsop-resnet", "config": {**SMALL, "aux_pooling": "gap"}},
-            LONG: {"epochs": 42},
-            DSOP: {"network": "dsop-resnet"},
-            HEAD: {"config": {**SMALL, "pooling": ISQRT}},
-        },
+        template={"task": DigitsConfig(), **run},
+        arms={**branch_arms("resnet", SMALL, 42), HEAD: {"config": {**SMALL, "pooling": ISQRT}}},
         reference=PLAIN,
-        pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG), (HEAD, LONG)),
+        pairs=(*PAIRS, (HEAD, LONG)),
     )
 
 
-def cifar(arrays: Path, seeds: int) -> Study:
-    """Compare heads on 5000 images of CIFAR-10."""
-    extra = f"{PLAIN}, extra 1x1"
+def cifar_branches(arrays: Path, seeds: int, epochs: int) -> Study:
+    """Compare DSoP with its controls on 5000 images of CIFAR-10 after a training of *epochs*."""
     return Study(
-        name="CIFAR-10",
-        title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 epochs, 10 000 test images",
+        name=f"CIFAR-10 branches, {epochs} epochs",
+        images="CIFAR-10",
+        title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 000 test images",
         seeds=tuple(range(seeds)),
-        template=cifar_run(arrays),
-        arms={
-            PLAIN: {},
-            extra: {"network": "wide-resnet"},
-            HEAD: {"config": {"depth": 8, "pooling": ISQRT}},
+        template={
+            "task": CifarConfig(arrays=arrays),
+            "network": "resnet",
+            "config": {"depth": 8},
+            "strides": (2, 2),
+            "epochs": epochs,
+            "learning_rate": 0.1,
+            "augment": True,
         },
+        arms=branch_arms("resnet", {"depth": 8}, math.ceil(2.3 * epochs)),
         reference=PLAIN,
-        pairs=((HEAD, extra),),
+        pairs=PAIRS,
+        rates=(0.03, 0.1, 0.3),
+        search=(PLAIN, GAP_BRANCHES, DSOP, LONG),
     )
-
-
-def cifar_branches(arrays: Path, seeds: int) -> Study:
-    """Compare DSoP with its controls on 5000 images of CIFAR-10."""
-    return Study(
-        name="CIFAR-10 branches",
-        title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 epochs, 10 000 test images",
-        seeds=tuple(range(seeds)),
-        template=cifar_run(arrays),
-        arms={
-            PLAIN: {},
-            GAP_BRANCHES: {"network": "dsop-resnet", "config": {"depth": 8, "aux_pooling": "gap"}},
-            LONG: {"epochs": 22},
-            DSOP: {"network": "dsop-resnet"},
-        },
-        reference=PLAIN,
-        pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG)),
-    )
-
-
-def cifar_run(arrays: Path) -> dict[str, Any]:
-    """Set what all runs on CIFAR-10 share."""
-    return {
-        "task": CifarConfig(arrays=arrays),
-        "network": "resnet",
-        "config": {"depth": 8},
-        "strides": (2, 2),
-        "epochs": 10,
-        "learning_rate": 0.1,
-        "augment": True,
-    }

@@ -13,10 +13,12 @@ class Study:
 
     All arms run with the same `seeds`. Every arm is compared with `reference`; `pairs` lists further
     comparisons (ours, other). `must` maps an arm to its required gain over the reference in percentage
-    points; `chance` names the arm that must be at chance.
+    points; `chance` names the arm that must be at chance. `images` names what all lengths of training share.
+    `rates` is the grid of learning rates for the arms that `search` lists.
     """
 
     name: str
+    images: str
     title: str
     seeds: tuple[int, ...]
     template: Mapping[str, Any]
@@ -25,11 +27,9 @@ class Study:
     pairs: tuple[tuple[str, str], ...] = ()
     must: Mapping[str, float] = field(default_factory=dict)
     chance: str = ""
+    rates: tuple[float, ...] = ()
+    search: tuple[str, ...] = ()
 
-    def run(self, arm: str, seed: int) -> Run:
+    def run(self, arm: str, seed: int, **changes: Any) -> Run:
         """Create the run of *arm* with *seed*."""
-        return Run.model_validate({**self.template, **self.arms[arm], "seed": seed})
-
-    def runs(self) -> list[tuple[str, int, Run]]:
-        """List all runs by seed, so that an interrupted study has complete seeds."""
-        return [(arm, seed, self.run(arm, seed)) for seed in self.seeds for arm in self.arms]
+        return Run.model_validate({**self.template, **self.arms[arm], "seed": seed, **changes})

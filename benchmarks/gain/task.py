@@ -17,12 +17,18 @@ UNUSED = 5000  # of CIFAR's training images
 
 
 class Task(NamedTuple):
-    """Images (B, 3, H, W) float32 and labels (B,) int64 for training and test."""
+    """Images (B, 3, H, W) float32 and labels (B,) int64 for training and test.
+
+    `pool` is the number of images from which draws take those for testing, 0 if each has its own. `tested`
+    has their positions; `None`: all draws test all of the pool.
+    """
 
     train: Tensor
     labels: Tensor
     test: Tensor
     test_labels: Tensor
+    tested: Tensor | None = None
+    pool: int = 0
 
 
 class DigitsConfig(StrictModel):
@@ -47,7 +53,7 @@ def digits(config: DigitsConfig, seed: int) -> Task:
     images = ((gray - gray.mean()) / gray.std())[:, None].expand(-1, 3, -1, -1)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
     chosen, rest = order[: config.train], order[config.train :]
-    return Task(images[chosen], labels[chosen], images[rest], labels[rest])
+    return Task(images[chosen], labels[chosen], images[rest], labels[rest], rest, len(labels))
 
 
 def cifar(config: CifarConfig, seed: int) -> Task:
@@ -60,7 +66,7 @@ def cifar(config: CifarConfig, seed: int) -> Task:
     rest = fixed[UNUSED:]
     shuffled = torch.randperm(len(rest), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
     chosen = rest[shuffled[: config.train]]
-    return Task(normalize(train[chosen]), labels[chosen], normalize(test), test_labels)
+    return Task(normalize(train[chosen]), labels[chosen], normalize(test), test_labels, pool=len(test))
 
 
 def normalize(images_BHWC: Tensor) -> Tensor:

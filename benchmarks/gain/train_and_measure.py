@@ -5,21 +5,22 @@ network shares with the plain one of its family, and the same order of batches, 
 accuracy after the last epoch counts.
 """
 
+import base64
 import hashlib
 import json
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pydantic
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from gain.networks import (
     DSoPTextureNet,
     DSoPTextureNetConfig,
-    ExtraConvSmallResNet,
-    ExtraConvSmallResNetConfig,
     PlainTextureNet,
     TextureNetConfig,
 )
@@ -52,14 +53,14 @@ from sopdeploy.training.loop_settings import Cosine, OneCycle, Schedule
 from sopdeploy_export.proof.networks import detach
 
 CLASSES = 10
+MOMENTS, SAMPLE = 4, 2000
 # Options of the part that all networks of a family share.
-TRUNK = {"filters", "stride", "hidden", "depth", "base_width", "shortcut", "backbone"}
+TRUNK = {"filters", "hidden", "depth", "base_width", "shortcut", "backbone"}
 NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "textures": (PlainTextureNet, TextureNetConfig),
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
     "resnet": (as_classifier(SmallResNet), SmallResNetConfig),
     "dsop-resnet": (DSoPSmallResNet, DSoPSmallResNetConfig),
-    "wide-resnet": (ExtraConvSmallResNet, ExtraConvSmallResNetConfig),
     "photos": (PlainTimm, LastStagesConfig),
     "dsop-photos": (DSoPLastStages, DSoPLastStagesConfig),
     "head-photos": (HeadLastStages, HeadLastStagesConfig),
@@ -96,12 +97,32 @@ class Run(StrictModel):
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+class Moment(StrictModel):
+    """State after *epoch*: its mean main loss, and the accuracy of the network and of each branch in percent.
+
+    At most `SAMPLE` test images, evenly spaced, decide; after the last epoch, all.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float
+    branches: dict[str, float] = pydantic.Field(default_factory=dict)
+
+
 class Outcome(StrictModel):
-    """Accuracy of the exported network in percent, CPU seconds of the training, loss of the last epoch."""
+    """Accuracy of the exported network in percent, CPU seconds of the training, main loss of the last epoch.
+
+    `right` has a bit for each image that draws share (base64): the exported network is right. `tested` has
+    those of the tested images, or nothing if all are.
+    """
 
     accuracy: float
     seconds: float
     loss: float
+    log_loss: float | None = None
+    history: list[Moment] = pydantic.Field(default_factory=list)
+    right: str = ""
+    tested: str = ""
 
 
 def train_and_measure(run: Run) -> Outcome:
@@ -111,11 +132,32 @@ def train_and_measure(run: Run) -> Outcome:
     network = build(run)
     if isinstance(network, TimmBackbone):
         start_from_head(network, task)
-    start = time.process_time()
-    loss = train(network, task, run)
-    seconds = time.process_time() - start
-    exported = exported_network(network, run)
-    return Outcome(accuracy=accuracy(exported, task), seconds=seconds, loss=loss)
+    history, seconds = train(network, task, run)
+    logits = logits_of(exported_network(network, run), task.test)
+    right = (logits.argmax(dim=1) == task.test_labels).numpy()
+    of_pool, tested = np.zeros((2, task.pool), np.bool_)
+    if task.pool:
+        members = np.arange(task.pool) if task.tested is None else task.tested.numpy()
+        of_pool[members], tested[members] = right, True
+    return Outcome(
+        accuracy=100.0 * float(right.mean()),
+        seconds=round(seconds, 4),
+        loss=history[-1].loss if history else 0.0,
+        log_loss=round(float(cross_entropy(logits, task.test_labels)), 5),
+        history=history,
+        right=encode_bits(of_pool),
+        tested="" if task.tested is None else encode_bits(tested),
+    )
+
+
+def encode_bits(bits: np.ndarray) -> str:
+    """Encode *bits* as base64."""
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+
+def decode_bits(text: str) -> np.ndarray:
+    """Decode what `encode_bits` wrote, and up to seven zeros at the end."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)).astype(np.bool_)
 
 
 def open_task(run: Run) -> Task:
@@ -178,10 +220,10 @@ def set_strides(network: Backbone, run: Run) -> None:
             module.stride = (last, last)
 
 
-def train(network: Classifier, task: Task, run: Run) -> float:
+def train(network: Classifier, task: Task, run: Run) -> tuple[list[Moment], float]:
     """Train with SGD, momentum 0.9 and a one-cycle schedule, or with AdamW, a warm-up and a cosine.
 
-    Returns the mean loss of the last epoch.
+    Returns `MOMENTS` evenly spaced moments, and the CPU seconds without those for their accuracies.
     """
     options = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
     optimizer: torch.optim.Optimizer
@@ -192,11 +234,13 @@ def train(network: Classifier, task: Task, run: Run) -> float:
     else:
         optimizer = torch.optim.AdamW(network.parameters(), **options)
         schedule = Cosine(kind="cosine", warmup_epochs=0.5)
-    network.train()
-    if isinstance(network, TimmBackbone):
-        keep_statistics(network)
-    total = 0.0
+    history: list[Moment] = []
+    seconds = 0.0
     for epoch in range(run.epochs):
+        start = time.process_time()
+        network.train()
+        if isinstance(network, TimmBackbone):
+            keep_statistics(network)
         batches = shuffled_batches(len(task.labels), run.batch, run.seed, epoch)
         total = 0.0
         for step, members in enumerate(batches):
@@ -215,7 +259,13 @@ def train(network: Classifier, task: Task, run: Run) -> float:
             loss.total.backward()
             optimizer.step()
             total += float(loss.parts["main"]) / len(batches)
-    return total
+        seconds += time.process_time() - start
+        if (epoch + 1) * MOMENTS // run.epochs > epoch * MOMENTS // run.epochs:
+            every = 1 if epoch + 1 == run.epochs else -(-len(task.test_labels) // SAMPLE)
+            branches = accuracies_of_heads(network, task.test[::every], task.test_labels[::every])
+            main = branches.pop("main")
+            history.append(Moment(epoch=epoch + 1, loss=round(total, 4), accuracy=main, branches=branches))
+    return history, seconds
 
 
 def augment(images: Tensor) -> Tensor:
@@ -237,9 +287,17 @@ def exported_network(network: Classifier, run: Run) -> Backbone:
 
 
 @torch.no_grad()
-def accuracy(network: Backbone, task: Task) -> float:
-    """Compute the percentage of test images that *network* classifies correctly."""
-    correct = 0
-    for members in sequential_batches(len(task.test_labels), 500):
-        correct += int((network(task.test[members]).argmax(dim=1) == task.test_labels[members]).sum())
-    return 100.0 * correct / len(task.test_labels)
+def logits_of(network: Backbone, images: Tensor) -> Tensor:
+    """Compute the logits of *network* for *images*."""
+    return torch.cat([network(images[members]) for members in sequential_batches(len(images), 500)])
+
+
+@torch.no_grad()
+def accuracies_of_heads(network: Classifier, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compute the accuracy of the network, `main`, and of each branch in eval mode, in percent."""
+    network.eval()
+    right: dict[str, int] = {}
+    for members in sequential_batches(len(images), 500):
+        for name, logits in network.heads(images[members]).items():
+            right[name] = right.get(name, 0) + int((logits.argmax(dim=1) == labels[members]).sum())
+    return {name: round(100.0 * count / len(labels), 3) for name, count in right.items()}

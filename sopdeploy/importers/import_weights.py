@@ -30,7 +30,7 @@ from sopdeploy.checkpoint import (
 )
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import WeightPath, read_class_names, sha256
+from sopdeploy.files import TORCH_MAGIC, WeightPath, read_class_names, sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import (
     ConvertedWeights,
@@ -65,7 +65,6 @@ OWN_IMPORTERS = (  # the first one that returns weights is used
     Importer(marks=("features.0.",), convert=convert_vgg),
     Importer(marks=("linear.",), convert=convert_cifar_resnet),
 )
-TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
 
 Triangle = Literal["rows", "columns"]
 # By the first digits of the SHA-256, which are in the name of the file: what is wrong with a published file.

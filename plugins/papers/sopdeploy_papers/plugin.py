@@ -1,7 +1,7 @@
 """The names that this package adds to sopdeploy; what they stand for is imported when it is used."""
 
 from sopdeploy.models.registry import Entry
-from sopdeploy.plugins import IMPORTERS, MODELS, POOLINGS
+from sopdeploy.plugins import FIRST_BYTES, IMPORTERS, MODELS, POOLINGS
 
 _POOLINGS = {
     "cbp": "sketch:CompactBilinearConfig",
@@ -10,6 +10,7 @@ _POOLINGS = {
     "netfv": "codebook:NetFVConfig",
     "dropcov": "dropcov:DropCovConfig",
 }
+_GMSOP = "sopdeploy_papers.gmsop_weights:IMPORTER"
 _LOW_RANK_VGG = Entry(
     "sopdeploy_papers.poolings.low_rank:LowRankVGG",
     "sopdeploy_papers.poolings.low_rank:LowRankConfig",
@@ -23,4 +24,5 @@ def register() -> None:
     for name, config in _POOLINGS.items():
         POOLINGS.register(name, f"sopdeploy_papers.poolings.{config}", __name__)
     MODELS.register("lrbp-vgg16", _LOW_RANK_VGG, __name__)
-    IMPORTERS.register("gmsop", "sopdeploy_papers.gmsop_weights:IMPORTER", __name__)
+    IMPORTERS.register("gmsop", _GMSOP, __name__)
+    FIRST_BYTES[_GMSOP] = b"MATLAB "

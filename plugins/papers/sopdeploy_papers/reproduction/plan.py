@@ -26,6 +26,11 @@ from sopdeploy_papers.reproduction.tables import (
 # the forward pass, and a multiply-add is two operations.
 _OPERATIONS_PER_MAC = 3 * 2
 GPU_OPERATIONS_PER_SECOND = 20e12  # that one GPU sustains
+SMALL_SIDE, SMALL_BATCH, SMALL_EPOCHS = 64, 32, 20
+SMALL_SCALE = (
+    f"the classes of --data, images of at most {SMALL_SIDE} pixels, {SMALL_EPOCHS} epochs, batches of "
+    f"{SMALL_BATCH} with as much smaller a rate, one cycle, random start weights"
+)
 ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
     "images and evaluation are not counted"
@@ -86,6 +91,8 @@ class Reproduction:
         printed = DATA_SETS[self.table.data].images
         counts = sorted({run.train_count for row in self.rows for run in row.runs} - {printed})
         differences = [f"--set {override}" for override in self.options.set]
+        if self.options.scale == "small":
+            differences.insert(0, f"--scale small ({SMALL_SCALE})")
         differences += [f"{count:,} training images instead of {printed:,}" for count in counts]
         if self.seeds != self.table.seeds:
             differences.append(f"{self.seeds} runs per row instead of {self.table.seeds}")
@@ -187,7 +194,9 @@ def format_hours(hours: float) -> str:
 
 
 def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = False) -> Reproduction:
-    """Plan the selected rows of *table*; raise `ConfigError` for unknown rows."""
+    """Plan the selected rows of *table*; raise `ConfigError` for unknown rows, or small ones without data."""
+    if options.scale == "small" and options.data is None:
+        raise ConfigError("give a folder of classes as --data", setting="scale", value="small")
     rows = (_plan_row(table, printed, options) for printed in table.select(options.rows))
     return Reproduction(table, options, tuple(rows), dry_run)
 
@@ -226,7 +235,9 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     if table.measures == "counts":
         row.reason = "counted, not trained"
         return
-    if options.data is not None:
+    if options.scale == "small" and options.data is not None:
+        row.overrides += small_scale(paper_recipe, options.data)
+    elif options.data is not None:
         row.overrides += (f"data.path={format_toml(str(options.data))}",)
     if row.printed.pretrained is not None:
         weights = options.out / row.printed.pretrained / "seed-0/best.pt"  # the result of another table's row
@@ -238,6 +249,22 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
         published_network(recipe.model.name, make_config(recipe.model.name, recipe.model.config))
     row.recipe = recipe
     row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
+
+
+def small_scale(recipe: Recipe, data: Path) -> tuple[str, ...]:
+    """Build the changes that train the network of *recipe* on the classes in *data* in minutes on a CPU."""
+    side, batch = min(SMALL_SIDE, recipe.preprocess.crop), SMALL_BATCH
+    changes = [
+        f"data={format_toml({'kind': 'folder', 'path': str(data)})}",
+        *(f"preprocess.resize={side}", f"preprocess.crop={side}", f"batch_size={batch}", "workers=0"),
+        f"optimizer.lr={recipe.optimizer.lr * batch / recipe.batch_size:g}",
+        *(f"epochs={SMALL_EPOCHS}", 'schedule={kind="one-cycle"}', "start.weights=none"),
+    ]
+    if recipe.preprocess.crop > side:  # crops of larger images do not fit
+        changes.append('augment={kind="random-resized-crop", flip=0.5}')
+    if recipe.model.remove_branches_at is not None:
+        changes.append(f"model.remove_branches_at={SMALL_EPOCHS // 2}")
+    return tuple(changes)
 
 
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:

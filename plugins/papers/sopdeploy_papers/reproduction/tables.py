@@ -257,6 +257,8 @@ class ReproduceOptions(Options):
     """Runs per row: seeds 0, 1 and so on; by default as many as in the paper."""
     data: Path | None = None
     """Images: class folders or an official layout."""
+    scale: Literal["paper", "small"] = "paper"
+    """Train as in the paper, or in minutes on a CPU: 64-pixel images of --data, 20 epochs."""
     set: tuple[str, ...] = ()
     """Override a value of all recipes, such as threads=4; repeatable."""
     out: Path = Path("runs/reproduce")

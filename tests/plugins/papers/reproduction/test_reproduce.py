@@ -212,3 +212,29 @@ def test_a_table_of_accuracies_prints_accuracies() -> None:
     assert (shown.caption, shown.rows[0][1]) == ("Printed and measured accuracies in percent", "81.90")
     listed = CliRunner().invoke(app, ["reproduce", "list"]).stdout
     assert re.search(r"netvlad-vgg16 +VGG-16, NetVLAD \(cited\) +81\.90", listed)
+
+
+@pytest.mark.parametrize("name", ["gmsop-2", "slides-birds", "dsop-3"])
+def test_the_small_scale_trains_the_same_networks_on_few_small_images_and_says_so(name, tmp_path) -> None:
+    small = plan(TABLES[name], ReproduceOptions(scale="small", data=tmp_path, set=("epochs=30",)))
+    for row, paper in zip(small.rows, plan(TABLES[name], ReproduceOptions()).rows, strict=True):
+        if row.recipe is None or paper.recipe is None:
+            continue
+        assert (row.recipe.model.name, row.recipe.model.config) == (
+            paper.recipe.model.name,
+            paper.recipe.model.config,
+        )
+        assert row.recipe.data.model_dump(include={"kind", "path"}) == {"kind": "folder", "path": tmp_path}
+        assert row.recipe.preprocess.crop <= 64
+        assert (row.recipe.epochs, row.recipe.start is None or row.recipe.start.weights) == (30, "none")
+    assert small.deviations.startswith(
+        "Not the conditions of the paper: --scale small (the classes of --data"
+    )
+
+
+def test_the_small_scale_needs_images() -> None:
+    shown = CliRunner().invoke(app, ["reproduce", "gmsop-2", "--scale", "small"])
+    assert (shown.exit_code, shown.output) == (
+        2,
+        "error: --scale small: give a folder of classes as --data [wrong_value]\n",
+    )

@@ -1,0 +1,66 @@
+"""The gain programs: intervals of draws that share test images, and the choice of learning rates."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from gain.execution import Lines, choose_rates, neighbor
+from gain.paired import crossed, paired
+from gain.study import Study
+from gain.task import DigitsConfig
+
+from tests.docs.reading import ROOT
+
+
+def test_without_effects_of_images_the_interval_is_that_of_independent_answers() -> None:
+    random = np.random.default_rng(0)
+    ours, other = random.random((2, 8, 4000)) < np.array([0.7, 0.6])[:, None, None]
+    expected = paired(*(100 * side.mean(axis=1) for side in (ours, other)))
+    found = crossed(ours.astype(float), other.astype(float))
+    assert (found.n, found.mean, found.wins) == (8, pytest.approx(expected.mean), expected.wins)
+    assert found.half == pytest.approx(2.36 * 100 * np.sqrt((0.21 + 0.24) / (8 * 4000)), rel=0.2)
+
+
+def test_images_that_all_draws_answer_alike_widen_the_interval() -> None:
+    shared = np.random.default_rng(1).random(100) < 0.3  # only ours is right, in every draw
+    ours, other = np.tile(shared, (5, 1)).astype(float), np.zeros((5, 100))
+    found = crossed(ours, other)
+    error = 100 * shared.std(ddof=1) / 10
+    assert found.half == pytest.approx(1.96 * error, rel=0.15)
+    assert paired(100 * ours.mean(axis=1), 100 * other.mean(axis=1)).half == 0.0
+    tested = np.where(np.arange(100) < 50, ours, np.nan)
+    assert crossed(tested, other).mean == pytest.approx(100 * shared[:50].mean())
+
+
+@pytest.mark.parametrize(
+    ("best", "given", "expected"),
+    [(0.1, (0.03, 0.1, 0.3), 0.1), (3.0, (0.03, 0.1, 0.3), 3.0), (0.003, (0.03, 0.1), 0.003)],
+)
+def test_a_grid_grows_until_the_best_rate_is_not_on_its_edge(best, given, expected) -> None:
+    study = Study(
+        name="s",
+        images="i",
+        title="",
+        seeds=(),
+        template={"task": DigitsConfig(), "network": "resnet", "epochs": 1},
+        arms={"a": {}},
+        rates=given,
+        search=("a",),
+    )
+
+    def run(planned):
+        rates = [one.learning_rate for _, _, one in planned]
+        return [SimpleNamespace(accuracy=-abs(np.log(rate / best)), log_loss=rate) for rate in rates]
+
+    lines = SimpleNamespace(run=run, may_run=True)
+    assert choose_rates(study, lines, (100, 101), 1) == {"a": expected}
+
+
+def test_rates_are_one_and_three_times_powers_of_ten() -> None:
+    assert [neighbor(rate, below=False) for rate in (0.03, 0.1, 3e-4)] == [0.1, 0.3, 1e-3]
+    assert [neighbor(rate, below=True) for rate in (0.03, 0.1, 1e-3)] == [0.01, 0.03, 3e-4]
+
+
+@pytest.mark.parametrize("name", ["cifar_branches", "fine_tuned_heads", "photo_branches"])
+def test_the_lines_of_the_pages_are_read(name) -> None:
+    assert Lines(ROOT / "docs" / "benchmarks" / f"{name}.jsonl", may_run=False).by_run
