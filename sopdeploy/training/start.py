@@ -192,7 +192,10 @@ def start_run(
     if last is None:
         start = new_start(selected, division, strategy, given.weights)
         if parts := start.random_frozen_parts():
-            callback.on_warning(f"{parts} of the frozen network: random weights; {LOOP_INSTEAD}")
+            raise ConfigError(
+                f"procedure {selected.procedure.kind}: {parts} of the frozen network would stay random; "
+                f"{LOOP_INSTEAD}"
+            )
     else:
         start = _resume_start(selected, division, folder, last)
     check_same_step(start, folder)
