@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: the search ranks how-to pages first, and the site has files of `deploy/` that it links to."""
+"""Hooks of MkDocs: the search ranks how-to pages first; linked files of `deploy/` are on the site."""
 
 import re
 import shutil

@@ -21,7 +21,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy promote ",  # needs two networks; `tests/test_loop.py` runs it
     r"sopdeploy reproduce .*--data",
     r".* (--weights|--models) |.* --mirror",  # the second follows the first
-    r"sopdeploy (label|forget) |.* --unknown ",  # tested in `tests/service/second_week`; these folders come from it
+    r"sopdeploy (label|forget) |.* --unknown ",  # `tests/service/second_week` tests them
     r".* fgvc",
     r"torchrun ",
     r"#!/bin/bash\n#SBATCH",

@@ -6,10 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from tests.docs.page_commands import FIRST_BUNDLE, LAST_BUNDLE
 from tests.docs.reading import PAGES, ROOT, blocks, module_at, name
 
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
@@ -46,6 +51,21 @@ def test_code_in_a_sentence_is_on_one_line(page: Path) -> None:
     """A reader of the Markdown file can copy it in one piece."""
     code = re.findall(r"`[^`]*`", BLOCK_OR_LINK.sub("", page.read_text(encoding="utf-8")))
     assert [one for one in code if "\n" in one] == []
+
+
+@pytest.mark.parametrize(
+    ("language", "parse"), [("json", json.loads), ("toml", tomllib.loads), ("yaml", yaml.safe_load)]
+)
+def test_examples_of_files_and_answers_can_be_parsed(language: str, parse: Callable[[str], Any]) -> None:
+    examples = [parse(block) for page in PAGES for block in blocks(page, language)]
+    assert len(examples) >= 3
+    assert all(isinstance(example, dict) for example in examples)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_examples_have_the_same_names_of_bundles(page: Path) -> None:
+    named = re.findall(r"\bphotos-[0-9a-f]{12}\b", page.read_text(encoding="utf-8"))
+    assert set(named) <= {FIRST_BUNDLE, LAST_BUNDLE}
 
 
 README = ROOT / "README.md"
