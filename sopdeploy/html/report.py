@@ -83,7 +83,7 @@ def isolate(text: str) -> Any:
 
 
 def around(template: str, *names: str, tag: str = "bdi") -> Any:
-    """Insert *names* into *template* at its `{}`, each isolated; with the tag `code`, as a command to copy."""
+    """Insert *names* into *template* at its `{}`, each isolated; the tag `code` is for commands to copy."""
     from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
 
     marked = Markup(template.replace("{}", f"<{tag}>{{}}</{tag}>"))  # noqa: S704 # of this package

@@ -108,7 +108,7 @@ def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_sel
     value = score.value if isinstance(score, Rate) else score
     of_ten, of_hundred = round(10 * value), math.floor(100 * value)
     count = f"{of_ten} of 10" if of_ten < 10 else f"{of_hundred} of 100" if of_hundred < 100 else "nearly all"
-    about = "about " if 10 <= of_ten and of_hundred < 100 else ""  # two digits look more certain than one
+    about = "about " if of_ten >= 10 and of_hundred < 100 else ""  # two digits look more certain than one
     count = f"at most {count}" if is_selected else f"{about}{count}"
     return f"{count[0].upper()}{count[1:]} new photographs like these will be right."
 
