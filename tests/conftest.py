@@ -109,6 +109,12 @@ def process_state() -> dict[str, Any]:
     return state
 
 
+@pytest.fixture
+def allow_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the few-shot procedure read random features, which need no file; a user gets an error."""
+    monkeypatch.setattr("sopdeploy.training.start.Start.random_frozen_parts", lambda _: "")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _state_between_files() -> Iterator[None]:
     """Fail if a file leaves another state of its process; restore signals, of which a server ignores some."""

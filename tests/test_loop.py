@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
+from tests.sopdeploy.training.runs import save_random
 from tests.support.children import PYTHONPATH, announcing
 from tests.support.pictures import encoded
 from tests.support.service import wait_for
@@ -43,10 +44,10 @@ LOCALES = {
 }
 FIRST, TRAFFIC = range(20), range(100, 130)
 ASSIGNMENTS = (
-    *("procedure.kind=few_shot", "model.name=resnet8", "model.config={base_width=8}", "threads=1"),
+    *("model.name=resnet8", "model.config={base_width=8}", "threads=1"),
     *("preprocess.resize=32", "preprocess.crop=32"),
 )
-SMALL = ("--weights", "none", *(f"--set={assignment}" for assignment in ASSIGNMENTS))
+SMALL = ("--weights", "weights.pt", *(f"--set={assignment}" for assignment in ASSIGNMENTS))
 SETTINGS = (f"keep={KEPT}", "keep_sample=0.5", "follow=true")
 SERVE = ("serve", "bundles/live", "--port", "0", *(f"--setting={setting}" for setting in SETTINGS))
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(900)]
@@ -120,6 +121,7 @@ def label_all(open_page, url: str) -> None:  # noqa: F811
 
 
 def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request(home, open_page) -> None:  # noqa: F811
+    save_random(Path("weights.pt"), base_width=8)
     sopdeploy("train", "--data", PHOTOS, *SMALL)
     sopdeploy("export", "runs/latest/best.pt")
     first = Path("bundles/latest").readlink().name

@@ -30,7 +30,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
 
     Raises `StorageError` if it cannot be written.
     """
-    manifest, facts = exported.manifest, exported.facts()
+    manifest, facts, bundle = exported.manifest, exported.facts(), quote(str(exported.path))
     path = exported.path.with_name(f"{exported.path.name}.html")
     equal = "answers as the trained one" if exported.parity.passed else "differs from the trained one"
     kept = labels[:MAX_LABELS]
@@ -40,7 +40,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
         text=[
             f"The exported network {equal}: {facts['answers']}; {facts['batch']}.",
             around(f"{len(labels)} classes: {', '.join(['{}'] * len(kept))}{more}", *kept),
-            f"Next: sopdeploy serve {quote(str(exported.path))}",
+            around("Next: {}", f"sopdeploy serve {bundle}", tag="code"),
         ],
         tiles={
             "megabytes": f"{exported.parity.file_bytes / 1e6:.1f}",
@@ -56,9 +56,9 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
             Section(
                 title="Use",
                 text=[
-                    f"Check it on this machine: sopdeploy verify {quote(str(exported.path))}",
-                    f"Classify: sopdeploy predict {quote(str(exported.path))} photo.jpg",
-                    f"Serve, with a web page: sopdeploy serve {quote(str(exported.path))}",
+                    around("Check it on this machine: {}", f"sopdeploy verify {bundle}", tag="code"),
+                    around("Classify: {}", f"sopdeploy predict {bundle} photo.jpg", tag="code"),
+                    around("Serve, with a web page: {}", f"sopdeploy serve {bundle}", tag="code"),
                 ],
             ),
         ],

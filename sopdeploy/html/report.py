@@ -82,11 +82,11 @@ def isolate(text: str) -> Any:
     return around("{}", text)
 
 
-def around(template: str, *names: str) -> Any:
-    """Insert *names* into *template* at its `{}`, each isolated."""
+def around(template: str, *names: str, tag: str = "bdi") -> Any:
+    """Insert *names* into *template* at its `{}`, each isolated; the tag `code` is for commands to copy."""
     from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
 
-    marked = Markup(template.replace("{}", "<bdi>{}</bdi>"))  # noqa: S704 # of this package
+    marked = Markup(template.replace("{}", f"<{tag}>{{}}</{tag}>"))  # noqa: S704 # of this package
     return marked.format(*map(sanitize, names))  # which escapes the names
 
 

@@ -190,8 +190,9 @@ class SecondOrderHead(Classifier):
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every head; the branches of DSoP read the same feature maps."""
-        has_branches = "branches" in self._modules  # and `taps`, their names by tap
-        branches: dict[str, str] = vars(self)["taps"] if has_branches else {}
+        if "branches" not in self._modules:
+            return {"main": self.pooled_head(*self.head_inputs(images))}
+        branches: dict[str, str] = vars(self)["taps"]  # names by tap
         taps = [tap for tap in self.tap_channels | branches if tap in branches or tap in self.maps]
         last, tapped = self.feature_maps(images, taps)
         maps = dict(zip(taps, tapped, strict=True))

@@ -76,7 +76,7 @@ def write_run_page(
         text=[
             describe_in_a_sentence(result.score, is_selected=isinstance(result, LoopResult)),
             classes,
-            f"Next: sopdeploy export {quote(str(folder / 'best.pt'))} --detach",
+            around("Next: {}", f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach", tag="code"),
         ],
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
         sections=[
@@ -108,7 +108,8 @@ def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_sel
     value = score.value if isinstance(score, Rate) else score
     of_ten, of_hundred = round(10 * value), math.floor(100 * value)
     count = f"{of_ten} of 10" if of_ten < 10 else f"{of_hundred} of 100" if of_hundred < 100 else "nearly all"
-    count = f"at most {count}" if is_selected else count
+    about = "about " if of_ten >= 10 and of_hundred < 100 else ""  # two digits look more certain than one
+    count = f"at most {count}" if is_selected else f"{about}{count}"
     return f"{count[0].upper()}{count[1:]} new photographs like these will be right."
 
 
@@ -212,9 +213,11 @@ def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess
         shares = percent(found.probability), percent(found.probability_suggested)
         template = f"{{}} ({shares[0]}), suggested: {{}} ({shares[1]})"
         captions.append((index, around(template, found.label, found.suggested)))
-    text = (
+    text = around(
         "Training images whose label contradicts the other images most, predicted by classifiers that were "
-        "fitted without them and their copies. All: sopdeploy data check DIR --wrong-labels RUN"
+        "fitted without them and their copies. All: {}",
+        "sopdeploy data check DIR --wrong-labels RUN",
+        tag="code",
     )
     yield from _show("Probably wrong labels", text, images, captions, rules)
 

@@ -192,7 +192,10 @@ def start_run(
     if last is None:
         start = new_start(selected, division, strategy, given.weights)
         if parts := start.random_frozen_parts():
-            callback.on_warning(f"{parts} of the frozen network: random weights; {LOOP_INSTEAD}")
+            problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
+            if "procedure.kind" in given.keys:
+                raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
+            callback.on_warning(problem)
     else:
         start = _resume_start(selected, division, folder, last)
     check_same_step(start, folder)

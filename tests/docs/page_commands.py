@@ -17,7 +17,7 @@ from tests.support.children import free_port, line_of
 
 DRAW = blocks(ROOT / "docs" / "quickstart.md", "python")[0]
 CODE = re.compile(r"^( *)```(sh|bash|python)\n(.*?)^\1```|^ {4}(\S[^\n]*)$", re.MULTILINE | re.DOTALL)
-PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:curl|docker|git|helm|make|pip|python|uv|sopdeploy|torchrun)\b")
+PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:curl|docker|git|helm|make|pip|python|uv|sopdeploy|torchrun)\s")
 SERVE = re.compile(r"(?:[A-Z_]+=\S+ )*sopdeploy serve ")
 TINY = "--set epochs=1 --set threads=1 --set preprocess.resize=18 --set preprocess.crop=16"
 TINY_PYTHON = 'recipe="photos-dsop", epochs=1, threads=1, preprocess={"resize": 18, "crop": 16}'

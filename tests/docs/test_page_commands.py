@@ -20,8 +20,8 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy (import|\w+ ckpt\.pt)",
     r"sopdeploy promote ",  # needs two networks; `tests/test_loop.py` runs it
     r"sopdeploy reproduce .*--data",
-    r".* (--weights|--models) ",
-    r"sopdeploy label |.* --unknown ",  # tested in `tests/service/second_week`; these folders come from it
+    r".* (--weights|--models) |.* --mirror",  # the second follows the first
+    r"sopdeploy (label|forget) |.* --unknown ",  # `tests/service/second_week` tests them
     r".* fgvc",
     r"torchrun ",
     r"#!/bin/bash\n#SBATCH",

@@ -6,10 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from tests.docs.page_commands import FIRST_BUNDLE, LAST_BUNDLE
 from tests.docs.reading import PAGES, ROOT, blocks, module_at, name
 
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
@@ -46,6 +51,21 @@ def test_code_in_a_sentence_is_on_one_line(page: Path) -> None:
     """A reader of the Markdown file can copy it in one piece."""
     code = re.findall(r"`[^`]*`", BLOCK_OR_LINK.sub("", page.read_text(encoding="utf-8")))
     assert [one for one in code if "\n" in one] == []
+
+
+@pytest.mark.parametrize(
+    ("language", "parse"), [("json", json.loads), ("toml", tomllib.loads), ("yaml", yaml.safe_load)]
+)
+def test_examples_of_files_and_answers_can_be_parsed(language: str, parse: Callable[[str], Any]) -> None:
+    examples = [parse(block) for page in PAGES for block in blocks(page, language)]
+    assert len(examples) >= 3
+    assert all(isinstance(example, dict) for example in examples)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_examples_have_the_same_names_of_bundles(page: Path) -> None:
+    named = re.findall(r"\bphotos-[0-9a-f]{12}\b", page.read_text(encoding="utf-8"))
+    assert set(named) <= {FIRST_BUNDLE, LAST_BUNDLE}
 
 
 README = ROOT / "README.md"
@@ -119,6 +139,7 @@ def test_code_of_the_readme_fits_the_width_of_a_forge() -> None:
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source|link)\b[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
 )
+LINKED = re.compile(r"""(?:src|href)="(?!\w+:|//|#)([^"?#]+)""")
 
 
 @pytest.mark.slow
@@ -136,7 +157,10 @@ def test_the_site_builds_without_warnings_and_is_self_contained(tmp_path: Path) 
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 25
     index = json.loads((tmp_path / "search" / "search_index.json").read_text(encoding="utf-8"))
-    last = {entry["location"].partition("#")[0] for entry in index["docs"] if "boost" in entry}
+    last = {entry["location"].partition("#")[0] for entry in index["docs"] if entry.get("boost", 1) < 1}
     notes = {f"benchmarks/{page.stem}.html" for page in (ROOT / "docs" / "benchmarks").glob("*.md")}
     assert last == notes | {"decisions.html", "elsewhere.html"}
-    assert [url for page in pages for url in LOADED.findall(page.read_text(encoding="utf-8"))] == []
+    texts = {page: page.read_text(encoding="utf-8") for page in pages if page.name != "404.html"}
+    assert [url for text in texts.values() for url in LOADED.findall(text)] == []
+    files = [(page.parent / file).resolve() for page, text in texts.items() for file in LINKED.findall(text)]
+    assert [file for file in files if not (file.exists() and file.is_relative_to(tmp_path))] == []

@@ -80,7 +80,7 @@ def choose_network(
         torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
     recipes = {name: select_procedure(recipe, len(data.train)) for name, (recipe, _) in configured.items()}
     for name, recipe in recipes.items():
-        if not isinstance(recipe.procedure, HeadOptions):
+        if recipe.starts_random or not isinstance(recipe.procedure, HeadOptions):
             reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
             if recipe.starts_random:
                 reason = "all its weights are random, so there is nothing to cross-validate yet"

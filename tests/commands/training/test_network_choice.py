@@ -22,8 +22,9 @@ from sopdeploy.training.start import Given
 from sopdeploy_commands.training import network_choice
 from sopdeploy_commands.training.network_choice import Speed, Validated, fetch_weights, measure_networks
 from sopdeploy_commands.training.train import train
-from tests.sopdeploy.training.runs import paint
+from tests.sopdeploy.training.runs import paint, save_random
 
+pytestmark = pytest.mark.usefixtures("allow_random_features")
 IMAGES = 100
 NAMES = ("resnet8", "resnet20", "preact-resnet110")
 
@@ -110,7 +111,10 @@ def test_the_error_names_the_fastest_network_if_none_is_fast_enough(
 def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = dict(zip(NAMES, (7.0, 3.0, 90.0), strict=True))
+    times, weights = dict(zip(NAMES, (7.0, 3.0, 90.0), strict=True)), photos.parent / "weights"
+    weights.mkdir()
+    for name in NAMES:
+        save_random(weights / f"{name}.pt", name)
     monkeypatch.setattr(
         network_choice, "measure_networks", lambda *_: {name: Speed(ms, 1.5) for name, ms in times.items()}
     )
@@ -118,9 +122,14 @@ def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
         photos,
         models=",".join(NAMES),
         within="10.5ms",
-        weights="none",
+        weights=str(weights),
         out=photos.parent / "run",
-        set=("preprocess.resize=16", "preprocess.crop=16", "procedure.kind=few_shot"),
+        set=(
+            "preprocess.resize=16",
+            "preprocess.crop=16",
+            "procedure.kind=few_shot",
+            "procedure.group_copies=false",
+        ),
     )
     assert [(one.name, one.score is None) for one in result.networks] == list(
         zip(NAMES, (0, 0, 1), strict=True)

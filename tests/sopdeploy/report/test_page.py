@@ -111,7 +111,7 @@ def test_charts_show_every_text_as_it_is(text: str) -> None:
 
 SENTENCES = {
     "most": (Rate.of(83, 100), "8 of 10 new photographs like these will be right."),
-    "nearly all": (Rate.of(987, 1000), "98 of 100 new photographs like these will be right."),
+    "nearly all": (Rate.of(987, 1000), "About 98 of 100 new photographs like these will be right."),
     "all that were seen": (Rate.of(40, 40), "Nearly all new photographs like these will be right."),
     "an epoch": (0.25, "2 of 10 new photographs like these will be right."),
     "no estimate": (None, "There are too few different photographs to say how many new ones will be right."),
@@ -130,7 +130,7 @@ def test_the_page_begins_with_a_sentence_the_classes_and_the_next_command_and_co
     header = page[page.index("<header>") : page.index("</header>")]
     sentences = re.findall("<p>(.*)</p>", header)
     assert "of 10 new photographs like these will be right." in sentences[0]
-    assert sentences[-1] == f"Next: sopdeploy export {run / 'best.pt'} --detach"
+    assert sentences[-1] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"
     matrix = page[page.index("Confusion matrix") :].partition("</table>")[0]
     for row, cells in enumerate(re.findall("<tr>(<th scope=.row.>.*)</tr>", matrix)):
         kinds = re.findall('<td class="number (right|wrong|zero)"', cells)

@@ -31,6 +31,7 @@ from tests.sopdeploy.training.runs import (
     train_with_page,
 )
 
+pytestmark = pytest.mark.usefixtures("allow_random_features")
 FINE_TUNE = [
     "procedure.kind=fine_tune",
     "procedure.head=gap",

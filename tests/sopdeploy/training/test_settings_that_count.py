@@ -20,7 +20,7 @@ from sopdeploy.training.recipe import (
 )
 from sopdeploy.training.results import LoopResult
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.training.runs import RecordingCallback, paint
+from tests.sopdeploy.training.runs import paint
 
 TINY = ("model.name=resnet8", "model.config.base_width=2", "preprocess.resize=16", "preprocess.crop=16")
 FEW_SHOT = "procedure.kind=few_shot"
@@ -107,18 +107,20 @@ def test_random_weights_are_trained_as_a_whole(photos: Path) -> None:
     assert isinstance(result.procedure, LoopResult)
 
 
-def test_a_head_on_random_weights_that_a_user_selects_is_named(photos: Path) -> None:
-    callback = RecordingCallback()
-    sopdeploy.train(
-        photos, weights="none", out=photos.parent / "run", set=(*TINY, FEW_SHOT), callback=callback
-    )
-    warnings = [values["warning"] for name, values in callback.events if name == "warning"]
-    assert any("random weights; procedure.kind=loop trains" in warning for warning in warnings)
+@pytest.mark.parametrize("kind", ["few_shot", "fine_tune"])
+def test_a_head_on_random_weights_that_a_user_selects_is_refused(photos: Path, kind: str) -> None:
+    settings = (*TINY, f"procedure.kind={kind}")
+    message = f"^procedure {kind}: all weights of the frozen network would stay random; procedure.kind=loop"
+    with pytest.raises(ConfigError, match=message):
+        sopdeploy.train(photos, weights="none", out=photos.parent / "run", set=settings)
+    assert not (photos.parent / "run").exists()
 
 
-def test_networks_are_not_compared_by_random_weights(photos: Path) -> None:
+@pytest.mark.parametrize("settings", [(), (FEW_SHOT,)])
+def test_networks_are_not_compared_by_random_weights(photos: Path, settings: tuple[str, ...]) -> None:
+    given: dict[str, Any] = {"models": "resnet8,resnet20", "weights": "none", "set": settings}
     with pytest.raises(ConfigError, match="resnet8: all its weights are random"):
-        sopdeploy.train(photos, models="resnet8,resnet20", weights="none", out=photos.parent / "run")
+        sopdeploy.train(photos, out=photos.parent / "run", **given)
 
 
 CROPS = [

@@ -113,7 +113,7 @@ async function ask(photo, signal) {
     void followSwap(reply.getResponseHeader("X-Model-Digest"));
     const [best] = body.classes;
     photo.result.textContent = best ? `${best.label} ${percent(best.probability)}` : "No class";
-    if (body.known === false) photo.result.textContent = "Unknown";
+    if (body.known === false) photo.result.textContent = `Unlike your photos, closest: ${best.label}`;
     photo.show = () => {
       clearAnswer();
       showAnswer(body);

@@ -61,8 +61,11 @@ def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tm
     assert page.locator("#progress").text_content() == "1 done in this session, 5 left"
     for left in range(4, -1, -1):
         press(page, "2", left)
-    assert page.locator("#empty").is_visible()
+    assert page.locator(
+        "#empty", has_text="No photograph is left to label. Next: sopdeploy train"
+    ).is_visible()
     assert page.locator("#photo").is_hidden()
+    assert page.locator("#new").is_hidden()
     assert len(files_below(tmp_path / "photos")) == 6
     page.keyboard.press("1")
     assert page.locator("#error").is_hidden()

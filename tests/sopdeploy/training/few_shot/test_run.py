@@ -55,6 +55,7 @@ from sopdeploy_commands.app import app
 from sopdeploy_commands.training.train import train
 from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
 
+pytestmark = pytest.mark.usefixtures("allow_random_features")
 FEW_SHOT = ["procedure.kind=few_shot"]
 PLAIN = ["model.name=resnet8", "model.config={}", *SMALL[2:], *FEW_SHOT]  # without settings of branches
 

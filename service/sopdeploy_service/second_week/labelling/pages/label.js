@@ -79,6 +79,7 @@ async function show(next) {
   byId("photo").hidden = !photograph;
   byId("empty").hidden = Boolean(photograph);
   byId("command").textContent = next.command;
+  byId("then").hidden = classes.length === 0; // all were skipped
   byId("first").hidden = !photograph || classes.length > 0;
   byId("sampled").hidden = !photograph?.sampled;
   byId("unknown").hidden = photograph?.known !== false;
@@ -86,7 +87,7 @@ async function show(next) {
   byId("bar").value = done / Math.max(1, done + left);
   byId("classes").replaceChildren(...classes.map(classButton));
   byId("undo").disabled = done === 0;
-  byId("not-ours").disabled = byId("skip").disabled = !photograph;
+  byId("new").hidden = byId("not-ours").disabled = byId("skip").disabled = !photograph;
   byId("name").value = "";
 }
 
