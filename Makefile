@@ -201,10 +201,11 @@ audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities; fails if an en
 	$(BIN)/python deploy/audit.py $(OPTIONS)
 
 sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sbom-cpu.json and dist/sbom-gpu.json
-	mkdir -p dist
+	mkdir -p dist build
+	sed "s/^dynamic = .*/version = \"$$($(BIN)/sopdeploy --version | cut -d ' ' -f 2)\"/" pyproject.toml > build/pyproject.toml
 	for lock in cpu gpu; do \
 		$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py requirements --output-reproducible \
-			--spec-version 1.6 --pyproject pyproject.toml --output-file dist/sbom-$$lock.json deploy/lock/$$lock.txt || exit 1; \
+			--spec-version 1.6 --pyproject build/pyproject.toml --output-file dist/sbom-$$lock.json deploy/lock/$$lock.txt || exit 1; \
 	done
 
 release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]: commit and tag; docs/releasing.md

@@ -19,7 +19,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sopdeploy.config import FieldValues, Text, check_format_version, explain_invalid
+from sopdeploy.config import FieldValues, Text, check_format_version, first_problem, reader_of, writer_of
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
@@ -156,9 +156,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
             "`sopdeploy import` for published weights, and `export --network` for those of your own network"
         )
-    training = content.get("training")
-    versions = training.get("versions") if isinstance(training, dict) else None
-    written_by = versions.get("sopdeploy") if isinstance(versions, dict) else None
+    written_by = writer_of(content.get("training"))
     for name in content.keys() - {"weights"}:  # `build_classifier` compares those with the network's
         if any(
             isinstance(value, Tensor) and not _is_plain(value) for value in distinct_values(content[name])
@@ -172,8 +170,8 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
         check_format_version(content.pop("version", None), _VERSION, written_by, map(str, unknown))
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
-        problem = explain_invalid(error, written_by, __version__)
-        raise CheckpointError(f"{path}: {problem}; train or import it again") from error
+        problem = first_problem(error) + (reader_of(written_by) or "; train or import it again")
+        raise CheckpointError(f"{path}: {problem}") from error
     except ValueError as error:  # of another version
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -345,11 +343,12 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         make_config(checkpoint.model, checkpoint.config)  # rejects keys such as num_classes
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {error}{reader_of(writer_of(checkpoint.training))}") from error
     weights = {network.current_name(name): tensor for name, tensor in checkpoint.weights.items()}
     problem = first_difference(network.state_dict(), weights)
     if problem:
-        raise CheckpointError(f"{path}: {checkpoint.model}: {problem}; train or import it again")
+        advice = reader_of(writer_of(checkpoint.training)) or "; train or import it again"
+        raise CheckpointError(f"{path}: {checkpoint.model}: {problem}{advice}")
     network.load_state_dict(weights)
     is_contiguous = checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"  # others: channels-last
     vars(network)[IMAGES_FORMAT] = torch.contiguous_format if is_contiguous else torch.channels_last

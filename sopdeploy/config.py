@@ -12,6 +12,7 @@ import pydantic_core
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.plugins import Registry
+from sopdeploy.version import __version__
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
@@ -201,15 +202,17 @@ def check_format_version(found: Any, version: int, written_by: Any, unknown: Ite
         raise ValueError(f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it")
 
 
-def explain_invalid(error: pydantic.ValidationError, written_by: Any, version: str) -> str:
-    """Describe the first problem in *error*; if another *version* wrote the file, say which one reads it.
+def writer_of(fields: Any) -> Any:
+    """Return the version of sopdeploy in the entry `versions` of *fields* of a file; None without it."""
+    versions = fields.get("versions") if isinstance(fields, Mapping) else None
+    return versions.get("sopdeploy") if isinstance(versions, Mapping) else None
 
-    *written_by* is the version of sopdeploy in the file, *version* the one that reads it.
-    """
-    problem = first_problem(error)
-    if not isinstance(written_by, str) or written_by == version:
-        return problem
-    return f"{problem}; read it with sopdeploy {written_by[:MAX_SHOWN]}, which wrote it (this is {version})"
+
+def reader_of(written_by: Any) -> str:
+    """Return the end of a message about a file: which version reads it, if not this one has written it."""
+    if not isinstance(written_by, str) or written_by == __version__:
+        return ""
+    return f"; read it with sopdeploy {written_by[:MAX_SHOWN]}, which wrote it (this is {__version__})"
 
 
 class _Shortener(reprlib.Repr):

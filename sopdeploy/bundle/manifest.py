@@ -11,9 +11,11 @@ from sopdeploy.config import (
     StrictModel,
     Text,
     check_format_version,
-    explain_invalid,
+    first_problem,
     matching,
     parse_json,
+    reader_of,
+    writer_of,
 )
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
@@ -163,14 +165,13 @@ class Manifest(StrictModel):
             raise ValueError("not a JSON object")
         for name in ("id", "sha256"):  # computed by `to_bytes`, and compared with all other bytes below
             fields.pop(name, None)
-        versions = fields.get("versions")
-        written_by = versions.get("sopdeploy") if isinstance(versions, dict) else None
+        written_by = writer_of(fields)
         unknown = fields.keys() - cls.model_fields.keys() if written_by != __version__ else ()
         check_format_version(fields.get("version", FORMAT_VERSION), FORMAT_VERSION, written_by, unknown)
         try:
             manifest = cls.model_validate(fields)
         except pydantic.ValidationError as problem:
-            raise ValueError(explain_invalid(problem, written_by, __version__)) from problem
+            raise ValueError(first_problem(problem) + reader_of(written_by)) from problem
         if manifest.to_bytes() != raw:
             raise ValueError("was edited or damaged after the export")
         return manifest

@@ -1,5 +1,6 @@
 """The steps of the workflows run in scratch clones; what needs GitHub, Docker or root is replaced."""
 
+import json
 import os
 import re
 import shlex
@@ -193,6 +194,9 @@ def test_a_version_is_raised_tagged_built_and_released(repository: Path, tmp_pat
     assert (git(repository, "rev-parse", "HEAD"), git(repository, "status", "--porcelain")) == (before, "")
     make(repository, "release", "VERSION=9.8.7")
     check_release("9.8.7", tmp_path, run_workflow("release.yml", repository, "v9.8.7", tmp_path, "make"))
+    for target in ("cpu", "gpu"):
+        described = json.loads((tmp_path / "artifact" / f"sbom-{target}.json").read_text())["metadata"]
+        assert (described["component"]["name"], described["component"]["version"]) == ("sopdeploy", "9.8.7")
     shutil.rmtree(tmp_path / "build")  # an environment
 
 

@@ -9,9 +9,8 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from sopdeploy.bundle.folder import is_bundle
 from sopdeploy.environment import import_optional, missing_store
@@ -140,10 +139,17 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
 
 
 def _list_lines(location: str) -> Iterator[ListedImage]:
-    """Yield the images of the list *location*: one image or archive per line, relative to its folder."""
+    """Yield the images of the list *location*: one image or archive per line, relative to its folder.
+
+    Raises `ValueError` for a line that is too long for an address.
+    """
     folder = location[: location.rfind("/") + 1]  # "lists/" of "lists/a.txt", "/" of "/a.txt"
     with io.TextIOWrapper(_open(location), "utf-8-sig") as lines:
-        for line in filter(None, map(str.strip, iter(partial(_read_line, lines), ""))):
+        while read := lines.readline(MAX_LINE):
+            if len(read) == MAX_LINE:
+                raise ValueError(f"a line of {MAX_LINE} characters or more; give one name per line")
+            if not (line := read.strip()):
+                continue
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
             if name.lower().endswith(_TAR):
                 yield from _list_tar(name)
@@ -165,14 +171,6 @@ class _Bounded:
             raise ValueError(f"a header of {size} bytes; the limit is {MAX_HEADER_BYTES}")
         content: bytes = self._file.read(size)
         return content
-
-
-def _read_line(lines: IO[str]) -> str:
-    """Read a line, empty at the end; raises `ValueError` for one that is too long for an address."""
-    line = lines.readline(MAX_LINE)
-    if len(line) == MAX_LINE:
-        raise ValueError(f"a line of {MAX_LINE} characters or more; give one name per line")
-    return line
 
 
 def _open(location: str) -> Any:

@@ -71,18 +71,13 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
     print_field("next", f"sopdeploy serve {quote(str(exported.path))}", style="dim")
     is_for_cpu = exported.manifest.precision == "fp32" or exported.manifest.int8_for == "cpu"
     if console.is_terminal and is_for_cpu:
-        _show_fastest_form(exported.path)
+        from sopdeploy.bundle.folder import open_bundle
+        from sopdeploy_commands.bundles.fastest_form import describe_fastest_form
 
-
-def _show_fastest_form(path: Path) -> None:
-    """Print which form of the bundle at *path* is fastest on this processor."""
-    from sopdeploy.bundle.folder import open_bundle
-    from sopdeploy_commands.bundles.fastest_form import describe_fastest_form
-
-    with show_steps("speed") as on_step:
-        on_step("measuring float32 and int8")
-        text = describe_fastest_form(open_bundle(path))
-    print_field("speed", text)
+        with show_steps("speed") as on_step:
+            on_step("measuring float32 and int8")
+            text = describe_fastest_form(open_bundle(exported.path))
+        print_field("speed", text)
 
 
 @command(show_export, summarize=lambda exported: exported.summary(), options={"out"})

@@ -93,13 +93,6 @@ def read_image(path: Path, max_bytes: int) -> bytes:
         raise DataError(f"{path}: {reason}") from error
 
 
-def check_readable(path: Path) -> None:
-    """Raise the error of `read_image` before a network is loaded; leave pipes as they are."""
-    is_pipe = path.exists() and not path.is_file() and not path.is_dir()
-    if not is_pipe or is_image(path.name):
-        read_image(path, max_bytes=0)
-
-
 def _print_prediction(prediction: FilePrediction) -> None:
     """Print the classes of one image in one line."""
     ranked = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
@@ -166,10 +159,14 @@ def predict(
     checked: list[Path | Image.Image] = []
     for number, image in enumerate(items):
         one = _check_image(image, number)
-        checked += _list_folder(one) if isinstance(one, Path) and one.is_dir() else [one]
-    for image in checked:
-        if isinstance(image, Path):
-            check_readable(image)
+        if isinstance(one, Path) and one.is_dir():
+            listed = open_any_images(one)
+            checked += [listed.path(index) for index in range(len(listed))]
+        else:
+            checked.append(one)
+    for image in checked:  # errors are raised before a network is loaded; pipes stay as they are
+        if isinstance(image, Path) and (is_image(image.name) or image.is_file() or not image.exists()):
+            read_image(image, max_bytes=0)
     loaded_settings = load_settings(top_k=top_k, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
@@ -181,12 +178,6 @@ def predict(
             name, content = str(getattr(image, "filename", "") or f"image {number}"), image
         predictions.append(predict_one(loaded, content, name, loaded_settings, explain=explain))
     return tuple(predictions)
-
-
-def _list_folder(folder: Path) -> list[Path]:
-    """List the images below *folder*, sorted by their paths; raises `DataError` if there are none."""
-    images = open_any_images(folder)
-    return [images.path(index) for index in range(len(images))]
 
 
 def _check_image(image: object, number: int) -> Path | Image.Image:

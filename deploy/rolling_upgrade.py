@@ -1,0 +1,160 @@
+"""Serve one folder of bundles with two versions behind one balancer, and move the live link with either.
+
+    python deploy/rolling_upgrade.py OLD/bin/sopdeploy NEW/bin/sopdeploy
+
+Each version exports a bundle, which the other serves. Every step runs under load: a promotion or its undoing
+by either version, and the exchange of a server for one of the other version. Exits with 1 if a request
+fails, if the versions answer differently, or if a server does not follow.
+"""
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+from container_test import check, free_port
+
+from commands import run
+
+TRAIN = ("train", "--recipe", "digits-dsop", "--set", "epochs=1", "--set", "model.config.base_width=4")
+WAIT_SECONDS = 60
+
+
+class Server:
+    """`serve` of *program* on the live link of *folder*, on a port of its own."""
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        command = [program, "serve", "bundles/live", "--setting=follow=true", f"--port={self.url[17:]}"]
+        self.log = folder / f"{self.url[17:]}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+    def bundle(self) -> str:
+        """Return the name of the served bundle; empty if the server does not answer."""
+        try:
+            return str(httpx.get(f"{self.url}/info").json()["models"][0]["bundle"])
+        except (httpx.HTTPError, ValueError):
+            return ""
+
+    def follow(self, name: str) -> None:
+        """Wait until the server serves the bundle *name*; exit with its log if it does not."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while self.bundle() != name:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"does not serve {name}:\n{self.log.read_text()}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End the server like an orchestrator; it answers what it has admitted."""
+        self.process.terminate()
+        check("a stopped server exits with 0", holds=self.process.wait(WAIT_SECONDS) == 0)
+
+
+class Balancer:
+    """Sends requests to the *servers* in turn; one that cannot be reached is left out for this request."""
+
+    def __init__(self, servers: list[Server], photo: bytes) -> None:
+        self.servers, self._photo = servers, photo
+        self.results: Counter[str] = Counter()
+
+    def classify(self, server: Server) -> Any:
+        """Return the response of *server*."""
+        return httpx.post(f"{server.url}/v1/classify", content=self._photo, timeout=30)
+
+    def send(self, number: int) -> None:
+        """Send one request and count its result."""
+        turn = number % len(servers := list(self.servers))
+        for server in (*servers[turn:], *servers[:turn]):
+            try:
+                response = self.classify(server)
+            except httpx.TransportError:
+                continue
+            if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:  # stopping: its port is still open
+                continue
+            self.results["answered" if response.is_success else f"failed: {response.text}"] += 1
+            return
+        self.results["failed: no server"] += 1
+
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Send requests during the block."""
+        ended = threading.Event()
+
+        def client() -> None:
+            for number in itertools.count():
+                if ended.is_set():
+                    return
+                self.send(number)
+
+        clients = [threading.Thread(target=client) for _ in range(2)]
+        for thread in clients:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            for thread in clients:
+                thread.join()
+
+    def check_bundle(self, step: str, name: str) -> None:
+        """Wait until all servers serve the bundle *name*, and compare their answers."""
+        for server in self.servers:
+            server.follow(name)
+        answers = [self.classify(server).json()["classes"] for server in self.servers]
+        check(
+            f"{step}: all serve {name} and answer equally", holds=all(each == answers[0] for each in answers)
+        )
+
+
+def upgrade(programs: dict[str, Path], folder: Path) -> None:
+    """Take all steps in *folder*."""
+
+    def sopdeploy(which: str, *arguments: str) -> None:
+        run(programs[which], *arguments, cwd=folder)
+
+    names = {}
+    for seed, which in enumerate(programs):
+        sopdeploy(which, *TRAIN, "--set", f"seed={seed}", "--out", which)
+        sopdeploy(which, "export", f"{which}/best.pt", "--detach", "--max-batch", "1", "--out", "bundles")
+        names[which] = (folder / "bundles" / "latest").resolve().name
+    for which, name in itertools.product(programs, names.values()):
+        sopdeploy(which, "verify", f"bundles/{name}")
+        check(f"{which} verifies {name}", holds=True)
+    sopdeploy("old", "promote", f"bundles/{names['old']}", "--over", "bundles/live", "--force", "first")
+    photo = (folder / "bundles" / names["old"] / "golden-0.jpg").read_bytes()
+    balancer = Balancer([Server(program, folder) for program in programs.values()], photo)
+    with ExitStack() as stack:
+        stack.callback(lambda: [server.process.kill() for server in balancer.servers])
+        balancer.check_bundle("start", names["old"])
+        with balancer.load():
+            for which, other in (("new", "old"), ("old", "new")):
+                forward, back = names[which], names[other]
+                promote = ("promote", f"bundles/{forward}", "--over", "bundles/live", "--force", "rehearsal")
+                sopdeploy(which, *promote)
+                balancer.check_bundle(f"{which} promotes", forward)
+                for mover, name in ((other, back), (which, forward)):
+                    sopdeploy(mover, "promote", "--back", "bundles/live")
+                    balancer.check_bundle(f"{mover} moves back", name)
+            for step, which in (("upgrade", "new"), ("downgrade", "old")):
+                balancer.servers.append(Server(programs[which], folder))
+                balancer.check_bundle(step, names["old"])
+                balancer.servers.pop(0).stop()
+        for server in balancer.servers:
+            server.stop()
+    failed = {text: count for text, count in balancer.results.items() if text != "answered"}
+    check(f"{balancer.results['answered']} requests answered, failed: {failed or 'none'}", holds=not failed)
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory(prefix="rolling-") as scratch:
+        old, new = (Path(text).absolute() for text in sys.argv[1:3])
+        upgrade({"old": old, "new": new}, Path(scratch))
