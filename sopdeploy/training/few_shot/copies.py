@@ -12,7 +12,12 @@ from sopdeploy.photos.copies import Groups, connect
 from sopdeploy.photos.photo import ImageFiles, LabeledImages, find_unreadable
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.classifier import unit_length
-from sopdeploy.training.few_shot.features import CachedNetwork, Features, full_head
+from sopdeploy.training.few_shot.features import (
+    CachedNetwork,
+    compute_features,
+    find_near_duplicates,
+    full_head,
+)
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 
@@ -30,8 +35,10 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
     recipe = _default_recipe()
     strategy = Strategy(select_device(recipe.device))
     model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used
-    features = Features(recipe, "gap", model.to(strategy.device), images, on_image)
-    return connect(len(images), features.find_copies(images).pairs, features.hashes, images.groups)
+    outputs = CachedNetwork(full_head(recipe, model.to(strategy.device)), recipe)
+    features = compute_features(outputs, "gap", images, on_image)
+    near = find_near_duplicates(outputs, features, images)
+    return connect(len(images), near.pairs, features.hashes, images.groups)
 
 
 def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float32]]]:

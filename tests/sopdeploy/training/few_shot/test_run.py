@@ -261,12 +261,14 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
     scores = problem.cross_validate(folds)
     scaling = Scaling.fit(scores[None], targets)
     first = problem.scale_scores(scores, scaling)
-    second = problem.doubt_labels(first, folds, scaling)
+    second = problem.logits_without_doubted(first, folds, scaling)
     before, after = (-log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second))
     assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.02
     sure = 9.0 * np.eye(4)[labels]
-    assert problem.doubt_labels(sure, folds, scaling) is sure
-    none_left = problem.doubt_labels(-sure, folds, scaling)  # all are doubted: no image is left to fit
+    assert problem.logits_without_doubted(sure, folds, scaling) is sure
+    none_left = problem.logits_without_doubted(
+        -sure, folds, scaling
+    )  # all are doubted: no image is left to fit
     assert np.ptp(none_left, axis=0) == pytest.approx(0)
 
 
