@@ -5,7 +5,7 @@
 
 import difflib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
@@ -24,7 +24,7 @@ from sopdeploy.training.loop_settings import LoopSettings
 from sopdeploy.training.recipe_files import parse_override, read_values
 
 if TYPE_CHECKING:
-    from sopdeploy.models.base import Classifier
+    pass
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -154,12 +154,6 @@ class ModelConfig(CatalogModel):
         if self.remove_branches_at is not None and "branches" not in entry(self.name).network.training_only:
             raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
-
-    def network_of(self, epoch: int, network: "Classifier") -> "Classifier":
-        """Return the network to train in *epoch*, from 0; *network* is that of the epoch before."""
-        if self.remove_branches_at is None or epoch < self.remove_branches_at:
-            return network
-        return network.without_branches()
 
 
 class RejectionConfig(StrictModel):
@@ -319,8 +313,12 @@ def change_recipe(
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     _drop_values_of_others(values, dict(changes))
-    before = deepcopy(values)
-    for key, value in [*_procedure_settings(values, dict(changes)), *changes]:
+    before, fine_tune = deepcopy(values), FineTuneConfig().kind
+    procedure, settings = before.get("procedure"), {}
+    was_fine_tune = isinstance(procedure, dict) and procedure.get("kind") == fine_tune
+    if dict(changes).get("procedure.kind") == fine_tune and not was_fine_tune:
+        settings = deepcopy(dict(FineTuneConfig.SETTINGS))
+    for key, value in [*settings.items(), *changes]:
         *tables, last = key.split(".")
         table = values
         for name in tables:
@@ -343,14 +341,6 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
         isinstance(side, int) and side > 0 for side in (crop, *sides)
     ):  # else the validation names it
         table["resize"] = Preprocess.scaled_resize(crop, *sides)
-
-
-def _procedure_settings(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Return the settings of the procedure that *overrides* select instead of that in *values*."""
-    kind, before = FineTuneConfig().kind, values.get("procedure")
-    is_before = isinstance(before, dict) and before.get("kind") == kind
-    selects = overrides.get("procedure.kind") == kind and not is_before
-    return deepcopy(dict(FineTuneConfig.SETTINGS)).items() if selects else ()
 
 
 def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) -> None:
@@ -423,7 +413,10 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
         case "union_tag_invalid":
             return f"{key}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
         case "extra_forbidden":
-            return f"{key}: unknown key{_suggest_key(key)}"
+            if key in set(_list_keys(Recipe)):
+                return f"{key}: unknown key of this kind"  # such as `optimizer.nesterov` of the kind adamw
+            close = suggest_keys(key)
+            return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     path_with_tags = ".".join(map(str, problem["loc"]))
     reason = first_problem(error).removeprefix(f"{path_with_tags}: ")
     return f"{key}: {reason}"
@@ -446,14 +439,6 @@ def _name_key(path: Sequence[str | int], values: Any) -> str:
         value = value.get(part) if isinstance(value, dict) else None
         kind = value.get("kind", "sgd") if isinstance(value, dict) else None  # only optimizers may omit it
     return ".".join(keys)
-
-
-def _suggest_key(key: str) -> str:
-    """Return the end of the message "unknown key" about *key*: "; did you mean optimizer.lr?", or ""."""
-    if key in set(_list_keys(Recipe)):
-        return " of this kind"  # for example, `optimizer.nesterov` of the kind adamw
-    close = suggest_keys(key)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:

@@ -36,7 +36,7 @@ from sopdeploy.training.recipe import (
     Recipe,
     check_same_recipe,
 )
-from sopdeploy.training.recorded import (
+from sopdeploy.training.record import (
     read_held_out,
     read_recorded_recipe,
     read_resumed,
@@ -210,7 +210,7 @@ def new_start(
     """
     check_count(division.data.train)
     model, recipe, report = create_initial_model(recipe, division.data.train.labels, strategy, weights)
-    placed = place(recipe, model, strategy)
+    placed = move_to_device(recipe, model, strategy)
     return Start(**division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report)
 
 
@@ -220,9 +220,18 @@ def _resume_start(recipe: Recipe, division: Division, folder: RunFolder, last: C
     recipe = complete_preprocess(recipe, last.preprocess)
     check_same_recipe(recipe, recorded_recipe(last), source)
     state = read_resumed(last, source)
-    _check_same_images(last.labels, state.train_count, images, source)
+    if last.labels != images.labels:
+        classes = shorten(last.labels)
+        raise DataError(f"{source}: the run started with the classes {classes}; give the same data")
+    if state.train_count != len(images):
+        raise DataError(
+            f"{source}: the run started with {state.train_count} training images, now there are "
+            f"{len(images)}; give the same data or start a new run"
+        )
     check_count(images)
-    model = place(recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy)
+    model = move_to_device(
+        recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy
+    )
     return Start(
         **division._asdict(),
         recipe=recipe,
@@ -366,17 +375,6 @@ def check_same_step(start: Start, folder: RunFolder) -> None:
         )
 
 
-def _check_same_images(labels: tuple[str, ...], count: object, images: LabeledImages, source: object) -> None:
-    """Raise `DataError` unless *images* have the *labels* and the *count* of the run in *source*."""
-    if labels != images.labels:
-        raise DataError(f"{source}: the run started with the classes {shorten(labels)}; give the same data")
-    if count != len(images):
-        raise DataError(
-            f"{source}: the run started with {count} training images, now there are {len(images)}; give the "
-            "same data or start a new run"
-        )
-
-
 def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
     """Describe where the run in *folder*, which may continue *last*, comes from.
 
@@ -395,7 +393,7 @@ def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
     )
 
 
-def place(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
+def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
     """Move *model* to the device; raise `ConfigError` if it cannot compute the images of *recipe*."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
@@ -411,25 +409,18 @@ def find_images_format(recipe: Recipe, model: Classifier, device: torch.device) 
     convolution does. Raises `ConfigError` if it cannot compute an image size in either layout.
     """
     model.eval()
-    try:
-        check_image_sizes(recipe, model, device, torch.channels_last)
-    except ConfigError:
-        check_image_sizes(recipe, model, device, torch.contiguous_format)
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def check_image_sizes(
-    recipe: Recipe, model: Classifier, device: torch.device, layout: torch.memory_format
-) -> None:
-    """Run *model* on zeros of each image size in *layout*; raise `ConfigError` if it cannot."""
-    for side in {recipe.preprocess.crop, recipe.training_crop}:
+    for layout in (torch.channels_last, torch.contiguous_format):
         try:
-            model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
+            for side in {recipe.preprocess.crop, recipe.training_crop}:
+                model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise ConfigError(
+            problem = ConfigError(
                 f"preprocess.crop: {recipe.model.name} cannot compute images of {side} pixels "
                 f"({first_line(error)}); choose another size"
-            ) from error
+            )
+            problem.__cause__ = error
+        else:
+            return layout
+    raise problem

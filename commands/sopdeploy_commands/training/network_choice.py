@@ -33,7 +33,7 @@ from sopdeploy.training.few_shot.features import unfitted_network
 from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
-from sopdeploy.training.start import Given, check_count, place, select_procedure
+from sopdeploy.training.start import Given, check_count, move_to_device, select_procedure
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,
@@ -209,7 +209,7 @@ def score_network(
     model, recipe, _ = create_initial_model(recipe, images.labels, strategy, weights)
     found = cross_validate(
         recipe,
-        place(recipe, model, strategy),
+        move_to_device(recipe, model, strategy),
         images,
         lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
     )

@@ -246,7 +246,7 @@ def train(
     return summarize_run(run, folder, networks, **page)
 
 
-class Prepared(NamedTuple):
+class Requested(NamedTuple):
     """The recipe of each network to train, with what is known of its run, and the run to start from."""
 
     networks: "dict[str, tuple[Recipe, Given]]"
@@ -259,7 +259,7 @@ def prepare(
     out: Path | None,
     options: TrainOptions,
     settings: Mapping[str, Any],
-) -> Prepared:
+) -> Requested:
     """Read the recipe of each network and the run to start from.
 
     First raises the error of a path or a text that `train` cannot use, before torch is imported. The data are
@@ -298,7 +298,7 @@ def prepare(
         name: configure(data, recipe, of_network, settings, previous, opened, files.get(name))
         for name, of_network in options_by_network.items()
     }
-    return Prepared(networks, previous)
+    return Requested(networks, previous)
 
 
 def _milliseconds(text: str) -> float:

@@ -237,7 +237,7 @@ class Space(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class LinearProblem:
     """N images with `targets`: coordinates `reduced` (N, R) of their vectors in `space`, and `own` (N, D_0).
 
     The latter are the network's own vectors, scaled to length 1.
@@ -364,17 +364,6 @@ def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def _remaining_errors(classes_NK: Array, groups_N: Indices) -> float:
-    """Estimate the errors of a network relative to those of heads that lack one group of a class.
-
-    With G groups of a class, they are ((G - 1) / G)^`LEARNING`; only classes of few groups count.
-    """
-    num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
-    few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
-    factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
-    return float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))
-
-
 def estimate(
     classes_NK: Array, activation: Activation, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
 ) -> Rate | MeanPrecision:
@@ -392,6 +381,11 @@ def estimate(
         variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
         units = effective_count(groups_N) / variance_factor
         rate = Rate.of(int(right.sum()), len(right), units)
-        learned = 1 - (1 - rate.share) * _remaining_errors(classes_NK, groups_N) if folds > 0 else rate.share
+        learned = rate.share
+        if folds > 0:  # with G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
+            num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
+            few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
+            factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
+            learned = 1 - (1 - rate.share) * float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))
         return rate.model_copy(update={"high": max(rate.high, wilson(units * learned, units).high)})
     return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)

@@ -29,7 +29,7 @@ from sopdeploy.photos.copies import (
 from sopdeploy.photos.photo import Dataset, LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
-from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearHead, Problem, Space, unit_length
+from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearHead, LinearProblem, Space, unit_length
 from sopdeploy.training.recipe import Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
@@ -144,7 +144,7 @@ def find_near_duplicates(
 
 @torch.no_grad()
 def build_fitted(
-    network: SecondOrderHead, head: HeadConfig, problem: Problem, fitted: LinearHead
+    network: SecondOrderHead, head: HeadConfig, problem: LinearProblem, fitted: LinearHead
 ) -> SecondOrderHead:
     """Copy *network*, which computed the features, with the *head* that was *fitted* to *problem*."""
     has_energy = problem.targets.activation == "softmax"
@@ -241,7 +241,8 @@ class CachedNetwork:
             hashes, times, are_decoded = facts.numpy().T
             paths = [self.cache.find(file_hash) for file_hash in hashes.tolist()]
             entries = [self.cache.read(path) for path in paths]
-            if batch is batches[0] and self._is_stale(entries[0], pixels[:1]):
+            known = entries[0] if batch is batches[0] else None
+            if known is not None and not all(map(np.array_equal, known, self._compute(pixels[:1])[0])):
                 self.cache.is_stale = True
                 yield from self._load(images, batches)  # again, without the cache
                 return
@@ -255,10 +256,6 @@ class CachedNetwork:
             if num_missing % self.batch_size == 0 or len(waiting) == MAX_WAITING or is_last:
                 yield from self._complete(waiting)
                 waiting = []
-
-    def _is_stale(self, entry: Entry | None, pixels: Tensor) -> bool:
-        """Tell whether the *entry* of an image differs from what is computed of its *pixels* (1, H, W, 3)."""
-        return entry is not None and not all(map(np.array_equal, entry, self._compute(pixels)[0]))
 
     def _complete(self, waiting: list[_Loaded]) -> Iterator[tuple[_Loaded, list[Entry]]]:
         """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""

@@ -41,7 +41,7 @@ from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
-from sopdeploy.training.few_shot.classifier import Array, Indices, Problem, Scaling, Targets, estimate
+from sopdeploy.training.few_shot.classifier import Array, Indices, LinearProblem, Scaling, Targets, estimate
 from sopdeploy.training.few_shot.features import (
     CachedNetwork,
     Features,
@@ -55,7 +55,7 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import best_record, last_few_shot_record, read_few_shot_fit
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import LOOP_INSTEAD, Start, place
+from sopdeploy.training.start import LOOP_INSTEAD, Start, move_to_device
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.
@@ -104,7 +104,9 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
                 callback.on_warning(warning)
             problem, label_logits, num_doubted = found.problem, None, 0
             head, fitted = found.features.head, problem.fit_all(found.scaling)
-            network = place(recipe, build_fitted(found.network, head, problem, fitted), start.strategy)
+            network = move_to_device(
+                recipe, build_fitted(found.network, head, problem, fitted), start.strategy
+            )
             score, metrics = _evaluate(start, network, found)
             if problem.targets.activation == "softmax":
                 label_logits = problem.logits_without_doubted(found.logits, found.folds, found.scaling)
@@ -157,7 +159,7 @@ class CrossValidation:
     recipe: Recipe
     network: SecondOrderHead
     features: Features
-    problem: Problem
+    problem: LinearProblem
     groups: Indices
     alike: tuple[str, ...]
     clips: Clips
@@ -223,7 +225,7 @@ def cross_validate(
     _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
-    problem = Problem(features.space, features.reduced, features.own, targets)
+    problem = LinearProblem(features.space, features.reduced, features.own, targets)
     scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
     scaling = Scaling.fit(scores_VNK, targets)
     logits_NK, left_out_N = problem.scale_scores(scores_VNK[0], scaling), None

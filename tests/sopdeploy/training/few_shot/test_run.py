@@ -37,7 +37,7 @@ from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import (
     SHRINKAGE,
-    Problem,
+    LinearProblem,
     Scaling,
     Space,
     Targets,
@@ -71,10 +71,10 @@ def softmax_targets(classes: np.ndarray, count: int = 4) -> Targets:
     return Targets(np.eye(count)[classes], classes, "softmax")
 
 
-def problem_of(parts: list[np.ndarray], targets: Targets, spanning: int | None = None) -> Problem:
+def problem_of(parts: list[np.ndarray], targets: Targets, spanning: int | None = None) -> LinearProblem:
     """Build the problem of the vectors with *parts*, in the span of the first *spanning* ones."""
     space = Space.of([part[:spanning] for part in parts])
-    return Problem(space, space.project(np.concatenate(parts, axis=1)), unit_length(parts[0]), targets)
+    return LinearProblem(space, space.project(np.concatenate(parts, axis=1)), unit_length(parts[0]), targets)
 
 
 UNSCALED = Scaling(temperature=1.0, exponent=0.0)
@@ -283,13 +283,13 @@ def test_improbable_labels_are_listed_the_least_probable_first():
 
 
 def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(tmp_path: Path, monkeypatch):
-    photos, first, calls = paint(tmp_path / "photos", 17), Problem.cosines, []
+    photos, first, calls = paint(tmp_path / "photos", 17), LinearProblem.cosines, []
 
-    def with_larger_cosines(problem: Problem, folds: np.ndarray) -> np.ndarray:
+    def with_larger_cosines(problem: LinearProblem, folds: np.ndarray) -> np.ndarray:
         calls.append(folds)
         return first(problem, folds if len(calls) < 3 else calls[1]) + 3 * (len(calls) > 2)
 
-    monkeypatch.setattr(Problem, "cosines", with_larger_cosines)
+    monkeypatch.setattr(LinearProblem, "cosines", with_larger_cosines)
     recipe = read_recipe("photos", [f"data.path={photos}", *SMALL, *FEW_SHOT])
     found = []
     for limit in (0, 200):
