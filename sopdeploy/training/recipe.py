@@ -274,12 +274,8 @@ class Recipe(LoopSettings):
             raise ValueError(
                 "model.remove_branches_at: nothing would learn after it with start.learn = branches"
             )
-        if self.first_phase:
-            self._check_first_phase()
-        return self
-
-    def _check_first_phase(self) -> None:
-        """Raise `ValueError` if no second phase follows, or if something else would learn in the first."""
+        if not self.first_phase:
+            return self
         if self.first_phase >= self.epochs:
             raise ValueError(
                 f"start.classifier_epochs: the run has only {self.epochs} epochs; give fewer than these"
@@ -293,6 +289,7 @@ class Recipe(LoopSettings):
             raise ValueError(
                 "start.classifier_epochs: a teacher that is trained jointly needs one phase; set it to 0"
             )
+        return self
 
 
 def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -351,21 +348,19 @@ def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) ->
             continue  # no values or no choice; the validation of the recipe finds those of a wrong type
         if chosen == table.get(selector):
             continue
-        config = _chosen_config(name, chosen)
+        config: type[StrictModel] | None
+        if name == "model":
+            config = entry(chosen).config
+        else:
+            kinds = get_args(OwnDataConfig if name == "data" else ProcedureConfig)
+            values_of_kinds = [get_args(kind.model_fields["kind"].annotation) for kind in kinds]
+            named = [kind for kind, values in zip(kinds, values_of_kinds, strict=True) if chosen in values]
+            # Plug-ins add data sources, but no procedures.
+            config = named[0] if named else DATA_SOURCES.find(chosen) if name == "data" else None
         options = table.get("config") if name == "model" else table
         if isinstance(options, dict) and config is not None:  # None: the validation names the unknown kind
             for key in options.keys() - config.model_fields.keys():
                 del options[key]
-
-
-def _chosen_config(table: str, choice: str) -> type[StrictModel] | None:
-    """Find the config of the network, data source or procedure *choice*; None for an unknown kind."""
-    if table == "model":
-        return entry(choice).config
-    for config in get_args(OwnDataConfig if table == "data" else ProcedureConfig):
-        if choice in get_args(config.model_fields["kind"].annotation):  # the values of a `Literal`
-            return config
-    return DATA_SOURCES.find(choice) if table == "data" else None  # plug-ins add no procedures
 
 
 def format_toml(value: Any) -> str:
