@@ -183,7 +183,7 @@ def start_run(
     opened = given.data or open_data(recipe.data)
     for note in opened.notes:
         callback.on_warning(note)
-    selected = select_procedure(recipe, len(opened.train), recorded)
+    selected, reason = select_procedure(recipe, len(opened.train), recorded)
     selected.check_effect(given.keys, holds_out=not len(opened.held_out))
     division = divide_images(selected, opened, last, strategy)
     _check_data(selected, opened, division, given.keys, callback)
@@ -196,8 +196,6 @@ def start_run(
     else:
         start = _resume_start(selected, division, folder, last)
     check_same_step(start, folder)
-    is_auto = isinstance(recipe.procedure, AutoConfig) and recorded is None
-    reason = _explain_procedure(recipe, len(opened.train), uses_loop=start.uses_loop) if is_auto else ""
     return replace(start, reason=reason, origin=_origin(start, folder, last))
 
 
@@ -242,37 +240,43 @@ def _resume_start(recipe: Recipe, division: Division, folder: RunFolder, last: C
     )
 
 
-def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConfig | None = None) -> Recipe:
-    """Return *recipe* with the config of the procedure for *num_images* training images.
+class Selected(NamedTuple):
+    """A recipe with the selected procedure, and why "auto" selected it; empty if it did not."""
+
+    recipe: Recipe
+    reason: str
+
+
+def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConfig | None = None) -> Selected:
+    """Select the procedure of *recipe* for *num_images* training images.
 
     "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot` for up to
     `FEW_IMAGES` training images if the network has start weights and a head for it, and torchrun did not
     start the run, and else the training loop. Raises `ConfigError` if `few_shot` or `fine_tune` has no head
     for the network.
     """
-    config = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure
-    if config is None:  # "auto" in a new run
-        is_one_process = not torch.distributed.is_initialized()
-        can_be_few_shot = is_one_process and not recipe.starts_random and _has_head(recipe)
-        config = FewShotConfig() if can_be_few_shot and num_images <= FEW_IMAGES else LoopConfig()
+    config: AnyProcedureConfig = LoopConfig()
+    reason = ""
+    if not isinstance(recipe.procedure, AutoConfig):
+        config = recipe.procedure
+    elif recorded is not None:
+        config = recorded
+    elif recipe.starts_random:
+        reason = "training loop, because the network starts from random weights, which all learn"
+    elif not _has_head(recipe):
+        reason = f"training loop, because {recipe.model.name} has no head for the few-shot procedure"
+    elif num_images > FEW_IMAGES:
+        reason = f"training loop, for more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
+    elif torch.distributed.is_initialized():
+        reason = "training loop, because torchrun started the run"
+    else:
+        config = FewShotConfig()
+        reason = f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
     if isinstance(config, HeadOptions):
         if torch.distributed.is_initialized():
             raise ConfigError(f"procedure {config.kind}: needs one process; start it without torchrun")
         entry(head_name(recipe.model.name))  # raises the error if there is no head
-    return recipe.model_copy(update={"procedure": config})
-
-
-def _explain_procedure(recipe: Recipe, num_images: int, *, uses_loop: bool) -> str:
-    """Say why "auto" selected the procedure, and how to select the other one if there is one."""
-    if recipe.starts_random:
-        return "training loop, because the network starts from random weights, which all learn"
-    if not uses_loop:
-        return f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
-    if not _has_head(recipe):
-        return f"training loop, because {recipe.model.name} has no head for the few-shot procedure"
-    if num_images <= FEW_IMAGES:
-        return "training loop, because torchrun started the run"
-    return f"training loop, for more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
+    return Selected(recipe.model_copy(update={"procedure": config}), reason)
 
 
 def _has_head(recipe: Recipe) -> bool:
@@ -322,7 +326,7 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
 def open_held_out(recipe: Recipe, last: Checkpoint) -> LabeledImages:
     """Open the images that the run of *recipe*, whose `last.pt` is *last*, held out."""
     opened = open_data(recipe.data)
-    selected = select_procedure(recipe, len(opened.train))
+    selected, _ = select_procedure(recipe, len(opened.train))
     return divide_images(selected, opened, last, Strategy(torch.device("cpu"))).data.held_out
 
 

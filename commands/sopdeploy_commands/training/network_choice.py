@@ -104,7 +104,8 @@ def choose_network(
 
 def select_head_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Split) -> dict[str, Recipe]:
     """Return the recipes with the procedure for *data*; raise `ConfigError` if it fits no head."""
-    recipes = {name: select_procedure(recipe, len(data.train)) for name, (recipe, _) in configured.items()}
+    count = len(data.train)
+    recipes = {name: select_procedure(recipe, count).recipe for name, (recipe, _) in configured.items()}
     for name, recipe in recipes.items():
         if not isinstance(recipe.procedure, HeadOptions):
             reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"

@@ -503,13 +503,13 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
-    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).procedure == LoopConfig()
+    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).recipe.procedure == LoopConfig()
     monkeypatch.setattr("sopdeploy.training.start.FEW_IMAGES", 100)
     folder = RunFolder(tmp_path / "other", processes)
     reason = start_run(read_recipe("photos", settings), folder, None, Callback()).reason
     assert reason.startswith("training loop, for more than 100 images; procedure.kind=few_shot fits a head")
     for recipe in (loop, other):
-        selected = select_procedure(recipe, len(data.train))
+        selected = select_procedure(recipe, len(data.train)).recipe
         assert selected.procedure == LoopConfig()
         divided = divide_images(selected, data, None, processes).data
         assert len(divided.train) + len(divided.held_out) == 120
