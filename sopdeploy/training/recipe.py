@@ -383,9 +383,8 @@ def validate_recipe(values: FieldValues, source: str) -> Recipe:
         raise ConfigError(f"{source}: {error}") from error
 
 
-def check_same_recipe(recipe: Recipe, values: FieldValues, source: Path) -> None:
-    """Raise `ConfigError` if *recipe* and the *values* in *source* differ in more than `CHANGEABLE_KEYS`."""
-    recorded = validate_recipe(values, str(source))
+def check_same_recipe(recipe: Recipe, recorded: Recipe, source: Path) -> None:
+    """Raise `ConfigError` if *recipe* and that in *source* differ in more than `CHANGEABLE_KEYS`."""
     before = dict(flatten(recorded.model_dump(mode="json")))
     now = dict(flatten(recipe.model_dump(mode="json")))
     for key in sorted((before.keys() | now.keys()) - CHANGEABLE_KEYS):

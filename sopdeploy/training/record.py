@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.checkpoint import Checkpoint, is_state_dict
-from sopdeploy.config import FieldValues, first_problem
+from sopdeploy.config import first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, TrainingError
@@ -156,12 +156,7 @@ def read_few_shot_fit(start: "Start", last: Checkpoint, source: Path) -> FewShot
 
 def read_recorded_recipe(last: Checkpoint, source: Path) -> Recipe:
     """Read the recipe of the run of *last*; raises `ConfigError`."""
-    return validate_recipe(recorded_recipe(last), str(source))
-
-
-def recorded_recipe(last: Checkpoint) -> FieldValues:
-    """Return the values of the recipe of the run of *last*."""
-    return last.training.get("recipe", {})
+    return validate_recipe(last.training.get("recipe", {}), str(source))
 
 
 def read_held_out(last: Checkpoint) -> NDArray[np.int64] | None:

@@ -40,7 +40,6 @@ from sopdeploy.training.record import (
     read_held_out,
     read_recorded_recipe,
     read_resumed,
-    recorded_recipe,
 )
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
@@ -179,22 +178,24 @@ def start_run(
     `CheckpointError` if *last* has no valid state to resume from.
     """
     strategy = folder.strategy
-    recorded = None if last is None else read_recorded_recipe(last, folder.last).procedure
+    recorded = None if last is None else read_recorded_recipe(last, folder.last)
     opened = given.data or open_data(recipe.data)
     for note in opened.notes:
         callback.on_warning(note)
-    selected, reason = select_procedure(recipe, len(opened.train), recorded)
+    selected, reason = select_procedure(
+        recipe, len(opened.train), None if recorded is None else recorded.procedure
+    )
     selected.check_effect(given.keys, holds_out=not len(opened.held_out))
     division = divide_images(selected, opened, last, strategy)
     _check_data(selected, opened, division, given.keys, callback)
     if isinstance(selected.procedure, LoopConfig):
         check_divisible(selected, len(division.data.train), strategy.world)
-    if last is None:
+    if last is None or recorded is None:
         start = new_start(selected, division, strategy, given.weights)
         if parts := start.random_frozen_parts():
             callback.on_warning(f"{parts} of the frozen network: random weights; {LOOP_INSTEAD}")
     else:
-        start = _resume_start(selected, division, folder, last)
+        start = _resume_start(selected, recorded, division, folder, last)
     check_same_step(start, folder)
     return replace(start, reason=reason, origin=_origin(start, folder, last))
 
@@ -212,11 +213,13 @@ def new_start(
     return Start(**division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report)
 
 
-def _resume_start(recipe: Recipe, division: Division, folder: RunFolder, last: Checkpoint) -> Start:
-    """Rebuild the network of *last* for the recipe and the images that its run must have, too."""
+def _resume_start(
+    recipe: Recipe, recorded: Recipe, division: Division, folder: RunFolder, last: Checkpoint
+) -> Start:
+    """Rebuild the network of *last*, whose recipe is *recorded*, for an equal recipe and equal images."""
     source, images = folder.last, division.data.train
     recipe = complete_preprocess(recipe, last.preprocess)
-    check_same_recipe(recipe, recorded_recipe(last), source)
+    check_same_recipe(recipe, recorded, source)
     state = read_resumed(last, source)
     if last.labels != images.labels:
         classes = shorten(last.labels)
