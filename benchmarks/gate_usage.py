@@ -30,7 +30,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.recorded import read_resumed
+from sopdeploy.training.record import read_resumed
 from sopdeploy.training.train import train_recipe
 
 EPOCHS, MILESTONES = 20, [13, 17]  # two and six sevenths of the run, nearly as in section 3.2

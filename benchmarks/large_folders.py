@@ -20,7 +20,7 @@ from measure import Result, make_parser, report
 from numpy.typing import NDArray
 
 from sopdeploy.photos.copies import connect, find_pairs
-from sopdeploy.training.few_shot.classifier import Problem, Scaling, Space, Targets, unit_length
+from sopdeploy.training.few_shot.classifier import LinearProblem, Scaling, Space, Targets, unit_length
 from sopdeploy.training.few_shot.run import make_folds
 
 CLASSES, VIEWS, CHANNELS, OWN, RANK, FOLDS = 10, 5, (112, 320), 1280, 1024, 10
@@ -69,7 +69,7 @@ def head(count: int) -> float:
     targets = Targets(np.eye(CLASSES)[classes], classes, "softmax")
     space = Space(np.zeros(RANK), np.ones(RANK), np.eye(RANK))
     own = unit_length(draw(random, classes, OWN))
-    problem = Problem(space, draw(random, classes, RANK), own, targets)
+    problem = LinearProblem(space, draw(random, classes, RANK), own, targets)
     since = time.process_time()
     folds = make_folds(targets, list(map(str, range(count))), FOLDS, 0)
     scaling = Scaling.fit(np.stack([problem.cross_validate(one) for one in folds]), targets)

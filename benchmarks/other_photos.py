@@ -37,7 +37,14 @@ from sklearn.linear_model import LogisticRegression
 from sopdeploy.evaluation.decision_fit import MIN_COSINES, accepted_interval, fit_decision, threshold_rank
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.few_shot.classifier import MAX_RANK, Problem, Scaling, Space, Targets, unit_length
+from sopdeploy.training.few_shot.classifier import (
+    MAX_RANK,
+    LinearProblem,
+    Scaling,
+    Space,
+    Targets,
+    unit_length,
+)
 from sopdeploy.training.few_shot.features import PROJECTION_IMAGES, CachedNetwork, full_head
 from sopdeploy.training.few_shot.run import make_folds
 from sopdeploy.training.recipe import FewShotConfig, RejectionConfig, read_recipe
@@ -121,7 +128,7 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
         Space.of([part[:MAX_RANK] for part in parts]),
     )
     reduced = space.project(photos.train[drawn])
-    problem = Problem(space, reduced, unit_length(parts[0]), targets)
+    problem = LinearProblem(space, reduced, unit_length(parts[0]), targets)
     folds = make_folds(targets, [str(index) for index in drawn.tolist()], FOLDS, seed)
     scores = np.stack([problem.cross_validate(one) for one in folds])
     scaling = Scaling.fit(scores, targets)
@@ -184,7 +191,7 @@ def measure_diffuse(photos: Photographs, size: int, seed: int, unknown: list[Arr
     for text, num_classes in (("", count + 1), (" without", count)):
         chosen = classes < num_classes
         targets = Targets(np.eye(num_classes)[classes[chosen]], classes[chosen], "softmax")
-        problem = Problem(NO_SPACE, own[chosen][:, :1], own[chosen], targets)
+        problem = LinearProblem(NO_SPACE, own[chosen][:, :1], own[chosen], targets)
         folds = make_folds(targets, [str(index) for index in range(int(chosen.sum()))], FOLDS, seed)
         cosines = np.sort(np.mean([problem.cosines(one) for one in folds], axis=0))
         threshold = cosines[max(1, threshold_rank(len(cosines), ACCEPTS)) - 1]
@@ -217,7 +224,7 @@ def interval_holds(photos: Photographs, size: int, draws: int, *, by_lot: bool) 
         drawn = np.concatenate([of_class[:size] for of_class in by_class])
         new = np.concatenate([of_class[size:][-size:] for of_class in by_class])
         targets = Targets(np.eye(count)[classes[drawn]], classes[drawn], "softmax")
-        problem = Problem(NO_SPACE, own[drawn][:, :1], own[drawn], targets)
+        problem = LinearProblem(NO_SPACE, own[drawn][:, :1], own[drawn], targets)
         folds = make_folds(targets, [str(index) for index in drawn.tolist()], FOLDS, seed)
         cosines = np.sort(np.mean([problem.cosines(one) for one in folds], axis=0))
         rank = threshold_rank(len(drawn), ACCEPTS)

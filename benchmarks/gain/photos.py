@@ -31,7 +31,7 @@ from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.few_shot.classifier import Problem, Scaling, Space, Targets, unit_length
+from sopdeploy.training.few_shot.classifier import LinearProblem, Scaling, Space, Targets, unit_length
 from sopdeploy.training.few_shot.features import WIDTH
 from sopdeploy.training.recipe import FewShotConfig
 
@@ -158,7 +158,9 @@ def fit_head(parts: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
     arrays, classes = [part.numpy() for part in parts], labels.numpy()
     targets = Targets(np.eye(int(classes.max()) + 1)[classes], classes, activation="softmax")
     space = Space.of(arrays)
-    problem = Problem(space, space.project(np.concatenate(arrays, axis=1)), unit_length(arrays[0]), targets)
+    problem = LinearProblem(
+        space, space.project(np.concatenate(arrays, axis=1)), unit_length(arrays[0]), targets
+    )
     folds = targets.folds([str(index) for index in range(len(classes))], FewShotConfig().folds, 0)
     scaling = Scaling.fit(problem.cross_validate(folds)[None], targets)
     fitted = problem.fit_all(scaling)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -68,8 +68,13 @@ def command(
             result_name = next(iter(inspect.signature(show).parameters))  # the first is the result
             show_parameters = _declare(show, options=(), hidden={result_name, "as_json"})
             json_flag = [_option("as_json", bool, False, "Print JSON for scripts.", "--json")]
-        setting_parameters = () if settings is None else _declare_settings(settings)
-        parameters = [*_declare(function, options), *show_parameters, *setting_parameters, *json_flag]
+        parameters = [*_declare(function, options), *show_parameters]
+        if settings is not None:
+            flags = settings.flags.items()
+            parameters += [_option(name, kind, None, text) for name, (kind, text) in flags]
+            text = "Any other setting of the service, NAME=VALUE; repeatable."
+            parameters.append(_option("setting", list[str] | None, None, text))
+        parameters += json_flag
 
         def run(**values: Any) -> None:
             """Call *function* and show its result; Typer gives the *values* of all `parameters` by name.
@@ -82,9 +87,9 @@ def command(
                 stack.callback(setattr, err, "quiet", err.quiet)  # at the end, *err* is as before
                 err.quiet = err.quiet or as_json  # JSON comes without progress
                 if settings is not None:
-                    flags = {flag: values.pop(flag) for flag in settings.flags}
+                    given = {flag: values.pop(flag) for flag in settings.flags}
                     assignments = values.pop("setting") or ()  # None without --setting
-                    values |= settings.parse(assignments, **flags)
+                    values |= settings.parse(assignments, **given)
                 if as_json:
                     stack.enter_context(stdout_to_stderr())
                 result = function(**values, **_progress(function, as_json, stack))
@@ -92,7 +97,8 @@ def command(
                 with one_line_errors():  # not as JSON: stdout may already hold the document of the result
                     _finish(result, show, summarize, show_values, as_json=as_json)
 
-        run.__doc__ = _describe(function)  # Typer reads the help, and the options from the signature
+        # Typer reads the help, without the sections of the docstring, and the options from the signature.
+        run.__doc__ = _SECTIONS.split(inspect.getdoc(function) or "")[0]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         function.run_command = run  # type: ignore[attr-defined]
@@ -140,11 +146,6 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     groups = [(title, names) for model in models.values() for title, names in model.GROUPS.items()]
     vars(call)["groups"] = {name: title for title, names in groups for name in names}
     return call
-
-
-def _describe(function: Callable[..., Any]) -> str:
-    """Return the docstring of *function* without its sections."""
-    return _SECTIONS.split(inspect.getdoc(function) or "")[0]
 
 
 def _finish(
@@ -204,14 +205,6 @@ def _declare(
             argument: Any = Annotated[value_type, typer.Argument(help=text)]
             found.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=argument))
     return found
-
-
-def _declare_settings(settings: SettingOptions) -> Iterator[inspect.Parameter]:
-    """Declare the options of *settings*."""
-    for name, (kind, text) in settings.flags.items():
-        yield _option(name, kind, None, text)
-    text = "Any other setting of the service, NAME=VALUE; repeatable."
-    yield _option("setting", list[str] | None, None, text)
 
 
 def _option(

@@ -189,11 +189,11 @@ def published(
     for row in PUBLISHED_ROWS:
         same_classes = num_classes == (row.num_classes or entry(name).num_classes)
         if row.model == name and same_classes and make_config(name, row.config) == config:
-            figures += _compare(row, training if row.part == "training" else shipped, representation)
+            figures += _figures_of(row, training if row.part == "training" else shipped, representation)
     return tuple(figures)
 
 
-def _compare(row: PublishedRow, counts: Tally, representation: int) -> list[Published]:
+def _figures_of(row: PublishedRow, counts: Tally, representation: int) -> list[Published]:
     """Put the own count, or the length of the *representation*, beside every printed figure of *row*."""
     parameters = sum(n for name, n in counts.parameters.items() if name.startswith(row.module))
     operations = sum(n for name, n in counts.macs.items() if name.startswith(row.module)) + row.extra_ops

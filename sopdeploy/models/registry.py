@@ -5,7 +5,7 @@ The module of a network is imported when its class is used, so this module does 
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pydantic
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Entry:
     """A network and its config, each as a class or as `module:Class`.
 
-    From a `Backbone`, `network` derives a `Classifier`. `image_size` is that of its paper, in pixels.
+    From a `Backbone`, `network` derives a `Classifier`. `image_size` is that of its paper, in pixels. `name`
+    is that under which `entry` found it.
     """
 
     network_source: "str | type[Classifier]"
@@ -31,6 +32,7 @@ class Entry:
     summary: str
     image_size: int = 224
     num_classes: int = 1000
+    name: str = ""
 
     @property
     def network(self) -> "type[Classifier]":
@@ -43,6 +45,20 @@ class Entry:
     def config(self) -> type[StrictModel]:
         """The class of the network's config."""
         return load(self.config_source)
+
+    def make_config(self, values: Mapping[str, Any]) -> StrictModel:
+        """Build the config from the defaults and *values*.
+
+        Raises `ConfigError` with the first key or value that the network does not accept.
+        """
+        return parse_options(self.name, self.config, {**self.defaults, **values})
+
+    def build(self, num_classes: int | None = None, **config: Any) -> "Classifier":
+        """Build the network with fresh weights, in train mode, as `create_model` does."""
+        classes = self.num_classes if num_classes is None else num_classes
+        if classes < 1:
+            raise ConfigError(f"num_classes: must be at least 1 (got {classes})")
+        return self.network(self.make_config(config), classes)
 
 
 def with_config(network: str, defaults: Mapping[str, Any], summary: str, **sizes: int) -> Entry:
@@ -260,13 +276,13 @@ def entry(name: str) -> Entry:
     `head:NAME` for every network NAME without training-only parts, and for `dsop-NAME`.
     """
     family, colon, rest = name.partition(":")
+    found: Entry | None  # that of a registered network is of the user or a plug-in
     if colon and family in PREFIXES:
-        return load(PREFIXES[family])(family, rest)
-    if name in CATALOG:
-        return CATALOG[name]
-    registered: Entry | None = MODELS.find(name)  # of the user or a plug-in
-    if registered is not None:
-        return registered
+        found = load(PREFIXES[family])(family, rest)
+    else:
+        found = CATALOG.get(name) or MODELS.find(name)
+    if found is not None:
+        return replace(found, name=name)
     has_tag = "." in name  # of timm, such as resnet18.a1_in1k
     similar = [f"timm:{name}"] if has_tag else difflib.get_close_matches(name, CATALOG, n=3)
     hint = f"did you mean {', '.join(similar)}?" if similar else "`sopdeploy models` lists them all"
@@ -274,12 +290,8 @@ def entry(name: str) -> Entry:
 
 
 def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:
-    """Build the config of model *name* from the catalog's defaults and *values*.
-
-    Raises `ConfigError` with the first key or value that the model does not accept.
-    """
-    found = entry(name)
-    return parse_options(name, found.config, {**found.defaults, **values})
+    """Build the config of the network *name*, as `Entry.make_config` does."""
+    return entry(name).make_config(values)
 
 
 def parse_options(name: str, options: type[StrictModel], values: Mapping[str, Any]) -> StrictModel:
@@ -309,10 +321,7 @@ def create_model(name: str, *, num_classes: int | None = None, **config: Any) ->
     *num_classes* defaults to the catalog's (1000, 100 or 10); *config* sets options of the model's config
     class. Raises `ConfigError` for an unknown name, key or value.
     """
-    classes = entry(name).num_classes if num_classes is None else num_classes
-    if classes < 1:
-        raise ConfigError(f"num_classes: must be at least 1 (got {classes})")
-    return entry(name).network(make_config(name, config), classes)
+    return entry(name).build(num_classes, **config)
 
 
 def list_models() -> list[str]:

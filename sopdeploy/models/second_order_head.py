@@ -14,6 +14,7 @@ Letters: B images, C channels, H height, W width, d channels after the projectio
 classes.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -31,7 +32,7 @@ from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import Iterations, NewtonSchulzOptions
 from sopdeploy.layers.pooling.covariance import ISqrtPooling, ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier, as_classifier, is_in
-from sopdeploy.models.registry import Entry, create_model, entry
+from sopdeploy.models.registry import Entry, entry
 
 POOLED_HEAD = "pooled_head"
 _SMALLEST_SQUARE = 1e-12  # of a length, whose gradient would otherwise be infinite at 0
@@ -81,7 +82,7 @@ class PooledHead(nn.Module, ExportHints):
         self, config: HeadConfig, own_length: int, channels: Mapping[str, int], num_classes: int
     ) -> None:
         super().__init__()
-        self.config, self.channels = config, dict(channels)
+        self.config, self.channels, self.own_length = config, dict(channels), own_length
         lengths = {"gap": own_length, "mean": sum(channels.values()), "isqrt": 0}
         self.poolings = nn.ModuleDict()
         if "isqrt" in config.parts:
@@ -176,6 +177,16 @@ class SecondOrderHead(Classifier):
         own_length = self.remove_classifier()
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
 
+    def replace_head(self, head: HeadConfig) -> "SecondOrderHead":
+        """Copy the network with another *head*, of random weights, on some of the maps of this one."""
+        network = copy.deepcopy(self)
+        network.config = self.config.model_copy(update={"head": head})
+        network.maps = {tap: self.maps[tap] for tap in head.taps or ()}
+        own_length = self.pooled_head.own_length
+        network.pooled_head = PooledHead(head, own_length, network.maps, self.num_classes)
+        device = next(self.parameters()).device
+        return network.to(device, memory_format=torch.contiguous_format).train(self.training)  # type: ignore[call-overload]
+
     def num_features(self) -> int:
         """Return the length D of the vector."""
         return self.pooled_head.fc.in_features
@@ -262,12 +273,12 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead
     except those of its classifier and its training-only parts. The weights of the head are random. Raises
     `ConfigError` if the network cannot have this head.
     """
-    with_head_name = head_name(name)
-    fields = entry(with_head_name).config.model_fields
+    found = entry(head_name(name))
     # Options that `head:NAME` lacks are left out: they are of the training-only parts, such as DSoP's.
+    fields = found.config.model_fields
     options = {key: value for key, value in model.config.model_dump().items() if key in fields}
     options["head"] = head.model_dump()
-    network = cast(SecondOrderHead, create_model(with_head_name, num_classes=model.num_classes, **options))
+    network = cast(SecondOrderHead, found.build(model.num_classes, **options))
     state = network.state_dict()
     for tensor_name, tensor in model.state_dict().items():
         if tensor_name in state and not is_in(tensor_name, POOLED_HEAD):

@@ -11,7 +11,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.label_doubts import doubt_labels
 from sopdeploy.photos.photo import LabeledImages, hash_images
-from sopdeploy.training.recorded import read_label_check, read_recorded_recipe
+from sopdeploy.training.record import read_label_check, read_recorded_recipe
 
 
 class WrongLabel(StrictModel):

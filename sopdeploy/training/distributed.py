@@ -190,9 +190,19 @@ def join_processes() -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(_local_device())
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise ConfigError(
+                f"process {number + 1} of this machine has no GPU of its own, there are {count}; start one "
+                "process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to compute on the CPU"
+            )
+        torch.cuda.set_device(number)
     store, rank, world = next(rendezvous("env://"))
-    store = PrefixStore(_attempt_prefix(), store)
+    # On one machine, torchrun's store outlives a restart and then contains the addresses of dead processes.
+    # With several machines, each attempt gets a new store, and the machines count restarts separately.
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
+    store = PrefixStore(attempt, store)
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
     # A process leaves the group only where all do: at the end of the run, and at a stop, which all raise
     # after the same step. After another error, which the others do not know, they may still wait for a sum.
@@ -202,36 +212,10 @@ def join_processes() -> Iterator[None]:
         dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        if not _is_lost_connection(error):
+        # torch raises plain RuntimeErrors for some lost connections.
+        messages = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
+        if not isinstance(error, dist.DistError) and not any(text in str(error) for text in messages):
             raise
         raise TrainingError("another process of the run ended, see its message and resume it") from error
     else:
         dist.destroy_process_group()
-
-
-def _attempt_prefix() -> str:
-    """Return the prefix of the keys of this attempt in torchrun's store.
-
-    On one machine, it is the number of restarts, because the store outlives a restart and then contains the
-    addresses of dead processes. With several machines, each attempt gets a new store, and the machines count
-    restarts separately, so the prefix is constant.
-    """
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    # torch raises plain RuntimeErrors for some lost connections.
-    messages = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, dist.DistError) or any(message in str(error) for message in messages)
-
-
-def _local_device() -> int:
-    """Return the index of the GPU of this process; raise `ConfigError` if the machine has too few."""
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= count:
-        raise ConfigError(
-            f"process {number + 1} of this machine has no GPU of its own, there are {count}; start one "
-            "process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to compute on the CPU"
-        )
-    return number

@@ -36,11 +36,10 @@ from sopdeploy.training.few_shot.run import fit_new, with_decision
 from sopdeploy.training.fits import FewShotFit, Fit
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopRun, last_loop_record, read_frozen, restore_loop
-from sopdeploy.training.record import best_record, read_few_shot_fit
-from sopdeploy.training.recorded import read_resumed
+from sopdeploy.training.record import best_record, read_few_shot_fit, read_resumed
 from sopdeploy.training.results import LoopResult, Tuning
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import Start, place
+from sopdeploy.training.start import Start, move_to_device
 
 
 def fit_fine_tune(
@@ -53,12 +52,12 @@ def fit_fine_tune(
     """
     if last is None:
         frozen = fit_new(start, callback)
-        tuned = place(start.recipe, _network_to_tune(start, frozen), start.strategy)
+        tuned = move_to_device(start.recipe, _network_to_tune(start, frozen), start.strategy)
         run = LoopRun(replace(start, model=tuned), frozen)
         folder.save_last(last_loop_record(run))
     else:
         record = read_frozen(last, folder.last)
-        network = place(start.recipe, build_classifier(record, folder.last), start.strategy)
+        network = move_to_device(start.recipe, build_classifier(record, folder.last), start.strategy)
         of_frozen = replace(start, model=network, position=read_resumed(record, folder.last).position)
         frozen = with_decision(start, read_few_shot_fit(of_frozen, record, folder.last))
         run = LoopRun(start, frozen)

@@ -5,7 +5,7 @@
 
 import difflib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
@@ -24,7 +24,7 @@ from sopdeploy.training.loop_settings import LoopSettings
 from sopdeploy.training.recipe_files import parse_override, read_values
 
 if TYPE_CHECKING:
-    from sopdeploy.models.base import Classifier
+    pass
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -155,12 +155,6 @@ class ModelConfig(CatalogModel):
             raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
 
-    def network_of(self, epoch: int, network: "Classifier") -> "Classifier":
-        """Return the network to train in *epoch*, from 0; *network* is that of the epoch before."""
-        if self.remove_branches_at is None or epoch < self.remove_branches_at:
-            return network
-        return network.without_branches()
-
 
 class RejectionConfig(StrictModel):
     """The fraction of known images to accept; with 1 no image counts as unknown.
@@ -280,12 +274,8 @@ class Recipe(LoopSettings):
             raise ValueError(
                 "model.remove_branches_at: nothing would learn after it with start.learn = branches"
             )
-        if self.first_phase:
-            self._check_first_phase()
-        return self
-
-    def _check_first_phase(self) -> None:
-        """Raise `ValueError` if no second phase follows, or if something else would learn in the first."""
+        if not self.first_phase:
+            return self
         if self.first_phase >= self.epochs:
             raise ValueError(
                 f"start.classifier_epochs: the run has only {self.epochs} epochs; give fewer than these"
@@ -299,6 +289,7 @@ class Recipe(LoopSettings):
             raise ValueError(
                 "start.classifier_epochs: a teacher that is trained jointly needs one phase; set it to 0"
             )
+        return self
 
 
 def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -319,8 +310,12 @@ def change_recipe(
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     _drop_values_of_others(values, dict(changes))
-    before = deepcopy(values)
-    for key, value in [*_procedure_settings(values, dict(changes)), *changes]:
+    before, fine_tune = deepcopy(values), FineTuneConfig().kind
+    procedure, settings = before.get("procedure"), {}
+    was_fine_tune = isinstance(procedure, dict) and procedure.get("kind") == fine_tune
+    if dict(changes).get("procedure.kind") == fine_tune and not was_fine_tune:
+        settings = deepcopy(dict(FineTuneConfig.SETTINGS))
+    for key, value in [*settings.items(), *changes]:
         *tables, last = key.split(".")
         table = values
         for name in tables:
@@ -345,14 +340,6 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
         table["resize"] = Preprocess.scaled_resize(crop, *sides)
 
 
-def _procedure_settings(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Return the settings of the procedure that *overrides* select instead of that in *values*."""
-    kind, before = FineTuneConfig().kind, values.get("procedure")
-    is_before = isinstance(before, dict) and before.get("kind") == kind
-    selects = overrides.get("procedure.kind") == kind and not is_before
-    return deepcopy(dict(FineTuneConfig.SETTINGS)).items() if selects else ()
-
-
 def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) -> None:
     """Drop the values that the network, data source or procedure selected by *overrides* does not have."""
     for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
@@ -361,21 +348,19 @@ def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) ->
             continue  # no values or no choice; the validation of the recipe finds those of a wrong type
         if chosen == table.get(selector):
             continue
-        config = _chosen_config(name, chosen)
+        config: type[StrictModel] | None
+        if name == "model":
+            config = entry(chosen).config
+        else:
+            kinds = get_args(OwnDataConfig if name == "data" else ProcedureConfig)
+            values_of_kinds = [get_args(kind.model_fields["kind"].annotation) for kind in kinds]
+            named = [kind for kind, values in zip(kinds, values_of_kinds, strict=True) if chosen in values]
+            # Plug-ins add data sources, but no procedures.
+            config = named[0] if named else DATA_SOURCES.find(chosen) if name == "data" else None
         options = table.get("config") if name == "model" else table
         if isinstance(options, dict) and config is not None:  # None: the validation names the unknown kind
             for key in options.keys() - config.model_fields.keys():
                 del options[key]
-
-
-def _chosen_config(table: str, choice: str) -> type[StrictModel] | None:
-    """Find the config of the network, data source or procedure *choice*; None for an unknown kind."""
-    if table == "model":
-        return entry(choice).config
-    for config in get_args(OwnDataConfig if table == "data" else ProcedureConfig):
-        if choice in get_args(config.model_fields["kind"].annotation):  # the values of a `Literal`
-            return config
-    return DATA_SOURCES.find(choice) if table == "data" else None  # plug-ins add no procedures
 
 
 def format_toml(value: Any) -> str:
@@ -398,9 +383,8 @@ def validate_recipe(values: FieldValues, source: str) -> Recipe:
         raise ConfigError(f"{source}: {error}") from error
 
 
-def check_same_recipe(recipe: Recipe, values: FieldValues, source: Path) -> None:
-    """Raise `ConfigError` if *recipe* and the *values* in *source* differ in more than `CHANGEABLE_KEYS`."""
-    recorded = validate_recipe(values, str(source))
+def check_same_recipe(recipe: Recipe, recorded: Recipe, source: Path) -> None:
+    """Raise `ConfigError` if *recipe* and that in *source* differ in more than `CHANGEABLE_KEYS`."""
     before = dict(flatten(recorded.model_dump(mode="json")))
     now = dict(flatten(recipe.model_dump(mode="json")))
     for key in sorted((before.keys() | now.keys()) - CHANGEABLE_KEYS):
@@ -423,7 +407,10 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
         case "union_tag_invalid":
             return f"{key}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
         case "extra_forbidden":
-            return f"{key}: unknown key{_suggest_key(key)}"
+            if key in set(_list_keys(Recipe)):
+                return f"{key}: unknown key of this kind"  # such as `optimizer.nesterov` of the kind adamw
+            close = suggest_keys(key)
+            return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     path_with_tags = ".".join(map(str, problem["loc"]))
     reason = first_problem(error).removeprefix(f"{path_with_tags}: ")
     return f"{key}: {reason}"
@@ -446,14 +433,6 @@ def _name_key(path: Sequence[str | int], values: Any) -> str:
         value = value.get(part) if isinstance(value, dict) else None
         kind = value.get("kind", "sgd") if isinstance(value, dict) else None  # only optimizers may omit it
     return ".".join(keys)
-
-
-def _suggest_key(key: str) -> str:
-    """Return the end of the message "unknown key" about *key*: "; did you mean optimizer.lr?", or ""."""
-    if key in set(_list_keys(Recipe)):
-        return " of this kind"  # for example, `optimizer.nesterov` of the kind adamw
-    close = suggest_keys(key)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:

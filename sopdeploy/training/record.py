@@ -1,36 +1,44 @@
-"""What `best.pt` and `last.pt` contain of every run, and `last.pt` of a few-shot run.
+"""What `best.pt` and `last.pt` contain of every run, and `last.pt` of a few-shot run; reading them again.
 
-Only this module, `recorded`, which reads them, and `loop.state`, which adds the state of a loop, know the
-keys below `training` and `resume`. Sample order, augmentation, dropout and learning rate are functions of
+Only this module, and `loop.state`, which adds the state of a loop, know the keys below `training` and
+`resume`. Sample order, augmentation, dropout and learning rate are functions of
 (seed, epoch, step). Weights, optimizer state and position are therefore enough to resume a run bit for bit.
 """
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pydantic
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.checkpoint import Checkpoint, is_state_dict
+from sopdeploy.config import first_problem
 from sopdeploy.decision import Decision
 from sopdeploy.environment import machine
-from sopdeploy.errors import TrainingError
+from sopdeploy.errors import CheckpointError, TrainingError
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.plugins import makers
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.fits import FewShotFit, Fit, Position
-from sopdeploy.training.recorded import state_errors
+from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.results import AnyProcedureResult, read_result
-from sopdeploy.training.start import Start
+from sopdeploy.training.start_weights import StartReport
 from sopdeploy.version import __version__
 
+if TYPE_CHECKING:
+    from sopdeploy.training.start import Start
 
-def best_record(start: Start, fit: Fit, resume: dict[str, Any] | None = None) -> Checkpoint:
+
+def best_record(start: "Start", fit: Fit, resume: dict[str, Any] | None = None) -> Checkpoint:
     """Build the content of `best.pt`; raise `TrainingError` if a weight is a NaN or infinity.
 
     *resume* is what `last.pt` contains in addition.
@@ -43,6 +51,12 @@ def best_record(start: Start, fit: Fit, resume: dict[str, Any] | None = None) ->
             "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
             "optimizer.clip_norm"
         )
+    decision = fit.decision
+    if decision is None and start.activation == "sigmoid":  # with the thresholds of the last finished epoch
+        metrics = fit.position.history[-1].metrics if fit.position.history else None
+        thresholds = metrics.thresholds if isinstance(metrics, MultiLabelMetrics) else None
+        thresholds = thresholds or (DEFAULT_THRESHOLD,) * len(start.labels)
+        decision = Decision(activation="sigmoid", thresholds=thresholds)
     hashes = np.unique(fit.file_hashes)  # sorted
     origin = start.origin and start.origin.model_copy(update={"sample": tuple(hashes[:SAMPLED].tolist())})
     return Checkpoint(
@@ -53,23 +67,14 @@ def best_record(start: Start, fit: Fit, resume: dict[str, Any] | None = None) ->
         preprocess=start.recipe.preprocess,
         training=_describe_training(start, fit),
         resume=resume,
-        decision=fit.decision or _multi_label_decision(start, fit.position),
+        decision=decision,
         image_hashes=torch.from_numpy(hashes),
         project=start.recipe.project or "",
         origin=origin,
     )
 
 
-def _multi_label_decision(start: Start, position: Position) -> Decision | None:
-    """Build the decision of a multi-label network, with the thresholds of the last finished epoch."""
-    if start.activation == "softmax":
-        return None
-    metrics = position.history[-1].metrics if position.history else None
-    fitted = metrics.thresholds if isinstance(metrics, MultiLabelMetrics) else None
-    return Decision(activation="sigmoid", thresholds=fitted or (DEFAULT_THRESHOLD,) * len(start.labels))
-
-
-def _describe_training(start: Start, fit: Fit) -> dict[str, Any]:
+def _describe_training(start: "Start", fit: Fit) -> dict[str, Any]:
     """Describe how the weights were trained."""
     history, device = fit.position.history, start.strategy.device
     plugins = makers([*fit.network.modules(), start.recipe.data])
@@ -103,7 +108,7 @@ def with_result(best: Checkpoint, result: AnyProcedureResult, decision: Decision
     return replace(best, training=training, decision=decision)
 
 
-def resume_of(start: Start, position: Position, weights: dict[str, Tensor]) -> dict[str, Any]:
+def resume_of(start: "Start", position: Position, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Return what `last.pt` contains of every run to resume it."""
     return {
         "position": position.model_dump(mode="json"),
@@ -114,7 +119,7 @@ def resume_of(start: Start, position: Position, weights: dict[str, Tensor]) -> d
     }
 
 
-def last_few_shot_record(start: Start, fit: FewShotFit) -> Checkpoint:
+def last_few_shot_record(start: "Start", fit: FewShotFit) -> Checkpoint:
     """Build the content of `last.pt` of a few-shot run, which is finished."""
     arrays = {"out_of_fold": fit.logits, "groups": fit.groups, "judged": fit.judged}
     arrays["copies"] = fit.copies
@@ -128,7 +133,7 @@ def last_few_shot_record(start: Start, fit: FewShotFit) -> Checkpoint:
     return best_record(start, fit, resume)
 
 
-def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFit:
+def read_few_shot_fit(start: "Start", last: Checkpoint, source: Path) -> FewShotFit:
     """Read the fit of the finished few-shot run of *last*, whose network is that of *start*."""
     with state_errors(source):
         arrays: Any = (last.resume or {})["procedure"]
@@ -147,3 +152,65 @@ def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFi
             label_logits=None if label_logits is None else label_logits.double().numpy(),
             left_out=None if left_out is None else left_out.double().numpy(),
         )
+
+
+def read_recorded_recipe(last: Checkpoint, source: Path) -> Recipe:
+    """Read the recipe of the run of *last*; raises `ConfigError`."""
+    return validate_recipe(last.training.get("recipe", {}), str(source))
+
+
+def read_held_out(last: Checkpoint) -> NDArray[np.int64] | None:
+    """Return the record of the images that the run of *last* holds out, (M, 2); None if it has no record."""
+    record = (last.resume or {}).get("held_out")
+    return None if record is None else record.numpy()
+
+
+class Resumed(NamedTuple):
+    """What every `last.pt` says about its run: weights to continue from, and number of training images."""
+
+    position: Position
+    train_count: Any
+    weights: dict[str, Tensor]
+    start_weights: StartReport | None
+
+
+def read_resumed(last: Checkpoint, source: Path) -> Resumed:
+    """Read the state of the run of *last*; raises `CheckpointError` if it has none or a damaged one."""
+    state = last.resume
+    if state is None:
+        raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
+    with state_errors(source):
+        if not is_state_dict(state.get("weights")):  # the raw ones; those of the checkpoint may be averages
+            raise ValueError
+        report = last.training.get("start")
+        report = None if report is None else StartReport.model_validate(report)
+        position = Position.model_validate(state["position"])
+        return Resumed(position, state.get("train_count"), state["weights"], report)
+
+
+@contextmanager
+def state_errors(source: Path) -> Iterator[None]:
+    """Convert the errors of a damaged state in *source* to `CheckpointError`."""
+    try:
+        yield
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: its state to resume from is damaged; start a new run") from error
+
+
+class LabelCheck(NamedTuple):
+    """The logits (N, K) of a few-shot run that contradict wrong labels, with the files and their targets."""
+
+    logits: NDArray[np.float64]
+    targets: NDArray[Any]
+    file_hashes: NDArray[np.int64]
+
+
+def read_label_check(last: Checkpoint) -> LabelCheck | None:
+    """Read what a few-shot run found about its labels; None without it."""
+    arrays = (last.resume or {}).get("procedure", {})
+    if "label_logits" not in arrays:
+        return None
+    logits = arrays["label_logits"].double().numpy()
+    return LabelCheck(logits, arrays["targets"].numpy(), arrays["file_hashes"].numpy())

@@ -58,26 +58,23 @@ class RunFolder:
         The first process holds the lock; the system releases it when this process ends in any way. Loader
         processes, which may live a few seconds longer, do not inherit it.
         """
-        free = self.strategy.rank != 0 or self._try_lock()
-        if int(self.strategy.all_reduce(torch.tensor(int(free)))) != self.strategy.world:
+        path, is_free = self.path / LOCK, True
+        if self.strategy.rank == 0:
+            with ExitStack() as created:
+                with writing(path):
+                    created.enter_context(new_folder(self.path))
+                    try:
+                        self._lock = lock_file(path, of_process=True)
+                    except BlockingIOError:
+                        is_free = False
+                if self._lock is not None:
+                    self._lock.note(self.path, "train only one network in this folder at a time")
+                    self._created = created.pop_all()
+        if int(self.strategy.all_reduce(torch.tensor(int(is_free)))) != self.strategy.world:
             raise ConfigError(
                 f"{self.path}: another process trains in this folder; wait for its end or choose another",
                 setting="out",
             )
-
-    def _try_lock(self) -> bool:
-        """Create the folder and, if the file system can, lock it; false if another process holds the lock."""
-        path = self.path / LOCK
-        with ExitStack() as created:
-            with writing(path):
-                created.enter_context(new_folder(self.path))
-                try:
-                    lock = lock_file(path, of_process=True)
-                except BlockingIOError:
-                    return False
-            lock.note(self.path, "train only one network in this folder at a time")
-            self._lock, self._created = lock, created.pop_all()
-        return True
 
     def unlock(self) -> None:
         """Release the lock, if this process holds it; empty folders that `lock` created are removed."""

@@ -36,11 +36,10 @@ from sopdeploy.training.recipe import (
     Recipe,
     check_same_recipe,
 )
-from sopdeploy.training.recorded import (
+from sopdeploy.training.record import (
     read_held_out,
     read_recorded_recipe,
     read_resumed,
-    recorded_recipe,
 )
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
@@ -179,17 +178,19 @@ def start_run(
     `CheckpointError` if *last* has no valid state to resume from.
     """
     strategy = folder.strategy
-    recorded = None if last is None else read_recorded_recipe(last, folder.last).procedure
+    recorded = None if last is None else read_recorded_recipe(last, folder.last)
     opened = given.data or open_data(recipe.data)
     for note in opened.notes:
         callback.on_warning(note)
-    selected = select_procedure(recipe, len(opened.train), recorded)
+    selected, reason = select_procedure(
+        recipe, len(opened.train), None if recorded is None else recorded.procedure
+    )
     selected.check_effect(given.keys, holds_out=not len(opened.held_out))
     division = divide_images(selected, opened, last, strategy)
     _check_data(selected, opened, division, given.keys, callback)
     if isinstance(selected.procedure, LoopConfig):
         check_divisible(selected, len(division.data.train), strategy.world)
-    if last is None:
+    if last is None or recorded is None:
         start = new_start(selected, division, strategy, given.weights)
         if parts := start.random_frozen_parts():
             problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
@@ -197,10 +198,8 @@ def start_run(
                 raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
             callback.on_warning(problem)
     else:
-        start = _resume_start(selected, division, folder, last)
+        start = _resume_start(selected, recorded, division, folder, last)
     check_same_step(start, folder)
-    is_auto = isinstance(recipe.procedure, AutoConfig) and recorded is None
-    reason = _explain_procedure(recipe, len(opened.train), uses_loop=start.uses_loop) if is_auto else ""
     return replace(start, reason=reason, origin=_origin(start, folder, last))
 
 
@@ -213,19 +212,30 @@ def new_start(
     """
     check_count(division.data.train)
     model, recipe, report = create_initial_model(recipe, division.data.train.labels, strategy, weights)
-    placed = place(recipe, model, strategy)
+    placed = move_to_device(recipe, model, strategy)
     return Start(**division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report)
 
 
-def _resume_start(recipe: Recipe, division: Division, folder: RunFolder, last: Checkpoint) -> Start:
-    """Rebuild the network of *last* for the recipe and the images that its run must have, too."""
+def _resume_start(
+    recipe: Recipe, recorded: Recipe, division: Division, folder: RunFolder, last: Checkpoint
+) -> Start:
+    """Rebuild the network of *last*, whose recipe is *recorded*, for an equal recipe and equal images."""
     source, images = folder.last, division.data.train
     recipe = complete_preprocess(recipe, last.preprocess)
-    check_same_recipe(recipe, recorded_recipe(last), source)
+    check_same_recipe(recipe, recorded, source)
     state = read_resumed(last, source)
-    _check_same_images(last.labels, state.train_count, images, source)
+    if last.labels != images.labels:
+        classes = shorten(last.labels)
+        raise DataError(f"{source}: the run started with the classes {classes}; give the same data")
+    if state.train_count != len(images):
+        raise DataError(
+            f"{source}: the run started with {state.train_count} training images, now there are "
+            f"{len(images)}; give the same data or start a new run"
+        )
     check_count(images)
-    model = place(recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy)
+    model = move_to_device(
+        recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy
+    )
     return Start(
         **division._asdict(),
         recipe=recipe,
@@ -236,37 +246,43 @@ def _resume_start(recipe: Recipe, division: Division, folder: RunFolder, last: C
     )
 
 
-def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConfig | None = None) -> Recipe:
-    """Return *recipe* with the config of the procedure for *num_images* training images.
+class Selected(NamedTuple):
+    """A recipe with the selected procedure, and why "auto" selected it; empty if it did not."""
+
+    recipe: Recipe
+    reason: str
+
+
+def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConfig | None = None) -> Selected:
+    """Select the procedure of *recipe* for *num_images* training images.
 
     "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot` for up to
     `FEW_IMAGES` training images if the network has start weights and a head for it, and torchrun did not
     start the run, and else the training loop. Raises `ConfigError` if `few_shot` or `fine_tune` has no head
     for the network.
     """
-    config = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure
-    if config is None:  # "auto" in a new run
-        is_one_process = not torch.distributed.is_initialized()
-        can_be_few_shot = is_one_process and not recipe.starts_random and _has_head(recipe)
-        config = FewShotConfig() if can_be_few_shot and num_images <= FEW_IMAGES else LoopConfig()
+    config: AnyProcedureConfig = LoopConfig()
+    reason = ""
+    if not isinstance(recipe.procedure, AutoConfig):
+        config = recipe.procedure
+    elif recorded is not None:
+        config = recorded
+    elif recipe.starts_random:
+        reason = "training loop, because the network starts from random weights, which all learn"
+    elif not _has_head(recipe):
+        reason = f"training loop, because {recipe.model.name} has no head for the few-shot procedure"
+    elif num_images > FEW_IMAGES:
+        reason = f"training loop, for more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
+    elif torch.distributed.is_initialized():
+        reason = "training loop, because torchrun started the run"
+    else:
+        config = FewShotConfig()
+        reason = f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
     if isinstance(config, HeadOptions):
         if torch.distributed.is_initialized():
             raise ConfigError(f"procedure {config.kind}: needs one process; start it without torchrun")
         entry(head_name(recipe.model.name))  # raises the error if there is no head
-    return recipe.model_copy(update={"procedure": config})
-
-
-def _explain_procedure(recipe: Recipe, num_images: int, *, uses_loop: bool) -> str:
-    """Say why "auto" selected the procedure, and how to select the other one if there is one."""
-    if recipe.starts_random:
-        return "training loop, because the network starts from random weights, which all learn"
-    if not uses_loop:
-        return f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
-    if not _has_head(recipe):
-        return f"training loop, because {recipe.model.name} has no head for the few-shot procedure"
-    if num_images <= FEW_IMAGES:
-        return "training loop, because torchrun started the run"
-    return f"training loop, for more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
+    return Selected(recipe.model_copy(update={"procedure": config}), reason)
 
 
 def _has_head(recipe: Recipe) -> bool:
@@ -316,7 +332,7 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
 def open_held_out(recipe: Recipe, last: Checkpoint) -> LabeledImages:
     """Open the images that the run of *recipe*, whose `last.pt` is *last*, held out."""
     opened = open_data(recipe.data)
-    selected = select_procedure(recipe, len(opened.train))
+    selected, _ = select_procedure(recipe, len(opened.train))
     return divide_images(selected, opened, last, Strategy(torch.device("cpu"))).data.held_out
 
 
@@ -369,17 +385,6 @@ def check_same_step(start: Start, folder: RunFolder) -> None:
         )
 
 
-def _check_same_images(labels: tuple[str, ...], count: object, images: LabeledImages, source: object) -> None:
-    """Raise `DataError` unless *images* have the *labels* and the *count* of the run in *source*."""
-    if labels != images.labels:
-        raise DataError(f"{source}: the run started with the classes {shorten(labels)}; give the same data")
-    if count != len(images):
-        raise DataError(
-            f"{source}: the run started with {count} training images, now there are {len(images)}; give the "
-            "same data or start a new run"
-        )
-
-
 def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
     """Describe where the run in *folder*, which may continue *last*, comes from.
 
@@ -398,7 +403,7 @@ def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
     )
 
 
-def place(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
+def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
     """Move *model* to the device; raise `ConfigError` if it cannot compute the images of *recipe*."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
@@ -414,25 +419,18 @@ def find_images_format(recipe: Recipe, model: Classifier, device: torch.device) 
     convolution does. Raises `ConfigError` if it cannot compute an image size in either layout.
     """
     model.eval()
-    try:
-        check_image_sizes(recipe, model, device, torch.channels_last)
-    except ConfigError:
-        check_image_sizes(recipe, model, device, torch.contiguous_format)
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def check_image_sizes(
-    recipe: Recipe, model: Classifier, device: torch.device, layout: torch.memory_format
-) -> None:
-    """Run *model* on zeros of each image size in *layout*; raise `ConfigError` if it cannot."""
-    for side in {recipe.preprocess.crop, recipe.training_crop}:
+    for layout in (torch.channels_last, torch.contiguous_format):
         try:
-            model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
+            for side in {recipe.preprocess.crop, recipe.training_crop}:
+                model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise ConfigError(
+            problem = ConfigError(
                 f"preprocess.crop: {recipe.model.name} cannot compute images of {side} pixels "
                 f"({first_line(error)}); choose another size"
-            ) from error
+            )
+            problem.__cause__ = error
+        else:
+            return layout
+    raise problem

@@ -26,14 +26,14 @@ from sopdeploy.evaluation.statistics import difference_interval
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.choices import file_stem
 from sopdeploy.models.registry import create_model, entry
-from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.features import unfitted_network
 from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
-from sopdeploy.training.start import Given, check_count, place, select_procedure
+from sopdeploy.training.start import Given, check_count, move_to_device, select_procedure
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,
@@ -78,32 +78,18 @@ def choose_network(
     data, strategy = given.data or open_data(shared.data), Strategy(select_device(shared.device))
     if shared.threads:
         torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
-    recipes = {name: select_procedure(recipe, len(data.train)) for name, (recipe, _) in configured.items()}
-    for name, recipe in recipes.items():
-        if recipe.starts_random or not isinstance(recipe.procedure, HeadOptions):
-            reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
-            if recipe.starts_random:
-                reason = "all its weights are random, so there is nothing to cross-validate yet"
-            advice = "choose a network with --set model.name"
-            raise ConfigError(f"{name}: {reason}; {advice}", setting="models")
-        recipe.check_effect(configured[name][1].keys, holds_out=not len(data.held_out))
-    found = fetch_weights(recipes, callback, may_skip=may_skip, download=False)  # before the measurements
+    recipes = select_head_procedures(configured, data)
+    reachable = fetch_weights(recipes, callback, may_skip=may_skip, download=False)  # before the measurements
     speeds = measure_networks(recipes, len(data.train.labels), callback)
-    fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
-    if not fast:
-        name, speed = min(speeds.items(), key=lambda item: item[1].milliseconds)
-        fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
-        raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
-    if not (wanted := {name: recipes[name] for name in fast if name in found}):
+    fast = find_fast(speeds, within)
+    if not (wanted := {name: recipes[name] for name in fast if name in reachable}):
         raise WeightsError(f"the weights of {shorten(fast)}, which are fast enough, cannot be reached")
     reached = fetch_weights(wanted, callback, may_skip=may_skip)
     validated = {
         name: score_network(recipes[name], data.train, configured[name][1].weights, strategy, callback)
         for name in reached
     }
-    best = max(reached, key=lambda name: validated[name].score.value)
-    not_worse = [name for name in reached if not is_better(validated[best], validated[name])]  # also *best*
-    chosen = min(not_worse, key=lambda name: speeds[name].milliseconds)
+    chosen = find_fastest_of_best(speeds, validated)
     return tuple(
         NetworkScore(
             name=name,
@@ -114,6 +100,38 @@ def choose_network(
         )
         for name, speed in speeds.items()
     )
+
+
+def select_head_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Split) -> dict[str, Recipe]:
+    """Return the recipes with the procedure for *data*; raise `ConfigError` if it fits no head."""
+    count = len(data.train)
+    recipes = {name: select_procedure(recipe, count).recipe for name, (recipe, _) in configured.items()}
+    for name, recipe in recipes.items():
+        if recipe.starts_random or not isinstance(recipe.procedure, HeadOptions):
+            reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
+            if recipe.starts_random:
+                reason = "all its weights are random, so there is nothing to cross-validate yet"
+            advice = "choose a network with --set model.name"
+            raise ConfigError(f"{name}: {reason}; {advice}", setting="models")
+        recipe.check_effect(configured[name][1].keys, holds_out=not len(data.held_out))
+    return recipes
+
+
+def find_fast(speeds: Mapping[str, Speed], within: float | None) -> list[str]:
+    """List the networks that need at most *within* milliseconds; raise `ConfigError` if there are none."""
+    fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
+    if not fast:
+        name, speed = min(speeds.items(), key=lambda item: item[1].milliseconds)
+        fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
+        raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
+    return fast
+
+
+def find_fastest_of_best(speeds: Mapping[str, Speed], validated: Mapping[str, Validated]) -> str:
+    """Return the fastest of the most accurate network and those that are not significantly worse."""
+    best = max(validated, key=lambda name: validated[name].score.value)
+    not_worse = [name for name in validated if not is_better(validated[best], validated[name])]  # also *best*
+    return min(not_worse, key=lambda name: speeds[name].milliseconds)
 
 
 def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Callback) -> dict[str, Speed]:
@@ -192,7 +210,7 @@ def score_network(
     model, recipe, _ = create_initial_model(recipe, images.labels, strategy, weights)
     found = cross_validate(
         recipe,
-        place(recipe, model, strategy),
+        move_to_device(recipe, model, strategy),
         images,
         lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
     )

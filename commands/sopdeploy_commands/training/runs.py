@@ -14,7 +14,7 @@ from sopdeploy.project import Origin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class RunRow:
     """A run, a bundle, or a bundle and its run; what is unknown is empty or None.
 
     `newest` tells whether a server of `bundles` serves the bundle, `problem` why not, or why a file cannot
@@ -32,15 +32,15 @@ class Row:
     problem: str = ""
 
 
-def _row_of(origin: Origin | None) -> Row:
+def _row_of(origin: Origin | None) -> RunRow:
     """Return what *origin* says about a run."""
     if origin is None:
-        return Row()
+        return RunRow()
     num_images, num_classes = origin.num_images, origin.num_classes
-    return Row(date=origin.started, run=origin.run, num_images=num_images, num_classes=num_classes)
+    return RunRow(date=origin.started, run=origin.run, num_images=num_images, num_classes=num_classes)
 
 
-def _show(rows: list[Row]) -> None:
+def _show(rows: list[RunRow]) -> None:
     """Print a line for each row; it is not wrapped."""
     if not rows:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
@@ -57,7 +57,7 @@ def _show(rows: list[Row]) -> None:
 
 
 @command(_show)
-def runs() -> list[Row]:
+def runs() -> list[RunRow]:
     """List runs and bundles, the newest first; a server of `bundles` serves the newest of each project.
 
     Example: sopdeploy runs
@@ -65,7 +65,7 @@ def runs() -> list[Row]:
     row_of_run = _read_runs()
     rows, exported = [], set()  # `exported` are the ids of runs with a bundle
     for path, manifest, why_not_served, *_ in list_bundles(Path("bundles")):  # the newest one is served
-        row = Row()  # of a bundle whose manifest cannot be read
+        row = RunRow()  # of a bundle whose manifest cannot be read
         if manifest is not None:
             run_id = "" if manifest.origin is None else manifest.origin.run_id
             exported.add(run_id)
@@ -76,7 +76,7 @@ def runs() -> list[Row]:
     return sorted(rows, key=lambda row: row.date, reverse=True)
 
 
-def _read_runs() -> dict[str, Row]:
+def _read_runs() -> dict[str, RunRow]:
     """Return the rows of the runs in `runs` by run id; a run without an id or a readable file by its name."""
     rows = {}
     for best in sorted(Path("runs").glob("*/best.pt")):
@@ -90,7 +90,7 @@ def _read_runs() -> dict[str, Row]:
             checkpoint = read_checkpoint(best)
             estimate = dict(training_rows(checkpoint.training)).get("accuracy", "")
         except CheckpointError as error:
-            rows[name] = Row(run=name, problem=str(error))
+            rows[name] = RunRow(run=name, problem=str(error))
             continue
         origin = checkpoint.origin
         run_id = name if origin is None else origin.run_id

@@ -197,7 +197,7 @@ def train(
             SIGTERM; the run is saved before.
     """
     data, out = (None if path is None else Path(path) for path in (data, out))
-    checked = _check(data, recipe, out, options, settings)
+    networks_to_train, previous = prepare(data, recipe, out, options, settings)
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback
@@ -205,7 +205,6 @@ def train(
     from sopdeploy.training.run_folder import RunFolder, numbered_folder
     from sopdeploy.training.train import summarize_run, train_run
 
-    previous = None if options.from_ is None else read_previous(Path(options.from_))
     with ExitStack() as stack:
         stack.enter_context(join_processes())
         observer: Any = callback or Callback()
@@ -213,10 +212,6 @@ def train(
         draws_bars = callback is None and shown and is_main_process()
         if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
-        configured = {
-            name: configure(data, recipe, of_network, settings, previous, checked.data, file)
-            for name, (of_network, file) in checked.networks.items()
-        }
         networks: tuple[NetworkScore, ...] = ()  # those that were compared
         chosen = RECIPE_NETWORK
         if options.compares:
@@ -225,11 +220,11 @@ def train(
             within = None if options.within is None else _milliseconds(options.within)
             if out is not None:  # raises the error of another run there before minutes of measurements
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
-            if skipped := [name for name in options.networks() if name not in configured]:
+            if skipped := [name for name in options.networks() if name not in networks_to_train]:
                 observer.on_warning(f"skipped, because {options.weights} lacks them: {', '.join(skipped)}")
-            networks = choose_network(configured, within, observer, may_skip=options.models is None)
+            networks = choose_network(networks_to_train, within, observer, may_skip=options.models is None)
             chosen = next(network.name for network in networks if network.chosen)
-        loaded, given = configured[chosen]
+        loaded, given = networks_to_train[chosen]
         strategy = Strategy(select_device(loaded.device))
         resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
         folder = out or numbered_folder(str(loaded.project), strategy, resume=options.resume != "never")
@@ -251,23 +246,24 @@ def train(
     return summarize_run(run, folder, networks, **page)
 
 
-class _Checked(NamedTuple):
-    """The data, if they are opened; the options and the file of start weights of each network."""
+class Requested(NamedTuple):
+    """The recipe of each network to train, with what is known of its run, and the run to start from."""
 
-    data: Split | None
-    networks: dict[str, tuple[TrainOptions, WeightPath | None]]
+    networks: "dict[str, tuple[Recipe, Given]]"
+    previous: "Checkpoint | None"
 
 
-def _check(
+def prepare(
     data: Path | None,
     recipe: str | Path | None,
     out: Path | None,
     options: TrainOptions,
     settings: Mapping[str, Any],
-) -> _Checked:
-    """Raise the error of a path or a text that `train` cannot use, before torch is imported.
+) -> Requested:
+    """Read the recipe of each network and the run to start from.
 
-    The data are opened if the recipe for photos will use them as they are.
+    First raises the error of a path or a text that `train` cannot use, before torch is imported. The data are
+    opened if the recipe for photos will use them as they are.
     """
     opened, is_changed = None, bool(options.set or settings)
     for assignment in options.set:
@@ -284,24 +280,25 @@ def _check(
     if options.from_ is not None and not Path(options.from_).exists():
         message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
         raise ConfigError(message, setting="from")
-    networks = {
-        name: (of_network, _check_weights(of_network.weights))
-        for name, of_network in options.per_network(settings).items()
-    }
+    options_by_network, files = options.per_network(settings), {}
+    for name, of_network in options_by_network.items():
+        weights = of_network.weights
+        if weights is not None and weights not in PUBLISHED:
+            try:
+                files[name] = check_is_weights(expand_user(weights))
+            except WeightsError as error:
+                raise WeightsError(f"{error}, or {' or '.join(PUBLISHED)}", setting="weights") from error
     if options.unknown is not None:
         open_any_images(Path(options.unknown))
-    # The recipe of a run may select classes.
-    return _Checked(opened if options.from_ is None else None, networks)
 
-
-def _check_weights(text: str | None) -> WeightPath | None:
-    """Return the file of start weights, None if they are published; raise the error of another file."""
-    if text is None or text in PUBLISHED:
-        return None
-    try:
-        return check_is_weights(expand_user(text))
-    except WeightsError as error:
-        raise WeightsError(f"{error}, or {' or '.join(PUBLISHED)}", setting="weights") from error
+    previous = None
+    if options.from_ is not None:
+        previous, opened = read_previous(Path(options.from_)), None  # its recipe may select classes
+    networks = {
+        name: configure(data, recipe, of_network, settings, previous, opened, files.get(name))
+        for name, of_network in options_by_network.items()
+    }
+    return Requested(networks, previous)
 
 
 def _milliseconds(text: str) -> float:
@@ -396,7 +393,8 @@ def configure(
         weights = None if start_file is None else open_weights(start_file)
         if isinstance(weights, WeightFile):
             network = network_of_weights(weights, loaded.model.name)
-            loaded = change_recipe(source, [*changes, ("model.name", network)])  # there is no previous recipe
+            if network != loaded.model.name:  # there is no previous recipe
+                loaded = change_recipe(source, [*changes, ("model.name", network)])
     if loaded.project is None:
         folder = getattr(loaded.data, "path", None)
         of_data = "" if folder is None else folder_project(folder)

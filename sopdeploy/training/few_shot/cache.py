@@ -41,8 +41,10 @@ class FeatureCache:
         self.folder = root / "sopdeploy" / "features"
         self.limit = limit
         self.used: set[str] = set()  # names of the entries of this run
-        # Whether entries are not read: those of another network, or of one whose code may change.
-        self.is_stale = not _is_of_packages(network)
+        # Whether entries are not read: those of another network, or of one whose code has no version.
+        classes = {base for module in network.modules() for base in type(module).__mro__[:-1]}
+        packages = {base.__module__.split(".")[0] for base in classes}
+        self.is_stale = not packages <= {*_PACKAGES, "torchvision", "abc"}
         # The XDG specification ignores relative paths.
         self.writable = root.is_absolute() and not self.is_stale
         self.bytes = sum(size for _, size, _ in self._entries())
@@ -117,12 +119,6 @@ class FeatureCache:
                 with suppress(OSError):
                     path.unlink()
                     self.bytes -= size
-
-
-def _is_of_packages(network: SecondOrderHead) -> bool:
-    """Tell whether packages with a version define all classes of *network*, so that its code is known."""
-    classes = {base for module in network.modules() for base in type(module).__mro__[:-1]}
-    return {base.__module__.split(".")[0] for base in classes} <= {*_PACKAGES, "torchvision", "abc"}
 
 
 def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:

@@ -10,7 +10,6 @@ space: memory and time grow with the images, and not with their product with the
 Letters: N images, D features, D_0 of the network's own vector, R dimensions of the basis, K classes.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -84,8 +83,6 @@ class Targets:
         more groups has: a head to which images of some classes are missing is biased against these, and its
         test images are those that are missing. Raises `DataError` if all keys are equal.
         """
-        from sklearn.model_selection import StratifiedGroupKFold  # noqa: PLC0415  # its import takes a second
-
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
         if num_groups == 1:
@@ -97,13 +94,27 @@ class Targets:
         num_folds = min(at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist())
         # If no stratum has an image for every fold, only the sizes of the folds are balanced: one stratum.
         strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
-        splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed % 2**32)  # NumPy's limit
-        fold_N = np.zeros(len(strata), np.intp)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of classes of fewer images than folds
-            for fold, (_, tested) in enumerate(splitter.split(strata, strata, groups_N)):
-                fold_N[tested] = fold
-        return np.unique(fold_N, return_inverse=True)[1]  # renumbered, without empty folds
+
+        # The algorithm of scikit-learn's `StratifiedGroupKFold`, whose import takes a fifth of a small run:
+        # groups in random order, the most uneven ones first, each into the fold that spreads the strata best.
+        _, stratum_N, sizes_S = np.unique(strata, return_inverse=True, return_counts=True)
+        images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
+        np.add.at(images_GS, (groups_N, stratum_N), 1)
+        shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)  # NumPy's limit for seeds
+        fold_G, images_FS = np.zeros(num_groups, np.intp), np.zeros((num_folds, len(sizes_S)))
+        for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
+            # Row [f] is `images_FS` with the group in the fold f, where the identity matrix is 1.
+            attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
+            unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
+            sizes, best = images_FS.sum(axis=1).tolist(), 0
+            for fold in range(1, num_folds):
+                difference = unevenness[fold] - unevenness[best]
+                is_as_even = abs(difference) <= 1e-8 + 1e-5 * unevenness[best]
+                if difference < 0 or (is_as_even and sizes[fold] < sizes[best]):
+                    best = fold
+            fold_G[group] = best
+            images_FS[best] += images_GS[group]
+        return np.unique(fold_G[groups_N], return_inverse=True)[1]  # renumbered, without empty folds
 
 
 class LinearHead(NamedTuple):
@@ -226,7 +237,7 @@ class Space(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class LinearProblem:
     """N images with `targets`: coordinates `reduced` (N, R) of their vectors in `space`, and `own` (N, D_0).
 
     The latter are the network's own vectors, scaled to length 1, with `weights` (N,) in the class means.
@@ -267,7 +278,7 @@ class Problem:
         """Compute logits (N, K) of out-of-fold scores."""
         return scores_NK / scaling.temperature + scaling.exponent * self.targets.frequencies()
 
-    def doubt_labels(self, logits_NK: Array, folds_N: Indices, scaling: Scaling) -> Array:
+    def logits_without_doubted(self, logits_NK: Array, folds_N: Indices, scaling: Scaling) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
         A label is doubtful if, by the out-of-fold *logits_NK*, its probability is below `IMPLAUSIBLE` and
@@ -357,17 +368,6 @@ def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def _remaining_errors(classes_NK: Array, groups_N: Indices) -> float:
-    """Estimate the errors of a network relative to those of heads that lack one group of a class.
-
-    With G groups of a class, they are ((G - 1) / G)^`LEARNING`; only classes of few groups count.
-    """
-    num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
-    few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
-    factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
-    return float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))
-
-
 def estimate(
     classes_NK: Array, activation: Activation, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
 ) -> Rate | MeanPrecision:
@@ -385,6 +385,11 @@ def estimate(
         variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
         units = effective_count(groups_N) / variance_factor
         rate = Rate.of(int(right.sum()), len(right), units)
-        learned = 1 - (1 - rate.share) * _remaining_errors(classes_NK, groups_N) if folds > 0 else rate.share
+        learned = rate.share
+        if folds > 0:  # with G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
+            num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
+            few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
+            factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
+            learned = 1 - (1 - rate.share) * float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))
         return rate.model_copy(update={"high": max(rate.high, wilson(units * learned, units).high)})
     return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)

@@ -13,7 +13,12 @@ from sopdeploy.photos.copies import Groups, connect
 from sopdeploy.photos.photo import ImageFiles, LabeledImages, find_unreadable
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.classifier import unit_length
-from sopdeploy.training.few_shot.features import CachedNetwork, Features, full_head
+from sopdeploy.training.few_shot.features import (
+    CachedNetwork,
+    compute_features,
+    find_near_duplicates,
+    full_head,
+)
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 
@@ -28,11 +33,10 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
 
     *on_image* receives the numbers of images done and in total. Raises `DataError` for unreadable images.
     """
-    recipe = _default_recipe()
-    strategy = Strategy(select_device(recipe.device))
-    model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used
-    features = Features(recipe, "gap", model.to(strategy.device), images, on_image)
-    return connect(len(images), features.find_copies(images).pairs, features.hashes, images.groups)
+    outputs = _open_default_network()
+    features = compute_features(outputs, "gap", images, on_image)
+    near = find_near_duplicates(outputs, features, images)
+    return connect(len(images), near.pairs, features.hashes, images.groups)
 
 
 @torch.no_grad()
@@ -42,10 +46,7 @@ def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float3
     Downloads its weights if they are not on this machine; raises `WeightsError` if they cannot be reached.
     Files that are no images are left out.
     """
-    recipe = _default_recipe()
-    strategy = Strategy(select_device(recipe.device))
-    model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used
-    network = CachedNetwork(full_head(recipe, model.to(strategy.device)), recipe)
+    network = _open_default_network()
     for start in range(0, len(paths), network.batch_size):
         part = paths[start : start + network.batch_size]
         names = np.asarray([os.fsencode(path.absolute().relative_to("/")) for path in part], np.bytes_)
@@ -63,3 +64,10 @@ def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float3
 
 def _default_recipe() -> Recipe:
     return read_recipe("photos", ["data.path=."])  # required, but not read
+
+
+def _open_default_network() -> CachedNetwork:
+    recipe = _default_recipe()
+    strategy = Strategy(select_device(recipe.device))
+    model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used
+    return CachedNetwork(full_head(recipe, model.to(strategy.device)), recipe)

@@ -1,7 +1,7 @@
 """The frozen network with the features of all images, and the network with a fitted classifier."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from sopdeploy.photos.copies import (
 from sopdeploy.photos.photo import Dataset, LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
-from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearHead, Problem, Space, unit_length
+from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearHead, LinearProblem, Space, unit_length
 from sopdeploy.training.recipe import Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
@@ -39,104 +39,124 @@ MAX_WAITING = 16  # batches that wait for others with photographs to compute
 PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,272 rows
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Features:
-    """The network of *recipe* with the features of *images*.
+    """The features of N images by a frozen network.
 
-    `full` is a copy of the network with the head that reads all statistics, `head` the head to fit, of the
-    configured *kind*. In `space`, the span of the inputs of `head`, `reduced` (N, R) are their coordinates.
-    `own` (N, D_0) are the network's own vectors of length 1, `views` those of `average_views`, `hashes` and
-    `file_hashes` (N,) those of the pixels and of the files, `times` (N,) those of `Photo.taken`.
+    Attributes:
+        head: The head to fit.
+        space: The span of the inputs of `head`.
+        reduced: The coordinates (N, R) of the inputs in it.
+        own: The network's own vectors (N, D_0) of length 1.
+        views: Those of `average_views`, (N, V, C) for each map.
+        hashes: Hashes of the pixels.
+        file_hashes, times: Hashes (N,) of the files, and `Photo.taken` (N,).
+        small: Small images (N, S, S).
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        kind: HeadKind,
-        model: Classifier,
-        images: LabeledImages,
-        on_image: Callable[[int, int], None],
-    ) -> None:
-        self.recipe, self.model, self.full = recipe, model, full_head(recipe, model)
-        self.outputs = CachedNetwork(self.full, recipe)
-        self.head = head_to_fit(self.full, kind)
-        self._compute(images, on_image)
+    head: HeadConfig
+    space: Space
+    reduced: NDArray[np.float32]
+    own: NDArray[np.float32]
+    views: list[NDArray[np.float32]]
+    hashes: list[str]
+    file_hashes: NDArray[np.int64]
+    times: NDArray[np.int64]
+    small: NDArray[np.uint8]
 
-    @torch.no_grad()
-    def _compute(self, images: LabeledImages, on_image: Callable[[int, int], None]) -> None:
-        """Fit the projections of the network to its feature maps, and compute the features of *images*.
 
-        The images are shuffled, so that the first ones show many classes: these determine the projections and
-        the space. *on_image* receives the numbers of images done and in total.
-        """
-        count, outputs = len(images), self.outputs
-        batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
-        first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
-        self.full.pooled_head.fit_projection([batch.maps for batch in first])
-        columns = self.full.pooled_head.columns()[: None if self.head.taps else 1]
-        waiting: list[tuple[list[int], Any]] = []  # indices and vectors, until the space is known
-        hashes: dict[int, str] = {}
-        self.file_hashes, self.times = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        self.small = np.zeros((count, SMALL, SMALL), np.uint8)
-        for batch in chain(first, batches):
-            vectors = self.full.pooled_head.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
-            views = average_views(batch.own_vectors, batch.maps)  # (B, V, C) for each map
-            if not hashes:  # the first batch gives their shapes
-                self.views = [np.zeros((count, *part.shape[1:]), np.float32) for part in views]
-                self.own = np.zeros((count, columns[0].stop), np.float32)
-            for of_all, of_batch in zip(self.views, views, strict=True):
-                of_all[batch.indices] = of_batch
-            self.own[batch.indices] = unit_length(vectors[:, columns[0]])
-            self.file_hashes[batch.indices], self.times[batch.indices] = batch.file_hashes, batch.times
-            self.small[batch.indices] = batch.small
-            hashes.update(zip(batch.indices, batch.hashes, strict=True))
-            waiting.append((batch.indices, vectors))
-            if len(hashes) >= min(count, MAX_RANK):
-                self._project(waiting, columns)
-                waiting = []
-            on_image(len(hashes), count)
-        self.hashes = [hashes[index] for index in range(count)]
+@torch.no_grad()
+def compute_features(
+    outputs: "CachedNetwork", kind: HeadKind, images: LabeledImages, on_image: Callable[[int, int], None]
+) -> Features:
+    """Fit the projections of the network to its feature maps, and compute the features of *images*.
 
-    def _project(self, waiting: list[tuple[list[int], Any]], columns: Sequence[slice]) -> None:
-        """Compute `reduced` of images from their indices and vectors; the first ones determine the space."""
-        indices = np.concatenate([np.asarray(of_batch, np.intp) for of_batch, _ in waiting])
-        parts = [np.concatenate([vectors[:, part] for _, vectors in waiting]) for part in columns]
-        if not hasattr(self, "space"):
-            self.space = Space.of([part[:MAX_RANK] for part in parts])
-            self.reduced = np.zeros((len(self.own), self.space.basis.shape[1]), np.float32)
-        self.reduced[indices] = self.space.project(np.concatenate(parts, axis=1))
+    The images are shuffled, so that the first ones show many classes: these determine the projections and
+    the space. *kind* is that of the head to fit. *on_image* receives the numbers of images done and in total.
+    """
+    count, pooled, head = len(images), outputs.network.pooled_head, head_to_fit(outputs.network, kind)
+    batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
+    first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
+    pooled.fit_projection([batch.maps for batch in first])
+    columns = pooled.columns()[: None if head.taps else 1]
+    hashes, num_done = [""] * count, 0
+    file_hashes, times = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    small = np.zeros((count, SMALL, SMALL), np.uint8)
+    own = np.zeros((count, columns[0].stop), np.float32)
+    views: list[NDArray[np.float32]] = []
+    space, reduced = None, np.zeros((count, 0), np.float32)
+    waiting: list[tuple[list[int], NDArray[np.float32]]] = []  # indices and vectors, until the space is known
+    for batch in chain(first, batches):
+        vectors = pooled.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
+        views_of_batch = average_views(batch.own_vectors, batch.maps)
+        views = views or [np.zeros((count, *part.shape[1:]), np.float32) for part in views_of_batch]
+        for of_all, of_batch in zip(views, views_of_batch, strict=True):
+            of_all[batch.indices] = of_batch
+        own[batch.indices] = unit_length(vectors[:, columns[0]])
+        file_hashes[batch.indices], times[batch.indices] = batch.file_hashes, batch.times
+        small[batch.indices] = batch.small
+        for index, pixel_hash in zip(batch.indices, batch.hashes, strict=True):
+            hashes[index] = pixel_hash
+        num_done += len(batch.indices)
+        waiting.append((batch.indices, vectors))
+        if num_done >= min(count, MAX_RANK):
+            parts = [np.concatenate([vectors[:, part] for _, vectors in waiting]) for part in columns]
+            if space is None:
+                space = Space.of([part[:MAX_RANK] for part in parts])
+                reduced = np.zeros((count, space.basis.shape[1]), np.float32)
+            reduced[np.concatenate([indices for indices, _ in waiting])] = space.project(
+                np.concatenate(parts, axis=1)
+            )
+            waiting = []
+        on_image(num_done, count)
+    return Features(
+        head=head,
+        space=cast(Space, space),  # all images are done
+        reduced=reduced,
+        own=own,
+        views=views,
+        hashes=hashes,
+        file_hashes=file_hashes,
+        times=times,
+        small=small,
+    )
 
-    @torch.no_grad()
-    def find_copies(self, images: LabeledImages) -> NearDuplicates:
-        """Find the near-duplicates among *images* by the averages of the feature maps."""
-        copies = Copies.of(images, self.hashes)  # made here, to measure how similar near-duplicates are
-        batches = self.outputs.batches(copies, list(range(len(copies))))
-        views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
-        views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
-        whole = [views[:, 0] for views in views_of_maps]  # the first view, not those of the corners
-        found = find_pairs(self.views, whole, copies.originals, images.targets, self.hashes)
-        if len(images) > MAX_SIGNATURES:
-            return found
-        turned = find_turned(self.small)
-        return found._replace(
-            pairs=np.concatenate([found.pairs, turned], axis=1),
-            certain=np.concatenate([found.certain, turned], axis=1),
-        )
 
-    @torch.no_grad()
-    def build(self, problem: Problem, fitted: LinearHead) -> SecondOrderHead:
-        """Build the network with the head that was *fitted* to *problem*."""
-        has_energy = problem.targets.activation == "softmax"
-        config = self.head.model_copy(update={"cosine": has_energy})
-        model = with_head(self.recipe.model.name, self.model, config)
-        pooled = model.pooled_head
-        if pooled.poolings:  # the head reads roots of covariances: it gets the projections that `full` fitted
-            for tap in pooled.channels:
-                pooled.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
-        if has_energy:
-            pooled.means.copy_(torch.from_numpy(problem.class_means()))
-        pooled.fc.weight.copy_(torch.from_numpy(fitted.weight))
-        pooled.fc.bias.copy_(torch.from_numpy(fitted.bias))
-        return model.eval()
+@torch.no_grad()
+def find_near_duplicates(
+    outputs: "CachedNetwork", features: Features, images: LabeledImages
+) -> NearDuplicates:
+    """Find the near-duplicates among *images* by the averages of the feature maps, and by turned images."""
+    copies = Copies.of(images, features.hashes)  # made here, to measure how similar near-duplicates are
+    batches = outputs.batches(copies, list(range(len(copies))))
+    views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
+    views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
+    whole = [views[:, 0] for views in views_of_maps]  # the first view, not those of the corners
+    found = find_pairs(features.views, whole, copies.originals, images.targets, features.hashes)
+    if len(images) > MAX_SIGNATURES:
+        return found
+    turned = find_turned(features.small)
+    return found._replace(
+        pairs=np.concatenate([found.pairs, turned], axis=1),
+        certain=np.concatenate([found.certain, turned], axis=1),
+    )
+
+
+@torch.no_grad()
+def build_fitted(
+    network: SecondOrderHead, head: HeadConfig, problem: LinearProblem, fitted: LinearHead
+) -> SecondOrderHead:
+    """Copy *network*, which computed the features, with the *head* that was *fitted* to *problem*."""
+    has_energy = problem.targets.activation == "softmax"
+    deployed = network.replace_head(head.model_copy(update={"cosine": has_energy}))
+    pooled = deployed.pooled_head
+    if pooled.poolings:  # the head reads roots of covariances, after the projections of *network*
+        pooled.poolings.load_state_dict(network.pooled_head.poolings.state_dict())
+    if has_energy:
+        pooled.means.copy_(torch.from_numpy(problem.class_means()))
+    pooled.fc.weight.copy_(torch.from_numpy(fitted.weight))
+    pooled.fc.bias.copy_(torch.from_numpy(fitted.bias))
+    return deployed
 
 
 class _Loaded(NamedTuple):
@@ -221,7 +241,8 @@ class CachedNetwork:
             hashes, times, are_decoded = facts.numpy().T
             paths = [self.cache.find(file_hash) for file_hash in hashes.tolist()]
             entries = [self.cache.read(path) for path in paths]
-            if batch is batches[0] and self._is_stale(entries[0], pixels[:1]):
+            known = entries[0] if batch is batches[0] else None
+            if known is not None and not all(map(np.array_equal, known, self._compute(pixels[:1])[0])):
                 self.cache.is_stale = True
                 yield from self._load(images, batches)  # again, without the cache
                 return
@@ -235,10 +256,6 @@ class CachedNetwork:
             if num_missing % self.batch_size == 0 or len(waiting) == MAX_WAITING or is_last:
                 yield from self._complete(waiting)
                 waiting = []
-
-    def _is_stale(self, entry: Entry | None, pixels: Tensor) -> bool:
-        """Tell whether the *entry* of an image differs from what is computed of its *pixels* (1, H, W, 3)."""
-        return entry is not None and not all(map(np.array_equal, entry, self._compute(pixels)[0]))
 
     def _complete(self, waiting: list[_Loaded]) -> Iterator[tuple[_Loaded, list[Entry]]]:
         """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""
@@ -314,5 +331,5 @@ def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
 
 def unfitted_network(recipe: Recipe, kind: HeadKind, model: Classifier) -> SecondOrderHead:
     """Build the network that a run would deploy, with a random head."""
-    head = head_to_fit(full_head(recipe, model), kind).model_copy(update={"cosine": True})
-    return with_head(recipe.model.name, model, head).eval()
+    full = full_head(recipe, model)
+    return full.replace_head(head_to_fit(full, kind).model_copy(update={"cosine": True}))

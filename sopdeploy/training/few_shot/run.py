@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.decision import Decision, Estimate, sigmoid
+from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_thresholds, missing_threshold
 from sopdeploy.evaluation.label_doubts import doubt_labels
@@ -27,7 +27,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.second_order_head import head_name
+from sopdeploy.models.second_order_head import SecondOrderHead, head_name
 from sopdeploy.photos.clips import Clips, find_clips
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, number_classes
 from sopdeploy.photos.files import KEPT_NAME
@@ -41,14 +41,21 @@ from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
-from sopdeploy.training.few_shot.classifier import Array, Indices, Problem, Scaling, Targets, estimate
-from sopdeploy.training.few_shot.features import Features
+from sopdeploy.training.few_shot.classifier import Array, Indices, LinearProblem, Scaling, Targets, estimate
+from sopdeploy.training.few_shot.features import (
+    CachedNetwork,
+    Features,
+    build_fitted,
+    compute_features,
+    find_near_duplicates,
+    full_head,
+)
 from sopdeploy.training.fits import FewShotFit, Position
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import best_record, last_few_shot_record, read_few_shot_fit
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import LOOP_INSTEAD, Start, place
+from sopdeploy.training.start import LOOP_INSTEAD, Start, move_to_device
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.
@@ -99,15 +106,16 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
             found = cross_validate(recipe, start.model, images, on_progress)
             if warning := describe_contradictions(images, found.features.file_hashes):
                 callback.on_warning(warning)
-            problem, label_logits = found.problem, None
-            built = found.features.build(problem, problem.fit_all(found.scaling))
+            problem, label_logits, num_doubted = found.problem, None, 0
+            head, fitted = found.features.head, problem.fit_all(found.scaling)
+            network = move_to_device(
+                recipe, build_fitted(found.network, head, problem, fitted), start.strategy
+            )
+            score, metrics = _evaluate(start, network, found)
             if problem.targets.activation == "softmax":
-                label_logits = problem.doubt_labels(found.logits, found.folds, found.scaling)
-            network = place(recipe, built, start.strategy)
-            result, metrics = _evaluate(start, network, found)
-            if label_logits is not None:
+                label_logits = problem.logits_without_doubted(found.logits, found.folds, found.scaling)
                 doubts = doubt_labels(label_logits, images.targets.astype(np.int64))
-                result = result.model_copy(update={"num_doubted": int(doubts.listed.sum())})
+                num_doubted = int(doubts.listed.sum())
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise
@@ -121,7 +129,7 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
         network=network,
         position=Position(epoch=1, seconds=seconds, history=(row,)),
         file_hashes=found.features.file_hashes,
-        result=result,
+        result=_describe(start, found, score, num_doubted),
         logits=found.shifted_logits,
         groups=found.groups,
         copies=found.copies,
@@ -137,6 +145,7 @@ class CrossValidation:
     """The features of N images of K classes, and the out-of-fold predictions of linear classifiers on them.
 
     Attributes:
+        network: The frozen network that computed the features, with a head on all statistics.
         problem: The linear problem of the features that the head reads, with the targets.
         groups, judged: The group (N,) of each image, and the indices of the images that the score counts.
         alike: The classes of `NearDuplicates.alike`.
@@ -151,8 +160,10 @@ class CrossValidation:
         seconds: Time of each step.
     """
 
+    recipe: Recipe
+    network: SecondOrderHead
     features: Features
-    problem: Problem
+    problem: LinearProblem
     groups: Indices
     alike: tuple[str, ...]
     clips: Clips
@@ -173,8 +184,7 @@ class CrossValidation:
             return None
         classes, num_folds = targets.classes[self.judged], int(self.folds.max()) + 1
         logits, groups = self.logits[self.judged], self.groups[self.judged]
-        seed = self.features.recipe.seed
-        return estimate(classes, targets.activation, logits, seed, groups, num_folds)
+        return estimate(classes, targets.activation, logits, self.recipe.seed, groups, num_folds)
 
 
 def cross_validate(
@@ -188,18 +198,18 @@ def cross_validate(
     *on_progress* receives (step, done, total). Raises `DataError` if all images are one group of copies.
     """
     config: Any = recipe.procedure
-    name, count = recipe.model.name, len(images)
+    name, count, targets = recipe.model.name, len(images), Targets.of(images)
     started = time.monotonic()
-    features = Features(
-        recipe,
+    outputs = CachedNetwork(full_head(recipe, model), recipe)
+    features = compute_features(
+        outputs,
         config.head,
-        model,
         images,
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
-    near, targets = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_)), Targets.of(images)
+    near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
     if config.group_copies:
-        near = features.find_copies(images)
+        near = find_near_duplicates(outputs, features, images)
     clips, pairs = Clips(connect(count, NO_PAIRS, features.hashes, images.groups)), near.pairs
     if len(near.vectors) and not recipe.groups_by_name:
         names = [images.identity(index) for index in range(count)]
@@ -221,7 +231,7 @@ def cross_validate(
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
     weights_N = np.where(typical_N, 1.0, SELECTED)
-    problem = Problem(features.space, features.reduced, features.own, targets, weights_N)
+    problem = LinearProblem(features.space, features.reduced, features.own, targets, weights_N)
     scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
     scaling = Scaling.fit(scores_VNK, targets)
     logits_NK, left_out_N = problem.scale_scores(scores_VNK[0], scaling), None
@@ -232,6 +242,8 @@ def cross_validate(
         left_out_N = problem.cosines_without_class()
     seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}
     return CrossValidation(
+        recipe=recipe,
+        network=outputs.network,
         features=features,
         problem=problem,
         copies=copies_N,
@@ -275,16 +287,6 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
     return [set(groups_N[of_class > 0].tolist()) for of_class in targets.classes.T]
 
 
-class GroupFields(TypedDict):
-    """The fields of `FewShotResult` about groups of photographs."""
-
-    num_groups: int
-    num_photographs: int
-    one_group: tuple[str, ...]
-    two_groups: tuple[str, ...]
-    contradictions: tuple[str, ...]
-
-
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
     """Select the images (N,) that are like new photographs: not those that a server kept for a label.
 
@@ -298,78 +300,68 @@ def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
     return typical_N | ~np.isin(images.targets, np.unique(images.targets[typical_N]))
 
 
-def _describe_groups(
-    images: LabeledImages, targets: Targets, groups_N: Indices, copies_N: Indices, certain_N: Indices
-) -> GroupFields:
-    """Describe the groups *groups_N*, the photographs *copies_N*, and copies that are certain (N,)."""
-    groups = _groups_of_classes(targets, groups_N)
-    num_groups = {label: len(found) for label, found in zip(images.labels, groups, strict=True)}
-    counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
-    contradictions = []
-    for photograph in np.flatnonzero(np.bincount(certain_N) > 1):
-        indices = np.flatnonzero(certain_N == photograph)
-        if (targets.classes[indices] != targets.classes[indices[0]]).any():
-            contradictions.append(" = ".join(images.identity(index) for index in indices.tolist()))
-    return {
-        "num_groups": int(groups_N.max()) + 1,
-        "num_photographs": int(copies_N.max()) + 1,
-        "one_group": tuple(label for label, number in num_groups.items() if number == 1),
-        "two_groups": tuple(label for label, number in num_groups.items() if number == 2 < counts[label]),
-        "contradictions": tuple(contradictions),
-    }
-
-
 def _evaluate(
     start: Start, network: Classifier, found: CrossValidation
-) -> tuple[FewShotResult, HeldOutMetrics]:
-    """Return the result with the score to report, and the metrics of the same predictions.
+) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
+    """Return the score to report, and the metrics of the same predictions.
 
     These are predictions for the held-out images, or else those of the cross-validation.
     """
     recipe, held_out, images = start.recipe, start.data.held_out, start.data.train
-    estimated_on: Estimate = "cross-validation"
-    score: Rate | MeanPrecision | None
     if len(held_out):
-        estimated_on = "held-out"
         dataset = PreprocessedDataset(held_out, recipe.preprocess)
         logits, targets = predict_logits(network, dataset, recipe.preprocess, workers=recipe.workers)
         groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
         expected = Targets.of(held_out)
         score = estimate(expected.classes, expected.activation, logits, recipe.seed, groups)
-    else:  # of copies of a photograph, only one is counted
-        score = found.score()
-        counted = np.arange(len(images)) if score is None else found.judged
-        logits, targets = found.shifted_logits[counted], images.targets[counted]
-    targets_of_images = found.problem.targets
-    head, counts = found.features.head, targets_of_images.classes.sum(axis=0).astype(int).tolist()
-    taps = f" of {', '.join(head.taps)}" if head.taps else ""
-    has_one_class = targets_of_images.activation == "softmax"
+        return score, held_out_metrics(start.labels, logits, targets)
+    score_of_copies = found.score()  # of copies of a photograph, only one is counted
+    counted = np.arange(len(images)) if score_of_copies is None else found.judged
+    metrics = held_out_metrics(start.labels, found.shifted_logits[counted], images.targets[counted])
+    return score_of_copies, metrics
+
+
+def _describe(
+    start: Start, found: CrossValidation, score: Rate | MeanPrecision | None, num_doubted: int
+) -> FewShotResult:
+    """Describe the training images, their groups and copies, the classifier and its *score*."""
+    images, targets = start.data.train, found.problem.targets
+    head, classes_NK = found.features.head, targets.classes
+    counts = dict(zip(images.labels, classes_NK.sum(axis=0).astype(int).tolist(), strict=True))
+    groups = _groups_of_classes(targets, found.groups)
+    num_groups = {label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)}
+    contradictions = []
+    for photograph in np.flatnonzero(np.bincount(found.certain_copies) > 1):
+        indices = np.flatnonzero(found.certain_copies == photograph)
+        if (classes_NK[indices] != classes_NK[indices[0]]).any():
+            contradictions.append(" = ".join(map(images.identity, indices.tolist())))
+    has_one_class = targets.activation == "softmax"
     diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
-    result = FewShotResult(
+    taps = f" of {', '.join(head.taps)}" if head.taps else ""
+    return FewShotResult(
         **{"map" if isinstance(score, MeanPrecision) else "top1": score},
-        estimated_on=estimated_on,
-        class_counts=dict(zip(images.labels, counts, strict=True)),
-        balanced=images.targets.ndim == 1 and max(counts) > UNEVEN * max(1, min(counts)),
+        estimated_on="held-out" if len(start.data.held_out) else "cross-validation",
+        class_counts=counts,
+        balanced=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
         num_selected=int((~select_typical(images)).sum()),
+        num_doubted=num_doubted,
         num_duplicates=len(images) - len(set(found.features.hashes)),
+        num_groups=int(found.groups.max()) + 1,
+        num_photographs=int(found.copies.max()) + 1,
+        one_group=tuple(label for label, number in num_groups.items() if number == 1),
+        two_groups=tuple(label for label, number in num_groups.items() if number == 2 < counts[label]),
+        contradictions=tuple(contradictions),
         alike=found.alike,
         diffuse=tuple(images.labels[label] for label in diffuse),
-        clip=_identify(images, found.clips.found),
-        possible_clip=_identify(images, found.clips.doubtful),
+        clip=tuple(map(images.identity, found.clips.found or ())),
+        possible_clip=tuple(map(images.identity, found.clips.doubtful or ())),
         clip_pattern=found.clips.pattern,
-        **_describe_groups(images, targets_of_images, found.groups, found.copies, found.certain_copies),
-        head=f"{recipe.model.name} {head.kind}{taps}",
+        head=f"{start.recipe.model.name} {head.kind}{taps}",
         num_features=len(found.problem.space.center),
         temperature=found.scaling.temperature,
         seconds=found.seconds,
     )
-    return result, held_out_metrics(start.labels, logits, targets)
-
-
-def _identify(images: LabeledImages, chosen: tuple[int, int] | None) -> tuple[str, ...]:
-    """Return the identities of the *chosen* images, if there are any."""
-    return () if chosen is None else tuple(map(images.identity, chosen))
 
 
 def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:

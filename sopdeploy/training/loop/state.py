@@ -26,9 +26,8 @@ from sopdeploy.training.loop.ema import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
 from sopdeploy.training.loop.optimizers import OPTIMIZERS
 from sopdeploy.training.recipe import Recipe, StartConfig
-from sopdeploy.training.record import best_record, last_few_shot_record, resume_of
-from sopdeploy.training.recorded import state_errors
-from sopdeploy.training.start import Start, place
+from sopdeploy.training.record import best_record, last_few_shot_record, resume_of, state_errors
+from sopdeploy.training.start import Start, move_to_device
 from sopdeploy.training.start_weights import classifier_name
 
 # Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain it.
@@ -202,7 +201,7 @@ class LoopRun:
                 if old_parameter in self.optimizer.state:
                     old_states[key] = self.optimizer.state[old_parameter]
             del self.optimizer  # the next access creates one for the new groups
-        self.model = place(self.recipe, model, self.strategy)
+        self.model = move_to_device(self.recipe, model, self.strategy)
         self.normalize.memory_format = images_format(self.model)
         self._prepare_training()
         for key, parameter in self.trained().named_parameters():
@@ -231,7 +230,9 @@ class LoopRun:
     def start_epoch(self) -> None:
         """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it."""
         epoch = self.position.epoch
-        model = self.recipe.model.network_of(epoch, self.model)
+        removal, model = self.recipe.model.remove_branches_at, self.model
+        if removal is not None and epoch >= removal:
+            model = model.without_branches()
         if model is not self.model or 0 < epoch == self.recipe.first_phase:
             self.replace_model(model)
 

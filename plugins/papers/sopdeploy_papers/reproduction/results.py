@@ -18,7 +18,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.recorded import read_resumed
+from sopdeploy.training.record import read_resumed
 from sopdeploy.training.start import open_held_out
 from sopdeploy.training.train import TrainingResult
 

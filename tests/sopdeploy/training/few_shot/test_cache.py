@@ -49,7 +49,8 @@ class Folder:
         fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
         model.load_state_dict(fitting, strict=False)
         self.computed = 0
-        found = features.Features(recipe, "gap+isqrt", model, images, lambda done, total: None)
+        outputs = features.CachedNetwork(features.full_head(recipe, model), recipe)
+        found = features.compute_features(outputs, "gap+isqrt", images, lambda done, total: None)
         return np.concatenate([found.own, found.reduced], axis=1), found.hashes
 
     def entries(self) -> list[Path]:

@@ -37,7 +37,7 @@ from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import (
     SHRINKAGE,
-    Problem,
+    LinearProblem,
     Scaling,
     Space,
     Targets,
@@ -72,10 +72,10 @@ def softmax_targets(classes: np.ndarray, count: int = 4) -> Targets:
     return Targets(np.eye(count)[classes], classes, "softmax")
 
 
-def problem_of(parts: list[np.ndarray], targets: Targets, spanning: int | None = None) -> Problem:
+def problem_of(parts: list[np.ndarray], targets: Targets, spanning: int | None = None) -> LinearProblem:
     """Build the problem of the vectors with *parts*, in the span of the first *spanning* ones."""
     space = Space.of([part[:spanning] for part in parts])
-    return Problem(space, space.project(np.concatenate(parts, axis=1)), unit_length(parts[0]), targets)
+    return LinearProblem(space, space.project(np.concatenate(parts, axis=1)), unit_length(parts[0]), targets)
 
 
 UNSCALED = Scaling(temperature=1.0, exponent=0.0)
@@ -262,12 +262,14 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
     scores = problem.cross_validate(folds)
     scaling = Scaling.fit(scores[None], targets)
     first = problem.scale_scores(scores, scaling)
-    second = problem.doubt_labels(first, folds, scaling)
+    second = problem.logits_without_doubted(first, folds, scaling)
     before, after = (-log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second))
     assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.02
     sure = 9.0 * np.eye(4)[labels]
-    assert problem.doubt_labels(sure, folds, scaling) is sure
-    none_left = problem.doubt_labels(-sure, folds, scaling)  # all are doubted: no image is left to fit
+    assert problem.logits_without_doubted(sure, folds, scaling) is sure
+    none_left = problem.logits_without_doubted(
+        -sure, folds, scaling
+    )  # all are doubted: no image is left to fit
     assert np.ptp(none_left, axis=0) == pytest.approx(0)
 
 
@@ -282,13 +284,13 @@ def test_improbable_labels_are_listed_the_least_probable_first():
 
 
 def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(tmp_path: Path, monkeypatch):
-    photos, first, calls = paint(tmp_path / "photos", 17), Problem.cosines, []
+    photos, first, calls = paint(tmp_path / "photos", 17), LinearProblem.cosines, []
 
-    def with_larger_cosines(problem: Problem, folds: np.ndarray) -> np.ndarray:
+    def with_larger_cosines(problem: LinearProblem, folds: np.ndarray) -> np.ndarray:
         calls.append(folds)
         return first(problem, folds if len(calls) < 3 else calls[1]) + 3 * (len(calls) > 2)
 
-    monkeypatch.setattr(Problem, "cosines", with_larger_cosines)
+    monkeypatch.setattr(LinearProblem, "cosines", with_larger_cosines)
     recipe = read_recipe("photos", [f"data.path={photos}", *SMALL, *FEW_SHOT])
     found = []
     for limit in (0, 200):
@@ -513,13 +515,13 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
-    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).procedure == LoopConfig()
+    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).recipe.procedure == LoopConfig()
     monkeypatch.setattr("sopdeploy.training.start.FEW_IMAGES", 100)
     folder = RunFolder(tmp_path / "other", processes)
     reason = start_run(read_recipe("photos", settings), folder, None, Callback()).reason
     assert reason.startswith("training loop, for more than 100 images; procedure.kind=few_shot fits a head")
     for recipe in (loop, other):
-        selected = select_procedure(recipe, len(data.train))
+        selected = select_procedure(recipe, len(data.train)).recipe
         assert selected.procedure == LoopConfig()
         divided = divide_images(selected, data, None, processes).data
         assert len(divided.train) + len(divided.held_out) == 120
