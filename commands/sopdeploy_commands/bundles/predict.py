@@ -16,7 +16,7 @@ from sopdeploy.errors import DataError, ImageError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
 from sopdeploy.images.occlusion import GRID, occlude
-from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image
+from sopdeploy.images.pixels import correct_transparency_info, list_changes, preprocess_image
 from sopdeploy.photos.files import is_image
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.http.problems import describe_error
@@ -75,7 +75,7 @@ def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings)
     if isinstance(image, bytes):
         return decode(image, preprocess, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
     try:
-        match_transparency(image)  # changes `image.info` of an open PNG, as `decode` does for its bytes
+        correct_transparency_info(image)  # as `decode` does for the bytes of a file
         return Decoded(preprocess_image(image, preprocess), list_changes(image, preprocess))
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError("the image is damaged", code="damaged_image", status=422) from error
