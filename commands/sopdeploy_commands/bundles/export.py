@@ -53,6 +53,8 @@ EXAMPLE = (
 def show_export(exported: "Exported", *, verbose: bool = False) -> None:
     """Print what was removed, proved and measured in four lines, or all facts, and the warnings.
 
+    In a terminal, it also measures which form of the bundle is fastest on this processor, and prints it.
+
     Args:
         verbose: Print one line per fact.
     """
@@ -70,18 +72,14 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
     print_field("page", str(exported.page), style="dim")
     print_field("next", f"sopdeploy serve {quote(str(exported.path))}", style="dim")
     is_for_cpu = exported.manifest.precision == "fp32" or exported.manifest.int8_for == "cpu"
-    if console.is_terminal and is_for_cpu:
-        _show_fastest_form(exported.path)
-
-
-def _show_fastest_form(path: Path) -> None:
-    """Print which form of the bundle at *path* is fastest on this processor."""
+    if not (console.is_terminal and is_for_cpu):
+        return
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_commands.bundles.fastest_form import describe_fastest_form
 
     with show_steps("speed") as on_step:
         on_step("measuring float32 and int8")
-        text = describe_fastest_form(open_bundle(path))
+        text = describe_fastest_form(open_bundle(exported.path))
     print_field("speed", text)
 
 
@@ -295,6 +293,7 @@ def read_preprocess(text: str | None) -> Preprocess:
 
 
 def _index_or_name(key: str | None) -> str | int | None:
+    """Read the key of the logits: an index of a tuple, or a name of a dict."""
     try:
         return None if key is None else int(key)
     except ValueError:
