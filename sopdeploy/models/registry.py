@@ -12,7 +12,7 @@ import pydantic
 
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
-from sopdeploy.plugins import MODELS, load
+from sopdeploy.plugins import MODELS, import_if_named
 
 if TYPE_CHECKING:
     from sopdeploy.models.base import Classifier
@@ -37,12 +37,12 @@ class Entry:
         """The class of the network."""
         from sopdeploy.models.base import as_classifier  # noqa: PLC0415 # imports torch
 
-        return as_classifier(load(self.network_source))
+        return as_classifier(import_if_named(self.network_source))
 
     @property
     def config(self) -> type[StrictModel]:
         """The class of the network's config."""
-        return load(self.config_source)
+        return import_if_named(self.config_source)
 
 
 def with_config(network: str, defaults: Mapping[str, Any], summary: str, **sizes: int) -> Entry:
@@ -261,7 +261,7 @@ def entry(name: str) -> Entry:
     """
     family, colon, rest = name.partition(":")
     if colon and family in PREFIXES:
-        return load(PREFIXES[family])(family, rest)
+        return import_if_named(PREFIXES[family])(family, rest)
     if name in CATALOG:
         return CATALOG[name]
     registered: Entry | None = MODELS.find(name)  # of the user or a plug-in

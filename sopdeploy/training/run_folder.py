@@ -75,7 +75,7 @@ class RunFolder:
                     lock = lock_file(path, of_process=True)
                 except BlockingIOError:
                     return False
-            lock.note(self.path, "train only one network in this folder at a time")
+            lock.warn_if_missing(self.path, "train only one network in this folder at a time")
             self._lock, self._created = lock, created.pop_all()
         return True
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Activation
-from sopdeploy.errors import ConfigError, DataError, first_line, is_out_of_memory, shorten
+from sopdeploy.errors import ConfigError, DataError, first_line, is_memory_exhausted, shorten
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import entry
@@ -427,7 +427,7 @@ def check_image_sizes(
         try:
             model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if is_memory_exhausted(error):
                 raise
             raise ConfigError(
                 f"preprocess.crop: {recipe.model.name} cannot compute images of {side} pixels "

@@ -57,17 +57,17 @@ def predict_one(
     except ImageError as error:
         return FilePrediction(image=name, error=describe_error(HttpError.of(error)))
     copies = occlude(decoded.pixels, manifest.preprocess) if explain else ()
-    rows: list[NDArray[np.float32]] = []  # the logits (C,) of the image, then those of its occluded copies
+    all_logits: list[NDArray[np.float32]] = []  # (C,) of the image, then of its occluded copies
     for pixels in (decoded.pixels, *copies):
         with must_run(loaded.runtime):
             outputs = loaded.runtime.run(pixels[None])
         if not all(np.isfinite(values).all() for values in outputs.values()):
             return FilePrediction(image=name, error=describe_error(NONFINITE))
-        rows.append(outputs[manifest.outputs[0].name][0])
-    occluded = np.stack(rows[1:]) if explain else None
-    limit = settings.classes_per_image(multi_label=manifest.rules.thresholds is not None)
-    fields = manifest.rules.answer(rows[0], limit, occluded=occluded).fields(loaded.bundle.labels)
-    return FilePrediction(image=name, warnings=decoded.warnings, **fields)
+        all_logits.append(outputs[manifest.outputs[0].name][0])
+    logits, *occluded = all_logits
+    limit = settings.classes_per_image(multi_label=manifest.rules.is_multi_label)
+    answer = manifest.rules.answer(logits, limit, occluded=np.stack(occluded) if explain else None)
+    return FilePrediction(image=name, warnings=decoded.warnings, **answer.fields(loaded.bundle.labels))
 
 
 def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:
@@ -91,13 +91,6 @@ def read_image(path: Path, max_bytes: int) -> bytes:
     except OSError as error:
         reason = f"cannot be read ({error.strerror}); name an image file, or a folder of images"
         raise DataError(f"{path}: {reason}") from error
-
-
-def check_readable(path: Path) -> None:
-    """Raise the error of `read_image` before a network is loaded; leave pipes as they are."""
-    is_pipe = path.exists() and not path.is_file() and not path.is_dir()
-    if not is_pipe or is_image(path.name):
-        read_image(path, max_bytes=0)
 
 
 def _print_prediction(prediction: FilePrediction) -> None:
@@ -164,12 +157,17 @@ def predict(
     is_one = is_one_array or isinstance(images, str | Path | Image.Image)
     items: Iterable[Any] = [images] if is_one else images  # type: ignore[assignment]
     checked: list[Path | Image.Image] = []
-    for number, image in enumerate(items):
-        one = _check_image(image, number)
-        checked += _list_folder(one) if isinstance(one, Path) and one.is_dir() else [one]
+    for number, item in enumerate(items):
+        image = _to_path_or_image(item, number)
+        if isinstance(image, Path) and image.is_dir():
+            files = open_any_images(image)
+            checked += [files.path(index) for index in range(len(files))]
+        else:
+            checked.append(image)
     for image in checked:
-        if isinstance(image, Path):
-            check_readable(image)
+        is_pipe = isinstance(image, Path) and image.exists() and not image.is_file()
+        if isinstance(image, Path) and (not is_pipe or is_image(image.name)):
+            read_image(image, max_bytes=0)  # raises an error before the network is loaded
     loaded_settings = load_settings(top_k=top_k, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
@@ -183,14 +181,8 @@ def predict(
     return tuple(predictions)
 
 
-def _list_folder(folder: Path) -> list[Path]:
-    """List the images below *folder*, sorted by their paths; raises `DataError` if there are none."""
-    images = open_any_images(folder)
-    return [images.path(index) for index in range(len(images))]
-
-
-def _check_image(image: object, number: int) -> Path | Image.Image:
-    """Check *image*, the one with *number*, and convert an array; raises `DataError`. Opens no file."""
+def _to_path_or_image(image: object, number: int) -> Path | Image.Image:
+    """Convert a text or an array, the image with *number*; raises `DataError`. Opens no file."""
     if isinstance(image, str | Path):
         return Path(image)
     if isinstance(image, Image.Image):
