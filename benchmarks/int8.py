@@ -14,9 +14,9 @@ from pathlib import Path
 from measure import Result, existing, make_parser, one_line_errors, report
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy_commands.bundles.fastest_form import Form, measure_forms
+from sopdeploy_commands.bundles.fastest_form import BundleForm, measure_forms
 
-FLOAT32 = Form("fp32", "ONNX Runtime")
+FLOAT32 = BundleForm("fp32", "ONNX Runtime")
 
 
 def results_of(path: Path) -> Iterator[Result]:

@@ -25,7 +25,7 @@ from torch.export import Dim
 from sopdeploy import create_model
 from sopdeploy.layers.covariance import covariance_trace
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, NewtonSchulzConfig
-from sopdeploy.layers.mixture import Components, keep_largest
+from sopdeploy.layers.mixture import Components, softmax_of_largest
 from sopdeploy.models.base import Classifier
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy_export.graph.file import convert
@@ -78,7 +78,7 @@ class Routed(nn.Module):
 
     def forward(self, features_BCHW: Tensor, logits_BN: Tensor) -> Tensor:
         """Compute the weighted sum of the experts' vectors."""
-        weights_BN = keep_largest(logits_BN, self.chosen)
+        weights_BN = softmax_of_largest(logits_BN, self.chosen)
         pooled: Tensor = self.experts(features_BCHW, weights_BN, gather=not self.all_experts)
         return pooled
 

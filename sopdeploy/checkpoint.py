@@ -89,7 +89,7 @@ class Checkpoint:
     sha256: str = field(default="", compare=False)
 
     @pydantic.model_validator(mode="after")
-    def _check(self) -> "Checkpoint":
+    def _check_lengths(self) -> "Checkpoint":
         if self.image_hashes.dtype != torch.int64 or self.image_hashes.ndim != 1:
             raise ValueError("image_hashes: not a list of int64 numbers")
         problem = None if self.decision is None else self.decision.problem_with(len(self.labels))
@@ -158,12 +158,10 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
         )
     written_by = writer_of(content.get("training"))
     for name in content.keys() - {"weights"}:  # `build_classifier` compares those with the network's
-        if any(
-            isinstance(value, Tensor) and not _is_plain(value) for value in distinct_values(content[name])
-        ):
-            raise CheckpointError(
-                f"{path}: {str(name)[:80]}: has a tensor without values of its own; copy it again"
-            )
+        for value in distinct_values(content[name]):
+            if isinstance(value, Tensor) and not (_is_dense(value) and _has_own_values(value)):
+                where = f"{path}: {str(name)[:80]}"
+                raise CheckpointError(f"{where}: has a tensor without values of its own; copy it again")
     known = {entry.name for entry in fields(Checkpoint)}
     unknown = content.keys() - known - {"version"} if written_by not in {None, __version__} else ()
     try:
@@ -185,7 +183,7 @@ def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that
     if _is_torchscript(raw):
         raise CheckpointError(f"{path}: a TorchScript archive, which contains code; {WEIGHTS_ADVICE}")
     try:
-        _check_stored(raw)
+        _check_reading_cost(raw)
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         distinct_values(content)
         return content
@@ -207,7 +205,7 @@ def _is_torchscript(raw: bytes) -> bool:
     return "constants.pkl" in names and "data.pkl" in names
 
 
-def _check_stored(raw: bytes) -> None:
+def _check_reading_cost(raw: bytes) -> None:
     """Raise `ValueError` if reading *raw* may take more memory or time than its size explains.
 
     That is a zip archive whose entries have more bytes, because torch compresses none, and a pickle that
@@ -225,10 +223,13 @@ def _check_stored(raw: bytes) -> None:
                 check_pickles(io.BytesIO(archive.read(entry)))
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Check whether *tensor* is dense and has memory of its own for all its numbers."""
-    is_dense = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
-    return is_dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+
+
+def _has_own_values(tensor: Tensor) -> bool:
+    """Check whether the dense *tensor* has memory for all its numbers: with strides of 0 it may have less."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def is_state_dict(weights: Any) -> bool:
@@ -278,7 +279,9 @@ def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mappi
     if is_state_dict(content):
         return {"": content}
     found: dict[str, Mapping[str, Tensor]] = {}
-    for key, value in content.items() if isinstance(content, dict) and levels > 1 else ():
+    if not isinstance(content, dict) or levels == 1:
+        return found
+    for key, value in content.items():
         inner = find_tables(value, levels - 1)
         found |= {f"{key}.{name}".strip("."): table for name, table in inner.items()}
     return found
@@ -318,8 +321,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """
     total = 0
     for name, tensor in tensors.items():
-        is_dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
-        if not is_dense or tensor.is_complex():
+        if not _is_dense(tensor) or tensor.is_complex():
             raise WeightsError(f"{path}: {name} is not a dense tensor of real numbers; save it as float32")
         total += tensor.numel() * tensor.element_size()
         if total > _MAX_BYTES:
@@ -329,7 +331,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return dict(tensors)
 
 
-def _storage(tensor: Tensor) -> str:
+def _describe_storage(tensor: Tensor) -> str:
+    """Describe dtype, layout and device, such as "float32 strided on cpu"."""
     return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
 
 
@@ -363,8 +366,8 @@ def first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tenso
         actual = weights[name]
         if actual.shape != tensor.shape:
             return f"{name} is {tuple(actual.shape)}, not {tuple(tensor.shape)}"
-        if _storage(actual) != _storage(tensor):
-            return f"{name} is {_storage(actual)}, not {_storage(tensor)}"
+        if _describe_storage(actual) != _describe_storage(tensor):
+            return f"{name} is {_describe_storage(actual)}, not {_describe_storage(tensor)}"
         if actual.is_floating_point() and not bool(torch.isfinite(actual).all()):
             return f"{name} has values that are not finite"
     unknown = sorted(weights.keys() - expected.keys())

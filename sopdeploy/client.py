@@ -198,7 +198,7 @@ class Client:
         try:
             return ServerInfo.model_validate_json(response.content, extra="ignore")
         except pydantic.ValidationError as error:
-            raise _foreign_answer(response) from error
+            raise _foreign_answer_error(response) from error
 
     def close(self) -> None:
         """Close the connections."""
@@ -252,7 +252,7 @@ class Client:
                 with deadline(end):
                     response = _receive(self._http, request)
             except httpx.RequestError as failure:
-                error, delay = _unreachable(request, failure, seconds), backoff(attempt)
+                error, delay = _no_response_error(request, failure, seconds), backoff(attempt)
                 may_retry = isinstance(failure, BROKEN)
             else:
                 if response.is_success:
@@ -312,12 +312,12 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     response = client.send(request, stream=True)
     try:
         if response.headers.get("Content-Encoding", "").lower() not in ENCODINGS:
-            raise _foreign_answer(response)
+            raise _foreign_answer_error(response)
         content = bytearray()
         for piece in response.iter_bytes():
             content += piece
             if len(content) > MAX_RESPONSE_BYTES:
-                raise _foreign_answer(response)
+                raise _foreign_answer_error(response)
     finally:
         response.close()
     headers = httpx.Headers(response.headers)
@@ -339,7 +339,7 @@ def _response_error(response: httpx.Response) -> ServiceError:
     return ServiceError(message, code=problem.code, status=status)
 
 
-def _unreachable(request: httpx.Request, failure: Exception, seconds: float) -> UnreachableError:
+def _no_response_error(request: httpx.Request, failure: Exception, seconds: float) -> UnreachableError:
     """Convert the *failure* of a request without a response in *seconds* to an exception."""
     if isinstance(failure, httpx.TimeoutException):
         code, message = "timeout", f"{request.url}: no response within {seconds:.3g} s"
@@ -362,14 +362,14 @@ def _parse_results(response: httpx.Response, kind: type[Result], count: int) -> 
         rows = body.get("results", [body])
         results = [kind.model_validate({**row, **shared}, extra="ignore") for row in rows]
     except (AttributeError, TypeError, ValueError) as error:
-        raise _foreign_answer(response) from error
+        raise _foreign_answer_error(response) from error
     are_complete = all(result.model_fields_set & {"classes", "values", "error"} for result in results)
     if len(results) != count or not are_complete:  # all fields have defaults: other JSON may be valid
-        raise _foreign_answer(response)
+        raise _foreign_answer_error(response)
     return results
 
 
-def _foreign_answer(response: httpx.Response) -> ServiceError:
+def _foreign_answer_error(response: httpx.Response) -> ServiceError:
     status = response.status_code
     message = f"{response.request.url}: status {status}, but not a sopdeploy response; check the URL"
     return ServiceError(message, code="foreign_answer", status=status)

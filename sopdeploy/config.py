@@ -4,14 +4,14 @@ import re
 import reprlib
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 import pydantic
 import pydantic_core
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.plugins import Registry
+from sopdeploy.plugins import PluginRegistry
 from sopdeploy.version import __version__
 
 Count = Annotated[int, pydantic.Field(ge=1)]
@@ -55,10 +55,10 @@ def parse_toml(text: str) -> dict[str, Any]:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a ValueError that is no TOMLDecodeError: a long number
         raise ValueError(f"not TOML: {error}") from error
-    level: list[Any] = [values]
+    level: list[Any] = [values]  # the tables and arrays at a depth
     for _ in range(MAX_LEVELS):
-        tables = (part.values() if isinstance(part, dict) else part for part in level)
-        level = [part for parts in tables for part in parts if isinstance(part, dict | list)]
+        contents = chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for part in contents if isinstance(part, dict | list)]
     if level:
         raise ValueError(f"not TOML: has more than {MAX_LEVELS} levels")
     return values
@@ -140,7 +140,9 @@ def matching(pattern: str, form: str) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
-def with_registered(registry: Registry[type[StrictModel]], base: type[StrictModel]) -> pydantic.WrapValidator:
+def with_registered(
+    registry: PluginRegistry[type[StrictModel]], base: type[StrictModel]
+) -> pydantic.WrapValidator:
     """Let a field also accept the configs of plugins, which are in *registry* and subclasses of *base*.
 
     The type of the field is a union of other configs by `kind`; its annotation also needs `SerializeAsAny`.
@@ -176,7 +178,7 @@ class Options(StrictModel):
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
-    def _name_problem(cls, values: Any, validate: Callable[[Any], Self]) -> Self:
+    def _raise_config_error(cls, values: Any, validate: Callable[[Any], Self]) -> Self:
         """Raise `ConfigError` for the first invalid value."""
         try:
             return validate(values)

@@ -87,7 +87,7 @@ class PredictionCounts:
         self.confidences: NDArray[np.int64] = np.zeros(len(CONFIDENCE_BOUNDS) + 1, np.int64)
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """Number of predictions."""
         return int(self.classes.sum())
 
@@ -169,11 +169,21 @@ class Decision(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _check_activation(self) -> "Decision":
-        if (self.thresholds is not None) != (self.activation == "sigmoid"):
+        if (self.thresholds is not None) != self.is_multi_label:
             raise ValueError("thresholds: required with activation sigmoid, not allowed with softmax")
-        if self.activation == "sigmoid" and (self.rejection or self.reference):
+        if self.is_multi_label and (self.rejection or self.reference):
             raise ValueError("rejection, reference: not supported with activation sigmoid")
         return self
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have any number of classes."""
+        return self.activation == "sigmoid"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was fitted: the most probable class, without calibration or rejection."""
+        return self == Decision()
 
     @property
     def temperature(self) -> float:
@@ -201,7 +211,7 @@ class Decision(StrictModel):
         *threshold*, by default their own. Ties keep the order of the classes. `explanation` is computed from
         *occluded*, the logits (n * n, C) of the copies by `images.occlusion.occlude`.
         """
-        activate = softmax if self.activation == "softmax" else sigmoid
+        activate = sigmoid if self.is_multi_label else softmax
         probabilities = activate(logits)
         indices = np.argsort(-logits, kind="stable").tolist()
         if self.thresholds is not None:

@@ -195,7 +195,7 @@ class UnreachableError(ServiceError):
     code = "unreachable"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_memory_exhausted(error: BaseException) -> bool:
     """Tell whether *error* of Python, NumPy, torch or a runtime means that memory is exhausted."""
     torch_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     torch_gpu = type(error).__name__ == "OutOfMemoryError"  # torch is not imported here

@@ -28,8 +28,8 @@ class Lock(NamedTuple):
     file: int
     missing: str
 
-    def note(self, path: Path, advice: str) -> None:
-        """Log in one line that the file system of *path* has no locks, if so, and the *advice*."""
+    def warn_if_missing(self, path: Path, advice: str) -> None:
+        """Warn in one line that the file system of *path* has no locks, if so, and the *advice*."""
         if self.missing:
             log.warning("%s: this file system has no locks (%s); %s", path, self.missing, advice)
 
@@ -65,7 +65,8 @@ def locked_if_left(path: Path) -> Iterator[bool]:
     is_left = False
     with suppress(OSError):
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        is_left = not _try_lock(file)
+        missing = _try_lock(file)  # raises if the process is alive
+        is_left = not missing
     try:
         yield is_left
     finally:
@@ -131,6 +132,7 @@ def _try_lock(file: int, *, wait: bool = False, of_process: bool = False) -> str
 
 
 def _is_at(file: int, path: Path) -> bool:
+    """Check whether *path* leads to the open *file*."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(file), os.stat(path))  # noqa: PTH116 - both without `Path`
     return False

@@ -59,7 +59,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     folder = os.path.abspath(path.parent)  # noqa: PTH100 - `resolve` follows links
     if folder not in _CLEANED:
         _CLEANED.add(folder)
-        remove_left(path.parent)
+        remove_leftovers(path.parent)
     name = os.fsencode(path.name)[:MAX_PARTIAL_BYTES].decode("utf-8", "ignore")
     partial = path.with_name(f"{name}.{secrets.token_hex(4)}{PARTIAL}")
     lock = lock_file(partial)
@@ -91,8 +91,8 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
     What killed processes left in *parent* is removed first. Raises `OSError`.
     """
-    remove_left(parent)
-    outer, lock = _locked_folder(parent)
+    remove_leftovers(parent)
+    outer, lock = _create_locked_folder(parent)
     try:
         (outer / "content").mkdir()
         yield outer / "content"
@@ -101,7 +101,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         os.close(lock.file)
 
 
-def _locked_folder(parent: Path) -> tuple[Path, Lock]:
+def _create_locked_folder(parent: Path) -> tuple[Path, Lock]:
     """Create a hidden folder in *parent* with a lock file, beside which its content is renamed alone."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=".new-", suffix=PARTIAL, dir=parent))
@@ -114,7 +114,7 @@ def _locked_folder(parent: Path) -> tuple[Path, Lock]:
             raise
 
 
-def remove_left(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders in *folder* whose processes have ended.
 
     On a file system without locks they stay, because another process may write them.
@@ -313,7 +313,7 @@ class WeightPath(NamedTuple):
 
 
 def check_is_weights(path: Path) -> WeightPath:
-    """Raise `WeightsError` unless *path* begins as weight files do, without importing torch.
+    """Read the first bytes of *path*; raise `WeightsError` unless weight files begin so.
 
     They are zip archives, pickles, safetensors, and files of the importers that packages register.
     """

@@ -2,9 +2,9 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 
@@ -13,9 +13,7 @@ from sopdeploy.config import parse_json, shown
 MAX_CLASSES = 100_000
 MAX_CLASS_NAME = 1_000  # characters
 MAX_LINK = 4_096  # characters of a path in a link
-_PROJECT = re.compile(
-    r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
-)  # files and folders have up to 50 more characters
+_PROJECT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # files have up to 50 more characters
 _BUNDLE_END = re.compile(r"-(?=[0-9a-f]{12}$)")  # before the id of a bundle, which ends its name
 # The ends of the Unicode names of characters that are letters or symbols by category, but have no glyph.
 _JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"  # in words of some scripts, and in emojis
@@ -76,28 +74,21 @@ def label_problem(labels: Sequence[str]) -> str | None:
 
 
 def link_problem(path: str) -> str | None:
-    """Say why a link to *path* is none of `promote`; None if it is one."""
+    """Say why no link of `promote` can lead to *path*; None if one can."""
     if not 1 <= len(path) <= MAX_LINK or any(unicodedata.category(each) == "Cc" for each in path):
         return f"not a path of 1 to {MAX_LINK} characters without control characters"
     return None
 
 
-def _checked_project(name: str) -> str:
-    if problem := project_problem(name):
-        raise ValueError(problem)
-    return name
+def _without_problem(find_problem: Callable[[Any], str | None]) -> pydantic.AfterValidator:
+    """Build a validator that raises the problem which *find_problem* describes, if any."""
 
+    def check(value: Any) -> Any:
+        if problem := find_problem(value):
+            raise ValueError(problem)
+        return value
 
-def _checked_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
-    if problem := label_problem(labels):
-        raise ValueError(problem)
-    return labels
-
-
-def _checked_link(path: str) -> str:
-    if problem := link_problem(path):
-        raise ValueError(problem)
-    return path
+    return pydantic.AfterValidator(check)
 
 
 def read_labels(raw: bytes) -> tuple[str, ...]:
@@ -106,15 +97,16 @@ def read_labels(raw: bytes) -> tuple[str, ...]:
         return _LABELS.validate_python(parse_json(raw))
     except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        is_of_names = problem["type"] == "value_error"
-        raise ValueError(problem["ctx"]["error"] if is_of_names else "not a list of class names") from error
+        is_label_problem = problem["type"] == "value_error"  # others are of pydantic
+        reason = problem["ctx"]["error"] if is_label_problem else "not a list of class names"
+        raise ValueError(reason) from error
     except ValueError as error:
         raise ValueError("not a list of class names") from error
 
 
-ProjectName = Annotated[str, pydantic.AfterValidator(_checked_project)]
-LinkPath = Annotated[str, pydantic.AfterValidator(_checked_link)]
-DISTINCT_NAMES = pydantic.AfterValidator(_checked_labels)
+ProjectName = Annotated[str, _without_problem(project_problem)]
+LinkPath = Annotated[str, _without_problem(link_problem)]
+DISTINCT_NAMES = _without_problem(label_problem)
 Labels = Annotated[
     tuple[str, ...],
     pydantic.Field(min_length=1, max_length=MAX_CLASSES),

@@ -8,8 +8,8 @@ import math
 import pickletools
 import re
 from argparse import Namespace
-from collections.abc import Callable, Collection
-from typing import IO, Any
+from collections.abc import Callable
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,13 @@ _COSTLY = {
     "torch.storage TypedStorage", "idna", "punycode",
 }  # fmt: skip
 _NUMBERS = re.compile(r"[biufc][1-9]\d?")  # dtypes of numpy, such as "f8"
+
+
+class _Extent(NamedTuple):
+    """The number of values of an object, each counted wherever it is named, and its levels."""
+
+    values: int
+    levels: int
 
 
 class StoredKind:
@@ -100,19 +107,22 @@ def check_pickles(file: IO[bytes]) -> None:
     """Raise `ValueError` if one of the pickles at the start of *file* names too many values to read it."""
     cost = 0
     for _ in range(_MAX_PICKLES):
-        cost = _check_pickle(file, cost)
-        if not file.read(1):
+        cost += _hashed_values(file, cost)
+        if not file.read(1):  # the end of the file
             return
         file.seek(-1, 1)
 
 
-def _check_pickle(file: IO[bytes], cost: int) -> int:
-    """Follow the operations of a pickle with numbers for values; return *cost* and the values it hashes.
+def _hashed_values(file: IO[bytes], cost: int) -> int:
+    """Count the values that reading the next pickle of *file* hashes, without reading it.
 
-    A tuple is the number of its values, and every other value 1, because only tuples are hashed by content.
+    It follows the operations with the extent of each value in place of the value. A tuple has that of its
+    values, every other value has the extent 1, because only tuples are hashed by content. Raises `ValueError`
+    for too many values, together with *cost*, those of the pickles before.
     """
-    stack: list[tuple[int, int] | None] = []  # values and levels of each entry; None is a mark
-    memo: dict[Any, tuple[int, int] | None] = {}
+    stack: list[_Extent | None] = []  # None is a mark
+    memo: dict[Any, _Extent | None] = {}
+    hashed = 0
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
         if argument in _COSTLY:
@@ -126,7 +136,7 @@ def _check_pickle(file: IO[bytes], cost: int) -> int:
         if name == "MARK":
             stack.append(None)
             continue
-        taken: list[tuple[int, int]] = []
+        taken: list[_Extent] = []
         before = operation.stack_before
         if pickletools.markobject in before:
             while (entry := stack.pop()) is not None:
@@ -137,14 +147,14 @@ def _check_pickle(file: IO[bytes], cost: int) -> int:
             taken = [entry for entry in (stack.pop() for _ in before) if entry is not None]
         values, levels = 1, 0
         if name.startswith("TUPLE"):
-            values += sum(entry[0] for entry in taken)
-            levels = 1 + max((entry[1] for entry in taken), default=0)
+            values += sum(extent.values for extent in taken)
+            levels = 1 + max((extent.levels for extent in taken), default=0)
         elif name in {"SETITEM", "SETITEMS", "REDUCE"}:
-            cost += sum(entry[0] for entry in taken)
-        if values > MAX_VALUES or cost > MAX_VALUES or levels > MAX_LEVELS:
+            hashed += sum(extent.values for extent in taken)
+        if values > MAX_VALUES or cost + hashed > MAX_VALUES or levels > MAX_LEVELS:
             raise ValueError("a tuple has too many values or levels")
-        stack += [(values, levels)] * len(operation.stack_after)
-    return cost
+        stack += [_Extent(values, levels)] * len(operation.stack_after)
+    return hashed
 
 
 def distinct_values(content: Any) -> list[Any]:
@@ -154,37 +164,30 @@ def distinct_values(content: Any) -> list[Any]:
     more than `MAX_LEVELS`, and if *content* contains itself.
     """
     found: list[Any] = []
-    counted: dict[int, tuple[int, int]] = {}  # values and levels by the identity of an object
+    counted: dict[int, _Extent] = {}  # by the identity of an object
     open_ids: set[int] = set()  # of the objects whose parts are counted now
-    waiting = [(content, False)]
+    waiting = [(content, False)]  # each with whether its parts are counted
     while waiting:
         value, is_counted = waiting.pop()
         if id(value) in counted:
             continue
-        parts = _parts(value)
-        if parts is None:
-            counted[id(value)] = (1, 0)
+        content = vars(value) if isinstance(value, Namespace) else value
+        parts = [*content.keys(), *content.values()] if isinstance(content, dict) else content
+        if not isinstance(parts, list | tuple | set | frozenset):
+            counted[id(value)] = _Extent(1, 0)
             found.append(value)
         elif is_counted:
-            counts = [counted[id(part)] for part in parts]
-            total, levels = 1 + sum(count for count, _ in counts), 1 + max((n for _, n in counts), default=0)
+            extents = [counted[id(part)] for part in parts]
+            total = 1 + sum(extent.values for extent in extents)
+            levels = 1 + max((extent.levels for extent in extents), default=0)
             if total > MAX_VALUES or levels > MAX_LEVELS:
                 raise ValueError("its lists name too many values or have too many levels")
-            counted[id(value)] = (total, levels)
+            counted[id(value)] = _Extent(total, levels)
             open_ids.discard(id(value))
         elif id(value) in open_ids:
             raise ValueError("a list contains itself")
         else:
             open_ids.add(id(value))
-            waiting.append((value, True))
+            waiting.append((value, True))  # after its parts
             waiting += [(part, False) for part in parts]
     return found
-
-
-def _parts(value: Any) -> Collection[Any] | None:
-    """Return the objects in a dict, list, tuple, set or namespace; None for another value."""
-    if isinstance(value, Namespace):
-        value = vars(value)
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    return value if isinstance(value, list | tuple | set | frozenset) else None

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from sopdeploy.errors import ConfigError, first_line
 
@@ -33,12 +33,19 @@ _Item = TypeVar("_Item")
 log = logging.getLogger("sopdeploy.plugins")
 
 
-class Registry(Generic[_Item]):
+class Registered(NamedTuple):
+    """An item, or the text `module:name` from which it is imported, and the module that defines it."""
+
+    item: Any
+    module: str
+
+
+class PluginRegistry(Generic[_Item]):
     """What this process and plug-ins have registered, by name; *kind* is a word for messages."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.registered: dict[str, tuple[_Item | str, str]] = {}  # each with the module that defines it
+        self.registered: dict[str, Registered] = {}
 
     def register(self, name: str, item: _Item | str, module: str) -> None:
         """Register *item*, which *module* defines, under *name*; the same module may replace its item.
@@ -50,10 +57,11 @@ class Registry(Generic[_Item]):
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{self.kind} {name!r}: a name has letters, digits, `.`, `_` and `-` only")
-        owner = self.registered[name][1] if name in self.registered else module
-        if owner != module:
+        before = self.registered.get(name)
+        if before is not None and before.module != module:
+            owner = before.module
             raise ConfigError(f"{self.kind} {name!r}: {owner} has registered this name; choose another one")
-        self.registered[name] = (item, module)
+        self.registered[name] = Registered(item, module)
 
     def register_config(self, config: Any, base: type[Any]) -> None:
         """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`.
@@ -80,7 +88,8 @@ class Registry(Generic[_Item]):
         if name not in self.registered:
             problems = import_plugins()  # their import may register *name*
         if name in self.registered:
-            return load(self.registered[name][0])
+            item: _Item = import_if_named(self.registered[name].item)
+            return item
         if problems:
             raise ConfigError(f"{self.kind} {name!r}: not found; {problems[0]}")
         return None
@@ -93,7 +102,7 @@ class Registry(Generic[_Item]):
         return list(self.registered)
 
 
-def load(source: Any) -> Any:
+def import_if_named(source: Any) -> Any:
     """Import what *source* names, if it is a text `module:name`; return anything else as it is."""
     if not isinstance(source, str):
         return source
@@ -101,12 +110,12 @@ def load(source: Any) -> Any:
     return getattr(import_module(module), name)
 
 
-DATA_SOURCES: Registry[Any] = Registry("data source")
-IMPORTERS: Registry[Any] = Registry("importer")
+DATA_SOURCES: PluginRegistry[Any] = PluginRegistry("data source")
+IMPORTERS: PluginRegistry[Any] = PluginRegistry("importer")
 FIRST_BYTES: dict[str, bytes] = {}  # of the files of an importer that is registered as `module:name`
-MODELS: Registry[Any] = Registry("model")
-POOLINGS: Registry[Any] = Registry("pooling")
-RUNTIMES: Registry[Any] = Registry("runtime")
+MODELS: PluginRegistry[Any] = PluginRegistry("model")
+POOLINGS: PluginRegistry[Any] = PluginRegistry("pooling")
+RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime")
 
 
 def import_plugins() -> list[str]:
@@ -136,7 +145,7 @@ def own_entry_points(group: str) -> tuple[EntryPoint, ...]:
 
 
 @cache
-def _entry_points() -> tuple[EntryPoint, ...]:
+def _plugin_entry_points() -> tuple[EntryPoint, ...]:
     return tuple(point for point in entry_points(group=_GROUP) if not _is_own(point))
 
 
@@ -152,7 +161,7 @@ def installed_plugins() -> tuple[EntryPoint, ...]:
     wanted = os.environ.get(VARIABLE, "on")
     if wanted not in {"on", "off"}:
         raise ConfigError(f"{VARIABLE}={wanted}: write on or off")
-    return _entry_points() if wanted == "on" else ()
+    return _plugin_entry_points() if wanted == "on" else ()
 
 
 def distribution(point: EntryPoint) -> str:
@@ -160,7 +169,7 @@ def distribution(point: EntryPoint) -> str:
     return "a package without metadata" if point.dist is None else f"{point.dist.name} {point.dist.version}"
 
 
-def makers(objects: Iterable[object]) -> dict[str, str]:
+def plugin_versions(objects: Iterable[object]) -> dict[str, str]:
     """Return the versions, by distribution, of the plug-ins that define the class of one of *objects*."""
     packages = {type(item).__module__.partition(".")[0] for item in objects}  # top-level ones
     return {

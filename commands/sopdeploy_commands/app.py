@@ -21,58 +21,40 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Commands by topic: name of a command, its function, summary.
+# Commands by topic: name of a command, its function (`.module` is one of this package), summary.
 TOPICS = {
     "Everyday": {
-        "train": ("sopdeploy_commands.training.train:train", "train a network"),
-        "export": (
-            "sopdeploy_commands.bundles.export:export",
-            "convert a checkpoint to a bundle, with a proof",
-        ),
-        "serve": ("sopdeploy_commands.serve:serve", "serve bundles over HTTP, with a web page"),
-        "predict": ("sopdeploy_commands.bundles.predict:predict", "classify images without a server"),
-        "label": ("sopdeploy_commands.second_week.label:label", "label kept photographs on a local web page"),
-        "compare": ("sopdeploy_commands.second_week.compare:compare", "compare two bundles on photographs"),
-        "promote": (
-            "sopdeploy_commands.second_week.promote:promote",
-            "make a bundle live if it is not worse",
-        ),
+        "train": (".training.train:train", "train a network"),
+        "export": (".bundles.export:export", "convert a checkpoint to a bundle, with a proof"),
+        "serve": (".serve:serve", "serve bundles over HTTP, with a web page"),
+        "predict": (".bundles.predict:predict", "classify images without a server"),
+        "label": (".second_week.label:label", "label kept photographs on a local web page"),
+        "compare": (".second_week.compare:compare", "compare two bundles on photographs"),
+        "promote": (".second_week.promote:promote", "make a bundle live if it is not worse"),
     },
     "Operate": {
-        "runs": ("sopdeploy_commands.training.runs:runs", "list runs and bundles"),
-        "data": ("sopdeploy_commands.training.data:check", "inspect images before training"),
-        "eval": ("sopdeploy_commands.training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
-        "verify": ("sopdeploy_commands.bundles.verify:verify", "check files and outputs of a bundle"),
-        "bench": ("sopdeploy_commands.bundles.bench:bench", "measure latency and throughput of a bundle"),
-        "classify": (
-            "sopdeploy_commands.bulk.run:classify",
-            "classify any number of images into parquet or CSV files",
-        ),
-        "key": ("sopdeploy_commands.serve:key", "create an API key for a server"),
-        "forget": ("sopdeploy_commands.second_week.forget:forget", "delete a photograph that was kept"),
-        "health": ("sopdeploy_commands.health:health", "check whether a server is ready"),
-        "sign": ("sopdeploy_commands.bundles.transfer:sign", "sign a bundle"),
-        "push": ("sopdeploy_commands.bundles.transfer:push", "upload a bundle"),
-        "pull": ("sopdeploy_commands.bundles.transfer:pull", "download and check a bundle"),
-        "engine": ("sopdeploy_commands.bundles.export:engine", "build the TensorRT engine of a bundle"),
-        "triton": ("sopdeploy_commands.bundles.export:triton", "add a bundle to a Triton model repository"),
-        "demo": ("sopdeploy_commands.demo:demo", "run the whole workflow in a minute"),
-        "env": ("sopdeploy_commands.env:env", "versions and hardware, for a bug report"),
+        "runs": (".training.runs:runs", "list runs and bundles"),
+        "data": (".training.data:check", "inspect images before training"),
+        "eval": (".training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
+        "verify": (".bundles.verify:verify", "check files and outputs of a bundle"),
+        "bench": (".bundles.bench:bench", "measure latency and throughput of a bundle"),
+        "classify": (".bulk.run:classify", "classify any number of images into parquet or CSV files"),
+        "key": (".serve:key", "create an API key for a server"),
+        "forget": (".second_week.forget:forget", "delete a photograph that was kept"),
+        "health": (".health:health", "check whether a server is ready"),
+        "sign": (".bundles.transfer:sign", "sign a bundle"),
+        "push": (".bundles.transfer:push", "upload a bundle"),
+        "pull": (".bundles.transfer:pull", "download and check a bundle"),
+        "engine": (".bundles.export:engine", "build the TensorRT engine of a bundle"),
+        "triton": (".bundles.export:triton", "add a bundle to a Triton model repository"),
+        "demo": (".demo:demo", "run the whole workflow in a minute"),
+        "env": (".env:env", "versions and hardware, for a bug report"),
     },
     "Research": {
-        "models": (
-            "sopdeploy_commands.training.models:models",
-            "list the networks of the catalog, or count one",
-        ),
-        "recipes": ("sopdeploy_commands.training.train:recipes", "list the packaged recipes"),
-        "import": (
-            "sopdeploy_commands.training.import_file:import_file",
-            "convert published weights to a checkpoint",
-        ),
-        "inspect": (
-            "sopdeploy_commands.bundles.export:inspect",
-            "list parts of your network that have no effect",
-        ),
+        "models": (".training.models:models", "list the networks of the catalog, or count one"),
+        "recipes": (".training.train:recipes", "list the packaged recipes"),
+        "import": (".training.import_file:import_file", "convert published weights to a checkpoint"),
+        "inspect": (".bundles.export:inspect", "list parts of your network that have no effect"),
         "reproduce": ("sopdeploy_papers.reproduce:reproduce", "train the rows of a paper's table"),
     },
 }
@@ -132,8 +114,9 @@ class Commands(Mapping[str, Any]):
     """The commands by name; a command is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        module, _, function = COMMANDS[name][0].partition(":")
-        run = getattr(import_module(module), function).run_command  # set by the decorator `command`
+        source, _summary = COMMANDS[name]
+        module, _, function = source.partition(":")
+        run = getattr(import_module(module, __package__), function).run_command  # set by `command`
         app = typer.Typer(add_completion=False, **SETTINGS)
         app.command(ONLY_COMMAND_OF_GROUP.get(name, name), cls=CommandLine)(run)
         if name in ONLY_COMMAND_OF_GROUP:  # with a callback, Typer keeps a group of a single command
@@ -280,14 +263,17 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
     if "--setting" in options:
         from sopdeploy_service.settings import Settings
 
-        keys = ["runtime"] if means_gpu else difflib.get_close_matches(key, Settings.model_fields, 1, 0.7)
-        shown = "onnxruntime-cuda" if means_gpu else "VALUE"
-        return f"; use --setting {keys[0]}={shown}" if keys else "; --print-config lists all settings"
+        if means_gpu:
+            return "; use --setting runtime=onnxruntime-cuda"
+        keys = difflib.get_close_matches(key, Settings.model_fields, 1, 0.7)
+        return f"; use --setting {keys[0]}=VALUE" if keys else "; --print-config lists all settings"
     if "--set" in options:
         from sopdeploy.training.recipe import suggest_keys
 
-        keys = ["device"] if means_gpu else suggest_keys(key)
-        return f"; use --set {keys[0]}={'cuda' if means_gpu else 'VALUE'}" if keys else ""
+        if means_gpu:
+            return "; use --set device=cuda"
+        keys = suggest_keys(key)
+        return f"; use --set {keys[0]}=VALUE" if keys else ""
     return ""
 
 

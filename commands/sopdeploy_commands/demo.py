@@ -11,7 +11,7 @@ from sopdeploy.errors import SopdeployError
 from sopdeploy.files import writing
 from sopdeploy_commands.app import QUICK_START
 
-COMMANDS = (
+STEPS = (
     "train --recipe digits-dsop",
     "export runs/latest/best.pt --detach",
     "verify bundles/latest",
@@ -34,7 +34,7 @@ def demo(*, out: Path = Path("demo")) -> int | None:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     program = (sys.executable, "-m", "sopdeploy")
-    for words in COMMANDS:
+    for words in STEPS:
         say("", f"$ sopdeploy {words}", style="bold cyan")
         code = subprocess.run([*program, *words.split()], cwd=out, check=False).returncode
         if code:

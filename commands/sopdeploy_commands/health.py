@@ -25,14 +25,14 @@ def health(*, url: str | None = None) -> int:
         url: URL of the server; by default this machine, port SOPDEPLOY_PORT or 8000.
     """
     server = url or f"http://127.0.0.1:{os.environ.get('SOPDEPLOY_PORT', '8000')}"
-    problem = _check_ready(server)
+    problem = _find_problem(server)
     if problem is None:
         return 0
     err.print(Text.assemble(("not ready:", "bold red"), " ", plain_text(f"{server}: {problem}")))
     return NOT_READY
 
 
-def _check_ready(url: str) -> str | None:
+def _find_problem(url: str) -> str | None:
     """Return why the server at *url* is not ready, None if it is; raises `ConfigError` for an invalid URL."""
     try:
         parts = urlsplit(url)

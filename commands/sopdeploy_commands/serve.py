@@ -34,7 +34,7 @@ def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def _parse(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
+def _parse_and_warn(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
     """Parse the settings of a command line, and print which environment variables have no effect."""
     for name in unused_variables():
         note = f"environment variable {name} is not a setting and has no effect"
@@ -44,7 +44,7 @@ def _parse(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
 
 @command(
     settings=SettingOptions(
-        _parse,
+        _parse_and_warn,
         setting_flags(
             *("host", "port", "examples", "runtime", "devices", "front_ends"),
             *("threads", "keys", "require_signature", "log"),

@@ -398,13 +398,13 @@ def _count_executed(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
         executed = onnx.load(options.optimized_model_filepath)
-    makers = {name: node for node in executed.graph.node for name in node.output}
+    plugin_versions = {name: node for node in executed.graph.node for name in node.output}
 
     def count_for(results: Sequence[str]) -> Counter[str]:
         operators: Counter[str] = Counter()
         unread, seen = list(results), set[str]()
         while unread:
-            node = makers.get(name := unread.pop())  # inputs and constants have none
+            node = plugin_versions.get(name := unread.pop())  # inputs and constants have none
             if node is not None and name not in seen:
                 seen.update(node.output)
                 operators[node.op_type] += node.op_type != "Identity"

@@ -14,7 +14,8 @@ The modules in `layers` and `classifier` have the numbers that torchvision and f
 and `classifier`.
 """
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -67,9 +68,10 @@ class SingleStage(Backbone):
     classifier_parts = ("pooling", "classifier")
     config: VGGConfig | AlexNetConfig
 
-    def __init__(self, config: Any, num_classes: int) -> None:
+    def __init__(
+        self, config: VGGConfig | AlexNetConfig, num_classes: int, layers: Sequence[nn.Module]
+    ) -> None:
         super().__init__(config, num_classes)
-        layers = self.build_layers()
         channels = 0  # of the last convolution so far
         for position, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d):
@@ -93,18 +95,11 @@ class SingleStage(Backbone):
             )
         initialize(self)
 
-    def build_layers(self) -> list[nn.Module]:
-        """Build the modules of the stage."""
-        raise NotImplementedError(f"{type(self).__name__}: build_layers")
-
 
 class VGG(SingleStage):
     """Thirteen 3x3 convolutions in five stages, stride 16, global pooling, classifier."""
 
-    config: VGGConfig
-
-    def build_layers(self) -> list[nn.Module]:
-        """Build convolutions, and a max pooling between the five stages."""
+    def __init__(self, config: VGGConfig, num_classes: int) -> None:
         layers: list[nn.Module] = []
         channels = 3
         for position, stage in enumerate(VGG_STAGES):
@@ -113,11 +108,11 @@ class VGG(SingleStage):
             for width in stage:
                 # The bias has no effect before a batch norm, but the published weights contain it.
                 layers.append(nn.Conv2d(channels, width, 3, padding=1))
-                if self.config.batch_norm:
+                if config.batch_norm:
                     layers.append(nn.BatchNorm2d(width))
                 layers.append(nn.ReLU(inplace=True))
                 channels = width
-        return layers
+        super().__init__(config, num_classes, layers)
 
 
 class AlexNet(SingleStage):
@@ -127,10 +122,7 @@ class AlexNet(SingleStage):
     pooling, and the classifier keeps its three layers, as in fast-MPN-COV's VGG-D.
     """
 
-    config: AlexNetConfig
-
-    def build_layers(self) -> list[nn.Module]:
-        """Build convolutions with ReLU; response normalization and max pooling follow the first two."""
+    def __init__(self, config: AlexNetConfig, num_classes: int) -> None:
         layers: list[nn.Module] = []
         channels = 3
         for position, (width, kernel, stride, padding, groups) in enumerate(_CONVOLUTIONS):
@@ -140,4 +132,4 @@ class AlexNet(SingleStage):
                 layers.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0))
                 layers.append(nn.MaxPool2d(3, stride=2))
             channels = width
-        return layers
+        super().__init__(config, num_classes, layers)

@@ -91,7 +91,8 @@ class Backbone(nn.Module):
 
     def add_classifier(self, config: PoolingConfig) -> None:
         """Add the global pooling of the last stage's map, and the classifier of its vector."""
-        pooling = config.build(list(self.tap_channels.values())[-1])
+        *_, channels = self.tap_channels.values()  # of the last block
+        pooling = config.build(channels)
         self.pooling: nn.Module = pooling
         self.fc = nn.Linear(pooling.out_features, self.num_classes)
 

@@ -47,8 +47,8 @@ class ResNet(Backbone):
 
     def __init__(self, config: ResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.bottlenecks = config.depth not in {18, 34}
-        expansion = Bottleneck.expansion if self.bottlenecks else BasicBlock.expansion
+        self.has_bottlenecks = config.depth not in {18, 34}
+        expansion = Bottleneck.expansion if self.has_bottlenecks else BasicBlock.expansion
         channels = config.base_width
         self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -61,7 +61,7 @@ class ResNet(Backbone):
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build a residual block of this network's kind."""
-        if not self.bottlenecks:
+        if not self.has_bottlenecks:
             return BasicBlock(in_channels, out_channels, stride)
         stride_on: Literal["1x1", "3x3"] = "1x1" if self.config.bottleneck_stride == "v1" else "3x3"
         return Bottleneck(in_channels, out_channels, stride, stride_on)

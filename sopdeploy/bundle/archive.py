@@ -48,7 +48,7 @@ def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
     yield pending + END
 
 
-def archived_manifest(archive: IO[bytes], name: str) -> Manifest:
+def read_archived_manifest(archive: IO[bytes], name: str) -> Manifest:
     """Read the manifest at the start of *archive*, an open file that errors call *name*.
 
     Raises `BundleError` if that is no archive of a bundle.
@@ -67,7 +67,7 @@ def archived_manifest(archive: IO[bytes], name: str) -> Manifest:
 
 
 def unpack(archive: IO[bytes], name: str, manifest: Manifest, folder: Path) -> None:
-    """Write the files of *archive* into the empty *folder*; *manifest* comes from `archived_manifest`.
+    """Write the files of *archive* into the empty *folder*; *manifest* comes from `read_archived_manifest`.
 
     Raises `BundleError` if anything but file contents differs from what `write_archive` writes. File contents
     are checked later by `open_bundle`.
@@ -107,7 +107,7 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def put(file: Path, destination: str, name: str) -> str:
+def upload(file: Path, destination: str, name: str) -> str:
     """Copy *file* to *destination*, a folder or its URL, under *name*; return the new location.
 
     Readers never see an incomplete file under *name*. A failure leaves no new folder.
@@ -123,24 +123,24 @@ def put(file: Path, destination: str, name: str) -> str:
     return str(target)
 
 
-def get(source: str, target: IO[bytes], limit: int, place: Path) -> None:
-    """Copy *source*, a path or URL, to *target*, an open file in *place*.
+def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
+    """Copy *source*, a path or URL, to *target*, an open file in *folder*.
 
     Raises `BundleError` if it is larger than *limit* bytes.
     """
     size = 0
-    with _opened(source) as content:
+    with _open_source(source) as content:
         while block := content.read(BLOCK_BYTES):
             size += len(block)
             if size > limit:
                 raise BundleError(f"{source}: larger than {limit} bytes, the limit; check the address")
-            with writing(place):
+            with writing(folder):
                 target.write(block)
                 target.flush()
 
 
 @contextmanager
-def _opened(source: str) -> Iterator[IO[bytes]]:
+def _open_source(source: str) -> Iterator[IO[bytes]]:
     """Open *source*, a path or URL, for reading; raises `BundleError`."""
     if "://" in source:
         with _filesystem(source) as (store, path), store.open(path, "rb") as remote:

@@ -123,13 +123,15 @@ def seal(
         path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.iterdir())
     }
-    manifest = Manifest(**manifest_without_files, files=files).complete()
+    manifest = Manifest(**manifest_without_files, files=files).with_written_defaults()
     if certificate is not None:
-        fields = {**certificate, "contents": manifest.contents}
+        fields = {**certificate, "contents": manifest.contents_sha256}
         path = folder / CERTIFICATE
         path.write_bytes(to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields}))
         files[path.name] = FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
-        manifest = Manifest(**manifest_without_files, files=dict(sorted(files.items()))).complete()
+        manifest = Manifest(
+            **manifest_without_files, files=dict(sorted(files.items()))
+        ).with_written_defaults()
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
 
@@ -141,9 +143,9 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     `destination/latest` is linked to the bundle. Raises `BundleError` if a different, damaged or signed
     bundle has the name.
     """
-    existing = place(folder, manifest, destination)
+    existing = give_final_name(folder, manifest, destination).manifest
     target = destination / manifest.name
-    if existing != manifest:
+    if existing != manifest:  # it has another time
         signature = target.with_name(target.name + SIGNATURE_SUFFIX)
         if signature.exists():  # it would no longer be valid
             raise BundleError(
@@ -156,21 +158,31 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     return target
 
 
-def place(folder: Path, manifest: Manifest, destination: Path, signature: bytes | None = None) -> Manifest:
+class Placed(NamedTuple):
+    """The manifest of the bundle that has the final name, and whether it was written by this process."""
+
+    manifest: Manifest
+    is_new: bool
+
+
+def give_final_name(
+    folder: Path, manifest: Manifest, destination: Path, signature: bytes | None = None
+) -> Placed:
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
-    A *signature* of *manifest* is written first, so that the bundle is never there without it. At the end,
-    the bundle that has the name is read again. Returns its manifest: *manifest*, or, without a *signature*,
-    one that differs by its time only. Raises `BundleError` if a different or damaged bundle has the name; it
+    A *signature* of *manifest* is written first, so that the bundle is never there without it. The bundle
+    that has the name at the end is read again. Its manifest is *manifest*, or, without a *signature*, one
+    that differs by its time only. Raises `BundleError` if a different or damaged bundle has the name; it
     stays as it is.
     """
     target = destination / manifest.name
     beside = target.with_name(target.name + SIGNATURE_SUFFIX)
-    is_new, had_signature = not os.path.lexists(target), os.path.lexists(beside)
+    is_signed, had_signature = signature is not None, os.path.lexists(beside)
+    is_new = not os.path.lexists(target)
     if not is_new:
         if not target.is_dir():
             raise BundleError(f"{target}: has the name of the bundle, but is no folder; move it away")
-        existing = _existing(target, manifest, is_signed=signature is not None)
+        found = _read_same_bundle(target, manifest, is_signed=is_signed)
     with writing(target), ExitStack() as undo:
         if signature is not None:
             with atomic_write(beside) as partial_file:
@@ -186,33 +198,33 @@ def place(folder: Path, manifest: Manifest, destination: Path, signature: bytes 
             try:
                 folder.rename(target)
             except OSError as error:
-                if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # these: *target* exists by now
+                if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
                     raise
-                is_new = False
+                is_new = False  # another process was faster
             try:
-                existing = _existing(target, manifest, is_signed=signature is not None)
+                found = _read_same_bundle(target, manifest, is_signed=is_signed)
             except BundleError:
                 if is_new:  # somebody exchanged a file between the check and the new name
                     target.rename(folder)  # the caller deletes it
                 raise
         undo.pop_all()
-    return existing
+    return Placed(found, is_new)
 
 
-def _existing(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
+def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
     """Read the bundle *target*; raise `BundleError` unless it has *manifest*, maybe with another time.
 
     If it *is_signed*, the time must be the same, because the signature contains it.
     """
-    existing = open_bundle(target, with_graph=False).manifest
-    if not existing.has_content_of(manifest):
+    found = open_bundle(target, with_graph=False).manifest
+    if not found.has_content_of(manifest):
         raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
-    if is_signed and existing != manifest:
+    if is_signed and found != manifest:
         raise BundleError(
-            f"{target}: exported at {existing.exported_at}, but the signed copy at {manifest.exported_at}; "
+            f"{target}: exported at {found.exported_at}, but the signed copy at {manifest.exported_at}; "
             "move this folder away and pull again"
         )
-    return existing
+    return found
 
 
 def follow_link(path: Path) -> Path:
@@ -233,10 +245,10 @@ def read_manifest(path: Path) -> Manifest:
             hint = f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
         elif path.suffix == ".tar" and path.is_file():
             hint = f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
+        elif (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
+            hint = f"{foreign}, and export it"
         else:
-            foreign = describe_foreign(path) if path.is_file() or ":" in path.name else ""
             hint = f"no bundle here; a bundle is a folder with a {MANIFEST}"
-            hint = f"{foreign}, and export it" if foreign else hint
         raise BundleError(f"{path}: {hint}")
     if not file.is_file() or file.is_symlink():
         bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
@@ -285,17 +297,18 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
         raise BundleError(f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again")
     contents: dict[str, bytes] = {}
     graph: SealedFile | None = None
-    name = ""
+    current = path  # for the message of an error
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for name, record in manifest.files.items():
-                found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                _check_size(path / name, found, record)
+                current = path / name
+                _check_status(current, os.stat(name, dir_fd=folder, follow_symlinks=False), record)
             for name, record in manifest.files.items():
+                current = path / name
                 flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # it may be a link or a FIFO meanwhile
                 with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
-                    _check_size(path / name, os.fstat(file.fileno()), record)
+                    _check_status(current, os.fstat(file.fileno()), record)
                     blocks = HashedBlocks(file, record.bytes)
                     if name != GRAPH:
                         contents[name] = b"".join(blocks)
@@ -305,7 +318,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
                         deque(blocks, maxlen=0)
                     if blocks.sha256 != record.sha256:
                         raise BundleError(
-                            f"{path / name}: its sha256 is not the one in the manifest; the file was "
+                            f"{current}: its sha256 is not the one in the manifest; the file was "
                             "damaged: copy or export the bundle again"
                         )
         finally:
@@ -314,12 +327,12 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
         problem = (
             "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({os_reason(error)})"
         )
-        raise BundleError(f"{path / name}: {problem}; copy or export the bundle again") from error
-    labels = _read_labels(path / "labels.json", contents["labels.json"], manifest)
+        raise BundleError(f"{current}: {problem}; copy or export the bundle again") from error
+    labels = _parse_labels(path / "labels.json", contents["labels.json"], manifest)
     return Bundle(path=path, manifest=manifest, labels=labels, contents=contents, graph=graph)
 
 
-def _check_size(file: Path, found: os.stat_result, record: FileRecord) -> None:
+def _check_status(file: Path, found: os.stat_result, record: FileRecord) -> None:
     """Raise `BundleError` if *found* is no plain file of the size in *record*, or JSON that is too large."""
     if stat.S_ISLNK(found.st_mode):
         raise BundleError(f"{file}: is a link; a bundle contains only plain files")
@@ -344,7 +357,8 @@ def check_file_name(bundle: Path, name: str) -> None:
         )
 
 
-def _read_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, ...]:
+def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, ...]:
+    """Parse the class names; raise `BundleError` if *manifest* has outputs or rules for other ones."""
     count = manifest.outputs[0].shape[-1]  # of classes
     try:
         labels = read_labels(content)
@@ -358,17 +372,35 @@ def _read_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, .
 
 
 class Listed(NamedTuple):
-    """A bundle; `reason` says why it is not served, empty if it is. An unreadable `manifest` is None.
+    """A bundle of a folder of bundles; an unreadable `manifest` is None.
 
-    A bundle that is served was read: `bundle`. `replaced` is true if a later export, or the bundle of which
-    this is a copy, is served instead.
+    `reason` says why it is not served, empty if it is; then it was read, and is `bundle`. `is_replaced` is
+    true if a later export, or the bundle of which this is a copy, is served instead.
     """
 
     path: Path
     manifest: Manifest | None
     reason: str = ""
-    replaced: bool = False
+    is_replaced: bool = False
     bundle: Bundle | None = None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether requests for its project are answered by this bundle."""
+        return not self.reason
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether its files cannot be read, or are not complete."""
+        return not self.is_served and not self.is_replaced
+
+    @property
+    def rank(self) -> tuple[str, str, bool, Path]:
+        """The key by which the bundle to serve is the greatest; of copies, one with its own name."""
+        if self.manifest is None:
+            return "", "", False, self.path
+        has_own_name = self.path.name == self.manifest.name
+        return self.manifest.exported_at, self.manifest.id, has_own_name, self.path
 
 
 def read_bundles(folder: Path) -> Iterator[Listed]:
@@ -403,34 +435,28 @@ def list_bundles(folder: Path, read: Read | None = None) -> list[Listed]:
     """
     read = read or partial(read_files, with_graph=False)
     listed, served_by_project = [], dict[str, Manifest]()
-    for bundle in sorted(read_bundles(folder), key=_preference, reverse=True):  # the last export first
-        manifest, reason, opened = bundle.manifest, "", None
+    last_export_first = sorted(read_bundles(folder), key=lambda entry: entry.rank, reverse=True)
+    for entry in last_export_first:
+        manifest = entry.manifest
         if manifest is None:  # `read_bundles` gave the reason
-            listed.append(bundle)
+            listed.append(entry)
             continue
         served = served_by_project.get(manifest.project)
         if served is None:  # this bundle is served if its files are complete
             try:
-                opened = read(bundle.path, manifest)
+                listed.append(entry._replace(bundle=read(entry.path, manifest)))
                 served_by_project[manifest.project] = manifest
             except (BundleError, OSError) as error:
-                reason = str(error)
-        elif manifest.id == served.id:
+                listed.append(entry._replace(reason=str(error)))
+            continue
+        if manifest.id == served.id:
             reason = f"a copy of {served.name}"
         elif manifest.exported_at == served.exported_at:
             reason = "exported at the same time"
         else:
             reason = f"exported earlier, {manifest.exported_at[:19]}Z"
-        listed.append(Listed(bundle.path, manifest, reason, replaced=served is not None, bundle=opened))
+        listed.append(entry._replace(reason=reason, is_replaced=True))
     return listed
-
-
-def _preference(bundle: Listed) -> tuple[str, str, bool, Path]:
-    """Return the key by which the bundle to serve is the greatest; of copies, one with its own name."""
-    path, manifest, *_ = bundle
-    if manifest is None:
-        return "", "", False, path
-    return manifest.exported_at, manifest.id, path.name == manifest.name, path
 
 
 def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:
@@ -440,13 +466,13 @@ def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:
     """
     all_texts: dict[str, list[str]] = {}  # by project
     damaged = set()  # projects with a damaged or unreadable bundle
-    for path, manifest, reason, replaced, _ in listed:
-        project = path.name if manifest is None else manifest.project
+    for entry in listed:
+        project = entry.path.name if entry.manifest is None else entry.manifest.project
         texts = all_texts.setdefault(project, [])
-        if manifest is not None and not reason:
-            texts.insert(0, f"serves {path} (exported {manifest.exported_at[:19]}Z)")
+        if entry.is_served and entry.manifest is not None:
+            texts.insert(0, f"serves {entry.path} (exported {entry.manifest.exported_at[:19]}Z)")
         else:
-            texts.append(f"not {path.name}, {reason}")
-        if reason and not replaced:
+            texts.append(f"not {entry.path.name}, {entry.reason}")
+        if entry.is_damaged:
             damaged.add(project)
     return ((f"{project}: {'; '.join(texts)}", project in damaged) for project, texts in all_texts.items())

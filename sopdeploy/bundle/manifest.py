@@ -137,7 +137,7 @@ class Manifest(StrictModel):
         return self.model_copy(update={"exported_at": other.exported_at}) == other
 
     @property
-    def contents(self) -> str:
+    def contents_sha256(self) -> str:
         """The sha256 of all fields but the time, without the file that holds it: the certificate."""
         fields = self.model_dump(mode="json", exclude_unset=True)
         del fields["exported_at"]
@@ -176,7 +176,7 @@ class Manifest(StrictModel):
             raise ValueError("was edited or damaged after the export")
         return manifest
 
-    def complete(self) -> "Manifest":
+    def with_written_defaults(self) -> "Manifest":
         """Copy the manifest with its default values as given ones, so that they are written."""
         return Manifest.model_validate(self.model_dump(mode="json"))
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import onnx
 
 _NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
-CERTIFIED = (
-    *("sha256", "contents", "proof", "precision", "compared", "detached", "removed", "mixes_images", "roots"),
-)  # fields of a certificate that are compared
+CERTIFIED = (  # fields of a certificate that are compared
+    "sha256", "contents", "proof", "precision", "compared", "detached", "removed", "mixes_images", "roots",
+)  # fmt: skip
 CERTIFIED_ROOTS = ("any_batch", "shipped", "onnx")
 ADVICE = "export the bundle again"
 SUBGRAPHS = {"g", "graphs"}
@@ -184,25 +184,30 @@ def check_certificate(bundle: Bundle) -> None:
     if missing:
         problem = f"has no {', '.join(missing)}, as bundles of earlier versions, which proved less"
         raise BundleError(f"{path}: {problem}; {ADVICE} from its checkpoint")
-    own = certificate.pop("sha256")
+    own_sha256 = certificate.pop("sha256")
     try:
-        roots, precision, compared = (certificate[name] for name in ("roots", "precision", "compared"))
-        program_root, shipped_root, float32_root = (roots[name] for name in CERTIFIED_ROOTS)
+        precision, contents = certificate["precision"], certificate["contents"]
+        program_root, shipped_root = certificate["roots"]["any_batch"], certificate["roots"]["shipped"]
+        float32_root = certificate["roots"]["onnx"]
         detached, mixes_images = tuple(certificate["detached"]), tuple(certificate["mixes_images"])
-        fits_proof = PROOFS[certificate["proof"]] == tuple(compared)
-        fits_proof &= ("detached" in compared) == bool(detached) >= bool(certificate["removed"])
-        contents = certificate["contents"]
+        compared = tuple(certificate["compared"])
+        is_known_proof = compared == PROOFS[certificate["proof"]]
+        lists_detached = len(detached) > 0
+        fits_compared = ("detached" in compared) == lists_detached
+        explains_removed = lists_detached or not certificate["removed"]
     except (KeyError, TypeError) as error:
         raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
     if (program_root, mixes_images) != (manifest.lineage.program_root, manifest.mixes_images):
         raise BundleError(f"{path}: belongs to another network than the manifest; {ADVICE}")
-    is_float32 = precision == "fp32"
-    if shipped_root != manifest.lineage.onnx_root or (is_float32 and float32_root != shipped_root):
+    is_other_float32 = precision == "fp32" and float32_root != shipped_root
+    if shipped_root != manifest.lineage.onnx_root or is_other_float32:
         raise BundleError(f"{path}: certifies another graph than model.onnx; {ADVICE}")
-    if precision != manifest.precision or detached != manifest.detached or contents != manifest.contents:
+    expected = (manifest.precision, manifest.detached, manifest.contents_sha256)
+    if (precision, detached, contents) != expected:
         problem = "certifies other files, or another precision, preprocessing or other field of the manifest"
         raise BundleError(f"{path}: {problem}; {ADVICE}")
-    if not fits_proof or own != hashlib.sha256(to_json(certificate)).hexdigest():
+    is_unchanged = own_sha256 == hashlib.sha256(to_json(certificate)).hexdigest()
+    if not (is_known_proof and fits_compared and explains_removed and is_unchanged):
         raise BundleError(f"{path}: was changed after the export; {ADVICE}")
 
 
@@ -220,17 +225,17 @@ def _read_fields(bundle: Bundle, name: str) -> dict[str, Any]:
 def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
     """Raise `BundleError` unless *model* has the opset, inputs and outputs in the manifest of *bundle*."""
     manifest, graph = bundle.manifest, model.graph
-    is_same = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
+    fits = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
     for records, values in ((manifest.inputs, graph.input), (manifest.outputs, graph.output)):
-        is_same &= len(records) == len(values) and all(map(_is_recorded, values, records))
-    if not is_same:
+        fits = fits and len(records) == len(values) and all(map(_matches_record, values, records))
+    if not fits:
         raise BundleError(
             f"{bundle.path / GRAPH}: has another opset, other inputs or other outputs than the manifest "
             "says; export the bundle again"
         )
 
 
-def _is_recorded(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:
+def _matches_record(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:
     """Check whether an input or output *value* of a graph has the name, dtype and shape in *record*.
 
     The batch size, and sizes that the graph does not state, are not compared.

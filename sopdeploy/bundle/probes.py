@@ -8,7 +8,7 @@ absolute float64 bound derived at export.
 import io
 import math
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,24 @@ class Probes:
     images: NDArray[np.uint8]
     expected: dict[str, NDArray[np.float32]]
     tolerance: dict[str, float]
+
+    def select(self, indices: "NDArray[np.intp] | slice") -> "Probes":
+        """Return the probes with these *indices*."""
+        expected = {name: values[indices] for name, values in self.expected.items()}
+        return replace(self, images=self.images[indices], expected=expected)
+
+    def resized(self, num_images: int) -> "Probes":
+        """Return the first *num_images* of these probes, which are repeated if there are too few.
+
+        Each repetition begins with another one: no part of a batch has the outputs of an earlier part.
+        """
+        rows, count = np.arange(num_images), len(self.images)
+        return self.select((rows + rows // count) % count)
+
+    def in_whole_batches(self, size: int) -> "Probes":
+        """Repeat these probes until they fill whole batches of *size*."""
+        num_batches = math.ceil(len(self.images) / size)
+        return self.resized(num_batches * size)
 
 
 class Replay(StrictModel):
@@ -106,26 +124,6 @@ def read_probes(bundle: Bundle) -> Probes:
     return probes
 
 
-def select(probes: Probes, indices: "NDArray[np.intp] | slice") -> Probes:
-    """Return the *probes* with these *indices*."""
-    expected = {name: values[indices] for name, values in probes.expected.items()}
-    return replace(probes, images=probes.images[indices], expected=expected)
-
-
-def repeat(probes: Probes, size: int) -> Probes:
-    """Repeat *probes* until they fill whole batches of *size*."""
-    return fill(probes, -(-len(probes.images) // size) * size)  # -(-a // b) is rounded up
-
-
-def fill(probes: Probes, num_images: int) -> Probes:
-    """Return the first *num_images* of *probes*, which are repeated if there are too few.
-
-    Each repetition begins with another one, so that no part of a batch has the outputs of an earlier part.
-    """
-    rows, count = np.arange(num_images), len(probes.images)
-    return select(probes, (rows + rows // count) % count)
-
-
 def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:
     """Run the probes in batches of *batch* and compare every output.
 
@@ -140,44 +138,42 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
     So consecutive batches have different sizes, and an engine uses another profile for each of them. Raises
     `ParityError` as `replay` does.
     """
-    replays: dict[int, list[Replay]] = {batch: [] for batch in probes_by_batch}
-    num_rounds = max(-(-len(probes.images) // batch) for batch, probes in probes_by_batch.items())
+    parts_by_batch: dict[int, list[Replay]] = {batch: [] for batch in probes_by_batch}
+    num_rounds = max(math.ceil(len(probes.images) / batch) for batch, probes in probes_by_batch.items())
     for number in range(num_rounds):
         for batch, probes in probes_by_batch.items():
-            part = select(probes, slice(number * batch, (number + 1) * batch))
+            part = probes.select(slice(number * batch, (number + 1) * batch))
             if len(part.images):
-                replays[batch].append(compare(part, run(part.images), batch))
-    return tuple(_combine(parts) for parts in replays.values())
+                parts_by_batch[batch].append(compare_outputs(part, run(part.images), batch))
+    replays = []
+    for batch, parts in parts_by_batch.items():
+        tolerance = probes_by_batch[batch].tolerance
+        worst = {name: max(part.deviation[name] for part in parts) for name in tolerance}
+        num_images = sum(part.num_images for part in parts)
+        replays.append(Replay(batch=batch, num_images=num_images, deviation=worst, tolerance=tolerance))
+    return tuple(replays)
 
 
-def compare(probes: Probes, outputs: Outputs, batch: int) -> Replay:
-    """Compare the *outputs* of a batch of *probes* with the expected values; raises as `replay` does."""
-    found = {name: deviation(name, outputs, expected) for name, expected in probes.expected.items()}
-    for name, largest in found.items():
-        if not largest <= probes.tolerance[name]:  # larger, or NaN
-            raise ParityError(
-                f"probes: output {name!r} deviates by {largest:.3g} in a batch of {len(probes.images)}, the "
-                f"bound is {probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
-            )
-    return Replay(batch=batch, num_images=len(probes.images), deviation=found, tolerance=probes.tolerance)
+def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
+    """Compute the largest difference of the *outputs* of *probes*, which ran as one batch, by output.
 
-
-def _combine(parts: Sequence[Replay]) -> Replay:
-    """Combine the replays of the batches of one size."""
-    first = parts[0]
-    worst = {name: max(part.deviation[name] for part in parts) for name in first.deviation}
-    num_images = sum(part.num_images for part in parts)
-    return Replay(batch=first.batch, num_images=num_images, deviation=worst, tolerance=first.tolerance)
-
-
-def deviation(name: str, outputs: Outputs, expected: NDArray[np.float32]) -> float:
-    """Compute the largest absolute difference between output *name* and *expected*.
-
-    Raises `ParityError` if the output is missing, has another shape or is not finite.
+    Raises `ParityError` if an output is missing, has another shape or is not within its tolerance. *batch* is
+    the size that the replay is recorded for.
     """
-    values = outputs.get(name)
-    if values is None or values.shape != expected.shape or not np.isfinite(values).all():
-        raise ParityError(
-            f"probes: output {name!r} is missing, has another shape or is not finite; {ANOTHER_NETWORK}"
-        )
-    return float(np.abs(values.astype(np.float64) - expected).max(initial=0.0))
+    deviations: dict[str, float] = {}
+    for name, expected in probes.expected.items():
+        values = outputs.get(name)
+        if values is None or values.shape != expected.shape or not np.isfinite(values).all():
+            raise ParityError(
+                f"probes: output {name!r} is missing, has another shape or is not finite; {ANOTHER_NETWORK}"
+            )
+        deviation = float(np.abs(values.astype(np.float64) - expected).max(initial=0.0))
+        if not deviation <= probes.tolerance[name]:  # larger, or NaN
+            raise ParityError(
+                f"probes: output {name!r} deviates by {deviation:.3g} in a batch of {len(probes.images)}, "
+                f"the bound is {probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
+            )
+        deviations[name] = deviation
+    return Replay(
+        batch=batch, num_images=len(probes.images), deviation=deviations, tolerance=probes.tolerance
+    )

@@ -23,10 +23,11 @@ class SealedFile:
     """
 
     def __init__(self, blocks: Iterable[bytes]) -> None:
+        descriptor: int | None = None  # in memory
         try:
             descriptor = os.memfd_create("sealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except (AttributeError, OSError):  # not Linux, or forbidden
-            folder, descriptor = tempfile.mkdtemp(prefix="sopdeploy-"), -1
+            folder = tempfile.mkdtemp(prefix="sopdeploy-")
             self.path = os.path.join(folder, "sealed")  # noqa: PTH118
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         else:
@@ -34,7 +35,7 @@ class SealedFile:
             weakref.finalize(self, os.close, descriptor)
         with open(self.path, "wb") as file:  # noqa: PTH123
             file.writelines(blocks)
-        if descriptor >= 0:
+        if descriptor is not None:
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, sum(_SEALS))
 
     def blocks(self) -> Iterator[bytes]:

@@ -27,7 +27,7 @@ def signature_path(bundle: Path) -> Path:
     return resolved.with_name(resolved.name + SIGNATURE_SUFFIX)
 
 
-def sign(path: Path, key: Path) -> Path:
+def write_signature(path: Path, key: Path) -> Path:
     """Sign the files of the bundle at *path* with the private key file *key*; return the signature path.
 
     Raises `BundleError` for a damaged bundle and `ConfigError` for an invalid key.
@@ -104,7 +104,10 @@ def _import(module: str) -> Any:
 
 @contextmanager
 def _reading(key: Path, content: str) -> Iterator[None]:
-    """Convert the error of a block that reads *key* to a `ConfigError`; the file should hold *content*."""
+    """Limit the size of *key*, and convert the error of a block that reads it to a `ConfigError`.
+
+    The file should hold *content*.
+    """
     try:
         read_file(key, MAX_FILE_BYTES)  # the package reads a file of any size
         yield

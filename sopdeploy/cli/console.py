@@ -26,7 +26,7 @@ from sopdeploy.errors import (
     StorageError,
     command_line_option,
     first_line,
-    is_out_of_memory,
+    is_memory_exhausted,
 )
 from sopdeploy.files import STORAGE_ERRNOS, os_reason
 
@@ -89,7 +89,7 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
                 "file or folder"
             ) from error
         except Exception as error:  # each library has its own type for missing memory
-            if isinstance(error, SopdeployError) or not is_out_of_memory(error):
+            if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
                 raise
             raise NoMemoryError(
                 f"out of memory ({first_line(error)}); end other programs, choose smaller batches or images, "

@@ -38,7 +38,7 @@ class Drift(NamedTuple):
 def find_drift(counts: PredictionCounts, reference: Reference) -> Drift:
     """Compare *counts* with *reference*, which must have the same classes."""
     tests = {name: compare(np.array(getattr(reference, name)), getattr(counts, name)) for name in TESTS}
-    return Drift(counts.images, tests)
+    return Drift(counts.num_images, tests)
 
 
 def compare(first: _Counts, second: _Counts) -> Comparison:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
-from sopdeploy.images.pixels import match_transparency
+from sopdeploy.images.pixels import correct_transparency_info
 
 # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not used.
 warnings.filterwarnings("ignore", module="PIL")
@@ -72,32 +72,30 @@ def open_image(
         raise too_large_error(max_bytes)
     kind = image_format(body, formats)
     try:
-        _check_size(webp_size(body), max_pixels)  # before `Image.open`, which allocates the pixels of a WebP
+        # Before `Image.open`, which allocates the pixels of a WebP:
+        _check_dimensions(webp_size(body), max_pixels)
         if kind == "HEIF":
-            _use_heif()
+            _register_heif()
         if kind == "JPEG":
-            _check_coding(body)
+            for marker, _ in jpeg_segments(body):
+                if marker in ARITHMETIC_FRAMES:  # libjpeg does not tell whether their data are complete
+                    reason = "JPEG files with the arithmetic code are not accepted; use the Huffman code"
+                    raise _unsupported(reason)
+                if marker in FRAMES or marker == SCAN:
+                    break
         image = Image.open(io.BytesIO(body), formats=(kind,))
-        _check_size(image.size, max_pixels)
+        _check_dimensions(image.size, max_pixels)
         if kind == "HEIF":  # its decoder allocates all images of the file
             for width, height in ITEM_SIZE.findall(body):
-                _check_size((int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels)
-        match_transparency(image)
+                _check_dimensions((int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels)
+        correct_transparency_info(image)
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
     return image
 
 
-def _check_coding(body: bytes) -> None:
-    """Refuse the arithmetic code, of which libjpeg does not tell whether the data is complete."""
-    for marker, _ in jpeg_segments(body):
-        if marker in ARITHMETIC_FRAMES:
-            raise _unsupported("JPEG files with the arithmetic code are not accepted; use the Huffman code")
-        if marker in FRAMES or marker == SCAN:
-            return
-
-
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+def _check_dimensions(size: tuple[int, int], max_pixels: int) -> None:
+    """Raise `ImageError` if an image of *size*, width and height, is too large."""
     width, height = size
     if width * height > max_pixels or max(size) > _MAX_SIDE:
         limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{_MAX_SIDE} pixels per side"
@@ -146,7 +144,13 @@ def image_format(body: bytes, formats: Collection[str] | None = None) -> str:
 
     Raises `ImageError` if it is not one of *formats*: by default all, in a server those of its settings.
     """
-    kind = _detect_format(body)
+    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
+        kind = "WEBP"
+    elif body[4:8] == b"ftyp":
+        kind = BRANDS.get(body[8:12], "")
+    else:  # also a format that is never accepted; "" for an unknown one
+        signatures = SIGNATURES | REJECTED_SIGNATURES
+        kind = next((name for signature, name in signatures.items() if body.startswith(signature)), "")
     names, source = (FORMATS, "") if formats is None else (formats, " (the setting formats)")
     if any(FORMATS[name] == kind for name in names):
         return kind
@@ -157,16 +161,6 @@ def image_format(body: bytes, formats: Collection[str] | None = None) -> str:
     raise _unsupported(f"{shown} files are not accepted; {accepted}")
 
 
-def _detect_format(body: bytes) -> str:
-    """Return the format of *body*, also one that is never accepted; empty for an unknown one."""
-    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
-        return "WEBP"
-    if body[4:8] == b"ftyp":
-        return BRANDS.get(body[8:12], "")
-    signatures = SIGNATURES | REJECTED_SIGNATURES
-    return next((name for signature, name in signatures.items() if body.startswith(signature)), "")
-
-
 def _unsupported(message: str) -> ImageError:
     return ImageError(message, code="unsupported_format", status=415)
 
@@ -174,11 +168,11 @@ def _unsupported(message: str) -> ImageError:
 def prepare_decoders() -> None:
     """Import the decoder of HEIC, if it is installed, before the process may no longer open files."""
     with contextlib.suppress(ImageError):
-        _use_heif()
+        _register_heif()
 
 
-def _use_heif() -> None:
-    """Import pillow-heif, with one thread per image and without thumbnails; raise `ImageError` without it."""
+def _register_heif() -> None:
+    """Let Pillow open HEIC files, with one thread per image; raise `ImageError` without pillow-heif."""
     if "HEIF" in Image.OPEN:
         return
     try:

@@ -54,9 +54,10 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
         if image.format in {"JPEG", "MPO"}:
             copy = _copy_jpeg(body, exif_orientation(image))
             copied, original = _hash_pixels(copy), _hash_pixels(body)
-            if copied is not None and original in {None, copied}:  # None: *body* has no end marker
+            is_unreadable = original is None  # damaged, or without an end marker, which the copy has
+            if copied is not None and (is_unreadable or copied == original):
                 return copy, ".jpg"
-            if original is None:
+            if is_unreadable:
                 raise ImageError("damaged", code="damaged_image", status=422)
         if image.width * image.height > MAX_COPIED_PIXELS:
             raise ImageError("too large to be written as PNG", code="too_many_pixels", status=413)

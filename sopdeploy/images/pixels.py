@@ -76,7 +76,14 @@ def _read_orientation(data: bytes) -> int | None:
 
 def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:
     """Convert *image* to upright RGB and fit it to the network; returns (crop, crop, 3) uint8."""
-    return _FITS[rules.fit](to_rgb(image, rules), rules)
+    rgb = to_rgb(image, rules)
+    if rules.fit != "pad":
+        return center_crop(rgb, rules)
+    size = resized_size(rgb.size, rules)
+    canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
+    left, top = (round((rules.crop - side) / 2) for side in size)
+    canvas.paste(rgb.resize(size, RESAMPLING[rules.interpolation]), (left, top))
+    return np.asarray(canvas)
 
 
 def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
@@ -100,7 +107,10 @@ def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     white. An image that is upright and RGB is returned itself, not copied.
     """
     image.load()
-    frame = _frame_mask(image)
+    frame: Image.Image | None = None  # 255 where the first frame of a GIF covers the canvas; None: everywhere
+    if FRAME_BOX in image.info:
+        frame = Image.new("L", image.size)
+        frame.paste(255, image.info[FRAME_BOX])
     if rules.exif_orientation and (orientation := exif_orientation(image)) != UPRIGHT:
         image = image.transpose(TURNS[orientation])
         frame = None if frame is None else frame.transpose(TURNS[orientation])
@@ -114,16 +124,6 @@ def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
         canvas = Image.new("RGBA", tile.size, (*rules.background, 255))
         rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
     return rgb
-
-
-def _frame_mask(image: Image.Image) -> Image.Image | None:
-    """Return a mask, 255 where the first frame of a GIF covers the canvas, else 0; None: everywhere."""
-    box = image.info.get(FRAME_BOX)
-    if box is None:
-        return None
-    mask = Image.new("L", image.size)
-    mask.paste(255, box)
-    return mask
 
 
 def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
@@ -152,32 +152,34 @@ def _to_rgba(tile: Image.Image) -> Image.Image:
     return gray
 
 
-def match_transparency(image: Image.Image) -> None:
-    """Note in `info` of an opened *image* which of its decoded pixels will be transparent.
+def correct_transparency_info(image: Image.Image) -> None:
+    """Change `info` of an opened *image* to tell which of its decoded pixels will be transparent.
 
     Pillow stores the transparent color of a PNG at the file's bit depth, so that it matches no decoded pixel
-    or a wrong one. Of 48-bit colors only the upper bytes are compared, because Pillow decodes only these. It
-    fills the canvas of a GIF around a smaller first frame with the first color of the palette.
+    or a wrong one.
     """
     tiles = getattr(image, "tile", None)
     if not tiles:
         return
     _, box, _, raw_mode = tiles[0]
     color = image.info.get("transparency")
-    if image.format == "GIF" and not image.tell() and color is None and box != (0, 0, *image.size):
-        image.info[FRAME_BOX] = box
     if image.format == "PNG" and raw_mode in GRAY_STEPS and isinstance(color, int):
         image.info["transparency"] = color * GRAY_STEPS[raw_mode]
     elif image.format == "PNG" and raw_mode == "RGB;16B" and isinstance(color, tuple):
+        # Pillow decodes only the upper byte of a 16-bit value.
         image.info["transparency"] = tuple(value >> 8 for value in color)
+    is_first_frame = image.format == "GIF" and image.tell() == 0
+    if is_first_frame and color is None and box != (0, 0, *image.size):
+        # Pillow fills the canvas around a smaller first frame with the first color of the palette.
+        image.info[FRAME_BOX] = box
 
 
 def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
-    """Resize the shorter side of an RGB *image* and crop its center; returns (crop, crop, 3) uint8.
+    """Resize an RGB *image* to `resized_size` and crop its center; returns (crop, crop, 3) uint8.
 
-    Equals torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL image pixel for pixel. For strips
-    with an aspect ratio above `MAX_ASPECT_RATIO` only the cropped part is computed (a few gray levels off):
-    1 x 20000 pixels cost no more than a photograph.
+    With the fit "crop", it equals torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL image pixel
+    for pixel. For strips with an aspect ratio above `MAX_ASPECT_RATIO` only the cropped part is computed (a
+    few gray levels off): 1 x 20000 pixels cost no more than a photograph.
     """
     width, height = resized_size(image.size, rules)
     resampling = RESAMPLING[rules.interpolation]
@@ -189,30 +191,6 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     # Rounding may move right and bottom out of the image. Left and top are not negative: crop <= resize.
     box = (left * x, top * y, min(image.width, window[2] * x), min(image.height, window[3] * y))
     return np.asarray(image.resize((rules.crop, rules.crop), resampling, box=box))
-
-
-def pad_to_square(image: Image.Image, rules: Preprocess) -> Pixels:
-    """Resize the longer side of an RGB *image* and center it on the background; returns (crop, crop, 3)."""
-    size = resized_size(image.size, rules)
-    canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
-    left, top = (round((rules.crop - side) / 2) for side in size)
-    canvas.paste(image.resize(size, RESAMPLING[rules.interpolation]), (left, top))
-    return np.asarray(canvas)
-
-
-def squash(image: Image.Image, rules: Preprocess) -> Pixels:
-    """Resize both sides of an RGB *image*, whatever its aspect ratio; returns (crop, crop, 3) uint8."""
-    return np.asarray(image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation]))
-
-
-def squash_and_crop(image: Image.Image, rules: Preprocess) -> Pixels:
-    """Resize both sides of an RGB *image* to `resize` and crop the center; returns (crop, crop, 3) uint8."""
-    start = round((rules.resize - rules.crop) / 2)
-    resized = image.resize((rules.resize, rules.resize), RESAMPLING[rules.interpolation])
-    return np.asarray(resized.crop((start, start, start + rules.crop, start + rules.crop)))
-
-
-_FITS = {"crop": center_crop, "pad": pad_to_square, "squash": squash, "squash-crop": squash_and_crop}
 
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:

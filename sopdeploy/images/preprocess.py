@@ -45,7 +45,8 @@ class Preprocess(StrictModel):
     exif_orientation: bool = True
 
     @pydantic.model_validator(mode="after")
-    def _crop_fits(self) -> "Preprocess":
+    def _set_resize(self) -> "Preprocess":
+        """Set `resize` where only `crop` is given; raise `ValueError` if `crop` is larger."""
         given = self.model_fields_set
         if "crop" in given and "resize" not in given:  # it keeps the ratio of the defaults
             vars(self)["resize"] = self.scaled_resize(self.crop, 256, 224)
@@ -81,7 +82,7 @@ class Preprocess(StrictModel):
         colors = {name: tuple(config[name]) for name in ("mean", "std") if name in config}
         if mode == "border" and "mean" in colors:
             colors["background"] = tuple(round(255 * value) for value in colors["mean"])
-        return cls._published(
+        return cls._from_published(
             "timm",
             crop=height,
             resize=max(height, math.floor(height / crop_share)),  # not below `crop`
@@ -105,10 +106,12 @@ class Preprocess(StrictModel):
                 f"torchvision: {type(transforms).__name__} does not resize and crop to a square; pass "
                 "weights.transforms() of a classifier"
             ) from error
-        return cls._published("torchvision", crop=crop, resize=resize, interpolation=interpolation, **colors)
+        fields = {"crop": crop, "resize": resize, "interpolation": interpolation, **colors}
+        return cls._from_published("torchvision", **fields)
 
     @classmethod
-    def _published(cls, source: str, **fields: Any) -> "Preprocess":
+    def _from_published(cls, source: str, **fields: Any) -> "Preprocess":
+        """Build rules of *fields* that *source* publishes; raise `ConfigError` for those not supported."""
         try:
             return cls(**fields)
         except pydantic.ValidationError as error:
@@ -123,7 +126,7 @@ class Preprocess(StrictModel):
         "none" is "imagenet" with pixel values in [0, 1]. Raises `KeyError` for another name.
         """
         rules = CONVENTIONS[name]
-        return cls._published(name, **{"resize": side * 8 // 7, "crop": side, **rules(side)})
+        return cls._from_published(name, **{"resize": side * 8 // 7, "crop": side, **rules(side)})
 
 
 CONVENTIONS: dict[str, Callable[[int], dict[str, Any]]] = {

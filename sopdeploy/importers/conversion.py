@@ -118,12 +118,12 @@ def choose_config(
     """
     defaults = entry(model).defaults
     # First, the file must be of the network that the user asks for.
-    asked = make_config(model, _set_values(defaults, settings)).model_dump()
+    asked = make_config(model, _with_values(defaults, settings)).model_dump()
     if isinstance(pooling := asked.get("pooling"), dict):  # some networks have a name here, or no pooling
         asked["pooling.kind"] = pooling.get("kind")
     for key, detected in converted.detected.items():
         if key in IDENTITY and asked.get(key) != detected:
-            raise _misfit(file, converted, model, f"{key} is {asked.get(key)}, not {detected}")
+            raise _misfit_error(file, converted, model, f"{key} is {asked.get(key)}, not {detected}")
     # Then the settings must contain what cannot be read from the file, and agree with it.
     for key, reason in converted.undetermined.items():
         if key not in settings:
@@ -134,10 +134,10 @@ def choose_config(
                 f"--option {key}={settings[key]}: {file.path} holds {detected}; leave the setting out"
             )
     values = {**converted.defaults, **settings, **converted.detected}
-    return make_config(model, _set_values(defaults, values))
+    return make_config(model, _with_values(defaults, values))
 
 
-def _set_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> FieldValues:
+def _with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> FieldValues:
     """Copy *base* with *values* by dotted key; a name in place of a table (`pooling=gap`) is its `kind`."""
     config = copy.deepcopy(dict(base))
     for key, value in values.items():
@@ -170,11 +170,12 @@ def fit_tensors(
             state[name] = state[name].detach().to(expected[name].dtype).contiguous().clone()
     # `state` still contains the tensors that do not fit, so that `first_difference` can name them.
     if problem := first_difference(expected, state):
-        raise _misfit(file, converted, model, problem)
+        raise _misfit_error(file, converted, model, problem)
     return {name: state[name] for name in expected}
 
 
-def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, difference: str) -> WeightsError:
+def _misfit_error(file: WeightFile, converted: ConvertedWeights, model: str, difference: str) -> WeightsError:
+    """Build the error of a file that does not fit *model*; it names the network that the file is of."""
     if converted.model == model:
         return WeightsError(f"{file.path}: does not fit {model} ({difference})")
     advice = f"import it --as {converted.model}" if converted.model else "which the catalog does not have"

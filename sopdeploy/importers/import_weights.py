@@ -170,21 +170,14 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
     content, digest = read_pytorch(file)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         return parse_checkpoint(path, content, digest)
-    state = _find_state_dict(path, content)  # raises unless the content is a dict
+    tables = [content, *map(content.get, STATE_DICT_KEYS)] if isinstance(content, dict) else []
+    state = next(filter(is_state_dict, tables), None)
+    if state is None:
+        problem = "holds no table of tensors, by itself or as `state_dict`"
+        raise WeightsError(f"{path}: {problem}; {WEIGHTS_ADVICE}")
     arch = content["arch"] if isinstance(content.get("arch"), str) else None
     tensors, labels = check_tensors(path, without_wrappers(path, state)), find_labels(content)
     return WeightFile(path=path, sha256=digest, tensors=tensors, arch=arch, labels=labels)
-
-
-def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
-    """Find the state dict in *content*: itself, or the value of one of `STATE_DICT_KEYS`."""
-    if isinstance(content, dict):
-        states: tuple[Any, ...] = (content, *map(content.get, STATE_DICT_KEYS))
-        for state in states:
-            if is_state_dict(state):
-                return state
-    problem = "holds no table of tensors, by itself or as `state_dict`"
-    raise WeightsError(f"{path}: {problem}; {WEIGHTS_ADVICE}")
 
 
 def convert_weights(file: WeightFile, model: str, triangle: Triangle | None = None) -> ConvertedWeights:
@@ -193,14 +186,14 @@ def convert_weights(file: WeightFile, model: str, triangle: Triangle | None = No
     Raises `WeightsError` if no importer recognizes the file; the message names a network of timm that fits.
     Raises `ConfigError` for a *triangle* where the network has none.
     """
-    if recognized := _recognize(file, model):
-        if triangle is not None and not recognized.triangles:
-            reason = f"{recognized.description} reads no covariance vector; leave it out"
+    if converted := _convert_by_importer(file, model):
+        if triangle is not None and not converted.triangles:
+            reason = f"{converted.description} reads no covariance vector; leave it out"
             raise ConfigError(reason, setting="triangle", value=triangle)
-        by_columns = recognized.by_columns if triangle is None else triangle == "columns"
+        by_columns = converted.by_columns if triangle is None else triangle == "columns"
         if not by_columns:
-            return recognized
-        return replace(recognized, tensors=make_row_wise(recognized.tensors, recognized.triangles))
+            return converted
+        return replace(converted, tensors=make_row_wise(converted.tensors, converted.triangles))
     refuse_other_network(file, model)
     first_names = ", ".join(list(file.tensors)[:3])
     raise WeightsError(
@@ -212,8 +205,8 @@ def convert_weights(file: WeightFile, model: str, triangle: Triangle | None = No
 
 def network_of_weights(file: WeightFile, default: str) -> str:
     """Name the network that the weights in *file* fit: *default* unless they are those of another one."""
-    recognized = _recognize(file, default)
-    found = find_network(file) if recognized is None else recognized.model
+    converted = _convert_by_importer(file, default)
+    found = find_network(file) if converted is None else converted.model
     if found is None or found == default:
         return default
     # An importer may return a name with options, "resnet20 --option depth=32", which names no network.
@@ -221,7 +214,7 @@ def network_of_weights(file: WeightFile, default: str) -> str:
     return found if is_network else default
 
 
-def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
+def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert *file* by the first importer that recognizes it; None if none does."""
     has_own_format = type(file) is not WeightFile  # read by a registered importer, which alone knows it
     for importer in chain(() if has_own_format else OWN_IMPORTERS, _registered_importers()):

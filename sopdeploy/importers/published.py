@@ -34,11 +34,10 @@ OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user
 def fetch_imagenet_weights(model: str, config: StrictModel, *, download: bool = True) -> tuple[Path, str]:
     """Find the ImageNet weights for the backbone of catalog *model* with *config*, and fetch them if needed.
 
-    Without *download*, it only asks whether a missing file can be fetched.
-
     Returns the file, and the catalog name under which the importers read it, such as `vgg16-bn`,
-    `efficientnet-lite0` or `timm:resnet26`. Raises `ConfigError` if none are published, `WeightsError` if the
-    file cannot be downloaded or has another hash; such a file is removed.
+    `efficientnet-lite0` or `timm:resnet26`. Without *download*, it only asks whether a missing file can be
+    fetched, and returns a path that does not exist. Raises `ConfigError` if none are published,
+    `WeightsError` if the file cannot be downloaded or has another hash; such a file is removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
         return _fetch_from_hub(_lite_repository(model), download), model
@@ -91,7 +90,10 @@ def published_network(model: str, config: StrictModel) -> str:
 
 
 def _fetch_url(url: str, download: bool) -> Path:
-    """Download *url* of torchvision to torch.hub's cache unless it is there; check the hash of the file."""
+    """Download *url* of torchvision to torch.hub's cache unless it is there; a file with a wrong hash goes.
+
+    Without *download*, it only opens the address.
+    """
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
@@ -101,12 +103,15 @@ def _fetch_url(url: str, download: bool) -> Path:
                 return path
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-    _check_hash(path, path.stem.rpartition("-")[2])
+    _remove_unless_hash(path, path.stem.rpartition("-")[2])
     return path
 
 
 def _fetch_from_hub(repository: str, download: bool) -> Path:
-    """Fetch the weights of the hub's *repository*, with @REVISION if any; check the hash of the file."""
+    """Fetch the weights of the hub's *repository*, with @REVISION if any; a file with a wrong hash goes.
+
+    Without *download*, it only asks for the file's metadata.
+    """
     hub = importlib.import_module("huggingface_hub")
     name, _, revision = repository.partition("@")
     location = {"repo_id": name, "filename": HUB_FILE, "revision": revision or "main"}
@@ -119,8 +124,9 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
                 return Path(HUB_FILE)
             cached = hub.hf_hub_download(**location)
     path = Path(cached)
-    blob = path.resolve().name  # the hub's cache names large files by their hash; others are not compared
-    _check_hash(path, blob if SHA256.fullmatch(blob) else "")
+    blob = path.resolve().name
+    if SHA256.fullmatch(blob):  # the hub's cache names large files by their hash; others are not compared
+        _remove_unless_hash(path, blob)
     return path
 
 
@@ -134,8 +140,8 @@ def _downloading(name: str, advice: str, **remedies: str) -> Iterator[None]:
         raise WeightsError(f"{name}: cannot be downloaded ({reason}); {advice}", remedies=remedies) from error
 
 
-def _check_hash(path: Path, expected: str) -> None:
-    """Remove *path* and raise `WeightsError` unless its SHA-256 starts with *expected*; "" fits all files."""
+def _remove_unless_hash(path: Path, expected: str) -> None:
+    """Remove *path* and raise `WeightsError` unless its SHA-256 starts with *expected*."""
     digest = sha256(path)
     if digest.startswith(expected):
         return

@@ -52,7 +52,7 @@ class NewtonSchulzOptions(StrictModel):
     iterations: Iterations = 5
     prenorm: Prenorm = "trace"
 
-    def newton_schulz(self, *, compensate: bool = True) -> "NewtonSchulzConfig":
+    def root_config(self, *, compensate: bool = True) -> "NewtonSchulzConfig":
         """Build the configuration of the matrix square root."""
         return NewtonSchulzConfig(iterations=self.iterations, prenorm=self.prenorm, compensate=compensate)
 
@@ -80,7 +80,11 @@ class Step(NamedTuple):
 
 
 def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
-    """Yield the N steps on A, *a_BCC*, with T_k = (3 I - Z_k Y_k) / 2; the last one gives Y_N or Z_N."""
+    """Yield the N steps on A, *a_BCC*, with T_k = (3 I - Z_k Y_k) / 2; the last one gives Y_N or Z_N.
+
+    A is prenormalized: symmetric, ||I - A|| < 1. In float32 the iterates are finite up to N = 15, for
+    singular matrices too.
+    """
     identity = torch.eye(a_BCC.shape[-1], dtype=a_BCC.dtype, device=a_BCC.device)
     step = Step(y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC)  # Z_0 = I, so T_0 = (3 I - A) / 2
     yield step
@@ -88,14 +92,6 @@ def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
         y_BCC, z_BCC = step.next_y(), step.next_z()
         step = Step(y=y_BCC, z=z_BCC, t=torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5))
         yield step
-
-
-def last_step(a_BCC: Tensor, iterations: int) -> Step:
-    """Compute the last of the N `steps` on *a_BCC*, prenormalized matrices: symmetric, ||I - A|| < 1.
-
-    In float32 the iterates are finite up to N = 15, for singular matrices too.
-    """
-    return deque(steps(a_BCC, iterations), maxlen=1).pop()  # only one step at a time is in memory
 
 
 def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]) -> Tensor:
@@ -197,7 +193,8 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
 def covariance_root(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
     """Compute the root (B, d, d) of the covariance of a map by operations that autograd can differentiate."""
     start = prenormalize(features_BdHW, config)
-    return _root(start, last_step(start.matrix, config.iterations), config)
+    last = deque(steps(start.matrix, config.iterations), maxlen=1).pop()  # one step at a time is in memory
+    return _root(start, last, config)
 
 
 def isqrt_vector(features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig) -> Tensor:
@@ -223,10 +220,12 @@ class ISqrtVector(torch.autograd.Function):
         """Compute the upper triangle (B, d (d + 1) / 2) of the root."""
         start = prenormalize(features_BdHW, config)
         ts, fs = [], []  # T_k and F_k of `steps_adjoint`, where F is Z on G and Y on A
+        last: Step
         for step in steps(start.matrix, config.iterations):
             ts.append(step.t)
             fs.append(step.z if start.use_gram else step.y)
-        root_Bdd = _root(start, step, config)  # `step` is the last one
+            last = step
+        root_Bdd = _root(start, last, config)
         vector = root_Bdd.flatten(start_dim=1).index_select(1, triangle)
         ctx.config, ctx.use_gram = config, start.use_gram
         # F_0 is not saved: it is the identity on G and the matrix itself on A.

@@ -72,7 +72,7 @@ class Components(nn.Module):
         biased = widths if self.is_linear else ()  # convolutions with ReLU have no bias, as in GM-SOP's code
         self.biases = nn.ParameterList(torch.zeros(components * outputs) for outputs in biased)
         self.before = nn.AdaptiveAvgPool2d(1) if self.is_linear else nn.Identity()
-        self.after, self.out_features = pooling(kind, widths[-1] if widths else channels, root)
+        self.after, self.out_features = build_pooling(kind, widths[-1] if widths else channels, root)
 
     def forward(
         self, features_BCHW: Tensor, weights_BN: Tensor | None = None, *, gather: bool = False
@@ -82,7 +82,7 @@ class Components(nn.Module):
         Returns their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D) of Eq. (1). With
         *gather*, this sum has the form of `gathered_sum` where that is faster.
         """
-        if gather and weights_BN is not None and self.can_gather(features_BCHW):
+        if gather and weights_BN is not None and self.gathering_is_faster(features_BCHW):
             return self.gathered_sum(features_BCHW, weights_BN)
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
@@ -96,8 +96,8 @@ class Components(nn.Module):
         pooled_BND: Tensor = self.after(maps).unflatten(0, (-1, self.components))
         return pooled_BND if weights_BN is None else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
 
-    def can_gather(self, features_BCHW: Tensor) -> bool:
-        """Return whether `gathered_sum` applies and is faster than evaluating all components.
+    def gathering_is_faster(self, features_BCHW: Tensor) -> bool:
+        """Tell whether `gathered_sum` is faster than evaluating all components.
 
         For one position, gathering the weights takes longer than multiplying by all of them. Linear
         components always have one position, because they average first.
@@ -158,7 +158,7 @@ class Components(nn.Module):
         return self.evaluated * positions * weights
 
 
-def pooling(kind: ComponentKind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Module, int]:
+def build_pooling(kind: ComponentKind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Module, int]:
     """Build the pooling of a map of *channels*; return it and the length of its vector."""
     if kind == "sop":
         layer = ISqrtCov(channels, root)
@@ -222,7 +222,7 @@ class SparseGate(nn.Module, ExportHints):
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the weights without noise."""
-        return keep_largest(self.logits(self.feature(features_BCHW)), self.chosen)
+        return softmax_of_largest(self.logits(self.feature(features_BCHW)), self.chosen)
 
 
 def rank(logits_BN: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def rank(logits_BN: Tensor) -> Tensor:
     return ahead_BNN.sum(dim=2, dtype=torch.int32)
 
 
-def keep_largest(logits_BN: Tensor, chosen: int) -> Tensor:
+def softmax_of_largest(logits_BN: Tensor, chosen: int) -> Tensor:
     """Compute the softmax over the *chosen* largest logits of each row, 0 elsewhere: (B, N)."""
     return logits_BN.masked_fill(rank(logits_BN) >= chosen, float("-inf")).softmax(dim=1)
 

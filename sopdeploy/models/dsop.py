@@ -193,7 +193,7 @@ class DSoP(Classifier):
         if self.config.aux_pooling == "isqrt":
             if channels > plan.width:  # otherwise they are equal: `plan` limits the width to the channels
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
-            root = ISqrtCov(plan.width, self.config.newton_schulz())
+            root = ISqrtCov(plan.width, self.config.root_config())
             pooling, length = root, root.out_features
         layers = {
             "blocks": nn.Sequential(*blocks),

@@ -45,7 +45,7 @@ class DSoPResNet(DSoP, ResNet):
         """Return four branches of 2 basic blocks, or of 3, 4, 6, 3 bottlenecks (7 in the printed counts)."""
         table = self.config.aux_stride == "table"  # the paper's printed counts do not fit its text
         blocks, widths = (2, 2, 2, 2), (64, 128, 256, 256)
-        if self.bottlenecks:
+        if self.has_bottlenecks:
             blocks = (3, 4, 7, 3) if table else (3, 4, 6, 3)
             widths = (256, 256, 256, 256) if table else (64, 256, 256, 256)
         strides = (1, 2, 2, 1) if table else (1, 1, 1, 1)

@@ -47,8 +47,8 @@ from sopdeploy.layers.mixture import (
     NoisePer,
     SparseGate,
     balance_loss,
-    keep_largest,
-    pooling,
+    build_pooling,
+    softmax_of_largest,
 )
 from sopdeploy.layers.netvlad import NetVLAD
 from sopdeploy.layers.pooling.base import dimension_reduction
@@ -106,7 +106,7 @@ class GatedResNet(LowResolutionResNet, ExportHints):
             config.component_widths,
             components=config.components,
             evaluated=config.chosen,
-            root=config.newton_schulz(),
+            root=config.root_config(),
         )
         self.head = FusionHead(
             self.mixture.out_features, num_classes, norm=config.fusion_norm, dropout=config.dropout
@@ -158,7 +158,7 @@ class GMSOPResNet(Classifier, GatedResNet):
         features, _ = self.feature_maps(images)
         feature_BD = self.gate.feature(features)
         noise: Tensor = self.gate.get_submodule("noise")(feature_BD)
-        return features, keep_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
+        return features, softmax_of_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
 
 
 def make_gate(config: GMSOPResNetConfig, channels: int) -> SparseGate:
@@ -169,7 +169,7 @@ def make_gate(config: GMSOPResNetConfig, channels: int) -> SparseGate:
         convolution, norm, relu = dimension_reduction(inputs, outputs)
         step = (convolution, norm, relu) if config.gate_norm else (convolution, relu)
         layers.append(nn.Sequential(*step))
-    pool, length = pooling(config.component, widths[-1], config.newton_schulz())
+    pool, length = build_pooling(config.component, widths[-1], config.root_config())
     gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
     initialize_by_fan_in(gate)
     return gate
@@ -219,7 +219,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
             config.component_widths,
             components=config.components,
             evaluated=config.components,  # all, because there is no gate
-            root=config.newton_schulz(),
+            root=config.root_config(),
         )
         self.head = FusionHead(
             self.mixture.out_features, num_classes, norm=config.fusion_norm, dropout=config.dropout

@@ -30,6 +30,6 @@ class SecondOrderEfficientNet(Classifier, EfficientNet):
     def __init__(self, config: SecondOrderEfficientNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.reduction = dimension_reduction(HEAD_CHANNELS, config.width, nn.SiLU)
-        self.root = ISqrtCov(config.width, config.newton_schulz())
+        self.root = ISqrtCov(config.width, config.root_config())
         self.classifier = nn.Linear(self.root.out_features, num_classes)
         initialize(self.reduction)

@@ -59,7 +59,7 @@ class ProgressivePooling(GlobalPooling):
         self.widths = intermediate_widths(channels, config.width, config.decay)
         inputs, outputs = [channels, *self.widths], [*self.widths, config.width]
         self.chain = nn.ModuleList(map(dimension_reduction, inputs, outputs))
-        self.root = ISqrtCov(config.width, config.newton_schulz())
+        self.root = ISqrtCov(config.width, config.root_config())
         self.out_features = self.root.out_features
 
     def steps(self, features: Tensor) -> Iterator[Tensor]:
@@ -97,7 +97,7 @@ class SupervisedPSDRResNet(PSDRResNet):
         super().__init__(config, num_classes)
         self.auxiliary = nn.ModuleDict()
         for step, channels in enumerate(self.pooling.widths, start=1):
-            root = ISqrtCov(config.width, config.newton_schulz())
+            root = ISqrtCov(config.width, config.root_config())
             fc = nn.Linear(root.out_features, self.num_classes)
             reduction = dimension_reduction(channels, config.width)
             self.auxiliary[f"step{step}"] = nn.Sequential(reduction, root, fc)

@@ -12,7 +12,7 @@ import pydantic
 
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
-from sopdeploy.plugins import MODELS, load
+from sopdeploy.plugins import MODELS, import_if_named
 
 if TYPE_CHECKING:
     from sopdeploy.models.base import Classifier
@@ -39,12 +39,12 @@ class Entry:
         """The class of the network."""
         from sopdeploy.models.base import as_classifier  # noqa: PLC0415 # imports torch
 
-        return as_classifier(load(self.network_source))
+        return as_classifier(import_if_named(self.network_source))
 
     @property
     def config(self) -> type[StrictModel]:
         """The class of the network's config."""
-        return load(self.config_source)
+        return import_if_named(self.config_source)
 
     def make_config(self, values: Mapping[str, Any]) -> StrictModel:
         """Build the config from the defaults and *values*.
@@ -278,7 +278,7 @@ def entry(name: str) -> Entry:
     family, colon, rest = name.partition(":")
     found: Entry | None  # that of a registered network is of the user or a plug-in
     if colon and family in PREFIXES:
-        found = load(PREFIXES[family])(family, rest)
+        found = import_if_named(PREFIXES[family])(family, rest)
     else:
         found = CATALOG.get(name) or MODELS.find(name)
     if found is not None:

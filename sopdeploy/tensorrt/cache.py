@@ -71,7 +71,7 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
     return tuple(Profile(minimum=start, maximum=size) for start, size in zip(starts, sizes, strict=True))
 
 
-def index_for(profiles: Sequence[Profile], batch: int) -> int:
+def profile_index(profiles: Sequence[Profile], batch: int) -> int:
     """Return the index of the profile for *batch* images; raise `ConfigError` if there is none."""
     for index, profile in enumerate(profiles):
         if profile.minimum <= batch <= profile.maximum:
@@ -161,7 +161,7 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
 
     *fields* are those of `key_fields`, or all of a key. Returns the reason if there is none.
     """
-    stored = [(record, _differences(record.key, fields)) for record in records(folder)]
+    stored = [(record, _differences(record.key, fields)) for record in read_records(folder)]
     if not stored:
         return EMPTY
     matching = [record for record, differences in stored if not differences]
@@ -194,7 +194,7 @@ def _differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def records(folder: Path) -> list[EngineRecord]:
+def read_records(folder: Path) -> list[EngineRecord]:
     """Read every valid record in *folder* that has the name of its key, sorted by file name."""
     found = []
     for path in sorted(folder.glob("*.json")):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import Manifest, TensorRecord
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import EngineKey, Gpu, index_for
+from sopdeploy.tensorrt.cache import EngineKey, Gpu, profile_index
 
 OLDEST = 11  # major version of TensorRT; earlier ones parse, type and build graphs otherwise
 BUFFERS = 2  # batches in flight
@@ -137,8 +137,10 @@ class CudaResources:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._held: list[tuple[str, Any]] = []  # the function that releases, and its argument
+        self._streams: list[Any] = []
 
     def _keep(self, release: str, handle: Any) -> Any:
+        """Return *handle*, and remember the function that releases it."""
         self._held.append((release, handle))
         return handle
 
@@ -156,7 +158,8 @@ class CudaResources:
     def stream(self) -> Any:
         """Create a stream that does not synchronize with the default stream."""
         flags = self._cuda.runtime.cudaStreamNonBlocking
-        return self._keep("cudaStreamDestroy", self._cuda.call("cudaStreamCreateWithFlags", flags))
+        self._streams.append(self._cuda.call("cudaStreamCreateWithFlags", flags))
+        return self._keep("cudaStreamDestroy", self._streams[-1])
 
     def event(self) -> Any:
         """Create an event for which a thread waits without using CPU time, which the decoders need."""
@@ -165,13 +168,13 @@ class CudaResources:
 
     def synchronize(self) -> None:
         """Wait for the work on all streams, unless the device is lost."""
-        for release, handle in self._held:
-            if release == "cudaStreamDestroy":
-                with suppress(RuntimeUnavailableError):
-                    self._cuda.call("cudaStreamSynchronize", handle)
+        for stream in self._streams:
+            with suppress(RuntimeUnavailableError):
+                self._cuda.call("cudaStreamSynchronize", stream)
 
     def close(self) -> None:
         """Release everything, also after the loss of the device; later calls do nothing."""
+        self._streams.clear()
         while self._held:
             release, handle = self._held.pop()
             with suppress(RuntimeUnavailableError):
@@ -238,22 +241,26 @@ class EngineSession:
             self.close()  # does not use the attributes that may be missing yet
             raise
 
+    @property
+    def _engine(self) -> Any:
+        return self._loaded[-1]
+
     def _add_contexts(self, strategy: Any) -> None:
         """Create a context per profile; raise `RuntimeUnavailableError` if TensorRT cannot run one.
 
         The contexts share one block of device memory of the size that the largest profile needs, because
         their kernels never run at the same time.
         """
-        size = int(self._loaded[-1].device_memory_size_v2)
+        size = int(self._engine.device_memory_size_v2)
         shared = self._resources.device_memory(max(1, size))  # 0 bytes would have no address
-        # The engine, `_loaded[-1]`, and the contexts get no local variables: a traceback keeps these alive.
+        # The engine and the contexts get no local variables: a traceback keeps these alive.
         for index, profile in enumerate(self._profiles):
             try:
-                self._contexts.append(self._loaded[-1].create_execution_context(strategy))
-                if self._contexts[-1] is None:
+                self._contexts.append(self._engine.create_execution_context(strategy))
+                if self._contexts[index] is None:
                     raise RuntimeError("TensorRT gave no reason")
-                self._contexts[-1].set_device_memory(shared, size)
-                if not self._contexts[-1].set_optimization_profile_async(index, int(self._stream)):
+                self._contexts[index].set_device_memory(shared, size)
+                if not self._contexts[index].set_optimization_profile_async(index, int(self._stream)):
                     raise RuntimeError("TensorRT gave no reason")
                 self._cuda.call("cudaStreamSynchronize", self._stream)
             except RuntimeError as error:  # its text is the reason only if TensorRT logged none
@@ -281,7 +288,7 @@ class EngineSession:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")
         names = self._outputs if names is None else names
         count = len(images)
-        index = index_for(self._profiles, count)
+        index = profile_index(self._profiles, count)
         buffer, call = self._free.pop(), self._cuda.call
         try:
             pinned = buffer.host[self._input][:count]
@@ -289,7 +296,7 @@ class EngineSession:
             self._cuda.copy(pinned, buffer.device[self._input], self._upload_stream, upload=True)
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
             call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)  # kernels start after the upload
-            self._compute(index, buffer, count)
+            self._enqueue_kernels(index, buffer, count)
             for name in names:
                 self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
             call("cudaEventRecord", buffer.done, self._stream)
@@ -299,9 +306,9 @@ class EngineSession:
                 call("cudaStreamSynchronize", self._stream)
             self._free.append(buffer)
             raise
-        return partial(self._end, buffer, count, names)
+        return partial(self._wait_for_outputs, buffer, count, names)
 
-    def _compute(self, index: int, buffer: BatchBuffer, count: int) -> None:
+    def _enqueue_kernels(self, index: int, buffer: BatchBuffer, count: int) -> None:
         """Enqueue the kernels of the profile *index* for *count* images in *buffer*."""
         context, shape = self._contexts[index], (count, *buffer.host[self._input].shape[1:])
         for name, address in buffer.device.items():
@@ -313,7 +320,9 @@ class EngineSession:
             self._cuda.call("cudaStreamSynchronize", self._stream)  # raises if the device failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
 
-    def _end(self, buffer: BatchBuffer, count: int, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    def _wait_for_outputs(
+        self, buffer: BatchBuffer, count: int, names: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
         """Wait for a batch and copy its outputs."""
         try:
             self._cuda.call("cudaEventSynchronize", buffer.done)

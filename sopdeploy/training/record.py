@@ -26,7 +26,7 @@ from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, TrainingError
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.layers.normalize import images_format
-from sopdeploy.plugins import makers
+from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.fits import FewShotFit, Fit, Position
 from sopdeploy.training.recipe import Recipe, validate_recipe
@@ -77,7 +77,7 @@ def best_record(start: "Start", fit: Fit, resume: dict[str, Any] | None = None) 
 def _describe_training(start: "Start", fit: Fit) -> dict[str, Any]:
     """Describe how the weights were trained."""
     history, device = fit.position.history, start.strategy.device
-    plugins = makers([*fit.network.modules(), start.recipe.data])
+    plugins = plugin_versions([*fit.network.modules(), start.recipe.data])
     return {
         "recipe": start.recipe.model_dump(mode="json"),
         "images_format": str(images_format(fit.network)).removeprefix("torch."),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Activation
-from sopdeploy.errors import ConfigError, DataError, first_line, is_out_of_memory, shorten
+from sopdeploy.errors import ConfigError, DataError, first_line, is_memory_exhausted, shorten
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import entry
@@ -424,7 +424,7 @@ def find_images_format(recipe: Recipe, model: Classifier, device: torch.device) 
             for side in {recipe.preprocess.crop, recipe.training_crop}:
                 model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if is_memory_exhausted(error):
                 raise
             problem = ConfigError(
                 f"preprocess.crop: {recipe.model.name} cannot compute images of {side} pixels "

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.archive import BLOCK, END, header, padding
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.signing import sign, signature_path
+from sopdeploy.bundle.signing import signature_path, write_signature
 from sopdeploy.errors import BundleError
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull, push
@@ -148,7 +148,7 @@ def test_another_sha256_and_an_archive_above_the_size_limit_are_rejected(archive
 def signed(bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A signed archive and its public key."""
     public = write_key(tmp_path / "release.key")
-    sign(bundle, tmp_path / "release.key")
+    write_signature(bundle, tmp_path / "release.key")
     try:
         return Path(push(bundle, str(tmp_path / "signed")).url), public
     finally:
@@ -189,7 +189,7 @@ def test_invalid_missing_and_foreign_signatures_are_rejected_and_the_original_is
         Path(ARCHIVE + ".sig").write_text(changed, errors="surrogateescape")
         assert message in rejection(body, "--require-signature", str(public))
     other = write_hollow(tmp_path / "others", config={"width": 5})
-    Path(ARCHIVE + ".sig").write_text(sign(other, tmp_path / "release.key").read_text())
+    Path(ARCHIVE + ".sig").write_text(write_signature(other, tmp_path / "release.key").read_text())
     assert "Signature mismatch" in rejection(body, "--require-signature", str(public))
     Path(ARCHIVE + ".sig").write_bytes(signature_of(archive).read_bytes())
     assert "Key mismatch" in rejection(body, "--require-signature", str(write_key(tmp_path / "second.key")))

@@ -78,7 +78,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> World:
     other = write_bundle(root / "others", seed=1, exported_at=LATER)
     write_bundle(root / "served", seed=2).rename(root / "first")
     write_key(root / "release.key")
-    signing.sign(bundle, root / "release.key")
+    signing.write_signature(bundle, root / "release.key")
     push(bundle, str(root / "store"))
     for number, label in enumerate(("ant", "bee")):
         (root / "photos" / label).mkdir(parents=True)

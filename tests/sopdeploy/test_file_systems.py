@@ -11,12 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.bundle.archive import put
+from sopdeploy.bundle.archive import upload
 from sopdeploy.bundle.folder import staging
 from sopdeploy.checkpoint import write_plain
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.file_systems import lock_file
-from sopdeploy.files import atomic_write, link_latest, move_link, new_folder, remove_left, temporary_folder
+from sopdeploy.files import (
+    atomic_write,
+    link_latest,
+    move_link,
+    new_folder,
+    remove_leftovers,
+    temporary_folder,
+)
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.run_folder import RunFolder
 from tests.support.forged import write_hollow
@@ -55,7 +62,7 @@ def write_bundle(folder: Path) -> None:
 
 def write_archive(folder: Path) -> None:
     (folder.parent / "a.tar").write_bytes(b"archive")
-    put(folder.parent / "a.tar", str(folder / "store"), "a.tar")
+    upload(folder.parent / "a.tar", str(folder / "store"), "a.tar")
     assert (folder / "store" / "a.tar").read_bytes() == b"archive"
 
 
@@ -196,7 +203,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_but_not_before(tm
         assert process.stdout
         process.stdout.readline()
         before = set(tmp_path.rglob("*"))
-        remove_left(tmp_path)
+        remove_leftovers(tmp_path)
         with staging(tmp_path), atomic_write(tmp_path / "b.txt"):
             pass
         assert before
@@ -231,7 +238,7 @@ OTHERS = [
 def test_files_of_others_stay(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.mkdir() if name.endswith(".d") else path.write_text("mine")
-    remove_left(tmp_path)
+    remove_leftovers(tmp_path)
     assert path.exists()
 
 
@@ -239,7 +246,7 @@ def test_without_locks_nobody_knows_what_was_left_so_it_stays(tmp_path: Path, mo
     left = tmp_path / "a.txt.0123abcd.partial"
     left.write_text("half")
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
-    remove_left(tmp_path)
+    remove_leftovers(tmp_path)
     assert left.exists()
 
 

@@ -28,7 +28,7 @@ from sopdeploy.names import read_labels
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy.photos.table import read_label_table
 from sopdeploy.pickled import distinct_values
-from sopdeploy.tensorrt.cache import EngineRecord, records
+from sopdeploy.tensorrt.cache import EngineRecord, read_records
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import parse_override, recipe_text
 from sopdeploy_commands.bundles.export import read_preprocess
@@ -64,7 +64,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 SKIPPING: dict[str, tuple[str, Callable[[Path], object]]] = {  # these take the file as missing
     "a kept record": (f"{'0' * 32}.json", lambda path: read_kept(path.parent)),
-    "the record of an engine": ("engine.json", lambda path: records(path.parent)),
+    "the record of an engine": ("engine.json", lambda path: read_records(path.parent)),
     "the config of a hub": ("config.json", lambda path: list(read_hub_config(path.with_name("x.bin")))),
 }
 SPECIAL: dict[str, Callable[[Path], object]] = {

@@ -55,10 +55,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder.mkdir()
         (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 2.0\n", "utf-8")
         (folder / "entry_points.txt").write_text(f"[{plugins._GROUP}]\n{lines}\n", encoding="utf-8")
-        plugins._entry_points.cache_clear()
+        plugins._plugin_entry_points.cache_clear()
 
     yield write
-    plugins._entry_points.cache_clear()
+    plugins._plugin_entry_points.cache_clear()
 
 
 PROBLEMS = {  # module of a plug-in: what the error says
@@ -134,8 +134,10 @@ def test_a_checkpoint_names_the_outside_packages_of_its_network(install: Install
     install("weights = weights_plugin")
     (point,) = plugins.installed_plugins()
     importer = vars(point.load())["TextWeights"]()
-    assert plugins.makers([importer, network := sopdeploy.create_model("resnet8")]) == {"acme": "2.0"}
-    assert plugins.makers([network]) == {}
+    assert plugins.plugin_versions([importer, network := sopdeploy.create_model("resnet8")]) == {
+        "acme": "2.0"
+    }
+    assert plugins.plugin_versions([network]) == {}
 
 
 def test_plug_ins_that_are_switched_off_are_not_found(

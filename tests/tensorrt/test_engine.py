@@ -30,10 +30,10 @@ from sopdeploy.tensorrt.cache import (
     Gpu,
     StoredEngine,
     cache_folder,
-    index_for,
     key_fields,
     load_engine,
     parse_profiles,
+    profile_index,
 )
 from sopdeploy_commands.app import app
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
@@ -281,9 +281,9 @@ def test_every_batch_has_exactly_one_profile_up_to_the_largest(sizes: set[int]) 
     profiles = parse_profiles(",".join(map(str, sizes)), RANGE)
     for batch in range(1, max(sizes) + 1):
         fitting = [i for i, p in enumerate(profiles) if p.minimum <= batch <= p.maximum]
-        assert fitting == [index_for(profiles, batch)]
+        assert fitting == [profile_index(profiles, batch)]
     with pytest.raises(ConfigError, match="no profile accepts"):
-        index_for(profiles, max(sizes) + 1)
+        profile_index(profiles, max(sizes) + 1)
 
 
 @pytest.mark.parametrize("text", ["", "1,,8", "0", "1,65"])

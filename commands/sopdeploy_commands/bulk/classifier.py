@@ -52,7 +52,7 @@ COLUMNS = {  # of a row; docs/batch.md
 }
 
 
-class Row(TypedDict, total=False):
+class ImageRow(TypedDict, total=False):
     """The columns of an image, as in `COLUMNS`, and those that were requested; missing ones become null."""
 
     path: Required[str]
@@ -69,7 +69,7 @@ class Row(TypedDict, total=False):
     features: NDArray[np.float32]
 
 
-DecodedImage: TypeAlias = tuple[Row, NDArray[np.uint8]]  # (H, W, 3), zeros for an image with an error
+DecodedImage: TypeAlias = tuple[ImageRow, NDArray[np.uint8]]  # (H, W, 3), zeros for an image with an error
 OnImages = Callable[[int], None]  # is called with a number of images when they are classified
 
 
@@ -94,7 +94,7 @@ class BatchClassifier:
         self._optional = optional  # the outputs that become columns, by the name of the column
         self._workers = options.workers or min(usable_cores(), MAX_WORKERS)
         self._batch_size = largest_batch(loaded.runtime, settings)
-        self._top_k = settings.classes_per_image(multi_label=manifest.rules.thresholds is not None)
+        self._top_k = settings.classes_per_image(multi_label=manifest.rules.is_multi_label)
         self.state = RowsState(
             bundle=manifest.id,
             runtime=f"{self._runtime.name} on {self._runtime.device}",
@@ -116,12 +116,12 @@ class BatchClassifier:
         images = (image for part in parts for image in folder.images(part))
         with closing(self._decode_ahead(images)) as decoded:  # yields the images of all parts, in order
             for part in parts:
-                rows: list[Row] = []
+                rows: list[ImageRow] = []
                 for start in range(0, sizes[part], self._batch_size):
                     batch = list(itertools.islice(decoded, min(self._batch_size, sizes[part] - start)))
-                    outputs = self._run([pixels for _, pixels in batch])
+                    outputs = self._run_batch([pixels for _, pixels in batch])
                     for (row, _), output in zip(batch, outputs, strict=True):
-                        self._complete(row, output)
+                        self._add_prediction(row, output)
                         rows.append(row)
                     on_images(len(batch))
                 folder.write(part, rows, schema)
@@ -147,7 +147,7 @@ class BatchClassifier:
     def _decode(self, image: ListedImage, decoders: Decoders) -> DecodedImage:
         """Read, hash and decode *image* as a server does."""
         rules, max_bytes = self._bundle.manifest.preprocess, self._settings.max_body_bytes
-        row: Row = {"path": image.path, "warnings": ()}
+        row: ImageRow = {"path": image.path, "warnings": ()}
         try:
             body = read_listed(image, max_bytes + 1)  # enough to reject a larger one
             if len(body) > max_bytes:
@@ -160,7 +160,7 @@ class BatchClassifier:
             pixels = np.zeros((rules.crop, rules.crop, 3), np.uint8)
         return row, pixels
 
-    def _run(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
+    def _run_batch(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
         """Return the outputs of a batch, which is halved if it fails; raises `RuntimeUnavailableError`."""
         names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})  # each once
         try:
@@ -178,7 +178,7 @@ class BatchClassifier:
             )
         return outputs
 
-    def _complete(self, row: Row, output: ImageOutputs) -> None:
+    def _add_prediction(self, row: ImageRow, output: ImageOutputs) -> None:
         """Add the prediction to the *row* of an image; the *output* of one with an error is ignored."""
         manifest, labels = self._bundle.manifest, self._bundle.labels
         row["bundle"] = manifest.id

@@ -51,7 +51,7 @@ class PartActor:
         """Classify parts, unless a lost actor has written them; return their numbers of images."""
         all_sizes = self._folder.sizes()
         sizes = {part: all_sizes[part] for part in task["part"].tolist()}
-        missing = [part for part, size in sizes.items() if self._folder.num_errors(part, size) is None]
+        missing = [part for part, size in sizes.items() if not self._folder.is_written(part, size)]
         self._classifier.write_parts(self._folder, missing, lambda _: None)
         return {"images": list(sizes.values())}
 

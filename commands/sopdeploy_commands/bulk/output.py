@@ -33,7 +33,7 @@ from sopdeploy.files import (
     atomic_write,
     new_folder,
     read_file,
-    remove_left,
+    remove_leftovers,
     writing,
 )
 from sopdeploy.version import __version__
@@ -115,9 +115,9 @@ class OutputFolder:
                 except BlockingIOError as error:
                     message = f"another run is writing to {self.path}; wait for it"
                     raise ConfigError(message, setting="out") from error
-            lock.note(self.path, "start no second run with this folder before this one has ended")
+            lock.warn_if_missing(self.path, "start no second run with this folder before this one has ended")
             created.callback(os.close, lock.file)
-            created.callback(self._remove_unless_begun)
+            created.callback(self._remove_lock_unless_begun)
             # An `OSError` in the caller's block is also one of this folder: reading an image raises others.
             with writing(self.path):
                 created.enter_context(new_folder(self.path / ROWS_FOLDER))
@@ -125,15 +125,14 @@ class OutputFolder:
                 yield
                 self._remove_partial(is_locked=not lock.missing)
 
-    def _remove_unless_begun(self) -> None:
-        """Remove the lock file of a folder in which no run has begun."""
+    def _remove_lock_unless_begun(self) -> None:
         if {path.name for path in self.path.iterdir()} <= {LOCK, ROWS_FOLDER}:
             (self.path / LOCK).unlink(missing_ok=True)
 
     def _remove_partial(self, *, is_locked: bool) -> None:
         """Remove what killed processes left: those of an earlier run, and lost machines of a Ray cluster."""
         for folder in (self.path, self.path / ROWS_FOLDER):
-            remove_left(folder)
+            remove_leftovers(folder)
             for partial in folder.glob(f"*{PARTIAL}") if is_locked else ():
                 partial.unlink(missing_ok=True)
 
@@ -185,6 +184,10 @@ class OutputFolder:
         with pq.ParquetFile(self.path / LISTING) as file:
             columns = file.read_row_group(part, columns=LIST_SCHEMA.names).to_pydict().values()
             return list(map(ListedImage, *columns))
+
+    def is_written(self, part: int, size: int) -> bool:
+        """Check whether *part* has its *size* rows, so that a run need not classify it again."""
+        return self.num_errors(part, size) is not None
 
     def num_errors(self, part: int, size: int) -> int | None:
         """Count the images with an error in *part*; None if its file does not have *size* rows yet."""

@@ -19,6 +19,7 @@ from sopdeploy_service.settings import Settings, load_settings, parse_assignment
 if TYPE_CHECKING:
     from sopdeploy_commands.bulk.classifier import BatchClassifier
     from sopdeploy_commands.bulk.on_ray import RayClassifier
+    from sopdeploy_commands.bundles.predict import FilePrediction
 
 
 class Classified(StrictModel):
@@ -84,15 +85,13 @@ def classify(
         MissingPackageError: A package of an extra is missing.
         RuntimeUnavailableError: No runtime can run the bundle, or its device failed.
     """
+    names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
+    loaded_settings = load_settings(None if config is None else Path(config), **settings)
     if Path(out).suffix.lower() == ".csv":
-        names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
-        settings_of_file = load_settings(None if config is None else Path(config), **settings)
-        return _classify_to_csv(Path(bundle), names, Path(out), options, settings_of_file, on_image)
+        return _classify_to_csv(Path(bundle), names, Path(out), options, loaded_settings, on_image)
     from sopdeploy_commands.bulk.output import ROWS_FOLDER, OutputFolder
     from sopdeploy_commands.bulk.sources import list_sources
 
-    names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
-    loaded_settings = load_settings(None if config is None else Path(config), **settings)
     if any("://" not in name and Path(name).resolve() == Path(out).resolve() for name in names):
         raise ConfigError("is a source; choose another folder", setting="out", value=out)
     folder, done = OutputFolder(Path(out)), 0
@@ -106,7 +105,7 @@ def classify(
             done += num_images
             on_image(done, total)
 
-        pending = [part for part, size in enumerate(sizes) if folder.num_errors(part, size) is None]
+        pending = [part for part, size in enumerate(sizes) if not folder.is_written(part, size)]
         add_done(total - sum(sizes[part] for part in pending))  # the images that earlier runs classified
         try:
             if pending:
@@ -142,7 +141,7 @@ def _classify_to_csv(
             raise ConfigError("only with a folder of parquet files; give one as out", setting=name)
     images, num_errors = list(list_sources(sources)), 0
     loaded = load_model(bundle, settings)
-    several = loaded.bundle.manifest.rules.thresholds is not None
+    is_multi_label = loaded.bundle.manifest.rules.is_multi_label
     with (
         writing(out),
         new_folder(out.parent),
@@ -150,21 +149,28 @@ def _classify_to_csv(
         partial.open("w", encoding="utf-8", newline="") as file,
     ):
         rows = csv.writer(file)
-        rows.writerow(("image", "class", "probability", "known", "error"))
+        rows.writerow(("image", "class", "probability", "known", "error"))  # as `_csv_cells`
         for done, image in enumerate(images, 1):
             try:
                 content = read_listed(image, settings.max_body_bytes + 1)
                 found = predict_one(loaded, content, image.path, settings, explain=False)
             except ImageError as error:
                 found = FilePrediction(image=image.path, error=describe_error(HttpError.of(error)))
-            labels = "; ".join(one.label for one in found.classes[: None if several else 1])
-            probability = f"{found.classes[0].probability:.4f}" if found.classes else ""
-            known = "" if found.known is None else str(found.known).lower()
-            problem = "" if found.error is None else found.error.detail
-            num_errors += found.error is not None
-            rows.writerow((image.path, labels, probability, known, problem))
+            if found.error is not None:
+                num_errors += 1
+            rows.writerow(_csv_cells(found, is_multi_label=is_multi_label))
             on_image(done, len(images))
     return Classified(rows=out, num_images=len(images), num_errors=num_errors)
+
+
+def _csv_cells(found: "FilePrediction", *, is_multi_label: bool) -> tuple[str, ...]:
+    """Write name, classes, largest probability, known and error of one image; empty where it has none."""
+    ranked = found.classes if is_multi_label else found.classes[:1]
+    labels = "; ".join(entry.label for entry in ranked)
+    probability = f"{ranked[0].probability:.4f}" if ranked else ""
+    known = "" if found.known is None else str(found.known).lower()
+    problem = "" if found.error is None else found.error.detail
+    return found.image, labels, probability, known, problem
 
 
 def _open_classifier(

@@ -122,8 +122,8 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
     location = name if _is_address(name) else os.path.abspath(name)  # noqa: PTH100
     archive: Any  # its list of members is not part of the typed interface
     with (
-        _open(name) as file,
-        tarfile.open(fileobj=cast(Any, _Bounded(file)), mode="r:", errors="replace") as archive,
+        _open_for_reading(name) as file,
+        tarfile.open(fileobj=cast(Any, _BoundedReads(file)), mode="r:", errors="replace") as archive,
     ):
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep all members in memory
@@ -144,11 +144,12 @@ def _list_lines(location: str) -> Iterator[ListedImage]:
     Raises `ValueError` for a line that is too long for an address.
     """
     folder = location[: location.rfind("/") + 1]  # "lists/" of "lists/a.txt", "/" of "/a.txt"
-    with io.TextIOWrapper(_open(location), "utf-8-sig") as lines:
-        while read := lines.readline(MAX_LINE):
-            if len(read) == MAX_LINE:
+    with io.TextIOWrapper(_open_for_reading(location), "utf-8-sig") as lines:
+        while line := lines.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
                 raise ValueError(f"a line of {MAX_LINE} characters or more; give one name per line")
-            if not (line := read.strip()):
+            line = line.strip()
+            if not line:
                 continue
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
             if name.lower().endswith(_TAR):
@@ -157,7 +158,7 @@ def _list_lines(location: str) -> Iterator[ListedImage]:
                 yield ListedImage(name, name) if _is_address(name) else _list_file(name)
 
 
-class _Bounded:
+class _BoundedReads:
     """A file in which `tarfile` reads at most `MAX_HEADER_BYTES` at once, such as a long name.
 
     The archive itself says how long they are.
@@ -173,7 +174,7 @@ class _Bounded:
         return content
 
 
-def _open(location: str) -> Any:
+def _open_for_reading(location: str) -> Any:
     """Open a regular file or an object for reading."""
     return _fsspec().open(location).open() if _is_address(location) else open_regular(location)
 

@@ -95,7 +95,7 @@ def bench(
     latencies = []
     for size in batches:
         on_step(f"timing batches of {size}")
-        latencies.append(_measure(loaded, size))
+        latencies.append(_measure_latency(loaded, size))
     return Benchmark(
         bundle=opened.name,
         id=opened.manifest.id,
@@ -117,7 +117,7 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(word) for word in words))
 
 
-def _measure(loaded: LoadedModel, batch: int) -> Latency:
+def _measure_latency(loaded: LoadedModel, batch: int) -> Latency:
     """Time `MIN_RUNS` runs on noise images, and more until the budget is spent, up to `MAX_RUNS`."""
     shape = (batch, *loaded.bundle.manifest.image_shape)
     images = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)

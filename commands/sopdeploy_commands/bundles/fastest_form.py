@@ -32,7 +32,7 @@ SMALLEST_GAIN = 1.1  # less is within the noise of a measurement
 _Key = TypeVar("_Key", bound=Hashable)
 
 
-class Form(NamedTuple):
+class BundleForm(NamedTuple):
     """The precision of a graph, and the runtime that executes it."""
 
     precision: str
@@ -42,7 +42,7 @@ class Form(NamedTuple):
 def describe_fastest_form(bundle: Bundle) -> str:
     """Measure the forms of *bundle*, float32 or int8 for CPUs, and say which is fastest and how to get it."""
     seconds = {form: statistics.median(times) for form, times in measure_forms(bundle).items()}
-    shipped = Form(bundle.manifest.precision, DEFAULT)
+    shipped = BundleForm(bundle.manifest.precision, DEFAULT)
     best = min(seconds, key=lambda form: seconds[form])
     gain = seconds[shipped] / seconds[best]
     options = []
@@ -60,7 +60,7 @@ def describe_fastest_form(bundle: Bundle) -> str:
     return text
 
 
-def measure_forms(bundle: Bundle) -> dict[Form, list[float]]:
+def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
     """Measure the processor seconds of runs of each form of *bundle* that works here, alternately.
 
     Each form runs on one thread, in processor time: other load affects this least. A float32 graph is also
@@ -71,15 +71,15 @@ def measure_forms(bundle: Bundle) -> dict[Form, list[float]]:
     graphs = [bundle]
     if bundle.manifest.precision == "fp32":
         with suppress(LoweringError):  # no convolution
-            graphs.append(_quantize(bundle, images[:1]))
-    forms: dict[Form, Runtime] = {}
+            graphs.append(_quantized_bundle(bundle, images[:1]))
+    forms: dict[BundleForm, Runtime] = {}
     for graph in graphs:
         for name, open_runtime in RUNTIMES.items():
             sums_saturate = graph.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni()
             if sums_saturate:
                 continue
             with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
-                forms[Form(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
+                forms[BundleForm(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
     return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
 
 
@@ -96,7 +96,7 @@ def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key,
     return {name: taken[1:] for name, taken in times.items()}
 
 
-def _quantize(bundle: Bundle, images: NDArray[np.uint8]) -> Bundle:
+def _quantized_bundle(bundle: Bundle, images: NDArray[np.uint8]) -> Bundle:
     """Return *bundle* with its graph in int8."""
     manifest = bundle.manifest.model_copy(update={"precision": "int8"})
     quantizer = Int8Quantizer(onnx.load_model_from_string(bundle.onnx.read()), images)

@@ -16,7 +16,7 @@ from sopdeploy.errors import DataError, ImageError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
 from sopdeploy.images.occlusion import GRID, occlude
-from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image
+from sopdeploy.images.pixels import correct_transparency_info, list_changes, preprocess_image
 from sopdeploy.photos.files import is_image
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.http.problems import describe_error
@@ -57,17 +57,17 @@ def predict_one(
     except ImageError as error:
         return FilePrediction(image=name, error=describe_error(HttpError.of(error)))
     copies = occlude(decoded.pixels, manifest.preprocess) if explain else ()
-    rows: list[NDArray[np.float32]] = []  # the logits (C,) of the image, then those of its occluded copies
+    all_logits: list[NDArray[np.float32]] = []  # (C,) of the image, then of its occluded copies
     for pixels in (decoded.pixels, *copies):
         with must_run(loaded.runtime):
             outputs = loaded.runtime.run(pixels[None])
         if not all(np.isfinite(values).all() for values in outputs.values()):
             return FilePrediction(image=name, error=describe_error(NONFINITE))
-        rows.append(outputs[manifest.outputs[0].name][0])
-    occluded = np.stack(rows[1:]) if explain else None
-    limit = settings.classes_per_image(multi_label=manifest.rules.thresholds is not None)
-    fields = manifest.rules.answer(rows[0], limit, occluded=occluded).fields(loaded.bundle.labels)
-    return FilePrediction(image=name, warnings=decoded.warnings, **fields)
+        all_logits.append(outputs[manifest.outputs[0].name][0])
+    logits, *occluded = all_logits
+    limit = settings.classes_per_image(multi_label=manifest.rules.is_multi_label)
+    answer = manifest.rules.answer(logits, limit, occluded=np.stack(occluded) if explain else None)
+    return FilePrediction(image=name, warnings=decoded.warnings, **answer.fields(loaded.bundle.labels))
 
 
 def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:
@@ -75,7 +75,7 @@ def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings)
     if isinstance(image, bytes):
         return decode(image, preprocess, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
     try:
-        match_transparency(image)  # changes `image.info` of an open PNG, as `decode` does for its bytes
+        correct_transparency_info(image)  # as `decode` does for the bytes of a file
         return Decoded(preprocess_image(image, preprocess), list_changes(image, preprocess))
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError("the image is damaged", code="damaged_image", status=422) from error
@@ -157,16 +157,17 @@ def predict(
     is_one = is_one_array or isinstance(images, str | Path | Image.Image)
     items: Iterable[Any] = [images] if is_one else images  # type: ignore[assignment]
     checked: list[Path | Image.Image] = []
-    for number, image in enumerate(items):
-        one = _check_image(image, number)
-        if isinstance(one, Path) and one.is_dir():
-            listed = open_any_images(one)
-            checked += [listed.path(index) for index in range(len(listed))]
+    for number, item in enumerate(items):
+        image = _to_path_or_image(item, number)
+        if isinstance(image, Path) and image.is_dir():
+            files = open_any_images(image)
+            checked += [files.path(index) for index in range(len(files))]
         else:
-            checked.append(one)
-    for image in checked:  # errors are raised before a network is loaded; pipes stay as they are
-        if isinstance(image, Path) and (is_image(image.name) or image.is_file() or not image.exists()):
-            read_image(image, max_bytes=0)
+            checked.append(image)
+    for image in checked:
+        is_pipe = isinstance(image, Path) and image.exists() and not image.is_file()
+        if isinstance(image, Path) and (not is_pipe or is_image(image.name)):
+            read_image(image, max_bytes=0)  # raises an error before the network is loaded
     loaded_settings = load_settings(top_k=top_k, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
@@ -180,8 +181,8 @@ def predict(
     return tuple(predictions)
 
 
-def _check_image(image: object, number: int) -> Path | Image.Image:
-    """Check *image*, the one with *number*, and convert an array; raises `DataError`. Opens no file."""
+def _to_path_or_image(image: object, number: int) -> Path | Image.Image:
+    """Convert a text or an array, the image with *number*; raises `DataError`. Opens no file."""
     if isinstance(image, str | Path):
         return Path(image)
     if isinstance(image, Image.Image):

@@ -3,7 +3,6 @@
 Images run one by one, as in `predict`, so that a prediction does not depend on other images.
 """
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def scores_of_bundle(
     loaded = load_model(path, settings)
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
-    multi_label = loaded.bundle.manifest.rules.thresholds is not None
+    multi_label = loaded.bundle.manifest.rules.is_multi_label
     # Multi-label targets have a column for each logit, in the bundle's order. Other targets are indices of
     # the sorted names; `make_predictions` converts the indices of the logits to them.
     target_labels = labels if multi_label else sorted_labels
@@ -49,10 +48,14 @@ def scores_of_bundle(
     origin = loaded.bundle.manifest.origin
     if origin is not None and (warning := describe_seen(images, origin.sample)):
         log(f"{data}: {warning}")
-    done = itertools.count(1)
-    logits = logits_of_images(
-        loaded, images, settings, lambda: on_image(next(done), len(images)), mirror=mirror
-    )
+    num_done = 0
+
+    def add_image() -> None:
+        nonlocal num_done
+        num_done += 1
+        on_image(num_done, len(images))
+
+    logits = logits_of_images(loaded, images, settings, add_image, mirror=mirror)
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}
     return sorted_labels, make_predictions(logits, images, labels, decision), facts
 

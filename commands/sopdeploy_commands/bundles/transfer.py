@@ -11,8 +11,14 @@ from pathlib import Path
 
 from sopdeploy.bundle import archive as tar
 from sopdeploy.bundle import signing
-from sopdeploy.bundle.archive import get, put
-from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle, place, read_bundles, read_files, staging
+from sopdeploy.bundle.folder import (
+    SIGNATURE_SUFFIX,
+    give_final_name,
+    open_bundle,
+    read_bundles,
+    read_files,
+    staging,
+)
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
@@ -75,8 +81,8 @@ def push(bundle: Path, destination: str) -> Pushed:
             tar.write_archive(opened, file)
         name = opened.manifest.name + tar.ARCHIVE_SUFFIX
         if signed:
-            put(signature, destination, name + SIGNATURE_SUFFIX)
-        url = put(archive, destination, name)
+            tar.upload(signature, destination, name + SIGNATURE_SUFFIX)
+        url = tar.upload(archive, destination, name)
         return Pushed(url=url, bytes=archive.stat().st_size, sha256=sha256_of(archive), signed=signed)
 
 
@@ -123,12 +129,13 @@ def pull(
         folder = stack.enter_context(staging(destination))
         with writing(destination):  # without a name, so that nobody exchanges it and nothing can stay
             archive = stack.enter_context(tempfile.TemporaryFile(dir=destination))
-        name, signature = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive", None
-        get(source, archive, tar.MAX_ARCHIVE_BYTES, destination)
+        name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # in messages
+        signature: bytes | None = None
+        tar.download(source, archive, tar.MAX_ARCHIVE_BYTES, destination)
         if require_signature is not None:
             content = io.BytesIO()
             try:
-                get(source + SIGNATURE_SUFFIX, content, signing.MAX_FILE_BYTES, destination)
+                tar.download(source + SIGNATURE_SUFFIX, content, signing.MAX_FILE_BYTES, destination)
             except BundleError as error:
                 message = f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
                 raise BundleError(message) from error
@@ -138,7 +145,7 @@ def pull(
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
             message = f"that of {source} is {digest}; check both and download it again"
             raise BundleError(message, setting="sha256")  # users see "--sha256: that of ..."
-        manifest = tar.archived_manifest(archive, name)
+        manifest = tar.read_archived_manifest(archive, name)
         _check_wanted(manifest, source, project)
         with writing(destination):
             tar.unpack(archive, name, manifest, folder)
@@ -150,10 +157,10 @@ def pull(
             raise BundleError(str(error).replace(str(folder), source)) from error
         if not allow_older:
             _check_age(manifest, source, destination)
-        place(folder, manifest, destination, signature)
-        path, is_new = destination / manifest.name, not folder.exists()
+        placed = give_final_name(folder, manifest, destination, signature)
+        path = destination / manifest.name
         link_latest(path)
-    return Pulled(path=path, sha256=digest, verified=require_signature is not None, is_new=is_new)
+    return Pulled(path=path, sha256=digest, verified=require_signature is not None, is_new=placed.is_new)
 
 
 def _check_wanted(manifest: Manifest, source: str, project: str | None) -> None:
@@ -202,4 +209,4 @@ def sign(bundle: Path, *, key: Path) -> None:
         bundle: A bundle written by `sopdeploy export`.
         key: Private key in a PEM file: an elliptic curve key.
     """
-    print_field("signed", str(signing.sign(bundle, key)), style="")
+    print_field("signed", str(signing.write_signature(bundle, key)), style="")

@@ -12,7 +12,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
 from sopdeploy.errors import DataError, StorageError, shorten
 from sopdeploy.file_systems import lock_file
-from sopdeploy.files import LOCK, PARTIAL, atomic_write, open_regular, remove_left, sha256, writing
+from sopdeploy.files import LOCK, PARTIAL, atomic_write, open_regular, remove_leftovers, sha256, writing
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.photos.files import normalize, walk
 
@@ -95,7 +95,7 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
         with writing(path):
             path.unlink(missing_ok=True)
     for folder in {path.parent for path in files if path.name.endswith(PARTIAL)}:
-        remove_left(folder)  # of a process that was killed while it wrote a copy
+        remove_leftovers(folder)  # of a process that was killed while it wrote a copy
     return [*rows, *deleted]
 
 

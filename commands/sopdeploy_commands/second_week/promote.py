@@ -78,7 +78,7 @@ def promote(
         return _promote_back(back)
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK alone")
-    before, has_live = _target(over), over.exists()  # a link may lead to a bundle that was deleted
+    before, has_live = _read_target(over), over.exists()  # a link may lead to a bundle that was deleted
     if has_live:
         if over.resolve() == new.resolve():
             raise ConfigError(f"{over}: leads to this bundle already; name another one")
@@ -89,7 +89,7 @@ def promote(
     loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
     manifest = loaded.bundle.manifest
     if not has_live or data is None:  # nothing to compare with, or a forced move without photographs
-        return _record(over, before, after, force or "first bundle", None, manifest)
+        return _record_and_move(over, before, after, force or "first bundle", None, manifest)
     live = load_model(over, settings)
     comparison = compare_loaded(
         (live, loaded), data, count_comparisons(over), settings,
@@ -97,24 +97,24 @@ def promote(
     )  # fmt: skip
     objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
     if objections and force is None:
-        _record(over, before, after, "; ".join(objections), comparison, manifest, refused=True)
+        _record_and_move(over, before, after, "; ".join(objections), comparison, manifest, refused=True)
         raise PromotionError(
             f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
             lists={"objections": objections},
         )
-    return _record(over, before, after, force or comparison.summary, comparison, manifest)
+    return _record_and_move(over, before, after, force or comparison.summary, comparison, manifest)
 
 
 def _promote_back(link: Path) -> Promotion:
     """Move *link* back to the bundle before the last promotion of the live one."""
-    live = _target(link)
+    live = _read_target(link)
     moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
     previous = [move.before for move in moves if move.before]  # oldest first; a first bundle has none
     if not previous:
         log = link.with_name(LOG)
         raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
     loaded = load_model(link.parent / previous[-1], load_settings())  # raises an error for a damaged bundle
-    return _record(link, live, previous[-1], "back", None, loaded.bundle.manifest)
+    return _record_and_move(link, live, previous[-1], "back", None, loaded.bundle.manifest)
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
@@ -133,14 +133,14 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
     return found
 
 
-def _target(link: Path) -> str | None:
+def _read_target(link: Path) -> str | None:
     """Read where *link* leads; None if it does not exist. Raises `ConfigError` for a file or folder."""
     if link.exists() and not link.is_symlink():
         raise ConfigError(f"{link}: not a link; name one, such as bundles/live, which need not exist yet")
     return str(link.readlink()) if link.is_symlink() else None
 
 
-def _record(
+def _record_and_move(
     link: Path,
     before: str | None,
     after: str,
@@ -150,7 +150,7 @@ def _record(
     *,
     refused: bool = False,
 ) -> Promotion:
-    """Record the move of *link* from *before* to *after*, and make it unless it is *refused*.
+    """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
     A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more or
     would lead to itself, and `BundleError` if *after* has no longer the files of *manifest*, which were
@@ -166,9 +166,9 @@ def _record(
     path = link.with_name(LOG)
     with writing(path):
         lock = lock_file(path, wait=True)
-    lock.note(path, "promote from one place at a time")
+    lock.warn_if_missing(path, "promote from one place at a time")
     with writing(path), os.fdopen(lock.file, "r+b") as log:
-        if _target(link) != before:
+        if _read_target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")
         if not refused:
             read_files(link.parent / after, manifest, with_graph=False)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import onnx
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.probes import Replay, read_probes, repeat, replay_in_turn
+from sopdeploy.bundle.probes import Replay, read_probes, replay_in_turn
 from sopdeploy.errors import LoweringError
 from sopdeploy.tensorrt import cache
 from sopdeploy.tensorrt.cache import EngineKey
@@ -98,4 +98,4 @@ def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: Engine
     probes = read_probes(bundle)
     sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
     with closing(EngineSession(trt, cuda, plan, bundle.manifest, key)) as session:
-        return replay_in_turn({size: repeat(probes, size) for size in sizes}, session.run)
+        return replay_in_turn({size: probes.in_whole_batches(size) for size in sizes}, session.run)

@@ -26,7 +26,7 @@ from sopdeploy.errors import CertificateError, DetachError, LoweringError, first
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy.plugins import makers
+from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import Origin
 from sopdeploy_export.graph.capture import EXPORT_EMBEDDING, Captured, generated_images
 from sopdeploy_export.program_hashes import are_equal, copy_hashed, stored_hash, tensor_hash
@@ -118,7 +118,10 @@ class ExportSubject:
         """Return the versions of the plug-ins that define parts of the network or provided its images."""
         recorded = self.training.get("plugins")
         versions = recorded if isinstance(recorded, dict) else {}  # checkpoints can hold anything
-        return {**{str(name): str(versions[name]) for name in versions}, **makers(self.network.modules())}
+        return {
+            **{str(name): str(versions[name]) for name in versions},
+            **plugin_versions(self.network.modules()),
+        }
 
 
 def detach(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
-from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare, fill, read_probes, replay, select
+from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare_outputs, read_probes, replay
 from sopdeploy.bundle.signing import check_signature, read_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import RUNTIMES
@@ -235,7 +235,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     for size in sizes:  # the second time shows the usual time
         if size > largest:
             continue
-        batch = fill(probes, size)
+        batch = probes.resized(size)
         try:
             started = time.monotonic()
             outputs = runtime.run(batch.images)
@@ -246,7 +246,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
             log.warning("out of memory for a batch of %d; the server will halve such batches", size)
             largest = size - 1
         else:
-            compare(batch, outputs, size)
+            compare_outputs(batch, outputs, size)
     return timings
 
 
@@ -271,7 +271,7 @@ def _replay_all(
     if thorough or size == 1:
         probes_by_size = {1: probes, size: probes}  # all of them alone and, unless *size* is 1, in batches
     else:  # the first one alone, the others in batches
-        probes_by_size = {1: select(probes, slice(1)), size: select(probes, slice(1, None))}
+        probes_by_size = {1: probes.select(slice(1)), size: probes.select(slice(1, None))}
     replays = {batch: replay(part, timed_run, batch=batch) for batch, part in probes_by_size.items()}
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)

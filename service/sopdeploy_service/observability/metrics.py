@@ -193,7 +193,7 @@ class DriftWindow:
         if not logits:
             return
         self._counts.add_logits(np.stack(logits))
-        if self._counts.images >= WINDOW_IMAGES:
+        if self._counts.num_images >= WINDOW_IMAGES:
             self._latest = find_drift(self._counts, self._reference)
             self._counts = PredictionCounts(len(self._reference.classes))
         self.show()
@@ -201,7 +201,7 @@ class DriftWindow:
     def show(self) -> None:
         """Show the number of predictions, and the result of the last full window if there is one."""
         metrics, name = self._metrics, self._model_name
-        metrics.drift_images.labels(name).set(self._counts.images)
+        metrics.drift_images.labels(name).set(self._counts.num_images)
         for test in TESTS:
             if self._latest is None:  # removes what a previous bundle of this name has set
                 metrics.drift_distance.remove(name, test)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import EMPTY, cache_folder, key_fields, load_engine, records
+from sopdeploy.tensorrt.cache import EMPTY, cache_folder, key_fields, load_engine, read_records
 from sopdeploy.tensorrt.session import EngineSession, import_tensorrt, open_cuda
 from sopdeploy_service.settings import Settings
 
@@ -69,4 +69,4 @@ class TensorRTRuntime:
 def engine_folders(bundle: Bundle, settings: Settings) -> list[Path]:
     """List the folders that contain engines of *bundle*: the cache, and the folder beside the bundle."""
     folders = dict.fromkeys((cache_folder(bundle, settings.engine_cache), cache_folder(bundle)))
-    return [folder for folder in folders if records(folder)]
+    return [folder for folder in folders if read_records(folder)]

@@ -106,7 +106,7 @@ class ISqrtPooling(ReducedPooling):
 
     def __init__(self, config: "ISqrtPoolingConfig", channels: int) -> None:
         super().__init__(channels, config.width, linear=config.reduction == "linear")
-        options = config.newton_schulz(compensate=config.compensation == "norm")
+        options = config.root_config(compensate=config.compensation == "norm")
         self.root = ISqrtCov(self.channels, options)
         self.out_features = self.root.out_features
         self.batch_norm: nn.Module = nn.Identity()

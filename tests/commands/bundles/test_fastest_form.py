@@ -9,11 +9,11 @@ import pytest
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy_commands.bundles import fastest_form
-from sopdeploy_commands.bundles.fastest_form import Form, describe_fastest_form, measure_forms
+from sopdeploy_commands.bundles.fastest_form import BundleForm, describe_fastest_form, measure_forms
 from tests.support.forged import graph
 
-ORT, ORT8 = Form("fp32", "ONNX Runtime"), Form("int8", "ONNX Runtime")
-VINO, VINO8 = Form("fp32", "OpenVINO"), Form("int8", "OpenVINO")
+ORT, ORT8 = BundleForm("fp32", "ONNX Runtime"), BundleForm("int8", "ONNX Runtime")
+VINO, VINO8 = BundleForm("fp32", "OpenVINO"), BundleForm("int8", "OpenVINO")
 
 
 HERE, OPENVINO = "faster on this processor:", "serve with --runtime openvino"

@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import to_json
-from sopdeploy.bundle.signing import sign
+from sopdeploy.bundle.signing import write_signature
 from sopdeploy.decision import Decision
 from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy.evaluation.metrics import classification_report
@@ -147,11 +147,11 @@ def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path) -> None:
     settings = Settings(threads=1, require_signature=key.with_name("release.key.pub"))
     with pytest.raises(BundleError, match="no signature at"):
         load_model(bundle, settings)
-    signature = sign(bundle, key)
+    signature = write_signature(bundle, key)
     assert load_model(bundle, settings).bundle.name == bundle.name
     write_key(tmp_path / "other.key")
     signature.unlink()
-    sign(bundle, tmp_path / "other.key")
+    write_signature(bundle, tmp_path / "other.key")
     with pytest.raises(BundleError, match="Key mismatch"):
         load_model(bundle, settings)
 

@@ -18,9 +18,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from sopdeploy.bundle.archive import get
+from sopdeploy.bundle.archive import download
 from sopdeploy.bundle.folder import open_bundle, staging
-from sopdeploy.bundle.signing import check_signature, read_signature, sign, signature_path
+from sopdeploy.bundle.signing import check_signature, read_signature, signature_path, write_signature
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError, StorageError
 from sopdeploy.files import writing
 from sopdeploy_commands.app import app
@@ -126,7 +126,7 @@ def test_a_download_to_a_full_disk_is_not_an_error_of_the_bundle(
     url = push(bundle, store).url
     message = r"/dev/full: cannot be written \(No space left on device\)"
     with Path("/dev/full").open("wb", 0) as full, pytest.raises(StorageError, match=message):
-        get(url, full, 10**9, Path("/dev/full"))
+        download(url, full, 10**9, Path("/dev/full"))
 
 
 def test_an_upload_to_a_full_disk_behind_a_url_is_not_an_error_of_the_bundle(
@@ -161,7 +161,7 @@ def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     public = key.with_name("release.key.pub")
-    sign(bundle, key)
+    write_signature(bundle, key)
     pushed = push(bundle, store)
     assert (pushed.signed, pushed.url) == (True, f"{store}/{bundle.name}.tar")
     pulled = pull(pushed.url, tmp_path / "here", require_signature=public)
@@ -175,10 +175,10 @@ def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
     "text", ["", "no key", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"]
 )
 def test_invalid_key_files_are_rejected(text: str, bundle: Path, key: Path, tmp_path: Path) -> None:
-    signature, file = sign(bundle, key), tmp_path / "other"
+    signature, file = write_signature(bundle, key), tmp_path / "other"
     file.write_text(text)
     with pytest.raises(ConfigError, match="not a PEM file with a private"):
-        sign(bundle, file)
+        write_signature(bundle, file)
     with pytest.raises(ConfigError, match="not a PEM file with a public"):
         check(bundle, signature, file)
     with pytest.raises(ConfigError, match="key file cannot be read"):
@@ -194,7 +194,7 @@ def test_model_signing_and_sopdeploy_accept_each_others_signatures(
 
     public, theirs = key.with_name("release.key.pub"), tmp_path / "theirs.sig"
     verify = ("verify", "key", bundle, "--public_key", public, "--signature")
-    assert "Verification succeeded" in model_signing(*verify, sign(bundle, key))
+    assert "Verification succeeded" in model_signing(*verify, write_signature(bundle, key))
     model_signing("sign", "key", bundle, "--private_key", key, "--signature", theirs)
     check(bundle, theirs, public)
     for name in sorted(path.name for path in bundle.iterdir()):
@@ -223,7 +223,7 @@ def another_time(bundle: Path, folder: Path, time: str) -> Path:
 def test_a_pull_never_changes_a_bundle_that_is_there(
     time: str, bundle: Path, key: Path, tmp_path: Path
 ) -> None:
-    sign(bundle, key)
+    write_signature(bundle, key)
     public, here = key.with_name("release.key.pub"), tmp_path / "here"
     path = pull(push(bundle, str(tmp_path / "store")).url, here, require_signature=public).path
     before = contents(path)
@@ -232,7 +232,7 @@ def test_a_pull_never_changes_a_bundle_that_is_there(
     assert (again.path, again.is_new, contents(path)) == (path, False, before)
     check(path, signature_path(path), public)
     if time != FIELDS["exported_at"]:
-        sign(copy, key)
+        write_signature(copy, key)
         other = push(copy, str(tmp_path / "copies")).url
         with pytest.raises(BundleError, match=r"exported at .*, but the signed copy at .*; move this folder"):
             pull(other, here, require_signature=public)
@@ -241,7 +241,7 @@ def test_a_pull_never_changes_a_bundle_that_is_there(
 
 
 def test_an_export_does_not_invalidate_a_signature(bundle: Path, key: Path, tmp_path: Path) -> None:
-    sign(bundle, key)
+    write_signature(bundle, key)
     assert write_hollow(bundle.parent) == bundle  # the same content and time
     with pytest.raises(BundleError, match=r"exists, signed with the time of its export; move .*\.sig"):
         write_hollow(bundle.parent, exported_at=LATER)
@@ -261,7 +261,7 @@ def test_a_signed_bundle_is_not_accepted_under_the_name_of_another(
         )
     )
     for other in (cats, old, alias):
-        sign(other, key)
+        write_signature(other, key)
         archive = Path(push(other, str(tmp_path / other.name)).url)
         for name in (f"{bundle.name}.tar", "dogs.tar", "latest.tar"):
             replaced = tmp_path / name
@@ -370,7 +370,7 @@ IN_THE_WAY: dict[str, Callable[[Path], object]] = {
 def test_what_has_the_name_of_the_bundle_stays_and_is_one_error_line(
     case: str, bundle: Path, key: Path, tmp_path: Path
 ) -> None:
-    sign(bundle, key)
+    write_signature(bundle, key)
     url, here = push(bundle, str(tmp_path / "store")).url, tmp_path / "here"
     here.mkdir()
     IN_THE_WAY[case](here / bundle.name)
@@ -387,7 +387,7 @@ def test_what_has_the_name_of_the_bundle_stays_and_is_one_error_line(
 def test_a_pull_that_fails_leaves_neither_an_unsigned_bundle_nor_a_traceback(
     operation: str, code: int, bundle: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sign(bundle, key)
+    write_signature(bundle, key)
     url, here = push(bundle, str(tmp_path / "store")).url, tmp_path / "here"
 
     def fail(path: Path, *_: object) -> None:

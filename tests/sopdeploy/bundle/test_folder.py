@@ -29,7 +29,7 @@ from sopdeploy.bundle.folder import (
     staging,
 )
 from sopdeploy.bundle.manifest import ID_LENGTH, BatchRange, FileRecord, Manifest, TensorRecord, to_json
-from sopdeploy.bundle.probes import Probes, read_probes, repeat, replay, replay_in_turn, write_probes
+from sopdeploy.bundle.probes import Probes, read_probes, replay, replay_in_turn, write_probes
 from sopdeploy.errors import BundleError, ParityError, StorageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.version import __version__
@@ -241,7 +241,7 @@ MANIFEST_FILES = {"model.onnx": FileRecord(bytes=3, sha256="a" * 64)}
 
 
 def manifest(**fields: Any) -> Manifest:
-    return Manifest(**{**FIELDS, "files": MANIFEST_FILES, **fields}).complete()
+    return Manifest(**{**FIELDS, "files": MANIFEST_FILES, **fields}).with_written_defaults()
 
 
 @settings(max_examples=20)
@@ -377,7 +377,7 @@ def test_the_same_network_passes_at_every_batch_size(batch: int) -> None:
 
 def test_probes_of_several_sizes_run_in_turn() -> None:
     sizes: list[int] = []
-    probes = {size: repeat(PROBES, size) for size in (1, 2, 4)}
+    probes = {size: PROBES.in_whole_batches(size) for size in (1, 2, 4)}
     found = replay_in_turn(probes, lambda images: sizes.append(len(images)) or network(images))
     assert sizes == [1, 2, 4, 1, 2, 4, 1, 2, 1, 1]
     assert [(one.batch, one.num_images) for one in found] == [(1, 5), (2, 6), (4, 8)]

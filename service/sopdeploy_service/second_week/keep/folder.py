@@ -30,7 +30,7 @@ from sopdeploy.files import (
     new_folder,
     open_regular,
     read_at_most,
-    remove_left,
+    remove_leftovers,
     writing,
 )
 from sopdeploy_service.second_week.kept import NEAR_BITS, KeptRecord, Reason, read_kept
@@ -152,7 +152,7 @@ class KeptFolder:
 
         Files that no `KeptFolder` wrote stay, and damaged records with their photographs.
         """
-        remove_left(self.path)
+        remove_leftovers(self.path)
         photographs = {entry.path for entry in self._entries.values()}
         complete = photographs | {path.with_suffix(".json") for path in photographs}
         for file in set(self.path.iterdir()) - complete:
