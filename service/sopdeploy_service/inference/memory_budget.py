@@ -76,14 +76,19 @@ class BudgetedRegistry(ModelRegistry):
         """
         super().__init__({}, settings)
         self._budget = settings.memory_budget or 0  # not None: see `load_registry`
-        # The model that was used longest ago comes first.
-        self._entries = OrderedDict(
-            (name, self._make_entry(name, bundle)) for name, bundle in bundles.items()
-        )
-        for name, entry in self._entries.items():
-            if entry.bytes > self._budget:
-                sizes = f"{name} needs {entry.bytes / 1e9:.2f} GB, the budget is {self._budget / 1e9:.2f} GB"
+        self._entries: OrderedDict[str, BudgetEntry] = OrderedDict()  # the one used longest ago comes first
+        for name, bundle in bundles.items():
+            check_trust(bundle, settings)
+            size = FILE_FACTOR * bundle.manifest.files[GRAPH].bytes + ACTIVATION_BYTES
+            if size > self._budget:
+                sizes = f"{name} needs {size / 1e9:.2f} GB, the budget is {self._budget / 1e9:.2f} GB"
                 raise ConfigError(f"memory_budget: {sizes}; raise it")
+            # Requests find the model under its name, not loaded.
+            not_loaded = LoadedModel(bundle=bundle.reduced(), runtime=NoRuntime(), replays={})
+            placeholder = self._by_name[name] = LocalModel(name, not_loaded, settings, self.metrics)
+            placeholder.is_loaded = False
+            self.metrics.model_memory.labels(name).set(0)
+            self._entries[name] = BudgetEntry(placeholder, size)
 
     @contextmanager
     def use(self, model: Model) -> Iterator[None]:
@@ -111,16 +116,6 @@ class BudgetedRegistry(ModelRegistry):
             if entry.loading is not None:
                 asyncio.get_running_loop().call_soon(entry.loading.cancel)  # when `_load_entry` has begun
         super().close(reason)
-
-    def _make_entry(self, name: str, bundle: Bundle) -> BudgetEntry:
-        """Check *bundle*, and let requests find its model, not loaded, under *name*."""
-        check_trust(bundle, self._settings)
-        not_loaded = LoadedModel(bundle=bundle.reduced(), runtime=NoRuntime(), replays={})
-        placeholder = self._by_name[name] = LocalModel(name, not_loaded, self._settings, self.metrics)
-        placeholder.is_loaded = False
-        self.metrics.model_memory.labels(name).set(0)
-        size = FILE_FACTOR * bundle.manifest.files[GRAPH].bytes + ACTIVATION_BYTES
-        return BudgetEntry(placeholder, size)
 
     async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
         """Load *entry* after earlier loads; return the error for waiting requests if it fails."""

@@ -86,7 +86,8 @@ class CudaOnnxRuntime(OnnxRuntime):
         self._open = partial(  # keeps the graph in memory, for the sessions of other sizes
             _open_session, import_onnxruntime(), bundle, threads or usable_cores(), self._provider
         )
-        self._plans_sizes = plans_sizes(self._session)
+        # A session makes plans for the size of its batches if it has convolutions.
+        self._plans_sizes = any("Conv" in operator for operator in _count_operators(self._session))
         self._sessions = {1: self._session}  # by the size of their batches
         self._buffers: list[NDArray[np.uint8]] = []  # for batches, as many as were in flight
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -131,22 +132,18 @@ class CudaOnnxRuntime(OnnxRuntime):
         super().close()
 
     def _session_for(self, size: int) -> Any:
-        """Return the session for batches of *size*, opened now if they are the first."""
+        """Return the session for batches of *size*, opened now if they are the first and there is memory."""
         if size > self.largest_batch or not self._plans_sizes:
             return self._session
         if size not in self._sessions:
-            self._sessions[size] = self._open_another(size)
+            try:
+                self._sessions[size] = self._open(like=self._session)
+            except RuntimeUnavailableError as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("%s: no memory to keep the plans for batches of %d", self._bundle_name, size)
+                self._sessions[size] = self._session
         return self._sessions[size]
-
-    def _open_another(self, size: int) -> Any:
-        """Open a session for batches of *size*; without memory for it, return the first one."""
-        try:
-            return self._open(like=self._session)
-        except RuntimeUnavailableError as error:
-            if not is_out_of_memory(error):
-                raise
-            log.warning("%s: no memory to keep the plans for batches of %d", self._bundle_name, size)
-            return self._session
 
 
 def _run_jobs(jobs: "SimpleQueue[_Job | None]") -> None:
@@ -222,11 +219,6 @@ def operators_on_cpu(session: Any) -> list[str]:
     *session* was opened with `session_options`. Copying activations to the CPU is slower than a CPU alone.
     """
     return sorted(_count_operators(session, CPU).keys() - SHAPE_OPERATORS)
-
-
-def plans_sizes(session: Any) -> bool:
-    """Tell whether a GPU's *session* makes plans for the size of its batches: it has convolutions."""
-    return any("Conv" in operator for operator in _count_operators(session))
 
 
 def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str, like: Any = None) -> Any:
