@@ -64,24 +64,6 @@ def parse_toml(text: str) -> dict[str, Any]:
     return values
 
 
-def _limit_schema(schema: Any) -> None:
-    """Give all lists, sets and dicts in the core *schema* a largest length, and end them at the first error.
-
-    Pydantic would build an error for each wrong element, 1 kB in size: 10 GB for a file of 16 MB.
-    """
-    waiting = [schema]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict):
-            if part.get("type") in ("list", "tuple", "set", "frozenset", "dict"):  # or a field of this name
-                part["fail_fast"] = True
-                part.setdefault("max_length", MAX_ITEMS)
-            nested = [value for key, value in part.items() if key not in _NO_SCHEMAS]
-            waiting += [value for value in nested if isinstance(value, dict | list)]
-        elif isinstance(part, list):
-            waiting += part
-
-
 class StrictModel(pydantic.BaseModel):
     """An immutable pydantic model that rejects unknown keys, NaN and infinity.
 
@@ -96,8 +78,21 @@ class StrictModel(pydantic.BaseModel):
     def __get_pydantic_core_schema__(
         cls, source: Any, handler: pydantic.GetCoreSchemaHandler
     ) -> pydantic_core.CoreSchema:
+        """Give all lists, sets and dicts a largest length, and end them at the first error.
+
+        Pydantic would build an error for each wrong element, 1 kB in size: 10 GB for a file of 16 MB.
+        """
         schema = handler(source)
-        _limit_schema(schema)
+        waiting: list[Any] = [schema]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, dict):
+                if part.get("type") in ("list", "tuple", "set", "frozenset", "dict"):  # or a field's name
+                    part["fail_fast"] = True
+                    part.setdefault("max_length", MAX_ITEMS)
+                waiting += [value for key, value in part.items() if key not in _NO_SCHEMAS]
+            elif isinstance(part, list):
+                waiting += part
         return schema
 
     @pydantic.model_validator(mode="before")

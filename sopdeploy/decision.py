@@ -136,11 +136,8 @@ class Answer(NamedTuple):
 
     def fields(self, labels: Sequence[str]) -> AnswerFields:
         """Return the fields that are set, with the names of the classes in *labels*."""
-        fields: AnswerFields = {
-            "classes": [
-                {"label": labels[index], "probability": probability} for index, probability in self.ranked
-            ]
-        }
+        classes = [LabeledProbability(label=labels[index], probability=p) for index, p in self.ranked]
+        fields = AnswerFields(classes=classes)
         if self.known is not None:
             fields["known"] = self.known
         if self.score is not None:
@@ -179,11 +176,6 @@ class Decision(StrictModel):
     def is_multi_label(self) -> bool:
         """Whether an image may have any number of classes."""
         return self.activation == "sigmoid"
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was fitted: the most probable class, without calibration or rejection."""
-        return self == Decision()
 
     @property
     def temperature(self) -> float:

@@ -141,16 +141,14 @@ def register_own_packages() -> None:
 @cache
 def own_entry_points(group: str) -> tuple[EntryPoint, ...]:
     """List the entry points of this project in *group*, by the metadata of its own installation."""
-    return tuple(point for point in entry_points(group=group) if _is_own(point))
+    points = entry_points(group=group)
+    return tuple(point for point in points if point.dist is not None and point.dist.name == _THIS_PROJECT)
 
 
 @cache
 def _plugin_entry_points() -> tuple[EntryPoint, ...]:
-    return tuple(point for point in entry_points(group=_GROUP) if not _is_own(point))
-
-
-def _is_own(point: EntryPoint) -> bool:
-    return point.dist is not None and point.dist.name == _THIS_PROJECT
+    own = own_entry_points(_GROUP)
+    return tuple(point for point in entry_points(group=_GROUP) if point not in own)
 
 
 def installed_plugins() -> tuple[EntryPoint, ...]:

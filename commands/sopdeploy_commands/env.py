@@ -23,14 +23,18 @@ def env() -> None:
     Example: sopdeploy env
     """
     from sopdeploy.environment import installed, machine
+    from sopdeploy.plugins import distribution, installed_plugins
 
+    modules: dict[str, list[str]] = {}  # of plug-ins, by distribution; not imported
+    for point in installed_plugins():
+        modules.setdefault(distribution(point), []).append(point.module)
     python = f"{platform.python_implementation()} {platform.python_version()}"
     libc = " ".join(platform.libc_ver()).strip()
     sections: dict[str, Mapping[str, object]] = {
         "versions": {"sopdeploy": __version__, "python": python, **installed(_PACKAGES)},
         "machine": {**machine(), "release": platform.release(), "libc": libc},
         "accelerators": accelerators(),
-        "plug-ins": plugins(),
+        "plug-ins": {name: ", ".join(names) for name, names in modules.items()},
     }
     for section, values in sections.items():
         out.print(Text(section, "bold"))
@@ -53,13 +57,3 @@ def accelerators() -> dict[str, str]:
     except RuntimeUnavailableError as error:
         device = f"none ({error})"
     return {"onnxruntime": providers, "tensorrt": device}
-
-
-def plugins() -> dict[str, str]:
-    """List the modules of plug-ins, by distribution, without importing them."""
-    from sopdeploy.plugins import distribution, installed_plugins
-
-    modules: dict[str, list[str]] = {}
-    for point in installed_plugins():
-        modules.setdefault(distribution(point), []).append(point.module)
-    return {name: ", ".join(names) for name, names in modules.items()}

@@ -11,7 +11,7 @@ are not trusted: an archive is checked by its hashes, and by a signature if one 
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -126,10 +126,18 @@ def upload(file: Path, destination: str, name: str) -> str:
 def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
     """Copy *source*, a path or URL, to *target*, an open file in *folder*.
 
-    Raises `BundleError` if it is larger than *limit* bytes.
+    Raises `BundleError` if it does not exist or is larger than *limit* bytes.
     """
     size = 0
-    with _open_source(source) as content:
+    with ExitStack() as stack:
+        if "://" in source:
+            store, path = stack.enter_context(_filesystem(source))
+            content = stack.enter_context(store.open(path, "rb"))
+        elif Path(source).is_file():
+            content = stack.enter_context(Path(source).open("rb"))
+        else:
+            problem = "a folder" if Path(source).is_dir() else "no such file"
+            raise BundleError(f"{source}: {problem}; give the path of the .tar file that `push` wrote")
         while block := content.read(BLOCK_BYTES):
             size += len(block)
             if size > limit:
@@ -137,20 +145,6 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
             with writing(folder):
                 target.write(block)
                 target.flush()
-
-
-@contextmanager
-def _open_source(source: str) -> Iterator[IO[bytes]]:
-    """Open *source*, a path or URL, for reading; raises `BundleError`."""
-    if "://" in source:
-        with _filesystem(source) as (store, path), store.open(path, "rb") as remote:
-            yield remote
-        return
-    if not Path(source).is_file():
-        problem = "a folder" if Path(source).is_dir() else "no such file"
-        raise BundleError(f"{source}: {problem}; give the path of the .tar file that `push` wrote")
-    with Path(source).open("rb") as local:
-        yield local
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sopdeploy.bundle.folder import GRAPH, Bundle
-from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
+from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, to_json
 from sopdeploy.errors import BundleError, CertificateError
 
 if TYPE_CHECKING:
@@ -223,27 +223,24 @@ def _read_fields(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
-    """Raise `BundleError` unless *model* has the opset, inputs and outputs in the manifest of *bundle*."""
-    manifest, graph = bundle.manifest, model.graph
-    fits = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
-    for records, values in ((manifest.inputs, graph.input), (manifest.outputs, graph.output)):
-        fits = fits and len(records) == len(values) and all(map(_matches_record, values, records))
-    if not fits:
-        raise BundleError(
-            f"{bundle.path / GRAPH}: has another opset, other inputs or other outputs than the manifest "
-            "says; export the bundle again"
-        )
-
-
-def _matches_record(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:
-    """Check whether an input or output *value* of a graph has the name, dtype and shape in *record*.
+    """Raise `BundleError` unless *model* has the opset, inputs and outputs in the manifest of *bundle*.
 
     The batch size, and sizes that the graph does not state, are not compared.
     """
     from onnx import helper  # noqa: PLC0415 # a server runs without it
 
-    tensor, dtype = value.type.tensor_type, helper.np_dtype_to_tensor_dtype(np.dtype(record.dtype))
-    sizes = [dimension.dim_value for dimension in tensor.shape.dim]  # 0: the graph states none
-    if value.name != record.name or tensor.elem_type != dtype or len(sizes) != len(record.shape):
-        return False
-    return all(size in {0, expected} for size, expected in zip(sizes[1:], record.shape[1:], strict=True))
+    manifest, graph = bundle.manifest, model.graph
+    values, records = (*graph.input, *graph.output), (*manifest.inputs, *manifest.outputs)
+    fits = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
+    fits = fits and len(graph.input) == len(manifest.inputs) and len(values) == len(records)
+    for value, record in zip(values, records, strict=False):
+        tensor, dtype = value.type.tensor_type, helper.np_dtype_to_tensor_dtype(np.dtype(record.dtype))
+        sizes = [dimension.dim_value for dimension in tensor.shape.dim]  # 0: the graph states none
+        pairs = zip(sizes[1:], record.shape[1:], strict=False)
+        has_shape = len(sizes) == len(record.shape) and all(size in {0, other} for size, other in pairs)
+        fits = fits and value.name == record.name and tensor.elem_type == dtype and has_shape
+    if not fits:
+        raise BundleError(
+            f"{bundle.path / GRAPH}: has another opset, other inputs or other outputs than the manifest "
+            "says; export the bundle again"
+        )

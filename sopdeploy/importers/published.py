@@ -90,10 +90,7 @@ def published_network(model: str, config: StrictModel) -> str:
 
 
 def _fetch_url(url: str, download: bool) -> Path:
-    """Download *url* of torchvision to torch.hub's cache unless it is there; a file with a wrong hash goes.
-
-    Without *download*, it only opens the address.
-    """
+    """Download *url* of torchvision to torch.hub's cache unless it is there; check its hash."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
@@ -108,10 +105,7 @@ def _fetch_url(url: str, download: bool) -> Path:
 
 
 def _fetch_from_hub(repository: str, download: bool) -> Path:
-    """Fetch the weights of the hub's *repository*, with @REVISION if any; a file with a wrong hash goes.
-
-    Without *download*, it only asks for the file's metadata.
-    """
+    """Fetch the weights of the hub's *repository*, with @REVISION if any; check their hash."""
     hub = importlib.import_module("huggingface_hub")
     name, _, revision = repository.partition("@")
     location = {"repo_id": name, "filename": HUB_FILE, "revision": revision or "main"}

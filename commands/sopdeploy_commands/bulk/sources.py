@@ -85,8 +85,13 @@ def _list_source(source: str) -> Iterator[ListedImage]:
         yield from _list_tar(source)
     elif source.lower().endswith(_LIST):
         yield from _list_lines(source)
-    elif _is_address(source):
-        yield from _list_store(source)
+    elif _is_address(source):  # the images at or below it, without hidden ones
+        store, root = _fsspec().core.url_to_fs(source)
+        for name, facts in sorted(store.find(root, detail=True).items()):
+            if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
+                location = store.unstrip_protocol(name)
+                size = facts.get("size") or UNKNOWN  # some stores report 0 or None if they do not know it
+                yield ListedImage(path=location, location=location, size=size)
     elif is_bundle(path):
         raise DataError(f"{source}: a bundle, not images; name one bundle, then folders or files of images")
     elif path.is_dir():
@@ -104,17 +109,6 @@ def _list_file(path: str) -> ListedImage:
     with suppress(OSError, ValueError):  # the file does not exist, or a line of a list has null bytes
         size = os.stat(path).st_size  # noqa: PTH116 - `Path` would change the text of a line
     return ListedImage(path=path, location=os.path.abspath(path), size=size)  # noqa: PTH100
-
-
-def _list_store(address: str) -> Iterator[ListedImage]:
-    """Yield the images at or below *address*, without hidden ones."""
-    store, root = _fsspec().core.url_to_fs(address)
-    for name, facts in sorted(store.find(root, detail=True).items()):
-        if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
-            location, size = store.unstrip_protocol(name), facts.get("size")
-            if not size:  # some stores report 0 or None for a size that they do not know
-                size = UNKNOWN
-            yield ListedImage(path=location, location=location, size=size)
 
 
 def _list_tar(name: str) -> Iterator[ListedImage]:

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -225,26 +225,19 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     network, loaded = _load_network(file, options)
     logits_key = _index_or_name(options.logits_key)
     unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
+    given = {name: value for name, value in vars(options).items() if value not in (None, ())}
+    words = ["sopdeploy export", quote(str(file))]
+    for name, value in {**given, "training_only": tuple(unused), "labels": CLASS_NAMES_FILE}.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [command_line_option(name, item) for item in values]
     return Inspection(
         network=str(options.network),  # `_load_network` requires it
         num_tensors=len(network.state_dict()),
         table=loaded.table,
         unused=tuple(unused),
-        command=_export_command(file, options, unused),
+        command=" ".join(words),
         ignored=loaded.ignored,
     )
-
-
-def _export_command(file: Path, options: NetworkOptions, parts: Iterable[str]) -> str:
-    """Write the command that exports the network of *options* without *parts*."""
-    given = [(name, value) for name, value in vars(options).items() if value not in (None, ())]
-    given += [("training_only", tuple(parts)), ("labels", CLASS_NAMES_FILE)]
-    words = ["sopdeploy export", quote(str(file))]
-    for name, value in given:
-        words += [
-            command_line_option(name, item) for item in (value if isinstance(value, tuple) else [value])
-        ]
-    return " ".join(words)
 
 
 def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, LoadedWeights]":
