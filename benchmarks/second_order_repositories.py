@@ -45,7 +45,9 @@ REPOSITORIES = [
     Repository(
         "jiangtaoxie/fast-MPN-COV",
         "",
-        "from src.network.mpncovresnet import mpncovresnet50\nmpncovresnet50()",
+        "from model_init import get_model\nfrom src.representation import MPNCOV\n"
+        "get_model('mpncovresnet50', {'function': MPNCOV, 'iterNum': 5, 'is_sqrt': True, 'is_vec': True, "
+        "'input_dim': 2048, 'dimension_reduction': 256}, 1000, 0)",
         {**SAVED, "arch": "mpncovresnet50"},
         "isqrt-resnet50",
     ),

@@ -240,16 +240,16 @@ def _registered_importers() -> Iterator[Importer]:
 
 
 def _class_names(
-    weights: WeightFile, converted: ConvertedWeights, file: Path | None
+    source: WeightFile, converted: ConvertedWeights, file: Path | None
 ) -> tuple[tuple[str, ...], str]:
     """Get the class names in output order, and their origin.
 
     *file* has one name per line, or is a `.json` list. Raises `ConfigError` if the number of names is wrong.
     """
     count = converted.num_classes
-    names = weights.labels if file is None else read_class_names(file)
+    names = source.labels if file is None else read_class_names(file)
     if names is not None:
-        origin = f"class_to_idx of {weights.path}" if file is None else str(file)
+        origin = f"class_to_idx of {source.path}" if file is None else str(file)
         if len(names) != count:
             raise ConfigError(
                 f"{origin} has {len(names)} names for {count} classes; give one per class", setting="labels"
