@@ -20,7 +20,6 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
-from sopdeploy import checkpoint
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
@@ -28,11 +27,10 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
-from sopdeploy.models import registry, second_order_head
+from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
 from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.report.wrong_labels import list_wrong_labels
-from sopdeploy.training import start_weights
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import (
@@ -609,7 +607,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_photograph_is_read_once_and_three_networks_are_built(
+def test_a_photograph_is_read_once_and_two_networks_are_built(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     reads, built = tmp_path / "reads", list[str]()
@@ -620,21 +618,20 @@ def test_a_photograph_is_read_once_and_three_networks_are_built(
             file.write(f"{images.identity(index)}\n")
         return read(images, index)
 
-    create = registry.create_model
+    build = registry.Entry.build
 
-    def count(name: str, **options: Any) -> Any:
-        built.append(name)
-        return create(name, **options)
+    def count(found: registry.Entry, *arguments: Any, **options: Any) -> Any:
+        built.append(found.name)
+        return build(found, *arguments, **options)
 
     monkeypatch.setattr(ImageFiles, "read", record)
-    for module in (start_weights, second_order_head, checkpoint):
-        monkeypatch.setattr(module, "create_model", count)
+    monkeypatch.setattr(registry.Entry, "build", count)
     photos = paint(tmp_path / "photos", 27)
     settings = [*PLAIN, f"workers={workers}"]
     train(photos, out=tmp_path / "run", set=settings)
     first = len(reads.read_text().splitlines())
     assert first <= 1.5 * 81
-    assert len(built) <= 3
+    assert len(built) == 2
     train(photos, out=tmp_path / "again", set=settings)  # with features in the cache
     assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
 
