@@ -61,9 +61,11 @@ class Entry:
         return self.network(self.make_config(config), classes)
 
 
-def with_config(network: str, defaults: Mapping[str, Any], summary: str, **sizes: int) -> Entry:
+def with_config(
+    network: str, defaults: Mapping[str, Any], summary: str, image_size: int = 224, num_classes: int = 1000
+) -> Entry:
     """Build the entry of a *network* whose config has its name and `Config`."""
-    return Entry(network, f"{network}Config", defaults, summary, **sizes)
+    return Entry(network, f"{network}Config", defaults, summary, image_size, num_classes)
 
 
 def at_32(network: str, defaults: Mapping[str, Any], title: str) -> Entry:

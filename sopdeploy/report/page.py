@@ -29,10 +29,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve
-from sopdeploy.training.fits import FewShotFit, Fit
+from sopdeploy.training.fits import FewShotFit, Fit, Start
 from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore, describe_for_page
-from sopdeploy.training.start import Start
 from sopdeploy.training.train import FinishedRun
 
 PAGE = "report.html"

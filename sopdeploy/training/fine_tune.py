@@ -33,13 +33,13 @@ from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.few_shot.classifier import class_means, unit_length
 from sopdeploy.training.few_shot.run import fit_new, with_decision
-from sopdeploy.training.fits import FewShotFit, Fit
+from sopdeploy.training.fits import FewShotFit, Fit, Start
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopRun, last_loop_record, read_frozen, restore_loop
 from sopdeploy.training.record import best_record, read_few_shot_fit, read_resumed
 from sopdeploy.training.results import LoopResult, Tuning
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import Start, move_to_device
+from sopdeploy.training.start import move_to_device
 
 
 def fit_fine_tune(

@@ -1,6 +1,7 @@
-"""What the procedures fit: values that the record and the page read."""
+"""The values of a run, which its record and its page read: what it was given, what is fitted."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,17 @@ import pydantic
 from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
-from sopdeploy.decision import Decision
-from sopdeploy.models.base import Classifier
+from sopdeploy.decision import Activation, Decision
+from sopdeploy.errors import shorten
+from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.photos.photo import Split
+from sopdeploy.photos.split import Record
+from sopdeploy.project import Origin
 from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.recipe import FewShotConfig, HeadOptions, LoopConfig, Recipe
 from sopdeploy.training.results import AnyProcedureResult
+from sopdeploy.training.start_weights import StartReport, classifier_name
 
 
 class Position(StrictModel, frozen=False):
@@ -32,6 +40,85 @@ class Position(StrictModel, frozen=False):
     train_seconds: float = 0.0
     seconds: float = 0.0
     history: tuple[EpochRow, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """What a run was given: a new one, or one to resume.
+
+    Attributes:
+        recipe: The recipe with the selected procedure and complete preprocessing.
+        data: Training and held-out images.
+        file_hashes, held_out: Those of `Division`.
+        strategy: The device, and the processes that train together.
+        model: The network with its weights on the device; the training loop changes them in place.
+        weights: The report on the start weights; None for random ones.
+        position: From where the run continues.
+        origin: The run and its images, as checkpoints contain them.
+        reason: Why "auto" selected the procedure; empty if it did not.
+    """
+
+    recipe: Recipe
+    data: Split
+    file_hashes: NDArray[np.int64]
+    held_out: Record
+    strategy: Strategy
+    model: Classifier
+    weights: StartReport | None = None
+    position: Position = field(default_factory=Position)
+    origin: Origin | None = None
+    reason: str = ""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes in output order."""
+        return self.data.train.labels
+
+    @property
+    def activation(self) -> Activation:
+        """How logits become probabilities: "sigmoid" if images have several classes."""
+        return "sigmoid" if self.data.train.targets.ndim == 2 else "softmax"
+
+    @property
+    def uses_loop(self) -> bool:
+        """Whether the training loop alone trains the network."""
+        return isinstance(self.recipe.procedure, LoopConfig)
+
+    @property
+    def is_few_shot(self) -> bool:
+        """Whether the run has no epochs."""
+        return isinstance(self.recipe.procedure, FewShotConfig)
+
+    def random_frozen_parts(self) -> str:
+        """Name the parts with random weights of a network that a head reads and that stays frozen, if any."""
+        if not isinstance(self.recipe.procedure, HeadOptions):
+            return ""
+        if self.weights is None:
+            return "all weights"
+        replaced = (*self.model.training_only, classifier_name(self.model))
+        return shorten(
+            [
+                part
+                for part in self.weights.new
+                if not any(is_in(name, part) or is_in(part, name) for name in replaced)
+            ]
+        )
+
+    def describe(self, *, is_new: bool) -> Iterator[str]:
+        """Describe weights, procedure and images in a line each."""
+        if is_new and self.weights is not None:
+            yield self.weights.describe()
+        if self.reason:
+            yield self.reason
+        if self.uses_loop and self.recipe.first_phase:
+            yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
+        next_epoch, side = self.position.epoch + 1, self.recipe.preprocess.crop
+        is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
+        resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
+        yield (
+            f"{len(self.data.train)} training images, {len(self.data.held_out)} held out{resumed}; "
+            f"the network sees {side} x {side} pixels"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

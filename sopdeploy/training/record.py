@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydantic
@@ -28,17 +28,14 @@ from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetric
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import SAMPLED
-from sopdeploy.training.fits import FewShotFit, Fit, Position
+from sopdeploy.training.fits import FewShotFit, Fit, Position, Start
 from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.results import AnyProcedureResult, read_result
 from sopdeploy.training.start_weights import StartReport
 from sopdeploy.version import __version__
 
-if TYPE_CHECKING:
-    from sopdeploy.training.start import Start
 
-
-def best_record(start: "Start", fit: Fit, resume: dict[str, Any] | None = None) -> Checkpoint:
+def best_record(start: Start, fit: Fit, resume: dict[str, Any] | None = None) -> Checkpoint:
     """Build the content of `best.pt`; raise `TrainingError` if a weight is a NaN or infinity.
 
     *resume* is what `last.pt` contains in addition.
@@ -74,7 +71,7 @@ def best_record(start: "Start", fit: Fit, resume: dict[str, Any] | None = None) 
     )
 
 
-def _describe_training(start: "Start", fit: Fit) -> dict[str, Any]:
+def _describe_training(start: Start, fit: Fit) -> dict[str, Any]:
     """Describe how the weights were trained."""
     history, device = fit.position.history, start.strategy.device
     plugins = plugin_versions([*fit.network.modules(), start.recipe.data])
@@ -108,7 +105,7 @@ def with_result(best: Checkpoint, result: AnyProcedureResult, decision: Decision
     return replace(best, training=training, decision=decision)
 
 
-def resume_of(start: "Start", position: Position, weights: dict[str, Tensor]) -> dict[str, Any]:
+def resume_of(start: Start, position: Position, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Return what `last.pt` contains of every run to resume it."""
     return {
         "position": position.model_dump(mode="json"),
@@ -119,7 +116,7 @@ def resume_of(start: "Start", position: Position, weights: dict[str, Tensor]) ->
     }
 
 
-def last_few_shot_record(start: "Start", fit: FewShotFit) -> Checkpoint:
+def last_few_shot_record(start: Start, fit: FewShotFit) -> Checkpoint:
     """Build the content of `last.pt` of a few-shot run, which is finished."""
     arrays = {"out_of_fold": fit.logits, "groups": fit.groups, "judged": fit.judged}
     arrays["copies"] = fit.copies
@@ -133,7 +130,7 @@ def last_few_shot_record(start: "Start", fit: FewShotFit) -> Checkpoint:
     return best_record(start, fit, resume)
 
 
-def read_few_shot_fit(start: "Start", last: Checkpoint, source: Path) -> FewShotFit:
+def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFit:
     """Read the fit of the finished few-shot run of *last*, whose network is that of *start*."""
     with state_errors(source):
         arrays: Any = (last.resume or {})["procedure"]

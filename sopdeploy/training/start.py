@@ -1,7 +1,7 @@
 """The start of a run: what it was given, after all checks, before a file is written."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from secrets import token_hex
 from typing import NamedTuple
 
@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
-from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError, DataError, first_line, is_memory_exhausted, shorten
 from sopdeploy.layers.normalize import IMAGES_FORMAT
-from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import find_clips
@@ -25,7 +24,7 @@ from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record
 from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, check_divisible
-from sopdeploy.training.fits import Position
+from sopdeploy.training.fits import Start
 from sopdeploy.training.recipe import (
     AnyProcedureConfig,
     AutoConfig,
@@ -43,9 +42,7 @@ from sopdeploy.training.record import (
 )
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
-    StartReport,
     WeightSource,
-    classifier_name,
     complete_preprocess,
     create_initial_model,
 )
@@ -84,85 +81,6 @@ class Given(NamedTuple):
 
 
 NOTHING_GIVEN = Given()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
-    """What a run was given: a new one, or one to resume.
-
-    Attributes:
-        recipe: The recipe with the selected procedure and complete preprocessing.
-        data: Training and held-out images.
-        file_hashes, held_out: Those of `Division`.
-        strategy: The device, and the processes that train together.
-        model: The network with its weights on the device; the training loop changes them in place.
-        weights: The report on the start weights; None for random ones.
-        position: From where the run continues.
-        origin: The run and its images, as checkpoints contain them.
-        reason: Why "auto" selected the procedure; empty if it did not.
-    """
-
-    recipe: Recipe
-    data: Split
-    file_hashes: NDArray[np.int64]
-    held_out: Record
-    strategy: Strategy
-    model: Classifier
-    weights: StartReport | None = None
-    position: Position = field(default_factory=Position)
-    origin: Origin | None = None
-    reason: str = ""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The classes in output order."""
-        return self.data.train.labels
-
-    @property
-    def activation(self) -> Activation:
-        """How logits become probabilities: "sigmoid" if images have several classes."""
-        return "sigmoid" if self.data.train.targets.ndim == 2 else "softmax"
-
-    @property
-    def uses_loop(self) -> bool:
-        """Whether the training loop alone trains the network."""
-        return isinstance(self.recipe.procedure, LoopConfig)
-
-    @property
-    def is_few_shot(self) -> bool:
-        """Whether the run has no epochs."""
-        return isinstance(self.recipe.procedure, FewShotConfig)
-
-    def random_frozen_parts(self) -> str:
-        """Name the parts with random weights of a network that a head reads and that stays frozen, if any."""
-        if not isinstance(self.recipe.procedure, HeadOptions):
-            return ""
-        if self.weights is None:
-            return "all weights"
-        replaced = (*self.model.training_only, classifier_name(self.model))
-        return shorten(
-            [
-                part
-                for part in self.weights.new
-                if not any(is_in(name, part) or is_in(part, name) for name in replaced)
-            ]
-        )
-
-    def describe(self, *, is_new: bool) -> Iterator[str]:
-        """Describe weights, procedure and images in a line each."""
-        if is_new and self.weights is not None:
-            yield self.weights.describe()
-        if self.reason:
-            yield self.reason
-        if self.uses_loop and self.recipe.first_phase:
-            yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
-        next_epoch, side = self.position.epoch + 1, self.recipe.preprocess.crop
-        is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
-        resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
-        yield (
-            f"{len(self.data.train)} training images, {len(self.data.held_out)} held out{resumed}; "
-            f"the network sees {side} x {side} pixels"
-        )
 
 
 def start_run(

@@ -15,11 +15,11 @@ from sopdeploy.config import StrictModel
 from sopdeploy.decision import Decision
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
-from sopdeploy.training.fits import Fit
+from sopdeploy.training.fits import Fit, Start
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import NOTHING_GIVEN, Given, Start, start_run
+from sopdeploy.training.start import NOTHING_GIVEN, Given, start_run
 from sopdeploy.training.start_weights import StartReport
 
 

@@ -27,8 +27,9 @@ from sopdeploy.training.results import NetworkScore, read_result
 if TYPE_CHECKING:
     from sopdeploy.checkpoint import Checkpoint
     from sopdeploy.training.callback import Callback
+    from sopdeploy.training.fits import Start
     from sopdeploy.training.recipe import Recipe
-    from sopdeploy.training.start import Given, Start
+    from sopdeploy.training.start import Given
     from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.training.train import TrainingResult
 

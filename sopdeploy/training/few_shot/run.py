@@ -50,12 +50,12 @@ from sopdeploy.training.few_shot.features import (
     find_near_duplicates,
     full_head,
 )
-from sopdeploy.training.fits import FewShotFit, Position
+from sopdeploy.training.fits import FewShotFit, Position, Start
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import best_record, last_few_shot_record, read_few_shot_fit
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import LOOP_INSTEAD, Start, move_to_device
+from sopdeploy.training.start import LOOP_INSTEAD, move_to_device
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.

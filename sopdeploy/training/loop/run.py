@@ -20,7 +20,7 @@ from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadabl
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
-from sopdeploy.training.fits import Fit
+from sopdeploy.training.fits import Fit, Start
 from sopdeploy.training.loop.gradient import train_step
 from sopdeploy.training.loop.state import (
     STEPS_PER_READ,
@@ -33,7 +33,6 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import best_record, with_result
 from sopdeploy.training.results import LoopResult, SelectedBy
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import Start
 
 _RESAMPLES = 1000
 Finish = Callable[[LoopRun, PreprocessedDataset, RunFolder, Callback], tuple[Fit, Mapping[str, Any]]]

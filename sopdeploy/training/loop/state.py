@@ -21,13 +21,13 @@ from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.second_order_head import tuned_name
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
-from sopdeploy.training.fits import FewShotFit, Fit, Position
+from sopdeploy.training.fits import FewShotFit, Fit, Position, Start
 from sopdeploy.training.loop.ema import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
 from sopdeploy.training.loop.optimizers import OPTIMIZERS
 from sopdeploy.training.recipe import Recipe, StartConfig
 from sopdeploy.training.record import best_record, last_few_shot_record, resume_of, state_errors
-from sopdeploy.training.start import Start, move_to_device
+from sopdeploy.training.start import move_to_device
 from sopdeploy.training.start_weights import classifier_name
 
 # Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain it.

@@ -5,7 +5,7 @@ import io
 import json
 import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
-from sopdeploy import checkpoint
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
@@ -28,11 +27,10 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
-from sopdeploy.models import registry, second_order_head
+from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
 from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.report.wrong_labels import list_wrong_labels
-from sopdeploy.training import start_weights
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import (
@@ -44,7 +42,7 @@ from sopdeploy.training.few_shot.classifier import (
     estimate,
     unit_length,
 )
-from sopdeploy.training.few_shot.features import Features
+from sopdeploy.training.few_shot.features import CachedNetwork, Features, compute_features
 from sopdeploy.training.few_shot.run import select_typical
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
@@ -389,7 +387,7 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
         Image.open(root / color / "0.png").resize((48, 40)).save(root / color / "copy.png")
     first = each * np.arange(len(COLORS))
     found = NearDuplicates(np.stack([first, first + each - 1]), np.arange(each * len(COLORS)) < each)
-    monkeypatch.setattr(Features, "find_copies", lambda *_: found)
+    monkeypatch.setattr("sopdeploy.training.few_shot.run.find_near_duplicates", lambda *_: found)
     result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
     judged = read_checkpoint(result.last).resume["procedure"]["judged"].tolist()
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
@@ -407,7 +405,7 @@ def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
     objects = np.arange(12 * len(COLORS)) // frames
     vectors = np.eye(objects.max() + 1, 64, dtype=np.float32)[objects]
     found = NearDuplicates(NO_PAIRS, np.zeros(len(objects), np.bool_), vectors)
-    monkeypatch.setattr(Features, "find_copies", lambda *_: found)
+    monkeypatch.setattr("sopdeploy.training.few_shot.run.find_near_duplicates", lambda *_: found)
     for number in range(12):  # sorted as the frames are
         for color in COLORS:
             (root / color / f"{number}.png").rename(
@@ -558,15 +556,18 @@ def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeyp
     recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 12)}"])
     monkeypatch.setattr("sopdeploy.training.few_shot.features.MAX_RANK", 20)
     found = []
-    first = Features.build
-    monkeypatch.setattr(
-        Features, "build", lambda features, *args: found.append(features) or first(features, *args)
-    )
+
+    def compute(outputs: CachedNetwork, *arguments: Any) -> Features:
+        found.append((outputs.network, compute_features(outputs, *arguments)))
+        return found[-1][1]
+
+    monkeypatch.setattr("sopdeploy.training.few_shot.run.compute_features", compute)
     train_recipe(recipe, tmp_path / "run")
-    (features,) = found
+    ((network, features),) = found
     assert features.reduced.shape == (36, 20)
-    arrays = [value for value in vars(features).values() if isinstance(value, np.ndarray) and value.ndim == 2]
-    assert max(array.shape[1] for array in arrays) == features.own.shape[1] < features.full.num_features()
+    values = [getattr(features, field.name) for field in fields(features)]
+    arrays = [value for value in values if isinstance(value, np.ndarray) and value.ndim == 2]
+    assert max(array.shape[1] for array in arrays) == features.own.shape[1] < network.num_features()
 
 
 def test_the_interval_of_the_map_is_that_of_resampled_images():
@@ -618,7 +619,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_photograph_is_read_once_and_three_networks_are_built(
+def test_a_photograph_is_read_once_and_two_networks_are_built(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     reads, built = tmp_path / "reads", list[str]()
@@ -629,21 +630,20 @@ def test_a_photograph_is_read_once_and_three_networks_are_built(
             file.write(f"{images.identity(index)}\n")
         return read(images, index)
 
-    create = registry.create_model
+    build = registry.Entry.build
 
-    def count(name: str, **options: Any) -> Any:
-        built.append(name)
-        return create(name, **options)
+    def count(found: registry.Entry, *arguments: Any, **options: Any) -> Any:
+        built.append(found.name)
+        return build(found, *arguments, **options)
 
     monkeypatch.setattr(ImageFiles, "read", record)
-    for module in (start_weights, second_order_head, checkpoint):
-        monkeypatch.setattr(module, "create_model", count)
+    monkeypatch.setattr(registry.Entry, "build", count)
     photos = paint(tmp_path / "photos", 27)
     settings = [*PLAIN, f"workers={workers}"]
     train(photos, out=tmp_path / "run", set=settings)
     first = len(reads.read_text().splitlines())
     assert first <= 1.5 * 81
-    assert len(built) <= 3
+    assert len(built) == 2
     train(photos, out=tmp_path / "again", set=settings)  # with features in the cache
     assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
 
