@@ -66,7 +66,8 @@ class TrainOptions(Options):
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
     unknown: Text = None
-    """Folder of images of none of the classes, which test the rejection; sets `rejection.unknown`."""
+    """Folder of images of none of the classes, which test the rejection; of those that a server kept, only
+    the uniform sample counts. Sets `rejection.unknown`."""
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""
