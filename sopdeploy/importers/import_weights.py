@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import pydantic
-from torch import Tensor
 
 from sopdeploy.checkpoint import (
     CHECKPOINT_FORMAT,
