@@ -30,7 +30,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
 
     Raises `StorageError` if it cannot be written.
     """
-    manifest, facts, bundle = exported.manifest, exported.facts(), quote(str(exported.path))
+    manifest, facts, bundle = exported.manifest, exported.facts(), str(exported.path)
     path = exported.path.with_name(f"{exported.path.name}.html")
     equal = "answers as the trained one" if exported.parity.passed else "differs from the trained one"
     kept = labels[:MAX_LABELS]
@@ -40,7 +40,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
         text=[
             f"The exported network {equal}: {facts['answers']}; {facts['batch']}.",
             around(f"{len(labels)} classes: {', '.join(['{}'] * len(kept))}{more}", *kept),
-            around("Next: {}", f"sopdeploy serve {bundle}", tag="code"),
+            around("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
         ],
         tiles={
             "megabytes": f"{exported.parity.file_bytes / 1e6:.1f}",
@@ -56,9 +56,9 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
             Section(
                 title="Use",
                 text=[
-                    around("Check it on this machine: {}", f"sopdeploy verify {bundle}", tag="code"),
-                    around("Classify: {}", f"sopdeploy predict {bundle} photo.jpg", tag="code"),
-                    around("Serve, with a web page: {}", f"sopdeploy serve {bundle}", tag="code"),
+                    around("Check it on this machine: {}", f"sopdeploy verify {quote(bundle)}", tag="code"),
+                    around("Classify: {}", f"sopdeploy predict {quote(bundle)} photo.jpg", tag="code"),
+                    around("Serve, with a web page: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
                 ],
             ),
         ],
