@@ -29,7 +29,7 @@ GPU_OPERATIONS_PER_SECOND = 20e12  # that one GPU sustains
 SMALL_SIDE, SMALL_BATCH, SMALL_EPOCHS = 64, 32, 20
 SMALL_SCALE = (
     f"the classes of --data, images of at most {SMALL_SIDE} pixels, {SMALL_EPOCHS} epochs, batches of "
-    f"{SMALL_BATCH} with as much smaller a rate, one cycle, random start weights"
+    f"{SMALL_BATCH} with as much smaller a rate, one cycle, gradients up to 5, random start weights"
 )
 ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
@@ -257,7 +257,7 @@ def small_scale(recipe: Recipe, data: Path) -> tuple[str, ...]:
     changes = [
         f"data={format_toml({'kind': 'folder', 'path': str(data)})}",
         *(f"preprocess.resize={side}", f"preprocess.crop={side}", f"batch_size={batch}", "workers=0"),
-        f"optimizer.lr={recipe.optimizer.lr * batch / recipe.batch_size:g}",
+        *(f"optimizer.lr={recipe.optimizer.lr * batch / recipe.batch_size:g}", "optimizer.clip_norm=5.0"),
         *(f"epochs={SMALL_EPOCHS}", 'schedule={kind="one-cycle"}', "start.weights=none"),
     ]
     if recipe.preprocess.crop > side:  # crops of larger images do not fit
