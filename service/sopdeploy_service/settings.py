@@ -168,7 +168,9 @@ class Settings(StrictModel):
     )
     engine_cache: Path | None = setting(None, "folder of TensorRT engines; not set: beside the bundle")
     threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
-    max_batch: Count | None = setting(None, "images in a batch; not set: 4 on a CPU, else --max-batch of the export")
+    max_batch: Count | None = setting(
+        None, "images in a batch; not set: 4 on a CPU, else --max-batch of the export"
+    )
     load_timeout: Seconds | None = setting(None, "for a bundle; not set: 120 s on a CPU, 600 s with CUDA")
     memory_budget: PositiveBytes | None = setting(
         None, "of each device, such as 20GB: load bundles at first use, release those used longest ago"

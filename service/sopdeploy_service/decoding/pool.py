@@ -72,7 +72,7 @@ class Request:
             self.result.set_result(result)
 
 
-def reason_of(code: int) -> str:
+def exit_reason(code: int) -> str:
     """Name the reason for the exit *code* of a child."""
     if code == child.UNKNOWN_CODE:
         return UNKNOWN
@@ -302,11 +302,14 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._become_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Note that the child has ended."""
+        """Replace the child, which has ended, and fail its request; without one, wait for the next."""
         self._lose("")
 
     def _lose(self, reason: str) -> None:
-        """End the child for *reason*, unless it has ended; a request that it runs fails."""
+        """End the child for *reason* (empty: its exit code says why), unless this was called before.
+
+        If it runs a request, this fails, and another child is started.
+        """
         if self._transport is not None:
             transport, self._transport, self._reason = self._transport, None, reason
             transport.abort()
@@ -319,7 +322,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         reason = UNKNOWN  # of a child that was not replaced the last time
         if self.process:
             code = await asyncio.to_thread(self._template.end, self.process)
-            reason, self.process = self._reason or reason_of(code), 0
+            reason, self.process = self._reason or exit_reason(code), 0
             self._on_end(reason)
             if reason != TIME:
                 log.warning("a decoder process has ended (%s) and is replaced", reason)
@@ -337,6 +340,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
             self._become_idle()
 
     def _become_idle(self) -> None:
+        """Tell the owner that the child is idle, who may give it the next request."""
         self._request = None
         self._on_idle(self, time.monotonic() - self._started)
 
