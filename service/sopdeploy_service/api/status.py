@@ -137,12 +137,9 @@ def read_card(bundle: Bundle) -> Card:
     try:
         certificate = json.loads(bundle.contents[CERTIFICATE])
         roots = certificate["roots"]
+        copied = ("proof", "compared", "detached", "num_images", "largest_difference")
         summary = CertificateSummary(
-            proof=certificate["proof"],
-            compared=certificate["compared"],
-            detached=certificate["detached"],
-            num_images=certificate["num_images"],
-            largest_difference=certificate["largest_difference"],
+            **{name: certificate[name] for name in copied},
             num_removed=len(certificate["removed"]),
             bytes_removed=sum(entry["bytes"] for entry in certificate["removed"]),
             num_kept=len(certificate["kept"]),

@@ -127,7 +127,7 @@ class Template:
             stack.pop_all()
         return ours, process
 
-    def end(self, process: int) -> int:
+    def kill(self, process: int) -> int:
         """Kill the child *process*; return its exit code, or that with which it had ended before.
 
         If the template has ended, its children have ended with it, and the code is `UNKNOWN_CODE`.
@@ -188,6 +188,7 @@ class Template:
         return control
 
     def _close(self) -> None:
+        """End the template and its children; the caller holds the lock."""
         if self._control is not None and self._process is not None:
             self._control.close()
             self._process.kill()
@@ -321,7 +322,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         """Start another child, which gets the request if this one *sends* it; otherwise the request fails."""
         reason = UNKNOWN  # of a child that was not replaced the last time
         if self.process:
-            code = await asyncio.to_thread(self._template.end, self.process)
+            code = await asyncio.to_thread(self._template.kill, self.process)
             reason, self.process = self._reason or exit_reason(code), 0
             self._on_end(reason)
             if reason != TIME:

@@ -194,9 +194,12 @@ class OriginGuard:
     """Refuses requests for foreign hosts and of foreign pages with 403, except those for `OPEN`."""
 
     def __init__(self, settings: Settings) -> None:
-        names = ("localhost", settings.host)
-        allowed = settings.allowed_hosts, settings.trusted_proxies, settings.allowed_origins
-        self._origins = OwnOrigins(names, *allowed)
+        self._origins = OwnOrigins(
+            names=("localhost", settings.host),
+            allowed=settings.allowed_hosts,
+            proxies=settings.trusted_proxies,
+            pages=settings.allowed_origins,
+        )
 
     def __call__(self, context: RequestContext) -> None:
         """Raise `RejectedError` unless the request is allowed."""

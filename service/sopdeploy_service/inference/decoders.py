@@ -198,7 +198,7 @@ class Decoders:
             cpu_seconds=LIGHT_SECONDS,
             max_pixels=min(LIGHT_PIXELS, settings.max_pixels),
         )
-        restrictions = ""
+        restrictions: set[str] = set()  # usually the same of all children
         for options in [light] * plan.light + [large] * plan.large:
             children = self.light if options.is_light else self.large
             process = DecoderProcess(
@@ -209,10 +209,11 @@ class Decoders:
                 on_end=lambda reason: self._metrics.decoder_ended.labels(reason).inc(),
             )
             self._children.append(process)
-            restrictions = await process.start()
+            restrictions.add(await process.start())
             children.give_work(process)
-        if restrictions.startswith("no sandbox"):
-            log.warning("images are decoded without a sandbox: %s", restrictions)
+        for text in restrictions:
+            if text.startswith("no sandbox"):
+                log.warning("images are decoded without a sandbox: %s", text)
         self._watching = self._loop.create_task(self._watch())
 
     async def stop(self) -> None:

@@ -149,7 +149,10 @@ class DrainingServer(uvicorn.Server):
             self.reload()
 
     def reload(self) -> None:
-        """Find the bundles again and serve those that have changed."""
+        """Start to find the bundles again and serve those that have changed, unless the server drains.
+
+        With a memory budget, this is impossible, as an error in the log says.
+        """
         if self._service.settings.memory_budget is not None:
             log.error("not reloaded: impossible with memory_budget")
         elif self._drain_until is None:
@@ -162,7 +165,7 @@ class DrainingServer(uvicorn.Server):
         self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Decide ten times per second whether to close the port."""
+        """Measure the lag and log the begin of a drain; return whether to close the port."""
         now = time.monotonic()
         self._lags.append(max(0.0, now - self._last_beat - BEAT_SECONDS))
         self._last_beat = now

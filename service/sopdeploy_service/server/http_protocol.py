@@ -271,7 +271,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._feed_without_upgrade(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is in what follows the last request, which is ignored
-                self._error = self._error or _MALFORMED
+                self._refuse(_MALFORMED)
         if self._in_headers or self._in_body:
             # Negative after chunks whose size needs less than `CHUNK_BYTES`, which is no credit for later.
             self._overhead_bytes = max(0, self._overhead_bytes)
@@ -279,7 +279,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._overhead_bytes = 0
         limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES  # with the URL
         if self._overhead_bytes > limit:
-            self._error = self._error or LARGE_HEADERS
+            self._refuse(LARGE_HEADERS)
         is_responding = self.cycle is not None and not self.cycle.response_complete
         expects_headers = not self._in_body and not is_responding
         if self._error is not None:
@@ -318,6 +318,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.on_message_complete()
             self._ignores_input = True
 
+    def _refuse(self, reason: HttpError) -> None:
+        """Let `_parse` reject the request with *reason*, unless it has found another one before."""
+        if self._error is None:
+            self._error = reason
+
     def on_message_begin(self) -> None:
         """Begin a request: end the idle time before it, and count its headers from zero."""
         super().on_message_begin()
@@ -330,13 +335,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Limit the length of the URL."""
         super().on_url(url)
         if len(self.url) > MAX_URL_BYTES:
-            self._error = self._error or LONG_URL
+            self._refuse(LONG_URL)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Limit the number and size of headers and trailers."""
         self._header_bytes += len(name) + len(value) + len(": \r\n")
         if len(self.headers) >= MAX_HEADERS or self._header_bytes > MAX_HEADER_BYTES:
-            self._error = self._error or LARGE_HEADERS
+            self._refuse(LARGE_HEADERS)
         else:
             super().on_header(name, value)
 
@@ -357,9 +362,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.expect_100_continue = False
             is_valid = self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
         if not is_valid or len(self.pipeline) >= MAX_PIPELINE:
-            self._error = self._error or _MALFORMED
+            self._refuse(_MALFORMED)
         elif codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
-            self._error = self._error or UNKNOWN_CODING
+            self._refuse(UNKNOWN_CODING)
         if self._error is None:
             super().on_headers_complete()
             # The request has the present list. Trailers, which it must not use, are appended to a copy.

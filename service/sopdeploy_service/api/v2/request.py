@@ -210,7 +210,7 @@ def _elements(item: InputTensor, shape: tuple[int, ...]) -> list[Any]:
     rows = [item.data]
     for size in shape:
         if set(map(type, rows)) != {list} or set(map(len, rows)) != {size}:
-            break
+            break  # *data* is not nested like *shape*
         rows = list(chain.from_iterable(rows))
     else:
         return rows
