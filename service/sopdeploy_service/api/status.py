@@ -99,7 +99,7 @@ async def info(request: Request) -> Response:
 def model_info(model: Model) -> ModelInfo:
     """Describe *model* for `/info`."""
     manifest, runtime = model.bundle.manifest, model.runtime
-    thresholds = model.thresholds
+    thresholds, rejection = model.decision.thresholds, model.decision.rejection
     shapes = {output.name: output.shape for output in manifest.outputs}
     return ModelInfo(
         name=model.name,
@@ -115,7 +115,7 @@ def model_info(model: Model) -> ModelInfo:
         versions=manifest.versions,
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
         embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
-        known_from=None if model.rejection is None else model.rejection.threshold,
+        known_from=None if rejection is None else rejection.threshold,
         loaded=model.is_loaded,
     )
 

@@ -39,7 +39,7 @@ log = logging.getLogger("sopdeploy.decoding")
 
 
 class Reply(NamedTuple):
-    """The answer of a child, of one of the kinds of `decoding.child`."""
+    """The answer of a child; its *kind* and *bits* are those of `decoding.child.REPLY`."""
 
     kind: int
     bits: int

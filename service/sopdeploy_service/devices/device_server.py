@@ -64,6 +64,7 @@ class DeviceServer(DrainingServer):
         self._loop.add_reader(self._supervisor, self._receive)
 
     def _report(self) -> None:
+        """Tell the supervisor how many connections came, how many are open, and which bundles are served."""
         num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
         status = control.STATUS.pack(self._received, num_open)
         control.send_files(self._supervisor, status + self.bundles.encode())

@@ -100,11 +100,12 @@ class FrontEndChannel(asyncio.Protocol):
     def _handle(self, kind: int, flags: int, number: int, slot: int, deadline: float) -> None:
         """Run or cancel the image in *slot*; raises `ChannelError` for a record that no front end sends."""
         cancel = self.cancel_by_slot.get(slot)
+        is_slot_in_use = cancel is not None
         if kind == channel.CANCEL:
             if cancel is not None and cancel():
                 self._answer(slot, (), CLIENT_GONE)  # which nobody reads: the slot is free again
             return
-        if kind != channel.RUN or slot >= self._slots.count or cancel is not None:
+        if kind != channel.RUN or slot >= self._slots.count or is_slot_in_use:
             raise ChannelError(f"the record {kind} for slot {slot} is invalid")
         if number >= len(self._models) or not math.isfinite(deadline):
             raise ChannelError(f"model {number} with deadline {deadline} is invalid")

@@ -48,10 +48,10 @@ class EngineChannel(asyncio.Protocol):
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free = list(range(self._slots.count))
-        # Of each model: the shapes of the outputs of an image without and with its embedding.
-        self._shapes = [
-            tuple(channel.output_shapes(model.bundle, features=features) for features in (False, True))
-            for model in self.models
+        # Of each model, those of the outputs of an image.
+        self._shapes = [channel.output_shapes(model.bundle) for model in self.models]
+        self._shapes_without_features = [
+            channel.output_shapes(model.bundle, features=False) for model in self.models
         ]
         # By slot: the future of the image that is there, and the shapes of its outputs.
         self._images: dict[
@@ -98,7 +98,8 @@ class EngineChannel(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
         timer = loop.call_at(deadline, settle, future, DEADLINE)
-        image = self._images[slot] = future, self._shapes[number][features]
+        shapes = (self._shapes if features else self._shapes_without_features)[number]
+        image = self._images[slot] = future, shapes
         self.sent += 1
         flags = channel.FEATURES * features + channel.FOR_DRIFT * for_drift
         self._send(channel.RUN, flags, number, slot, deadline)
@@ -199,7 +200,7 @@ class RemoteRegistry(Registry):
 
     @property
     def problem(self) -> State | None:
-        """Whether a model waits for the start of an engine."""
+        """`engine_starting` while a model has no engine that runs."""
         return "engine_starting" if any(model.is_down for model in self._by_name.values()) else None
 
     async def start(self) -> None:

@@ -103,7 +103,6 @@ class Model(ABC):
         self.name, self.bundle, self.labels, self.runtime = name, bundle, bundle.labels, runtime
         manifest = bundle.manifest
         self.decision = manifest.rules
-        self.thresholds, self.rejection = self.decision.thresholds, self.decision.rejection
         self.top_k = settings.classes_per_image(multi_label=self.decision.is_multi_label)
         self.version, self.logits_name = manifest.id, manifest.outputs[0].name
         self.largest_batch = runtime.largest_batch

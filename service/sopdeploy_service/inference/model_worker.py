@@ -168,7 +168,7 @@ class LocalModel(Model):
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         reference = self.decision.reference
         self.drift = None if reference is None else DriftWindow(reference, metrics, name)
-        metrics.show_model(name, rejects=self.rejection is not None)
+        metrics.show_model(name, rejects=self.decision.rejection is not None)
         self._metrics, self._timeout = metrics, settings.batch_timeout_seconds
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None

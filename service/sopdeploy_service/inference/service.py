@@ -69,7 +69,7 @@ class ModelRegistry(Registry):
 
     @property
     def problem(self) -> State | None:
-        """Whether a model cannot run any more, so that the process must be restarted."""
+        """`runtime_dead` if a model cannot run any more, so that the process must be restarted."""
         return "runtime_dead" if any(model.is_down for model in self._by_name.values()) else None
 
     async def replace(self, bundles: Mapping[str, Bundle]) -> None:
