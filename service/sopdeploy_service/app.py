@@ -4,7 +4,6 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -22,7 +21,6 @@ from sopdeploy_service.http.middleware import (
     KeyGuard,
     OriginGuard,
     RequestContextMiddleware,
-    all_of,
 )
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
@@ -106,8 +104,7 @@ def create_app(
     if keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
         guards.append(KeyGuard(keys, open_paths, limits))
-    guard = partial(all_of, guards) if len(guards) > 1 else next(iter(guards), None)
-    app.add_middleware(RequestContextMiddleware, service=service, guard=guard)
+    app.add_middleware(RequestContextMiddleware, service=service, guards=guards)
     if settings.allowed_origins:
         app.add_middleware(AllowedOrigins, origins=settings.allowed_origins)
     return app

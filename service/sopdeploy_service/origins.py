@@ -40,11 +40,11 @@ class HostPattern(NamedTuple):
         name = self.name
         is_named = host.name.endswith(f".{name}") if self.is_for_subdomains else host.name == name
         has_scheme = self.scheme is None or host.scheme in {None, self.scheme}
+        port = self.port or DEFAULT_PORTS.get(self.scheme or "")  # None: any
         # `Host: a.example` has the default port of the scheme, which only the proxy knows.
-        wanted = self.port or DEFAULT_PORTS.get(self.scheme or "")
-        default = DEFAULT_PORTS.get(host.scheme or "") if host.scheme else wanted
-        is_one = not host.is_for_subdomains
-        return is_one and is_named and has_scheme and (wanted is None or (host.port or default) == wanted)
+        default = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
+        has_port = port is None or (host.port or default) == port
+        return not host.is_for_subdomains and is_named and has_scheme and has_port
 
 
 @functools.lru_cache(maxsize=256)
@@ -145,8 +145,10 @@ def is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool =
         host = parse_host(sent if sent.isascii() else "")
         if any(pattern.matches(host) for pattern in patterns):
             return True
-        return or_address and ip_address(host.name) is not None
-    except ValueError:  # it is malformed, or its name is no address
+        if or_address:
+            ip_address(host.name)  # raises `ValueError` if it is no address
+        return or_address
+    except ValueError:  # also if *sent* is malformed
         return False
 
 

@@ -99,7 +99,7 @@ async def info(request: Request) -> Response:
 def model_info(model: Model) -> ModelInfo:
     """Describe *model* for `/info`."""
     manifest, runtime = model.bundle.manifest, model.runtime
-    thresholds = model.thresholds
+    thresholds, rejection = model.decision.thresholds, model.decision.rejection
     shapes = {output.name: output.shape for output in manifest.outputs}
     return ModelInfo(
         name=model.name,
@@ -115,7 +115,7 @@ def model_info(model: Model) -> ModelInfo:
         versions=manifest.versions,
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
         embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
-        known_from=None if model.rejection is None else model.rejection.threshold,
+        known_from=None if rejection is None else rejection.threshold,
         loaded=model.is_loaded,
     )
 
@@ -137,12 +137,9 @@ def read_card(bundle: Bundle) -> Card:
     try:
         certificate = json.loads(bundle.contents[CERTIFICATE])
         roots = certificate["roots"]
+        copied = ("proof", "compared", "detached", "num_images", "largest_difference")
         summary = CertificateSummary(
-            proof=certificate["proof"],
-            compared=certificate["compared"],
-            detached=certificate["detached"],
-            num_images=certificate["num_images"],
-            largest_difference=certificate["largest_difference"],
+            **{name: certificate[name] for name in copied},
             num_removed=len(certificate["removed"]),
             bytes_removed=sum(entry["bytes"] for entry in certificate["removed"]),
             num_kept=len(certificate["kept"]),

@@ -2,14 +2,13 @@
 
 import base64
 from collections.abc import Callable, Sequence
-from typing import Annotated, TypedDict
+from typing import Annotated, TypeAlias
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
-from sopdeploy.decision import AnswerFields
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding, Problem
 from sopdeploy_service.api.admission import AdmittedRequest, ClassifyRequest, Upload, admit, read_upload
 from sopdeploy_service.http.problems import bad_request, describe_error, problem_responses
@@ -50,23 +49,7 @@ class Embeddings(StrictModel):
     results: tuple[EncodedEmbedding | Failed, ...]
 
 
-class ClassesFields(AnswerFields):
-    """The fields of `Classes`, which need no validation."""
-
-    warnings: tuple[str, ...]
-
-
-class EmbeddingFields(TypedDict):
-    """The fields of `EncodedEmbedding`, which need no validation."""
-
-    embedding: list[float] | str
-    warnings: tuple[str, ...]
-
-
-class FailedFields(TypedDict):
-    """The fields of `Failed`."""
-
-    error: dict[str, object]
+Fields: TypeAlias = dict[str, object]  # of a response model, which need no validation
 
 
 @router.post(
@@ -87,15 +70,15 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     """
     async with admit(request, query.model, query.version) as admitted:
         service, chosen = admitted.service, admitted.model
-        if query.threshold is not None and chosen.thresholds is None:
+        if query.threshold is not None and not chosen.decision.is_multi_label:
             message = f"{chosen.name}: predicts one class per image; omit threshold"
             raise bad_request("no_thresholds", message)
         upload = await read_upload(admitted)
         top_k = query.top_k or chosen.top_k
         outcomes = await admitted.infer(upload.images, may_keep=True, explain=query.explain)
 
-    def format_classes(prediction: Prediction) -> ClassesFields:
-        logits = prediction.outputs[chosen.logits]
+    def format_classes(prediction: Prediction) -> Fields:
+        logits = prediction.outputs[chosen.logits_name]
         answer = chosen.decision.answer(logits, top_k, query.threshold, prediction.occluded)
         if answer.known is False:  # None: the bundle does not tell
             service.metrics.unknown_images.labels(chosen.name).inc()
@@ -123,7 +106,7 @@ async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Resp
         upload = await read_upload(admitted)
         outcomes = await admitted.infer(upload.images, features=True)
 
-    def format_embedding(prediction: Prediction) -> EmbeddingFields:
+    def format_embedding(prediction: Prediction) -> Fields:
         vector = prediction.outputs[EMBEDDING]
         if query.encoding_format == "float":
             return {"embedding": vector.tolist(), "warnings": prediction.warnings}
@@ -137,12 +120,15 @@ def _respond(
     admitted: AdmittedRequest,
     upload: Upload,
     outcomes: Sequence[Outcome],
-    format_result: Callable[[Prediction], ClassesFields | EmbeddingFields],
+    format_result: Callable[[Prediction], Fields],
 ) -> Response:
-    """Create the response with the *outcomes* of *upload*; the error of a single image is raised instead."""
+    """Create the response with the *outcomes* of *upload*, and count its errors.
+
+    If a single image was sent, its error is raised as `RejectedError` instead.
+    """
     if not upload.is_list and isinstance(outcomes[0], HttpError):
         raise RejectedError(outcomes[0])
-    results: list[ClassesFields | EmbeddingFields | FailedFields] = []
+    results: list[Fields] = []
     root_path = admitted.request.scope["root_path"]
     for outcome in outcomes:
         if isinstance(outcome, HttpError):

@@ -8,6 +8,7 @@ elsewhere (a file name, a label, a model card) cannot become a script.
 import asyncio
 import base64
 import hashlib
+import math
 import mimetypes
 import re
 from functools import partial
@@ -85,6 +86,7 @@ class Page:
 
 
 def _read(name: str, folder: Traversable = _FOLDER) -> str:
+    """Read the file *name* of *folder* or, if it is not there, of this package or of reports."""
     places = (place / name for place in (folder, _FOLDER, _SHARED))
     return next(path for path in places if path.is_file()).read_text("utf-8")
 
@@ -109,15 +111,16 @@ def _swagger_page() -> str:
     return bytes(page.body).decode().replace("<body>", f"<body>{_read('docs.html')}")
 
 
-async def _respond_page(page: Page, request: Request) -> Response:
-    """Return *page* with the formats that the server accepts."""
-    if request.scope["raw_path"] == (root := request.scope["root_path"]).encode() != b"":
+async def _answer_with_page(page: Page, request: Request) -> Response:
+    """Return *page* with the formats that the server accepts, or redirect from `root_path` to its `/`."""
+    root = request.scope["root_path"]
+    if root and request.scope["raw_path"] == root.encode():
         return RedirectResponse(f"{root}/")  # the links of the page are relative to it
     html = page.html.replace("{formats}", describe_formats(service_of(request).settings.formats))
     return Response(html, media_type="text/html", headers=page.headers)
 
 
-async def _respond_file(content: bytes, media_type: str) -> Response:
+async def _answer_with_file(content: bytes, media_type: str) -> Response:
     return Response(content, media_type=media_type, headers={"Cache-Control": "max-age=86400"})
 
 
@@ -132,8 +135,8 @@ def list_examples(folder: Path | None) -> list[Path]:
     if folder is None:
         return []
     images = open_any_images(folder)
-    shown = range(0, len(images), -(-len(images) // MAX_EXAMPLES))
-    return [images.path(index) for index in shown]
+    step = math.ceil(len(images) / MAX_EXAMPLES)
+    return [images.path(index) for index in range(0, len(images), step)]
 
 
 @router.get("/examples")
@@ -166,7 +169,7 @@ DOCS = Page(_swagger_page(), ["dom.js", "key.js", "docs.js"], assets=("'self'",)
 _ERRORS = Page(_read("errors.html"), [], policy=TRUSTED_TYPES)
 
 for path, page in {"/": INDEX, "/docs": DOCS, "/errors": _ERRORS}.items():
-    router.add_api_route(path, partial(_respond_page, page))
+    router.add_api_route(path, partial(_answer_with_page, page))
 for path, media_type in PAGE_FILES.items():  # read once
     content = (files("fastapi_offline") / "static" / path.removeprefix("/docs/")).read_bytes()
-    router.add_api_route(path, partial(_respond_file, content, media_type))
+    router.add_api_route(path, partial(_answer_with_file, content, media_type))

@@ -188,7 +188,7 @@ def run_template(control: socket.socket) -> None:
             process = request
             code = ended.pop(process, UNKNOWN_CODE)
             if process in children:
-                code = _end(children, process)
+                code = _kill(children, process)
         # Forget the children that ended by themselves. The system gives the id of a process to another one
         # only after `waitpid` has returned it, so an id in *children* is always that of a child.
         for child in list(children):  # a copy, because the loop changes *children*
@@ -198,7 +198,7 @@ def run_template(control: socket.socket) -> None:
                 ended[child] = os.waitstatus_to_exitcode(status)
         control.sendall(TEMPLATE_REPLY.pack(process, code))
     for process in list(children):
-        _end(children, process)
+        _kill(children, process)
 
 
 def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> tuple[int, int]:
@@ -217,7 +217,7 @@ def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> tup
     return process, 0
 
 
-def _end(children: set[int], process: int) -> int:
+def _kill(children: set[int], process: int) -> int:
     """Kill *process*, one of *children*; return its exit code, or that with which it was ending already."""
     os.kill(process, signal.SIGKILL)
     children.discard(process)

@@ -39,7 +39,7 @@ log = logging.getLogger("sopdeploy.decoding")
 
 
 class Reply(NamedTuple):
-    """The answer of a child, of one of the kinds of `decoding.child`."""
+    """The answer of a child; its *kind* and *bits* are those of `decoding.child.REPLY`."""
 
     kind: int
     bits: int
@@ -72,7 +72,7 @@ class Request:
             self.result.set_result(result)
 
 
-def reason_of(code: int) -> str:
+def exit_reason(code: int) -> str:
     """Name the reason for the exit *code* of a child."""
     if code == child.UNKNOWN_CODE:
         return UNKNOWN
@@ -127,7 +127,7 @@ class Template:
             stack.pop_all()
         return ours, process
 
-    def end(self, process: int) -> int:
+    def kill(self, process: int) -> int:
         """Kill the child *process*; return its exit code, or that with which it had ended before.
 
         If the template has ended, its children have ended with it, and the code is `UNKNOWN_CODE`.
@@ -188,6 +188,7 @@ class Template:
         return control
 
     def _close(self) -> None:
+        """End the template and its children; the caller holds the lock."""
         if self._control is not None and self._process is not None:
             self._control.close()
             self._process.kill()
@@ -302,11 +303,14 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._become_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Note that the child has ended."""
+        """Replace the child, which has ended, and fail its request; without one, wait for the next."""
         self._lose("")
 
     def _lose(self, reason: str) -> None:
-        """End the child for *reason*, unless it has ended; a request that it runs fails."""
+        """End the child for *reason* (empty: its exit code says why), unless this was called before.
+
+        If it runs a request, this fails, and another child is started.
+        """
         if self._transport is not None:
             transport, self._transport, self._reason = self._transport, None, reason
             transport.abort()
@@ -318,8 +322,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
         """Start another child, which gets the request if this one *sends* it; otherwise the request fails."""
         reason = UNKNOWN  # of a child that was not replaced the last time
         if self.process:
-            code = await asyncio.to_thread(self._template.end, self.process)
-            reason, self.process = self._reason or reason_of(code), 0
+            code = await asyncio.to_thread(self._template.kill, self.process)
+            reason, self.process = self._reason or exit_reason(code), 0
             self._on_end(reason)
             if reason != TIME:
                 log.warning("a decoder process has ended (%s) and is replaced", reason)
@@ -337,6 +341,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
             self._become_idle()
 
     def _become_idle(self) -> None:
+        """Tell the owner that the child is idle, who may give it the next request."""
         self._request = None
         self._on_idle(self, time.monotonic() - self._started)
 

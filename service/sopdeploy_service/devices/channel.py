@@ -62,6 +62,30 @@ class ModelFacts(NamedTuple):
         """Describe *model*."""
         return cls(model.name, model.bundle, model.runtime, model.latency.measured(), model.is_loaded)
 
+    def to_fields(self) -> dict[str, Any]:
+        """Convert the facts to values of JSON."""
+        bundle = self.bundle
+        return {
+            "name": self.name,
+            "path": str(bundle.path),
+            "manifest": bundle.manifest.to_bytes().decode(),
+            "labels": bundle.labels,
+            "contents": {name: data.decode("latin-1") for name, data in bundle.contents.items()},
+            "runtime": self.runtime,
+            "timings": self.timings,
+            "is_loaded": self.is_loaded,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> "ModelFacts":
+        """Convert what `to_fields` returned, after JSON."""
+        manifest = Manifest.from_bytes(fields["manifest"].encode())
+        contents = {name: text.encode("latin-1") for name, text in fields["contents"].items()}
+        path, labels = Path(fields["path"]), tuple(fields["labels"])
+        bundle = Bundle(path=path, manifest=manifest, labels=labels, contents=contents)
+        timings = tuple((images, seconds) for images, seconds in fields["timings"])
+        return cls(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), timings, fields["is_loaded"])
+
 
 class Slots:
     """The slots of a channel: in each, the outputs of an image or an error, then its pixels."""
@@ -72,7 +96,7 @@ class Slots:
 
     def pixels(self, slot: int, shape: Sequence[int]) -> NDArray[np.uint8]:
         """Return the pixels in *slot* as an array of *shape*, which shares the memory."""
-        begin = self._output_bytes
+        begin = self._output_bytes  # behind the outputs
         return self._memory[slot, begin : begin + math.prod(shape)].reshape(shape)
 
     def write_outputs(
@@ -98,6 +122,7 @@ class Slots:
 
     def write_error(self, slot: int, error: HttpError) -> None:
         """Write *error* where outputs would be."""
+        # The other half is for the other fields and for what JSON adds.
         message = error.message.encode()[: MAX_ERROR_BYTES // 2].decode(errors="ignore")
         data = json.dumps({**asdict(error), "message": message}, ensure_ascii=False).encode()
         data = ERROR_SIZE.pack(len(data)) + data
@@ -113,22 +138,23 @@ class Slots:
 def output_shapes(bundle: Bundle, *, features: bool = True) -> dict[str, tuple[int, ...]]:
     """Return the shape of each output of an image by name, in order; the embedding only with *features*."""
     outputs = [one for one in bundle.manifest.outputs if features or one.name != EMBEDDING]
+    # Only the number of images is None in a manifest; 1 is for the type.
     return {one.name: tuple(side or 1 for side in one.shape[1:]) for one in outputs}
 
 
 def open_channel(
     connection: socket.socket, models: Sequence[ModelFacts], num_slots: int
 ) -> tuple[Slots, bytes]:
-    """Send the memory of *num_slots* slots, which suffice for *models*, on the new *connection*.
+    """Create *num_slots* slots, which suffice for *models*; send their memory on the new *connection*.
 
     Returns the slots, and the description of *models*, which the caller sends next.
     """
     bundles = [model.bundle for model in models]
     outputs = [4 * sum(map(math.prod, output_shapes(bundle).values())) for bundle in bundles]
     pixels = [math.prod(bundle.manifest.image_shape) for bundle in bundles]
-    output_bytes = _round_up(max(*outputs, MAX_ERROR_BYTES + ERROR_SIZE.size))
-    pixel_bytes = _round_up(max(pixels))
-    described = json.dumps([_describe(model) for model in models]).encode()
+    largest = max(*outputs, MAX_ERROR_BYTES + ERROR_SIZE.size), max(pixels)
+    output_bytes, pixel_bytes = (math.ceil(size / LINE) * LINE for size in largest)
+    described = json.dumps([model.to_fields() for model in models]).encode()
     opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(described))
     file = os.memfd_create("sopdeploy-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -158,31 +184,5 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
         if not part:
             raise ConnectionResetError("the engine has ended")
         data += part
-    return [_read(fields) for fields in json.loads(data)], Slots(memory, num_slots, output_bytes, pixel_bytes)
-
-
-def _describe(model: ModelFacts) -> dict[str, Any]:
-    bundle = model.bundle
-    return {
-        "name": model.name,
-        "path": str(bundle.path),
-        "manifest": bundle.manifest.to_bytes().decode(),
-        "labels": bundle.labels,
-        "contents": {name: data.decode("latin-1") for name, data in bundle.contents.items()},
-        "runtime": model.runtime,
-        "timings": model.timings,
-        "is_loaded": model.is_loaded,
-    }
-
-
-def _read(fields: dict[str, Any]) -> ModelFacts:
-    manifest = Manifest.from_bytes(fields["manifest"].encode())
-    contents = {name: text.encode("latin-1") for name, text in fields["contents"].items()}
-    path, labels = Path(fields["path"]), tuple(fields["labels"])
-    bundle = Bundle(path=path, manifest=manifest, labels=labels, contents=contents)
-    timings = tuple((images, seconds) for images, seconds in fields["timings"])
-    return ModelFacts(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), timings, fields["is_loaded"])
-
-
-def _round_up(size: int) -> int:
-    return -(-size // LINE) * LINE
+    models = [ModelFacts.from_fields(fields) for fields in json.loads(data)]
+    return models, Slots(memory, num_slots, output_bytes, pixel_bytes)

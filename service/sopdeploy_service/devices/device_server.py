@@ -64,6 +64,7 @@ class DeviceServer(DrainingServer):
         self._loop.add_reader(self._supervisor, self._receive)
 
     def _report(self) -> None:
+        """Tell the supervisor how many connections came, how many are open, and which bundles are served."""
         num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
         status = control.STATUS.pack(self._received, num_open)
         control.send_files(self._supervisor, status + self.bundles.encode())
@@ -162,20 +163,27 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
 
 def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
     """Return the first channel to an engine; `DeviceServer` receives those that follow."""
+    while True:
+        engine, files = wait_for_message(supervisor, control.CHANNEL)
+        with suppress(ConnectionError):  # the engine has ended, too; another one follows
+            return EngineChannel(engine, socket.socket(fileno=files[0]))
+
+
+def wait_for_message(supervisor: socket.socket, kind: bytes) -> tuple[str, list[int]]:
+    """Wait for a message of *kind*; return the rest of it, and its files. Others get no answer.
+
+    Ends this process if the supervisor ends.
+    """
     supervisor.setblocking(True)
     while True:
         message, files = control.receive_files(supervisor)
         if not message:
-            raise SystemExit(0)  # the supervisor has ended
-        for file in files:
-            connection = socket.socket(fileno=file)
-            if not message.startswith(control.CHANNEL):  # a request for metrics
-                connection.close()
-                continue
-            with suppress(ConnectionError):  # the engine has ended, too; another one follows
-                found = EngineChannel(message.removeprefix(control.CHANNEL).decode(), connection)
-                supervisor.setblocking(False)
-                return found
+            raise SystemExit(0)
+        if message.startswith(kind):
+            supervisor.setblocking(False)
+            return message.removeprefix(kind).decode(), files
+        for file in files:  # of a request for metrics
+            os.close(file)
 
 
 def serve_http(
@@ -210,16 +218,7 @@ def serve_http(
 def ask_for_front_ends(supervisor: socket.socket, seconds: float) -> int:
     """Tell the *supervisor* that an image needs *seconds*; return how many front ends there will be."""
     control.send_files(supervisor, control.SPEED + repr(seconds).encode())
-    supervisor.setblocking(True)
-    while True:
-        message, files = control.receive_files(supervisor)
-        if message.startswith(control.FRONT_ENDS):
-            supervisor.setblocking(False)
-            return int(message.removeprefix(control.FRONT_ENDS))
-        if not message:
-            raise SystemExit(0)  # the supervisor has ended
-        for file in files:  # it asks for metrics
-            os.close(file)
+    return int(wait_for_message(supervisor, control.FRONT_ENDS)[0])
 
 
 def runs_on_cpu(registry: Registry, settings: Settings) -> bool:

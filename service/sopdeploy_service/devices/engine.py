@@ -26,9 +26,9 @@ from prometheus_client import generate_latest
 
 from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.channel import ChannelError, ModelFacts, Slots
-from sopdeploy_service.inference.bundle_store import moves_of
+from sopdeploy_service.inference.bundle_store import follow_links
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
-from sopdeploy_service.inference.model import Model, Ran, Registry
+from sopdeploy_service.inference.model import ImageResult, Model, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
@@ -46,17 +46,18 @@ LAST_SECONDS = 1.0  # for answers that front ends have not read when the process
 log = logging.getLogger("sopdeploy.inference")
 
 
-class FrontEnd(asyncio.Protocol):
+class FrontEndChannel(asyncio.Protocol):
     """The engine's end of a channel to the front end *name*, with the *models* that this channel serves.
 
-    The front end gets *opening* first. `images` has, by slot, how each image is cancelled: a function that
-    returns whether the pixels are not read any more.
+    The front end gets *opening* first. `cancel_by_slot` has a function for each image, which cancels it and
+    returns whether its pixels are not read any more, so that the slot is free.
     """
 
     def __init__(
         self, name: str, engine: "Engine", models: Sequence[Model], slots: Slots, opening: bytes
     ) -> None:
-        self.name, self.images = name, dict[int, Callable[[], bool]]()
+        self.name = name
+        self.cancel_by_slot: dict[int, Callable[[], bool]] = {}
         self._engine, self._models, self._slots, self._opening = engine, models, slots, opening
         self._names = [tuple(channel.output_shapes(model.bundle)) for model in models]
         self._names_without_features = [
@@ -65,13 +66,13 @@ class FrontEnd(asyncio.Protocol):
         self._rest = b""  # of an incomplete record
         self._results = bytearray()  # not sent yet
         self.transport: asyncio.Transport | None = None
-        self._in_use = ExitStack()
+        self._in_use = ExitStack()  # holds the models until the end of the channel
         if not engine.loads_at_first_use:  # otherwise each image uses its model
             for model in models:
                 self._in_use.enter_context(engine.registry.use(model))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Describe the models."""
+        """Send the opening, which describes the models."""
         self.transport = cast(asyncio.Transport, transport)
         self.transport.write(self._opening)
 
@@ -79,9 +80,9 @@ class FrontEnd(asyncio.Protocol):
         """Forget the images of the front end, which has ended or was cut off."""
         self.transport = None
         self._engine.front_ends.discard(self)
-        for cancel in list(self.images.values()):
+        for cancel in list(self.cancel_by_slot.values()):
             cancel()
-        self.images.clear()
+        self.cancel_by_slot.clear()
         self._in_use.close()
 
     def data_received(self, data: bytes) -> None:
@@ -94,16 +95,17 @@ class FrontEnd(asyncio.Protocol):
                 self._handle(*record)
         except ChannelError as error:
             log.error("front end %s: %s; it is replaced", self.name, error)
-            self._engine.report_bad(self)
+            self._engine.cut_off(self)
 
     def _handle(self, kind: int, flags: int, number: int, slot: int, deadline: float) -> None:
         """Run or cancel the image in *slot*; raises `ChannelError` for a record that no front end sends."""
-        cancel = self.images.get(slot)
+        cancel = self.cancel_by_slot.get(slot)
+        is_slot_in_use = cancel is not None
         if kind == channel.CANCEL:
             if cancel is not None and cancel():
                 self._answer(slot, (), CLIENT_GONE)  # which nobody reads: the slot is free again
             return
-        if kind != channel.RUN or slot >= self._slots.count or cancel is not None:
+        if kind != channel.RUN or slot >= self._slots.count or is_slot_in_use:
             raise ChannelError(f"the record {kind} for slot {slot} is invalid")
         if number >= len(self._models) or not math.isfinite(deadline):
             raise ChannelError(f"model {number} with deadline {deadline} is invalid")
@@ -115,14 +117,19 @@ class FrontEnd(asyncio.Protocol):
         for_drift = bool(flags & channel.FOR_DRIFT)
         item = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features, for_drift)
         if isinstance(model, LocalModel) and not self._engine.loads_at_first_use:
-            self.images[slot] = partial(model.queue.remove, item)
+            self.cancel_by_slot[slot] = partial(model.queue.remove, item)
             model.queue.put(item)
             return
         task = asyncio.get_running_loop().create_task(self._load_and_run(model.name, item))
         task.add_done_callback(lambda done: item.settle(CLIENT_GONE if done.cancelled() else done.result()))
-        self.images[slot] = lambda: task.cancel() and False  # its end answers
 
-    async def _load_and_run(self, name: str, item: QueuedImage) -> Ran | HttpError:
+        def cancel_task() -> bool:
+            task.cancel()
+            return False  # the end of the task frees the slot
+
+        self.cancel_by_slot[slot] = cancel_task
+
+    async def _load_and_run(self, name: str, item: QueuedImage) -> ImageResult | HttpError:
         """Run *item* with the model *name*, which may have to be loaded first; return its result."""
         registry = self._engine.registry
         try:
@@ -144,11 +151,11 @@ class FrontEnd(asyncio.Protocol):
             log.exception("%s: an image was not run", name)
             return INFERENCE_FAILED
 
-    def _answer(self, slot: int, names: Sequence[str], result: Ran | HttpError) -> None:
-        """Write *result* into *slot* and answer at the end of this turn of the loop, with others."""
+    def _answer(self, slot: int, names: Sequence[str], result: ImageResult | HttpError) -> None:
+        """Write *result* into *slot*; send the answer at the end of this turn of the loop, with others."""
         if self.transport is None:
             return
-        del self.images[slot]
+        del self.cancel_by_slot[slot]
         if isinstance(result, HttpError):
             self._slots.write_error(slot, result)
             answer = channel.RESULT.pack(slot, 0, 0.0, 0.0, 0.0)
@@ -189,7 +196,7 @@ class Engine:
         self.registry, self._settings, self._supervisor = registry, settings, supervisor
         self._sources, self._links = sources, links
         self.loads_at_first_use = settings.memory_budget is not None
-        self.front_ends: set[FrontEnd] = set()
+        self.front_ends: set[FrontEndChannel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._supervisor_left = False
         self._loaded: list[str] = []  # as the front ends know it
@@ -208,7 +215,7 @@ class Engine:
         await self.registry.start()
         loop.add_reader(self._supervisor, self._receive)
         if self._links:
-            start_task(self._tasks, self._follow_links())
+            start_task(self._tasks, follow_links(self._links, self._start_reload))
         end = math.inf
         while self.registry.problem is None and not (self._supervisor_left and not self.front_ends):
             if self._supervisor_left:
@@ -219,7 +226,7 @@ class Engine:
             await asyncio.sleep(BEAT_SECONDS)
         is_dead = self.registry.problem is not None
         self.registry.close(DRAINING)  # unless the death of the runtime has answered all images
-        await asyncio.sleep(0)  # `FrontEnd._flush`
+        await asyncio.sleep(0)  # `FrontEndChannel._flush`
         for front_end in self.front_ends:
             if front_end.transport is not None:
                 front_end.transport.close()  # after it has sent the last answers
@@ -233,7 +240,7 @@ class Engine:
     def _report(self) -> None:
         """Show the supervisor that the event loop runs, and front ends which models are loaded."""
         models = self.registry.models()
-        num_images = sum(len(front_end.images) for front_end in self.front_ends)
+        num_images = sum(len(front_end.cancel_by_slot) for front_end in self.front_ends)
         bundles = " ".join(model.bundle.name for model in models)
         control.send_files(self._supervisor, control.STATUS.pack(0, num_images) + bundles.encode())
         loaded = [model.name for model in models if model.is_loaded]
@@ -249,7 +256,7 @@ class Engine:
             asyncio.get_running_loop().remove_reader(self._supervisor)
             self._supervisor_left = True
         if message == control.RELOAD:
-            start_task(self._tasks, self._reload())
+            self._start_reload()
         for file in files:
             if message == control.SEND_METRICS:
                 page = generate_latest(self.registry.metrics.registry)
@@ -268,23 +275,22 @@ class Engine:
             log.debug("front end %s has ended", name)
             connection.close()
             return
-        front_end = FrontEnd(name, self, models, slots, described)
+        front_end = FrontEndChannel(name, self, models, slots, described)
         self.front_ends.add(front_end)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: front_end, connection)
 
-    def report_bad(self, front_end: FrontEnd) -> None:
+    def cut_off(self, front_end: FrontEndChannel) -> None:
         """End the channel of *front_end*, and let the supervisor replace it."""
         if front_end.transport is not None:
             front_end.transport.abort()
         control.send_files(self._supervisor, control.BAD_FRONT_END + front_end.name.encode())
 
+    def _start_reload(self) -> None:
+        start_task(self._tasks, self._reload())
+
     async def _reload(self) -> None:
+        """Reload the bundles; if this changes models, let the supervisor send new channels."""
         before = self.registry.models()
         await self.registry.reload(self._sources)
         if self.registry.models() != before:
             control.send_files(self._supervisor, control.NEW_MODELS)
-
-    async def _follow_links(self) -> None:
-        """Reload whenever one of the links leads elsewhere."""
-        async for _ in moves_of(self._links):
-            start_task(self._tasks, self._reload())

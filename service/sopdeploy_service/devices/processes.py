@@ -65,14 +65,33 @@ class Process:
     sent: int = 0  # connections
     received: int = 0  # this and the following: reported by the child
     open: int = 0
-    bundles: str | None = None
+    bundles: str | None = None  # names; None: has not reported
     silent_beats: int = 0  # since the last report
+
+    @property
+    def title(self) -> str:
+        """What the log calls the process."""
+        return self.name if self.is_front_end or self.device == ANY_DEVICE else f"device {self.name}"
+
+    @property
+    def is_front_end(self) -> bool:
+        """Whether the process serves HTTP with the models of engines."""
+        return self.device is None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the child has reported since its start."""
+        return self.bundles is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the child has not ended."""
+        return self.child is not None and self.child.poll() is None
 
     @property
     def accepts(self) -> bool:
         """Whether the process gets more connections."""
-        on_the_way = self.sent - self.received
-        return self.control is not None and self.bundles is not None and on_the_way < MAX_ON_THE_WAY
+        return self.control is not None and self.is_ready and self.sent - self.received < MAX_ON_THE_WAY
 
     @property
     def load(self) -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sopdeploy_service.devices import channel
 from sopdeploy_service.devices.channel import ModelFacts
-from sopdeploy_service.inference.model import Model, Ran, Registry, State
+from sopdeploy_service.inference.model import ImageResult, Model, Registry, State, settle
 from sopdeploy_service.inference.results import (
     DEADLINE,
     DRAINING,
@@ -48,13 +48,15 @@ class EngineChannel(asyncio.Protocol):
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free = list(range(self._slots.count))
-        # Of each model: the shapes of the outputs of an image without and with its embedding.
-        self._shapes = [
-            tuple(channel.output_shapes(model.bundle, features=features) for features in (False, True))
-            for model in self.models
+        # Of each model, those of the outputs of an image.
+        self._shapes = [channel.output_shapes(model.bundle) for model in self.models]
+        self._shapes_without_features = [
+            channel.output_shapes(model.bundle, features=False) for model in self.models
         ]
         # By slot: the future of the image that is there, and the shapes of its outputs.
-        self._images: dict[int, tuple[asyncio.Future[Ran | HttpError], Mapping[str, tuple[int, ...]]]] = {}
+        self._images: dict[
+            int, tuple[asyncio.Future[ImageResult | HttpError], Mapping[str, tuple[int, ...]]]
+        ] = {}
         self._requests = bytearray()  # not sent yet
         self._rest = b""  # of an incomplete frame
         self._ended_with = RUNTIME_DEAD
@@ -78,8 +80,7 @@ class EngineChannel(asyncio.Protocol):
         """Refuse all images: the engine has ended, or this end was closed."""
         self.is_open = False
         for future, _ in self._images.values():
-            if not future.done():
-                future.set_result(self._ended_with)
+            settle(future, self._ended_with)
 
     @property
     def queue_length(self) -> int:
@@ -88,21 +89,17 @@ class EngineChannel(asyncio.Protocol):
 
     async def run(
         self, number: int, pixels: NDArray[np.uint8], deadline: float, *, features: bool, for_drift: bool
-    ) -> Ran:
+    ) -> ImageResult:
         """Run an image with the model *number*, as `Model.run` does."""
         if not self._free:
             raise RejectedError(SLOTS_FULL)
         slot = self._free.pop()  # the one that was freed last, so that few pages of the memory are touched
         self._slots.pixels(slot, pixels.shape)[...] = pixels
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Ran | HttpError] = loop.create_future()
-
-        def end_late() -> None:
-            if not future.done():
-                future.set_result(DEADLINE)
-
-        timer = loop.call_at(deadline, end_late)
-        image = self._images[slot] = future, self._shapes[number][features]
+        future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
+        timer = loop.call_at(deadline, settle, future, DEADLINE)
+        shapes = (self._shapes if features else self._shapes_without_features)[number]
+        image = self._images[slot] = future, shapes
         self.sent += 1
         flags = channel.FEATURES * features + channel.FOR_DRIFT * for_drift
         self._send(channel.RUN, flags, number, slot, deadline)
@@ -145,15 +142,14 @@ class EngineChannel(asyncio.Protocol):
         self._rest = data[begin:]
 
     def _settle(self, slot: int, batch_size: int, queue: float, infer: float, load: float) -> None:
-        """Pass the result in *slot* to who waits for it, and free the slot."""
+        """Pass the result in *slot* to who waits for it, if somebody does; free the slot."""
         future, shapes = self._images.pop(slot)
-        if not future.done():
-            if batch_size:
-                stages = {"load": load} if load else {}
-                stages |= {"queue": queue, "infer": infer}
-                future.set_result(Ran(self._slots.read_outputs(slot, shapes), stages, batch_size))
-            else:
-                future.set_result(self._slots.read_error(slot))
+        if batch_size:
+            stages = {"load": load} if load else {}
+            stages |= {"queue": queue, "infer": infer}
+            settle(future, ImageResult(self._slots.read_outputs(slot, shapes), stages, batch_size))
+        else:
+            settle(future, self._slots.read_error(slot))
         self._free.append(slot)
 
 
@@ -168,14 +164,14 @@ class RemoteModel(Model):
         self._last_batch = (0, 0.0)  # its size and seconds, of which each of its images tells
 
     @property
-    def dead(self) -> bool:
+    def is_down(self) -> bool:
         """Whether no engine runs that has the model."""
         return not any(engine.is_open for engine, _ in self.routes)
 
     async def run(
         self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
-    ) -> Ran:
-        """Let the engine with the shortest queue run the image."""
+    ) -> ImageResult:
+        """Let the engine with the shortest queue run the image; note the time of its batch."""
         routes = [route for route in self.routes if route[0].is_open]
         if not routes:
             raise RejectedError(RUNTIME_DEAD)
@@ -200,12 +196,12 @@ class RemoteRegistry(Registry):
         self._in_use: set[RemoteModel] = set()  # also of channels that were replaced
         self._retiring: set[asyncio.Task[None]] = set()
         self._attaching = asyncio.Lock()  # keeps the order of channels
-        self._find_models()
+        self._update_models()
 
     @property
     def problem(self) -> State | None:
-        """Whether a model waits for the start of an engine."""
-        return "engine_starting" if any(model.dead for model in self._by_name.values()) else None
+        """`engine_starting` while a model has no engine that runs."""
+        return "engine_starting" if any(model.is_down for model in self._by_name.values()) else None
 
     async def start(self) -> None:
         """Open the channels."""
@@ -239,7 +235,10 @@ class RemoteRegistry(Registry):
                 self._in_use.discard(used)
 
     async def attach(self, engine: str, connection: socket.socket) -> None:
-        """Use the channel at *connection* to the *engine*, which has started or has new models."""
+        """Use the channel at *connection* to the *engine*, which has started or has new models.
+
+        The channel replaces the one that the engine had, which is closed after the last request that uses it.
+        """
         async with self._attaching:
             try:
                 new = await asyncio.to_thread(EngineChannel, engine, connection)
@@ -249,7 +248,7 @@ class RemoteRegistry(Registry):
             await new.open()
             old = self._channels.pop(engine, None)
             self._channels[engine] = new
-            self._find_models()
+            self._update_models()
         if old is not None:
             task = asyncio.get_running_loop().create_task(self._retire(old))
             self._retiring.add(task)
@@ -262,8 +261,8 @@ class RemoteRegistry(Registry):
                 await model.unused.wait()
         old.close(DRAINING)
 
-    def _find_models(self) -> None:
-        """List the models of the channels by name, each in the version of the newest channel that has it."""
+    def _update_models(self) -> None:
+        """Serve the models of the channels, each in the version of the newest channel that has it."""
         models: dict[str, RemoteModel] = {}
         for newest in reversed(self._channels.values()):
             for facts in newest.models:

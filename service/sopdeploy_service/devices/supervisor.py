@@ -96,9 +96,11 @@ class Supervisor:
             for file in (self._lifeline, writing, self._shared):
                 stack.callback(os.close, file)
             # The process that keeps photographs reads from the first end, all others write to the second one.
-            self._photos = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-            for end in self._photos:
-                stack.enter_context(end)
+            self._photos_in, self._photos_out = socket.socketpair(
+                socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
+            )
+            stack.enter_context(self._photos_in)
+            stack.enter_context(self._photos_out)
             memory = memoryview(mmap.mmap(self._shared, 0))
             self._admitted = memory[control.LIMIT_BYTES :].cast("q")
             start_task(self._tasks, self._kill_hanging())
@@ -114,17 +116,17 @@ class Supervisor:
         number = signal.SIGINT if self._stopping.is_set() else signal.SIGTERM
         self._stopping.set()
         for process in self._servers:
-            if process.child is not None and process.child.poll() is None:
+            if process.child is not None and process.is_running:
                 process.child.send_signal(number)
-        self._end_engines()
+        self._end_unused_engines()
 
-    def _end_engines(self) -> None:
+    def _end_unused_engines(self) -> None:
         """If no process serves HTTP any more, end the engines, and the devices that are still loading."""
-        if any(one.child is not None and one.child.poll() is None for one in self._servers):
+        if any(one.is_running for one in self._servers):
             return
         for process in self._devices:
             self._close_control(process)  # an engine ends, and has no other end
-            if process.bundles is None and process.child is not None:
+            if not process.is_ready and process.child is not None:
                 process.child.terminate()
 
     def _on_hangup(self) -> None:
@@ -153,12 +155,13 @@ class Supervisor:
                 break
             early_deaths = early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
             delay = min(MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1)  # 0, 0, 1, 3, 7 ...
-            log.error("%s: exited with code %d; restart in %.0f s", describe(process), code, delay)
+            log.error("%s: exited with code %d; restart in %.0f s", process.title, code, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
-        self._end_engines()
+        self._end_unused_engines()
 
     def _start(self, process: Process) -> subprocess.Popen[str]:
+        """Start and return a child for *process*; connect a front end with the engines."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         running = [other for other in (*self._devices, *self._front_ends) if other.child is not None]
         with theirs:
@@ -170,7 +173,7 @@ class Supervisor:
                 lifeline=self._lifeline,
                 control=theirs.fileno(),
                 shared=self._shared,
-                photos=self._photos[process.position > 0].fileno(),
+                photos=(self._photos_in if process.position == 0 else self._photos_out).fileno(),
                 front_ends=self._num_front_ends,
                 position=process.position,
                 num_servers=self._num_front_ends or len(self._devices),
@@ -187,9 +190,9 @@ class Supervisor:
             )
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
-        if process.device is None:
+        if process.is_front_end:
             for engine in self._devices:
-                if engine.bundles is not None:
+                if engine.is_ready:
                     self._connect(engine, process)
         return child
 
@@ -234,7 +237,10 @@ class Supervisor:
         elif message == control.NEW_MODELS:
             self._connect_front_ends(process)
         elif message.startswith(control.BAD_FRONT_END):
-            self._kill_front_end(message.removeprefix(control.BAD_FRONT_END).decode())
+            name = message.removeprefix(control.BAD_FRONT_END).decode()
+            bad = next((one.child for one in self._front_ends if one.name == name), None)
+            if bad is not None:
+                bad.kill()  # it has sent nonsense; `_supervise` starts another one
         else:
             self._learn_status(process, message)
 
@@ -243,28 +249,21 @@ class Supervisor:
             if front_end.control is not None:
                 self._connect(engine, front_end)
 
-    def _kill_front_end(self, name: str) -> None:
-        """Kill the front end *name*, which has sent nonsense to an engine; another one is started."""
-        for process in self._front_ends:
-            if process.name == name and process.child is not None:
-                process.child.kill()
-
     def _learn_status(self, process: Process, status: bytes) -> None:
         """Record the *status* of *process*; when all processes are ready, open the port and say so."""
-        is_first_report = process.bundles is None
-        process.report(status)  # sets `bundles`
+        is_first_report = not process.is_ready
+        process.report(status)
         if is_first_report:
-            log.info("%s: ready", describe(process))
-            if process.device is not None:
+            log.info("%s: ready", process.title)
+            if not process.is_front_end:
                 self._connect_front_ends(process)
         expected = [*self._devices, *self._front_ends]
-        if not self._announced and self._servers and all(one.bundles is not None for one in expected):
+        if not self._announced and self._servers and all(one.is_ready for one in expected):
             self._announced = True
             self._listener.listen(MAX_PENDING)
             with contextlib.suppress(OSError):  # nobody reads it
-                sys.stdout.write(
-                    f"ready: {url(self._listener)}  {process.bundles}\n"
-                )  # those of all processes
+                # Each process serves the same bundles.
+                sys.stdout.write(f"ready: {url(self._listener)}  {process.bundles}\n")
                 sys.stdout.flush()
         # `_accept` removes this reader while no process accepts; now *process* may accept again.
         if self._announced and self._listener.fileno() != -1:  # -1: closed at the end of the drain
@@ -306,10 +305,9 @@ class Supervisor:
             for process in (*self._devices, *self._front_ends):
                 process.silent_beats += 1  # `Process.report` sets it to 0
                 is_silent = process.silent_beats * BEAT_SECONDS > HANG_SECONDS
-                # It need not report while it loads (`bundles` is None) or drains (`control` is None).
-                must_report = process.bundles is not None and process.control is not None
+                must_report = process.is_ready and process.control is not None  # None: it drains
                 if is_silent and must_report and process.child is not None:
-                    log.error("%s: hangs; it is killed", describe(process))
+                    log.error("%s: hangs; it is killed", process.title)
                     process.child.kill()
                     self._close_control(process)
 
@@ -323,8 +321,3 @@ class Supervisor:
         ids["supervisor"] = os.getpid()
         page = control.merge_metrics(dict(zip(names, pages, strict=True)), ids)
         await control.send_metrics(file, page)
-
-
-def describe(process: Process) -> str:
-    """Name *process* in the log."""
-    return process.name if process.device in {None, ""} else f"device {process.name}"

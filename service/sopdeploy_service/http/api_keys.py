@@ -145,7 +145,7 @@ class TokenBucket:
         return dict(zip(RATE_HEADERS, map(str, values), strict=True))
 
     def _fill(self) -> float:
-        """Add the tokens since the last fill; store and return their number."""
+        """Add the tokens gained since the last call; return how many there are now."""
         now = time.monotonic()
         gained = (now - self._state[_FILLED]) * self._rate
         tokens = min(float(self.burst), self._state[_TOKENS] + gained)

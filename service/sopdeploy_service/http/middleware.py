@@ -77,11 +77,11 @@ Guard: TypeAlias = Callable[[RequestContext], None]
 
 @dataclass(eq=False)
 class RequestContextMiddleware:
-    """Creates the `RequestContext` of each request, calls *guard*, and records the request when it ends."""
+    """Creates the `RequestContext` of each request, calls *guards*, and records the request when it ends."""
 
     app: ASGIApp
     service: Service
-    guard: Guard | None
+    guards: Sequence[Guard]  # the first one that refuses raises `RejectedError`
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; an exception becomes a problem unless the response has started.
@@ -92,7 +92,7 @@ class RequestContextMiddleware:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
-        context = self._create_context(scope)
+        context = self._add_context(scope)
         # A copy: the server reads the method from its own scope.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         status = 0  # until the response starts
@@ -116,11 +116,11 @@ class RequestContextMiddleware:
             announced = context.headers.get("content-length", "0")
             if int(announced) > limit:  # the server has checked that it is a number
                 raise RejectedError(HttpError.of(too_large_error(limit)))
-            if self.guard is not None:
-                self.guard(context)
+            for guard in self.guards:
+                guard(context)
             await self.app(inner, receive, send_with_headers)
         except Exception as error:  # a defect fails its own request
-            reason = self._error_of(error, inner)  # which counts or logs every error
+            reason = self._count_or_log(error, inner)
             if status:
                 raise  # part of the response was sent: the connection must be closed
             await reject(scope, reason)(scope, receive, send_with_headers)
@@ -131,8 +131,8 @@ class RequestContextMiddleware:
             route = inner.get("route")  # the router adds it to the scope that the app was called with
             self._record(context, scope["method"], route, status, seconds)
 
-    def _create_context(self, scope: Scope) -> RequestContext:
-        """Create the context of a request and put it into *scope*, with `root_path`."""
+    def _add_context(self, scope: Scope) -> RequestContext:
+        """Add the context of a request to *scope*, and `root_path` to its path; return the context."""
         pairs = reversed(scope["headers"])  # of several with one name, the first one counts
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
         root = self.service.settings.root_path
@@ -143,8 +143,8 @@ class RequestContextMiddleware:
         scope.setdefault("state", {})["context"] = context
         return context
 
-    def _error_of(self, error: Exception, scope: Scope) -> HttpError:
-        """Return the `HttpError` that answers *error*; count it, or log an *error* that is a defect."""
+    def _count_or_log(self, error: Exception, scope: Scope) -> HttpError:
+        """Count *error*, or log it if it is a defect; return the `HttpError` that answers it."""
         if isinstance(error, MemoryError):
             log.warning("out of memory in %s", getattr(scope.get("route"), "path", "other"))
             error = RejectedError(OUT_OF_MEMORY)
@@ -184,12 +184,6 @@ class RequestContextMiddleware:
         access_log.log(level, "request", extra=extra)
 
 
-def all_of(guards: Sequence[Guard], context: RequestContext) -> None:
-    """Call each of *guards*; the first one that refuses raises `RejectedError`."""
-    for guard in guards:
-        guard(context)
-
-
 def request_id(headers: Mapping[str, str]) -> str:
     """Return the client's `X-Request-ID` if it is valid, or a new ID of 32 hexadecimal digits."""
     given = headers.get("x-request-id", "")
@@ -200,16 +194,19 @@ class OriginGuard:
     """Refuses requests for foreign hosts and of foreign pages with 403, except those for `OPEN`."""
 
     def __init__(self, settings: Settings) -> None:
-        names = ("localhost", settings.host)
-        allowed = settings.allowed_hosts, settings.trusted_proxies, settings.allowed_origins
-        self._origins = OwnOrigins(names, *allowed)
+        self._origins = OwnOrigins(
+            names=("localhost", settings.host),
+            allowed=settings.allowed_hosts,
+            proxies=settings.trusted_proxies,
+            pages=settings.allowed_origins,
+        )
 
     def __call__(self, context: RequestContext) -> None:
         """Raise `RejectedError` unless the request is allowed."""
         if context.path in OPEN:
             return
         if foreign := self._origins.find_foreign(context.headers, context.peer):
-            advice = ALLOW_PAGE if foreign is FOREIGN_PAGES else ALLOW_HOST
+            advice = ALLOW_PAGE if foreign == FOREIGN_PAGES else ALLOW_HOST
             message = f"this server does not answer {foreign}; {advice}"
             raise RejectedError(HttpError("foreign_request", 403, message))
 

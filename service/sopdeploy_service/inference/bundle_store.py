@@ -7,7 +7,7 @@ A source is a bundle, a folder of bundles (`sopdeploy.bundle.folder` says which 
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -50,8 +50,8 @@ def _read_links(links: Iterable[Path]) -> dict[Path, Path]:
     return {link: follow_link(link) for link in links}
 
 
-async def moves_of(target_of_link: Mapping[Path, Path]) -> AsyncIterator[None]:
-    """Yield whenever a link, a key of *target_of_link*, leads elsewhere; check each second."""
+async def follow_links(target_of_link: Mapping[Path, Path], reload: Callable[[], object]) -> None:
+    """Call *reload* whenever a link, a key of *target_of_link*, leads elsewhere; check each second."""
     while True:
         await asyncio.sleep(FOLLOW_SECONDS)
         try:
@@ -60,7 +60,7 @@ async def moves_of(target_of_link: Mapping[Path, Path]) -> AsyncIterator[None]:
             continue
         if found != target_of_link:
             target_of_link = found
-            yield
+            reload()
 
 
 def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bundle]:

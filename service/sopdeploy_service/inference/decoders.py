@@ -127,8 +127,8 @@ class SharedChildren:
     def put(self, request: Request, group: tuple[str, bool] | None) -> None:
         """Let an idle child run *request* of *group*, or let it wait.
 
-        If `MAX_WAITING_LARGE` requests wait, refuse it or the last one of a larger group. Those of the group
-        None are never refused.
+        If `MAX_WAITING_LARGE` requests wait, the last one of the largest group is refused; this is *request*
+        unless another group would still be larger than its own. Those of the group None are never refused.
         """
         if self.idle:
             self.idle.pop().run(request)
@@ -142,8 +142,11 @@ class SharedChildren:
             self._groups[largest].pop().settle(DECODERS_BUSY)
         self._groups.setdefault(group, deque()).append(request)
 
-    def serve(self, child: DecoderProcess, seconds: float = 0.0) -> None:
-        """Let *child*, idle after *seconds* of work, run the first request of the group whose turn it is."""
+    def give_work(self, child: DecoderProcess, seconds: float = 0.0) -> None:
+        """Let *child* run the first request of the group whose turn it is, or keep it idle.
+
+        The child has worked for *seconds*, which are counted.
+        """
         self._metrics.decode_seconds.inc(seconds)
         while self._groups:
             group, waiting = self._groups.popitem(last=False)
@@ -195,21 +198,22 @@ class Decoders:
             cpu_seconds=LIGHT_SECONDS,
             max_pixels=min(LIGHT_PIXELS, settings.max_pixels),
         )
-        restrictions = ""
+        restrictions: set[str] = set()  # usually the same of all children
         for options in [light] * plan.light + [large] * plan.large:
             children = self.light if options.is_light else self.large
             process = DecoderProcess(
                 shared_template(),
                 options,
                 settings.decode_seconds,
-                on_idle=children.serve,
+                on_idle=children.give_work,
                 on_end=lambda reason: self._metrics.decoder_ended.labels(reason).inc(),
             )
             self._children.append(process)
-            restrictions = await process.start()
-            children.serve(process)
-        if restrictions.startswith("no sandbox"):
-            log.warning("images are decoded without a sandbox: %s", restrictions)
+            restrictions.add(await process.start())
+            children.give_work(process)
+        for text in restrictions:
+            if text.startswith("no sandbox"):
+                log.warning("images are decoded without a sandbox: %s", text)
         self._watching = self._loop.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -232,20 +236,22 @@ class Decoders:
         shape = (preprocess.crop, preprocess.crop, 3)
         sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
         rules = _write_rules(preprocess)
-        reply = await self._attempt(image, rules, child.PIXELS, sizes, deadline, client)
+        reply = await self._run_with_retries(image, rules, child.PIXELS, sizes, deadline, client)
         warnings = tuple(name for index, name in enumerate(child.WARNINGS) if reply.bits & (1 << index))
         return Decoded(reply.data.reshape(shape), warnings)
 
     async def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* without metadata, with the errors of `decode`; return the copy and its suffix."""
-        reply = await self._attempt(image, b"", child.COPY, range(MAX_COPY_BYTES + 1), math.inf, None)
+        reply = await self._run_with_retries(
+            image, b"", child.COPY, range(MAX_COPY_BYTES + 1), math.inf, None
+        )
         return reply.data.tobytes(), ".png" if reply.bits else ".jpg"
 
     def wait_for(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """Wait in another thread than that of the event loop for *work*, a call of `decode` or `copy`."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    async def _attempt(
+    async def _run_with_retries(
         self, image: bytes, rules: bytes, kind: int, sizes: range, deadline: float, client: str | None
     ) -> Reply:
         """Run a request in a light child; for a large body, or if that fails, in one for large images.
@@ -271,7 +277,8 @@ class Decoders:
                 raise RejectedError(reply)
             if isinstance(reply, Ended):
                 is_fault = reply.reason in {TIME, WRONG_REPLY}  # of the image
-                num_ends += not is_fault
+                if not is_fault:
+                    num_ends += 1
                 if not is_light and is_fault:
                     raise RejectedError(DAMAGED)
                 if not is_light and num_ends > 1:

@@ -218,13 +218,14 @@ def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:
 
 
 def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int, float]]:
-    """Run batches of 1, 2, 4 ... *max_batch* images twice on a GPU; return (images, seconds) per run.
+    """Run batches of 1, 2, 4 ... *max_batch* images twice on a GPU, and check their outputs.
 
-    The first batch of a size takes many times as long as the others: libraries choose kernels and allocate
-    memory. Without this, it would be a client's batch. Every row of every batch is compared with the output
-    of its image, because kernels for other sizes are other kernels; small and large batches alternate the
-    second time, because an engine then changes its profile. Raises `ParityError`. A CPU has no such cost; it
-    runs *max_batch* images once if there are fewer probes, because `_replay_all` then runs smaller batches.
+    Returns (images, seconds) of each run. The first batch of a size takes many times as long as the others:
+    libraries choose kernels and allocate memory. Without this, it would be a client's batch. Every row of
+    every batch is compared with the output of its image, because kernels for other sizes are other kernels;
+    small and large batches alternate the second time, because an engine then changes its profile. Raises
+    `ParityError`. A CPU has no such cost; it runs *max_batch* images once if there are fewer probes, because
+    `_replay_all` then runs smaller batches.
     """
     timings: list[tuple[int, float]] = []
     if runtime.device == "cpu":
@@ -233,7 +234,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
         sizes = [*padded_sizes(max_batch), *alternating(padded_sizes(max_batch))]
     largest = max_batch
     for size in sizes:  # the second time shows the usual time
-        if size > largest:
+        if size > largest:  # there was no memory for a smaller one
             continue
         batch = probes.resized(size)
         try:

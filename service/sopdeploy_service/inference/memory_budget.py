@@ -92,9 +92,10 @@ class BudgetedRegistry(ModelRegistry):
 
     @contextmanager
     def use(self, model: Model) -> Iterator[None]:
-        """Do not release *model*, loaded or not, during the block."""
+        """Mark *model* as used last, and do not release it, loaded or not, during the block."""
         self._entries.move_to_end(model.name)
-        with super().use(self._entries[model.name].placeholder):  # counts the users, see `_make_room`
+        # Of the placeholder, which is the same object before and after a load; `_make_room` looks at it.
+        with super().use(self._entries[model.name].placeholder):
             yield
 
     async def wait_until_loaded(self, model: Model) -> Model:
@@ -114,20 +115,25 @@ class BudgetedRegistry(ModelRegistry):
         """Give *reason* to every image without an outcome, and `DRAINING` to waiting requests."""
         for entry in self._entries.values():
             if entry.loading is not None:
-                asyncio.get_running_loop().call_soon(entry.loading.cancel)  # when `_load_entry` has begun
+                # Not at once: a task that has not begun would end without the `DRAINING` of `_load_entry`.
+                asyncio.get_running_loop().call_soon(entry.loading.cancel)
         super().close(reason)
 
     async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
-        """Load *entry* after earlier loads; return the error for waiting requests if it fails."""
+        """Load *entry* when earlier loads have ended; return the error for waiting requests if it fails.
+
+        Models that nobody uses are released to make room. For `RETRY_SECONDS` after a failed load, the bundle
+        is not loaded, and the error is the same. After `MEMORY_FULL`, the next request tries again.
+        """
         name = entry.placeholder.name
         try:
             async with self.changing:
                 if time.monotonic() < entry.retry_at:
                     return entry.load_error
                 await self._make_room(entry.bytes)
-                checked = entry.placeholder.bundle
-                reading = daemon_threads.start(partial(read_files, checked.path, checked.manifest))
-                bundle = await finish_in_time(reading, checked.path, self._settings)
+                reduced = entry.placeholder.bundle  # without the graph
+                reading = daemon_threads.start(partial(read_files, reduced.path, reduced.manifest))
+                bundle = await finish_in_time(reading, reduced.path, self._settings)
                 loaded = await load_in_background(bundle, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
                 model.drift = entry.placeholder.drift  # it has counted since the start of the server

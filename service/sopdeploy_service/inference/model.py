@@ -29,7 +29,7 @@ class RuntimeFacts(NamedTuple):
     largest_batch: int
 
 
-class Ran(NamedTuple):
+class ImageResult(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, and how its batch ran.
 
     *stage_seconds* has `queue` and `infer` and, after a wait for a load, `load`.
@@ -38,6 +38,12 @@ class Ran(NamedTuple):
     outputs: Mapping[str, NDArray[np.float32]]
     stage_seconds: Mapping[str, float]
     batch_size: int
+
+
+def settle(future: "asyncio.Future[ImageResult | HttpError]", result: ImageResult | HttpError) -> None:
+    """Set *result* unless the future has one or was cancelled."""
+    if not future.done():
+        future.set_result(result)
 
 
 class LatencyTable:
@@ -97,9 +103,8 @@ class Model(ABC):
         self.name, self.bundle, self.labels, self.runtime = name, bundle, bundle.labels, runtime
         manifest = bundle.manifest
         self.decision = manifest.rules
-        self.thresholds, self.rejection = self.decision.thresholds, self.decision.rejection
-        self.top_k = settings.classes_per_image(multi_label=self.thresholds is not None)
-        self.version, self.logits = manifest.id, manifest.outputs[0].name
+        self.top_k = settings.classes_per_image(multi_label=self.decision.is_multi_label)
+        self.version, self.logits_name = manifest.id, manifest.outputs[0].name
         self.largest_batch = runtime.largest_batch
         self.latency = LatencyTable(timings)
         self.users = 0  # requests
@@ -108,13 +113,13 @@ class Model(ABC):
 
     @property
     @abstractmethod
-    def dead(self) -> bool:
-        """Whether nothing can run, or nothing can run now."""
+    def is_down(self) -> bool:
+        """Whether no image can run now; a model whose runtime is in this process never recovers."""
 
     @abstractmethod
     async def run(
         self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
-    ) -> Ran:
+    ) -> ImageResult:
         """Run one image (H, W, 3) in a batch with others; its embedding is in the outputs with *features*.
 
         *deadline* is a time of `time.monotonic`. An image that is not *for_drift* does not count for the

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -31,7 +32,7 @@ from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import WORKER_THREAD
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
-from sopdeploy_service.inference.model import Model, Ran, RuntimeFacts
+from sopdeploy_service.inference.model import ImageResult, Model, RuntimeFacts, settle
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import DriftWindow, Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OverlappingRuntime, Runtime, is_out_of_memory
@@ -59,14 +60,14 @@ class QueuedImage:
 
     pixels: NDArray[np.uint8] = field(repr=False)
     deadline: float
-    deliver: Callable[[Ran | HttpError], None]
+    deliver: Callable[[ImageResult | HttpError], None]
     features: bool = False
     for_drift: bool = True
     arrived: float = field(default_factory=time.monotonic)
     is_over: bool = False
     in_batch: bool = False
 
-    def settle(self, result: Ran | HttpError) -> None:
+    def settle(self, result: ImageResult | HttpError) -> None:
         """Deliver *result* unless the image is over. Call it on the event loop."""
         if not self.is_over:
             self.is_over = True
@@ -92,7 +93,7 @@ class RequestQueue:
         item.settle(self.closed_with)
 
     def remove(self, item: QueuedImage) -> bool:
-        """Remove *item*, for which nobody waits any more; return False if its batch has begun."""
+        """Remove *item*, for which nobody waits any more; if its batch has begun, only return False."""
         with self._changed:
             if item.in_batch:
                 return False
@@ -124,6 +125,7 @@ class RequestQueue:
                 self._changed.wait(seconds)
 
     def _pop(self, count: int) -> list[QueuedImage]:
+        """Remove the *count* oldest images, now in a batch, and return them."""
         items = [self._items.popleft() for _ in range(count)]
         for item in items:
             item.in_batch = True
@@ -166,7 +168,7 @@ class LocalModel(Model):
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         reference = self.decision.reference
         self.drift = None if reference is None else DriftWindow(reference, metrics, name)
-        metrics.show_model(name, rejects=self.rejection is not None)
+        metrics.show_model(name, rejects=self.decision.rejection is not None)
         self._metrics, self._timeout = metrics, settings.batch_timeout_seconds
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -176,34 +178,29 @@ class LocalModel(Model):
         self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
         self._outputs = tuple(output.name for output in manifest.outputs)
         self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
-        self._must_check = False  # the device, because every image of the last batch failed
+        self._must_check_device = False  # because every image of the last batch failed
         self._in_flight: list[_Batch] = []  # oldest first
         self._batch_started: float | None = None  # when the oldest batch got the device to itself
 
     @property
-    def dead(self) -> bool:
+    def is_down(self) -> bool:
         """Whether a batch hung or the thread failed."""
         return self._is_dead
 
     async def run(
         self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
-    ) -> Ran:
+    ) -> ImageResult:
         """Queue the image, and wait until its batch has run."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Ran | HttpError] = loop.create_future()
-
-        def deliver(result: Ran | HttpError) -> None:
-            if not future.done():  # as after a cancellation
-                future.set_result(result)
-
-        item = QueuedImage(pixels, deadline, deliver, features, for_drift)
+        future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
+        item = QueuedImage(pixels, deadline, partial(settle, future), features, for_drift)
         timer = loop.call_at(deadline, item.settle, results.DEADLINE)
         self.queue.put(item)
         try:
             result = await future
         finally:
             timer.cancel()
-            self.queue.remove(item)  # unless it has a result
+            self.queue.remove(item)  # after a cancellation; otherwise it has left the queue
         if isinstance(result, HttpError):
             raise RejectedError(result)
         return result
@@ -211,9 +208,8 @@ class LocalModel(Model):
     def start(self) -> None:
         """Start the thread that runs batches, and its watchdog."""
         loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(
-            target=self._run_batches, args=(loop,), name=WORKER_THREAD, daemon=True
-        )
+        run = partial(self._run_batches, loop)
+        self._thread = threading.Thread(target=run, name=WORKER_THREAD, daemon=True)
         self._thread.start()
         self._watchdog = loop.create_task(self._watch())
 
@@ -269,26 +265,25 @@ class LocalModel(Model):
     def _run_batches(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run batches until the queue is closed or the thread fails; each iteration completes one batch."""
         try:
-            while self._in_flight or self._begin_first():
-                # Begin a second batch, but none after one that failed: `_begin_first` then checks the device.
-                if self._overlapping is not None and not self._must_check:
-                    self._begin_next(only_full=True)
+            while True:
+                if not self._in_flight:
+                    if self._must_check_device:
+                        self._batch_started = time.monotonic()  # for the watchdog
+                        check_device(self._runtime, self.bundle.manifest.image_shape)
+                        self._batch_started, self._must_check_device = None, False
+                    if not self._begin_batch():  # the queue is closed
+                        break
+                # Begin a second batch, but none after one that failed: first, the device is checked.
+                if self._overlapping is not None and not self._must_check_device:
+                    self._begin_batch(only_full=True)
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
             log.critical("the model worker ends", exc_info=True)
         finally:
             call_soon(loop, self._declare_dead, "the model worker has ended")
 
-    def _begin_first(self) -> bool:
-        """Check the device if needed, then wait for a batch and begin it; False: the queue is closed."""
-        if self._must_check:
-            self._batch_started = time.monotonic()  # for the watchdog
-            check_device(self._runtime, self.bundle.manifest.image_shape)
-            self._batch_started, self._must_check = None, False
-        return self._begin_next()
-
-    def _begin_next(self, *, only_full: bool = False) -> bool:
-        """Take a batch from the queue, as `RequestQueue.take` does, and begin it; return False for none."""
+    def _begin_batch(self, *, only_full: bool = False) -> bool:
+        """Wait for a batch, as `RequestQueue.take` does, and begin it; return False for none."""
         items = self.queue.take(self.largest_batch, only_full=only_full)
         if not items:
             return False
@@ -302,17 +297,19 @@ class LocalModel(Model):
         return True
 
     def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait for the outputs of the oldest batch and pass them to the event loop."""
+        """Wait for the outputs of the oldest batch, run it again in parts if it fails, and settle it."""
         batch = self._in_flight[0]
         images = [item.pixels for item in batch.items]
         names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
         started, ended = cast(float, self._batch_started), time.monotonic()  # a batch in flight has a start
-        self._must_check = all(row in (results.INFERENCE_FAILED, results.OUT_OF_MEMORY) for row in rows)
+        self._must_check_device = all(
+            row in (results.INFERENCE_FAILED, results.OUT_OF_MEMORY) for row in rows
+        )
         # Set before the batch is removed, see `_watch`: the next one has the device to itself from now on.
         self._batch_started = ended if len(self._in_flight) > 1 else None
         del self._in_flight[0]
-        call_soon(loop, self._settle, batch.items, rows, started, ended)
+        call_soon(loop, self._settle_and_count, batch.items, rows, started, ended)
 
     def _names_of(self, items: Sequence[QueuedImage]) -> Sequence[str]:
         """Return the outputs that *items* need."""
@@ -330,7 +327,7 @@ class LocalModel(Model):
             return self._overlapping.begin(images, names)()
         return self._runtime.run(np.stack(images))
 
-    def _settle(
+    def _settle_and_count(
         self, items: Sequence[QueuedImage], rows: Sequence[ImageOutputs], started: float, ended: float
     ) -> None:
         """Settle and count a batch. Runs on the event loop while the thread runs the next batch."""
@@ -340,9 +337,9 @@ class LocalModel(Model):
             if isinstance(row, HttpError):
                 item.settle(row)
                 continue
-            item.settle(Ran(row, {"queue": seconds, "infer": ended - started}, len(items)))
+            item.settle(ImageResult(row, {"queue": seconds, "infer": ended - started}, len(items)))
             if item.for_drift:
-                logits.append(row[self.logits])
+                logits.append(row[self.logits_name])
         if self.drift is not None:
             self.drift.add(logits)
         self.latency.record(len(items), ended - started)

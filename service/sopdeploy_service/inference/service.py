@@ -69,10 +69,10 @@ class ModelRegistry(Registry):
 
     @property
     def problem(self) -> State | None:
-        """Whether a model cannot run any more, so that the process must be restarted."""
-        return "runtime_dead" if any(model.dead for model in self._by_name.values()) else None
+        """`runtime_dead` if a model cannot run any more, so that the process must be restarted."""
+        return "runtime_dead" if any(model.is_down for model in self._by_name.values()) else None
 
-    async def follow(self, bundles: Mapping[str, Bundle]) -> None:
+    async def replace(self, bundles: Mapping[str, Bundle]) -> None:
         """Serve exactly *bundles*, by name; those that are already served are not loaded again.
 
         The caller holds `changing`. All new bundles are loaded before any is served: an error, such as of
@@ -97,13 +97,13 @@ class ModelRegistry(Registry):
             self._by_name[name] = model
 
     async def reload(self, sources: Iterable[str | Path]) -> None:
-        """Read the bundles of *sources* again and `follow` them, or log why this is not possible."""
+        """Read the bundles of *sources* again and serve them, or log why this is not possible."""
         try:
             async with self.changing:
                 # Also of bundles that are served: a folder may have other files under the same manifest.
                 finding = daemon_threads.start(partial(find_bundles, sources, self._read))
                 bundles = await finish_in_time(finding, "the bundles", self._settings)
-                await self.follow(bundles)
+                await self.replace(bundles)
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
             self.metrics.count_load_failure(error)
@@ -112,6 +112,7 @@ class ModelRegistry(Registry):
         models_log.info("reloaded", extra={"bundles": " ".join(model.bundle.name for model in self.models())})
 
     def _serves(self, name: str, manifest: Manifest) -> bool:
+        """Tell whether the model *name* is that of a bundle with this content."""
         present = self._by_name.get(name)
         return present is not None and present.bundle.manifest.has_content_of(manifest)
 
@@ -132,13 +133,14 @@ class ModelRegistry(Registry):
         await asyncio.gather(*(model.stop() for model in models))
 
     def _make_model(self, name: str, loaded: LoadedModel) -> LocalModel:
+        """Create the model *name*, not yet started, and count its bundle as loaded."""
         self.metrics.count_bundle(name, loaded.bundle, loaded.runtime.name, 1)
         return LocalModel(name, loaded, self._settings, self.metrics)
 
     def _retire(self, model: LocalModel) -> None:
-        self._retiring[model] = asyncio.create_task(self._stop_unused(model))
+        self._retiring[model] = asyncio.create_task(self._stop_when_unused(model))
 
-    async def _stop_unused(self, model: LocalModel) -> None:
+    async def _stop_when_unused(self, model: LocalModel) -> None:
         """Stop *model* after the last request that uses it has its response."""
         try:
             await model.unused.wait()
@@ -184,7 +186,7 @@ class Service:
         self._admitted[self._position] = count
 
     def share_admitted(self, cells: "memoryview[int]", position: int) -> None:
-        """Count in *cells*, one for each process of the server, of which this one is at *position*."""
+        """Count in *cells*, one for each process of the server, the one at *position* from zero."""
         self._admitted, self._position = cells, position
         self.admitted = 0
 
@@ -202,12 +204,15 @@ class Service:
         problem = self.registry.problem
         if self._draining and problem != "runtime_dead":
             return "draining"
-        return problem or ("decoders_stopped" if self.decoders.are_stopped else "ok")
+        if problem is not None:
+            return problem
+        return "decoders_stopped" if self.decoders.are_stopped else "ok"
 
     async def collect_metrics(self) -> bytes:
         """Format the metrics of all processes of this server for Prometheus, or those of this process."""
-        page = b"" if self.metrics_of_all is None else await self.metrics_of_all()
-        return page or generate_latest(self.metrics.registry)
+        if self.metrics_of_all is not None and (page := await self.metrics_of_all()):
+            return page
+        return generate_latest(self.metrics.registry)  # alone, or the supervisor has not answered
 
     async def start(self) -> None:
         """Start the threads and accept requests."""
@@ -230,7 +235,7 @@ class Service:
 
     def check_admission(self, model: Model, deadline: float) -> None:
         """Raise `RejectedError` if a request, not yet read, cannot be admitted or meet its *deadline*."""
-        if model.dead:
+        if model.is_down:
             raise RejectedError(results.RUNTIME_DEAD)
         if self._draining:
             raise RejectedError(results.DRAINING)
@@ -340,8 +345,9 @@ class Service:
             if isinstance(outcome, Prediction):
                 copy_outcomes = list(itertools.islice(outcomes_left, num_copies))  # of this image
                 errors = [one for one in copy_outcomes if isinstance(one, HttpError)]
-                logits = [one.outputs[model.logits] for one in copy_outcomes if isinstance(one, Prediction)]
+                ran = [one for one in copy_outcomes if isinstance(one, Prediction)]
+                logits = np.array([one.outputs[model.logits_name] for one in ran])
                 stages = {**outcome.stage_seconds, "explain": seconds}
-                explained = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
+                explained = outcome._replace(stage_seconds=stages, occluded=logits)
                 outcomes[number] = errors[0] if errors else explained
         return outcomes

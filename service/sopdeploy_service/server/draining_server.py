@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError, first_line
-from sopdeploy_service.inference.bundle_store import moves_of
+from sopdeploy_service.inference.bundle_store import follow_links
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task, terminal_is_closed
@@ -121,7 +121,7 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
         if self._links:
-            start_task(self._reloads, self._follow_links())
+            start_task(self._reloads, follow_links(self._links, self.reload))
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -149,16 +149,14 @@ class DrainingServer(uvicorn.Server):
             self.reload()
 
     def reload(self) -> None:
-        """Find the bundles again and serve those that have changed."""
+        """Start to find the bundles again and serve those that have changed, unless the server drains.
+
+        With a memory budget, this is impossible, as an error in the log says.
+        """
         if self._service.settings.memory_budget is not None:
             log.error("not reloaded: impossible with memory_budget")
         elif self._drain_until is None:
             start_task(self._reloads, self._service.registry.reload(self._sources))
-
-    async def _follow_links(self) -> None:
-        """Reload whenever one of the links leads elsewhere."""
-        async for _ in moves_of(self._links):
-            self.reload()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""
@@ -167,7 +165,7 @@ class DrainingServer(uvicorn.Server):
         self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Decide ten times per second whether to close the port."""
+        """Measure the lag and log the begin of a drain; return whether to close the port."""
         now = time.monotonic()
         self._lags.append(max(0.0, now - self._last_beat - BEAT_SECONDS))
         self._last_beat = now

@@ -77,7 +77,10 @@ class Connections:
     num_by_address: Counter[str] = field(default_factory=Counter)  # without those of trusted proxies
 
     def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
-        """Admit *connection*; if there are too many, close another one, or return the error for this one."""
+        """Admit *connection*; if there are too many, close another one, or return the error for this one.
+
+        A refused one is counted, too, until its caller has closed it.
+        """
         self.open[connection] = None
         if not connection.is_trusted:
             self.num_by_address[connection.address] += 1
@@ -88,15 +91,15 @@ class Connections:
         if evicted is None:
             return FULL
         evicted.evict()
-        self.close(evicted)  # if it has not done so itself
+        self.note_last_response(evicted)  # if it has not done so itself
         return None
 
-    def wait(self, connection: "LimitedHttpProtocol") -> None:
+    def note_wait(self, connection: "LimitedHttpProtocol") -> None:
         """Note that *connection* waits for headers from now on."""
         self.waiting.pop(connection, None)
         self.waiting[connection] = connection.loop.time()
 
-    def close(self, connection: "LimitedHttpProtocol") -> None:
+    def note_last_response(self, connection: "LimitedHttpProtocol") -> None:
         """Note that *connection* has its last response; abort the one that has it longest if many have."""
         for state in (self.idle, self.waiting, self.bodies, self.unread):
             state.pop(connection, None)
@@ -206,13 +209,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif self.is_trusted:  # proxies may open connections before they have a request
             self._begin_idle_time()
         else:
-            self._limit_headers()
+            self._start_header_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers and drop queued requests."""
         self._shared.remove(self)
         self._unset_keepalive_if_required()
-        self._restart_timer(None)
+        self._stop_timer()
         self.resume_writing()  # stops the write timeout
         self.pipeline.clear()
         self._held = b""
@@ -268,7 +271,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._feed_without_upgrade(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is in what follows the last request, which is ignored
-                self._error = self._error or _MALFORMED
+                self._refuse(_MALFORMED)
         if self._in_headers or self._in_body:
             # Negative after chunks whose size needs less than `CHUNK_BYTES`, which is no credit for later.
             self._overhead_bytes = max(0, self._overhead_bytes)
@@ -276,13 +279,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._overhead_bytes = 0
         limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES  # with the URL
         if self._overhead_bytes > limit:
-            self._error = self._error or LARGE_HEADERS
+            self._refuse(LARGE_HEADERS)
         is_responding = self.cycle is not None and not self.cycle.response_complete
         expects_headers = not self._in_body and not is_responding
         if self._error is not None:
             self._reject(self._error)
         elif expects_headers and self._timer is None:
-            self._limit_headers()
+            self._start_header_timeout()
         elif self._in_body and not self._ignores_input:  # a body that has arrived as a whole never gets here
             self._shared.bodies.setdefault(self, self.loop.time())
 
@@ -315,6 +318,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.on_message_complete()
             self._ignores_input = True
 
+    def _refuse(self, reason: HttpError) -> None:
+        """Let `_parse` reject the request with *reason*, unless it has found another one before."""
+        if self._error is None:
+            self._error = reason
+
     def on_message_begin(self) -> None:
         """Begin a request: end the idle time before it, and count its headers from zero."""
         super().on_message_begin()
@@ -327,13 +335,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Limit the length of the URL."""
         super().on_url(url)
         if len(self.url) > MAX_URL_BYTES:
-            self._error = self._error or LONG_URL
+            self._refuse(LONG_URL)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Limit the number and size of headers and trailers."""
         self._header_bytes += len(name) + len(value) + len(": \r\n")
         if len(self.headers) >= MAX_HEADERS or self._header_bytes > MAX_HEADER_BYTES:
-            self._error = self._error or LARGE_HEADERS
+            self._refuse(LARGE_HEADERS)
         else:
             super().on_header(name, value)
 
@@ -345,7 +353,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._overhead_bytes = 0
         self._shared.waiting.pop(self, None)
-        self._restart_timer(None)
+        self._stop_timer()
         num_hosts = [name for name, _ in self.headers].count(b"host")
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
         if self.parser.get_http_version() == "1.1":
@@ -354,9 +362,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.expect_100_continue = False
             is_valid = self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
         if not is_valid or len(self.pipeline) >= MAX_PIPELINE:
-            self._error = self._error or _MALFORMED
+            self._refuse(_MALFORMED)
         elif codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
-            self._error = self._error or UNKNOWN_CODING
+            self._refuse(UNKNOWN_CODING)
         if self._error is None:
             super().on_headers_complete()
             # The request has the present list. Trailers, which it must not use, are appended to a copy.
@@ -386,7 +394,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.bodies.pop(self, None)
         super().on_message_complete()
         if self.cycle.response_complete:  # before the end of the body: the idle time begins only now
-            self._restart_timer(None)  # stops the timer of the rest of the body
+            self._stop_timer()  # stops the timer of the rest of the body
             self._begin_idle_time()
 
     def _begin_idle_time(self) -> None:
@@ -413,10 +421,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         if self._in_body:  # of this request; the app did not wait for its end
             self._unset_keepalive_if_required()
-            self._restart_timer(LINGER_SECONDS, self.abort)
+            self._start_timer(LINGER_SECONDS, self.abort)
         elif self._in_headers:  # of the next request
             self._unset_keepalive_if_required()
-            self._limit_headers()
+            self._start_header_timeout()
         elif self._is_half_closed:
             self.close()
         else:
@@ -442,21 +450,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if not self._closed and not self.transport.is_closing():
             self.transport.write(data)
 
-    def close(self) -> None:
+    def close(self, *, is_input_in_transit: bool = False) -> None:
         """Close after the pending output; a client that still sends gets time to read its response."""
         if self._closed:
             return
         self._ignores_input = self._closed = True
-        if self._in_body or self._in_headers:  # the client still sends: read on, as `LINGER_SECONDS` says
+        if is_input_in_transit or self._in_body or self._in_headers:  # read on, as `LINGER_SECONDS` says
             self.flow.resume_reading()
             if self.transport.can_write_eof() and not self.transport.is_closing():
                 self.transport.write_eof()
-            self._restart_timer(LINGER_SECONDS, self.abort)
-            self._shared.close(self)
+            self._start_timer(LINGER_SECONDS, self.abort)
+            self._shared.note_last_response(self)
         else:
             self.transport.close()  # after the pending output, for which the client has limited time
-            self._restart_timer(self._limits.write_timeout, self.abort)
-            self._shared.unread.setdefault(self, self.loop.time() + GRACE)  # until it is sent
+            self._start_timer(self._limits.write_timeout, self.abort)
+            # Until the output is sent, it counts as unread, but a grace later than one that began now.
+            self._shared.unread.setdefault(self, self.loop.time() + GRACE)
 
     timeout_keep_alive_handler = close
 
@@ -483,7 +492,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         self._shared.metrics.rejected.labels(reason.code).inc()
-        self._restart_timer(None)
+        self._stop_timer()
         self._ignores_input = True
         if self.cycle is not None and not self.cycle.response_complete:  # the app still responds
             # The response is to an earlier request if the rejected one is queued or still in its headers.
@@ -497,8 +506,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif not self._in_body:  # invalid headers; a request whose body is invalid has its response already
             self._shared.metrics.count_request("other", reason.status, 0.0)
             self._write_error(reason)
-        self._in_headers = True  # so that `close` waits for input in transit
-        self.close()
+        self.close(is_input_in_transit=True)
 
     def _write_error(self, reason: HttpError) -> None:
         identifier = request_id(Headers(raw=self.headers or []))
@@ -511,13 +519,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         body = b"" if self.parser.get_method() == b"HEAD" else bytes(response.body)
         self.write(b"".join([*lines, b"\r\n", body]))
 
-    def _limit_headers(self) -> None:
-        """Start the timeout of the headers of a request."""
-        self._shared.wait(self)
-        self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
+    def _start_header_timeout(self) -> None:
+        """Note that headers are due; reject the request if they do not arrive in time."""
+        self._shared.note_wait(self)
+        self._start_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
 
-    def _restart_timer(self, seconds: float | None, callback: Callable[[], None] | None = None) -> None:
-        """Stop the timer; with *seconds*, start it again to call *callback* after them."""
+    def _start_timer(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call *callback* after *seconds*, instead of what the timer would call."""
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, callback)
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None or callback is None else self.loop.call_later(seconds, callback)
+            self._timer = None

@@ -84,7 +84,11 @@ def load_registry(sources: Sequence[str | Path], settings: Settings) -> "ModelRe
     # With a memory budget, the graphs are hashed only, and read again when they are loaded.
     with_graph = settings.memory_budget is None
     finding = daemon_threads.start(  # before the slow imports
-        partial(find_bundles, sources, lambda _name, *found: read_files(*found, with_graph=with_graph))
+        partial(
+            find_bundles,
+            sources,
+            lambda _name, path, manifest: read_files(path, manifest, with_graph=with_graph),
+        )
     )
     bundles = wait_in_time(finding, "the bundles", settings)
     from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415

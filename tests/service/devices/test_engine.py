@@ -156,16 +156,16 @@ def test_a_slot_is_free_when_the_engine_does_not_read_it_any_more(bundle) -> Non
         in_batch = asyncio.ensure_future(model.run(PIXELS[0], FOREVER))
         await until(runtime.entered.is_set)
         queued = [asyncio.ensure_future(model.run(one, FOREVER)) for one in PIXELS[1:]]
-        await until(lambda: len(front_end.images) == 16)
+        await until(lambda: len(front_end.cancel_by_slot) == 16)
         with pytest.raises(RejectedError, match="queue is full"):
             await model.run(PIXELS[0], FOREVER)
         for each in (in_batch, *queued):
             each.cancel()
-        await until(lambda: len(front_end.images) == 1)  # that of the batch
+        await until(lambda: len(front_end.cancel_by_slot) == 1)  # that of the batch
         with pytest.raises(RejectedError, match="deadline"):
             await model.run(PIXELS[0], 0.0)
         runtime.gate.set()
-        await until(lambda: not front_end.images)
+        await until(lambda: not front_end.cancel_by_slot)
         await asyncio.gather(*(model.run(one, FOREVER) for one in PIXELS))
 
     run_with(runtime, bundle, scenario)
@@ -222,7 +222,7 @@ def test_a_front_end_that_reads_no_results_is_cut_off(bundle, monkeypatch) -> No
                 await asyncio.get_running_loop().sock_sendall(
                     bad, b"".join(record(slot=slot) for slot in range(16))
                 )
-            await until(lambda: not any(one.images for one in engine.engine.front_ends))
+            await until(lambda: not any(one.cancel_by_slot for one in engine.engine.front_ends))
         bad.close()
         assert control.BAD_FRONT_END + b"front-0" in engine.messages()
         await registry.find().run(PIXELS[0], FOREVER)

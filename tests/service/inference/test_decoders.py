@@ -220,7 +220,7 @@ def holding_large(client: Client) -> Iterator[None]:
     held, service.large.idle[:] = list(service.large.idle), []
     yield
     for child in held:
-        service._loop.call_soon_threadsafe(service.large.serve, child)
+        service._loop.call_soon_threadsafe(service.large.give_work, child)
 
 
 def test_a_large_image_waits_for_few_others_and_passes_none(serve_with, jpeg, monkeypatch) -> None:
@@ -259,7 +259,7 @@ def test_clients_share_the_places_of_large_images_and_take_turns(arrivals, refus
     child = SimpleNamespace(run=lambda request: ran.append(requests.index(request)))
     ran: list[int] = []
     while not children.idle:
-        children.serve(child)
+        children.give_work(child)
     assert ran == [int(number) for number in (order.split() if " " in order else order)]
     loop.close()
 

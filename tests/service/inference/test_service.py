@@ -62,7 +62,7 @@ def run_with_registry(first: Path, scenario: Callable[[ModelRegistry], Awaitable
 def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
-        await registry.follow({"tiny": open_bundle(versions[1]), "second": open_bundle(versions[0])})
+        await registry.replace({"tiny": open_bundle(versions[1]), "second": open_bundle(versions[0])})
         assert [(model.name, model.bundle.name) for model in registry.models()] == [
             ("second", versions[0].name),
             ("tiny", versions[1].name),
@@ -70,7 +70,7 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
         after = registry.find("tiny")
         with pytest.raises(RejectedError, match=f"no version .*; the current one is {after.version}"):
             registry.find("tiny", before.version)
-        await registry.follow({"tiny": open_bundle(versions[1])})
+        await registry.replace({"tiny": open_bundle(versions[1])})
         assert registry.find("tiny", after.version) is after  # it was not loaded again
         with pytest.raises(RejectedError, match="no model 'second'"):
             registry.find("second")
@@ -85,10 +85,10 @@ def test_if_one_bundle_has_wrong_outputs_or_fails_none_of_them_is_served(version
     async def scenario(registry: ModelRegistry) -> None:
         before, runtime = registry.models(), Failing(dict.fromkeys(range(99), DeviceLostError("CUDA 719")))
         with pytest.raises(ParityError, match="deviates"):
-            await registry.follow({"tiny": open_bundle(versions[1]), "wrong": open_bundle(wrong)})
+            await registry.replace({"tiny": open_bundle(versions[1]), "wrong": open_bundle(wrong)})
         monkeypatch.setattr("sopdeploy_service.inference.loader.open_runtime", lambda *_: runtime)
         with pytest.raises(RuntimeUnavailableError):
-            await registry.follow({"tiny": open_bundle(versions[1])})
+            await registry.replace({"tiny": open_bundle(versions[1])})
         assert registry.models() == before
 
     run_with_registry(versions[0], scenario)

@@ -64,7 +64,7 @@ class OutputParameters(Body):
     classification: NonNegativeInt = 0  # an extension of Triton, which `/v1/classify` replaces
 
 
-class OutputTensor(Body):
+class RequestedOutput(Body):
     """One requested output."""
 
     name: Text
@@ -84,7 +84,7 @@ class InferBody(Body):
     id: Text | None = None
     parameters: RequestParameters = RequestParameters()
     inputs: Annotated[list[InputTensor], Field(max_length=16)]
-    outputs: Annotated[list[OutputTensor], Field(max_length=100)] = []
+    outputs: Annotated[list[RequestedOutput], Field(max_length=100)] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,8 @@ def parse_body(
             raise bad_request("bad_header_length", message)
         text, binary = body[: int(digits)], memoryview(body)[int(digits) :]
     record = manifest.inputs[0]
-    request = parse_json(InferBody, text, max_json, max_images * prod(size or 1 for size in record.shape))
+    values_per_image = prod(size or 1 for size in record.shape)  # None is the number of images
+    request = parse_json(InferBody, text, max_json, max_images * values_per_image)
     timeout = request.parameters.timeout
     return InferRequest(
         id=request.id,
@@ -209,7 +210,7 @@ def _elements(item: InputTensor, shape: tuple[int, ...]) -> list[Any]:
     rows = [item.data]
     for size in shape:
         if set(map(type, rows)) != {list} or set(map(len, rows)) != {size}:
-            break
+            break  # *data* is not nested like *shape*
         rows = list(chain.from_iterable(rows))
     else:
         return rows

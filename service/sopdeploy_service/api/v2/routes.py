@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version as package_version
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any
 
 import numpy as np
 import orjson
@@ -73,7 +73,7 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
     """Respond with 200 while the model can predict."""
     service = service_of(request)
     model = find_and_record_model(request, name, version)
-    is_ready = not model.dead and service.state != "draining"
+    is_ready = not model.is_down and service.state != "draining"
     return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
 
@@ -107,44 +107,21 @@ async def model_infer(
     return Response(content, headers={**headers, "Server-Timing": admitted.context.server_timing()})
 
 
-class TensorMetadata(TypedDict):
-    """An input or output of a model; -1 in *shape* is any length."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class ModelMetadata(TypedDict):
-    """The response of `GET /v2/models/{name}`; *platform* is Triton's name of the runtime."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
-
-
-class OutputTensor(TensorMetadata):
-    """An output of a response, with its values in *data* or, if they follow the JSON, their size."""
-
-    parameters: NotRequired[dict[str, int]]
-    data: NotRequired[NDArray[np.float32]]  # flat
-
-
-def describe_model(model: Model) -> ModelMetadata:
+def describe_model(model: Model) -> dict[str, object]:
     """Build the response of `GET /v2/models/{name}`."""
     manifest = model.bundle.manifest
     is_engine = model.runtime.name.startswith("tensorrt ")  # the version follows
     pixels = manifest.inputs[0]
 
-    def describe(name: str, datatype: str, shape: Sequence[int | None]) -> TensorMetadata:
-        return {"name": name, "datatype": datatype, "shape": [-1 if n is None else n for n in shape]}
+    def describe(name: str, datatype: str, shape: Sequence[int | None]) -> dict[str, object]:
+        any_length = -1
+        sides = [any_length if side is None else side for side in shape]
+        return {"name": name, "datatype": datatype, "shape": sides}
 
     return {
         "name": model.name,
         "versions": [model.version],
-        "platform": "tensorrt_plan" if is_engine else "onnxruntime_onnx",
+        "platform": "tensorrt_plan" if is_engine else "onnxruntime_onnx",  # Triton's names
         "inputs": [describe(pixels.name, UINT8, pixels.shape), describe(IMAGE_INPUT, BYTES, (None, 1))],
         "outputs": [describe(output.name, FP32, output.shape) for output in manifest.outputs],
     }
@@ -164,12 +141,15 @@ def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]
 def format_response(
     head: Mapping[str, Any], values: Mapping[str, NDArray[Any]], requested: Mapping[str, bool]
 ) -> tuple[bytes, dict[str, str]]:
-    """Build body and headers from *head* and the *requested* ones of *values* (n, ...), in binary if True."""
+    """Build body and headers from *head* and the *requested* ones of *values* (n, ...), in binary if True.
+
+    The JSON has the values of an output as a flat list, or the size of its binary values, which follow it.
+    """
     binary_parts: list[bytes] = []
     outputs = []
     for name, is_binary in requested.items():
         array = np.ascontiguousarray(values[name], "<f4")
-        described: OutputTensor = {"name": name, "datatype": FP32, "shape": list(array.shape)}
+        described: dict[str, object] = {"name": name, "datatype": FP32, "shape": list(array.shape)}
         if is_binary:
             binary_parts.append(array.tobytes())
             described["parameters"] = {"binary_data_size": array.nbytes}
