@@ -87,9 +87,9 @@ class Tuning(StrictModel):
         if self.count < TESTABLE:
             few = f"{amount(self.count, 'held-out photograph')}, too few to decide, give at least {TESTABLE}"
             return f"fine-tuning: {few}; {kept}"
-        shares = [f"{100 * right / self.count:.1f}" for right in (self.second, self.first)]
+        tuned, frozen = (f"{100 * right / self.count:.1f}" for right in (self.second, self.first))
         figures = (
-            f"fine-tuning: {shares[0]} % instead of {shares[1]} % of {self.count} held-out photographs, "
+            f"fine-tuning: {tuned} % instead of {frozen} % of {self.count} held-out photographs, "
             f"better on {self.wins}, worse on {self.losses}, p {mcnemar(self.wins, self.losses):.2g}"
         )
         if self.is_better:
@@ -272,7 +272,7 @@ class FewShotResult(StrictModel):
 
     def describe_groups(self) -> Iterator[str]:
         """Describe the copies among the training images, and what they make impossible."""
-        photographs = self.num_photographs or self.num_groups
+        photographs = self.num_photographs or self.num_groups  # 0 in older runs
         if self.num_groups < self.num_images:
             kinds = [
                 *(["copies"] if photographs < self.num_images else []),

@@ -78,7 +78,7 @@ def compute_features(
     batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
     first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
     pooled.fit_projection([batch.maps for batch in first])
-    columns = pooled.columns()[: None if head.taps else 1]
+    columns = pooled.columns() if head.taps else pooled.columns()[:1]  # of what the head reads
     hashes, num_done = [""] * count, 0
     file_hashes, times = np.zeros(count, np.int64), np.zeros(count, np.int64)
     small = np.zeros((count, SMALL, SMALL), np.uint8)
@@ -89,7 +89,8 @@ def compute_features(
     for batch in chain(first, batches):
         vectors = pooled.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
         views_of_batch = average_views(batch.own_vectors, batch.maps)
-        views = views or [np.zeros((count, *part.shape[1:]), np.float32) for part in views_of_batch]
+        if not views:  # their shapes are known from the first batch on
+            views = [np.zeros((count, *part.shape[1:]), np.float32) for part in views_of_batch]
         for of_all, of_batch in zip(views, views_of_batch, strict=True):
             of_all[batch.indices] = of_batch
         own[batch.indices] = unit_length(vectors[:, columns[0]])
@@ -99,7 +100,7 @@ def compute_features(
             hashes[index] = pixel_hash
         num_done += len(batch.indices)
         waiting.append((batch.indices, vectors))
-        if num_done >= min(count, MAX_RANK):
+        if num_done >= min(count, MAX_RANK):  # the space is known, or these vectors determine it
             parts = [np.concatenate([vectors[:, part] for _, vectors in waiting]) for part in columns]
             if space is None:
                 space = Space.of([part[:MAX_RANK] for part in parts])
@@ -148,7 +149,7 @@ def build_fitted(
 ) -> SecondOrderHead:
     """Copy *network*, which computed the features, with a *head* of the weights *fitted* to *problem*."""
     has_energy = problem.targets.activation == "softmax"
-    deployed = network.replace_head(head.model_copy(update={"cosine": has_energy}))
+    deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head
     if pooled.poolings:  # the head reads roots of covariances, after the projections of *network*
         pooled.poolings.load_state_dict(network.pooled_head.poolings.state_dict())
@@ -334,4 +335,4 @@ def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
 def unfitted_network(recipe: Recipe, kind: HeadKind, model: Classifier) -> SecondOrderHead:
     """Build the network that a run would deploy, with a random head."""
     full = full_head(recipe, model)
-    return full.replace_head(head_to_fit(full, kind).model_copy(update={"cosine": True}))
+    return full.copy_with_head(head_to_fit(full, kind).model_copy(update={"cosine": True}))
