@@ -58,6 +58,7 @@ class Tally:
         """Sum the counts of each child; children named in *split* are divided into their own children."""
 
         def sum_by_part(counts: Counter[str]) -> Counter[str]:
+            """Add up *counts* by the first level of their names, or by two levels in *split*."""
             sums: Counter[str] = Counter()
             for name, number in counts.items():
                 path = name.split(".")

@@ -272,10 +272,10 @@ def _with_source(
 
 
 def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:
-    """Call *build*, the code of the user; raise its errors as `ConfigError`."""
+    """Call *build*; raise its errors as `ConfigError`."""
     try:
         return build(num_classes)
-    except Exception as error:
+    except Exception as error:  # the user's code
         raise ConfigError(f"{name}: cannot be built ({first_line(error)}); correct the builder") from error
 
 

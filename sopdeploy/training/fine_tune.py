@@ -150,6 +150,7 @@ def _keep_frozen(
 def _predict(
     network: nn.Module, images: PreprocessedDataset, run: LoopRun
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Compute logits (N, K), or the outputs of *network*, and the targets (N,) of *images*."""
     recipe = run.recipe
     return predict_logits(
         network, images, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers

@@ -339,6 +339,7 @@ class LinearProblem:
         return class_means(self.own, self._weighted_classes())
 
     def _weighted_classes(self) -> Array:
+        """Compute the share (N, K) of each image in the mean of its class, not divided by their sum."""
         return self.targets.classes * np.reshape(self.weights, (-1, 1))
 
     def cosines_without_class(self) -> Array:
