@@ -150,7 +150,7 @@ def train(recipe: Recipe, stages: Stages, *, counted: bool = False) -> None:
         (loop, "LoopRun", lambda *arguments: without_network(build(*arguments))),
         (loop, "load_batches", stages.batches(loop.load_batches)),
         (loop, "train_epoch", counted_epoch if counted else stages.timed("epochs", epoch)),
-        (loop, "fit_best", lambda loop_run, *_: (loop_run.fit(), {})),
+        (loop, "fit_best", lambda loop_run, *_: (loop_run.synchronized_fit(), {})),
         (gradient, "compute_gradient", stages.timed("constant network", gradient.compute_gradient)),
         (torch.optim.SGD, "step", stages.timed("optimizer", torch.optim.SGD.step)),
         (Normalize, "forward", stages.timed("normalize", Normalize.forward)),

@@ -146,8 +146,8 @@ def start_from_head(network: TimmBackbone, task: Task) -> None:
         parts = [own, *(pooled.pooling(tap)(maps[tap]) for tap in pooled.channels)]
         classifier = pooled.fc
     else:
-        parts = [network.wrapped[0].forward_head(network.feature_maps(crops)[0], pre_logits=True)]
-        classifier = network.wrapped[0].get_classifier()
+        parts = [network.timm_network.forward_head(network.feature_maps(crops)[0], pre_logits=True)]
+        classifier = network.timm_network.get_classifier()
     weight, bias = fit_head(parts, task.labels)
     classifier.weight.copy_(weight)
     classifier.bias.copy_(bias)

@@ -92,10 +92,10 @@ def command(
                     values |= settings.parse(assignments, **given)
                 if as_json:
                     stack.enter_context(stdout_to_stderr())
-                result = function(**values, **_progress(function, as_json, stack))
+                result = function(**values, **_start_progress(function, as_json, stack))
             if is_main_process():
                 with one_line_errors():  # not as JSON: stdout may already hold the document of the result
-                    _finish(result, show, summarize, show_values, as_json=as_json)
+                    _show_and_exit(result, show, summarize, show_values, as_json=as_json)
 
         # Typer reads the help, without the sections of the docstring, and the options from the signature.
         run.__doc__ = _SECTIONS.split(inspect.getdoc(function) or "")[0]
@@ -114,14 +114,14 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     *function*. Its signature and docstring list the fields.
     """
     parameters: list[inspect.Parameter] = []
-    models: dict[str, type[Options]] = {}
+    option_classes: dict[str, type[Options]] = {}  # by parameter
     for parameter in inspect.signature(function).parameters.values():
-        model = parameter.annotation
-        if not (isinstance(model, type) and issubclass(model, Options)):
+        options = parameter.annotation
+        if not (isinstance(options, type) and issubclass(options, Options)):
             parameters.append(parameter)
             continue
-        models[parameter.name] = model
-        for name, field in model.model_fields.items():
+        option_classes[parameter.name] = options
+        for name, field in options.model_fields.items():
             option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation)
             parameters.append(option if field.is_required() else option.replace(default=field.default))
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
@@ -129,26 +129,26 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> _Result:
         """Call *function* with models in place of their fields in *keywords*."""
-        for name, model in models.items():
-            if not isinstance(keywords.get(name), model):  # the caller may give the model itself
-                given = {field: keywords.pop(field) for field in model.model_fields if field in keywords}
-                keywords[name] = model(**given)
+        for name, options in option_classes.items():
+            if not isinstance(keywords.get(name), options):  # the caller may give the model itself
+                given = {field: keywords.pop(field) for field in options.model_fields if field in keywords}
+                keywords[name] = options(**given)
         return function(*args, **keywords)
 
     option_lines = [
         f"    {name}: {' '.join((field.description or '').split())}"
-        for model in models.values()
-        for name, field in model.model_fields.items()
+        for options in option_classes.values()
+        for name, field in options.model_fields.items()
     ]
     call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *option_lines])
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    groups = [(title, names) for model in models.values() for title, names in model.GROUPS.items()]
+    groups = [group for options in option_classes.values() for group in options.GROUPS.items()]
     vars(call)["groups"] = {name: title for title, names in groups for name in names}
     return call
 
 
-def _finish(
+def _show_and_exit(
     result: Any,
     show: Callable[..., int | None] | None,
     summarize: Callable[[Any], Any] | None,
@@ -156,7 +156,7 @@ def _finish(
     *,
     as_json: bool,
 ) -> None:
-    """Print *result*, and exit with the code that *show* or the function has returned."""
+    """Print *result*; exit if *show* or the function has returned a code that is not 0."""
     code = None
     if show is None:  # the function has printed its result, and returned the code; there is no --json
         code = result
@@ -170,8 +170,11 @@ def _finish(
         raise typer.Exit(code)
 
 
-def _progress(function: Callable[..., Any], as_json: bool, stack: ExitStack) -> dict[str, Any]:
-    """Return the arguments of *function* that show progress, as `_PROGRESS` names them; *stack* ends them."""
+def _start_progress(function: Callable[..., Any], as_json: bool, stack: ExitStack) -> dict[str, Any]:
+    """Start the displays of progress that *function* takes, until *stack* ends; return its arguments.
+
+    `_PROGRESS` names these.
+    """
     found: dict[str, Any] = {}
     for name in inspect.signature(function).parameters.keys() & _PROGRESS:
         if name == "progress":
@@ -209,18 +212,19 @@ def _declare(
 
 def _option(
     name: str,
-    kind: Any,
+    value_type: Any,
     default: Any,
     text: str,
-    flag: str = "",
+    flag: str | None = None,
     limits: Mapping[str, Any] = {},
     group: str | None = None,
 ) -> inspect.Parameter:
     """Declare the option of the parameter *name*, such as `from_`, whose underscore avoids a keyword."""
-    flag = flag or "--" + name.strip("_").replace("_", "-")
+    if flag is None:
+        flag = "--" + name.strip("_").replace("_", "-")
     if default is True:  # the flag itself would change nothing, so its negation is added
         flag = f"{flag}/--no-{flag[2:]}"
-    annotation = Annotated[kind, typer.Option(flag, help=text, rich_help_panel=group, **limits)]
+    annotation = Annotated[value_type, typer.Option(flag, help=text, rich_help_panel=group, **limits)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -254,6 +258,7 @@ def _command_line_type(annotation: Any) -> Any:
 
 
 def _without_metadata(annotation: Any) -> Any:
+    """Return the type T of an `Annotated[T, ...]`; other annotations remain."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 

@@ -67,12 +67,16 @@ class Classifier(Backbone):
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits, or with training-only heads in train mode a `TrainingOutput`."""
-        has_heads = not self._modules.keys().isdisjoint(self.training_only)  # False once they are removed
-        if not (self.training and has_heads):
+        if not (self.training and self.has_training_heads):
             return super().forward(images)
         branches = self.heads(images)
         logits = branches.pop("main")
         return TrainingOutput(logits, branches=branches, penalties={})
+
+    @property
+    def has_training_heads(self) -> bool:
+        """Whether there are training-only heads; False once they are removed, as for the export."""
+        return not self._modules.keys().isdisjoint(self.training_only)
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the (B, classes) logits of every head: `main` and the training-only ones."""
@@ -102,9 +106,9 @@ class Classifier(Backbone):
         return self.logits_layer() is not None
 
     def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
-        """Look up the channels of the feature maps at *taps*, in the order of computation; `None`: the last.
+        """Look up the channels of the feature maps at *taps*, in the order of computation.
 
-        Raises `ConfigError` for an unknown tap, or for a network without feature maps.
+        `None` is the last map. Raises `ConfigError` for an unknown tap or a network without feature maps.
         """
         names = list(self.tap_channels)
         if not names:
@@ -116,7 +120,7 @@ class Classifier(Backbone):
         return {tap: self.tap_channels[tap] for tap in names if tap in chosen}
 
     def remove_classifier(self) -> int:
-        """Replace the linear layer that computes the logits by the identity; return the length of its input.
+        """Replace the layer that computes the logits by the identity; return the length of its input.
 
         The network then returns this vector. Raises `ConfigError` if the last layer is not linear.
         """

@@ -58,6 +58,7 @@ class Tally:
         """Sum the counts of each child; children named in *split* are divided into their own children."""
 
         def sum_by_part(counts: Counter[str]) -> Counter[str]:
+            """Add up *counts* by the first level of their names, or by two levels in *split*."""
             sums: Counter[str] = Counter()
             for name, number in counts.items():
                 path = name.split(".")
@@ -73,7 +74,7 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     """Count parameters and multiply-adds of *network*, on `meta` or the CPU, in its current mode."""
     counts = Tally(parameters=Counter({name: p.numel() for name, p in network.named_parameters()}))
     handles = [
-        part.register_forward_hook(partial(_add, counts, name), with_kwargs=True)
+        part.register_forward_hook(partial(_count_call, counts, name), with_kwargs=True)
         for name, part in network.named_modules()
     ]
     # Batch norms take most of the time, also on `meta`, so they return their input. An attribute `forward` of
@@ -82,7 +83,8 @@ def tally(network: nn.Module, image_size: int) -> Tally:
         part for part in network.modules() if isinstance(part, NORMS) and "forward" not in vars(part)
     ]
     for norm in norms:
-        norm.forward = _unchanged
+        # A new tensor, because hooks of callers identify modules by their output.
+        norm.forward = lambda values: values.view_as(values)
     device = next((parameter.device for parameter in network.parameters()), torch.device("meta"))
     try:
         with torch.no_grad():
@@ -95,11 +97,7 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     return counts
 
 
-def _unchanged(values: Tensor) -> Tensor:
-    return values.view_as(values)  # a new tensor, because hooks of callers identify modules by their output
-
-
-def _add(
+def _count_call(
     counts: Tally,
     name: str,
     module: nn.Module,
@@ -115,7 +113,7 @@ def _add(
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         counts.macs[name] += output.numel() * module.weight[0].numel()
     elif isinstance(module, nn.MultiheadAttention):  # which calls no module for its four projections
-        tokens = [*inputs, *(named[name] for name in ("query", "key", "value") if name in named)]
+        tokens = [*inputs, *(named[key] for key in ("query", "key", "value") if key in named)]
         query, keys, values = (vectors.numel() for vectors in tokens[:3])
         counts.macs[name] += (2 * query + keys + values) * module.embed_dim
     elif isinstance(module, NORMS):
@@ -187,8 +185,10 @@ def published(
     """Look up the figures that papers print for exactly this network at its catalog's image size."""
     figures: list[Published] = []
     for row in PUBLISHED_ROWS:
-        same_classes = num_classes == (row.num_classes or entry(name).num_classes)
-        if row.model == name and same_classes and make_config(name, row.config) == config:
+        if row.model != name or make_config(name, row.config) != config:
+            continue
+        classes_of_row = entry(name).num_classes if row.num_classes is None else row.num_classes
+        if num_classes == classes_of_row:
             figures += _figures_of(row, training if row.part == "training" else shipped, representation)
     return tuple(figures)
 

@@ -152,7 +152,7 @@ class DSoP(Classifier):
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every branch and of the network itself."""
-        if "branches" not in self._modules:
+        if not self.has_training_heads:
             return super().heads(images)
         features, tapped = self.feature_maps(images, self.taps)
         named_maps = zip(self.taps.values(), tapped, strict=True)  # by the name of the branch

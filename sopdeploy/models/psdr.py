@@ -105,7 +105,7 @@ class SupervisedPSDRResNet(PSDRResNet):
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every auxiliary head and of the network itself."""
-        if "auxiliary" not in self._modules:  # the heads were removed, as for the export
+        if not self.has_training_heads:
             return super().heads(images)
         *intermediate, last = self.pooling.steps(self.feature_maps(images)[0])
         heads_and_maps = zip(self.auxiliary.items(), intermediate, strict=True)

@@ -18,6 +18,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any, Literal, cast
 
 import pydantic
@@ -124,9 +125,8 @@ class PooledHead(nn.Module, ExportHints):
 
     def columns(self) -> list[slice]:
         """Find the columns of a `gap+isqrt` vector: those of the own vector, and of the root of each tap."""
-        lengths = [self.pooling(tap).out_features for tap in self.channels]
-        ends = [self.fc.in_features - sum(lengths[number:]) for number in range(len(lengths) + 1)]
-        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        lengths = [self.own_length, *(self.pooling(tap).out_features for tap in self.channels)]
+        return [slice(start, end) for start, end in pairwise(accumulate(lengths, initial=0))]
 
     def pooling(self, tap: str) -> ISqrtPooling:
         """Return the covariance pooling of *tap*."""
@@ -177,7 +177,7 @@ class SecondOrderHead(Classifier):
         own_length = self.remove_classifier()
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
 
-    def replace_head(self, head: HeadConfig) -> "SecondOrderHead":
+    def copy_with_head(self, head: HeadConfig) -> "SecondOrderHead":
         """Copy the network with another *head*, of random weights, on some of the maps of this one."""
         network = copy.deepcopy(self)
         network.config = self.config.model_copy(update={"head": head})
@@ -201,9 +201,10 @@ class SecondOrderHead(Classifier):
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every head; the branches of DSoP read the same feature maps."""
-        if "branches" not in self._modules:
+        if not self.has_training_heads:
             return {"main": self.pooled_head(*self.head_inputs(images))}
-        branches: dict[str, str] = vars(self)["taps"]  # names by tap
+        branches: dict[str, str] = vars(self)["taps"]  # of `DSoP`: the name of the branch by its tap
+        # In the order of computation, and then what is no tap of the network but read by a branch.
         taps = [tap for tap in self.tap_channels | branches if tap in branches or tap in self.maps]
         last, tapped = self.feature_maps(images, taps)
         maps = dict(zip(taps, tapped, strict=True))
@@ -218,7 +219,7 @@ class SecondOrderHead(Classifier):
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits, or with branches in train mode a `TrainingOutput`."""
-        if self.training and "branches" in self._modules:
+        if self.training and self.has_training_heads:
             return super().forward(images)
         return self.pooled_head(*self.head_inputs(images))
 

@@ -71,7 +71,7 @@ def import_timm(name: str) -> Any:
 
 
 def timm_image_size(name: str) -> int:
-    """Look up the image size in pixels of timm's network *name*; raise `ConfigError` if unknown."""
+    """Look up the image side in pixels of timm's network *name*; raise `ConfigError` if unknown."""
     return import_timm(name).get_pretrained_cfg(name).input_size[-1]
 
 
@@ -134,14 +134,19 @@ class TimmBackbone(Backbone):
         published = network.pretrained_cfg
         self.fixed_size: int | None = published["input_size"][-1] if published["fixed_input_size"] else None
 
+    @property
+    def timm_network(self) -> Any:
+        """timm's own module."""
+        return self.wrapped[0]
+
     def train(self, mode: bool = True) -> "TimmBackbone":
         """Set training or eval mode, also of timm's own module."""
-        self.wrapped[0].training = mode
+        self.timm_network.training = mode
         return super().train(mode)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build the block that `nearest_block` selects."""
-        return nearest_block(self.wrapped[0], self.tap_channels)(in_channels, out_channels, stride)
+        return nearest_block(self.timm_network, self.tap_channels)(in_channels, out_channels, stride)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage.
@@ -153,7 +158,7 @@ class TimmBackbone(Backbone):
                 f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
                 f"{images.shape[-1]}; set preprocess.crop (and augment.crop)"
             )
-        network = self.wrapped[0]
+        network = self.timm_network
         if not taps:
             return network.forward_features(images), []
         wanted = [number for number, stage in enumerate(network.feature_info) if stage["module"] in taps]
@@ -162,7 +167,7 @@ class TimmBackbone(Backbone):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute logits by timm's `forward_head`."""
-        return self.wrapped[0].forward_head(features)
+        return self.timm_network.forward_head(features)
 
     def num_features(self) -> int:
         """Return the length of the vector that timm's classifier reads."""
@@ -176,7 +181,7 @@ class PlainTimm(Classifier, TimmBackbone):
 
     def remove_classifier(self) -> int:
         """Replace timm's classifiers, two in a distilled network; return the length of the vector."""
-        self.wrapped[0].reset_classifier(0)
+        self.timm_network.reset_classifier(0)
         return self.head_channels
 
 

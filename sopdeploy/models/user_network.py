@@ -82,7 +82,8 @@ class UserNetwork(Classifier):
         """
         side = self.source.image_size
         chosen = (last_map(self.network, side),) if taps is None else taps
-        return find_taps(self.network, chosen, side)[0]
+        channels, _ = find_taps(self.network, chosen, side)
+        return channels
 
     def remove_classifier(self) -> int:
         """Replace the last linear layer; raise `ConfigError` if the network does not return its output."""
@@ -135,7 +136,7 @@ class PooledNetwork(UserNetwork):
         initialize(self.pooling)
 
     def find_maps(self) -> None:
-        """Find the map and remove what follows it."""
+        """Set `tap` and `tap_channels` by the map, and remove what follows it from the network."""
         taps = self.source.taps
         if len(taps) > 1:
             raise ConfigError(f"taps: this method reads one feature map, not {len(taps)}")
@@ -262,15 +263,16 @@ def _with_source(
 ) -> type[UserNetwork]:
     """Derive a class from *base* with *source*, which the catalog calls as (config, num_classes)."""
 
-    def construct(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
+    def initialize_with_source(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
         base.__init__(self, config, num_classes, source)
 
     # by `__module__`, training finds the package whose version a checkpoint records
-    members = {"__init__": construct, "__module__": module, "inference_class": inference_class}
+    members = {"__init__": initialize_with_source, "__module__": module, "inference_class": inference_class}
     return type(base.__name__, (base,), members)
 
 
 def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:
+    """Call *build*; raise its errors as `ConfigError`."""
     try:
         return build(num_classes)
     except Exception as error:  # the user's code
@@ -278,7 +280,7 @@ def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn
 
 
 def run_tapped(network: nn.Module, images: Tensor, taps: Collection[str]) -> tuple[Any, dict[str, Any]]:
-    """Return the output of *network* and those of its modules *taps*, in the order of computation."""
+    """Run *network*; return its output and those of its modules *taps*, in the order of computation."""
     outputs: dict[str, Any] = {}
 
     def store(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -318,12 +320,12 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
 def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
     """Run *network* on one black image to find the channels at *taps* and the number of classes.
 
-    The taps are returned in the order of computation. Raises `ConfigError` as `dsop` does.
+    The taps are in the order of computation. Raises `ConfigError` as `dsop` does.
     """
-    names = dict(network.named_modules())
-    parts = ", ".join(name for name, _ in network.named_children())
+    modules = dict(network.named_modules())
     for tap in taps:
-        if tap not in names:
+        if tap not in modules:
+            parts = ", ".join(name for name, _ in network.named_children())
             raise ConfigError(f"taps: the network has no module {tap!r}; it has {parts}")
     logits, outputs = run_once(network, image_size)
     for tap in taps:

@@ -42,18 +42,19 @@ class ExpectedTime:
 
     def __init__(self, callback: Callback, advice: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.callback, self.advice, self.clock = callback, advice, clock
-        self.first: tuple[float, int] | None = None  # when the first part was done, and how many parts it has
+        self.first_at: float | None = None  # when the first part was done
+        self.first_done = 0  # parts that were done then
         self.is_measured = False
 
     def update(self, done: int, total: int) -> None:
-        """Receive that *done* of *total* parts, images or steps, are done."""
-        if self.first is None:
-            self.first = (self.clock(), done)  # the first part is slower than the others
-        seconds = self.clock() - self.first[0]
-        if self.is_measured or seconds < MEASURED_SECONDS or done == self.first[1]:
+        """Receive that *done* of *total* parts, images or steps, are done; may send the message."""
+        if self.first_at is None:  # the first part is slower than the others
+            self.first_at, self.first_done = self.clock(), done
+        seconds, measured = self.clock() - self.first_at, done - self.first_done
+        if self.is_measured or seconds < MEASURED_SECONDS or measured == 0:
             return
         self.is_measured = True
-        remaining = seconds / (done - self.first[1]) * (total - done)
+        remaining = seconds / measured * (total - done)
         if remaining >= WORTH_A_LINE:
             hours = f"{remaining / 3600:.1f} hours" if remaining >= 7200 else f"{remaining / 60:.0f} minutes"
             self.callback.on_message(f"expected time: about {hours}; {self.advice}")

@@ -143,6 +143,6 @@ def diagnose(
     right = logits["main"].argmax(axis=1) == targets if targets.ndim == 1 else []  # one class per image
     return Diagnostics(
         num_images=count,
-        right="".join("01"[int(correct)] for correct in right),
+        right="".join("1" if is_right else "0" for is_right in right),
         heads={name: held_out_metrics(labels, logits_NC, targets) for name, logits_NC in logits.items()},
     )

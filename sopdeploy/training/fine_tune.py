@@ -65,7 +65,7 @@ def fit_fine_tune(
     if len(start.data.held_out) < TESTABLE:
         run.position.epoch = start.recipe.epochs  # no comparison can decide, so there is nothing to train
     folder.save_best(best_record(start, frozen))
-    return fit_loop(run, folder, callback, choose)
+    return fit_loop(run, folder, callback, keep_better)
 
 
 def _network_to_tune(start: Start, frozen: FewShotFit) -> Classifier:
@@ -82,10 +82,14 @@ def _network_to_tune(start: Start, frozen: FewShotFit) -> Classifier:
     return network
 
 
-def choose(
+def keep_better(
     run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Compare the trained network of *run* with the frozen one; write `best.pt` with the one to keep."""
+    """Compare the trained network of *run* with the frozen one; write `best.pt` with the better one.
+
+    Without enough *held_out* images to decide, this is the frozen one. The means and the temperature of the
+    trained network are fitted in place.
+    """
     del callback  # which receives the events of epochs
     frozen, tuned, recipe = run.frozen, run.exported, run.recipe
     if frozen is None or not isinstance(tuned, SecondOrderHead):
@@ -113,6 +117,7 @@ def choose(
         unknown=predict_unknown(tuned, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
         min_images=MIN_COSINES,
     )
+    is_nothing_fitted = decision == Decision()
     epochs = run.position.epoch
     result = LoopResult(
         epoch=epochs,
@@ -122,7 +127,7 @@ def choose(
         selected_by="same images",
         tuning=tuning,
     )
-    fit = replace(run.fit(), result=result, decision=None if decision == Decision() else decision)
+    fit = replace(run.synchronized_fit(), result=result, decision=None if is_nothing_fitted else decision)
     best = best_record(run.start, fit)
     folder.save_best(best)
     return fit, best.training
@@ -145,6 +150,7 @@ def _keep_frozen(
 def _predict(
     network: nn.Module, images: PreprocessedDataset, run: LoopRun
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Compute logits (N, K), or the outputs of *network*, and the targets (N,) of *images*."""
     recipe = run.recipe
     return predict_logits(
         network, images, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers

@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
 
@@ -22,9 +22,6 @@ from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
 from sopdeploy.training.loop_settings import LoopSettings
 from sopdeploy.training.recipe_files import parse_override, read_values
-
-if TYPE_CHECKING:
-    pass
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -202,8 +199,9 @@ class Recipe(LoopSettings):
         if key.startswith("model.config."):
             from sopdeploy.models.second_order_head import head_name, tuned_name  # noqa: PLC0415 # torch
 
-            network = (head_name if is_few_shot else tuned_name)(self.model.name)
-            return key.split(".")[2] in entry(network).config.model_fields
+            network = head_name(self.model.name) if is_few_shot else tuned_name(self.model.name)
+            _model, _config, option, *_ = key.split(".")
+            return option in entry(network).config.model_fields
         read = READ_BY_FEW_SHOT if is_few_shot else READ_BY_FINE_TUNE
         return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in read)
 
@@ -254,9 +252,10 @@ class Recipe(LoopSettings):
     def learning_rate(self, time: float, factor: float = 1.0) -> float:
         """Compute the learning rate after *time* epochs, with the *factor* of a group of parameters."""
         if self.start is not None and time < self.first_phase:
-            return self.start.classifier_lr or self.optimizer.lr * self.start.head_factor
-        phase = self.epochs - self.first_phase
-        return self.optimizer.lr * self.schedule.factor(time - self.first_phase, phase) * factor
+            rate = self.start.classifier_lr
+            return self.optimizer.lr * self.start.head_factor if rate is None else rate
+        second_phase = self.epochs - self.first_phase
+        return self.optimizer.lr * self.schedule.factor(time - self.first_phase, second_phase) * factor
 
     @property
     def frozen_backbone(self) -> bool:
@@ -311,10 +310,10 @@ def change_recipe(
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     _drop_values_of_others(values, dict(changes))
     before, fine_tune = deepcopy(values), FineTuneConfig().kind
-    procedure, settings = before.get("procedure"), {}
+    procedure = before.get("procedure")
     was_fine_tune = isinstance(procedure, dict) and procedure.get("kind") == fine_tune
-    if dict(changes).get("procedure.kind") == fine_tune and not was_fine_tune:
-        settings = deepcopy(dict(FineTuneConfig.SETTINGS))
+    selects_fine_tune = dict(changes).get("procedure.kind") == fine_tune and not was_fine_tune
+    settings = deepcopy(dict(FineTuneConfig.SETTINGS)) if selects_fine_tune else {}
     for key, value in [*settings.items(), *changes]:
         *tables, last = key.split(".")
         table = values
@@ -331,13 +330,12 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
     """Scale `preprocess.resize` if *changed* keys have `crop` alone, and both had values *before*."""
     if "preprocess.crop" not in changed or "preprocess.resize" in changed or not isinstance(before, dict):
         return
-    table = values.get("preprocess")
-    sides: Any = before.get("resize"), before.get("crop")
-    crop: Any = table.get("crop") if isinstance(table, dict) else None
-    if isinstance(table, dict) and all(
-        isinstance(side, int) and side > 0 for side in (crop, *sides)
-    ):  # else the validation names it
-        table["resize"] = Preprocess.scaled_resize(crop, *sides)
+    table: Any = values.get("preprocess")
+    if not isinstance(table, dict):
+        return
+    sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
+    if all(isinstance(side, int) and side > 0 for side in sides):  # else the validation names it
+        table["resize"] = Preprocess.scaled_resize(*sides)
 
 
 def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) -> None:
@@ -355,8 +353,9 @@ def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) ->
             kinds = get_args(OwnDataConfig if name == "data" else ProcedureConfig)
             values_of_kinds = [get_args(kind.model_fields["kind"].annotation) for kind in kinds]
             named = [kind for kind, values in zip(kinds, values_of_kinds, strict=True) if chosen in values]
-            # Plug-ins add data sources, but no procedures.
-            config = named[0] if named else DATA_SOURCES.find(chosen) if name == "data" else None
+            config = named[0] if named else None
+            if config is None and name == "data":  # plug-ins add data sources, but no procedures
+                config = DATA_SOURCES.find(chosen)
         options = table.get("config") if name == "model" else table
         if isinstance(options, dict) and config is not None:  # None: the validation names the unknown kind
             for key in options.keys() - config.model_fields.keys():

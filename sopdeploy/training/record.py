@@ -50,12 +50,15 @@ def best_record(start: Start, fit: Fit, resume: dict[str, Any] | None = None) ->
         )
     decision = fit.decision
     if decision is None and start.activation == "sigmoid":  # with the thresholds of the last finished epoch
+        thresholds: tuple[float, ...] = (DEFAULT_THRESHOLD,) * len(start.labels)
         metrics = fit.position.history[-1].metrics if fit.position.history else None
-        thresholds = metrics.thresholds if isinstance(metrics, MultiLabelMetrics) else None
-        thresholds = thresholds or (DEFAULT_THRESHOLD,) * len(start.labels)
+        if isinstance(metrics, MultiLabelMetrics) and metrics.thresholds:
+            thresholds = metrics.thresholds
         decision = Decision(activation="sigmoid", thresholds=thresholds)
     hashes = np.unique(fit.file_hashes)  # sorted
-    origin = start.origin and start.origin.model_copy(update={"sample": tuple(hashes[:SAMPLED].tolist())})
+    origin = start.origin
+    if origin is not None:
+        origin = origin.model_copy(update={"sample": tuple(hashes[:SAMPLED].tolist())})
     return Checkpoint(
         model=fit.name,
         config=fit.network.config.model_dump(mode="json"),
@@ -118,22 +121,30 @@ def resume_of(start: Start, position: Position, weights: dict[str, Tensor]) -> d
 
 def last_few_shot_record(start: Start, fit: FewShotFit) -> Checkpoint:
     """Build the content of `last.pt` of a few-shot run, which is finished."""
-    arrays = {"out_of_fold": fit.logits, "groups": fit.groups, "judged": fit.judged}
-    arrays["copies"] = fit.copies
+    arrays = {
+        "out_of_fold": fit.logits,
+        "groups": fit.groups,
+        "judged": fit.judged,
+        "copies": fit.copies,
+    }
     if fit.left_out is not None:
         arrays["left_out"] = fit.left_out
     if fit.label_logits is not None:
-        labels = {"targets": start.data.train.targets, "file_hashes": fit.file_hashes}
-        arrays |= {"label_logits": fit.label_logits, **labels}
+        targets = start.data.train.targets
+        arrays |= {"label_logits": fit.label_logits, "targets": targets, "file_hashes": fit.file_hashes}
     resume = resume_of(start, fit.position, fit.network.state_dict())
     resume["procedure"] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return best_record(start, fit, resume)
 
 
 def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFit:
-    """Read the fit of the finished few-shot run of *last*, whose network is that of *start*."""
+    """Read the fit of the finished few-shot run of *last*, whose network is that of *start*.
+
+    Raises `CheckpointError` if the record is missing or damaged.
+    """
     with state_errors(source):
-        arrays: Any = (last.resume or {})["procedure"]
+        state: Any = last.resume  # None raises a TypeError
+        arrays = state["procedure"]
         label_logits, left_out = arrays.get("label_logits"), arrays.get("left_out")
         return FewShotFit(
             name=last.model,
@@ -144,7 +155,7 @@ def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFi
             decision=last.decision,
             logits=arrays["out_of_fold"].double().numpy(),
             groups=arrays["groups"].numpy(),
-            copies=arrays.get("copies", arrays["groups"]).numpy(),  # older runs have no `copies`
+            copies=arrays.get("copies", arrays["groups"]).numpy(),  # older runs have one array for both
             judged=arrays["judged"].numpy(),
             label_logits=None if label_logits is None else label_logits.double().numpy(),
             left_out=None if left_out is None else left_out.double().numpy(),
@@ -178,7 +189,7 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
         raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
     with state_errors(source):
         if not is_state_dict(state.get("weights")):  # the raw ones; those of the checkpoint may be averages
-            raise ValueError
+            raise ValueError  # which becomes a `CheckpointError`
         report = last.training.get("start")
         report = None if report is None else StartReport.model_validate(report)
         position = Position.model_validate(state["position"])
@@ -205,8 +216,9 @@ class LabelCheck(NamedTuple):
 
 
 def read_label_check(last: Checkpoint) -> LabelCheck | None:
-    """Read what a few-shot run found about its labels; None without it."""
-    arrays = (last.resume or {}).get("procedure", {})
+    """Read what a few-shot run found about its labels; None if the run of *last* judged none."""
+    state = last.resume or {}
+    arrays = state.get("procedure", {})
     if "label_logits" not in arrays:
         return None
     logits = arrays["label_logits"].double().numpy()

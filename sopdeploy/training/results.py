@@ -87,9 +87,9 @@ class Tuning(StrictModel):
         if self.count < TESTABLE:
             few = f"{amount(self.count, 'held-out photograph')}, too few to decide, give at least {TESTABLE}"
             return f"fine-tuning: {few}; {kept}"
-        shares = [f"{100 * right / self.count:.1f}" for right in (self.second, self.first)]
+        tuned, frozen = (f"{100 * right / self.count:.1f}" for right in (self.second, self.first))
         figures = (
-            f"fine-tuning: {shares[0]} % instead of {shares[1]} % of {self.count} held-out photographs, "
+            f"fine-tuning: {tuned} % instead of {frozen} % of {self.count} held-out photographs, "
             f"better on {self.wins}, worse on {self.losses}, p {mcnemar(self.wins, self.losses):.2g}"
         )
         if self.is_better:
@@ -125,8 +125,8 @@ class LoopResult(StrictModel):
 
     @property
     def score(self) -> Rate | float:
-        """The accuracy or mAP."""
-        return self.top1 or self.map or 0.0  # one of the two is set, but an mAP may be 0
+        """The accuracy, or with several classes per image the mAP."""
+        return self.top1 if self.top1 is not None else (self.map or 0.0)
 
     @property
     def score_name(self) -> str:
@@ -172,7 +172,8 @@ class FewShotResult(StrictModel):
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
-        balanced: Whether the classes differ in size, so that the result says how this is corrected.
+        is_uneven: Whether the classes differ in size, so that the result says how this is corrected.
+            Checkpoints and JSON call it `balanced`.
         num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
         num_groups: Number of groups of training images, which show different objects or bursts.
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
@@ -197,12 +198,13 @@ class FewShotResult(StrictModel):
         tuning: The comparison with the network that was fine-tuned from this one, which was not better.
     """
 
+    model_config = pydantic.ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
     kind: Literal["few_shot"] = "few_shot"
     top1: Rate | None = None
     map: MeanPrecision | None = None
     estimated_on: Estimate
     class_counts: dict[str, int]
-    balanced: bool
+    is_uneven: bool = pydantic.Field(alias="balanced")
     num_duplicates: int
     num_groups: int
     num_photographs: int = 0
@@ -228,7 +230,7 @@ class FewShotResult(StrictModel):
     @property
     def score(self) -> Rate | MeanPrecision | None:
         """The accuracy, or the mAP; None if there is no estimate."""
-        return self.top1 or self.map
+        return self.map if self.top1 is None else self.top1
 
     @property
     def score_name(self) -> str:
@@ -270,7 +272,7 @@ class FewShotResult(StrictModel):
 
     def describe_groups(self) -> Iterator[str]:
         """Describe the copies among the training images, and what they make impossible."""
-        photographs = self.num_photographs or self.num_groups
+        photographs = self.num_photographs or self.num_groups  # 0 in older runs
         if self.num_groups < self.num_images:
             kinds = [
                 *(["copies"] if photographs < self.num_images else []),
@@ -324,7 +326,7 @@ class FewShotResult(StrictModel):
         """Describe the training images: their classes, imbalance, and duplicates."""
         counts = self.class_counts
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
-        if self.balanced:
+        if self.is_uneven:
             ratio = max(counts.values()) / max(1, min(counts.values()))  # the smallest may have no images
             text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
         few = [label for label, count in counts.items() if count < _FEW_IMAGES]
@@ -344,7 +346,7 @@ class PageTexts(NamedTuple):
 
 
 def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
-    """Build the sentences of the page, with the bias of its predictions of held-out images."""
+    """Build the texts of the page; they say by what its scores of held-out images are too high."""
     score, shown = result.score, "no estimate"
     if isinstance(score, float):
         shown = percent(score)

@@ -97,7 +97,7 @@ def start_run(
     """
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
-    opened = given.data or open_data(recipe.data)
+    opened = open_data(recipe.data) if given.data is None else given.data
     for note in opened.notes:
         callback.on_warning(note)
     selected, reason = select_procedure(
@@ -222,18 +222,18 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
     hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
     if isinstance(recipe.procedure, FewShotConfig):
         return Division(opened, hashes, record)
-    reads = is_first and len(images) <= MAX_HASHED
+    reads_files = is_first and len(images) <= MAX_HASHED
     if not isinstance(config, HoldOut) or len(opened.held_out):
-        return Division(opened, hash_images(images) if reads else hashes, record)
+        return Division(opened, hash_images(images) if reads_files else hashes, record)
     choice = np.zeros(len(images), np.int64)
     if is_first:
         recorded = None if last is None else read_held_out(last)
-        if reads and recorded is not None:
+        if reads_files and recorded is not None:
             hashes = hash_images(images)
             choice = recorded_choice(recorded, hashes)
         else:
             groups = connect(len(images), NO_PAIRS, images.groups)
-            if reads:
+            if reads_files:
                 found = group_photographs(images)
                 groups, hashes = found.groups, found.file_hashes
                 if len(found.vectors) and not recipe.groups_by_name:
@@ -270,21 +270,23 @@ def _check_data(
         )
     if len(file_hashes) and (warning := describe_contradictions(data.train, file_hashes)):
         callback.on_warning(warning)
-    were_held_out_here = len(data.held_out) and not len(opened.held_out)
+    were_held_out_here = len(data.held_out) > 0 and len(opened.held_out) == 0
     if were_held_out_here:
         counts = data.held_out.class_counts().tolist()
         missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
         if missing:
             callback.on_warning(f"{shorten(missing)}: {ONE_GROUP}")
     unknown = recipe.rejection.unknown
-    ignored = {key for key in given if key.startswith("rejection.")} | (
-        {"rejection.unknown"} if unknown is not None else set()
-    )
-    if ignored and data.train.targets.ndim == 2:
-        names = ", ".join(sorted(ignored))
+    rejection_keys = {key for key in given if key.startswith("rejection.")}
+    if unknown is not None:
+        rejection_keys.add("rejection.unknown")
+    if rejection_keys and data.train.targets.ndim == 2:
+        names = ", ".join(sorted(rejection_keys))
         raise ConfigError(f"{names}: without effect where images have several classes; remove it")
-    if unknown is not None and (line := open_unknown(unknown)[1]):
-        callback.on_warning(line)
+    if unknown is not None:
+        _, note = open_unknown(unknown)
+        if note:
+            callback.on_warning(note)
 
 
 def check_count(images: LabeledImages) -> None:
@@ -296,7 +298,7 @@ def check_count(images: LabeledImages) -> None:
 def check_same_step(start: Start, folder: RunFolder) -> None:
     """Raise `ConfigError`, in at least one process, if the processes would resume from different steps."""
     position = torch.tensor([start.position.epoch, start.position.step])
-    # If positions differ, at least one differs from their mean; its multiple is then not their sum.
+    # If positions differ, at least one differs from their mean; its multiple is then not the sum of all.
     if not torch.equal(start.strategy.all_reduce(position), position * start.strategy.world):
         raise ConfigError(
             f"{folder.path}: the processes find different checkpoints; use a disk that all machines share"
@@ -322,7 +324,10 @@ def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
 
 
 def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
-    """Move *model* to the device; raise `ConfigError` if it cannot compute the images of *recipe*."""
+    """Move *model* to the device, in eval mode, and note the layout of its images.
+
+    Raises `ConfigError` if it cannot compute the images of *recipe*.
+    """
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
     vars(placed)[IMAGES_FORMAT] = find_images_format(recipe, placed, strategy.device)
@@ -344,11 +349,10 @@ def find_images_format(recipe: Recipe, model: Classifier, device: torch.device) 
         except RuntimeError as error:
             if is_memory_exhausted(error):
                 raise
-            problem = ConfigError(
-                f"preprocess.crop: {recipe.model.name} cannot compute images of {side} pixels "
-                f"({first_line(error)}); choose another size"
-            )
-            problem.__cause__ = error
+            failure, failed_side = error, side
         else:
             return layout
-    raise problem
+    raise ConfigError(
+        f"preprocess.crop: {recipe.model.name} cannot compute images of {failed_side} pixels "
+        f"({first_line(failure)}); choose another size"
+    ) from failure

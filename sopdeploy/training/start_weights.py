@@ -90,7 +90,7 @@ def read_start_weights(
         )
     weights = _read(recipe, source) if strategy.rank == 0 else None
     strategy.all_reduce(torch.zeros(1))  # the others wait until the first process has filled the cache
-    return weights or _read(recipe, source)
+    return _read(recipe, source) if weights is None else weights
 
 
 def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str]:
@@ -187,7 +187,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
 def _match_tensors(
     weights: StartWeights, model: Classifier, not_loaded: Collection[str], may_be_new: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Find the tensors of *weights* that *model* loads, and list its parts that keep random weights.
+    """Find the tensors of *weights* to load, and list the parts of *model* that keep random weights.
 
     The parts *not_loaded* keep them in any case, those that *may_be_new* if the file lacks a tensor of them
     or has one of another shape. Raises the errors of `load_start_weights`.
@@ -258,7 +258,7 @@ def create_initial_model(
 
 
 def classifier_name(model: Classifier) -> str:
-    """Return the name of the last linear layer of the deployed network."""
+    """Return the name of the last linear layer of the deployed network; there must be one."""
     linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linear if not is_in(name, *model.training_only)][-1]
 
@@ -276,6 +276,7 @@ def _added_part(name: str, parts: tuple[str, ...]) -> str | None:
 
 
 def _misfit(weights: StartWeights, difference: str) -> WeightsError:
+    """Build the error of *weights* for another backbone."""
     return WeightsError(
         f"start.weights: {weights.file} ({weights.network}) does not fit: {difference}; give weights of the "
         "same backbone, or choose another model.name"

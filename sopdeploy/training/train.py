@@ -93,7 +93,8 @@ def train_run(
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a loss, gradient or buffer is
     not finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
     """
-    strategy = strategy or Strategy(select_device(recipe.device))
+    if strategy is None:
+        strategy = Strategy(select_device(recipe.device))
     if callback is None or strategy.rank != 0:
         callback = Callback()
     if recipe.threads:

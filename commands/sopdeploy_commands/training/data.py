@@ -71,6 +71,7 @@ def check(
 
 
 def _print_labels(found: "list[WrongLabel]", *, as_json: bool) -> None:
+    """Print the images whose labels are probably wrong."""
     from sopdeploy.html.report import percent
 
     if as_json:
@@ -84,13 +85,15 @@ def _print_labels(found: "list[WrongLabel]", *, as_json: bool) -> None:
 
 
 def _print_report(report: "DataReport") -> None:
+    """Print a table of the parts, and lines about the images."""
     from sopdeploy.photos.folder import describe_skipped
 
     rows, lines = [], []
     for part in report.parts:
         rarest_first = sorted(part.classes.items(), key=lambda pair: pair[1])
-        counts = [count for _, count in rarest_first] or [0]  # a part may have no class
-        numbers = (len(rarest_first), counts[0], counts[-1])  # classes, fewest and most images
+        counts = part.classes.values()
+        fewest, most = min(counts, default=0), max(counts, default=0)
+        numbers = len(counts), fewest, most
         rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *map(str, numbers)))
         listed = shorten([f"{label} {count}" for label, count in rarest_first])
         lines.append(f"{part.name}, rarest classes first: {listed}")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import pydantic
 from rich.table import Table
@@ -53,15 +53,12 @@ def _show_description(description: "Description") -> None:
     say(f"training only: {', '.join(description.training_only) or 'nothing'}")
     if description.config.get("conv5_stride") == 1:
         _print_usual_stride(description)
-    options = ", ".join(f"{key}={_option_value(value)}" for key, value in description.config.items())
-    say(f"features: {description.representation}", f"options: {options}")
+    options = []
+    for key, value in description.config.items():  # a pooling by its kind, text without quotes, else JSON
+        named = value.get("kind", value) if isinstance(value, dict) else value
+        options.append(f"{key}={named if isinstance(named, str) else json.dumps(named)}")
+    say(f"features: {description.representation}", f"options: {', '.join(options)}")
     say(*(figure.sentence() for figure in description.published))
-
-
-def _option_value(value: Any) -> str:
-    """Format the value of an option: a pooling by its kind, text without quotes, anything else as JSON."""
-    named = value.get("kind", value) if isinstance(value, dict) else value
-    return named if isinstance(named, str) else json.dumps(named)
 
 
 def _print_usual_stride(description: "Description") -> None:

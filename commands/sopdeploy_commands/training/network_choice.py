@@ -70,18 +70,20 @@ def choose_network(
 ) -> tuple[NetworkScore, ...]:
     """Compare networks by name; one of them is `chosen`. *within* is the largest time in milliseconds.
 
-    *configured* are their recipes, and what is known of each run. With *may_skip*, networks whose weights
-    cannot be reached are skipped. Raises `ConfigError` if all networks take longer, or if one would not be
-    trained by the few-shot procedure, and the errors of `fetch_weights`.
+    It sets the threads of torch, and downloads the weights of the fast networks. *configured* are the recipes
+    with what is known of each run. With *may_skip*, networks whose weights cannot be reached are skipped.
+    Raises `ConfigError` if all networks take longer, or if one would not be trained by the few-shot
+    procedure, and the errors of `fetch_weights`.
     """
     shared, given = next(iter(configured.values()))  # the recipes differ in the network only
-    data, strategy = given.data or open_data(shared.data), Strategy(select_device(shared.device))
+    data = open_data(shared.data) if given.data is None else given.data
+    strategy = Strategy(select_device(shared.device))
     if shared.threads:
         torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
-    recipes = select_head_procedures(configured, data)
+    recipes = with_head_procedures(configured, data)
     reachable = fetch_weights(recipes, callback, may_skip=may_skip, download=False)  # before the measurements
     speeds = measure_networks(recipes, len(data.train.labels), callback)
-    fast = find_fast(speeds, within)
+    fast = select_fast(speeds, within)
     if not (wanted := {name: recipes[name] for name in fast if name in reachable}):
         raise WeightsError(f"the weights of {shorten(fast)}, which are fast enough, cannot be reached")
     reached = fetch_weights(wanted, callback, may_skip=may_skip)
@@ -89,7 +91,7 @@ def choose_network(
         name: score_network(recipes[name], data.train, configured[name][1].weights, strategy, callback)
         for name in reached
     }
-    chosen = find_fastest_of_best(speeds, validated)
+    chosen = fastest_of_best(speeds, validated)
     return tuple(
         NetworkScore(
             name=name,
@@ -102,7 +104,7 @@ def choose_network(
     )
 
 
-def select_head_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Split) -> dict[str, Recipe]:
+def with_head_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Split) -> dict[str, Recipe]:
     """Return the recipes with the procedure for *data*; raise `ConfigError` if it fits no head."""
     count = len(data.train)
     recipes = {name: select_procedure(recipe, count).recipe for name, (recipe, _) in configured.items()}
@@ -117,7 +119,7 @@ def select_head_procedures(configured: Mapping[str, tuple[Recipe, Given]], data:
     return recipes
 
 
-def find_fast(speeds: Mapping[str, Speed], within: float | None) -> list[str]:
+def select_fast(speeds: Mapping[str, Speed], within: float | None) -> list[str]:
     """List the networks that need at most *within* milliseconds; raise `ConfigError` if there are none."""
     fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
     if not fast:
@@ -127,11 +129,13 @@ def find_fast(speeds: Mapping[str, Speed], within: float | None) -> list[str]:
     return fast
 
 
-def find_fastest_of_best(speeds: Mapping[str, Speed], validated: Mapping[str, Validated]) -> str:
+def fastest_of_best(speeds: Mapping[str, Speed], validated: Mapping[str, Validated]) -> str:
     """Return the fastest of the most accurate network and those that are not significantly worse."""
     best = max(validated, key=lambda name: validated[name].score.value)
-    not_worse = [name for name in validated if not is_better(validated[best], validated[name])]  # also *best*
-    return min(not_worse, key=lambda name: speeds[name].milliseconds)
+    as_good = [  # with *best* itself
+        name for name in validated if not is_significantly_better(validated[best], validated[name])
+    ]
+    return min(as_good, key=lambda name: speeds[name].milliseconds)
 
 
 def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Callback) -> dict[str, Speed]:
@@ -222,7 +226,7 @@ def score_network(
     return Validated(score, right, found.groups)
 
 
-def is_better(best: Validated, other: Validated) -> bool:
+def is_significantly_better(best: Validated, other: Validated) -> bool:
     """Tell whether *best* is significantly better than *other*.
 
     The 95 % interval of the difference, from one image per group, is then above 0. With several classes per

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 FOLDER_RECIPE = "photos"
 RECIPE_NETWORK = ""  # stands for the name of the only network, that of the recipe, if none is chosen
-PUBLISHED = ("imagenet", "none")  # start weights that are no file
+NO_FILES = ("imagenet", "none")  # start weights that are no file
 
 
 def _as_text(value: object) -> str | None:
-    """Convert a path, a number, or a list of texts."""
+    """Convert a path or a number, and join a list with commas, as the command line gives them."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return None if value is None else str(value)
@@ -113,7 +113,7 @@ class TrainOptions(Options):
     def _weights_by_network(self) -> dict[str, str | None]:
         """Return the start weights of each network that has some; raises the errors of `per_network`."""
         names = self.networks()
-        if self.weights is None or self.weights in PUBLISHED:  # the same for every network
+        if self.weights is None or self.weights in NO_FILES:  # the same for every network
             return dict.fromkeys(names, self.weights)
         if (folder := expand_user(self.weights)).is_dir():
             stems = {path.stem: str(path) for path in sorted(folder.iterdir())}
@@ -134,12 +134,13 @@ class TrainOptions(Options):
 
 
 def _show(result: "TrainingResult") -> None:
-    """Print the results, where they are, the time and the next command."""
+    """Print the results, the page about them, the time and the next command."""
     if result.networks:
         print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
-    mistakes = [f"{count} x {true} predicted as {predicted}" for true, predicted, count in result.mistakes]
-    worst = [f"most frequent mistakes: {', '.join(mistakes)}"] if mistakes else []
-    say(*result.procedure.lines(), *worst)
+    say(*result.procedure.lines())
+    if result.mistakes:
+        texts = [f"{count} x {true} predicted as {predicted}" for true, predicted, count in result.mistakes]
+        say(f"most frequent mistakes: {', '.join(texts)}")
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
     if result.previous:
@@ -199,7 +200,7 @@ def train(
             SIGTERM; the run is saved before.
     """
     data, out = (None if path is None else Path(path) for path in (data, out))
-    networks_to_train, previous = prepare(data, recipe, out, options, settings)
+    networks_to_train, previous = read_request(data, recipe, out, options, settings)
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback
@@ -226,18 +227,19 @@ def train(
                 observer.on_warning(f"skipped, because {options.weights} lacks them: {', '.join(skipped)}")
             networks = choose_network(networks_to_train, within, observer, may_skip=options.models is None)
             chosen = next(network.name for network in networks if network.chosen)
-        loaded, given = networks_to_train[chosen]
-        strategy = Strategy(select_device(loaded.device))
+        selected, given = networks_to_train[chosen]
+        strategy = Strategy(select_device(selected.device))
         resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
-        folder = out or numbered_folder(str(loaded.project), strategy, resume=options.resume != "never")
-        run = train_run(loaded, folder, resume=resume, callback=observer, strategy=strategy, given=given)
+        project, resumes = str(selected.project), options.resume != "never"
+        folder = numbered_folder(project, strategy, resume=resumes) if out is None else out
+        run = train_run(selected, folder, resume=resume, callback=observer, strategy=strategy, given=given)
         if not is_main_process():
             return summarize_run(run, folder)
 
         def on_image(done: int, total: int) -> None:
             observer.on_stage(name="report", done=done, total=total)
 
-        mistakes = write_run_page(run, folder, on_image, networks)
+        mistakes = write_run_page(run, folder, on_image, networks)  # the most frequent ones first
         decision_before = None if previous is None else previous.decision
         rule = None if run.fit.decision is None else run.fit.decision.rejection
         rule_before = None if decision_before is None else decision_before.rejection
@@ -255,24 +257,25 @@ class Requested(NamedTuple):
     previous: "Checkpoint | None"
 
 
-def prepare(
+def read_request(
     data: Path | None,
     recipe: str | Path | None,
     out: Path | None,
     options: TrainOptions,
     settings: Mapping[str, Any],
 ) -> Requested:
-    """Read the recipe of each network and the run to start from.
+    """Read the recipe of each network and the run to start from; writes no file.
 
     First raises the error of a path or a text that `train` cannot use, before torch is imported. The data are
     opened if the recipe for photos will use them as they are.
     """
-    opened, is_changed = None, bool(options.set or settings)
+    # These three raise their errors; only the opened data are used below.
     for assignment in options.set:
         parse_override(assignment)
+    opened = None
     if recipe is not None:
         read_values(recipe)
-    elif data is not None and not is_changed:  # a recipe and changes may need images of another form
+    elif data is not None and not options.set and not settings:  # changes may need images of another form
         opened = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
@@ -282,16 +285,17 @@ def prepare(
     if options.from_ is not None and not Path(options.from_).exists():
         message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
         raise ConfigError(message, setting="from")
-    options_by_network, files = options.per_network(settings), {}
+    options_by_network = options.per_network(settings)
+    files = {}  # of start weights, by network
     for name, of_network in options_by_network.items():
         weights = of_network.weights
-        if weights is not None and weights not in PUBLISHED:
+        if weights is not None and weights not in NO_FILES:
             try:
                 files[name] = check_is_weights(expand_user(weights))
             except WeightsError as error:
-                raise WeightsError(f"{error}, or {' or '.join(PUBLISHED)}", setting="weights") from error
+                raise WeightsError(f"{error}, or {' or '.join(NO_FILES)}", setting="weights") from error
     if options.unknown is not None:
-        open_any_images(Path(options.unknown))
+        open_any_images(Path(options.unknown))  # raises its errors
 
     previous = None
     if options.from_ is not None:
@@ -338,7 +342,7 @@ def read_previous(source: Path) -> "Checkpoint":
 
 
 def _describe_changes(before: "Checkpoint", start: "Start") -> str:
-    """Say what the run *before* reached, and what the images and classes of *start* add to it."""
+    """Say what the run *before* reached, and what *start* adds; empty if it is not known."""
     result_before, origin = read_result(before.training), before.origin
     if result_before is None or origin is None:
         return ""
@@ -383,26 +387,26 @@ def configure(
     }
     changes = [*map(parse_override, options.set), *flatten(settings)]
     changes += [(key, value) for key, value in option_values.items() if value is not None]
-    loaded = change_recipe(source, changes, previous_recipe)
+    changed = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in flatten(dict(changes))]
     weights: WeightSource | None = start_file
     is_recipe_given = recipe is not None or previous_recipe is not None
-    configured = None if loaded.start is None else loaded.start.weights
+    configured = None if changed.start is None else changed.start.weights
     if not is_recipe_given and "model.name" not in keys and isinstance(configured, Path):
         path = expand_user(configured)  # only the weights can determine the network
         if start_file is None and path.is_file():
             start_file = check_is_weights(path)
         weights = None if start_file is None else open_weights(start_file)
         if isinstance(weights, WeightFile):
-            network = network_of_weights(weights, loaded.model.name)
-            if network != loaded.model.name:  # there is no previous recipe
-                loaded = change_recipe(source, [*changes, ("model.name", network)])
-    if loaded.project is None:
-        folder = getattr(loaded.data, "path", None)
+            network = network_of_weights(weights, changed.model.name)
+            if network != changed.model.name:  # there is no previous recipe
+                changed = change_recipe(source, [*changes, ("model.name", network)])
+    if changed.project is None:
+        folder = getattr(changed.data, "path", None)
         of_data = "" if folder is None else folder_project(folder)
         name = of_data or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        loaded = loaded.model_copy(update={"project": name})
-    return loaded, Given(keys, weights, opened)
+        changed = changed.model_copy(update={"project": name})
+    return changed, Given(keys, weights, opened)
 
 
 @command()

@@ -41,7 +41,7 @@ class FeatureCache:
         self.folder = root / "sopdeploy" / "features"
         self.limit = limit
         self.used: set[str] = set()  # names of the entries of this run
-        # Whether entries are not read: those of another network, or of one whose code has no version.
+        # Whether entries are not read, as those of a network whose code has no version.
         classes = {base for module in network.modules() for base in type(module).__mro__[:-1]}
         packages = {base.__module__.split(".")[0] for base in classes}
         self.is_stale = not packages <= {*_PACKAGES, "torchvision", "abc"}
@@ -59,8 +59,8 @@ class FeatureCache:
         """Tell whether there is an entry, which may be damaged."""
         return not self.is_stale and self.path(file_hash).exists()
 
-    def find(self, file_hash: int) -> Path:
-        """Return the path of the entry, as `path`, and mark an existing entry as used."""
+    def mark_used(self, file_hash: int) -> Path:
+        """Mark an entry, which may be missing, as used by this run; return its path."""
         path = self.path(file_hash)
         self.used.add(path.name)
         with suppress(OSError):
@@ -84,7 +84,7 @@ class FeatureCache:
         """Write an entry; stop writing any if the folder is not writable or full of entries of this run."""
         size = sum(array.nbytes for array in entry)
         if self.writable and self.bytes + size > self.limit:
-            self._shrink(self.limit * 9 // 10 - size)  # so that many more fit before the next time
+            self._delete_oldest(self.limit * 9 // 10 - size)  # so that many more fit before the next time
             self.writable = self.bytes + size <= self.limit
         if not self.writable:
             return
@@ -108,7 +108,7 @@ class FeatureCache:
                     entries.append((status.st_mtime, status.st_size, path))
         return sorted(entries)
 
-    def _shrink(self, limit: int) -> None:
+    def _delete_oldest(self, limit: int) -> None:
         """Delete entries until *limit* bytes remain, the least recently used first, but none of this run."""
         entries = self._entries()
         self.bytes = sum(size for _, size, _ in entries)

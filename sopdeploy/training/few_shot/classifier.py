@@ -67,8 +67,8 @@ class Targets:
             return (np.logaddexp(0.0, logits) - self.classes * logits).mean(axis=1)
         return -(self.classes * log_softmax(logits, axis=1)).sum(axis=1)
 
-    def frequencies(self) -> Array:
-        """Compute the log-odds (K,) of each class, or with one class per image the centered log-counts."""
+    def log_frequencies(self) -> Array:
+        """Compute the log-odds (K,) of each class; with "softmax", the centered log-counts."""
         counts_K = self.classes.sum(axis=0)
         if self.activation == "sigmoid":
             return np.log(counts_K + 0.5) - np.log(len(self.classes) - counts_K + 0.5)
@@ -101,9 +101,10 @@ class Targets:
         images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
         np.add.at(images_GS, (groups_N, stratum_N), 1)
         shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)  # NumPy's limit for seeds
-        fold_G, images_FS = np.zeros(num_groups, np.intp), np.zeros((num_folds, len(sizes_S)))
+        fold_G = np.zeros(num_groups, np.intp)
+        images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
         for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
-            # Row [f] is `images_FS` with the group in the fold f, where the identity matrix is 1.
+            # attempts_FFS[f] is `images_FS` after the group is added to the fold f.
             attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
             unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
             sizes, best = images_FS.sum(axis=1).tolist(), 0
@@ -168,7 +169,7 @@ class Moments(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What makes logits of the scores of a head: they are score / `temperature` + `exponent` * frequency."""
+    """What makes logits of the scores of a head: score / `temperature` + `exponent` * log-frequency."""
 
     temperature: float
     exponent: float
@@ -181,7 +182,8 @@ class Scaling(NamedTuple):
         images is larger; it has a normal prior. The targets are smoothed by 1 / (N + 2), the rule of
         succession: without errors, the temperature would otherwise be 0.
         """
-        count, classes_NK, frequencies_K = len(targets.classes), targets.classes, targets.frequencies()
+        count, classes_NK = len(targets.classes), targets.classes
+        log_frequencies_K = targets.log_frequencies()
         wrong = 1 / (count + 2)
         if targets.activation == "softmax":
             smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / max(1, classes_NK.shape[1] - 1)
@@ -193,20 +195,21 @@ class Scaling(NamedTuple):
 
         def loss(parameters: Array) -> tuple[float, Array]:
             """Compute the loss and its gradient by log(unit / temperature) and the exponent."""
-            scaled = np.exp(parameters[0]) / unit * scores_VNK
-            logits = scaled + parameters[1] * frequencies_K
+            log_scale, exponent = parameters
+            scaled = np.exp(log_scale) / unit * scores_VNK
+            logits = scaled + exponent * log_frequencies_K
             if targets.activation == "softmax":
                 log_probabilities = log_softmax(logits, axis=-1)
                 losses, errors = -smooth_NK * log_probabilities, np.exp(log_probabilities) - smooth_NK
             else:
                 losses, errors = np.logaddexp(0.0, logits) - smooth_NK * logits, expit(logits) - smooth_NK
             errors = shares_N11 * errors
-            prior = parameters[1] / count
-            gradient = [(errors * scaled).sum(), (errors * frequencies_K).sum() + prior]
-            return float((shares_N11 * losses).sum() + prior * parameters[1] / 2), np.asarray(gradient)
+            prior_gradient = exponent / count
+            gradient = [(errors * scaled).sum(), (errors * log_frequencies_K).sum() + prior_gradient]
+            return float((shares_N11 * losses).sum() + prior_gradient * exponent / 2), np.asarray(gradient)
 
-        found = minimize(loss, np.zeros(2), jac=True, method="BFGS").x
-        return cls(unit / float(np.exp(found[0])), float(found[1]))
+        log_scale, exponent = minimize(loss, np.zeros(2), jac=True, method="BFGS").x
+        return cls(unit / float(np.exp(log_scale)), float(exponent))
 
 
 class Space(NamedTuple):
@@ -241,6 +244,7 @@ class LinearProblem:
     """N images with `targets`: coordinates `reduced` (N, R) of their vectors in `space`, and `own` (N, D_0).
 
     The latter are the network's own vectors, scaled to length 1, with `weights` (N,) in the class means.
+    Folds (N,) are numbered from 0.
     """
 
     space: Space
@@ -275,8 +279,8 @@ class LinearProblem:
         return Moments(products, sums)
 
     def scale_scores(self, scores_NK: Array, scaling: Scaling) -> Array:
-        """Compute logits (N, K) of out-of-fold scores."""
-        return scores_NK / scaling.temperature + scaling.exponent * self.targets.frequencies()
+        """Scale out-of-fold scores (N, K), or a bias (K,), and add the log-frequencies of the classes."""
+        return scores_NK / scaling.temperature + scaling.exponent * self.targets.log_frequencies()
 
     def logits_without_doubted(self, logits_NK: Array, folds_N: Indices, scaling: Scaling) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
@@ -288,8 +292,8 @@ class LinearProblem:
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
         is_label_NK = self.targets.classes > 0  # true once in each row, so that it selects N values
         of_label_N = log_probabilities_NK[is_label_NK]
-        other_is_likelier_N = of_label_N < log_probabilities_NK.max(axis=1)
-        doubted_N = other_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
+        another_is_likelier_N = of_label_N < log_probabilities_NK.max(axis=1)
+        doubted_N = another_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
         if not doubted_N.any():
             return logits_NK
         return self.scale_scores(self.cross_validate(folds_N, ~doubted_N), scaling)
@@ -302,7 +306,7 @@ class LinearProblem:
         return LinearHead(weight_KD, self.scale_scores(head.bias, scaling) - weight_KD @ self.space.center)
 
     def cosines(self, folds_N: Indices) -> Array:
-        """Compute the cosine (N,) of each own vector and the nearest class mean of the other folds."""
+        """Compute the cosine (N,) of each own vector and the nearest class mean without its fold."""
         classes_NK, cosines_N = self._weighted_classes(), np.zeros(len(self.own))
         total_KD = class_sums(self.own, classes_NK)
         for fold in range(int(folds_N.max()) + 1):
@@ -328,10 +332,14 @@ class LinearProblem:
         return np.flatnonzero(judged_K & (cosines_K < DIFFUSE * np.median(cosines_K[judged_K])))
 
     def class_means(self) -> NDArray[np.float32]:
-        """Compute the mean own vector (K, D_0) of each class; see the function of this name."""
+        """Compute the weighted mean own vector (K, D_0) of each class, scaled to length 1.
+
+        A class without images has the mean of another one.
+        """
         return class_means(self.own, self._weighted_classes())
 
     def _weighted_classes(self) -> Array:
+        """Compute the share (N, K) of each image in the mean of its class, not divided by their sum."""
         return self.targets.classes * np.reshape(self.weights, (-1, 1))
 
     def cosines_without_class(self) -> Array:

@@ -67,6 +67,7 @@ def _default_recipe() -> Recipe:
 
 
 def _open_default_network() -> CachedNetwork:
+    """Build the default network with its ImageNet weights, which are downloaded if they are not here."""
     recipe = _default_recipe()
     strategy = Strategy(select_device(recipe.device))
     model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used

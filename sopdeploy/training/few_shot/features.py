@@ -78,7 +78,7 @@ def compute_features(
     batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
     first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
     pooled.fit_projection([batch.maps for batch in first])
-    columns = pooled.columns()[: None if head.taps else 1]
+    columns = pooled.columns() if head.taps else pooled.columns()[:1]  # of what the head reads
     hashes, num_done = [""] * count, 0
     file_hashes, times = np.zeros(count, np.int64), np.zeros(count, np.int64)
     small = np.zeros((count, SMALL, SMALL), np.uint8)
@@ -89,7 +89,8 @@ def compute_features(
     for batch in chain(first, batches):
         vectors = pooled.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
         views_of_batch = average_views(batch.own_vectors, batch.maps)
-        views = views or [np.zeros((count, *part.shape[1:]), np.float32) for part in views_of_batch]
+        if not views:  # their shapes are known from the first batch on
+            views = [np.zeros((count, *part.shape[1:]), np.float32) for part in views_of_batch]
         for of_all, of_batch in zip(views, views_of_batch, strict=True):
             of_all[batch.indices] = of_batch
         own[batch.indices] = unit_length(vectors[:, columns[0]])
@@ -99,7 +100,7 @@ def compute_features(
             hashes[index] = pixel_hash
         num_done += len(batch.indices)
         waiting.append((batch.indices, vectors))
-        if num_done >= min(count, MAX_RANK):
+        if num_done >= min(count, MAX_RANK):  # the space is known, or these vectors determine it
             parts = [np.concatenate([vectors[:, part] for _, vectors in waiting]) for part in columns]
             if space is None:
                 space = Space.of([part[:MAX_RANK] for part in parts])
@@ -146,9 +147,9 @@ def find_near_duplicates(
 def build_fitted(
     network: SecondOrderHead, head: HeadConfig, problem: LinearProblem, fitted: LinearHead
 ) -> SecondOrderHead:
-    """Copy *network*, which computed the features, with the *head* that was *fitted* to *problem*."""
+    """Copy *network*, which computed the features, with a *head* of the weights *fitted* to *problem*."""
     has_energy = problem.targets.activation == "softmax"
-    deployed = network.replace_head(head.model_copy(update={"cosine": has_energy}))
+    deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head
     if pooled.poolings:  # the head reads roots of covariances, after the projections of *network*
         pooled.poolings.load_state_dict(network.pooled_head.poolings.state_dict())
@@ -171,9 +172,9 @@ class _Loaded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Photographs(Dataset):
-    """Pixels of photographs with three numbers (3,): `file_hash`, `taken`, and 1 if the pixels were decoded.
+    """Pixels of photographs, which are only decoded if the *cache* has no entry, with facts about each.
 
-    The pixels are black if the *cache* has an entry, except those of the image at *always_decoded*.
+    The photograph at the index *always_decoded* is decoded in any case.
     """
 
     preprocess: Preprocess
@@ -181,11 +182,12 @@ class _Photographs(Dataset):
     always_decoded: int
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]:
+        """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (3,)."""
         photo, side = self.images.photo(index), self.preprocess.crop
         file_hash = photo.file_hash
-        is_cached = index != self.always_decoded and self.cache.has(file_hash)
-        pixels = np.zeros((side, side, 3), np.uint8) if is_cached else photo.preprocess(self.preprocess)
-        return pixels, np.asarray([file_hash, photo.taken, not is_cached])
+        is_decoded = index == self.always_decoded or not self.cache.has(file_hash)
+        pixels = photo.preprocess(self.preprocess) if is_decoded else np.zeros((side, side, 3), np.uint8)
+        return pixels, np.asarray([file_hash, photo.taken, is_decoded])
 
 
 class Batch(NamedTuple):
@@ -228,7 +230,7 @@ class CachedNetwork:
             yield Batch(chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap)
 
     def _load(self, images: LabeledImages, batches: list[list[int]]) -> Iterator[tuple[_Loaded, list[Entry]]]:
-        """Yield each batch of images, and the entries of all of them.
+        """Yield each batch of images, and the entries of all of them; new ones are written to the cache.
 
         An entry is [hash of the pixels, small image, own vector, map of each tap]. A photograph is read once,
         unless its entry in the cache is damaged. The first photograph is computed in any case: if its entry
@@ -239,15 +241,16 @@ class CachedNetwork:
         waiting: list[_Loaded] = []  # until a full batch of photographs without an entry is there
         for batch, (pixels, facts) in zip(batches, loader, strict=True):
             hashes, times, are_decoded = facts.numpy().T
-            paths = [self.cache.find(file_hash) for file_hash in hashes.tolist()]
+            paths = [self.cache.mark_used(file_hash) for file_hash in hashes.tolist()]
             entries = [self.cache.read(path) for path in paths]
-            known = entries[0] if batch is batches[0] else None
-            if known is not None and not all(map(np.array_equal, known, self._compute(pixels[:1])[0])):
-                self.cache.is_stale = True
-                yield from self._load(images, batches)  # again, without the cache
-                return
+            if batch is batches[0] and entries[0] is not None:
+                [computed] = self._compute(pixels[:1])
+                if not all(map(np.array_equal, entries[0], computed)):
+                    self.cache.is_stale = True
+                    yield from self._load(images, batches)  # again, without the cache
+                    return
             for position, entry in enumerate(entries):
-                if entry is None and not are_decoded[position]:  # there is an entry, but it is damaged
+                if entry is None and not are_decoded[position]:  # the cache has an entry, but it is damaged
                     decoded = images.photo(batch[position]).preprocess(self.recipe.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
             waiting.append(_Loaded(pixels, hashes, times, paths, entries))
@@ -332,4 +335,4 @@ def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
 def unfitted_network(recipe: Recipe, kind: HeadKind, model: Classifier) -> SecondOrderHead:
     """Build the network that a run would deploy, with a random head."""
     full = full_head(recipe, model)
-    return full.replace_head(head_to_fit(full, kind).model_copy(update={"cosine": True}))
+    return full.copy_with_head(head_to_fit(full, kind).model_copy(update={"cosine": True}))

@@ -92,7 +92,10 @@ def fit_few_shot(
 
 
 def fit_new(start: Start, callback: Callback) -> FewShotFit:
-    """Fit and evaluate the network of a new run."""
+    """Fit and evaluate the network of a new run; writes no file.
+
+    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
+    """
     since, recipe, images = time.monotonic(), start.recipe, start.data.train
     with handle_signals(start.strategy) as signals:
         expected = ExpectedTime(callback, LOOP_INSTEAD)
@@ -106,12 +109,11 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
             found = cross_validate(recipe, start.model, images, on_progress)
             if warning := describe_contradictions(images, found.features.file_hashes):
                 callback.on_warning(warning)
-            problem, label_logits, num_doubted = found.problem, None, 0
-            head, fitted = found.features.head, problem.fit_all(found.scaling)
-            network = move_to_device(
-                recipe, build_fitted(found.network, head, problem, fitted), start.strategy
-            )
+            problem, head = found.problem, found.features.head
+            fitted = build_fitted(found.network, head, problem, problem.fit_all(found.scaling))
+            network = move_to_device(recipe, fitted, start.strategy)
             score, metrics = _evaluate(start, network, found)
+            label_logits, num_doubted = None, 0  # with several classes per image
             if problem.targets.activation == "softmax":
                 label_logits = problem.logits_without_doubted(found.logits, found.folds, found.scaling)
                 doubts = doubt_labels(label_logits, images.targets.astype(np.int64))
@@ -156,7 +158,7 @@ class CrossValidation:
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
         left_out: The cosines (N,) of images whose class is left out; None with several classes per image.
-        scaling: The temperature of the logits, and the exponent of the frequencies of the classes.
+        scaling: The temperature of the logits, and the exponent of the log-frequencies of the classes.
         seconds: Time of each step.
     """
 
@@ -207,9 +209,10 @@ def cross_validate(
         images,
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
-    near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
     if config.group_copies:
         near = find_near_duplicates(outputs, features, images)
+    else:
+        near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
     clips, pairs = Clips(connect(count, NO_PAIRS, features.hashes, images.groups)), near.pairs
     if len(near.vectors) and not recipe.groups_by_name:
         names = [images.identity(index) for index in range(count)]
@@ -217,9 +220,9 @@ def cross_validate(
         pairs = clips.select_pairs(pairs)
     copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
-    judged = _largest_copies(images, copies_N)
     typical_N = select_typical(images)
-    judged = judged[typical_N[judged]]
+    largest = _largest_copies(images, copies_N)
+    judged = largest[typical_N[largest]]
     if images.targets.ndim == 1:  # no classifier is fitted without all images of a class that is one group
         one_group = [
             number for number, groups in enumerate(_groups_of_classes(targets, groups_N)) if len(groups) == 1
@@ -230,6 +233,7 @@ def cross_validate(
     _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
+    first_folds_N = folds_of_validations[0]  # the others count only in means
     weights_N = np.where(typical_N, 1.0, SELECTED)
     problem = LinearProblem(features.space, features.reduced, features.own, targets, weights_N)
     scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
@@ -252,7 +256,7 @@ def cross_validate(
         alike=tuple(np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()),
         clips=clips,
         judged=judged,
-        folds=folds_of_validations[0],  # the others count only in means
+        folds=first_folds_N,
         logits=logits_NK,
         shifted_logits=shifted_NK,
         left_out=left_out_N,
@@ -262,9 +266,10 @@ def cross_validate(
 
 
 def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
-    """Assign images to folds (N,): for one cross-validation, or three below `FEW_GROUPS` different *keys_N*.
+    """Assign images to the folds (N,) of one cross-validation, or of three for few groups.
 
-    There are *at_most* folds, and images with equal keys share one (`Targets.folds`).
+    Few are less than `FEW_GROUPS` different *keys_N*, with one class per image. There are *at_most* folds,
+    and images with equal keys share one (`Targets.folds`).
     """
     seeds = [derive_seed(seed, "folds")]
     if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
@@ -313,12 +318,12 @@ def _evaluate(
         logits, targets = predict_logits(network, dataset, recipe.preprocess, workers=recipe.workers)
         groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
         expected = Targets.of(held_out)
-        score = estimate(expected.classes, expected.activation, logits, recipe.seed, groups)
-        return score, held_out_metrics(start.labels, logits, targets)
-    score_of_copies = found.score()  # of copies of a photograph, only one is counted
-    counted = np.arange(len(images)) if score_of_copies is None else found.judged
+        metrics = held_out_metrics(start.labels, logits, targets)
+        return estimate(expected.classes, expected.activation, logits, recipe.seed, groups), metrics
+    score = found.score()
+    counted = np.arange(len(images)) if score is None else found.judged  # of copies of a photograph, one
     metrics = held_out_metrics(start.labels, found.shifted_logits[counted], images.targets[counted])
-    return score_of_copies, metrics
+    return score, metrics
 
 
 def _describe(
@@ -342,7 +347,7 @@ def _describe(
         **{"map" if isinstance(score, MeanPrecision) else "top1": score},
         estimated_on="held-out" if len(start.data.held_out) else "cross-validation",
         class_counts=counts,
-        balanced=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
+        is_uneven=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
         num_selected=int((~select_typical(images)).sum()),
         num_doubted=num_doubted,
@@ -365,16 +370,16 @@ def _describe(
 
 
 def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:
-    """Return *fit* with the decision for its out-of-fold logits; the result says why it lacks a threshold."""
+    """Return *fit* with the decision for its out-of-fold logits.
+
+    With one class per image, the result says why the decision has no threshold for unknown images, and
+    images that a server kept do not count.
+    """
     recipe, targets, accepts = start.recipe, start.data.train.targets, start.recipe.rejection.accepts
     if start.activation == "sigmoid":
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))
         return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
-    result: Any = fit.result
     typical_N = select_typical(start.data.train)
-    num_typical = len(np.unique(fit.groups[typical_N]))
-    unknown = predict_unknown(fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers)
-    reason = missing_threshold(num_typical, fit.logits.shape[1], accepts, MIN_COSINES)
     decision = fit_decision(
         fit.logits[typical_N],
         targets[typical_N].astype(np.int64),
@@ -382,9 +387,16 @@ def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:
         accepts=accepts,
         scalable=False,  # the network contains the temperature
         groups=fit.groups[typical_N],
-        unknown=unknown,
+        unknown=predict_unknown(fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
         left_out=None if fit.left_out is None else fit.left_out[typical_N],
         min_images=MIN_COSINES,
     )
-    result = result.model_copy(update={"unknown": reason})
-    return replace(fit, result=result, decision=None if decision == Decision() else decision)
+    is_nothing_fitted = decision == Decision()
+    num_typical_groups = len(np.unique(fit.groups[typical_N]))
+    why_no_threshold = missing_threshold(num_typical_groups, fit.logits.shape[1], accepts, MIN_COSINES)
+    result: Any = fit.result
+    return replace(
+        fit,
+        result=result.model_copy(update={"unknown": why_no_threshold}),
+        decision=None if is_nothing_fitted else decision,
+    )

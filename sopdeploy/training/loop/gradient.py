@@ -26,7 +26,8 @@ def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> F
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.learning_rate(time, group.get(LR_FACTOR, 1.0))
     run.optimizer.zero_grad()
-    loss = compute_gradient(run, (run.normalize(batch[0]), batch[1]), num_samples)
+    pixels, targets = batch
+    loss = compute_gradient(run, (run.normalize(pixels), targets), num_samples)
     norm = get_total_norm([parameter.grad for parameter in run.parameters if parameter.grad is not None])
     # Counts the processes in which gradient, loss and all buffers are finite, before weights change. The
     # buffers are batch norm's running statistics, which include this batch; their norm is the largest value.
@@ -54,7 +55,7 @@ def compute_gradient(run: LoopRun, batch: Batch, num_samples: int) -> Loss:
         output, weights = run.model(images), run.model.loss_weights()
         loss = training_loss(output, targets, weights, recipe.loss.label_smoothing, run.activation)
         if run.teacher is not None:
-            loss = run.teacher.add_to(loss, images, targets, output)
+            loss = run.teacher.distillation_loss(loss, images, targets, output)
     share = len(targets) / num_samples
     if isinstance(run.optimizer, AdaHessian):  # which also needs the curvature
         seed = derive_seed(recipe.seed, "curvature", position.epoch, position.step)

@@ -91,7 +91,9 @@ class Teacher:
                 "teacher.weights"
             )
 
-    def add_to(self, loss: Loss, images: Tensor, labels: Tensor, output: Tensor | TrainingOutput) -> Loss:
+    def distillation_loss(
+        self, loss: Loss, images: Tensor, labels: Tensor, output: Tensor | TrainingOutput
+    ) -> Loss:
         """Combine the student's *loss* with the divergence of its main head from the teacher's outputs.
 
         The squared temperature keeps the scale of its gradient (Hinton et al., section 2), which does not

@@ -60,7 +60,7 @@ def fit_loop(
     data = run.start.data
     fitted = FittedPixels(data.held_out, recipe.preprocess)
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad, fitted=fitted)
-    training, _ = epoch_data(recipe, data.train, run.position.epoch)
+    training = augmented_images(recipe, data.train, run.position.epoch)
     expected = ExpectedTime(callback, "`epochs` changes it")
     save_derived_files(run, folder)  # the process may have been killed before it wrote them
     with (
@@ -76,7 +76,8 @@ def fit_loop(
                 folder.save_last(last_loop_record(run))
                 save_derived_files(run, folder)
                 callback.on_epoch_end(run.position.history[-1])
-            return (finish or fit_best)(run, held_out, folder, callback)  # which no signal stops
+            finish_run = fit_best if finish is None else finish  # which no signal stops
+            return finish_run(run, held_out, folder, callback)
         except TrainingStoppedError as stop:
             folder.save_last(last_loop_record(run))
             stop.message = (
@@ -88,20 +89,19 @@ def fit_loop(
             raise unreadable_images_error(error, data.train, data.held_out) from None
 
 
-def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
-    """Return the augmented *images* of *epoch*, and the sample indices of each step.
+def augmented_images(recipe: Recipe, images: LabeledImages, epoch: int) -> AugmentedDataset:
+    """Return *images* with the augmentation of *epoch*; `replace` gives the data set of another epoch.
 
-    Other epochs of the data set share the pixels in memory, if their augmentation starts from fitted ones.
+    All epochs share the pixels in memory, if their augmentation starts from fitted ones.
     """
     augment = recipe.augment
     preprocess = recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
     fitted = None if isinstance(augment, BoxCrop) else FittedPixels(images, preprocess)
-    dataset = AugmentedDataset(images, augment, preprocess, recipe.seed, epoch, recipe.color, fitted=fitted)
-    return dataset, epoch_batches(recipe, len(images), epoch)
+    return AugmentedDataset(images, augment, preprocess, recipe.seed, epoch, recipe.color, fitted=fitted)
 
 
 def epoch_batches(recipe: Recipe, count: int, epoch: int) -> list[list[int]]:
-    """Return the indices of each step of *epoch* in the augmented data set of *count* images."""
+    """Return the samples of each step of *epoch*, as indices of `augmented_images` of *count* images."""
     augment = recipe.augment
     copies = 2 if isinstance(augment, PadCrop) and augment.doubled else 1  # of each image
     return shuffled_batches(copies * count, recipe.batch_size, recipe.seed, epoch)
@@ -136,7 +136,7 @@ def train_epoch(
         losses = run.read_steps()
         now = time.monotonic()
         position.train_seconds += now - since
-        position.seconds += now - since  # to which `after_epoch` adds the time of the evaluation
+        position.seconds += now - since  # to which `finish_epoch` adds the time of the evaluation
         since = now
         for step, loss in enumerate(losses, first):
             callback.on_step_end(epoch=epoch, epochs=recipe.epochs, step=step, steps=len(batches), loss=loss)
@@ -148,7 +148,7 @@ def train_epoch(
 def evaluate_epoch(
     run: LoopRun, held_out: PreprocessedDataset, loader: Loader, signals: SignalState, callback: Callback
 ) -> None:
-    """Evaluate the exported weights on held-out images; finish the epoch."""
+    """Evaluate the exported weights on held-out images, and begin the next epoch."""
     since, epoch, recipe = time.monotonic(), run.position.epoch, run.recipe
     mirror = recipe.validation.mirror
     run.synchronize_buffers()
@@ -168,7 +168,7 @@ def evaluate_epoch(
     )
     # Every process computes these for the same few images itself, so its batches are whole ones.
     diagnostics = diagnose(run.exported, held_out, recipe.preprocess, recipe.batch_size, mirror=mirror)
-    run.after_epoch(metrics, diagnostics, time.monotonic() - since)
+    run.finish_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
 def save_derived_files(run: LoopRun, folder: RunFolder) -> None:
@@ -180,7 +180,7 @@ def save_derived_files(run: LoopRun, folder: RunFolder) -> None:
     has_best_weights = position.step == 0 and best.epoch == position.epoch  # no step since the best epoch
     if has_best_weights and run.frozen is None:  # otherwise `best.pt` has the frozen network until the end
         # in all processes, which together average the running statistics
-        folder.save_best(best_record(run.start, run.fit()))
+        folder.save_best(best_record(run.start, run.synchronized_fit()))
     folder.save_history(history)
 
 
@@ -197,7 +197,7 @@ def fit_best(
     result = estimate_best(
         run.position.history, frozen_backbone=recipe.frozen_backbone, mirrored=recipe.validation.mirror
     )
-    fit = replace(run.fit(), result=result)
+    fit = replace(run.synchronized_fit(), result=result)
     if run.strategy.rank != 0:
         return fit, {}
     checkpoint = read_checkpoint(folder.best)

@@ -142,15 +142,15 @@ class LoopRun:
                 position.sums[name] = position.sums.get(name, 0.0) + part * step.num_samples
             if step.loss.component_counts is not None:
                 counts = [int(next(values)) for _ in range(len(step.loss.component_counts))]
-                before = position.component_counts or (0,) * len(counts)
+                before = position.component_counts or (0,) * len(counts)  # empty before the first step
                 position.component_counts = tuple(map(operator.add, before, counts))
             position.seen += step.num_samples
             position.gradient += norm * step.num_samples
             losses.append(parts["loss"])
         return losses
 
-    def after_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
-        """Add an epoch with its metrics, whose evaluation took *seconds*, to the position."""
+    def finish_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
+        """Begin the next epoch with a row about this one, whose evaluation took *seconds*, in the history."""
         position = self.position
         row = EpochRow(
             epoch=position.epoch + 1,
@@ -166,7 +166,7 @@ class LoopRun:
         self.position = Position(epoch=row.epoch, seconds=row.seconds, history=(*position.history, row))
 
     def synchronize_buffers(self) -> None:
-        """Average the floating-point buffers, the running statistics of batch norms, over processes.
+        """Average the floating-point buffers over processes: the running statistics of batch norms.
 
         The running statistics are linear in those of the batches, so averaging once gives the same result
         as averaging in every step.
@@ -177,8 +177,8 @@ class LoopRun:
             for buffer in filter(torch.is_floating_point, model.buffers()):
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
-    def fit(self) -> Fit:
-        """Return what is fitted so far, with synchronized running statistics."""
+    def synchronized_fit(self) -> Fit:
+        """Return what is fitted so far, after `synchronize_buffers`; all processes call it."""
         self.synchronize_buffers()
         learning = None if self.ema is None else self.model
         return Fit(
@@ -213,14 +213,14 @@ class LoopRun:
             self.ema.model.load_state_dict({key: averages[key] for key in self.model.state_dict()})
 
     def _prepare_training(self) -> None:
-        """Set train mode and `groups` of the epoch; move the teacher to the device."""
+        """Set train mode, frozen parameters and `groups` of the epoch; move the teacher to the device."""
         recipe, start = self.recipe, self.recipe.start_of(self.position.epoch)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
         set_train_mode(self.model, start)
         for name in ("parameters", "float_buffers"):  # of the model before
             vars(self).pop(name, None)
-        self.groups = parameter_groups(self.model, start)
+        self.groups = freeze_and_group(self.model, start)
         if self.teacher is not None:
             layout = torch.channels_last if recipe.channels_last else torch.preserve_format
             self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
@@ -280,8 +280,8 @@ def first_stages(model: Classifier) -> set[str]:
     return set(names[: max(ends, default=0)])
 
 
-def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
-    """Build the optimizer's parameter groups and freeze what `start.learn` excludes.
+def freeze_and_group(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
+    """Freeze what `start.learn` excludes, and build the optimizer's parameter groups.
 
     The classifier gets its own group if `head_factor` is not 1. Groups may have frozen parameters; optimizers
     skip those without gradient. Raises `ConfigError` if there are no branches to train.
@@ -313,17 +313,19 @@ def last_loop_record(run: LoopRun) -> Checkpoint:
     resume["average"] = None if run.ema is None else run.ema.state_dict()
     if run.frozen is not None:  # the run may keep this fit in the end
         frozen = last_few_shot_record(run.start, run.frozen)
-        resume["procedure"] = (frozen.resume or {})["procedure"]
+        state: Any = frozen.resume
+        resume["procedure"] = state["procedure"]
         resume["frozen"] = plain_content(frozen)
     if run.teacher is not None and run.teacher.learns:
         resume["teacher"] = run.teacher.model.state_dict()
-    return best_record(run.start, run.fit(), resume)
+    return best_record(run.start, run.synchronized_fit(), resume)
 
 
 def read_frozen(last: Checkpoint, source: Path) -> Checkpoint:
     """Read the fit of the frozen network from which the loop of *last* started; `CheckpointError` if none."""
     with state_errors(source):
-        return parse_checkpoint(source, dict((last.resume or {})["frozen"]), "")
+        state: Any = last.resume  # None raises a TypeError
+        return parse_checkpoint(source, dict(state["frozen"]), "")
 
 
 def restore_loop(run: LoopRun, last: Checkpoint, source: Path) -> None:

@@ -18,7 +18,7 @@ from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.few_shot.classifier import class_means, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
-from sopdeploy.training.loop.state import first_stages, parameter_groups, set_train_mode
+from sopdeploy.training.loop.state import first_stages, freeze_and_group, set_train_mode
 from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
 from sopdeploy.training.results import Tuning
 from sopdeploy_commands.training.train import train
@@ -199,7 +199,7 @@ def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_froz
 ) -> None:
     network = create_model(name, num_classes=3, **config)
     start = StartConfig(learn="last_stages")
-    parameter_groups(network, start)
+    freeze_and_group(network, start)
     set_train_mode(network, start)
     frozen = [key for key, parameter in network.named_parameters() if not parameter.requires_grad]
     learning = [key for key, parameter in network.named_parameters() if parameter.requires_grad]
@@ -217,7 +217,7 @@ def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_froz
 def test_only_the_classifier_learns_if_the_recipe_says_so() -> None:
     network = create_model("resnet8", num_classes=3)
     start = StartConfig(learn="classifier")
-    parameter_groups(network, start)
+    freeze_and_group(network, start)
     set_train_mode(network, start)
     learning = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
     assert learning == {"fc.weight", "fc.bias"}

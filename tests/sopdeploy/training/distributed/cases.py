@@ -13,7 +13,7 @@ from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.loop.gradient import train_step
-from sopdeploy.training.loop.run import epoch_data
+from sopdeploy.training.loop.run import augmented_images, epoch_batches
 from sopdeploy.training.recipe import Recipe, read_recipe
 from tests.sopdeploy.training.runs import start_run
 
@@ -87,7 +87,8 @@ def learn(
             weight.data.add_(torch.randn(weight.shape, generator=random).to(weight))
     done = 0
     while done < steps:
-        augmented, batches = epoch_data(recipe, dataset(), run.position.epoch)
+        augmented = augmented_images(recipe, dataset(), run.position.epoch)
+        batches = epoch_batches(recipe, len(augmented), run.position.epoch)
         for samples in batches[: steps - done]:
             loaded = run.strategy.shard(samples)
             images = np.stack([augmented[sample][0] for sample in loaded])

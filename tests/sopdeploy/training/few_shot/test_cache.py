@@ -155,7 +155,7 @@ def test_the_limit_deletes_the_entries_that_were_not_used_for_the_longest_time(f
     oldest, *rest = folder.entries()
     total = sum(path.stat().st_size for path in folder.entries())
     cache = FeatureCache(network, recipe, limit=total)
-    written = cache.find(17)
+    written = cache.mark_used(17)
     cache.write(written, array)
     assert written.exists()
     assert not oldest.exists()
@@ -169,7 +169,7 @@ def test_entries_of_this_run_stay_when_the_folder_is_full(folder: Folder):
         recipe, create_model(recipe.model.name, num_classes=2, **recipe.model.config)
     )
     cache = FeatureCache(network, recipe, limit=2500)
-    paths = [cache.find(number) for number in range(4)]
+    paths = [cache.mark_used(number) for number in range(4)]
     for path in paths:
         cache.write(path, [np.zeros(1000, np.uint8)])
     assert [path.exists() for path in paths] == [True, True, False, False]

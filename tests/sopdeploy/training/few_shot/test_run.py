@@ -482,7 +482,7 @@ def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_pat
     assert (result.train_count, result.held_out_count) == (15, 6)
     assert found.estimated_on == "held-out"
     assert found.top1.count == 6
-    assert found.balanced
+    assert found.is_uneven
     assert found.class_counts["red"] == 3
     corrected = "the largest is 2.0 times the smallest, and the logits are corrected for it"
     assert corrected in found.describe_images()

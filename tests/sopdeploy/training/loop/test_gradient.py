@@ -24,7 +24,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
 from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy.training.loop.run import epoch_data
+from sopdeploy.training.loop.run import epoch_batches
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
@@ -120,7 +120,7 @@ def test_held_out_images_are_padded_and_cropped_if_the_recipe_says_so(finished: 
 def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> None:
     images = ArrayImages(tuple("ab"), np.stack([ARRAY, ARRAY[::-1]]), np.array([0, 1]))
     recipe = all_options("batch_size=2", "color={}")
-    _, batches = epoch_data(recipe, images, 0)
+    batches = epoch_batches(recipe, len(images), 0)
     assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3]
     augment = PadCrop(kind="pad-crop", pad=4, doubled=True, flip=0.99)  # is ignored
     dataset = AugmentedDataset(images, augment, Preprocess(resize=8, crop=8), seed=0, epoch=0)

@@ -14,7 +14,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.training.loop.ema import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.loop.optimizers import AdaHessian, random_signs
-from sopdeploy.training.loop.run import epoch_data
+from sopdeploy.training.loop.run import augmented_images
 from sopdeploy.training.loop_settings import Cosine, EmaConfig, Milestones, OneCycle
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import train_recipe
@@ -124,7 +124,7 @@ def test_a_run_evaluates_and_exports_the_average(tmp_path) -> None:
 
 def test_training_crops_can_have_another_size_than_evaluation() -> None:
     recipe = short_recipe('augment={kind="random-side", sides=[12, 16], crop=12}')
-    dataset, _ = epoch_data(recipe, open_data(recipe.data).train, 0)
+    dataset = augmented_images(recipe, open_data(recipe.data).train, 0)
     assert dataset[0][0].shape == (12, 12, 3)
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
