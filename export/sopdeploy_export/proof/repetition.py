@@ -50,7 +50,8 @@ class _Replay(TorchDispatchMode):
         writes_elsewhere = func._schema.is_mutable and not all(on_image[:1])  # such as a counter
         if not any(on_image) or writes_elsewhere:
             return func(*args, **(kwargs or {}))
-        position, self._position = self._position, self._position + 1
+        position = self._position  # among the operations on the image in this call
+        self._position += 1
         is_known = position < len(self._computed) and self._computed[position][0] is func
         is_view = any(returned.alias_info is not None for returned in func._schema.returns)
         if is_known and not is_view:
@@ -59,7 +60,10 @@ class _Replay(TorchDispatchMode):
             return args[0]  # has its values from the first call
         # torch does not allow that a view is returned twice; to make it takes no time.
         result = func(*args, **(kwargs or {}))
-        self._computed[position:] = [(func, result), *(self._computed[position + 1 :] if is_known else ())]
+        if is_known:
+            self._computed[position] = func, result
+        else:  # from here on, this call does something else than the one before
+            self._computed[position:] = [(func, result)]
         for computed in _tensors([result]):
             self._from_image[computed] = True
         return result
