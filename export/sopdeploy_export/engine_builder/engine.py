@@ -60,12 +60,14 @@ def get_engine(
     fields: dict[str, Any] = {**cache.key_fields(bundle, str(trt.__version__), gpu)}
     key = EngineKey(**fields, profiles=profiles, via=options.via)
     folder = cache.cache_folder(bundle, options.cache)
-    found = None if options.rebuild else cache.load_engine(folder, dict(key))
-    if isinstance(found, cache.StoredEngine):
-        report("replaying the probes on the cached engine")
-        replay_probes(trt, cuda, bundle, found.plan, key)
-        return Engine(path=folder / f"{key.name}.plan", record=found.record, reason=None)
-    reason = "--rebuild was given" if found is None else found  # `load_engine` says why it found none
+    reason = "--rebuild was given"
+    if not options.rebuild:
+        cached = cache.load_engine(folder, dict(key))
+        if isinstance(cached, cache.StoredEngine):
+            report("replaying the probes on the cached engine")
+            replay_probes(trt, cuda, bundle, cached.plan, key)
+            return Engine(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
+        reason = cached  # why there is none
     report(f"building: {reason}")
     begin = time.monotonic()
     workspace = gpu.memory // 4
