@@ -415,6 +415,7 @@ def _executed_counter(model: onnx.ModelProto) -> Callable[[Sequence[str]], Count
     producers = {name: node for node in executed.graph.node for name in node.output}
 
     def count_for(results: Sequence[str]) -> Counter[str]:
+        """Count the operators that *results* depend on, by type; a copy (`Identity`) does not count."""
         operators: Counter[str] = Counter()
         unread, seen = list(results), set[str]()
         while unread:

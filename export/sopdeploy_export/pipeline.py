@@ -54,8 +54,8 @@ from sopdeploy_export.proof.networks import (
     ExportSubject,
     copy_module,
     detach,
-    few_pixels,
     has_tensors,
+    probe_pixels,
 )
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
 from sopdeploy_export.stubs import answering
@@ -237,7 +237,7 @@ def _prepare_networks(
     if options.with_features:
         _add_embedding(subject, images)
     trained = _with_temperature(subject, images)
-    return trained, detach(trained, training_only, few_pixels(trained, subject.preprocess))
+    return trained, detach(trained, training_only, probe_pixels(trained, subject.preprocess))
 
 
 def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:

@@ -53,6 +53,7 @@ def without_content(returned: Any, part: str) -> Any:
     """
 
     def form_of(leaf: Any) -> Any:
+        """Return the form of a tensor or an object; a value is its own form."""
         if isinstance(leaf, Tensor):
             return TensorForm(leaf.dtype, tuple(leaf.shape))
         if isinstance(leaf, (*VALUES, Enum)):
@@ -81,7 +82,7 @@ class PartCall(NamedTuple):
         """The part and its method."""
         return self.part, self.method
 
-    def answer(self, pixels: Tensor) -> Any:
+    def make_answer(self, pixels: Tensor) -> Any:
         """Make what the part returns for *pixels* (B, 3, H, W), with tensors full of NaN.
 
         They count as computed from *pixels*, and have their device and, in place of float32, their type;
@@ -96,7 +97,7 @@ class PartCall(NamedTuple):
         return tree_unflatten(made, structure)
 
     def _make_leaf(self, one: Any, other: Any, pixels: Tensor) -> Any:
-        """Make what has the forms, or is one of the values, *one* and *other* for `SIZES`; see `answer`."""
+        """Make a leaf of the answer that had the forms, or values, *one* and *other* for `SIZES`."""
         if isinstance(one, TensorForm) and isinstance(other, TensorForm):
             if (one.dtype, len(one.sizes)) == (other.dtype, len(other.sizes)):
                 pairs = zip(one.sizes, other.sizes, strict=True)
@@ -106,7 +107,7 @@ class PartCall(NamedTuple):
                 return pixels.new_full(sizes, torch.nan if has_nan else 0, dtype=dtype)
         elif isinstance(one, ObjectForm) and isinstance(other, ObjectForm) and one.kind is other.kind:
             made: Any = object.__new__(one.kind)
-            vars(made).update(PartCall(self.part, "", one.attributes, other.attributes).answer(pixels))
+            vars(made).update(PartCall(self.part, "", one.attributes, other.attributes).make_answer(pixels))
             return made
         elif repr(one) == repr(other):  # NaN equals itself here
             return one
@@ -143,6 +144,8 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
     depth = 0  # of calls of removed parts; only the outermost are calls from outside
 
     def recorded(part: str, method: str, function: Any) -> Any:
+        """Wrap *function*, the *method* of *part*, so that its calls from outside are recorded."""
+
         @wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal depth
@@ -172,7 +175,7 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
     pairs = zip(first, second, strict=True)
     several = tuple(call._replace(second=other.second) for call, other in pairs)
     for call in several:
-        call.answer(pixels)  # raises the error of a call that depends on the size in another way
+        call.make_answer(pixels)  # raises the error of a call that depends on the size in another way
     return Recording(several, one)
 
 
@@ -267,7 +270,7 @@ class Stub(nn.Module):
                 f"without its values, the network calls {self.part} in another order than the trained network"
             )
         run.position += 1
-        return call.answer(run.pixels)
+        return call.make_answer(run.pixels)
 
     def __getattr__(self, name: str) -> Any:
         """Return a part, a tensor or a method; raise `ReadError` for what else the part has."""

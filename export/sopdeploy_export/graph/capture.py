@@ -128,9 +128,9 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     if key is not None and not isinstance(output, Tensor):
         output = choose_output(output, key)
     if not isinstance(output, Tensor):
-        shapes = output_shapes(output, "" if key is None else str(key))
+        shapes = tensors_by_key(output, "" if key is None else str(key))
         choices = ", ".join(f"{path} {shape}" for path, shape in shapes) or "it holds no tensor"
-        problem = f"the network returns {_describe(output)}; choose one as the logits: {choices}"
+        problem = f"the network returns {_describe_output(output)}; choose one as the logits: {choices}"
         raise LoweringError(problem, remedies={"logits_key": None})
     return (output,)
 
@@ -144,8 +144,10 @@ def choose_output(output: Any, key: str | int) -> Any:
     steps = [key] if isinstance(key, int) or _has(output, key) else key.split(".")
     for step in steps:
         if not _has(chosen, step):
-            paths = ", ".join(path for path, _ in output_shapes(output))
-            problem = f"the network returns {_describe(output)}, without logits {key!r}; it has {paths}"
+            paths = ", ".join(path for path, _ in tensors_by_key(output))
+            problem = (
+                f"the network returns {_describe_output(output)}, without logits {key!r}; it has {paths}"
+            )
             raise LoweringError(problem, setting="logits_key", value=key)
         chosen = _item(chosen, step)
     return chosen
@@ -169,7 +171,7 @@ def _item(output: Any, key: str | int) -> Any:
     return output[int(key)]
 
 
-def output_shapes(output: Any, path: str = "") -> list[tuple[str, str]]:
+def tensors_by_key(output: Any, path: str = "") -> list[tuple[str, str]]:
     """List the keys that choose a tensor in *output*, what a network returned, and the shape of each.
 
     *path* is the key of *output* itself. Tensors in more than `DEPTH` containers are left out.
@@ -188,10 +190,10 @@ def output_shapes(output: Any, path: str = "") -> list[tuple[str, str]]:
     else:
         items = [(str(index), value) for index, value in enumerate(output)]
     inner = f"{path}." if path else ""
-    return [pair for key, value in items for pair in output_shapes(value, inner + key)]
+    return [pair for key, value in items for pair in tensors_by_key(value, inner + key)]
 
 
-def _describe(output: Any) -> str:
+def _describe_output(output: Any) -> str:
     """Describe *output*, the return value of a network: its type with its keys, fields or length."""
     if isinstance(output, Mapping):
         return f"a dict with {', '.join(map(repr, output))}"

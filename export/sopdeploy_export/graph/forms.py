@@ -224,14 +224,6 @@ def _index_put(
     return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
 
 
-def _hstack(values: Sequence[Tensor]) -> Tensor:
-    return torch.cat([*map(torch.atleast_1d, values)], dim=int(values[0].dim() > 1))
-
-
-def _column_stack(values: Sequence[Tensor]) -> Tensor:
-    return torch.cat([value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1)
-
-
 # Operators whose form of the converter is missing, or wrong for some values
 DECOMPOSED = {
     **SUMS,
@@ -247,10 +239,14 @@ DECOMPOSED = {
     torch.ops.aten.atleast_1d.Sequence: lambda values: [*map(torch.atleast_1d, values)],
     torch.ops.aten.atleast_2d.Sequence: lambda values: [*map(torch.atleast_2d, values)],
     torch.ops.aten.atleast_3d.Sequence: lambda values: [*map(torch.atleast_3d, values)],
-    torch.ops.aten.hstack.default: _hstack,
+    torch.ops.aten.hstack.default: lambda values: torch.cat(
+        [*map(torch.atleast_1d, values)], dim=0 if values[0].dim() < 2 else 1
+    ),
     torch.ops.aten.vstack.default: lambda values: torch.cat([*map(torch.atleast_2d, values)]),
     torch.ops.aten.dstack.default: lambda values: torch.cat([*map(torch.atleast_3d, values)], 2),
-    torch.ops.aten.column_stack.default: _column_stack,
+    torch.ops.aten.column_stack.default: lambda values: torch.cat(
+        [value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1
+    ),
 }
 
 

@@ -155,23 +155,23 @@ def convert_precision(
     certified: CapturedGraph,
     preprocess: Preprocess,
     options: ExportOptions,
-    accuracy: "AccuracyCheck | None" = None,
+    accuracy_check: "AccuracyCheck | None" = None,
 ) -> ConvertedGraph:
     """Convert the *certified* graph to the precision in *options*.
 
-    int8 needs *accuracy* with calibration images. Raises `LoweringError` if the types in the graph are not
-    the requested ones, or as `check_headroom` does.
+    int8 needs *accuracy_check* with calibration images. Raises `LoweringError` if the types in the graph are
+    not the requested ones, or as `check_headroom` does.
     """
     source = certified  # fp32 exports its graph as it is, int8 quantizes this graph
     if options.precision == "fp16":
         source = cast_types(certified, preprocess, options)
-        photographs = [] if accuracy is None else accuracy.photographs(PHOTOGRAPHS)
+        photographs = [] if accuracy_check is None else accuracy_check.photographs(PHOTOGRAPHS)
         check_headroom(source.program, [*photographs, *generated_images(preprocess.crop)], options.max_batch)
         check_float16(source.model, certified.network)
     for node in source.model.graph.node:
         del node.metadata_props[:]  # the part of every node, which is needed for messages only
-    if options.precision == "int8" and accuracy is not None:  # int8 requires images, so it is not None
-        model, quantization = _quantize(source, accuracy.calibration, options.int8_for)
+    if options.precision == "int8" and accuracy_check is not None:  # int8 requires images, so it is not None
+        model, quantization = _quantize(source, accuracy_check.calibration, options.int8_for)
         run, gate = unfused_runner(model), _gate_runner(model, source.network)  # no module computes in int8
     else:
         model, quantization = source.model, None

@@ -98,7 +98,7 @@ class TracedValue:
         return [int(number) for number in self.contents[0].reshape(-1)]  # equal for every batch size
 
 
-class Call:
+class OperatorCall:
     """What a rule reads of an operator.
 
     `x` is its first input, `shapes` and `rank` are those of its first result, `present` are its inputs
@@ -156,12 +156,12 @@ def batch_axis_of(shapes: Shapes) -> int | None:
     return axes[0]
 
 
-def place_of_aligned(call: Call) -> Place:
+def place_of_aligned(call: OperatorCall) -> Place:
     """Rule of an operator that aligns its operands at their last axes, as broadcasting does."""
     return agreed_place(*(value.shifted(call.rank - value.rank) for value in call.present))
 
 
-def place_beside(call: Call, axes: Sequence[int], *, keeps: bool = True) -> Place:
+def place_beside(call: OperatorCall, axes: Sequence[int], *, keeps: bool = True) -> Place:
     """Rule of an operator that combines elements of `x` along *axes*, which must not be that of the batch.
 
     The result lacks these axes unless the operator *keeps* them. Further inputs are weights.
@@ -174,13 +174,13 @@ def place_beside(call: Call, axes: Sequence[int], *, keeps: bool = True) -> Plac
     return call.x.shifted(-len(removed_before))
 
 
-def place_after_reduction(call: Call) -> Place:
+def place_after_reduction(call: OperatorCall) -> Place:
     """Rule of an operator that reduces the listed axes, by default all."""
     axes = call.axes(1, [] if call.attributes.get("noop_with_empty_axes") else range(call.x.rank))
     return place_beside(call, axes, keeps=call.attributes.get("keepdims", 1))
 
 
-def place_of_rows(call: Call, operands: int = 1) -> Place:
+def place_of_rows(call: OperatorCall, operands: int = 1) -> Place:
     """Rule of an operator that computes each row, along the first axis, from this row of its operands.
 
     These are the first *operands* of its inputs; the others are weights.
@@ -198,7 +198,7 @@ def place_of_rows(call: Call, operands: int = 1) -> Place:
     return place
 
 
-def place_after_reshape(call: Call) -> Place:
+def place_after_reshape(call: OperatorCall) -> Place:
     """Rule of an operator that keeps the order of all elements: those of an image become rows of the result.
 
     For example, (batch, 3, 8) becomes (batch * 6, 4): the 24 elements of an image fill 6 rows of 4.
@@ -218,13 +218,13 @@ def place_after_reshape(call: Call) -> Place:
     return Place(axis=new_axis, inner=new_inner)
 
 
-def place_after_transpose(call: Call) -> Place:
+def place_after_transpose(call: OperatorCall) -> Place:
     """Rule of an operator that permutes the axes."""
     order = list(call.attributes.get("perm", reversed(range(call.x.rank))))
     return _NO_BATCH if call.x.axis is None else call.x.at(order.index(call.x.axis))
 
 
-def place_after_product(call: Call) -> Place:
+def place_after_product(call: OperatorCall) -> Place:
     """Rule of the product of *a* (..., m, k) and *b* (..., k, n) or (k,); the batch may be any axis but k."""
     a, b = call.x, call[1]
     _require(a.axis != a.rank - 1)  # so a vector *a* has no batch axis
@@ -235,7 +235,7 @@ def place_after_product(call: Call) -> Place:
     return place_of_aligned(call)  # the axes before the last two are broadcast, m and n stay where they are
 
 
-def place_after_gemm(call: Call) -> Place:
+def place_after_gemm(call: OperatorCall) -> Place:
     """Rule of *a* (m, k) @ *b* (k, n) + *added*, which is broadcast to (m, n); the batch is m or n.
 
     The attributes transA and transB say that *a* is stored as (k, m), and *b* as (n, k).
@@ -247,7 +247,7 @@ def place_after_gemm(call: Call) -> Place:
     return agreed_place(a.at(0), b.at(1), *(value.shifted(2 - value.rank) for value in added))
 
 
-def place_after_einsum(call: Call) -> Place:
+def place_after_einsum(call: OperatorCall) -> Place:
     """Rule of `einsum`: each term has the label of the batch axis once, and the result keeps it."""
     terms, _, result = call.attributes["equation"].decode().replace(" ", "").partition("->")
     places = []
@@ -260,7 +260,7 @@ def place_after_einsum(call: Call) -> Place:
     return agreed_place(*places)
 
 
-def place_after_concat(call: Call) -> Place:
+def place_after_concat(call: OperatorCall) -> Place:
     """Rule of an operator that joins values; along the batch axis, their rows keep their images."""
     place = common_place(call.inputs)
     if place.axis == call.axis(0):  # then all have this axis: rows of a constant would belong to no image
@@ -268,7 +268,7 @@ def place_after_concat(call: Call) -> Place:
     return place
 
 
-def place_beside_index(call: Call) -> Place:
+def place_beside_index(call: OperatorCall) -> Place:
     """Rule of an operator that reads or writes single elements along another axis than that of the batch."""
     _require(
         len({value.axis for value in call.present}) == 1
@@ -278,7 +278,7 @@ def place_beside_index(call: Call) -> Place:
     return place
 
 
-def place_after_slice(call: Call) -> Place:
+def place_after_slice(call: OperatorCall) -> Place:
     """Rule of a slice of other axes than the batch at constant positions, of this one at whole batches."""
     # The inputs are data, starts, ends, axes and steps; the shape of the result shows where a slice ends.
     starts = [start.reshape(-1).tolist() for start in call[1].contents]  # a list for each batch size
@@ -293,7 +293,7 @@ def place_after_slice(call: Call) -> Place:
     return call.x.place
 
 
-def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
+def _cuts_whole_batches(call: OperatorCall, axis: int, starts: Sequence[int]) -> bool:
     """Return whether the slice from *starts* is the same whole batches, such as the second, for each size.
 
     *starts* and the shapes of *call* have one item for each size in `_BATCHES`.
@@ -308,7 +308,7 @@ def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
     return len(slices_in_batches) == 1
 
 
-def place_after_pad(call: Call) -> Place:
+def place_after_pad(call: OperatorCall) -> Place:
     """Rule of an operator that pads other axes than the batch."""
     axes, sizes = call.axes(3, range(call.x.rank)), call[1].numbers()
     pairs = zip(sizes[: len(axes)], sizes[len(axes) :], strict=True)  # in front of an axis, and behind it
@@ -316,7 +316,7 @@ def place_after_pad(call: Call) -> Place:
     return place_beside(call, padded)
 
 
-def place_after_repeat(call: Call, *, tile: bool = False) -> Place:
+def place_after_repeat(call: OperatorCall, *, tile: bool = False) -> Place:
     """Rule of an operator that repeats `x`; a constant can get a batch axis.
 
     Expanded from (1, 4) to (batch, 4), it has equal rows, which fit any image. With *tile*, (3, 4) becomes
@@ -328,7 +328,7 @@ def place_after_repeat(call: Call, *, tile: bool = False) -> Place:
     return Place(axis=axis, inner=call.shapes[0][axis] // _BATCHES[0] if tile else None)  # None: equal rows
 
 
-def place_of_range(call: Call) -> Place:
+def place_of_range(call: OperatorCall) -> Place:
     """Rule of a range of constant length, or of 0, ..., batch - 1: the number of each image in the batch."""
     if batch_axis_of(call.shapes) is None:
         return _NO_BATCH
@@ -337,7 +337,7 @@ def place_of_range(call: Call) -> Place:
     return Place(axis=0, inner=1)
 
 
-def place_after_gather(call: Call) -> Place:
+def place_after_gather(call: OperatorCall) -> Place:
     """Rule of a selection along another axis than the batch, from a constant table, or of the own row."""
     data, indices, axis = call.x, call[1], call.axis(0)
     if data.axis == axis:  # data (batch, 7), indices (batch,): image i must take row i
@@ -350,7 +350,7 @@ def place_after_gather(call: Call) -> Place:
     return data.shifted(indices.rank - 1 if data.axis is not None and data.axis > axis else 0)
 
 
-def place_after_gather_nd(call: Call) -> Place:
+def place_after_gather_nd(call: OperatorCall) -> Place:
     """Rule of a selection by positions in several axes.
 
     The inputs are data (*shared, *selected, *kept) and indices (*shared, *others, n); the result is
@@ -372,7 +372,7 @@ def place_after_gather_nd(call: Call) -> Place:
     return data.shifted(first_kept_of_result - first_kept)
 
 
-def place_after_scatter_nd(call: Call) -> Place:
+def place_after_scatter_nd(call: OperatorCall) -> Place:
     """Rule of writing updates (*others, *kept) to data (*selected, *kept) at indices (*others, n)."""
     data, indices, updates = call.x, call[1], call[2]
     if indices.axis is not None:  # data (batch, 7), pairs of image and column (batch, 2), updates (batch,)
@@ -385,7 +385,7 @@ def place_after_scatter_nd(call: Call) -> Place:
     return agreed_place(data.place, place_of_updates)
 
 
-def place_after_one_hot(call: Call) -> Place:
+def place_after_one_hot(call: OperatorCall) -> Place:
     """Rule of an operator that inserts an axis of classes, which moves a batch axis there or behind it."""
     is_moved = call.x.axis is not None and call.axis(-1, rank=call.rank) <= call.x.axis
     return call.x.shifted(1 if is_moved else 0)
@@ -398,7 +398,7 @@ def selects_own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -
     return data.has_row_per_image and num_shared == 0 and begin_with_image
 
 
-def places_after_recurrence(call: Call) -> list[Place]:
+def places_after_recurrence(call: OperatorCall) -> list[Place]:
     """Rule of a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
     first_states = call.inputs[5:7]  # `initial_h` and `initial_c`
     shared = [*call.inputs[1:5], *call.inputs[7:]]  # `W`, `R`, `B`, `sequence_lens` and `P`
@@ -410,7 +410,7 @@ def places_after_recurrence(call: Call) -> list[Place]:
     return [place_in_results, place, place]
 
 
-TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
+TABLE: dict[str, Callable[[OperatorCall], Place | list[Place]]] = {
     "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast "
     "CastLike Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid "
     "HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or "
@@ -587,7 +587,7 @@ def locate_batch_axes(
     sizes = _SIZES.get(node.op_type, ())
     data = [value for i, value in enumerate(inputs) if value and i not in sizes]
     _require(not any(value.is_size for value in data))  # no data is computed from the batch size
-    call = Call(node, inputs, results[0].shapes)
+    call = OperatorCall(node, inputs, results[0].shapes)
     places = _RULES[node.op_type](call)
     if isinstance(places, Place):  # one for all results
         places = [places] * len(results)
@@ -614,7 +614,7 @@ def has_whole_images(value: TracedValue) -> bool:
     return axis is None or value.shapes[0][axis] % rows_of_batch == 0  # `batch_axis_of` covers other sizes
 
 
-def find_image_numbers(kind: str, call: Call) -> Literal["", "all", "first"]:
+def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "first"]:
     """Return which elements of an operator's result are the number of their image in the batch."""
     if kind == "Range":  # 0, ..., batch - 1, as `ranges` requires, or a range of constant length
         is_batch = batch_axis_of(call.shapes) is not None and call.x.type == TensorProto.INT64

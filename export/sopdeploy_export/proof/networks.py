@@ -165,7 +165,7 @@ def detach(
     return detached
 
 
-def few_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
+def probe_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
     """Normalize the last of the generated images, in the layout of *network*: (3, 3, H, W)."""
     images = torch.from_numpy(generated_images(preprocess.crop)[-max(SIZES) :])
     return Normalize(preprocess, images_format(network))(images)
@@ -278,7 +278,7 @@ def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Netwo
     return copied
 
 
-def contiguous(network: _Network) -> _Network:
+def with_contiguous_tensors(network: _Network) -> _Network:
     """Return *network*, or a copy with contiguous tensors if any is not: graphs contain the strides.
 
     The copy keeps the layout of the images, which may follow from the strides.
@@ -314,7 +314,7 @@ class Prepared:
     def of(cls, role: str, given: nn.Module, removed: tuple[str, ...] = ()) -> "Prepared":
         """Check the state of *given* without its *removed* parts; raises `CertificateError`."""
         check_network_state(given, role, removed)
-        network = contiguous(given)
+        network = with_contiguous_tensors(given)
         named = tensors(network)
         hashes = {name: stored_hash(tensor) for name, tensor in named.items()}
         return cls(role=role, given=given, network=network, tensors=named, hashes=hashes)

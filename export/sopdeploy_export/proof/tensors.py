@@ -88,7 +88,9 @@ def build_inventory(
     for name in after:
         if detached.hashes[name] != trained.hashes[name]:
             raise CertificateError(f"{name} changed while the network was detached")
-    return tuple(_entry(trained, name) for name in removed), tuple(_entry(trained, name) for name in after)
+    return tuple(_tensor_entry(trained, name) for name in removed), tuple(
+        _tensor_entry(trained, name) for name in after
+    )
 
 
 @contextmanager
@@ -160,7 +162,7 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
-def _entry(network: Prepared, name: str) -> TensorEntry:
+def _tensor_entry(network: Prepared, name: str) -> TensorEntry:
     """Describe the tensor *name* of *network*."""
     tensor = network.tensors[name]
     return TensorEntry(

@@ -97,7 +97,7 @@ def export_network(
     on_step("checking the network")
     given = checks.checked_modules(trained, "trained")
     parts = match_parts(given, training_only)
-    copied = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
+    copied = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
     networks.check_network_state(copied, "trained", parts)
     given_tensors = tensors(given)  # those of the copy no longer share memory
     check_removed_memory(
@@ -161,7 +161,7 @@ def _run_and_capture(
     if cache is not None:
         checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
     if created:
-        unrun = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
+        unrun = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
         checks.turn_into_attributes(unrun, created)
         checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
     checks.check_ends_in_logits(captured)
@@ -187,7 +187,7 @@ def unused_modules(
     returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
     """
     networks.check_torch_state()
-    copied = networks.contiguous(checks.copy_for_export(network, "given", logits_key))
+    copied = networks.with_contiguous_tensors(checks.copy_for_export(network, "given", logits_key))
     checks.create_buffers(copied, preprocess)
     _, unused = find_usage(copied, reached_names(capture(copied, preprocess, BatchRange())))
     return removable_parts(copied, outermost(copied, unused), preprocess)
@@ -195,7 +195,7 @@ def unused_modules(
 
 def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> tuple[str, ...]:
     """Return *parts* of *network*; in place of a part whose length or other values code reads, its parts."""
-    pixels = networks.few_pixels(network, preprocess)
+    pixels = networks.probe_pixels(network, preprocess)
     while parts:
         try:
             with torch.no_grad():
@@ -260,7 +260,7 @@ def _check_usage(
             setting="training_only",
         )
     if parts:
-        detached = networks.detach(network, parts, networks.few_pixels(network, preprocess))
+        detached = networks.detach(network, parts, networks.probe_pixels(network, preprocess))
         checks.check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
     undeclared = outermost(network, {name for name in unused if not is_in(name, *parts)})
     undeclared = undeclared if parts else removable_parts(network, undeclared, preprocess)
@@ -301,7 +301,7 @@ def _checked_builder(
         checks.create_buffers(copied, preprocess)
         if not removed:
             return copied
-        return networks.detach(copied, removed, networks.few_pixels(copied, preprocess))
+        return networks.detach(copied, removed, networks.probe_pixels(copied, preprocess))
 
     return build
 

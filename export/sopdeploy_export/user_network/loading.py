@@ -57,7 +57,7 @@ def network_builder(setting: str, import_path: str, option_texts: Sequence[str])
     if not callable(builder):
         raise invalid(f"is a {type(builder).__name__}, not a function or a class; name one of these")
     options = dict(map(parse_option, option_texts))
-    _check_options(builder, options, import_path)
+    _check_option_values(builder, options, import_path)
 
     def build() -> nn.Module:
         try:
@@ -91,7 +91,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def _check_options(builder: Callable[..., Any], options: Mapping[str, Any], import_path: str) -> None:
+def _check_option_values(builder: Callable[..., Any], options: Mapping[str, Any], import_path: str) -> None:
     """Raise `ConfigError` for *options* that *builder* does not have, and for text in place of a number."""
     try:
         parameters = inspect.signature(builder).parameters.values()
@@ -129,7 +129,7 @@ class LoadedWeights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Fit:
+class _TableFit:
     """How the tensors of a table fit a network, if *prefix* is removed from their names.
 
     *tensors* have the names of the network. *missing* are names of the network that the table lacks,
@@ -192,7 +192,7 @@ def load_weights(network: nn.Module, path: Path, key: str | None = None) -> Load
     return LoadedWeights(table=chosen.table, sha256=digest, ignored=chosen.ignored, labels=labels)
 
 
-def _choose_fit(path: Path, fits: Sequence[_Fit], expected: Mapping[str, Tensor]) -> _Fit:
+def _choose_fit(path: Path, fits: Sequence[_TableFit], expected: Mapping[str, Tensor]) -> _TableFit:
     """Choose the fit without missing tensors, or if there is none, the closest one of the only table.
 
     Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if more than one is left.
@@ -240,7 +240,7 @@ def _load_and_compare(network: nn.Module, path: Path, tensors: Mapping[str, Tens
 
 def _find_fits(
     path: Path, table: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> list[_Fit]:
+) -> list[_TableFit]:
     """List the ways in which *tensors* have all *expected* names; if there is none, the closest one.
 
     A network that wraps another one may have a first name that the file, of the other one, lacks.
@@ -266,7 +266,7 @@ def _find_fits(
 
 def _describe_fit(
     table: str, prefix: str, added: str, named: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> _Fit:
+) -> _TableFit:
     """Describe the tensors *named*, whose names have *prefix* where the network has *added*."""
     tensors, unknown, ignored = {}, [], []
     for name, tensor in named.items():
@@ -279,7 +279,7 @@ def _describe_fit(
         else:
             ignored.append(name)
     missing = [name for name in expected if name not in tensors and not name.endswith(COUNTER)]
-    return _Fit(
+    return _TableFit(
         table=table,
         prefix=prefix,
         tensors=tensors,
