@@ -312,7 +312,7 @@ class Prepared:
 
     @classmethod
     def of(cls, role: str, given: nn.Module, removed: tuple[str, ...] = ()) -> "Prepared":
-        """Check the state of *given* without its *removed* parts; raises `CertificateError`."""
+        """Prepare *given*; raises `CertificateError` for a wrong state of other than its *removed* parts."""
         check_network_state(given, role, removed)
         network = with_contiguous_tensors(given)
         named = tensors(network)

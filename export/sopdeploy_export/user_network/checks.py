@@ -151,9 +151,12 @@ def _code_of(function: Any) -> CodeType | None:
     """Return the code that a call of *function* runs; None if it is written in C."""
     while isinstance(function, functools.partial):
         function = function.func
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    code = code or getattr(type(function).__call__, "__code__", None)
-    return code if isinstance(code, CodeType) else None
+    function = getattr(function, "__func__", function)  # of a bound method
+    for candidate in (function, type(function).__call__):  # the second one for an object that can be called
+        code = getattr(candidate, "__code__", None)
+        if isinstance(code, CodeType):
+            return code
+    return None
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
