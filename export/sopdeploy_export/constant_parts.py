@@ -22,7 +22,9 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
 
     Its results are the same for all images, because the values that are evaluated depend on none.
     """
-    if not any(_has_size_of_values(node) for node in _constant_nodes(program)) and not _masked(program):
+    if not any(
+        _has_size_of_values(node) for node in _constant_nodes(program)
+    ) and not _nodes_with_constant_mask(program):
         return program
     program = program.run_decompositions({})  # a copy
     constant, values = _constant_nodes(program), dict[fx.Node, Any]()
@@ -46,7 +48,7 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
         if node in constant and (is_behind or _has_size_of_values(node)):
             sized.add(node)
     with torch.no_grad():
-        masked = _masked(program)
+        masked = _nodes_with_constant_mask(program)
         for node in list(program.graph.nodes):
             if node in sized and node.op == "call_function":
                 _replace(program, node, evaluate(node), constant)
@@ -54,9 +56,11 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
                 x, indices = node.args
                 chosen: list[Any] = []
                 for index in indices:
-                    is_mask = _is_mask(index) and index in constant
-                    found = evaluate(index).nonzero(as_tuple=True) if is_mask else ()
-                    chosen += [_add(program, positions) for positions in found] if is_mask else [index]
+                    if _is_mask(index) and index in constant:
+                        positions_by_axis = evaluate(index).nonzero(as_tuple=True)
+                        chosen += [_add_constant(program, positions) for positions in positions_by_axis]
+                    else:
+                        chosen.append(index)
                 node.args = (x, chosen)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -65,18 +69,17 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
 
 def _constant_nodes(program: ExportedProgram) -> set[fx.Node]:
     """Find the nodes that depend on no image and on no random number."""
-    images, found = set(program.graph_signature.user_inputs), set[fx.Node]()
+    images, constant = set(program.graph_signature.user_inputs), set[fx.Node]()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             is_constant = node.name not in images
         else:
             is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            is_constant = (
-                node.op == "call_function" and not is_random and found.issuperset(node.all_input_nodes)
-            )
+            is_call = node.op == "call_function" and not is_random
+            is_constant = is_call and constant.issuperset(node.all_input_nodes)
         if is_constant:
-            found.add(node)
-    return found
+            constant.add(node)
+    return constant
 
 
 def _has_size_of_values(node: fx.Node) -> bool:
@@ -88,10 +91,11 @@ def _has_size_of_values(node: fx.Node) -> bool:
 
 
 def _is_mask(index: fx.Node | None) -> bool:
+    """Return whether *index*, an index of a tensor, holds truth values; None is a full slice."""
     return index is not None and index.meta["val"].dtype == torch.bool
 
 
-def _masked(program: ExportedProgram) -> set[fx.Node]:
+def _nodes_with_constant_mask(program: ExportedProgram) -> set[fx.Node]:
     """Find the nodes that choose elements by constant masks."""
     constant = _constant_nodes(program)
     return {
@@ -102,22 +106,22 @@ def _masked(program: ExportedProgram) -> set[fx.Node]:
 
 
 def _replace(program: ExportedProgram, node: fx.Node, value: Any, constant: set[fx.Node]) -> None:
-    """Give the users of *node* that depend on images its *value*; remove checks of it."""
+    """Give the users of *node* that are not *constant* its *value*; erase *node* if it is a check."""
     users = [user for user in node.users if user not in constant]
     if users and isinstance(value, Tensor):
-        added = _add(program, value)
+        added = _add_constant(program, value)
         for user in users:
             user.replace_input_with(node, added)
     elif users:  # a number, such as a size
         for user in users:
             user.args, user.kwargs = tree_map_only(
-                fx.Node, lambda given: value if given is node else given, (user.args, user.kwargs)
+                fx.Node, lambda operand: value if operand is node else operand, (user.args, user.kwargs)
             )
     elif node.is_impure():
         program.graph.erase_node(node)
 
 
-def _add(program: ExportedProgram, value: Tensor) -> fx.Node:
+def _add_constant(program: ExportedProgram, value: Tensor) -> fx.Node:
     """Add the constant *value* to the inputs of *program*; return its node."""
     value = value.detach().clone()
     first = next(iter(program.graph.nodes))

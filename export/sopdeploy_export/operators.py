@@ -40,6 +40,7 @@ from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.results import PROVIDER
 
 INF, NAN = math.inf, math.nan
+TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # TINY / 4 is denormal
 ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
 BEYOND_INT32 = (3e9, -3e9)
 # Operands without differences, or with one: the value of every third element, and of the others.
@@ -63,7 +64,9 @@ CASTS = ("aten::_to_copy",)  # elementwise, but without torch's tag
 OPERANDS = 400  # of the calls that are captured at once; a capture also takes a constant time
 FAR = 1e18  # products of such values can overflow
 
-_forms: dict[str, Counter[str]] = {}  # ONNX operators of what this process has compared, by description
+_executed_operators: dict[
+    str, Counter[str]
+] = {}  # ONNX operators of what this process has compared, by description
 
 
 class _Range(NamedTuple):
@@ -75,9 +78,9 @@ class _Range(NamedTuple):
 
 
 class _Operator(NamedTuple):
-    """One operator of a program: its arguments, its used results and the part that calls it.
+    """One operator of a program: its arguments, and the part of the network that calls it.
 
-    `ranges` has an item for each of the `operands`.
+    `used` has the positions of the results that something reads, `ranges` an item for each of the `operands`.
     """
 
     target: OpOverload
@@ -92,7 +95,7 @@ class _Operator(NamedTuple):
         return str(self.target).replace(".", "::", 1).partition(".")[0]
 
     @property
-    def elementwise(self) -> bool:
+    def is_elementwise(self) -> bool:
         """Whether an element of the result depends on one element of each operand only."""
         return torch.Tag.pointwise in self.target.tags or self.name in CASTS
 
@@ -104,18 +107,18 @@ class _Operator(NamedTuple):
     def describe(self) -> str:
         """Describe the operator with attributes, types and sizes; equal ones are compared once."""
         # All sizes above the limit count as the limit.
-        limit = LARGE if self.elementwise or self.name in SIZELESS else sys.maxsize
+        limit = LARGE if self.is_elementwise or self.name in SIZELESS else sys.maxsize
         described = tree_map_only(
             Tensor, lambda x: (x.dtype, [min(size, limit) for size in x.shape]), self.arguments
         )
         if self.name in SIZELESS:  # all integers are sizes, such as a padding; the 5 of `x + 5` is a value
             described = tree_map_only(int, lambda number: min(number, limit), described)
-        return f"{self.target} {described} {self.used} {[tuple(place) for place in self.ranges]}"
+        return f"{self.target} {described} {self.used} {[tuple(can_be) for can_be in self.ranges]}"
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Compute the used results for other *operands*, in the order of the property `operands`."""
-        given = iter(operands)  # `tree_map_only` visits the tensors in the order of `tree_leaves`
-        args, kwargs = tree_map_only(Tensor, lambda _: next(given), self.arguments)
+        remaining = iter(operands)  # `tree_map_only` visits the tensors in the order of `tree_leaves`
+        args, kwargs = tree_map_only(Tensor, lambda _: next(remaining), self.arguments)
         results = self.target(*args, **kwargs)
         return [results] if isinstance(results, Tensor) else [results[position] for position in self.used]
 
@@ -123,21 +126,27 @@ class _Operator(NamedTuple):
 class _Call(NamedTuple):
     """What is compared: one operator, or two of which the first one's result is the second one's operand.
 
-    `places` are the positions of this operand among those of the second operator.
+    `positions` are those of this operand among the operands of the second operator, which can read it twice.
     """
 
     operators: tuple[_Operator, ...]
-    places: frozenset[int] = frozenset()
+    positions: frozenset[int] = frozenset()
+
+    @property
+    def last(self) -> _Operator:
+        """The operator whose results are compared."""
+        return self.operators[-1]
 
     @property
     def inputs(self) -> list[tuple[Tensor, _Range]]:
         """The operands from outside, with what they can be."""
-        return [
-            given
-            for number, operator in enumerate(self.operators)
-            for place, given in enumerate(zip(operator.operands, operator.ranges, strict=True))
-            if not (number and place in self.places)
-        ]
+        from_outside = []
+        for operator in self.operators:
+            for position, operand in enumerate(zip(operator.operands, operator.ranges, strict=True)):
+                is_first_result = operator is not self.operators[0] and position in self.positions
+                if not is_first_result:
+                    from_outside.append(operand)
+        return from_outside
 
     @property
     def operands(self) -> list[Tensor]:
@@ -150,9 +159,9 @@ class _Call(NamedTuple):
         return max(operand.numel() for operand in self.operands)
 
     @property
-    def elementwise(self) -> bool:
+    def is_elementwise(self) -> bool:
         """Whether an element of the result depends on one element of each operand only."""
-        return all(operator.elementwise for operator in self.operators)
+        return all(operator.is_elementwise for operator in self.operators)
 
     @property
     def can_be_unbounded(self) -> bool:
@@ -165,11 +174,11 @@ class _Call(NamedTuple):
 
     def describe(self) -> str:
         """Describe the operators; calls with equal descriptions are compared once."""
-        return f" -> {sorted(self.places)} ".join(operator.describe() for operator in self.operators)
+        return f" -> {sorted(self.positions)} ".join(operator.describe() for operator in self.operators)
 
     def cropped(self) -> "_Call":
         """Return the call with a part of large operands, if the operators compute parts of their results."""
-        if not all(operator.elementwise or operator.name in PRODUCTS for operator in self.operators):
+        if not all(operator.is_elementwise or operator.name in PRODUCTS for operator in self.operators):
             return self
 
         def crop(x: Tensor) -> Tensor:
@@ -181,13 +190,13 @@ class _Call(NamedTuple):
 
     def run(self, operands: Sequence[Tensor]) -> list[list[Tensor]]:
         """Compute the used results of each operator for other *operands*, in the order of `operands`."""
-        given, results = iter(operands), list[list[Tensor]]()
-        for operator in self.operators:
-            places = self.places if results else frozenset[int]()
-            count = len(operator.operands)
-            results.append(
-                operator.run([results[0][0] if i in places else next(given) for i in range(count)])
-            )
+        remaining = iter(operands)
+        first, *second = self.operators
+        results = [first.run([next(remaining) for _ in first.operands])]
+        for operator in second:  # if there is one
+            positions = range(len(operator.operands))
+            read = [results[0][0] if i in self.positions else next(remaining) for i in positions]
+            results.append(operator.run(read))
         return results
 
 
@@ -200,10 +209,12 @@ class _Calls(nn.Module):
 
     def forward(self, *operands: Tensor) -> list[Tensor]:
         """Compute the results of all calls."""
-        given = iter(operands)
-        return [
-            result for call in self.calls for result in call.run([next(given) for _ in call.operands])[-1]
-        ]
+        remaining = iter(operands)
+        results = []
+        for call in self.calls:
+            *_, compared = call.run([next(remaining) for _ in call.operands])
+            results += compared
+        return results
 
 
 class _Bounds(fx.Interpreter):
@@ -294,8 +305,8 @@ class _Recorder(fx.Interpreter):
             self._by_node[n] = operator
         for node in dict.fromkeys(operands):
             if (first := self._by_node.get(node)) is not None:
-                places = frozenset(place for place, operand in enumerate(operands) if operand is node)
-                self._record(_Call((first, operator), places))
+                positions = frozenset(i for i, operand in enumerate(operands) if operand is node)
+                self._record(_Call((first, operator), positions))
         return results
 
     def _record(self, call: _Call) -> None:
@@ -303,7 +314,7 @@ class _Recorder(fx.Interpreter):
         call = call.cropped()
         description = call.describe()
         known = self.calls.get(description)
-        if description not in _forms and (known is None or call.size < known.size):
+        if description not in _executed_operators and (known is None or call.size < known.size):
             self.calls[description] = call
 
 
@@ -335,11 +346,11 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     pixels = torch.from_numpy(images)
     recorder = _Recorder(program, *_find_unbounded(program, pixels))
     recorder.run(pixels)
-    for group in _groups(recorder.calls):
-        _compare(group)
+    for group in _group_calls(recorder.calls):
+        _compare_group(group)
 
 
-def _groups(calls: Mapping[str, _Call]) -> Iterator[dict[str, _Call]]:
+def _group_calls(calls: Mapping[str, _Call]) -> Iterator[dict[str, _Call]]:
     """Divide *calls* into groups with about `OPERANDS` operands each; a pair comes after its operators.
 
     torch captures a group in a time that grows with the square of its number of operands.
@@ -355,80 +366,90 @@ def _groups(calls: Mapping[str, _Call]) -> Iterator[dict[str, _Call]]:
         yield group
 
 
-def _compare(calls: Mapping[str, _Call]) -> None:
+def _compare_group(calls: Mapping[str, _Call]) -> None:
     """Compare *calls*; raise `LoweringError` for the first that ONNX Runtime cannot run or that differs.
 
     A pair is compared only if ONNX Runtime executes other operators for it than for its two operators.
     """
     # One graph contains all calls. In it, call i reads "operand i j" and returns "result i j".
     operands = [_fill(call, ORDINARY, 0) for call in calls.values()]
-    inputs = [[f"operand {i} {j}" for j in range(len(given))] for i, given in enumerate(operands)]
-    outputs = [[f"result {i} {j}" for j in call.operators[-1].used] for i, call in enumerate(calls.values())]
+    inputs = [[f"operand {i} {j}" for j in range(len(filled))] for i, filled in enumerate(operands)]
+    outputs = [[f"result {i} {j}" for j in call.last.used] for i, call in enumerate(calls.values())]
     with capturing():
         program = torch.export.export(_Calls([*calls.values()]), tuple(chain(*operands)))
         program = program.run_decompositions({})
     model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs))))
     extractor, constants = Extractor(model), {tensor.name for tensor in model.graph.initializer}
-    described = list(zip(calls.items(), inputs, outputs, strict=True))
+    calls_with_names = list(zip(calls.items(), inputs, outputs, strict=True))
 
-    def run_and_check(call: _Call, names: list[str], results: list[str]) -> None:
-        if constants.isdisjoint(results):  # otherwise it depends on shapes only, as `zeros_like` does
-            part = extractor.extract_model(names, results).SerializeToString()
-            _compare_values(call, part, names, results)
+    def run_and_check(call: _Call, input_names: list[str], output_names: list[str]) -> None:
+        if constants.isdisjoint(output_names):  # otherwise it depends on shapes only, as `zeros_like` does
+            graph = extractor.extract_model(input_names, output_names).SerializeToString()
+            _compare_values(call, graph, input_names, output_names)
 
-    for (_, call), names, results in described:
+    for (_, call), input_names, output_names in calls_with_names:
         if len(call.operators) == 1:
-            run_and_check(call, names, results)
-    count_for = _count_executed(model)
-    forms = {description: count_for(results) for (description, _), _, results in described}
-    known = ChainMap(forms, _forms)
-    for (description, call), names, results in described:
+            run_and_check(call, input_names, output_names)
+    # Only now, because a message names a single operator that ONNX Runtime cannot run.
+    count_for = _executed_counter(model)
+    executed = {
+        description: count_for(output_names) for (description, _), _, output_names in calls_with_names
+    }
+    known = ChainMap(executed, _executed_operators)
+    for (description, call), input_names, output_names in calls_with_names:
         if len(call.operators) > 1:
             first, second = (known[_Call((one,)).cropped().describe()] for one in call.operators)
-            if forms[description] != first + second:
-                run_and_check(call, names, results)
-    _forms.update(forms)
+            if executed[description] != first + second:
+                run_and_check(call, input_names, output_names)
+    _executed_operators.update(executed)
 
 
-def _count_executed(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter[str]]:
-    """Return a function that counts the operators which ONNX Runtime executes for results of *model*."""
+def _executed_counter(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter[str]]:
+    """Return a function that counts the operators that ONNX Runtime executes for some results of *model*."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
         executed = onnx.load(options.optimized_model_filepath)
-    plugin_versions = {name: node for node in executed.graph.node for name in node.output}
+    producers = {name: node for node in executed.graph.node for name in node.output}
 
     def count_for(results: Sequence[str]) -> Counter[str]:
+        """Count the operators that *results* depend on, by type; a copy (`Identity`) does not count."""
         operators: Counter[str] = Counter()
         unread, seen = list(results), set[str]()
         while unread:
-            node = plugin_versions.get(name := unread.pop())  # inputs and constants have none
-            if node is not None and name not in seen:
-                seen.update(node.output)
-                operators[node.op_type] += node.op_type != "Identity"
-                unread += node.input
-        return +operators  # without those that occur 0 times
+            name = unread.pop()
+            if name in seen or name not in producers:  # inputs and constants have no producer
+                continue
+            node = producers[name]
+            seen.update(node.output)
+            unread += node.input
+            if node.op_type != "Identity":
+                operators[node.op_type] += 1
+        return operators
 
     return count_for
 
 
-def _compare_values(call: _Call, part: bytes, names: Sequence[str], results: Sequence[str]) -> None:
-    """Compare *call* with the ONNX graph *part*; raise `LoweringError` if it differs or cannot run."""
+def _compare_values(
+    call: _Call, graph: bytes, input_names: Sequence[str], output_names: Sequence[str]
+) -> None:
+    """Compare *call* with its ONNX *graph*; raise `LoweringError` if it differs or cannot run."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # prints fatal errors only; the others are raised
     try:
-        session = ort.InferenceSession(part, options, providers=[PROVIDER])
+        session = ort.InferenceSession(graph, options, providers=[PROVIDER])
     except Exception as error:  # onnxruntime's errors share no base class
         problem = f"ONNX Runtime cannot run its ONNX form: {first_line(error)}"
-        raise LoweringError(f"{call.operators[-1].target}: {problem}") from error
-    read = {value.name for value in session.get_inputs()}  # the ONNX form can need fewer operands
-    for given in _rounds(call):
-        operands = dict(zip(names, given, strict=True))
-        found = session.run(results, {name: operands[name].numpy() for name in names if name in read})
-        for values, expected in zip(found, call.run(given)[-1], strict=True):
-            _check(call, given, torch.from_numpy(values), expected)
+        raise LoweringError(f"{call.last.target}: {problem}") from error
+    needed_names = {value.name for value in session.get_inputs()}  # the ONNX form can need fewer operands
+    for operands in _rounds(call):
+        named = zip(input_names, operands, strict=True)
+        feed = {name: operand.numpy() for name, operand in named if name in needed_names}
+        *_, compared = call.run(operands)  # the results of the last operator
+        for result, expected in zip(session.run(output_names, feed), compared, strict=True):
+            _check_result(call, operands, torch.from_numpy(result), expected)
 
 
 def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
@@ -441,7 +462,7 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
     filled, run_length = [], 1  # so many elements in a row get the same value
     for number, operand in enumerate(call.operands):
         elements = start + np.arange(operand.numel())
-        counts = elements // run_length if call.elementwise else elements + 5 * number
+        counts = elements // run_length if call.is_elementwise else elements + 5 * number
         positions = torch.from_numpy(counts % len(values))  # which of *values* each element gets (numel,)
         if operand.dtype == torch.bool:  # True and False in turn
             filled.append(_with_content(operand, positions % 2 == 0))
@@ -460,26 +481,31 @@ def _with_content(operand: Tensor, content: Tensor) -> Tensor:
 
 
 def _rounds(call: _Call) -> Iterator[list[Tensor]]:
-    """Yield operands of *call*: ordinary values, negative ones, extreme ones, and values without differences.
-
-    An integer cannot hold infinities and NaN, and what their conversion gives is not defined.
-    """
+    """Yield operands of *call* with ordinary, negative, and extreme values or values without differences."""
     ordinary = _fill(call, ORDINARY, 0)
     yield ordinary
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
-    converts_to = [result[0].dtype for result in call.run(ordinary) if call.elementwise]
-    if any(dtype not in (torch.float32, torch.bool) for dtype in converts_to):
-        if converts_to[0] == torch.int64:
+    if call.is_elementwise:
+        yield from _extreme_rounds(call, ordinary)
+        return
+    yield from _uniform_rounds(call, ordinary)
+    # The order of additions decides whether a sum overflows; one of products of these roots does not.
+    low, high = TINY**0.25, LARGEST**0.25
+    yield _fill(call, (*ORDINARY, low, -low, high, -high), 0)
+
+
+def _extreme_rounds(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield operands of an elementwise *call* with all pairs of extreme values.
+
+    An integer cannot hold infinities and NaN, and what their conversion gives is not defined: if a result of
+    the *ordinary* operands is not float32, the only extreme values are those beyond int32 for an int64.
+    """
+    dtypes = [results[0].dtype for results in call.run(ordinary)]  # of the first result of each operator
+    if any(dtype not in (torch.float32, torch.bool) for dtype in dtypes):
+        if dtypes[0] == torch.int64:
             yield _fill(call, (*ORDINARY, *BEYOND_INT32), 0)
         return
-    tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-    if not call.elementwise:
-        yield from _uniform_rounds(call, ordinary)
-        # The order of additions decides whether a sum overflows; one of products of these roots does not.
-        roots = (tiny**0.25, -(tiny**0.25), largest**0.25, -(largest**0.25))
-        yield _fill(call, (*ORDINARY, *roots), 0)
-        return
-    values = (*ORDINARY, tiny, -tiny, tiny / 4, -tiny / 4, largest, -largest, INF, -INF, NAN)
+    values = (*ORDINARY, TINY, -TINY, TINY / 4, -TINY / 4, LARGEST, -LARGEST, INF, -INF, NAN)
     num_pairs = len(values) ** 2  # each round has `call.size` of them, one for each element
     for number in range(min(math.ceil(num_pairs / call.size), MAX_ROUNDS)):
         yield _fill(call, values, start=number * call.size)
@@ -491,36 +517,36 @@ def _uniform_rounds(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Te
     One that can be infinite is also filled as `INFINITE` says, one that can be NaN as `UNDEFINED` says.
     """
     ranges = [can_be for _, can_be in call.inputs]
-    varying = [place for place, can_be in enumerate(ranges) if can_be.is_varying]
-    for chosen in [[place] for place in varying] + ([varying] if len(varying) > 1 else []):
-        infinite = INFINITE if all(ranges[place].is_unbounded for place in chosen) else ()
-        undefined = UNDEFINED if all(ranges[place].is_undefined for place in chosen) else ()
+    varying = [i for i, can_be in enumerate(ranges) if can_be.is_varying]
+    for chosen in [[i] for i in varying] + ([varying] if len(varying) > 1 else []):
+        infinite = INFINITE if all(ranges[i].is_unbounded for i in chosen) else ()
+        undefined = UNDEFINED if all(ranges[i].is_undefined for i in chosen) else ()
         for one, others in (*UNIFORM, *infinite, *undefined):
             filled = list(ordinary)
-            for place in chosen:
-                is_third = torch.arange(ordinary[place].numel()) % 3 == 1
-                filled[place] = _with_content(ordinary[place], torch.where(is_third, one, others))
+            for i in chosen:
+                is_third = torch.arange(ordinary[i].numel()) % 3 == 1
+                filled[i] = _with_content(ordinary[i], torch.where(is_third, one, others))
             yield filled
 
 
-def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:
-    """Raise `LoweringError` if *found* differs from *expected* by more than rounding."""
-    wrong = _is_wrong(call, given, found, expected)
+def _check_result(call: _Call, operands: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:
+    """Raise `LoweringError` if *found*, for *operands*, differs from *expected* by more than rounding."""
+    wrong = _mark_wrong(call, operands, found, expected)
     if not wrong.any():
         return
     difference = "values of another shape"
     if found.shape == expected.shape:
         position = int(wrong.flatten().nonzero()[0])
         difference = f"{found.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
-        if call.elementwise:
-            operands = (operand.expand_as(expected).flatten()[position] for operand in given)
-            difference += f" for {', '.join(f'{operand:.6g}' for operand in operands)}"
+        if call.is_elementwise:
+            values = (operand.expand_as(expected).flatten()[position] for operand in operands)
+            difference += f" for {', '.join(f'{value:.6g}' for value in values)}"
     remedy = "use torch.sort(stable=True)" if call.is_one_of(SORTED) else "use other operators"
     target = " and ".join(str(operator.target) for operator in call.operators)
-    raise LoweringError(f"{target} in {call.operators[-1].part}: its ONNX form gives {difference}; {remedy}")
+    raise LoweringError(f"{target} in {call.last.part}: its ONNX form gives {difference}; {remedy}")
 
 
-def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:
+def _mark_wrong(call: _Call, operands: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:
     """Mark the elements of *found* that differ from *expected*; all of them if the shapes differ."""
     if found.shape != expected.shape:
         return torch.tensor(True)
@@ -528,13 +554,15 @@ def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Ten
         return found != expected
     limits = torch.finfo(expected.dtype)
     bounded = expected.clamp(limits.min, limits.max)  # ATen's `gelu` of the largest number is infinite
-    magnitudes = [operand.nan_to_num(0, 0, 0).abs() for operand in given if operand.is_floating_point()]
+    magnitudes = [operand.nan_to_num(0, 0, 0).abs() for operand in operands if operand.is_floating_point()]
     compared = torch.ones_like(expected, dtype=torch.bool)
-    if call.elementwise and not call.can_be_unbounded:  # NaN does not occur
+    if call.is_elementwise and not call.can_be_unbounded:  # NaN does not occur
         compared = ~found.isnan() if call.is_one_of(NOT_NAN) else ~expected.isnan()
-    if call.elementwise:
+    if call.is_elementwise:
         # Allowed: the rounding of the operands and of the 1 in exp(x) - 1, plus a share of the result.
-        scale = sum(magnitudes, torch.zeros_like(expected)) + call.is_one_of(NOT_NEAR_ZERO)
+        scale = sum(magnitudes, torch.zeros_like(expected))
+        if call.is_one_of(NOT_NEAR_ZERO):
+            scale = scale + 1
         allowed = ROUNDING * limits.eps * scale + TOLERANCE * bounded.abs()
     else:
         # A sum of products can cancel, so its error is relative to the largest product or result.

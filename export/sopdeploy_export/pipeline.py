@@ -54,8 +54,8 @@ from sopdeploy_export.proof.networks import (
     ExportSubject,
     copy_module,
     detach,
-    few_pixels,
     has_tensors,
+    probe_pixels,
 )
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
 from sopdeploy_export.stubs import answering
@@ -76,7 +76,8 @@ def export_checkpoint(
     For a network outside of the catalog, call `sopdeploy.export_network`. Calls *on_step* with a description
     of each step as it begins. Raises a `SopdeployError` if a step failed; *destination* contains nothing new.
     """
-    options = options or ExportOptions()
+    if options is None:
+        options = ExportOptions()
     checkpoint = read_checkpoint(path)
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
     if options.name is None:  # a name that the user gave may be that of a bundle, in order to replace it
@@ -152,15 +153,15 @@ def export_subject(
     check_exportable(subject.network, subject.detachment.training_only)
     if problem := label_problem(subject.labels):
         raise ConfigError(f"{problem}; rename the class and train again")
-    accuracy = None
+    accuracy_check = None
     if options.calibrate is not None or options.evaluate is not None:
         from sopdeploy_export.precision.accuracy_gate import AccuracyCheck  # noqa: PLC0415 # rarely needed
 
-        accuracy = AccuracyCheck(subject, options)
+        accuracy_check = AccuracyCheck(subject, options)
     preprocess, started = subject.preprocess, time.monotonic()
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         images = generated_images(preprocess.crop)
-        trained, detached = _networks(subject, images, options)
+        trained, detached = _prepare_networks(subject, images, options)
         on_step("proving that the detached network equals the plain network")
         # Statements 1 to 5: tensors, graphs, batch sizes, outputs, repetition
         proof, captured = certify(
@@ -180,7 +181,7 @@ def export_subject(
         check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
-        converted = convert_precision(certified, preprocess, options, accuracy)
+        converted = convert_precision(certified, preprocess, options, accuracy_check)
         model, precision = converted.model, converted.precision
         (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
         shipped_root = root if options.precision == "fp32" else onnx_root(model)
@@ -188,10 +189,10 @@ def export_subject(
         proved = {**dict(proof), "roots": roots, "mixes_images": mixes_images}
         certificate = Certificate(**proved, precision=options.precision)
         session = compare.open_session(folder / ONNX_FILE)
-        if accuracy is not None:
-            measured = accuracy.measure(certified.model, session)
+        if accuracy_check is not None:
+            measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
-            accuracy.check_drop(precision)
+            accuracy_check.check_drop(precision)
         on_step("comparing the file with the network")  # Statement 8: file
         deployed = Deployed(certified.network, preprocess).eval()
         exact = compare.compute_reference(deployed, images, converted.run, options.precision, converted.gate)
@@ -220,12 +221,13 @@ def export_subject(
     return replace(exported, page=write_page(exported, subject.labels))
 
 
-def _networks(
+def _prepare_networks(
     subject: ExportSubject, images: NDArray[np.uint8], options: ExportOptions
 ) -> tuple[nn.Module, nn.Module]:
-    """Return the trained network of *subject*, with what the *options* add, and a copy without its parts.
+    """Return the network of *subject* with its temperature, and a copy without its training-only parts.
 
-    Raises `DetachError` if there are such parts and the options do not allow to remove them.
+    With `with_features`, its embedding becomes an output, in place. Raises `DetachError` if there are such
+    parts and the options do not allow to remove them.
     """
     training_only = subject.detachment.training_only
     if not options.detach and has_tensors(subject.network, training_only):
@@ -235,7 +237,7 @@ def _networks(
     if options.with_features:
         _add_embedding(subject, images)
     trained = _with_temperature(subject, images)
-    return trained, detach(trained, training_only, few_pixels(trained, subject.preprocess))
+    return trained, detach(trained, training_only, probe_pixels(trained, subject.preprocess))
 
 
 def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
@@ -259,8 +261,8 @@ def check_onnx(captured: Mapping[str, Captured], model: onnx.ModelProto, outputs
     """
     root = onnx_root(model)
     for role, programs in captured.items():
-        is_shipped = programs is captured["detached"]  # whose root is *root*
-        if not is_shipped and onnx_root(lower(programs.any_batch, outputs)) != root:
+        is_converted = programs is captured["detached"]  # to *model*
+        if not is_converted and onnx_root(lower(programs.any_batch, outputs)) != root:
             raise CertificateError(f"the ONNX graph of the {role} network is not that of the detached one")
     return root
 
@@ -282,7 +284,8 @@ def check_images(model: onnx.ModelProto, options: ExportOptions) -> tuple[str, .
 def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
     """Count the costs of *network* in train mode, and of *shipped*, for images of *side* x *side* pixels.
 
-    If *network* fails in train mode, for example without targets, it runs in eval mode.
+    Training-only parts may run in train mode only. If *network* fails in it, for example without targets, it
+    runs in eval mode.
     """
     copied = copy_module(network)  # because code can change what it holds in train mode
     with torch.random.fork_rng(devices=()):  # dropout draws random numbers
@@ -334,7 +337,7 @@ def write_golden_examples(
         if gate is None or parity.routing is None:
             return True
         logits, chosen = gate(torch.tensor(pixels[None])), compare.find_gate(subject.network).chosen
-        return bool(compare.is_decided(logits, chosen, parity.routing.tolerance).all())
+        return bool(compare.mark_decided(logits, chosen, parity.routing.tolerance).all())
 
     write_golden(folder, subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
 
@@ -347,7 +350,10 @@ def _write_reports(
     results: ExportResults,
     opset: int,
 ) -> Manifest:
-    """Write the reports, class names, model card and manifest to *folder*, which has the other files."""
+    """Write the reports, class names, model card and manifest to *folder*; return the manifest.
+
+    *folder* has the other files already.
+    """
     for name in ("parity", "precision"):
         report = getattr(results, name).model_dump(mode="json")
         (folder / f"{name}.json").write_bytes(to_json(report))

@@ -59,17 +59,16 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
             )
     outputs = next(node for node in program.graph.nodes if node.op == "output")
     reached = nodes_before(program.graph, outputs.all_input_nodes)
-    # Such as an assertion; one on the type of a value that no output depends on can never fail.
-    side_effects = [
-        node
-        for node in program.graph.nodes
-        if node.op == "call_function" and not node.users and node.is_impure()
-        if node.target is not CHECK_OF_TYPE or reached.issuperset(node.all_input_nodes)
-    ]
+    side_effects = []  # such as an assertion
+    for node in program.graph.nodes:
+        # An assertion on the type of a value that no output depends on can never fail.
+        is_idle = node.target is CHECK_OF_TYPE and not reached.issuperset(node.all_input_nodes)
+        if node.op == "call_function" and not node.users and node.is_impure() and not is_idle:
+            side_effects.append(node)
     reached |= nodes_before(program.graph, side_effects)
     hashes, operations = _hash_nodes(
         program.graph, _leaf_hashes(program), reached
-    )  # raises for random numbers
+    )  # raises `CertificateError`
     lines = [_encode(value, hashes.__getitem__) for value in (outputs.args[0], *side_effects)]
     signature = program.graph_signature
     state_names = signature.inputs_to_parameters | signature.inputs_to_buffers  # by placeholder
@@ -183,7 +182,8 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
     return torch.equal(*content)
 
 
-_known: ContextVar[WeakIdKeyDictionary | None] = ContextVar("_known", default=None)
+# Within `hashing_once`: maps a tensor to its version and address, and the hash that it had with these.
+_stored_hashes: ContextVar[WeakIdKeyDictionary | None] = ContextVar("_stored_hashes", default=None)
 
 
 @contextmanager
@@ -193,31 +193,33 @@ def hashing_once() -> Iterator[None]:
     A write that hides from the version of the tensor has no effect then: compare `tensor_hash` at the end. An
     inner block uses the hashes of the outer one.
     """
-    token = _known.set(WeakIdKeyDictionary() if (outer := _known.get()) is None else outer)
+    outer = _stored_hashes.get()
+    token = _stored_hashes.set(WeakIdKeyDictionary() if outer is None else outer)
     try:
         yield
     finally:
-        _known.reset(token)
+        _stored_hashes.reset(token)
 
 
 def stored_hash(tensor: Tensor) -> str:
     """Compute `tensor_hash`; within `hashing_once` only if *tensor* is new or was written to."""
-    known = _known.get()
-    if known is None or tensor.is_inference():  # which has no version
+    stored = _stored_hashes.get()
+    if stored is None or tensor.is_inference():  # which has no version
         return tensor_hash(tensor)
     state = tensor._version, tensor.data_ptr()
-    found: tuple[tuple[int, int], str] | None = known.get(tensor)  # type: ignore[no-untyped-call]
-    if found is None or found[0] != state:
-        known[tensor] = found = state, tensor_hash(tensor)
-    return found[1]
+    stored_state, sha256 = stored.get(tensor, (None, ""))  # type: ignore[no-untyped-call]
+    if stored_state != state:
+        sha256 = tensor_hash(tensor)
+        stored[tensor] = state, sha256
+    return str(sha256)
 
 
 def copy_hashed(source: Tensor, target: Tensor) -> None:
-    """Copy the content of *source* to *target* of the same dtype and shape, which then has its hash."""
+    """Copy the content of *source* to *target* of the same dtype and shape; store its hash for *target*."""
     target.copy_(source)
-    known = _known.get()
-    if known is not None:
-        known[target] = (target._version, target.data_ptr()), stored_hash(source)
+    stored = _stored_hashes.get()
+    if stored is not None:
+        stored[target] = (target._version, target.data_ptr()), stored_hash(source)
 
 
 def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
@@ -284,7 +286,8 @@ def _hash_nodes(
             hashes[node] = leaves[node.name]
         elif node.op == "get_attr":
             hashes[node] = stored_hash(_constant(node))
-        elif _lays_out_images(node):
+        elif node.target is torch.ops.aten.clone.default and module_of(node) == "normalise":
+            # `Normalize` copies the images to the layout of the network.
             hashes[node] = hashes[node.all_input_nodes[0]]
         else:
             operation = _operation(node)
@@ -292,11 +295,6 @@ def _hash_nodes(
             hashes[node] = hash_parts(operation, *arguments)
             operations.setdefault(hashes[node], f"{operation} in {module_of(node)}")
     return hashes, operations
-
-
-def _lays_out_images(node: fx.Node) -> bool:
-    """Return whether *node* copies the images to the layout of the network, as `Normalize` does."""
-    return node.target is torch.ops.aten.clone.default and module_of(node) == "normalise"
 
 
 def _operation(node: fx.Node) -> str:
@@ -345,7 +343,7 @@ class _ValueHasher:
 
     def __init__(self, program: ExportedProgram, batch: int | None) -> None:
         self.program, self.root = program, ""
-        self.known: dict[fx.Node, Any] = {}  # the values that do not depend on the images
+        self.constants: dict[fx.Node, Any] = {}  # the values that do not depend on the images
         self.hashes: dict[fx.Node, str] = {}  # the hashes of the others, among them those of symbolic sizes
         self.operations: dict[str, str] = {}  # maps each hash to the name and module of its operation
         # The hash and the shape of the value that a reshape, or a chain of them, begins with.
@@ -364,9 +362,9 @@ class _ValueHasher:
             if spec.kind == InputKind.USER_INPUT:
                 self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._shape(node))
             else:
-                self.known[node] = _stored_value(self.program, spec)
+                self.constants[node] = _stored_value(self.program, spec)
         elif node.op == "get_attr":
-            self.known[node] = _constant(node)
+            self.constants[node] = _constant(node)
         elif node.op == "output":
             self.root = _encode(node.args[0], self._hash)
         else:
@@ -379,28 +377,24 @@ class _ValueHasher:
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):  # computed from sizes only
             number = value.node.expr.subs(self.sizes)
             if number.is_Integer:
-                self.known[node] = int(number)
+                self.constants[node] = int(number)
             else:  # such as a multiple of the batch size
                 self.hashes[node] = _encode(str(number), self._hash)
         elif _is_random(node):
             raise CertificateError(f"{target} draws random numbers")
-        elif all(operand in self.known for operand in node.all_input_nodes):  # none depends on the images
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
+        elif all(operand in self.constants for operand in node.all_input_nodes):  # none depends on the images
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.constants.__getitem__)
             with torch.no_grad():
-                self.known[node] = target(*args, **kwargs)
-        elif self._keeps_values(node):
-            self._visit_reshape(node)
+                self.constants[node] = target(*args, **kwargs)
+        elif self._keeps_values(node):  # of a chain of them, the first value and the last shape count
+            operand, shape = node.all_input_nodes[0], self._shape(node)
+            source, source_shape = self.unshaped.get(operand, (self._hash(operand), self._shape(operand)))
+            self.unshaped[node] = source, source_shape
+            self.hashes[node] = source if shape == source_shape else hash_parts("reshape", source, shape)
         else:
             encoded = (_encode(argument, self._hash) for argument in self._unified_arguments(node))
             self.hashes[node] = hash_parts(str(target), *encoded)
             self.operations[self.hashes[node]] = f"{target} in {module_of(node)}"
-
-    def _visit_reshape(self, node: fx.Node) -> None:
-        """Hash a change of the shape alone; of a chain of them, the first value and the last shape count."""
-        operand, shape = node.all_input_nodes[0], self._shape(node)
-        source, source_shape = self.unshaped.get(operand) or (self._hash(operand), self._shape(operand))
-        self.unshaped[node] = source, source_shape  # those of the chain's first value
-        self.hashes[node] = source if shape == source_shape else hash_parts("reshape", source, shape)
 
     def _keeps_values(self, node: fx.Node) -> bool:
         """Return whether *node* has the values of its operand in the same order, in any layout or shape."""
@@ -421,14 +415,15 @@ class _ValueHasher:
 
     def _shape(self, node: fx.Node) -> str:
         """Format the shape of the value of *node*; a symbolic batch size is replaced as in `sizes`."""
-        if node in self.known and isinstance(self.known[node], Tensor):
-            return str(list(self.known[node].shape))
+        if node in self.constants and isinstance(self.constants[node], Tensor):
+            return str(list(self.constants[node].shape))
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else ()
         return str([size if isinstance(size, int) else size.node.expr.subs(self.sizes) for size in sizes])
 
     def _hash(self, node: fx.Node) -> str:
-        return _encode(self.known[node], self._hash) if node in self.known else self.hashes[node]
+        """Return the hash of *node*, or the encoded value if it does not depend on the images."""
+        return _encode(self.constants[node], self._hash) if node in self.constants else self.hashes[node]
 
 
 def operator_name(node: fx.Node) -> str:
@@ -437,9 +432,10 @@ def operator_name(node: fx.Node) -> str:
 
 
 def module_of(node: fx.Node) -> str:
-    """Return the name of the module that *node* was captured in."""
+    """Name the innermost module that *node* was captured in; "forward" is the whole network."""
     paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return (_module_name(paths[-1]) if paths else "") or "forward"
+    name = _module_name(paths[-1]) if paths else ""
+    return "forward" if name == "" else name
 
 
 def _module_name(path: str) -> str:

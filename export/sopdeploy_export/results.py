@@ -239,6 +239,7 @@ class Exported(ExportResults):
 
 
 def _proof_facts(certificate: Certificate) -> dict[str, str]:
+    """Describe what was removed, kept and proved."""
     used_modules = {entry.name.rpartition(".")[0] for entry in certificate.kept}
     # Without counters of modules that are used, such as `num_batches_tracked`.
     dead = [
@@ -246,16 +247,16 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         for entry in certificate.unreached
         if entry.dtype.startswith("float") or entry.name.rpartition(".")[0] not in used_modules
     ]
-    removed = "nothing: the network has no training-only parts"
-    if dead:
-        names = shorten([entry.name for entry in dead])
-        size = sum(entry.bytes for entry in dead)
-        removed = (
-            f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
-        )
     if certificate.detached:
         tensors = f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
         removed = f"{', '.join(certificate.detached)} ({tensors})"
+    elif dead:
+        names, size = shorten([entry.name for entry in dead]), sum(entry.bytes for entry in dead)
+        removed = (
+            f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
+        )
+    else:
+        removed = "nothing: the network has no training-only parts"
     weaker = {}
     if certificate.proof in WEAKER_PROOFS:
         weaker["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
@@ -302,6 +303,7 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
 
 
 def _share(count: int, images: int) -> str:
+    """Write *count* of *images* images with the 95 % interval of this share."""
     from sopdeploy.evaluation.metrics import wilson  # noqa: PLC0415 # only with photographs
 
     low, high = wilson(count, images)

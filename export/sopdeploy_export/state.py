@@ -57,7 +57,7 @@ def is_library(package: str) -> bool:
     return any(folder.name == "dist-packages" or next(folder.glob("*.dist-info"), None) for folder in folders)
 
 
-def _is_library(definition: Any) -> bool:
+def _is_of_library(definition: Any) -> bool:
     """Return whether *definition*, a class or a function, is one of a library."""
     return is_library(str(definition.__module__ or "").partition(".")[0])
 
@@ -126,7 +126,7 @@ def read_state(network: nn.Module) -> dict[str, Any]:
         content = _content(value)
         state[path] = _identify(value) if content is None else content
         # A value with content, such as a float, holds nothing else; a user's subclass can have attributes.
-        can_hold_more = content is None or not _is_library(type(value))
+        can_hold_more = content is None or not _is_of_library(type(value))
         if can_hold_more and id(value) not in seen:
             seen.add(id(value))
             unread += [(path + inside, item) for inside, item in _children(value)]
@@ -138,7 +138,10 @@ def read_state(network: nn.Module) -> dict[str, Any]:
 
 
 def _content(value: Any) -> Any:
-    """Return the comparable content of a value, array, random generator or empty container, else None."""
+    """Return the comparable content of a value, array, random generator or empty container.
+
+    Returns None for other objects, whose identity is compared.
+    """
     if isinstance(value, VALUES):
         return type(value), repr(value)  # NaN equals itself here
     if isinstance(value, np.ndarray) and value.dtype != object:
@@ -148,7 +151,7 @@ def _content(value: Any) -> Any:
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)
     is_empty = type(value) in (*_PLAIN, set) and not value
-    return type(value) if is_empty else None  # None: its identity is compared
+    return type(value) if is_empty else None
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -156,14 +159,15 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (Tensor, ModuleType, *FIXED)):
         return  # a tensor has a version; of a module, only the variables that functions use are read
     definition = value if isinstance(value, type | FunctionType) else type(value)
-    package, is_users = str(definition.__module__).partition(".")[0], not _is_library(definition)
-    if definition is value and not is_users:
+    package, is_of_user = str(definition.__module__).partition(".")[0], not _is_of_library(definition)
+    is_definition = definition is value
+    if is_definition and not is_of_user:
         return  # functions and classes of libraries hold no state of the network
     if isinstance(value, FunctionType):
         yield from _used_by(value)
     elif isinstance(value, type):
         yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
-    elif is_users or isinstance(value, nn.Module) or package in _MODULES:  # not other objects of libraries
+    elif is_of_user or isinstance(value, nn.Module) or package in _MODULES:  # not other objects of libraries
         held: dict[str, Any] = {}
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
             held = object.__getattribute__(value, "__dict__")
@@ -174,28 +178,27 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """List the items of a container, and what other objects than modules and plain containers hold inside."""
+    """List the items of a container; of other objects than modules, also their state and what they refer to.
+
+    Plain containers have nothing but items. The state is for example the position of an iterator.
+    """
     if isinstance(value, dict):
         for key, item in dict.items(value):  # subclasses can import or compute what they list
-            shown = repr(key) if isinstance(key, VALUES) else f"{type(key).__name__} {id(key)}"
-            yield f"[{shown}]", item
+            key_text = repr(key) if isinstance(key, VALUES) else f"{type(key).__name__} {id(key)}"
+            yield f"[{key_text}]", item
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
-    if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # a module holds attributes only
-        yield from _inside(value)
-
-
-def _inside(value: Any) -> Iterator[tuple[str, Any]]:
-    """List the position of an iterator or a generator, and all objects that *value* refers to."""
+    if type(value) in _PLAIN or isinstance(value, nn.Module):  # a module holds attributes only
+        return
     if isinstance(value, GeneratorType):
         yield " (state)", value.gi_frame.f_lasti if value.gi_frame else None  # None: it has ended
     elif type(value).__module__ in _MODULES:
-        yield " (state)", _shown(value)
+        yield " (state)", _describe_state(value)
     # Slots, and what iterators, methods and subclasses of containers hold, are known to `gc` only.
     yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
 
 
-def _shown(value: Any) -> str:
+def _describe_state(value: Any) -> str:
     """Describe the position of an iterator such as `itertools.count`, or the items of a set or an array."""
     try:
         with warnings.catch_warnings():
@@ -286,23 +289,29 @@ class PythonNumbers:
         self._values = WeakIdKeyDictionary()  # also of tensors that torch.export gives no values
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Call *function* on the values of such tensors; None if it has other operands."""
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if given and not any(tensor in self._values for tensor in given):
+        """Call *function* on the values of such tensors, or make one of Python numbers; None for other calls.
+
+        Another call that has such a tensor among its operands makes all of them unknown.
+        """
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        are_known = [operand in self._values for operand in operands]
+        if operands and not any(are_known):
             return None
         numbers = tree_leaves(args[:1])  # without an array, whose memory the tensor can share
-        makes = numbers and function in self.MAKERS and all(isinstance(x, int | float) for x in numbers)
-        compares = given and getattr(function, "__name__", "") in self.FUNCTIONS
-        if not makes and not (compares and all(tensor in self._values for tensor in given)):
-            if given:
+        are_numbers = bool(numbers) and all(isinstance(number, int | float) for number in numbers)
+        makes = function in self.MAKERS and are_numbers
+        is_reader = getattr(function, "__name__", "") in self.FUNCTIONS
+        reads = is_reader and bool(operands) and all(are_known)
+        if not makes and not reads:
+            if operands:
                 self._values = WeakIdKeyDictionary()
             return None
         args, kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
         with _disable_current_modes():
             return function(*args, **kwargs)
 
-    def add(self, result: Any, value: Any) -> None:
-        """Remember *value*, which `compute` returned for the call with *result*."""
+    def remember(self, result: Any, value: Any) -> None:
+        """Remember *value*, if it is a tensor: `compute` returned it for the call with *result*."""
         if isinstance(value, Tensor):
             self._values[result] = value
 
@@ -331,15 +340,15 @@ class PythonReads(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call *function*; record it if it is the first read by code outside of torch.nn and this package."""
         del types
-        number = self._numbers.compute(function, args, kwargs or {})
+        known_value = self._numbers.compute(function, args, kwargs or {})
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
-        self._numbers.add(result, number)
+        self._numbers.remember(result, known_value)
         returns_data = not all(isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result))
         is_read = (returns_data and name not in self.FIXED_BY_GRAPH) or name in self.CALLBACKS
         # `record_function`, for example, has no operands that are tensors.
         reads_tensor = is_read and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
-        if self.first is None and reads_tensor and number is None:
-            module = _caller()
+        if self.first is None and reads_tensor and known_value is None:
+            module = _calling_module()
             if module.partition(".")[0] != "sopdeploy_export" and not module.startswith("torch.nn."):
                 self.first = f"{name} in {module}"
         return result
@@ -360,8 +369,11 @@ def recording_calls(record: Callable[[FrameType, str, Any], None]) -> Iterator[N
             previous.enable()
 
 
-def _caller() -> str:
-    """Return the module that called a function of torch, without torch's own functions in between."""
+def _calling_module() -> str:
+    """Return the name of the module that called a function of torch; "" if there is none.
+
+    The frames of torch's own functions in between are skipped.
+    """
     frame: FrameType | None = sys._getframe(2)  # 1 is `__torch_function__`
     while frame is not None:
         module: str = frame.f_globals.get("__name__", "")

@@ -53,6 +53,7 @@ def without_content(returned: Any, part: str) -> Any:
     """
 
     def form_of(leaf: Any) -> Any:
+        """Return the form of a tensor or an object; a value is its own form."""
         if isinstance(leaf, Tensor):
             return TensorForm(leaf.dtype, tuple(leaf.shape))
         if isinstance(leaf, (*VALUES, Enum)):
@@ -65,7 +66,7 @@ def without_content(returned: Any, part: str) -> Any:
     return tree_map(form_of, returned)
 
 
-class Call(NamedTuple):
+class PartCall(NamedTuple):
     """A call of a removed part by code outside of all removed parts.
 
     `first` and `second` are what it returned for `SIZES`, with forms in place of tensors and objects.
@@ -76,7 +77,12 @@ class Call(NamedTuple):
     first: Any
     second: Any
 
-    def answer(self, pixels: Tensor) -> Any:
+    @property
+    def callee(self) -> tuple[str, str]:
+        """The part and its method."""
+        return self.part, self.method
+
+    def make_answer(self, pixels: Tensor) -> Any:
         """Make what the part returns for *pixels* (B, 3, H, W), with tensors full of NaN.
 
         They count as computed from *pixels*, and have their device and, in place of float32, their type;
@@ -91,6 +97,7 @@ class Call(NamedTuple):
         return tree_unflatten(made, structure)
 
     def _make_leaf(self, one: Any, other: Any, pixels: Tensor) -> Any:
+        """Make a leaf of the answer that had the forms, or values, *one* and *other* for `SIZES`."""
         if isinstance(one, TensorForm) and isinstance(other, TensorForm):
             if (one.dtype, len(one.sizes)) == (other.dtype, len(other.sizes)):
                 pairs = zip(one.sizes, other.sizes, strict=True)
@@ -100,7 +107,7 @@ class Call(NamedTuple):
                 return pixels.new_full(sizes, torch.nan if has_nan else 0, dtype=dtype)
         elif isinstance(one, ObjectForm) and isinstance(other, ObjectForm) and one.kind is other.kind:
             made: Any = object.__new__(one.kind)
-            vars(made).update(Call(self.part, "", one.attributes, other.attributes).answer(pixels))
+            vars(made).update(PartCall(self.part, "", one.attributes, other.attributes).make_answer(pixels))
             return made
         elif repr(one) == repr(other):  # NaN equals itself here
             return one
@@ -113,16 +120,18 @@ def _number_for(batch: Any, first: int, second: int) -> Any:
     """Return the number for *batch* images, which torch.export gives as a symbol, from those for `SIZES`."""
     per_image = (second - first) // (SIZES[1] - SIZES[0])
     constant = first - per_image * SIZES[0]
-    if (per_image, constant) == (1, 0) or not per_image:
-        return batch if per_image else constant
+    if per_image == 0:
+        return constant
+    if (per_image, constant) == (1, 0):
+        return batch  # itself, without arithmetic on the symbol
     return per_image * batch + constant
 
 
 class Recording(NamedTuple):
     """The calls of removed parts, in order, when the trained network ran on several images and on one."""
 
-    several: tuple[Call, ...]
-    one: tuple[Call, ...]
+    several: tuple[PartCall, ...]
+    one: tuple[PartCall, ...]
 
 
 @torch.no_grad()
@@ -131,10 +140,12 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
 
     Raises `LoweringError` if the calls depend on the number of images in another way than by sizes.
     """
-    calls: list[Call] = []
+    calls: list[PartCall] = []
     depth = 0  # of calls of removed parts; only the outermost are calls from outside
 
     def recorded(part: str, method: str, function: Any) -> Any:
+        """Wrap *function*, the *method* of *part*, so that its calls from outside are recorded."""
+
         @wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal depth
@@ -145,7 +156,7 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
                 depth -= 1
             if depth == 0:
                 form = without_content(returned, part)
-                calls.append(Call(part, method, form, form))
+                calls.append(PartCall(part, method, form, form))
             return returned
 
         return call
@@ -153,18 +164,18 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
     for name, module in removed_modules(network, parts).items():
         for method in ("forward", *_own_methods(type(module))):
             vars(module)[method] = recorded(name, method, getattr(module, method))
-    runs: list[tuple[Call, ...]] = []
+    runs: list[tuple[PartCall, ...]] = []
     for size in (*SIZES, 1):
         calls.clear()
         network(pixels[:size].clone())  # which the network may write to
         runs.append(tuple(calls))
     first, second, one = runs
-    if [call[:2] for call in first] != [call[:2] for call in second]:
+    if [call.callee for call in first] != [call.callee for call in second]:
         raise LoweringError(f"the network calls its parts in another way for {SIZES[1]} images")
     pairs = zip(first, second, strict=True)
     several = tuple(call._replace(second=other.second) for call, other in pairs)
     for call in several:
-        call.answer(pixels)  # raises the error
+        call.make_answer(pixels)  # raises the error of a call that depends on the size in another way
     return Recording(several, one)
 
 
@@ -179,7 +190,7 @@ def _own_methods(kind: type) -> list[str]:
     """List the methods that classes of users add to those of `nn.Module` and torch's modules."""
     classes = [cls for cls in kind.__mro__ if not f"{cls.__module__}.".startswith(("torch.", "builtins."))]
     names = {name for cls in classes for name, value in vars(cls).items() if callable(value)}
-    return sorted(name for name in names - {*dir(nn.Module)} if not name.startswith("__"))
+    return sorted(name for name in names - set(dir(nn.Module)) if not name.startswith("__"))
 
 
 @dataclass(slots=True)
@@ -229,12 +240,13 @@ class Stub(nn.Module):
     """
 
     def __init__(self, part: str, removed: nn.Module, recording: Recording) -> None:
+        """Take the place of the module *removed*, the *part*, in the *recording*; its tensors become NaN."""
         super().__init__()
         calls = (*recording.several, *recording.one)
         held = {**removed._parameters, **removed._buffers}
-        vars(self).update(
+        vars(self).update(  # not by assignment, for which `nn.Module` has rules
             part=part,
-            known={*dir(type(removed)), *vars(removed)} - {*dir(nn.Module)},
+            known={*dir(type(removed)), *vars(removed)} - set(dir(nn.Module)),
             methods={call.method for call in calls if call.part == part},
             held={name: without_values(tensor) for name, tensor in held.items() if tensor is not None},
             recording=recording,
@@ -253,12 +265,12 @@ class Stub(nn.Module):
         is_one = isinstance(batch, int) and batch == 1
         calls = self.recording.one if is_one else self.recording.several
         call = calls[run.position] if run.position < len(calls) else None
-        if call is None or (call.part, call.method) != (self.part, method):
+        if call is None or call.callee != (self.part, method):
             raise CertificateError(
                 f"without its values, the network calls {self.part} in another order than the trained network"
             )
         run.position += 1
-        return call.answer(run.pixels)
+        return call.make_answer(run.pixels)
 
     def __getattr__(self, name: str) -> Any:
         """Return a part, a tensor or a method; raise `ReadError` for what else the part has."""
@@ -289,6 +301,7 @@ class Stub(nn.Module):
         return content[index] if isinstance(index, str) else list(content.values())[index]
 
     def _content(self) -> dict[str, Any]:
+        """Map the names of the parts and tensors to them, as they follow each other in a list."""
         return {**self._modules, **vars(self)["held"]}
 
 
@@ -324,13 +337,13 @@ def without_values(tensor: Tensor) -> Tensor:
 
 def stubs_of(removed: Mapping[str, nn.Module], recording: Recording) -> dict[int, Any]:
     """Map the ids of *removed* modules and of their tensors to what takes their place."""
-    places: dict[int, Any] = {}
+    substitutes: dict[int, Any] = {}
     for name, module in reversed([*removed.items()]):  # parts before what holds them
         kind = StubDict if isinstance(module, nn.ModuleDict | nn.ParameterDict) else Stub
         stub = kind(name, module, recording)
         for child, inner in module._modules.items():
-            stub._modules[child] = None if inner is None else places.get(id(inner))
+            stub._modules[child] = None if inner is None else substitutes.get(id(inner))
         tensors = {**module._parameters, **module._buffers}
-        places |= {id(tensors[held]): value for held, value in vars(stub)["held"].items()}
-        places[id(module)] = stub
-    return places
+        substitutes |= {id(tensors[held]): value for held, value in vars(stub)["held"].items()}
+        substitutes[id(module)] = stub
+    return substitutes

@@ -55,6 +55,7 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
+    """Map the path of every file in *folder* to its sha256."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 
@@ -125,9 +126,11 @@ def _model_config(bundle: Bundle) -> str:
 
 
 def _tensor(field: str, record: TensorRecord, more: str = "") -> str:
+    """Write the *field* `input` or `output` for the tensor of *record*, with *more* fields of its message."""
     name, kind = json.dumps(record.name), TYPES[record.dtype]
     return f"{field} {{ name: {name} data_type: {kind} dims: {_dims(record)}{more} }}"
 
 
 def _dims(record: TensorRecord) -> list[int]:
+    """List the sizes of *record* behind the batch; -1 for one that varies."""
     return [int(size or -1) for size in record.shape[1:]]  # Triton adds the batch axis itself

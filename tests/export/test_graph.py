@@ -312,7 +312,7 @@ def test_equal_operators_are_accepted_and_compared_once(
     case: str, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(lambda x: EQUAL[case](x).flatten(1), preprocess)
-    monkeypatch.setattr(operators, "_compare", lambda calls: pytest.fail("again") if calls else [])
+    monkeypatch.setattr(operators, "_compare_group", lambda calls: pytest.fail("again") if calls else [])
     check(lambda x: EQUAL[case](x).flatten(1), preprocess)
 
 
@@ -322,9 +322,9 @@ def test_operators_are_compared_in_groups_as_all_at_once(
     found: list[dict[str, Counter[str]]] = []
     for most in (1, 1_000):
         monkeypatch.setattr(operators, "OPERANDS", most)
-        monkeypatch.setattr(operators, "_forms", {})
+        monkeypatch.setattr(operators, "_executed_operators", {})
         check(lambda x: F.softplus(F.avg_pool2d(x.exp() + x, 2)).flatten(1), preprocess)
-        found.append(operators._forms)
+        found.append(operators._executed_operators)
     assert len(found[0]) > 4
     assert found[0] == found[1]
 

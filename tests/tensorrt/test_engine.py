@@ -36,7 +36,7 @@ from sopdeploy.tensorrt.cache import (
     profile_index,
 )
 from sopdeploy_commands.app import app
-from sopdeploy_export.engine_builder.engine import Engine, get_engine
+from sopdeploy_export.engine_builder.engine import EngineFile, get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model, open_runtime
 from sopdeploy_service.runtime.tensorrt import engine_folders
@@ -50,7 +50,7 @@ OPTIONS = EngineOptions(profiles="1,4,16")
 
 
 @pytest.fixture
-def built(bundle: Bundle, install: Install) -> Engine:
+def built(bundle: Bundle, install: Install) -> EngineFile:
     install()
     return get_engine(bundle, OPTIONS)
 
@@ -102,7 +102,9 @@ def test_a_bundle_that_is_quantized_for_cpus_is_refused(install: Install, bundle
         get_engine(other, OPTIONS)
 
 
-def test_the_message_of_tensorrt_reaches_the_user(install: Install, built: Engine, bundle: Bundle) -> None:
+def test_the_message_of_tensorrt_reaches_the_user(
+    install: Install, built: EngineFile, bundle: Bundle
+) -> None:
     trt = install("11.1", "cannot start")  # pybind11 raises TypeError, it does not return None
     message = (
         r"^TensorRT 11\.1\.0 cannot start here: CUDA initialization failure with error: 35; `sopdeploy env`"
@@ -143,14 +145,14 @@ def test_without_tensorrt_or_a_gpu_the_error_is_one_line(
     assert trt._builds == 0
 
 
-def use_engine_of_another_bundle(built: Engine, folder: Path) -> None:
+def use_engine_of_another_bundle(built: EngineFile, folder: Path) -> None:
     other = get_engine(write(folder / "other", config={"width": 5}), OPTIONS)
     assert other.record.key.name != built.record.key.name
     for suffix in (".plan", ".json"):
         shutil.copy(other.path.with_suffix(suffix), built.path.with_suffix(suffix))
 
 
-CHANGES: dict[str, tuple[Callable[[Engine, Path], object], str]] = {
+CHANGES: dict[str, tuple[Callable[[EngineFile, Path], object], str]] = {
     "damaged": (lambda built, _: built.path.write_bytes(b"x"), "does not have the sha256 of its record"),
     "missing": (lambda built, _: built.path.unlink(), "is missing"),
     "of another bundle": (use_engine_of_another_bundle, "no engine of this bundle was built here yet"),
@@ -163,7 +165,7 @@ CHANGES: dict[str, tuple[Callable[[Engine, Path], object], str]] = {
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_plan_that_was_changed_is_not_loaded(
-    case: str, built: Engine, bundle: Bundle, tmp_path: Path
+    case: str, built: EngineFile, bundle: Bundle, tmp_path: Path
 ) -> None:
     change, reason = CHANGES[case]
     change(built, tmp_path)
@@ -187,7 +189,7 @@ MACHINES: dict[str, tuple[Callable[[Install, FakeCuda], object], str, str]] = {
 
 @pytest.mark.parametrize("case", MACHINES)
 def test_another_machine_or_other_profiles_get_their_own_engine(
-    case: str, built: Engine, bundle: Bundle, install: Install, cuda: FakeCuda
+    case: str, built: EngineFile, bundle: Bundle, install: Install, cuda: FakeCuda
 ) -> None:
     change, profiles, difference = MACHINES[case]
     change(install, cuda)
@@ -199,7 +201,7 @@ def test_another_machine_or_other_profiles_get_their_own_engine(
     assert built.path.is_file()
 
 
-def test_the_server_uses_the_engine_with_the_largest_batch(built: Engine, bundle: Bundle) -> None:
+def test_the_server_uses_the_engine_with_the_largest_batch(built: EngineFile, bundle: Bundle) -> None:
     get_engine(bundle, EngineOptions(profiles="1,8"))
     gpu = Gpu(name="Fake H200", architecture="sm_90", memory=0)
     found = load_engine(built.path.parent, key_fields(bundle, "11.1.0", gpu))

@@ -39,7 +39,7 @@ from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExport
 if TYPE_CHECKING:
     from torch import nn
 
-    from sopdeploy_export.engine_builder.engine import Engine
+    from sopdeploy_export.engine_builder.engine import EngineFile
     from sopdeploy_export.results import Exported
     from sopdeploy_export.user_network.loading import LoadedWeights
 
@@ -292,7 +292,7 @@ def _index_or_name(key: str | None) -> str | int | None:
         return key
 
 
-def _show_engine(engine: "Engine") -> None:
+def _show_engine(engine: "EngineFile") -> None:
     record, key = engine.record, engine.record.key
     print_field("engine", f"{key.gpu} ({key.architecture}), TensorRT {key.tensorrt}")
     print_field("built", engine.reason or "no, it was in the cache")
@@ -316,7 +316,7 @@ def _show_engine(engine: "Engine") -> None:
 @expand_options
 def engine(
     bundle: Path, *, options: EngineOptions, on_step: Callable[[str], None] = lambda _: None
-) -> "Engine":
+) -> "EngineFile":
     """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its outputs.
 
     Example: sopdeploy engine bundles/photos-3f6c01d2a4b7 --profiles 1,8,32

@@ -63,7 +63,7 @@ def parse_and_build(
     logger = make_logger(trt)
     builder = create(trt, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, network, graph, logger)
+    _parse_graph(trt, network, graph, logger)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default
@@ -77,7 +77,8 @@ def parse_and_build(
     return bytes(plan)
 
 
-def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
+def _parse_graph(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
+    """Fill *network* from *graph*; raises `EngineError` with the first error of the parser."""
     parser = trt.OnnxParser(network, logger)
     if parser.parse(graph):
         return
@@ -90,6 +91,7 @@ def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
 
 
 def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Profile]) -> None:
+    """Add *profiles* to *config*; raises `EngineError` if TensorRT rejects one."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for batches in profiles:  # whose ranges of batch sizes become TensorRT's own profiles
         profile = builder.create_optimization_profile()

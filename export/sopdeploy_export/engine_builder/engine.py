@@ -26,7 +26,7 @@ BuildViaTorch: TypeAlias = Callable[[cache.Profile, int], bytes]  # *workspace* 
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineFile:
     """A plan in the cache and its record; `reason` says why it was built, or is None if it was cached."""
 
     path: Path
@@ -39,7 +39,7 @@ def get_engine(
     options: EngineOptions,
     report: Report = lambda _: None,
     build_via_torch: BuildViaTorch | None = None,
-) -> Engine:
+) -> EngineFile:
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
     A build may use a quarter of the GPU's memory. *report* receives the progress; *build_via_torch* builds
@@ -60,12 +60,14 @@ def get_engine(
     fields: dict[str, Any] = {**cache.key_fields(bundle, str(trt.__version__), gpu)}
     key = EngineKey(**fields, profiles=profiles, via=options.via)
     folder = cache.cache_folder(bundle, options.cache)
-    found = None if options.rebuild else cache.load_engine(folder, dict(key))
-    if isinstance(found, cache.StoredEngine):
-        report("replaying the probes on the cached engine")
-        replay_probes(trt, cuda, bundle, found.plan, key)
-        return Engine(path=folder / f"{key.name}.plan", record=found.record, reason=None)
-    reason = "--rebuild was given" if found is None else found  # `load_engine` says why it found none
+    reason = "--rebuild was given"
+    if not options.rebuild:
+        cached = cache.load_engine(folder, dict(key))
+        if isinstance(cached, cache.StoredEngine):
+            report("replaying the probes on the cached engine")
+            replay_probes(trt, cuda, bundle, cached.plan, key)
+            return EngineFile(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
+        reason = cached  # why there is none
     report(f"building: {reason}")
     begin = time.monotonic()
     workspace = gpu.memory // 4
@@ -85,7 +87,7 @@ def get_engine(
         build_seconds=seconds,
         replays=replay_probes(trt, cuda, bundle, plan, key),
     )
-    return Engine(path=cache.store_engine(folder, plan, record), record=record, reason=reason)
+    return EngineFile(path=cache.store_engine(folder, plan, record), record=record, reason=reason)
 
 
 def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:

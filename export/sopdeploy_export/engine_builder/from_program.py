@@ -42,7 +42,7 @@ def build_from_program(
     program = read_program().run_decompositions(
         {stable_sort: lambda x, dim=-1, descending=False, **_: x.topk(x.shape[dim], dim, descending)}
     )
-    _cast_images_first(program)
+    _cast_program_images_first(program)
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
         opt_shape=(profile.maximum, *manifest.image_shape),  # the engine is tuned for the largest batch
@@ -68,7 +68,7 @@ def build_from_program(
         raise EngineError(f"{bundle.path}: torch-tensorrt cannot build the engine: {cause}") from error
 
 
-def _cast_images_first(program: ExportedProgram) -> None:
+def _cast_program_images_first(program: ExportedProgram) -> None:
     """Cast the uint8 images of *program* to float32 before all other operators, in place.
 
     The only operator that TensorRT has for uint8 is a cast; moving pixels after it gives the same values.

@@ -65,28 +65,31 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
-        before = {name: (tensor, *_storage(tensor)) for name, tensor in tensors(self.network).items()}
+        before = {name: (tensor, _storage(tensor)) for name, tensor in tensors(self.network).items()}
         outputs = compute_outputs(self.network, self.normalise(images))
         _check_unwritten(self.network, before)
         return tuple(at_least_float32(value) for value in outputs)
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
-    """Return the version of *tensor*, which a write to it changes, and the address of its memory."""
+    """Return the version of *tensor*, which a write to it changes, and the address; zeros if it has none."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
         return 0, 0  # tensors of torch.export's tracing have no address, inference tensors no version
     return tensor._version, tensor.data_ptr()
 
 
-def _check_unwritten(network: nn.Module, before: Mapping[str, tuple[Tensor, int, int]]) -> None:
-    """Raise `LoweringError` if a tensor of *network* was written to or replaced since *before* was read."""
+def _check_unwritten(network: nn.Module, before: Mapping[str, tuple[Tensor, tuple[int, int]]]) -> None:
+    """Raise `LoweringError` if a tensor of *network* was written to or replaced since *before* was read.
+
+    *before* maps its name to the tensor and its `_storage`.
+    """
     after = tensors(network)
-    for name, (tensor, *storage) in before.items():
-        if after.get(name) is not tensor or _storage(tensor) != tuple(storage):
+    for name, (tensor, storage) in before.items():
+        if after.get(name) is not tensor or _storage(tensor) != storage:
             owner = dict(modules(network)).get(name.rpartition(".")[0])
-            scales_rows = getattr(owner, "max_norm", None) is not None  # as `nn.Embedding` can
-            remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
-            remedy = remedy if scales_rows else NOT_IN_EVAL
+            remedy = NOT_IN_EVAL
+            if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
+                remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
             raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
 
 
@@ -102,11 +105,12 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     If *network* has an attribute `export_embedding`, the name of a linear layer, the input (B, D) of this
     layer is the last output. Raises the errors of `_network_outputs`.
     """
+    embedding_layer = vars(network).get(EXPORT_EMBEDDING)
     with answering(pixels):
-        if (name := vars(network).get(EXPORT_EMBEDDING)) is None:
+        if embedding_layer is None:
             return _network_outputs(network, pixels)
         inputs: list[Tensor] = []
-        layer = network.get_submodule(name)
+        layer = network.get_submodule(embedding_layer)
         with layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0])):
             outputs = _network_outputs(network, pixels)
         return (*outputs, inputs[0])
@@ -124,9 +128,9 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     if key is not None and not isinstance(output, Tensor):
         output = choose_output(output, key)
     if not isinstance(output, Tensor):
-        outputs = output_shapes(output, "" if key is None else str(key))
-        found = ", ".join(f"{path} {shape}" for path, shape in outputs) or "it holds no tensor"
-        problem = f"the network returns {_describe(output)}; choose one as the logits: {found}"
+        shapes = tensors_by_key(output, "" if key is None else str(key))
+        choices = ", ".join(f"{path} {shape}" for path, shape in shapes) or "it holds no tensor"
+        problem = f"the network returns {_describe_output(output)}; choose one as the logits: {choices}"
         raise LoweringError(problem, remedies={"logits_key": None})
     return (output,)
 
@@ -140,14 +144,17 @@ def choose_output(output: Any, key: str | int) -> Any:
     steps = [key] if isinstance(key, int) or _has(output, key) else key.split(".")
     for step in steps:
         if not _has(chosen, step):
-            found = ", ".join(path for path, _ in output_shapes(output))
-            problem = f"the network returns {_describe(output)}, without logits {key!r}; it has {found}"
+            paths = ", ".join(path for path, _ in tensors_by_key(output))
+            problem = (
+                f"the network returns {_describe_output(output)}, without logits {key!r}; it has {paths}"
+            )
             raise LoweringError(problem, setting="logits_key", value=key)
         chosen = _item(chosen, step)
     return chosen
 
 
 def _has(output: Any, key: str | int) -> bool:
+    """Return whether *output*, what a network returned, has an attribute, key or index *key*."""
     try:
         _item(output, key)
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -156,6 +163,7 @@ def _has(output: Any, key: str | int) -> bool:
 
 
 def _item(output: Any, key: str | int) -> Any:
+    """Return the attribute, key or index *key* of *output*; raises various errors if it has none."""
     if isinstance(output, Mapping):
         return output[key] if key in output else output[int(key)]
     if isinstance(key, str) and hasattr(output, key):
@@ -163,8 +171,11 @@ def _item(output: Any, key: str | int) -> Any:
     return output[int(key)]
 
 
-def output_shapes(output: Any, path: str = "") -> list[tuple[str, str]]:
-    """List the tensors in *output*, what a network returned, with the keys that choose them."""
+def tensors_by_key(output: Any, path: str = "") -> list[tuple[str, str]]:
+    """List the keys that choose a tensor in *output*, what a network returned, and the shape of each.
+
+    *path* is the key of *output* itself. Tensors in more than `DEPTH` containers are left out.
+    """
     if isinstance(output, Tensor):
         sizes = [str(size) if isinstance(size, int) else "B" for size in output.shape]
         return [(path, f"({', '.join(sizes)})")]
@@ -179,10 +190,10 @@ def output_shapes(output: Any, path: str = "") -> list[tuple[str, str]]:
     else:
         items = [(str(index), value) for index, value in enumerate(output)]
     inner = f"{path}." if path else ""
-    return [found for key, value in items for found in output_shapes(value, inner + key)]
+    return [pair for key, value in items for pair in tensors_by_key(value, inner + key)]
 
 
-def _describe(output: Any) -> str:
+def _describe_output(output: Any) -> str:
     """Describe *output*, the return value of a network: its type with its keys, fields or length."""
     if isinstance(output, Mapping):
         return f"a dict with {', '.join(map(repr, output))}"
@@ -251,27 +262,26 @@ def capture(
     this one is returned, because making programs functional takes longer than torch.export.
     Raises `LoweringError` if the network cannot be captured.
     """
-    ranges = ranges_of(batch)
-    traced = [trace(network, preprocess, one) for one in ranges]
+    # For one image, the program of the whole range is also that of a batch of one.
+    ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
+    traced = [trace_network(network, preprocess, sizes) for sizes in ranges]
     traces = tuple(map(trace_hash, traced))
     for captured in known:
         if are_equal_traces(captured.traces, traces):
             return captured
-    programs = [functional(program, one) for program, one in zip(traced, ranges, strict=True)]
-    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)  # equal if maximum is 1
-
-
-def ranges_of(batch: BatchRange) -> list[BatchRange]:
-    """List the ranges that a network is captured for: *batch*, and one image unless this is all of it."""
-    return [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
+    programs = [make_functional(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
+    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)
 
 
 def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
-    """Capture *network* for every batch size of the range; raises the errors of `trace` and `functional`."""
-    return functional(trace(network, preprocess, batch), batch)
+    """Capture *network* for every batch size of the range, as one functional program.
+
+    Raises the errors of `trace_network` and `make_functional`.
+    """
+    return make_functional(trace_network(network, preprocess, batch), batch)
 
 
-def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+def trace_network(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
     """Run torch.export on *network* for every batch size of the range; *network* is unchanged afterwards.
 
     Raises `LoweringError` with the first line of torch's message.
@@ -295,40 +305,41 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
         except Exception as error:  # the network's own code, which can raise anything
             if not BATCH_GUARD.search(str(error)):
                 raise
-            with fixed_sizes() as places, suppress(Exception):  # fails again
+            with recording_fixed_sizes() as places, suppress(Exception):  # fails again
                 torch.export.export(deployed, (images,), dynamic_shapes=shapes)
             where = f" in {places[0]}" if places else ""
             raise LoweringError(f"{NO_GRAPH}: {BY_SIZE}{where}; {SIZE_REMEDY}") from error
 
 
 @contextmanager
-def fixed_sizes() -> Iterator[list[str]]:
-    """List the lines of code in the block, outside of torch and this package, that need sizes as numbers."""
+def recording_fixed_sizes() -> Iterator[list[str]]:
+    """Yield a list, and record in it the lines of code in the block that need sizes as numbers.
+
+    Code of torch and of this package does not count.
+    """
     places: list[str] = []
-    guards = (SymNode.guard_int.__code__, SymNode.guard_bool.__code__)
+    needs_number, compares = SymNode.guard_int.__code__, SymNode.guard_bool.__code__
 
     def record(frame: FrameType, event: str, _argument: object) -> None:
-        if event != "call" or frame.f_code not in guards:
+        if event != "call" or frame.f_code not in (needs_number, compares):
             return
-        is_number, caller = frame.f_code is guards[0], frame.f_back
+        caller = frame.f_back
         while caller is not None:
-            package = str(caller.f_globals.get("__name__", "")).partition(".")[0]
-            if package not in ("torch", "sopdeploy", "sopdeploy_export"):
-                break
+            module = str(caller.f_globals.get("__name__", ""))
+            if module.partition(".")[0] not in ("torch", "sopdeploy", "sopdeploy_export"):
+                file, line = caller.f_code.co_filename, caller.f_lineno
+                places.append(f"{Path(file).name}:{line} ({linecache.getline(file, line).strip()})")
+                return
             # Operators compare sizes, too, in ways that fit every size.
-            if not is_number and str(caller.f_globals.get("__name__")) not in ("torch", SymNode.__module__):
+            if frame.f_code is compares and module not in ("torch", SymNode.__module__):
                 return
             caller = caller.f_back
-        if caller is not None:
-            file, line = caller.f_code.co_filename, caller.f_lineno
-            code = linecache.getline(file, line).strip()
-            places.append(f"{Path(file).name}:{line} ({code})")
 
     with recording_calls(record):
         yield places
 
 
-def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
+def make_functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     """Replace writes to operands, some forms of pooling, and the ellipsis of `einsum` in *program*.
 
     Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is not accepted.
@@ -342,7 +353,7 @@ def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
     if isinstance(dimension, int):
         raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept every size")
-    # torch.export narrows the range that `trace` asks for, 1 to `batch.maximum`, if code requires it.
+    # torch.export narrows the range that `trace_network` asks for, 1 to `batch.maximum`, if code requires it.
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(
@@ -367,15 +378,15 @@ def capturing() -> Iterator[None]:
     except SopdeployError:
         raise
     except Exception as error:  # tracing runs the network's own code, which can raise anything
-        raise LoweringError(f"{NO_GRAPH}: {_capture_problem(error)}") from error
+        causes = (error, error.__cause__, error.__context__)
+        text = "\n".join(str(cause) for cause in causes if cause is not None)
+        if BATCH_GUARD.search(text):
+            problem = f"{BY_SIZE}; {SIZE_REMEDY}"
+        elif DATA_GUARD.search(text):
+            problem = BY_VALUE
+        else:
+            problem = first_line(error)
+        raise LoweringError(f"{NO_GRAPH}: {problem}") from error
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _capture_problem(error: Exception) -> str:
-    """Describe an *error* of torch.export."""
-    text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
-    if BATCH_GUARD.search(text):
-        return f"{BY_SIZE}; {SIZE_REMEDY}"
-    return BY_VALUE if DATA_GUARD.search(text) else first_line(error)

@@ -65,7 +65,8 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     """
     check_bfloat16(program)
     model = convert(evaluate_constant_parts(program), [INPUT], outputs)
-    _drop_metadata_except_parts(model)
+    _keep_only_parts(model)
+    _name_weights(model)
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if size > _MAX_BYTES:
@@ -75,8 +76,11 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     return proto
 
 
-def _drop_metadata_except_parts(model: ir.Model) -> None:
-    """Drop source lines, shapes of inner values and other metadata; keep the part of each node."""
+def _keep_only_parts(model: ir.Model) -> None:
+    """Remove all metadata of *model* but the part of each node, and the shapes of inner values.
+
+    Metadata are for example source lines. The batch axis of inputs and outputs gets the name "batch".
+    """
     scopes = {node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
     common.ClearMetadataAndDocStringPass()(model)  # of nodes and the graph; that of values is cleared below
     for node, scope in scopes.items():
@@ -85,17 +89,21 @@ def _drop_metadata_except_parts(model: ir.Model) -> None:
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape, output.type = None, None
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape[0] = ir.SymbolicDim("batch")
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _name_weights(model: ir.Model) -> None:
+    """Give the weights and buffers of *model* their names in the network, unless one is taken."""
     for name, value in list(model.graph.initializers.items()):  # a list, because a new name changes the dict
         name_in_network = name.removeprefix(NETWORK_PREFIX)
         if name_in_network not in model.graph.initializers:  # as `normalise.scale` of this package may be
             value.name = name_in_network
-        value.metadata_props.clear()
     common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.metadata_props.clear()
-        if value.shape is not None and not isinstance(value.shape[0], int):
-            value.shape[0] = ir.SymbolicDim("batch")
-    model.metadata_props.clear()
 
 
 def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
@@ -123,16 +131,21 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
 
 
 def _conversion_problem(error: BaseException, program: ExportedProgram) -> str:
-    """Name the operator of *program* that the converter cannot translate; else describe its first *error*."""
-    cause: BaseException | None = error
-    while cause is not None:
-        problem = first_line(cause)
-        if found := TRANSLATED.search(problem):
-            name, operator = found.groups()
+    """Name the operator of *program* that the converter cannot translate; else describe the first cause.
+
+    *error* is the last one of a chain, in which each names its cause.
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    problems = [first_line(cause) for cause in causes]
+    for problem in problems:
+        if match := TRANSLATED.search(problem):
+            name, operator = match.groups()
             places = [f" in {module_of(node)}" for node in program.graph.nodes if node.name == name]
             return f"{operator}{''.join(places)}; use other operators"
-        cause = cause.__cause__
-    return BY_VALUE if DATA_GUARD.search(problem) else problem
+    first_problem = problems[-1]
+    return BY_VALUE if DATA_GUARD.search(first_problem) else first_problem
 
 
 def _simplify(model: ir.Model) -> None:

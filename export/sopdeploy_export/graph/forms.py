@@ -94,23 +94,28 @@ class SymbolicForms(TorchFunctionMode):
         self._numbers = PythonNumbers()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the other form of *function*, if there is one."""
+        """Call the other form of *function*, if there is one.
+
+        A Python value that is read from a tensor of Python numbers is returned without a call.
+        """
         del types
-        number = self._numbers.compute(function, args, kwargs or {})
-        if number is not None and not isinstance(number, Tensor):
-            return number
+        known_value = self._numbers.compute(function, args, kwargs or {})
+        if known_value is not None and not isinstance(known_value, Tensor):
+            return known_value
         result = OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
-        self._numbers.add(result, number)
+        self._numbers.remember(result, known_value)
         return result
 
 
 def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:
+    """Divide the batch axis into *chunks* of equal size by a view; leave other axes to torch."""
     if is_batch_axis(input, dim) and input.shape[0] % chunks == 0:
         return input.view(chunks, -1, *input.shape[1:]).unbind(0)
     return input.chunk(chunks, dim)
 
 
 def _split(x: Tensor, size: Any, dim: int = 0) -> Any:
+    """Divide the batch axis into parts of *size* images by a view; leave other axes and sizes to torch."""
     if is_batch_axis(x, dim) and not isinstance(size, list | tuple) and x.shape[0] % size == 0:
         return x.view(-1, size, *x.shape[1:]).unbind(0)
     return torch.split(x, size, dim)
@@ -219,14 +224,6 @@ def _index_put(
     return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
 
 
-def _hstack(values: Sequence[Tensor]) -> Tensor:
-    return torch.cat([*map(torch.atleast_1d, values)], dim=int(values[0].dim() > 1))
-
-
-def _column_stack(values: Sequence[Tensor]) -> Tensor:
-    return torch.cat([value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1)
-
-
 # Operators whose form of the converter is missing, or wrong for some values
 DECOMPOSED = {
     **SUMS,
@@ -242,10 +239,14 @@ DECOMPOSED = {
     torch.ops.aten.atleast_1d.Sequence: lambda values: [*map(torch.atleast_1d, values)],
     torch.ops.aten.atleast_2d.Sequence: lambda values: [*map(torch.atleast_2d, values)],
     torch.ops.aten.atleast_3d.Sequence: lambda values: [*map(torch.atleast_3d, values)],
-    torch.ops.aten.hstack.default: _hstack,
+    torch.ops.aten.hstack.default: lambda values: torch.cat(
+        [*map(torch.atleast_1d, values)], dim=0 if values[0].dim() < 2 else 1
+    ),
     torch.ops.aten.vstack.default: lambda values: torch.cat([*map(torch.atleast_2d, values)]),
     torch.ops.aten.dstack.default: lambda values: torch.cat([*map(torch.atleast_3d, values)], 2),
-    torch.ops.aten.column_stack.default: _column_stack,
+    torch.ops.aten.column_stack.default: lambda values: torch.cat(
+        [value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1
+    ),
 }
 
 

@@ -133,7 +133,7 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
     return computed[0].numpy()
 
 
-def is_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
+def mark_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
     """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
     ranked = -np.sort(-logits, axis=1)  # (P, N), the largest first
     smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
@@ -150,8 +150,8 @@ def compare_routes(
     is *floors* times their difference.
     """
     noise = max(FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max()))
-    decided = is_decided(exact, chosen, floors * noise)
-    is_same_route = (_choose(exact, chosen) == _choose(rounded, chosen)).all(axis=1)
+    decided = mark_decided(exact, chosen, floors * noise)
+    is_same_route = (_chosen_components(exact, chosen) == _chosen_components(rounded, chosen)).all(axis=1)
     compared = decided if decided.any() else is_same_route  # rather than no image
     return results.RoutingParity(
         noise_floor=noise,
@@ -161,7 +161,7 @@ def compare_routes(
     )
 
 
-def _choose(logits: NDArray[Any], chosen: int) -> NDArray[np.int64]:
+def _chosen_components(logits: NDArray[Any], chosen: int) -> NDArray[np.int64]:
     """Return the components (P, chosen) with the largest *logits* (P, N), in the order of their indices."""
     # A stable sort resolves ties in favor of the lower index, as the gate does.
     return np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :chosen], axis=1)
@@ -194,7 +194,8 @@ def compute_reference(
     names, network64 = output_names(deployed.network), copy_module(deployed).double()
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         exact = _run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
-    run = deployed if run is None else run
+    if run is None:
+        run = deployed
     runs = _run_in_batches(run, names, images, BATCH), _run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
     routing = None
     if (gate_layer := find_gate(deployed.network)) is not None:
@@ -213,10 +214,10 @@ def compute_reference(
         )
     noise_floor = {}
     for name, values in exact.items():
-        found = [outputs[name] for outputs in runs]  # of all images, and of the first ones
-        _require_finite(name, values, found, precision)
+        rounded_values = [outputs[name] for outputs in runs]  # of all images, and of the first ones
+        _require_finite(name, values, rounded_values, precision)
         errors = []
-        for rounded in found:
+        for rounded in rounded_values:
             differences = np.abs(rounded - values[: len(rounded)])
             errors.append(differences[compared[: len(rounded)]].max(initial=0.0))
         noise_floor[name] = float(max(FOUR_ROUNDINGS * np.abs(values).max(), *errors))
@@ -224,15 +225,16 @@ def compute_reference(
 
 
 def _require_finite(
-    name: str, exact: NDArray[Any], found: Sequence[NDArray[Any]], precision: Precision
+    name: str, exact: NDArray[Any], rounded: Sequence[NDArray[Any]], precision: Precision
 ) -> None:
-    """Raise `ParityError` unless output *name* is finite in float64, *exact*, and in *precision*, *found*."""
+    """Raise `ParityError` unless output *name* is finite: *exact* in float64, *rounded* in *precision*."""
     if not np.isfinite(exact).all():
         raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
-    if not all(np.isfinite(values).all() for values in found):
-        remedy = "choose precision fp32"
+    if not all(np.isfinite(values).all() for values in rounded):
         if precision == "fp32":
             remedy = "train it again with weight decay or a lower learning rate"
+        else:
+            remedy = "choose precision fp32"
         raise ParityError(
             f"the network's own {name} are not finite in {precision} on the probe images: activations "
             f"overflow; {remedy}"

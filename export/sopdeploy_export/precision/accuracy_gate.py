@@ -74,8 +74,8 @@ class AccuracyCheck:
             self._float32_logits = self._logits(open_session(float32))
         before, after = self._float32_logits, self._logits(exported)
         truth = None if self._labeled is None else np.asarray(self._labeled.targets, np.int64)
-        classes = accuracy(before.argmax(axis=1), after.argmax(axis=1), truth)
-        return classes.model_copy(update={"deviation": logit_deviation(before, after)})
+        compared = compare_top_classes(before.argmax(axis=1), after.argmax(axis=1), truth)
+        return compared.model_copy(update={"deviation": logit_deviation(before, after)})
 
     def photographs(self, most: int) -> list[NDArray[np.uint8]]:
         """Read at most *most* images of `evaluate` (H, W, 3), evenly spread; none without it."""
@@ -108,6 +108,7 @@ class AccuracyCheck:
         )
 
     def _logits(self, session: InferenceSession) -> NDArray[np.float32]:
+        """Run all images that measure in *session*; return the logits (P, C)."""
         return np.concatenate([session.run([LOGITS], {INPUT: images})[0] for images in self._batches()])
 
     def _batches(self) -> Iterator[NDArray[np.uint8]]:
@@ -132,7 +133,7 @@ def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
     return error / max(spread, float(np.finfo(np.float32).tiny))  # not 0, for equal logits
 
 
-def accuracy(
+def compare_top_classes(
     float32: NDArray[np.int64], exported: NDArray[np.int64], truth: NDArray[np.int64] | None = None
 ) -> Accuracy:
     """Compare the classes that the *float32* graph and the *exported* graph predict.
@@ -164,7 +165,7 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
 
 
 def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Choose which of *images*, uint8 (P, H, W, 3), measure the agreement: a mask (P,).
+    """Mark which of *images*, uint8 (P, H, W, 3), measure the agreement: a mask (P,).
 
     Images whose thumbnails are alike count as one distinct image: all of them measure, or none. Raises
     `DataError` for fewer than 32 distinct images.

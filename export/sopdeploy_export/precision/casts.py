@@ -72,34 +72,39 @@ def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
     """
     sums = _Sums(program.module(check_guards=False))
     sums.run(images)
-    table = {operator: partial(_in_float32, operator) for operator, adds in sums.found.items() if adds}
+    adding = [operator for operator, adds in sums.adds_elements.items() if adds]
+    table = {operator: partial(_in_float32, operator) for operator in adding}
     summed: ExportedProgram = program.run_decompositions(table)
     return summed
 
 
 class _Sums(fx.Interpreter):
-    """Runs a program and finds out which of its operators add several elements of a float16 operand."""
+    """Runs a program and finds out which of its operators add several elements of a float16 operand.
+
+    `adds_elements` has the answer for each operator that could be decided.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.found: dict[OpOverload, bool] = {}
+        self.adds_elements: dict[OpOverload, bool] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; look at its derivatives unless they decided what its operator does."""
         if not isinstance(n.target, OpOverload) or not n.users:  # an assertion has no users
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.target not in self.found:
+        if n.target not in self.adds_elements:
             is_exempt = torch.Tag.pointwise in n.target.tags or n.target in ADDS_IN_FLOAT32
-            found = False if is_exempt else adds(n.target, args, kwargs)
-            if found is not None:
-                self.found[n.target] = found
-        # In float32 also because CPUs have no float16 form of some.
-        result = _in_float32(n.target, *args, **kwargs) if self.found.get(n.target) else NotImplemented
+            adds = False if is_exempt else adds_elements(n.target, args, kwargs)
+            if adds is not None:
+                self.adds_elements[n.target] = adds
+        result = NotImplemented
+        if self.adds_elements.get(n.target):  # in float32 also because CPUs have no float16 form of some
+            result = _in_float32(n.target, *args, **kwargs)
         return super().run_node(n) if result is NotImplemented else result
 
 
-def adds(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
+def adds_elements(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
     """Return whether *operator* adds elements of its first operand, in float16, without those of another one.
 
     An element of a sum has derivatives with respect to several elements of one operand. One of a product,
@@ -115,20 +120,21 @@ def adds(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         """Return values in [0.5, 1.5) in place of a floating-point operand; integers stay."""
         if not x.is_floating_point():
             return x
-        operands.append(torch.rand(x.shape, generator=random) + 0.5)
-        return operands[-1]
+        operand = torch.rand(x.shape, generator=random) + 0.5
+        operands.append(operand)
+        return operand
 
     wide, named = tree_map_only(Tensor, positive, (tuple(args), dict(kwargs)))
     try:
-        return _adds(operator, wide, named, operands)
+        return _adds_by_derivatives(operator, wide, named, operands)
     except RuntimeError:  # some operators have no derivatives of all operands, such as running statistics
-        return _adds(operator, wide, named, operands[:1])
+        return _adds_by_derivatives(operator, wide, named, operands[:1])
 
 
-def _adds(
+def _adds_by_derivatives(
     operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Sequence[Tensor]
 ) -> bool | None:
-    """Decide as `adds` does, by the derivatives with respect to *operands*, which are among the arguments."""
+    """Decide as `adds_elements` does, by the derivatives with respect to *operands* among the arguments."""
     for operand in tree_leaves((args, kwargs)):
         if isinstance(operand, Tensor):
             operand.requires_grad_(any(operand is chosen for chosen in operands))
@@ -138,15 +144,20 @@ def _adds(
             return None
         elements = results[0].flatten()
         for position in (round(share * (len(elements) - 1)) for share in ELEMENTS):
-            found = torch.autograd.grad(elements[position], operands, retain_graph=True, allow_unused=True)
-            first, *others = (0 if one is None else int(one.count_nonzero()) for one in found)
+            gradients = torch.autograd.grad(
+                elements[position], operands, retain_graph=True, allow_unused=True
+            )
+            first, *others = (0 if one is None else int(one.count_nonzero()) for one in gradients)
             if first > 1:
                 return all(count <= 1 for count in others)
     return None
 
 
 def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """Compute *operator* in float32 if its first operand is in float16; its results stay in float16."""
+    """Compute *operator* in float32 and return its results in float16.
+
+    Returns `NotImplemented`, which keeps the operator as it is, if the first operand is not in float16.
+    """
     if args[0].dtype != torch.float16:
         return NotImplemented
     wide, named = tree_map_only(Tensor, lambda x: _cast(x, torch.float32), (args, kwargs))
@@ -213,10 +224,12 @@ def float32_parts(network: nn.Module) -> list[str]:
 
 
 def _cast_first_input(dtype: torch.dtype, _part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return *inputs* of a part, as a hook in front of it, with the first one cast to *dtype*."""
     return _cast(inputs[0], dtype), *inputs[1:]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Cast *value* to *dtype* if it is a floating-point tensor; return anything else as it is."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
         return value
     return value.to(dtype)

@@ -155,24 +155,24 @@ def convert_precision(
     certified: CapturedGraph,
     preprocess: Preprocess,
     options: ExportOptions,
-    accuracy: "AccuracyCheck | None" = None,
+    accuracy_check: "AccuracyCheck | None" = None,
 ) -> ConvertedGraph:
     """Convert the *certified* graph to the precision in *options*.
 
-    int8 needs *accuracy* with calibration images. Raises `LoweringError` if the types in the graph are not
-    the requested ones, or as `check_headroom` does.
+    int8 needs *accuracy_check* with calibration images. Raises `LoweringError` if the types in the graph are
+    not the requested ones, or as `check_headroom` does.
     """
     source = certified  # fp32 exports its graph as it is, int8 quantizes this graph
     if options.precision == "fp16":
         source = cast_types(certified, preprocess, options)
-        photographs = [] if accuracy is None else accuracy.photographs(PHOTOGRAPHS)
+        photographs = [] if accuracy_check is None else accuracy_check.photographs(PHOTOGRAPHS)
         check_headroom(source.program, [*photographs, *generated_images(preprocess.crop)], options.max_batch)
         check_float16(source.model, certified.network)
     for node in source.model.graph.node:
         del node.metadata_props[:]  # the part of every node, which is needed for messages only
-    if options.precision == "int8" and accuracy is not None:  # int8 requires images, so it is not None
-        model, quantization = _quantize(source, accuracy.calibration, options.int8_for)
-        run, gate = run_unfused(model), _gate_of_file(model, source.network)  # no module computes in int8
+    if options.precision == "int8" and accuracy_check is not None:  # int8 requires images, so it is not None
+        model, quantization = _quantize(source, accuracy_check.calibration, options.int8_for)
+        run, gate = unfused_runner(model), _gate_runner(model, source.network)  # no module computes in int8
     else:
         model, quantization = source.model, None
         run = deployed = Deployed(source.network, preprocess).eval()
@@ -198,7 +198,7 @@ def _quantize(
         raise LoweringError(f"{problem}; choose precision fp32 or fp16") from error
 
 
-def run_unfused(model: onnx.ModelProto) -> compare.BatchRun:
+def unfused_runner(model: onnx.ModelProto) -> compare.BatchRun:
     """Build a function that runs *model* operator by operator, without fusions."""
     session = compare.open_session(model, optimized=False)
     fixed_batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 if the batch varies
@@ -210,7 +210,7 @@ def run_unfused(model: onnx.ModelProto) -> compare.BatchRun:
     return run
 
 
-def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> compare.GateRun | None:
+def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> compare.GateRun | None:
     """Build a function that computes the gate's logits with *model*, without fusions; None without a gate."""
     if (gate := compare.find_gate(network)) is None:
         return None
@@ -221,5 +221,5 @@ def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> compare.GateRun
     with_gate = onnx.ModelProto()  # a copy whose first output is the gate's logits
     with_gate.CopyFrom(model)
     with_gate.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))
-    run = run_unfused(with_gate)
+    run = unfused_runner(with_gate)
     return lambda pixels: run(pixels)[0].numpy()

@@ -103,7 +103,7 @@ class Int8Quantizer:
         self.model = onnx.shape_inference.infer_shapes(model)
         for position, node in enumerate(self.model.graph.node):
             node.name = node.name or f"node {position}"
-        self.chosen = self._convolutions(in_float)
+        self.chosen = self._choose_convolutions(in_float)
         if not self.chosen:
             raise LoweringError("the network has no convolution to quantize; export it in precision fp16")
         self._separate_constants()
@@ -162,7 +162,7 @@ class Int8Quantizer:
                 calibrator.collect_data(_OneImage(image))
             return calibrator.compute_data()
 
-    def _convolutions(self, in_float: Sequence[str]) -> set[str]:
+    def _choose_convolutions(self, in_float: Sequence[str]) -> set[str]:
         """Name the convolutions with constant weights outside of *in_float* that do not read the image."""
         sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
         chosen = set()
@@ -218,7 +218,7 @@ class Int8Quantizer:
         codes_and_scale = {node.output[0]: node.input[:2] for node in dequantizers}
         inputs = {node.name: node.input for node in quantized.graph.node if node.name in self.chosen}
         errors = {}  # of the weights (C, ...) for C output channels, by the name of the convolution
-        for convolution, weight in self._constant_weights().items():
+        for convolution, weight in self._correctable_weights().items():
             _, weight_name, _ = inputs[convolution]
             codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
             scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # (C, 1, ...); zero points are 0
@@ -235,7 +235,7 @@ class Int8Quantizer:
                 corrected = (numpy_helper.to_array(stored) + missing).astype(np.float32)
             stored.CopyFrom(numpy_helper.from_array(corrected, stored.name))
 
-    def _constant_weights(self) -> dict[str, NDArray[np.float32]]:
+    def _correctable_weights(self) -> dict[str, NDArray[np.float32]]:
         """Return the float32 weights of the chosen convolutions whose bias can be corrected, by name."""
         constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
         weights = {}

@@ -116,7 +116,7 @@ def certify(
         shipped = networks["detached" if is_detached else "trained"]
         # 1. Tensors
         removed, kept = build_inventory(networks["trained"], shipped, training_only)
-        if detachment.plain is not None:  # the first network is the one that the others are compared with
+        if detachment.plain is not None:  # it comes first, because the others are compared with the first
             networks = {detachment.reference: load_plain_network(detachment, shipped), **networks}
         # 2. Graphs
         modules = {role: prepared.network for role, prepared in networks.items()}
@@ -145,4 +145,5 @@ def certify(
         batches=sizes,
         num_images=len(probes),
     )
+    # Without a detached network, the trained one stands for it.
     return proof, {"detached": captured["trained"], **captured}

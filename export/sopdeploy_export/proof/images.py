@@ -43,12 +43,12 @@ _NO_BATCH = Place()
 
 
 class MixesError(Exception):
-    """An operator may combine several images."""
+    """An operator may combine several images; every rule raises it unless the operator keeps them apart."""
 
 
-def _require(condition: Any) -> None:
-    """Raise `MixesError` unless *condition* holds."""
-    if not condition:
+def _require(keeps_apart: bool) -> None:
+    """Raise `MixesError` unless *keeps_apart*."""
+    if not keeps_apart:
         raise MixesError
 
 
@@ -70,6 +70,11 @@ class TracedValue:
         return self.place.axis
 
     @property
+    def has_row_per_image(self) -> bool:
+        """Whether the first axis is that of the batch, with one row for each image."""
+        return self.axis == 0 and self.shapes[0][0] == _BATCHES[0]
+
+    @property
     def rank(self) -> int:
         """The number of axes."""
         return len(self.shapes[0])
@@ -89,17 +94,21 @@ class TracedValue:
 
     def numbers(self) -> list[int]:
         """List the integers of a constant; raise `MixesError` if they depend on images or the batch size."""
-        _require(len(self.contents) and not self.is_size)
+        _require(len(self.contents) > 0 and not self.is_size)
         return [int(number) for number in self.contents[0].reshape(-1)]  # equal for every batch size
 
 
-class Call:
-    """An operator; `x` is its first input, `shapes` and `rank` are those of its first result."""
+class OperatorCall:
+    """What a rule reads of an operator.
+
+    `x` is its first input, `shapes` and `rank` are those of its first result, `present` are its inputs
+    without the optional ones that are absent.
+    """
 
     def __init__(self, node: onnx.NodeProto, inputs: Sequence[TracedValue | None], shapes: Shapes) -> None:
         self.attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         self.inputs, self.shapes, self.rank = inputs, shapes, len(shapes[0])
-        self.given = [value for value in inputs if value is not None]  # without optional ones that are absent
+        self.present = [value for value in inputs if value is not None]
         self.num_outputs = len([name for name in node.output if name])  # "" is one that nothing reads
         self.x = self[0]
 
@@ -117,8 +126,8 @@ class Call:
 
     def axes(self, index: int, default: Sequence[int]) -> list[int]:
         """List the axes of `x` that input *index* or the attribute names, counted from 0."""
-        given = self.inputs[index] if index < len(self.inputs) else None
-        listed = self.attributes.get("axes", default) if given is None else given.numbers()
+        operand = self.inputs[index] if index < len(self.inputs) else None
+        listed = self.attributes.get("axes", default) if operand is None else operand.numbers()
         return [int(axis) % max(self.x.rank, 1) for axis in listed]
 
 
@@ -147,33 +156,40 @@ def batch_axis_of(shapes: Shapes) -> int | None:
     return axes[0]
 
 
-def place_of_aligned(call: Call) -> Place:
-    """Align the operands at their last axes, as broadcasting does."""
-    return agreed_place(*(value.shifted(call.rank - value.rank) for value in call.given))
+def place_of_aligned(call: OperatorCall) -> Place:
+    """Rule of an operator that aligns its operands at their last axes, as broadcasting does."""
+    return agreed_place(*(value.shifted(call.rank - value.rank) for value in call.present))
 
 
-def place_beside(call: Call, axes: Sequence[int], *, keeps: bool = True) -> Place:
-    """Combine elements of `x` along other *axes*, which the result lacks unless the operator *keeps* them."""
-    axis = call.x.axis
-    _require(
-        axis not in axes and common_place(call.inputs[1:]) == _NO_BATCH
-    )  # weights are the same for all images
+def place_beside(call: OperatorCall, axes: Sequence[int], *, keeps: bool = True) -> Place:
+    """Rule of an operator that combines elements of `x` along *axes*, which must not be that of the batch.
+
+    The result lacks these axes unless the operator *keeps* them. Further inputs are weights.
+    """
+    axis, are_weights = call.x.axis, common_place(call.inputs[1:]) == _NO_BATCH
+    _require(axis not in axes and are_weights)
     if keeps or axis is None:
         return call.x.place
     removed_before = {removed for removed in axes if removed < axis}  # each moves the batch axis to the left
     return call.x.shifted(-len(removed_before))
 
 
-def place_after_reduction(call: Call) -> Place:
-    """Reduce the listed axes, by default all."""
+def place_after_reduction(call: OperatorCall) -> Place:
+    """Rule of an operator that reduces the listed axes, by default all."""
     axes = call.axes(1, [] if call.attributes.get("noop_with_empty_axes") else range(call.x.rank))
     return place_beside(call, axes, keeps=call.attributes.get("keepdims", 1))
 
 
-def place_of_rows(call: Call, operands: int = 1) -> Place:
-    """Compute each row, along the first axis, from this row of the first *operands* and shared weights."""
-    place, weights = common_place(call.inputs[:operands]), common_place(call.inputs[operands:])
-    _require(place.axis in (None, 0) and weights == _NO_BATCH)
+def place_of_rows(call: OperatorCall, operands: int = 1) -> Place:
+    """Rule of an operator that computes each row, along the first axis, from this row of its operands.
+
+    These are the first *operands* of its inputs; the others are weights.
+    """
+    place, are_weights = (
+        common_place(call.inputs[:operands]),
+        common_place(call.inputs[operands:]) == _NO_BATCH,
+    )
+    _require(place.axis in (None, 0) and are_weights)
     _require(call.num_outputs == 1)  # the second output of MaxPool numbers the elements of the whole batch
     _require(not call.attributes.get("training_mode"))  # in which batch norm subtracts the mean of all images
     # Resize can change the number of rows, or cut a region first, so that a row comes from other rows of `x`.
@@ -182,8 +198,8 @@ def place_of_rows(call: Call, operands: int = 1) -> Place:
     return place
 
 
-def place_after_reshape(call: Call) -> Place:
-    """Keep the order of all elements, so that neighboring elements of an image become rows of the result.
+def place_after_reshape(call: OperatorCall) -> Place:
+    """Rule of an operator that keeps the order of all elements: those of an image become rows of the result.
 
     For example, (batch, 3, 8) becomes (batch * 6, 4): the 24 elements of an image fill 6 rows of 4.
     """
@@ -202,14 +218,14 @@ def place_after_reshape(call: Call) -> Place:
     return Place(axis=new_axis, inner=new_inner)
 
 
-def place_after_transpose(call: Call) -> Place:
-    """Permute the axes."""
+def place_after_transpose(call: OperatorCall) -> Place:
+    """Rule of an operator that permutes the axes."""
     order = list(call.attributes.get("perm", reversed(range(call.x.rank))))
     return _NO_BATCH if call.x.axis is None else call.x.at(order.index(call.x.axis))
 
 
-def place_after_product(call: Call) -> Place:
-    """Multiply *a* (..., m, k) by *b* (..., k, n), or by a vector (k,); the batch may be any axis but k."""
+def place_after_product(call: OperatorCall) -> Place:
+    """Rule of the product of *a* (..., m, k) and *b* (..., k, n) or (k,); the batch may be any axis but k."""
     a, b = call.x, call[1]
     _require(a.axis != a.rank - 1)  # so a vector *a* has no batch axis
     if a.rank == 1 or b.rank == 1:
@@ -219,20 +235,20 @@ def place_after_product(call: Call) -> Place:
     return place_of_aligned(call)  # the axes before the last two are broadcast, m and n stay where they are
 
 
-def place_after_gemm(call: Call) -> Place:
-    """Compute *a* (m, k) @ *b* (k, n) + *added*, which is broadcast to (m, n); the batch is m or n.
+def place_after_gemm(call: OperatorCall) -> Place:
+    """Rule of *a* (m, k) @ *b* (k, n) + *added*, which is broadcast to (m, n); the batch is m or n.
 
     The attributes transA and transB say that *a* is stored as (k, m), and *b* as (n, k).
     """
-    a, b, added = call.x, call[1], call.given[2:]
+    a, b, added = call.x, call[1], call.present[2:]
     axis_of_m = 1 if call.attributes.get("transA") else 0
     axis_of_n = 0 if call.attributes.get("transB") else 1
     _require(a.axis in (None, axis_of_m) and b.axis in (None, axis_of_n))
     return agreed_place(a.at(0), b.at(1), *(value.shifted(2 - value.rank) for value in added))
 
 
-def place_after_einsum(call: Call) -> Place:
-    """Follow the label of the batch axis, which each term has once and the result keeps."""
+def place_after_einsum(call: OperatorCall) -> Place:
+    """Rule of `einsum`: each term has the label of the batch axis once, and the result keeps it."""
     terms, _, result = call.attributes["equation"].decode().replace(" ", "").partition("->")
     places = []
     for i, term in enumerate(terms.split(",")):
@@ -244,24 +260,26 @@ def place_after_einsum(call: Call) -> Place:
     return agreed_place(*places)
 
 
-def place_after_concat(call: Call) -> Place:
-    """Join values along an axis; along that of the batch, the rows of the operands keep their images."""
+def place_after_concat(call: OperatorCall) -> Place:
+    """Rule of an operator that joins values; along the batch axis, their rows keep their images."""
     place = common_place(call.inputs)
     if place.axis == call.axis(0):  # then all have this axis: rows of a constant would belong to no image
-        _require(all(value.axis == place.axis for value in call.given))
+        _require(all(value.axis == place.axis for value in call.present))
     return place
 
 
-def place_beside_index(call: Call) -> Place:
-    """Index or write single elements along the axis of the attribute, which is not that of the batch."""
-    _require(len({value.axis for value in call.given}) == 1)  # all operands have the batch axis, or none has
+def place_beside_index(call: OperatorCall) -> Place:
+    """Rule of an operator that reads or writes single elements along another axis than that of the batch."""
+    _require(
+        len({value.axis for value in call.present}) == 1
+    )  # all operands have the batch axis, or none has
     place = common_place(call.inputs)
     _require(place.axis != call.axis(0))
     return place
 
 
-def place_after_slice(call: Call) -> Place:
-    """Cut other axes than the batch at constant positions, and this one between whole batches."""
+def place_after_slice(call: OperatorCall) -> Place:
+    """Rule of a slice of other axes than the batch at constant positions, of this one at whole batches."""
     # The inputs are data, starts, ends, axes and steps; the shape of the result shows where a slice ends.
     starts = [start.reshape(-1).tolist() for start in call[1].contents]  # a list for each batch size
     axes = call.axes(3, default=range(len(starts[0])))
@@ -275,8 +293,11 @@ def place_after_slice(call: Call) -> Place:
     return call.x.place
 
 
-def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
-    """Return whether the slice from *starts* is the same whole batches, such as the second, for each size."""
+def _cuts_whole_batches(call: OperatorCall, axis: int, starts: Sequence[int]) -> bool:
+    """Return whether the slice from *starts* is the same whole batches, such as the second, for each size.
+
+    *starts* and the shapes of *call* have one item for each size in `_BATCHES`.
+    """
     slices_in_batches = set()
     for batch, start, shape, result in zip(_BATCHES, starts, call.x.shapes, call.shapes, strict=True):
         rows_of_batch = batch * (call.x.place.inner or 1)  # equal rows (None) can be cut between any two
@@ -287,17 +308,16 @@ def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
     return len(slices_in_batches) == 1
 
 
-def place_after_pad(call: Call) -> Place:
-    """Pad other axes than the batch."""
+def place_after_pad(call: OperatorCall) -> Place:
+    """Rule of an operator that pads other axes than the batch."""
     axes, sizes = call.axes(3, range(call.x.rank)), call[1].numbers()
-    before, after = sizes[: len(axes)], sizes[len(axes) :]
-    return place_beside(
-        call, [axis for axis, first, last in zip(axes, before, after, strict=True) if first or last]
-    )
+    pairs = zip(sizes[: len(axes)], sizes[len(axes) :], strict=True)  # in front of an axis, and behind it
+    padded = [axis for axis, (before, after) in zip(axes, pairs, strict=True) if before or after]
+    return place_beside(call, padded)
 
 
-def place_after_repeat(call: Call, *, tile: bool = False) -> Place:
-    """Repeat `x`; a constant can get a batch axis.
+def place_after_repeat(call: OperatorCall, *, tile: bool = False) -> Place:
+    """Rule of an operator that repeats `x`; a constant can get a batch axis.
 
     Expanded from (1, 4) to (batch, 4), it has equal rows, which fit any image. With *tile*, (3, 4) becomes
     (batch * 3, 4), where each image has a copy.
@@ -308,8 +328,8 @@ def place_after_repeat(call: Call, *, tile: bool = False) -> Place:
     return Place(axis=axis, inner=call.shapes[0][axis] // _BATCHES[0] if tile else None)  # None: equal rows
 
 
-def place_of_range(call: Call) -> Place:
-    """Accept a range of constant length, or 0, 1, ..., batch - 1: the number of each image in the batch."""
+def place_of_range(call: OperatorCall) -> Place:
+    """Rule of a range of constant length, or of 0, ..., batch - 1: the number of each image in the batch."""
     if batch_axis_of(call.shapes) is None:
         return _NO_BATCH
     start, step = call.x.numbers(), call[2].numbers()  # inputs 0 and 2; input 1 is the limit
@@ -317,8 +337,8 @@ def place_of_range(call: Call) -> Place:
     return Place(axis=0, inner=1)
 
 
-def place_after_gather(call: Call) -> Place:
-    """Select along another axis than the batch, from a constant table, or the row of the own image."""
+def place_after_gather(call: OperatorCall) -> Place:
+    """Rule of a selection along another axis than the batch, from a constant table, or of the own row."""
     data, indices, axis = call.x, call[1], call.axis(0)
     if data.axis == axis:  # data (batch, 7), indices (batch,): image i must take row i
         _require(indices.image_numbers == "all" and data.shapes[0][axis] == _BATCHES[0])
@@ -330,10 +350,11 @@ def place_after_gather(call: Call) -> Place:
     return data.shifted(indices.rank - 1 if data.axis is not None and data.axis > axis else 0)
 
 
-def place_after_gather_nd(call: Call) -> Place:
-    """Select by positions in several axes: data (*shared, *selected, *kept), indices (*shared, *others, n).
+def place_after_gather_nd(call: OperatorCall) -> Place:
+    """Rule of a selection by positions in several axes.
 
-    The n numbers of a position are for the n selected axes. The result is (*shared, *others, *kept).
+    The inputs are data (*shared, *selected, *kept) and indices (*shared, *others, n); the result is
+    (*shared, *others, *kept). The n numbers of a position are for the n selected axes.
     """
     data, indices, num_shared = call.x, call[1], call.attributes.get("batch_dims", 0)
     _require(indices.axis is None or indices.axis < indices.rank - 1)  # n is no batch axis
@@ -351,8 +372,8 @@ def place_after_gather_nd(call: Call) -> Place:
     return data.shifted(first_kept_of_result - first_kept)
 
 
-def place_after_scatter_nd(call: Call) -> Place:
-    """Write updates (*others, *kept) to data (*selected, *kept) at positions, indices (*others, n)."""
+def place_after_scatter_nd(call: OperatorCall) -> Place:
+    """Rule of writing updates (*others, *kept) to data (*selected, *kept) at indices (*others, n)."""
     data, indices, updates = call.x, call[1], call[2]
     if indices.axis is not None:  # data (batch, 7), pairs of image and column (batch, 2), updates (batch,)
         _require(selects_own_rows(data, indices, 0) and updates.axis == indices.axis)
@@ -364,8 +385,8 @@ def place_after_scatter_nd(call: Call) -> Place:
     return agreed_place(data.place, place_of_updates)
 
 
-def place_after_one_hot(call: Call) -> Place:
-    """Insert an axis of classes, which moves a batch axis at this position or behind it."""
+def place_after_one_hot(call: OperatorCall) -> Place:
+    """Rule of an operator that inserts an axis of classes, which moves a batch axis there or behind it."""
     is_moved = call.x.axis is not None and call.axis(-1, rank=call.rank) <= call.x.axis
     return call.x.shifted(1 if is_moved else 0)
 
@@ -374,12 +395,11 @@ def selects_own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -
     """Return whether each position in *indices* begins with the number of its image, a row of *data*."""
     numbers_of_position = indices.shapes[0][-1]
     begin_with_image = indices.image_numbers == ("first" if numbers_of_position > 1 else "all")
-    has_row_per_image = data.axis == 0 and data.shapes[0][0] == _BATCHES[0]
-    return has_row_per_image and num_shared == 0 and begin_with_image
+    return data.has_row_per_image and num_shared == 0 and begin_with_image
 
 
-def places_after_recurrence(call: Call) -> list[Place]:
-    """Run a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
+def places_after_recurrence(call: OperatorCall) -> list[Place]:
+    """Rule of a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
     first_states = call.inputs[5:7]  # `initial_h` and `initial_c`
     shared = [*call.inputs[1:5], *call.inputs[7:]]  # `W`, `R`, `B`, `sequence_lens` and `P`
     place = common_place([call.x, *first_states])
@@ -390,7 +410,7 @@ def places_after_recurrence(call: Call) -> list[Place]:
     return [place_in_results, place, place]
 
 
-TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
+TABLE: dict[str, Callable[[OperatorCall], Place | list[Place]]] = {
     "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast "
     "CastLike Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid "
     "HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or "
@@ -449,72 +469,82 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     values = {image.name: TracedValue(image.type.tensor_type.elem_type, shapes, place=Place(0, 1))}
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
-        known = [array] * len(_BATCHES) if array.size <= _MOST_NUMBERS else ()
-        values[tensor.name] = TracedValue(tensor.data_type, [array.shape] * len(_BATCHES), known)
+        contents = [array] * len(_BATCHES) if array.size <= _MOST_NUMBERS else ()
+        values[tensor.name] = TracedValue(tensor.data_type, [array.shape] * len(_BATCHES), contents)
     for node in model.graph.node:
-        values |= zip(node.output, _trace(node, values, opsets), strict=True)
+        values |= zip(node.output, _trace_node(node, values, opsets), strict=True)
     outputs = {output.name: values[output.name] for output in model.graph.output}
-    found = [name for value in outputs.values() for name in value.mixed]
+    mixing = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
-        has_row_per_image = value.axis == 0 and value.shapes[0][0] == _BATCHES[0]
         # The number of an image depends on how many images are in front of it in the batch.
-        if not value.mixed and (not has_row_per_image or value.image_numbers):
-            found.append(f"output {name}")
-    return tuple(dict.fromkeys(found))
+        if not value.mixed and (not value.has_row_per_image or value.image_numbers):
+            mixing.append(f"output {name}")
+    return tuple(dict.fromkeys(mixing))  # each once
 
 
-def _trace(node: onnx.NodeProto, values: dict[str, TracedValue], opsets: list[Any]) -> list[TracedValue]:
-    """Find out what is known of the results of *node*; an operator that mixes images is named in them."""
+def _trace_node(node: onnx.NodeProto, values: dict[str, TracedValue], opsets: list[Any]) -> list[TracedValue]:
+    """Find out what is known of the results of *node*; an operator that mixes images is named in them.
+
+    *values* are what is known of its inputs.
+    """
     inputs = [values[name] if name else None for name in node.input]
-    read = () if node.op_type == "Shape" else inputs  # shapes never depend on the contents of images
-    mixed = tuple(dict.fromkeys(name for value in read if value for name in value.mixed))
+    # Shapes never depend on the contents of images.
+    with_contents = [value for value in inputs if value is not None and node.op_type != "Shape"]
+    mixed = tuple(dict.fromkeys(name for value in with_contents for name in value.mixed))
     results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
     try:
-        results = infer(node, inputs, opsets)
+        results = infer_results(node, inputs, opsets)
         are_sizes = all(len(result.contents) for result in results)  # and so no data of images
-        if not mixed and not are_sizes:
-            results = locate(node, inputs, results)
+        if not mixed and not are_sizes:  # after one that mixes images, nothing is left to show
+            results = locate_batch_axes(node, inputs, results)
     except Exception as error:  # no rule, or an operator that onnx does not know
-        mixed = mixed or (_name_problem(node, error),)
+        if not mixed:  # otherwise, the first problem counts
+            part = next((item.value for item in node.metadata_props if item.key == "part"), "")
+            operator = f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}"
+            mixed = (operator if isinstance(error, MixesError) else f"{NO_RULE}{operator}",)
     return [replace(result, mixed=mixed) for result in results]
 
 
-def _name_problem(node: onnx.NodeProto, error: Exception) -> str:
-    """Name the operator of *node* and its part of the network, after `NO_RULE` if no rule was applied."""
-    part = next((item.value for item in node.metadata_props if item.key == "part"), "")
-    operator = f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}"
-    return operator if isinstance(error, MixesError) else f"{NO_RULE}{operator}"
-
-
-def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]) -> list[TracedValue]:
+def infer_results(
+    node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]
+) -> list[TracedValue]:
     """Infer the shapes of the results of *node*, and the contents of small ones that depend on sizes only."""
     named = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
-    results = _shaped(node, named, opsets)
-    if not (feeds := _feeds(node, named, results[0].shapes)):
+    results = _infer_shapes(node, named, opsets)
+    operands_by_batch = _operands_by_batch(node, named, results[0].shapes)
+    if not operands_by_batch:
         return results
-    runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]  # by batch size, result
-    contents = [[np.asarray(run[i]) for run in runs] for i in range(len(results))]  # by result, batch size
-    results = [replace(result, contents=arrays) for result, arrays in zip(results, contents, strict=True)]
+    runs: list[Any] = [ReferenceEvaluator(node).run(None, operands) for operands in operands_by_batch]
+    contents_by_result = [[np.asarray(array) for array in arrays] for arrays in zip(*runs, strict=True)]
+    pairs = zip(results, contents_by_result, strict=True)
+    results = [replace(result, contents=contents) for result, contents in pairs]
     if any(value.is_size for value in named.values()):  # `is_linear` says why three batch sizes are enough
         _require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, results)))
     return results
 
 
-def _shaped(node: onnx.NodeProto, named: dict[str, TracedValue], opsets: list[Any]) -> list[TracedValue]:
-    """Infer the types and shapes of the results of *node*, whose operands are *named*."""
+def _infer_shapes(
+    node: onnx.NodeProto, named: dict[str, TracedValue], opsets: list[Any]
+) -> list[TracedValue]:
+    """Infer the types and shapes of the results of *node*, whose operands are *named*.
+
+    Raises `ValueError` if onnx infers no shape, and the errors of onnx.
+    """
     version = next(opset.version for opset in opsets if opset.domain == node.domain)
     schema = defs.get_schema(node.op_type, version, node.domain)
-    types = []  # for each batch size, a dict from the name of each result to its type
+    types_by_batch = []  # for each batch size, a dict from the name of each result to its type
     for i in range(len(_BATCHES)):
-        known = {name: numpy_helper.from_array(v.contents[i]) for name, v in named.items() if v.contents}
-        given = {name: helper.make_tensor_type_proto(v.type, v.shapes[i]) for name, v in named.items()}
-        types.append(shape_inference.infer_node_outputs(schema, node, given, known, opset_imports=opsets))
+        contents = {name: numpy_helper.from_array(v.contents[i]) for name, v in named.items() if v.contents}
+        types = {name: helper.make_tensor_type_proto(v.type, v.shapes[i]) for name, v in named.items()}
+        types_by_batch.append(
+            shape_inference.infer_node_outputs(schema, node, types, contents, opset_imports=opsets)
+        )
     results = []
     for name in node.output:
         if not name:  # an optional result that the graph leaves out
             results.append(TracedValue())
             continue
-        tensors = [found[name].tensor_type for found in types]  # one for each batch size
+        tensors = [types[name].tensor_type for types in types_by_batch]
         if not all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim):
             raise ValueError("onnx infers no shape")
         shapes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
@@ -522,7 +552,9 @@ def _shaped(node: onnx.NodeProto, named: dict[str, TracedValue], opsets: list[An
     return results
 
 
-def _feeds(node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes) -> list[dict[str, Any]]:
+def _operands_by_batch(
+    node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes
+) -> list[dict[str, Any]]:
     """Return the operands of *node* for each batch size; none if its results, of *shapes*, stay unknown."""
     if node.op_type == "Shape":  # reads no contents, so the operand can be an array that takes no memory
         return [{node.input[0]: np.broadcast_to(False, shape)} for shape in named[node.input[0]].shapes]
@@ -548,14 +580,14 @@ def is_linear(value: TracedValue) -> bool:
     return bool(np.all((at_middle - at_low) * (high - middle) == (at_high - at_middle) * (middle - low)))
 
 
-def locate(
+def locate_batch_axes(
     node: onnx.NodeProto, inputs: Sequence[TracedValue | None], results: Sequence[TracedValue]
 ) -> list[TracedValue]:
     """Find the batch axes of *results*; raise `MixesError` if no rule shows that images are independent."""
     sizes = _SIZES.get(node.op_type, ())
     data = [value for i, value in enumerate(inputs) if value and i not in sizes]
     _require(not any(value.is_size for value in data))  # no data is computed from the batch size
-    call = Call(node, inputs, results[0].shapes)
+    call = OperatorCall(node, inputs, results[0].shapes)
     places = _RULES[node.op_type](call)
     if isinstance(places, Place):  # one for all results
         places = [places] * len(results)
@@ -564,7 +596,7 @@ def locate(
     inputs_with_numbers = [i for i, value in enumerate(inputs) if value and value.image_numbers]
     if inputs_with_numbers:
         are_indices = node.op_type in TAKES_INDICES and inputs_with_numbers == [1]  # input 1 holds indices
-        _require(image_numbers or are_indices)
+        _require(image_numbers != "" or are_indices)
     pairs = zip(results, places, strict=False)  # a recurrent layer can have fewer results
     located = [replace(result, place=place, image_numbers=image_numbers) for result, place in pairs]
     _require(all(map(has_whole_images, located)))
@@ -582,7 +614,7 @@ def has_whole_images(value: TracedValue) -> bool:
     return axis is None or value.shapes[0][axis] % rows_of_batch == 0  # `batch_axis_of` covers other sizes
 
 
-def find_image_numbers(kind: str, call: Call) -> Literal["", "all", "first"]:
+def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "first"]:
     """Return which elements of an operator's result are the number of their image in the batch."""
     if kind == "Range":  # 0, ..., batch - 1, as `ranges` requires, or a range of constant length
         is_batch = batch_axis_of(call.shapes) is not None and call.x.type == TensorProto.INT64
@@ -593,7 +625,7 @@ def find_image_numbers(kind: str, call: Call) -> Literal["", "all", "first"]:
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64  # smaller types repeat numbers
         return "" if wraps else "all"
     # For `x[arange(batch), k]`, `GatherND` takes pairs of an image and its k, which `Concat` joins.
-    if kind == "Concat" and not any(value.image_numbers for value in call.given[1:]):
+    if kind == "Concat" and not any(value.image_numbers for value in call.present[1:]):
         is_column = call.axis(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
         return "first" if is_column else ""
     return ""

@@ -142,18 +142,18 @@ def detach(
     if not training_only or (is_of_catalog and not has_tensors(network, training_only)):
         return network
     removed = {name: getattr(owner, attribute) for name, (owner, attribute) in owners.items()}
-    places: dict[int, Any] = {}  # what `copy.deepcopy` puts in place of an object
+    substitutes: dict[int, Any] = {}  # what `copy.deepcopy` puts in place of the object with an id
     if is_of_catalog:
-        places = dict.fromkeys(map(id, removed.values()))
+        substitutes = dict.fromkeys(map(id, removed.values()))
     else:
         parts = removed_modules(network, training_only)
         recording = Recording((), ())
         if parts and pixels is not None:
             recording = record_calls(copy_module(network), training_only, pixels)
-        given = [part for part in removed.values() if isinstance(part, Tensor)]
-        places = {id(tensor): without_values(tensor) for tensor in given}
-        places |= stubs_of(parts, recording)
-    detached = copy_module(network, memo=places)
+        removed_tensors = [part for part in removed.values() if isinstance(part, Tensor)]
+        substitutes = {id(tensor): without_values(tensor) for tensor in removed_tensors}
+        substitutes |= stubs_of(parts, recording)
+    detached = copy_module(network, memo=substitutes)
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
         if is_of_catalog:
@@ -165,7 +165,7 @@ def detach(
     return detached
 
 
-def few_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
+def probe_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
     """Normalize the last of the generated images, in the layout of *network*: (3, 3, H, W)."""
     images = torch.from_numpy(generated_images(preprocess.crop)[-max(SIZES) :])
     return Normalize(preprocess, images_format(network))(images)
@@ -222,7 +222,7 @@ def check_hooks(network: nn.Module, role: str, removed: tuple[str, ...] = ()) ->
             continue
         if module._forward_hooks or module._forward_pre_hooks:
             where = name or "the whole network"
-            hook = next(iter((*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
+            hook, *_ = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
             kind = next((kind for kind in type(hook).__mro__ if kind.__name__ in REMOVED_BY), None)
             remedy = "remove it first" if kind is None else f"call {REMOVED_BY[kind.__name__]} first"
             raise CertificateError(f"the {role} network has a forward hook on {where}; {remedy}")
@@ -250,8 +250,10 @@ def check_network_state(network: nn.Module, role: str, removed: tuple[str, ...] 
             layout = str(tensor.layout).removeprefix("torch.")
             raise CertificateError(f"{where} has the layout {layout}; replace it by its .to_dense()")
         if tensor.is_neg() or tensor.is_conj():
-            view, name = ("negated", "neg") if tensor.is_neg() else ("conjugated", "conj")
-            remedy = f"replace it by its .resolve_{name}()"
+            view, resolve = "conjugated", "resolve_conj"
+            if tensor.is_neg():
+                view, resolve = "negated", "resolve_neg"
+            remedy = f"replace it by its .{resolve}()"
             raise CertificateError(f"{where} is a {view} view, whose memory holds other numbers; {remedy}")
 
 
@@ -276,7 +278,7 @@ def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Netwo
     return copied
 
 
-def contiguous(network: _Network) -> _Network:
+def with_contiguous_tensors(network: _Network) -> _Network:
     """Return *network*, or a copy with contiguous tensors if any is not: graphs contain the strides.
 
     The copy keeps the layout of the images, which may follow from the strides.
@@ -310,9 +312,9 @@ class Prepared:
 
     @classmethod
     def of(cls, role: str, given: nn.Module, removed: tuple[str, ...] = ()) -> "Prepared":
-        """Check the state of *given* without its *removed* parts; raises `CertificateError`."""
+        """Prepare *given*; raises `CertificateError` for a wrong state of other than its *removed* parts."""
         check_network_state(given, role, removed)
-        network = contiguous(given)
+        network = with_contiguous_tensors(given)
         named = tensors(network)
         hashes = {name: stored_hash(tensor) for name, tensor in named.items()}
         return cls(role=role, given=given, network=network, tensors=named, hashes=hashes)
@@ -322,7 +324,7 @@ class Prepared:
 
         Code outside of the graph may have written to it in a way that its version does not show.
         """
-        for network in {id(self.given): self.given, id(self.network): self.network}.values():
+        for network in (self.given,) if self.network is self.given else (self.given, self.network):
             current = tensors(network)
             for name in self.hashes.keys() - removed:
                 if name not in current or tensor_hash(current[name]) != self.hashes[name]:
@@ -330,16 +332,23 @@ class Prepared:
                     raise CertificateError(f"{problem}; forward must not write to it")
 
 
-def fit_prefix(plain: nn.Module, detached: nn.Module, rename: Callable[[str], str]) -> Callable[[str], str]:
-    """Return *rename*, or if the names then differ from those of *plain* by a prefix only, one without it."""
-    names, renamed = set(tensors(plain)), {rename(name) for name in tensors(detached)}
-    if names == renamed or not names or not renamed:
+def rename_with_prefix(
+    plain: nn.Module, detached: nn.Module, rename: Callable[[str], str]
+) -> Callable[[str], str]:
+    """Extend *rename*, from names of *detached* to names of *plain*, by a prefix that one of them has.
+
+    Returns *rename* itself if the names are already equal, or differ by more than a prefix.
+    """
+    expected, renamed = set(tensors(plain)), {rename(name) for name in tensors(detached)}
+    if expected == renamed or not expected or not renamed:
         return rename
-    own, other = (min(found, key=lambda name: (len(name), name)) for found in (renamed, names))
-    if {name.removeprefix(own.removesuffix(other)) for name in renamed} == names:
-        return lambda name: rename(name).removeprefix(own.removesuffix(other))
-    if {other.removesuffix(own) + name for name in renamed} == names:
-        return lambda name: other.removesuffix(own) + rename(name)
+    # The shortest names are those of the same tensor.
+    own, other = (min(names, key=lambda name: (len(name), name)) for names in (renamed, expected))
+    surplus, missing = own.removesuffix(other), other.removesuffix(own)
+    if {name.removeprefix(surplus) for name in renamed} == expected:
+        return lambda name: rename(name).removeprefix(surplus)
+    if {missing + name for name in renamed} == expected:
+        return lambda name: missing + rename(name)
     return rename
 
 
@@ -353,7 +362,7 @@ def load_plain_network(detachment: Detachment, source: Prepared) -> Prepared:
     if detachment.plain is None:
         raise CertificateError("there is no builder of a plain network")
     plain, detached = detachment.plain(), source.network
-    rename = fit_prefix(plain, detached, detachment.rename)
+    rename = rename_with_prefix(plain, detached, detachment.rename)
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")

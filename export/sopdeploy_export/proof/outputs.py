@@ -13,7 +13,10 @@ MAX_BATCH = 16  # largest batch of probes
 
 
 def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
-    """Raise `CertificateError` unless all outputs for *probes* are bitwise equal; return the batch sizes."""
+    """Compare the outputs of *networks* for *probes* with those of the first one; return the batch sizes.
+
+    Raises `CertificateError` unless they are bitwise equal.
+    """
     single = [probes[i : i + 1] for i in range(min(_SINGLE_PROBES, len(probes)))]
     batches = [probes[i : i + MAX_BATCH] for i in range(0, len(probes), MAX_BATCH)]
     reference = next(iter(networks))

@@ -30,7 +30,7 @@ CALLS = 300
 PROBES = 4
 
 
-class _Replay(TorchDispatchMode):
+class _ReplayedCalls(TorchDispatchMode):
     """Returns what the first call computed from *image* again, as long as the operations are the same."""
 
     def __init__(self, image: Tensor) -> None:
@@ -46,11 +46,12 @@ class _Replay(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the result of one operation on the image again; run any other one."""
         del types
-        on_image = [operand in self._from_image for operand in _tensors((*args, *(kwargs or {}).values()))]
+        on_image = [operand in self._from_image for operand in _tensors_in((*args, *(kwargs or {}).values()))]
         writes_elsewhere = func._schema.is_mutable and not all(on_image[:1])  # such as a counter
         if not any(on_image) or writes_elsewhere:
             return func(*args, **(kwargs or {}))
-        position, self._position = self._position, self._position + 1
+        position = self._position  # among the operations on the image in this call
+        self._position += 1
         is_known = position < len(self._computed) and self._computed[position][0] is func
         is_view = any(returned.alias_info is not None for returned in func._schema.returns)
         if is_known and not is_view:
@@ -59,19 +60,22 @@ class _Replay(TorchDispatchMode):
             return args[0]  # has its values from the first call
         # torch does not allow that a view is returned twice; to make it takes no time.
         result = func(*args, **(kwargs or {}))
-        self._computed[position:] = [(func, result), *(self._computed[position + 1 :] if is_known else ())]
-        for computed in _tensors([result]):
+        if is_known:
+            self._computed[position] = func, result
+        else:  # from here on, this call does something else than the one before
+            self._computed[position:] = [(func, result)]
+        for computed in _tensors_in([result]):
             self._from_image[computed] = True
         return result
 
 
-def _tensors(operands: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors_in(operands: Iterable[Any]) -> Iterator[Tensor]:
     """Yield the tensors among *operands* and in their lists; `tree_leaves` takes ten times as long."""
     for operand in operands:
         if isinstance(operand, Tensor):
             yield operand
         elif isinstance(operand, list | tuple):
-            yield from _tensors(operand)
+            yield from _tensors_in(operand)
 
 
 @torch.no_grad()
@@ -86,7 +90,7 @@ def check_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor)
     images, other = pixels[:-1], pixels[-1:].clone()
     before = compute_outputs(copied, images.clone())  # which the network may write to
     try:
-        with _Replay(other) as replay:
+        with _ReplayedCalls(other) as replay:
             for call in range(CALLS):
                 replay.restart()
                 compute_outputs(copied, other)

@@ -15,7 +15,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, functional, trace
+from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, make_functional, trace_network
 from sopdeploy_export.program_hashes import (
     are_equal_traces,
     describe_difference,
@@ -39,7 +39,7 @@ class TensorEntry(StrictModel):
 
 
 def find_usage(network: nn.Module, reached: Set[str]) -> tuple[set[str], set[str]]:
-    """Name the tensors of *network* that its outputs depend on, and the others.
+    """Return the names of the tensors of *network* that its outputs depend on, and those of the others.
 
     *reached* are the names in its programs, which have one name of a tensor; it is used under all names that
     the network has for it. Counters of used modules, such as `num_batches_tracked`, are in neither set.
@@ -88,11 +88,13 @@ def build_inventory(
     for name in after:
         if detached.hashes[name] != trained.hashes[name]:
             raise CertificateError(f"{name} changed while the network was detached")
-    return tuple(_entry(trained, name) for name in removed), tuple(_entry(trained, name) for name in after)
+    return tuple(_tensor_entry(trained, name) for name in removed), tuple(
+        _tensor_entry(trained, name) for name in after
+    )
 
 
 @contextmanager
-def drawn_anew(network: nn.Module, parts: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def randomized(network: nn.Module, parts: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Give the tensors in *parts* of *network* random values while the block runs; yield their names.
 
     Raises `LoweringError` for a tensor that cannot be written to.
@@ -115,22 +117,22 @@ def drawn_anew(network: nn.Module, parts: Sequence[str]) -> Iterator[tuple[str, 
             named[name].data.copy_(values)
 
 
-def check_drawn_anew(
+def check_graph_ignores(
     network: nn.Module, parts: Sequence[str], preprocess: Preprocess, batch: BatchRange, captured: Captured
 ) -> None:
-    """Capture *network* again while its *parts* have random values; its graph must be the *captured* one.
+    """Check that the graph of *network* is still the *captured* one while its *parts* have random values.
 
     Raises `CertificateError` if it is another one, and `LoweringError` if it cannot be captured.
     """
     expected_root = program_root(captured.any_batch)  # now, because a program refers to the tensors
-    with drawn_anew(network, parts) as removed:
-        program = trace(network, preprocess, batch)
+    with randomized(network, parts) as removed:
+        program = trace_network(network, preprocess, batch)
         hidden = [NETWORK_PREFIX + name for name in removed]
         found, expected = trace_hash(program), captured.traces[0]
         traces = [None if one is None else one.without(hidden) for one in (found, expected)]
-        if are_equal_traces(traces[:1], traces[1:]):
+        if are_equal_traces(traces[:1], traces[1:]):  # false if one cannot be hashed
             return
-        root = program_root(functional(program, batch))
+        root = program_root(make_functional(program, batch))
     if root.sha256 != expected_root.sha256:
         difference = describe_difference(root, expected_root, "trained")
         raise CertificateError(
@@ -160,7 +162,8 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
-def _entry(network: Prepared, name: str) -> TensorEntry:
+def _tensor_entry(network: Prepared, name: str) -> TensorEntry:
+    """Describe the tensor *name* of *network*."""
     tensor = network.tensors[name]
     return TensorEntry(
         name=name,

@@ -36,7 +36,7 @@ from sopdeploy_export.graph.capture import (
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import VALUE_LAYOUT, operator_name, value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
-from sopdeploy_export.proof.tensors import check_drawn_anew, drawn_anew
+from sopdeploy_export.proof.tensors import check_graph_ignores, randomized
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _IMAGES = 4  # probes that are computed eagerly
@@ -73,7 +73,7 @@ def check_backend(where: str, compiled: Any) -> None:
 
 
 def checked_modules(network: nn.Module, role: str) -> nn.Module:
-    """Return *network*, unwrapped; raise `LoweringError` for modules that the exporter does not accept."""
+    """Return *network*, unwrapped and not copied; raise `LoweringError` for modules that are not accepted."""
     if not isinstance(network, nn.Module):
         raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
     network = unwrap(network)
@@ -110,7 +110,7 @@ def copy_for_export(
 
 
 @contextmanager
-def unreplaced(network: nn.Module) -> Iterator[None]:
+def refusing_replaced_methods(network: nn.Module) -> Iterator[None]:
     """Raise `CertificateError` if the block calls a method that was replaced on a module of *network*.
 
     A copy of the module would still call the method with the original. Such methods are harmless where no run
@@ -151,9 +151,12 @@ def _code_of(function: Any) -> CodeType | None:
     """Return the code that a call of *function* runs; None if it is written in C."""
     while isinstance(function, functools.partial):
         function = function.func
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    code = code or getattr(type(function).__call__, "__code__", None)
-    return code if isinstance(code, CodeType) else None
+    function = getattr(function, "__func__", function)  # of a bound method
+    for candidate in (function, type(function).__call__):  # the second one for an object that can be called
+        code = getattr(candidate, "__code__", None)
+        if isinstance(code, CodeType):
+            return code
+    return None
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -185,9 +188,9 @@ def check_outputs(
 ) -> tuple[str | None, tuple[str, ...]]:
     """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
 
-    Returns the path of the first attribute that the first two runs change, such as a cache, or None, and
-    warnings. Raises `LoweringError` if the network fails, returns no (B, classes) logits, or if the last two
-    runs change its state or return other logits.
+    Returns the path of the first attribute that the first two runs change, such as a cache, or None if they
+    change none; and warnings. Raises `LoweringError` if the network fails, returns no (B, classes) logits, or
+    if the last two runs change its state or return other logits.
     """
     images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     before = state.read_state(network)
@@ -303,7 +306,7 @@ def _unstored_buffers(network: nn.Module) -> dict[str, Tensor | None]:
     }
 
 
-def replace_buffers(network: nn.Module, names: Sequence[str]) -> None:
+def turn_into_attributes(network: nn.Module, names: Sequence[str]) -> None:
     """Turn the buffers *names* of *network* into attributes, which a run may assign, as caches."""
     owners = dict(state.modules(network))
     for name in names:
@@ -315,8 +318,11 @@ def replace_buffers(network: nn.Module, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def prepared(given: nn.Module, logits: str | int | None, preprocess: Preprocess) -> Iterator[None]:
-    """Prepare *given*, the user's network, for the block: eval mode, uncompiled, *logits* named, buffers."""
+def prepared_in_place(given: nn.Module, logits: str | int | None, preprocess: Preprocess) -> Iterator[None]:
+    """Prepare *given*, the user's network, for the block: eval mode, uncompiled, *logits* named, buffers.
+
+    At the end, its attributes are as before.
+    """
     with state.preserved(given):
         given.eval()
         for _, module in state.modules(given):
@@ -354,7 +360,7 @@ def capture_given(
     deployed.normalise.to(device)
     for batch in (images, images[:1]):
         # Caches are empty again when the networks are captured.
-        with state.preserved(given), state.preserved(copied), unreplaced(given):
+        with state.preserved(given), state.preserved(copied), refusing_replaced_methods(given):
             expected = _run(deployed, batch.to(device), "given", classes).cpu()
             logits = _run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")
@@ -365,13 +371,13 @@ def capture_given(
     if certify_compares:
         captured = capture(given, preprocess, options.batch)
         if parts:
-            check_drawn_anew(given, parts, preprocess, options.batch, captured)
+            check_graph_ignores(given, parts, preprocess, options.batch, captured)
         return captured
     captured = capture(copied, preprocess, options.batch)
     if parts and not on_cpu:
-        check_drawn_anew(copied, parts, preprocess, options.batch, captured)
+        check_graph_ignores(copied, parts, preprocess, options.batch, captured)
     if on_cpu:  # a graph for a GPU names the GPU, so it would differ; roots of values ignore the layout
-        with drawn_anew(given, parts):
+        with randomized(given, parts):
             program = capture_any_batch(given, preprocess, options.batch)
         if value_root(program).sha256 != value_root(captured.any_batch).sha256:
             raise LoweringError(OTHER_COPY)
@@ -404,7 +410,7 @@ def check_ends_in_logits(captured: Captured) -> None:
     """Raise `LoweringError` if the logits of a program are the results of a sigmoid."""
     aten = torch.ops.aten
     for program in (captured.any_batch, captured.batch_of_one):
-        node = program.graph.output_node().args[0][0]
+        node, *_ = program.graph.output_node().args[0]  # the logits are the first output
         while operator_name(node) in KEEP_VALUES:
             node = node.args[0]
         if node.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.special_expit.default):

@@ -88,7 +88,8 @@ def export_network(
         CertificateError: A statement of the proof does not hold.
         SopdeployError: Another step failed; nothing is left in *destination* then.
     """
-    options = options or ExportOptions()
+    if options is None:
+        options = ExportOptions()
     training_only = [training_only] if isinstance(training_only, str) else training_only
     _check_arguments(name, labels, preprocess)
     check_takes_output(Path(destination), "destination")
@@ -96,29 +97,24 @@ def export_network(
     on_step("checking the network")
     given = checks.checked_modules(trained, "trained")
     parts = match_parts(given, training_only)
-    copied = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
+    copied = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
     networks.check_network_state(copied, "trained", parts)
-    created = checks.create_buffers(copied, preprocess)
     given_tensors = tensors(given)  # those of the copy no longer share memory
     check_removed_memory(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
         {name: tensor for name, tensor in given_tensors.items() if not is_in(name, *parts)},
     )
-    trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
-    cache, found = checks.check_outputs(trial, preprocess, len(labels), "trained")
-    with checks.prepared(given, logits_key, preprocess):
-        captured = checks.capture_given(given, copied, preprocess, len(labels), options, parts)
-    if cache is not None:
-        checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
-    if created:
-        unrun = networks.contiguous(checks.copy_for_export(given, "trained", logits_key, parts))
-        checks.replace_buffers(unrun, created)
-        checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
-    checks.check_ends_in_logits(captured)
+    captured, found_problems = _run_and_capture(
+        given, copied, preprocess, logits_key, len(labels), options, parts
+    )
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
-    found += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
-    builder, rebuilt = plain or rebuild, None if plain is not None else parts
+    found_problems += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
+    checked_builder = None
+    if plain is not None:
+        checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=())
+    elif rebuild is not None:  # which builds the training-only parts, too
+        checked_builder = _checked_builder(rebuild, given, logits_key, preprocess, removed=parts)
     class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
     description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
     subject = networks.ExportSubject(
@@ -127,9 +123,7 @@ def export_network(
         network=copied,
         detachment=networks.Detachment(
             training_only=parts,
-            plain=None
-            if builder is None
-            else _checked_builder(builder, given, logits_key, preprocess, rebuilt),
+            plain=checked_builder,
             reference="plain" if plain is not None else "rebuilt",
             rename=rename or str,
             captured=None if options.with_features else captured,  # features change the programs
@@ -137,12 +131,41 @@ def export_network(
         labels=tuple(labels),
         preprocess=preprocess,
         config=description if config is None else config,
-        sha256=sha256 or _hash_tensors(copied),
+        sha256=_hash_tensors(copied) if sha256 is None else sha256,
         decision=Decision(activation="sigmoid", thresholds=(0.5,) * len(labels)) if several_classes else None,
-        warnings=(*warnings, *found),
+        warnings=(*warnings, *found_problems),
     )
     options = options.model_copy(update={"detach": bool(parts)})
     return export_subject(subject, Path(destination), options, on_step)
+
+
+def _run_and_capture(
+    given: nn.Module,
+    copied: nn.Module,
+    preprocess: Preprocess,
+    logits_key: str | int | None,
+    classes: int,
+    options: ExportOptions,
+    parts: tuple[str, ...],
+) -> tuple[Captured, tuple[str, ...]]:
+    """Check the outputs of *copied*, a copy of *given*, capture both, and return the programs and warnings.
+
+    *copied* gets the buffers that its first run creates. Raises `LoweringError` if the two compute different
+    things, or something else after a run.
+    """
+    created = checks.create_buffers(copied, preprocess)
+    trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
+    cache, found_problems = checks.check_outputs(trial, preprocess, classes, "trained")
+    with checks.prepared_in_place(given, logits_key, preprocess):
+        captured = checks.capture_given(given, copied, preprocess, classes, options, parts)
+    if cache is not None:
+        checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
+    if created:
+        unrun = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
+        checks.turn_into_attributes(unrun, created)
+        checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
+    checks.check_ends_in_logits(captured)
+    return captured, found_problems
 
 
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
@@ -164,15 +187,15 @@ def unused_modules(
     returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
     """
     networks.check_torch_state()
-    copied = networks.contiguous(checks.copy_for_export(network, "given", logits_key))
+    copied = networks.with_contiguous_tensors(checks.copy_for_export(network, "given", logits_key))
     checks.create_buffers(copied, preprocess)
     _, unused = find_usage(copied, reached_names(capture(copied, preprocess, BatchRange())))
-    return removable(copied, outermost(copied, unused), preprocess)
+    return removable_parts(copied, outermost(copied, unused), preprocess)
 
 
-def removable(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> tuple[str, ...]:
+def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> tuple[str, ...]:
     """Return *parts* of *network*; in place of a part whose length or other values code reads, its parts."""
-    pixels = networks.few_pixels(network, preprocess)
+    pixels = networks.probe_pixels(network, preprocess)
     while parts:
         try:
             with torch.no_grad():
@@ -185,9 +208,9 @@ def removable(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess
             stays = [name for name in parts if name != error.part]
             parts = (*stays, *(name for name in inner if networks.has_tensors(network, (name,))))
         except SopdeployError:  # that another run reports
-            break
+            return parts
         else:
-            break
+            return parts
     return parts
 
 
@@ -237,15 +260,15 @@ def _check_usage(
             setting="training_only",
         )
     if parts:
-        detached = networks.detach(network, parts, networks.few_pixels(network, preprocess))
+        detached = networks.detach(network, parts, networks.probe_pixels(network, preprocess))
         checks.check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
     undeclared = outermost(network, {name for name in unused if not is_in(name, *parts)})
-    undeclared = undeclared if parts else removable(network, undeclared, preprocess)
+    undeclared = undeclared if parts else removable_parts(network, undeclared, preprocess)
     if proposes and not parts:
         if not undeclared:
             raise DetachError("the output depends on every part of the network", setting="detach")
-        names = join([word for name in undeclared for word in ("--training-only", name)])
-        raise DetachError(f"the output does not depend on {', '.join(undeclared)}; add {names}")
+        remedy = join([word for name in undeclared for word in ("--training-only", name)])
+        raise DetachError(f"the output does not depend on {', '.join(undeclared)}; add {remedy}")
     if not undeclared:
         return ()
     names = ", ".join(undeclared)
@@ -257,11 +280,11 @@ def _checked_builder(
     trained: nn.Module,
     logits_key: str | int | None,
     preprocess: Preprocess,
-    removed: tuple[str, ...] | None,
+    removed: tuple[str, ...],
 ) -> Callable[[], nn.Module]:
-    """Return a builder of the same network as *plain*, unwrapped and in eval mode, in memory of its own.
+    """Return a builder of the network of *plain*, unwrapped and in eval mode, without *removed* parts.
 
-    If *plain* builds the trained network again, *removed* are the parts to remove, otherwise None.
+    The builder raises `CertificateError` if this network shares memory with *trained*.
     """
 
     def addresses(network: nn.Module) -> set[int]:
@@ -276,9 +299,9 @@ def _checked_builder(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )
         checks.create_buffers(copied, preprocess)
-        return (
-            networks.detach(copied, removed, networks.few_pixels(copied, preprocess)) if removed else copied
-        )
+        if not removed:
+            return copied
+        return networks.detach(copied, removed, networks.probe_pixels(copied, preprocess))
 
     return build
 

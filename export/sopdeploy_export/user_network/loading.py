@@ -37,8 +37,10 @@ NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
 _MAX_PREFIXES = 1_000  # that are tried for a table
 
 
-def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
-    """Create a function that builds the network *import_path*, `package.module:callable`, with *settings*.
+def network_builder(setting: str, import_path: str, option_texts: Sequence[str]) -> Callable[[], nn.Module]:
+    """Create a function that builds the network *import_path*, `package.module:callable`.
+
+    *option_texts* are its options, as `parse_option` reads them.
 
     Messages say that *import_path* is the value of *setting*. Raises `ConfigError` if it cannot be imported;
     the created function raises `ConfigError` if the network cannot be built.
@@ -54,8 +56,8 @@ def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> 
         raise invalid(f"cannot be imported ({first_line(error)}); check its name") from error
     if not callable(builder):
         raise invalid(f"is a {type(builder).__name__}, not a function or a class; name one of these")
-    options = dict(map(parse_option, settings))
-    _check_options(builder, options, import_path)
+    options = dict(map(parse_option, option_texts))
+    _check_option_values(builder, options, import_path)
 
     def build() -> nn.Module:
         try:
@@ -89,7 +91,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def _check_options(builder: Callable[..., Any], options: Mapping[str, Any], import_path: str) -> None:
+def _check_option_values(builder: Callable[..., Any], options: Mapping[str, Any], import_path: str) -> None:
     """Raise `ConfigError` for *options* that *builder* does not have, and for text in place of a number."""
     try:
         parameters = inspect.signature(builder).parameters.values()
@@ -127,7 +129,7 @@ class LoadedWeights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Fit:
+class _TableFit:
     """How the tensors of a table fit a network, if *prefix* is removed from their names.
 
     *tensors* have the names of the network. *missing* are names of the network that the table lacks,
@@ -146,10 +148,6 @@ class _Fit:
         """Return the value of `weights_key` that chooses it."""
         return ".".join(filter(None, (self.table, self.prefix.rstrip("."))))
 
-    def has_shapes_of(self, expected: Mapping[str, Tensor]) -> bool:
-        """Return whether all tensors have the shapes of those with the same names in *expected*."""
-        return all(tensor.shape == expected[name].shape for name, tensor in self.tensors.items())
-
 
 def load_weights(network: nn.Module, path: Path, key: str | None = None) -> LoadedWeights:
     """Load the file at *path* into *network*; the names and shapes of all tensors must match.
@@ -165,21 +163,14 @@ def load_weights(network: nn.Module, path: Path, key: str | None = None) -> Load
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
     expected = _own_tensors(network, path)
-    fits = [fit for name, table in tables.items() for fit in _fit(path, name, table, expected)]
+    fits = [fit for name, table in tables.items() for fit in _find_fits(path, name, table, expected)]
     if key is not None:
         fits = [fit for fit in fits if key in (fit.table, fit.key, fit.prefix.rstrip("."))]
     if not fits:
         is_single = "" in tables
         problem = "is a single table of tensors; omit it" if is_single else f"has only {', '.join(tables)}"
         raise WeightsError(f"{path} {problem}", setting="weights_key", value=key)
-    complete = [fit for fit in fits if not fit.missing]
-    complete = [fit for fit in complete if fit.has_shapes_of(expected)] or complete
-    if len(complete) > 1 or (not complete and len({fit.table for fit in fits}) > 1):
-        of_several_tables = len({fit.table for fit in fits}) > 1
-        problem = "several tables of tensors" if of_several_tables else "the network under several names"
-        names = ", ".join(dict.fromkeys(fit.key or "no prefix" for fit in complete or fits))
-        raise WeightsError(f"{path}: holds {problem} ({names})", remedies={"weights_key": None})
-    chosen = complete[0] if complete else max(fits, key=lambda fit: len(fit.tensors))
+    chosen = _choose_fit(path, fits, expected)
     num_fitting = len(expected.keys() & chosen.tensors.keys())
     advice = (
         f"{num_fitting} of {len(expected)} tensors fit: check the network and its options, or choose another "
@@ -196,9 +187,27 @@ def load_weights(network: nn.Module, path: Path, key: str | None = None) -> Load
             )
     if chosen.unknown:
         raise WeightsError(f"{path}: the network has no {chosen.unknown[0]}; {advice}")
-    _load(network, path, {**expected, **chosen.tensors})
+    _load_and_compare(network, path, {**expected, **chosen.tensors})
     labels = find_labels(content)
     return LoadedWeights(table=chosen.table, sha256=digest, ignored=chosen.ignored, labels=labels)
+
+
+def _choose_fit(path: Path, fits: Sequence[_TableFit], expected: Mapping[str, Tensor]) -> _TableFit:
+    """Choose the fit without missing tensors, or if there is none, the closest one of the only table.
+
+    Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if more than one is left.
+    """
+    complete = [fit for fit in fits if not fit.missing]
+    with_shapes = [
+        fit for fit in complete if all(x.shape == expected[name].shape for name, x in fit.tensors.items())
+    ]
+    choices = with_shapes or complete
+    has_several_tables = len({fit.table for fit in fits}) > 1
+    if len(choices) > 1 or (not choices and has_several_tables):
+        problem = "several tables of tensors" if has_several_tables else "the network under several names"
+        names = ", ".join(dict.fromkeys(fit.key or "no prefix" for fit in choices or fits))
+        raise WeightsError(f"{path}: holds {problem} ({names})", remedies={"weights_key": None})
+    return choices[0] if choices else max(fits, key=lambda fit: len(fit.tensors))
 
 
 def _own_tensors(network: nn.Module, path: Path) -> dict[str, Tensor]:
@@ -210,7 +219,7 @@ def _own_tensors(network: nn.Module, path: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _load(network: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _load_and_compare(network: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Load *tensors* into *network*, and check that it has them afterwards; raises `WeightsError`."""
     advice = "remove its load_state_dict, or let it load all tensors"
     copies = {name: tensor.clone() for name, tensor in tensors.items()}  # the network may keep or change them
@@ -219,17 +228,19 @@ def _load(network: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None
     except Exception as error:  # the user's code
         raise WeightsError(f"{path}: the network cannot load it ({first_line(error)}); {advice}") from error
     for name, loaded in _own_tensors(network, path).items():
-        given = tensors.get(name)
-        if given is None or given.shape != loaded.shape:
+        expected = tensors.get(name)
+        if expected is None or expected.shape != loaded.shape:
             raise WeightsError(f"{path}: {name} has another shape after loading; {advice}")
-        loaded, given = loaded.cpu(), given.to(loaded.dtype)
-        if not bool(loaded.isclose(given, rtol=0, atol=0, equal_nan=True).all()):
+        loaded, expected = loaded.cpu(), expected.to(loaded.dtype)
+        if not bool(loaded.isclose(expected, rtol=0, atol=0, equal_nan=True).all()):
             raise WeightsError(
                 f"{path}: {name} has other values in the network after loading than in the file; {advice}"
             )
 
 
-def _fit(path: Path, table: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[_Fit]:
+def _find_fits(
+    path: Path, table: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> list[_TableFit]:
     """List the ways in which *tensors* have all *expected* names; if there is none, the closest one.
 
     A network that wraps another one may have a first name that the file, of the other one, lacks.
@@ -237,25 +248,25 @@ def _fit(path: Path, table: str, tensors: Mapping[str, Tensor], expected: Mappin
     parts = {part for name in expected for part in name.split(".")}
     # The network itself may have a part with such a name.
     named = without_wrappers(path, tensors, {part for part in WRAPPERS if part not in parts})
-    required = [name for name in expected if not name.endswith(COUNTER)] or [""]
+    required = [name for name in expected if not name.endswith(COUNTER)] or [""]  # "" is in no file
     owners = {f"{name.partition('.')[0]}." for name in expected}
-    complete, closest = [], None
+    complete, closest, most_found = list[tuple[str, str]](), ("", ""), -1
     for added in ("", *(owners if len(owners) == 1 else ())):
         first = required[0].removeprefix(added)
-        found = (name[: -len(first) or None] for name in named if f".{name}".endswith(f".{first}"))
-        for prefix in ("", *islice(filter(None, dict.fromkeys(found)), _MAX_PREFIXES)):
-            count = sum(prefix + name.removeprefix(added) in named for name in required)
-            if count == len(required):
+        prefixes = (name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}"))
+        for prefix in ("", *islice(filter(None, dict.fromkeys(prefixes)), _MAX_PREFIXES)):
+            num_found = sum(prefix + name.removeprefix(added) in named for name in required)
+            if num_found == len(required):
                 complete.append((prefix, added))
-            elif closest is None or count > closest[0]:
-                closest = (count, prefix, added)
-    ways = complete or ([closest[1:]] if closest is not None else [])
+            elif num_found > most_found:
+                closest, most_found = (prefix, added), num_found
+    ways = complete or [closest]
     return [_describe_fit(table, prefix, added, named, expected) for prefix, added in ways]
 
 
 def _describe_fit(
     table: str, prefix: str, added: str, named: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> _Fit:
+) -> _TableFit:
     """Describe the tensors *named*, whose names have *prefix* where the network has *added*."""
     tensors, unknown, ignored = {}, [], []
     for name, tensor in named.items():
@@ -268,7 +279,7 @@ def _describe_fit(
         else:
             ignored.append(name)
     missing = [name for name in expected if name not in tensors and not name.endswith(COUNTER)]
-    return _Fit(
+    return _TableFit(
         table=table,
         prefix=prefix,
         tensors=tensors,

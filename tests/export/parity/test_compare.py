@@ -22,8 +22,8 @@ from sopdeploy_export.parity.compare import (
     compare_routes,
     compute_reference,
     count_flips,
-    is_decided,
     logit_spread,
+    mark_decided,
     open_session,
 )
 from sopdeploy_export.pipeline import as_probes
@@ -248,7 +248,7 @@ def test_only_an_image_with_a_decided_gate_becomes_a_golden_example(
         Preprocess(resize=8, crop=8),
         lambda _: np.zeros(2, np.float32),
         1.0,
-        lambda _: bool(is_decided(np.array([logits]), chosen, routing.tolerance).all()),
+        lambda _: bool(mark_decided(np.array([logits]), chosen, routing.tolerance).all()),
     )
     assert (tmp_path / "golden-0.jpg").exists() == decided
 

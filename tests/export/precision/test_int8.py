@@ -21,9 +21,9 @@ from sopdeploy_export.graph.file import lower
 from sopdeploy_export.parity.compare import file_outputs, open_session
 from sopdeploy_export.precision.accuracy_gate import (
     AccuracyCheck,
-    accuracy,
     calibration_images,
     choose_measured,
+    compare_top_classes,
     logit_deviation,
 )
 from sopdeploy_export.precision.casts import float32_parts
@@ -82,7 +82,7 @@ def test_an_export_that_loses_too_many_points_writes_nothing(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth = np.zeros(50, dtype=np.int64)
-    worse = accuracy(truth, np.repeat([0, 1], 25), truth)
+    worse = compare_top_classes(truth, np.repeat([0, 1], 25), truth)
     monkeypatch.setattr(AccuracyCheck, "measure", lambda *_: worse)
     with pytest.raises(
         ParityError, match=r"loses 50\.00 points of top-1 on 50 images, more than 1; calibrate"
@@ -130,7 +130,7 @@ def test_logits_that_are_far_off_are_refused_although_the_classes_agree(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth = np.zeros(50, dtype=np.int64)
-    far = accuracy(truth, truth, truth).model_copy(update={"deviation": 2.07})
+    far = compare_top_classes(truth, truth, truth).model_copy(update={"deviation": 2.07})
     monkeypatch.setattr(AccuracyCheck, "measure", lambda *_: far)
     message = r"int8 changes the logits by 2\.07 standard deviations on 50 images, more than 0\.5; calibrate"
     with pytest.raises(ParityError, match=message):

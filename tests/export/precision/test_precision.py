@@ -198,7 +198,7 @@ ADDING: dict[str, tuple[Any, tuple[Any, ...], bool | None]] = {
 @pytest.mark.parametrize("name", ADDING)
 def test_operators_that_add_are_known_by_their_derivatives(name: str) -> None:
     operator, arguments, expected = ADDING[name]
-    assert casts.adds(operator, arguments, {}) == expected
+    assert casts.adds_elements(operator, arguments, {}) == expected
 
 
 class RunsTwice(nn.Module):
