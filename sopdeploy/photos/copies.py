@@ -152,9 +152,8 @@ def find_pairs(
     step = -(-count // MAX_COMPARED)  # rounded up
     compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
     cosines = largest_cosines(compared, whole_ND)
-    cosine_of_copy_M = np.diagonal(
-        largest_cosines(originals, apply_whitening(copies))
-    )  # each with its original
+    # Each copy with its original.
+    cosine_of_copy_M = np.diagonal(largest_cosines(originals, apply_whitening(copies)))
     reached_by_copies, of_half = np.quantile(cosine_of_copy_M, [MISSED, 0.5]).tolist()
     found = _find_threshold(cosines, compared, class_N, photograph_N, reached_by_copies)
     # The largest rounding error of a cosine. Cosines that are equal but for it are on one side: those of
@@ -365,9 +364,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
     is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5  # which all plain images would equal
-    whitened = fit_and_whiten([(rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)]).reshape(
-        count, 8, -1
-    )
+    units = (rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)
+    whitened = fit_and_whiten([units]).reshape(count, 8, -1)
     pairs = []
     size = max(1, _COSINES // (8 * count))
     for start in range(0, count, size):

@@ -132,7 +132,7 @@ class BundleComparison(StrictModel):
     def summary(self) -> str:
         """The verdict in one line."""
         text: str = self.verdict
-        changes = [self] if self.unknown is None else [self, self.unknown]
+        changes: list[BundleComparison | Change] = [self] if self.unknown is None else [self, self.unknown]
         no_answer_differs = all(one.wins == one.losses == 0 for one in changes)
         if text == "not worse":
             text += f" within {100 * self.tolerance:g} points"
@@ -273,9 +273,9 @@ def compare_loaded(
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
     unknown_images: ImageFiles | None = None
     if unknown is not None:
-        unknown_images, line = open_unknown(unknown)
-        if line:
-            notes.append(line)
+        unknown_images, note = open_unknown(unknown)
+        if note:
+            notes.append(note)
     num_unknown = 0 if unknown_images is None else len(unknown_images)
     total = len(pair) * (len(images) + num_unknown)  # predictions
     done = itertools.count(1)

@@ -27,9 +27,9 @@ from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
     SAMPLE_FOLDER,
     find_parts,
-    fold,
     is_hidden,
     list_subfolders,
+    lookalike_key,
     normalize,
     part_kind,
 )
@@ -324,7 +324,7 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
         name = name.strip()
     has_valid_length = 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES
     is_printable = all(map(can_be_typed, name)) and not set(name) & set(NOT_IN_NAMES)
-    spellings = [other for other in classes if fold(other) == fold(name)]
+    spellings = [other for other in classes if lookalike_key(other) == lookalike_key(name)]
     problem = ""
     if name not in folders and not has_valid_length:
         problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
