@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -332,17 +332,20 @@ class PreprocessedDataset(FittedDataset):
         for array in arrays:  # the offset is the same in every epoch
             digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
             top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
-            windows.append((top, left, False))
+            windows.append(Window(top, left))
         return crop_padded(arrays, pad, windows)
 
 
-def crop_padded(
-    arrays: NDArray[np.uint8], pad: int, windows: Sequence[tuple[int, int, bool]]
-) -> NDArray[np.uint8]:
-    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) again.
+class Window(NamedTuple):
+    """Where a padded image is cropped, in pixels, and whether the result is mirrored."""
 
-    *windows* has the top, the left and whether the result is mirrored, for each array.
-    """
+    top: int
+    left: int
+    is_mirrored: bool = False
+
+
+def crop_padded(arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]) -> NDArray[np.uint8]:
+    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) at its window."""
     count, height, width, channels = arrays.shape
     padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
     padded[:, pad : pad + height, pad : pad + width] = arrays
