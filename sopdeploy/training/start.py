@@ -283,7 +283,7 @@ def _check_data(
     if ignored and data.train.targets.ndim == 2:
         names = ", ".join(sorted(ignored))
         raise ConfigError(f"{names}: without effect where images have several classes; remove it")
-    if unknown is not None and (line := open_unknown(unknown).note):
+    if unknown is not None and (line := open_unknown(unknown)[1]):
         callback.on_warning(line)
 
 
