@@ -19,7 +19,7 @@ from PIL import Image
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Box, Preprocess, Side
-from sopdeploy.photos.photo import FittedDataset, crop_padded
+from sopdeploy.photos.photo import FittedDataset, Window, crop_padded
 from sopdeploy.seeds import derive_seed
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
@@ -171,7 +171,7 @@ class AugmentedDataset(FittedDataset):
         for copy, random in zip(copies, randoms, strict=True):
             top, left = (random.randint(0, 2 * pad), random.randint(0, 2 * pad)) if pad else (0, 0)
             is_mirrored = (copy % 2 == 1) if is_doubled else (random.random() < augmentation.flip)
-            windows.append((top, left, is_mirrored))
+            windows.append(Window(top, left, is_mirrored))
         arrays = crop_padded(arrays, pad, windows)
         if self.color == NO_COLOR_SHIFT:
             return arrays

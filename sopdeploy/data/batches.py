@@ -133,6 +133,7 @@ class _Requested:
 
 
 def _init_worker(_worker: int) -> None:
+    """Leave the end of this loader process to the main process, and limit the memory that Pillow keeps."""
     os.setpgrp()  # a terminal sends Ctrl-C to the whole group; the main process decides when workers end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Image.core.set_blocks_max(PILLOW_BLOCKS)  # type: ignore[attr-defined]

@@ -114,8 +114,7 @@ def register_data_source(config: type[DataSource]) -> None:
 def open_data(config: DataConfig | DataSource) -> Split:
     """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
-    Raises `ConfigError` if no path is set
-    and `DataError` if the data cannot be used.
+    Raises `ConfigError` if no path is set and `DataError` if the data cannot be used.
     """
     if isinstance(config, DataSource):
         lines: list[str] = []
@@ -141,22 +140,24 @@ def _group_by_name(split: Split, pattern: str) -> Split:
     if not pattern:
         return split
 
-    def group_of(identity: str) -> str:
-        path = PurePosixPath(identity)
-        found = re.search(pattern, path.stem)
-        return f"file {identity}" if found is None else f"group {path.parent} {found.group()}"
+    def found_in(images: LabeledImages) -> list[re.Match[str] | None]:
+        names = (PurePosixPath(images.identity(index)).stem for index in range(len(images)))
+        return [re.search(pattern, name) for name in names]
 
     def group(images: LabeledImages) -> LabeledImages:
-        groups = np.asarray([group_of(images.identity(index)) for index in range(len(images))], np.str_)
-        return images.replaced(groups=groups)
+        groups = []
+        for index, found in enumerate(found_in(images)):
+            identity = images.identity(index)
+            folder = PurePosixPath(identity).parent
+            groups.append(f"file {identity}" if found is None else f"group {folder} {found.group()}")
+        return images.replaced(groups=np.asarray(groups, np.str_))
 
-    train = group(split.train)
-    if all(name.startswith("file ") for name in np.asarray(train.groups).tolist()):
+    if not any(found_in(split.train)):
         raise DataError(
             f"data.groups: {pattern!r} finds nothing in any name, such as {split.train.identity(0)}; give a "
             "regular expression for the part that files of one object share"
         )
-    return replace(split, train=train, held_out=group(split.held_out))
+    return replace(split, train=group(split.train), held_out=group(split.held_out))
 
 
 def _select_subset(split: Split, count: int) -> Split:

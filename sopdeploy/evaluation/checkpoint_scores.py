@@ -51,7 +51,7 @@ def score_checkpoint(
     for too few images to fit to.
     """
     checkpoint = read_checkpoint(path)
-    is_multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
+    is_multi_label = checkpoint.decision is not None and checkpoint.decision.is_multi_label
     # With several classes per image, targets have a column for each output, like the thresholds. Otherwise
     # they are indices of the sorted classes, to which `make_predictions` converts the outputs.
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
@@ -65,13 +65,13 @@ def score_checkpoint(
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     network = as_evaluated(model, mirror=mirror)
     logits_NC = score_images(network, checkpoint.preprocess, images, workers=workers, on_image=on_image)
-    decision = checkpoint.decision or Decision()
+    decision = Decision() if checkpoint.decision is None else checkpoint.decision
     predictions = make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision)
-    fitted = None if accepts is None else _fit(model, checkpoint.labels, images, logits_NC, accepts)
+    fitted = None if accepts is None else _fit_decision(model, checkpoint.labels, images, logits_NC, accepts)
     return CheckpointScores(checkpoint, images.labels, predictions, fitted)
 
 
-def _fit(
+def _fit_decision(
     model: Classifier,
     outputs: tuple[str, ...],
     images: LabeledImages,
@@ -79,7 +79,7 @@ def _fit(
     accepts: float,
 ) -> Decision:
     """Fit a decision to *logits_NC* of *images*; *outputs* are the classes in output order."""
-    if images.targets.ndim == 2:  # the columns of targets are in output order, as `score_checkpoint` asked
+    if images.is_multi_label:  # the columns of targets are in output order, as `score_checkpoint` asked
         thresholds = fit_thresholds(images.targets, sigmoid(logits_NC))
         return Decision(activation="sigmoid", thresholds=thresholds)
     output_of_class = np.array([outputs.index(label) for label in images.labels])

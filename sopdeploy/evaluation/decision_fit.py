@@ -55,7 +55,7 @@ def fit_decision(
         accepts: Fraction of known images to accept. With 1, or if N is too small for the quantile, there is
             no rejection; `missing_threshold` describes the reason.
         scalable: Whether the logits can be divided; otherwise the temperature is 1, as it is if
-            `fit_temperature` or `lowers_loss` finds no evidence for another value.
+            `fit_temperature` or `temperature_lowers_loss` finds no evidence for another value.
         groups: The groups of the images; by default, all images are different.
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
         left_out: Energies (N,) of the images if their own class is left out, another test.
@@ -66,7 +66,8 @@ def fit_decision(
         left_out = None if left_out is None else left_out[first_of_group]
     if len(logits) < min_images or logits.shape[1] < 2:
         return Decision()
-    temperature = fit_temperature(logits, targets) if scalable and lowers_loss(logits, targets) else 1.0
+    is_scaled = scalable and temperature_lowers_loss(logits, targets)
+    temperature = fit_temperature(logits, targets) if is_scaled else 1.0
     scaled = logits / temperature
     calibration = Calibration(
         temperature=temperature,
@@ -139,7 +140,7 @@ def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     return low / n, high / n
 
 
-def lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:
+def temperature_lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:
     """Check whether temperatures fitted to four fifths of the images lower the loss of the other fifth."""
     folds = np.arange(len(targets)) % NESTED_FOLDS
     scaled = logits.copy()

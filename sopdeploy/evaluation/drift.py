@@ -37,14 +37,17 @@ class Drift(NamedTuple):
 
 def find_drift(counts: PredictionCounts, reference: Reference) -> Drift:
     """Compare *counts* with *reference*, which must have the same classes."""
-    tests = {name: compare(np.array(getattr(reference, name)), getattr(counts, name)) for name in TESTS}
+    tests = {
+        name: compare_counts(np.array(getattr(reference, name)), getattr(counts, name)) for name in TESTS
+    }
     return Drift(counts.num_images, tests)
 
 
-def compare(first: _Counts, second: _Counts) -> Comparison:
+def compare_counts(first: _Counts, second: _Counts) -> Comparison:
     """Compare two samples, given as counts *first* (K,) and *second* (K,) of the same K categories.
 
-    Rare categories are merged for the p-value. An empty sample has the distance 0 and the p-value 1.
+    For the p-value, categories whose expected count in the smaller sample is below `MIN_EXPECTED` are merged
+    into one, which is left out if it is empty. An empty sample has the distance 0 and the p-value 1.
     """
     counts_2K = np.stack([first, second]).astype(np.float64)
     sizes_21 = counts_2K.sum(axis=1, keepdims=True)
@@ -52,22 +55,12 @@ def compare(first: _Counts, second: _Counts) -> Comparison:
         return Comparison(0.0, 1.0)
     shares_2K = counts_2K / sizes_21
     distance = float(np.abs(shares_2K[0] - shares_2K[1]).sum() / 2)
-    merged_2M = _merge_rare(counts_2K)
+    is_rare_K = counts_2K.sum(axis=0) * sizes_21.min() / sizes_21.sum() < MIN_EXPECTED
+    kept, rest = counts_2K[:, ~is_rare_K], counts_2K[:, is_rare_K].sum(axis=1, keepdims=True)
+    merged_2M = np.concatenate([kept, rest], axis=1) if rest.any() else kept
     expected_2M = sizes_21 * merged_2M.sum(axis=0) / sizes_21.sum()  # if both have the same distribution
     statistic = float((np.square(merged_2M - expected_2M) / expected_2M).sum())  # Pearson's chi-square
     return Comparison(distance, chi_square_tail(statistic, degrees=merged_2M.shape[1] - 1))
-
-
-def _merge_rare(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Merge the rare categories of *counts* (2, K) into one last column; leave it out if it has no counts.
-
-    A category is rare if its expected count in the smaller sample is below `MIN_EXPECTED`.
-    """
-    sizes = counts.sum(axis=1)
-    expected_in_smaller = counts.sum(axis=0) * sizes.min() / sizes.sum()
-    rare = expected_in_smaller < MIN_EXPECTED
-    kept, rest = counts[:, ~rare], counts[:, rare].sum(axis=1, keepdims=True)
-    return np.concatenate([kept, rest], axis=1) if rest.sum() else kept
 
 
 def chi_square_tail(statistic: float, degrees: int) -> float:

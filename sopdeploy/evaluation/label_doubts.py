@@ -24,8 +24,8 @@ class LabelDoubts(NamedTuple):
     probabilities: NDArray[np.float64]
 
 
-def doubt_labels(logits_NC: NDArray[np.float64], labels: NDArray[np.int64]) -> LabelDoubts:
-    """Doubt the *labels* (N,) of images with out-of-fold *logits_NC*.
+def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64]) -> LabelDoubts:
+    """Find which *labels* (N,) of images their out-of-fold *logits_NC* contradict.
 
     A label is listed if a class has more than `LISTED_RATIO` times the relative probability of the label:
     relative to the average one that images of the class have for it, because similar classes are never

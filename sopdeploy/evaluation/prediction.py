@@ -243,5 +243,5 @@ def predict_unknown(
     model: nn.Module, folder: Path | None, preprocess: Preprocess, workers: int
 ) -> NDArray[np.float64] | None:
     """Compute the logits (M, C) of *model* on the images in *folder* (`open_unknown`); None without any."""
-    images = None if folder is None else open_unknown(folder)[0]
+    images = None if folder is None else open_unknown(folder).images
     return None if images is None else score_images(model, preprocess, images, workers=workers)

@@ -28,11 +28,12 @@ def make_predictions(
 ) -> Predictions:
     """Predict *images* by the calibrated *logits* (C,) of each of them.
 
-    *labels* are the classes in output order. With one class per image, `images.labels` may have another
-    order; the classes of each `ImageScore` are indices into `images.labels`.
+    *labels* are the classes in output order, in which a network with several classes per image has those of
+    `images`, too. With one class per image, `images.labels` may have another order; the classes of each
+    `ImageScore` are indices into `images.labels`. Without a *decision*, every image is known.
     """
-    decision = decision or Decision()
-    if decision.thresholds is not None:
+    decision = Decision() if decision is None else decision
+    if decision.thresholds is not None:  # several classes per image
         return MultiLabelPredictions(
             labels=images.labels,
             targets=images.targets.astype(np.float64),
@@ -70,7 +71,7 @@ def measure_predictions(
 def describe_predictions(metrics: ClassificationReport | MultiLabelReport, images: str) -> Section:
     """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first."""
     if isinstance(metrics, MultiLabelReport):
-        return _describe_presence(metrics, images)
+        return _describe_multi_label(metrics, images)
     return _describe_classes(metrics, images)
 
 
@@ -88,7 +89,8 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
         tables.append(Table(caption=caption, columns=["class", *names], rows=rows, matrix=True))
     mistakes, columns_of_mistakes = metrics.mistakes()[:_MAX_CONFUSIONS], ["true", "predicted", "images"]
     tables.append(Table(caption="Most frequent mistakes", columns=columns_of_mistakes, rows=mistakes))
-    worst_first = sorted(metrics.classes, key=lambda row: 2.0 if row.recall is None else row.recall.share)
+    last = 2.0  # above every recall
+    worst_first = sorted(metrics.classes, key=lambda row: last if row.recall is None else row.recall.share)
     rows_of_classes = [
         (
             row.label,
@@ -109,13 +111,15 @@ def _with_interval(rate: Rate) -> str:
     return f"{percent(rate.share)} ({percent(rate.low)} to {percent(rate.high)})"
 
 
-def _describe_presence(metrics: MultiLabelReport, images: str) -> Section:
+def _describe_multi_label(metrics: MultiLabelReport, images: str) -> Section:
     """Describe the metrics of predictions of several classes per image; classes without images are last."""
     values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
     scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
-    order = sorted(metrics.classes, key=lambda c: 2.0 if c.average_precision is None else c.average_precision)
+    last = 2.0  # above every average precision
     rows = []
-    for row in order:
+    for row in sorted(
+        metrics.classes, key=lambda row: last if row.average_precision is None else row.average_precision
+    ):
         rates = (row.average_precision, row.precision, row.recall, row.f1)
         cells = ("-" if rate is None else percent(rate) for rate in rates)
         rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))

@@ -14,7 +14,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, shorten_problems
 from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.clips import describe_possible_clip, find_clips
-from sopdeploy.photos.copies import MAX_SIGNATURES, Groups, group_by_edges, signature, whiten
+from sopdeploy.photos.copies import MAX_SIGNATURES, Groups, fit_and_whiten, group_by_edges, signature
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_parts, single_images
 from sopdeploy.photos.photo import ImageFiles, map_threaded
@@ -101,10 +101,10 @@ class _FileInfo:
 def check_data(
     path: Path, *, near: bool = False, group_by_features: Callable[[ImageFiles], Groups] | None = None
 ) -> DataReport:
-    """Decode every image below *path* and report contents and problems; with *near*, also near-duplicates.
+    """Decode every image below *path* and report contents and problems.
 
-    Near-duplicates among up to `MAX_FEATURES` images are found by *group_by_features*, which returns a group
-    number (N,) per image. Without it, and among more images, they are found by edges.
+    With *near*, near-duplicates are searched, too: among up to `MAX_FEATURES` images by *group_by_features*,
+    which returns a group number (N,) per image. Without it, and among more images, they are found by edges.
 
     *path* is a folder with one subfolder per class or with `labels.csv`, or the root of an official layout
     (`official`). Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
@@ -113,9 +113,9 @@ def check_data(
     parts = opened.parts
     if sum(len(images) for images in parts.values()) > MAX_FEATURES:
         group_by_features = None
-    by_edges = near and group_by_features is None
+    near_by_edges = near and group_by_features is None
     num_images = sum(len(images) for images in parts.values())
-    has_signatures = by_edges or num_images <= MAX_SIGNATURES
+    has_signatures = near_by_edges or num_images <= MAX_SIGNATURES
     infos = [
         info
         for name, images in parts.items()
@@ -124,7 +124,7 @@ def check_data(
     readable = [info for info in infos if not info.error]
     notes = [
         *opened.notes,
-        *([EDGES_MISS] if by_edges else []),
+        *([EDGES_MISS] if near_by_edges else []),
         *(_find_clips(readable) if has_signatures else []),
     ]
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T  # two sides per image
@@ -179,13 +179,14 @@ def _find_clips(infos: Sequence[_FileInfo]) -> Iterator[str]:
     if len(infos) < 2:
         return
     names, times = [info.file for info in infos], np.asarray([info.taken for info in infos], np.int64)
-    vectors = whiten([np.stack([info.signature for info in infos if info.signature is not None])])
+    vectors = fit_and_whiten([np.stack([info.signature for info in infos if info.signature is not None])])
     classes, pixels = (
         np.unique(keys, return_inverse=True)[1].astype(np.int64)
         for keys in ([f"{info.part} {info.label}" for info in infos], [info.pixel_hash for info in infos])
     )
     found = find_clips(names, times, classes, vectors, pixels)
-    if (pair := found.found or found.doubtful) is not None:
+    pair = found.doubtful if found.found is None else found.found
+    if pair is not None:
         yield describe_possible_clip([names[index] for index in pair], found.pattern)
 
 
@@ -205,7 +206,7 @@ def _find_near(
         groups, _ = group_by_edges(images, [info.pixel_hash for info in infos], signatures)
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist()):
-        if len({hashes[file] for file in group.files}) > 1:
+        if len({hashes[file] for file in group.files}) > 1:  # the others are exact duplicates
             yield group
 
 

@@ -98,12 +98,14 @@ class _Measured(NamedTuple):
     """How much more often than by chance the most similar image outside of the group is related.
 
     `excess` is the share beyond chance (Cohen, "A Coefficient of Agreement for Nominal Scales", 1960),
-    `similar` the median cosine of these images, and `pair` one of them with its most similar image.
+    `similar` the median cosine of these images, and `pair` one of them with its most similar image. The
+    `relation` is the measured one.
     """
 
     excess: float
     similar: float
     pair: tuple[int, int]
+    relation: _Relation
 
     @property
     def is_clear(self) -> bool:
@@ -150,7 +152,7 @@ def find_clips(
         return _measure(relation, groups, classes, nearest_NK, cosines_NK)
 
     found: tuple[int, int] | None = None
-    unclear: list[tuple[_Measured, str]] = []
+    unclear: list[_Measured] = []
     decided: dict[str, str] = {}  # the side that identifies the clips, by the kind of names
     for relation in relations:
         if decided.get(relation.kind, relation.side) != relation.side:
@@ -159,25 +161,26 @@ def find_clips(
         if measured is None:
             continue
         if not measured.is_clear:
-            unclear.append((measured, relation.pattern))
+            unclear.append(measured)
             continue
-        found, decided[relation.kind] = found or measured.pair, relation.side
+        found = measured.pair if found is None else found
+        decided[relation.kind] = relation.side
         if relation.side != SEQUENCE:
             groups = connect(len(names), NO_PAIRS, groups, relation.runs)
             continue
+        remaining: _Measured | None = measured  # what the groups do not explain yet
         for quantile in LINK_QUANTILES:  # a lower one divides less
-            groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
-            measured = measure(relation, groups)
-            if measured is None or not measured.is_clear:
-                break
-        if measured is not None:
-            unclear.append((measured, relation.pattern))
+            if remaining is not None and remaining.is_clear:
+                groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
+                remaining = measure(relation, groups)
+        if remaining is not None:
+            unclear.append(remaining)
     # A pair that has one group now needs no decision.
-    unclear = [one for one in unclear if groups[one[0].pair[0]] != groups[one[0].pair[1]]]
-    if not unclear:
+    doubtful = [one for one in unclear if len(set(groups[list(one.pair)].tolist())) > 1]
+    if not doubtful:
         return Clips(groups, found)
-    doubtful, pattern = max(unclear, key=lambda one: one[0].excess)
-    return Clips(groups, found, doubtful.pair, pattern)
+    clearest = max(doubtful, key=lambda one: one.excess)
+    return Clips(groups, found, clearest.pair, clearest.relation.pattern)
 
 
 def _list_relations(
@@ -193,22 +196,25 @@ def _list_relations(
             break
         chosen = [index for index, name in enumerate(parsed) if name.kind == kind]
         length = len(parsed[chosen[0]].numbers)
-        digits = [r"\D+".join([r"\d+"] * size) for size in range(length)]  # that find so many
+        digits = [r"\D+".join([r"\d+"] * numbers) for numbers in range(length)]  # that find so many numbers
+        # Names with equal texts and the same first or last numbers.
         sides = [(START, slice(stop), rf"^\D*{digits[stop]}") for stop in range(length)]
         sides += [(END, slice(-kept, None), rf"{digits[kept]}\D*$") for kept in range(length - 1, 0, -1)]
-        for side, kept, pattern in sides:
-            keys = [(int(classes[i]), parsed[i].texts, parsed[i].numbers[kept]) for i in chosen]
+        for side, shared, pattern in sides:
+            keys = [(int(classes[i]), parsed[i].texts, parsed[i].numbers[shared]) for i in chosen]
             number_of_key = {key: number for number, key in enumerate(dict.fromkeys(keys))}
             if len(number_of_key) < len(chosen):
                 runs = -1 - np.arange(count)  # an image of another kind is related to none
                 runs[chosen] = [number_of_key[key] for key in keys]
                 keyed.append((len(number_of_key), _Relation(kind, side, runs, pattern=pattern)))
-        by_name = sorted(chosen, key=lambda index: (int(classes[index]), parsed[index][:2]))
+        # Neighbors among the names with equal texts, in the order of their numbers.
+        by_name = sorted(chosen, key=lambda i: (int(classes[i]), parsed[i].texts, parsed[i].numbers))
         texts = [(int(classes[i]), parsed[i].texts) for i in by_name]
         number_of_text = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         runs, ranks = -1 - np.arange(count), np.zeros(count, np.int64)
         runs[by_name], ranks[by_name] = [number_of_text[text] for text in texts], np.arange(len(by_name))
         sequences.append(_Relation(kind, SEQUENCE, runs, ranks))
+    # Photographs of a class that were taken in a chain of short gaps.
     timed = np.flatnonzero(times != NO_TIME)
     if len(timed) >= MIN_IMAGES:
         timed = timed[np.lexsort((times[timed], classes[timed]))]
@@ -254,11 +260,13 @@ def _measure(
 ) -> _Measured | None:
     """Measure *relation*; None if there are too few images, or none is related more often than by chance."""
     runs, ranks = relation.runs, relation.ranks
+    # The most similar image of the class outside of the group, and whether it is related: a hit.
     is_outside_NK = (groups[nearest_NK] != groups[:, None]) & (cosines_NK > -1)
     first_N = is_outside_NK.argmax(axis=1)
     index_N = np.arange(len(runs))
     near_N, cosine_N = nearest_NK[index_N, first_N], cosines_NK[index_N, first_N]
     is_hit_N = runs[near_N] == runs
+    # How many images of the class are outside of the group, and how many of them are related.
     outside_class_N = _count_equal(classes) - _count_equal(classes, groups)
     if ranks is None:
         related_N = _count_equal(runs) - _count_equal(runs, groups)
@@ -271,6 +279,7 @@ def _measure(
             counts = (runs[one] == runs[other]) & (groups[one] != groups[other])
             related_N[one] += counts
             related_N[other] += counts
+    # Hits beyond those of images that are drawn by chance.
     chance_N = related_N / np.maximum(outside_class_N, 1)
     counted_N = is_outside_NK.any(axis=1) & (chance_N > 0) & (chance_N < 1)
     chance, hits = chance_N[counted_N], is_hit_N[counted_N]
@@ -282,7 +291,8 @@ def _measure(
     hit_indices = np.flatnonzero(counted_N & is_hit_N)
     shown = hit_indices[np.argmax(cosine_N[hit_indices])]
     first, second = sorted((int(shown), int(near_N[shown])))
-    return _Measured(beyond / evidence, float(np.median(cosine_N[hit_indices])), (first, second))
+    similar = float(np.median(cosine_N[hit_indices]))
+    return _Measured(beyond / evidence, similar, (first, second), relation)
 
 
 def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:

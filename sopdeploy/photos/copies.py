@@ -70,8 +70,8 @@ class Copies(LabeledImages):
     PER_IMAGE: ClassVar = ("targets", "originals", "seeds")
 
     @classmethod
-    def of(cls, images: LabeledImages, keys: Sequence[str], crops: tuple[float, ...] = CROPS) -> "Copies":
-        """Copy an eighth of *images*, at most 32 and if possible 8 or more, as many for each of *crops*.
+    def choose(cls, images: LabeledImages, keys: Sequence[str], crops: tuple[float, ...] = CROPS) -> "Copies":
+        """Choose what to copy: an eighth of *images*, 8 to 32 if possible, as many for each of *crops*.
 
         The hashes of the *keys* of the images choose images and crops: added images change few copies.
         """
@@ -138,27 +138,28 @@ def find_pairs(
     parts_by_view = [[part[:, view] for part in views] for view in range(num_views)]  # lists of (N, D)
     whole_parts = parts_by_view[0]
     # The whitening is fitted to the whole images and their copies together: (N + M, D) for each part.
-    whiten = _fit_whitening([np.concatenate(pair) for pair in zip(whole_parts, copies, strict=True)])
-    whole_ND = whiten(whole_parts)
+    apply_whitening = _fit_whitening([np.concatenate(pair) for pair in zip(whole_parts, copies, strict=True)])
+    whole_ND = apply_whitening(whole_parts)
 
     def largest_cosines(indices: NDArray[np.intp], others_LD: NDArray[np.float32]) -> NDArray[np.float32]:
         """Compute cosines (K, L) of the images at *indices* (K,) with others: the largest of all views."""
         largest_KL = np.full((len(indices), len(others_LD)), -np.inf, np.float32)
         for parts in parts_by_view:  # one after another, because those of many images are large
-            view_KD = whiten([part[indices] for part in parts])
+            view_KD = apply_whitening([part[indices] for part in parts])
             np.maximum(largest_KL, view_KD @ others_LD.T, out=largest_KL)
         return largest_KL
 
     step = -(-count // MAX_COMPARED)  # rounded up
     compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
     cosines = largest_cosines(compared, whole_ND)
-    cosine_of_copy_M = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
+    # Each copy with its original.
+    cosine_of_copy_M = np.diagonal(largest_cosines(originals, apply_whitening(copies)))
     reached_by_copies, of_half = np.quantile(cosine_of_copy_M, [MISSED, 0.5]).tolist()
-    threshold, alike, of_class = _find_threshold(cosines, compared, class_N, photograph_N, reached_by_copies)
+    found = _find_threshold(cosines, compared, class_N, photograph_N, reached_by_copies)
     # The largest rounding error of a cosine. Cosines that are equal but for it are on one side: those of
     # identical images above the threshold, those of different images that determine it below.
     rounding = float(np.finfo(np.float32).eps) * whole_ND.shape[1]
-    threshold = min(threshold + rounding, 1 - rounding)
+    threshold = min(found.cosine + rounding, 1 - rounding)
     pairs, are_certain = [], []
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory
@@ -166,15 +167,26 @@ def find_pairs(
         cosines = largest_cosines(block, whole_ND)
         row, second = np.nonzero(cosines >= threshold)
         pairs.append(np.stack([block[row], second]))
-        are_certain.append(cosines[row, second] >= max(of_class, of_half))
-    found = np.concatenate(pairs, axis=1)
-    certain = found[:, np.concatenate(are_certain)]
-    return NearDuplicates(found, np.isin(class_N, alike), whole_ND, certain)
+        are_certain.append(cosines[row, second] >= max(found.in_class, of_half))
+    all_pairs = np.concatenate(pairs, axis=1)
+    certain = all_pairs[:, np.concatenate(are_certain)]
+    return NearDuplicates(all_pairs, np.isin(class_N, found.alike), whole_ND, certain)
 
 
 def number_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
     """Number the classes (N,) of images with *targets* (N,) or (N, C); equal rows are one class."""
     return np.unique(targets, axis=0, return_inverse=True)[1].reshape(len(targets)).astype(np.int64)
+
+
+class _Threshold(NamedTuple):
+    """The `cosine` that copies reach and different images do not, and the classes that are `alike`.
+
+    `in_class` is this cosine by the images of each class alone.
+    """
+
+    cosine: float
+    alike: list[int]
+    in_class: float
 
 
 def _find_threshold(
@@ -183,10 +195,8 @@ def _find_threshold(
     class_N: NDArray[np.intp],
     photograph_N: NDArray[np.intp],
     reached_by_copies: float,
-) -> tuple[float, list[int], float]:
-    """Find the cosine that copies reach and different images do not, and the classes that are `alike`.
-
-    Also returns this cosine by the images of each class alone.
+) -> _Threshold:
+    """Find the cosine that copies reach and different images do not.
 
     *cosines* (K, N) are of the images *compared* with all. Images with equal *photograph_N* are exact copies,
     whose cosines do not count. Both the cosines of two images of a class, and the largest cosine of each
@@ -198,6 +208,7 @@ def _find_threshold(
     """
     different_KN = photograph_N[compared, None] != photograph_N
     same_class_KN = (class_N[compared, None] == class_N) & different_KN
+    # What images of one class reach, and images with those of other classes.
     other_class_KN = (class_N[compared, None] != class_N) & different_KN
     in_class = cosines[same_class_KN]  # one-dimensional
     largest_with_others_K = np.where(other_class_KN, cosines, -1.0).max(axis=1)
@@ -205,19 +216,21 @@ def _find_threshold(
     tells_copies = reached_in_class < reached_by_copies  # else other classes do not show what copies reach
     if tells_copies and np.quantile(largest_with_others_K, 0.75) >= reached_by_copies:
         # Many images have copies with other labels, or classes look alike: then even the fourth image does.
-        place = max(0, len(class_N) - 1 - MAX_OTHER_LABELS)
-        largest_with_others_K = np.partition(np.where(other_class_KN, cosines, -1.0), place, axis=1)[:, place]
+        fourth = max(0, len(class_N) - 1 - MAX_OTHER_LABELS)  # its position in ascending order
+        cosines_with_others = np.where(other_class_KN, cosines, -1.0)
+        largest_with_others_K = np.partition(cosines_with_others, fourth, axis=1)[:, fourth]
     reached_by_others = _upper_bound(largest_with_others_K)
     if tells_copies and reached_by_others >= reached_by_copies:
         reached_by_others = _upper_bound(largest_with_others_K, has_heavy_tail=True)
-    within = max(reached_in_class, (reached_in_class + reached_by_copies) / 2)
+    in_class_alone = max(reached_in_class, (reached_in_class + reached_by_copies) / 2)
     bound = max(reached_by_others, reached_in_class)
     second = max(0, len(class_N) - 2)
     # The second largest and the largest cosine of each image in its class; the copy frees the others.
     most_similar_K2 = np.partition(np.where(same_class_KN, cosines, -1.0), second, axis=1)[:, second:].copy()
-    if bound < reached_by_copies or not len(in_class):
+    if bound < reached_by_copies or not len(in_class):  # different images reach less than copies
         reached_by_frames = _reached_by_frames(most_similar_K2, bound, reached_by_copies)
-        return max(bound, (bound + reached_by_frames) / 2), [], within
+        return _Threshold(max(bound, (bound + reached_by_frames) / 2), [], in_class_alone)
+    # Nearly all images of a class resemble each other as copies do.
     if np.quantile(in_class, SHARE_UNLIKE) >= reached_by_copies:
         alike = [
             number
@@ -225,21 +238,22 @@ def _find_threshold(
             if len(of_class := cosines[same_class_KN & (class_N == number)])
             and np.quantile(of_class, SHARE_UNLIKE) >= reached_by_copies
         ]
-        return bound, alike, within
+        return _Threshold(bound, alike, in_class_alone)
     reached_by_frames = _reached_by_frames(most_similar_K2, reached_by_others, reached_by_copies)
     if reached_by_copies <= np.median(largest_with_others_K) and reached_by_frames <= reached_by_others:
-        return bound, [], within
+        return _Threshold(bound, [], in_class_alone)
+    # The pairs of a class may be copies: only those that no chain of copies connects count.
     cosines_KK, same_class_KK = cosines[:, compared], same_class_KN[:, compared]
-    bound, found = -1.0, reached_by_others
-    while found > bound:  # a higher threshold connects fewer images, so that more pairs count
-        bound = found
+    bound, higher = -1.0, reached_by_others
+    while higher > bound:  # a higher threshold connects fewer images, so that more pairs count
+        bound = higher
         threshold = max(bound, (bound + reached_by_frames) / 2)
         chain_K = connect(len(compared), np.stack(np.nonzero(cosines_KK >= threshold)))
         in_other_chain_KK = chain_K[:, None] != chain_K
-        found = max(bound, _upper_bound(cosines_KK[same_class_KK & in_other_chain_KK]))
-        if found > max(reached_by_frames, np.median(most_similar_K2[:, -1])):
+        higher = max(bound, _upper_bound(cosines_KK[same_class_KK & in_other_chain_KK]))
+        if higher > max(reached_by_frames, np.median(most_similar_K2[:, -1])):
             break  # pairs of frames count, because the chains divide clips
-    return threshold, [], threshold
+    return _Threshold(threshold, [], threshold)
 
 
 def _reached_by_frames(most_similar_K2: NDArray[np.float32], bound: float, reached_by_copies: float) -> float:
@@ -307,7 +321,7 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
 
     rows_ND = center_and_join(parts)
     # The components are the eigenvectors of rows.T @ rows (D, D). Its eigenvalues are N times the variances;
-    # the norm in `whiten` removes this factor. If N <= D, rows @ rows.T (N, N) is decomposed: it has the same
+    # the norm in `apply` removes this factor. If N <= D, rows @ rows.T (N, N) is decomposed: it has the same
     # eigenvalues above 0, and for each of its eigenvectors v, rows.T @ v / sqrt(eigenvalue) is a component.
     is_wide = rows_ND.shape[0] <= rows_ND.shape[1]
     product = rows_ND @ rows_ND.T if is_wide else rows_ND.T @ rows_ND
@@ -318,16 +332,16 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     components = rows_ND.T @ (vectors / np.sqrt(eigenvalues)) if is_wide else vectors  # (D, K), norm 1
     projection = (components / np.sqrt(eigenvalues + damping)).astype(np.float32)
 
-    def whiten(given: _Parts) -> NDArray[np.float32]:
+    def apply(given: _Parts) -> NDArray[np.float32]:
         whitened = center_and_join(given) @ projection
         length = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-12)
         return (whitened / length).astype(np.float32)
 
-    return whiten
+    return apply
 
 
-def whiten(parts: _Parts) -> NDArray[np.float32]:
-    """Whiten the vectors of different images, given in *parts*; returns rows of length 1."""
+def fit_and_whiten(parts: _Parts) -> NDArray[np.float32]:
+    """Whiten the vectors that are given in *parts*, by these vectors alone; returns rows of length 1."""
     return _fit_whitening(parts)(parts)
 
 
@@ -350,7 +364,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
     is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5  # which all plain images would equal
-    whitened = whiten([(rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)]).reshape(count, 8, -1)
+    units = (rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)
+    whitened = fit_and_whiten([units]).reshape(count, 8, -1)
     pairs = []
     size = max(1, _COSINES // (8 * count))
     for start in range(0, count, size):
@@ -392,7 +407,7 @@ def group_by_edges(
     Also returns the vectors (N, D) that tell how similar the images are.
     """
     identities = [images.identity(index) for index in range(len(images))]
-    copies = Copies.of(images, identities, crops=(0.95,))  # signatures miss most smaller crops
+    copies = Copies.choose(images, identities, crops=(0.95,))  # signatures miss most smaller crops
     of_copies = np.stack([signature(copies.photo(index).pixels) for index in range(len(copies))])  # (M, 512)
     views = np.stack(signatures)[:, None]  # (N, 1, 512): the whole image is the only view
     found = find_pairs([views], [of_copies], copies.originals, images.targets, hashes)  # one part per vector
@@ -411,6 +426,15 @@ class Grouped(NamedTuple):
     vectors: NDArray[np.float32] = NO_VECTORS
 
 
+class _Inspected(NamedTuple):
+    """Hash and time of a file; if its pixels are compared, their hash and the signature of their edges."""
+
+    file_hash: int = UNREADABLE
+    taken: int = NO_TIME
+    pixel_hash: str = ""
+    edges: NDArray[np.float32] | None = None
+
+
 def group_photographs(images: LabeledImages) -> Grouped:
     """Group *images* by their known groups and by near-duplicates; each image is read once.
 
@@ -419,21 +443,21 @@ def group_photographs(images: LabeledImages) -> Grouped:
     """
     by_edges = len(images) <= MAX_SIGNATURES
 
-    def inspect(index: int) -> tuple[int, int, str, NDArray[np.float32] | None]:
-        """Return hash and time of a file, and if it can be decoded the hash and signature of its pixels."""
-        file_hash, taken, pixel_hash, edges = UNREADABLE, NO_TIME, "", None
+    def inspect(index: int) -> _Inspected:
+        found = _Inspected()
         with suppress(DataError):  # whoever uses the image names it
             photo = images.photo(index)
-            file_hash = photo.file_hash
+            found = _Inspected(photo.file_hash)
             if by_edges:
-                taken, pixel_hash, edges = photo.taken, photo.pixel_hash, signature(photo.pixels)
-        return file_hash, taken, pixel_hash, edges
+                found = _Inspected(photo.file_hash, photo.taken, photo.pixel_hash, signature(photo.pixels))
+        return found
 
     inspected = list(map_threaded(inspect, len(images)))
-    file_hashes, times = np.asarray([one[:2] for one in inspected], np.int64).reshape(-1, 2).T
-    signatures = [edges for *_, edges in inspected if edges is not None]
+    file_hashes = np.asarray([one.file_hash for one in inspected], np.int64)
+    times = np.asarray([one.taken for one in inspected], np.int64)
+    signatures = [one.edges for one in inspected if one.edges is not None]
     if by_edges and len(signatures) == len(images):
-        groups, vectors = group_by_edges(images, [pixels for _, _, pixels, _ in inspected], signatures)
+        groups, vectors = group_by_edges(images, [one.pixel_hash for one in inspected], signatures)
         return Grouped(groups, file_hashes, times, vectors)
     known = connect(len(images), NO_PAIRS, images.groups)
     files = np.where(file_hashes == UNREADABLE, known, file_hashes)  # unreadable files are no equal files

@@ -1,7 +1,8 @@
 """Folders with images: which names are equal, hidden, images or parts of a data set, and what they hold.
 
 File systems encode a letter such as `Ä` in two ways, which look the same and are the same name (`normalize`).
-Names that differ only in case, spaces or variants of letters are different, but easily confused (`fold`).
+Names that differ only in case, spaces or variants of letters are different, but easily confused
+(`lookalike_key`).
 
 The folders of a data set that hold its training and its held-out images are recognized by their names. Any
 case is accepted, and the usual affixes: `Training/`, `Val/`, `seg_train/seg_train/`, `test_set/`.
@@ -58,7 +59,7 @@ def normalize(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def fold(name: str) -> str:
+def lookalike_key(name: str) -> str:
     """Return what names share that are easily confused: *name* without case, variants and extra spaces."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
@@ -73,7 +74,7 @@ def describe_confusable(names: Iterable[str]) -> list[str]:
     """Describe each set of *names* of classes that are easily confused."""
     alike = defaultdict[str, list[str]](list)
     for name in sorted(set(names)):
-        alike[fold(name)].append(name)
+        alike[lookalike_key(name)].append(name)
     return [
         f"{' and '.join(map(repr, several))} are different classes; rename one if they are the same"
         for several in alike.values()
@@ -100,7 +101,7 @@ class Parts(NamedTuple):
 
 
 def data_folder(path: Path, content: str = "one subfolder of images per class") -> Path:
-    """Replace `~` at the beginning of *path*; raise `DataError` if it is no folder, which has *content*."""
+    """Return *path* with `~` replaced; raise `DataError`, which names *content*, if it is no folder."""
     folder = expand_user(path)
     if not folder.is_dir():
         problem = "not a folder; unpack archives first, and" if folder.exists() else "no such folder;"
@@ -132,7 +133,7 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
     if images is not None and folder.resolve().is_relative_to(expand_user(images).resolve()):
         raise ConfigError(f"{folder} is in the photographs of {images}; {advice}", setting=setting)
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
-    for inner in waiting:
+    for inner in waiting:  # which grows meanwhile
         entries = list_folder(inner)
         if any(is_image(entry.name) and entry.is_file() for entry in entries):
             raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)

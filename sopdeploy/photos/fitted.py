@@ -42,6 +42,7 @@ class FittedPixels:
         self.rows = np.arange(len(images))  # the row of `pixels` of each image
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the images without their pixels."""
         return type(self), (self.images, self.rules)
 
     def read(self, samples: Sequence[int]) -> Pixels:
@@ -63,6 +64,7 @@ class FittedPixels:
         return selected
 
     def _compute(self, sample: int) -> Pixels:
+        """Decode an image and fit it to the network."""
         return preprocess_image(self.images[sample][0], self.rules)
 
 

@@ -28,13 +28,13 @@ from sopdeploy.photos.files import (
     data_folder,
     describe_confusable,
     find_parts,
-    fold,
     folder_identity,
     hint_at_spelling,
     is_image,
     list_images,
     list_outputs,
     list_subfolders,
+    lookalike_key,
     normalize,
     part_folder,
     part_kind,
@@ -117,7 +117,7 @@ def _open_table(root: Path) -> OpenedParts:
         for index in np.flatnonzero(train.class_counts() == 0)
     ]
     notes = [*table.notes]
-    if train.targets.ndim == 1:
+    if not train.is_multi_label:
         notes.append(f"{where}: every image has one class, so the network predicts one")
     return table._replace(problems=problems, notes=notes)
 
@@ -142,7 +142,12 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     listings = {name: list_classes(folder) for name, folder in folders.items()}
     train = listings[parts.train or UNSPLIT].images
     if len(train.labels) < 2:
-        raise _too_few_classes(train)
+        if not train.labels:
+            raise no_classes(train.root)
+        raise DataError(
+            f"{train.root}: holds only one class ({train.labels[0]}); a classifier needs at least two"
+            + _suggest_folder(train)
+        )
     _check_parts(root, parts, listings)
     problems, other_files = list[str](), list[str]()
     notes = [*_describe_parts(root, parts)]
@@ -150,7 +155,12 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
         notes.append(f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}")
     for listing in listings.values():
         problems += class_problems(listing, train.labels)
-        notes += _describe_nested(listing)
+        if listing.nested:
+            notes.append(
+                f"{listing.images.root}: images of folders in a class folder count as images of that class, "
+                f"those of several folders as a group each: {shorten(listing.nested)}"
+                + (_suggest_folder(listing.images) or "; move these folders up if they are classes")
+            )
         notes += [f"{listing.images.root}: {line}" for line in describe_confusable(listing.images.labels)]
         other_files += [file for files in listing.other_files.values() for file in files]
     opened = {name: listing.images for name, listing in listings.items()}
@@ -236,7 +246,7 @@ def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[s
     root, folders = images.root, set(images.labels)
     unknown, missing = sorted(folders - set(labels)), sorted(set(labels) - folders)
     for label in [*missing]:
-        if alike := [folder for folder in unknown if fold(folder) == fold(label)]:
+        if alike := [folder for folder in unknown if lookalike_key(folder) == lookalike_key(label)]:
             names = " and ".join(map(repr, alike))
             yield f"{root}: the class {names} is {label!r} in the training images; rename one of them"
             unknown = [folder for folder in unknown if folder not in alike]
@@ -286,16 +296,6 @@ def no_classes(root: Path) -> DataError:
     )
 
 
-def _too_few_classes(images: ImageFiles) -> DataError:
-    """Build the error for *images* of less than two classes."""
-    root = images.root
-    if not images.labels:
-        return no_classes(root)
-    (name,) = images.labels
-    hint = _suggest_folder(images)
-    return DataError(f"{root}: holds only one class ({name}); a classifier needs at least two{hint}")
-
-
 def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --data") -> str:
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes.
 
@@ -331,16 +331,6 @@ def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
         yield f"{root}: {shorten(trains)} counts as a class, because it holds no folders"
     elif parts.held_out and parts.others:
         yield f"{root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
-
-
-def _describe_nested(listing: ClassListing) -> Iterator[str]:
-    """Name the folders with images inside the class folders of *listing*."""
-    if listing.nested:
-        yield (
-            f"{listing.images.root}: images of folders in a class folder count as images of that class, "
-            f"those of several folders as a group each: {shorten(listing.nested)}"
-            + (_suggest_folder(listing.images) or "; move these folders up if they are classes")
-        )
 
 
 def open_evaluation_images(
@@ -389,6 +379,7 @@ def open_evaluation_images(
 
 def _held_out_of_table(root: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
     """Open the held-out images of the `labels.csv` in *root*, or all if it does not divide them."""
+    # The last part: `val` after `train`, or the only one.
     *_, (name, images) = read_label_table(root, labels, multi_label=multi_label).parts.items()
     check_has_classes(name, images)
     return images
@@ -448,11 +439,18 @@ def open_any_images(root: Path) -> ImageFiles:
     return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))
 
 
-def open_unknown(root: Path) -> tuple[ImageFiles | None, str]:
+class UnknownImages(NamedTuple):
+    """The images of no class, None if none remain, and a line about those that were left out, if any."""
+
+    images: ImageFiles | None
+    note: str
+
+
+def open_unknown(root: Path) -> UnknownImages:
     """Open the images of no class below *root*, without those that a server kept because of their scores.
 
     The live network rejected most of these: its share would seem higher than it is, that of a later network,
-    too. Those of the uniform sample count. Returns None if none remain, and a line about those left out.
+    too. Those of the uniform sample count.
     """
     images = open_any_images(root)
     paths = [images.path(index) for index in range(len(images))]
@@ -464,7 +462,8 @@ def open_unknown(root: Path) -> tuple[ImageFiles | None, str]:
         f"{root}: {amount(len(paths) - count, 'photograph')} left out, because a server kept them outside of "
         f"its sample, mostly as unknown; {count:,} remain"
     )
-    return images.select(is_fair_N) if count else None, "" if count == len(paths) else line
+    remaining = images.select(is_fair_N) if count else None
+    return UnknownImages(remaining, "" if count == len(paths) else line)
 
 
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,29 +131,35 @@ class LabeledImages(ABC):
         """Open an image without decoding its pixels; raises `DataError` naming it."""
         return self.photo(index).image
 
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image can have any number of classes."""
+        return self.targets.ndim == 2
+
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+        """Decode an image; return it with its target. Raises `DataError` naming it."""
         with image_errors(self.describe(index)):
             return load_pixels(self.open(index)), self.target(index)
 
     def target(self, index: int) -> Target:
         """Return the class index of an image, or its row (C,) of several classes."""
         target: Any = self.targets[index]
-        return int(target) if self.targets.ndim == 1 else target
+        return target if self.is_multi_label else int(target)
 
     def class_names(self, index: int) -> list[str]:
         """List the classes of an image."""
-        if self.targets.ndim == 1:
-            return [self.labels[int(self.targets[index])]]
-        return [self.labels[column] for column in np.flatnonzero(self.targets[index])]
+        if self.is_multi_label:
+            return [self.labels[column] for column in np.flatnonzero(self.targets[index])]
+        return [self.labels[int(self.targets[index])]]
 
     def class_counts(self) -> NDArray[np.int64]:
         """Count the images of each class, (C,)."""
-        if self.targets.ndim == 1:
-            return np.bincount(self.targets.astype(np.int64), minlength=len(self.labels))
-        return np.count_nonzero(self.targets, axis=0)
+        if self.is_multi_label:
+            return np.count_nonzero(self.targets, axis=0)
+        return np.bincount(self.targets.astype(np.int64), minlength=len(self.labels))
 
     def replaced(self, **attributes: Any) -> Self:
         """Copy the images with other *attributes*."""
@@ -281,18 +287,22 @@ class FittedDataset(Dataset):
 
     @abstractmethod
     def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Compute the pixels (B, H, W, 3) of the images at *indices*."""
+        """Compute the pixels (B, H, W, 3) of the images at *indices*, which may be those of copies."""
 
     def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-        """Compute the pixels (B, H, W, 3) and the targets, (B,) int64 or (B, C), of images."""
+        """Compute the pixels (B, H, W, 3) and the targets, (B,) int64 or (B, C), of images or copies."""
         targets = self.images.targets[np.asarray(indices) % len(self.images)]
-        return self.pixels(indices), targets if targets.ndim == 2 else targets.astype(np.int64)
+        return self.pixels(indices), targets if self.images.is_multi_label else targets.astype(np.int64)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
+        """Return pixels (H, W, 3) and target; an index from N on is that of a copy."""
         return self.pixels([index])[0], self.images.target(index % len(self.images))
 
     def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
-        """Fit the images at *indices* to the network, unless they are in memory: (B, crop, crop, 3)."""
+        """Fit the images at *indices*, all below N, to the network by *rules*: (B, crop, crop, 3).
+
+        Those that are in memory are taken from there.
+        """
         if self.fitted is not None:
             return self.fitted.read(indices)
         return np.stack([preprocess_image(self.images[index][0], rules) for index in indices])
@@ -322,17 +332,20 @@ class PreprocessedDataset(FittedDataset):
         for array in arrays:  # the offset is the same in every epoch
             digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
             top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
-            windows.append((top, left, False))
+            windows.append(Window(top, left))
         return crop_padded(arrays, pad, windows)
 
 
-def crop_padded(
-    arrays: NDArray[np.uint8], pad: int, windows: Sequence[tuple[int, int, bool]]
-) -> NDArray[np.uint8]:
-    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) again.
+class Window(NamedTuple):
+    """Where a padded image is cropped, in pixels, and whether the result is mirrored."""
 
-    *windows* has the top, the left and whether the result is mirrored, for each array.
-    """
+    top: int
+    left: int
+    is_mirrored: bool = False
+
+
+def crop_padded(arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]) -> NDArray[np.uint8]:
+    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) at its window."""
     count, height, width, channels = arrays.shape
     padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
     padded[:, pad : pad + height, pad : pad + width] = arrays
@@ -347,7 +360,7 @@ def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
 
     With one class per image, images of other classes are left out; with several, they remain without a class.
     """
-    if images.targets.ndim == 2:
+    if images.is_multi_label:
         columns = [images.labels.index(label) for label in labels]
         return images.replaced(labels=labels, targets=images.targets[:, columns])
     position = {label: index for index, label in enumerate(labels)}

@@ -27,10 +27,10 @@ from sopdeploy.photos.files import (
     TRAIN,
     check_labels,
     describe_confusable,
-    fold,
     hint_at_spelling,
     is_image,
     list_images,
+    lookalike_key,
     normalize,
 )
 from sopdeploy.photos.photo import ImageFiles
@@ -144,7 +144,7 @@ def read_label_table(
     if unknown := sorted(listed - set(map(normalize, labels))):
         hint = hint_at_spelling(unknown, labels)
         raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them{hint}")
-    targets = _targets(table, rows, labels, multi_label)
+    targets = _build_targets(table, rows, labels, multi_label)
     paths = np.asarray([row.path for row in rows], dtype=np.bytes_)
     groups = None
     if any(row.group for row in rows):  # an image without one is a group of its own
@@ -166,7 +166,7 @@ def check_has_classes(name: str, images: ImageFiles) -> None:
         raise DataError(f"{table}: no image of split {name} has a class; add some")
 
 
-def _targets(
+def _build_targets(
     table: Path, rows: list["_Row"], labels: tuple[str, ...], multi_label: bool | None
 ) -> NDArray[Any]:
     """Build the targets of *rows*: (N, C) if *multi_label* is true, class indices (N,) if it is false.
@@ -203,15 +203,23 @@ class _Row(NamedTuple):
 
 
 def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
-    """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line."""
+    """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line.
+
+    A first line `sep=;` names the separator; without it, it is the most frequent one in the heading.
+    """
     try:
-        text, first_line, separator = _find_separator(read_table_text(table))
+        text = read_table_text(table)
+        heading, _, rest = text.partition("\n")
+        if given_separator := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", heading, re.IGNORECASE):
+            text, lines_before, separator = rest, 1, given_separator[1]
+        else:
+            lines_before, separator = 0, max(_SEPARATORS, key=heading.count)
         reader = csv.DictReader(
             io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
         )
-        given = [fold(column) for column in reader.fieldnames or ()]
+        given = [lookalike_key(column) for column in reader.fieldnames or ()]
         columns = reader.fieldnames = [_NAMES.get(column, column) for column in given]
-        records = [(reader.line_num + first_line, record) for record in reader]
+        records = [(reader.line_num + lines_before, record) for record in reader]
     except csv.Error as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     if {*columns} - {SPLIT, GROUP} != {*_REQUIRED} or len({*columns}) < len(columns):
@@ -236,22 +244,14 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
     return list(rows.values())
 
 
-def _find_separator(text: str) -> tuple[str, int, str]:
-    """Return *text* without a first line `sep=;`, the number of such lines, and the separator of columns.
-
-    Without this line, it is the one of `_SEPARATORS` that the heading has most often.
-    """
-    heading, _, rest = text.partition("\n")
-    if given := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", heading, re.IGNORECASE):
-        return rest, 1, given[1]
-    return text, 0, max(_SEPARATORS, key=heading.count)
-
-
 def _read_row(root: Path, line: int, values: Mapping[str, str]) -> _Row:
-    """Read *values* by column, those of a file below *root*, in *line*; raises `DataError`."""
+    """Read *values* by column, those of a file below *root*, in *line*; raises `DataError`.
+
+    A file that does not exist under the given name is no error here: the row has no path then.
+    """
     where, name, listed = f"{root / LABELS_FILE}: line {line}", values["file"], values["classes"]
-    is_of_windows = "\\" in name and not (root / name).is_file()
-    file = PurePosixPath(name.replace("\\", "/") if is_of_windows else name)
+    has_windows_path = "\\" in name and not (root / name).is_file()
+    file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
     if file.is_absolute() or ".." in file.parts or not is_image(file.name):
         raise DataError(f"{where}: {name!r} is not the path of an image, relative to the folder, without ..")
     classes = {normalize(label.strip()) for label in listed.split(SEPARATOR)} if listed else set()
@@ -260,5 +260,5 @@ def _read_row(root: Path, line: int, values: Mapping[str, str]) -> _Row:
     split = values.get(SPLIT)  # None without this column
     if split not in (TRAIN, VAL, None):
         raise DataError(f"{where}: split is {split!r}; write {TRAIN} or {VAL}")
-    path = os.fsencode(file) if (root / file).is_file() else None  # its name may be encoded differently
+    path = os.fsencode(file) if (root / file).is_file() else None  # else the caller normalizes its name
     return _Row(line, str(file), classes, split, values.get(GROUP, ""), path)

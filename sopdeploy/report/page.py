@@ -70,6 +70,22 @@ def write_run_page(
     shown = labels[:_MAX_LABELS]
     more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
     classes = around(f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown)
+    sections: list[Section] = []
+    if is_measured:
+        sections.append(describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}."))
+        sections += _show_mistakes(predicted, images, rules)
+    if isinstance(fit, FewShotFit):
+        sections += _show_wrong_labels(train, fit, rules)
+        sections += _show_copies(train, fit, rules)
+    sections.append(Section(title="Training", text=[_describe_training(start, fit, texts.procedure)]))
+    if networks:
+        rows = [network.row() for network in networks]
+        caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
+        table = Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)
+        sections.append(Section(title="Choice of the network", tables=[table]))
+    sections.append(_describe_learning(fit.position.history, result))
+    if fit.decision is not None:
+        sections.append(_describe_decision(fit.decision, labels))
     content = HtmlReport(
         title=start.recipe.project or fit.name,
         text=[
@@ -78,20 +94,7 @@ def write_run_page(
             around("Next: {}", f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach", tag="code"),
         ],
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
-        sections=[
-            *(
-                [describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}.")]
-                * is_measured
-            ),
-            *(_show_mistakes(predicted, images, rules) if is_measured else ()),
-            *(_show_wrong_labels(train, fit, rules) if isinstance(fit, FewShotFit) else ()),
-            *(_show_copies(train, fit, rules) if isinstance(fit, FewShotFit) else ()),
-            Section(title="Training", text=[_describe_training(start, fit, texts.procedure)]),
-            *_describe_networks(networks),
-            _describe_learning(fit.position.history, result),
-            *_describe_decision(fit.decision, labels),
-            *_describe_run(start, fit, run.record),
-        ],
+        sections=[*sections, *_describe_run(start, fit, run.record)],
     )
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
@@ -138,15 +141,6 @@ def _describe_training(start: Start, fit: Fit, procedure: str) -> str:
     return f"{fit.name}, trained from {weights} on {images}, {procedure}."
 
 
-def _describe_networks(networks: Sequence[NetworkScore]) -> Iterator[Section]:
-    """List the networks that were compared."""
-    if networks:
-        rows = [network.row() for network in networks]
-        caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
-        table = Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)
-        yield Section(title="Choice of the network", tables=[table])
-
-
 def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) -> Section:
     """Describe the result; of the training loop, plot losses and scores of all heads over the epochs."""
     if not isinstance(result, LoopResult):
@@ -180,13 +174,15 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     return Section(title="Learning", text=text, figures=figures)
 
 
-def _describe_decision(decision: Decision | None, labels: Sequence[str]) -> Iterator[Section]:
+def _describe_decision(decision: Decision, labels: Sequence[str]) -> Section:
     """List temperature and thresholds."""
-    if decision is not None:
-        sentences = {_CALIBRATION: decision.temperature != 1, _REJECTION: decision.rejection is not None}
-        text = " ".join([_DECISION, *(sentence for sentence, holds in sentences.items() if holds)])
-        table = Table(caption="Fitted values", columns=["", ""], rows=decision.rows(labels))
-        yield Section(title="Decision", text=[text], tables=[table])
+    sentences = [_DECISION]
+    if decision.temperature != 1:
+        sentences.append(_CALIBRATION)
+    if decision.rejection is not None:
+        sentences.append(_REJECTION)
+    table = Table(caption="Fitted values", columns=["", ""], rows=decision.rows(labels))
+    return Section(title="Decision", text=[" ".join(sentences)], tables=[table])
 
 
 def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preprocess) -> Iterator[Section]:

@@ -9,7 +9,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.label_doubts import doubt_labels
+from sopdeploy.evaluation.label_doubts import find_label_doubts
 from sopdeploy.photos.photo import LabeledImages, hash_images
 from sopdeploy.training.record import read_label_check, read_recorded_recipe
 
@@ -57,10 +57,10 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
     """List (index, description) of images whose label is probably wrong, the least probable label first.
 
-    `doubt_labels` tells which are.
+    `find_label_doubts` tells which are.
     """
     labels = images.targets.astype(np.int64)
-    listed_N, suggested_N, probabilities_NC = doubt_labels(logits_NC, labels)
+    listed_N, suggested_N, probabilities_NC = find_label_doubts(logits_NC, labels)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     return [
         (

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.decision import Decision
-from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_temperature, lowers_loss
+from sopdeploy.evaluation.decision_fit import (
+    MIN_COSINES,
+    fit_decision,
+    fit_temperature,
+    temperature_lowers_loss,
+)
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import predict_logits, predict_unknown
 from sopdeploy.evaluation.statistics import TESTABLE
@@ -187,7 +192,7 @@ def _fit_temperature(
 
     The energies of the logits, the cosines, remain.
     """
-    if not lowers_loss(logits_NK, targets):
+    if not temperature_lowers_loss(logits_NK, targets):
         return logits_NK
     temperature = fit_temperature(logits_NK, targets)
     layer = network.logits_layer()

@@ -132,17 +132,18 @@ class BundleComparison(StrictModel):
     def summary(self) -> str:
         """The verdict in one line."""
         text: str = self.verdict
-        is_same = all(one.wins == one.losses == 0 for one in (self, self.unknown) if one is not None)
+        changes: list[BundleComparison | Change] = [self] if self.unknown is None else [self, self.unknown]
+        no_answer_differs = all(one.wins == one.losses == 0 for one in changes)
         if text == "not worse":
             text += f" within {100 * self.tolerance:g} points"
-        elif is_same and self.first.id == self.second.id:
+        elif no_answer_differs and self.first.id == self.second.id:
             text = "no difference, both are the same bundle"
         elif text == "undecided" and self.num_more_images is not None:
             rounded = float(f"{self.num_more_images:.1e}")  # to two digits
             text += f" (about {rounded:,.0f} more labels would decide)"
         if self.unknown is not None and self.unknown.is_worse:
             text += f", rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
-        if is_same:
+        if no_answer_differs:
             text += ", no answer differs"
         points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
         text += f": {points[0]} points ({points[1]} to {points[2]}) on {self.num_images:,} photographs"
@@ -176,7 +177,7 @@ def _show(result: BundleComparison) -> None:
     for note in result.notes:
         err.print(plain_text(f"warning: {note}"))
     columns = ("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected")
-    print_table(columns, map(_row, (result.first, result.second)))
+    print_table(columns, map(_score_row, (result.first, result.second)))
     rows = [
         (
             one.label, str(one.num_images),
@@ -197,7 +198,7 @@ def _show(result: BundleComparison) -> None:
     say(result.summary, style="bold")
 
 
-def _row(score: BundleScore) -> tuple[str, ...]:
+def _score_row(score: BundleScore) -> tuple[str, ...]:
     shares = (percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected))
     top1 = (percent(score.top1.share), f"{percent(score.top1.low)} to {percent(score.top1.high)}")
     return score.bundle, *top1, f"{score.log_loss:.3f}", *shares
@@ -258,21 +259,25 @@ def compare_loaded(
     on_image: Callable[[int, int], None],
 ) -> BundleComparison:
     """Compare the two bundles of *pair*, as `compare` does; *num_earlier* comparisons are recorded."""
-    if several := [one.bundle.name for one in pair if one.bundle.manifest.rules.thresholds is not None]:
+    if several := [one.bundle.name for one in pair if one.bundle.manifest.rules.is_multi_label]:
         raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
     notes: list[str] = []
     first_labels, second_labels = (set(one.bundle.labels) for one in pair)
     all_labels, common_labels = tuple(sorted(first_labels | second_labels)), first_labels & second_labels
     found = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
-    images, left_out = _select(found, pair, notes)
+    images, left_out = _leave_out_seen(found, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)  # a target is an index in *labels*
     is_common_C = np.array([label in common_labels for label in labels])
     common_N = is_common_C[targets]  # the photographs of classes that both bundles have
     if not common_N.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
-    unknown_images, line = (None, "") if unknown is None else open_unknown(unknown)
-    notes += [line] if line else []
-    total = len(pair) * (len(images) + len(unknown_images or ()))  # predictions
+    unknown_images: ImageFiles | None = None
+    if unknown is not None:
+        unknown_images, note = open_unknown(unknown)
+        if note:
+            notes.append(note)
+    num_unknown = 0 if unknown_images is None else len(unknown_images)
+    total = len(pair) * (len(images) + num_unknown)  # predictions
     done = itertools.count(1)
     evaluated = [
         _evaluate(one, images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
@@ -300,7 +305,7 @@ def compare_loaded(
 
 
 def read_promotions(link: Path) -> list[Promotion]:
-    """Read what the log says of *link*."""
+    """Read the recorded moves of *link* and the refused ones, the oldest first."""
     log, found = link.with_name(LOG), list[Promotion]()
     try:
         lines = read_file(log, MAX_NAMES_BYTES).splitlines() if os.path.lexists(log) else []
@@ -332,7 +337,9 @@ class LeftOut(TypedDict):
     suspects: list[str]
 
 
-def _select(images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]) -> tuple[ImageFiles, LeftOut]:
+def _leave_out_seen(
+    images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
+) -> tuple[ImageFiles, LeftOut]:
     """Leave out training images of the bundles with their near-duplicates, and copies among the others.
 
     Also returns what was left out; appends to *notes*.
@@ -397,10 +404,10 @@ def _evaluate(
 ) -> Evaluated:
     """Run a bundle on *images* and, if given, *unknown* ones; score it on those of the mask *common_N*."""
     bundle, labels = loaded.bundle, images.labels
-    logits_NC, known_N = _answer(loaded, images, settings, on_image)
+    logits_NC, known_N = _predict(loaded, images, settings, on_image)
     rejected = None  # or a mask (U,)
     if unknown is not None:
-        _, known_U = _answer(loaded, unknown, settings, on_image)
+        _, known_U = _predict(loaded, unknown, settings, on_image)
         rejected = ~known_U
     # A class has two numbers: its target, the index in *labels*, and its output, the index in the bundle.
     target_of_output = np.array([labels.index(label) for label in bundle.labels])
@@ -419,7 +426,7 @@ def _evaluate(
     return Evaluated(score, right_N, rejected)
 
 
-def _answer(
+def _predict(
     loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return the logits (N, C) of *images* and the mask (N,) of known ones: all without a threshold."""

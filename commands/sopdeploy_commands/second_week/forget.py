@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
@@ -51,7 +51,7 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
             a table is of a later version or is being written.
         StorageError: A file cannot be changed.
     """
-    named = [Path(folder) for folder in folders]
+    named = [Path(folder) for folder in folders]  # the command line gives text
     for folder in named:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
@@ -61,20 +61,21 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
     tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
     for table in tables:
         _check_table(table)
+    final_names = {path: _final_name(path) for path in files}
     images = [
         path
-        for path in files
-        if _name(path).suffix.lower() in SUFFIXES
-        and (wanted.has_content(path) if wanted.digest else wanted.is_named(path.with_name(_name(path).name)))
+        for path, name in final_names.items()
+        if name.suffix.lower() in SUFFIXES
+        and (wanted.has_content(path) if wanted.is_file else wanted.is_named(path.parent / name))
     ]
-    ids = wanted.ids.union(name.stem for name in map(_name, images) if ID.fullmatch(name.stem))
+    ids = wanted.ids.union(stem for image in images if ID.fullmatch(stem := final_names[image].stem))
     rows = _find_rows(wanted._replace(ids=ids), tables)
     of_ids = [
         path
-        for path in files
-        if _name(path).stem in ids and _name(path).suffix.lower() in (*SUFFIXES, *RECORDS)
+        for path, name in final_names.items()
+        if name.stem in ids and name.suffix.lower() in (*SUFFIXES, *RECORDS)
     ]
-    if not wanted.digest and not ids:
+    if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)
     # The records first and the named file last: until then, a repeated command finds all that is left.
     deleted = sorted({*images, *of_ids}, key=lambda path: (wanted.is_named(path), path in images, path))
@@ -107,6 +108,11 @@ class _Wanted(NamedTuple):
     digest: str
     ids: frozenset[str]
 
+    @property
+    def is_file(self) -> bool:
+        """Whether a file was given, which is then found by its content; otherwise a name was."""
+        return self.digest != ""
+
     @classmethod
     def read(cls, photograph: str) -> "_Wanted":
         """Read the file *photograph*, if there is one; otherwise it is a name."""
@@ -117,7 +123,7 @@ class _Wanted(NamedTuple):
 
     def is_named(self, path: Path) -> bool:
         """Tell whether *path* leads to the given file, or ends with the given name if there is no file."""
-        if self.digest:
+        if self.is_file:
             return os.path.realpath(path) == os.path.realpath(self.path)
         parts = [normalize(part) for part in self.path.parts]
         return [normalize(part) for part in path.parts][-len(parts) :] == parts
@@ -126,7 +132,7 @@ class _Wanted(NamedTuple):
         """Tell whether the file *path*, or *size* bytes of it, have the content of the given file."""
         with suppress(OSError, ValueError):  # it does not exist, or its name has null bytes
             size = path.stat().st_size if size is None else size
-            if self.digest and size == self.size and path.is_file():
+            if self.is_file and size == self.size and path.is_file():
                 with open_regular(path) as file:
                     file.seek(offset)
                     return hashlib.sha256(file.read(size)).hexdigest() == self.digest
@@ -134,7 +140,10 @@ class _Wanted(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """The number of a row in its table, and what it says of its image, which may be a part of an archive."""
+    """The number of a row in its table, and what it says of its image.
+
+    A member of an archive has the `location` of the archive, and an `offset` in it, which is never 0.
+    """
 
     number: int
     path: str
@@ -142,16 +151,24 @@ class _Row(NamedTuple):
     offset: int = 0
     size: int | None = None
 
+    @property
+    def is_in_archive(self) -> bool:
+        """Whether the image is a member of an archive, not a file."""
+        return self.offset != 0
 
-def _name(path: Path) -> Path:
+
+def _final_name(path: Path) -> Path:
     """Return the name of *path*, for a temporary file that of the file that it would have become."""
     return Path(_PARTIAL_NAME.sub("", path.name) if path.name.endswith(PARTIAL) else path.name)
 
 
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]]:
-    """Find the rows of *wanted* in the *tables* of `classify`, by the places in the list of each run."""
+    """Find the rows of *wanted* in the *tables* of `classify`.
+
+    The list of a run says where the images of its other tables are.
+    """
     all_rows = {table: list(_read_rows(table)) for table in tables}
-    places = {
+    listed = {
         (_output_folder(table), row.path): row
         for table, rows in all_rows.items()
         if table.name == LISTING
@@ -161,19 +178,18 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]
     def is_wanted(row: _Row) -> bool:
         if Path(row.path).stem in wanted.ids:
             return True
-        if not wanted.digest:
+        if not wanted.is_file:
             return any(wanted.is_named(Path(name)) for name in (row.path, row.location))
-        is_file = not row.offset  # others are members of an archive
-        return (is_file and wanted.is_named(Path(row.location))) or wanted.has_content(
-            Path(row.location), row.offset, None if is_file else row.size
-        )
+        location = Path(row.location)
+        if row.is_in_archive:
+            return wanted.has_content(location, row.offset, row.size)
+        return wanted.is_named(location) or wanted.has_content(location)
 
     found = {}
     for table, rows in all_rows.items():
-        placed = [
-            places.get((_output_folder(table), row.path), row)._replace(number=row.number) for row in rows
-        ]
-        if marked := [row for row in placed if is_wanted(row)]:
+        output = _output_folder(table)
+        located = [listed.get((output, row.path), row)._replace(number=row.number) for row in rows]
+        if marked := [row for row in located if is_wanted(row)]:
             found[table] = marked
     return found
 
@@ -197,7 +213,10 @@ def _output_folder(table: Path) -> Path:
 
 
 def _lock_output(folder: Path, locks: ExitStack) -> None:
-    """Keep runs of `classify` out of *folder*; raises `DataError` if one is writing to it."""
+    """Keep runs of `classify` out of *folder* until *locks* are closed.
+
+    A folder without a run is not locked. Raises `DataError` if a run is writing to it.
+    """
     if not (folder / STATE).exists():
         return
     with writing(folder):
@@ -212,7 +231,7 @@ def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, li
     """Raise `DataError` if *name* is that of photographs with different contents."""
     places = {str(path): path for path in images}
     for row in (row for found in rows.values() for row in found):
-        places[row.path] = Path(row.path) if row.offset else Path(row.location)
+        places[row.path] = Path(row.path if row.is_in_archive else row.location)
     different: dict[str, str] = {}
     for text, path in places.items():
         is_readable = path.is_file() and path.suffix.lower() in SUFFIXES  # not an archive
@@ -245,17 +264,13 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
     with pq.ParquetFile(table) as file:
         schema = file.schema_arrow
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
-    marked, first = set(numbers), 0
+    marked, first = set(numbers), 0  # the number of the first row of a group
     with atomic_write(table) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for group in groups:
-            marks = [first + row in marked for row in range(group.num_rows)]
-            columns = [_blank(group[field.name], field, marks, pa) for field in schema]
+            columns = []
+            for field in schema:
+                values, empty = group[field.name].to_pylist(), FORGOTTEN.get(field.name)
+                kept = [empty if first + row in marked else value for row, value in enumerate(values)]
+                columns.append(pa.array(kept, field.type))
             writer.write_table(pa.table(columns, schema=schema))
             first += group.num_rows
-
-
-def _blank(column: Any, field: Any, marks: Sequence[bool], pa: Any) -> Any:
-    """Copy *column* without the values of the marked rows."""
-    empty = FORGOTTEN.get(field.name)
-    values = [empty if mark else value for value, mark in zip(column.to_pylist(), marks, strict=True)]
-    return pa.array(values, field.type)

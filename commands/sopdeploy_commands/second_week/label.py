@@ -43,8 +43,8 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
 
     settings = load_settings(host=host, port=port)
     folders = run_label_server(kept, photos, settings, print_page, embed_lazily)  # returns after Ctrl-C
-    labels = [step for step in folders.steps if step.target is not None]  # the others are skips
-    say(f"{len(labels):,} labels")
+    num_labels = sum(not step.is_skip for step in folders.steps)
+    say(f"{num_labels:,} labels")
     if folders.photos.is_dir():
         say(f"next: {training_command(folders, photos)}")
 

@@ -106,7 +106,7 @@ def promote(
 
 
 def _promote_back(link: Path) -> Promotion:
-    """Move *link* back to the bundle before the last promotion of the live one."""
+    """Move *link* back to the bundle before the last promotion of the live one, and record it."""
     live = _read_target(link)
     moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
     previous = [move.before for move in moves if move.before]  # oldest first; a first bundle has none
@@ -118,7 +118,7 @@ def _promote_back(link: Path) -> Promotion:
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
-    """List what speaks against the second bundle."""
+    """List what speaks against the second bundle, such as another name of its project."""
     found = []
     if comparison.verdict in {"worse", "undecided"}:
         found.append(comparison.summary)

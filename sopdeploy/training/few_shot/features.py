@@ -128,7 +128,7 @@ def find_near_duplicates(
     outputs: "CachedNetwork", features: Features, images: LabeledImages
 ) -> NearDuplicates:
     """Find the near-duplicates among *images* by the averages of the feature maps, and by turned images."""
-    copies = Copies.of(images, features.hashes)  # made here, to measure how similar near-duplicates are
+    copies = Copies.choose(images, features.hashes)  # made here, to measure how similar near-duplicates are
     batches = outputs.batches(copies, list(range(len(copies))))
     views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
     views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)

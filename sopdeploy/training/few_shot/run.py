@@ -22,7 +22,7 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_thresholds, missing_threshold
-from sopdeploy.evaluation.label_doubts import doubt_labels
+from sopdeploy.evaluation.label_doubts import find_label_doubts
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
@@ -116,7 +116,7 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
             label_logits, num_doubted = None, 0  # with several classes per image
             if problem.targets.activation == "softmax":
                 label_logits = problem.logits_without_doubted(found.logits, found.folds, found.scaling)
-                doubts = doubt_labels(label_logits, images.targets.astype(np.int64))
+                doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 num_doubted = int(doubts.listed.sum())
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"

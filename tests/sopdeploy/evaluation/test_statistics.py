@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sopdeploy.decision import PredictionCounts
-from sopdeploy.evaluation.drift import SIGNIFICANCE, compare, find_drift
+from sopdeploy.evaluation.drift import SIGNIFICANCE, compare_counts, find_drift
 from sopdeploy.evaluation.metrics import Z_95, wilson
 from sopdeploy.evaluation.statistics import (
     ALPHA,
@@ -158,7 +158,7 @@ def alarm_rate(shares, reference, images, drifted=None) -> float:
     rng = np.random.default_rng(0)
     first = rng.multinomial(reference, shares, SAMPLES)
     second = rng.multinomial(images, shares if drifted is None else drifted, SAMPLES)
-    p_values = [compare(one, two).p_value for one, two in zip(first, second, strict=True)]
+    p_values = [compare_counts(one, two).p_value for one, two in zip(first, second, strict=True)]
     return float(np.mean(np.array(p_values) < SIGNIFICANCE))
 
 

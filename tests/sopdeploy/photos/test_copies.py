@@ -99,7 +99,7 @@ def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies:
 def test_the_copies_that_measure_the_threshold_keep_85_or_70_percent_of_each_side_equally_often():
     keys = [f"image {number}" for number in range(80)]
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (80, 200, 200))
-    copies = Copies.of(ArrayImages(("a",), ramp, np.zeros(80, np.int64)), keys)
+    copies = Copies.choose(ArrayImages(("a",), ramp, np.zeros(80, np.int64)), keys)
     spreads = [float(np.ptp(np.asarray(copies.open(index).convert("L"), float))) for index in range(10)]
     assert sorted(spread / 1.15 / 200 for spread in spreads) == pytest.approx(
         5 * [0.7] + 5 * [0.85], abs=0.02
@@ -110,7 +110,7 @@ def test_an_added_image_changes_few_copies():
     ramp = np.random.default_rng(0).integers(0, 256, (89, 20, 20, 3), dtype=np.uint8)
     keys = [f"image {number}" for number in range(89)]
     before, after = (
-        Copies.of(ArrayImages(("a",), ramp[chosen], np.zeros(count, np.int64)), keys[chosen])
+        Copies.choose(ArrayImages(("a",), ramp[chosen], np.zeros(count, np.int64)), keys[chosen])
         for count, chosen in ((88, slice(1, None)), (89, slice(None)))
     )
     kept = {before.read(index) for index in range(10)} & {after.read(index) for index in range(10)}

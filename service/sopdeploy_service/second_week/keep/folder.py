@@ -112,7 +112,7 @@ class KeptFolder:
                     "keep photographs on another file system"
                 )
             with writing(path):
-                self._read()
+                self._load()
                 self._delete_incomplete()
                 self.expire()
                 self._make_room(0)
@@ -124,8 +124,8 @@ class KeptFolder:
         """Bytes of the kept photographs, also of one that is being written."""
         return sum(entry.bytes for entry in self._entries.values())
 
-    def _read(self) -> None:
-        """Read the records of the complete photographs; an age that is not known begins now."""
+    def _load(self) -> None:
+        """Fill the entries from the complete photographs; an age that is not known begins now."""
         kept, ages = read_kept(self.path), self._read_ages()
         if ages is None and kept:
             log.warning("%s: the ages of %d photographs are not known; they begin now", self.path, len(kept))
@@ -138,7 +138,7 @@ class KeptFolder:
             self._insert(path, record, size, kept_at[path.name])
 
     def _read_ages(self) -> Ages | None:
-        """Read the counted seconds; None if they are missing or damaged."""
+        """Read `AGES`; None if it is missing or damaged."""
         try:
             with open_regular(self.path / AGES) as file:
                 ages = Ages.model_validate_json(read_at_most(file, MAX_AGES_BYTES))
@@ -168,7 +168,7 @@ class KeptFolder:
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* unless it is a near-duplicate or too large; return what was done.
 
-        An image that is kept is replaced if it has a new reason. Those of the uniform sample may be
+        The record of a kept image is replaced if it has a new reason. Those of the uniform sample may be
         near-duplicates. The first write that fails is logged, and the next one that succeeds.
         """
         try:
@@ -197,15 +197,18 @@ class KeptFolder:
     def has_near(self, name: str, reasons: Sequence[Reason], near_hash: str) -> bool:
         """Tell whether the file *name*, without suffix, is kept for *reasons*, or a near-duplicate of it.
 
-        Those of the uniform sample may be near-duplicates, so that it shows all photographs.
+        Those of the uniform sample may be near-duplicates, so that it shows all photographs. Entries whose
+        photograph is gone do not count and are forgotten.
         """
         for suffix in _SUFFIXES:
             previous = self._entries.get(f"{name}{suffix}")
             if previous is not None and not self._forget_if_gone(previous):
                 return previous.reasons.issuperset(reasons)
+        if "sample" in reasons:
+            return False
         number = int(near_hash, 16)
         near = [one for one in self._entries.values() if (number ^ one.near_hash).bit_count() <= NEAR_BITS]
-        return "sample" not in reasons and any(not self._forget_if_gone(one) for one in near)
+        return any(not self._forget_if_gone(one) for one in near)
 
     def _forget_if_gone(self, entry: _Entry) -> bool:
         """Forget *entry* if others have deleted or labelled its photograph; return whether they have."""
@@ -215,7 +218,10 @@ class KeptFolder:
         return is_gone
 
     def expire(self) -> None:
-        """Count the time since the last call, and delete photographs that are too old; raises `OSError`."""
+        """Count the time since the last call, and delete photographs that are too old; raises `OSError`.
+
+        The counted time is written to `AGES` from time to time.
+        """
         now = time.monotonic()
         step = min(max(0.0, now - self._ticked), MAX_STEP * self.check_seconds)
         self._ticked = now
@@ -229,7 +235,7 @@ class KeptFolder:
         self._delete_for("expired", old)
 
     def _delete_for(self, reason: Deletion, entries: list[_Entry]) -> None:
-        """Delete *entries*, and count and log this."""
+        """Delete the photographs of *entries*, report each to `on_delete`, and log how many they are."""
         for entry in entries:
             self._delete(entry)
             self._on_delete(reason)
@@ -237,7 +243,7 @@ class KeptFolder:
             log.info("deleted photographs", extra={"reason": reason, "photographs": len(entries)})
 
     def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
-        """Keep *image* as `add` does; raises `OSError`."""
+        """Keep *image* as `add` does, and make room for it first; raises `OSError`."""
         path = self.path / record.image
         if self.has_near(path.stem, record.reasons, record.near_hash):
             return "near_duplicate"
@@ -246,8 +252,7 @@ class KeptFolder:
             reasons = tuple(sorted(previous.reasons.union(record.reasons)))
             record = record.model_copy(update={"reasons": reasons})
         content = record.model_dump_json().encode()
-        record_size = _size_on_disk(len(content))
-        size = _size_on_disk(len(image)) + record_size
+        size = _size_on_disk(len(image)) + _size_on_disk(len(content))
         if size > self._max_bytes:
             return "dropped"
         if previous is not None:
@@ -278,14 +283,14 @@ class KeptFolder:
         except OSError:
             self._entries[previous.path.name] = previous
             raise
-        if self._forget_if_gone(
-            self._insert(previous.path, record, size, self._counted)
-        ):  # deleted meanwhile
+        entry = self._insert(previous.path, record, size, self._counted)
+        if self._forget_if_gone(entry):  # deleted or labelled meanwhile
             previous.path.with_suffix(".json").unlink(missing_ok=True)
             return "dropped"
         return "kept"
 
     def _insert(self, path: Path, record: KeptRecord, size: int, kept_at: float) -> _Entry:
+        """Add an entry as the last one, which is the newest."""
         entry = _Entry(path, kept_at, int(record.near_hash, 16), frozenset(record.reasons), size)
         self._entries[path.name] = entry
         return entry
@@ -302,13 +307,14 @@ class KeptFolder:
                 self._delete_for("no_room", [min(others, key=lambda entry: len(entry.reasons))])
 
     def _delete(self, entry: _Entry) -> None:
-        """Delete the files of *entry*, the record first."""
+        """Delete the files of *entry*, the record first, and forget it."""
         for file in (entry.path.with_suffix(".json"), entry.path):
             file.unlink(missing_ok=True)
         del self._entries[entry.path.name]
 
 
 def _write(file: Path, content: bytes) -> None:
+    """Write *content* to *file* in one step; only its owner can read it."""
     with atomic_write(file) as partial:
         set_mode(partial, 0o600)
         partial.write_bytes(content)

@@ -11,7 +11,6 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from functools import partial
 from typing import TypeAlias
 
 from sopdeploy_service.second_week.kept import KeptRecord
@@ -39,24 +38,24 @@ def forward(end: socket.socket, image: bytes, record: KeptRecord) -> bool:
 
 def receive_on(loop: asyncio.AbstractEventLoop, end: socket.socket, receive: Receive) -> None:
     """Pass each photograph that arrives at *end* to *receive*, on *loop*."""
-    loop.add_reader(end, partial(_read, loop, end, receive))
 
-
-def _read(loop: asyncio.AbstractEventLoop, end: socket.socket, receive: Receive) -> None:
-    try:
-        message, files, _, _ = socket.recv_fds(end, 16, 1)
-    except BlockingIOError:
-        return
-    if not message:  # all other processes have ended
-        loop.remove_reader(end)
-    for number in files:
-        with os.fdopen(number, "rb") as file:
-            file.seek(0)
-            data = file.read(MAX_BYTES)
+    def receive_next() -> None:
         try:
-            (size,) = SIZE.unpack_from(data)
-            record = KeptRecord.model_validate_json(data[SIZE.size : SIZE.size + size])
-        except (struct.error, ValueError):
-            log.error("another process has sent no photograph")
-        else:
-            receive(data[SIZE.size + size :], record)
+            message, files, _, _ = socket.recv_fds(end, 16, 1)
+        except BlockingIOError:
+            return
+        if not message:  # all other processes have ended
+            loop.remove_reader(end)
+        for number in files:
+            with os.fdopen(number, "rb") as file:
+                file.seek(0)
+                data = file.read(MAX_BYTES)
+            try:
+                (size,) = SIZE.unpack_from(data)
+                record = KeptRecord.model_validate_json(data[SIZE.size : SIZE.size + size])
+            except (struct.error, ValueError):
+                log.error("another process has sent no photograph")
+            else:
+                receive(data[SIZE.size + size :], record)
+
+    loop.add_reader(end, receive_next)

@@ -67,7 +67,7 @@ def reasons_to_keep(
     """
     manifest = bundle.manifest
     answer = manifest.rules.answer(logits, top_k=2)
-    if manifest.rules.thresholds is None:
+    if manifest.rules.thresholds is None:  # one class per image
         probabilities = [probability for _, probability in answer.ranked]
         margin = probabilities[0] - (probabilities[1] if len(probabilities) > 1 else 0.0)
     else:
@@ -105,26 +105,26 @@ def open_keeper(
     settings: Settings,
     metrics: Metrics,
     copy: CopyImage,
-    photos: socket.socket | None,
+    photo_socket: socket.socket | None,
     *,
     is_keeper: bool,
 ) -> "Keeper | None":
     """Create the keeper of the folder `keep` of *settings*; None if it is not set.
 
-    If one process keeps the photographs of several, *photos* is its end of their socket if this one
+    If one process keeps the photographs of several, *photo_socket* is its end of their socket if this one
     *is_keeper*, otherwise the end of all others. Raises `ConfigError` if the folder cannot be used.
     """
     if settings.keep is None:
         return None
-    if not is_keeper:
-        return Keeper(None, settings.keep_sample, metrics, copy, photos)
-    folder = KeptFolder(
-        settings.keep,
-        settings.keep_bytes,
-        settings.keep_days,
-        lambda reason: metrics.kept_deleted.labels(reason).inc(),
-    )
-    return Keeper(folder, settings.keep_sample, metrics, copy, photos)
+    folder = None
+    if is_keeper:
+        folder = KeptFolder(
+            settings.keep,
+            settings.keep_bytes,
+            settings.keep_days,
+            lambda reason: metrics.kept_deleted.labels(reason).inc(),
+        )
+    return Keeper(folder, settings.keep_sample, metrics, copy, photo_socket)
 
 
 class WorthPhoto(NamedTuple):
@@ -137,8 +137,8 @@ class WorthPhoto(NamedTuple):
 class Keeper:
     """Passes copies made by *copy* to *folder* in a thread; *share* of all photographs are the sample.
 
-    The thread also deletes what is too old. Without a folder, photographs that are worth a label go to the
-    socket *photos*; with one, those of other processes come from there.
+    The thread also deletes what is too old. Without a folder, another process keeps: photographs that are
+    worth a label go to *photo_socket*. With one, those of other processes come from there.
     """
 
     def __init__(
@@ -147,9 +147,9 @@ class Keeper:
         share: float,
         metrics: Metrics,
         copy: CopyImage,
-        photos: socket.socket | None = None,
+        photo_socket: socket.socket | None = None,
     ) -> None:
-        self._folder, self._share, self._copy, self._socket = folder, share, copy, photos
+        self._folder, self._share, self._copy, self._socket = folder, share, copy, photo_socket
         self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
         self._photos: queue.SimpleQueue[PredictedPhoto | WorthPhoto | None] = queue.SimpleQueue()
         # Two totals instead of one counter: each is written by one thread only, so no lock is needed. The
@@ -163,7 +163,7 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread; a keeper with a folder and a socket also begins to receive, on this loop."""
         if self._socket is not None and self._folder is not None:
             forwarding.receive_on(asyncio.get_running_loop(), self._socket, self.receive)
         self._thread.start()
@@ -177,13 +177,14 @@ class Keeper:
         """Queue *image* with its *prediction* by *model*, on the event loop; drop it if the queue is full."""
         logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
         now = datetime.now(UTC)
-        self._put(PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now))
+        self._queue_or_drop(PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now))
 
     def receive(self, image: bytes, record: KeptRecord) -> None:
         """Queue what another process forwards, on the event loop; drop it if the queue is full."""
-        self._put(WorthPhoto(image, record))
+        self._queue_or_drop(WorthPhoto(image, record))
 
-    def _put(self, photo: PredictedPhoto | WorthPhoto) -> None:
+    def _queue_or_drop(self, photo: PredictedPhoto | WorthPhoto) -> None:
+        """Queue *photo* for the thread; count it as dropped if the queue is full."""
         size, queued = _size_of(photo), self._bytes_in - self._bytes_out
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._counts["dropped"].inc()
@@ -193,6 +194,7 @@ class Keeper:
         self._photos.put(photo)
 
     def _run(self) -> None:
+        """Keep photographs from the queue until None, clean up the folder, and log what was dropped."""
         next_check = next_log = 0.0
         seconds = None if self._folder is None else self._folder.check_seconds
         while True:
@@ -200,7 +202,10 @@ class Keeper:
                 self._log_dropped()
                 next_log = time.monotonic() + LOG_SECONDS
             if self._folder is not None and time.monotonic() >= next_check:
-                self._check_folder(self._folder)
+                try:
+                    self._folder.check()
+                except OSError as error:
+                    log.warning("%s: cannot be cleaned up (%s)", self._folder.path, error.strerror)
                 next_check = time.monotonic() + self._folder.check_seconds
             try:
                 photo = self._photos.get(timeout=seconds)
@@ -232,14 +237,11 @@ class Keeper:
                 extra={"unqueued": unqueued, "uncopied": uncopied},
             )
 
-    def _check_folder(self, folder: KeptFolder) -> None:
-        try:
-            folder.check()
-        except OSError as error:
-            log.warning("%s: cannot be cleaned up (%s)", folder.path, error.strerror)
-
     def _keep(self, photo: PredictedPhoto | WorthPhoto) -> KeptResult | None:
-        """Keep *photo* if it is worth a label; return the result, or None if it is not or was forwarded."""
+        """Store or forward *photo* if it is worth a label; return the result to count.
+
+        It is None for a photograph that is not worth one, and for one that the keeping process counts.
+        """
         if isinstance(photo, WorthPhoto):
             name, reasons = Path(photo.record.image).stem, photo.record.reasons
             near = photo.record.near_hash
@@ -250,8 +252,7 @@ class Keeper:
                 return None
             near = near_hash(photo.pixels)
         is_sample = "sample" in reasons
-        refusal = None if is_sample else self._refuse_copy(int(near, 16))
-        if refusal is not None:
+        if not is_sample and (refusal := self._refill_and_refuse(int(near, 16))) is not None:
             return refusal
         started = time.monotonic()
         try:
@@ -262,7 +263,7 @@ class Keeper:
             if self._folder.has_near(name, reasons, near):
                 return "near_duplicate"
             if not is_sample:
-                self._recent.append(int(near, 16))
+                self._recent.append(int(near, 16))  # also if an error follows
             copy, suffix = self._copy(photo.image)
             result = self._folder.add(copy, _record_of(photo, reasons, f"{name}{suffix}"))
             if result == "kept" and not is_sample:
@@ -275,8 +276,11 @@ class Keeper:
                 spent = time.monotonic() - started  # includes the wait for a decoder process
                 self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)  # the debt is limited
 
-    def _refuse_copy(self, near: int) -> KeptResult | None:
-        """Return why a photograph outside of the sample is not copied, or None; *near* is its near hash."""
+    def _refill_and_refuse(self, near: int) -> KeptResult | None:
+        """Refill the budget of copies; return why a photograph with the hash *near* is not copied, or None.
+
+        It is outside of the sample. One for which there is no budget is counted in `_num_uncopied`.
+        """
         now = time.monotonic()
         # The budget grows with the time since the last call; `_keep` subtracts the seconds of a copy.
         self._copy_budget = min(COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled))
@@ -290,10 +294,12 @@ class Keeper:
 
 
 def _record_of(photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
+    """Describe *photo*, which is kept as the file *image*; a forwarded one has a record already."""
     if isinstance(photo, WorthPhoto):
         return photo.record.model_copy(update={"image": image})
     return make_record(photo, reasons, image)
 
 
 def _size_of(photo: PredictedPhoto | WorthPhoto) -> int:
+    """Return the bytes of *photo* in the queue."""
     return len(photo.image) + (photo.pixels.nbytes if isinstance(photo, PredictedPhoto) else 0)

@@ -71,11 +71,12 @@ async def read_label(request: Request) -> GivenLabel:
     return parse_json(GivenLabel, await request.body(), MAX_BODY_BYTES)
 
 
-def refuse_request(request: Request, origins: OwnOrigins, root_path: str, key: str) -> Response | None:
-    """Refuse requests that *origins* refuse, without the *key*, too large, or POSTs without JSON.
+def answer_instead(request: Request, origins: OwnOrigins, root_path: str, key: str) -> Response | None:
+    """Return the response to a request that no route may handle; None if one may.
 
-    Returns None for requests to handle. A request for the page with the key in its address gets a cookie with
-    the key, and a redirect to the address without it.
+    These are requests that *origins* refuse, without the *key*, too large, and POSTs without JSON. A request
+    for the page with the key in its address gets a cookie with the key, and a redirect to the address
+    without it.
     """
     headers, peer = request.headers, request.client.host if request.client else ""
     navigates = request.method == "GET" and request.scope["path"] == "/"
@@ -101,11 +102,14 @@ def refuse_request(request: Request, origins: OwnOrigins, root_path: str, key: s
 async def guard(
     origins: OwnOrigins, root_path: str, key: str, request: Request, call_next: RequestResponseEndpoint
 ) -> Response:
-    """Handle or refuse one request; a body that arrives slowly is refused, too."""
+    """Handle or refuse one request, whose path loses the prefix *root_path*.
+
+    A body that arrives slowly is refused, too.
+    """
     full_path = request.scope["path"]
     request.scope["path"] = without_prefix(full_path, root_path)
-    if (refusal := refuse_request(request, origins, root_path, key)) is not None:
-        return refusal
+    if (response := answer_instead(request, origins, root_path, key)) is not None:
+        return response
     if full_path == root_path != "":
         return RedirectResponse(f"{root_path}/")  # the links of the page are relative to it
     try:
@@ -123,7 +127,7 @@ def label_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> FastAPI:
-    """Create the app that labels the photographs of *folders*; it refuses what `refuse_request` refuses."""
+    """Create the app that labels the photographs of *folders*; it refuses what `answer_instead` does."""
     names = {"localhost", settings.host, socket.gethostname()}
     origins = OwnOrigins(names, settings.allowed_hosts, settings.trusted_proxies)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -204,8 +208,8 @@ class LabelState(StrictModel):
     """What the page shows.
 
     `next` has the IDs of the photographs shown as thumbnails; the first is the one to label. `classes` begin
-    with the most probable one. `done` and `left` are numbers of photographs,
-    `command` trains with the labels.
+    with the most probable one. `done` and `left` are numbers of photographs. `command`
+    trains with the labels.
     """
 
     photograph: ShownPhotograph | None
@@ -217,13 +221,13 @@ class LabelState(StrictModel):
 
 
 def describe_next(folders: LabelFolders) -> LabelState:
-    """Describe the next photograph of *folders*, the classes and the progress."""
+    """Describe the next photograph, the classes and the progress; read *folders* again if none waits."""
     if not folders.waiting:
         folders.read()  # the server may have kept others
     photograph: ShownPhotograph | None = None
     probabilities: dict[str, float] = {}
     if folders.waiting:
-        identity, (_, record) = next(iter(folders.waiting.items()))
+        identity, (_, record) = next(iter(folders.waiting.items()))  # a photograph of a heap has no record
         probabilities = folders.probabilities(identity)
         is_sampled = record is not None and "sample" in record.reasons
         known = None if record is None else record.known
@@ -256,11 +260,10 @@ def run_label_server(
     on_ready: Callable[[str, int], None],
     embed: Embed | None = None,
 ) -> LabelFolders:
-    """Serve the label page as *settings* say until Ctrl-C or SIGTERM; return the folders.
+    """Serve the label page until Ctrl-C or SIGTERM; return the folders with the steps of the session.
 
-    *on_ready* receives the URL to open, with a random key, and the number of photographs; *embed* is that of
-    `LabelFolders`. Raises
-    `ConfigError` if it cannot listen, and `DataError` as `LabelFolders`.
+    *on_ready* receives the URL to open, with a random key, and the number of photographs. *embed* is that of
+    `LabelFolders`. Raises `ConfigError` if it cannot listen, and the `DataError` of `LabelFolders`.
     """
     folders = LabelFolders(kept, photos, embed)
     with bind(settings.host, settings.port) as listener:

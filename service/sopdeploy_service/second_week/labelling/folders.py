@@ -27,9 +27,9 @@ from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
     SAMPLE_FOLDER,
     find_parts,
-    fold,
     is_hidden,
     list_subfolders,
+    lookalike_key,
     normalize,
     part_kind,
 )
@@ -53,13 +53,31 @@ class Waiting(NamedTuple):
     path: Path
     record: KeptRecord | None
 
+    @property
+    def is_of_heap(self) -> bool:
+        """Whether no server has kept it."""
+        return self.record is None
+
+    @property
+    def identity(self) -> str:
+        """The ID, which stays the same after a label was undone."""
+        return heap_id(self.path) if self.is_of_heap else self.path.stem
+
 
 class LabelStep(NamedTuple):
-    """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped."""
+    """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped.
+
+    `made_folder` tells whether the folder of `target` was created for it.
+    """
 
     photo: Waiting
     target: Path | None = None
-    new_folder: bool = False
+    made_folder: bool = False
+
+    @property
+    def is_skip(self) -> bool:
+        """Whether the photograph was skipped, so that it was not moved."""
+        return self.target is None
 
 
 class LabelFolders:
@@ -100,7 +118,10 @@ class LabelFolders:
             )
 
     def read(self) -> None:
-        """Read and order the kept photographs again, and remember those of the sample; raises `OSError`."""
+        """Read and order what waits for a label again, and start to compute suggestions; raises `OSError`.
+
+        The near hashes of the uniform sample are remembered, also after their photographs are labelled.
+        """
         skipped = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
         found = [photo for photo in read_kept(self.kept) if photo.path.stem not in skipped]
         samples = [photo for photo in found if "sample" in photo.record.reasons]
@@ -108,22 +129,26 @@ class LabelFolders:
         queue = order_records([photo for photo in found if "sample" not in photo.record.reasons])
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
-        self.waiting = {photo.path.stem: Waiting(*photo) for photo in queue}
         heap = [path for path in list_heap(self.kept) if heap_id(path) not in self._skipped]
-        self.waiting |= {heap_id(path): Waiting(path, None) for path in heap}
+        photos = [*(Waiting(*photo) for photo in queue), *(Waiting(path, None) for path in heap)]
+        self.waiting = {photo.identity: photo for photo in photos}
         self.suggestions.learn(_class_folders(self.photos))
         self.suggestions.compute(heap)
         self._order_heap()
 
     def _order_heap(self) -> None:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
-        heap = {one: photo.path for one, photo in self.waiting.items() if photo.record is None}
-        guesses = {one: self.suggestions.best(path) for one, path in heap.items()}
+        heap = [photo for photo in self.waiting.values() if photo.is_of_heap]
+        guesses = {photo: self.suggestions.best(photo.path) for photo in heap}  # class and probability
         names = dict.fromkeys(name for name, _ in guesses.values())  # in the order of their appearance
         places = {name: place for place, name in enumerate(names)}
-        order = sorted(guesses, key=lambda one: (places[guesses[one][0]], -guesses[one][1]))
-        with_record = {one: photo for one, photo in self.waiting.items() if photo.record is not None}
-        self.waiting = with_record | {one: self.waiting[one] for one in order}
+
+        def place_in_heap(photo: Waiting) -> tuple[int, float]:
+            name, probability = guesses[photo]
+            return places[name], -probability
+
+        kept = [photo for photo in self.waiting.values() if not photo.is_of_heap]
+        self.waiting = {photo.identity: photo for photo in (*kept, *sorted(heap, key=place_in_heap))}
 
     def probabilities(self, identity: str) -> dict[str, float]:
         """Return the probability of each class that the network has for a photograph, or those suggested."""
@@ -166,15 +191,15 @@ class LabelFolders:
         try:
             _move(photo.path, target)
         except FileNotFoundError:
-            raise self._gone(identity) from None
+            raise self._remove_gone(identity) from None
         finally:
             if is_new_folder:
                 with suppress(OSError):  # only an empty folder is removed: after a move that failed
                     folder.rmdir()
         del self.waiting[identity]
         self.steps.append(LabelStep(photo, target, is_new_folder))
-        if photo.record is not None:
-            photo.path.with_suffix(".json").unlink(missing_ok=True)
+        if not photo.is_of_heap:
+            photo.path.with_suffix(".json").unlink(missing_ok=True)  # its record
         elif name is not None:
             self.suggestions.add(name, photo.path)
             self._order_heap()
@@ -183,8 +208,8 @@ class LabelFolders:
         """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
         photo = self._find(identity)
         if not photo.path.exists():
-            raise self._gone(identity)
-        if photo.record is None:
+            raise self._remove_gone(identity)
+        if photo.is_of_heap:
             self._skipped.add(identity)
         else:
             photo.path.with_suffix(SKIPPED).touch()
@@ -198,16 +223,15 @@ class LabelFolders:
         """
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photographs yourself")
-        photo, target, new_folder = self.steps[-1]
-        image = photo.path
-        current = image if target is None else target  # None: it was skipped, so it was not moved
+        photo, target, made_folder = self.steps[-1]
+        image, identity = photo.path, photo.identity
+        current = image if target is None else target
         if not current.exists():
             self.steps.pop()
             raise GoneError(f"{current}: no longer there, so the last step cannot be undone")
-        identity = heap_id(image) if photo.record is None else image.stem
-        if target is None:
+        if target is None:  # it was skipped
             self._skipped.discard(identity)
-            if photo.record is not None:
+            if not photo.is_of_heap:
                 image.with_suffix(SKIPPED).unlink(missing_ok=True)
         else:
             # The record first: a server that starts deletes a photograph without one. If the process stops
@@ -219,7 +243,7 @@ class LabelFolders:
                 raise GoneError(f"{image}: another photograph has its name now; move {target} yourself")
             self.suggestions.remove(image)
             _move(target, image)
-            if new_folder:
+            if made_folder:
                 with suppress(OSError):  # stays if other photographs are in it
                     target.parent.rmdir()
                     if target.parent.name == SAMPLE_FOLDER and target.parent.parent == self.unknown:
@@ -233,11 +257,13 @@ class LabelFolders:
         return any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
 
     def _find(self, identity: str) -> Waiting:
+        """Return the photograph *identity*; raises `GoneError` if it does not wait."""
         if identity not in self.waiting:
-            raise self._gone(identity)
+            raise self._remove_gone(identity)
         return self.waiting[identity]
 
-    def _gone(self, identity: str) -> GoneError:
+    def _remove_gone(self, identity: str) -> GoneError:
+        """Remove the photograph *identity*, if it waits, and return the error to raise."""
         self.waiting.pop(identity, None)
         return GoneError("that photograph has a label already or is no longer kept; this is the next one")
 
@@ -298,7 +324,7 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
         name = name.strip()
     has_valid_length = 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES
     is_printable = all(map(can_be_typed, name)) and not set(name) & set(NOT_IN_NAMES)
-    spellings = [other for other in classes if fold(other) == fold(name)]
+    spellings = [other for other in classes if lookalike_key(other) == lookalike_key(name)]
     problem = ""
     if name not in folders and not has_valid_length:
         problem = f"write 1 to {MAX_CLASS_BYTES} bytes"

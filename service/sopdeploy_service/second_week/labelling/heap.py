@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,18 @@ def heap_id(path: Path) -> str:
     return hashlib.sha256(path.name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
+class _Means(NamedTuple):
+    """Classes `names` and their mean vectors (K, D) of length 1, computed in `state`.
+
+    There are none before each class has `MIN_PHOTOGRAPHS` vectors. `state` has the number of vectors and that
+    of changes of the classes.
+    """
+
+    state: tuple[int, int]
+    names: list[str]
+    vectors: Vector
+
+
 class Suggestions:
     """The unit vectors of photographs by path, and the classes of those that are sorted.
 
@@ -50,18 +62,23 @@ class Suggestions:
         self._classes: dict[Path, str] = {}
         self._asked: set[Path] = set()
         self._num_changes = 0  # of the classes
-        self._means: tuple[tuple[int, int], list[str], Vector] | None = None
+        self._means = _Means((0, 0), [], _NONE)
         self.thread: threading.Thread | None = None
 
     def learn(self, folders: Mapping[str, Path]) -> None:
         """Add photographs that are in the *folders* of their classes."""
-        for name, folder in folders.items() if self._embed is not None else ():
+        if self._embed is None:
+            return
+        for name, folder in folders.items():
             for path in list_heap(folder)[:MAX_LEARNED]:
                 self._classes.setdefault(path, name)
         self._num_changes += 1
 
     def compute(self, heap: Sequence[Path]) -> None:
-        """Compute the missing vectors of the sorted photographs and of *heap* in a thread."""
+        """Start a thread for the missing vectors of the sorted photographs and of *heap*.
+
+        Nothing is started for an empty heap, or while the thread of an earlier call runs.
+        """
         if self._embed is None or not heap or (self.thread is not None and self.thread.is_alive()):
             return
         missing = [path for path in (*self._classes, *heap) if path not in self._asked]
@@ -82,31 +99,33 @@ class Suggestions:
         self._num_changes += 1
 
     def remove(self, path: Path) -> None:
-        """Remove the photograph at *path*, whose label was undone."""
+        """Remove the photograph at *path*, whose label was undone, from its class."""
         self._classes.pop(path, None)
         self._num_changes += 1
 
     def of(self, path: Path) -> dict[str, float]:
         """Suggest classes for the photograph at *path*: their probabilities, or none yet."""
-        names, means_KD = self._class_means()
-        own = self._vectors.get(path)
-        if own is None or not names:
+        means, own = self._class_means(), self._vectors.get(path)
+        if own is None or not means.names:
             return {}
-        return dict(zip(names, softmax(SCALE * (means_KD @ own)).tolist(), strict=True))
+        return dict(zip(means.names, softmax(SCALE * (means.vectors @ own)).tolist(), strict=True))
 
-    def _class_means(self) -> tuple[list[str], Vector]:
-        """Return the classes and their mean vectors (K, D) of length 1; none before each has two."""
+    def _class_means(self) -> _Means:
+        """Return the means of the classes, computed again if vectors or classes have changed."""
         state = len(self._vectors), self._num_changes
-        if self._means is None or self._means[0] != state:
-            members: dict[str, list[Vector]] = {name: [] for name in self._classes.values()}
-            for path, name in self._classes.items():
-                if (vector := self._vectors.get(path)) is not None:
-                    members[name].append(vector)
-            is_late = len(members) > 1 and all(len(found) >= MIN_PHOTOGRAPHS for found in members.values())
-            means = [np.mean(found, axis=0) for found in members.values()] if is_late else []
+        if self._means.state == state:
+            return self._means
+        members: dict[str, list[Vector]] = {name: [] for name in self._classes.values()}
+        for path, name in self._classes.items():
+            if (vector := self._vectors.get(path)) is not None:
+                members[name].append(vector)
+        if len(members) > 1 and min(map(len, members.values())) >= MIN_PHOTOGRAPHS:
+            means = [np.mean(found, axis=0) for found in members.values()]
             units = [mean / max(np.linalg.norm(mean), 1e-12) for mean in means]
-            self._means = state, list(members) if is_late else [], np.stack(units) if units else _NONE
-        return self._means[1:]
+            self._means = _Means(state, list(members), np.stack(units))
+        else:
+            self._means = _Means(state, [], _NONE)
+        return self._means
 
     def best(self, path: Path) -> tuple[str, float]:
         """Return the most probable class of the photograph at *path* with its probability, or ("", 0.0)."""
