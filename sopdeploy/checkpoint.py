@@ -19,7 +19,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sopdeploy.config import FieldValues, Text, check_format_version, first_problem, reader_of, writer_of
+from sopdeploy.config import FieldValues, Text, check_format, first_problem, reader_of, writer_of
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
@@ -165,7 +165,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     known = {entry.name for entry in fields(Checkpoint)}
     unknown = content.keys() - known - {"version"} if written_by not in {None, __version__} else ()
     try:
-        check_format_version(content.pop("version", None), _VERSION, written_by, map(str, unknown))
+        check_format(content.pop("version", None), _VERSION, written_by, map(str, unknown))
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
         problem = first_problem(error) + (reader_of(written_by) or "; train or import it again")

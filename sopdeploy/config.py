@@ -183,18 +183,20 @@ class Options(StrictModel):
             raise ConfigError(f"{problem['msg']} (got {shown(problem['input'])})", setting=name) from error
 
 
-def check_format_version(found: Any, version: int, written_by: Any, unknown: Iterable[str] = ()) -> None:
-    """Raise `ValueError` if a file has the format *version* *found*, not *version*, or has *unknown* fields.
+def check_format(found: Any, expected: int, written_by: Any, unknown: Iterable[str] = ()) -> None:
+    """Raise `ValueError` if this version of sopdeploy cannot read a file.
 
+    The format version *found* in the file must be *expected*, and the file must have no *unknown* fields.
     A format keeps its version when it gets optional fields: files without them get their defaults.
-    *written_by* is the version of sopdeploy in the file, which can read it.
+    *written_by* is the version of sopdeploy that wrote the file, which the error names as one that can read
+    it.
     """
     reader = "a later version of sopdeploy"
     if isinstance(written_by, str):
         reader = f"sopdeploy {written_by[:MAX_SHOWN]}"
-    if found != version:
+    if found != expected:
         given = _SHORTENER.repr(found)[:MAX_SHOWN]
-        raise ValueError(f"version: {given}, but this sopdeploy reads {version}; read it with {reader}")
+        raise ValueError(f"version: {given}, but this sopdeploy reads {expected}; read it with {reader}")
     if names := sorted(unknown):
         raise ValueError(f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it")
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from sopdeploy.config import check_format_version
+from sopdeploy.config import check_format
 from sopdeploy.version import __version__
 
 VERSION: Literal[1] = 1
@@ -21,4 +21,4 @@ def check_schema(schema: Any) -> None:
     """Raise `ValueError` if *schema* is that of a later format; files of other programs have no version."""
     found = (schema.metadata or {}).get(_VERSION_KEY)
     if found is not None:
-        check_format_version(int(found), VERSION, schema.metadata.get(_WRITER_KEY, b"").decode() or None)
+        check_format(int(found), VERSION, schema.metadata.get(_WRITER_KEY, b"").decode() or None)

@@ -120,6 +120,14 @@ class ParityReport(StrictModel):
         return self.precision != "int8" and self.logits.tolerance >= self.spread / 2
 
     @property
+    def smallest_unverifiable_share(self) -> float:
+        """The share of the noise floor in the spread from which on the file is `unverifiable`.
+
+        The tolerance, floors_allowed * floor, is then at least spread / 2.
+        """
+        return 0.5 / self.floors_allowed
+
+    @property
     def logits(self) -> OutputParity:
         """The drift of the logits."""
         return self.outputs[LOGITS]

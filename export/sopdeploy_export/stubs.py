@@ -233,7 +233,7 @@ class Stub(nn.Module):
 
     Attributes:
         part: Dotted name of the removed part.
-        known: The names of its attributes and methods.
+        names_of_removed: The names of the attributes and methods of the removed part.
         methods: The names of its methods that the recording has.
         held: Its tensors, full of NaN.
         recording: The calls that all stubs of the network answer.
@@ -246,7 +246,7 @@ class Stub(nn.Module):
         held = {**removed._parameters, **removed._buffers}
         vars(self).update(  # not by assignment, for which `nn.Module` has rules
             part=part,
-            known={*dir(type(removed)), *vars(removed)} - set(dir(nn.Module)),
+            names_of_removed={*dir(type(removed)), *vars(removed)} - set(dir(nn.Module)),
             methods={call.method for call in calls if call.part == part},
             held={name: without_values(tensor) for name, tensor in held.items() if tensor is not None},
             recording=recording,
@@ -273,13 +273,17 @@ class Stub(nn.Module):
         return call.make_answer(run.pixels)
 
     def __getattr__(self, name: str) -> Any:
-        """Return a part, a tensor or a method; raise `ReadError` for what else the part has."""
-        own = vars(self)
+        """Return a part, a tensor or a method that was recorded.
+
+        Raises `ReadError` for any other attribute of the removed part.
+        """
+        own = vars(self)  # `get`: `copy` and `pickle` ask for attributes before `__init__`
         if name in own.get("held", ()):
             return own["held"][name]
         if name in own.get("methods", ()):
             return lambda *_arguments, **_options: self.answer(name)
-        if name in own.get("known", ()) and not name.startswith("__") and name not in own["_modules"]:
+        is_of_removed = name in own.get("names_of_removed", ()) and not name.startswith("__")
+        if is_of_removed and name not in own["_modules"]:
             raise ReadError(f"{name} of", self.part)
         return super().__getattr__(name)
 

@@ -374,20 +374,20 @@ def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, 
 class Listed(NamedTuple):
     """A bundle of a folder of bundles; an unreadable `manifest` is None.
 
-    `reason` says why it is not served, empty if it is; then it was read, and is `bundle`. `is_replaced` is
-    true if a later export, or the bundle of which this is a copy, is served instead.
+    `why_not_served` is empty for the bundle that is served; then it was read, and is `bundle`. `is_replaced`
+    is true if a later export, or the bundle of which this is a copy, is served instead.
     """
 
     path: Path
     manifest: Manifest | None
-    reason: str = ""
+    why_not_served: str = ""
     is_replaced: bool = False
     bundle: Bundle | None = None
 
     @property
     def is_served(self) -> bool:
         """Whether requests for its project are answered by this bundle."""
-        return not self.reason
+        return not self.why_not_served
 
     @property
     def is_damaged(self) -> bool:
@@ -404,7 +404,9 @@ class Listed(NamedTuple):
 
 
 def read_bundles(folder: Path) -> Iterator[Listed]:
-    """Yield the bundles directly in *folder*, by name; `reason` tells why a manifest cannot be read.
+    """Yield the bundles directly in *folder*, by name.
+
+    `why_not_served` is set for a bundle whose manifest cannot be read.
 
     A folder with a manifest or a required file counts; hidden folders, which are incomplete, and links to
     folders in *folder* do not. Raises `BundleError` if *folder* exists but cannot be read.
@@ -438,7 +440,7 @@ def list_bundles(folder: Path, read: Read | None = None) -> list[Listed]:
     last_export_first = sorted(read_bundles(folder), key=lambda entry: entry.rank, reverse=True)
     for entry in last_export_first:
         manifest = entry.manifest
-        if manifest is None:  # `read_bundles` gave the reason
+        if manifest is None:  # `read_bundles` has set `why_not_served`
             listed.append(entry)
             continue
         served = served_by_project.get(manifest.project)
@@ -447,7 +449,7 @@ def list_bundles(folder: Path, read: Read | None = None) -> list[Listed]:
                 listed.append(entry._replace(bundle=read(entry.path, manifest)))
                 served_by_project[manifest.project] = manifest
             except (BundleError, OSError) as error:
-                listed.append(entry._replace(reason=str(error)))
+                listed.append(entry._replace(why_not_served=str(error)))
             continue
         if manifest.id == served.id:
             reason = f"a copy of {served.name}"
@@ -455,7 +457,7 @@ def list_bundles(folder: Path, read: Read | None = None) -> list[Listed]:
             reason = "exported at the same time"
         else:
             reason = f"exported earlier, {manifest.exported_at[:19]}Z"
-        listed.append(entry._replace(reason=reason, is_replaced=True))
+        listed.append(entry._replace(why_not_served=reason, is_replaced=True))
     return listed
 
 
@@ -472,7 +474,7 @@ def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:
         if entry.is_served and entry.manifest is not None:
             texts.insert(0, f"serves {entry.path} (exported {entry.manifest.exported_at[:19]}Z)")
         else:
-            texts.append(f"not {entry.path.name}, {entry.reason}")
+            texts.append(f"not {entry.path.name}, {entry.why_not_served}")
         if entry.is_damaged:
             damaged.add(project)
     return ((f"{project}: {'; '.join(texts)}", project in damaged) for project, texts in all_texts.items())

@@ -10,7 +10,7 @@ from sopdeploy.config import (
     FieldValues,
     StrictModel,
     Text,
-    check_format_version,
+    check_format,
     first_problem,
     matching,
     parse_json,
@@ -167,7 +167,7 @@ class Manifest(StrictModel):
             fields.pop(name, None)
         written_by = writer_of(fields)
         unknown = fields.keys() - cls.model_fields.keys() if written_by != __version__ else ()
-        check_format_version(fields.get("version", FORMAT_VERSION), FORMAT_VERSION, written_by, unknown)
+        check_format(fields.get("version", FORMAT_VERSION), FORMAT_VERSION, written_by, unknown)
         try:
             manifest = cls.model_validate(fields)
         except pydantic.ValidationError as problem:

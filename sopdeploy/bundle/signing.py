@@ -82,18 +82,24 @@ class _HashesOf:
         """Ignore nothing: a signature covers all files that are used."""
 
     def hash(self, path: Path, **_: object) -> Any:
-        """Return the `model_signing.manifest.Manifest` of the bundle."""
-        package = _import("manifest")
+        """Return the `model_signing.manifest.Manifest` of the bytes that were read.
+
+        Only the name of *path* is used: its files are not read again.
+        """
+        signing_manifest = _import("manifest")
         digest_type = _import("_hashing.hashing").Digest
         manifest = self._bundle.manifest
         hashes = {name: record.sha256 for name, record in manifest.files.items()}
         hashes[MANIFEST] = hashlib.sha256(manifest.to_bytes()).hexdigest()
         items = [
-            package.FileManifestItem(path=Path(name), digest=digest_type("sha256", bytes.fromhex(value)))
+            signing_manifest.FileManifestItem(
+                path=Path(name), digest=digest_type("sha256", bytes.fromhex(value))
+            )
             for name, value in hashes.items()
         ]
-        how = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
-        return package.Manifest(path.name, items, package.SerializationType.from_args(how))
+        serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
+        serialization_type = signing_manifest.SerializationType.from_args(serialization)
+        return signing_manifest.Manifest(path.name, items, serialization_type)
 
 
 def _import(module: str) -> Any:

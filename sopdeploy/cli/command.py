@@ -95,7 +95,7 @@ def command(
                 result = function(**values, **_start_progress(function, as_json, stack))
             if is_main_process():
                 with one_line_errors():  # not as JSON: stdout may already hold the document of the result
-                    _show_and_exit(result, show, summarize, show_values, as_json=as_json)
+                    _show_result(result, show, summarize, show_values, as_json=as_json)
 
         # Typer reads the help, without the sections of the docstring, and the options from the signature.
         run.__doc__ = _SECTIONS.split(inspect.getdoc(function) or "")[0]
@@ -148,7 +148,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     return call
 
 
-def _show_and_exit(
+def _show_result(
     result: Any,
     show: Callable[..., int | None] | None,
     summarize: Callable[[Any], Any] | None,
@@ -156,7 +156,10 @@ def _show_and_exit(
     *,
     as_json: bool,
 ) -> None:
-    """Print *result*; exit if *show* or the function has returned a code that is not 0."""
+    """Print *result*, unless the function has printed it; return if all is well.
+
+    Raises `typer.Exit` with the code that *show* or the function has returned, if it is not 0.
+    """
     code = None
     if show is None:  # the function has printed its result, and returned the code; there is no --json
         code = result

@@ -4,6 +4,7 @@ This module does not import torch.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,17 +29,17 @@ def make_predictions(
 ) -> Predictions:
     """Predict *images* by the calibrated *logits* (C,) of each of them.
 
-    *labels* are the classes in output order, in which a network with several classes per image has those of
-    `images`, too. With one class per image, `images.labels` may have another order; the classes of each
-    `ImageScore` are indices into `images.labels`. Without a *decision*, every image is known.
+    *labels* are the classes in the order of the outputs. With one class per image, `images.labels` may have
+    another order, and the classes of each `ImageScore` are indices into `images.labels`; with several, both
+    orders are the same. Without a *decision*, every image is known.
     """
     decision = Decision() if decision is None else decision
-    if decision.thresholds is not None:  # several classes per image
+    if decision.is_multi_label:
         return MultiLabelPredictions(
             labels=images.labels,
             targets=images.targets.astype(np.float64),
             probabilities=np.stack([sigmoid(row) for row in logits]),
-            thresholds=decision.thresholds,
+            thresholds=cast(Sequence[float], decision.thresholds),  # never None with several classes
         )
     class_of_output = [images.labels.index(label) for label in labels]
     scores = []

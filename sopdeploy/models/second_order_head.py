@@ -135,13 +135,15 @@ class PooledHead(nn.Module, ExportHints):
     def forward(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         """Compute the (B, classes) logits.
 
-        With `cosine`, they are log-probabilities plus the largest cosine, so that their log-sum-exp is it.
+        With `cosine`, the largest cosine to a class mean is added to log-probabilities, so that the
+        log-sum-exp of the logits is this cosine.
         """
         logits_BK: Tensor = self.fc(self.vector(own_BD, maps))
         if not self.config.cosine:
             return logits_BK
         own_BD = at_least_float32(own_BD)
         length_B1 = own_BD.square().sum(dim=1, keepdim=True).clamp_min(_SMALLEST_SQUARE).sqrt()
+        # self.means have length 1
         cosine_B1 = linear(own_BD, self.means).amax(dim=1, keepdim=True) / length_B1
         return log_softmax(logits_BK, dim=1) + cosine_B1
 

@@ -154,8 +154,12 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
 
 
 def _inspect_file(images: ImageFiles, part: str, has_signature: bool, index: int) -> _FileInfo:
-    """Decode an image and describe its file, if *has_signature* with the signature of its edges."""
-    file, label, length = str(images.path(index)), SEPARATOR.join(images.class_names(index)), 0
+    """Decode an image and describe its file; of an unreadable one, only the error.
+
+    If *has_signature*, the description contains the signature of its edges.
+    """
+    file, label = str(images.path(index)), SEPARATOR.join(images.class_names(index))
+    length = 0  # if it cannot be read
     try:
         photo = images.photo(index)
         length = len(photo.content)
@@ -171,7 +175,7 @@ def _inspect_file(images: ImageFiles, part: str, has_signature: bool, index: int
             signature=signature(photo.pixels) if has_signature else None,
         )
     except DataError as error:
-        return _FileInfo(file, part, label, length, str(error))
+        return _FileInfo(file=file, part=part, label=label, length=length, error=str(error))
 
 
 def _find_clips(infos: Sequence[_FileInfo]) -> Iterator[str]:

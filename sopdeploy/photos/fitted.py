@@ -38,7 +38,7 @@ class FittedPixels:
         shape = (len(images), rules.crop, rules.crop, 3)
         self.is_kept = 0 < math.prod(shape) <= MAX_IN_MEMORY
         kept_shape = shape if self.is_kept else (0, 0, 0, 3)
-        self.pixels, self.known = shared_zeros(kept_shape), shared_zeros(kept_shape[:1])
+        self.pixels, self.is_computed = shared_zeros(kept_shape), shared_zeros(kept_shape[:1])
         self.rows = np.arange(len(images))  # the row of `pixels` of each image
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -46,14 +46,17 @@ class FittedPixels:
         return type(self), (self.images, self.rules)
 
     def read(self, samples: Sequence[int]) -> Pixels:
-        """Return the pixels (B, crop, crop, 3) of *samples*; raises `DataError` for a damaged image."""
+        """Return the pixels (B, crop, crop, 3) of *samples*.
+
+        They are computed and kept at their first use. Raises `DataError` for a damaged image.
+        """
         if not self.is_kept:
             return np.stack([self._compute(sample) for sample in samples])
         rows = self.rows[np.asarray(samples)]
-        missing = {samples[position] for position in np.flatnonzero(self.known[rows] == 0).tolist()}
+        missing = {samples[position] for position in np.flatnonzero(self.is_computed[rows] == 0).tolist()}
         for sample in sorted(missing):
             self.pixels[self.rows[sample]] = self._compute(sample)
-        self.known[rows] = 1  # after the pixels, which other processes read then
+        self.is_computed[rows] = 1  # after the pixels, which other processes read then
         pixels: Pixels = self.pixels[rows]
         return pixels
 

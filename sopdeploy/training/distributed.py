@@ -106,8 +106,11 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
-    """Raise `ConfigError` unless *world* processes get enough samples in every step."""
+def check_batch_size(recipe: Recipe, train_count: int, world: int) -> None:
+    """Raise `ConfigError` unless *world* processes can divide every step.
+
+    *world* must divide the batch size, and every step must have a sample for each process.
+    """
     if recipe.batch_size % world:
         raise ConfigError(
             f"batch_size: a step of {recipe.batch_size} samples cannot be divided among {world} processes; "

@@ -41,7 +41,7 @@ from sopdeploy.training.few_shot.run import fit_new, with_decision
 from sopdeploy.training.fits import FewShotFit, Fit, Start
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopRun, last_loop_record, read_frozen, restore_loop
-from sopdeploy.training.record import best_record, read_few_shot_fit, read_resumed
+from sopdeploy.training.record import read_few_shot_fit, read_resumed, run_record
 from sopdeploy.training.results import LoopResult, Tuning
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import move_to_device
@@ -69,7 +69,7 @@ def fit_fine_tune(
         restore_loop(run, last, folder.last)
     if len(start.data.held_out) < TESTABLE:
         run.position.epoch = start.recipe.epochs  # no comparison can decide, so there is nothing to train
-    folder.save_best(best_record(start, frozen))
+    folder.save_best(run_record(start, frozen))
     return fit_loop(run, folder, callback, keep_better)
 
 
@@ -133,7 +133,7 @@ def keep_better(
         tuning=tuning,
     )
     fit = replace(run.synchronized_fit(), result=result, decision=None if is_nothing_fitted else decision)
-    best = best_record(run.start, fit)
+    best = run_record(run.start, fit)
     folder.save_best(best)
     return fit, best.training
 
@@ -146,7 +146,7 @@ def _keep_frozen(
     seconds = frozen.position.seconds + run.position.seconds
     position = frozen.position.model_copy(update={"seconds": seconds})
     fit = replace(frozen, result=result.model_copy(update={"tuning": tuning}), position=position)
-    best = best_record(run.start, fit)
+    best = run_record(run.start, fit)
     folder.save_best(best)
     folder.save_history(run.position.history or position.history)
     return fit, best.training

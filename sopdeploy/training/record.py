@@ -35,10 +35,10 @@ from sopdeploy.training.start_weights import StartReport
 from sopdeploy.version import __version__
 
 
-def best_record(start: Start, fit: Fit, resume: dict[str, Any] | None = None) -> Checkpoint:
-    """Build the content of `best.pt`; raise `TrainingError` if a weight is a NaN or infinity.
+def run_record(start: Start, fit: Fit, resume: dict[str, Any] | None = None) -> Checkpoint:
+    """Build the content of `best.pt`, or with *resume* that of `last.pt`.
 
-    *resume* is what `last.pt` contains in addition.
+    *resume* is what `last.pt` contains in addition. Raises `TrainingError` if a weight is a NaN or infinity.
     """
     weights = fit.network.state_dict()
     learning = {} if fit.learning is None else fit.learning.state_dict()
@@ -134,7 +134,7 @@ def last_few_shot_record(start: Start, fit: FewShotFit) -> Checkpoint:
         arrays |= {"label_logits": fit.label_logits, "targets": targets, "file_hashes": fit.file_hashes}
     resume = resume_of(start, fit.position, fit.network.state_dict())
     resume["procedure"] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return best_record(start, fit, resume)
+    return run_record(start, fit, resume)
 
 
 def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFit:

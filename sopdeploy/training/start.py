@@ -23,7 +23,7 @@ from sopdeploy.photos.photo import LabeledImages, Split, describe_contradictions
 from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.distributed import Strategy, check_divisible
+from sopdeploy.training.distributed import Strategy, check_batch_size
 from sopdeploy.training.fits import Start
 from sopdeploy.training.recipe import (
     AnyProcedureConfig,
@@ -107,7 +107,7 @@ def start_run(
     division = divide_images(selected, opened, last, strategy)
     _check_data(selected, opened, division, given.keys, callback)
     if isinstance(selected.procedure, LoopConfig):
-        check_divisible(selected, len(division.data.train), strategy.world)
+        check_batch_size(selected, len(division.data.train), strategy.world)
     if last is None or recorded is None:
         start = new_start(selected, division, strategy, given.weights)
         if parts := start.random_frozen_parts():

@@ -109,8 +109,11 @@ class BatchClassifier:
         """Close the runtime."""
         self._runtime.close()
 
-    def write_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
-        """Write the rows of *parts*; raises `RuntimeUnavailableError` if the device or the decoders fail."""
+    def classify_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
+        """Classify the images of *parts* and write their rows.
+
+        Raises `RuntimeUnavailableError` if the device or the decoders fail.
+        """
         sizes = folder.sizes()
         schema = make_schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
         images = (image for part in parts for image in folder.images(part))

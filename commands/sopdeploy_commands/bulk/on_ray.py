@@ -52,7 +52,7 @@ class PartActor:
         all_sizes = self._folder.sizes()
         sizes = {part: all_sizes[part] for part in task["part"].tolist()}
         missing = [part for part, size in sizes.items() if not self._folder.is_written(part, size)]
-        self._classifier.write_parts(self._folder, missing, lambda _: None)
+        self._classifier.classify_parts(self._folder, missing, lambda _: None)
         return {"images": list(sizes.values())}
 
 
@@ -87,7 +87,7 @@ class RayClassifier:
         """Disconnect from the cluster; end one that was started here."""
         ray.shutdown()
 
-    def write_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
+    def classify_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
         """Classify *parts* of the list in *folder* and write their rows."""
         classified = ray.data.from_items([{"part": part} for part in parts]).map_batches(
             PartActor,

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from sopdeploy.config import StrictModel, check_format_version, first_problem, parse_json, reader_of
+from sopdeploy.config import StrictModel, check_format, first_problem, parse_json, reader_of
 from sopdeploy.errors import ConfigError
 from sopdeploy.file_systems import lock_file
 from sopdeploy.files import (
@@ -164,7 +164,7 @@ class OutputFolder:
         writer = fields.get("written_by")
         unknown = fields.keys() - RunState.model_fields.keys() if writer != __version__ else ()
         try:
-            check_format_version(fields.get("version", VERSION), VERSION, writer, unknown)
+            check_format(fields.get("version", VERSION), VERSION, writer, unknown)
         except ValueError as error:
             raise ConfigError(f"{path}: {error}", setting="out") from error
         try:

@@ -109,7 +109,7 @@ def classify(
         add_done(total - sum(sizes[part] for part in pending))  # the images that earlier runs classified
         try:
             if pending:
-                classifier.write_parts(folder, pending, add_done)
+                classifier.classify_parts(folder, pending, add_done)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; run the same command again to continue") from None
         error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]

@@ -236,8 +236,8 @@ SIZE_REMEDY = (
     "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), a // b for int(a / b), and "
     "compute all images of a batch at once instead of in a loop"
 )
-DATA_GUARD = re.compile(r"data-dependent expression")
-BY_VALUE = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
+DATA_DEPENDENT = re.compile(r"data-dependent expression")
+DEPENDS_ON_VALUES = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -382,8 +382,8 @@ def capturing() -> Iterator[None]:
         text = "\n".join(str(cause) for cause in causes if cause is not None)
         if BATCH_GUARD.search(text):
             problem = f"{BY_SIZE}; {SIZE_REMEDY}"
-        elif DATA_GUARD.search(text):
-            problem = BY_VALUE
+        elif DATA_DEPENDENT.search(text):
+            problem = DEPENDS_ON_VALUES
         else:
             problem = first_line(error)
         raise LoweringError(f"{NO_GRAPH}: {problem}") from error

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.constant_parts import evaluate_constant_parts
-from sopdeploy_export.graph.capture import BY_VALUE, DATA_GUARD, INPUT, NETWORK_PREFIX
+from sopdeploy_export.graph.capture import DATA_DEPENDENT, DEPENDS_ON_VALUES, INPUT, NETWORK_PREFIX
 from sopdeploy_export.graph.forms import decompose
 from sopdeploy_export.program_hashes import module_of
 
@@ -131,9 +131,10 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
 
 
 def _conversion_problem(error: BaseException, program: ExportedProgram) -> str:
-    """Name the operator of *program* that the converter cannot translate; else describe the first cause.
+    """Describe why the converter could not translate *program*.
 
-    *error* is the last one of a chain, in which each names its cause.
+    Names the operator that it cannot translate; else describes the first cause, or tells that the code
+    depends on values of the image. *error* is the last one of a chain, in which each names its cause.
     """
     causes = [error]
     while (cause := causes[-1].__cause__) is not None:
@@ -145,7 +146,7 @@ def _conversion_problem(error: BaseException, program: ExportedProgram) -> str:
             places = [f" in {module_of(node)}" for node in program.graph.nodes if node.name == name]
             return f"{operator}{''.join(places)}; use other operators"
     first_problem = problems[-1]
-    return BY_VALUE if DATA_GUARD.search(first_problem) else first_problem
+    return DEPENDS_ON_VALUES if DATA_DEPENDENT.search(first_problem) else first_problem
 
 
 def _simplify(model: ir.Model) -> None:
@@ -191,5 +192,5 @@ def check_graph(proto: onnx.ModelProto) -> None:
         if node.op_type in REJECTED:
             part = next((item.value for item in node.metadata_props if item.key == "part"), "")
             where = part if part not in ("", "network") else "forward"
-            reason = BY_VALUE if node.op_type == "NonZero" else "control flow is not allowed"
+            reason = DEPENDS_ON_VALUES if node.op_type == "NonZero" else "control flow is not allowed"
             raise LoweringError(f"the graph contains {node.op_type} in {where}; {reason}")

@@ -56,16 +56,22 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation in float64 if an argument names a smaller type or an operand is float64."""
+        """Run *func* in float64 where the code of a network names a smaller type.
+
+        A `dtype` argument becomes float64, and so do the operands if one of them is, unless *func* writes to
+        an operand.
+        """
         del types
-        named = {} if kwargs is None else {name: widen_dtype(value) for name, value in kwargs.items()}
-        call = tuple(map(widen_dtype, args)), named
+        args = tuple(map(widen_dtype, args))
+        kwargs = {name: widen_dtype(value) for name, value in (kwargs or {}).items()}
         with torch._C.DisableTorchFunction():  # so that `ReportsFloat32` does not change `value.dtype` here
-            dtypes = {value.dtype for value in tree_leaves(call) if isinstance(value, Tensor)}
+            dtypes = {value.dtype for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
             # An operation that writes to an operand needs this operand itself, not a converted copy.
             if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
-                call = tree_map_only(Tensor, lambda t: t.double() if t.dtype in REDUCED else t, call)
-            return func(*call[0], **call[1])
+                args, kwargs = tree_map_only(
+                    Tensor, lambda t: t.double() if t.dtype in REDUCED else t, (args, kwargs)
+                )
+            return func(*args, **kwargs)
 
 
 class ReportsFloat32(TorchFunctionMode):
@@ -370,8 +376,7 @@ def _first_violation(report: results.ParityReport) -> str | None:
             return "cannot be verified: the spread of the network's logits is 0; train longer"
         floor = report.logits.noise_floor
         advice = "train longer" if report.precision == "fp32" else "train longer, or choose precision fp32"
-        # The tolerance, floors_allowed * floor, is at least spread / 2; so floor / spread is at least this.
-        too_large_share = 0.5 / report.floors_allowed
+        too_large_share = report.smallest_unverifiable_share
         return (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
             f"{floor / report.spread:.0%} of the spread of the logits, and at {too_large_share:.1%} or more "

@@ -65,7 +65,7 @@ def find_and_record_model(request: Request, name: str | None, version: str | Non
     """Find the model of *request*, or raise `RejectedError`; record it for headers, metrics and log."""
     model = service_of(request).registry.find(name, version)
     context: RequestContext = request.scope["state"]["context"]
-    context.model_name, context.model_version = model.name, model.version
+    context.model_name, context.model_digest = model.name, model.version
     return model
 
 

@@ -218,7 +218,10 @@ def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> tup
 
 
 def _kill(children: set[int], process: int) -> int:
-    """Kill *process*, one of *children*; return its exit code, or that with which it was ending already."""
+    """Kill *process*, one of *children*, and forget it; return its exit code.
+
+    This may be the code with which it was ending already.
+    """
     os.kill(process, signal.SIGKILL)
     children.discard(process)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -259,7 +259,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         if self._request is not None:
             self._request.settle(reason)
         self._request = None
-        self._lose("")
+        self._lose()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Use the new child."""
@@ -303,10 +303,13 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._become_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Replace the child, which has ended, and fail its request; without one, wait for the next."""
-        self._lose("")
+        """Note that the child has ended, for the reason that its exit code gives.
 
-    def _lose(self, reason: str) -> None:
+        Its request fails and it is replaced; without a request, the next request replaces it.
+        """
+        self._lose()
+
+    def _lose(self, reason: str = "") -> None:
         """End the child for *reason* (empty: its exit code says why), unless this was called before.
 
         If it runs a request, this fails, and another child is started.
@@ -333,7 +336,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
             log.error("a decoder process is not replaced: %s", error)
         request = self._request
         if request is None:  # closed
-            self._lose("")
+            self._lose()
         elif sends and self._transport is not None:
             self._send(self._transport, request)
         else:

@@ -75,6 +75,7 @@ class _Parts:
         self.value.clear()
 
     def end_headers(self) -> None:
+        """Begin the next image; raise `RejectedError` for another field or one too many."""
         if self.name not in FIELDS:
             message = f"field {str(self.name)[:80]!r}: images must be in fields named `image`"
             raise RejectedError(HttpError("unexpected_field", 422, message))

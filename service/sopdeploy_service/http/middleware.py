@@ -61,7 +61,7 @@ class RequestContext:
     key_name: str | None = None
     rate_limit: TokenBucket | None = None
     model_name: str = ""
-    model_version: str = ""
+    model_digest: str = ""
     bytes: int = 0
     num_images: int = 0
     code: str = "ok"
@@ -98,16 +98,17 @@ class RequestContextMiddleware:
         status = 0  # until the response starts
 
         async def send_with_headers(message: Message) -> None:
+            """Send *message*; note its status, and add the headers of the context."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                sent = message["headers"]
-                sent.append((b"x-request-id", context.request_id.encode()))
-                if context.model_version:
-                    sent.append((b"x-model-digest", context.model_version.encode()))
+                headers = message["headers"]
+                headers.append((b"x-request-id", context.request_id.encode()))
+                if context.model_digest:
+                    headers.append((b"x-model-digest", context.model_digest.encode()))
                 if context.rate_limit is not None:
                     limits = context.rate_limit.headers().items()
-                    sent += [(name.lower().encode(), value.encode()) for name, value in limits]
+                    headers += [(name.lower().encode(), value.encode()) for name, value in limits]
             await send(message)
 
         self.service.active_requests += 1
@@ -174,7 +175,7 @@ class RequestContextMiddleware:
             "status": status,
             "code": context.code,
             "model": context.model_name or None,
-            "digest": context.model_version or None,
+            "digest": context.model_digest or None,
             "num_images": context.num_images,
             "bytes": context.bytes,
             "ms": round(seconds * 1000, 2),

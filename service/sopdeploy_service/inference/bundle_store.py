@@ -92,9 +92,9 @@ def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bu
 def _read_folder(folder: Path, read: ReadNamed) -> list[Bundle]:
     """Read the bundles in *folder* that are served; raises `BundleError` for none."""
     listed = list_bundles(folder, lambda path, manifest: read(manifest.project, path, manifest))
-    if all(bundle.reason for bundle in listed):  # none is served, or none is here
+    if all(bundle.why_not_served for bundle in listed):  # none is served, or none is here
         none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"
-        raise BundleError(f"{folder}: {listed[0].reason if listed else none_here}")
+        raise BundleError(f"{folder}: {listed[0].why_not_served if listed else none_here}")
     for line, failed in describe_projects(listed):
         log.log(logging.WARNING if failed else logging.INFO, line)
     return [bundle.bundle for bundle in listed if bundle.bundle is not None]

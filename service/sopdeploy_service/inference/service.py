@@ -164,12 +164,14 @@ class Service:
         self.settings, self.registry, self.metrics = settings, registry, registry.metrics
         self.active_requests = 0  # counted by the middleware
         self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
-        self.metrics_of_all: CollectMetrics | None = None  # if the server has several processes
-        self.num_front_ends = 0
-        self.keep: KeepImage | None = None
+        self.metrics_of_all: CollectMetrics | None = None  # set if the server has several processes
+        self.num_front_ends = 0  # set if the server has several processes
+        self.keep: KeepImage | None = None  # set by the app if it keeps results
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
-        # Images without an outcome, of each process; a request that is not parsed yet counts as one.
-        self._admitted, self._position = memoryview(bytearray(8)).cast("q"), 0
+        # The number of images without an outcome, one cell per process: of this process only, until
+        # `share_admitted` gives shared memory. A request that is not parsed yet counts as one image.
+        self._cells = memoryview(bytearray(8)).cast("q")
+        self._position = 0  # the cell of this process
         self.max_upload_bytes = upload_budget(settings)
         self.decoders = Decoders(self._count_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
@@ -179,15 +181,15 @@ class Service:
     @property
     def admitted(self) -> int:
         """The images that this process has admitted and not answered."""
-        return self._admitted[self._position]
+        return self._cells[self._position]
 
     @admitted.setter
     def admitted(self, count: int) -> None:
-        self._admitted[self._position] = count
+        self._cells[self._position] = count
 
     def share_admitted(self, cells: "memoryview[int]", position: int) -> None:
         """Count in *cells*, one for each process of the server, the one at *position* from zero."""
-        self._admitted, self._position = cells, position
+        self._cells, self._position = cells, position
         self.admitted = 0
 
     def _count_decoders(self) -> int:
@@ -242,14 +244,14 @@ class Service:
         self.check_queue(model, 1)
         # A request that is alone is always admitted. Otherwise, an estimate that is too high would reject
         # every request, and no batch would correct it.
-        if num_admitted := sum(self._admitted):
+        if num_admitted := sum(self._cells):
             seconds = model.latency.total_seconds(num_admitted + 1, model.largest_batch)
             if time.monotonic() + seconds > deadline:
                 raise RejectedError(results.TOO_LATE)
 
     def check_queue(self, model: Model, num_images: int) -> None:
         """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
-        num_admitted = sum(self._admitted)
+        num_admitted = sum(self._cells)
         if num_admitted + num_images > self.settings.queue_size:
             seconds = math.ceil(model.latency.total_seconds(num_admitted, model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))

@@ -206,9 +206,11 @@ class CachedNetwork:
     """The frozen `network` of *recipe*, whose outputs for photographs are kept in the cache."""
 
     def __init__(self, network: SecondOrderHead, recipe: Recipe) -> None:
-        layout, self.device = images_format(network), next(network.parameters()).device
-        self.network, self.recipe = network.eval().to(memory_format=layout), recipe
-        self.normalize = Normalize(recipe.preprocess, layout).to(self.device)
+        memory_format = images_format(network)
+        self.device = next(network.parameters()).device
+        self.network = network.eval().to(memory_format=memory_format)
+        self.recipe = recipe
+        self.normalize = Normalize(recipe.preprocess, memory_format).to(self.device)
         self.cache = FeatureCache(network, recipe)
         self.batch_size = BATCHES[self.device.type]
 

@@ -52,7 +52,7 @@ from sopdeploy.training.few_shot.features import (
 )
 from sopdeploy.training.fits import FewShotFit, Position, Start
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.record import best_record, last_few_shot_record, read_few_shot_fit
+from sopdeploy.training.record import last_few_shot_record, read_few_shot_fit, run_record
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import LOOP_INSTEAD, move_to_device
@@ -83,7 +83,7 @@ def fit_few_shot(
     else:  # `rejection` may have changed
         fit = read_few_shot_fit(start, last, folder.last)
         fit = with_decision(start, fit)
-    best, history = best_record(start, fit), fit.position.history
+    best, history = run_record(start, fit), fit.position.history
     folder.save_best(best)
     folder.save_history(history)
     if last is None:

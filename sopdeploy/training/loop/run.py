@@ -30,7 +30,7 @@ from sopdeploy.training.loop.state import (
     set_train_mode,
 )
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.record import best_record, with_result
+from sopdeploy.training.record import run_record, with_result
 from sopdeploy.training.results import LoopResult, SelectedBy
 from sopdeploy.training.run_folder import RunFolder
 
@@ -180,7 +180,7 @@ def save_derived_files(run: LoopRun, folder: RunFolder) -> None:
     has_best_weights = position.step == 0 and best.epoch == position.epoch  # no step since the best epoch
     if has_best_weights and run.frozen is None:  # otherwise `best.pt` has the frozen network until the end
         # in all processes, which together average the running statistics
-        folder.save_best(best_record(run.start, run.synchronized_fit()))
+        folder.save_best(run_record(run.start, run.synchronized_fit()))
     folder.save_history(history)
 
 

@@ -26,7 +26,7 @@ from sopdeploy.training.loop.ema import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
 from sopdeploy.training.loop.optimizers import OPTIMIZERS
 from sopdeploy.training.recipe import Recipe, StartConfig
-from sopdeploy.training.record import best_record, last_few_shot_record, resume_of, state_errors
+from sopdeploy.training.record import last_few_shot_record, resume_of, run_record, state_errors
 from sopdeploy.training.start import move_to_device
 from sopdeploy.training.start_weights import classifier_name
 
@@ -318,7 +318,7 @@ def last_loop_record(run: LoopRun) -> Checkpoint:
         resume["frozen"] = plain_content(frozen)
     if run.teacher is not None and run.teacher.learns:
         resume["teacher"] = run.teacher.model.state_dict()
-    return best_record(run.start, run.synchronized_fit(), resume)
+    return run_record(run.start, run.synchronized_fit(), resume)
 
 
 def read_frozen(last: Checkpoint, source: Path) -> Checkpoint:

@@ -182,7 +182,7 @@ def test_ctrl_c_says_in_one_line_how_to_continue(bundle_path, photos, tmp_path, 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(classifier.BatchClassifier, "write_parts", interrupted)
+    monkeypatch.setattr(classifier.BatchClassifier, "classify_parts", interrupted)
     found = CliRunner().invoke(app, ["classify", str(bundle_path), str(photos), "--out", str(tmp_path)])
     assert (found.exit_code, found.stderr) == (130, "stopped; run the same command again to continue\n")
     assert found.stdout == ""

@@ -14,7 +14,7 @@ from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
-from sopdeploy.training.distributed import Strategy, check_divisible
+from sopdeploy.training.distributed import Strategy, check_batch_size
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start import check_same_step
 from tests.sopdeploy.training.distributed.cases import (
@@ -61,8 +61,8 @@ def test_the_processes_compute_each_sample_of_a_step_once(samples, world) -> Non
 )
 def test_a_batch_that_cannot_be_divided_is_refused(count, world, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_divisible(build_recipe("dsop", "sgd"), count, world)
-    check_divisible(build_recipe("dsop", "sgd"), 52, 2)
+        check_batch_size(build_recipe("dsop", "sgd"), count, world)
+    check_batch_size(build_recipe("dsop", "sgd"), 52, 2)
 
 
 def test_running_statistics_of_batch_norms_are_averaged() -> None:
