@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.batches import sequential_batches
-from sopdeploy.decision import Decision, energy
+from sopdeploy.decision import Decision, log_sum_exp
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.evaluation.prediction import predict_logits
@@ -78,7 +78,7 @@ def results(measured: Measured) -> list[Result]:
     decision, raw, shipped, targets = measured
     if decision.rejection is None:
         raise SystemExit("too few images for a threshold; give more")
-    known = energy(shipped) >= decision.rejection.threshold
+    known = log_sum_exp(shipped) >= decision.rejection.threshold
     difference = float(np.abs(shipped - raw / decision.temperature).max())
     return [
         Result(

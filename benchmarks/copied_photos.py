@@ -41,7 +41,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.decision import energy
+from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.training.fits import FewShotFit
@@ -140,7 +140,7 @@ def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed:
         "estimate": 100 * score.share,
         "low": 100 * score.low,
         "high": 100 * score.high,
-        "accepted": 100 * float((energy(logits.numpy()) >= rule.threshold).mean()),
+        "accepted": 100 * float((log_sum_exp(logits.numpy()) >= rule.threshold).mean()),
         "accepted, low": 100 * low,
         "accepted, high": 100 * high,
         "grouped wrongly": 100 * wrong,

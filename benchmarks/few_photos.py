@@ -51,7 +51,7 @@ from sklearn.svm import SVC
 
 from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, write_plain
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.decision import energy
+from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import student
 from sopdeploy.layers.normalize import Normalize
@@ -240,7 +240,7 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
     if case.unknown is not None and rule is not None:
         inputs = head_inputs(best, case.unknown, case.model, case.cache / "unknown.pt", with_maps=True)
         others = model.pooled_head(inputs["own"], inputs["maps"])
-        shares = [(energy(rows.numpy()) >= rule["threshold"]).mean() for rows in (logits, others)]
+        shares = [(log_sum_exp(rows.numpy()) >= rule["threshold"]).mean() for rows in (logits, others)]
         measured |= {"accepted": 100 * float(shares[0]), "rejected": 100 * float(1 - shares[1])}
     path.write_text(json.dumps(measured))
     print(f"{case.name}, {size} per class, draw {seed}: {measured}", file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ import torch
 from copied_photos import draws_parser, parse_draws, test_logits, train_on
 from measure import Result, one_line_errors, report
 
-from sopdeploy.decision import energy, softmax
+from sopdeploy.decision import log_sum_exp, softmax
 from sopdeploy.errors import DataError
 from sopdeploy.training.fits import FewShotFit
 from sopdeploy.training.results import FewShotResult
@@ -55,7 +55,7 @@ def measure(given: argparse.Namespace, name: str, photos: Path, run: Path) -> tu
     tested, targets = test_logits(best, given.photos[name][1], given.model, given.cache / f"{name}-test.pt")
     unknown, _ = test_logits(best, given.unknown, given.model, given.cache / "unknown.pt")
     accuracy = float((tested.argmax(dim=1) == targets).double().mean())
-    accepted = float((energy(tested.numpy()) >= rule.threshold).mean())
+    accepted = float((log_sum_exp(tested.numpy()) >= rule.threshold).mean())
     low, high = rule.accepted or (0.0, 1.0)
     measured = {
         "accuracy": 100 * accuracy,
@@ -63,7 +63,7 @@ def measure(given: argparse.Namespace, name: str, photos: Path, run: Path) -> tu
         "holds": 100.0 * (score is not None and score.low <= accuracy <= score.high),
         "accepted": 100 * accepted,
         "accepted holds": 100.0 * (low <= accepted <= high),
-        "rejected": 100 * float((energy(unknown.numpy()) < rule.threshold).mean()),
+        "rejected": 100 * float((log_sum_exp(unknown.numpy()) < rule.threshold).mean()),
     }
     return measured, rule.threshold
 
@@ -91,7 +91,7 @@ def run_draw(given: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         )
     files_of_train = sorted((labels.index(one.parent.name), one) for one in train.glob("*/*"))
     largest = np.sort(softmax(logits.numpy()), axis=1)
-    is_kept = (energy(logits.numpy()) < threshold) | (largest[:, -1] - largest[:, -2] < LOW_MARGIN)
+    is_kept = (log_sum_exp(logits.numpy()) < threshold) | (largest[:, -1] - largest[:, -2] < LOW_MARGIN)
     kept = [
         (labels[target], file)
         for (target, file), keep, expected in zip(files_of_train, is_kept, targets.tolist(), strict=True)

@@ -19,7 +19,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sopdeploy.config import FieldValues, Text, check_format, first_problem, reader_of, writer_of
+from sopdeploy.config import FieldValues, Text, check_format, first_problem, version_advice, writer_of
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
@@ -168,7 +168,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
         check_format(content.pop("version", None), _VERSION, written_by, map(str, unknown))
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
-        problem = first_problem(error) + (reader_of(written_by) or "; train or import it again")
+        problem = first_problem(error) + (version_advice(written_by) or "; train or import it again")
         raise CheckpointError(f"{path}: {problem}") from error
     except ValueError as error:  # of another version
         raise CheckpointError(f"{path}: {error}") from error
@@ -346,11 +346,11 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         make_config(checkpoint.model, checkpoint.config)  # rejects keys such as num_classes
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}{reader_of(writer_of(checkpoint.training))}") from error
+        raise CheckpointError(f"{path}: {error}{version_advice(writer_of(checkpoint.training))}") from error
     weights = {network.current_name(name): tensor for name, tensor in checkpoint.weights.items()}
     problem = first_difference(network.state_dict(), weights)
     if problem:
-        advice = reader_of(writer_of(checkpoint.training)) or "; train or import it again"
+        advice = version_advice(writer_of(checkpoint.training)) or "; train or import it again"
         raise CheckpointError(f"{path}: {checkpoint.model}: {problem}{advice}")
     network.load_state_dict(weights)
     is_contiguous = checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"  # others: channels-last

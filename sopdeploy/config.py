@@ -207,8 +207,11 @@ def writer_of(fields: Any) -> Any:
     return versions.get("sopdeploy") if isinstance(versions, Mapping) else None
 
 
-def reader_of(written_by: Any) -> str:
-    """Return the end of a message about a file: which version reads it, if not this one has written it."""
+def version_advice(written_by: Any) -> str:
+    """Return the end of an error message: the version to read a file with.
+
+    Empty if this version wrote the file, or if *written_by* is no text.
+    """
     if not isinstance(written_by, str) or written_by == __version__:
         return ""
     return f"; read it with sopdeploy {written_by[:MAX_SHOWN]}, which wrote it (this is {__version__})"

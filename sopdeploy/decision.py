@@ -218,7 +218,7 @@ class Decision(StrictModel):
             explanation = tuple(tuple(row) for row in losses.tolist())
         if self.rejection is None:
             return Answer(ranked, explanation=explanation)
-        score = float(energy(logits))
+        score = float(log_sum_exp(logits))
         return Answer(ranked, score >= self.rejection.threshold, score, explanation)
 
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -257,7 +257,7 @@ class Decision(StrictModel):
         return rows
 
 
-def energy(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+def log_sum_exp(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Compute the log-sum-exp (...) float64 of *logits* (..., C), without overflow.
 
     It is the negative free energy of "Energy-based Out-of-distribution Detection" (Liu et al., 2020), Eq. 4.

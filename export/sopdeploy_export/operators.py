@@ -126,11 +126,12 @@ class _Operator(NamedTuple):
 class _Call(NamedTuple):
     """What is compared: one operator, or two of which the first one's result is the second one's operand.
 
-    `positions` are those of this operand among the operands of the second operator, which can read it twice.
+    `reads_first_at` has the positions of this operand among those of the second operator, which can read it
+    twice.
     """
 
     operators: tuple[_Operator, ...]
-    positions: frozenset[int] = frozenset()
+    reads_first_at: frozenset[int] = frozenset()
 
     @property
     def last(self) -> _Operator:
@@ -139,13 +140,15 @@ class _Call(NamedTuple):
 
     @property
     def inputs(self) -> list[tuple[Tensor, _Range]]:
-        """The operands from outside, with what they can be."""
+        """The operands that are not the first operator's result, each with its range."""
         from_outside = []
         for operator in self.operators:
-            for position, operand in enumerate(zip(operator.operands, operator.ranges, strict=True)):
-                is_first_result = operator is not self.operators[0] and position in self.positions
+            for position, operand_with_range in enumerate(
+                zip(operator.operands, operator.ranges, strict=True)
+            ):
+                is_first_result = operator is not self.operators[0] and position in self.reads_first_at
                 if not is_first_result:
-                    from_outside.append(operand)
+                    from_outside.append(operand_with_range)
         return from_outside
 
     @property
@@ -174,7 +177,7 @@ class _Call(NamedTuple):
 
     def describe(self) -> str:
         """Describe the operators; calls with equal descriptions are compared once."""
-        return f" -> {sorted(self.positions)} ".join(operator.describe() for operator in self.operators)
+        return f" -> {sorted(self.reads_first_at)} ".join(operator.describe() for operator in self.operators)
 
     def cropped(self) -> "_Call":
         """Return the call with a part of large operands, if the operators compute parts of their results."""
@@ -195,7 +198,7 @@ class _Call(NamedTuple):
         results = [first.run([next(remaining) for _ in first.operands])]
         for operator in second:  # if there is one
             positions = range(len(operator.operands))
-            read = [results[0][0] if i in self.positions else next(remaining) for i in positions]
+            read = [results[0][0] if i in self.reads_first_at else next(remaining) for i in positions]
             results.append(operator.run(read))
         return results
 
@@ -229,13 +232,16 @@ class _Bounds(fx.Interpreter):
         self.unbounded: set[str] = set()  # names of nodes, as the next one
         self.undefined: set[str] = set()
         self._values = torch.tensor(values)
-        self._varying: set[fx.Node] = set()
+        self._depends_on_images: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, and replace its result if it is that of a layer with weights."""
+        """Run one node, and replace its result if it is that of a layer with weights.
+
+        The node is noted in `unbounded` if its result is infinite or NaN, in `undefined` if it is NaN.
+        """
         result = super().run_node(n)
-        if n.op == "placeholder" or not self._varying.isdisjoint(n.all_input_nodes):
-            self._varying.add(n)
+        if n.op == "placeholder" or not self._depends_on_images.isdisjoint(n.all_input_nodes):
+            self._depends_on_images.add(n)
         leaves = [
             leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()
         ]
@@ -244,7 +250,8 @@ class _Bounds(fx.Interpreter):
         if any(bool(leaf.isnan().any()) for leaf in leaves):
             self.undefined.add(n.name)
         operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
-        has_weights = n in self._varying and not self._varying.issuperset(operands)
+        # It reads the images, and a tensor that does not depend on them.
+        has_weights = n in self._depends_on_images and not self._depends_on_images.issuperset(operands)
         return tree_map_only(Tensor, self._replace, result) if has_weights else result
 
     def _replace(self, result: Tensor) -> Tensor:
@@ -281,19 +288,19 @@ class _Recorder(fx.Interpreter):
         self._unbounded, self._undefined = unbounded, undefined
         self.calls: dict[str, _Call] = {}
         self._by_node: dict[fx.Node, _Operator] = {}
-        self._varying: set[fx.Node] = set()  # the values that depend on the images
+        self._depends_on_images: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; record its operator if it has not been compared."""
         arguments: Any = self.fetch_args_kwargs_from_env(n)
         results = super().run_node(n)
-        if n.op == "placeholder" or not self._varying.isdisjoint(n.all_input_nodes):
-            self._varying.add(n)
+        if n.op == "placeholder" or not self._depends_on_images.isdisjoint(n.all_input_nodes):
+            self._depends_on_images.add(n)
         nodes = [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, fx.Node)]
         operands = [node for node in nodes if isinstance(self.env.get(node), Tensor)]
         ranges = tuple(
             _Range(True, node.name in self._unbounded, node.name in self._undefined)
-            if node in self._varying
+            if node in self._depends_on_images
             else _Range(False, False, False)
             for node in operands
         )

@@ -247,7 +247,10 @@ def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
 
 
 def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.Module:
-    """Return the network of *subject* with its temperature folded into the last layer, if it has one."""
+    """Fold the temperature of *subject*, if it has one, into the last layer.
+
+    Returns the network, in which *images* are run to find this layer.
+    """
     decision, preprocess, classes = subject.decision, subject.preprocess, len(subject.labels)
     if decision is None or decision.temperature == 1:
         return subject.network

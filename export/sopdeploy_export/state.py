@@ -158,23 +158,29 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what *value* holds, with the suffix of each path; of libraries, only modules and containers."""
     if isinstance(value, (Tensor, ModuleType, *FIXED)):
         return  # a tensor has a version; of a module, only the variables that functions use are read
-    definition = value if isinstance(value, type | FunctionType) else type(value)
-    package, is_of_user = str(definition.__module__).partition(".")[0], not _is_of_library(definition)
-    is_definition = definition is value
-    if is_definition and not is_of_user:
-        return  # functions and classes of libraries hold no state of the network
-    if isinstance(value, FunctionType):
-        yield from _used_by(value)
-    elif isinstance(value, type):
-        yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
-    elif is_of_user or isinstance(value, nn.Module) or package in _MODULES:  # not other objects of libraries
-        held: dict[str, Any] = {}
-        with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
-            held = object.__getattribute__(value, "__dict__")
-        yield from ((f".{name}", item) for name, item in held.items())
-        # `_items` can list the dict of attributes as one more item.
-        yield from ((end, item) for end, item in _items(value) if item is not held)
-        yield f" ({definition.__name__})", definition  # a class of a user has attributes, too
+    if isinstance(value, type | FunctionType):
+        if not _is_of_library(value):  # those of libraries hold no state of the network
+            yield from _held_by_definition(value)
+        return
+    kind = type(value)
+    package = str(kind.__module__).partition(".")[0]
+    if _is_of_library(kind) and not isinstance(value, nn.Module) and package not in _MODULES:
+        return
+    held: dict[str, Any] = {}
+    with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
+        held = object.__getattribute__(value, "__dict__")
+    yield from ((f".{name}", item) for name, item in held.items())
+    # `_items` can list the dict of attributes as one more item.
+    yield from ((end, item) for end, item in _items(value) if item is not held)
+    yield f" ({kind.__name__})", kind  # a class of a user has attributes, too
+
+
+def _held_by_definition(definition: type | FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield what a function uses or a class has, with the suffix of each path."""
+    if isinstance(definition, FunctionType):
+        yield from _used_by(definition)
+    else:
+        yield from ((f".{name}", item) for name, item in vars(definition).items() if name != "__weakref__")
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:

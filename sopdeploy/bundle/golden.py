@@ -22,7 +22,7 @@ from PIL import Image
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import GATES, to_json
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.config import StrictModel, Text, reader_of
+from sopdeploy.config import StrictModel, Text, version_advice
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
@@ -129,7 +129,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     except (KeyError, ValueError):
         fits = False
     if not fits:
-        advice = reader_of(manifest.versions.get("sopdeploy")) or "; export the bundle again"
+        advice = version_advice(manifest.versions.get("sopdeploy")) or "; export the bundle again"
         raise BundleError(f"{bundle.path / GOLDEN}: does not fit the bundle{advice}")
     return tuple(opened)
 

@@ -14,7 +14,7 @@ from sopdeploy.config import (
     first_problem,
     matching,
     parse_json,
-    reader_of,
+    version_advice,
     writer_of,
 )
 from sopdeploy.decision import Decision
@@ -171,7 +171,7 @@ class Manifest(StrictModel):
         try:
             manifest = cls.model_validate(fields)
         except pydantic.ValidationError as problem:
-            raise ValueError(first_problem(problem) + reader_of(written_by)) from problem
+            raise ValueError(first_problem(problem) + version_advice(written_by)) from problem
         if manifest.to_bytes() != raw:
             raise ValueError("was edited or damaged after the export")
         return manifest

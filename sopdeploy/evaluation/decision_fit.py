@@ -15,7 +15,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import Calibration, Decision, Estimate, PredictionCounts, Rejection, energy
+from sopdeploy.decision import Calibration, Decision, Estimate, PredictionCounts, Rejection, log_sum_exp
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import LEVEL
 
@@ -80,21 +80,21 @@ def fit_decision(
     predictions.add_logits(scaled)
     rejection = None
     if rank := threshold_rank(len(logits), accepts):
-        threshold = float(np.sort(energy(scaled))[rank - 1])
-        energies = None if unknown is None else energy(unknown / temperature)
+        threshold = float(np.sort(log_sum_exp(scaled))[rank - 1])
+        scores = None if unknown is None else log_sum_exp(unknown / temperature)
         rejection = Rejection(
             threshold=threshold,
             accepts=accepts,
             accepted=accepted_interval(len(logits), rank),
-            recognized=_count_below(energies, threshold),
+            recognized=_count_below(scores, threshold),
             new_class=_count_below(left_out, threshold),
         )
     return Decision(calibration=calibration, rejection=rejection, reference=predictions.reference())
 
 
-def _count_below(energies: NDArray[np.float64] | None, threshold: float) -> tuple[int, int] | None:
-    """Count the *energies* (M,) below *threshold*, and all; None without any."""
-    return None if energies is None else (int((energies < threshold).sum()), len(energies))
+def _count_below(scores: NDArray[np.float64] | None, threshold: float) -> tuple[int, int] | None:
+    """Count the *scores* (M,) below *threshold*, and all; None without any."""
+    return None if scores is None else (int((scores < threshold).sum()), len(scores))
 
 
 def missing_threshold(images: int, classes: int, accepts: float, min_images: int) -> str:

@@ -15,7 +15,7 @@ import pydantic
 from numpy.typing import NDArray
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.decision import energy
+from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
 
 TOP_K = 5
@@ -176,4 +176,4 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
 
 def log_loss(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
     """Compute the mean negative log-likelihood of the classes *targets* (N,) under *logits* (N, C)."""
-    return float((energy(logits) - logits[np.arange(len(targets)), targets]).mean())
+    return float((log_sum_exp(logits) - logits[np.arange(len(targets)), targets]).mean())

@@ -42,7 +42,11 @@ class DSoPResNet(DSoP, ResNet):
     config: DSoPResNetConfig
 
     def paper_branches(self) -> PaperBranches:
-        """Return four branches of 2 basic blocks, or of 3, 4, 6, 3 bottlenecks (7 in the printed counts)."""
+        """Return four branches of 2 basic blocks, or of 3, 4, 6, 3 bottlenecks.
+
+        With the `aux_stride` "table", those of the paper's table: its strides, and for bottlenecks also its
+        blocks (3, 4, 7, 3) and widths.
+        """
         table = self.config.aux_stride == "table"  # the paper's printed counts do not fit its text
         blocks, widths = (2, 2, 2, 2), (64, 128, 256, 256)
         if self.has_bottlenecks:

@@ -272,16 +272,18 @@ PREFIXES = {  # functions (prefix, name) that build the entry of PREFIX:NAME
 
 
 def entry(name: str) -> Entry:
-    """Look up *name* in the catalog; raise `ConfigError` with the nearest names if it is unknown.
+    """Look up *name* in the catalog and among registered networks.
+
+    Raises `ConfigError` with the nearest names if it is unknown.
 
     `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature maps, and
     `head:NAME` for every network NAME without training-only parts, and for `dsop-NAME`.
     """
     family, colon, rest = name.partition(":")
-    found: Entry | None  # that of a registered network is of the user or a plug-in
+    found: Entry | None
     if colon and family in PREFIXES:
         found = import_if_named(PREFIXES[family])(family, rest)
-    else:
+    else:  # of the catalog, or registered by the user or a plug-in
         found = CATALOG.get(name) or MODELS.find(name)
     if found is not None:
         return replace(found, name=name)

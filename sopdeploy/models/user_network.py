@@ -242,20 +242,29 @@ def register_model(
             options. The default is "dsop" with taps, and "none", the network as it is, without.
 
     Raises:
-        ConfigError: *name* is that of a network of the catalog, or has other characters, or the method needs
-            taps.
+        ConfigError: *name* is that of a network of the catalog or of another module, or has other characters,
+            or the method needs taps.
     """
     if name in CATALOG:
         raise ConfigError(f"model {name!r}: is a network of the catalog; choose another name")
     chosen: MethodName = method or ("dsop" if taps else "none")
     if chosen == "dsop" and not taps:
         raise ConfigError("register_model: method 'dsop' needs taps; name modules of the network")
-    trained, options = METHODS[chosen]
+    method_class, options = METHODS[chosen]
     source, module = Source(partial(_build, name, build), tuple(taps), image_size), build.__module__
     # a network with training-only parts is exported as the network without a method
-    inference = _with_source(UserNetwork, source, module, None) if trained.training_only else None
-    network = _with_source(trained, source, module, inference)
-    MODELS.register(name, Entry(network, options, {}, f"of {module}", image_size), module)
+    inference = None
+    if method_class.training_only:
+        inference = _with_source(UserNetwork, source, module, inference_class=None)
+    network = _with_source(method_class, source, module, inference_class=inference)
+    registered = Entry(
+        network_source=network,
+        config_source=options,
+        defaults={},
+        summary=f"of {module}",
+        image_size=image_size,
+    )
+    MODELS.register(name, registered, module)
 
 
 def _with_source(

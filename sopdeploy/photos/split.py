@@ -55,10 +55,12 @@ def hold_out(
 
 
 def choose_held_out(images: LabeledImages, groups: Groups, fraction: float, seed: int) -> Choice:
-    """Choose *fraction* of the images of every class; a class that is one group has no held-out image.
+    """Hold out about *fraction* of the groups of every class, at least one, never all.
 
-    *seed* and the identities of the images determine which. The images of each of *groups* (N,) are on one
-    side.
+    A class that is one group has no held-out image. A group of *groups* (N,) counts for the classes of its
+    first image, and all its images are on one side. Returns (N,): the number of the group of each held-out
+    image, in which groups are numbered from 0, and `NONE` for training images. *seed* and the identities of
+    the first images determine which groups are held out.
     """
     # Of G groups, the first image stands for the others.
     _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)
@@ -78,9 +80,9 @@ def recorded_choice(record: Record, hashes: NDArray[np.int64]) -> Choice:
     """Return the choice of *record* for files with *hashes* (N,), in any order; others are for training."""
     if not len(record):  # the run holds out no image: every class is one group
         return np.full(len(hashes), NONE)
-    recorded_M, groups_M = record.T
-    position_N = np.searchsorted(recorded_M, hashes).clip(max=len(record) - 1)
-    return np.where(recorded_M[position_N] == hashes, groups_M[position_N], NONE)
+    hashes_M, groups_M = record.T  # sorted by the hash, as `np.searchsorted` needs
+    position_N = np.searchsorted(hashes_M, hashes).clip(max=len(record) - 1)
+    return np.where(hashes_M[position_N] == hashes, groups_M[position_N], NONE)
 
 
 def divide(split: Split, choice: Choice) -> Split:

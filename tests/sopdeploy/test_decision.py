@@ -11,7 +11,7 @@ from PIL import Image
 
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.decision import Decision, Rejection, energy
+from sopdeploy.decision import Decision, Rejection, log_sum_exp
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.decision_fit import (
     describe_weakness,
@@ -91,7 +91,7 @@ def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_im
         rejection = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", **options).rejection
         assert rejection is not None
         others = calibrated(2000, seed=1000 + seed)[0]
-        accepted.append(float((energy(others) >= rejection.threshold).mean()))
+        accepted.append(float((log_sum_exp(others) >= rejection.threshold).mean()))
     assert accepts - 0.01 < float(np.mean(accepted)) < accepts + 1 / images + 0.01
 
 
@@ -103,7 +103,7 @@ def test_the_interval_holds_the_accepted_share_of_as_many_new_images() -> None:
         assert rejection is not None
         assert rejection.accepted is not None
         others = calibrated(images, seed=1000 + seed)[0]
-        share = float((energy(others) >= rejection.threshold).mean())
+        share = float((log_sum_exp(others) >= rejection.threshold).mean())
         inside += rejection.accepted[0] <= share <= rejection.accepted[1]
     assert 188 <= inside < 200
 
@@ -220,7 +220,7 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     found = fit_decision(logits, targets, estimated_on="held-out", unknown=others)
     rule = found.rejection
     assert rule.model_copy(update={"recognized": None}) == plain
-    rejected = energy(others / found.temperature) < rule.threshold
+    rejected = log_sum_exp(others / found.temperature) < rule.threshold
     assert rule.recognized == (rejected.sum(), 40)
     assert rule.recognized[0] > 30
     left_out = np.linspace(rule.threshold - 1, rule.threshold + 2, 200)

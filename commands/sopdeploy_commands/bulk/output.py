@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from sopdeploy.config import StrictModel, check_format, first_problem, parse_json, reader_of
+from sopdeploy.config import StrictModel, check_format, first_problem, parse_json, version_advice
 from sopdeploy.errors import ConfigError
 from sopdeploy.file_systems import lock_file
 from sopdeploy.files import (
@@ -170,8 +170,8 @@ class OutputFolder:
         try:
             return RunState.model_validate(fields)
         except pydantic.ValidationError as error:
-            if reader := reader_of(writer):
-                raise ConfigError(f"{path}: {first_problem(error)}{reader}", setting="out") from error
+            if advice := version_advice(writer):
+                raise ConfigError(f"{path}: {first_problem(error)}{advice}", setting="out") from error
             return None
 
     def sizes(self) -> list[int]:

@@ -176,7 +176,11 @@ def _csv_cells(found: "FilePrediction", *, is_multi_label: bool) -> tuple[str, .
 def _open_classifier(
     bundle: Path, settings: Settings, options: ClassifyOptions
 ) -> "BatchClassifier | RayClassifier":
-    """Load *bundle* in this process, or connect to the Ray cluster of *options*, whose machines load it."""
+    """Load *bundle* in this process, or connect to a cluster whose machines load it.
+
+    This is the Ray cluster of *options*; `local` starts one here. Sets environment variables of Ray that are
+    not set.
+    """
     from sopdeploy_commands.bulk.classifier import BatchClassifier
 
     if options.ray is None:

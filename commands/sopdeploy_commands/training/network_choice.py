@@ -139,21 +139,16 @@ def fastest_of_best(speeds: Mapping[str, Speed], validated: Mapping[str, Validat
 
 
 def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Callback) -> dict[str, Speed]:
-    """Export the network of each of *recipes*, with random weights, and measure it on an image of noise."""
+    """Export the network of each of *recipes*, with random weights, and measure it.
+
+    Measured are the time of an image of noise, and the size of the graph.
+    """
     onnxruntime = import_onnxruntime()
     graphs: dict[str, bytes] = {}
-    inputs: dict[str, dict[str, NDArray[np.uint8]]] = {}
+    images: dict[str, NDArray[np.uint8]] = {}
     for number, (name, recipe) in enumerate(recipes.items()):
         callback.on_stage(name=f"time of {name}", done=number, total=len(recipes))
-        procedure: Any = recipe.procedure
-        side = entry(recipe.model.name).image_size
-        preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
-        model = create_model(recipe.model.name, num_classes=classes, **recipe.model.config)
-        network = unfitted_network(recipe, procedure.head, model)
-        program = capture_any_batch(network, preprocess, BatchRange())
-        graphs[name] = lower(program, output_names(network)).SerializeToString()
-        shape = (1, preprocess.crop, preprocess.crop, 3)
-        inputs[name] = {INPUT: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)}
+        graphs[name], images[name] = _lower_unfitted(recipe, classes)
 
     def run_alternately() -> dict[str, list[float]]:
         """Measure all graphs in sessions of one thread."""
@@ -163,13 +158,35 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
         sessions = {
             name: onnxruntime.InferenceSession(graph, options, [CPU]) for name, graph in graphs.items()
         }
-        runs = {name: partial(session.run, None, inputs[name]) for name, session in sessions.items()}
+        runs = {name: partial(session.run, None, {INPUT: images[name]}) for name, session in sessions.items()}
         return measure_alternately(runs)
 
     # `set_denormal_as_zero` changes the floating-point mode of the thread, so the sessions have their own.
     with ThreadPoolExecutor(1) as thread:
         times = thread.submit(run_alternately).result()
-    return {name: Speed(1000 * statistics.median(times[name]), len(graphs[name]) / 1e6) for name in recipes}
+    return {
+        name: Speed(
+            milliseconds=1000 * statistics.median(times[name]),
+            megabytes=len(graphs[name]) / 1e6,
+        )
+        for name in recipes
+    }
+
+
+def _lower_unfitted(recipe: Recipe, classes: int) -> tuple[bytes, NDArray[np.uint8]]:
+    """Build the network of *recipe* with random weights, and lower it to a graph.
+
+    Returns the graph and an image of noise.
+    """
+    procedure: Any = recipe.procedure
+    side = entry(recipe.model.name).image_size
+    preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
+    model = create_model(recipe.model.name, num_classes=classes, **recipe.model.config)
+    network = unfitted_network(recipe, procedure.head, model)
+    program = capture_any_batch(network, preprocess, BatchRange())
+    graph: bytes = lower(program, output_names(network)).SerializeToString()
+    shape = (1, preprocess.crop, preprocess.crop, 3)
+    return graph, np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def fetch_weights(

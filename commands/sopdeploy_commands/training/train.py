@@ -316,9 +316,11 @@ def _milliseconds(text: str) -> float:
 
 
 def read_previous(source: Path) -> "Checkpoint":
-    """Read the best checkpoint of a run; *source* is the run, or a bundle that was exported from it.
+    """Read the best checkpoint of the run that *source* gives.
 
-    Raises `ConfigError` if the run of a bundle is not there, and the errors of `read_checkpoint`.
+    *source* is the run, its checkpoint, or a bundle that was exported from it. Raises `ConfigError` if the
+    run of a bundle is not there or is another one by now, or if a checkpoint is not of a run, and the errors
+    of `read_checkpoint`.
     """
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint
@@ -326,10 +328,10 @@ def read_previous(source: Path) -> "Checkpoint":
 
     run, run_id = source, None
     if has_manifest(source):  # a bundle names its run
-        origin = read_manifest(source).origin
-        if origin is None or not (RUNS / origin.run / "best.pt").is_file():
+        exported_from = read_manifest(source).origin
+        if exported_from is None or not (RUNS / exported_from.run / "best.pt").is_file():
             raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
-        run, run_id = RUNS / origin.run, origin.run_id
+        run, run_id = RUNS / exported_from.run, exported_from.run_id
     best = run / "best.pt" if (run / "best.pt").is_file() else run  # *source* can be the checkpoint itself
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin

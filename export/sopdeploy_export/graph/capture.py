@@ -128,7 +128,7 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     if key is not None and not isinstance(output, Tensor):
         output = choose_output(output, key)
     if not isinstance(output, Tensor):
-        shapes = tensors_by_key(output, "" if key is None else str(key))
+        shapes = list_tensor_keys(output, "" if key is None else str(key))
         choices = ", ".join(f"{path} {shape}" for path, shape in shapes) or "it holds no tensor"
         problem = f"the network returns {_describe_output(output)}; choose one as the logits: {choices}"
         raise LoweringError(problem, remedies={"logits_key": None})
@@ -144,7 +144,7 @@ def choose_output(output: Any, key: str | int) -> Any:
     steps = [key] if isinstance(key, int) or _has(output, key) else key.split(".")
     for step in steps:
         if not _has(chosen, step):
-            paths = ", ".join(path for path, _ in tensors_by_key(output))
+            paths = ", ".join(path for path, _ in list_tensor_keys(output))
             problem = (
                 f"the network returns {_describe_output(output)}, without logits {key!r}; it has {paths}"
             )
@@ -171,26 +171,29 @@ def _item(output: Any, key: str | int) -> Any:
     return output[int(key)]
 
 
-def tensors_by_key(output: Any, path: str = "") -> list[tuple[str, str]]:
-    """List the keys that choose a tensor in *output*, what a network returned, and the shape of each.
+def list_tensor_keys(output: Any, path: str = "") -> list[tuple[str, str]]:
+    """List (key, shape) of the tensors in *output*, what a network returned.
 
-    *path* is the key of *output* itself. Tensors in more than `DEPTH` containers are left out.
+    A key chooses the tensor, as in `choose_output`. *path* is the key of *output* itself. Containers whose
+    path has more than `DEPTH` dots are left out, because outputs can refer to themselves. A
+    listed tensor is thus in at most `DEPTH` + 2 containers.
     """
     if isinstance(output, Tensor):
         sizes = [str(size) if isinstance(size, int) else "B" for size in output.shape]
         return [(path, f"({', '.join(sizes)})")]
-    fields = getattr(output, "_fields", None)
     if path.count(".") > DEPTH:
         return []
+    fields = getattr(output, "_fields", None)
     if isinstance(output, Mapping):
         items = [(str(key), value) for key, value in output.items()]
     elif fields is not None or not isinstance(output, list | tuple):
-        attributes = {} if callable(output) else getattr(output, "__dict__", {})  # some have no dict
+        # A function or a module holds no outputs; some objects have no dict.
+        attributes = {} if callable(output) else getattr(output, "__dict__", {})
         items = [(name, getattr(output, name)) for name in fields or attributes]
     else:
         items = [(str(index), value) for index, value in enumerate(output)]
     inner = f"{path}." if path else ""
-    return [pair for key, value in items for pair in tensors_by_key(value, inner + key)]
+    return [pair for key, value in items for pair in list_tensor_keys(value, inner + key)]
 
 
 def _describe_output(output: Any) -> str:

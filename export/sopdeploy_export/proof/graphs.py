@@ -28,10 +28,12 @@ def capture_networks(
     batch: BatchRange,
     captured_trained: Captured | None,
 ) -> dict[str, Captured]:
-    """Capture *networks*; those with the same operations and weights share programs.
+    """Capture *networks*, and return their programs in the same order.
 
-    *captured_trained* are the programs of the trained network if it was captured before. The network that
-    ships comes first, because its programs name what the exported file holds.
+    Networks with the same operations and weights share programs, with the names of the one captured first.
+    Therefore the detached network, if there is one, is captured before the others: the exported file has its
+    names. *captured_trained*, unless None, is reused as the programs of "trained"; a detached network with
+    the same operations and weights then shares these.
     """
     captured = {} if captured_trained is None else {"trained": captured_trained}
     for role in ("detached", "trained", *networks):

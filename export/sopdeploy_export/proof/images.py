@@ -139,8 +139,12 @@ def agreed_place(*places: Place) -> Place:
     return Place(axis=next(iter(axes), None), inner=next(iter(inner), None))
 
 
-def common_place(values: Sequence[TracedValue | None]) -> Place:
-    """Return the place of *values*, whose axes are counted from the first."""
+def place_of_unaligned(values: Sequence[TracedValue | None]) -> Place:
+    """Return the place on which all *values* agree that are not None.
+
+    Axes are counted from the first one: unlike `place_of_aligned`, this does not align the last axes. Raises
+    `MixesError` if the places differ.
+    """
     return agreed_place(*(value.place for value in values if value is not None))
 
 
@@ -166,7 +170,7 @@ def place_beside(call: OperatorCall, axes: Sequence[int], *, keeps: bool = True)
 
     The result lacks these axes unless the operator *keeps* them. Further inputs are weights.
     """
-    axis, are_weights = call.x.axis, common_place(call.inputs[1:]) == _NO_BATCH
+    axis, are_weights = call.x.axis, place_of_unaligned(call.inputs[1:]) == _NO_BATCH
     _require(axis not in axes and are_weights)
     if keeps or axis is None:
         return call.x.place
@@ -186,8 +190,8 @@ def place_of_rows(call: OperatorCall, operands: int = 1) -> Place:
     These are the first *operands* of its inputs; the others are weights.
     """
     place, are_weights = (
-        common_place(call.inputs[:operands]),
-        common_place(call.inputs[operands:]) == _NO_BATCH,
+        place_of_unaligned(call.inputs[:operands]),
+        place_of_unaligned(call.inputs[operands:]) == _NO_BATCH,
     )
     _require(place.axis in (None, 0) and are_weights)
     _require(call.num_outputs == 1)  # the second output of MaxPool numbers the elements of the whole batch
@@ -262,7 +266,7 @@ def place_after_einsum(call: OperatorCall) -> Place:
 
 def place_after_concat(call: OperatorCall) -> Place:
     """Rule of an operator that joins values; along the batch axis, their rows keep their images."""
-    place = common_place(call.inputs)
+    place = place_of_unaligned(call.inputs)
     if place.axis == call.axis(0):  # then all have this axis: rows of a constant would belong to no image
         _require(all(value.axis == place.axis for value in call.present))
     return place
@@ -273,7 +277,7 @@ def place_beside_index(call: OperatorCall) -> Place:
     _require(
         len({value.axis for value in call.present}) == 1
     )  # all operands have the batch axis, or none has
-    place = common_place(call.inputs)
+    place = place_of_unaligned(call.inputs)
     _require(place.axis != call.axis(0))
     return place
 
@@ -332,7 +336,7 @@ def place_of_range(call: OperatorCall) -> Place:
     """Rule of a range of constant length, or of 0, ..., batch - 1: the number of each image in the batch."""
     if batch_axis_of(call.shapes) is None:
         return _NO_BATCH
-    start, step = call.x.numbers(), call[2].numbers()  # inputs 0 and 2; input 1 is the limit
+    start, step = call[0].numbers(), call[2].numbers()  # inputs 0 and 2; input 1 is the limit
     _require(start == [0] and step == [1] and call.shapes[0] == (_BATCHES[0],))
     return Place(axis=0, inner=1)
 
@@ -365,7 +369,7 @@ def place_after_gather_nd(call: OperatorCall) -> Place:
         return indices.place
     if data.axis < num_shared:  # data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
         _require(data.axis == indices.axis)
-        return common_place([data, indices])
+        return place_of_unaligned([data, indices])
     # The batch axis must be a kept one: data (7, batch), indices (3, 1), result (3, batch).
     first_kept, first_kept_of_result = num_shared + indices.shapes[0][-1], indices.rank - 1
     _require(indices.axis is None and data.axis >= first_kept)
@@ -402,8 +406,8 @@ def places_after_recurrence(call: OperatorCall) -> list[Place]:
     """Rule of a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
     first_states = call.inputs[5:7]  # `initial_h` and `initial_c`
     shared = [*call.inputs[1:5], *call.inputs[7:]]  # `W`, `R`, `B`, `sequence_lens` and `P`
-    place = common_place([call.x, *first_states])
-    _require(place.axis in (None, 1) and common_place(shared) == _NO_BATCH)
+    place = place_of_unaligned([call.x, *first_states])
+    _require(place.axis in (None, 1) and place_of_unaligned(shared) == _NO_BATCH)
     _require(not call.attributes.get("layout"))  # another layout has the batch first
     # The outputs are all results (length, directions, batch, features), and the last states.
     place_in_results = place if place.axis is None else Place(axis=2, inner=place.inner)

@@ -290,6 +290,7 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
 async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     """Read at most *limit* bytes of the body before the deadline.
 
+    Counts the bytes in `service.upload_bytes`, from which the middleware takes them after the answer.
     Delays beyond the minimum rate may add up to a grace period, which faster pieces restore. Raises
     `RejectedError`: 408 too slow, 413 too large, 415 compressed, 429 budget full, 499 client disconnected.
     """

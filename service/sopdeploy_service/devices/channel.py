@@ -34,8 +34,8 @@ RUN, CANCEL = 1, 2  # kinds; the others are numbers of a slot in use
 FEATURES, FOR_DRIFT = 1, 2  # flags
 FRAME = struct.Struct("=BI")  # of the engine: kind and bytes of what follows
 RESULTS, LOADED = 1, 2  # kinds: `RESULT` structures; the names of the loaded models, as JSON
-# Slot; images in the batch, 0 for an error, whose description is in the slot; seconds of queue, batch, load.
-RESULT = struct.Struct("=IHddd")
+RESULT = struct.Struct("=IHddd")  # slot; images in the batch, or `FAILED`; seconds of queue, batch, load
+FAILED = 0  # in place of the images in the batch: the slot has the error
 OPENING = struct.Struct("=IIII")  # slots, bytes of the outputs and of the pixels in each, bytes of the models
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020

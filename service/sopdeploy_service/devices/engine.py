@@ -152,13 +152,16 @@ class FrontEndChannel(asyncio.Protocol):
             return INFERENCE_FAILED
 
     def _answer(self, slot: int, names: Sequence[str], result: ImageResult | HttpError) -> None:
-        """Write *result* into *slot*; send the answer at the end of this turn of the loop, with others."""
+        """Write *result* into *slot*, and send the answer unless the front end has gone.
+
+        It is sent at the end of this turn of the loop, with others.
+        """
         if self.transport is None:
             return
         del self.cancel_by_slot[slot]
         if isinstance(result, HttpError):
             self._slots.write_error(slot, result)
-            answer = channel.RESULT.pack(slot, 0, 0.0, 0.0, 0.0)
+            answer = channel.RESULT.pack(slot, channel.FAILED, 0.0, 0.0, 0.0)
         else:
             self._slots.write_outputs(slot, result.outputs, names)
             seconds = result.stage_seconds

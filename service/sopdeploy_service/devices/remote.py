@@ -144,7 +144,7 @@ class EngineChannel(asyncio.Protocol):
     def _settle(self, slot: int, batch_size: int, queue: float, infer: float, load: float) -> None:
         """Pass the result in *slot* to who waits for it, if somebody does; free the slot."""
         future, shapes = self._images.pop(slot)
-        if batch_size:
+        if batch_size != channel.FAILED:
             stages = {"load": load} if load else {}
             stages |= {"queue": queue, "infer": infer}
             settle(future, ImageResult(self._slots.read_outputs(slot, shapes), stages, batch_size))

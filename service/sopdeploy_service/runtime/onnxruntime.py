@@ -83,12 +83,12 @@ class CudaOnnxRuntime(OnnxRuntime):
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle, threads=threads)
         self._bundle_name = bundle.name
-        self._open = partial(  # keeps the graph in memory, for the sessions of other sizes
+        self._open_another = partial(  # keeps the graph in memory, for the sessions of other sizes
             _open_session, import_onnxruntime(), bundle, threads or usable_cores(), self._provider
         )
         # A session makes plans for the size of its batches if it has convolutions.
-        self._plans_sizes = any("Conv" in operator for operator in _count_operators(self._session))
-        self._sessions = {1: self._session}  # by the size of their batches
+        self._needs_session_per_size = any("Conv" in operator for operator in _count_operators(self._session))
+        self._sessions = {1: self._session}  # by batch size; the first session takes batches of one
         self._buffers: list[NDArray[np.uint8]] = []  # for batches, as many as were in flight
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._end_thread = weakref.finalize(self, self._jobs.put, None)
@@ -133,11 +133,11 @@ class CudaOnnxRuntime(OnnxRuntime):
 
     def _session_for(self, size: int) -> Any:
         """Return the session for batches of *size*, opened now if they are the first and there is memory."""
-        if size > self.largest_batch or not self._plans_sizes:
+        if size > self.largest_batch or not self._needs_session_per_size:
             return self._session
         if size not in self._sessions:
             try:
-                self._sessions[size] = self._open(like=self._session)
+                self._sessions[size] = self._open_another(like=self._session)
             except RuntimeUnavailableError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -14,7 +14,7 @@ from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.client import Client
-from sopdeploy.decision import Decision, Rejection, energy
+from sopdeploy.decision import Decision, Rejection, log_sum_exp
 from sopdeploy.errors import BundleError
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app
@@ -95,7 +95,7 @@ def test_training_export_and_predict_share_one_decision(
     arguments = ["predict", str(path), *map(str, images)]
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     logits = read_probes(open_bundle(path)).expected["logits"]
-    scores = energy(logits)
+    scores = log_sum_exp(logits)
     assert [one["score"] for one in found] == pytest.approx(scores.tolist(), rel=1e-3)
     assert [one["known"] for one in found] == [one["score"] >= decision.rejection.threshold for one in found]
     text = CliRunner().invoke(app, arguments).stdout

@@ -66,7 +66,7 @@ class Suggestions:
         self.thread: threading.Thread | None = None
 
     def learn(self, folders: Mapping[str, Path]) -> None:
-        """Add photographs that are in the *folders* of their classes."""
+        """Add up to `MAX_LEARNED` photographs from each class's folder in *folders*."""
         if self._embed is None:
             return
         for name, folder in folders.items():

@@ -123,6 +123,8 @@ def test_two_processes_learn_the_same_as_one(name, one_process, two_processes) -
 class ManyClasses:
     """Images with several classes each."""
 
+    is_multi_label = True
+
     def __init__(self, images: ArrayImages) -> None:
         self.images, self.labels = images, images.labels
         self.targets = several_classes(images).targets
