@@ -371,13 +371,21 @@ def read_resources(pid: int) -> Resources:
     return Resources(time.monotonic(), len(folders), resident * 1024, threads, descriptors)
 
 
+def is_busy(url: str) -> bool:
+    """Whether images wait, or the process that had this connection was killed."""
+    try:
+        return BUSY.search(httpx.get(f"{url}/metrics").text) is not None
+    except httpx.TransportError:
+        return True
+
+
 def settled(pid: int, url: str) -> Resources:
     """Wait until the server is idle and releases no more resources; return its resources.
 
     They are read from /proc, because a request would open another connection.
     """
     deadline = time.monotonic() + SETTLE_SECONDS
-    while BUSY.search(httpx.get(f"{url}/metrics").text) and time.monotonic() < deadline:
+    while is_busy(url) and time.monotonic() < deadline:
         time.sleep(0.5)
     counts: list[tuple[int, int]] = []
     while time.monotonic() < deadline and (len(counts) < STEADY or len(set(counts[-STEADY:])) > 1):
