@@ -48,6 +48,7 @@ WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as s
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
 MAX_TENSORS = 1_000_000
 WRAPPERS = ("module", "_orig_mod")  # parts of the names of tensors, of DataParallel and torch.compile
+COUNTER = "num_batches_tracked"  # of a batch norm; old files lack it, and inference does not use it
 MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight": ..}}}
 
 

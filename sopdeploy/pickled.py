@@ -22,7 +22,7 @@ _COSTLY = {
     "builtins bytearray", "__builtin__ bytearray", "torch.storage UntypedStorage",
     "torch.storage TypedStorage", "idna", "punycode",
 }  # fmt: skip
-_NUMBERS = re.compile(r"[biufc][1-9]\d?")  # dtypes of numpy, such as "f8"
+_NUMBERS = re.compile(r"b1|[iu][1248]|f[248]|c(8|16)")  # the dtypes of numpy that torch has
 
 
 class _Extent(NamedTuple):

@@ -22,9 +22,8 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
 
     Its results are the same for all images, because the values that are evaluated depend on none.
     """
-    if not any(
-        _has_size_of_values(node) for node in _constant_nodes(program)
-    ) and not _nodes_with_constant_mask(program):
+    constant = _constant_nodes(program)
+    if not any(map(_has_size_of_values, constant)) and not _constant_masks(program, constant):
         return program
     program = program.run_decompositions({})  # a copy
     constant, values = _constant_nodes(program), dict[fx.Node, Any]()
@@ -48,16 +47,16 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
         if node in constant and (is_behind or _has_size_of_values(node)):
             sized.add(node)
     with torch.no_grad():
-        masked = _nodes_with_constant_mask(program)
+        masks = _constant_masks(program, constant)  # before masks that depend on sizes are replaced
         for node in list(program.graph.nodes):
             if node in sized and node.op == "call_function":
                 _replace(program, node, evaluate(node), constant)
-            elif node in masked:
+            elif node in masks:
                 x, indices = node.args
                 chosen: list[Any] = []
-                for index in indices:
-                    if _is_mask(index) and index in constant:
-                        positions_by_axis = evaluate(index).nonzero(as_tuple=True)
+                for index, mask in zip(indices, masks[node], strict=True):
+                    if mask is not None:
+                        positions_by_axis = evaluate(mask).nonzero(as_tuple=True)
                         chosen += [_add_constant(program, positions) for positions in positions_by_axis]
                     else:
                         chosen.append(index)
@@ -95,14 +94,14 @@ def _is_mask(index: fx.Node | None) -> bool:
     return index is not None and index.meta["val"].dtype == torch.bool
 
 
-def _nodes_with_constant_mask(program: ExportedProgram) -> set[fx.Node]:
-    """Find the nodes that choose elements by constant masks."""
-    constant = _constant_nodes(program)
-    return {
-        node
+def _constant_masks(program: ExportedProgram, constant: set[fx.Node]) -> dict[fx.Node, list[fx.Node | None]]:
+    """Return the nodes that choose elements by *constant* masks: these, and None for their other indices."""
+    masks = {
+        node: [index if _is_mask(index) and index in constant else None for index in node.args[1]]
         for node in program.graph.find_nodes(op="call_function", target=INDEX)
-        if node not in constant and any(_is_mask(index) and index in constant for index in node.args[1])
+        if node not in constant
     }
+    return {node: of_node for node, of_node in masks.items() if any(of_node)}
 
 
 def _replace(program: ExportedProgram, node: fx.Node, value: Any, constant: set[fx.Node]) -> None:

@@ -103,8 +103,7 @@ class PartCall(NamedTuple):
                 pairs = zip(one.sizes, other.sizes, strict=True)
                 sizes = [_number_for(pixels.shape[0], *pair) for pair in pairs]
                 dtype = pixels.dtype if one.dtype == torch.float32 else one.dtype
-                has_nan = dtype.is_floating_point or dtype.is_complex
-                return pixels.new_full(sizes, torch.nan if has_nan else 0, dtype=dtype)
+                return pixels.new_full(sizes, _filler(dtype), dtype=dtype)
         elif isinstance(one, ObjectForm) and isinstance(other, ObjectForm) and one.kind is other.kind:
             made: Any = object.__new__(one.kind)
             vars(made).update(PartCall(self.part, "", one.attributes, other.attributes).make_answer(pixels))
@@ -335,8 +334,12 @@ class StubDict(Stub):
 
 def without_values(tensor: Tensor) -> Tensor:
     """Return a tensor of NaN, or of zeros, with the type and shape of *tensor*, in the memory of a number."""
-    has_nan = tensor.is_floating_point() or tensor.is_complex()
-    return torch.full((), torch.nan if has_nan else 0, dtype=tensor.dtype).expand(tensor.shape)
+    return torch.full((), _filler(tensor.dtype), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def _filler(dtype: torch.dtype) -> float:
+    """Return NaN, or 0 for a type without it."""
+    return torch.nan if dtype.is_floating_point or dtype.is_complex else 0
 
 
 def stubs_of(removed: Mapping[str, nn.Module], recording: Recording) -> dict[int, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sopdeploy.checkpoint import first_difference
+from sopdeploy.checkpoint import COUNTER, first_difference
 from sopdeploy.config import FieldValues, StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
@@ -101,7 +101,6 @@ def rename_tensors(file: WeightFile, renames: Mapping[str, str]) -> dict[str, Te
     return renamed
 
 
-COUNTER = "num_batches_tracked"  # of a batch norm; without effect on inference
 IDENTITY = {  # keys whose values the network that the user names must have; others become those of the file
     *("depth", "pooling.kind", "final_pooling"),
     *("component", "blocks_per_stage", "widen", "components", "chosen"),

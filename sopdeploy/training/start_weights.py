@@ -15,7 +15,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.checkpoint import COUNTER, Checkpoint
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import WeightPath, check_is_file, check_is_weights, expand_user
@@ -207,7 +207,7 @@ def _match_tensors(
         elif part := _added_part(name, may_be_new):
             new.add(part)
         elif given is None:
-            if not name.endswith("num_batches_tracked"):  # which old files lack
+            if not name.endswith(COUNTER):
                 raise _misfit(weights, f"{name} is missing")
         elif is_in(name, container) and not contains_backbone:
             new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length

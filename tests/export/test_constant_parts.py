@@ -36,11 +36,18 @@ class Pooled(nn.Module):
         return logits
 
 
+def mask_of_positions() -> Tensor:
+    mask = torch.zeros(DIM * DIM, dtype=torch.bool)
+    mask[upper().reshape(-1).nonzero().squeeze(1)] = True
+    return mask
+
+
 FORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "nonzero": lambda _, x: x.flatten(1)[:, upper().reshape(-1).nonzero()].flatten(1),
     "nonzero as a tuple": lambda _, x: x[:, *upper().nonzero(as_tuple=True)],
     "a mask of all positions": lambda _, x: x.flatten(1)[:, upper().reshape(-1) > 0],
     "a mask of rows and columns": lambda _, x: x[:, upper() > 0],
+    "a mask that itself depends on positions": lambda _, x: x.flatten(1)[:, mask_of_positions()],
     "a mask in a buffer": lambda network, x: x[:, network.mask],
 }
 

@@ -620,7 +620,7 @@ def has_whole_images(value: TracedValue) -> bool:
 
 def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "first"]:
     """Return which elements of an operator's result are the number of their image in the batch."""
-    if kind == "Range":  # 0, ..., batch - 1, as `ranges` requires, or a range of constant length
+    if kind == "Range":  # 0, ..., batch - 1, as `place_of_range` requires, or a range of constant length
         is_batch = batch_axis_of(call.shapes) is not None and call.x.type == TensorProto.INT64
         return "all" if is_batch else ""
     if call.x.image_numbers != "all":

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import (
+    COUNTER,
     WEIGHTS_ADVICE,
     WRAPPERS,
     check_tensors,
@@ -30,7 +31,6 @@ from sopdeploy.errors import ConfigError, WeightsError, first_line, shorten
 from sopdeploy.files import check_is_weights
 
 # Of batch norms, `AveragedModel` and packages that count operations; no output depends on them.
-COUNTER = "num_batches_tracked"
 COUNTERS = (COUNTER, "n_averaged", "total_ops", "total_params")
 WORDS = {"true": True, "false": False}  # as in TOML
 NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
@@ -164,11 +164,11 @@ def load_weights(network: nn.Module, path: Path, key: str | None = None) -> Load
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
     expected = _own_tensors(network, path)
     fits = [fit for name, table in tables.items() for fit in _find_fits(path, name, table, expected)]
+    keys = list(dict.fromkeys(fit.key for fit in fits if fit.key))
     if key is not None:
         fits = [fit for fit in fits if key in (fit.table, fit.key, fit.prefix.rstrip("."))]
     if not fits:
-        is_single = "" in tables
-        problem = "is a single table of tensors; omit it" if is_single else f"has only {', '.join(tables)}"
+        problem = f"has only {', '.join(keys)}" if keys else "is a single table of tensors; omit it"
         raise WeightsError(f"{path} {problem}", setting="weights_key", value=key)
     chosen = _choose_fit(path, fits, expected)
     num_fitting = len(expected.keys() & chosen.tensors.keys())

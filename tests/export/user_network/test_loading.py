@@ -210,6 +210,12 @@ WRONG: dict[str, tuple[Any, str | None, str]] = {
         None,
         r"the network under several names \(encoder_q, encoder_k\)",
     ),
+    "another of two encoders": (
+        prefixed("encoder_q.") | prefixed("encoder_k."),
+        "encoder_x",
+        r"weights_key='encoder_x': .* has only encoder_q, encoder_k",
+    ),
+    "an array of a type that torch lacks": ({"x": np.zeros(3, "longdouble")}, None, r"no table of tensors"),
     "an array of another size": ({"x": np.zeros(3), "net": without("fc.bias")}, None, r"fc\.bias is missing"),
     "no table": ({"epoch": 3}, None, r"holds no table of tensors"),
     "a missing tensor behind a prefix": (prefixed("a.") | {"b": STATE["fc.bias"]}, "c", r"weights_key='c'"),
