@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sopdeploy.images.preprocess import Preprocess
@@ -18,21 +18,33 @@ class Child(pool.DecoderProcess):
     def __init__(
         self, template: pool.Template, options: child.ChildOptions, loop: asyncio.AbstractEventLoop
     ) -> None:
-        super().__init__(template, options, 60)
+        super().__init__(template, options, 60, on_idle=lambda *_: self._run_next())
         self._waits_on = loop
+        self._waiting: list[pool.Request] = []
         self.restrictions = asyncio.run_coroutine_threadsafe(self.start(), loop).result(60)
 
     def decode(self, image: bytes) -> pool.Reply | pool.Ended:
         """Let the child decode *image*."""
+        return self.decode_all([image])[0]
 
-        async def run() -> pool.Reply | pool.Ended:
-            size = math.prod((RULES.crop, RULES.crop, 3))
-            rules = RULES.model_dump_json().encode()
-            result = asyncio.get_running_loop().create_future()
-            self.run(pool.Request(image, rules, child.PIXELS, range(size, size + 1), result))
-            return await result
+    def decode_all(self, images: Sequence[bytes]) -> list[pool.Reply | pool.Ended]:
+        """Let the child decode *images*, each as soon as it has the one before."""
+
+        async def run() -> list[pool.Reply | pool.Ended]:
+            size, loop = math.prod((RULES.crop, RULES.crop, 3)), asyncio.get_running_loop()
+            rules, sizes = RULES.model_dump_json().encode(), range(size, size + 1)
+            requests = [
+                pool.Request(image, rules, child.PIXELS, sizes, loop.create_future()) for image in images
+            ]
+            self._waiting = list(requests)
+            self._run_next()
+            return await asyncio.gather(*(request.result for request in requests))
 
         return asyncio.run_coroutine_threadsafe(run(), self._waits_on).result(60)
+
+    def _run_next(self) -> None:
+        if self._waiting:
+            self.run(self._waiting.pop(0))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.errors import ConfigError, RuntimeUnavailableError
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
 from sopdeploy_service.decoding import child
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
@@ -47,7 +47,7 @@ class Reply(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """The child of a request has ended, took too long or sent a wrong reply, and has been replaced."""
+    """The child of a request has ended, took too long or sent a wrong reply."""
 
     reason: str
 
@@ -241,13 +241,20 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
         Raises `RuntimeUnavailableError` if it does not start, `ConfigError` if a required sandbox is missing.
         """
-        end, restrictions = await asyncio.to_thread(self._fork)
+        self._end, restrictions = await asyncio.to_thread(self._fork)
         self._loop = asyncio.get_running_loop()
-        await self._loop.connect_accepted_socket(lambda: self, end)
+        await self._loop.connect_accepted_socket(lambda: self, self._end)
         return restrictions
 
     def run(self, request: Request) -> None:
-        """Run *request*; if the child has ended, start another one first."""
+        """Run *request*; if the child has ended or sent more than its reply, start another one first."""
+        if self._transport is not None:
+            try:
+                self._lose(WRONG_REPLY if self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) else "")
+            except BlockingIOError:  # nothing to read: the child waits for a request
+                pass
+            except OSError:  # the child has ended
+                self._lose()
         self._request, self._started = request, time.monotonic()
         if self._transport is None:
             self._replacing = self._loop.create_task(self._replace(sends=True))
@@ -324,16 +331,17 @@ class DecoderProcess(asyncio.BufferedProtocol):
     async def _replace(self, *, sends: bool) -> None:
         """Start another child, which gets the request if this one *sends* it; otherwise the request fails."""
         reason = UNKNOWN  # of a child that was not replaced the last time
-        if self.process:
-            code = await asyncio.to_thread(self._template.kill, self.process)
-            reason, self.process = self._reason or exit_reason(code), 0
-            self._on_end(reason)
-            if reason != TIME:
-                log.warning("a decoder process has ended (%s) and is replaced", reason)
         try:
+            if self.process:
+                code = await asyncio.to_thread(self._template.kill, self.process)
+                reason, self.process = self._reason or exit_reason(code), 0
+                self._on_end(reason)
+                if reason != TIME:
+                    log.warning("a decoder process has ended (%s) and is replaced", reason)
             await self.start()
-        except (ConfigError, RuntimeUnavailableError) as error:  # the next image tries again
-            log.error("a decoder process is not replaced: %s", error)
+        except Exception as error:  # the next image tries again
+            is_bug = not isinstance(error, SopdeployError | OSError)
+            log.error("a decoder process is not replaced: %s", error, exc_info=is_bug)
         request = self._request
         if request is None:  # closed
             self._lose()
@@ -357,7 +365,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
             try:
                 deadline = time.monotonic() + START_SECONDS
                 _, kind, _, size = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
-                text = child.receive(end, min(size, child.MAX_MESSAGE), deadline).decode()
+                text = child.receive(end, min(size, child.MAX_MESSAGE), deadline).decode(errors="replace")
             except OSError as error:
                 message = "a decoder process does not start; see the message above"
                 raise RuntimeUnavailableError(message) from error

@@ -14,6 +14,7 @@ group with most of them loses its last one.
 
 import asyncio
 import functools
+import itertools
 import logging
 import math
 import os
@@ -122,6 +123,7 @@ class SharedChildren:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.idle: list[DecoderProcess] = []
+        self._is_closed = False
         self._groups: OrderedDict[tuple[str, bool] | None, deque[Request]] = OrderedDict()
 
     def put(self, request: Request, group: tuple[str, bool] | None) -> None:
@@ -129,7 +131,11 @@ class SharedChildren:
 
         If `MAX_WAITING_LARGE` requests wait, the last one of the largest group is refused; this is *request*
         unless another group would still be larger than its own. Those of the group None are never refused.
+        After `close`, every request is refused.
         """
+        if self._is_closed:
+            request.settle(DRAINING)
+            return
         if self.idle:
             self.idle.pop().run(request)
             return
@@ -157,6 +163,13 @@ class SharedChildren:
                 child.run(request)
                 return
         self.idle.append(child)
+
+    def close(self) -> None:
+        """Refuse the requests that wait and those to come."""
+        self._is_closed = True
+        for request in itertools.chain.from_iterable(self._groups.values()):
+            request.settle(DRAINING)
+        self._groups.clear()
 
 
 class Decoders:
@@ -217,7 +230,9 @@ class Decoders:
         self._watching = self._loop.create_task(self._watch())
 
     async def stop(self) -> None:
-        """End the children; requests that they run are refused."""
+        """End the children; requests that they run, and those that wait, are refused."""
+        self.light.close()
+        self.large.close()
         for process in self._children:
             process.close(DRAINING)
         if self._watching is not None:

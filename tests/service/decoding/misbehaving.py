@@ -31,7 +31,7 @@ def answer(number: int, rules: bytes, image: bytes, options: child.ChildOptions)
         text = json.dumps([sorted(set(errors.values())), dict(os.environ)]).encode()
         return [header(number, child.FIRST_ERROR, 0, len(text)), text]
     reply = decode_and_answer(number, rules, image, options)
-    return [*reply, b"more"] if image.endswith(b"too many") else reply
+    return [b"".join(reply) + b"more"] if image.endswith(b"too many") else reply
 
 
 def main() -> None:

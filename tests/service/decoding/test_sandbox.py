@@ -50,10 +50,8 @@ IMAGES = {
 
 @linux
 def test_a_sandboxed_child_decodes_and_copies_every_format_as_without_a_sandbox() -> None:
-    decoders, errors = (
-        Decoders(1, Settings(sandbox="required").model_copy(update={"formats": ()}), Metrics()),
-        {},
-    )
+    settings = Settings(sandbox="required").model_copy(update={"formats": ()})
+    decoders, errors = Decoders(1, settings, Metrics()), {}
     with running_loop() as loop:
         asyncio.run_coroutine_threadsafe(decoders.start(), loop).result(60)
         for name, body in IMAGES.items():

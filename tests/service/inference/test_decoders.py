@@ -29,6 +29,7 @@ from sopdeploy_service.inference.decoders import (
     OWN_MEMORY,
     plan_children,
 )
+from sopdeploy_service.inference.results import DRAINING
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
 from tests.support import hostile_images as hostile
@@ -129,6 +130,39 @@ def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) 
         template.close()  # which ends the child
         wait_for(lambda: child._transport is None)
         assert child.decode(jpeg).data.tolist() == expected
+
+
+def test_a_child_that_sends_too_much_is_replaced_before_the_next_image_that_waits(jpeg, template) -> None:
+    with running_child(template, OPTIONS) as child:
+        before, replies = child.process, child.decode_all([jpeg + b"too many", jpeg, jpeg])
+        assert [error_of(reply) for reply in replies] == ["", "", ""]
+        assert child.process != before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many files"), RuntimeError("no thread")])
+def test_a_child_that_cannot_be_replaced_fails_its_image_and_the_next_one_tries_again(
+    jpeg, template, monkeypatch, error
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with running_child(template, OPTIONS) as child:
+        os.kill(child.process, signal.SIGKILL)
+        wait_for(lambda: child._transport is None)
+        with monkeypatch.context() as patched:
+            patched.setattr(template, "fork", fail)
+            assert error_of(child.decode(jpeg)) == "ended"
+        assert error_of(child.decode(jpeg)) == ""
+
+
+def test_images_that_wait_or_come_after_the_end_are_refused() -> None:
+    children, loop = decoders.SharedChildren(Metrics()), asyncio.new_event_loop()
+    early, late = (pool.Request(b"", b"", 0, range(0), loop.create_future()) for _ in range(2))
+    children.put(early, None)
+    children.close()
+    children.put(late, None)
+    assert [request.result.result() for request in (early, late)] == [DRAINING] * 2
+    loop.close()
 
 
 @linux
@@ -256,8 +290,8 @@ def test_clients_share_the_places_of_large_images_and_take_turns(arrivals, refus
         children.put(request, None if client == "." else (client.lower(), client.isupper()))
     ended = {number for number, request in enumerate(requests) if request.result.done()}
     assert ended == {int(number) for number in (refused.split() if " " in refused else refused)}
-    child = SimpleNamespace(run=lambda request: ran.append(requests.index(request)))
     ran: list[int] = []
+    child = SimpleNamespace(run=lambda request: ran.append(requests.index(request)))
     while not children.idle:
         children.give_work(child)
     assert ran == [int(number) for number in (order.split() if " " in order else order)]
