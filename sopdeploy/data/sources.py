@@ -1,6 +1,7 @@
 """The data sources that a recipe can name, and the function that opens them."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -144,20 +145,22 @@ def _group_by_name(split: Split, pattern: str) -> Split:
         names = (PurePosixPath(images.identity(index)).stem for index in range(len(images)))
         return [re.search(pattern, name) for name in names]
 
-    def group(images: LabeledImages) -> LabeledImages:
+    def group(images: LabeledImages, matches: Sequence[re.Match[str] | None]) -> LabeledImages:
         groups = []
-        for index, found in enumerate(found_in(images)):
+        for index, found in enumerate(matches):
             identity = images.identity(index)
             folder = PurePosixPath(identity).parent
             groups.append(f"file {identity}" if found is None else f"group {folder} {found.group()}")
         return images.replaced(groups=np.asarray(groups, np.str_))
 
-    if not any(found_in(split.train)):
+    in_train = found_in(split.train)
+    if not any(in_train):
         raise DataError(
             f"data.groups: {pattern!r} finds nothing in any name, such as {split.train.identity(0)}; give a "
             "regular expression for the part that files of one object share"
         )
-    return replace(split, train=group(split.train), held_out=group(split.held_out))
+    held_out = group(split.held_out, found_in(split.held_out))
+    return replace(split, train=group(split.train, in_train), held_out=held_out)
 
 
 def _select_subset(split: Split, count: int) -> Split:

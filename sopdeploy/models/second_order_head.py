@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
 from sopdeploy.config import Count
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, first_line
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import Iterations, NewtonSchulzOptions
@@ -180,8 +180,15 @@ class SecondOrderHead(Classifier):
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
 
     def copy_with_head(self, head: HeadConfig) -> "SecondOrderHead":
-        """Copy the network with another *head*, of random weights, on some of the maps of this one."""
-        network = copy.deepcopy(self)
+        """Copy the network with another *head*, of random weights, on some of the maps of this one.
+
+        Raises `ConfigError` if an attribute of the network cannot be copied, such as a lock.
+        """
+        try:
+            network = copy.deepcopy(self)
+        except (TypeError, RuntimeError) as error:
+            reason = f"the network cannot be copied ({first_line(error)})"
+            raise ConfigError(f"{reason}; create what cannot be copied in `forward`") from error
         network.config = self.config.model_copy(update={"head": head})
         network.maps = {tap: self.maps[tap] for tap in head.taps or ()}
         own_length = self.pooled_head.own_length

@@ -72,8 +72,8 @@ class OpenedParts(NamedTuple):
 def has_label_table(root: Path) -> bool:
     """Check whether the classes of the images in *root* are those of its `labels.csv`, not its class folders.
 
-    A table is never ignored: raises `DataError` for one of another name or format, such as `Labels.CSV`,
-    `labels.xlsx`, `labels.txt` or `labels.json`, or that cannot be read.
+    Without this file, no table is ignored: raises `DataError` for one of another name or format, such as
+    `Labels.CSV`, `labels.xlsx`, `labels.txt` or `labels.json`; also if `labels.csv` cannot be read.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
@@ -106,9 +106,12 @@ def read_table_text(table: Path) -> str:
         if "\0" in text:
             raise ValueError("it has null characters, as UTF-16 without a byte order mark")
     except UnicodeDecodeError as error:
-        name, line = encoding.removesuffix("-sig").upper(), content.count(b"\n", 0, error.start) + 1
+        name, where = encoding.removesuffix("-sig").upper(), "it"
+        if name == "UTF-8":  # in others, the byte of a line break is also a part of characters
+            number = error.object.count(b"\n", 0, error.start) + 1  # of what is behind the byte order mark
+            where = f"line {number}"
         raise DataError(
-            f"{table}: cannot be read (line {line} is not {name}); write a CSV file in UTF-8, "
+            f"{table}: cannot be read ({where} is not {name}); write a CSV file in UTF-8, "
             "in a spreadsheet the format 'CSV UTF-8'"
         ) from error
     except ValueError as error:

@@ -37,7 +37,7 @@ from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.few_shot.classifier import class_means, unit_length
-from sopdeploy.training.few_shot.run import fit_new, with_decision
+from sopdeploy.training.few_shot.run import fit_new, weights_in_means, with_decision
 from sopdeploy.training.fits import FewShotFit, Fit, Start
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopRun, last_loop_record, read_frozen, restore_loop
@@ -179,7 +179,7 @@ class OwnVectors(nn.Module):
 def _fit_means(network: SecondOrderHead, images: PreprocessedDataset, run: LoopRun) -> None:
     """Set the class means of *network*, whose cosines recognize unknown images, to those of its *images*."""
     vectors_ND, targets = _predict(OwnVectors(network), images, run)
-    classes_NK = np.eye(network.num_classes)[targets]
+    classes_NK = np.eye(network.num_classes)[targets] * weights_in_means(images.images)[:, None]
     means_KD = class_means(unit_length(vectors_ND), classes_NK)
     network.pooled_head.means.copy_(torch.from_numpy(means_KD))
 

@@ -77,7 +77,7 @@ class Start:
     @property
     def activation(self) -> Activation:
         """How logits become probabilities: "sigmoid" if images have several classes."""
-        return "sigmoid" if self.data.train.targets.ndim == 2 else "softmax"
+        return "sigmoid" if self.data.train.is_multi_label else "softmax"
 
     @property
     def uses_loop(self) -> bool:

@@ -351,9 +351,8 @@ def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) ->
             config = entry(chosen).config
         else:
             kinds = get_args(OwnDataConfig if name == "data" else ProcedureConfig)
-            values_of_kinds = [get_args(kind.model_fields["kind"].annotation) for kind in kinds]
-            named = [kind for kind, values in zip(kinds, values_of_kinds, strict=True) if chosen in values]
-            config = named[0] if named else None
+            named = (kind for kind in kinds if chosen in get_args(kind.model_fields["kind"].annotation))
+            config = next(named, None)
             if config is None and name == "data":  # plug-ins add data sources, but no procedures
                 config = DATA_SOURCES.find(chosen)
         options = table.get("config") if name == "model" else table

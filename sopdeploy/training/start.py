@@ -264,7 +264,7 @@ def _check_data(
     another one of the *given* keys, could not be used after the training.
     """
     data, file_hashes = division.data, division.file_hashes
-    if isinstance(recipe.procedure, FineTuneConfig) and data.train.targets.ndim == 2:
+    if isinstance(recipe.procedure, FineTuneConfig) and data.train.is_multi_label:
         raise ConfigError(
             "procedure fine_tune: compares answers, which needs one class per image; choose few_shot"
         )
@@ -280,7 +280,7 @@ def _check_data(
     rejection_keys = {key for key in given if key.startswith("rejection.")}
     if unknown is not None:
         rejection_keys.add("rejection.unknown")
-    if rejection_keys and data.train.targets.ndim == 2:
+    if rejection_keys and data.train.is_multi_label:
         names = ", ".join(sorted(rejection_keys))
         raise ConfigError(f"{names}: without effect where images have several classes; remove it")
     if unknown is not None:

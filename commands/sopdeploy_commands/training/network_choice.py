@@ -236,7 +236,7 @@ def score_network(
         lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
     )
     right = None
-    if images.targets.ndim == 1:  # one class per image, so that a prediction is either right or wrong
+    if not images.is_multi_label:  # one class per image, so that a prediction is either right or wrong
         right = found.shifted_logits.argmax(axis=1) == images.targets
     if (score := found.score()) is None:
         raise DataError("networks cannot be compared: fewer than two classes have two different photographs")

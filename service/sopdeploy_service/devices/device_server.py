@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -165,8 +164,11 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
     """Return the first channel to an engine; `DeviceServer` receives those that follow."""
     while True:
         engine, files = wait_for_message(supervisor, control.CHANNEL)
-        with suppress(ConnectionError):  # the engine has ended, too; another one follows
-            return EngineChannel(engine, socket.socket(fileno=files[0]))
+        connection = socket.socket(fileno=files[0])
+        try:
+            return EngineChannel(engine, connection)
+        except ConnectionError:  # the engine has ended, too; another one follows
+            connection.close()
 
 
 def wait_for_message(supervisor: socket.socket, kind: bytes) -> tuple[str, list[int]]:

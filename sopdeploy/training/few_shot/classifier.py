@@ -53,7 +53,7 @@ class Targets:
         With several classes per image, the stratum of an image is its rarest class, or -1 without a class.
         """
         targets = images.targets.astype(np.int64)
-        if targets.ndim == 2:
+        if images.is_multi_label:
             is_shown_NK = targets > 0
             # The number of images of each class that an image shows; infinite for the other classes.
             counts_NK = np.where(is_shown_NK, targets.sum(axis=0), np.inf)
@@ -95,7 +95,7 @@ class Targets:
         # If no stratum has an image for every fold, only the sizes of the folds are balanced: one stratum.
         strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
 
-        # The algorithm of scikit-learn's `StratifiedGroupKFold`, whose import takes a fifth of a small run:
+        # The algorithm of scikit-learn's `StratifiedGroupKFold`, whose import is slow:
         # groups in random order, the most uneven ones first, each into the fold that spreads the strata best.
         _, stratum_N, sizes_S = np.unique(strata, return_inverse=True, return_counts=True)
         images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
@@ -362,8 +362,8 @@ def class_sums(
 def class_means(own_ND: NDArray[np.float32], classes_NK: Array) -> NDArray[np.float32]:
     """Compute the mean (K, D_0) of the own vectors of each class, scaled to length 1.
 
-    *classes_NK* has 1 for the classes of each image, else 0. A class without images has the mean of another
-    one, which changes no largest cosine.
+    *classes_NK* has the weight of each image for its classes, else 0. A class without images has the mean of
+    another one, which changes no largest cosine.
     """
     present_K = classes_NK.sum(axis=0) > 0
     filled = np.where(present_K, np.arange(present_K.size), present_K.argmax())

@@ -223,7 +223,7 @@ def cross_validate(
     typical_N = select_typical(images)
     largest = _largest_copies(images, copies_N)
     judged = largest[typical_N[largest]]
-    if images.targets.ndim == 1:  # no classifier is fitted without all images of a class that is one group
+    if not images.is_multi_label:  # no classifier is fitted without all images of a class that is one group
         one_group = [
             number for number, groups in enumerate(_groups_of_classes(targets, groups_N)) if len(groups) == 1
         ]
@@ -234,7 +234,7 @@ def cross_validate(
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
     first_folds_N = folds_of_validations[0]  # the others count only in means
-    weights_N = np.where(typical_N, 1.0, SELECTED)
+    weights_N = weights_in_means(images)
     problem = LinearProblem(features.space, features.reduced, features.own, targets, weights_N)
     scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
     scaling = Scaling.fit(scores_VNK, targets)
@@ -300,9 +300,14 @@ def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
     """
     is_kept = [KEPT_NAME.fullmatch(PurePath(images.identity(index)).name) for index in range(len(images))]
     typical_N = np.asarray([one is None for one in is_kept], np.bool_)
-    if images.targets.ndim == 2 or typical_N.all() or typical_N.sum() < MIN_COSINES:
+    if images.is_multi_label or typical_N.all() or typical_N.sum() < MIN_COSINES:
         return np.ones(len(images), np.bool_)
     return typical_N | ~np.isin(images.targets, np.unique(images.targets[typical_N]))
+
+
+def weights_in_means(images: LabeledImages) -> NDArray[np.float64]:
+    """Return the weights (N,) of the images in the means of their classes."""
+    return np.where(select_typical(images), 1.0, SELECTED)
 
 
 def _evaluate(

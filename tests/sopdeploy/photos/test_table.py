@@ -119,8 +119,13 @@ def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> No
 
 
 def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> None:
-    texts = ("file,classes\na.png,B\u00e4r\n".encode("cp1252"), b'file,classes\n"a.png,cat\n')
-    for content, problem in zip(texts, (r"\(line 2 is not UTF-8\)", ".*"), strict=True):
+    cases = {
+        "file,classes\na.png,B\u00e4r\n".encode("cp1252"): r"\(line 2 is not UTF-8\)",
+        b"\xef\xbb\xbffile,classes\n\xff.png,cat\n": r"\(line 2 is not UTF-8\)",
+        "file,classes\n".encode("utf-16") + b"\x00": r"\(it is not UTF-16\)",
+        b'file,classes\n"a.png,cat\n': ".*",
+    }
+    for content, problem in cases.items():
         (folder / "labels.csv").write_bytes(content)
         with pytest.raises(
             DataError, match=rf"labels\.csv: cannot be read {problem}; write a CSV file in UTF-8"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 import sopdeploy
@@ -15,7 +16,7 @@ from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.libraries import open_digits
-from sopdeploy.photos.photo import PreprocessedDataset
+from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.training.few_shot.classifier import class_means, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
 from sopdeploy.training.loop.state import first_stages, freeze_and_group, set_train_mode
@@ -169,9 +170,14 @@ def test_branches_of_the_network_train_it_and_are_detached_with_proof(
     assert (exported.certificate.proof, exported.certificate.detached) == ("three-way", ("branches",))
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.125])  # of every other image, as if a server had selected it
 def test_class_means_are_those_of_the_network_that_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float
 ) -> None:
+    def weights_of(images: LabeledImages) -> NDArray[np.float64]:
+        return np.where(np.arange(len(images)) % 2, weight, 1.0)
+
+    monkeypatch.setattr("sopdeploy.training.fine_tune.weights_in_means", weights_of)
     monkeypatch.setattr(Tuning, "is_better", True)
     with few_digits(7):
         result = train_with_page(recipe(*FINE_TUNE, *PLAIN, "epochs=1"), tmp_path / "run")
@@ -181,7 +187,7 @@ def test_class_means_are_those_of_the_network_that_is_kept(
     vectors, targets = predict_logits(
         OwnVectors(network), PreprocessedDataset(images, best.preprocess), best.preprocess
     )
-    expected = class_means(unit_length(vectors), np.eye(10)[targets])
+    expected = class_means(unit_length(vectors), np.eye(10)[targets] * weights_of(images)[:, None])
     assert np.allclose(network.pooled_head.means.numpy(), expected, atol=1e-5)
 
 

@@ -138,17 +138,17 @@ class LabelFolders:
 
     def _order_heap(self) -> None:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
-        heap = [photo for photo in self.waiting.values() if photo.is_of_heap]
-        guesses = {photo: self.suggestions.best(photo.path) for photo in heap}  # class and probability
+        heap = {one: photo for one, photo in self.waiting.items() if photo.is_of_heap}
+        guesses = {one: self.suggestions.best(photo.path) for one, photo in heap.items()}  # with probability
         names = dict.fromkeys(name for name, _ in guesses.values())  # in the order of their appearance
         places = {name: place for place, name in enumerate(names)}
 
-        def place_in_heap(photo: Waiting) -> tuple[int, float]:
-            name, probability = guesses[photo]
+        def place_in_heap(identity: str) -> tuple[int, float]:
+            name, probability = guesses[identity]
             return places[name], -probability
 
-        kept = [photo for photo in self.waiting.values() if not photo.is_of_heap]
-        self.waiting = {photo.identity: photo for photo in (*kept, *sorted(heap, key=place_in_heap))}
+        kept = {one: photo for one, photo in self.waiting.items() if not photo.is_of_heap}
+        self.waiting = kept | {one: heap[one] for one in sorted(heap, key=place_in_heap)}
 
     def probabilities(self, identity: str) -> dict[str, float]:
         """Return the probability of each class that the network has for a photograph, or those suggested."""
