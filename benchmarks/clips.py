@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from copied_photos import count_errors, draws_parser, parse_draws, test_logits, train_on
+from copied_photos import count_errors, draws_parser, keep_draw, parse_draws, test_logits, train_on
 from measure import Result, one_line_errors, report
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -141,8 +141,7 @@ def run_draw(given: argparse.Namespace, name: str, cell: Cell, seed: int) -> "Ru
         "divided": 100 * divided,
         "named": len({*result.one_group, *result.two_groups, *result.alike}.intersection(labels)),
     }
-    path.write_text(json.dumps(measured))
-    print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
+    keep_draw(path, measured)
     return Run(name, cell, camera, frames, measured)
 
 

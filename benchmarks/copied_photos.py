@@ -43,6 +43,7 @@ from torch import Tensor
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
+from sopdeploy.files import atomic_write
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.training.fits import FewShotFit
 from sopdeploy.training.recipe import read_recipe
@@ -111,6 +112,13 @@ def count_errors(folder: Path, groups: np.ndarray) -> tuple[float, float]:
     return float(np.mean(wrong)), float(np.mean(divided))
 
 
+def keep_draw(path: Path, measured: object) -> None:
+    """Write what was measured on a draw to *path*, so that it is not measured again, and print it."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(measured))
+    print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
+
+
 @torch.no_grad()
 def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed: int) -> dict[str, float]:
     """Train on one draw and test; results are cached."""
@@ -146,8 +154,7 @@ def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed:
         "grouped wrongly": 100 * wrong,
         "divided": 100 * divided,
     }
-    path.write_text(json.dumps(measured))
-    print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
+    keep_draw(path, measured)
     return measured
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from copied_photos import draws_parser, parse_draws, test_logits, train_on
+from copied_photos import draws_parser, keep_draw, parse_draws, test_logits, train_on
 from measure import Result, one_line_errors, report
 
 from sopdeploy.errors import DataError
@@ -91,8 +91,7 @@ def run_draw(given: argparse.Namespace, name: str, count: int, seed: int, names:
         "mixed": 100 * float(np.mean(mixed)),
         "named": bool(fit.result.possible_clip),
     }
-    path.write_text(json.dumps(measured))
-    print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
+    keep_draw(path, measured)
     return measured
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from copied_photos import draws_parser, parse_draws, test_logits, train_on
+from copied_photos import draws_parser, keep_draw, parse_draws, test_logits, train_on
 from measure import Result, one_line_errors, report
 
 from sopdeploy.decision import log_sum_exp, softmax
@@ -109,8 +109,7 @@ def run_draw(given: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     link(named, folder)
     second, _ = measure(given, name, folder, given.cache / "run")
     found = {"first": first, "second": second, "labelled": len(named)}
-    path.write_text(json.dumps(found))
-    print(f"{path.stem}: {found}", file=sys.stderr, flush=True)
+    keep_draw(path, found)
     return found
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from cleanlab.filter import find_label_issues
-from copied_photos import draws_parser, parse_draws, train_on
+from copied_photos import draws_parser, keep_draw, parse_draws, train_on
 from measure import Result, one_line_errors, report
 
 from sopdeploy.decision import softmax
@@ -74,8 +74,7 @@ def run_draw(
         name: [len(found), 100 * len(found & names) / max(1, len(found)), 100 * len(found & names) / count]
         for name, found in listed.items()
     }
-    path.write_text(json.dumps(measured))
-    print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
+    keep_draw(path, measured)
     return measured
 
 

@@ -31,12 +31,14 @@ WAIT_SECONDS = 60
 class Server:
     """`serve` of *program* on the live link of *folder*, on a port of its own."""
 
-    def __init__(self, program: Path, folder: Path) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}"
-        command = [program, "serve", "bundles/live", "--setting=follow=true", f"--port={self.url[17:]}"]
-        self.log = folder / f"{self.url[17:]}.log"
+    def __init__(self, program: Path, folder: Path, stack: ExitStack) -> None:
+        """Start the server; it is killed at the end of *stack*, if it still runs."""
+        port = free_port()
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / f"{port}.log"
+        command = [program, "serve", "bundles/live", "--setting=follow=true", f"--port={port}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        stack.callback(self.process.kill)
 
     def bundle(self) -> str:
         """Return the name of the served bundle; empty if the server does not answer."""
@@ -76,9 +78,13 @@ class Balancer:
         for server in (*servers[turn:], *servers[:turn]):
             try:
                 response = self.classify(server)
+            except httpx.TimeoutException:
+                self.results["failed: no answer in time"] += 1
+                return
             except httpx.TransportError:
                 continue
-            if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:  # stopping: its port is still open
+            is_unavailable = response.status_code == httpx.codes.SERVICE_UNAVAILABLE
+            if is_unavailable and '"draining"' in response.text:  # stopping: its port is still open
                 continue
             self.results["answered" if response.is_success else f"failed: {response.text}"] += 1
             return
@@ -131,9 +137,8 @@ def upgrade(programs: dict[str, Path], folder: Path) -> None:
         check(f"{which} verifies {name}", holds=True)
     sopdeploy("old", "promote", f"bundles/{names['old']}", "--over", "bundles/live", "--force", "first")
     photo = (folder / "bundles" / names["old"] / "golden-0.jpg").read_bytes()
-    balancer = Balancer([Server(program, folder) for program in programs.values()], photo)
     with ExitStack() as stack:
-        stack.callback(lambda: [server.process.kill() for server in balancer.servers])
+        balancer = Balancer([Server(program, folder, stack) for program in programs.values()], photo)
         balancer.check_bundle("start", names["old"])
         with balancer.load():
             for which, other in (("new", "old"), ("old", "new")):
@@ -145,7 +150,7 @@ def upgrade(programs: dict[str, Path], folder: Path) -> None:
                     sopdeploy(mover, "promote", "--back", "bundles/live")
                     balancer.check_bundle(f"{mover} moves back", name)
             for step, which in (("upgrade", "new"), ("downgrade", "old")):
-                balancer.servers.append(Server(programs[which], folder))
+                balancer.servers.append(Server(programs[which], folder, stack))
                 balancer.check_bundle(step, names["old"])
                 balancer.servers.pop(0).stop()
         for server in balancer.servers:

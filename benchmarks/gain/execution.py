@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -95,7 +96,11 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) 
         while True:
             found = [(rate, lines.run(planned(arm, [rate]))) for rate in rates]
             best = min(
-                (-fmean(one.accuracy for one in runs), fmean(one.log_loss or 0.0 for one in runs), rate)
+                (
+                    -fmean(one.accuracy for one in runs),
+                    fmean(math.inf if one.log_loss is None else one.log_loss for one in runs),
+                    rate,
+                )
                 for rate, runs in found
             )[2]
             wider = {rates[0]: neighbor(rates[0], below=True), rates[-1]: neighbor(rates[-1], below=False)}

@@ -89,7 +89,7 @@ class Run(StrictModel):
 
     @property
     def key(self) -> str:
-        """File name of the result; independent of the location of the images."""
+        """Hash of all inputs; independent of the location of the images."""
         values = self.model_dump(
             mode="json", exclude={"task": {"arrays", "maps", "weights"}}, exclude_defaults=True
         )
@@ -146,7 +146,7 @@ def train_and_measure(run: Run) -> Outcome:
         log_loss=round(float(cross_entropy(logits, task.test_labels)), 5),
         history=history,
         right=encode_bits(of_pool),
-        tested="" if task.tested is None else encode_bits(tested),
+        tested="" if task.tested is None and task.pool % 8 == 0 else encode_bits(tested),  # 8: no padding
     )
 
 

@@ -38,7 +38,7 @@ def write(program: Path, archive: Path) -> None:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert stopped.stdout is not None
-        next(line for line in stopped.stdout if "1/3" in line)  # the first of three epochs has ended
+        next((line for line in stopped.stdout if "1/3" in line), "")  # the first of three epochs has ended
         stopped.terminate()
         assert stopped.wait() == 128 + signal.SIGTERM, "the training ended before the signal"
         run("export", "trained/best.pt", "--detach", "--max-batch=1", "--out=bundles")
@@ -65,12 +65,17 @@ def keep(program: Path, files: Path, bundle: Path) -> None:
         command, cwd=files, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as server:
         assert server.stdout is not None
-        (url,) = next(found for line in server.stdout if (found := re.findall(r"http://127[.\d:]+", line)))
-        photo = (files / "photos" / "zero.jpg").read_bytes()
-        urllib.request.urlopen(f"{url}/v1/classify", data=photo, timeout=60).close()
-        while not list(files.glob("kept/*.json")):
-            time.sleep(0.1)
-        server.terminate()
+        try:
+            addresses = (re.findall(r"http://127[.\d:]+", line) for line in server.stdout)
+            (url,) = next(filter(None, addresses))
+            photo = (files / "photos" / "zero.jpg").read_bytes()
+            urllib.request.urlopen(f"{url}/v1/classify", data=photo, timeout=60).close()
+            deadline = time.monotonic() + 60
+            while not list(files.glob("kept/*.json")):
+                assert time.monotonic() < deadline, "the server kept no photograph"
+                time.sleep(0.1)
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":
