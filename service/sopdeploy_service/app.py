@@ -30,6 +30,7 @@ from sopdeploy_service.second_week.keep.keeper import open_keeper
 from sopdeploy_service.settings import Settings, is_loopback
 
 ROUTERS = v1.router, status.router, v2.router, web.router
+PATHS = [str(getattr(route, "path", "")) for router in ROUTERS for route in router.routes]
 
 
 def create_app(
@@ -51,6 +52,11 @@ def create_app(
     if keys is not None and not keys:
         reason = "has no key, so no request would be accepted; see `sopdeploy key`"
         raise ConfigError(f"{settings.keys}: {reason}")
+    prefix = settings.root_path.split("/")[:2]  # the names before and after the first slash
+    if any(path.split("/")[:2] == prefix for path in PATHS if path != "/"):
+        reason = "begins like a path of the server itself, so a proxy could not remove it; choose another one"
+        raise ConfigError(f"root_path: {settings.root_path} {reason}")
+
     registry = models if isinstance(models, Registry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
     decoders = service.decoders
@@ -90,12 +96,8 @@ def create_app(
     app.state.examples = web.list_examples(settings.examples)
     for router in ROUTERS:
         app.include_router(router)
-    paths = [str(getattr(route, "path", "")) for router in ROUTERS for route in router.routes]
-    first = settings.root_path.split("/")[:2]  # the names before and after the first slash
-    if any(path.split("/")[:2] == first for path in paths if path != "/"):
-        reason = "begins like a path of the server itself, so a proxy could not remove it; choose another one"
-        raise ConfigError(f"root_path: {settings.root_path} {reason}")
-    problems.handle_errors(app, paths)
+    problems.handle_errors(app, PATHS)
+
     guards: list[Guard] = []
     # Without keys, any web page could send requests to this machine, under a name that leads to it (DNS
     # rebinding). With another address, the names by which clients reach this host are known only if given.

@@ -565,8 +565,8 @@ def encode_first(text: str, *_given: object, **_options: object) -> bool:
     return bool(text.encode("idna"))
 
 
-def numbers_of_any_type(item: InputTensor, _shape: tuple[int, ...]) -> None:
-    np.array(item.data)
+def numbers_of_any_type(tensor: InputTensor, *_given: object) -> None:
+    np.array(tensor.data)
     raise RejectedError(DAMAGED)
 
 
@@ -576,7 +576,7 @@ FAULTS = {  # earlier faults, put back, and a request that shows them
         lambda size: ("GET", "/info", {"host": filled(b"\xe9.", size)}, b"", b""),
     ),
     "NumPy gives the length of a text to all elements": (
-        ("sopdeploy_service.api.v2.request._pixels_from_json", numbers_of_any_type),
+        ("sopdeploy_service.api.v2.request._read_pixels", numbers_of_any_type),
         lambda size: (
             "POST", "/v2/models/tiny/infer", {},
             INPUT.replace(b"[0]", VALUES["one long text among short ones"](size)) % (b"", b""), b"",

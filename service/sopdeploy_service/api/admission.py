@@ -102,10 +102,10 @@ class AdmittedRequest:
         finally:
             self.service.admitted -= 1
 
-    async def parse(self, parse_body: Callable[[*_Values], _Value], *given: *_Values) -> _Value:
-        """Call *parse_body* with *given* in one of the threads for JSON."""
+    async def parse(self, parse_body: Callable[[*_Values], _Value], *values: *_Values) -> _Value:
+        """Call *parse_body* with *values* in one of the threads for JSON."""
         async with self.preparing():
-            return await asyncio.get_running_loop().run_in_executor(self.service.parsers, parse_body, *given)
+            return await asyncio.get_running_loop().run_in_executor(self.service.parsers, parse_body, *values)
 
     async def infer(
         self, images: Images, *, features: bool = False, may_keep: bool = False, explain: bool = False
@@ -127,8 +127,9 @@ class AdmittedRequest:
         context.num_images += num_images
         stages = context.stage_seconds
         stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)  # all but the load
-        address = client_address(context.headers, context.peer, service.settings.trusted_proxies)
-        client = context.key_name or address
+        client = context.key_name or client_address(
+            context.headers, context.peer, service.settings.trusted_proxies
+        )
         if explain:
             work = service.explain(self.model, images, self.deadline, client)
         else:
@@ -183,12 +184,13 @@ async def admit(
 
 def timeout_of(headers: Mapping[str, str], longest: float) -> float:
     """Return the timeout in *headers* in seconds, at most *longest*, its default; raises `RejectedError`."""
-    given = headers.get(TIMEOUT_HEADER)
-    if given is None:
+    text = headers.get(TIMEOUT_HEADER)
+    if text is None:
         return longest
-    is_number = given.isascii() and given.isdigit()
-    digits = given.lstrip("0")  # none: the number is 0
-    if not is_number or not digits:
+    is_number = text.isascii() and text.isdigit()
+    digits = text.lstrip("0")
+    is_zero = not digits
+    if not is_number or is_zero:
         raise RejectedError(BAD_TIMEOUT)
     return longest if len(digits) > MAX_TIMEOUT_DIGITS else min(longest, int(digits) / 1000)
 
@@ -199,20 +201,20 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
     The request body must have been read; a message of *receive* other than the disconnect is ignored.
     """
     task = cast(asyncio.Task[Any], asyncio.current_task())
-    is_gone = False
+    is_client_gone = False
 
-    async def cancel_work() -> None:
-        nonlocal is_gone
+    async def wait_for_disconnect() -> None:
+        nonlocal is_client_gone
         while (await receive())["type"] != "http.disconnect":
             pass
-        is_gone = True
+        is_client_gone = True
         task.cancel()
 
-    watcher = asyncio.create_task(cancel_work())
+    watcher = asyncio.create_task(wait_for_disconnect())
     try:
         return await work
     except asyncio.CancelledError:
-        if is_gone and not task.uncancel():  # nobody else has cancelled the task, too
+        if is_client_gone and not task.uncancel():  # nobody else has cancelled the task, too
             raise RejectedError(results.CLIENT_GONE) from None
         raise
     finally:
@@ -249,29 +251,30 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
 
     Raises `RejectedError` for errors of the request as a whole; single images may still be invalid.
     """
-    headers, settings = admitted.context.headers, admitted.service.settings
-    content_type = headers.get("content-type", "")
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind.startswith("multipart/"):
-        if kind != "multipart/form-data":
+    settings = admitted.service.settings
+    content_type = admitted.context.headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "application/json":
+        limit = min(settings.max_body_bytes, settings.max_json_bytes)
+        body = await read_body(admitted, limit)
+        if body.startswith(FIRST_BYTES):  # an image file, which some clients label as JSON
+            return Upload([body])
+        return await admitted.parse(parse_upload, body, limit, settings.max_images)
+    if media_type.startswith("multipart/"):
+        if media_type != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
         body = await read_body(admitted, settings.max_body_bytes)
-        given = body, content_type, settings.max_images
-        is_small = len(body) <= SMALL_BODY  # else it would take too long on the event loop
-        images = parse_form(*given) if is_small else await admitted.parse(parse_form, *given)
+        if len(body) <= SMALL_BODY:
+            images = parse_form(body, content_type, settings.max_images)
+        else:  # it would take too long on the event loop
+            images = await admitted.parse(parse_form, body, content_type, settings.max_images)
         return Upload(images, is_list=len(images) > 1)
-    if kind != "application/json":
-        body = await read_body(admitted, settings.max_body_bytes)
-        # curl's --data sends this type, and removes zero bytes and line ends, which every image file has.
-        may_be_curl_data = kind == "application/x-www-form-urlencoded"
-        if may_be_curl_data and body and CURL_REMOVES.search(body) is None:
-            raise RejectedError(STRIPPED)
-        return Upload([body])
-    limit = min(settings.max_body_bytes, settings.max_json_bytes)
-    body = await read_body(admitted, limit)
-    if body.startswith(FIRST_BYTES):  # an image file, which some clients label as JSON
-        return Upload([body])
-    return await admitted.parse(parse_upload, body, limit, settings.max_images)
+    body = await read_body(admitted, settings.max_body_bytes)
+    # curl's --data sends this type, and removes zero bytes and line ends, which every image file has.
+    may_be_curl_data = media_type == "application/x-www-form-urlencoded"
+    if may_be_curl_data and body and CURL_REMOVES.search(body) is None:
+        raise RejectedError(STRIPPED)
+    return Upload([body])
 
 
 def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
@@ -294,28 +297,27 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     Delays beyond the minimum rate may add up to a grace period, which faster pieces restore. Raises
     `RejectedError`: 408 too slow, 413 too large, 415 compressed, 429 budget full, 499 client disconnected.
     """
-    service, context, deadline = admitted.service, admitted.context, admitted.deadline
+    service, context, settings = admitted.service, admitted.context, admitted.service.settings
     if context.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise RejectedError(ENCODED)
-    settings = service.settings
     announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
     pieces: list[bytes] = []
-    grace = settings.body_grace_seconds  # seconds of delay that are left
+    grace = settings.body_grace_seconds  # seconds by which the body may still fall behind the minimum rate
     while True:
         # Already before the first byte: a client that waits for `100 Continue` must not send a body in vain.
         _check_budget(service, received=context.bytes, more=max(0, announced - context.bytes))
         began = time.monotonic()
         try:
-            async with asyncio.timeout(min(grace, deadline - began)):
+            async with asyncio.timeout(min(grace, admitted.deadline - began)):
                 message = await admitted.request.receive()
         except TimeoutError as problem:
-            raise RejectedError(LATE_BODY if time.monotonic() >= deadline else SLOW_BODY) from problem
+            is_late = time.monotonic() >= admitted.deadline
+            raise RejectedError(LATE_BODY if is_late else SLOW_BODY) from problem
         if message["type"] == "http.disconnect":
             raise RejectedError(results.CLIENT_GONE)
         piece = message.get("body", b"")
-        waited = time.monotonic() - began
-        allowed = len(piece) / settings.min_body_rate  # seconds that the piece may take
-        grace = min(settings.body_grace_seconds, grace - waited + allowed)
+        delay = time.monotonic() - began - len(piece) / settings.min_body_rate  # negative: it came sooner
+        grace = min(settings.body_grace_seconds, grace - delay)
         # Other bodies may have grown during the wait, and a chunked one does not announce its length.
         _check_budget(service, received=context.bytes, more=len(piece))
         service.upload_bytes += len(piece)

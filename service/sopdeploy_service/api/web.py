@@ -87,8 +87,10 @@ class Page:
 
 def _read(name: str, folder: Traversable = _FOLDER) -> str:
     """Read the file *name* of *folder* or, if it is not there, of this package or of reports."""
-    places = (place / name for place in (folder, _FOLDER, _SHARED))
-    return next(path for path in places if path.is_file()).read_text("utf-8")
+    for parent in (folder, _FOLDER):
+        if (parent / name).is_file():
+            return (parent / name).read_text("utf-8")
+    return (_SHARED / name).read_text("utf-8")
 
 
 def _policy_sources(tag: str, html: str, assets: tuple[str, ...]) -> str:
@@ -99,19 +101,7 @@ def _policy_sources(tag: str, html: str, assets: tuple[str, ...]) -> str:
     return " ".join([*hashes, *assets]) or "'none'"
 
 
-def _swagger_page() -> str:
-    """Return FastAPI's page of the API, with the field for the key."""
-    page = get_swagger_ui_html(
-        openapi_url="openapi.json",
-        title="API · sopdeploy",
-        swagger_js_url="docs/swagger-ui-bundle.js",
-        swagger_css_url="docs/swagger-ui.css",
-        swagger_favicon_url=_ICON,
-    )
-    return bytes(page.body).decode().replace("<body>", f"<body>{_read('docs.html')}")
-
-
-async def _answer_with_page(page: Page, request: Request) -> Response:
+async def _show_page(page: Page, request: Request) -> Response:
     """Return *page* with the formats that the server accepts, or redirect from `root_path` to its `/`."""
     root = request.scope["root_path"]
     if root and request.scope["raw_path"] == root.encode():
@@ -120,7 +110,7 @@ async def _answer_with_page(page: Page, request: Request) -> Response:
     return Response(html, media_type="text/html", headers=page.headers)
 
 
-async def _answer_with_file(content: bytes, media_type: str) -> Response:
+async def _send_static_file(content: bytes, media_type: str) -> Response:
     return Response(content, media_type=media_type, headers={"Cache-Control": "max-age=86400"})
 
 
@@ -149,12 +139,12 @@ async def examples(request: Request) -> Response:
 async def example(request: Request, number: int) -> Response:
     """Return the bytes of the example *number*."""
     paths: list[Path] = request.app.state.examples
-    try:
-        content = await asyncio.to_thread(read_file, paths[number], MAX_BYTES) if number >= 0 else None
-    except (IndexError, OSError):
-        content = None
-    if content is None:
+    if not 0 <= number < len(paths):
         raise HTTPException(404, "no such example")
+    try:
+        content = await asyncio.to_thread(read_file, paths[number], MAX_BYTES)
+    except OSError as error:
+        raise HTTPException(404, "no such example") from error
     media_type = mimetypes.guess_type(paths[number].name)[0] or "application/octet-stream"
     return Response(content, media_type=media_type, headers=_INERT)
 
@@ -164,12 +154,26 @@ INDEX = Page(
     ["dom.js", "key.js", "markdown.js", "snippets.js", "answer.js", "about.js", "index.js"],
     policy=TRUSTED_TYPES,
 )
-# Swagger UI turns descriptions into markup itself, after it has removed scripts.
-DOCS = Page(_swagger_page(), ["dom.js", "key.js", "docs.js"], assets=("'self'",))
+_SWAGGER = get_swagger_ui_html(
+    openapi_url="openapi.json",
+    title="API · sopdeploy",
+    swagger_js_url="docs/swagger-ui-bundle.js",
+    swagger_css_url="docs/swagger-ui.css",
+    swagger_favicon_url=_ICON,
+)
+DOCS = Page(
+    bytes(_SWAGGER.body)
+    .decode()
+    .replace("<body>", f"<body>{_read('docs.html')}"),  # with the field for the key
+    ["dom.js", "key.js", "docs.js"],
+    assets=(
+        "'self'",
+    ),  # no `TRUSTED_TYPES`: Swagger UI turns descriptions into markup without scripts itself
+)
 _ERRORS = Page(_read("errors.html"), [], policy=TRUSTED_TYPES)
 
 for path, page in {"/": INDEX, "/docs": DOCS, "/errors": _ERRORS}.items():
-    router.add_api_route(path, partial(_answer_with_page, page))
+    router.add_api_route(path, partial(_show_page, page))
 for path, media_type in PAGE_FILES.items():  # read once
     content = (files("fastapi_offline") / "static" / path.removeprefix("/docs/")).read_bytes()
-    router.add_api_route(path, partial(_answer_with_file, content, media_type))
+    router.add_api_route(path, partial(_send_static_file, content, media_type))

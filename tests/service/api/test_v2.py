@@ -238,11 +238,11 @@ def test_binary_data_with_a_wrong_header_or_size_is_rejected():
 
 
 def test_all_outputs_are_the_default_and_parameters_apply_to_each():
-    assert list(read(tensor()).outputs.items()) == [("logits", False), ("gate", False)]
+    assert list(read(tensor()).is_binary.items()) == [("logits", False), ("gate", False)]
     outputs = [{"name": "gate"}, {**LOGITS, "parameters": {"binary_data": False}}]
     parameters = {"binary_data_output": True, "timeout": 5000}
     found = read({**tensor(), "id": "a", "outputs": outputs, "parameters": parameters})
-    assert list(found.outputs.items()) == [("gate", True), ("logits", False)]
+    assert list(found.is_binary.items()) == [("gate", True), ("logits", False)]
     assert (found.id, found.timeout_seconds) == ("a", 0.005)
 
 

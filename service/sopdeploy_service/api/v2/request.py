@@ -91,12 +91,12 @@ class InferBody(Body):
 class InferRequest:
     """A valid request: *images* are encoded files or uint8 (n, H, W, 3).
 
-    *outputs* has the names of the requested outputs, and whether each is returned in binary or in JSON.
+    *is_binary* maps the name of each output to return to whether it is returned in binary or in JSON.
     """
 
     id: str | None
     images: list[bytes] | NDArray[np.uint8]
-    outputs: dict[str, bool]
+    is_binary: dict[str, bool]
     timeout_seconds: float | None
 
 
@@ -104,142 +104,135 @@ def parse_body(
     body: bytes, header_length: str | None, manifest: Manifest, max_images: int, max_json: int
 ) -> InferRequest:
     """Parse *body*, in a thread; raises `RejectedError` if it is invalid or has too many images or bytes."""
-    text, binary = body, memoryview(b"")  # without the header, all of it is JSON
+    json_length = len(body)  # without the header, all of it is JSON
     if header_length is not None:
         digits = header_length.strip()
         is_number = digits.isascii() and digits.isdecimal() and len(digits) <= MAX_DIGITS
         if not is_number or int(digits) > len(body):
             message = f"Inference-Header-Content-Length must be a number of bytes, at most {len(body)}"
             raise bad_request("bad_header_length", message)
-        text, binary = body[: int(digits)], memoryview(body)[int(digits) :]
-    record = manifest.inputs[0]
-    values_per_image = prod(size or 1 for size in record.shape)  # None is the number of images
-    request = parse_json(InferBody, text, max_json, max_images * values_per_image)
+        json_length = int(digits)
+    pixel_input = manifest.inputs[0]
+    values_per_image = prod(size or 1 for size in pixel_input.shape)  # None is the number of images
+    request = parse_json(InferBody, body[:json_length], max_json, max_images * values_per_image)
     timeout = request.parameters.timeout
     return InferRequest(
         id=request.id,
-        images=_read_images(request.inputs, binary, record, max_images),
-        outputs=_requested_outputs(request, [output.name for output in manifest.outputs]),
+        images=_read_images(request.inputs, memoryview(body)[json_length:], pixel_input, max_images),
+        is_binary=_choose_formats(request, [output.name for output in manifest.outputs]),
         timeout_seconds=timeout / MICROSECONDS if timeout else None,  # 0 means none
     )
 
 
-def _requested_outputs(request: InferBody, names: Sequence[str]) -> dict[str, bool]:
+def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]:
     """Map each output to return, by default all of *names* but the embedding, to whether it is in binary."""
     binary_by_default = bool(request.parameters.binary_data_output)  # of outputs that choose no format
-    requested: dict[str, bool] = {}
+    is_binary: dict[str, bool] = {}
     for output in request.outputs:
         if output.name not in names:
             message = f"no output {output.name[:100]!r}; available: {', '.join(names)}"
             raise bad_request("unknown_output", message)
-        if output.name in requested:
+        if output.name in is_binary:
             raise bad_request("duplicate_output", f"output {output.name!r} occurs twice")
         if output.parameters.classification:
             message = "outputs are numbers; omit class_count (`classification`), or use /v1/classify"
             raise bad_request("no_classification", message)
         chosen = output.parameters.binary_data
-        requested[output.name] = binary_by_default if chosen is None else chosen
-    return requested or {name: binary_by_default for name in names if name != EMBEDDING}
+        is_binary[output.name] = binary_by_default if chosen is None else chosen
+    return is_binary or {name: binary_by_default for name in names if name != EMBEDDING}
 
 
 def _read_images(
-    inputs: Sequence[InputTensor], binary: memoryview, record: TensorRecord, max_images: int
+    inputs: Sequence[InputTensor], binary: memoryview, pixel_input: TensorRecord, max_images: int
 ) -> list[bytes] | NDArray[np.uint8]:
-    """Return the images of the only input, `IMAGE` or that of *record*, from its JSON or from *binary*."""
-    if len(inputs) != 1 or inputs[0].name not in {record.name, IMAGE_INPUT}:
+    """Return the images of the only input, `IMAGE` or *pixel_input*, from its JSON or from *binary*."""
+    if len(inputs) != 1 or inputs[0].name not in {pixel_input.name, IMAGE_INPUT}:
         raise bad_request(
             "wrong_inputs",
-            f"give one of the inputs {record.name!r} ({UINT8} {_describe(record.shape[1:])}) and "
+            f"give one of the inputs {pixel_input.name!r} ({UINT8} {_describe(pixel_input.shape[1:])}) and "
             f"{IMAGE_INPUT!r} ({BYTES} [n], encoded images)",
         )
-    item = inputs[0]
-    is_encoded = item.name == IMAGE_INPUT
-    allowed = (BYTES,) if is_encoded else (UINT8, FP32)
-    if item.datatype not in allowed:
-        message = f"the datatype must be {' or '.join(allowed)}, not {item.datatype[:20]!r}"
-        raise _invalid("wrong_datatype", item, message)
-    size = (1,) if is_encoded else record.shape[1:]  # encoded images are [n, 1] or [n]
-    shape = _check_shape(item, size, max_images)
-    declared = item.parameters.binary_data_size
-    if (declared is None) == (item.data is None):  # the input has neither or both
-        raise _invalid("wrong_data", item, "must have either `data` or the parameter `binary_data_size`")
+    tensor = inputs[0]
+    is_encoded = tensor.name == IMAGE_INPUT
+    datatypes = (BYTES,) if is_encoded else (UINT8, FP32)
+    if tensor.datatype not in datatypes:
+        message = f"the datatype must be {' or '.join(datatypes)}, not {tensor.datatype[:20]!r}"
+        raise _invalid("wrong_datatype", tensor, message)
+    shape = tuple(tensor.shape)
+    image_shapes = [(1,), ()] if is_encoded else [pixel_input.shape[1:]]
+    rule = f"the shape must be {_describe(image_shapes[0])} with n from 1 to {max_images}"
+    if not shape or shape[0] < 1 or shape[1:] not in image_shapes:
+        raise _invalid("wrong_shape", tensor, f"{rule}, not {str(tensor.shape)[:100]}")
+    if shape[0] > max_images:
+        raise _invalid("too_many_images", tensor, f"{rule}, the limit of this server")
+    declared = tensor.parameters.binary_data_size
+    if (declared is None) == (tensor.data is None):  # the input has neither or both
+        raise _invalid("wrong_data", tensor, "must have either `data` or the parameter `binary_data_size`")
     if len(binary) != (declared or 0):
         raise bad_request(
             "wrong_binary_size",
             f"{len(binary)} bytes follow the JSON, but its inputs declare {declared or 0}; with binary data "
             "the header Inference-Header-Content-Length must be the length of the JSON",
         )
-    if declared is None:
-        if not is_encoded:
-            return _pixels_from_json(item, shape)
-        return [decode_text(text, f"input 'IMAGE'[{i}]") for i, text in enumerate(_elements(item, shape))]
-    return _split_elements(item, binary, shape[0]) if is_encoded else _pixels_from_binary(item, binary, shape)
+    if not is_encoded:
+        return _read_pixels(tensor, binary, shape)
+    if tensor.data is None:
+        return _split_elements(tensor, binary, shape[0])
+    return [decode_text(text, f"input 'IMAGE'[{i}]") for i, text in enumerate(_elements(tensor, shape))]
 
 
-def _invalid(code: str, item: InputTensor, message: str) -> RejectedError:
-    return bad_request(code, f"input {item.name!r}: {message}")
+def _invalid(code: str, tensor: InputTensor, message: str) -> RejectedError:
+    return bad_request(code, f"input {tensor.name!r}: {message}")
 
 
-def _describe(size: Sequence[int | None]) -> str:
-    """Describe the shape of images of *size* for error messages: `[n, 224, 224, 3]`."""
-    return "[" + ", ".join(["n", *map(str, size)]) + "]"
+def _describe(image_shape: Sequence[int | None]) -> str:
+    """Describe the shape of n images of *image_shape* for error messages: `[n, 224, 224, 3]`."""
+    return "[" + ", ".join(["n", *map(str, image_shape)]) + "]"
 
 
-def _check_shape(item: InputTensor, size: tuple[int | None, ...], max_images: int) -> tuple[int, ...]:
-    """Return the shape of *item* if it is [n, *size], or [n] for `IMAGE`; else raise `RejectedError`."""
-    shape = item.shape
-    rule = f"the shape must be {_describe(size)} with n from 1 to {max_images}"
-    allowed_sizes = {size, ()} if item.name == IMAGE_INPUT else {size}
-    if not shape or shape[0] < 1 or tuple(shape[1:]) not in allowed_sizes:
-        raise _invalid("wrong_shape", item, f"{rule}, not {str(shape)[:100]}")
-    if shape[0] > max_images:
-        raise _invalid("too_many_images", item, f"{rule}, the limit of this server")
-    return tuple(shape)
+def _read_pixels(tensor: InputTensor, binary: memoryview, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Convert the numbers of *tensor*, in its JSON or else in *binary*, to uint8 of *shape*.
 
-
-def _pixels_from_json(item: InputTensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Convert the numbers in the data of *item* to an array of *shape*."""
-    numbers = _elements(item, shape)
-    if not set(map(type, numbers)) <= {int, float}:  # of a text, NumPy would give its length to all elements
-        raise _invalid("wrong_data", item, PIXELS_ONLY)
-    return _as_pixels(item, np.array(numbers, np.float64).reshape(shape))
-
-
-def _elements(item: InputTensor, shape: tuple[int, ...]) -> list[Any]:
-    """Return the elements of the data of *item*, a list that is flat or nested like *shape*."""
-    rows = [item.data]
-    for size in shape:
-        if set(map(type, rows)) != {list} or set(map(len, rows)) != {size}:
-            break  # *data* is not nested like *shape*
-        rows = list(chain.from_iterable(rows))
+    Raises `RejectedError` unless there are as many as *shape* needs, all whole and from 0 to 255.
+    """
+    values: NDArray[Any]
+    if tensor.data is None:
+        dtype = np.dtype("<f4" if tensor.datatype == FP32 else np.uint8)
+        needed = prod(shape) * dtype.itemsize
+        if len(binary) != needed:
+            message = f"{list(shape)} {tensor.datatype} is {needed} bytes, not {len(binary)}"
+            raise _invalid("wrong_binary_size", tensor, message)
+        values = np.frombuffer(binary, dtype)
     else:
-        return rows
-    if not isinstance(item.data, list) or len(item.data) != prod(shape):
-        needed = f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
-        raise _invalid("wrong_data", item, needed)
-    return item.data
-
-
-def _pixels_from_binary(item: InputTensor, raw: memoryview, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Convert *raw*, the numbers of *item* in its datatype, to an array of *shape*."""
-    dtype = np.dtype("<f4" if item.datatype == FP32 else np.uint8)
-    needed = prod(shape) * dtype.itemsize
-    if len(raw) != needed:
-        message = f"{list(shape)} {item.datatype} is {needed} bytes, not {len(raw)}"
-        raise _invalid("wrong_binary_size", item, message)
-    return _as_pixels(item, np.frombuffer(raw, dtype).reshape(shape))
-
-
-def _as_pixels(item: InputTensor, values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Convert *values* to uint8; raise `RejectedError` unless they are whole numbers from 0 to 255."""
+        numbers = _elements(tensor, shape)
+        if not set(map(type, numbers)) <= {
+            int,
+            float,
+        }:  # NumPy would give the length of a text to all of them
+            raise _invalid("wrong_data", tensor, PIXELS_ONLY)
+        values = np.array(numbers, np.float64)
     with np.errstate(invalid="ignore"):  # NaN and numbers above 255, which the comparison finds
         pixels = values.astype(np.uint8, copy=False)
     if not np.array_equal(pixels, values):
-        raise _invalid("wrong_data", item, PIXELS_ONLY)
-    return pixels
+        raise _invalid("wrong_data", tensor, PIXELS_ONLY)
+    return pixels.reshape(shape)
 
 
-def _split_elements(item: InputTensor, raw: memoryview, count: int) -> list[bytes]:
+def _elements(tensor: InputTensor, shape: tuple[int, ...]) -> list[Any]:
+    """Return the elements of the data of *tensor*, a list that is flat or nested like *shape*."""
+    elements = [tensor.data]
+    is_flat = isinstance(tensor.data, list) and not any(isinstance(one, list) for one in tensor.data[:1])
+    for length in (prod(shape),) if is_flat else shape:  # of the lists at each level, from the outermost one
+        if set(map(type, elements)) != {list} or set(map(len, elements)) != {length}:
+            message = (
+                f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
+            )
+            raise _invalid("wrong_data", tensor, message)
+        elements = list(chain.from_iterable(elements))
+    return elements
+
+
+def _split_elements(tensor: InputTensor, raw: memoryview, count: int) -> list[bytes]:
     """Split a BYTES tensor: each of *count* elements is its length, 4 bytes little-endian, and its bytes."""
     elements, position = [], 0
     for number in range(count):
@@ -247,10 +240,10 @@ def _split_elements(item: InputTensor, raw: memoryview, count: int) -> list[byte
         end = None if begin > len(raw) else begin + unpack_from("<I", raw, position)[0]
         if end is None or end > len(raw):
             message = f"element {number} does not fit into {len(raw)} bytes"
-            raise _invalid("wrong_binary_size", item, message)
+            raise _invalid("wrong_binary_size", tensor, message)
         elements.append(bytes(raw[begin:end]))
         position = end
     if position != len(raw):
         message = f"{len(raw) - position} bytes remain after element {count - 1}"
-        raise _invalid("wrong_binary_size", item, message)
+        raise _invalid("wrong_binary_size", tensor, message)
     return elements

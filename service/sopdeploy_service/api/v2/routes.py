@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import admit, find_and_record_model, json_response, read_body, service_of
 from sopdeploy_service.api.v2.request import BYTES, FP32, IMAGE_INPUT, UINT8, parse_body
-from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -81,7 +80,24 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
 @router.get(VERSION)
 async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
     """Return the inputs and outputs of the model."""
-    return json_response(describe_model(find_and_record_model(request, name, version)))
+    model = find_and_record_model(request, name, version)
+    manifest = model.bundle.manifest
+    is_engine = model.runtime.name.startswith("tensorrt ")  # the version follows
+    pixels = manifest.inputs[0]
+
+    def describe(tensor: str, datatype: str, shape: Sequence[int | None]) -> dict[str, object]:
+        sides = [-1 if side is None else side for side in shape]  # -1: of any length
+        return {"name": tensor, "datatype": datatype, "shape": sides}
+
+    return json_response(
+        {
+            "name": model.name,
+            "versions": [model.version],
+            "platform": "tensorrt_plan" if is_engine else "onnxruntime_onnx",  # Triton's names
+            "inputs": [describe(pixels.name, UINT8, pixels.shape), describe(IMAGE_INPUT, BYTES, (None, 1))],
+            "outputs": [describe(output.name, FP32, output.shape) for output in manifest.outputs],
+        }
+    )
 
 
 @router.post(MODEL + "/infer", openapi_extra=INFER_BODY)
@@ -99,32 +115,12 @@ async def model_infer(
         )  # fmt: skip
         if parsed.timeout_seconds is not None:
             admitted.deadline = min(admitted.deadline, admitted.started + parsed.timeout_seconds)
-        outcomes = await admitted.infer(parsed.images, features=EMBEDDING in parsed.outputs, may_keep=True)
+        outcomes = await admitted.infer(parsed.images, features=EMBEDDING in parsed.is_binary, may_keep=True)
     head = {"model_name": model.name, "model_version": model.version}
     if parsed.id is not None:
         head = {"id": parsed.id, **head}
-    content, headers = format_response(head, stack_outputs(outcomes), parsed.outputs)
+    content, headers = format_response(head, stack_outputs(outcomes), parsed.is_binary)
     return Response(content, headers={**headers, "Server-Timing": admitted.context.server_timing()})
-
-
-def describe_model(model: Model) -> dict[str, object]:
-    """Build the response of `GET /v2/models/{name}`."""
-    manifest = model.bundle.manifest
-    is_engine = model.runtime.name.startswith("tensorrt ")  # the version follows
-    pixels = manifest.inputs[0]
-
-    def describe(name: str, datatype: str, shape: Sequence[int | None]) -> dict[str, object]:
-        any_length = -1
-        sides = [any_length if side is None else side for side in shape]
-        return {"name": name, "datatype": datatype, "shape": sides}
-
-    return {
-        "name": model.name,
-        "versions": [model.version],
-        "platform": "tensorrt_plan" if is_engine else "onnxruntime_onnx",  # Triton's names
-        "inputs": [describe(pixels.name, UINT8, pixels.shape), describe(IMAGE_INPUT, BYTES, (None, 1))],
-        "outputs": [describe(output.name, FP32, output.shape) for output in manifest.outputs],
-    }
 
 
 def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:
@@ -139,18 +135,18 @@ def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]
 
 
 def format_response(
-    head: Mapping[str, Any], values: Mapping[str, NDArray[Any]], requested: Mapping[str, bool]
+    head: Mapping[str, Any], values: Mapping[str, NDArray[Any]], is_binary: Mapping[str, bool]
 ) -> tuple[bytes, dict[str, str]]:
-    """Build body and headers from *head* and the *requested* ones of *values* (n, ...), in binary if True.
+    """Build body and headers from *head* and the *values* (n, ...) of the outputs in *is_binary*.
 
-    The JSON has the values of an output as a flat list, or the size of its binary values, which follow it.
+    The JSON has the values of an output as a flat list or, if it *is_binary*, their size; these follow it.
     """
     binary_parts: list[bytes] = []
     outputs = []
-    for name, is_binary in requested.items():
+    for name, follows_json in is_binary.items():
         array = np.ascontiguousarray(values[name], "<f4")
         described: dict[str, object] = {"name": name, "datatype": FP32, "shape": list(array.shape)}
-        if is_binary:
+        if follows_json:
             binary_parts.append(array.tobytes())
             described["parameters"] = {"binary_data_size": array.nbytes}
         else:
