@@ -40,11 +40,12 @@ class HostPattern(NamedTuple):
         name = self.name
         is_named = host.name.endswith(f".{name}") if self.is_for_subdomains else host.name == name
         has_scheme = self.scheme is None or host.scheme in {None, self.scheme}
+        if host.is_for_subdomains or not is_named or not has_scheme:
+            return False
         port = self.port or DEFAULT_PORTS.get(self.scheme or "")  # None: any
         # `Host: a.example` has the default port of the scheme, which only the proxy knows.
         default = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
-        has_port = port is None or (host.port or default) == port
-        return not host.is_for_subdomains and is_named and has_scheme and has_port
+        return port is None or (host.port or default) == port
 
 
 @functools.lru_cache(maxsize=256)
@@ -118,19 +119,21 @@ class OwnOrigins:
         What a trusted proxy says about the host that the browser sees counts, too. With *is_link*, a link on
         another page may lead here; a browser sends no `Origin` for it.
         """
-        is_proxied = is_within(peer, self._proxies)
         hosts = [headers.get("host", "localhost")]  # HTTP/1.0 requests may have none
-        hosts += _listed(headers.get("x-forwarded-host")) if is_proxied else []
-        foreign = next((host for host in hosts if not is_among(host, self._own, or_address=True)), None)
-        if foreign is not None:
-            return f"requests for {foreign[:100]!r}"
+        schemes = ["http"]
+        if is_within(peer, self._proxies):
+            hosts += _listed(headers.get("x-forwarded-host"))
+            schemes += _listed(headers.get("x-forwarded-proto"))
+        for host in hosts:
+            if not is_among(host, self._own, or_address=True):
+                return f"requests for {host[:100]!r}"
         origin = headers.get("origin")
-        if origin is not None and self._all_pages:
-            return ""
         if origin is not None:
+            if self._all_pages:
+                return ""
             scheme, _, host = origin.partition("://")
-            schemes = ["http", *(_listed(headers.get("x-forwarded-proto")) if is_proxied else ())]
-            if scheme not in schemes or host not in hosts:
+            is_own_origin = scheme in schemes and host in hosts
+            if not is_own_origin:
                 return "" if is_among(origin, self._pages) else FOREIGN_PAGES
         is_own_page = is_link or headers.get("sec-fetch-site") in {None, "none", "same-origin"}
         return "" if is_own_page else FOREIGN_PAGES
@@ -141,15 +144,16 @@ def is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool =
 
     Clients send names in ASCII (RFC 5891, section 4), so none of them is encoded here.
     """
+    if not sent.isascii():
+        return False
     try:
-        host = parse_host(sent if sent.isascii() else "")
+        host = parse_host(sent)
         if any(pattern.matches(host) for pattern in patterns):
             return True
-        if or_address:
-            ip_address(host.name)  # raises `ValueError` if it is no address
-        return or_address
-    except ValueError:  # also if *sent* is malformed
+        ip_address(host.name)
+    except ValueError:  # *sent* is malformed, or no address
         return False
+    return or_address
 
 
 @functools.lru_cache(maxsize=4096)

@@ -209,33 +209,38 @@ class Settings(StrictModel):
         return self
 
 
-def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
-    """Load settings from *given* (None is ignored), the environment, the TOML *file* and the defaults.
+def load_settings(file: Path | None = None, /, **flags: Any) -> Settings:
+    """Load settings from *flags* (None is ignored), the environment, the TOML *file* and the defaults.
 
     Raises `ConfigError` for a missing or malformed file, and for the first unknown or invalid setting.
     """
-    named = os.environ.get(FILE_VARIABLE)
-    path = file or (Path(named) if named else None)
-    if path is not None and not path.is_file():
-        raise ConfigError(f"{path}: settings file not found; check its name and SOPDEPLOY_CONFIG")
+    values: dict[str, Any] = {}
+    if file is None and os.environ.get(FILE_VARIABLE):
+        file = Path(os.environ[FILE_VARIABLE])
+    if file is not None:
+        if not file.is_file():
+            raise ConfigError(f"{file}: settings file not found; check its name and SOPDEPLOY_CONFIG")
+        try:
+            values = parse_toml(read_text(file))
+        except OSError as problem:
+            raise ConfigError(
+                f"{file}: cannot be read ({problem.strerror}); check its permissions"
+            ) from problem
+        except ValueError as problem:
+            raise ConfigError(f"{file}: {problem}; correct the file") from problem
+    for name in Settings.model_fields:
+        if (text := os.environ.get(f"{VARIABLE_PREFIX}{name}".upper())) is not None:
+            values[name] = text
+    values |= {name: value for name, value in flags.items() if value is not None}
     try:
-        values = {} if path is None else parse_toml(read_text(path))
-        for name in Settings.model_fields:
-            if (text := os.environ.get(f"{VARIABLE_PREFIX}{name}".upper())) is not None:
-                values[name] = text
-        values |= {name: value for name, value in given.items() if value is not None}
         return Settings(**values)
     except pydantic.ValidationError as problem:
-        hint = ""
-        if shown(problem.errors()[0].get("input", "")).startswith("'tcp://"):
+        first, hint = problem.errors()[0], ""
+        if shown(first.get("input", "")).startswith("'tcp://"):
             hint = " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
-        elif problem.errors()[0]["type"] == "extra_forbidden":
+        elif first["type"] == "extra_forbidden":
             hint = "; `sopdeploy serve --print-config` lists all settings"
         raise ConfigError(f"settings: {first_problem(problem)}{hint}") from problem
-    except OSError as problem:
-        raise ConfigError(f"{path}: cannot be read ({problem.strerror}); check its permissions") from problem
-    except ValueError as problem:
-        raise ConfigError(f"{path}: {problem}; correct the file") from problem
 
 
 def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def read_rules(text: bytes) -> Preprocess:
 
 
 def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> list[bytes]:
-    """Decode *image* by *rules*, or copy it if there are none; return the parts of the reply."""
+    """Decode *image* by *rules*, or copy it if there are none; return the reply to *number* in parts."""
     try:
         if not rules:
             copy, suffix = copy_without_metadata(image, options.max_pixels)
@@ -107,19 +107,6 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         code, status, message = "decoder_failed", 500, "the decoder failed on this image"
     kind, data = FIRST_ERROR + ERRORS.index((code, status)), message.encode()[:MAX_MESSAGE]
     return [REPLY.pack(number, kind, 0, len(data)), data]
-
-
-def serve_requests(end: socket.socket, options: ChildOptions) -> NoReturn:
-    """Answer the requests that arrive at *end*; raises `OSError` when its other end is closed."""
-    while True:
-        number, rules_size, size = REQUEST.unpack(receive(end, REQUEST.size))
-        rules, image = receive(end, rules_size), receive(end, size)
-        signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)  # SIGPROF ends this process; 0: no timer
-        reply = answer(number, rules, image, options)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        del image  # frees it before the reply is sent
-        for part in reply:
-            end.sendall(part)
 
 
 def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes:
@@ -152,7 +139,10 @@ def restrict(options: ChildOptions) -> str:
 
 
 def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
-    """Restrict this process, tell the server whether this succeeded, and serve until the server ends."""
+    """Restrict this process, tell the server at *end* whether this succeeded, and answer its requests.
+
+    Ends this process when the server has ended or closed its end.
+    """
     try:
         try:
             kind, text = READY, restrict(options).encode()
@@ -160,7 +150,17 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
             kind, text = FAILED, str(error.strerror).encode()
         end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)  # number 0: of no request
         # After FAILED, a server that requires a sandbox closes its end; others use this child without one.
-        serve_requests(end, options)
+        while True:
+            number, rules_size, size = REQUEST.unpack(receive(end, REQUEST.size))
+            rules, image = receive(end, rules_size), receive(end, size)
+            signal.setitimer(
+                signal.ITIMER_PROF, options.cpu_seconds
+            )  # SIGPROF ends this process; 0: no timer
+            reply = answer(number, rules, image, options)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            del image  # frees it before the reply is sent
+            for part in reply:
+                end.sendall(part)
     except OSError:  # the server has ended, or has closed its end
         os._exit(0)
     except BaseException:  # a forked child must not return into the code of its template
@@ -178,17 +178,17 @@ def run_template(control: socket.socket) -> None:
             break
         request = json.loads(message)
         if descriptors:  # *request* are the options of a child to fork
-            process, code = _fork(control, descriptors[0], ChildOptions(**request))
-            if process == 0:  # the fork failed; the child itself does not return from it
-                control.sendall(TEMPLATE_REPLY.pack(process, code))
+            code = 0
+            try:
+                process = _fork(control, descriptors[0], ChildOptions(**request))
+            except OSError as error:
+                control.sendall(TEMPLATE_REPLY.pack(0, error.errno or 0))
                 continue
             children.add(process)
             ended.pop(process, None)  # of an earlier child with this id
         else:  # *request* is the id of a child to kill
             process = request
-            code = ended.pop(process, UNKNOWN_CODE)
-            if process in children:
-                code = _kill(children, process)
+            code = _kill(children, process) if process in children else ended.pop(process, UNKNOWN_CODE)
         # Forget the children that ended by themselves. The system gives the id of a process to another one
         # only after `waitpid` has returned it, so an id in *children* is always that of a child.
         for child in list(children):  # a copy, because the loop changes *children*
@@ -201,20 +201,18 @@ def run_template(control: socket.socket) -> None:
         _kill(children, process)
 
 
-def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> tuple[int, int]:
-    """Fork a child with the socket *descriptor*; return its id and 0, or 0 and an error number."""
+def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> int:
+    """Fork a child, which alone keeps the socket *descriptor*; return its id, or raise `OSError`."""
     try:
         process = os.fork()
-    except OSError as error:
+        if process == 0:  # this is the child
+            control.close()
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+            run_child(socket.socket(fileno=descriptor), options)  # never returns
+    finally:
         os.close(descriptor)
-        return 0, error.errno or 0
-    if process == 0:
-        control.close()
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        run_child(socket.socket(fileno=descriptor), options)  # never returns
-    os.close(descriptor)
-    return process, 0
+    return process
 
 
 def _kill(children: set[int], process: int) -> int:

@@ -150,9 +150,8 @@ class Template:
     def _ask(self, message: bytes, descriptors: list[int]) -> tuple[int, int]:
         """Send *message* and *descriptors* to the template, which is started if needed; return its reply.
 
-        The reply has the id of a child and its exit code, as `TEMPLATE_REPLY` says.
-
-        An `OSError` ends the template. The caller holds the lock.
+        The reply has the id of a child and a code, as `TEMPLATE_REPLY` says. An `OSError` ends the template.
+        The caller holds the lock.
         """
         control = self._control or self._start()
         try:
@@ -184,7 +183,7 @@ class Template:
                 start_new_session=True,  # Ctrl-C ends only the server, which decodes until it has drained
             )
         self._control = control
-        threading.Thread(target=_log_errors, args=(self._process,), name="stderr", daemon=True).start()
+        threading.Thread(target=_log_stderr, args=(self._process,), name="stderr", daemon=True).start()
         return control
 
     def _close(self) -> None:
@@ -196,7 +195,7 @@ class Template:
         self._control = self._process = None
 
 
-def _log_errors(process: "subprocess.Popen[bytes]") -> None:
+def _log_stderr(process: "subprocess.Popen[bytes]") -> None:
     """Log what *process* and its children write to standard error, until they have ended."""
     with cast(BinaryIO, process.stderr) as pipe:
         while text := os.read(pipe.fileno(), 1 << 16):
@@ -215,7 +214,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
     """One child, which is replaced when it fails; all methods are called on the event loop.
 
     It runs one request at a time, for at most *seconds*, and calls *on_idle* when it can run the next one.
-    Replies are read into `_missing`, first the header and then the data; without a request, nothing may come.
+    Replies are read into `_unfilled` memory, first that of the header, then that of the data; without a
+    request, nothing may come.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         on_idle: Callable[["DecoderProcess", float], None] = lambda _child, _seconds: None,
         on_end: Callable[[str], object] = lambda _reason: None,
     ) -> None:
-        """Describe a child; *on_idle* gets the seconds of a request, *on_end* why a child is replaced."""
+        """Start no child yet; *on_idle* gets the seconds of a request, *on_end* why a child is replaced."""
         self._template, self._options, self._seconds = template, options, seconds
         self._on_idle, self._on_end = on_idle, on_end
         self.process = self._number = 0  # id of the child; number of the last request
@@ -241,7 +241,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
         Raises `RuntimeUnavailableError` if it does not start, `ConfigError` if a required sandbox is missing.
         """
-        self._end, restrictions = await asyncio.to_thread(self._fork)
+        self._end, restrictions = await asyncio.to_thread(self._fork_and_wait)
         self._loop = asyncio.get_running_loop()
         await self._loop.connect_accepted_socket(lambda: self, self._end)
         return restrictions
@@ -250,14 +250,16 @@ class DecoderProcess(asyncio.BufferedProtocol):
         """Run *request*; if the child has ended or sent more than its reply, start another one first."""
         if self._transport is not None:
             try:
-                self._lose(WRONG_REPLY if self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) else "")
+                self._end_child(
+                    WRONG_REPLY if self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) else ""
+                )
             except BlockingIOError:  # nothing to read: the child waits for a request
                 pass
             except OSError:  # the child has ended
-                self._lose()
+                self._end_child()
         self._request, self._started = request, time.monotonic()
         if self._transport is None:
-            self._replacing = self._loop.create_task(self._replace(sends=True))
+            self._replacing = self._loop.create_task(self._replace_child(sends=True))
         else:
             self._send(self._transport, request)
 
@@ -266,46 +268,46 @@ class DecoderProcess(asyncio.BufferedProtocol):
         if self._request is not None:
             self._request.settle(reason)
         self._request = None
-        self._lose()
+        self._end_child()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Use the new child."""
         self._transport = cast(asyncio.Transport, transport)
-        self._data, self._missing = None, self._header
+        self._data, self._unfilled = None, self._header
 
     def _send(self, transport: asyncio.Transport, request: Request) -> None:
         self._number += 1
         header = child.REQUEST.pack(self._number, len(request.rules), len(request.image))
         transport.write(header + request.rules)
         transport.write(request.image)
-        self._timer = self._loop.call_later(self._seconds, self._lose, TIME)
+        self._timer = self._loop.call_later(self._seconds, self._end_child, TIME)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Return the memory for what arrives."""
-        return self._missing
+        return self._unfilled
 
     def buffer_updated(self, nbytes: int) -> None:
         """Check a header that is complete; pass on a reply that is complete."""
         request = self._request
         if request is None:
-            self._lose(WRONG_REPLY)
+            self._end_child(WRONG_REPLY)
             return
-        self._missing = self._missing[nbytes:]
-        if self._missing:
+        self._unfilled = self._unfilled[nbytes:]
+        if self._unfilled:
             return
         number, kind, bits, size = child.REPLY.unpack(self._header)
-        if self._data is None:
+        if self._data is None:  # the header is complete
             is_known = kind in {request.kind, child.LARGER} or kind in ERROR_KINDS
             sizes = request.sizes if kind == request.kind else range(child.MAX_MESSAGE + 1)
             if number != self._number or not is_known or size not in sizes:
-                self._lose(WRONG_REPLY)
+                self._end_child(WRONG_REPLY)
                 return
             self._data = np.empty(size, np.uint8)
-            self._missing = self._data.data
+            self._unfilled = self._data.data
             if size:
                 return
         request.settle(Reply(kind, bits, self._data))
-        self._data, self._missing = None, self._header
+        self._data, self._unfilled = None, self._header
         self._timer.cancel()
         self._become_idle()
 
@@ -314,22 +316,23 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
         Its request fails and it is replaced; without a request, the next request replaces it.
         """
-        self._lose()
+        self._end_child()
 
-    def _lose(self, reason: str = "") -> None:
+    def _end_child(self, reason: str = "") -> None:
         """End the child for *reason* (empty: its exit code says why), unless this was called before.
 
         If it runs a request, this fails, and another child is started.
         """
-        if self._transport is not None:
-            transport, self._transport, self._reason = self._transport, None, reason
-            transport.abort()
-            if self._request is not None:  # otherwise, the next request replaces the child
-                self._timer.cancel()
-                self._replacing = self._loop.create_task(self._replace(sends=False))
+        if self._transport is None:
+            return
+        self._transport.abort()
+        self._transport, self._reason = None, reason
+        if self._request is not None:  # otherwise, the next request replaces the child
+            self._timer.cancel()
+            self._replacing = self._loop.create_task(self._replace_child(sends=False))
 
-    async def _replace(self, *, sends: bool) -> None:
-        """Start another child, which gets the request if this one *sends* it; otherwise the request fails."""
+    async def _replace_child(self, *, sends: bool) -> None:
+        """Start another child, which gets the request if *sends* is true; otherwise the request fails."""
         reason = UNKNOWN  # of a child that was not replaced the last time
         try:
             if self.process:
@@ -344,7 +347,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
             log.error("a decoder process is not replaced: %s", error, exc_info=is_bug)
         request = self._request
         if request is None:  # closed
-            self._lose()
+            self._end_child()
         elif sends and self._transport is not None:
             self._send(self._transport, request)
         else:
@@ -356,8 +359,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._request = None
         self._on_idle(self, time.monotonic() - self._started)
 
-    def _fork(self) -> tuple[socket.socket, str]:
-        """Fork a child, whose id is `process`; return the socket to it and its restrictions."""
+    def _fork_and_wait(self) -> tuple[socket.socket, str]:
+        """Fork a child and wait until it is restricted; return the socket to it and its restrictions."""
         end, process = self._template.fork(self._options)
         with ExitStack() as stack:
             stack.callback(end.close)  # unless everything below succeeds

@@ -66,7 +66,7 @@ THREAD, NAMESPACES = 0x10000, 0x7E020080  # CLONE_THREAD; CLONE_NEW*
 SET_NAME, SET_VMA = 15, 0x53564D41  # PR_SET_NAME and PR_SET_VMA: names of threads and of memory
 
 
-def limits(process: int) -> tuple[AllowedValues, ...]:
+def argument_rules(process: int) -> tuple[AllowedValues, ...]:
     """List the system calls that *process* may use with certain arguments only."""
     return (
         AllowedValues("mmap", (9, 222), argument=2, mask=EXECUTABLE, values=(0,)),  # no programs in memory
@@ -116,13 +116,13 @@ def build_filter(machine: str, process: int) -> bytes:
     ]
     for numbers in ALLOWED.values():
         code += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, ALLOW)]
-    for limit in limits(process):
-        offset = ARGUMENTS_AT + 8 * limit.argument  # the low four of the eight bytes come first
-        check = [(LOAD, 0, 0, offset), (AND, 0, 0, limit.mask)]
-        for value in limit.values:
+    for rule in argument_rules(process):
+        offset = ARGUMENTS_AT + 8 * rule.argument  # the low four of the eight bytes come first
+        check = [(LOAD, 0, 0, offset), (AND, 0, 0, rule.mask)]
+        for value in rule.values:
             check += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
         check.append((RETURN, 0, 0, deny))
-        code += [(EQUAL, 0, len(check), limit.numbers[column]), *check]  # other calls skip the check
+        code += [(EQUAL, 0, len(check), rule.numbers[column]), *check]  # other calls skip the check
     code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, FAIL | errno.ENOSYS)]  # the C library then calls clone
     code += [(RETURN, 0, 0, deny)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)

@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import MutableSequence, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -73,10 +74,9 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     except ValueError as problem:
         raise ConfigError(f"{path}: {problem}; correct the file") from problem
     for attribute in ("name", "sha256"):
-        values = [getattr(key, attribute) for key in keys]
-        duplicate = next((value for value in values if values.count(value) > 1), None)
-        if duplicate is not None:
-            raise ConfigError(f"{path}: two keys have the {attribute} {duplicate}; remove one")
+        for value, count in Counter(getattr(key, attribute) for key in keys).items():
+            if count > 1:
+                raise ConfigError(f"{path}: two keys have the {attribute} {value}; remove one")
     return keys
 
 
@@ -96,13 +96,14 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
         except pydantic.ValidationError as problem:
             raise ConfigError(f"key: {first_problem(problem)}") from problem
         limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
-        entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\n'
+        table = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\n'
         with atomic_write(path) as partial:
             set_mode(partial, 0o600)
             if path.exists():
+                table = read_text(path) + table
                 with suppress(OSError):  # only root gives files away, on file systems that have owners
                     os.chown(partial, path.stat().st_uid, path.stat().st_gid)
-            partial.write_text((read_text(path) if path.exists() else "") + entry, "utf-8")
+            partial.write_text(table, "utf-8")
         return secret
 
 

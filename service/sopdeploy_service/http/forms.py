@@ -37,7 +37,7 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
                 "on_header_field": lambda data, start, end: parts.header.extend(data[start:end]),
                 "on_header_value": lambda data, start, end: parts.value.extend(data[start:end]),
                 "on_header_end": parts.end_header,
-                "on_headers_finished": parts.end_headers,
+                "on_headers_finished": parts.begin_image,
                 "on_part_data": lambda data, start, end: parts.images[-1].extend(data[start:end]),
             },
         )
@@ -59,7 +59,10 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
 
 @dataclass(slots=True)
 class _Parts:
-    """What the callbacks collect; a reference to the parser would be a cycle and keep the images longer."""
+    """What the parser's callbacks collect: the images, and *header* and *value* of the present header.
+
+    A reference to the parser would be a cycle and keep the images longer.
+    """
 
     max_images: int
     images: list[bytearray] = field(default_factory=list)
@@ -68,13 +71,14 @@ class _Parts:
     name: str | None = None  # of the field whose headers are parsed
 
     def end_header(self) -> None:
+        """Take the name of the field from a header that has it."""
         if self.header.lower() == b"content-disposition":
             name = parse_options_header(bytes(self.value))[1].get(b"name", b"")
             self.name = name.decode("utf-8", "replace")
         self.header.clear()
         self.value.clear()
 
-    def end_headers(self) -> None:
+    def begin_image(self) -> None:
         """Begin the next image; raise `RejectedError` for another field or one too many."""
         if self.name not in FIELDS:
             message = f"field {str(self.name)[:80]!r}: images must be in fields named `image`"

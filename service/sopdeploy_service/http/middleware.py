@@ -187,8 +187,8 @@ class RequestContextMiddleware:
 
 def request_id(headers: Mapping[str, str]) -> str:
     """Return the client's `X-Request-ID` if it is valid, or a new ID of 32 hexadecimal digits."""
-    given = headers.get("x-request-id", "")
-    return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(_NUMBERS):016x}"
+    sent = headers.get("x-request-id", "")
+    return sent if VALID_ID.fullmatch(sent) else f"{PROCESS_ID}{next(_NUMBERS):016x}"
 
 
 class OriginGuard:

@@ -78,9 +78,8 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
         allowed = {method.strip() for method in headers.get("Allow", "").split(",")}
         if "GET" in allowed:  # `RequestContextMiddleware` handles HEAD like it
             headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"}))
-        status, root = HTTPStatus(error.status_code), request.scope["root_path"]
-        path = request.scope["state"]["context"].path
-        detail = str(error.detail)
+        status, detail = HTTPStatus(error.status_code), str(error.detail)
+        path, root = request.scope["state"]["context"].path, request.scope["root_path"]
         if status == HTTPStatus.NOT_FOUND:
             near = difflib.get_close_matches(path[:100], paths, n=1)
             hint = f" did you mean {root}{near[0]}?" if near else ""
@@ -94,10 +93,11 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden" and first["loc"][0] == "query":
-            given, operations = str(first["loc"][-1])[:100], request.app.openapi()["paths"]
-            route, method = request.scope["route"].path, request.method.lower()
-            known = [one["name"] for one in operations[route][method]["parameters"] if one["in"] == "query"]
-            message = f"{given!r}: unknown parameter; known are {', '.join(known)}"
+            operations = request.app.openapi()["paths"][request.scope["route"].path]
+            parameters = operations[request.method.lower()]["parameters"]
+            known = [parameter["name"] for parameter in parameters if parameter["in"] == "query"]
+            unknown = str(first["loc"][-1])[:100]
+            message = f"{unknown!r}: unknown parameter; known are {', '.join(known)}"
             return reject(request.scope, HttpError("unknown_parameter", 400, message))
         message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         return reject(request.scope, HttpError("invalid_parameter", 422, message))

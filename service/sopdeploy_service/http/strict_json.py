@@ -81,8 +81,8 @@ def decode_text(text: object, where: str) -> bytes:
     if not isinstance(text, str):
         raise bad_request("malformed_request", f"{where}: must be a base64 string")
     if text[:5].lower() == "data:":
-        kind, comma, text = text.partition(",")
-        if not comma or not kind.lower().endswith(";base64"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
             raise bad_request("bad_base64", f"{where}: not base64: a data URI must contain `;base64,`")
     if not text.isascii():
         raise bad_request("bad_base64", f"{where}: not base64: characters outside of the alphabet")

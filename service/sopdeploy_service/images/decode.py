@@ -56,15 +56,16 @@ def decode(
     if not body:
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
     with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats) as image:
-        kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with further images
         try:
             size = image.size
             image.load()
             check_decoded_size(image, size)
-            if kind == "JPEG" and is_truncated(image, body):
+            if image.format in {"JPEG", "MPO"} and is_truncated(image, body):  # MPO: has further images
                 raise EOFError("the data ends before the last pixel")
             pixels = preprocess_image(image, preprocess)
-            warnings = (*list_changes(image, preprocess), *_frame_warnings(image, kind))
+            warnings = list(list_changes(image, preprocess))
+            if image.format in ANIMATED and _has_more_frames(image):
+                warnings.append("first_frame_only")
         except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
             raise image_error(error, max_pixels) from error
         return Decoded(pixels, tuple(sorted(warnings)))
@@ -81,9 +82,9 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
     scan_end = len(body)
-    for (marker, _), (_, after_next_marker) in itertools.pairwise(jpeg_segments(body)):
+    for (marker, _), (_, next_begin) in itertools.pairwise(jpeg_segments(body)):
         if marker == SCAN:
-            scan_end = after_next_marker - MARKER_BYTES
+            scan_end = next_begin - MARKER_BYTES  # the content of the next segment begins after its marker
             break
     # A decoder that expects a certain restart marker skips everything before it. So the noise is repeated
     # after each of the markers, in their order, beginning with the one that follows the last in the scan.
@@ -100,12 +101,9 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     return thumbnails[0] != thumbnails[1]
 
 
-def _frame_warnings(image: Image.Image, kind: str) -> list[str]:
-    """Return the warning code for several frames, even damaged ones."""
-    if kind not in ANIMATED:
-        return []
+def _has_more_frames(image: Image.Image) -> bool:
+    """Tell whether *image* has several frames, even damaged ones."""
     try:
-        more_frames = getattr(image, "is_animated", False)
+        return bool(getattr(image, "is_animated", False))
     except Exception:  # untrusted bytes after the first frame
-        more_frames = True
-    return ["first_frame_only"] if more_frames else []
+        return True

@@ -72,15 +72,15 @@ def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bu
     bundles: dict[str, Bundle] = {}
     for given_name, source in map(_parse_source, sources):
         path = follow_link(source)  # every process then serves the same bundle, even if the link changes
-        may_hold_bundles = path.is_dir() and not has_manifest(path)
-        if given_name or not may_hold_bundles:  # with a name, *path* must be one bundle
+        is_folder_of_bundles = not given_name and path.is_dir() and not has_manifest(path)
+        if is_folder_of_bundles:
+            found = [(bundle.manifest.project, bundle) for bundle in _read_folder(path, read)]
+        else:
             manifest = read_manifest(path)
             name = given_name or manifest.project
             # The same bundle may be given twice, as by `bundles/*` with the link `latest`.
             is_known = name in bundles and bundles[name].manifest.has_content_of(manifest)
             found = [(name, bundles[name] if is_known else read(name, path, manifest))]
-        else:
-            found = [(bundle.manifest.project, bundle) for bundle in _read_folder(path, read)]
         for name, bundle in found:
             other = bundles.setdefault(name, bundle)
             if not other.manifest.has_content_of(bundle.manifest):

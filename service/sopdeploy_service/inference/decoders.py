@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import signal
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
@@ -140,9 +140,12 @@ class SharedChildren:
             self.idle.pop().run(request)
             return
         if group is not None and sum(map(len, self._groups.values())) >= MAX_WAITING_LARGE:
-            sizes = {one: len(requests) for one, requests in self._groups.items() if one is not None}
-            largest = max(sizes, key=lambda one: sizes[one], default=group)
-            if sizes.get(largest, 0) <= sizes.get(group, 0) + 1:
+            sizes = Counter(
+                {other: len(waiting) for other, waiting in self._groups.items() if other is not None}
+            )
+            sizes[group] += 1  # with *request*
+            largest, size = sizes.most_common(1)[0]
+            if sizes[group] == size:
                 request.settle(DECODERS_BUSY)
                 return
             self._groups[largest].pop().settle(DECODERS_BUSY)
@@ -274,7 +277,7 @@ class Decoders:
         The child for large images gets it once more if it ends without the fault of the image.
         """
         is_light, is_slow = len(image) <= LIGHT_BODY, False
-        num_ends = 0  # of children, without a fault of the image
+        num_crashes = 0  # of children, without the fault of the image
         while True:
             request = Request(image, rules, kind, sizes, self._loop.create_future())
             late = DEADLINE if is_light else DECODERS_BUSY
@@ -291,15 +294,14 @@ class Decoders:
             if isinstance(reply, HttpError):
                 raise RejectedError(reply)
             if isinstance(reply, Ended):
-                is_fault = reply.reason in {TIME, WRONG_REPLY}  # of the image
-                if not is_fault:
-                    num_ends += 1
-                if not is_light and is_fault:
+                is_fault_of_image = reply.reason in {TIME, WRONG_REPLY}
+                num_crashes += not is_fault_of_image
+                if not is_light and is_fault_of_image:
                     raise RejectedError(DAMAGED)
-                if not is_light and num_ends > 1:
+                if not is_light and num_crashes > 1:
                     is_kill = reply.reason in {signal.SIGKILL.name, UNKNOWN}  # by the system or a user
                     raise RejectedError(DECODER_KILLED if is_kill else DECODER_CRASHED)
-                is_slow = is_light and is_fault
+                is_slow = is_light and is_fault_of_image
             elif reply.kind == kind:
                 return reply
             elif reply.kind != child.LARGER:  # which only light children answer
@@ -313,7 +315,7 @@ class Decoders:
         suspects: set[int] = set()  # stopped at the last look
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            processes = {one.process for one in self._children} | {template.process or 0}
+            processes = [template.process, *(decoder.process for decoder in self._children)]
             stopped = {process for process in processes if process and is_stopped(process)}
             self.are_stopped = bool(stopped)
             for process in stopped & suspects:

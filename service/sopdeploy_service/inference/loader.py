@@ -136,6 +136,7 @@ def _too_slow(what: object, seconds: float) -> RuntimeUnavailableError:
 
 
 def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
+    """Load *bundle* as `load_model` does, in this thread and without a limit of time."""
     check_trust(bundle, settings)
     root = check_roots(bundle) if thorough else None
     with ExitStack() as stack:
@@ -170,7 +171,7 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
         name, reason = _choose_runtime(bundle, settings)
         log.info("%s: runtime %s: %s", bundle.name, name, reason)
     try:
-        return _open(name, bundle, settings)
+        return _open_named(name, bundle, settings)
     except RuntimeUnavailableError as error:
         if settings.runtime != "auto" or name == "onnxruntime-cpu":  # else `auto` has chosen a GPU
             raise
@@ -196,7 +197,8 @@ def _choose_runtime(bundle: Bundle, settings: Settings) -> tuple[str, str]:
     return "onnxruntime-cuda", "the bundle has no TensorRT engine that can be used here"
 
 
-def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:
+def _open_named(name: str, bundle: Bundle, settings: Settings) -> Runtime:
+    """Open the runtime *name*, also one that another package has registered."""
     if name == "openvino":
         return OpenVINORuntime(bundle, threads=settings.threads)
     if name == "onnxruntime-cpu":
@@ -232,9 +234,9 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
         sizes = [max_batch] if max_batch > len(probes.images) else []
     else:
         sizes = [*padded_sizes(max_batch), *alternating(padded_sizes(max_batch))]
-    largest = max_batch
-    for size in sizes:  # the second time shows the usual time
-        if size > largest:  # there was no memory for a smaller one
+    largest_to_try = max_batch
+    for size in sizes:
+        if size > largest_to_try:  # there was no memory for a smaller one
             continue
         batch = probes.resized(size)
         try:
@@ -245,7 +247,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
             if size == 1 or not is_out_of_memory(error):
                 raise
             log.warning("out of memory for a batch of %d; the server will halve such batches", size)
-            largest = size - 1
+            largest_to_try = size - 1
         else:
             compare_outputs(batch, outputs, size)
     return timings
@@ -280,22 +282,26 @@ def _replay_all(
 
 
 def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: int) -> None:
-    """Replay *probes* twice beside another batch in flight: it begins before theirs, then after theirs.
+    """Replay *probes* twice beside another batch in flight, which begins before theirs and then after it.
 
     This detects, before the first request, batches that overwrite each other's memory. Raises `ParityError`.
     """
-    for position in (1, 0):  # of the probes' batch among the two
 
-        def run(images: NDArray[np.uint8], position: int = position) -> Outputs:
-            # The other batch has inverted images, so that the outputs differ. The one that begins later has a
-            # single image, so that an engine uses its other profile, too.
-            batches = [~images, ~images[:1]]
-            batches[position] = images
-            waits = [runtime.begin(list(batch)) for batch in batches]
-            outputs = [wait() for wait in waits]
-            return outputs[position]
+    # The other batch has inverted images, so that the outputs differ.
+    def run_second(images: NDArray[np.uint8]) -> Outputs:
+        wait_for_other, wait = runtime.begin(list(~images)), runtime.begin(list(images))
+        wait_for_other()
+        return wait()
 
-        replay(probes, run, batch=max_batch)
+    def run_first(images: NDArray[np.uint8]) -> Outputs:
+        # The other batch has a single image, so that an engine uses its other profile, too.
+        wait, wait_for_other = runtime.begin(list(images)), runtime.begin(list(~images[:1]))
+        outputs = wait()
+        wait_for_other()
+        return outputs
+
+    replay(probes, run_second, batch=max_batch)
+    replay(probes, run_first, batch=max_batch)
 
 
 def largest_batch(runtime: Runtime, settings: Settings) -> int:

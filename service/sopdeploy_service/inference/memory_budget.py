@@ -52,7 +52,7 @@ class NoRuntime:
 
 
 @dataclass(eq=False, slots=True)
-class BudgetEntry:
+class LazyModel:
     """A bundle whose model is assumed to need *bytes*; *placeholder* takes its place while it is not loaded.
 
     *placeholder* is in use by every request that uses the model or waits for it. After a failed load,
@@ -76,7 +76,8 @@ class BudgetedRegistry(ModelRegistry):
         """
         super().__init__({}, settings)
         self._budget = settings.memory_budget or 0  # not None: see `load_registry`
-        self._entries: OrderedDict[str, BudgetEntry] = OrderedDict()  # the one used longest ago comes first
+        # By name; the one used longest ago comes first.
+        self._lazy_models: OrderedDict[str, LazyModel] = OrderedDict()
         for name, bundle in bundles.items():
             check_trust(bundle, settings)
             size = FILE_FACTOR * bundle.manifest.files[GRAPH].bytes + ACTIVATION_BYTES
@@ -88,14 +89,14 @@ class BudgetedRegistry(ModelRegistry):
             placeholder = self._by_name[name] = LocalModel(name, not_loaded, settings, self.metrics)
             placeholder.is_loaded = False
             self.metrics.model_memory.labels(name).set(0)
-            self._entries[name] = BudgetEntry(placeholder, size)
+            self._lazy_models[name] = LazyModel(placeholder, size)
 
     @contextmanager
     def use(self, model: Model) -> Iterator[None]:
         """Mark *model* as used last, and do not release it, loaded or not, during the block."""
-        self._entries.move_to_end(model.name)
+        self._lazy_models.move_to_end(model.name)
         # Of the placeholder, which is the same object before and after a load; `_make_room` looks at it.
-        with super().use(self._entries[model.name].placeholder):
+        with super().use(self._lazy_models[model.name].placeholder):
             yield
 
     async def wait_until_loaded(self, model: Model) -> Model:
@@ -103,42 +104,42 @@ class BudgetedRegistry(ModelRegistry):
 
         Raises `RejectedError` if it cannot be loaded or no other model can be released for it.
         """
-        entry = self._entries[model.name]
-        if entry.loading is None:
-            entry.loading = asyncio.create_task(self._load_entry(entry))
-        reason = await asyncio.shield(entry.loading)  # another request may wait for it
+        lazy = self._lazy_models[model.name]
+        if lazy.loading is None:
+            lazy.loading = asyncio.create_task(self._load(lazy))
+        reason = await asyncio.shield(lazy.loading)  # another request may wait for it
         if reason is not None:
             raise RejectedError(reason)
         return self._by_name[model.name]
 
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome, and `DRAINING` to waiting requests."""
-        for entry in self._entries.values():
-            if entry.loading is not None:
-                # Not at once: a task that has not begun would end without the `DRAINING` of `_load_entry`.
-                asyncio.get_running_loop().call_soon(entry.loading.cancel)
+        for lazy in self._lazy_models.values():
+            if lazy.loading is not None:
+                # Not at once: a task that has not begun would end without the `DRAINING` of `_load`.
+                asyncio.get_running_loop().call_soon(lazy.loading.cancel)
         super().close(reason)
 
-    async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
-        """Load *entry* when earlier loads have ended; return the error for waiting requests if it fails.
+    async def _load(self, lazy: LazyModel) -> HttpError | None:
+        """Load *lazy* when earlier loads have ended; return the error for waiting requests if it fails.
 
         Models that nobody uses are released to make room. For `RETRY_SECONDS` after a failed load, the bundle
         is not loaded, and the error is the same. After `MEMORY_FULL`, the next request tries again.
         """
-        name = entry.placeholder.name
+        name = lazy.placeholder.name
         try:
             async with self.changing:
-                if time.monotonic() < entry.retry_at:
-                    return entry.load_error
-                await self._make_room(entry.bytes)
-                reduced = entry.placeholder.bundle  # without the graph
+                if time.monotonic() < lazy.retry_at:
+                    return lazy.load_error
+                await self._make_room(lazy.bytes)
+                reduced = lazy.placeholder.bundle  # without the graph
                 reading = daemon_threads.start(partial(read_files, reduced.path, reduced.manifest))
                 bundle = await finish_in_time(reading, reduced.path, self._settings)
                 loaded = await load_in_background(bundle, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
-                model.drift = entry.placeholder.drift  # it has counted since the start of the server
+                model.drift = lazy.placeholder.drift  # it has counted since the start of the server
                 model.start()
-                self.metrics.model_memory.labels(name).set(entry.bytes)
+                self.metrics.model_memory.labels(name).set(lazy.bytes)
                 self.metrics.model_loads.labels(name).inc()
                 log.info("%s: loaded", name)
             return None
@@ -151,21 +152,21 @@ class BudgetedRegistry(ModelRegistry):
             self.metrics.count_load_failure(error)
             log.error("%s: cannot be loaded: %s", name, str(error), exc_info=is_bug)
             message = f"{name}: cannot be loaded; the server's log says why"
-            entry.load_error = HttpError("load_failed", 500, message)
-            entry.retry_at = time.monotonic() + RETRY_SECONDS
-            return entry.load_error
+            lazy.load_error = HttpError("load_failed", 500, message)
+            lazy.retry_at = time.monotonic() + RETRY_SECONDS
+            return lazy.load_error
         finally:
-            entry.loading = None
+            lazy.loading = None
 
     async def _make_room(self, needed: int) -> None:
         """Release models until *needed* bytes are free; raises `RejectedError` if too many are in use."""
         end = time.monotonic() + ROOM_SECONDS
         while True:
-            loaded = [entry for name, entry in self._entries.items() if self._by_name[name].is_loaded]
-            if sum(entry.bytes for entry in loaded) + needed <= self._budget:
+            loaded = [lazy for name, lazy in self._lazy_models.items() if self._by_name[name].is_loaded]
+            if sum(lazy.bytes for lazy in loaded) + needed <= self._budget:
                 return
-            # `use` counts users of placeholders and moves the entry last, so the first is the longest unused.
-            if unused := [entry.placeholder for entry in loaded if entry.placeholder.unused.is_set()]:
+            # `use` counts users of placeholders and moves the model last, so the first is the longest unused.
+            if unused := [lazy.placeholder for lazy in loaded if lazy.placeholder.unused.is_set()]:
                 await self._release(unused[0])
             elif time.monotonic() >= end:
                 raise RejectedError(MEMORY_FULL)

@@ -80,26 +80,26 @@ class RequestQueue:
 
     max_delay: float = 0.0
     closed_with: HttpError | None = None
-    _items: deque[QueuedImage] = field(default_factory=deque)
+    _images: deque[QueuedImage] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def put(self, item: QueuedImage) -> None:
-        """Add *item*; if the queue is closed, settle it with the reason instead."""
+    def put(self, image: QueuedImage) -> None:
+        """Add *image*; if the queue is closed, settle it with the reason instead."""
         with self._changed:
             if self.closed_with is None:
-                self._items.append(item)
+                self._images.append(image)
                 self._changed.notify()
                 return
-        item.settle(self.closed_with)
+        image.settle(self.closed_with)
 
-    def remove(self, item: QueuedImage) -> bool:
-        """Remove *item*, for which nobody waits any more; if its batch has begun, only return False."""
+    def remove(self, image: QueuedImage) -> bool:
+        """Remove *image*, for which nobody waits any more; if its batch has begun, only return False."""
         with self._changed:
-            if item.in_batch:
+            if image.in_batch:
                 return False
-            item.is_over = True
+            image.is_over = True
             with contextlib.suppress(ValueError):  # `take` has removed it after its deadline
-                self._items.remove(item)
+                self._images.remove(image)
             return True
 
     def take(self, max_size: int, *, only_full: bool = False) -> list[QueuedImage]:
@@ -112,31 +112,31 @@ class RequestQueue:
             while True:
                 now = time.monotonic()
                 # A loop here would leave its last image in a variable, and so alive, during the wait below.
-                self._items = deque(item for item in self._items if not item.is_over and item.deadline > now)
-                if len(self._items) >= max_size:
+                self._images = deque(one for one in self._images if not one.is_over and one.deadline > now)
+                if len(self._images) >= max_size:
                     return self._pop(max_size)
                 if only_full or self.closed_with is not None:  # a closed queue is empty
                     return []
                 seconds = None  # waits without a limit for the first image
-                if self._items:
-                    seconds = self._items[0].arrived + self.max_delay - now
+                if self._images:
+                    seconds = self._images[0].arrived + self.max_delay - now
                     if seconds <= 0:
-                        return self._pop(len(self._items))
+                        return self._pop(len(self._images))
                 self._changed.wait(seconds)
 
     def _pop(self, count: int) -> list[QueuedImage]:
         """Remove the *count* oldest images, now in a batch, and return them."""
-        items = [self._items.popleft() for _ in range(count)]
-        for item in items:
-            item.in_batch = True
-        return items
+        images = [self._images.popleft() for _ in range(count)]
+        for image in images:
+            image.in_batch = True
+        return images
 
     def close(self, reason: HttpError) -> list[QueuedImage]:
         """Give *reason* to every image from now on; return those that are still queued."""
         with self._changed:
             self.closed_with = reason
-            remaining = list(self._items)
-            self._items.clear()
+            remaining = list(self._images)
+            self._images.clear()
             self._changed.notify_all()
             return remaining
 
@@ -153,7 +153,7 @@ def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *v
 class _Batch:
     """A batch in flight; *wait* returns its outputs. If *wait* is None, `_run_images` runs the batch."""
 
-    items: list[QueuedImage]
+    images: list[QueuedImage]
     wait: Callable[[], Outputs] | None = None
 
 
@@ -193,14 +193,14 @@ class LocalModel(Model):
         """Queue the image, and wait until its batch has run."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
-        item = QueuedImage(pixels, deadline, partial(settle, future), features, for_drift)
-        timer = loop.call_at(deadline, item.settle, results.DEADLINE)
-        self.queue.put(item)
+        image = QueuedImage(pixels, deadline, partial(settle, future), features, for_drift)
+        timer = loop.call_at(deadline, image.settle, results.DEADLINE)
+        self.queue.put(image)
         try:
             result = await future
         finally:
             timer.cancel()
-            self.queue.remove(item)  # after a cancellation; otherwise it has left the queue
+            self.queue.remove(image)  # after a cancellation; otherwise it has left the queue
         if isinstance(result, HttpError):
             raise RejectedError(result)
         return result
@@ -217,10 +217,11 @@ class LocalModel(Model):
         """Accept no more images and give *reason* to every image without an outcome."""
         if self.queue.closed_with is None:
             # First: the thread then begins no other batch. `settle` ignores its outcomes of those in flight.
-            items = self.queue.close(reason)
-            items += [item for batch in tuple(self._in_flight) for item in batch.items]
-            for item in items:
-                item.settle(reason)
+            images = self.queue.close(reason)
+            for batch in tuple(self._in_flight):
+                images += batch.images
+            for image in images:
+                image.settle(reason)
 
     async def stop(self) -> None:
         """Close the model, end its thread and release its runtime."""
@@ -247,7 +248,7 @@ class LocalModel(Model):
             # first: the start that is read next is not that of an earlier batch, which would seem to hang.
             batches = tuple(self._in_flight)
             started = self._batch_started
-            num_images = len(batches[0].items) if batches else 0  # without a batch, `check_device` may run
+            num_images = len(batches[0].images) if batches else 0  # without a batch, `check_device` may run
             seconds = 0.0 if started is None else time.monotonic() - started
             limit = self.hang_seconds(num_images)
             if seconds > limit:
@@ -284,24 +285,25 @@ class LocalModel(Model):
 
     def _begin_batch(self, *, only_full: bool = False) -> bool:
         """Wait for a batch, as `RequestQueue.take` does, and begin it; return False for none."""
-        items = self.queue.take(self.largest_batch, only_full=only_full)
-        if not items:
+        images = self.queue.take(self.largest_batch, only_full=only_full)
+        if not images:
             return False
-        batch = _Batch(items)
+        batch = _Batch(images)
         if self._batch_started is None:
             self._batch_started = time.monotonic()
         self._in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
         if self._overlapping is not None:
             with contextlib.suppress(Exception):  # `_run_images` tries again, and handles errors
-                batch.wait = self._overlapping.begin([item.pixels for item in items], self._names_of(items))
+                pixels = [image.pixels for image in images]
+                batch.wait = self._overlapping.begin(pixels, self._names_of(images))
         return True
 
     def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait for the outputs of the oldest batch, run it again in parts if it fails, and settle it."""
+        """Wait for the outputs of the oldest batch, run it again in parts if it fails, and pass them on."""
         batch = self._in_flight[0]
-        images = [item.pixels for item in batch.items]
-        names = self._names_of(batch.items)
-        rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
+        pixels = [image.pixels for image in batch.images]
+        names = self._names_of(batch.images)
+        rows = run_bisected(lambda part: self._run_images(part, batch, names), pixels, names)
         started, ended = cast(float, self._batch_started), time.monotonic()  # a batch in flight has a start
         self._must_check_device = all(
             row in (results.INFERENCE_FAILED, results.OUT_OF_MEMORY) for row in rows
@@ -309,11 +311,11 @@ class LocalModel(Model):
         # Set before the batch is removed, see `_watch`: the next one has the device to itself from now on.
         self._batch_started = ended if len(self._in_flight) > 1 else None
         del self._in_flight[0]
-        call_soon(loop, self._settle_and_count, batch.items, rows, started, ended)
+        call_soon(loop, self._settle_and_count, batch.images, rows, started, ended)
 
-    def _names_of(self, items: Sequence[QueuedImage]) -> Sequence[str]:
-        """Return the outputs that *items* need."""
-        return self._outputs if any(item.features for item in items) else self._outputs_without_features
+    def _names_of(self, images: Sequence[QueuedImage]) -> Sequence[str]:
+        """Return the names of the outputs that *images* need."""
+        return self._outputs if any(image.features for image in images) else self._outputs_without_features
 
     def _run_images(self, images: _Pixels, batch: _Batch, names: Sequence[str]) -> Outputs:
         """Return the outputs *names* of *images*, perhaps with others.
@@ -328,21 +330,24 @@ class LocalModel(Model):
         return self._runtime.run(np.stack(images))
 
     def _settle_and_count(
-        self, items: Sequence[QueuedImage], rows: Sequence[ImageOutputs], started: float, ended: float
+        self, images: Sequence[QueuedImage], rows: Sequence[ImageOutputs], started: float, ended: float
     ) -> None:
-        """Settle and count a batch. Runs on the event loop while the thread runs the next batch."""
-        waited = [started - item.arrived for item in items]
+        """Settle *images*, a batch, and count it; call it on the event loop.
+
+        Meanwhile, the thread runs the next batch.
+        """
+        waited = [started - image.arrived for image in images]
         logits: list[NDArray[np.float32]] = []  # that count for the drift
-        for item, row, seconds in zip(items, rows, waited, strict=True):
+        for image, row, seconds in zip(images, rows, waited, strict=True):
             if isinstance(row, HttpError):
-                item.settle(row)
+                image.settle(row)
                 continue
-            item.settle(ImageResult(row, {"queue": seconds, "infer": ended - started}, len(items)))
-            if item.for_drift:
+            image.settle(ImageResult(row, {"queue": seconds, "infer": ended - started}, len(images)))
+            if image.for_drift:
                 logits.append(row[self.logits_name])
         if self.drift is not None:
             self.drift.add(logits)
-        self.latency.record(len(items), ended - started)
+        self.latency.record(len(images), ended - started)
         self._metrics.count_batch(self.name, waited, self.largest_batch, started, ended)
         if nonfinite := sum(row is results.NONFINITE for row in rows):
             self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)

@@ -5,7 +5,6 @@ An image is admitted or rejected, decoded in a child process, and run by its mod
 """
 
 import asyncio
-import itertools
 import logging
 import math
 import time
@@ -138,6 +137,7 @@ class ModelRegistry(Registry):
         return LocalModel(name, loaded, self._settings, self.metrics)
 
     def _retire(self, model: LocalModel) -> None:
+        """Stop *model*, which is not served any more, in the background when no request uses it."""
         self._retiring[model] = asyncio.create_task(self._stop_when_unused(model))
 
     async def _stop_when_unused(self, model: LocalModel) -> None:
@@ -173,7 +173,7 @@ class Service:
         self._cells = memoryview(bytearray(8)).cast("q")
         self._position = 0  # the cell of this process
         self.max_upload_bytes = upload_budget(settings)
-        self.decoders = Decoders(self._count_decoders(), settings, self.metrics)
+        self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
         self._draining = True  # until `start`
@@ -192,7 +192,7 @@ class Service:
         self._cells, self._position = cells, position
         self.admitted = 0
 
-    def _count_decoders(self) -> int:
+    def _choose_num_decoders(self) -> int:
         """Return the largest number of children for light images, if the server has no other process."""
         if self.settings.decoders != "auto":
             return self.settings.decoders
@@ -341,15 +341,19 @@ class Service:
             return outcomes
         started, rules = time.monotonic(), model.bundle.manifest.preprocess
         copies = np.concatenate([occlude(prediction.pixels, rules) for prediction in predictions])
-        outcomes_left = iter(await self.infer(model, copies, deadline, are_occluded=True))  # of all copies
+        outcomes_of_copies = await self.infer(model, copies, deadline, are_occluded=True)
         seconds = time.monotonic() - started
+        first_copy = 0  # of the next image with a prediction
         for number, outcome in enumerate(outcomes):
-            if isinstance(outcome, Prediction):
-                copy_outcomes = list(itertools.islice(outcomes_left, num_copies))  # of this image
-                errors = [one for one in copy_outcomes if isinstance(one, HttpError)]
-                ran = [one for one in copy_outcomes if isinstance(one, Prediction)]
-                logits = np.array([one.outputs[model.logits_name] for one in ran])
-                stages = {**outcome.stage_seconds, "explain": seconds}
-                explained = outcome._replace(stage_seconds=stages, occluded=logits)
-                outcomes[number] = errors[0] if errors else explained
+            if isinstance(outcome, HttpError):
+                continue
+            of_copies = outcomes_of_copies[first_copy : first_copy + num_copies]
+            first_copy += num_copies
+            error = next((one for one in of_copies if isinstance(one, HttpError)), None)
+            if error is not None:
+                outcomes[number] = error
+                continue
+            logits = [one.outputs[model.logits_name] for one in of_copies if isinstance(one, Prediction)]
+            stages = {**outcome.stage_seconds, "explain": seconds}
+            outcomes[number] = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
         return outcomes

@@ -86,7 +86,11 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if for_people:
         processors += [
-            lambda _logger, _method, event: {name: _printable(value, name) for name, value in event.items()},
+            lambda _logger, _method, event: {
+                # `_write_traceback` replaces the characters of an exception.
+                name: value if name == "exc_info" else _printable(value)
+                for name, value in event.items()
+            },
             structlog.dev.ConsoleRenderer(colors=os.isatty(file), exception_formatter=_write_traceback),
         ]
     else:
@@ -105,13 +109,11 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
         logging.getLogger(ROOT).setLevel(logging.NOTSET)
 
 
-def _printable(value: object, name: str = "") -> object:
+def _printable(value: object) -> object:
     """Replace unprintable characters, which could control a terminal or start a line, by `?`.
 
-    A mapping becomes text. The field `exc_info` stays, because `_write_traceback` replaces its characters.
+    A mapping becomes text.
     """
-    if name == "exc_info":
-        return value
     if isinstance(value, Mapping):
         return " ".join(f"{key}={_printable(item)}" for key, item in value.items())
     if isinstance(value, str):

@@ -31,12 +31,10 @@ class Metrics:
         counter = functools.partial(Counter, namespace="sopdeploy", registry=registry)
         gauge = functools.partial(Gauge, namespace="sopdeploy", registry=registry)
         histogram = functools.partial(Histogram, namespace="sopdeploy", registry=registry)
+        seconds_of = functools.partial(histogram, buckets=SECONDS_BUCKETS)
         self._requests = counter("requests", "Requests answered", ("route", "code", "model"))
-        self._request_seconds = histogram(
-            "request_duration_seconds",
-            "From request to response",
-            ("route", "model"),
-            buckets=SECONDS_BUCKETS,
+        self._request_seconds = seconds_of(
+            "request_duration_seconds", "From request to response", ("route", "model")
         )
         self.inference_seconds = Summary(
             "inference_seconds",
@@ -48,11 +46,8 @@ class Metrics:
         self.last_inference = gauge(
             "last_inference_timestamp_seconds", "End of the last request with images", ("model",)
         )
-        self._stage_seconds = histogram(
-            "stage_duration_seconds",
-            "Load (wait for the model), receive, decode, queue, infer",
-            ("stage",),
-            buckets=SECONDS_BUCKETS,
+        self._stage_seconds = seconds_of(
+            "stage_duration_seconds", "Load (wait for the model), receive, decode, queue, infer", ("stage",)
         )
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
         self.decoders = gauge("decoders", "Child processes that decode images of up to 3 megapixels")

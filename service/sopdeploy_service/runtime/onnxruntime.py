@@ -109,13 +109,15 @@ class CudaOnnxRuntime(OnnxRuntime):
         large_enough = [size for size in padded_sizes(self.largest_batch) if size >= count]
         size = min(large_enough, default=count)  # a batch that is too large is not padded, and may fail
         # Memory that the system gives for each batch anew would cost more time than the copy of the images.
-        is_usable = bool(self._buffers) and size <= len(self._buffers[-1])
-        shape = (max(size, self.largest_batch), *images[0].shape)
-        buffer = self._buffers.pop() if is_usable else np.empty(shape, np.uint8)
+        if self._buffers and size <= len(self._buffers[-1]):
+            buffer = self._buffers.pop()
+        else:
+            buffer = np.empty((max(size, self.largest_batch), *images[0].shape), np.uint8)
         np.stack(images, out=buffer[:count])
         buffer[count:size] = 0
         future: Future[list[NDArray[np.float32]]] = Future()  # of an array for each name
-        self._jobs.put((partial(self._session_for(size).run, names, {self._input: buffer[:size]}), future))
+        run = partial(self._session_for(size).run, names, {self._input: buffer[:size]})
+        self._jobs.put((run, future))
 
         def wait() -> dict[str, NDArray[np.float32]]:
             values = future.result()
@@ -132,7 +134,7 @@ class CudaOnnxRuntime(OnnxRuntime):
         super().close()
 
     def _session_for(self, size: int) -> Any:
-        """Return the session for batches of *size*, opened now if they are the first and there is memory."""
+        """Return the session for batches of *size*; open it before the first one if there is memory."""
         if size > self.largest_batch or not self._needs_session_per_size:
             return self._session
         if size not in self._sessions:
@@ -149,12 +151,12 @@ class CudaOnnxRuntime(OnnxRuntime):
 def _run_jobs(jobs: "SimpleQueue[_Job | None]") -> None:
     """Run the batches in *jobs* until None is queued."""
     while (job := jobs.get()) is not None:
-        run, values = job
+        run, future = job
         try:
-            values.set_result(run())
+            future.set_result(run())
         except Exception as error:  # raised where the outputs are due
-            values.set_exception(error)
-        del job, run, values  # the idle thread must not keep a session or the memory of a batch alive
+            future.set_exception(error)
+        del job, run, future  # the idle thread must not keep a session or the memory of a batch alive
 
 
 def import_onnxruntime() -> Any:
@@ -193,10 +195,10 @@ def open_graph(
     """
     # With `enable_fallback`, onnxruntime runs on the CPU after errors.
     open_session = partial(onnxruntime.InferenceSession, path, options, enable_fallback=0)
-    may_prefer_nhwc = provider == CUDA and precision == "fp16"
-    if like is not None:
-        chosen = like.get_provider_options().get(CUDA, {})
-        may_prefer_nhwc = PREFER_NHWC.items() <= chosen.items()
+    if like is None:
+        may_prefer_nhwc = provider == CUDA and precision == "fp16"
+    else:
+        may_prefer_nhwc = PREFER_NHWC.items() <= like.get_provider_options().get(CUDA, {}).items()
     if may_prefer_nhwc:
         session = open_session(providers=[(CUDA, CUDA_OPTIONS | PREFER_NHWC)])
         operators = _count_operators(session)

@@ -119,7 +119,7 @@ def test_a_process_with_a_gpu_has_a_decoder_per_core(bundle, monkeypatch, device
     monkeypatch.setattr("sopdeploy_service.settings.usable_cores", lambda: cores)
     loaded = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7, device=device), replays={})
     registry = service.ModelRegistry({"tiny": loaded}, Settings())
-    assert service.Service(registry, Settings())._count_decoders() == expected
+    assert service.Service(registry, Settings())._choose_num_decoders() == expected
 
 
 @pytest.fixture
