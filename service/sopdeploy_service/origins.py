@@ -71,7 +71,7 @@ def parse_host(text: str) -> HostPattern:
 
 def client_address(headers: Mapping[str, str], peer: str, proxies: tuple[Network, ...]) -> str:
     """Return *peer* or, if it is among *proxies*, the last address of `X-Forwarded-For` that is not."""
-    sent = _listed(headers.get("x-forwarded-for"))
+    sent = _split_list(headers.get("x-forwarded-for"))
     while sent and is_within(peer, proxies):
         peer = sent.pop()[:MAX_ADDRESS]
     return peer
@@ -84,11 +84,8 @@ def without_prefix(path: str, root_path: str) -> str:
     return path[len(root_path) :] or "/"
 
 
-def _listed(value: str | None) -> list[str]:
-    """Split the *value* of a header to which each of several proxies adds its own; skip empty elements.
-
-    RFC 9110, section 5.6.1.2.
-    """
+def _split_list(value: str | None) -> list[str]:
+    """Split the *value* of a header with a list (RFC 9110, section 5.6.1.2); skip empty elements."""
     return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 
@@ -113,7 +110,7 @@ class OwnOrigins:
             with suppress(ValueError):  # an IPv6 address without brackets
                 self._own.append(parse_host(name))
 
-    def find_foreign(self, headers: Mapping[str, str], peer: str, *, is_link: bool = False) -> str:
+    def why_foreign(self, headers: Mapping[str, str], peer: str, *, is_link: bool = False) -> str:
         """Say which host or page makes a request with *headers* from *peer* foreign; empty if none does.
 
         What a trusted proxy says about the host that the browser sees counts, too. With *is_link*, a link on
@@ -122,8 +119,8 @@ class OwnOrigins:
         hosts = [headers.get("host", "localhost")]  # HTTP/1.0 requests may have none
         schemes = ["http"]
         if is_within(peer, self._proxies):
-            hosts += _listed(headers.get("x-forwarded-host"))
-            schemes += _listed(headers.get("x-forwarded-proto"))
+            hosts += _split_list(headers.get("x-forwarded-host"))
+            schemes += _split_list(headers.get("x-forwarded-proto"))
         for host in hosts:
             if not is_among(host, self._own, or_address=True):
                 return f"requests for {host[:100]!r}"

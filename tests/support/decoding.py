@@ -23,14 +23,14 @@ class Child(pool.DecoderProcess):
         self._waiting: list[pool.Request] = []
         self.restrictions = asyncio.run_coroutine_threadsafe(self.start(), loop).result(60)
 
-    def decode(self, image: bytes) -> pool.Reply | pool.Ended:
+    def decode(self, image: bytes) -> pool.Reply | pool.ChildEnded:
         """Let the child decode *image*."""
         return self.decode_all([image])[0]
 
-    def decode_all(self, images: Sequence[bytes]) -> list[pool.Reply | pool.Ended]:
+    def decode_all(self, images: Sequence[bytes]) -> list[pool.Reply | pool.ChildEnded]:
         """Let the child decode *images*, each as soon as it has the one before."""
 
-        async def run() -> list[pool.Reply | pool.Ended]:
+        async def run() -> list[pool.Reply | pool.ChildEnded]:
             size, loop = math.prod((RULES.crop, RULES.crop, 3)), asyncio.get_running_loop()
             rules, sizes = RULES.model_dump_json().encode(), range(size, size + 1)
             requests = [
@@ -61,9 +61,9 @@ def running_child(template: pool.Template, options: child.ChildOptions) -> Itera
         asyncio.run_coroutine_threadsafe(close(), loop).result(60)
 
 
-def error_of(reply: pool.Reply | pool.Ended) -> str:
+def error_of(reply: pool.Reply | pool.ChildEnded) -> str:
     """Return the code of an error, `larger`, `ended` or an empty string."""
-    if isinstance(reply, pool.Ended):
+    if isinstance(reply, pool.ChildEnded):
         return "ended"
     if reply.kind == child.LARGER:
         return "larger"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sopdeploy_service.runtime.base import OTHER_GPU, is_out_of_memory, reason_of
+from sopdeploy_service.runtime.base import OTHER_GPU, is_out_of_memory, readable_reason
 
 ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Status Message: "
 
@@ -39,4 +39,4 @@ OLD_DRIVER = "CUDA driver version is insufficient for CUDA runtime version"
     ],
 )
 def test_a_failure_of_cuda_is_shown_without_the_library_s_source(text: str, reason: str) -> None:
-    assert reason_of(RuntimeError(text)) == f"CUDA {reason}"
+    assert readable_reason(RuntimeError(text)) == f"CUDA {reason}"

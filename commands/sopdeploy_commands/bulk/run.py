@@ -155,7 +155,9 @@ def _classify_to_csv(
                 content = read_listed(image, settings.max_body_bytes + 1)
                 found = predict_one(loaded, content, image.path, settings, explain=False)
             except ImageError as error:
-                found = FilePrediction(image=image.path, error=describe_error(HttpError.of(error)))
+                found = FilePrediction(
+                    image=image.path, error=describe_error(HttpError.from_image_error(error))
+                )
             if found.error is not None:
                 num_errors += 1
             rows.writerow(_csv_cells(found, is_multi_label=is_multi_label))

@@ -23,7 +23,7 @@ from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.images.decode import Decoded, decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import NONFINITE, HttpError
-from sopdeploy_service.runtime.base import must_run
+from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import Settings, load_settings
 
 AnyImage: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
@@ -55,11 +55,11 @@ def predict_one(
     try:
         decoded = _decode(image, loaded, settings)
     except ImageError as error:
-        return FilePrediction(image=name, error=describe_error(HttpError.of(error)))
+        return FilePrediction(image=name, error=describe_error(HttpError.from_image_error(error)))
     copies = occlude(decoded.pixels, manifest.preprocess) if explain else ()
     all_logits: list[NDArray[np.float32]] = []  # (C,) of the image, then of its occluded copies
     for pixels in (decoded.pixels, *copies):
-        with must_run(loaded.runtime):
+        with translating_errors(loaded.runtime):
             outputs = loaded.runtime.run(pixels[None])
         if not all(np.isfinite(values).all() for values in outputs.values()):
             return FilePrediction(image=name, error=describe_error(NONFINITE))

@@ -15,7 +15,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime.base import must_run
+from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
 FEW_PROBES = 8  # fewer are noted; an export generates 12 and leaves out those whose route is undecided
@@ -89,7 +89,7 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
     for example in examples:
         jpeg = example.jpeg
         decoded = decode(jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS)
-        with must_run(loaded.runtime):
+        with translating_errors(loaded.runtime):
             check_golden(example, decoded.pixels, run, manifest.versions.get("pillow"))
     probes = read_probes(loaded.bundle)
     _check_tolerances(loaded.bundle, probes)

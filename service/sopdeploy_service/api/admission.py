@@ -88,10 +88,7 @@ class AdmittedRequest:
 
     @asynccontextmanager
     async def preparing(self) -> AsyncIterator[None]:
-        """Count a request as one image while its model is loaded or its body parsed.
-
-        Raises `RejectedError` if the queue is full or the block does not end before the deadline.
-        """
+        """Count a request as an image while its model loads or its body is parsed; raises `RejectedError`."""
         self.service.check_queue(self.model, 1)
         self.service.admitted += 1
         try:
@@ -323,7 +320,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         service.upload_bytes += len(piece)
         context.bytes += len(piece)
         if context.bytes > limit:
-            raise RejectedError(HttpError.of(too_large_error(limit)))
+            raise RejectedError(HttpError.from_image_error(too_large_error(limit)))
         if piece:
             pieces.append(piece)
         if not message.get("more_body", False):

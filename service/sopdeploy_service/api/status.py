@@ -5,7 +5,7 @@ import json
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from sopdeploy.bundle.folder import CARD, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
@@ -13,8 +13,8 @@ from sopdeploy.config import StrictModel
 from sopdeploy.files import has_manifest
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
-from sopdeploy_service.http.problems import problem_responses
-from sopdeploy_service.inference.model import Model, State
+from sopdeploy_service.http.problems import describe_statuses
+from sopdeploy_service.inference.model import State
 
 router = APIRouter(tags=["Server"])
 
@@ -83,7 +83,11 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     """Return the metrics of all processes of this server."""
-    return Response(await service_of(request).collect_metrics(), media_type=CONTENT_TYPE_LATEST)
+    service = service_of(request)
+    page = b"" if service.metrics_of_all is None else await service.metrics_of_all()
+    if not page:  # this process is alone, or the supervisor has not answered
+        page = generate_latest(service.metrics.registry)
+    return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Loaded models", response_model=ServerInfo)
@@ -91,40 +95,39 @@ async def metrics(request: Request) -> Response:
 async def info(request: Request) -> Response:
     """Describe each loaded model and its runtime, and the processes of the server."""
     service = service_of(request)
-    models = tuple(model_info(model) for model in service.registry.models())
-    info = ServerInfo(server=request.app.version, models=models, front_ends=service.num_front_ends)
+    models: list[ModelInfo] = []
+    for model in service.registry.models():
+        manifest, runtime = model.bundle.manifest, model.runtime
+        thresholds, rejection = model.decision.thresholds, model.decision.rejection
+        shapes = {output.name: output.shape for output in manifest.outputs}
+        models.append(
+            ModelInfo(
+                name=model.name,
+                bundle=model.bundle.name,
+                id=manifest.id,
+                model=manifest.model,
+                num_labels=len(model.labels),
+                precision=manifest.precision,
+                preprocess=manifest.preprocess,
+                runtime=runtime.name,
+                device=runtime.device,
+                largest_batch=runtime.largest_batch,
+                versions=manifest.versions,
+                thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
+                embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
+                known_from=None if rejection is None else rejection.threshold,
+                loaded=model.is_loaded,
+            )
+        )
+    info = ServerInfo(server=request.app.version, models=tuple(models), front_ends=service.num_front_ends)
     return json_response(info)
-
-
-def model_info(model: Model) -> ModelInfo:
-    """Describe *model* for `/info`."""
-    manifest, runtime = model.bundle.manifest, model.runtime
-    thresholds, rejection = model.decision.thresholds, model.decision.rejection
-    shapes = {output.name: output.shape for output in manifest.outputs}
-    return ModelInfo(
-        name=model.name,
-        bundle=model.bundle.name,
-        id=manifest.id,
-        model=manifest.model,
-        num_labels=len(model.labels),
-        precision=manifest.precision,
-        preprocess=manifest.preprocess,
-        runtime=runtime.name,
-        device=runtime.device,
-        largest_batch=runtime.largest_batch,
-        versions=manifest.versions,
-        thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
-        embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
-        known_from=None if rejection is None else rejection.threshold,
-        loaded=model.is_loaded,
-    )
 
 
 @router.get(
     "/v1/card",
     summary="Model card and certificate",
     response_model=Card,
-    responses=problem_responses(400, 404, 422, 503),
+    responses=describe_statuses(400, 404, 422, 503),
 )
 async def card(request: Request, query: Annotated[CardQuery, Query()]) -> Response:
     """Return the model card of `model` (required if several are loaded) and a summary of its certificate."""

@@ -11,11 +11,11 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding, Problem
 from sopdeploy_service.api.admission import AdmittedRequest, ClassifyRequest, Upload, admit, read_upload
-from sopdeploy_service.http.problems import bad_request, describe_error, problem_responses
+from sopdeploy_service.http.problems import bad_request, describe_error, describe_statuses
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
 STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
-router = APIRouter(tags=["Images"], responses=problem_responses(*STATUSES))
+router = APIRouter(tags=["Images"], responses=describe_statuses(*STATUSES))
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}, "required": ["image"]}
@@ -69,20 +69,20 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     `score`. `explain=true` adds the `explanation` of the first class; an image then counts as 50.
     """
     async with admit(request, query.model, query.version) as admitted:
-        service, chosen = admitted.service, admitted.model
-        if query.threshold is not None and not chosen.decision.is_multi_label:
-            message = f"{chosen.name}: predicts one class per image; omit threshold"
+        service, model = admitted.service, admitted.model
+        if query.threshold is not None and not model.decision.is_multi_label:
+            message = f"{model.name}: predicts one class per image; omit threshold"
             raise bad_request("no_thresholds", message)
         upload = await read_upload(admitted)
-        top_k = query.top_k or chosen.top_k
+        top_k = query.top_k or model.top_k
         outcomes = await admitted.infer(upload.images, may_keep=True, explain=query.explain)
 
     def format_classes(prediction: Prediction) -> Fields:
-        logits = prediction.outputs[chosen.logits_name]
-        answer = chosen.decision.answer(logits, top_k, query.threshold, prediction.occluded)
+        logits = prediction.outputs[model.logits_name]
+        answer = model.decision.answer(logits, top_k, query.threshold, prediction.occluded)
         if answer.known is False:  # None: the bundle does not tell
-            service.metrics.unknown_images.labels(chosen.name).inc()
-        return {**answer.fields(chosen.labels), "warnings": prediction.warnings}
+            service.metrics.unknown_images.labels(model.name).inc()
+        return {**answer.fields(model.labels), "warnings": prediction.warnings}
 
     return _respond(admitted, upload, outcomes, format_classes)
 
@@ -122,10 +122,7 @@ def _respond(
     outcomes: Sequence[Outcome],
     format_result: Callable[[Prediction], Fields],
 ) -> Response:
-    """Create the response with the *outcomes* of *upload*, and count its errors.
-
-    If a single image was sent, its error is raised as `RejectedError` instead.
-    """
+    """Create the response with *outcomes*, or raise the error of a single image as `RejectedError`."""
     if not upload.is_list and isinstance(outcomes[0], HttpError):
         raise RejectedError(outcomes[0])
     results: list[Fields] = []

@@ -139,10 +139,7 @@ def restrict(options: ChildOptions) -> str:
 
 
 def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
-    """Restrict this process, tell the server at *end* whether this succeeded, and answer its requests.
-
-    Ends this process when the server has ended or closed its end.
-    """
+    """Restrict this process, tell the server at *end* whether this succeeded, and serve it until it ends."""
     try:
         try:
             kind, text = READY, restrict(options).encode()
@@ -216,10 +213,7 @@ def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> int
 
 
 def _kill(children: set[int], process: int) -> int:
-    """Kill *process*, one of *children*, and forget it; return its exit code.
-
-    This may be the code with which it was ending already.
-    """
+    """Kill *process*, one of *children*, or let it end; forget it and return its exit code."""
     os.kill(process, signal.SIGKILL)
     children.discard(process)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -46,7 +46,7 @@ class Reply(NamedTuple):
     data: NDArray[np.uint8]
 
 
-class Ended(NamedTuple):
+class ChildEnded(NamedTuple):
     """The child of a request has ended, took too long or sent a wrong reply."""
 
     reason: str
@@ -56,13 +56,13 @@ class Ended(NamedTuple):
 class Request:
     """An *image* to decode by *rules*, or to copy without them.
 
-    A reply without an error has *kind* and data of one of *sizes*. *result* gets a `Reply`, `Ended`, or the
-    reason why no child runs the request.
+    A reply without an error has *expected_kind* and data of one of *sizes*. *result* gets a `Reply`,
+    `ChildEnded`, or the reason why no child runs the request.
     """
 
     image: bytes = field(repr=False)
     rules: bytes
-    kind: int
+    expected_kind: int
     sizes: range
     result: "asyncio.Future[Any]"
 
@@ -250,13 +250,13 @@ class DecoderProcess(asyncio.BufferedProtocol):
         """Run *request*; if the child has ended or sent more than its reply, start another one first."""
         if self._transport is not None:
             try:
-                self._end_child(
-                    WRONG_REPLY if self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) else ""
-                )
+                unexpected = self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             except BlockingIOError:  # nothing to read: the child waits for a request
                 pass
             except OSError:  # the child has ended
                 self._end_child()
+            else:  # nothing: the child has ended
+                self._end_child(WRONG_REPLY if unexpected else "")
         self._request, self._started = request, time.monotonic()
         if self._transport is None:
             self._replacing = self._loop.create_task(self._replace_child(sends=True))
@@ -297,8 +297,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
             return
         number, kind, bits, size = child.REPLY.unpack(self._header)
         if self._data is None:  # the header is complete
-            is_known = kind in {request.kind, child.LARGER} or kind in ERROR_KINDS
-            sizes = request.sizes if kind == request.kind else range(child.MAX_MESSAGE + 1)
+            is_known = kind in {request.expected_kind, child.LARGER} or kind in ERROR_KINDS
+            sizes = request.sizes if kind == request.expected_kind else range(child.MAX_MESSAGE + 1)
             if number != self._number or not is_known or size not in sizes:
                 self._end_child(WRONG_REPLY)
                 return
@@ -312,10 +312,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._become_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Note that the child has ended, for the reason that its exit code gives.
-
-        Its request fails and it is replaced; without a request, the next request replaces it.
-        """
+        """End the child, which has closed its end; a request that it runs fails."""
         self._end_child()
 
     def _end_child(self, reason: str = "") -> None:
@@ -351,7 +348,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         elif sends and self._transport is not None:
             self._send(self._transport, request)
         else:
-            request.settle(Ended(reason))
+            request.settle(ChildEnded(reason))
             self._become_idle()
 
     def _become_idle(self) -> None:

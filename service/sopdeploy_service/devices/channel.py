@@ -41,7 +41,7 @@ ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
 MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # else a front end could shrink the file
-LINE = 64  # bytes
+LINE = 64  # bytes of a cache line, at whose begin outputs and pixels start
 
 
 class ChannelError(Exception):
@@ -58,7 +58,7 @@ class ModelFacts(NamedTuple):
     is_loaded: bool
 
     @classmethod
-    def of(cls, model: Model) -> "ModelFacts":
+    def describe(cls, model: Model) -> "ModelFacts":
         """Describe *model*."""
         return cls(model.name, model.bundle, model.runtime, model.latency.measured(), model.is_loaded)
 
@@ -137,9 +137,12 @@ class Slots:
 
 def output_shapes(bundle: Bundle, *, features: bool = True) -> dict[str, tuple[int, ...]]:
     """Return the shape of each output of an image by name, in order; the embedding only with *features*."""
-    outputs = [one for one in bundle.manifest.outputs if features or one.name != EMBEDDING]
-    # Only the number of images is None in a manifest; 1 is for the type.
-    return {one.name: tuple(side or 1 for side in one.shape[1:]) for one in outputs}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for output in bundle.manifest.outputs:
+        if features or output.name != EMBEDDING:
+            # Only the number of images is None in a manifest; 1 is for the type.
+            shapes[output.name] = tuple(side or 1 for side in output.shape[1:])
+    return shapes
 
 
 def open_channel(
@@ -149,11 +152,13 @@ def open_channel(
 
     Returns the slots, and the description of *models*, which the caller sends next.
     """
-    bundles = [model.bundle for model in models]
-    outputs = [4 * sum(map(math.prod, output_shapes(bundle).values())) for bundle in bundles]
-    pixels = [math.prod(bundle.manifest.image_shape) for bundle in bundles]
-    largest = max(*outputs, MAX_ERROR_BYTES + ERROR_SIZE.size), max(pixels)
-    output_bytes, pixel_bytes = (math.ceil(size / LINE) * LINE for size in largest)
+    output_bytes, pixel_bytes = MAX_ERROR_BYTES + ERROR_SIZE.size, 0  # a slot has outputs or an error
+    for model in models:
+        num_values = sum(map(math.prod, output_shapes(model.bundle).values()))
+        output_bytes = max(output_bytes, 4 * num_values)
+        pixel_bytes = max(pixel_bytes, math.prod(model.bundle.manifest.image_shape))
+    output_bytes = math.ceil(output_bytes / LINE) * LINE
+    pixel_bytes = math.ceil(pixel_bytes / LINE) * LINE
     described = json.dumps([model.to_fields() for model in models]).encode()
     opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(described))
     file = os.memfd_create("sopdeploy-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

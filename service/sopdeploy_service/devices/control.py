@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import cast
@@ -80,17 +80,19 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     collects the `process_*` metrics; the supervisor has an id but no page.
     """
     up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
-    found: list[tuple[str, Metric]] = []  # each with the name of its process
-    families: dict[str, Metric] = {}  # by name of the metric, with the samples of all processes
-    for name, page in pages.items():
-        up.add_sample(up.name, {"process": name}, 1.0 if page else 0.0)
-        found += [(name, family) for family in text_string_to_metric_families(page.decode())]
-    for name, pid in ids.items():
-        own = ProcessCollector(pid=partial(str, pid), registry=None)  # calls *pid* to get the id
-        found += [(name, family) for family in own.collect()]
-    for name, family in found:
-        merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-        for sample in family.samples:
-            merged.samples.append(sample._replace(labels={**sample.labels, "process": name}))
-    collector = SimpleNamespace(collect=lambda: [up, *families.values()])
+    merged: dict[str, Metric] = {}  # by name of the metric, with the samples of all processes
+
+    def add(process: str, metrics: Iterable[Metric]) -> None:
+        for metric in metrics:
+            empty = Metric(metric.name, metric.documentation, metric.type)
+            samples = merged.setdefault(metric.name, empty).samples
+            for sample in metric.samples:
+                samples.append(sample._replace(labels={**sample.labels, "process": process}))
+
+    for process, page in pages.items():
+        up.add_sample(up.name, {"process": process}, 1.0 if page else 0.0)
+        add(process, text_string_to_metric_families(page.decode()))
+    for process, pid in ids.items():  # the collector calls its *pid* to get the id
+        add(process, ProcessCollector(pid=partial(str, pid), registry=None).collect())
+    collector = SimpleNamespace(collect=lambda: [up, *merged.values()])
     return generate_latest(cast(CollectorRegistry, collector))  # uses no other method than `collect`

@@ -69,11 +69,7 @@ class DeviceServer(DrainingServer):
         control.send_files(self._supervisor, status + self.bundles.encode())
 
     def _receive(self) -> None:
-        """Act on a message of the supervisor; an empty one says that it has ended or sends no more.
-
-        The file of `SEND_METRICS` is a socket for the metrics, that of `CLIENT` an accepted connection, that
-        of `CHANNEL` a channel to an engine.
-        """
+        """Act on a message of the supervisor; an empty one says that it has ended or sends no more."""
         registry = self._service.registry
         message, files = control.receive_files(self._supervisor)
         if not message:
@@ -115,10 +111,7 @@ class DeviceServer(DrainingServer):
 
 
 def main() -> int:
-    """Serve as the supervisor says in the environment until SIGTERM or a dead runtime; return the exit code.
-
-    This process sends itself SIGTERM when the supervisor ends. An error is printed as one line.
-    """
+    """Serve as the environment says until SIGTERM or a dead runtime; return the exit code."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
     config = LaunchConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
 
@@ -135,8 +128,9 @@ def main() -> int:
             registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
             return serve_http(config, registry, supervisor, {})
     except SopdeployError as problem:
-        named = {None: f"front end {config.name}: ", ANY_DEVICE: ""}
-        where = named.get(config.device, f"device {config.name}: ")
+        where = "" if config.device == ANY_DEVICE else f"device {config.name}: "
+        if config.device is None:
+            where = f"front end {config.name}: "
         sys.stderr.write(f"error: {where}{problem} [{problem.code}]\n")
         return USER_ERROR
 
@@ -151,8 +145,12 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
         reason = "no GPU can be used here; install sopdeploy[gpu], or serve with --devices cpu"
         raise ConfigError(f"devices: {config.device}: {reason}")
     num_front_ends = config.front_ends
-    if num_front_ends is None:
-        num_front_ends = ask_for_front_ends(supervisor, seconds_per_image(registry, settings))
+    if num_front_ends is None:  # the supervisor knows it when all devices have told their speed
+        seconds = math.inf  # on a CPU, which has no core to spare
+        if not runs_on_cpu(registry, settings):
+            seconds = min(model.latency.seconds_per_image() for model in registry.models())
+        control.send_files(supervisor, control.SPEED + repr(seconds).encode())
+        num_front_ends = int(wait_for_message(supervisor, control.FRONT_ENDS)[0])
     if num_front_ends == 0:
         return serve_http(config, registry, supervisor, links)
     freeze_objects()
@@ -171,19 +169,16 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
             connection.close()
 
 
-def wait_for_message(supervisor: socket.socket, kind: bytes) -> tuple[str, list[int]]:
-    """Wait for a message of *kind*; return the rest of it, and its files. Others get no answer.
-
-    Ends this process if the supervisor ends.
-    """
+def wait_for_message(supervisor: socket.socket, prefix: bytes) -> tuple[str, list[int]]:
+    """Return the rest and the files of the next message with *prefix*; exit if the supervisor ends."""
     supervisor.setblocking(True)
     while True:
         message, files = control.receive_files(supervisor)
         if not message:
             raise SystemExit(0)
-        if message.startswith(kind):
+        if message.startswith(prefix):
             supervisor.setblocking(False)
-            return message.removeprefix(kind).decode(), files
+            return message.removeprefix(prefix).decode(), files
         for file in files:  # of a request for metrics
             os.close(file)
 
@@ -217,24 +212,11 @@ def serve_http(
     return DeviceServer(app, settings, supervisor, config.sources, links).serve_until_end()
 
 
-def ask_for_front_ends(supervisor: socket.socket, seconds: float) -> int:
-    """Tell the *supervisor* that an image needs *seconds*; return how many front ends there will be."""
-    control.send_files(supervisor, control.SPEED + repr(seconds).encode())
-    return int(wait_for_message(supervisor, control.FRONT_ENDS)[0])
-
-
 def runs_on_cpu(registry: Registry, settings: Settings) -> bool:
     """Tell whether a model runs on the CPU; with a memory budget, whether those to be loaded will."""
     if settings.memory_budget is not None:
         return settings.runtime in {"onnxruntime-cpu", "openvino"} or not has_cuda()
     return any(model.runtime.device == "cpu" for model in registry.models())
-
-
-def seconds_per_image(registry: Registry, settings: Settings) -> float:
-    """Return the seconds of an image in the fastest model; infinity on a CPU, which has no core to spare."""
-    if runs_on_cpu(registry, settings):
-        return math.inf
-    return min(model.latency.seconds_per_image() for model in registry.models())
 
 
 if __name__ == "__main__":

@@ -26,17 +26,12 @@ from prometheus_client import generate_latest
 
 from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.channel import ChannelError, ModelFacts, Slots
+from sopdeploy_service.inference import results
 from sopdeploy_service.inference.bundle_store import follow_links
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.model import ImageResult, Model, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
-from sopdeploy_service.inference.results import (
-    CLIENT_GONE,
-    DRAINING,
-    INFERENCE_FAILED,
-    HttpError,
-    RejectedError,
-)
+from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task
 from sopdeploy_service.settings import Settings
@@ -64,7 +59,7 @@ class FrontEndChannel(asyncio.Protocol):
             tuple(channel.output_shapes(model.bundle, features=False)) for model in models
         ]
         self._rest = b""  # of an incomplete record
-        self._results = bytearray()  # not sent yet
+        self._answers = bytearray()  # not sent yet
         self.transport: asyncio.Transport | None = None
         self._in_use = ExitStack()  # holds the models until the end of the channel
         if not engine.loads_at_first_use:  # otherwise each image uses its model
@@ -103,7 +98,7 @@ class FrontEndChannel(asyncio.Protocol):
         is_slot_in_use = cancel is not None
         if kind == channel.CANCEL:
             if cancel is not None and cancel():
-                self._answer(slot, (), CLIENT_GONE)  # which nobody reads: the slot is free again
+                self._answer(slot, (), results.CLIENT_GONE)  # which nobody reads: the slot is free again
             return
         if kind != channel.RUN or slot >= self._slots.count or is_slot_in_use:
             raise ChannelError(f"the record {kind} for slot {slot} is invalid")
@@ -115,13 +110,15 @@ class FrontEndChannel(asyncio.Protocol):
         names = (self._names if features else self._names_without_features)[number]
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
         for_drift = bool(flags & channel.FOR_DRIFT)
-        item = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features, for_drift)
+        image = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features, for_drift)
         if isinstance(model, LocalModel) and not self._engine.loads_at_first_use:
-            self.cancel_by_slot[slot] = partial(model.queue.remove, item)
-            model.queue.put(item)
+            self.cancel_by_slot[slot] = partial(model.queue.remove, image)
+            model.queue.put(image)
             return
-        task = asyncio.get_running_loop().create_task(self._load_and_run(model.name, item))
-        task.add_done_callback(lambda done: item.settle(CLIENT_GONE if done.cancelled() else done.result()))
+        task = asyncio.get_running_loop().create_task(self._load_and_run(model.name, image))
+        task.add_done_callback(
+            lambda done: image.settle(results.CLIENT_GONE if done.cancelled() else done.result())
+        )
 
         def cancel_task() -> bool:
             task.cancel()
@@ -129,8 +126,8 @@ class FrontEndChannel(asyncio.Protocol):
 
         self.cancel_by_slot[slot] = cancel_task
 
-    async def _load_and_run(self, name: str, item: QueuedImage) -> ImageResult | HttpError:
-        """Run *item* with the model *name*, which may have to be loaded first; return its result."""
+    async def _load_and_run(self, name: str, image: QueuedImage) -> ImageResult | HttpError:
+        """Run *image* with the model *name*, which may have to be loaded first; return its result."""
         registry = self._engine.registry
         try:
             model = registry.find(name)
@@ -142,20 +139,17 @@ class FrontEndChannel(asyncio.Protocol):
                     stages["load"] = time.monotonic() - started
                 # A copy: after a cancellation, the slot is free before the end of the batch.
                 ran = await model.run(
-                    item.pixels.copy(), item.deadline, features=item.features, for_drift=item.for_drift
+                    image.pixels.copy(), image.deadline, features=image.features, for_drift=image.for_drift
                 )
                 return ran._replace(stage_seconds={**stages, **ran.stage_seconds})
         except RejectedError as error:
             return error.reason
         except Exception:  # a bug fails its own image
             log.exception("%s: an image was not run", name)
-            return INFERENCE_FAILED
+            return results.INFERENCE_FAILED
 
     def _answer(self, slot: int, names: Sequence[str], result: ImageResult | HttpError) -> None:
-        """Write *result* into *slot*, and send the answer unless the front end has gone.
-
-        It is sent at the end of this turn of the loop, with others.
-        """
+        """Write *result* into *slot*, and answer at the end of this turn of the loop, with others."""
         if self.transport is None:
             return
         del self.cancel_by_slot[slot]
@@ -167,13 +161,13 @@ class FrontEndChannel(asyncio.Protocol):
             seconds = result.stage_seconds
             stages = seconds["queue"], seconds["infer"], seconds.get("load", 0.0)
             answer = channel.RESULT.pack(slot, result.batch_size, *stages)
-        if not self._results:
+        if not self._answers:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._results += answer
+        self._answers += answer
 
     def _flush(self) -> None:
-        results, self._results = self._results, bytearray()
-        self.send(channel.RESULTS, results)
+        answers, self._answers = self._answers, bytearray()
+        self.send(channel.RESULTS, answers)
 
     def send(self, kind: int, body: bytes | bytearray) -> None:
         """Send *body* unless the front end has gone."""
@@ -219,16 +213,17 @@ class Engine:
         loop.add_reader(self._supervisor, self._receive)
         if self._links:
             start_task(self._tasks, follow_links(self._links, self._start_reload))
-        end = math.inf
-        while self.registry.problem is None and not (self._supervisor_left and not self.front_ends):
-            if self._supervisor_left:
-                end = min(end, time.monotonic() + self._settings.drain_seconds + LAST_SECONDS)
-            if time.monotonic() >= end:
-                break
+        while self.registry.problem is None and not self._supervisor_left:
             self._report()
             await asyncio.sleep(BEAT_SECONDS)
+        # Drain: the front ends complete their requests and leave.
+        end = time.monotonic() + self._settings.drain_seconds + LAST_SECONDS
+        while self.registry.problem is None and self.front_ends and time.monotonic() < end:
+            self._report()
+            await asyncio.sleep(BEAT_SECONDS)
+        # Answer what is left, and give the front ends time to read it.
         is_dead = self.registry.problem is not None
-        self.registry.close(DRAINING)  # unless the death of the runtime has answered all images
+        self.registry.close(results.DRAINING)  # unless the death of the runtime has answered all images
         await asyncio.sleep(0)  # `FrontEndChannel._flush`
         for front_end in self.front_ends:
             if front_end.transport is not None:
@@ -271,7 +266,7 @@ class Engine:
     async def connect(self, name: str, connection: socket.socket) -> None:
         """Serve the front end *name* at the other end of *connection* with the present models."""
         models = self.registry.models()
-        facts = [ModelFacts.of(model) for model in models]
+        facts = [ModelFacts.describe(model) for model in models]
         try:
             slots, described = channel.open_channel(connection, facts, 2 * self._settings.queue_size)
         except OSError:

@@ -120,7 +120,9 @@ def list_devices(settings: Settings) -> list[Process]:
     decoders = decoders_per_process(len(devices))
     processes: list[Process] = []
     for position, device in enumerate(devices):
-        name = f"{device}-{position}" if devices.count(device) > 1 else device or "engine"
+        name = "engine" if device == ANY_DEVICE else device
+        if devices.count(device) > 1:
+            name = f"{device}-{position}"
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
         if device == "cpu" and settings.runtime == "auto":  # "auto" chooses CUDA wherever it is installed
             changed["runtime"] = "onnxruntime-cpu"

@@ -19,15 +19,9 @@ from numpy.typing import NDArray
 
 from sopdeploy_service.devices import channel
 from sopdeploy_service.devices.channel import ModelFacts
+from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model import ImageResult, Model, Registry, State, settle
-from sopdeploy_service.inference.results import (
-    DEADLINE,
-    DRAINING,
-    RUNTIME_DEAD,
-    SLOTS_FULL,
-    HttpError,
-    RejectedError,
-)
+from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -59,7 +53,7 @@ class EngineChannel(asyncio.Protocol):
         ] = {}
         self._requests = bytearray()  # not sent yet
         self._rest = b""  # of an incomplete frame
-        self._ended_with = RUNTIME_DEAD
+        self._ended_with = results.RUNTIME_DEAD
 
     async def open(self) -> None:
         """Use the channel on the event loop."""
@@ -92,12 +86,12 @@ class EngineChannel(asyncio.Protocol):
     ) -> ImageResult:
         """Run an image with the model *number*, as `Model.run` does."""
         if not self._free:
-            raise RejectedError(SLOTS_FULL)
+            raise RejectedError(results.SLOTS_FULL)
         slot = self._free.pop()  # the one that was freed last, so that few pages of the memory are touched
         self._slots.pixels(slot, pixels.shape)[...] = pixels
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
-        timer = loop.call_at(deadline, settle, future, DEADLINE)
+        timer = loop.call_at(deadline, settle, future, results.DEADLINE)
         shapes = (self._shapes if features else self._shapes_without_features)[number]
         image = self._images[slot] = future, shapes
         self.sent += 1
@@ -125,7 +119,7 @@ class EngineChannel(asyncio.Protocol):
             self._transport.write(requests)
 
     def data_received(self, data: bytes) -> None:
-        """Handle the frames that have arrived."""
+        """Handle the frames that have arrived: pass on the results of images, and free their slots."""
         data = self._rest + data
         begin = 0
         while begin + channel.FRAME.size <= len(data):
@@ -135,22 +129,19 @@ class EngineChannel(asyncio.Protocol):
                 break
             begin += channel.FRAME.size + size
             if kind == channel.RESULTS:
-                for result in channel.RESULT.iter_unpack(body):
-                    self._settle(*result)
+                for slot, batch_size, queue, infer, load in channel.RESULT.iter_unpack(body):
+                    future, shapes = self._images.pop(slot)
+                    if batch_size == channel.FAILED:
+                        settle(future, self._slots.read_error(slot))
+                    else:
+                        stages = {"load": load} if load else {}
+                        stages |= {"queue": queue, "infer": infer}
+                        outputs = self._slots.read_outputs(slot, shapes)
+                        settle(future, ImageResult(outputs, stages, batch_size))
+                    self._free.append(slot)
             else:  # `LOADED`
                 self.loaded = set(orjson.loads(body))
         self._rest = data[begin:]
-
-    def _settle(self, slot: int, batch_size: int, queue: float, infer: float, load: float) -> None:
-        """Pass the result in *slot* to who waits for it, if somebody does; free the slot."""
-        future, shapes = self._images.pop(slot)
-        if batch_size != channel.FAILED:
-            stages = {"load": load} if load else {}
-            stages |= {"queue": queue, "infer": infer}
-            settle(future, ImageResult(self._slots.read_outputs(slot, shapes), stages, batch_size))
-        else:
-            settle(future, self._slots.read_error(slot))
-        self._free.append(slot)
 
 
 class RemoteModel(Model):
@@ -174,7 +165,7 @@ class RemoteModel(Model):
         """Let the engine with the shortest queue run the image; note the time of its batch."""
         routes = [route for route in self.routes if route[0].is_open]
         if not routes:
-            raise RejectedError(RUNTIME_DEAD)
+            raise RejectedError(results.RUNTIME_DEAD)
         engine, number = min(routes, key=lambda route: (route[0].queue_length, route[0].sent))
         ran = await engine.run(number, pixels, deadline, features=features, for_drift=for_drift)
         batch = ran.batch_size, ran.stage_seconds["infer"]
@@ -191,7 +182,8 @@ class RemoteRegistry(Registry):
     def __init__(self, channels: Iterable[EngineChannel], settings: Settings) -> None:
         """Use the models at the other ends of *channels*, one for each engine."""
         self.metrics, self._settings = Metrics(), settings
-        self._channels = {one.engine: one for one in channels}  # the newest last
+        # By name of the engine; the newest last.
+        self._channels = {to_engine.engine: to_engine for to_engine in channels}
         self._by_name: dict[str, RemoteModel] = {}
         self._in_use: set[RemoteModel] = set()  # also of channels that were replaced
         self._retiring: set[asyncio.Task[None]] = set()
@@ -205,22 +197,22 @@ class RemoteRegistry(Registry):
 
     async def start(self) -> None:
         """Open the channels."""
-        for one in self._channels.values():
-            await one.open()
+        for to_engine in self._channels.values():
+            await to_engine.open()
 
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Do nothing: engines reload their bundles, and then send new channels."""
 
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome."""
-        for one in self._channels.values():
-            one.close(reason)
+        for to_engine in self._channels.values():
+            to_engine.close(reason)
 
     async def stop(self) -> None:
         """Close all channels."""
         for task in self._retiring:
             task.cancel()
-        self.close(DRAINING)
+        self.close(results.DRAINING)
 
     @contextmanager
     def use(self, model: Model) -> Iterator[None]:
@@ -235,10 +227,7 @@ class RemoteRegistry(Registry):
                 self._in_use.discard(used)
 
     async def attach(self, engine: str, connection: socket.socket) -> None:
-        """Use the channel at *connection* to the *engine*, which has started or has new models.
-
-        The channel replaces the one that the engine had, which is closed after the last request that uses it.
-        """
+        """Use the channel at *connection* to *engine*; close the earlier one after its last request."""
         async with self._attaching:
             try:
                 new = await asyncio.to_thread(EngineChannel, engine, connection)
@@ -257,9 +246,9 @@ class RemoteRegistry(Registry):
     async def _retire(self, old: EngineChannel) -> None:
         """Close *old* after the last request of a model that may use it."""
         for model in list(self._in_use):
-            if any(one is old for one, _ in model.routes):
+            if any(to_engine is old for to_engine, _ in model.routes):
                 await model.unused.wait()
-        old.close(DRAINING)
+        old.close(results.DRAINING)
 
     def _update_models(self) -> None:
         """Serve the models of the channels, each in the version of the newest channel that has it."""
@@ -268,12 +257,12 @@ class RemoteRegistry(Registry):
             for facts in newest.models:
                 if facts.name in models:
                     continue
-                routes = [
-                    (one, number)
-                    for one in self._channels.values()
-                    for number, other in enumerate(one.models)
-                    if (other.name, other.bundle.manifest.id) == (facts.name, facts.bundle.manifest.id)
-                ]
+                routes: list[tuple[EngineChannel, int]] = []
+                for engine in self._channels.values():
+                    for number, other in enumerate(engine.models):
+                        is_same_version = other.bundle.manifest.id == facts.bundle.manifest.id
+                        if other.name == facts.name and is_same_version:
+                            routes.append((engine, number))
                 models[facts.name] = RemoteModel(facts, routes, self._settings)
                 models[facts.name].is_loaded = facts.is_loaded
         self._by_name = models

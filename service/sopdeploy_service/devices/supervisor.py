@@ -122,7 +122,7 @@ class Supervisor:
 
     def _end_unused_engines(self) -> None:
         """If no process serves HTTP any more, end the engines, and the devices that are still loading."""
-        if any(one.is_running for one in self._servers):
+        if any(server.is_running for server in self._servers):
             return
         for process in self._devices:
             self._close_control(process)  # an engine ends, and has no other end
@@ -163,7 +163,8 @@ class Supervisor:
     def _start(self, process: Process) -> subprocess.Popen[str]:
         """Start and return a child for *process*; connect a front end with the engines."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        running = [other for other in (*self._devices, *self._front_ends) if other.child is not None]
+        others = [other for other in (*self._devices, *self._front_ends) if other is not process]
+        ids_of_others = [other.child.pid for other in others if other.child is not None]
         with theirs:
             config = LaunchConfig(
                 name=process.name,
@@ -177,7 +178,7 @@ class Supervisor:
                 front_ends=self._num_front_ends,
                 position=process.position,
                 num_servers=self._num_front_ends or len(self._devices),
-                others=tuple(other.child.pid for other in running if other.child and other is not process),
+                others=tuple(ids_of_others),
             )
             variables = {**process.variables, CONFIG_VARIABLE: config.model_dump_json()}
             child = subprocess.Popen(
@@ -204,6 +205,7 @@ class Supervisor:
             front_end.send(control.CHANNEL + engine.name.encode(), for_front_end.fileno())
 
     def _start_front_ends(self, count: int) -> None:
+        """Start *count* front ends, each of which is restarted when it ends."""
         self._front_ends = list_front_ends(self._settings, count)
         log.info("front ends", extra={"front_ends": count, "engines": len(self._devices)})
         for process in self._front_ends:
@@ -238,27 +240,28 @@ class Supervisor:
             self._connect_front_ends(process)
         elif message.startswith(control.BAD_FRONT_END):
             name = message.removeprefix(control.BAD_FRONT_END).decode()
-            bad = next((one.child for one in self._front_ends if one.name == name), None)
-            if bad is not None:
+            children = {front_end.name: front_end.child for front_end in self._front_ends}
+            if (bad := children.get(name)) is not None:
                 bad.kill()  # it has sent nonsense; `_supervise` starts another one
         else:
-            self._learn_status(process, message)
+            self._record_status(process, message)
 
     def _connect_front_ends(self, engine: Process) -> None:
+        """Create channels between *engine* and all front ends that run."""
         for front_end in self._front_ends:
             if front_end.control is not None:
                 self._connect(engine, front_end)
 
-    def _learn_status(self, process: Process, status: bytes) -> None:
-        """Record the *status* of *process*; when all processes are ready, open the port and say so."""
+    def _record_status(self, process: Process, status: bytes) -> None:
+        """Record the *status* of *process*; when all processes are ready, open the port and print it."""
         is_first_report = not process.is_ready
         process.report(status)
         if is_first_report:
             log.info("%s: ready", process.title)
             if not process.is_front_end:
                 self._connect_front_ends(process)
-        expected = [*self._devices, *self._front_ends]
-        if not self._announced and self._servers and all(one.is_ready for one in expected):
+        are_all_ready = all(other.is_ready for other in (*self._devices, *self._front_ends))
+        if not self._announced and self._servers and are_all_ready:
             self._announced = True
             self._listener.listen(MAX_PENDING)
             with contextlib.suppress(OSError):  # nobody reads it
@@ -293,7 +296,7 @@ class Supervisor:
             return
         with connection:
             # Among processes with as many open connections, in turn: the one with the fewest so far.
-            for process in sorted(accepting, key=lambda one: (one.load, one.sent)):
+            for process in sorted(accepting, key=lambda process: (process.load, process.sent)):
                 if process.send(control.CLIENT, connection.fileno()):
                     process.sent += 1
                     return
@@ -314,10 +317,8 @@ class Supervisor:
     async def _send_metrics(self, file: int) -> None:
         """Send the metrics of all processes to the socket *file*."""
         processes = [*self._devices, *self._front_ends]
-        controls = [process.control for process in processes]
-        pages = await asyncio.gather(*map(control.request_metrics, controls))
-        names = [process.name for process in processes]
+        replies = await asyncio.gather(*(control.request_metrics(process.control) for process in processes))
+        pages = {process.name: page for process, page in zip(processes, replies, strict=True)}
         ids = {process.name: process.child.pid for process in processes if process.child is not None}
         ids["supervisor"] = os.getpid()
-        page = control.merge_metrics(dict(zip(names, pages, strict=True)), ids)
-        await control.send_metrics(file, page)
+        await control.send_metrics(file, control.merge_metrics(pages, ids))

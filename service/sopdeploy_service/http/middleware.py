@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http.api_keys import RATE_HEADERS, Key, TokenBucket, find_key
-from sopdeploy_service.http.problems import INTERNAL, reject
+from sopdeploy_service.http.problems import INTERNAL, respond_with_error
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.origins import FOREIGN_PAGES, OwnOrigins, is_among, parse_host, without_prefix
@@ -84,16 +84,13 @@ class RequestContextMiddleware:
     guards: Sequence[Guard]  # the first one that refuses raises `RejectedError`
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; an exception becomes a problem unless the response has started.
-
-        The app handles `HEAD` like `GET`; the server omits the body.
-        """
+        """Handle one request; an exception becomes a problem unless the response has started."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
         context = self._add_context(scope)
-        # A copy: the server reads the method from its own scope.
+        # A copy: the server, which omits the body after HEAD, reads the method from its own scope.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         status = 0  # until the response starts
 
@@ -116,15 +113,15 @@ class RequestContextMiddleware:
             limit = self.service.settings.max_body_bytes
             announced = context.headers.get("content-length", "0")
             if int(announced) > limit:  # the server has checked that it is a number
-                raise RejectedError(HttpError.of(too_large_error(limit)))
+                raise RejectedError(HttpError.from_image_error(too_large_error(limit)))
             for guard in self.guards:
                 guard(context)
             await self.app(inner, receive, send_with_headers)
         except Exception as error:  # a defect fails its own request
-            reason = self._count_or_log(error, inner)
+            reason = self._record_error(error, inner)
             if status:
                 raise  # part of the response was sent: the connection must be closed
-            await reject(scope, reason)(scope, receive, send_with_headers)
+            await respond_with_error(scope, reason)(scope, receive, send_with_headers)
         finally:
             self.service.active_requests -= 1
             self.service.upload_bytes -= context.bytes  # counted by `read_body`
@@ -144,7 +141,7 @@ class RequestContextMiddleware:
         scope.setdefault("state", {})["context"] = context
         return context
 
-    def _count_or_log(self, error: Exception, scope: Scope) -> HttpError:
+    def _record_error(self, error: Exception, scope: Scope) -> HttpError:
         """Count *error*, or log it if it is a defect; return the `HttpError` that answers it."""
         if isinstance(error, MemoryError):
             log.warning("out of memory in %s", getattr(scope.get("route"), "path", "other"))
@@ -206,7 +203,7 @@ class OriginGuard:
         """Raise `RejectedError` unless the request is allowed."""
         if context.path in OPEN:
             return
-        if foreign := self._origins.find_foreign(context.headers, context.peer):
+        if foreign := self._origins.why_foreign(context.headers, context.peer):
             advice = ALLOW_PAGE if foreign == FOREIGN_PAGES else ALLOW_HOST
             message = f"this server does not answer {foreign}; {advice}"
             raise RejectedError(HttpError("foreign_request", 403, message))

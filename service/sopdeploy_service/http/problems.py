@@ -53,14 +53,14 @@ def problem_response(
     return Response(body, status_code=reason.status, headers=headers, media_type=media_type)
 
 
-def reject(scope: Scope, reason: HttpError, headers: Mapping[str, str] | None = None) -> Response:
+def respond_with_error(scope: Scope, reason: HttpError, headers: Mapping[str, str] | None = None) -> Response:
     """Create the response of *reason* and record its code for the access log."""
     context = scope["state"]["context"]
     context.code = reason.code
     return problem_response(reason, headers or {}, context.path, scope["root_path"])
 
 
-def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def describe_statuses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Describe *statuses* with a `Problem` body for OpenAPI."""
     body = {"schema": {"$ref": "#/components/schemas/Problem"}}
     return {
@@ -87,7 +87,7 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
             use = f"use {headers['Allow']} ({root}/docs has examples)"
             detail = f"{root}{path} does not accept {request.method}; {use}"
-        return reject(request.scope, HttpError(status.name.lower(), status, detail), headers)
+        return respond_with_error(request.scope, HttpError(status.name.lower(), status, detail), headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -98,6 +98,6 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
             known = [parameter["name"] for parameter in parameters if parameter["in"] == "query"]
             unknown = str(first["loc"][-1])[:100]
             message = f"{unknown!r}: unknown parameter; known are {', '.join(known)}"
-            return reject(request.scope, HttpError("unknown_parameter", 400, message))
+            return respond_with_error(request.scope, HttpError("unknown_parameter", 400, message))
         message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        return reject(request.scope, HttpError("invalid_parameter", 422, message))
+        return respond_with_error(request.scope, HttpError("invalid_parameter", 422, message))

@@ -74,10 +74,7 @@ def count_keys(text: bytes) -> int:
 
 
 def decode_text(text: object, where: str) -> bytes:
-    """Decode base64, also URL-safe, unpadded, with whitespace, or in a data URI.
-
-    Raises `RejectedError`, which names the place *where*, for other types, characters and lengths.
-    """
+    """Decode base64, also URL-safe, unpadded or in a data URI; raises `RejectedError` that names *where*."""
     if not isinstance(text, str):
         raise bad_request("malformed_request", f"{where}: must be a base64 string")
     if text[:5].lower() == "data:":

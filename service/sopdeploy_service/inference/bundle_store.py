@@ -11,13 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from sopdeploy.bundle.folder import (
-    Bundle,
-    describe_projects,
-    follow_link,
-    list_bundles,
-    read_manifest,
-)
+from sopdeploy.bundle.folder import Bundle, describe_projects, follow_link, list_bundles, read_manifest
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import has_manifest
@@ -74,7 +68,16 @@ def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bu
         path = follow_link(source)  # every process then serves the same bundle, even if the link changes
         is_folder_of_bundles = not given_name and path.is_dir() and not has_manifest(path)
         if is_folder_of_bundles:
-            found = [(bundle.manifest.project, bundle) for bundle in _read_folder(path, read)]
+            listed = list_bundles(path, lambda folder, manifest: read(manifest.project, folder, manifest))
+            if all(bundle.why_not_served for bundle in listed):  # none is served, or none is here
+                none_here = (
+                    "no bundle here or in a folder directly below; give the folder with a manifest.json"
+                )
+                raise BundleError(f"{path}: {listed[0].why_not_served if listed else none_here}")
+            for line, failed in describe_projects(listed):
+                log.log(logging.WARNING if failed else logging.INFO, line)
+            served = [bundle.bundle for bundle in listed if bundle.bundle is not None]
+            found = [(bundle.manifest.project, bundle) for bundle in served]
         else:
             manifest = read_manifest(path)
             name = given_name or manifest.project
@@ -87,14 +90,3 @@ def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bu
                 reason = f"the name {name} is already used by {other.path}"
                 raise ConfigError(f"{bundle.path}: {reason}; choose another one: NAME={bundle.path}")
     return bundles
-
-
-def _read_folder(folder: Path, read: ReadNamed) -> list[Bundle]:
-    """Read the bundles in *folder* that are served; raises `BundleError` for none."""
-    listed = list_bundles(folder, lambda path, manifest: read(manifest.project, path, manifest))
-    if all(bundle.why_not_served for bundle in listed):  # none is served, or none is here
-        none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"
-        raise BundleError(f"{folder}: {listed[0].why_not_served if listed else none_here}")
-    for line, failed in describe_projects(listed):
-        log.log(logging.WARNING if failed else logging.INFO, line)
-    return [bundle.bundle for bundle in listed if bundle.bundle is not None]

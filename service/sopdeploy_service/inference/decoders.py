@@ -26,30 +26,19 @@ from typing import Any, NamedTuple, TypeVar
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.decoding import child
+from sopdeploy_service.decoding import child, pool
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions
 from sopdeploy_service.decoding.pool import (
-    TIME,
-    UNKNOWN,
-    WRONG_REPLY,
+    ChildEnded,
     DecoderProcess,
-    Ended,
     Reply,
     Request,
     is_stopped,
     shared_template,
 )
 from sopdeploy_service.images.decode import Decoded
-from sopdeploy_service.inference.results import (
-    DAMAGED,
-    DEADLINE,
-    DECODER_CRASHED,
-    DECODER_KILLED,
-    DECODERS_BUSY,
-    DRAINING,
-    HttpError,
-    RejectedError,
-)
+from sopdeploy_service.inference import results
+from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes
 from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
@@ -134,7 +123,7 @@ class SharedChildren:
         After `close`, every request is refused.
         """
         if self._is_closed:
-            request.settle(DRAINING)
+            request.settle(results.DRAINING)
             return
         if self.idle:
             self.idle.pop().run(request)
@@ -146,16 +135,13 @@ class SharedChildren:
             sizes[group] += 1  # with *request*
             largest, size = sizes.most_common(1)[0]
             if sizes[group] == size:
-                request.settle(DECODERS_BUSY)
+                request.settle(results.DECODERS_BUSY)
                 return
-            self._groups[largest].pop().settle(DECODERS_BUSY)
+            self._groups[largest].pop().settle(results.DECODERS_BUSY)
         self._groups.setdefault(group, deque()).append(request)
 
     def give_work(self, child: DecoderProcess, seconds: float = 0.0) -> None:
-        """Let *child* run the first request of the group whose turn it is, or keep it idle.
-
-        The child has worked for *seconds*, which are counted.
-        """
+        """Let *child*, which was busy for *seconds*, run the next group's first request, or keep it idle."""
         self._metrics.decode_seconds.inc(seconds)
         while self._groups:
             group, waiting = self._groups.popitem(last=False)
@@ -171,7 +157,7 @@ class SharedChildren:
         """Refuse the requests that wait and those to come."""
         self._is_closed = True
         for request in itertools.chain.from_iterable(self._groups.values()):
-            request.settle(DRAINING)
+            request.settle(results.DRAINING)
         self._groups.clear()
 
 
@@ -237,7 +223,7 @@ class Decoders:
         self.light.close()
         self.large.close()
         for process in self._children:
-            process.close(DRAINING)
+            process.close(results.DRAINING)
         if self._watching is not None:
             self._watching.cancel()
             with suppress(asyncio.CancelledError):  # the connections are closed meanwhile
@@ -280,7 +266,7 @@ class Decoders:
         num_crashes = 0  # of children, without the fault of the image
         while True:
             request = Request(image, rules, kind, sizes, self._loop.create_future())
-            late = DEADLINE if is_light else DECODERS_BUSY
+            late = results.DEADLINE if is_light else results.DECODERS_BUSY
             timer = self._loop.call_at(deadline, request.settle, late) if deadline < math.inf else None
             if is_light:
                 self.light.put(request, None)
@@ -293,14 +279,14 @@ class Decoders:
                     timer.cancel()
             if isinstance(reply, HttpError):
                 raise RejectedError(reply)
-            if isinstance(reply, Ended):
-                is_fault_of_image = reply.reason in {TIME, WRONG_REPLY}
+            if isinstance(reply, ChildEnded):
+                is_fault_of_image = reply.reason in {pool.TIME, pool.WRONG_REPLY}
                 num_crashes += not is_fault_of_image
                 if not is_light and is_fault_of_image:
-                    raise RejectedError(DAMAGED)
+                    raise RejectedError(results.DAMAGED)
                 if not is_light and num_crashes > 1:
-                    is_kill = reply.reason in {signal.SIGKILL.name, UNKNOWN}  # by the system or a user
-                    raise RejectedError(DECODER_KILLED if is_kill else DECODER_CRASHED)
+                    is_kill = reply.reason in {signal.SIGKILL.name, pool.UNKNOWN}  # by the system or a user
+                    raise RejectedError(results.DECODER_KILLED if is_kill else results.DECODER_CRASHED)
                 is_slow = is_light and is_fault_of_image
             elif reply.kind == kind:
                 return reply

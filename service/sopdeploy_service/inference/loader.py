@@ -6,10 +6,9 @@ meant and does not work, the server ends with an error instead of silently using
 """
 
 import asyncio
+import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,8 +31,8 @@ from sopdeploy_service.runtime.base import (
     OverlappingRuntime,
     Runtime,
     is_out_of_memory,
-    must_run,
     padded_sizes,
+    translating_errors,
 )
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime, OnnxRuntime, has_cuda
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
@@ -100,10 +99,7 @@ def wait_in_time(work: Future[Result], what: object, settings: Settings) -> Resu
 
 
 async def finish_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
-    """Wait for the *work* of a daemon thread on *what* as long as a load may take.
-
-    Raises its errors, and `RuntimeUnavailableError` if it takes longer.
-    """
+    """Wait for *work* on *what*, at most as long as a load may take; raises `RuntimeUnavailableError`."""
     result, seconds = asyncio.wrap_future(work), load_seconds(settings)
     try:
         async with asyncio.timeout(seconds):  # `wait_for` of Python 3.11 may swallow a cancellation
@@ -142,7 +138,7 @@ def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
     with ExitStack() as stack:
         runtime = open_runtime(bundle, settings)
         stack.callback(runtime.close)  # unless everything below succeeds
-        with must_run(runtime):
+        with translating_errors(runtime):
             max_batch = largest_batch(runtime, settings)
             probes = read_probes(bundle)
             timings = warm_up(probes, runtime, max_batch)
@@ -155,10 +151,7 @@ def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
 
 
 def check_trust(bundle: Bundle, settings: Settings) -> None:
-    """If *settings* require it, check the signature of what was read of *bundle*.
-
-    Raises `BundleError`, and `ConfigError` for an invalid key file.
-    """
+    """Check the signature of *bundle* if *settings* require it; raises `BundleError`, `ConfigError`."""
     if settings.require_signature is not None:
         signature = read_signature(signature_path(bundle.path), bundle.path)
         check_signature(bundle, signature, settings.require_signature)
@@ -233,7 +226,10 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     if runtime.device == "cpu":
         sizes = [max_batch] if max_batch > len(probes.images) else []
     else:
-        sizes = [*padded_sizes(max_batch), *alternating(padded_sizes(max_batch))]
+        ascending = padded_sizes(max_batch)
+        # The smallest, the largest, the second smallest, the second largest and so on.
+        alternating = itertools.chain.from_iterable(zip(ascending, reversed(ascending), strict=True))
+        sizes = [*ascending, *itertools.islice(alternating, len(ascending))]
     largest_to_try = max_batch
     for size in sizes:
         if size > largest_to_try:  # there was no memory for a smaller one
@@ -251,12 +247,6 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
         else:
             compare_outputs(batch, outputs, size)
     return timings
-
-
-def alternating(sizes: Sequence[int]) -> list[int]:
-    """Return *sizes* in the order smallest, largest, second smallest, second largest and so on."""
-    left = deque(sizes)
-    return [left.popleft() if number % 2 == 0 else left.pop() for number in range(len(sizes))]
 
 
 def _replay_all(

@@ -70,10 +70,7 @@ class BudgetedRegistry(ModelRegistry):
     """Models by name, of which only as many are loaded as the memory budget of the settings allows."""
 
     def __init__(self, bundles: Mapping[str, Bundle], settings: Settings) -> None:
-        """Check all *bundles* by name.
-
-        Raises the errors of `check_trust`, and `ConfigError` for a bundle that does not fit into the budget.
-        """
+        """Check *bundles* as `check_trust` does; raises `ConfigError` for one larger than the budget."""
         super().__init__({}, settings)
         self._budget = settings.memory_budget or 0  # not None: see `load_registry`
         # By name; the one used longest ago comes first.
@@ -100,10 +97,7 @@ class BudgetedRegistry(ModelRegistry):
             yield
 
     async def wait_until_loaded(self, model: Model) -> Model:
-        """Load *model*, which must be in use, or wait for a load that has begun; return the loaded model.
-
-        Raises `RejectedError` if it cannot be loaded or no other model can be released for it.
-        """
+        """Return *model*, which is in use, when it is loaded; raises `RejectedError` if it cannot be."""
         lazy = self._lazy_models[model.name]
         if lazy.loading is None:
             lazy.loading = asyncio.create_task(self._load(lazy))

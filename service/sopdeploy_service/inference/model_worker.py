@@ -168,7 +168,7 @@ class LocalModel(Model):
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         reference = self.decision.reference
         self.drift = None if reference is None else DriftWindow(reference, metrics, name)
-        metrics.show_model(name, rejects=self.decision.rejection is not None)
+        metrics.create_series(name, rejects=self.decision.rejection is not None)
         self._metrics, self._timeout = metrics, settings.batch_timeout_seconds
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -264,7 +264,7 @@ class LocalModel(Model):
             self.close(results.RUNTIME_DEAD)
 
     def _run_batches(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run batches until the queue is closed or the thread fails; each iteration completes one batch."""
+        """Run batches and pass their results to *loop* until the queue is closed or the thread fails."""
         try:
             while True:
                 if not self._in_flight:
@@ -277,7 +277,19 @@ class LocalModel(Model):
                 # Begin a second batch, but none after one that failed: first, the device is checked.
                 if self._overlapping is not None and not self._must_check_device:
                     self._begin_batch(only_full=True)
-                self._complete_oldest(loop)
+                # Complete the oldest batch.
+                batch = self._in_flight[0]
+                pixels, names = [image.pixels for image in batch.images], self._names_of(batch.images)
+                rows = run_bisected(partial(self._run_images, batch, names), pixels, names)
+                started, ended = cast(float, self._batch_started), time.monotonic()
+                self._must_check_device = all(
+                    row in (results.INFERENCE_FAILED, results.OUT_OF_MEMORY) for row in rows
+                )
+                # Set before the batch is removed, see `_watch`: the next one now has the device to itself.
+                self._batch_started = ended if len(self._in_flight) > 1 else None
+                del self._in_flight[0]
+                call_soon(loop, self._settle_and_count, batch.images, rows, started, ended)
+                del batch, pixels, rows  # the wait for the next batch must not keep their memory
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
             log.critical("the model worker ends", exc_info=True)
         finally:
@@ -298,26 +310,11 @@ class LocalModel(Model):
                 batch.wait = self._overlapping.begin(pixels, self._names_of(images))
         return True
 
-    def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait for the outputs of the oldest batch, run it again in parts if it fails, and pass them on."""
-        batch = self._in_flight[0]
-        pixels = [image.pixels for image in batch.images]
-        names = self._names_of(batch.images)
-        rows = run_bisected(lambda part: self._run_images(part, batch, names), pixels, names)
-        started, ended = cast(float, self._batch_started), time.monotonic()  # a batch in flight has a start
-        self._must_check_device = all(
-            row in (results.INFERENCE_FAILED, results.OUT_OF_MEMORY) for row in rows
-        )
-        # Set before the batch is removed, see `_watch`: the next one has the device to itself from now on.
-        self._batch_started = ended if len(self._in_flight) > 1 else None
-        del self._in_flight[0]
-        call_soon(loop, self._settle_and_count, batch.images, rows, started, ended)
-
     def _names_of(self, images: Sequence[QueuedImage]) -> Sequence[str]:
         """Return the names of the outputs that *images* need."""
         return self._outputs if any(image.features for image in images) else self._outputs_without_features
 
-    def _run_images(self, images: _Pixels, batch: _Batch, names: Sequence[str]) -> Outputs:
+    def _run_images(self, batch: _Batch, names: Sequence[str], images: _Pixels) -> Outputs:
         """Return the outputs *names* of *images*, perhaps with others.
 
         The first call is for all images of *batch*, which may have begun already; later ones are for parts.
@@ -332,10 +329,7 @@ class LocalModel(Model):
     def _settle_and_count(
         self, images: Sequence[QueuedImage], rows: Sequence[ImageOutputs], started: float, ended: float
     ) -> None:
-        """Settle *images*, a batch, and count it; call it on the event loop.
-
-        Meanwhile, the thread runs the next batch.
-        """
+        """Settle *images*, a batch, and count it, on the event loop while the thread runs the next batch."""
         waited = [started - image.arrived for image in images]
         logits: list[NDArray[np.float32]] = []  # that count for the drift
         for image, row, seconds in zip(images, rows, waited, strict=True):

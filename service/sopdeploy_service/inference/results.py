@@ -39,7 +39,7 @@ class HttpError:
     retry_after: int | None = None
 
     @classmethod
-    def of(cls, error: ImageError) -> "HttpError":
+    def from_image_error(cls, error: ImageError) -> "HttpError":
         """Convert the error of an image that cannot be decoded."""
         return cls(error.code, error.status, str(error))
 

@@ -17,7 +17,6 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import generate_latest
 
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.bundle.manifest import Manifest
@@ -210,12 +209,6 @@ class Service:
             return problem
         return "decoders_stopped" if self.decoders.are_stopped else "ok"
 
-    async def collect_metrics(self) -> bytes:
-        """Format the metrics of all processes of this server for Prometheus, or those of this process."""
-        if self.metrics_of_all is not None and (page := await self.metrics_of_all()):
-            return page
-        return generate_latest(self.metrics.registry)  # alone, or the supervisor has not answered
-
     async def start(self) -> None:
         """Start the threads and accept requests."""
         await self.registry.start()
@@ -266,17 +259,16 @@ class Service:
         client: str = "",
         features: bool = False,
         may_keep: bool = False,
-        are_occluded: bool = False,
+        for_drift: bool = True,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`, *client* the
         key or address that shares the decoders for large images; *features* requests the embedding,
-        *may_keep* allows to keep the images, and those that *are_occluded* do not count for the drift.
+        *may_keep* allows to keep the images, and those that are not *for_drift* do not count for the drift.
         Cancelling the call removes its images from the queue; call `check_queue` before. Raises
         `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
         """
-        for_drift = not are_occluded
         predict = partial(
             self._predict, model, deadline, client=client, features=features, for_drift=for_drift
         )
@@ -318,9 +310,10 @@ class Service:
             else:
                 decoded = Decoded(image, ())
             ran = await model.run(decoded.pixels, deadline, features=features, for_drift=for_drift)
-            return Prediction(ran.outputs, {**stages, **ran.stage_seconds}, *decoded)
+            stages |= ran.stage_seconds
+            return Prediction(ran.outputs, stages, decoded.pixels, decoded.warnings)
         except ImageError as error:
-            return HttpError.of(error)
+            return HttpError.from_image_error(error)
         except RejectedError as error:
             return error.reason
 
@@ -341,7 +334,7 @@ class Service:
             return outcomes
         started, rules = time.monotonic(), model.bundle.manifest.preprocess
         copies = np.concatenate([occlude(prediction.pixels, rules) for prediction in predictions])
-        outcomes_of_copies = await self.infer(model, copies, deadline, are_occluded=True)
+        outcomes_of_copies = await self.infer(model, copies, deadline, for_drift=False)
         seconds = time.monotonic() - started
         first_copy = 0  # of the next image with a prediction
         for number, outcome in enumerate(outcomes):

@@ -110,10 +110,7 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
 
 
 def _printable(value: object) -> object:
-    """Replace unprintable characters, which could control a terminal or start a line, by `?`.
-
-    A mapping becomes text.
-    """
+    """Replace characters that could control a terminal or start a line by `?`; a mapping becomes text."""
     if isinstance(value, Mapping):
         return " ".join(f"{key}={_printable(item)}" for key, item in value.items())
     if isinstance(value, str):

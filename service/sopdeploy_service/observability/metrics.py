@@ -109,8 +109,8 @@ class Metrics:
         self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime"))
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
-    def show_model(self, model_name: str, *, rejects: bool) -> None:
-        """Show the metrics of a model before its first batch; *rejects* if it may find an image unknown."""
+    def create_series(self, model_name: str, *, rejects: bool) -> None:
+        """Create the series of a model, at 0; *rejects* tells whether it may find an image unknown."""
         for metric in (self.batch_size, self.nonfinite_outputs, self.runtime_seconds, self.last_inference):
             metric.labels(model_name)
         for part in REQUEST_RESULTS + REQUEST_STAGES:
@@ -181,7 +181,7 @@ class DriftWindow:
         self._reference, self._metrics, self._model_name = reference, metrics, model_name
         self._counts = PredictionCounts(len(reference.classes))
         self._latest: Drift | None = None  # of the last full window
-        self.show()
+        self.publish()
 
     def add(self, logits: Sequence[NDArray[np.float32]]) -> None:
         """Count the predictions of images with *logits* (C,)."""
@@ -191,10 +191,10 @@ class DriftWindow:
         if self._counts.num_images >= WINDOW_IMAGES:
             self._latest = find_drift(self._counts, self._reference)
             self._counts = PredictionCounts(len(self._reference.classes))
-        self.show()
+        self.publish()
 
-    def show(self) -> None:
-        """Show the number of predictions, and the result of the last full window if there is one."""
+    def publish(self) -> None:
+        """Set the metrics: the number of predictions, and the result of the last full window, if any."""
         metrics, name = self._metrics, self._model_name
         metrics.drift_images.labels(name).set(self._counts.num_images)
         for test in TESTS:

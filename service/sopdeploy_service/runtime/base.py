@@ -97,20 +97,20 @@ MEMORY_TEXTS = (
 
 
 @contextmanager
-def must_run(runtime: Runtime) -> Iterator[None]:
+def translating_errors(runtime: Runtime) -> Iterator[None]:
     """Translate any error of *runtime* to `RuntimeUnavailableError`: it cannot run what it must run here."""
     try:
         yield
     except SopdeployError:
         raise
     except Exception as error:  # the libraries' errors share no base class
-        reason = f"{type(error).__name__}: {reason_of(error)}"
+        reason = f"{type(error).__name__}: {readable_reason(error)}"
         raise RuntimeUnavailableError(
             f"{runtime.name} cannot run a batch on {runtime.device}: {reason}"
         ) from error
 
 
-def reason_of(error: Exception) -> str:
+def readable_reason(error: Exception) -> str:
     """Return the part of a library's *error* that a user understands, in one line."""
     match = REASON.search(str(error))
     reason = " ".join((match[0] if match else str(error)).split())

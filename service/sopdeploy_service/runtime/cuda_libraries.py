@@ -30,8 +30,8 @@ def package_folders() -> list[Path]:
     """
     folders: list[Path] = []
     found: set[str] = set()
-    for entry in sys.path:
-        for folder in sorted(Path(entry, "nvidia").glob("*/lib")):
+    for packages in sys.path:
+        for folder in sorted(Path(packages, "nvidia").glob("*/lib")):
             libraries = {path.name for path in folder.glob("*.so*")}
             if not libraries <= found:
                 folders.append(folder)
@@ -40,10 +40,7 @@ def package_folders() -> list[Path]:
 
 
 def load_cuda_libraries(onnxruntime: Any) -> None:
-    """Load what the CUDA provider of *onnxruntime* needs, from pip packages or the system's folders.
-
-    On Linux, raises `RuntimeUnavailableError` with the name of the first library that cannot be loaded.
-    """
+    """Load what ONNX Runtime's CUDA provider needs; raises `RuntimeUnavailableError` with what is missing."""
     with contextlib.redirect_stdout(io.StringIO()):  # `preload_dlls` prints what it cannot load
         folders = package_folders()
         for folder in folders:

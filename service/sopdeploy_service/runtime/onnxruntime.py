@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.base import is_out_of_memory, padded_sizes, reason_of
+from sopdeploy_service.runtime.base import is_out_of_memory, padded_sizes, readable_reason
 from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
 
 log = logging.getLogger("sopdeploy.service")
@@ -41,10 +41,7 @@ class OnnxRuntime:
     _provider = CPU
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Load *bundle*; *threads* defaults to one per core.
-
-        Raises `RuntimeUnavailableError` if onnxruntime is missing or cannot run the graph on its provider.
-        """
+        """Load *bundle*; *threads* defaults to one per core. Raises `RuntimeUnavailableError`."""
         onnxruntime = import_onnxruntime()
         manifest = bundle.manifest
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
@@ -240,7 +237,7 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str,
             onnxruntime, bundle.onnx.path, options, provider, bundle.manifest.precision, like
         )
     except Exception as error:  # onnxruntime's errors share no base class
-        reason = f"cannot load the graph: {reason_of(error)}"
+        reason = f"cannot load the graph: {readable_reason(error)}"
         raise RuntimeUnavailableError(f"{bundle.path / GRAPH}: onnxruntime {version} {reason}") from error
     if session.get_providers()[0] != provider:
         raise RuntimeUnavailableError(

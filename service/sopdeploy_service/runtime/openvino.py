@@ -3,8 +3,6 @@
 import functools
 import importlib.metadata
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,26 +23,17 @@ def openvino_core() -> Any:
     released, in whichever thread. The next signal would end the process with a segmentation fault. Raises
     `RuntimeUnavailableError` if OpenVINO is not installed.
     """
-    with _without_telemetry():
-        openvino = import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError)
-    return openvino.Core()
-
-
-@contextmanager
-def _without_telemetry() -> Iterator[None]:
-    """Let OpenVINO use its `telemetry_stub`, as if the package with which it reports its import were missing.
-
-    The package writes an ID into the home folder, warns if it cannot, and sends events. Its own switch,
-    `opt_in_out --opt_out`, is a file in the home folder.
-    """
-    if TELEMETRY in sys.modules:
-        yield
-        return
-    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # importing it now raises `ImportError`
+    # The package with which OpenVINO reports its import writes an ID into the home folder, and sends events.
+    # Its own switch, `opt_in_out --opt_out`, is a file there. Without it, OpenVINO uses its `telemetry_stub`.
+    hides_telemetry = TELEMETRY not in sys.modules
+    if hides_telemetry:
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # importing it now raises `ImportError`
     try:
-        yield
+        openvino = import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError)
     finally:
-        del sys.modules[TELEMETRY]
+        if hides_telemetry:
+            del sys.modules[TELEMETRY]
+    return openvino.Core()
 
 
 class OpenVINORuntime:
@@ -53,10 +42,7 @@ class OpenVINORuntime:
     device = "cpu"
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Compile the graph of *bundle*; *threads* defaults to one per core.
-
-        Raises `RuntimeUnavailableError` if OpenVINO is missing, fails or finds other tensors in the graph.
-        """
+        """Compile *bundle*; *threads* defaults to one per core. Raises `RuntimeUnavailableError`."""
         core = openvino_core()
         version = importlib.metadata.version("openvino")
         self.name = f"openvino {version}"

@@ -98,7 +98,7 @@ def read_kept(folder: Path) -> list[Kept]:
             "%s: %d records are damaged, of a later version or have no photograph; they are skipped",
             folder, skipped,
         )  # fmt: skip
-    return sorted(kept, key=lambda entry: entry.record.time)
+    return sorted(kept, key=lambda kept_photo: kept_photo.record.time)
 
 
 def near_hash(pixels: NDArray[np.uint8]) -> str:

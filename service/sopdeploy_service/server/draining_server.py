@@ -149,10 +149,7 @@ class DrainingServer(uvicorn.Server):
             self.reload()
 
     def reload(self) -> None:
-        """Start to find the bundles again and serve those that have changed, unless the server drains.
-
-        With a memory budget, this is impossible, as an error in the log says.
-        """
+        """Begin to serve bundles that have changed, unless the server drains or has a memory budget."""
         if self._service.settings.memory_budget is not None:
             log.error("not reloaded: impossible with memory_budget")
         elif self._drain_until is None:
@@ -186,7 +183,9 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port and respond to the connections that were pending, unless a runtime has died."""
         if self._is_draining:  # otherwise a runtime has died, and the process ends at once
-            pending = [connection for listener in sockets or [] for connection in accept_pending(listener)]
+            pending: list[socket.socket] = []
+            for listener in sockets or []:
+                pending += accept_pending(listener)
             for server in self.servers:
                 server.close()
             await self.serve_connections(pending)
@@ -194,7 +193,7 @@ class DrainingServer(uvicorn.Server):
             all_answered = False
             while not all_answered and time.monotonic() < end:
                 await asyncio.sleep(_POLL_SECONDS)  # the loop reads what has arrived
-                protocols = cast(set[LimitedHttpProtocol], self.server_state.connections)
+                connections = cast(set[LimitedHttpProtocol], self.server_state.connections)
                 # uvicorn runs this timer while a connection waits for its next request.
-                all_answered = all(one.timeout_keep_alive_task is not None for one in protocols)
+                all_answered = all(one.timeout_keep_alive_task is not None for one in connections)
         await super().shutdown(sockets)

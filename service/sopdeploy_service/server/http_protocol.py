@@ -94,11 +94,6 @@ class Connections:
         self.note_last_response(evicted)  # if it has not done so itself
         return None
 
-    def note_wait(self, connection: "LimitedHttpProtocol") -> None:
-        """Note that *connection* waits for headers from now on."""
-        self.waiting.pop(connection, None)
-        self.waiting[connection] = connection.loop.time()
-
     def note_last_response(self, connection: "LimitedHttpProtocol") -> None:
         """Note that *connection* has its last response; abort the one that has it longest if many have."""
         for state in (self.idle, self.waiting, self.bodies, self.unread):
@@ -118,7 +113,7 @@ class Connections:
         """
         busiest, count = max(self.num_by_address.items(), key=lambda item: item[1], default=("", 0))
         if count > max(MIN_SHARE, self.settings.max_connections // 4):
-            of_busiest = [one for one in self.open if one.address == busiest]
+            of_busiest = [connection for connection in self.open if connection.address == busiest]
             evictable = self._find_slowest(of_busiest, now - GRACE) or self._find_slowest(of_busiest, now)
             if evictable is not None:
                 return evictable
@@ -132,19 +127,22 @@ class Connections:
         The order is: the one that is longest in its headers; the longest idle one; of the address with most
         connections, one that does not read; of this address, the one with the slowest body.
         """
-        chosen = set(among)
-        in_headers = next((one for one in self.waiting if one in chosen), None)
-        if in_headers is not None and self.waiting[in_headers] <= before:
-            return in_headers
-        longest_idle = next((one for one in self.idle if one in chosen), None)
+        candidates = set(among)
+        longest_in_headers = next((one for one in self.waiting if one in candidates), None)
+        if longest_in_headers is not None and self.waiting[longest_in_headers] <= before:
+            return longest_in_headers
+        longest_idle = next((one for one in self.idle if one in candidates), None)
         if longest_idle is not None:
             return longest_idle
-        # With bytes per second; a client that does not read receives nothing.
-        slow = {one: 0.0 for one, since in self.unread.items() if one in chosen and since <= before}
-        for one, since in self.bodies.items():
-            if one in chosen and since <= before:
-                slow[one] = one.body_bytes / max(one.loop.time() - since, MIN_SECONDS)
-        return min(slow, key=lambda one: (-self.num_by_address[one.address], slow[one]), default=None)
+        rates: dict[LimitedHttpProtocol, float] = {}  # bytes per second; 0 if the client does not read
+        for connection, since in self.unread.items():
+            if connection in candidates and since <= before:
+                rates[connection] = 0.0
+        for connection, since in self.bodies.items():
+            if connection in candidates and since <= before:
+                seconds = max(connection.loop.time() - since, MIN_SECONDS)
+                rates[connection] = connection.body_bytes / seconds
+        return min(rates, key=lambda one: (-self.num_by_address[one.address], rates[one]), default=None)
 
     def remove(self, connection: "LimitedHttpProtocol") -> None:
         """Remove *connection*, which is closed."""
@@ -494,7 +492,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.metrics.rejected.labels(reason.code).inc()
         self._stop_timer()
         self._ignores_input = True
-        if self.cycle is not None and not self.cycle.response_complete:  # the app still responds
+        is_app_responding = self.cycle is not None and not self.cycle.response_complete
+        if is_app_responding:
             # The response is to an earlier request if the rejected one is queued or still in its headers.
             is_to_earlier = bool(self.pipeline) or not self._in_body
             if is_to_earlier or self.cycle.response_started:
@@ -509,6 +508,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.close(is_input_in_transit=True)
 
     def _write_error(self, reason: HttpError) -> None:
+        """Send the response of *reason* as the last one, without the app."""
         identifier = request_id(Headers(raw=self.headers or []))
         root, url = self._limits.root_path, self.url.partition(b"?")[0].decode("latin-1")
         headers = {"Connection": "close", "X-Request-ID": identifier}
@@ -521,7 +521,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _start_header_timeout(self) -> None:
         """Note that headers are due; reject the request if they do not arrive in time."""
-        self._shared.note_wait(self)
+        self._shared.waiting.pop(self, None)
+        self._shared.waiting[self] = self.loop.time()  # the last one
         self._start_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
 
     def _start_timer(self, seconds: float, callback: Callable[[], None]) -> None:

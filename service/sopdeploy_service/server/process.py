@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sopdeploy.bundle.folder import read_files
+from sopdeploy.bundle.folder import Bundle, read_files
+from sopdeploy.bundle.manifest import Manifest
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_bundle, wait_in_time
@@ -81,15 +82,12 @@ def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, 
 
 def load_registry(sources: Sequence[str | Path], settings: Settings) -> "ModelRegistry":
     """Load the bundles at *sources* in the time that *settings* allow."""
-    # With a memory budget, the graphs are hashed only, and read again when they are loaded.
-    with_graph = settings.memory_budget is None
-    finding = daemon_threads.start(  # before the slow imports
-        partial(
-            find_bundles,
-            sources,
-            lambda _name, path, manifest: read_files(path, manifest, with_graph=with_graph),
-        )
-    )
+
+    def read(_name: str, path: Path, manifest: Manifest) -> Bundle:
+        # With a memory budget, the graphs are hashed only, and read again when they are loaded.
+        return read_files(path, manifest, with_graph=settings.memory_budget is None)
+
+    finding = daemon_threads.start(partial(find_bundles, sources, read))  # before the slow imports
     bundles = wait_in_time(finding, "the bundles", settings)
     from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
     from sopdeploy_service.inference.service import ModelRegistry  # noqa: PLC0415

@@ -244,7 +244,7 @@ def test_a_file_that_needs_more_memory_than_a_child_has_fails_and_the_next_is_de
 def test_a_light_child_ends_at_its_cpu_time() -> None:
     body = hostile.jpeg(1700, 1700, sampling=0x22, scans=98)
     with running_child(pool.shared_template(), OPTIONS._replace(cpu_seconds=0.01)) as child:
-        assert child.decode(body) == pool.Ended(pool.TIME)
+        assert child.decode(body) == pool.ChildEnded(pool.TIME)
 
 
 @contextmanager

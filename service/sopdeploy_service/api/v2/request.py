@@ -220,8 +220,8 @@ def _read_pixels(tensor: InputTensor, binary: memoryview, shape: tuple[int, ...]
 
 def _elements(tensor: InputTensor, shape: tuple[int, ...]) -> list[Any]:
     """Return the elements of the data of *tensor*, a list that is flat or nested like *shape*."""
-    elements = [tensor.data]
-    is_flat = isinstance(tensor.data, list) and not any(isinstance(one, list) for one in tensor.data[:1])
+    data, elements = tensor.data, [tensor.data]
+    is_flat = isinstance(data, list) and len(data) > 0 and not isinstance(data[0], list)
     for length in (prod(shape),) if is_flat else shape:  # of the lists at each level, from the outermost one
         if set(map(type, elements)) != {list} or set(map(len, elements)) != {length}:
             message = (

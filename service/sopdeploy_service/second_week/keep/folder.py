@@ -65,7 +65,7 @@ class Ages(StrictModel):
     kept_at: dict[str, Seconds] = pydantic.Field(default_factory=dict)
 
 
-class _Entry(NamedTuple):
+class _StoredPhoto(NamedTuple):
     """A kept photograph: `kept_at` are counted seconds, `near_hash` is a number, `bytes` of both files."""
 
     path: Path
@@ -91,7 +91,7 @@ class KeptFolder:
         be written or locked, and `ConfigError` if another process keeps photographs there.
         """
         self.path, self._max_bytes, self._age = path, max_bytes, days * 86_400
-        self._entries: dict[str, _Entry] = {}  # by name, the oldest first
+        self._photos: dict[str, _StoredPhoto] = {}  # by name, the oldest first
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
         self._counted = self._saved = 0.0  # seconds that keepers of this folder have run, and those in `AGES`
@@ -122,30 +122,29 @@ class KeptFolder:
     @property
     def used(self) -> int:
         """Bytes of the kept photographs, also of one that is being written."""
-        return sum(entry.bytes for entry in self._entries.values())
+        return sum(photo.bytes for photo in self._photos.values())
 
     def _load(self) -> None:
-        """Fill the entries from the complete photographs; an age that is not known begins now."""
-        kept, ages = read_kept(self.path), self._read_ages()
-        if ages is None and kept:
-            log.warning("%s: the ages of %d photographs are not known; they begin now", self.path, len(kept))
-        ages = ages or Ages()
-        self._counted = self._saved = ages.counted
-        kept_at = {path.name: ages.kept_at.get(path.name, ages.counted) for path, _ in kept}
-        for path, record in sorted(kept, key=lambda entry: kept_at[entry.path.name]):  # stable
-            files = path, path.with_suffix(".json")
-            size = sum(_size_on_disk(file.stat().st_size) for file in files)
-            self._insert(path, record, size, kept_at[path.name])
-
-    def _read_ages(self) -> Ages | None:
-        """Read `AGES`; None if it is missing or damaged."""
+        """Note the complete photographs in the folder; an age that is not known begins now."""
+        kept = read_kept(self.path)
         try:
             with open_regular(self.path / AGES) as file:
                 ages = Ages.model_validate_json(read_at_most(file, MAX_AGES_BYTES))
-        except (OSError, pydantic.ValidationError):
-            return None
-        is_valid = all(kept_at <= ages.counted for kept_at in ages.kept_at.values())
-        return ages if is_valid else None
+            is_valid = all(kept_at <= ages.counted for kept_at in ages.kept_at.values())
+        except (OSError, pydantic.ValidationError):  # the file is missing or damaged
+            is_valid = False
+        if not is_valid:
+            ages = Ages()
+            if kept:
+                log.warning(
+                    "%s: the ages of %d photographs are not known; they begin now", self.path, len(kept)
+                )
+        self._counted = self._saved = ages.counted
+        kept_at = {path.name: ages.kept_at.get(path.name, ages.counted) for path, _ in kept}
+        for path, record in sorted(kept, key=lambda photo: kept_at[photo.path.name]):  # stable
+            files = path, path.with_suffix(".json")
+            size = sum(_size_on_disk(file.stat().st_size) for file in files)
+            self._insert(path, record, size, kept_at[path.name])
 
     def _delete_incomplete(self) -> None:
         """Delete photographs without a record, records without a photograph, and partial files.
@@ -153,8 +152,8 @@ class KeptFolder:
         Files that no `KeptFolder` wrote stay, and damaged records with their photographs.
         """
         remove_leftovers(self.path)
-        photographs = {entry.path for entry in self._entries.values()}
-        complete = photographs | {path.with_suffix(".json") for path in photographs}
+        images = {photo.path for photo in self._photos.values()}
+        complete = images | {path.with_suffix(".json") for path in images}
         for file in set(self.path.iterdir()) - complete:
             if _OWN.fullmatch(file.name) is None:
                 continue
@@ -172,7 +171,7 @@ class KeptFolder:
         near-duplicates. The first write that fails is logged, and the next one that succeeds.
         """
         try:
-            result = self._add(image, record)
+            result = self._store(image, record)
         except OSError as error:
             if not self._failed:
                 log.warning("%s: cannot be written (%s); no photograph is kept", self.path, error.strerror)
@@ -184,70 +183,69 @@ class KeptFolder:
         return result
 
     @property
-    def check_seconds(self) -> float:
-        """Seconds after which `check` should be called again."""
+    def clean_up_seconds(self) -> float:
+        """Seconds after which `clean_up` should be called again."""
         return min(CHECK_SECONDS, max(1.0, self._age / 10))
 
-    def check(self) -> None:
+    def clean_up(self) -> None:
         """Delete photographs that are too old, and forget those that others have deleted or labelled."""
-        for entry in list(self._entries.values()):
-            self._forget_if_gone(entry)
+        for photo in list(self._photos.values()):
+            self._forget_if_gone(photo)
         self.expire()
 
-    def has_near(self, name: str, reasons: Sequence[Reason], near_hash: str) -> bool:
+    def has_duplicate(self, name: str, reasons: Sequence[Reason], near_hash: str) -> bool:
         """Tell whether the file *name*, without suffix, is kept for *reasons*, or a near-duplicate of it.
 
-        Those of the uniform sample may be near-duplicates, so that it shows all photographs. Entries whose
-        photograph is gone do not count and are forgotten.
+        Those of the uniform sample may be near-duplicates, so that it shows all photographs. Those that
+        others have deleted or labelled do not count and are forgotten.
         """
         for suffix in _SUFFIXES:
-            previous = self._entries.get(f"{name}{suffix}")
+            previous = self._photos.get(f"{name}{suffix}")
             if previous is not None and not self._forget_if_gone(previous):
                 return previous.reasons.issuperset(reasons)
         if "sample" in reasons:
             return False
         number = int(near_hash, 16)
-        near = [one for one in self._entries.values() if (number ^ one.near_hash).bit_count() <= NEAR_BITS]
-        return any(not self._forget_if_gone(one) for one in near)
+        near = [
+            photo for photo in self._photos.values() if (number ^ photo.near_hash).bit_count() <= NEAR_BITS
+        ]
+        return any(not self._forget_if_gone(photo) for photo in near)
 
-    def _forget_if_gone(self, entry: _Entry) -> bool:
-        """Forget *entry* if others have deleted or labelled its photograph; return whether they have."""
-        is_gone = not entry.path.exists()
+    def _forget_if_gone(self, photo: _StoredPhoto) -> bool:
+        """Forget *photo* if others have deleted or labelled it; return whether they have."""
+        is_gone = not photo.path.exists()
         if is_gone:
-            del self._entries[entry.path.name]
+            del self._photos[photo.path.name]
         return is_gone
 
     def expire(self) -> None:
-        """Count the time since the last call, and delete photographs that are too old; raises `OSError`.
-
-        The counted time is written to `AGES` from time to time.
-        """
+        """Delete photographs that are too old, and write the counted time to `AGES` if much has passed."""
         now = time.monotonic()
-        step = min(max(0.0, now - self._ticked), MAX_STEP * self.check_seconds)
+        step = min(max(0.0, now - self._ticked), MAX_STEP * self.clean_up_seconds)
         self._ticked = now
         self._counted += step
         if self._counted - self._saved >= min(SAVE_SECONDS, self._age / 10):
-            kept_at = {name: entry.kept_at for name, entry in self._entries.items()}
+            kept_at = {name: photo.kept_at for name, photo in self._photos.items()}
             content = Ages(counted=self._counted, kept_at=kept_at).model_dump_json().encode()
             _write(self.path / AGES, content)
             self._saved = self._counted
-        old = [one for one in self._entries.values() if self._counted - one.kept_at > self._age]
+        old = [photo for photo in self._photos.values() if self._counted - photo.kept_at > self._age]
         self._delete_for("expired", old)
 
-    def _delete_for(self, reason: Deletion, entries: list[_Entry]) -> None:
-        """Delete the photographs of *entries*, report each to `on_delete`, and log how many they are."""
-        for entry in entries:
-            self._delete(entry)
+    def _delete_for(self, reason: Deletion, photos: list[_StoredPhoto]) -> None:
+        """Delete *photos*, report each to `on_delete`, and log how many they are."""
+        for photo in photos:
+            self._delete(photo)
             self._on_delete(reason)
-        if entries:
-            log.info("deleted photographs", extra={"reason": reason, "photographs": len(entries)})
+        if photos:
+            log.info("deleted photographs", extra={"reason": reason, "photographs": len(photos)})
 
-    def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
+    def _store(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* as `add` does, and make room for it first; raises `OSError`."""
         path = self.path / record.image
-        if self.has_near(path.stem, record.reasons, record.near_hash):
+        if self.has_duplicate(path.stem, record.reasons, record.near_hash):
             return "near_duplicate"
-        previous = self._entries.get(path.name)  # of the same image: the name is a hash of the original bytes
+        previous = self._photos.get(path.name)  # of the same image: the name is a hash of the original bytes
         if previous is not None:
             reasons = tuple(sorted(previous.reasons.union(record.reasons)))
             record = record.model_copy(update={"reasons": reasons})
@@ -258,59 +256,59 @@ class KeptFolder:
         if previous is not None:
             return self._replace_record(previous, record, content)
         self._make_room(size)
-        entry = self._insert(path, record, size, self._counted)
+        photo = self._insert(path, record, size, self._counted)
         try:  # the photograph is written first: its record shows that it is complete
             _write(path, image)
             _write(path.with_suffix(".json"), content)
         except OSError:
-            self._delete(entry)
+            self._delete(photo)
             raise
         return "kept"
 
-    def _replace_record(self, previous: _Entry, record: KeptRecord, content: bytes) -> KeptResult:
+    def _replace_record(self, previous: _StoredPhoto, record: KeptRecord, content: bytes) -> KeptResult:
         """Write *content*, the *record*, for the photograph of *previous*, which stays if this fails.
 
-        Its place in the order is then the last. Without room for both records, the previous one stays.
+        It is then the newest one. Without room for both records, the previous record stays.
         """
         record_size = _size_on_disk(len(content))
         size = _size_on_disk(previous.path.stat().st_size) + record_size
         if size + record_size > self._max_bytes:
             return "near_duplicate"
-        del self._entries[previous.path.name]  # so that it does not make room
+        del self._photos[previous.path.name]  # so that it does not make room
         try:
             self._make_room(size + record_size)
             _write(previous.path.with_suffix(".json"), content)
         except OSError:
-            self._entries[previous.path.name] = previous
+            self._photos[previous.path.name] = previous
             raise
-        entry = self._insert(previous.path, record, size, self._counted)
-        if self._forget_if_gone(entry):  # deleted or labelled meanwhile
+        photo = self._insert(previous.path, record, size, self._counted)
+        if self._forget_if_gone(photo):  # deleted or labelled meanwhile
             previous.path.with_suffix(".json").unlink(missing_ok=True)
             return "dropped"
         return "kept"
 
-    def _insert(self, path: Path, record: KeptRecord, size: int, kept_at: float) -> _Entry:
-        """Add an entry as the last one, which is the newest."""
-        entry = _Entry(path, kept_at, int(record.near_hash, 16), frozenset(record.reasons), size)
-        self._entries[path.name] = entry
-        return entry
+    def _insert(self, path: Path, record: KeptRecord, size: int, kept_at: float) -> _StoredPhoto:
+        """Note a photograph as the newest one."""
+        photo = _StoredPhoto(path, kept_at, int(record.near_hash, 16), frozenset(record.reasons), size)
+        self._photos[path.name] = photo
+        return photo
 
     def _make_room(self, size: int) -> None:
         """Delete photographs until *size* more bytes fit; *size* is at most the limit."""
         while self.used + size > self._max_bytes:
-            sample = [entry for entry in self._entries.values() if "sample" in entry.reasons]
-            others = [entry for entry in self._entries.values() if "sample" not in entry.reasons]
-            is_sample_large = sum(entry.bytes for entry in sample) > SAMPLE_SHARE * self._max_bytes
+            sample = [photo for photo in self._photos.values() if "sample" in photo.reasons]
+            others = [photo for photo in self._photos.values() if "sample" not in photo.reasons]
+            is_sample_large = sum(photo.bytes for photo in sample) > SAMPLE_SHARE * self._max_bytes
             if is_sample_large or not others:
                 self._delete_for("no_room", sample[:1])  # the oldest one
             else:  # the first one with the fewest reasons, which is the oldest of those
-                self._delete_for("no_room", [min(others, key=lambda entry: len(entry.reasons))])
+                self._delete_for("no_room", [min(others, key=lambda photo: len(photo.reasons))])
 
-    def _delete(self, entry: _Entry) -> None:
-        """Delete the files of *entry*, the record first, and forget it."""
-        for file in (entry.path.with_suffix(".json"), entry.path):
+    def _delete(self, photo: _StoredPhoto) -> None:
+        """Delete the files of *photo*, the record first, and forget it."""
+        for file in (photo.path.with_suffix(".json"), photo.path):
             file.unlink(missing_ok=True)
-        del self._entries[entry.path.name]
+        del self._photos[photo.path.name]
 
 
 def _write(file: Path, content: bytes) -> None:

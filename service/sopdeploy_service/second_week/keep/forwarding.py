@@ -36,26 +36,22 @@ def forward(end: socket.socket, image: bytes, record: KeptRecord) -> bool:
     return True
 
 
-def receive_on(loop: asyncio.AbstractEventLoop, end: socket.socket, receive: Receive) -> None:
-    """Pass each photograph that arrives at *end* to *receive*, on *loop*."""
-
-    def receive_next() -> None:
+def receive_next(end: socket.socket, receive: Receive) -> None:
+    """Pass the photograph that waits at *end*, which the running event loop reads, to *receive*."""
+    try:
+        message, files, _, _ = socket.recv_fds(end, 16, 1)
+    except BlockingIOError:
+        return
+    if not message:  # all other processes have ended
+        asyncio.get_running_loop().remove_reader(end)
+    for number in files:
+        with os.fdopen(number, "rb") as file:
+            file.seek(0)
+            data = file.read(MAX_BYTES)
         try:
-            message, files, _, _ = socket.recv_fds(end, 16, 1)
-        except BlockingIOError:
-            return
-        if not message:  # all other processes have ended
-            loop.remove_reader(end)
-        for number in files:
-            with os.fdopen(number, "rb") as file:
-                file.seek(0)
-                data = file.read(MAX_BYTES)
-            try:
-                (size,) = SIZE.unpack_from(data)
-                record = KeptRecord.model_validate_json(data[SIZE.size : SIZE.size + size])
-            except (struct.error, ValueError):
-                log.error("another process has sent no photograph")
-            else:
-                receive(data[SIZE.size + size :], record)
-
-    loop.add_reader(end, receive_next)
+            (size,) = SIZE.unpack_from(data)
+            record = KeptRecord.model_validate_json(data[SIZE.size : SIZE.size + size])
+        except (struct.error, ValueError):
+            log.error("another process has sent no photograph")
+        else:
+            receive(data[SIZE.size + size :], record)

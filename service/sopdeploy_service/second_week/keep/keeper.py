@@ -80,27 +80,6 @@ def reasons_to_keep(
     return tuple(reason for reason, applies in reasons.items() if applies)
 
 
-def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
-    """Describe *photo*, which is kept as the file *image* for *reasons*."""
-    manifest, labels = photo.bundle.manifest, photo.bundle.labels
-    indexes = list(range(len(labels)))  # of the labels in the record: all, or those with the largest logits
-    if len(labels) > MAX_KEPT_LABELS:
-        indexes = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
-    answer = manifest.rules.answer(photo.logits, top_k=1)
-    return KeptRecord(
-        image=image,
-        bundle=manifest.id,
-        model=photo.model,
-        time=photo.time,
-        reasons=reasons,
-        labels=tuple(labels[index] for index in indexes),
-        logits=tuple(photo.logits[indexes].tolist()),
-        known=answer.known,
-        score=answer.score,
-        near_hash=near_hash(photo.pixels),
-    )
-
-
 def open_keeper(
     settings: Settings,
     metrics: Metrics,
@@ -165,7 +144,8 @@ class Keeper:
     def start(self) -> None:
         """Start the thread; a keeper with a folder and a socket also begins to receive, on this loop."""
         if self._socket is not None and self._folder is not None:
-            forwarding.receive_on(asyncio.get_running_loop(), self._socket, self.receive)
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._socket, forwarding.receive_next, self._socket, self.receive)
         self._thread.start()
 
     def stop(self) -> None:
@@ -195,18 +175,18 @@ class Keeper:
 
     def _run(self) -> None:
         """Keep photographs from the queue until None, clean up the folder, and log what was dropped."""
-        next_check = next_log = 0.0
-        seconds = None if self._folder is None else self._folder.check_seconds
+        next_clean_up = next_log = 0.0
+        seconds = None if self._folder is None else self._folder.clean_up_seconds
         while True:
             if time.monotonic() >= next_log:
                 self._log_dropped()
                 next_log = time.monotonic() + LOG_SECONDS
-            if self._folder is not None and time.monotonic() >= next_check:
+            if self._folder is not None and time.monotonic() >= next_clean_up:
                 try:
-                    self._folder.check()
+                    self._folder.clean_up()
                 except OSError as error:
                     log.warning("%s: cannot be cleaned up (%s)", self._folder.path, error.strerror)
-                next_check = time.monotonic() + self._folder.check_seconds
+                next_clean_up = time.monotonic() + self._folder.clean_up_seconds
             try:
                 photo = self._photos.get(timeout=seconds)
             except queue.Empty:
@@ -252,20 +232,22 @@ class Keeper:
                 return None
             near = near_hash(photo.pixels)
         is_sample = "sample" in reasons
-        if not is_sample and (refusal := self._refill_and_refuse(int(near, 16))) is not None:
-            return refusal
+        if not is_sample:
+            refusal = self._refuse_copy(int(near, 16))
+            if refusal is not None:
+                return refusal
         started = time.monotonic()
         try:
             if self._folder is None:
-                record = _record_of(photo, reasons, f"{name}.jpg")
+                record = _describe(photo, reasons, f"{name}.jpg")
                 is_taken = self._socket is not None and forwarding.forward(self._socket, photo.image, record)
                 return None if is_taken else "dropped"
-            if self._folder.has_near(name, reasons, near):
+            if self._folder.has_duplicate(name, reasons, near):
                 return "near_duplicate"
             if not is_sample:
                 self._recent.append(int(near, 16))  # also if an error follows
             copy, suffix = self._copy(photo.image)
-            result = self._folder.add(copy, _record_of(photo, reasons, f"{name}{suffix}"))
+            result = self._folder.add(copy, _describe(photo, reasons, f"{name}{suffix}"))
             if result == "kept" and not is_sample:
                 self._recent.pop()  # the folder knows it, as long as nobody deletes or labels it
             return result
@@ -276,10 +258,10 @@ class Keeper:
                 spent = time.monotonic() - started  # includes the wait for a decoder process
                 self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)  # the debt is limited
 
-    def _refill_and_refuse(self, near: int) -> KeptResult | None:
-        """Refill the budget of copies; return why a photograph with the hash *near* is not copied, or None.
+    def _refuse_copy(self, near: int) -> KeptResult | None:
+        """Return why a photograph outside of the sample with the hash *near* is not copied, or None.
 
-        It is outside of the sample. One for which there is no budget is counted in `_num_uncopied`.
+        Refills the budget of copies. A photograph for which there is none is counted in `_num_uncopied`.
         """
         now = time.monotonic()
         # The budget grows with the time since the last call; `_keep` subtracts the seconds of a copy.
@@ -293,11 +275,27 @@ class Keeper:
         return "dropped"
 
 
-def _record_of(photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
-    """Describe *photo*, which is kept as the file *image*; a forwarded one has a record already."""
+def _describe(photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
+    """Describe *photo*, kept as the file *image* for *reasons*; a forwarded one has a record already."""
     if isinstance(photo, WorthPhoto):
         return photo.record.model_copy(update={"image": image})
-    return make_record(photo, reasons, image)
+    manifest, labels = photo.bundle.manifest, photo.bundle.labels
+    indexes = list(range(len(labels)))  # of the labels in the record: all, or those with the largest logits
+    if len(labels) > MAX_KEPT_LABELS:
+        indexes = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
+    answer = manifest.rules.answer(photo.logits, top_k=1)
+    return KeptRecord(
+        image=image,
+        bundle=manifest.id,
+        model=photo.model,
+        time=photo.time,
+        reasons=reasons,
+        labels=tuple(labels[index] for index in indexes),
+        logits=tuple(photo.logits[indexes].tolist()),
+        known=answer.known,
+        score=answer.score,
+        near_hash=near_hash(photo.pixels),
+    )
 
 
 def _size_of(photo: PredictedPhoto | WorthPhoto) -> int:

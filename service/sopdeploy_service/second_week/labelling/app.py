@@ -71,7 +71,7 @@ async def read_label(request: Request) -> GivenLabel:
     return parse_json(GivenLabel, await request.body(), MAX_BODY_BYTES)
 
 
-def answer_instead(request: Request, origins: OwnOrigins, root_path: str, key: str) -> Response | None:
+def intercept(request: Request, origins: OwnOrigins, root_path: str, key: str) -> Response | None:
     """Return the response to a request that no route may handle; None if one may.
 
     These are requests that *origins* refuse, without the *key*, too large, and POSTs without JSON. A request
@@ -80,7 +80,7 @@ def answer_instead(request: Request, origins: OwnOrigins, root_path: str, key: s
     """
     headers, peer = request.headers, request.client.host if request.client else ""
     navigates = request.method == "GET" and request.scope["path"] == "/"
-    if origins.find_foreign(headers, peer, is_link=navigates):
+    if origins.why_foreign(headers, peer, is_link=navigates):
         return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
     if request.method == "POST":
         if headers.get("content-type") != "application/json":
@@ -90,8 +90,8 @@ def answer_instead(request: Request, origins: OwnOrigins, root_path: str, key: s
             return PlainTextResponse(f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413)
     if secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), key.encode()):
         return None
-    given = parse_qs(request.url.query).get("key", [""])[0]
-    if navigates and secrets.compare_digest(given.encode(), key.encode()):
+    key_in_address = parse_qs(request.url.query).get("key", [""])[0]
+    if navigates and secrets.compare_digest(key_in_address.encode(), key.encode()):
         # So that the key is not in the history of the browser.
         response = RedirectResponse(f"{root_path or '.'}/", 303)
         response.set_cookie(COOKIE, key, httponly=True, samesite="lax")
@@ -102,13 +102,10 @@ def answer_instead(request: Request, origins: OwnOrigins, root_path: str, key: s
 async def guard(
     origins: OwnOrigins, root_path: str, key: str, request: Request, call_next: RequestResponseEndpoint
 ) -> Response:
-    """Handle or refuse one request, whose path loses the prefix *root_path*.
-
-    A body that arrives slowly is refused, too.
-    """
+    """Handle a request, whose path loses the prefix *root_path*, or refuse it, also if its body is slow."""
     full_path = request.scope["path"]
     request.scope["path"] = without_prefix(full_path, root_path)
-    if (response := answer_instead(request, origins, root_path, key)) is not None:
+    if (response := intercept(request, origins, root_path, key)) is not None:
         return response
     if full_path == root_path != "":
         return RedirectResponse(f"{root_path}/")  # the links of the page are relative to it
@@ -127,7 +124,7 @@ def label_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> FastAPI:
-    """Create the app that labels the photographs of *folders*; it refuses what `answer_instead` does."""
+    """Create the app that labels the photographs of *folders*; it refuses what `intercept` does."""
     names = {"localhost", settings.host, socket.gethostname()}
     origins = OwnOrigins(names, settings.allowed_hosts, settings.trusted_proxies)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -158,12 +155,12 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
         return Response(content, media_type=media_type, headers=IMAGE_HEADERS)
 
     @app.post("/label")
-    def label(given: Annotated[GivenLabel, Depends(read_label)]) -> LabelState:
+    def label(answer: Annotated[GivenLabel, Depends(read_label)]) -> LabelState:
         with lock:
-            if given.kind == "skip":
-                folders.skip(given.id)
+            if answer.kind == "skip":
+                folders.skip(answer.id)
             else:
-                folders.label(given.id, given.name if given.kind == "class" else None)
+                folders.label(answer.id, answer.name if answer.kind == "class" else None)
             return describe_next(folders)
 
     @app.post("/undo")

@@ -9,7 +9,6 @@ deleted after that; `read_kept` skips a record that remains. A file `ID.skipped`
 """
 
 import errno
-import itertools
 import os
 import shutil
 from collections.abc import Collection
@@ -40,6 +39,7 @@ SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
 MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
+GONE = "that photograph has a label already or is no longer kept; this is the next one"
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
 
 
@@ -123,38 +123,43 @@ class LabelFolders:
         The near hashes of the uniform sample are remembered, also after their photographs are labelled.
         """
         skipped = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
-        found = [photo for photo in read_kept(self.kept) if photo.path.stem not in skipped]
-        samples = [photo for photo in found if "sample" in photo.record.reasons]
+        samples: list[Kept] = []
+        others: list[Kept] = []
+        for photo in read_kept(self.kept):
+            if photo.path.stem in skipped:
+                continue
+            if "sample" in photo.record.reasons:
+                samples.append(photo)
+            else:
+                others.append(photo)
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
-        queue = order_records([photo for photo in found if "sample" not in photo.record.reasons])
+        queue = order_records(others)
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
         heap = [path for path in list_heap(self.kept) if heap_id(path) not in self._skipped]
-        photos = [*(Waiting(*photo) for photo in queue), *(Waiting(path, None) for path in heap)]
-        self.waiting = {photo.identity: photo for photo in photos}
+        waiting = [Waiting(path, record) for path, record in queue] + [Waiting(path, None) for path in heap]
+        self.waiting = {photo.identity: photo for photo in waiting}
         self.suggestions.learn(_class_folders(self.photos))
         self.suggestions.compute(heap)
         self._order_heap()
 
     def _order_heap(self) -> None:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
-        heap = {one: photo for one, photo in self.waiting.items() if photo.is_of_heap}
-        guesses = {one: self.suggestions.best(photo.path) for one, photo in heap.items()}  # with probability
-        names = dict.fromkeys(name for name, _ in guesses.values())  # in the order of their appearance
-        places = {name: place for place, name in enumerate(names)}
-
-        def place_in_heap(identity: str) -> tuple[int, float]:
-            name, probability = guesses[identity]
-            return places[name], -probability
-
-        kept = {one: photo for one, photo in self.waiting.items() if not photo.is_of_heap}
-        self.waiting = kept | {one: heap[one] for one in sorted(heap, key=place_in_heap)}
+        groups: dict[str, int] = {}  # numbers of the suggested classes, in the order of their appearance
+        ranks: dict[str, tuple[int, float]] = {}  # of the photographs of a heap, by ID
+        for identity, photo in self.waiting.items():
+            if photo.is_of_heap:
+                name, probability = self.suggestions.most_probable(photo.path)
+                ranks[identity] = groups.setdefault(name, len(groups)), -probability
+        kept = [identity for identity in self.waiting if identity not in ranks]
+        order = [*kept, *sorted(ranks, key=lambda identity: ranks[identity])]
+        self.waiting = {identity: self.waiting[identity] for identity in order}
 
     def probabilities(self, identity: str) -> dict[str, float]:
         """Return the probability of each class that the network has for a photograph, or those suggested."""
         path, record = self.waiting[identity]
         if record is None:
-            return self.suggestions.of(path)
+            return self.suggestions.suggest(path)
         labels = map(normalize, record.labels)
         return dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
 
@@ -173,7 +178,10 @@ class LabelFolders:
         does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
-        is_sampled = photo.record is not None and self._is_of_sample(photo.record)
+        is_sampled = False
+        if photo.record is not None:
+            near_hash = int(photo.record.near_hash, 16)  # in `_sampled` for a photograph of the sample
+            is_sampled = any((near_hash ^ one).bit_count() <= NEAR_BITS for one in self._sampled)
         if name is None:
             folder = self.unknown / SAMPLE_FOLDER if is_sampled else self.unknown
         else:
@@ -181,17 +189,17 @@ class LabelFolders:
             folders = _class_folders(self.photos) | _class_folders(self.held_out)
             name = check_class_name(name, self.classes(), folders)
             folder = _class_folders(parent).get(name, parent / name)
-        target = folder / photo.path.name
-        for number in itertools.count(2):  # photographs of a heap can have equal names
-            if not os.path.lexists(target):
-                break
+        target, number = folder / photo.path.name, 1
+        while os.path.lexists(target):  # photographs of a heap can have equal names
+            number += 1
             target = folder / f"{photo.path.stem}-{number}{photo.path.suffix}"
         is_new_folder = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         try:
             _move(photo.path, target)
         except FileNotFoundError:
-            raise self._remove_gone(identity) from None
+            del self.waiting[identity]
+            raise GoneError(GONE) from None
         finally:
             if is_new_folder:
                 with suppress(OSError):  # only an empty folder is removed: after a move that failed
@@ -208,7 +216,8 @@ class LabelFolders:
         """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
         photo = self._find(identity)
         if not photo.path.exists():
-            raise self._remove_gone(identity)
+            del self.waiting[identity]
+            raise GoneError(GONE)
         if photo.is_of_heap:
             self._skipped.add(identity)
         else:
@@ -217,55 +226,45 @@ class LabelFolders:
         self.steps.append(LabelStep(photo))
 
     def undo(self) -> None:
-        """Reverse the last step of this session; its photograph becomes the next one.
-
-        Raises `GoneError` if there is no step or its photograph is gone, and `OSError`.
-        """
+        """Reverse the last step of this session; its photograph comes next. Raises `GoneError`, `OSError`."""
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photographs yourself")
         photo, target, made_folder = self.steps[-1]
-        image, identity = photo.path, photo.identity
-        current = image if target is None else target
-        if not current.exists():
+        present_path = photo.path if target is None else target
+        if not present_path.exists():
             self.steps.pop()
-            raise GoneError(f"{current}: no longer there, so the last step cannot be undone")
-        if target is None:  # it was skipped
-            self._skipped.discard(identity)
-            if not photo.is_of_heap:
-                image.with_suffix(SKIPPED).unlink(missing_ok=True)
+            raise GoneError(f"{present_path}: no longer there, so the last step cannot be undone")
+        if target is not None:
+            self._move_back(photo, target, made_folder=made_folder)
+        elif photo.is_of_heap:
+            self._skipped.discard(photo.identity)
         else:
-            # The record first: a server that starts deletes a photograph without one. If the process stops
-            # in between, the photograph is still labelled, and `read_kept` skips the record.
-            if photo.record is not None:
-                with atomic_write(image.with_suffix(".json")) as partial:
-                    partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
-            elif os.path.lexists(image):
-                raise GoneError(f"{image}: another photograph has its name now; move {target} yourself")
-            self.suggestions.remove(image)
-            _move(target, image)
-            if made_folder:
-                with suppress(OSError):  # stays if other photographs are in it
-                    target.parent.rmdir()
-                    if target.parent.name == SAMPLE_FOLDER and target.parent.parent == self.unknown:
-                        self.unknown.rmdir()
+            photo.path.with_suffix(SKIPPED).unlink(missing_ok=True)
         self.steps.pop()
-        self.waiting = {identity: photo, **self.waiting}
+        self.waiting = {photo.identity: photo, **self.waiting}
 
-    def _is_of_sample(self, record: KeptRecord) -> bool:
-        """Tell whether a photograph is in the uniform sample, or a copy of one that is."""
-        near_hash = int(record.near_hash, 16)  # in `_sampled` for a photograph of the sample
-        return any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
+    def _move_back(self, photo: Waiting, target: Path, *, made_folder: bool) -> None:
+        """Move *photo* back from *target*; with *made_folder*, delete the folder there if it is empty."""
+        # The record first: a server that starts deletes a photograph without one. If the process stops
+        # in between, the photograph is still labelled, and `read_kept` skips the record.
+        if photo.record is not None:
+            with atomic_write(photo.path.with_suffix(".json")) as partial:
+                partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
+        elif os.path.lexists(photo.path):
+            raise GoneError(f"{photo.path}: another photograph has its name now; move {target} yourself")
+        self.suggestions.remove(photo.path)
+        _move(target, photo.path)
+        if made_folder:
+            with suppress(OSError):  # stays if other photographs are in it
+                target.parent.rmdir()
+                if target.parent.name == SAMPLE_FOLDER and target.parent.parent == self.unknown:
+                    self.unknown.rmdir()
 
     def _find(self, identity: str) -> Waiting:
         """Return the photograph *identity*; raises `GoneError` if it does not wait."""
         if identity not in self.waiting:
-            raise self._remove_gone(identity)
+            raise GoneError(GONE)
         return self.waiting[identity]
-
-    def _remove_gone(self, identity: str) -> GoneError:
-        """Remove the photograph *identity*, if it waits, and return the error to raise."""
-        self.waiting.pop(identity, None)
-        return GoneError("that photograph has a label already or is no longer kept; this is the next one")
 
 
 def order_records(found: list[Kept]) -> list[Kept]:
@@ -322,25 +321,29 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     name = normalize(name)
     if name not in classes:  # names that exist stay as they are
         name = name.strip()
-    has_valid_length = 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES
-    is_printable = all(map(can_be_typed, name)) and not set(name) & set(NOT_IN_NAMES)
-    spellings = [other for other in classes if lookalike_key(other) == lookalike_key(name)]
-    problem = ""
-    if name not in folders and not has_valid_length:
-        problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
-    elif name not in folders and not is_printable:
-        problem = f"leave out control and invisible characters and {' '.join(NOT_IN_NAMES)}"
-    elif invalid := class_problem(name):  # also of a folder, which no network could be trained on
-        problem = invalid
-    elif is_hidden(name) or name.endswith("."):
-        problem = "the folder would be hidden; do not begin or end with a dot"
-    elif part_kind(name):
-        problem = "`train` takes such a folder for a part of the data; choose another name"
-    elif spellings and name not in spellings:
-        problem = f"use the class {spellings[0]!r}, which has the same name in other letters"
+    problem = _find_name_problem(name, classes, folders)
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")
     return name
+
+
+def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) -> str:
+    """Say why *name* cannot name a class, as `check_class_name` does; empty if it can."""
+    if name not in folders:
+        if not 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES:
+            return f"write 1 to {MAX_CLASS_BYTES} bytes"
+        if not all(map(can_be_typed, name)) or set(name) & set(NOT_IN_NAMES):
+            return f"leave out control and invisible characters and {' '.join(NOT_IN_NAMES)}"
+    if problem := class_problem(name):  # also of a folder, which no network could be trained on
+        return problem
+    if is_hidden(name) or name.endswith("."):
+        return "the folder would be hidden; do not begin or end with a dot"
+    if part_kind(name):
+        return "`train` takes such a folder for a part of the data; choose another name"
+    spellings = [other for other in classes if lookalike_key(other) == lookalike_key(name)]
+    if spellings and name not in spellings:
+        return f"use the class {spellings[0]!r}, which has the same name in other letters"
+    return ""
 
 
 def _move(source: Path, target: Path) -> None:

@@ -39,10 +39,9 @@ def heap_id(path: Path) -> str:
 
 
 class _Means(NamedTuple):
-    """Classes `names` and their mean vectors (K, D) of length 1, computed in `state`.
+    """Classes `names` and their mean vectors (K, D) of length 1; none if a class has too few vectors.
 
-    There are none before each class has `MIN_PHOTOGRAPHS` vectors. `state` has the number of vectors and that
-    of changes of the classes.
+    `state` has the number of vectors and that of changes of the classes when they were computed.
     """
 
     state: tuple[int, int]
@@ -75,10 +74,7 @@ class Suggestions:
         self._num_changes += 1
 
     def compute(self, heap: Sequence[Path]) -> None:
-        """Start a thread for the missing vectors of the sorted photographs and of *heap*.
-
-        Nothing is started for an empty heap, or while the thread of an earlier call runs.
-        """
+        """Start a thread for the missing vectors of *heap* and the sorted photographs, unless one runs."""
         if self._embed is None or not heap or (self.thread is not None and self.thread.is_alive()):
             return
         missing = [path for path in (*self._classes, *heap) if path not in self._asked]
@@ -103,12 +99,13 @@ class Suggestions:
         self._classes.pop(path, None)
         self._num_changes += 1
 
-    def of(self, path: Path) -> dict[str, float]:
+    def suggest(self, path: Path) -> dict[str, float]:
         """Suggest classes for the photograph at *path*: their probabilities, or none yet."""
-        means, own = self._class_means(), self._vectors.get(path)
-        if own is None or not means.names:
+        means, vector = self._class_means(), self._vectors.get(path)
+        if vector is None or not means.names:
             return {}
-        return dict(zip(means.names, softmax(SCALE * (means.vectors @ own)).tolist(), strict=True))
+        probabilities = softmax(SCALE * (means.vectors @ vector))
+        return dict(zip(means.names, probabilities.tolist(), strict=True))
 
     def _class_means(self) -> _Means:
         """Return the means of the classes, computed again if vectors or classes have changed."""
@@ -120,13 +117,13 @@ class Suggestions:
             if (vector := self._vectors.get(path)) is not None:
                 members[name].append(vector)
         if len(members) > 1 and min(map(len, members.values())) >= MIN_PHOTOGRAPHS:
-            means = [np.mean(found, axis=0) for found in members.values()]
-            units = [mean / max(np.linalg.norm(mean), 1e-12) for mean in means]
-            self._means = _Means(state, list(members), np.stack(units))
+            means = np.stack([np.mean(vectors, axis=0) for vectors in members.values()])
+            lengths = np.linalg.norm(means, axis=1, keepdims=True)
+            self._means = _Means(state, list(members), means / np.maximum(lengths, 1e-12))
         else:
             self._means = _Means(state, [], _NONE)
         return self._means
 
-    def best(self, path: Path) -> tuple[str, float]:
+    def most_probable(self, path: Path) -> tuple[str, float]:
         """Return the most probable class of the photograph at *path* with its probability, or ("", 0.0)."""
-        return max(self.of(path).items(), key=lambda item: item[1], default=("", 0.0))
+        return max(self.suggest(path).items(), key=lambda item: item[1], default=("", 0.0))

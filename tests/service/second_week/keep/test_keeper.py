@@ -159,7 +159,9 @@ class KeeperOfTests(Keeper):
 
     def __init__(self, bundle: Bundle, store: Callable[..., str], share=0.0) -> None:
         self.metrics, self._served = Metrics(), SimpleNamespace(name="tiny", bundle=rejecting_all(bundle))
-        folder = SimpleNamespace(add=store, check=lambda: None, has_near=lambda *_: False, check_seconds=60)
+        folder = SimpleNamespace(
+            add=store, clean_up=lambda: None, has_duplicate=lambda *_: False, clean_up_seconds=60
+        )
         super().__init__(folder, share, self.metrics, copy_without_metadata)  # type: ignore[arg-type]
 
     def take(self, *bodies: bytes) -> None:
@@ -312,7 +314,7 @@ def test_what_is_forgotten_or_labelled_beside_the_server_makes_place_for_others(
     take_away(folder, 1)
     assert kept.add(PHOTO, photo(1, "unknown")) == "kept"  # the same one with another reason
     take_away(folder, 2)
-    kept.check()
+    kept.clean_up()
     assert (kept.used, numbers(folder)) == (2 * PAIR, [1, 9])
 
 
@@ -352,10 +354,10 @@ class RunningTime:
 
     def run(self, kept: KeptFolder, days: float) -> None:
         """Let *days* pass in the intervals in which a keeper checks the ages."""
-        step = kept_folder.MAX_STEP * kept.check_seconds
+        step = kept_folder.MAX_STEP * kept.clean_up_seconds
         for _ in range(round(days * DAY / step)):
             self.seconds += step
-            kept.check()
+            kept.clean_up()
 
 
 @pytest.fixture
@@ -469,10 +471,10 @@ def test_a_gain_of_days_at_each_start_and_between_checks_deletes_no_photograph(
     filled(tmp_path, running_time)
     for start in range(5):
         set_clock(monkeypatch, days=7 * start)
-        reopened(tmp_path).check()
+        reopened(tmp_path).clean_up()
     kept = reopened(tmp_path)
     running_time.seconds += 7 * DAY  # the machine slept, or its monotonic clock is wrong
-    kept.check()
+    kept.clean_up()
     assert numbers(tmp_path) == [0, 1, 2]
 
 
