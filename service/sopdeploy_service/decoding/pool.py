@@ -128,10 +128,7 @@ class Template:
         return ours, process
 
     def kill(self, process: int) -> int:
-        """Kill the child *process*; return its exit code, or that with which it had ended before.
-
-        If the template has ended, its children have ended with it, and the code is `UNKNOWN_CODE`.
-        """
+        """Kill the child *process* if it runs; return its exit code, `UNKNOWN_CODE` without the template."""
         with self._lock, suppress(OSError):
             return self._ask(str(process).encode(), [])[1]
         return child.UNKNOWN_CODE

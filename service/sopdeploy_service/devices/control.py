@@ -31,7 +31,7 @@ LIMIT_BYTES, ADMITTED_BYTES = 16 * 4096, 4096  # of the rate limits of so many k
 _METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
 
-def receive_files(control: socket.socket) -> tuple[bytes, list[int]]:
+def receive_message(control: socket.socket) -> tuple[bytes, list[int]]:
     """Receive a waiting message and its files; both are empty if the other end has ended or left."""
     try:
         data, files, _, _ = socket.recv_fds(control, 4096, 2)
@@ -40,7 +40,7 @@ def receive_files(control: socket.socket) -> tuple[bytes, list[int]]:
     return data, files
 
 
-def send_files(control: socket.socket, message: bytes, *files: int) -> bool:
+def send_message(control: socket.socket, message: bytes, *files: int) -> bool:
     """Send *message* with *files*; return whether the other end gets it."""
     try:
         socket.send_fds(control, [message], files)
@@ -53,7 +53,7 @@ async def request_metrics(control: socket.socket | None) -> bytes:
     """Return the metrics of the process or supervisor at the other end; empty if it does not answer."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        if control is None or not send_files(control, SEND_METRICS, theirs.fileno()):
+        if control is None or not send_message(control, SEND_METRICS, theirs.fileno()):
             return b""
         theirs.close()  # the page ends when the other process closes its copy
         ours.setblocking(False)
@@ -82,7 +82,7 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
     merged: dict[str, Metric] = {}  # by name of the metric, with the samples of all processes
 
-    def add(process: str, metrics: Iterable[Metric]) -> None:
+    def add_samples(process: str, metrics: Iterable[Metric]) -> None:
         for metric in metrics:
             empty = Metric(metric.name, metric.documentation, metric.type)
             samples = merged.setdefault(metric.name, empty).samples
@@ -91,8 +91,8 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
 
     for process, page in pages.items():
         up.add_sample(up.name, {"process": process}, 1.0 if page else 0.0)
-        add(process, text_string_to_metric_families(page.decode()))
+        add_samples(process, text_string_to_metric_families(page.decode()))
     for process, pid in ids.items():  # the collector calls its *pid* to get the id
-        add(process, ProcessCollector(pid=partial(str, pid), registry=None).collect())
+        add_samples(process, ProcessCollector(pid=partial(str, pid), registry=None).collect())
     collector = SimpleNamespace(collect=lambda: [up, *merged.values()])
     return generate_latest(cast(CollectorRegistry, collector))  # uses no other method than `collect`

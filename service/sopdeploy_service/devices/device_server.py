@@ -66,12 +66,12 @@ class DeviceServer(DrainingServer):
         """Tell the supervisor how many connections came, how many are open, and which bundles are served."""
         num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
         status = control.STATUS.pack(self._received, num_open)
-        control.send_files(self._supervisor, status + self.bundles.encode())
+        control.send_message(self._supervisor, status + self.bundles.encode())
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it has ended or sends no more."""
         registry = self._service.registry
-        message, files = control.receive_files(self._supervisor)
+        message, files = control.receive_message(self._supervisor)
         if not message:
             self._loop.remove_reader(self._supervisor)
             self._supervisor_left.set()
@@ -149,7 +149,7 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
         seconds = math.inf  # on a CPU, which has no core to spare
         if not runs_on_cpu(registry, settings):
             seconds = min(model.latency.seconds_per_image() for model in registry.models())
-        control.send_files(supervisor, control.SPEED + repr(seconds).encode())
+        control.send_message(supervisor, control.SPEED + repr(seconds).encode())
         num_front_ends = int(wait_for_message(supervisor, control.FRONT_ENDS)[0])
     if num_front_ends == 0:
         return serve_http(config, registry, supervisor, links)
@@ -173,7 +173,7 @@ def wait_for_message(supervisor: socket.socket, prefix: bytes) -> tuple[str, lis
     """Return the rest and the files of the next message with *prefix*; exit if the supervisor ends."""
     supervisor.setblocking(True)
     while True:
-        message, files = control.receive_files(supervisor)
+        message, files = control.receive_message(supervisor)
         if not message:
             raise SystemExit(0)
         if message.startswith(prefix):
@@ -186,10 +186,7 @@ def wait_for_message(supervisor: socket.socket, prefix: bytes) -> tuple[str, lis
 def serve_http(
     config: LaunchConfig, registry: Registry, supervisor: socket.socket, links: Mapping[Path, Path]
 ) -> int:
-    """Serve the models of *registry* on connections from the supervisor; return the exit code.
-
-    This process may use its share of the memory that the whole server has for uploads and decoding.
-    """
+    """Serve *registry* on the supervisor's connections, in a share of the memory; return the exit code."""
     settings, count = config.settings, config.num_servers
     shared = memoryview(mmap.mmap(config.shared, 0))
     app = create_app(

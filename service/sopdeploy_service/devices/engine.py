@@ -95,11 +95,12 @@ class FrontEndChannel(asyncio.Protocol):
     def _handle(self, kind: int, flags: int, number: int, slot: int, deadline: float) -> None:
         """Run or cancel the image in *slot*; raises `ChannelError` for a record that no front end sends."""
         cancel = self.cancel_by_slot.get(slot)
-        is_slot_in_use = cancel is not None
         if kind == channel.CANCEL:
-            if cancel is not None and cancel():
-                self._answer(slot, (), results.CLIENT_GONE)  # which nobody reads: the slot is free again
+            is_slot_free = cancel is not None and cancel()
+            if is_slot_free:
+                self._answer(slot, (), results.CLIENT_GONE)  # nobody reads it; the front end reuses the slot
             return
+        is_slot_in_use = cancel is not None
         if kind != channel.RUN or slot >= self._slots.count or is_slot_in_use:
             raise ChannelError(f"the record {kind} for slot {slot} is invalid")
         if number >= len(self._models) or not math.isfinite(deadline):
@@ -240,7 +241,7 @@ class Engine:
         models = self.registry.models()
         num_images = sum(len(front_end.cancel_by_slot) for front_end in self.front_ends)
         bundles = " ".join(model.bundle.name for model in models)
-        control.send_files(self._supervisor, control.STATUS.pack(0, num_images) + bundles.encode())
+        control.send_message(self._supervisor, control.STATUS.pack(0, num_images) + bundles.encode())
         loaded = [model.name for model in models if model.is_loaded]
         if loaded != self._loaded:
             self._loaded = loaded
@@ -249,7 +250,7 @@ class Engine:
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it, or the server, ends."""
-        message, files = control.receive_files(self._supervisor)
+        message, files = control.receive_message(self._supervisor)
         if not message:
             asyncio.get_running_loop().remove_reader(self._supervisor)
             self._supervisor_left = True
@@ -281,7 +282,7 @@ class Engine:
         """End the channel of *front_end*, and let the supervisor replace it."""
         if front_end.transport is not None:
             front_end.transport.abort()
-        control.send_files(self._supervisor, control.BAD_FRONT_END + front_end.name.encode())
+        control.send_message(self._supervisor, control.BAD_FRONT_END + front_end.name.encode())
 
     def _start_reload(self) -> None:
         start_task(self._tasks, self._reload())
@@ -291,4 +292,4 @@ class Engine:
         before = self.registry.models()
         await self.registry.reload(self._sources)
         if self.registry.models() != before:
-            control.send_files(self._supervisor, control.NEW_MODELS)
+            control.send_message(self._supervisor, control.NEW_MODELS)

@@ -103,7 +103,7 @@ class Process:
         self.control, self.bundles = control_socket, None
         self.sent = self.received = self.open = self.silent_beats = 0
 
-    def report(self, status: bytes) -> None:
+    def record_status(self, status: bytes) -> None:
         """Record a *status* of the child."""
         self.received, self.open = control.STATUS.unpack_from(status)
         self.bundles = status[control.STATUS.size :].decode()
@@ -111,7 +111,7 @@ class Process:
 
     def send(self, message: bytes, *files: int) -> bool:
         """Send *message* with *files*; return whether the child gets it."""
-        return self.control is not None and control.send_files(self.control, message, *files)
+        return self.control is not None and control.send_message(self.control, message, *files)
 
 
 def list_devices(settings: Settings) -> list[Process]:

@@ -23,6 +23,7 @@ from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model import ImageResult, Model, Registry, State, settle
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.server.lifetime import start_task
 from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.inference")
@@ -41,7 +42,7 @@ class EngineChannel(asyncio.Protocol):
         self.loaded = {model.name for model in self.models if model.is_loaded}
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
-        self._free = list(range(self._slots.count))
+        self._free_slots = list(range(self._slots.count))
         # Of each model, those of the outputs of an image.
         self._shapes = [channel.output_shapes(model.bundle) for model in self.models]
         self._shapes_without_features = [
@@ -85,9 +86,11 @@ class EngineChannel(asyncio.Protocol):
         self, number: int, pixels: NDArray[np.uint8], deadline: float, *, features: bool, for_drift: bool
     ) -> ImageResult:
         """Run an image with the model *number*, as `Model.run` does."""
-        if not self._free:
+        if not self._free_slots:
             raise RejectedError(results.SLOTS_FULL)
-        slot = self._free.pop()  # the one that was freed last, so that few pages of the memory are touched
+        slot = (
+            self._free_slots.pop()
+        )  # the one that was freed last, so that few pages of the memory are touched
         self._slots.pixels(slot, pixels.shape)[...] = pixels
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
@@ -138,7 +141,7 @@ class EngineChannel(asyncio.Protocol):
                         stages |= {"queue": queue, "infer": infer}
                         outputs = self._slots.read_outputs(slot, shapes)
                         settle(future, ImageResult(outputs, stages, batch_size))
-                    self._free.append(slot)
+                    self._free_slots.append(slot)
             else:  # `LOADED`
                 self.loaded = set(orjson.loads(body))
         self._rest = data[begin:]
@@ -239,9 +242,7 @@ class RemoteRegistry(Registry):
             self._channels[engine] = new
             self._update_models()
         if old is not None:
-            task = asyncio.get_running_loop().create_task(self._retire(old))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            start_task(self._retiring, self._retire(old))
 
     async def _retire(self, old: EngineChannel) -> None:
         """Close *old* after the last request of a model that may use it."""

@@ -222,7 +222,7 @@ class Supervisor:
         """Handle a message of *process*: its status, a request for metrics, or news of a device."""
         if process.control is None:
             return
-        message, files = control.receive_files(process.control)
+        message, files = control.receive_message(process.control)
         if files:  # sockets for the metrics
             for file in files:
                 start_task(self._tasks, self._send_metrics(file))
@@ -244,7 +244,7 @@ class Supervisor:
             if (bad := children.get(name)) is not None:
                 bad.kill()  # it has sent nonsense; `_supervise` starts another one
         else:
-            self._record_status(process, message)
+            self._handle_status(process, message)
 
     def _connect_front_ends(self, engine: Process) -> None:
         """Create channels between *engine* and all front ends that run."""
@@ -252,10 +252,10 @@ class Supervisor:
             if front_end.control is not None:
                 self._connect(engine, front_end)
 
-    def _record_status(self, process: Process, status: bytes) -> None:
-        """Record the *status* of *process*; when all processes are ready, open the port and print it."""
+    def _handle_status(self, process: Process, status: bytes) -> None:
+        """Record the *status* of *process*; when all are ready, open and print the port; go on to accept."""
         is_first_report = not process.is_ready
-        process.report(status)
+        process.record_status(status)
         if is_first_report:
             log.info("%s: ready", process.title)
             if not process.is_front_end:
@@ -306,7 +306,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             for process in (*self._devices, *self._front_ends):
-                process.silent_beats += 1  # `Process.report` sets it to 0
+                process.silent_beats += 1  # `Process.record_status` sets it to 0
                 is_silent = process.silent_beats * BEAT_SECONDS > HANG_SECONDS
                 must_report = process.is_ready and process.control is not None  # None: it drains
                 if is_silent and must_report and process.child is not None:

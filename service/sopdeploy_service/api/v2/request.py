@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
-from struct import unpack_from
 from typing import Annotated, Any
 
 import numpy as np
@@ -237,8 +236,8 @@ def _split_elements(tensor: InputTensor, raw: memoryview, count: int) -> list[by
     elements, position = [], 0
     for number in range(count):
         begin = position + LENGTH_BYTES
-        end = None if begin > len(raw) else begin + unpack_from("<I", raw, position)[0]
-        if end is None or end > len(raw):
+        end = begin + int.from_bytes(raw[position:begin], "little")
+        if end > len(raw):
             message = f"element {number} does not fit into {len(raw)} bytes"
             raise _invalid("wrong_binary_size", tensor, message)
         elements.append(bytes(raw[begin:end]))

@@ -93,7 +93,6 @@ class LabelFolders:
         """Read the photographs in *kept*; labels go to *photos* and to two folders beside it.
 
         *embed* computes what the suggestions for a heap compare.
-
         Raises `DataError` if *kept* is no folder or holds only folders, or if *photos* has its classes in a
         folder `train/`.
         """
