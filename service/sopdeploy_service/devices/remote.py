@@ -88,9 +88,7 @@ class EngineChannel(asyncio.Protocol):
         """Run an image with the model *number*, as `Model.run` does."""
         if not self._free_slots:
             raise RejectedError(results.SLOTS_FULL)
-        slot = (
-            self._free_slots.pop()
-        )  # the one that was freed last, so that few pages of the memory are touched
+        slot = self._free_slots.pop()  # freed last, so that few pages of the memory are touched
         self._slots.pixels(slot, pixels.shape)[...] = pixels
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
