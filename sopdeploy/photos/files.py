@@ -133,13 +133,12 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
     if images is not None and folder.resolve().is_relative_to(expand_user(images).resolve()):
         raise ConfigError(f"{folder} is in the photographs of {images}; {advice}", setting=setting)
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
-    for inner in waiting:  # which grows meanwhile
-        entries = list_folder(inner)
-        if any(is_image(entry.name) and entry.is_file() for entry in entries):
+    while waiting:
+        inner = waiting.pop()
+        if any(is_image(entry.name) and entry.is_file() for entry in list_folder(inner)):
             raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)
-        is_part = inner is not folder and part_kind(inner.name)
-        if inner is folder or is_part:  # its class folders, and those of train/ and val/
-            waiting += [Path(entry.path) for entry in entries if _is_folder(entry) and not _is_output(entry)]
+        if inner == folder or part_kind(inner.name):  # its class folders, and those of train/ and val/
+            waiting += [inner / name for name in list_subfolders(inner)]
 
 
 def list_images(
@@ -181,17 +180,15 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
         path = parent / entry.name
         if not _is_folder(entry):
             yield path
-        elif entry.is_symlink() and _is_listed_below(root, path, hidden=hidden):
             continue
-        elif (hidden or not holds_output(path)) and (identity := folder_identity(path)) not in visited:
+        if entry.is_symlink():
+            real = path.resolve()
+            inside = real.relative_to(root).parts if real.is_relative_to(root) else None
+            if inside is not None and (hidden or not any(map(is_hidden, inside))):
+                continue  # the folder is listed under its own path
+        if (hidden or not holds_output(path)) and (identity := folder_identity(path)) not in visited:
             visited.add(identity)
             waiting.append((path, iter(list_folder(path, hidden=hidden))))
-
-
-def _is_listed_below(root: Path, link: Path, *, hidden: bool) -> bool:
-    """Tell whether `walk` lists the folder to which *link* leads under its own path below *root*."""
-    real = link.resolve()
-    return real.is_relative_to(root) and (hidden or not any(map(is_hidden, real.relative_to(root).parts)))
 
 
 def folder_identity(folder: Path) -> FolderIdentity:

@@ -14,7 +14,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -208,6 +208,39 @@ class _Row(NamedTuple):
 def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
     """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line.
 
+    A file that does not exist is no error: its row has no path.
+    """
+    root = table.parent
+    path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
+    rows: dict[bytes | str, _Row] = {}
+    for line, cells in _read_cells(table):
+        where, name, listed = f"{table}: line {line}", cells["file"], cells["classes"]
+        has_windows_path = "\\" in name and not (root / name).is_file()
+        file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
+        if file.is_absolute() or ".." in file.parts or not is_image(file.name):
+            raise DataError(
+                f"{where}: {name!r} is not the path of an image, relative to the folder, without .."
+            )
+        classes = {normalize(label.strip()) for label in listed.split(SEPARATOR)} if listed else set()
+        if "" in classes:
+            raise DataError(
+                f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
+            )
+        part = cells.get(SPLIT)  # None without this column
+        if part not in (TRAIN, VAL, None):
+            raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
+        exists = (root / file).is_file()
+        path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)))
+        row = _Row(line, str(file), classes, part, cells.get(GROUP, ""), path)
+        first = rows.setdefault(path or str(file), row)
+        if first is not row:
+            raise DataError(f"{where}: {file} is listed in line {first.line}, too; keep one line per file")
+    return list(rows.values())
+
+
+def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the number and the cells by column of each line; raises `DataError` for another format.
+
     A first line `sep=;` names the separator; without it, it is the most frequent one in the heading.
     """
     try:
@@ -220,48 +253,21 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         reader = csv.DictReader(
             io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
         )
-        given = [lookalike_key(column) for column in reader.fieldnames or ()]
-        columns = reader.fieldnames = [_NAMES.get(column, column) for column in given]
+        headings = [lookalike_key(column) for column in reader.fieldnames or ()]
+        columns = reader.fieldnames = [_NAMES.get(column, column) for column in headings]
         records = [(reader.line_num + lines_before, record) for record in reader]
     except csv.Error as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     if {*columns} - {SPLIT, GROUP} != {*_REQUIRED} or len({*columns}) < len(columns):
         raise DataError(
-            f"{table}: has the columns {shorten(given) or 'none'}; write file,classes and optionally split "
-            "and group, remove others, or rename the file if the folders are the classes"
+            f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
+            "split and group, remove others, or rename the file if the folders are the classes"
         )
     if not records:
         raise DataError(f"{table}: lists no images; add a line per image")
-    path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
-    rows: dict[bytes | str, _Row] = {}
     for line, record in records:
-        where = f"{table}: line {line}"
         if None in record or None in record.values():  # more or fewer cells than columns
-            raise DataError(f"{where}: does not have {len(columns)} columns; quote names with commas")
-        row = _read_row(table.parent, line, {name: value.strip() for name, value in record.items()})
-        row = row._replace(path=row.path or path_of_name.get(normalize(row.file)))
-        if (before := rows.setdefault(row.path or row.file, row)) is not row:
             raise DataError(
-                f"{where}: {row.file} is listed in line {before.line}, too; keep one line per file"
+                f"{table}: line {line}: does not have {len(columns)} columns; quote names with commas"
             )
-    return list(rows.values())
-
-
-def _read_row(root: Path, line: int, values: Mapping[str, str]) -> _Row:
-    """Read *values* by column, those of a file below *root*, in *line*; raises `DataError`.
-
-    A file that does not exist under the given name is no error here: the row has no path then.
-    """
-    where, name, listed = f"{root / LABELS_FILE}: line {line}", values["file"], values["classes"]
-    has_windows_path = "\\" in name and not (root / name).is_file()
-    file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
-    if file.is_absolute() or ".." in file.parts or not is_image(file.name):
-        raise DataError(f"{where}: {name!r} is not the path of an image, relative to the folder, without ..")
-    classes = {normalize(label.strip()) for label in listed.split(SEPARATOR)} if listed else set()
-    if "" in classes:
-        raise DataError(f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}")
-    split = values.get(SPLIT)  # None without this column
-    if split not in (TRAIN, VAL, None):
-        raise DataError(f"{where}: split is {split!r}; write {TRAIN} or {VAL}")
-    path = os.fsencode(file) if (root / file).is_file() else None  # else the caller normalizes its name
-    return _Row(line, str(file), classes, split, values.get(GROUP, ""), path)
+        yield line, {name: value.strip() for name, value in record.items()}
