@@ -1,7 +1,6 @@
 """The data sources that a recipe can name, and the function that opens them."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -130,7 +129,7 @@ def open_data(config: DataConfig | DataSource) -> Split:
     else:
         open_kind = open_cifar if isinstance(config, CifarConfig) else open_official
         split = open_kind(config.kind, expand_user(config.path))
-    return split if config.classes is None else _select_subset(split, config.classes)
+    return split if config.classes is None else _draw_classes(split, config.classes)
 
 
 def _group_by_name(split: Split, pattern: str) -> Split:
@@ -141,37 +140,34 @@ def _group_by_name(split: Split, pattern: str) -> Split:
     if not pattern:
         return split
 
-    def found_in(images: LabeledImages) -> list[re.Match[str] | None]:
-        names = (PurePosixPath(images.identity(index)).stem for index in range(len(images)))
-        return [re.search(pattern, name) for name in names]
-
-    def group(images: LabeledImages, matches: Sequence[re.Match[str] | None]) -> LabeledImages:
-        groups = []
-        for index, found in enumerate(matches):
-            identity = images.identity(index)
-            folder = PurePosixPath(identity).parent
-            groups.append(f"file {identity}" if found is None else f"group {folder} {found.group()}")
-        return images.replaced(groups=np.asarray(groups, np.str_))
-
-    in_train = found_in(split.train)
-    if not any(in_train):
+    names = (PurePosixPath(split.train.identity(index)).stem for index in range(len(split.train)))
+    if not any(re.search(pattern, name) for name in names):
         raise DataError(
             f"data.groups: {pattern!r} finds nothing in any name, such as {split.train.identity(0)}; give a "
             "regular expression for the part that files of one object share"
         )
-    held_out = group(split.held_out, found_in(split.held_out))
-    return replace(split, train=group(split.train, in_train), held_out=held_out)
+
+    def group(images: LabeledImages) -> LabeledImages:
+        groups = []
+        for index in range(len(images)):
+            identity = images.identity(index)
+            path = PurePosixPath(identity)
+            found = re.search(pattern, path.stem)
+            groups.append(f"group {path.parent} {found.group()}" if found else f"file {identity}")
+        return images.replaced(groups=np.asarray(groups, np.str_))
+
+    return replace(split, train=group(split.train), held_out=group(split.held_out))
 
 
-def _select_subset(split: Split, count: int) -> Split:
-    """Keep *count* drawn classes, as `select_classes` does; raises `DataError` if the data have fewer."""
+def _draw_classes(split: Split, count: int) -> Split:
+    """Keep *count* randomly drawn classes of *split*, in their order; raises `DataError` if it has fewer."""
     labels = split.train.labels
     if count > len(labels):
         raise DataError(
             f"data.classes: {count}, but the data have {len(labels)} classes; give a smaller number"
         )
-    in_random_order = sorted(labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label))
-    drawn = in_random_order[:count]
-    kept = tuple(label for label in labels if label in drawn)  # in their order
+    shuffled = sorted(labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label))
+    drawn = set(shuffled[:count])
+    kept = tuple(label for label in labels if label in drawn)
     train, held_out = (select_classes(images, kept) for images in (split.train, split.held_out))
     return replace(split, train=train, held_out=held_out)
