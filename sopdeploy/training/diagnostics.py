@@ -130,19 +130,21 @@ def diagnose(
     With *mirror*, the logits are means over an image and its mirror image.
     """
     count = min(MAX_IMAGES, len(held_out))
-    evenly_spaced = [number * len(held_out) // count for number in range(count)]
-    mask = np.zeros(len(held_out), np.bool_)
-    mask[evenly_spaced] = True
-    subset = held_out.select(mask)
+    is_chosen_N = np.zeros(len(held_out), np.bool_)
+    is_chosen_N[np.arange(count) * len(held_out) // count] = True  # evenly spaced
+    subset = held_out.select(is_chosen_N)
     network = AllHeads(model)
     joined, targets = predict_logits(
         as_evaluated(network, mirror=mirror), subset, preprocess, batch_size=batch_size
     )
     logits = network.split(joined)  # by head
     labels = held_out.images.labels
-    right = logits["main"].argmax(axis=1) == targets if targets.ndim == 1 else []  # one class per image
+    right = ""
+    if targets.ndim == 1:  # one class per image
+        are_right = logits["main"].argmax(axis=1) == targets
+        right = "".join("1" if is_right else "0" for is_right in are_right)
     return Diagnostics(
         num_images=count,
-        right="".join("1" if is_right else "0" for is_right in right),
+        right=right,
         heads={name: held_out_metrics(labels, logits_NC, targets) for name, logits_NC in logits.items()},
     )

@@ -348,17 +348,20 @@ def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) ->
             continue
         config: type[StrictModel] | None
         if name == "model":
-            config = entry(chosen).config
+            config, options = entry(chosen).config, table.get("config")
         else:
-            kinds = get_args(OwnDataConfig if name == "data" else ProcedureConfig)
-            named = (kind for kind in kinds if chosen in get_args(kind.model_fields["kind"].annotation))
-            config = next(named, None)
-            if config is None and name == "data":  # plug-ins add data sources, but no procedures
-                config = DATA_SOURCES.find(chosen)
-        options = table.get("config") if name == "model" else table
+            config, options = _find_config(name, chosen), table
         if isinstance(options, dict) and config is not None:  # None: the validation names the unknown kind
             for key in options.keys() - config.model_fields.keys():
                 del options[key]
+
+
+def _find_config(table: str, kind: str) -> type[StrictModel] | None:
+    """Find the options of the data source or procedure *kind*; *table* is "data" or "procedure"."""
+    for config in get_args(OwnDataConfig if table == "data" else ProcedureConfig):
+        if kind in get_args(config.model_fields["kind"].annotation):
+            return config
+    return DATA_SOURCES.find(kind) if table == "data" else None  # plug-ins add no procedures
 
 
 def format_toml(value: Any) -> str:

@@ -167,8 +167,8 @@ class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
     Attributes:
-        top1: Accuracy with its 95 % interval (`classifier.estimate`); `None` with several classes per image,
-            and if fewer than two classes have images that can be judged.
+        top1: Accuracy with its 95 % interval (`classifier.estimate_score`); `None` with several classes per
+            image, and if fewer than two classes have images that can be judged.
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
@@ -274,13 +274,13 @@ class FewShotResult(StrictModel):
         """Describe the copies among the training images, and what they make impossible."""
         photographs = self.num_photographs or self.num_groups  # 0 in older runs
         if self.num_groups < self.num_images:
-            kinds = [
-                *(["copies"] if photographs < self.num_images else []),
-                *(["photographs of one folder or object"] if self.num_groups < photographs else []),
-            ]
-            judged = "; of copies, the largest is judged" if photographs < self.num_images else ""
+            related, judged = [], ""
+            if photographs < self.num_images:
+                related, judged = ["copies"], "; of copies, the largest is judged"
+            if self.num_groups < photographs:
+                related.append("photographs of one folder or object")
             groups = amount(self.num_groups, "independent group")
-            yield f"{self.num_images} photographs, {groups}: {' and '.join(kinds)} share a fold{judged}"
+            yield f"{self.num_images} photographs, {groups}: {' and '.join(related)} share a fold{judged}"
         if self.num_selected and self.estimated_on == "cross-validation":
             yield (
                 f"{self.num_selected} photographs were kept because a network was not sure of them: they are "

@@ -88,9 +88,9 @@ def read_start_weights(
         raise ConfigError(
             "start.weights: not set; give the checkpoint to start from", remedies={"weights": "imagenet"}
         )
-    weights = _read(recipe, source) if strategy.rank == 0 else None
+    weights = _read_weights_file(recipe, source) if strategy.rank == 0 else None
     strategy.all_reduce(torch.zeros(1))  # the others wait until the first process has filled the cache
-    return _read(recipe, source) if weights is None else weights
+    return _read_weights_file(recipe, source) if weights is None else weights
 
 
 def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str]:
@@ -104,7 +104,7 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
     return fetch_imagenet_weights(recipe.model.name.removeprefix("head:"), config, download=download)
 
 
-def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
+def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
     model = recipe.model.name.removeprefix("head:")  # `head:resnet50` reads the file of `resnet50`
     weights = recipe.start.weights if recipe.start is not None else None
@@ -208,11 +208,11 @@ def _match_tensors(
             new.add(part)
         elif given is None:
             if not name.endswith(COUNTER):
-                raise _misfit(weights, f"{name} is missing")
+                raise _misfit_error(weights, f"{name} is missing")
         elif is_in(name, container) and not contains_backbone:
             new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length
         else:
-            raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
+            raise _misfit_error(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
     return matching, tuple(sorted(new))
 
 
@@ -224,7 +224,7 @@ def _unused_parts(
     for name in sorted(weights.tensors.keys() - own):
         part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
         if part is None:
-            raise _misfit(weights, f"the network of the recipe has no {name}")
+            raise _misfit_error(weights, f"the network of the recipe has no {name}")
         unused.add(part)
     return tuple(sorted(unused))
 
@@ -275,7 +275,7 @@ def _added_part(name: str, parts: tuple[str, ...]) -> str | None:
     return None
 
 
-def _misfit(weights: StartWeights, difference: str) -> WeightsError:
+def _misfit_error(weights: StartWeights, difference: str) -> WeightsError:
     """Build the error of *weights* for another backbone."""
     return WeightsError(
         f"start.weights: {weights.file} ({weights.network}) does not fit: {difference}; give weights of the "

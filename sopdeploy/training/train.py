@@ -104,9 +104,13 @@ def train_run(
         last = folder.open(resume=resume)
         start = start_run(recipe, folder, last, callback, given)
         if start.uses_loop:
-            from sopdeploy.training.loop.run import fit_loop, open_loop  # noqa: PLC0415
+            from sopdeploy.training.loop.run import fit_loop  # noqa: PLC0415
+            from sopdeploy.training.loop.state import LoopRun, restore_loop  # noqa: PLC0415
 
-            fit: Any = partial(fit_loop, open_loop(start, last, folder))  # the last check
+            run = LoopRun(start)
+            if last is not None:
+                restore_loop(run, last, folder.last)  # the last check
+            fit: Any = partial(fit_loop, run)
         elif not start.is_few_shot:
             from sopdeploy.training.fine_tune import fit_fine_tune  # noqa: PLC0415
 

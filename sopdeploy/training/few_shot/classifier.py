@@ -227,12 +227,16 @@ class Space(NamedTuple):
         units have equal weights. No target is used for this.
         """
         centers = [part.mean(axis=0, dtype=np.float64) for part in parts]
-        centered = [part - center for part, center in zip(parts, centers, strict=True)]
-        # 0 if all images have the same part
-        norms = [np.sqrt(np.square(part).sum(axis=1).mean()) or 1.0 for part in centered]
-        scales = [np.full(part.shape[1], 1 / norm) for part, norm in zip(parts, norms, strict=True)]
-        inputs = np.concatenate([part / norm for part, norm in zip(centered, norms, strict=True)], axis=1)
-        return cls(np.concatenate(centers), np.concatenate(scales), np.linalg.qr(inputs.T)[0])
+        scales, inputs = [], []
+        for part, center in zip(parts, centers, strict=True):
+            centered = part - center
+            norm = (
+                np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0
+            )  # 0 if all images have the same part
+            scales.append(np.full(part.shape[1], 1 / norm))
+            inputs.append(centered / norm)
+        basis = np.linalg.qr(np.concatenate(inputs, axis=1).T)[0]
+        return cls(np.concatenate(centers), np.concatenate(scales), basis)
 
     def project(self, vectors: NDArray[np.floating]) -> NDArray[np.float32]:
         """Compute the coordinates (n, R) of *vectors* (n, D)."""
@@ -260,9 +264,11 @@ class LinearProblem:
         """
         scores_NK = np.zeros(self.targets.classes.shape)
         moments = [self.moments((folds_N == fold) & fitted) for fold in range(int(folds_N.max()) + 1)]
-        products, sums = np.sum([one.products for one in moments], axis=0), sum(one.sums for one in moments)
-        for fold, held in enumerate(moments):
-            head = Moments(products - held.products, sums - held.sums).discriminate(self.targets.activation)
+        products = np.sum([of_fold.products for of_fold in moments], axis=0)
+        sums = sum(of_fold.sums for of_fold in moments)
+        for fold, of_fold in enumerate(moments):
+            others = Moments(products - of_fold.products, sums - of_fold.sums)
+            head = others.discriminate(self.targets.activation)
             tested = folds_N == fold
             scores_NK[tested] = head.logits(self.reduced[tested])
         return scores_NK
@@ -336,7 +342,7 @@ class LinearProblem:
 
         A class without images has the mean of another one.
         """
-        return class_means(self.own, self._weighted_classes())
+        return mean_vectors(self.own, self._weighted_classes())
 
     def _weighted_classes(self) -> Array:
         """Compute the share (N, K) of each image in the mean of its class, not divided by their sum."""
@@ -359,7 +365,7 @@ def class_sums(
     return sums_KD
 
 
-def class_means(own_ND: NDArray[np.float32], classes_NK: Array) -> NDArray[np.float32]:
+def mean_vectors(own_ND: NDArray[np.float32], classes_NK: Array) -> NDArray[np.float32]:
     """Compute the mean (K, D_0) of the own vectors of each class, scaled to length 1.
 
     *classes_NK* has the weight of each image for its classes, else 0. A class without images has the mean of
@@ -376,7 +382,7 @@ def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def estimate(
+def estimate_score(
     classes_NK: Array, activation: Activation, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
 ) -> Rate | MeanPrecision:
     """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval, of independent *groups_N*.
