@@ -159,7 +159,7 @@ class AugmentedDataset(FittedDataset):
         randoms = [Random(derive_seed(self.seed, "augment", self.epoch, index)) for index in indices]  # noqa: S311
         if isinstance(augmentation, BoxCrop):
             crops = [
-                _crop_box(self.images[sample][0], augmentation, self.preprocess, random)
+                _crop_box(self.images.decode(sample), augmentation, self.preprocess, random)
                 for sample, random in zip(samples, randoms, strict=True)
             ]
             arrays = np.stack(crops)
@@ -171,11 +171,8 @@ class AugmentedDataset(FittedDataset):
         windows = []
         for index, random in zip(indices, randoms, strict=True):
             top, left = (random.randint(0, 2 * pad), random.randint(0, 2 * pad)) if pad else (0, 0)
-            if is_doubled:
-                copy = index // len(self.images)
-                is_mirrored = copy % 2 == 1
-            else:
-                is_mirrored = random.random() < augmentation.flip
+            copy = index // len(self.images)
+            is_mirrored = copy % 2 == 1 if is_doubled else random.random() < augmentation.flip
             windows.append(Window(top, left, is_mirrored))
         arrays = crop_padded(arrays, pad, windows)
         if self.color == NO_COLOR_SHIFT:

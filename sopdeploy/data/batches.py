@@ -48,8 +48,7 @@ def load_batches(
     """Load *batches*, lists of indices of *dataset*, onto *device*.
 
     *workers* is the largest number of loader processes, which end with the last batch, or the `Loader` of a
-    run. Yields images (B, H, W, 3) uint8 and labels (B,) int64 or (B, C) float32. Raises the `DataError` of
-    the first unusable image.
+    run. Raises the `DataError` of the first unusable image.
     """
     on_gpu = device.type == "cuda"
     loader = Loader((dataset,), workers, device) if isinstance(workers, int) else workers
@@ -88,8 +87,9 @@ class Loader:
 
     def load(self, dataset: Dataset, batches: list[list[int]]) -> Iterator[Batch | tuple[str]]:
         """Load *batches* of *dataset*, which has the images of one of `datasets`, one after the other."""
-        number = next(n for n, known in enumerate(self.datasets) if known.images is dataset.images)
-        own = {name.name: getattr(dataset, name.name) for name in fields(dataset) if name.name not in SHARED}
+        number = [loaded.images is dataset.images for loaded in self.datasets].index(True)
+        names = [field.name for field in fields(dataset) if field.name not in SHARED]
+        own = {name: getattr(dataset, name) for name in names}
         self.sampler.requests = [_BatchRequest(number, own, indices) for indices in batches]
         yield from self.processes or ()
 

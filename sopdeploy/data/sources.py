@@ -13,7 +13,7 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.libraries import open_cifar, open_digits, open_official
+from sopdeploy.photos.libraries import open_cifar, open_digits, open_part
 from sopdeploy.photos.photo import LabeledImages, Split, select_classes
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.seeds import derive_seed
@@ -126,9 +126,12 @@ def open_data(config: DataConfig | DataSource) -> Split:
         raise ConfigError("data.path: not set; give the folder of the data", remedies={"data": None})
     elif isinstance(config, FolderConfig):
         split = _group_by_name(open_folder(config.path), config.groups)
-    else:
-        open_kind = open_cifar if isinstance(config, CifarConfig) else open_official
-        split = open_kind(config.kind, expand_user(config.path))
+    elif isinstance(config, CifarConfig):
+        split = open_cifar(config.kind, expand_user(config.path))
+    else:  # an official layout
+        root = expand_user(config.path)
+        train, held_out = open_part(config.kind, "train", root), open_part(config.kind, "held_out", root)
+        split = Split(train=train, held_out=held_out)
     return split if config.classes is None else _draw_classes(split, config.classes)
 
 
@@ -139,7 +142,6 @@ def _group_by_name(split: Split, pattern: str) -> Split:
     """
     if not pattern:
         return split
-
     names = (PurePosixPath(split.train.identity(index)).stem for index in range(len(split.train)))
     if not any(re.search(pattern, name) for name in names):
         raise DataError(
@@ -152,8 +154,8 @@ def _group_by_name(split: Split, pattern: str) -> Split:
         for index in range(len(images)):
             identity = images.identity(index)
             path = PurePosixPath(identity)
-            found = re.search(pattern, path.stem)
-            groups.append(f"group {path.parent} {found.group()}" if found else f"file {identity}")
+            match = re.search(pattern, path.stem)
+            groups.append(f"group {path.parent} {match.group()}" if match else f"file {identity}")
         return images.replaced(groups=np.asarray(groups, np.str_))
 
     return replace(split, train=group(split.train), held_out=group(split.held_out))

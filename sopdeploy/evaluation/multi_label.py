@@ -131,14 +131,12 @@ class MultiLabelPredictions:
         if not len(self.targets):
             raise DataError(NO_IMAGES)
         true, predicted = self.targets > 0, self.probabilities >= np.asarray(self.thresholds)
-        hits, counts, answers = (
-            (true & predicted).sum(axis=0),
-            true.sum(axis=0),
-            predicted.sum(axis=0),
-        )  # (C,)
+        hits = (true & predicted).sum(axis=0)  # (C,), as the next two
+        counts, answers = true.sum(axis=0), predicted.sum(axis=0)
+        by_label = sorted(range(len(self.labels)), key=lambda index: self.labels[index])
         classes = [
             MultiLabelClass(
-                label=label,
+                label=self.labels[index],
                 count=int(counts[index]),
                 answered=int(answers[index]),
                 threshold=self.thresholds[index],
@@ -147,7 +145,7 @@ class MultiLabelPredictions:
                 recall=_ratio(hits[index], counts[index]),
                 f1=_ratio(2 * hits[index], counts[index] + answers[index]),
             )
-            for label, index in sorted(zip(self.labels, range(len(self.labels)), strict=True))
+            for index in by_label
         ]
         precisions = [row.average_precision for row in classes if row.average_precision is not None]
         if not precisions:
@@ -183,10 +181,7 @@ def resampled_precision(
 
 
 def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
-    """Compute the average precision of *scores* (N,) for a class; *true* (N,) marks the images that show it.
-
-    Returns None if no image shows the class.
-    """
+    """Compute the average precision of *scores* (N,) for the class of the images in the mask *true*."""
     if not true.any():
         return None
     each_image_once = np.ones((1, len(true)), np.int64)  # as the only resample

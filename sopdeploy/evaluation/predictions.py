@@ -71,10 +71,25 @@ def measure_predictions(
 
 
 def describe_predictions(metrics: ClassificationReport | MultiLabelReport, images: str) -> Section:
-    """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first."""
-    if isinstance(metrics, MultiLabelReport):
-        return _describe_multi_label(metrics, images)
-    return _describe_classes(metrics, images)
+    """Describe *metrics* by a sentence about *images*, the scores, and tables.
+
+    The classes with the worst scores are first, those without images last.
+    """
+    if isinstance(metrics, ClassificationReport):
+        return _describe_classes(metrics, images)
+    values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
+    scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
+    rows = []
+    for row in sorted(
+        metrics.classes, key=lambda row: math.inf if row.average_precision is None else row.average_precision
+    ):
+        rates = (row.average_precision, row.precision, row.recall, row.f1)
+        cells = ("-" if rate is None else percent(rate) for rate in rates)
+        rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
+    columns = ["class", "images", "predicted", "threshold", "average precision", "precision", "recall", "F1"]
+    explained = f"{scores}. A class counts as present if its probability reaches its threshold."
+    tables = [Table(caption="Every class", columns=columns, rows=rows)]
+    return Section(title="Predictions", text=[images, explained], tables=tables)
 
 
 def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
@@ -108,20 +123,3 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
 
 def _with_interval(rate: Rate) -> str:
     return f"{percent(rate.share)} ({percent(rate.low)} to {percent(rate.high)})"
-
-
-def _describe_multi_label(metrics: MultiLabelReport, images: str) -> Section:
-    """Describe the metrics of predictions of several classes per image; classes without images are last."""
-    values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
-    scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
-    rows = []
-    for row in sorted(
-        metrics.classes, key=lambda row: math.inf if row.average_precision is None else row.average_precision
-    ):
-        rates = (row.average_precision, row.precision, row.recall, row.f1)
-        cells = ("-" if rate is None else percent(rate) for rate in rates)
-        rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
-    columns = ["class", "images", "predicted", "threshold", "average precision", "precision", "recall", "F1"]
-    explained = f"{scores}. A class counts as present if its probability reaches its threshold."
-    tables = [Table(caption="Every class", columns=columns, rows=rows)]
-    return Section(title="Predictions", text=[images, explained], tables=tables)

@@ -161,23 +161,18 @@ def find_clips(
         if clips_share.get(relation.template, relation.shared) != relation.shared:
             continue  # the other numbers are those of frames and views
         measured = measure(relation, groups)
-        if measured is None:
-            continue
-        if not measured.is_clear:
-            unclear.append(measured)
-            continue
-        found = measured.pair if found is None else found
-        clips_share[relation.template] = relation.shared
-        if relation.shared != SEQUENCE:
-            groups = connect(len(names), NO_PAIRS, groups, relation.runs)
-            continue
-        remaining: _Measured | None = measured  # what the groups do not explain yet
-        for quantile in LINK_QUANTILES:  # a lower one divides less
-            if remaining is not None and remaining.is_clear:
+        if measured is not None and measured.is_clear:
+            found = measured.pair if found is None else found
+            clips_share[relation.template] = relation.shared
+            if relation.shared != SEQUENCE:
+                groups = connect(len(names), NO_PAIRS, groups, relation.runs)
+                continue
+        for quantile in LINK_QUANTILES:  # of a clear sequence; a lower one divides less
+            if measured is not None and measured.is_clear:
                 groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
-                remaining = measure(relation, groups)
-        if remaining is not None:
-            unclear.append(remaining)
+                measured = measure(relation, groups)  # what the groups do not explain yet
+        if measured is not None:
+            unclear.append(measured)
     doubtful = []
     for measured in unclear:
         first, second = measured.pair
@@ -249,11 +244,13 @@ def _nearest_of_class(
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
         num_kept = min(NEAREST, len(members) - 1)
+        if num_kept == 0:
+            continue
         size = max(1, _BLOCK // len(members))
-        for start in range(0, len(members) if num_kept else 0, size):
+        for start in range(0, len(members), size):
             block = members[start : start + size]
             cosines = vectors[block] @ vectors[members].T
-            cosines[np.arange(len(block)), np.arange(start, start + len(block))] = -2.0  # the image itself
+            cosines[block[:, None] == members] = -2.0  # an image itself is the last one
             best = np.argsort(-cosines, axis=1, kind="stable")[:, :num_kept]
             nearest_NK[block, :num_kept] = members[best]
             cosines_NK[block, :num_kept] = np.take_along_axis(cosines, best, axis=1)
@@ -307,8 +304,8 @@ def _measure(
 def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """Count the images (N,) with the same values in all *keys* (N,)."""
     _, number_N, counts = np.unique(np.stack(keys), axis=1, return_inverse=True, return_counts=True)
-    found: NDArray[np.int64] = counts[number_N.reshape(-1)]
-    return found
+    counts_N: NDArray[np.int64] = counts[number_N.reshape(-1)]
+    return counts_N
 
 
 def _link_sequence(relation: _Relation, vectors: NDArray[np.float32], quantile: float) -> NDArray[np.intp]:

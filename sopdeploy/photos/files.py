@@ -111,23 +111,25 @@ def data_folder(path: Path, content: str = "one subfolder of images per class") 
 
 def list_subfolders(folder: Path) -> list[str]:
     """List the names of the subfolders of *folder*, sorted, except `list_outputs`; raises `DataError`."""
-    return [entry.name for entry in list_folder(folder) if _is_folder(entry) and not _is_output(entry)]
+    return [
+        entry.name
+        for entry in list_folder(folder)
+        if _is_folder(entry) and not holds_output(folder / entry.name)
+    ]
 
 
 def list_outputs(folder: Path) -> list[str]:
     """List the subfolders of *folder* that are bundles or runs, or hold some; raises `DataError`."""
-    return [entry.name for entry in list_folder(folder) if _is_folder(entry) and _is_output(entry)]
-
-
-def _is_output(entry: os.DirEntry[str]) -> bool:
-    return holds_output(Path(entry.path))
+    return [
+        entry.name for entry in list_folder(folder) if _is_folder(entry) and holds_output(folder / entry.name)
+    ]
 
 
 def check_takes_output(folder: Path, setting: str | None, images: Path | None = None) -> None:
-    """Raise `ConfigError` if bundles or runs in *folder* would be among photographs.
+    """Raise `ConfigError` if *folder*, where bundles or runs are to be written, is one of photographs.
 
-    *folder* is then *images*, the training data, or below it; or it holds images or class folders of images,
-    whatever uses them. *setting* names *folder* unless it is an argument. A folder need not exist.
+    That is *images*, the training data, a folder below it, or any folder that holds images or class folders
+    of images. *setting* names *folder* unless it is an argument. A folder need not exist.
     """
     advice = "choose a folder outside of them"
     if images is not None and folder.resolve().is_relative_to(expand_user(images).resolve()):
@@ -207,10 +209,9 @@ def list_folder(folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]
             visible = [entry for entry in entries if hidden or not is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
-    for entry in visible:
+    for entry in [] if hidden else visible:  # names to show; with hidden ones, they are only compared
         try:
-            if not hidden:  # a name to show; hidden ones are only compared
-                os.fsencode(entry.name).decode("utf-8")
+            os.fsencode(entry.name).decode("utf-8")
         except UnicodeDecodeError:
             raise DataError(f"{folder}: the name {entry.name!r} is not UTF-8; rename it") from None
     return sorted(visible, key=lambda entry: os.fsencode(entry.name))

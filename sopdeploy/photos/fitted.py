@@ -4,25 +4,18 @@ import copy
 import math
 import mmap
 from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Pixels, Preprocess
 
+if TYPE_CHECKING:
+    from sopdeploy.photos.photo import LabeledImages
+
 MAX_IN_MEMORY = 2**29  # bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
-
-
-class Images(Protocol):
-    """What is needed of `LabeledImages`: each image with its target, and parts."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, Any]: ...
-    def select(self, mask: NDArray[np.bool_], /) -> Self:
-        """Keep the images where *mask* is true."""
 
 
 class FittedPixels:
@@ -33,7 +26,7 @@ class FittedPixels:
     processes may compute the same image at the same time; they write the same bytes.
     """
 
-    def __init__(self, images: Images, rules: Preprocess) -> None:
+    def __init__(self, images: "LabeledImages", rules: Preprocess) -> None:
         self.images, self.rules = images, rules
         shape = (len(images), rules.crop, rules.crop, 3)
         self.is_kept = 0 < math.prod(shape) <= MAX_IN_MEMORY
@@ -51,11 +44,11 @@ class FittedPixels:
         They are computed and kept at their first use. Raises `DataError` for a damaged image.
         """
         if not self.is_kept:
-            return np.stack([self._compute(sample) for sample in samples])
+            return np.stack([preprocess_image(self.images.decode(sample), self.rules) for sample in samples])
         rows = self.rows[np.asarray(samples)]
         missing = {samples[position] for position in np.flatnonzero(self.is_computed[rows] == 0).tolist()}
         for sample in sorted(missing):
-            self.pixels[self.rows[sample]] = self._compute(sample)
+            self.pixels[self.rows[sample]] = preprocess_image(self.images.decode(sample), self.rules)
         self.is_computed[rows] = 1  # after the pixels, which other processes read then
         pixels: Pixels = self.pixels[rows]
         return pixels
@@ -65,10 +58,6 @@ class FittedPixels:
         selected = copy.copy(self)
         selected.images, selected.rows = self.images.select(mask), self.rows[mask]
         return selected
-
-    def _compute(self, sample: int) -> Pixels:
-        """Decode an image and fit it to the network."""
-        return preprocess_image(self.images[sample][0], self.rules)
 
 
 def shared_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -373,6 +373,20 @@ def open_evaluation_images(
     return images
 
 
+def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
+    """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
+    names = {normalize(name) for name in list_subfolders(root)}
+    if names <= {normalize(label) for label in labels}:  # each one is a class, even if named val
+        return root
+    parts = find_parts(root)
+    val_is_a_class = parts.others and not parts.train  # as in training, which needs a train/ next to a val/
+    if val_is_a_class or not parts.held_out:
+        return root
+    folder = part_folder(root, parts.held_out[0])
+    log(f"{folder}: the images in this folder are used")
+    return folder
+
+
 def _held_out_of_table(root: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
     """Open the held-out images of the `labels.csv` in *root*, or all if it does not divide them."""
     # The last part: `val` after `train`, or the only one.
@@ -385,11 +399,11 @@ def _match_classes(
     root: Path, images: ImageFiles, labels: tuple[str, ...], allow_unknown: bool, log: Log
 ) -> ImageFiles:
     """Give *images* the classes *labels*; raises `DataError` for other classes unless *allow_unknown*."""
-    aliases, given = class_aliases(), images.labels  # the aliases translate WordNet IDs
+    aliases = class_aliases()  # of WordNet IDs
     label_of_name = {normalize(label): label for label in labels}
-    names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in given)
-    unknown = [label for label, name in zip(given, names, strict=True) if name not in labels]
-    are_allowed = allow_unknown and len(unknown) < len(given)  # at least one class must remain
+    names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in images.labels)
+    unknown = [label for label, name in zip(images.labels, names, strict=True) if name not in labels]
+    are_allowed = allow_unknown and len(unknown) < len(names)  # at least one class must remain
     hint = hint_at_spelling(unknown, labels)
     if unknown and not are_allowed:
         hint = hint or _suggest_folder(images, "give")
@@ -460,17 +474,3 @@ def open_unknown(root: Path) -> UnknownImages:
     )
     remaining = images.select(is_fair_N) if count else None
     return UnknownImages(remaining, "" if count == len(paths) else line)
-
-
-def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
-    """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
-    names = {normalize(name) for name in list_subfolders(root)}
-    if names <= {normalize(label) for label in labels}:  # each one is a class, even if named val
-        return root
-    parts = find_parts(root)
-    val_is_a_class = parts.others and not parts.train  # as in training, which needs a train/ next to a val/
-    if val_is_a_class or not parts.held_out:
-        return root
-    folder = part_folder(root, parts.held_out[0])
-    log(f"{folder}: the images in this folder are used")
-    return folder

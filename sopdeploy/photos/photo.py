@@ -31,7 +31,6 @@ from sopdeploy.photos.fitted import FittedPixels
 
 UNREADABLE = 0  # the hash of a file that cannot be read
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
-Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
 _RULES = Preprocess()  # for the conversion to upright RGB
 _Result = TypeVar("_Result")
 _Images = TypeVar("_Images", bound="LabeledImages")
@@ -139,15 +138,10 @@ class LabeledImages(ABC):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
-        """Decode an image; return it with its target. Raises `DataError` naming it."""
+    def decode(self, index: int) -> Image.Image:
+        """Decode an image, in its own mode and orientation; raises `DataError` naming it."""
         with image_errors(self.describe(index)):
-            return load_pixels(self.open(index)), self.target(index)
-
-    def target(self, index: int) -> Target:
-        """Return the class index of an image, or its row (C,) of several classes."""
-        target: Any = self.targets[index]
-        return target if self.is_multi_label else int(target)
+            return load_pixels(self.open(index))
 
     def class_names(self, index: int) -> list[str]:
         """List the classes of an image."""
@@ -268,12 +262,8 @@ class Dataset(ABC):
         return len(self.images)
 
     @abstractmethod
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]: ...
-
     def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
         """Compute the pixels (B, H, W, 3) of the images at *indices*, and what else belongs to them."""
-        pixels, others = zip(*(self[index] for index in indices), strict=True)
-        return np.stack(pixels), np.asarray(others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,18 +284,11 @@ class FittedDataset(Dataset):
         targets = self.images.targets[np.asarray(indices) % len(self.images)]
         return self.pixels(indices), targets if self.images.is_multi_label else targets.astype(np.int64)
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        """Return pixels (H, W, 3) and target; an index from N on is that of a copy."""
-        return self.pixels([index])[0], self.images.target(index % len(self.images))
-
     def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
-        """Fit the images at *indices*, all below N, to the network by *rules*: (B, crop, crop, 3).
-
-        Those that are in memory are taken from there.
-        """
+        """Fit the images at *indices*, all below N, to the network by *rules*: (B, crop, crop, 3)."""
         if self.fitted is not None:
             return self.fitted.read(indices)
-        return np.stack([preprocess_image(self.images[index][0], rules) for index in indices])
+        return np.stack([preprocess_image(self.images.decode(index), rules) for index in indices])
 
     def select(self, mask: NDArray[np.bool_]) -> Self:
         """Keep the images where *mask* (N,) is true."""
@@ -350,8 +333,9 @@ def crop_padded(arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]) 
     padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
     padded[:, pad : pad + height, pad : pad + width] = arrays
     cropped = np.empty_like(arrays)
-    for array, target, (top, left, is_mirrored) in zip(padded, cropped, windows, strict=True):
-        target[:, :: -1 if is_mirrored else 1] = array[top : top + height, left : left + width]
+    for index, (top, left, is_mirrored) in enumerate(windows):
+        window = padded[index, top : top + height, left : left + width]
+        cropped[index] = window[:, ::-1] if is_mirrored else window
     return cropped
 
 

@@ -133,11 +133,6 @@ def read_label_table(
     """
     table, (image_paths, _other_files) = root / LABELS_FILE, list_images(root)
     rows = _read_rows(table, image_paths)
-    missing = [row for row in rows if row.path is None]
-    if missing:
-        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
-        problem = f"line {missing[0].line}: {missing[0].file} does not exist"
-        raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
     listed = set().union(*(row.classes for row in rows))
     labels = tuple(sorted(listed)) if labels is None else labels
     check_labels(table, labels)
@@ -194,7 +189,7 @@ def _build_targets(
 class _Row(NamedTuple):
     """The line number of an image, its name in the table, classes, part and group, and the path of its file.
 
-    The part is None without a column `split`, the path if there is no such file.
+    The part is None without a column `split`, the path until all lines are read and their files exist.
     """
 
     line: int
@@ -206,9 +201,9 @@ class _Row(NamedTuple):
 
 
 def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
-    """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line.
+    """Read the rows of *table*; *image_paths* are the files in its folder.
 
-    A file that does not exist is no error: its row has no path.
+    Raises `DataError` for the first invalid line, or else for the files that do not exist.
     """
     root = table.parent
     path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
@@ -235,6 +230,11 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         first = rows.setdefault(path or str(file), row)
         if first is not row:
             raise DataError(f"{where}: {file} is listed in line {first.line}, too; keep one line per file")
+    missing = [row for row in rows.values() if row.path is None]
+    if missing:
+        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
+        problem = f"line {missing[0].line}: {missing[0].file} does not exist"
+        raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
     return list(rows.values())
 
 

@@ -30,7 +30,6 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import predict_logits, predict_unknown
 from sopdeploy.evaluation.statistics import TESTABLE
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
-from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
 from sopdeploy.photos.copies import group_photographs
@@ -57,8 +56,15 @@ def fit_fine_tune(
     """
     if last is None:
         frozen = fit_new(start, callback)
-        tuned = move_to_device(start.recipe, _build_network_to_tune(start, frozen), start.strategy)
-        run = LoopRun(replace(start, model=tuned), frozen)
+        options = start.model.config.model_dump()
+        options["head"] = frozen.network.config.model_dump()["head"]
+        name = tuned_name(start.recipe.model.name)
+        network = create_model(name, num_classes=len(start.labels), **options)
+        tensors = start.model.state_dict()
+        branches = {key: tensor for key, tensor in tensors.items() if key.startswith("branches.")}
+        network.load_state_dict({**branches, **frozen.network.state_dict()})
+        network = move_to_device(start.recipe, network, start.strategy)
+        run = LoopRun(replace(start, model=network), frozen)
         folder.save_last(last_loop_record(run))
     else:
         record = read_frozen(last, folder.last)
@@ -71,18 +77,6 @@ def fit_fine_tune(
         run.position.epoch = start.recipe.epochs  # no comparison can decide, so there is nothing to train
     folder.save_best(run_record(start, frozen))
     return fit_loop(run, folder, callback, keep_better)
-
-
-def _build_network_to_tune(start: Start, frozen: FewShotFit) -> Classifier:
-    """Build the network with the weights of the *frozen* one, and with the branches that *start* has."""
-    options = start.model.config.model_dump()
-    options["head"] = frozen.network.config.model_dump()["head"]
-    name = tuned_name(start.recipe.model.name)
-    network = create_model(name, num_classes=len(start.labels), **options)
-    tensors = start.model.state_dict()
-    branches = {name: tensor for name, tensor in tensors.items() if name.startswith("branches.")}
-    network.load_state_dict({**branches, **frozen.network.state_dict()})
-    return network
 
 
 def keep_better(

@@ -203,7 +203,9 @@ class Recipe(LoopSettings):
             _model, _config, option, *_ = key.split(".")
             return option in entry(network).config.model_fields
         read = READ_BY_FEW_SHOT if is_few_shot else READ_BY_FINE_TUNE
-        return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in read)
+        is_in_read_table = any(f"{key}.".startswith(f"{name}.") for name in read)
+        contains_read_key = any(name.startswith(f"{key}.") for name in read)
+        return is_in_read_table or contains_read_key
 
     def check_effect(self, given: Sequence[str], *, holds_out: bool = True) -> None:
         """Raise `ConfigError` if the procedure ignores a *given* key.

@@ -260,13 +260,13 @@ def open_held_out(recipe: Recipe, last: Checkpoint) -> LabeledImages:
 
 
 def _check_data(
-    recipe: Recipe, opened: Split, division: Division, given: Sequence[str], callback: Callback
+    recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
     """Check the images before the training.
 
     Warns of the classes of which no image could be held out, if *division* has images held out of *opened*,
     and of equal files with different labels. Raises `ConfigError` or `DataError` if `rejection.unknown`, or
-    another one of the *given* keys, could not be used after the training.
+    another one of the *keys* that the user has set, could not be used after the training.
     """
     data, file_hashes, unknown = division.data, division.file_hashes, recipe.rejection.unknown
     if data.train.is_multi_label:
@@ -274,7 +274,7 @@ def _check_data(
             raise ConfigError(
                 "procedure fine_tune: compares answers, which needs one class per image; choose few_shot"
             )
-        ignored = {key for key in given if key.startswith("rejection.")}
+        ignored = {key for key in keys if key.startswith("rejection.")}
         if unknown is not None:
             ignored.add("rejection.unknown")
         if ignored:

@@ -161,7 +161,9 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
     except DataError as error:
         raise DataError(str(error), setting="calibrate") from error
     positions = evenly_spread(len(images), MAX_CALIBRATION_IMAGES)
-    return np.stack([preprocess_image(images[position][0], preprocess) for position in positions.tolist()])
+    return np.stack(
+        [preprocess_image(images.decode(position), preprocess) for position in positions.tolist()]
+    )
 
 
 def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:

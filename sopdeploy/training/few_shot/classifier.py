@@ -78,10 +78,10 @@ class Targets:
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
         """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.
 
-        Images with equal *keys* share a fold, so that there are at most as many folds as keys. Many folds are
-        wanted, so that each head is fitted to nearly all images, but no more than a class of `MIN_FOLDS` or
-        more groups has: a head to which images of some classes are missing is biased against these, and its
-        test images are those that are missing. Raises `DataError` if all keys are equal.
+        Images with equal *keys* share a fold, so that there are at most as many folds as keys. With many
+        folds, each head is fitted to nearly all images. With more folds than a class has groups, some heads
+        would lack images of the class and be biased against it, so that there are not more than groups of
+        any class that has `MIN_FOLDS` groups or more. Raises `DataError` if all keys are equal.
         """
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
@@ -94,28 +94,36 @@ class Targets:
         num_folds = min(at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist())
         # If no stratum has an image for every fold, only the sizes of the folds are balanced: one stratum.
         strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
+        folds_N = spread_groups(groups_N, strata, num_folds, seed)
+        return np.unique(folds_N, return_inverse=True)[1]  # renumbered, without empty folds
 
-        # The algorithm of scikit-learn's `StratifiedGroupKFold`, whose import is slow:
-        # groups in random order, the most uneven ones first, each into the fold that spreads the strata best.
-        _, stratum_N, sizes_S = np.unique(strata, return_inverse=True, return_counts=True)
-        images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
-        np.add.at(images_GS, (groups_N, stratum_N), 1)
-        shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)  # NumPy's limit for seeds
-        fold_G = np.zeros(num_groups, np.intp)
-        images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
-        for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
-            # attempts_FFS[f] is `images_FS` after the group is added to the fold f.
-            attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
-            unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
-            sizes, best = images_FS.sum(axis=1).tolist(), 0
-            for fold in range(1, num_folds):
-                difference = unevenness[fold] - unevenness[best]
-                is_as_even = abs(difference) <= 1e-8 + 1e-5 * unevenness[best]
-                if difference < 0 or (is_as_even and sizes[fold] < sizes[best]):
-                    best = fold
-            fold_G[group] = best
-            images_FS[best] += images_GS[group]
-        return np.unique(fold_G[groups_N], return_inverse=True)[1]  # renumbered, without empty folds
+
+def spread_groups(groups_N: Indices, strata_N: NDArray[np.int64], num_folds: int, seed: int) -> Indices:
+    """Assign each group of images to one of *num_folds* folds (N,), so that each has its share of all strata.
+
+    This is the algorithm of scikit-learn's `StratifiedGroupKFold`, whose import is slow: groups in random
+    order, the most uneven ones first, each into the fold that spreads the strata best. Folds may be empty.
+    """
+    num_groups = int(groups_N.max()) + 1
+    _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)
+    images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
+    np.add.at(images_GS, (groups_N, stratum_N), 1)
+    shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)  # NumPy's limit for seeds
+    fold_G = np.zeros(num_groups, np.intp)
+    images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
+    for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
+        # attempts_FFS[f] is `images_FS` after the group is added to the fold f.
+        attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
+        unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
+        sizes, best = images_FS.sum(axis=1).tolist(), 0
+        for fold in range(1, num_folds):
+            difference = unevenness[fold] - unevenness[best]
+            is_as_even = abs(difference) <= 1e-8 + 1e-5 * unevenness[best]
+            if difference < 0 or (is_as_even and sizes[fold] < sizes[best]):
+                best = fold
+        fold_G[group] = best
+        images_FS[best] += images_GS[group]
+    return fold_G[groups_N]
 
 
 class LinearHead(NamedTuple):
@@ -230,9 +238,7 @@ class Space(NamedTuple):
         scales, inputs = [], []
         for part, center in zip(parts, centers, strict=True):
             centered = part - center
-            norm = (
-                np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0
-            )  # 0 if all images have the same part
+            norm = np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0  # 0 without differences
             scales.append(np.full(part.shape[1], 1 / norm))
             inputs.append(centered / norm)
         basis = np.linalg.qr(np.concatenate(inputs, axis=1).T)[0]

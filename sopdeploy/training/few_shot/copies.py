@@ -60,7 +60,8 @@ def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float3
                 readable.append(index)
         for batch in network.batches(images, readable) if readable else ():
             vectors = unit_length(batch.own_vectors.float().cpu().numpy())
-            yield from ((part[index], row) for index, row in zip(batch.indices, vectors, strict=True))
+            for index, vector in zip(batch.indices, vectors, strict=True):
+                yield part[index], vector
 
 
 def _default_recipe() -> Recipe:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -199,13 +199,17 @@ class _Photographs(Dataset):
     cache: FeatureCache
     always_decoded: int
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]:
-        """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (3,)."""
-        photo, side = self.images.photo(index), self.preprocess.crop
-        file_hash = photo.file_hash
-        is_decoded = index == self.always_decoded or not self.cache.has(file_hash)
-        pixels = photo.preprocess(self.preprocess) if is_decoded else np.zeros((side, side, 3), np.uint8)
-        return pixels, np.asarray([file_hash, photo.taken, is_decoded])
+    def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (B, 3)."""
+        side = self.preprocess.crop
+        pixels, facts = np.zeros((len(indices), side, side, 3), np.uint8), []
+        for position, index in enumerate(indices):
+            photo = self.images.photo(index)
+            is_decoded = index == self.always_decoded or not self.cache.has(photo.file_hash)
+            if is_decoded:
+                pixels[position] = photo.preprocess(self.preprocess)
+            facts.append([photo.file_hash, photo.taken, is_decoded])
+        return pixels, np.asarray(facts, np.int64)
 
 
 class FeatureBatch(NamedTuple):

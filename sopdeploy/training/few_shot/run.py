@@ -285,7 +285,7 @@ def _choose_judged(images: LabeledImages, targets: Targets, copies_N: Indices, g
     _, largest_G = np.unique(copies_N, return_index=True)  # the first image of each group, often its only one
     for group in np.flatnonzero(np.bincount(copies_N) > 1):  # only the images of these groups are opened
         members = np.flatnonzero(copies_N == group)
-        num_pixels = [np.prod(images[index][0].size) for index in members.tolist()]
+        num_pixels = [np.prod(images.decode(index).size) for index in members.tolist()]
         largest_G[group] = members[np.argmax(num_pixels)]
     judged = largest_G[select_typical(images)[largest_G]]
     if images.is_multi_label:
@@ -300,10 +300,10 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
 
 
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
-    """Select the images (N,) that are like new photographs: not those that a server kept for a label.
+    """Select the images (N,) that are like new photographs, which those that a server has kept are not.
 
-    A server keeps atypical ones, of which fewer are known and fewer are classified correctly. Those of
-    classes without other photographs are selected, too, and all if too few others are there for a threshold.
+    A server keeps photographs of which fewer are known and fewer are classified correctly. A class without
+    others is selected all the same. All images are selected if the others are too few for a threshold.
     """
     names = [PurePath(images.identity(index)).name for index in range(len(images))]
     is_kept = [KEPT_NAME.fullmatch(name) is not None for name in names]
@@ -357,7 +357,8 @@ def _describe(
     diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
     return FewShotResult(
-        **{"map" if isinstance(score, MeanPrecision) else "top1": score},
+        top1=score if isinstance(score, Rate) else None,
+        map=score if isinstance(score, MeanPrecision) else None,
         estimated_on="held-out" if len(start.data.held_out) else "cross-validation",
         class_counts=counts,
         is_uneven=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
@@ -368,7 +369,7 @@ def _describe(
         num_groups=int(found.groups.max()) + 1,
         num_photographs=int(found.copies.max()) + 1,
         one_group=tuple(label for label, number in num_groups.items() if number == 1),
-        two_groups=tuple(label for label, number in num_groups.items() if number == 2 < counts[label]),
+        two_groups=tuple(label for label, number in num_groups.items() if number == 2 and counts[label] > 2),
         contradictions=tuple(contradictions),
         alike=found.alike,
         diffuse=tuple(images.labels[label] for label in diffuse),

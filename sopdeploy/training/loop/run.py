@@ -47,8 +47,8 @@ def fit_loop(
     """
     recipe = run.recipe
     augment = recipe.augment
-    pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0  # of held-out images
     data = run.start.data
+    pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0
     fitted = FittedPixels(data.held_out, recipe.preprocess)
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad, fitted=fitted)
     training = augmented_images(recipe, data.train, run.position.epoch)

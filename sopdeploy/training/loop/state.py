@@ -190,29 +190,6 @@ class LoopRun:
             file_hashes=self.start.file_hashes,
         )
 
-    def replace_model(self, model: Classifier) -> None:
-        """Replace the old model by *model*.
-
-        A parameter takes over the optimizer state of the old one with its name, and a tensor the average.
-        With averages, *model* must not have tensors that the old model lacks.
-        """
-        old_states = {}  # of the optimizer, by the name of the parameter
-        if "optimizer" in self.__dict__:  # the cached property has created one
-            for key, old_parameter in self.trained().named_parameters():
-                if old_parameter in self.optimizer.state:
-                    old_states[key] = self.optimizer.state[old_parameter]
-            del self.optimizer  # the next access creates one for the new groups
-        self.model = move_to_device(self.recipe, model, self.strategy)
-        self.normalize.memory_format = images_format(self.model)
-        self._prepare_training()
-        for key, parameter in self.trained().named_parameters():
-            if key in old_states:
-                self.optimizer.state[parameter] = old_states[key]
-        if self.ema is not None:
-            averages = self.ema.model.state_dict()
-            self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
-            self.ema.model.load_state_dict({key: averages[key] for key in self.model.state_dict()})
-
     def _prepare_training(self) -> None:
         """Set train mode, frozen parameters and `groups` of the epoch; move the teacher to the device."""
         recipe, start = self.recipe, self.recipe.start_of(self.position.epoch)
@@ -230,13 +207,32 @@ class LoopRun:
                 self.groups.append({"params": list(self.teacher.model.parameters())})
 
     def start_epoch(self) -> None:
-        """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it."""
-        epoch = self.position.epoch
-        removal, model = self.recipe.model.remove_branches_at, self.model
+        """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it.
+
+        Parameters keep their optimizer states, and tensors their averages.
+        """
+        epoch, removal, model = self.position.epoch, self.recipe.model.remove_branches_at, self.model
         if removal is not None and epoch >= removal:
             model = model.without_branches()
-        if model is not self.model or 0 < epoch == self.recipe.first_phase:
-            self.replace_model(model)
+        is_second_phase = epoch > 0 and epoch == self.recipe.first_phase
+        if model is self.model and not is_second_phase:
+            return
+        old_states = {}  # of the optimizer, by the name of the parameter
+        if "optimizer" in self.__dict__:  # the cached property has created one
+            for key, old_parameter in self.trained().named_parameters():
+                if old_parameter in self.optimizer.state:
+                    old_states[key] = self.optimizer.state[old_parameter]
+            del self.optimizer  # the next access creates one for the new groups
+        self.model = move_to_device(self.recipe, model, self.strategy)
+        self.normalize.memory_format = images_format(self.model)
+        self._prepare_training()
+        for key, parameter in self.trained().named_parameters():
+            if key in old_states:
+                self.optimizer.state[parameter] = old_states[key]
+        if self.ema is not None:
+            averages = self.ema.model.state_dict()
+            self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
+            self.ema.model.load_state_dict({key: averages[key] for key in self.model.state_dict()})
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:

@@ -51,13 +51,13 @@ def test_one_fifth_of_the_digits_of_every_class_is_held_out_and_preprocessed() -
     split = open_data(DigitsConfig(kind="digits"))
     assert (len(split.train), len(split.held_out)) == (1438, 359)
     assert split.train.labels == split.held_out.labels == tuple("0123456789")
-    held = np.bincount([split.held_out[i][1] for i in range(359)])
+    held = np.bincount(split.held_out.targets)
     assert 35 <= held.min() <= held.max() <= 37
     for resize, crop in ((16, 16), (32, 32), (9, 8)):
         rules = Preprocess(resize=resize, crop=crop)
         prepared = PreprocessedDataset(split.held_out, rules)
-        array, label = prepared[7]
-        image, expected = split.held_out[7]
+        (array,), (label,) = prepared.batch([7])
+        image, expected = split.held_out.decode(7), split.held_out.targets[7]
         assert (array.dtype, array.shape, label) == (np.uint8, (crop, crop, 3), expected)
         assert np.array_equal(array, preprocess_image(image, rules))
         assert len(prepared) == 359
@@ -154,7 +154,7 @@ def test_pixels_in_memory_are_computed_once_and_give_the_same_batches(monkeypatc
     for epoch in range(3):
         plain = AugmentedDataset(images, PADDED, FITTED, 0, epoch)
         kept = replace(plain, fitted=in_memory)
-        expected = [plain[index][0] for index in range(60)]
+        expected = list(plain.pixels(range(60)))
         images.opened.clear()
         assert np.array_equal(kept.batch(range(60))[0], expected)
         assert len(images.opened) == (60 if not limit else 0 if epoch else 30)
@@ -200,4 +200,4 @@ def test_an_epoch_that_ends_early_leaves_no_batch_for_the_next_one(monkeypatch) 
     with data_batches.Loader((dataset,), 1, cpu) as loader:
         next(load_batches(dataset, [[number] for number in range(30)], loader, cpu))
         ((pixels, _),) = load_batches(dataset, [[29]], loader, cpu)
-    assert np.array_equal(pixels[0], dataset[29][0])
+    assert np.array_equal(pixels[0], dataset.pixels([29])[0])
