@@ -310,12 +310,14 @@ def change_recipe(
     `ConfigError` that names the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
-    _drop_values_of_others(values, dict(changes))
-    before, fine_tune = deepcopy(values), FineTuneConfig().kind
+    changed = dict(changes)
+    _drop_foreign_options(values, changed)
+    before = deepcopy(values)
     procedure = before.get("procedure")
-    was_fine_tune = isinstance(procedure, dict) and procedure.get("kind") == fine_tune
-    selects_fine_tune = dict(changes).get("procedure.kind") == fine_tune and not was_fine_tune
-    settings = deepcopy(dict(FineTuneConfig.SETTINGS)) if selects_fine_tune else {}
+    settings: dict[str, Any] = {}
+    was_fine_tune = isinstance(procedure, dict) and procedure.get("kind") == "fine_tune"
+    if changed.get("procedure.kind") == "fine_tune" and not was_fine_tune:
+        settings = deepcopy(dict(FineTuneConfig.SETTINGS))
     for key, value in [*settings.items(), *changes]:
         *tables, last = key.split(".")
         table = values
@@ -324,7 +326,7 @@ def change_recipe(
             if not isinstance(table, dict):
                 raise ConfigError(f"{key}: {name} is a value, not a table with keys")
         table[last] = value
-    _scale_resize(values, before.get("preprocess"), {key for key, _ in changes})
+    _scale_resize(values, before.get("preprocess"), changed)
     return validate_recipe(values, str(source))
 
 
@@ -340,10 +342,10 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
         table["resize"] = Preprocess.scaled_resize(*sides)
 
 
-def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) -> None:
-    """Drop the values that the network, data source or procedure selected by *overrides* does not have."""
+def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> None:
+    """Drop the options that the network, data source or procedure selected by *changed* does not have."""
     for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
-        table, chosen = values.get(name), overrides.get(f"{name}.{selector}")
+        table, chosen = values.get(name), changed.get(f"{name}.{selector}")
         if not isinstance(table, dict) or not isinstance(chosen, str):
             continue  # no values or no choice; the validation of the recipe finds those of a wrong type
         if chosen == table.get(selector):

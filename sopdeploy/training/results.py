@@ -68,8 +68,10 @@ class Tuning(StrictModel):
     @classmethod
     def of(cls, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> "Tuning":
         """Count the photographs (N,) that the frozen and the fine-tuned network classify correctly."""
-        masks = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
-        return cls(count=len(first), **{name: int(mask.sum()) for name, mask in masks.items()})
+        wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
+        return cls(
+            count=len(first), first=int(first.sum()), second=int(second.sum()), wins=wins, losses=losses
+        )
 
     @property
     def is_better(self) -> bool:
@@ -260,8 +262,9 @@ class FewShotResult(StrictModel):
         if score is None:
             return "no estimate of the accuracy, which needs two different photographs of two classes or more"
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
-        label, largest = max(self.class_counts.items(), key=lambda item: item[1])
-        majority = largest / max(1, sum(self.class_counts.values()))  # multi-label images may show none
+        counts = self.class_counts
+        label = max(counts, key=lambda label: counts[label])
+        majority = counts[label] / max(1, sum(counts.values()))  # multi-label images may show none
         comparison = ""
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'

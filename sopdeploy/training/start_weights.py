@@ -162,15 +162,16 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     other classes. Raises `WeightsError` for the first tensor of the backbone that is missing, has another
     shape or does not exist in *model*, or any tensor to load that is not finite.
     """
+    # Only linear layers of these names are classifiers; others have an output per class by chance.
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
-    # Other layers are so wide by chance.
     classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
     branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
     has_other_classes = weights.labels is not None and weights.labels != labels
     not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []  # even if their shapes fit
     training_only = (*model.training_only, *weights.training_only)
-    matching, new = _match_tensors(weights, model, not_loaded, (*not_loaded, *training_only, *classifiers))
+    may_be_new = (*not_loaded, *training_only, *classifiers)
+    matching, new = _match_tensors(weights, model, not_loaded, may_be_new)
     unused: set[str] = set()
     for name in sorted(weights.tensors.keys() - model.state_dict().keys()):
         part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))

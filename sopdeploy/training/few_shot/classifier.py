@@ -78,10 +78,9 @@ class Targets:
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
         """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.
 
-        Images with equal *keys* share a fold, so that there are at most as many folds as keys. With many
-        folds, each head is fitted to nearly all images. With more folds than a class has groups, some heads
-        would lack images of the class and be biased against it, so that there are not more than groups of
-        any class that has `MIN_FOLDS` groups or more. Raises `DataError` if all keys are equal.
+        Images with equal *keys* are a group and share a fold. There are at most as many folds as groups, in
+        all and in each class of `MIN_FOLDS` or more groups: with more, some heads would lack images of the
+        class and be biased against it. Raises `DataError` if all keys are equal.
         """
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
@@ -398,18 +397,20 @@ def estimate_score(
     Bengio, "Inference for the Generalization Error" (2003), section 3. If classes have fewer groups than
     `MIN_FOLDS`, each head lacks one of few, and the network errs less: the upper end allows for this.
     """
-    if activation == "softmax":
-        right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
-        # The variance of a mean of J folds is s (1 / J + r), not s / J, where r = 1 / (J - 1) is the ratio of
-        # test images to training images of a fold. So the factor is 1 + r J.
-        variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
-        units = effective_count(groups_N) / variance_factor
-        rate = Rate.of(int(right.sum()), len(right), units)
-        learned = rate.share
-        if folds > 0:  # with G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
-            num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
-            few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
-            factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
-            learned = 1 - (1 - rate.share) * float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))
-        return rate.model_copy(update={"high": max(rate.high, wilson(units * learned, units).high)})
-    return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)
+    if activation == "sigmoid":
+        return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)
+    right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
+    # The variance of a mean of J folds is s (1 / J + r), not s / J, where r = 1 / (J - 1) is the ratio of
+    # test images to training images of a fold. So the factor is 1 + r J.
+    variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
+    units = effective_count(groups_N) / variance_factor
+    rate = Rate.of(int(right.sum()), len(right), units)
+    highest_share = rate.share
+    if folds > 0:  # with G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
+        num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
+        few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
+        factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
+        remaining_errors = float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))
+        highest_share = 1 - (1 - rate.share) * remaining_errors
+    high = max(rate.high, wilson(units * highest_share, units).high)
+    return rate.model_copy(update={"high": high})

@@ -274,7 +274,7 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
     seeds = [derive_seed(seed, "folds")]
     if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
         seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]
-    return [targets.folds(keys_N, at_most, of_attempt) for of_attempt in seeds]
+    return [targets.folds(keys_N, at_most, fold_seed) for fold_seed in seeds]
 
 
 def _choose_judged(images: LabeledImages, targets: Targets, copies_N: Indices, groups_N: Indices) -> Indices:

@@ -257,7 +257,7 @@ def dataset(count: int = 7) -> PreprocessedDataset:
 
 
 def inputs() -> torch.Tensor:
-    return NORMALIZE(torch.from_numpy(np.stack([image for image, _ in (dataset()[i] for i in range(7))])))
+    return NORMALIZE(torch.from_numpy(dataset().pixels(range(7))))
 
 
 @pytest.fixture
