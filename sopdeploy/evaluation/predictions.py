@@ -71,10 +71,7 @@ def measure_predictions(
 
 
 def describe_predictions(metrics: ClassificationReport | MultiLabelReport, images: str) -> Section:
-    """Describe *metrics* by a sentence about *images*, the scores, and tables.
-
-    The classes with the worst scores are first, those without images last.
-    """
+    """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first."""
     if isinstance(metrics, ClassificationReport):
         return _describe_classes(metrics, images)
     values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}

@@ -105,10 +105,7 @@ class RunFolder:
         return None
 
     def check_new(self) -> None:
-        """Check that a new run can be written here, an empty folder or none; writes nothing.
-
-        Raises `ConfigError` if there is something else, and `StorageError` if the folder cannot be created.
-        """
+        """Raise `ConfigError` unless the folder is empty or none, `StorageError` if it cannot be created."""
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         # A run that was killed before its first checkpoint may have left the lock file and partial files.
         others = {name for name in names - {LOCK} if not name.endswith(PARTIAL)}

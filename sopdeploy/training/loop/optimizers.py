@@ -54,14 +54,10 @@ class AdaHessian(Optimizer):
             if gradient.requires_grad:
                 curved[parameter] = gradient
         signs = [random_signs(seed, number, parameter) for number, parameter in enumerate(curved)]
-        products = torch.autograd.grad(
-            list(curved.values()), list(curved), grad_outputs=signs, allow_unused=True
-        )
-        self.curvatures = {  # `step` takes 0 for parameters without a product: no gradient depends on them
-            parameter: product
-            for parameter, product in zip(curved, products, strict=True)
-            if product is not None
-        }
+        products = torch.autograd.grad(list(curved.values()), list(curved), signs, allow_unused=True)
+        # `step` takes 0 for parameters without a product: no gradient depends on them.
+        pairs = zip(curved, products, strict=True)
+        self.curvatures = {parameter: product for parameter, product in pairs if product is not None}
 
     def all_reduce(self, add: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
         """Replace gradients and curvatures by their sums over processes; *add* is `sum_by_parameter`."""
