@@ -127,7 +127,7 @@ def train_epoch(
         losses = run.read_steps()
         now = time.monotonic()
         position.train_seconds += now - since
-        position.seconds += now - since  # to which `finish_epoch` adds the time of the evaluation
+        position.seconds += now - since  # to which `begin_next_epoch` adds the evaluation
         since = now
         for step, loss in enumerate(losses, first):
             callback.on_step_end(epoch=epoch, epochs=recipe.epochs, step=step, steps=len(batches), loss=loss)
@@ -159,7 +159,7 @@ def evaluate_epoch(
     )
     # Every process computes these for the same few images itself, so its batches are whole ones.
     diagnostics = diagnose(run.exported, held_out, recipe.preprocess, recipe.batch_size, mirror=mirror)
-    run.finish_epoch(metrics, diagnostics, time.monotonic() - since)
+    run.begin_next_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
 def save_derived_files(run: LoopRun, folder: RunFolder) -> None:

@@ -150,7 +150,7 @@ class LoopRun:
             losses.append(total)
         return losses
 
-    def finish_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
+    def begin_next_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
         """Begin the next epoch with a row about this one, whose evaluation took *seconds*, in the history."""
         position = self.position
         row = EpochRow(
