@@ -15,8 +15,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
-from sopdeploy.photos.fitted import FittedPixels
-from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
+from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
