@@ -196,19 +196,20 @@ def _list_relations(
         if size < MIN_IMAGES:
             break
         members = [index for index, name in enumerate(parsed) if name.template == template]
+        class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
         # Names with equal texts and the same first or last numbers.
         length = len(parsed[members[0]].numbers)
         digits = [r"\D+".join([r"\d+"] * num_shared) for num_shared in range(length)]
         starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
         ends = [(END, slice(-num, None), rf"{digits[num]}\D*$") for num in range(length - 1, 0, -1)]
         for shared, which, pattern in starts + ends:
-            keys = [(int(classes[i]), parsed[i].texts, parsed[i].numbers[which]) for i in members]
+            keys = [(class_and_texts[i], parsed[i].numbers[which]) for i in members]
             if len(set(keys)) < len(keys):
                 runs = _number_runs(count, members, keys)
                 groupings.append(_Relation(template, shared, runs, pattern=pattern))
         # Neighbors among the names with equal texts, in the order of their numbers.
-        by_number = sorted(members, key=lambda i: (int(classes[i]), parsed[i].texts, parsed[i].numbers))
-        runs = _number_runs(count, by_number, [(int(classes[i]), parsed[i].texts) for i in by_number])
+        by_number = sorted(members, key=lambda i: (class_and_texts[i], parsed[i].numbers))
+        runs = _number_runs(count, by_number, [class_and_texts[i] for i in by_number])
         ranks = np.zeros(count, np.int64)
         ranks[by_number] = np.arange(len(by_number))
         sequences.append(_Relation(template, SEQUENCE, runs, ranks))

@@ -131,9 +131,10 @@ def read_label_table(
     number of classes. By default, they may if an image of the table does not have exactly one. Raises
     `DataError` naming the line of the first invalid row, or the files that do not exist.
     """
-    table, (image_paths, _other_files) = root / LABELS_FILE, list_images(root)
+    table = root / LABELS_FILE
+    image_paths, _other_files = list_images(root)
     rows = _read_rows(table, image_paths)
-    listed = set().union(*(row.classes for row in rows))
+    listed = {label for row in rows for label in row.classes}
     labels = tuple(sorted(listed)) if labels is None else labels
     check_labels(table, labels)
     if len(labels) < 2:
@@ -148,8 +149,10 @@ def read_label_table(
     if any(row.group for row in rows):  # an image without one is a group of its own
         groups = np.asarray([f"group {row.group}" if row.group else f"file {row.file}" for row in rows])
     images = ImageFiles(root, labels, paths, targets, groups)
-    split = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)  # all rows or none
-    parts = {name: images.select(split == name) for name in (TRAIN, VAL)} if split.size else {UNSPLIT: images}
+    parts = {UNSPLIT: images}
+    if rows[0].part is not None:
+        is_training_N = np.asarray([row.part == TRAIN for row in rows])
+        parts = {TRAIN: images.select(is_training_N), VAL: images.select(~is_training_N)}
     notes = [f"{table}: {line}" for line in describe_confusable(listed)]
     if unlisted := sorted(set(image_paths) - set(paths.tolist())):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
@@ -171,9 +174,8 @@ def _build_targets(
 
     None selects class indices if every image has exactly one class. Raises `DataError` if false does not fit.
     """
-    targets = np.array(
-        [[normalize(label) in row.classes for label in labels] for row in rows], dtype=np.float32
-    )
+    names = [normalize(label) for label in labels]
+    targets = np.array([[name in row.classes for name in names] for row in rows], dtype=np.float32)
     not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
     is_multi_label = not_single.size > 0 if multi_label is None else multi_label
     if is_multi_label:
