@@ -131,12 +131,11 @@ class ClassificationReport(StrictModel):
 
     def mistakes(self) -> list[tuple[str, str, int]]:
         """List (true class, predicted class, number of images), the most frequent mistake first."""
-        confusions = [
-            (row.label, column.label, count)
-            for row, counts in zip(self.classes, self.confusion, strict=True)
-            for column, count in zip(self.classes, counts, strict=True)
-            if count and row is not column
-        ]
+        confusions = []
+        for row, counts in zip(self.classes, self.confusion, strict=True):
+            for column, count in zip(self.classes, counts, strict=True):
+                if count and row is not column:
+                    confusions.append((row.label, column.label, count))
         return sorted(confusions, key=lambda confusion: -confusion[2])
 
 

@@ -96,13 +96,12 @@ class Start:
         if self.weights is None:
             return "all weights"
         replaced = (*self.model.training_only, classifier_name(self.model))
-        return shorten(
-            [
-                part
-                for part in self.weights.new
-                if not any(is_in(name, part) or is_in(part, name) for name in replaced)
-            ]
-        )
+        remaining = []
+        for part in self.weights.new:
+            is_replaced = any(is_in(name, part) or is_in(part, name) for name in replaced)
+            if not is_replaced:
+                remaining.append(part)
+        return shorten(remaining)
 
     def describe(self, *, is_new: bool) -> Iterator[str]:
         """Describe weights, procedure and images in a line each."""

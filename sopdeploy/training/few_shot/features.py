@@ -286,12 +286,9 @@ class CachedNetwork:
 
     def _complete(self, waiting: list[_Loaded]) -> Iterator[tuple[_Loaded, list[Entry]]]:
         """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""
-        missing = [
-            (loaded, position)
-            for loaded in waiting
-            for position, entry in enumerate(loaded.entries)
-            if entry is None
-        ]
+        missing: list[tuple[_Loaded, int]] = []
+        for loaded in waiting:
+            missing += [(loaded, position) for position, entry in enumerate(loaded.entries) if entry is None]
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
             computed = self._compute(torch.stack([loaded.pixels[position] for loaded, position in part]))
