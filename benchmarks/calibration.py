@@ -66,8 +66,7 @@ def measure(weights: Path, name: str, settings: dict[str, Any], data: Path, ever
         write_checkpoint(path, replace(checkpoint, decision=decision))
         runtime = load_model(export_checkpoint(path, Path(folder) / "bundles").path, Settings()).runtime
         shipped = [
-            runtime.run(np.stack([others[index][0] for index in batch]))["logits"]
-            for batch in sequential_batches(len(others), BATCH)
+            runtime.run(others.pixels(batch))["logits"] for batch in sequential_batches(len(others), BATCH)
         ]
         raw, targets = predict_logits(network, others, checkpoint.preprocess)
     return Measured(decision, raw, np.concatenate(shipped).astype(np.float64), targets)

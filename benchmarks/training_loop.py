@@ -205,8 +205,8 @@ def measure(data: Path, workers: int) -> dict[str, float]:
     rest = seconds["epochs"] - sum(seconds[stage] for stage in stages_of_epochs)
     source = AugmentedDataset(images, *augmentation(recipe(1, 0)))
     chosen = list(range(0, len(images), max(1, len(images) // BATCH)))[:BATCH]
-    decode = timed_ms(lambda: [images[index] for index in chosen], len(chosen))
-    whole = timed_ms(lambda: [source[index] for index in chosen], len(chosen))
+    decode = timed_ms(lambda: [images.decode(index) for index in chosen], len(chosen))
+    whole = timed_ms(lambda: [source.pixels([index]) for index in chosen], len(chosen))
     main = (rest + seconds["optimizer"] + seconds["batches"]) * step
     return {
         "read and decode, without memory": decode,

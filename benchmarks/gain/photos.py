@@ -182,7 +182,7 @@ def compute_maps(frozen: nn.Module, images: LabeledImages, variant: int) -> np.n
         source = AugmentedDataset(images, augmentation=CROPS, preprocess=RULES, seed=0, epoch=variant)
     outputs = []
     for members in sequential_batches(len(images), BATCH):
-        pixels = torch.from_numpy(np.stack([source[int(index)][0] for index in members]))
+        pixels = torch.from_numpy(source.pixels(members))
         batch = (pixels.permute(0, 3, 1, 2).float() / 255 - HALF[0]) / HALF[0]
         outputs.append(frozen(batch).half().numpy())
     return np.concatenate(outputs)

@@ -69,8 +69,8 @@ def _classify_digits(url: str) -> float:
     digits = open_digits().held_out
     rows, correct = [], 0
     with Client(url, timeout=_TIMEOUT) as client:
-        for image, target in (digits[index] for index in range(len(digits))):
-            best, truth = client.classify(image).classes[0], digits.labels[target]
+        for index in range(len(digits)):
+            best, truth = client.classify(digits.decode(index)).classes[0], digits.class_names(index)[0]
             correct += best.label == truth
             mark = "correct" if best.label == truth else "wrong"
             rows.append((truth, best.label, f"{best.probability:.4f}", mark))

@@ -153,24 +153,26 @@ class AugmentedDataset(FittedDataset):
     color: ColorConfig = NO_COLOR_SHIFT
 
     def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Compute the pixels (B, crop, crop, 3) of the images at *indices*."""
-        rules, augmentation = self.preprocess, self.augmentation
-        copies, samples = zip(*(divmod(index, len(self.images)) for index in indices), strict=True)
-        seeds = (derive_seed(self.seed, "augment", self.epoch, index) for index in indices)
-        randoms = [Random(seed) for seed in seeds]  # noqa: S311
+        """Compute the augmented pixels (B, crop, crop, 3) of the images or copies at *indices*."""
+        augmentation = self.augmentation
+        samples = [index % len(self.images) for index in indices]
+        randoms = [Random(derive_seed(self.seed, "augment", self.epoch, index)) for index in indices]  # noqa: S311
         if isinstance(augmentation, BoxCrop):
-            pairs = zip(samples, randoms, strict=True)
-            arrays = np.stack(
-                [_crop_box(self.images[sample][0], augmentation, rules, random) for sample, random in pairs]
-            )
+            crops = [
+                _crop_box(self.images.decode(sample), augmentation, self.preprocess, random)
+                for sample, random in zip(samples, randoms, strict=True)
+            ]
+            arrays = np.stack(crops)
         else:
-            arrays = self.fit(samples, rules)
-        pad = augmentation.pad if isinstance(augmentation, PadCrop) else 0
-        is_doubled = isinstance(augmentation, PadCrop) and augmentation.doubled  # every second copy mirrored
+            arrays = self.fit(samples, self.preprocess)
+        pad, is_doubled = 0, False
+        if isinstance(augmentation, PadCrop):
+            pad, is_doubled = augmentation.pad, augmentation.doubled
         windows = []
-        for copy, random in zip(copies, randoms, strict=True):
+        for index, random in zip(indices, randoms, strict=True):
             top, left = (random.randint(0, 2 * pad), random.randint(0, 2 * pad)) if pad else (0, 0)
-            is_mirrored = (copy % 2 == 1) if is_doubled else (random.random() < augmentation.flip)
+            copy = index // len(self.images)
+            is_mirrored = copy % 2 == 1 if is_doubled else random.random() < augmentation.flip
             windows.append(Window(top, left, is_mirrored))
         arrays = crop_padded(arrays, pad, windows)
         if self.color == NO_COLOR_SHIFT:

@@ -48,8 +48,7 @@ def load_batches(
     """Load *batches*, lists of indices of *dataset*, onto *device*.
 
     *workers* is the largest number of loader processes, which end with the last batch, or the `Loader` of a
-    run. Yields images (B, H, W, 3) uint8 and labels (B,) int64 or (B, C) float32. Raises the `DataError` of
-    the first unusable image.
+    run. Raises the `DataError` of the first unusable image.
     """
     on_gpu = device.type == "cuda"
     loader = Loader((dataset,), workers, device) if isinstance(workers, int) else workers
@@ -69,10 +68,10 @@ class Loader:
     def __init__(self, datasets: Sequence[Dataset], workers: int, device: torch.device) -> None:
         self.datasets = datasets
         count = min(workers, usable_cores()) if workers else 0
-        self.requests = _Requests([])
+        self.sampler = _RequestSampler([])
         self.processes: DataLoader[Any] | None = DataLoader(
-            _Requested(datasets),  # type: ignore[arg-type]  # not torch's Dataset
-            batch_sampler=self.requests,  # type: ignore[arg-type]  # not lists of indices
+            _BatchDataset(datasets),  # type: ignore[arg-type]  # not torch's Dataset
+            batch_sampler=self.sampler,  # type: ignore[arg-type]  # not lists of indices
             collate_fn=tuple,  # no change: `__getitems__` has stacked the samples
             num_workers=count,
             persistent_workers=count > 0,
@@ -88,13 +87,14 @@ class Loader:
 
     def load(self, dataset: Dataset, batches: list[list[int]]) -> Iterator[Batch | tuple[str]]:
         """Load *batches* of *dataset*, which has the images of one of `datasets`, one after the other."""
-        number = next(n for n, known in enumerate(self.datasets) if known.images is dataset.images)
-        own = {name.name: getattr(dataset, name.name) for name in fields(dataset) if name.name not in SHARED}
-        self.requests.next = [_Request(number, own, indices) for indices in batches]
+        number = [loaded.images is dataset.images for loaded in self.datasets].index(True)
+        names = [field.name for field in fields(dataset) if field.name not in SHARED]
+        own = {name: getattr(dataset, name) for name in names}
+        self.sampler.requests = [_BatchRequest(number, own, indices) for indices in batches]
         yield from self.processes or ()
 
 
-class _Request(NamedTuple):
+class _BatchRequest(NamedTuple):
     """A batch of a data set: its number, its fields that are not `SHARED`, and the indices of the images."""
 
     number: int
@@ -103,20 +103,20 @@ class _Request(NamedTuple):
 
 
 @dataclass
-class _Requests:
-    """The requests of the `next` iteration, as the sampler of a loader."""
+class _RequestSampler:
+    """The `requests` that the next iteration of a loader sends to its processes, as its sampler."""
 
-    next: list[_Request]
+    requests: list[_BatchRequest]
 
-    def __iter__(self) -> Iterator[_Request]:
-        return iter(self.next)
+    def __iter__(self) -> Iterator[_BatchRequest]:
+        return iter(self.requests)
 
     def __len__(self) -> int:
-        return len(self.next)
+        return len(self.requests)
 
 
 @dataclass
-class _Requested:
+class _BatchDataset:
     """Load whole batches (images, labels). After a `DataError`, the result is its message, as a tuple of one.
 
     DataLoader would add a traceback to a raised error; `load_batches` raises it instead.
@@ -124,7 +124,7 @@ class _Requested:
 
     datasets: Sequence[Dataset]
 
-    def __getitems__(self, request: _Request) -> Batch | tuple[str]:
+    def __getitems__(self, request: _BatchRequest) -> Batch | tuple[str]:
         try:
             pixels, labels = replace(self.datasets[request.number], **request.own).batch(request.indices)
         except DataError as error:

@@ -1,7 +1,6 @@
 """The data sources that a recipe can name, and the function that opens them."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -14,7 +13,7 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.libraries import open_cifar, open_digits, open_official
+from sopdeploy.photos.libraries import open_cifar, open_digits, open_part
 from sopdeploy.photos.photo import LabeledImages, Split, select_classes
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.seeds import derive_seed
@@ -127,10 +126,13 @@ def open_data(config: DataConfig | DataSource) -> Split:
         raise ConfigError("data.path: not set; give the folder of the data", remedies={"data": None})
     elif isinstance(config, FolderConfig):
         split = _group_by_name(open_folder(config.path), config.groups)
-    else:
-        open_kind = open_cifar if isinstance(config, CifarConfig) else open_official
-        split = open_kind(config.kind, expand_user(config.path))
-    return split if config.classes is None else _select_subset(split, config.classes)
+    elif isinstance(config, CifarConfig):
+        split = open_cifar(config.kind, expand_user(config.path))
+    else:  # an official layout
+        root = expand_user(config.path)
+        train, held_out = open_part(config.kind, "train", root), open_part(config.kind, "held_out", root)
+        split = Split(train=train, held_out=held_out)
+    return split if config.classes is None else _draw_classes(split, config.classes)
 
 
 def _group_by_name(split: Split, pattern: str) -> Split:
@@ -140,38 +142,34 @@ def _group_by_name(split: Split, pattern: str) -> Split:
     """
     if not pattern:
         return split
-
-    def found_in(images: LabeledImages) -> list[re.Match[str] | None]:
-        names = (PurePosixPath(images.identity(index)).stem for index in range(len(images)))
-        return [re.search(pattern, name) for name in names]
-
-    def group(images: LabeledImages, matches: Sequence[re.Match[str] | None]) -> LabeledImages:
-        groups = []
-        for index, found in enumerate(matches):
-            identity = images.identity(index)
-            folder = PurePosixPath(identity).parent
-            groups.append(f"file {identity}" if found is None else f"group {folder} {found.group()}")
-        return images.replaced(groups=np.asarray(groups, np.str_))
-
-    in_train = found_in(split.train)
-    if not any(in_train):
+    names = (PurePosixPath(split.train.identity(index)).stem for index in range(len(split.train)))
+    if not any(re.search(pattern, name) for name in names):
         raise DataError(
             f"data.groups: {pattern!r} finds nothing in any name, such as {split.train.identity(0)}; give a "
             "regular expression for the part that files of one object share"
         )
-    held_out = group(split.held_out, found_in(split.held_out))
-    return replace(split, train=group(split.train, in_train), held_out=held_out)
+
+    def group(images: LabeledImages) -> LabeledImages:
+        groups = []
+        for index in range(len(images)):
+            identity = images.identity(index)
+            path = PurePosixPath(identity)
+            match = re.search(pattern, path.stem)
+            groups.append(f"group {path.parent} {match.group()}" if match else f"file {identity}")
+        return images.replaced(groups=np.asarray(groups, np.str_))
+
+    return replace(split, train=group(split.train), held_out=group(split.held_out))
 
 
-def _select_subset(split: Split, count: int) -> Split:
-    """Keep *count* drawn classes, as `select_classes` does; raises `DataError` if the data have fewer."""
+def _draw_classes(split: Split, count: int) -> Split:
+    """Keep *count* randomly drawn classes of *split*, in their order; raises `DataError` if it has fewer."""
     labels = split.train.labels
     if count > len(labels):
         raise DataError(
             f"data.classes: {count}, but the data have {len(labels)} classes; give a smaller number"
         )
-    in_random_order = sorted(labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label))
-    drawn = in_random_order[:count]
-    kept = tuple(label for label in labels if label in drawn)  # in their order
+    shuffled = sorted(labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label))
+    drawn = set(shuffled[:count])
+    kept = tuple(label for label in labels if label in drawn)
     train, held_out = (select_classes(images, kept) for images in (split.train, split.held_out))
     return replace(split, train=train, held_out=held_out)

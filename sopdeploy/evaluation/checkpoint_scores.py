@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.decision import Decision, sigmoid
@@ -14,10 +13,9 @@ from sopdeploy.errors import DataError, amount
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, fit_thresholds
 from sopdeploy.evaluation.prediction import as_evaluated, score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
-from sopdeploy.models.base import Classifier
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_evaluation_images
-from sopdeploy.photos.photo import LabeledImages, describe_seen
+from sopdeploy.photos.photo import describe_seen
 
 
 class CheckpointScores(NamedTuple):
@@ -67,26 +65,16 @@ def score_checkpoint(
     logits_NC = score_images(network, checkpoint.preprocess, images, workers=workers, on_image=on_image)
     decision = Decision() if checkpoint.decision is None else checkpoint.decision
     predictions = make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision)
-    fitted = None if accepts is None else _fit_decision(model, checkpoint.labels, images, logits_NC, accepts)
+    fitted = None
+    if accepts is not None and is_multi_label:
+        fitted = Decision(activation="sigmoid", thresholds=fit_thresholds(images.targets, sigmoid(logits_NC)))
+    elif accepts is not None:
+        output_of_class = np.array([checkpoint.labels.index(label) for label in images.labels])
+        fitted = fit_decision(
+            logits_NC,
+            output_of_class[images.targets.astype(np.int64)],
+            estimated_on="held-out",
+            accepts=accepts,
+            scalable=model.has_scalable_logits(),
+        )
     return CheckpointScores(checkpoint, images.labels, predictions, fitted)
-
-
-def _fit_decision(
-    model: Classifier,
-    outputs: tuple[str, ...],
-    images: LabeledImages,
-    logits_NC: NDArray[np.float64],
-    accepts: float,
-) -> Decision:
-    """Fit a decision to *logits_NC* of *images*; *outputs* are the classes in output order."""
-    if images.is_multi_label:  # the columns of targets are in output order, as `score_checkpoint` asked
-        thresholds = fit_thresholds(images.targets, sigmoid(logits_NC))
-        return Decision(activation="sigmoid", thresholds=thresholds)
-    output_of_class = np.array([outputs.index(label) for label in images.labels])
-    return fit_decision(
-        logits_NC,
-        output_of_class[images.targets.astype(np.int64)],
-        estimated_on="held-out",
-        accepts=accepts,
-        scalable=model.has_scalable_logits(),
-    )

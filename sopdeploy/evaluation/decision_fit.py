@@ -81,20 +81,20 @@ def fit_decision(
     rejection = None
     if rank := threshold_rank(len(logits), accepts):
         threshold = float(np.sort(log_sum_exp(scaled))[rank - 1])
-        scores = None if unknown is None else log_sum_exp(unknown / temperature)
+        unknown_energies = None if unknown is None else log_sum_exp(unknown / temperature)
         rejection = Rejection(
             threshold=threshold,
             accepts=accepts,
             accepted=accepted_interval(len(logits), rank),
-            recognized=_count_below(scores, threshold),
-            new_class=_count_below(left_out, threshold),
+            recognized=_count_rejected(unknown_energies, threshold),
+            new_class=_count_rejected(left_out, threshold),
         )
     return Decision(calibration=calibration, rejection=rejection, reference=predictions.reference())
 
 
-def _count_below(scores: NDArray[np.float64] | None, threshold: float) -> tuple[int, int] | None:
-    """Count the *scores* (M,) below *threshold*, and all; None without any."""
-    return None if scores is None else (int((scores < threshold).sum()), len(scores))
+def _count_rejected(energies: NDArray[np.float64] | None, threshold: float) -> tuple[int, int] | None:
+    """Count the *energies* (M,) below *threshold*, and all of them; None without *energies*."""
+    return None if energies is None else (int((energies < threshold).sum()), len(energies))
 
 
 def missing_threshold(images: int, classes: int, accepts: float, min_images: int) -> str:
@@ -112,10 +112,10 @@ def missing_threshold(images: int, classes: int, accepts: float, min_images: int
 
 
 def threshold_rank(images: int, accepts: float) -> int:
-    """Return which energy of *images* is the threshold: rank 1 is the lowest one, 0 means no threshold.
+    """Return the rank of the energy of *images* that is the threshold: 1 is the lowest, 0 no threshold.
 
-    The energy of a new known image is below that of rank k, so that it is rejected, with a probability of at
-    most k / (images + 1). The result is the largest k for which this is at most 1 - *accepts*.
+    A new known image has an energy below that of rank k, and so is rejected, with a probability of at most
+    k / (images + 1). The result is the largest k for which this is at most 1 - *accepts*.
     """
     rank = math.floor((images + 1) * (1 - accepts) + 1e-9)  # 1e-9: in floats, 10 * (1 - 0.9) is below 1
     return min(images, rank)  # *accepts* = 0 gives images + 1
@@ -178,10 +178,12 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
     """
     thresholds = []
     for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
-        logit, count = 0.0, int(true.sum())
-        if 0 < count < len(true):
+        count = int(true.sum())
+        if count in (0, len(true)):
+            thresholds.append(0.5)
+        else:
             logit = _best_logit(true, scores) * count / (count + PRIOR_IMAGES)
-        thresholds.append(1 / (1 + float(np.exp(-logit))))
+            thresholds.append(1 / (1 + float(np.exp(-logit))))
     return tuple(thresholds)
 
 
@@ -208,20 +210,20 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
 
     "Few" is less than `FEW` of the images that test the threshold, "clearly" a 95 % interval below the other.
     """
-    now, was = _recognition(rule), _recognition(before)
+    now, earlier = _recognition_rate(rule), _recognition_rate(before)
     if now is None:
         return ""
-    has_fallen = was is not None and now.high < was.low
+    has_fallen = earlier is not None and now.high < earlier.low
     if now.share >= FEW and not has_fallen:
         return ""
     text = f"only {now.right} of {now.count} unknown images are recognized"
-    if was is not None:
-        text += f", {was.right} of {was.count} before"
+    if earlier is not None:
+        text += f", {earlier.right} of {earlier.count} before"
     return f"{text}; add photographs of all classes and of unknown things, and compare before you promote"
 
 
-def _recognition(rule: Rejection | None) -> Rate | None:
-    """Return the rate of unknown images that *rule* recognized; None if none tested it."""
+def _recognition_rate(rule: Rejection | None) -> Rate | None:
+    """Compute the rate of unknown images that *rule* rejects; None if no unknown image tested it."""
     if rule is None or rule.recognized is None or not rule.recognized[1]:
         return None
     return Rate.of(*rule.recognized)

@@ -131,12 +131,11 @@ class ClassificationReport(StrictModel):
 
     def mistakes(self) -> list[tuple[str, str, int]]:
         """List (true class, predicted class, number of images), the most frequent mistake first."""
-        confusions = [
-            (row.label, column.label, count)
-            for row, counts in zip(self.classes, self.confusion, strict=True)
-            for column, count in zip(self.classes, counts, strict=True)
-            if count and row is not column
-        ]
+        confusions = []
+        for row, counts in zip(self.classes, self.confusion, strict=True):
+            for column, count in zip(self.classes, counts, strict=True):
+                if count and row is not column:
+                    confusions.append((row.label, column.label, count))
         return sorted(confusions, key=lambda confusion: -confusion[2])
 
 
@@ -145,23 +144,24 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
     count = len(scores)
     if not count:
         raise DataError(NO_IMAGES)
-    shown = sorted({score.target for score in scores} | {score.top5[0] for score in scores})
-    row_of_class = {class_index: row for row, class_index in enumerate(shown)}
-    confusion = [[0] * len(shown) for _ in shown]  # a row per target, a column per answer
-    for score in scores:
-        confusion[row_of_class[score.target]][row_of_class[score.top5[0]]] += 1
-    counts = [sum(row) for row in confusion]
-    answers = [sum(row[column] for row in confusion) for column in range(len(shown))]
-    classes = [
-        ClassMetrics(
-            label=labels[class_index],
-            count=counts[row],
-            answered=answers[row],
-            precision=confusion[row][row] / answers[row] if answers[row] else None,
-            recall=Rate.of(confusion[row][row], counts[row]) if counts[row] else None,
+    targets = np.array([score.target for score in scores])
+    predicted = np.array([score.top5[0] for score in scores])
+    shown = np.union1d(targets, predicted)  # sorted
+    confusion = np.zeros((len(shown), len(shown)), np.int64)  # a row per target, a column per prediction
+    np.add.at(confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1)
+    classes = []
+    for row, class_index in enumerate(shown.tolist()):
+        hits, images = int(confusion[row, row]), int(confusion[row].sum())
+        predictions = int(confusion[:, row].sum())
+        classes.append(
+            ClassMetrics(
+                label=labels[class_index],
+                count=images,
+                answered=predictions,
+                precision=hits / predictions if predictions else None,
+                recall=Rate.of(hits, images) if images else None,
+            )
         )
-        for row, class_index in enumerate(shown)
-    ]
     known = [score.known for score in scores if score.known is not None]
     return ClassificationReport(
         count=count,
@@ -169,7 +169,7 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
         top5=Rate.of(sum(score.target in score.top5 for score in scores), count),
         log_loss=math.fsum(-math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores) / count,
         classes=tuple(classes),
-        confusion=tuple(map(tuple, confusion)),
+        confusion=tuple(map(tuple, confusion.tolist())),
         accepted=Rate.of(sum(known), count) if len(known) == count else None,
     )
 

@@ -43,17 +43,18 @@ class MeanPrecision(StrictModel):
         The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default images,
         and is extended to contain the value. Raises `DataError` if no image shows any class.
         """
-        by_class = zip(true.T, scores.T, strict=True)
-        shown = [(marks, logits) for marks, logits in by_class if marks.any()]  # classes that have an image
+        shown = np.flatnonzero(true.any(axis=0)).tolist()  # the columns of classes that have an image
         if not shown:
             raise DataError(NO_CLASS)
-        value = float(np.mean([average_precision(marks, logits) for marks, logits in shown]))
+        value = float(np.mean([average_precision(true[:, column], scores[:, column]) for column in shown]))
         given_N = np.arange(len(true)) if groups is None else groups
         unique, group_N = np.unique(given_N, return_inverse=True)  # the groups as numbers from 0
         equal_shares_G = [1 / len(unique)] * len(unique)
         draws_BG = np.random.default_rng(seed).multinomial(len(unique), equal_shares_G, _RESAMPLES)
         draws_BN = draws_BG[:, group_N]  # how often each resample contains each image
-        resampled_BC = np.stack([resampled_precision(*of_class, draws_BN) for of_class in shown], axis=1)
+        resampled_BC = np.stack(
+            [resampled_precision(true[:, column], scores[:, column], draws_BN) for column in shown], axis=1
+        )
         shows_a_class_B = ~np.isnan(resampled_BC).all(axis=1)
         means = np.nanmean(resampled_BC[shows_a_class_B], axis=1)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -130,10 +131,12 @@ class MultiLabelPredictions:
         if not len(self.targets):
             raise DataError(NO_IMAGES)
         true, predicted = self.targets > 0, self.probabilities >= np.asarray(self.thresholds)
-        hits, counts, answers = (mask.sum(axis=0) for mask in (true & predicted, true, predicted))  # by class
+        hits = (true & predicted).sum(axis=0)  # (C,), as the next two
+        counts, answers = true.sum(axis=0), predicted.sum(axis=0)
+        by_label = sorted(range(len(self.labels)), key=lambda index: self.labels[index])
         classes = [
             MultiLabelClass(
-                label=label,
+                label=self.labels[index],
                 count=int(counts[index]),
                 answered=int(answers[index]),
                 threshold=self.thresholds[index],
@@ -142,7 +145,7 @@ class MultiLabelPredictions:
                 recall=_ratio(hits[index], counts[index]),
                 f1=_ratio(2 * hits[index], counts[index] + answers[index]),
             )
-            for index, label in sorted(enumerate(self.labels), key=lambda pair: pair[1])
+            for index in by_label
         ]
         precisions = [row.average_precision for row in classes if row.average_precision is not None]
         if not precisions:
@@ -178,10 +181,7 @@ def resampled_precision(
 
 
 def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
-    """Compute the average precision of *scores* (N,) for a class; *true* (N,) marks the images that show it.
-
-    Returns None if no image shows the class.
-    """
+    """Compute the average precision of *scores* (N,) for the class of the images in the mask *true*."""
     if not true.any():
         return None
     each_image_once = np.ones((1, len(true)), np.int64)  # as the only resample

@@ -88,7 +88,8 @@ def evaluate_network(
 ) -> HeldOutMetrics:
     """Evaluate the main head of *model* on *dataset*, on the device of the model.
 
-    Raises `DataError` without images, `TrainingError` if the loss is not finite. *options*: `predict_logits`.
+    Raises `DataError` without images, `TrainingError` if the loss is not finite. The *options* are those of
+    `predict_logits`.
     """
     if not len(dataset):
         raise DataError(NO_IMAGES)

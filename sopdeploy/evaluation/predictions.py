@@ -3,6 +3,7 @@
 This module does not import torch.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -71,13 +72,25 @@ def measure_predictions(
 
 def describe_predictions(metrics: ClassificationReport | MultiLabelReport, images: str) -> Section:
     """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first."""
-    if isinstance(metrics, MultiLabelReport):
-        return _describe_multi_label(metrics, images)
-    return _describe_classes(metrics, images)
+    if isinstance(metrics, ClassificationReport):
+        return _describe_classes(metrics, images)
+    values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
+    scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
+    rows = []
+    for row in sorted(
+        metrics.classes, key=lambda row: math.inf if row.average_precision is None else row.average_precision
+    ):
+        rates = (row.average_precision, row.precision, row.recall, row.f1)
+        cells = ("-" if rate is None else percent(rate) for rate in rates)
+        rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
+    columns = ["class", "images", "predicted", "threshold", "average precision", "precision", "recall", "F1"]
+    explained = f"{scores}. A class counts as present if its probability reaches its threshold."
+    tables = [Table(caption="Every class", columns=columns, rows=rows)]
+    return Section(title="Predictions", text=[images, explained], tables=tables)
 
 
 def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
-    """Describe accuracies, confusions, and precision and recall of each class, those without images last."""
+    """Describe accuracies, mistakes, and precision and recall by class; those without images are last."""
     top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > 5 else ""
     scores = f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss {metrics.log_loss:.4f}."
     if metrics.accepted is not None:
@@ -88,21 +101,18 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
         caption = "Confusion matrix: rows are true classes, columns are predicted classes"
         tables.append(Table(caption=caption, columns=["class", *names], rows=rows, matrix=True))
-    mistakes, columns_of_mistakes = metrics.mistakes()[:_MAX_CONFUSIONS], ["true", "predicted", "images"]
-    tables.append(Table(caption="Most frequent mistakes", columns=columns_of_mistakes, rows=mistakes))
-    last = 2.0  # above every recall
-    worst_first = sorted(metrics.classes, key=lambda row: last if row.recall is None else row.recall.share)
-    rows_of_classes = [
-        (
-            row.label,
-            row.count,
-            row.answered,
-            "none predicted" if row.precision is None else percent(row.precision),
-            "no images" if row.recall is None else percent(row.recall.share),
-            "" if row.recall is None else f"{percent(row.recall.low)} to {percent(row.recall.high)}",
-        )
-        for row in worst_first
-    ]
+    mistakes = metrics.mistakes()[:_MAX_CONFUSIONS]
+    tables.append(
+        Table(caption="Most frequent mistakes", columns=["true", "predicted", "images"], rows=mistakes)
+    )
+    rows_of_classes = []
+    for row in sorted(metrics.classes, key=lambda row: math.inf if row.recall is None else row.recall.share):
+        precision = "none predicted" if row.precision is None else percent(row.precision)
+        recall, interval = "no images", ""
+        if row.recall is not None:
+            recall = percent(row.recall.share)
+            interval = f"{percent(row.recall.low)} to {percent(row.recall.high)}"
+        rows_of_classes.append((row.label, row.count, row.answered, precision, recall, interval))
     columns = ["class", "images", "predicted", "precision", "recall", "95 % interval of recall"]
     tables.append(Table(caption="Every class", columns=columns, rows=rows_of_classes, folded=True))
     return Section(title="Predictions", text=[images, scores], tables=tables)
@@ -110,21 +120,3 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
 
 def _with_interval(rate: Rate) -> str:
     return f"{percent(rate.share)} ({percent(rate.low)} to {percent(rate.high)})"
-
-
-def _describe_multi_label(metrics: MultiLabelReport, images: str) -> Section:
-    """Describe the metrics of predictions of several classes per image; classes without images are last."""
-    values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
-    scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
-    last = 2.0  # above every average precision
-    rows = []
-    for row in sorted(
-        metrics.classes, key=lambda row: last if row.average_precision is None else row.average_precision
-    ):
-        rates = (row.average_precision, row.precision, row.recall, row.f1)
-        cells = ("-" if rate is None else percent(rate) for rate in rates)
-        rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
-    columns = ["class", "images", "predicted", "threshold", "average precision", "precision", "recall", "F1"]
-    explained = f"{scores}. A class counts as present if its probability reaches its threshold."
-    tables = [Table(caption="Every class", columns=columns, rows=rows)]
-    return Section(title="Predictions", text=[images, explained], tables=tables)

@@ -110,30 +110,33 @@ def check_data(
     (`official`). Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
     opened = open_parts(data_folder(path))
-    parts = opened.parts
-    if sum(len(images) for images in parts.values()) > MAX_FEATURES:
+    num_images = sum(len(images) for images in opened.parts.values())
+    if num_images > MAX_FEATURES:
         group_by_features = None
     near_by_edges = near and group_by_features is None
-    num_images = sum(len(images) for images in parts.values())
     has_signatures = near_by_edges or num_images <= MAX_SIGNATURES
-    infos = [
-        info
-        for name, images in parts.items()
-        for info in map_threaded(partial(_inspect_file, images, name, has_signatures), len(images))
-    ]
+    infos: list[_FileInfo] = []
+    parts = []
+    for name, images in opened.parts.items():
+        inspect = partial(_inspect_file, images, name, has_signatures)
+        infos_of_part = list(map_threaded(inspect, len(images)))
+        infos += infos_of_part
+        counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
+        size = sum(info.length for info in infos_of_part)
+        parts.append(PartReport(name=name, count=len(images), bytes=size, classes=counts))
     readable = [info for info in infos if not info.error]
-    notes = [
-        *opened.notes,
-        *([EDGES_MISS] if near_by_edges else []),
-        *(_find_clips(readable) if has_signatures else []),
-    ]
+    notes = [*opened.notes]
+    if near_by_edges:
+        notes.append(EDGES_MISS)
+    if has_signatures and (possible_clip := _describe_clip(readable)):
+        notes.append(possible_clip)
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T  # two sides per image
-    train, *held_out = parts.values()
+    train, *held_out = opened.parts.values()
     # If no images are held out by folder, training leaves out classes of one image: it cannot divide them.
     too_few = () if held_out else tuple(single_images(train))
     return DataReport(
         path=path,
-        parts=tuple(_describe_part(name, images, infos) for name, images in parts.items()),
+        parts=tuple(parts),
         formats=dict(Counter(info.format for info in readable).most_common()),
         shorter_side=(int(shorter.min()), int(np.median(shorter)), int(shorter.max())),
         longer_side=(int(longer.min()), int(np.median(longer)), int(longer.max())),
@@ -147,14 +150,8 @@ def check_data(
     )
 
 
-def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) -> PartReport:
-    counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
-    size = sum(info.length for info in infos if info.part == name)
-    return PartReport(name=name, count=len(images), bytes=size, classes=counts)
-
-
 def _inspect_file(images: ImageFiles, part: str, has_signature: bool, index: int) -> _FileInfo:
-    """Decode an image and describe its file; of an unreadable one, only the error.
+    """Decode an image and describe its file; of one that cannot be decoded, the length and the error.
 
     If *has_signature*, the description contains the signature of its edges.
     """
@@ -178,20 +175,18 @@ def _inspect_file(images: ImageFiles, part: str, has_signature: bool, index: int
         return _FileInfo(file=file, part=part, label=label, length=length, error=str(error))
 
 
-def _find_clips(infos: Sequence[_FileInfo]) -> Iterator[str]:
-    """Describe files that may be frames of one clip, by names, times and edges."""
+def _describe_clip(infos: Sequence[_FileInfo]) -> str:
+    """Describe two files that may be frames of one clip, by names, times and edges; "" without any."""
     if len(infos) < 2:
-        return
-    names, times = [info.file for info in infos], np.asarray([info.taken for info in infos], np.int64)
+        return ""
+    names = [info.file for info in infos]
+    times = np.asarray([info.taken for info in infos], np.int64)
     vectors = fit_and_whiten([np.stack([info.signature for info in infos if info.signature is not None])])
-    classes, pixels = (
-        np.unique(keys, return_inverse=True)[1].astype(np.int64)
-        for keys in ([f"{info.part} {info.label}" for info in infos], [info.pixel_hash for info in infos])
-    )
-    found = find_clips(names, times, classes, vectors, pixels)
-    pair = found.doubtful if found.found is None else found.found
-    if pair is not None:
-        yield describe_possible_clip([names[index] for index in pair], found.pattern)
+    classes = np.unique([f"{info.part} {info.label}" for info in infos], return_inverse=True)[1]
+    pixels = np.unique([info.pixel_hash for info in infos], return_inverse=True)[1]
+    clips = find_clips(names, times, classes.astype(np.int64), vectors, pixels.astype(np.int64))
+    pair = clips.doubtful if clips.found is None else clips.found
+    return "" if pair is None else describe_possible_clip([names[index] for index in pair], clips.pattern)
 
 
 def _find_near(

@@ -15,7 +15,7 @@ Letters: N images, K nearest images of the same class.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from shlex import quote
 from typing import NamedTuple
 
@@ -64,11 +64,14 @@ class Clips(NamedTuple):
 
 
 class _Name(NamedTuple):
-    """A name without its suffix: the texts between its numbers, the numbers, and the kind of its texts."""
+    """A name without its suffix: the texts between its numbers, the numbers, and its template.
+
+    Names have one `template` if they differ in numbers and letters only.
+    """
 
     texts: tuple[str, ...]
     numbers: tuple[int, ...]
-    kind: str
+    template: str
 
     @classmethod
     def of(cls, identity: str) -> "_Name":
@@ -76,19 +79,19 @@ class _Name(NamedTuple):
         folder, slash, file = identity.rpartition("/")
         parts = re.split(r"(\d+)", file.rpartition(".")[0] or file)
         texts = (folder + slash + parts[0], *parts[2::2])
-        kind = re.sub(r"[^\W\d_]+", "a", "#".join((parts[0], *parts[2::2])))
-        return cls(texts, tuple(map(int, parts[1::2])), kind)
+        template = re.sub(r"[^\W\d_]+", "a", "#".join((parts[0], *parts[2::2])))
+        return cls(texts, tuple(map(int, parts[1::2])), template)
 
 
 class _Relation(NamedTuple):
     """Related images have equal `runs` (N,); in a sequence, also `ranks` (N,) at most `WINDOW` apart.
 
-    It relates names of one `kind` by the `side` that they share. `pattern` is a regular expression that finds
-    equal parts in related names; empty if there is none.
+    It relates names of one `template` by what is `shared`, such as `START`. `pattern` is a regular expression
+    that finds equal parts in related names; empty if there is none.
     """
 
-    kind: str
-    side: str
+    template: str
+    shared: str
     runs: NDArray[np.int64]
     ranks: NDArray[np.int64] | None = None
     pattern: str = ""
@@ -143,7 +146,7 @@ def find_clips(
     *names* (N,) are paths, *times* (N,) seconds or `NO_TIME`, *classes* (N,) numbers. *vectors* (N, D) have
     length 1; they are those of `copies.find_pairs`, which lack what the images of a class have in common.
     """
-    relations = list(_list_relations(names, times, classes))
+    relations = _list_relations(names, times, classes)
     if not relations:
         return Clips(groups)
     nearest_NK, cosines_NK = _nearest_of_class(vectors, classes)
@@ -153,78 +156,80 @@ def find_clips(
 
     found: tuple[int, int] | None = None
     unclear: list[_Measured] = []
-    decided: dict[str, str] = {}  # the side that identifies the clips, by the kind of names
+    clips_share: dict[str, str] = {}  # what identifies the clips, by the template of names
     for relation in relations:
-        if decided.get(relation.kind, relation.side) != relation.side:
+        if clips_share.get(relation.template, relation.shared) != relation.shared:
             continue  # the other numbers are those of frames and views
         measured = measure(relation, groups)
-        if measured is None:
-            continue
-        if not measured.is_clear:
-            unclear.append(measured)
-            continue
-        found = measured.pair if found is None else found
-        decided[relation.kind] = relation.side
-        if relation.side != SEQUENCE:
-            groups = connect(len(names), NO_PAIRS, groups, relation.runs)
-            continue
-        remaining: _Measured | None = measured  # what the groups do not explain yet
-        for quantile in LINK_QUANTILES:  # a lower one divides less
-            if remaining is not None and remaining.is_clear:
+        if measured is not None and measured.is_clear:
+            found = measured.pair if found is None else found
+            clips_share[relation.template] = relation.shared
+            if relation.shared != SEQUENCE:
+                groups = connect(len(names), NO_PAIRS, groups, relation.runs)
+                continue
+        for quantile in LINK_QUANTILES:  # of a clear sequence; a lower one divides less
+            if measured is not None and measured.is_clear:
                 groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
-                remaining = measure(relation, groups)
-        if remaining is not None:
-            unclear.append(remaining)
-    # A pair that has one group now needs no decision.
-    doubtful = [one for one in unclear if len(set(groups[list(one.pair)].tolist())) > 1]
+                measured = measure(relation, groups)  # what the groups do not explain yet
+        if measured is not None:
+            unclear.append(measured)
+    doubtful = []
+    for measured in unclear:
+        first, second = measured.pair
+        if groups[first] != groups[second]:  # otherwise, another relation has joined them
+            doubtful.append(measured)
     if not doubtful:
         return Clips(groups, found)
-    clearest = max(doubtful, key=lambda one: one.excess)
+    clearest = max(doubtful, key=lambda measured: measured.excess)
     return Clips(groups, found, clearest.pair, clearest.relation.pattern)
 
 
 def _list_relations(
     names: Sequence[str], times: NDArray[np.int64], classes: NDArray[np.int64]
-) -> Iterator[_Relation]:
-    """Yield the relations that names and times suggest: the smallest groups first, sequences last."""
+) -> list[_Relation]:
+    """List the relations that names and times suggest: the smallest groups first, sequences last."""
     count, parsed = len(names), [_Name.of(name) for name in names]
-    kinds = Counter(name.kind for name in parsed if name.numbers)
-    keyed: list[tuple[int, _Relation]] = []  # with the number of different keys
+    groupings: list[_Relation] = []
     sequences: list[_Relation] = []
-    for kind, size in kinds.most_common(MAX_PATTERNS):
+    templates = Counter(name.template for name in parsed if name.numbers)
+    for template, size in templates.most_common(MAX_PATTERNS):
         if size < MIN_IMAGES:
             break
-        chosen = [index for index, name in enumerate(parsed) if name.kind == kind]
-        length = len(parsed[chosen[0]].numbers)
-        digits = [r"\D+".join([r"\d+"] * numbers) for numbers in range(length)]  # that find so many numbers
+        members = [index for index, name in enumerate(parsed) if name.template == template]
+        class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
         # Names with equal texts and the same first or last numbers.
-        sides = [(START, slice(stop), rf"^\D*{digits[stop]}") for stop in range(length)]
-        sides += [(END, slice(-kept, None), rf"{digits[kept]}\D*$") for kept in range(length - 1, 0, -1)]
-        for side, shared, pattern in sides:
-            keys = [(int(classes[i]), parsed[i].texts, parsed[i].numbers[shared]) for i in chosen]
-            number_of_key = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-            if len(number_of_key) < len(chosen):
-                runs = -1 - np.arange(count)  # an image of another kind is related to none
-                runs[chosen] = [number_of_key[key] for key in keys]
-                keyed.append((len(number_of_key), _Relation(kind, side, runs, pattern=pattern)))
+        length = len(parsed[members[0]].numbers)
+        digits = [r"\D+".join([r"\d+"] * num_shared) for num_shared in range(length)]
+        starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
+        ends = [(END, slice(-num, None), rf"{digits[num]}\D*$") for num in range(length - 1, 0, -1)]
+        for shared, which, pattern in starts + ends:
+            keys = [(class_and_texts[i], parsed[i].numbers[which]) for i in members]
+            if len(set(keys)) < len(keys):
+                runs = _number_runs(count, members, keys)
+                groupings.append(_Relation(template, shared, runs, pattern=pattern))
         # Neighbors among the names with equal texts, in the order of their numbers.
-        by_name = sorted(chosen, key=lambda i: (int(classes[i]), parsed[i].texts, parsed[i].numbers))
-        texts = [(int(classes[i]), parsed[i].texts) for i in by_name]
-        number_of_text = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        runs, ranks = -1 - np.arange(count), np.zeros(count, np.int64)
-        runs[by_name], ranks[by_name] = [number_of_text[text] for text in texts], np.arange(len(by_name))
-        sequences.append(_Relation(kind, SEQUENCE, runs, ranks))
+        by_number = sorted(members, key=lambda i: (class_and_texts[i], parsed[i].numbers))
+        runs = _number_runs(count, by_number, [class_and_texts[i] for i in by_number])
+        ranks = np.zeros(count, np.int64)
+        ranks[by_number] = np.arange(len(by_number))
+        sequences.append(_Relation(template, SEQUENCE, runs, ranks))
     # Photographs of a class that were taken in a chain of short gaps.
     timed = np.flatnonzero(times != NO_TIME)
     if len(timed) >= MIN_IMAGES:
         timed = timed[np.lexsort((times[timed], classes[timed]))]
-        is_new = (np.diff(times[timed]) > CHAIN_SECONDS) | (np.diff(classes[timed]) != 0)
-        runs = -1 - np.arange(count)
-        runs[timed] = np.concatenate([[0], np.cumsum(is_new)])
-        keyed.append((int(runs.max()) + 1, _Relation("", TIME, runs)))
-    keyed.sort(key=lambda one: -one[0])
-    yield from (relation for _, relation in keyed)
-    yield from sequences
+        is_new_chain = (np.diff(times[timed]) > CHAIN_SECONDS) | (np.diff(classes[timed]) != 0)
+        chains = np.concatenate([[0], np.cumsum(is_new_chain)])
+        groupings.append(_Relation("", TIME, _number_runs(count, timed.tolist(), chains.tolist())))
+    groupings.sort(key=lambda relation: -relation.runs.max())  # many groups are small ones
+    return groupings + sequences
+
+
+def _number_runs(count: int, members: list[int], keys: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Number the different *keys* of the images *members* from 0; other images have negative numbers."""
+    number_of_key = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    runs = -1 - np.arange(count)  # different ones, because these images are related to none
+    runs[members] = [number_of_key[key] for key in keys]
+    return runs
 
 
 def _nearest_of_class(
@@ -240,11 +245,13 @@ def _nearest_of_class(
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
         num_kept = min(NEAREST, len(members) - 1)
+        if num_kept == 0:
+            continue
         size = max(1, _BLOCK // len(members))
-        for start in range(0, len(members) if num_kept else 0, size):
+        for start in range(0, len(members), size):
             block = members[start : start + size]
             cosines = vectors[block] @ vectors[members].T
-            cosines[np.arange(len(block)), np.arange(start, start + len(block))] = -2.0  # the image itself
+            cosines[block[:, None] == members] = -2.0  # an image itself is the last one
             best = np.argsort(-cosines, axis=1, kind="stable")[:, :num_kept]
             nearest_NK[block, :num_kept] = members[best]
             cosines_NK[block, :num_kept] = np.take_along_axis(cosines, best, axis=1)
@@ -275,10 +282,10 @@ def _measure(
         related_N = np.zeros(len(runs), np.int64)
         order = np.lexsort((ranks, runs))
         for step in range(1, WINDOW + 1):
-            one, other = order[:-step], order[step:]
-            counts = (runs[one] == runs[other]) & (groups[one] != groups[other])
-            related_N[one] += counts
-            related_N[other] += counts
+            earlier, later = order[:-step], order[step:]
+            counts = (runs[earlier] == runs[later]) & (groups[earlier] != groups[later])
+            related_N[earlier] += counts
+            related_N[later] += counts
     # Hits beyond those of images that are drawn by chance.
     chance_N = related_N / np.maximum(outside_class_N, 1)
     counted_N = is_outside_NK.any(axis=1) & (chance_N > 0) & (chance_N < 1)
@@ -298,8 +305,8 @@ def _measure(
 def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """Count the images (N,) with the same values in all *keys* (N,)."""
     _, number_N, counts = np.unique(np.stack(keys), axis=1, return_inverse=True, return_counts=True)
-    found: NDArray[np.int64] = counts[number_N.reshape(-1)]
-    return found
+    counts_N: NDArray[np.int64] = counts[number_N.reshape(-1)]
+    return counts_N
 
 
 def _link_sequence(relation: _Relation, vectors: NDArray[np.float32], quantile: float) -> NDArray[np.intp]:

@@ -111,35 +111,36 @@ def data_folder(path: Path, content: str = "one subfolder of images per class") 
 
 def list_subfolders(folder: Path) -> list[str]:
     """List the names of the subfolders of *folder*, sorted, except `list_outputs`; raises `DataError`."""
-    return [entry.name for entry in list_folder(folder) if _is_folder(entry) and not _is_output(entry)]
+    return [
+        entry.name
+        for entry in list_folder(folder)
+        if _is_folder(entry) and not holds_output(folder / entry.name)
+    ]
 
 
 def list_outputs(folder: Path) -> list[str]:
     """List the subfolders of *folder* that are bundles or runs, or hold some; raises `DataError`."""
-    return [entry.name for entry in list_folder(folder) if _is_folder(entry) and _is_output(entry)]
-
-
-def _is_output(entry: os.DirEntry[str]) -> bool:
-    return holds_output(Path(entry.path))
+    return [
+        entry.name for entry in list_folder(folder) if _is_folder(entry) and holds_output(folder / entry.name)
+    ]
 
 
 def check_takes_output(folder: Path, setting: str | None, images: Path | None = None) -> None:
-    """Raise `ConfigError` if bundles or runs in *folder* would be among photographs.
+    """Raise `ConfigError` if *folder*, where bundles or runs are to be written, is one of photographs.
 
-    *folder* is then *images*, the training data, or below it; or it holds images or class folders of images,
-    whatever uses them. *setting* names *folder* unless it is an argument. A folder need not exist.
+    That is *images*, the training data, a folder below it, or any folder that holds images or class folders
+    of images. *setting* names *folder* unless it is an argument. A folder need not exist.
     """
     advice = "choose a folder outside of them"
     if images is not None and folder.resolve().is_relative_to(expand_user(images).resolve()):
         raise ConfigError(f"{folder} is in the photographs of {images}; {advice}", setting=setting)
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
-    for inner in waiting:  # which grows meanwhile
-        entries = list_folder(inner)
-        if any(is_image(entry.name) and entry.is_file() for entry in entries):
+    while waiting:
+        inner = waiting.pop()
+        if any(is_image(entry.name) and entry.is_file() for entry in list_folder(inner)):
             raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)
-        is_part = inner is not folder and part_kind(inner.name)
-        if inner is folder or is_part:  # its class folders, and those of train/ and val/
-            waiting += [Path(entry.path) for entry in entries if _is_folder(entry) and not _is_output(entry)]
+        if inner == folder or part_kind(inner.name):  # its class folders, and those of train/ and val/
+            waiting += [inner / name for name in list_subfolders(inner)]
 
 
 def list_images(
@@ -181,17 +182,15 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
         path = parent / entry.name
         if not _is_folder(entry):
             yield path
-        elif entry.is_symlink() and _is_listed_below(root, path, hidden=hidden):
             continue
-        elif (hidden or not holds_output(path)) and (identity := folder_identity(path)) not in visited:
+        if entry.is_symlink():
+            real = path.resolve()
+            inside = real.relative_to(root).parts if real.is_relative_to(root) else None
+            if inside is not None and (hidden or not any(map(is_hidden, inside))):
+                continue  # the folder is listed under its own path
+        if (hidden or not holds_output(path)) and (identity := folder_identity(path)) not in visited:
             visited.add(identity)
             waiting.append((path, iter(list_folder(path, hidden=hidden))))
-
-
-def _is_listed_below(root: Path, link: Path, *, hidden: bool) -> bool:
-    """Tell whether `walk` lists the folder to which *link* leads under its own path below *root*."""
-    real = link.resolve()
-    return real.is_relative_to(root) and (hidden or not any(map(is_hidden, real.relative_to(root).parts)))
 
 
 def folder_identity(folder: Path) -> FolderIdentity:
@@ -210,10 +209,9 @@ def list_folder(folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]
             visible = [entry for entry in entries if hidden or not is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
-    for entry in visible:
+    for entry in [] if hidden else visible:  # names to show; with hidden ones, they are only compared
         try:
-            if not hidden:  # a name to show; hidden ones are only compared
-                os.fsencode(entry.name).decode("utf-8")
+            os.fsencode(entry.name).decode("utf-8")
         except UnicodeDecodeError:
             raise DataError(f"{folder}: the name {entry.name!r} is not UTF-8; rename it") from None
     return sorted(visible, key=lambda entry: os.fsencode(entry.name))

@@ -6,7 +6,7 @@ layouts are read by torchvision (`libraries`).
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -73,25 +73,18 @@ def open_folder(path: Path) -> Split:
     train, *held_out = opened.parts.values()
     if held_out:
         return Split(train=train, held_out=held_out[0], notes=tuple(notes))
-    return leave_out_small_classes(train, root, notes)
-
-
-def leave_out_small_classes(images: ImageFiles, root: Path, notes: Sequence[str]) -> Split:
-    """Return *images* without the classes of fewer than two images, of which none could be held out.
-
-    A line about these classes is added to *notes*. Raises `DataError` if fewer than two classes remain.
-    """
-    counts = images.class_counts()
-    kept = tuple(label for label, count in zip(images.labels, counts, strict=True) if count > 1)
-    small = [label for label in images.labels if label not in kept]
+    # Of a class of one image, none could be held out.
+    counts = train.class_counts().tolist()
+    kept = tuple(label for label, count in zip(train.labels, counts, strict=True) if count > 1)
+    small = [label for label in train.labels if label not in kept]
     if len(kept) < 2:
         raise DataError(
             f"{root}: a classifier needs two classes of two images or more; add images of {shorten(small)}"
         )
-    if small:
-        line = f"{root}: left out, because there are fewer than two images: {shorten(small)}; add some"
-        return Split.undivided(select_classes(images, kept), (*notes, line))
-    return Split.undivided(images, notes)
+    if not small:
+        return Split.undivided(train, notes)
+    notes.append(f"{root}: left out, because there are fewer than two images: {shorten(small)}; add some")
+    return Split.undivided(select_classes(train, kept), notes)
 
 
 def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
@@ -103,11 +96,8 @@ def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
     if (kind := detect_kind(root)) is not None:
         train, held_out = open_part(kind, "train", root), open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": held_out})
-    return _open_table(root) if has_label_table(root) else _open_class_folders(root, max_held_out)
-
-
-def _open_table(root: Path) -> OpenedParts:
-    """Open the images that `labels.csv` in *root* lists."""
+    if not has_label_table(root):
+        return _open_class_folders(root, max_held_out)
     where, table = root / LABELS_FILE, read_label_table(root)
     for name, images in table.parts.items():
         check_has_classes(name, images)
@@ -123,38 +113,25 @@ def _open_table(root: Path) -> OpenedParts:
 
 
 def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
-    """Open the class folders of the parts in *root*, or those in *root* itself."""
+    """Open the class folders of the parts in *root*, or those in *root* itself; raises `DataError`."""
     parts = find_parts(root)
-    only_held_out = parts.held_out and not (parts.train or parts.others)
-    if only_held_out:
-        raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
-    if parts.train:
-        names = (parts.train, *parts.held_out[:max_held_out])  # None selects all
-        folders = {name: part_folder(root, name) for name in names}
-    else:
-        folders = {UNSPLIT: root}
-    for folder in folders.values():
-        if folder != root and has_label_table(folder):
-            raise DataError(
-                f"{folder / LABELS_FILE}: not read here; write one for all images in {root}, with a column "
-                f"{SPLIT}, or rename it if the folders are the classes"
-            )
+    folders = _find_part_folders(root, parts, max_held_out)
     listings = {name: list_classes(folder) for name, folder in folders.items()}
     train = listings[parts.train or UNSPLIT].images
-    if len(train.labels) < 2:
-        if not train.labels:
-            raise no_classes(train.root)
+    if not train.labels:
+        raise no_classes(train.root)
+    if len(train.labels) == 1:
         raise DataError(
             f"{train.root}: holds only one class ({train.labels[0]}); a classifier needs at least two"
             + _suggest_folder(train)
         )
-    _check_parts(root, parts, listings)
-    problems, other_files = list[str](), list[str]()
     notes = [*_describe_parts(root, parts)]
     if outputs := list_outputs(root):
         notes.append(f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}")
+    problems, other_files = list[str](), list[str]()
     for listing in listings.values():
-        problems += class_problems(listing, train.labels)
+        _check_no_parts_inside(listing)
+        problems += _describe_class_problems(listing, train.labels)
         if listing.nested:
             notes.append(
                 f"{listing.images.root}: images of folders in a class folder count as images of that class, "
@@ -162,36 +139,48 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
                 + (_suggest_folder(listing.images) or "; move these folders up if they are classes")
             )
         notes += [f"{listing.images.root}: {line}" for line in describe_confusable(listing.images.labels)]
-        other_files += [file for files in listing.other_files.values() for file in files]
+        for files in listing.other_files.values():
+            other_files += files
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, _count_suffixes(other_files))
 
 
-def _check_parts(root: Path, parts: Parts, listings: Mapping[str, "ClassListing"]) -> None:
-    """Raise `DataError` if it is not certain which folders are parts of the data and which are classes.
+def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> dict[str, Path]:
+    """Find the folders of training and of the first *max_held_out* held-out images, by name; None: all.
 
-    These are a folder `train` of folders beside others that hold images themselves, and parts in the class
-    folders.
+    Without a folder of training images, *root* holds the classes. Raises `DataError` if there are only
+    held-out images, if the training folder may be a class, or if a part has a `labels.csv`.
     """
-    if parts.train and not parts.held_out:
-        classes = [
-            name
-            for name in parts.others
-            if any(map(is_image, os.listdir(root / name)))  # noqa: PTH208
-        ]
-        if classes:
+    if parts.held_out and not parts.train and not parts.others:
+        raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
+    if not parts.train:
+        return {UNSPLIT: root}
+    if not parts.held_out:
+        holds_images = {name: any(map(is_image, os.listdir(root / name))) for name in parts.others}  # noqa: PTH208
+        if classes := [name for name in parts.others if holds_images[name]]:
             raise DataError(
                 f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
                 f"rename it if it is a class, or move the others out of this folder"
             )
-    for listing in listings.values():
-        inside = [path for path in listing.nested if part_kind(path.rpartition("/")[2])]
-        if any(part_kind(path.rpartition("/")[2]) in TRAINING for path in inside):
-            label, _, part = inside[0].rpartition("/")
+    folders = {name: part_folder(root, name) for name in (parts.train, *parts.held_out[:max_held_out])}
+    for folder in folders.values():
+        if has_label_table(folder):
             raise DataError(
-                f"{listing.images.root}: class folders hold parts of the data: {shorten(inside)}; put the "
-                f"parts above the classes, such as {part}/{label}"
+                f"{folder / LABELS_FILE}: not read here; write one for all images in {root}, with a column "
+                f"{SPLIT}, or rename it if the folders are the classes"
             )
+    return folders
+
+
+def _check_no_parts_inside(listing: "ClassListing") -> None:
+    """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
+    inside = [path for path in listing.nested if part_kind(path.rpartition("/")[2])]
+    if any(part_kind(path.rpartition("/")[2]) in TRAINING for path in inside):
+        label, _, part = inside[0].rpartition("/")
+        raise DataError(
+            f"{listing.images.root}: class folders hold parts of the data: {shorten(inside)}; put the "
+            f"parts above the classes, such as {part}/{label}"
+        )
 
 
 class ClassListing(NamedTuple):
@@ -218,39 +207,46 @@ def list_classes(root: Path) -> ClassListing:
         folders[normalize(name)].append(name)
     check_labels(root, sorted(folders))
     visited = {folder_identity(root / name) for names in folders.values() for name in names}
-    found = {
-        label: [list_images(root, name, visited) for name in folders[label]] for label in sorted(folders)
-    }
-    class_paths = [[path for paths, _ in listings for path in paths] for listings in found.values()]
-    other_files = {label: [file for _, files in found[label] for file in files] for label in found}
-    all_paths = [path for paths in class_paths for path in paths]
-    targets = np.repeat(np.arange(len(found)), [len(paths) for paths in class_paths])
-    groups: list[bytes] = []  # for each image of `all_paths`
+    paths: list[bytes] = []
+    groups: list[bytes] = []
+    targets: list[int] = []
+    other_files: dict[str, list[str]] = {}
     nested: set[str] = set()
-    for paths in class_paths:
+    for target, label in enumerate(sorted(folders)):
+        class_paths: list[bytes] = []
+        other_files[label] = []
+        for name in folders[label]:
+            images_of_folder, others = list_images(root, name, visited)
+            class_paths += images_of_folder
+            other_files[label] += others
         # The entry of the class folder that holds each image: the folder `cat/x` for `cat/x/1.jpg` and for
         # `cat/x/y/2.jpg`, the file itself for `cat/3.jpg`.
-        entries = [b"/".join(path.split(b"/")[:2]) for path in paths]
-        nested.update(map(os.fsdecode, set(entries) - set(paths)))  # the folders among the entries
+        entries = [b"/".join(path.split(b"/")[:2]) for path in class_paths]
+        nested.update(map(os.fsdecode, set(entries) - set(class_paths)))  # the folders among the entries
         has_one_entry = len(set(entries)) == 1  # it says nothing: each image is then a group of its own
-        groups += paths if has_one_entry else entries
+        groups += class_paths if has_one_entry else entries
+        targets += [target] * len(class_paths)
+        paths += class_paths
     no_two_together = len(set(groups)) == len(groups)
     known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
-    images = ImageFiles(root, tuple(found), np.asarray(all_paths, dtype=np.bytes_), targets, known_groups)
+    path_array, target_array = np.asarray(paths, dtype=np.bytes_), np.asarray(targets, dtype=np.int64)
+    images = ImageFiles(root, tuple(sorted(folders)), path_array, target_array, known_groups)
     return ClassListing(images, other_files, sorted(nested))
 
 
-def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[str]:
+def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[str]:
     """Describe classes of *listing* that are not in *labels*, labels without a folder, and empty folders."""
     images = listing.images
     root, folders = images.root, set(images.labels)
-    unknown, missing = sorted(folders - set(labels)), sorted(set(labels) - folders)
-    for label in [*missing]:
-        if alike := [folder for folder in unknown if lookalike_key(folder) == lookalike_key(label)]:
+    unknown, missing = sorted(folders - set(labels)), list[str]()
+    for label in sorted(set(labels) - folders):
+        alike = [folder for folder in unknown if lookalike_key(folder) == lookalike_key(label)]
+        if alike:
             names = " and ".join(map(repr, alike))
             yield f"{root}: the class {names} is {label!r} in the training images; rename one of them"
             unknown = [folder for folder in unknown if folder not in alike]
-            missing.remove(label)
+        else:
+            missing.append(label)
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
     if missing:
@@ -377,6 +373,20 @@ def open_evaluation_images(
     return images
 
 
+def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
+    """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
+    names = {normalize(name) for name in list_subfolders(root)}
+    if names <= {normalize(label) for label in labels}:  # each one is a class, even if named val
+        return root
+    parts = find_parts(root)
+    val_is_a_class = parts.others and not parts.train  # as in training, which needs a train/ next to a val/
+    if val_is_a_class or not parts.held_out:
+        return root
+    folder = part_folder(root, parts.held_out[0])
+    log(f"{folder}: the images in this folder are used")
+    return folder
+
+
 def _held_out_of_table(root: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
     """Open the held-out images of the `labels.csv` in *root*, or all if it does not divide them."""
     # The last part: `val` after `train`, or the only one.
@@ -389,11 +399,11 @@ def _match_classes(
     root: Path, images: ImageFiles, labels: tuple[str, ...], allow_unknown: bool, log: Log
 ) -> ImageFiles:
     """Give *images* the classes *labels*; raises `DataError` for other classes unless *allow_unknown*."""
-    aliases, given = class_aliases(), images.labels  # the aliases translate WordNet IDs
+    aliases = class_aliases()  # of WordNet IDs
     label_of_name = {normalize(label): label for label in labels}
-    names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in given)
-    unknown = [label for label, name in zip(given, names, strict=True) if name not in labels]
-    are_allowed = allow_unknown and len(unknown) < len(given)  # at least one class must remain
+    names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in images.labels)
+    unknown = [label for label, name in zip(images.labels, names, strict=True) if name not in labels]
+    are_allowed = allow_unknown and len(unknown) < len(names)  # at least one class must remain
     hint = hint_at_spelling(unknown, labels)
     if unknown and not are_allowed:
         hint = hint or _suggest_folder(images, "give")
@@ -464,17 +474,3 @@ def open_unknown(root: Path) -> UnknownImages:
     )
     remaining = images.select(is_fair_N) if count else None
     return UnknownImages(remaining, "" if count == len(paths) else line)
-
-
-def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
-    """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
-    names = {normalize(name) for name in list_subfolders(root)}
-    if names <= {normalize(label) for label in labels}:  # each one is a class, even if named val
-        return root
-    parts = find_parts(root)
-    val_is_a_class = parts.others and not parts.train  # as in training, which needs a train/ next to a val/
-    if val_is_a_class or not parts.held_out:
-        return root
-    folder = part_folder(root, parts.held_out[0])
-    log(f"{folder}: the images in this folder are used")
-    return folder

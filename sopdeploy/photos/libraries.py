@@ -74,13 +74,8 @@ def detect_kind(root: Path) -> str | None:
     return next((kind for kind, layout in LAYOUTS.items() if (root / layout.content).exists()), None)
 
 
-def open_official(kind: str, root: Path) -> Split:
-    """Open the official training and test images, of Places365 the validation images; raises `DataError`."""
-    return Split(train=open_part(kind, "train", root), held_out=open_part(kind, "held_out", root))
-
-
 def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> ImageFiles:
-    """Open a part of the official layout *kind* in *root*; raises `DataError` if files are wrong."""
+    """Open the official training or held-out images of the layout *kind* in *root*; raises `DataError`."""
     layout = LAYOUTS[kind]
     split = getattr(layout, part)
     dataset_class: Any = getattr(importlib.import_module("torchvision.datasets"), layout.class_name)

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import math
+import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +26,13 @@ from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.limits import MAX_BYTES
 from sopdeploy.images.metadata import capture_time
 from sopdeploy.images.pixels import preprocess_image, to_rgb
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import Pixels, Preprocess
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import normalize
-from sopdeploy.photos.fitted import FittedPixels
 
 UNREADABLE = 0  # the hash of a file that cannot be read
+MAX_IN_MEMORY = 2**29  # bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
-Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
 _RULES = Preprocess()  # for the conversion to upright RGB
 _Result = TypeVar("_Result")
 _Images = TypeVar("_Images", bound="LabeledImages")
@@ -139,15 +140,10 @@ class LabeledImages(ABC):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
-        """Decode an image; return it with its target. Raises `DataError` naming it."""
+    def decode(self, index: int) -> Image.Image:
+        """Decode an image, in its own mode and orientation; raises `DataError` naming it."""
         with image_errors(self.describe(index)):
-            return load_pixels(self.open(index)), self.target(index)
-
-    def target(self, index: int) -> Target:
-        """Return the class index of an image, or its row (C,) of several classes."""
-        target: Any = self.targets[index]
-        return target if self.is_multi_label else int(target)
+            return load_pixels(self.open(index))
 
     def class_names(self, index: int) -> list[str]:
         """List the classes of an image."""
@@ -268,12 +264,56 @@ class Dataset(ABC):
         return len(self.images)
 
     @abstractmethod
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]: ...
-
     def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
         """Compute the pixels (B, H, W, 3) of the images at *indices*, and what else belongs to them."""
-        pixels, others = zip(*(self[index] for index in indices), strict=True)
-        return np.stack(pixels), np.asarray(others)
+
+
+class FittedPixels:
+    """The pixels (N, crop, crop, 3) of *images* by *rules*; not kept if they exceed `MAX_IN_MEMORY`.
+
+    The memory is anonymous and shared: forked loader processes fill and read the same pages, without the
+    small /dev/shm of containers. A process that is started in another way begins with empty pixels. Two
+    processes may compute the same image at the same time; they write the same bytes.
+    """
+
+    def __init__(self, images: LabeledImages, rules: Preprocess) -> None:
+        self.images, self.rules = images, rules
+        shape = (len(images), rules.crop, rules.crop, 3)
+        self.is_kept = 0 < math.prod(shape) <= MAX_IN_MEMORY
+        kept_shape = shape if self.is_kept else (0, 0, 0, 3)
+        self.pixels, self.is_computed = shared_zeros(kept_shape), shared_zeros(kept_shape[:1])
+        self.rows = np.arange(len(images))  # the row of `pixels` of each image
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the images without their pixels."""
+        return type(self), (self.images, self.rules)
+
+    def read(self, samples: Sequence[int]) -> Pixels:
+        """Return the pixels (B, crop, crop, 3) of *samples*.
+
+        They are computed and kept at their first use. Raises `DataError` for a damaged image.
+        """
+        if not self.is_kept:
+            return np.stack([preprocess_image(self.images.decode(sample), self.rules) for sample in samples])
+        rows = self.rows[np.asarray(samples)]
+        missing = {samples[position] for position in np.flatnonzero(self.is_computed[rows] == 0).tolist()}
+        for sample in sorted(missing):
+            self.pixels[self.rows[sample]] = preprocess_image(self.images.decode(sample), self.rules)
+        self.is_computed[rows] = 1  # after the pixels, which other processes read then
+        pixels: Pixels = self.pixels[rows]
+        return pixels
+
+    def select(self, mask: NDArray[np.bool_]) -> Self:
+        """Keep the images where *mask* (N,) is true; both objects share their pixels."""
+        selected = copy.copy(self)
+        selected.images, selected.rows = self.images.select(mask), self.rows[mask]
+        return selected
+
+
+def shared_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Create an array of zeros that this process and those that it forks share; pages exist when used."""
+    memory = mmap.mmap(-1, max(1, math.prod(shape)))
+    return np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,18 +334,11 @@ class FittedDataset(Dataset):
         targets = self.images.targets[np.asarray(indices) % len(self.images)]
         return self.pixels(indices), targets if self.images.is_multi_label else targets.astype(np.int64)
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        """Return pixels (H, W, 3) and target; an index from N on is that of a copy."""
-        return self.pixels([index])[0], self.images.target(index % len(self.images))
-
     def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
-        """Fit the images at *indices*, all below N, to the network by *rules*: (B, crop, crop, 3).
-
-        Those that are in memory are taken from there.
-        """
+        """Fit the images at *indices*, all below N, to the network by *rules*: (B, crop, crop, 3)."""
         if self.fitted is not None:
             return self.fitted.read(indices)
-        return np.stack([preprocess_image(self.images[index][0], rules) for index in indices])
+        return np.stack([preprocess_image(self.images.decode(index), rules) for index in indices])
 
     def select(self, mask: NDArray[np.bool_]) -> Self:
         """Keep the images where *mask* (N,) is true."""
@@ -350,8 +383,9 @@ def crop_padded(arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]) 
     padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
     padded[:, pad : pad + height, pad : pad + width] = arrays
     cropped = np.empty_like(arrays)
-    for array, target, (top, left, is_mirrored) in zip(padded, cropped, windows, strict=True):
-        target[:, :: -1 if is_mirrored else 1] = array[top : top + height, left : left + width]
+    for index, (top, left, is_mirrored) in enumerate(windows):
+        window = padded[index, top : top + height, left : left + width]
+        cropped[index] = window[:, ::-1] if is_mirrored else window
     return cropped
 
 

@@ -14,7 +14,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -131,14 +131,10 @@ def read_label_table(
     number of classes. By default, they may if an image of the table does not have exactly one. Raises
     `DataError` naming the line of the first invalid row, or the files that do not exist.
     """
-    table, (image_paths, _other_files) = root / LABELS_FILE, list_images(root)
+    table = root / LABELS_FILE
+    image_paths, _other_files = list_images(root)
     rows = _read_rows(table, image_paths)
-    missing = [row for row in rows if row.path is None]
-    if missing:
-        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
-        problem = f"line {missing[0].line}: {missing[0].file} does not exist"
-        raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
-    listed = set().union(*(row.classes for row in rows))
+    listed = {label for row in rows for label in row.classes}
     labels = tuple(sorted(listed)) if labels is None else labels
     check_labels(table, labels)
     if len(labels) < 2:
@@ -153,8 +149,10 @@ def read_label_table(
     if any(row.group for row in rows):  # an image without one is a group of its own
         groups = np.asarray([f"group {row.group}" if row.group else f"file {row.file}" for row in rows])
     images = ImageFiles(root, labels, paths, targets, groups)
-    split = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)  # all rows or none
-    parts = {name: images.select(split == name) for name in (TRAIN, VAL)} if split.size else {UNSPLIT: images}
+    parts = {UNSPLIT: images}
+    if rows[0].part is not None:
+        is_training_N = np.asarray([row.part == TRAIN for row in rows])
+        parts = {TRAIN: images.select(is_training_N), VAL: images.select(~is_training_N)}
     notes = [f"{table}: {line}" for line in describe_confusable(listed)]
     if unlisted := sorted(set(image_paths) - set(paths.tolist())):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
@@ -176,9 +174,8 @@ def _build_targets(
 
     None selects class indices if every image has exactly one class. Raises `DataError` if false does not fit.
     """
-    targets = np.array(
-        [[normalize(label) in row.classes for label in labels] for row in rows], dtype=np.float32
-    )
+    names = [normalize(label) for label in labels]
+    targets = np.array([[name in row.classes for name in names] for row in rows], dtype=np.float32)
     not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
     is_multi_label = not_single.size > 0 if multi_label is None else multi_label
     if is_multi_label:
@@ -194,7 +191,7 @@ def _build_targets(
 class _Row(NamedTuple):
     """The line number of an image, its name in the table, classes, part and group, and the path of its file.
 
-    The part is None without a column `split`, the path if there is no such file.
+    The part is None without a column `split`, the path until all lines are read and their files exist.
     """
 
     line: int
@@ -206,7 +203,45 @@ class _Row(NamedTuple):
 
 
 def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
-    """Read the rows of *table*, for files at *image_paths*; raises `DataError` for an invalid line.
+    """Read the rows of *table*; *image_paths* are the files in its folder.
+
+    Raises `DataError` for the first invalid line, or else for the files that do not exist.
+    """
+    root = table.parent
+    path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
+    rows: dict[bytes | str, _Row] = {}
+    for line, cells in _read_cells(table):
+        where, name, listed = f"{table}: line {line}", cells["file"], cells["classes"]
+        has_windows_path = "\\" in name and not (root / name).is_file()
+        file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
+        if file.is_absolute() or ".." in file.parts or not is_image(file.name):
+            raise DataError(
+                f"{where}: {name!r} is not the path of an image, relative to the folder, without .."
+            )
+        classes = {normalize(label.strip()) for label in listed.split(SEPARATOR)} if listed else set()
+        if "" in classes:
+            raise DataError(
+                f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
+            )
+        part = cells.get(SPLIT)  # None without this column
+        if part not in (TRAIN, VAL, None):
+            raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
+        exists = (root / file).is_file()
+        path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)))
+        row = _Row(line, str(file), classes, part, cells.get(GROUP, ""), path)
+        first = rows.setdefault(path or str(file), row)
+        if first is not row:
+            raise DataError(f"{where}: {file} is listed in line {first.line}, too; keep one line per file")
+    missing = [row for row in rows.values() if row.path is None]
+    if missing:
+        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
+        problem = f"line {missing[0].line}: {missing[0].file} does not exist"
+        raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
+    return list(rows.values())
+
+
+def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the number and the cells by column of each line; raises `DataError` for another format.
 
     A first line `sep=;` names the separator; without it, it is the most frequent one in the heading.
     """
@@ -220,48 +255,21 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         reader = csv.DictReader(
             io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
         )
-        given = [lookalike_key(column) for column in reader.fieldnames or ()]
-        columns = reader.fieldnames = [_NAMES.get(column, column) for column in given]
+        headings = [lookalike_key(column) for column in reader.fieldnames or ()]
+        columns = reader.fieldnames = [_NAMES.get(column, column) for column in headings]
         records = [(reader.line_num + lines_before, record) for record in reader]
     except csv.Error as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     if {*columns} - {SPLIT, GROUP} != {*_REQUIRED} or len({*columns}) < len(columns):
         raise DataError(
-            f"{table}: has the columns {shorten(given) or 'none'}; write file,classes and optionally split "
-            "and group, remove others, or rename the file if the folders are the classes"
+            f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
+            "split and group, remove others, or rename the file if the folders are the classes"
         )
     if not records:
         raise DataError(f"{table}: lists no images; add a line per image")
-    path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
-    rows: dict[bytes | str, _Row] = {}
     for line, record in records:
-        where = f"{table}: line {line}"
         if None in record or None in record.values():  # more or fewer cells than columns
-            raise DataError(f"{where}: does not have {len(columns)} columns; quote names with commas")
-        row = _read_row(table.parent, line, {name: value.strip() for name, value in record.items()})
-        row = row._replace(path=row.path or path_of_name.get(normalize(row.file)))
-        if (before := rows.setdefault(row.path or row.file, row)) is not row:
             raise DataError(
-                f"{where}: {row.file} is listed in line {before.line}, too; keep one line per file"
+                f"{table}: line {line}: does not have {len(columns)} columns; quote names with commas"
             )
-    return list(rows.values())
-
-
-def _read_row(root: Path, line: int, values: Mapping[str, str]) -> _Row:
-    """Read *values* by column, those of a file below *root*, in *line*; raises `DataError`.
-
-    A file that does not exist under the given name is no error here: the row has no path then.
-    """
-    where, name, listed = f"{root / LABELS_FILE}: line {line}", values["file"], values["classes"]
-    has_windows_path = "\\" in name and not (root / name).is_file()
-    file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
-    if file.is_absolute() or ".." in file.parts or not is_image(file.name):
-        raise DataError(f"{where}: {name!r} is not the path of an image, relative to the folder, without ..")
-    classes = {normalize(label.strip()) for label in listed.split(SEPARATOR)} if listed else set()
-    if "" in classes:
-        raise DataError(f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}")
-    split = values.get(SPLIT)  # None without this column
-    if split not in (TRAIN, VAL, None):
-        raise DataError(f"{where}: split is {split!r}; write {TRAIN} or {VAL}")
-    path = os.fsencode(file) if (root / file).is_file() else None  # else the caller normalizes its name
-    return _Row(line, str(file), classes, split, values.get(GROUP, ""), path)
+        yield line, {name: value.strip() for name, value in record.items()}

@@ -237,7 +237,7 @@ def _show(
     """Show images as JPEGs; *captions* are (index, caption as markup). No section without captions."""
     figures = []
     for index, caption in captions:
-        small = to_rgb(images[index][0], rules).copy()
+        small = to_rgb(images.decode(index), rules).copy()
         small.info.clear()  # Pillow would write the comment of the file
         small.thumbnail((_SIDE, _SIDE))
         encoded = io.BytesIO()

@@ -67,26 +67,11 @@ def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) ->
     if not frozen_backbone:
         return max(history, key=lambda row: (row.metrics.score, -row.epoch))  # of equal ones, the first
 
-    def branch_scores(row: EpochRow) -> float:
+    def score_of_branches(row: EpochRow) -> float:
         heads = row.diagnostics.heads if row.diagnostics is not None else {}
         return sum(head.score for name, head in heads.items() if name != "main")
 
-    return max(history, key=lambda row: (branch_scores(row), row.epoch))  # of equal ones, the last
-
-
-def epoch_metrics(row: EpochRow) -> dict[str, float]:
-    """Return all numbers of *row* by name, in the order of `history.csv`."""
-    metrics: dict[str, float] = {"epoch": row.epoch, "lr": row.lr}
-    metrics |= {f"train_{name}": loss for name, loss in row.losses.items()}
-    metrics |= {name: getattr(row.metrics, name) for name in HELD_OUT_METRICS if hasattr(row.metrics, name)}
-    if row.gradient is not None:
-        metrics["gradient"] = row.gradient
-    if row.images_per_second is not None:
-        metrics["images_per_second"] = row.images_per_second
-    if row.diagnostics is not None:
-        for name, head in row.diagnostics.heads.items():
-            metrics |= {f"{name}_{key}": getattr(head, key) for key in HELD_OUT_METRICS if hasattr(head, key)}
-    return {**metrics, "seconds": round(row.seconds, 3)}
+    return max(history, key=lambda row: (score_of_branches(row), row.epoch))  # of equal ones, the last
 
 
 def median_throughput(history: Sequence[EpochRow]) -> float:
@@ -96,9 +81,28 @@ def median_throughput(history: Sequence[EpochRow]) -> float:
 
 
 def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str, float]]]:
-    """Return the columns and rows of *history*; a row has no metrics of heads that were removed before it."""
-    rows = [epoch_metrics(row) for row in history]
+    """Return the columns of *history*, and its rows: all numbers of an epoch by name.
+
+    A row has no metrics of heads that were removed before it.
+    """
+    rows = []
+    for epoch in history:
+        row: dict[str, float] = {"epoch": epoch.epoch, "lr": epoch.lr}
+        row |= {f"train_{name}": loss for name, loss in epoch.losses.items()}
+        row |= _metrics_by_name(epoch.metrics, "")
+        if epoch.gradient is not None:
+            row["gradient"] = epoch.gradient
+        if epoch.images_per_second is not None:
+            row["images_per_second"] = epoch.images_per_second
+        if epoch.diagnostics is not None:
+            for name, head in epoch.diagnostics.heads.items():
+                row |= _metrics_by_name(head, f"{name}_")
+        rows.append({**row, "seconds": round(epoch.seconds, 3)})
     return list(dict.fromkeys(name for row in rows for name in row)), rows
+
+
+def _metrics_by_name(metrics: HeldOutMetrics, prefix: str) -> dict[str, float]:
+    return {prefix + name: getattr(metrics, name) for name in HELD_OUT_METRICS if hasattr(metrics, name)}
 
 
 def history_curve(history: Sequence[EpochRow], column: str) -> list[tuple[float, float]]:
@@ -130,19 +134,21 @@ def diagnose(
     With *mirror*, the logits are means over an image and its mirror image.
     """
     count = min(MAX_IMAGES, len(held_out))
-    evenly_spaced = [number * len(held_out) // count for number in range(count)]
-    mask = np.zeros(len(held_out), np.bool_)
-    mask[evenly_spaced] = True
-    subset = held_out.select(mask)
+    is_chosen_N = np.zeros(len(held_out), np.bool_)
+    is_chosen_N[np.arange(count) * len(held_out) // count] = True  # evenly spaced
+    subset = held_out.select(is_chosen_N)
     network = AllHeads(model)
     joined, targets = predict_logits(
         as_evaluated(network, mirror=mirror), subset, preprocess, batch_size=batch_size
     )
     logits = network.split(joined)  # by head
     labels = held_out.images.labels
-    right = logits["main"].argmax(axis=1) == targets if targets.ndim == 1 else []  # one class per image
+    right = ""
+    if targets.ndim == 1:  # one class per image
+        are_right = logits["main"].argmax(axis=1) == targets
+        right = "".join("1" if is_right else "0" for is_right in are_right)
     return Diagnostics(
         num_images=count,
-        right="".join("1" if is_right else "0" for is_right in right),
+        right=right,
         heads={name: held_out_metrics(labels, logits_NC, targets) for name, logits_NC in logits.items()},
     )

@@ -77,17 +77,19 @@ class Strategy(ProcessGroup):
         """
         if not self.joined or not parameters:
             return list(tensors)
-        num_given = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
+        counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
+        passed = counts.nonzero().flatten().tolist()  # indices of the parameters that any process passes
         sums: list[Tensor | None] = [None] * len(parameters)
-        given_by_any = num_given.nonzero().flatten().tolist()  # indices of parameters
-        if not given_by_any:
+        if not passed:
             return sums
-        pairs = [(tensors[index], parameters[index]) for index in given_by_any]
-        summands = [torch.zeros_like(like) if tensor is None else tensor for tensor, like in pairs]
+        summands = []
+        for index in passed:
+            tensor = tensors[index]
+            summands.append(torch.zeros_like(parameters[index]) if tensor is None else tensor)
         flat = torch.cat([tensor.reshape(-1) for tensor in summands])  # a copy of all, for a single sum
         dist.all_reduce(flat)  # in place
         parts = torch.split(flat, [tensor.numel() for tensor in summands])
-        for index, part in zip(given_by_any, parts, strict=True):
+        for index, part in zip(passed, parts, strict=True):
             like_parameter = torch.empty_like(parameters[index])  # with the memory layout of the parameter
             sums[index] = like_parameter.copy_(part.view_as(like_parameter))
         return sums
@@ -107,10 +109,7 @@ def select_device(name: str) -> torch.device:
 
 
 def check_batch_size(recipe: Recipe, train_count: int, world: int) -> None:
-    """Raise `ConfigError` unless *world* processes can divide every step.
-
-    *world* must divide the batch size, and every step must have a sample for each process.
-    """
+    """Raise `ConfigError` unless *world* divides the batch size, and each step has a sample per process."""
     if recipe.batch_size % world:
         raise ConfigError(
             f"batch_size: a step of {recipe.batch_size} samples cannot be divided among {world} processes; "

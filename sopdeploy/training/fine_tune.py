@@ -30,13 +30,12 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import predict_logits, predict_unknown
 from sopdeploy.evaluation.statistics import TESTABLE
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
-from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
 from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.few_shot.classifier import class_means, unit_length
+from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.few_shot.run import fit_new, weights_in_means, with_decision
 from sopdeploy.training.fits import FewShotFit, Fit, Start
 from sopdeploy.training.loop.run import fit_loop
@@ -57,8 +56,15 @@ def fit_fine_tune(
     """
     if last is None:
         frozen = fit_new(start, callback)
-        tuned = move_to_device(start.recipe, _network_to_tune(start, frozen), start.strategy)
-        run = LoopRun(replace(start, model=tuned), frozen)
+        options = start.model.config.model_dump()
+        options["head"] = frozen.network.config.model_dump()["head"]
+        name = tuned_name(start.recipe.model.name)
+        network = create_model(name, num_classes=len(start.labels), **options)
+        tensors = start.model.state_dict()
+        branches = {key: tensor for key, tensor in tensors.items() if key.startswith("branches.")}
+        network.load_state_dict({**branches, **frozen.network.state_dict()})
+        network = move_to_device(start.recipe, network, start.strategy)
+        run = LoopRun(replace(start, model=network), frozen)
         folder.save_last(last_loop_record(run))
     else:
         record = read_frozen(last, folder.last)
@@ -73,45 +79,30 @@ def fit_fine_tune(
     return fit_loop(run, folder, callback, keep_better)
 
 
-def _network_to_tune(start: Start, frozen: FewShotFit) -> Classifier:
-    """Build the network with the weights of the *frozen* one, and with the branches that *start* has."""
-    config = frozen.network.config.model_dump()
-    own = start.model.config.model_dump()
-    network = create_model(
-        tuned_name(start.recipe.model.name), num_classes=len(start.labels), **{**own, "head": config["head"]}
-    )
-    branches = {
-        name: tensor for name, tensor in start.model.state_dict().items() if name.startswith("branches.")
-    }
-    network.load_state_dict({**branches, **frozen.network.state_dict()})
-    return network
-
-
 def keep_better(
-    run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
+    run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, _callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Compare the trained network of *run* with the frozen one; write `best.pt` with the better one.
 
     Without enough *held_out* images to decide, this is the frozen one. The means and the temperature of the
     trained network are fitted in place.
     """
-    del callback  # which receives the events of epochs
     frozen, tuned, recipe = run.frozen, run.exported, run.recipe
     if frozen is None or not isinstance(tuned, SecondOrderHead):
         raise TypeError("the loop did not start from a fitted head")
     if len(held_out) < TESTABLE:
         return _keep_frozen(run, frozen, Tuning(count=len(held_out)), folder)
-    logits_NK, targets = _predict(frozen.network, held_out, run)
-    right_before = logits_NK.argmax(axis=1) == targets
-    _fit_means(tuned, PreprocessedDataset(run.start.data.train, recipe.preprocess), run)
+    frozen_logits_NK, targets = _predict(frozen.network, held_out, run)
+    _set_class_means(tuned, PreprocessedDataset(run.start.data.train, recipe.preprocess), run)
     logits_NK, _ = _predict(tuned, held_out, run)
-    right = logits_NK.argmax(axis=1) == targets
     groups = group_photographs(held_out.images).groups
-    first = np.unique(groups, return_index=True)[1]  # near-duplicates are not independent
-    tuning = Tuning.of(right_before[first], right[first])
+    first_of_group = np.unique(groups, return_index=True)[1]  # near-duplicates are not independent
+    frozen_is_right_N = frozen_logits_NK.argmax(axis=1) == targets
+    tuned_is_right_N = logits_NK.argmax(axis=1) == targets
+    tuning = Tuning.of(frozen_is_right_N[first_of_group], tuned_is_right_N[first_of_group])
     if not tuning.is_better:
         return _keep_frozen(run, frozen, tuning, folder)
-    logits_NK = _fit_temperature(tuned, logits_NK, targets)
+    logits_NK = _apply_temperature(tuned, logits_NK, targets)
     decision = fit_decision(
         logits_NK,
         targets,
@@ -122,17 +113,16 @@ def keep_better(
         unknown=predict_unknown(tuned, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
         min_images=MIN_COSINES,
     )
-    is_nothing_fitted = decision == Decision()
-    epochs = run.position.epoch
     result = LoopResult(
-        epoch=epochs,
-        num_epochs=epochs,
+        epoch=run.position.epoch,  # the last one
+        num_epochs=run.position.epoch,
         top1=Rate.of(tuning.second, tuning.count),
         count=tuning.count,
         selected_by="same images",
         tuning=tuning,
     )
-    fit = replace(run.synchronized_fit(), result=result, decision=None if is_nothing_fitted else decision)
+    fitted_decision = None if decision == Decision() else decision
+    fit = replace(run.synchronized_fit(), result=result, decision=fitted_decision)
     best = run_record(run.start, fit)
     folder.save_best(best)
     return fit, best.training
@@ -176,27 +166,26 @@ class OwnVectors(nn.Module):
 
 
 @torch.no_grad()
-def _fit_means(network: SecondOrderHead, images: PreprocessedDataset, run: LoopRun) -> None:
+def _set_class_means(network: SecondOrderHead, images: PreprocessedDataset, run: LoopRun) -> None:
     """Set the class means of *network*, whose cosines recognize unknown images, to those of its *images*."""
     vectors_ND, targets = _predict(OwnVectors(network), images, run)
     classes_NK = np.eye(network.num_classes)[targets] * weights_in_means(images.images)[:, None]
-    means_KD = class_means(unit_length(vectors_ND), classes_NK)
+    means_KD = mean_vectors(unit_length(vectors_ND), classes_NK)
     network.pooled_head.means.copy_(torch.from_numpy(means_KD))
 
 
 @torch.no_grad()
-def _fit_temperature(
+def _apply_temperature(
     network: SecondOrderHead, logits_NK: NDArray[np.float64], targets: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Divide the classifier of *network* by the temperature of its *logits_NK*; return the new logits.
+    """Fit a temperature to *logits_NK*, divide the classifier of *network* by it, and return its new logits.
 
     The energies of the logits, the cosines, remain.
     """
     if not temperature_lowers_loss(logits_NK, targets):
         return logits_NK
     temperature = fit_temperature(logits_NK, targets)
-    layer = network.logits_layer()
-    for parameter in layer.parameters():
+    for parameter in network.logits_layer().parameters():
         parameter.div_(temperature)
     energies_N1 = logsumexp(logits_NK, axis=1, keepdims=True)
     return log_softmax(logits_NK / temperature, axis=1) + energies_N1

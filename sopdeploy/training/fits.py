@@ -96,13 +96,12 @@ class Start:
         if self.weights is None:
             return "all weights"
         replaced = (*self.model.training_only, classifier_name(self.model))
-        return shorten(
-            [
-                part
-                for part in self.weights.new
-                if not any(is_in(name, part) or is_in(part, name) for name in replaced)
-            ]
-        )
+        remaining = []
+        for part in self.weights.new:
+            is_replaced = any(is_in(name, part) or is_in(part, name) for name in replaced)
+            if not is_replaced:
+                remaining.append(part)
+        return shorten(remaining)
 
     def describe(self, *, is_new: bool) -> Iterator[str]:
         """Describe weights, procedure and images in a line each."""
@@ -112,12 +111,12 @@ class Start:
             yield self.reason
         if self.uses_loop and self.recipe.first_phase:
             yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
-        next_epoch, side = self.position.epoch + 1, self.recipe.preprocess.crop
+        next_epoch, crop = self.position.epoch + 1, self.recipe.preprocess.crop
         is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
         resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
         yield (
             f"{len(self.data.train)} training images, {len(self.data.held_out)} held out{resumed}; "
-            f"the network sees {side} x {side} pixels"
+            f"the network sees {crop} x {crop} pixels"
         )
 
 

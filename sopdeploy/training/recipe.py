@@ -203,7 +203,9 @@ class Recipe(LoopSettings):
             _model, _config, option, *_ = key.split(".")
             return option in entry(network).config.model_fields
         read = READ_BY_FEW_SHOT if is_few_shot else READ_BY_FINE_TUNE
-        return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in read)
+        is_in_read_table = any(f"{key}.".startswith(f"{name}.") for name in read)
+        contains_read_key = any(name.startswith(f"{key}.") for name in read)
+        return is_in_read_table or contains_read_key
 
     def check_effect(self, given: Sequence[str], *, holds_out: bool = True) -> None:
         """Raise `ConfigError` if the procedure ignores a *given* key.
@@ -308,12 +310,14 @@ def change_recipe(
     `ConfigError` that names the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
-    _drop_values_of_others(values, dict(changes))
-    before, fine_tune = deepcopy(values), FineTuneConfig().kind
+    changed = dict(changes)
+    _drop_foreign_options(values, changed)
+    before = deepcopy(values)
     procedure = before.get("procedure")
-    was_fine_tune = isinstance(procedure, dict) and procedure.get("kind") == fine_tune
-    selects_fine_tune = dict(changes).get("procedure.kind") == fine_tune and not was_fine_tune
-    settings = deepcopy(dict(FineTuneConfig.SETTINGS)) if selects_fine_tune else {}
+    settings: dict[str, Any] = {}
+    was_fine_tune = isinstance(procedure, dict) and procedure.get("kind") == "fine_tune"
+    if changed.get("procedure.kind") == "fine_tune" and not was_fine_tune:
+        settings = deepcopy(dict(FineTuneConfig.SETTINGS))
     for key, value in [*settings.items(), *changes]:
         *tables, last = key.split(".")
         table = values
@@ -322,7 +326,7 @@ def change_recipe(
             if not isinstance(table, dict):
                 raise ConfigError(f"{key}: {name} is a value, not a table with keys")
         table[last] = value
-    _scale_resize(values, before.get("preprocess"), {key for key, _ in changes})
+    _scale_resize(values, before.get("preprocess"), changed)
     return validate_recipe(values, str(source))
 
 
@@ -338,27 +342,30 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
         table["resize"] = Preprocess.scaled_resize(*sides)
 
 
-def _drop_values_of_others(values: FieldValues, overrides: Mapping[str, Any]) -> None:
-    """Drop the values that the network, data source or procedure selected by *overrides* does not have."""
+def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> None:
+    """Drop the options that the network, data source or procedure selected by *changed* does not have."""
     for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
-        table, chosen = values.get(name), overrides.get(f"{name}.{selector}")
+        table, chosen = values.get(name), changed.get(f"{name}.{selector}")
         if not isinstance(table, dict) or not isinstance(chosen, str):
             continue  # no values or no choice; the validation of the recipe finds those of a wrong type
         if chosen == table.get(selector):
             continue
         config: type[StrictModel] | None
         if name == "model":
-            config = entry(chosen).config
+            config, options = entry(chosen).config, table.get("config")
         else:
-            kinds = get_args(OwnDataConfig if name == "data" else ProcedureConfig)
-            named = (kind for kind in kinds if chosen in get_args(kind.model_fields["kind"].annotation))
-            config = next(named, None)
-            if config is None and name == "data":  # plug-ins add data sources, but no procedures
-                config = DATA_SOURCES.find(chosen)
-        options = table.get("config") if name == "model" else table
+            config, options = _find_config(name, chosen), table
         if isinstance(options, dict) and config is not None:  # None: the validation names the unknown kind
             for key in options.keys() - config.model_fields.keys():
                 del options[key]
+
+
+def _find_config(table: str, kind: str) -> type[StrictModel] | None:
+    """Find the options of the data source or procedure *kind*; *table* is "data" or "procedure"."""
+    for config in get_args(OwnDataConfig if table == "data" else ProcedureConfig):
+        if kind in get_args(config.model_fields["kind"].annotation):
+            return config
+    return DATA_SOURCES.find(kind) if table == "data" else None  # plug-ins add no procedures
 
 
 def format_toml(value: Any) -> str:

@@ -68,8 +68,10 @@ class Tuning(StrictModel):
     @classmethod
     def of(cls, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> "Tuning":
         """Count the photographs (N,) that the frozen and the fine-tuned network classify correctly."""
-        masks = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
-        return cls(count=len(first), **{name: int(mask.sum()) for name, mask in masks.items()})
+        wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
+        return cls(
+            count=len(first), first=int(first.sum()), second=int(second.sum()), wins=wins, losses=losses
+        )
 
     @property
     def is_better(self) -> bool:
@@ -167,8 +169,8 @@ class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
     Attributes:
-        top1: Accuracy with its 95 % interval (`classifier.estimate`); `None` with several classes per image,
-            and if fewer than two classes have images that can be judged.
+        top1: Accuracy with its 95 % interval (`classifier.estimate_score`); `None` with several classes per
+            image, and if fewer than two classes have images that can be judged.
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
@@ -260,8 +262,9 @@ class FewShotResult(StrictModel):
         if score is None:
             return "no estimate of the accuracy, which needs two different photographs of two classes or more"
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
-        label, largest = max(self.class_counts.items(), key=lambda item: item[1])
-        majority = largest / max(1, sum(self.class_counts.values()))  # multi-label images may show none
+        counts = self.class_counts
+        label = max(counts, key=lambda label: counts[label])
+        majority = counts[label] / max(1, sum(counts.values()))  # multi-label images may show none
         comparison = ""
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
@@ -274,13 +277,13 @@ class FewShotResult(StrictModel):
         """Describe the copies among the training images, and what they make impossible."""
         photographs = self.num_photographs or self.num_groups  # 0 in older runs
         if self.num_groups < self.num_images:
-            kinds = [
-                *(["copies"] if photographs < self.num_images else []),
-                *(["photographs of one folder or object"] if self.num_groups < photographs else []),
-            ]
-            judged = "; of copies, the largest is judged" if photographs < self.num_images else ""
+            related, judged = [], ""
+            if photographs < self.num_images:
+                related, judged = ["copies"], "; of copies, the largest is judged"
+            if self.num_groups < photographs:
+                related.append("photographs of one folder or object")
             groups = amount(self.num_groups, "independent group")
-            yield f"{self.num_images} photographs, {groups}: {' and '.join(kinds)} share a fold{judged}"
+            yield f"{self.num_images} photographs, {groups}: {' and '.join(related)} share a fold{judged}"
         if self.num_selected and self.estimated_on == "cross-validation":
             yield (
                 f"{self.num_selected} photographs were kept because a network was not sure of them: they are "

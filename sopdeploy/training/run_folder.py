@@ -85,10 +85,9 @@ class RunFolder:
             self._created.close()
 
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
-        """Lock the folder and read `last.pt` to *resume*; otherwise check that a new run can be written here.
+        """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new` and return None.
 
-        Returns None for a new run, which calls `lock` itself. Raises `ConfigError` for an unusable folder
-        and `StorageError` if it cannot be created.
+        A new run calls `lock` itself. Raises `ConfigError` if there is no run to resume, or an unwanted one.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:
@@ -102,6 +101,11 @@ class RunFolder:
                 setting="out",
                 remedies={"resume": "always"},
             )
+        self.check_new()
+        return None
+
+    def check_new(self) -> None:
+        """Raise `ConfigError` unless the folder is empty or none, `StorageError` if it cannot be created."""
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         # A run that was killed before its first checkpoint may have left the lock file and partial files.
         others = {name for name in names - {LOCK} if not name.endswith(PARTIAL)}
@@ -112,7 +116,6 @@ class RunFolder:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             message = f"{self.path} cannot be written in {nearest}; choose another"
             raise StorageError(message, setting="out")
-        return None
 
     def is_save_due(self, config: SaveConfig) -> bool:
         """Check whether the last checkpoint is as old as the recipe allows."""

@@ -17,7 +17,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import find_clips
-from sopdeploy.photos.copies import NO_PAIRS, connect, group_photographs, number_classes
+from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs, number_classes
 from sopdeploy.photos.folder import open_unknown
 from sopdeploy.photos.photo import LabeledImages, Split, describe_contradictions, hash_images
 from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
@@ -118,7 +118,7 @@ def start_run(
     else:
         start = _resume_start(selected, recorded, division, folder, last)
     check_same_step(start, folder)
-    return replace(start, reason=reason, origin=_origin(start, folder, last))
+    return replace(start, reason=reason, origin=_describe_origin(start, folder, last))
 
 
 def new_start(
@@ -218,15 +218,15 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
     A new run chooses them; the run of *last* has recorded its choice. The first process decides for all and
     alone reads the files, each once; the few-shot procedure hashes them when it computes their features.
     """
-    images, config, is_first = opened.train, recipe.data, strategy.rank == 0
-    hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
+    images, config = opened.train, recipe.data
+    hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)  # of no file
     if isinstance(recipe.procedure, FewShotConfig):
         return Division(opened, hashes, record)
-    reads_files = is_first and len(images) <= MAX_HASHED
+    reads_files = strategy.rank == 0 and len(images) <= MAX_HASHED
     if not isinstance(config, HoldOut) or len(opened.held_out):
         return Division(opened, hash_images(images) if reads_files else hashes, record)
     choice = np.zeros(len(images), np.int64)
-    if is_first:
+    if strategy.rank == 0:
         recorded = None if last is None else read_held_out(last)
         if reads_files and recorded is not None:
             hashes = hash_images(images)
@@ -234,17 +234,22 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
         else:
             groups = connect(len(images), NO_PAIRS, images.groups)
             if reads_files:
-                found = group_photographs(images)
-                groups, hashes = found.groups, found.file_hashes
-                if len(found.vectors) and not recipe.groups_by_name:
-                    names = [images.identity(index) for index in range(len(images))]
-                    classes = number_classes(images.targets)
-                    groups = find_clips(names, found.times, classes, found.vectors, groups).groups
+                groups, hashes = _group_and_hash(recipe, images)
             choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
-    choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()  # the others add zeros
+    choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()  # the other processes add zeros
     of_training_files = hashes[choice == NONE] if len(hashes) else hashes
     return Division(divide(opened, choice), of_training_files, record)
+
+
+def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDArray[np.int64]]:
+    """Read the files of *images* once; return the groups (N,) of copies and clips, and the hashes (N,)."""
+    found = group_photographs(images)
+    if not len(found.vectors) or recipe.groups_by_name:
+        return found.groups, found.file_hashes
+    names = [images.identity(index) for index in range(len(images))]
+    clips = find_clips(names, found.times, number_classes(images.targets), found.vectors, found.groups)
+    return clips.groups, found.file_hashes
 
 
 def open_held_out(recipe: Recipe, last: Checkpoint) -> LabeledImages:
@@ -255,19 +260,26 @@ def open_held_out(recipe: Recipe, last: Checkpoint) -> LabeledImages:
 
 
 def _check_data(
-    recipe: Recipe, opened: Split, division: Division, given: Sequence[str], callback: Callback
+    recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
     """Check the images before the training.
 
     Warns of the classes of which no image could be held out, if *division* has images held out of *opened*,
     and of equal files with different labels. Raises `ConfigError` or `DataError` if `rejection.unknown`, or
-    another one of the *given* keys, could not be used after the training.
+    another one of the *keys* that the user has set, could not be used after the training.
     """
-    data, file_hashes = division.data, division.file_hashes
-    if isinstance(recipe.procedure, FineTuneConfig) and data.train.is_multi_label:
-        raise ConfigError(
-            "procedure fine_tune: compares answers, which needs one class per image; choose few_shot"
-        )
+    data, file_hashes, unknown = division.data, division.file_hashes, recipe.rejection.unknown
+    if data.train.is_multi_label:
+        if isinstance(recipe.procedure, FineTuneConfig):
+            raise ConfigError(
+                "procedure fine_tune: compares answers, which needs one class per image; choose few_shot"
+            )
+        ignored = {key for key in keys if key.startswith("rejection.")}
+        if unknown is not None:
+            ignored.add("rejection.unknown")
+        if ignored:
+            names = ", ".join(sorted(ignored))
+            raise ConfigError(f"{names}: without effect where images have several classes; remove it")
     if len(file_hashes) and (warning := describe_contradictions(data.train, file_hashes)):
         callback.on_warning(warning)
     were_held_out_here = len(data.held_out) > 0 and len(opened.held_out) == 0
@@ -276,17 +288,8 @@ def _check_data(
         missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
         if missing:
             callback.on_warning(f"{shorten(missing)}: {ONE_GROUP}")
-    unknown = recipe.rejection.unknown
-    rejection_keys = {key for key in given if key.startswith("rejection.")}
-    if unknown is not None:
-        rejection_keys.add("rejection.unknown")
-    if rejection_keys and data.train.is_multi_label:
-        names = ", ".join(sorted(rejection_keys))
-        raise ConfigError(f"{names}: without effect where images have several classes; remove it")
-    if unknown is not None:
-        _, note = open_unknown(unknown)
-        if note:
-            callback.on_warning(note)
+    if unknown is not None and (note := open_unknown(unknown).note):
+        callback.on_warning(note)
 
 
 def check_count(images: LabeledImages) -> None:
@@ -305,7 +308,7 @@ def check_same_step(start: Start, folder: RunFolder) -> None:
         )
 
 
-def _origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
+def _describe_origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
     """Describe where the run in *folder*, which may continue *last*, comes from.
 
     The first process alone writes files, so the others may have other ids of the run.

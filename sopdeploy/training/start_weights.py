@@ -88,9 +88,9 @@ def read_start_weights(
         raise ConfigError(
             "start.weights: not set; give the checkpoint to start from", remedies={"weights": "imagenet"}
         )
-    weights = _read(recipe, source) if strategy.rank == 0 else None
+    weights = _read_weights_file(recipe, source) if strategy.rank == 0 else None
     strategy.all_reduce(torch.zeros(1))  # the others wait until the first process has filled the cache
-    return _read(recipe, source) if weights is None else weights
+    return _read_weights_file(recipe, source) if weights is None else weights
 
 
 def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str]:
@@ -104,7 +104,7 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
     return fetch_imagenet_weights(recipe.model.name.removeprefix("head:"), config, download=download)
 
 
-def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
+def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
     model = recipe.model.name.removeprefix("head:")  # `head:resnet50` reads the file of `resnet50`
     weights = recipe.start.weights if recipe.start is not None else None
@@ -145,11 +145,11 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
 
     If the recipe sets `crop` without `resize`, `resize` keeps the ratio of *base*. Raises `ConfigError`.
     """
-    given = recipe.preprocess.model_dump(exclude_unset=True)
-    if "crop" in given and "resize" not in given:
-        given["resize"] = Preprocess.scaled_resize(given["crop"], base.resize, base.crop)
+    set_values = recipe.preprocess.model_dump(exclude_unset=True)
+    if "crop" in set_values and "resize" not in set_values:
+        set_values["resize"] = Preprocess.scaled_resize(set_values["crop"], base.resize, base.crop)
     try:
-        completed = Preprocess(**{**base.model_dump(), **given})
+        completed = Preprocess(**{**base.model_dump(), **set_values})
     except pydantic.ValidationError as error:
         raise ConfigError(f"preprocess: {first_problem(error)}; set resize and crop") from error
     return recipe.model_copy(update={"preprocess": completed})
@@ -162,16 +162,22 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     other classes. Raises `WeightsError` for the first tensor of the backbone that is missing, has another
     shape or does not exist in *model*, or any tensor to load that is not finite.
     """
+    # Only linear layers of these names are classifiers; others have an output per class by chance.
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
-    # Other layers are so wide by chance.
     classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
     branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
     has_other_classes = weights.labels is not None and weights.labels != labels
     not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []  # even if their shapes fit
     training_only = (*model.training_only, *weights.training_only)
-    matching, new = _match_tensors(weights, model, not_loaded, (*not_loaded, *training_only, *classifiers))
-    unused = _unused_parts(weights, model.state_dict().keys(), training_only)
+    may_be_new = (*not_loaded, *training_only, *classifiers)
+    matching, new = _match_tensors(weights, model, not_loaded, may_be_new)
+    unused: set[str] = set()
+    for name in sorted(weights.tensors.keys() - model.state_dict().keys()):
+        part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
+        if part is None:
+            raise _misfit_error(weights, f"the network of the recipe has no {name}")
+        unused.add(part)
     model.load_state_dict(matching, strict=False)  # after all checks
     return StartReport(
         file=weights.file,
@@ -179,7 +185,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
         network=weights.network,
         loaded=len(matching),
         new=new,
-        unused=unused,
+        unused=tuple(sorted(unused)),
         preprocess=weights.preprocess,
     )
 
@@ -198,35 +204,22 @@ def _match_tensors(
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():  # each one is loaded, in a new part, or an error
-        given = None if is_in(name, *not_loaded) else weights.tensors.get(name)
-        if given is not None and given.shape == tensor.shape:
-            if given.is_floating_point() and not bool(torch.isfinite(given).all()):
+        stored = None if is_in(name, *not_loaded) else weights.tensors.get(name)
+        if stored is not None and stored.shape == tensor.shape:
+            if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
                 problem = f"{name} has values that are not finite; choose another file"
                 raise WeightsError(f"start.weights: {weights.file}: {problem}")
-            matching[name] = given
+            matching[name] = stored
         elif part := _added_part(name, may_be_new):
             new.add(part)
-        elif given is None:
+        elif stored is None:
             if not name.endswith(COUNTER):
-                raise _misfit(weights, f"{name} is missing")
+                raise _misfit_error(weights, f"{name} is missing")
         elif is_in(name, container) and not contains_backbone:
             new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length
         else:
-            raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
+            raise _misfit_error(weights, f"{name} is {tuple(stored.shape)}, not {tuple(tensor.shape)}")
     return matching, tuple(sorted(new))
-
-
-def _unused_parts(
-    weights: StartWeights, own: Collection[str], training_only: tuple[str, ...]
-) -> tuple[str, ...]:
-    """List the parts of *weights* with tensors outside of *own*; raises `WeightsError` for the backbone."""
-    unused: set[str] = set()
-    for name in sorted(weights.tensors.keys() - own):
-        part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
-        if part is None:
-            raise _misfit(weights, f"the network of the recipe has no {name}")
-        unused.add(part)
-    return tuple(sorted(unused))
 
 
 class InitialModel(NamedTuple):
@@ -275,7 +268,7 @@ def _added_part(name: str, parts: tuple[str, ...]) -> str | None:
     return None
 
 
-def _misfit(weights: StartWeights, difference: str) -> WeightsError:
+def _misfit_error(weights: StartWeights, difference: str) -> WeightsError:
     """Build the error of *weights* for another backbone."""
     return WeightsError(
         f"start.weights: {weights.file} ({weights.network}) does not fit: {difference}; give weights of the "

@@ -104,17 +104,21 @@ def train_run(
         last = folder.open(resume=resume)
         start = start_run(recipe, folder, last, callback, given)
         if start.uses_loop:
-            from sopdeploy.training.loop.run import fit_loop, open_loop  # noqa: PLC0415
+            from sopdeploy.training.loop.run import fit_loop  # noqa: PLC0415
+            from sopdeploy.training.loop.state import LoopRun, restore_loop  # noqa: PLC0415
 
-            fit: Any = partial(fit_loop, open_loop(start, last, folder))  # the last check
-        elif not start.is_few_shot:
-            from sopdeploy.training.fine_tune import fit_fine_tune  # noqa: PLC0415
-
-            fit = partial(fit_fine_tune, start, last)
-        else:
+            run = LoopRun(start)
+            if last is not None:
+                restore_loop(run, last, folder.last)  # the last check
+            fit: Any = partial(fit_loop, run)
+        elif start.is_few_shot:
             from sopdeploy.training.few_shot.run import fit_few_shot  # noqa: PLC0415
 
             fit = partial(fit_few_shot, start, last)
+        else:
+            from sopdeploy.training.fine_tune import fit_fine_tune  # noqa: PLC0415
+
+            fit = partial(fit_fine_tune, start, last)
         if last is None:
             folder.lock()  # `open` has locked that of a resumed run
         for line in start.describe(is_new=last is None):
@@ -131,7 +135,7 @@ def summarize_run(
     start, fit = run.start, run.fit
     epoch = fit.result.epoch if isinstance(fit.result, LoopResult) else 1
     best = fit.position.history[epoch - 1]
-    score = "best_map" if start.activation == "sigmoid" else "best_top1"
+    is_map = start.activation == "sigmoid"
     return TrainingResult(
         out=out_dir,
         best=out_dir / "best.pt",
@@ -146,7 +150,8 @@ def summarize_run(
         seconds=fit.position.seconds,
         procedure=fit.result,
         start=start.weights,
-        **{score: best.metrics.score},
+        best_top1=None if is_map else best.metrics.score,
+        best_map=best.metrics.score if is_map else None,
         decision=fit.decision,
         networks=tuple(networks),
         **page,

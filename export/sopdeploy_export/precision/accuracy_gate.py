@@ -82,7 +82,7 @@ class AccuracyCheck:
         if self._labeled is None:
             return []
         positions = evenly_spread(len(self._labeled), most).tolist()
-        return [preprocess_image(self._labeled[position][0], self._preprocess) for position in positions]
+        return [preprocess_image(self._labeled.decode(position), self._preprocess) for position in positions]
 
     def check_drop(self, report: PrecisionReport) -> None:
         """Raise `ParityError` if *report* lost more than the limits, unless drift is allowed.
@@ -116,7 +116,7 @@ class AccuracyCheck:
         if self._labeled is not None:
             size = min(_BATCH, self.options.batch.maximum)
             for start in range(0, len(self._labeled), size):
-                files = (self._labeled[i][0] for i in range(start, min(start + size, len(self._labeled))))
+                files = (self._labeled.decode(i) for i in range(start, min(start + size, len(self._labeled))))
                 yield np.stack([preprocess_image(image, self._preprocess) for image in files])
         elif self._measured is not None:
             for image in self._measured:
@@ -161,7 +161,9 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
     except DataError as error:
         raise DataError(str(error), setting="calibrate") from error
     positions = evenly_spread(len(images), MAX_CALIBRATION_IMAGES)
-    return np.stack([preprocess_image(images[position][0], preprocess) for position in positions.tolist()])
+    return np.stack(
+        [preprocess_image(images.decode(position), preprocess) for position in positions.tolist()]
+    )
 
 
 def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:

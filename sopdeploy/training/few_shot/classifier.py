@@ -78,10 +78,9 @@ class Targets:
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
         """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.
 
-        Images with equal *keys* share a fold, so that there are at most as many folds as keys. Many folds are
-        wanted, so that each head is fitted to nearly all images, but no more than a class of `MIN_FOLDS` or
-        more groups has: a head to which images of some classes are missing is biased against these, and its
-        test images are those that are missing. Raises `DataError` if all keys are equal.
+        Images with equal *keys* are a group and share a fold. There are at most as many folds as groups, in
+        all and in each class of `MIN_FOLDS` or more groups: with more, some heads would lack images of the
+        class and be biased against it. Raises `DataError` if all keys are equal.
         """
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
@@ -94,28 +93,36 @@ class Targets:
         num_folds = min(at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist())
         # If no stratum has an image for every fold, only the sizes of the folds are balanced: one stratum.
         strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
+        folds_N = spread_groups(groups_N, strata, num_folds, seed)
+        return np.unique(folds_N, return_inverse=True)[1]  # renumbered, without empty folds
 
-        # The algorithm of scikit-learn's `StratifiedGroupKFold`, whose import is slow:
-        # groups in random order, the most uneven ones first, each into the fold that spreads the strata best.
-        _, stratum_N, sizes_S = np.unique(strata, return_inverse=True, return_counts=True)
-        images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
-        np.add.at(images_GS, (groups_N, stratum_N), 1)
-        shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)  # NumPy's limit for seeds
-        fold_G = np.zeros(num_groups, np.intp)
-        images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
-        for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
-            # attempts_FFS[f] is `images_FS` after the group is added to the fold f.
-            attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
-            unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
-            sizes, best = images_FS.sum(axis=1).tolist(), 0
-            for fold in range(1, num_folds):
-                difference = unevenness[fold] - unevenness[best]
-                is_as_even = abs(difference) <= 1e-8 + 1e-5 * unevenness[best]
-                if difference < 0 or (is_as_even and sizes[fold] < sizes[best]):
-                    best = fold
-            fold_G[group] = best
-            images_FS[best] += images_GS[group]
-        return np.unique(fold_G[groups_N], return_inverse=True)[1]  # renumbered, without empty folds
+
+def spread_groups(groups_N: Indices, strata_N: NDArray[np.int64], num_folds: int, seed: int) -> Indices:
+    """Assign each group of images to one of *num_folds* folds (N,), so that each has its share of all strata.
+
+    This is the algorithm of scikit-learn's `StratifiedGroupKFold`, whose import is slow: groups in random
+    order, the most uneven ones first, each into the fold that spreads the strata best. Folds may be empty.
+    """
+    num_groups = int(groups_N.max()) + 1
+    _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)
+    images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
+    np.add.at(images_GS, (groups_N, stratum_N), 1)
+    shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)  # NumPy's limit for seeds
+    fold_G = np.zeros(num_groups, np.intp)
+    images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
+    for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
+        # attempts_FFS[f] is `images_FS` after the group is added to the fold f.
+        attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
+        unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
+        sizes, best = images_FS.sum(axis=1).tolist(), 0
+        for fold in range(1, num_folds):
+            difference = unevenness[fold] - unevenness[best]
+            is_as_even = abs(difference) <= 1e-8 + 1e-5 * unevenness[best]
+            if difference < 0 or (is_as_even and sizes[fold] < sizes[best]):
+                best = fold
+        fold_G[group] = best
+        images_FS[best] += images_GS[group]
+    return fold_G[groups_N]
 
 
 class LinearHead(NamedTuple):
@@ -227,12 +234,14 @@ class Space(NamedTuple):
         units have equal weights. No target is used for this.
         """
         centers = [part.mean(axis=0, dtype=np.float64) for part in parts]
-        centered = [part - center for part, center in zip(parts, centers, strict=True)]
-        # 0 if all images have the same part
-        norms = [np.sqrt(np.square(part).sum(axis=1).mean()) or 1.0 for part in centered]
-        scales = [np.full(part.shape[1], 1 / norm) for part, norm in zip(parts, norms, strict=True)]
-        inputs = np.concatenate([part / norm for part, norm in zip(centered, norms, strict=True)], axis=1)
-        return cls(np.concatenate(centers), np.concatenate(scales), np.linalg.qr(inputs.T)[0])
+        scales, inputs = [], []
+        for part, center in zip(parts, centers, strict=True):
+            centered = part - center
+            norm = np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0  # 0 without differences
+            scales.append(np.full(part.shape[1], 1 / norm))
+            inputs.append(centered / norm)
+        basis = np.linalg.qr(np.concatenate(inputs, axis=1).T)[0]
+        return cls(np.concatenate(centers), np.concatenate(scales), basis)
 
     def project(self, vectors: NDArray[np.floating]) -> NDArray[np.float32]:
         """Compute the coordinates (n, R) of *vectors* (n, D)."""
@@ -260,9 +269,11 @@ class LinearProblem:
         """
         scores_NK = np.zeros(self.targets.classes.shape)
         moments = [self.moments((folds_N == fold) & fitted) for fold in range(int(folds_N.max()) + 1)]
-        products, sums = np.sum([one.products for one in moments], axis=0), sum(one.sums for one in moments)
-        for fold, held in enumerate(moments):
-            head = Moments(products - held.products, sums - held.sums).discriminate(self.targets.activation)
+        products = np.sum([of_fold.products for of_fold in moments], axis=0)
+        sums = sum(of_fold.sums for of_fold in moments)
+        for fold, of_fold in enumerate(moments):
+            others = Moments(products - of_fold.products, sums - of_fold.sums)
+            head = others.discriminate(self.targets.activation)
             tested = folds_N == fold
             scores_NK[tested] = head.logits(self.reduced[tested])
         return scores_NK
@@ -336,7 +347,7 @@ class LinearProblem:
 
         A class without images has the mean of another one.
         """
-        return class_means(self.own, self._weighted_classes())
+        return mean_vectors(self.own, self._weighted_classes())
 
     def _weighted_classes(self) -> Array:
         """Compute the share (N, K) of each image in the mean of its class, not divided by their sum."""
@@ -359,7 +370,7 @@ def class_sums(
     return sums_KD
 
 
-def class_means(own_ND: NDArray[np.float32], classes_NK: Array) -> NDArray[np.float32]:
+def mean_vectors(own_ND: NDArray[np.float32], classes_NK: Array) -> NDArray[np.float32]:
     """Compute the mean (K, D_0) of the own vectors of each class, scaled to length 1.
 
     *classes_NK* has the weight of each image for its classes, else 0. A class without images has the mean of
@@ -376,7 +387,7 @@ def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def estimate(
+def estimate_score(
     classes_NK: Array, activation: Activation, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
 ) -> Rate | MeanPrecision:
     """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval, of independent *groups_N*.
@@ -386,18 +397,20 @@ def estimate(
     Bengio, "Inference for the Generalization Error" (2003), section 3. If classes have fewer groups than
     `MIN_FOLDS`, each head lacks one of few, and the network errs less: the upper end allows for this.
     """
-    if activation == "softmax":
-        right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
-        # The variance of a mean of J folds is s (1 / J + r), not s / J, where r = 1 / (J - 1) is the ratio of
-        # test images to training images of a fold. So the factor is 1 + r J.
-        variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
-        units = effective_count(groups_N) / variance_factor
-        rate = Rate.of(int(right.sum()), len(right), units)
-        learned = rate.share
-        if folds > 0:  # with G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
-            num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
-            few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
-            factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
-            learned = 1 - (1 - rate.share) * float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))
-        return rate.model_copy(update={"high": max(rate.high, wilson(units * learned, units).high)})
-    return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)
+    if activation == "sigmoid":
+        return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)
+    right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
+    # The variance of a mean of J folds is s (1 / J + r), not s / J, where r = 1 / (J - 1) is the ratio of
+    # test images to training images of a fold. So the factor is 1 + r J.
+    variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
+    units = effective_count(groups_N) / variance_factor
+    rate = Rate.of(int(right.sum()), len(right), units)
+    highest_share = rate.share
+    if folds > 0:  # with G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
+        num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
+        few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
+        factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
+        remaining_errors = float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))
+        highest_share = 1 - (1 - rate.share) * remaining_errors
+    high = max(rate.high, wilson(units * highest_share, units).high)
+    return rate.model_copy(update={"high": high})

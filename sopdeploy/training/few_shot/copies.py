@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sopdeploy.errors import DataError
 from sopdeploy.importers.published import find_lite_weights
 from sopdeploy.photos.copies import Groups, connect
-from sopdeploy.photos.photo import ImageFiles, LabeledImages, find_unreadable
+from sopdeploy.photos.photo import ImageFiles, LabeledImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.classifier import unit_length
 from sopdeploy.training.few_shot.features import (
@@ -51,15 +53,15 @@ def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float3
         part = paths[start : start + network.batch_size]
         names = np.asarray([os.fsencode(path.absolute().relative_to("/")) for path in part], np.bytes_)
         images = ImageFiles(Path("/"), ("one", "other"), names, np.zeros(len(part), np.int64))
-        bad = find_unreadable(images)
-        good = [
-            index
-            for index in range(len(part))
-            if not any(error.startswith(f"{images.path(index)}: ") for error in bad)
-        ]
-        for batch in network.batches(images, good) if good else ():
+        readable = []
+        for index in range(len(part)):
+            with suppress(DataError):
+                images.photo(index).check()
+                readable.append(index)
+        for batch in network.batches(images, readable) if readable else ():
             vectors = unit_length(batch.own_vectors.float().cpu().numpy())
-            yield from ((part[index], row) for index, row in zip(batch.indices, vectors, strict=True))
+            for index, vector in zip(batch.indices, vectors, strict=True):
+                yield part[index], vector
 
 
 def _default_recipe() -> Recipe:

@@ -1,11 +1,11 @@
 """The frozen network with the features of all images, and the network with a fitted classifier."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -79,15 +79,15 @@ def compute_features(
     first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
     pooled.fit_projection([batch.maps for batch in first])
     columns = pooled.columns() if head.taps else pooled.columns()[:1]  # of what the head reads
+    projection = _Projection(count, columns)
     hashes, num_done = [""] * count, 0
     file_hashes, times = np.zeros(count, np.int64), np.zeros(count, np.int64)
     small = np.zeros((count, SMALL, SMALL), np.uint8)
     own = np.zeros((count, columns[0].stop), np.float32)
     views: list[NDArray[np.float32]] = []
-    space, reduced = None, np.zeros((count, 0), np.float32)
-    waiting: list[tuple[list[int], NDArray[np.float32]]] = []  # indices and vectors, until the space is known
     for batch in chain(first, batches):
         vectors = pooled.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
+        projection.add(batch.indices, vectors)
         views_of_batch = average_views(batch.own_vectors, batch.maps)
         if not views:  # their shapes are known from the first batch on
             views = [np.zeros((count, *part.shape[1:]), np.float32) for part in views_of_batch]
@@ -99,21 +99,11 @@ def compute_features(
         for index, pixel_hash in zip(batch.indices, batch.hashes, strict=True):
             hashes[index] = pixel_hash
         num_done += len(batch.indices)
-        waiting.append((batch.indices, vectors))
-        if num_done >= min(count, MAX_RANK):  # the space is known, or these vectors determine it
-            parts = [np.concatenate([vectors[:, part] for _, vectors in waiting]) for part in columns]
-            if space is None:
-                space = Space.of([part[:MAX_RANK] for part in parts])
-                reduced = np.zeros((count, space.basis.shape[1]), np.float32)
-            reduced[np.concatenate([indices for indices, _ in waiting])] = space.project(
-                np.concatenate(parts, axis=1)
-            )
-            waiting = []
         on_image(num_done, count)
     return Features(
         head=head,
-        space=cast(Space, space),  # all images are done
-        reduced=reduced,
+        space=cast(Space, projection.space),  # all images are done
+        reduced=projection.reduced,
         own=own,
         views=views,
         hashes=hashes,
@@ -121,6 +111,34 @@ def compute_features(
         times=times,
         small=small,
     )
+
+
+class _Projection:
+    """The coordinates `reduced` (count, R) of vectors in the `space` of the first `MAX_RANK` of them.
+
+    *columns* are the parts of the vectors. Vectors wait until there are enough for the space.
+    """
+
+    def __init__(self, count: int, columns: Sequence[slice]) -> None:
+        self.count, self.columns = count, columns
+        self.space: Space | None = None
+        self.reduced = np.zeros((count, 0), np.float32)
+        self.num_added = 0
+        self.waiting: list[tuple[list[int], NDArray[np.float32]]] = []
+
+    def add(self, indices: list[int], vectors: NDArray[np.float32]) -> None:
+        """Add the *vectors* (B, D) of the images at *indices*."""
+        self.num_added += len(indices)
+        self.waiting.append((indices, vectors))
+        if self.num_added < min(self.count, MAX_RANK):
+            return
+        waiting_indices = np.concatenate([indices for indices, _ in self.waiting])
+        parts = [np.concatenate([vectors[:, part] for _, vectors in self.waiting]) for part in self.columns]
+        self.waiting = []
+        if self.space is None:
+            self.space = Space.of([part[:MAX_RANK] for part in parts])
+            self.reduced = np.zeros((self.count, self.space.basis.shape[1]), np.float32)
+        self.reduced[waiting_indices] = self.space.project(np.concatenate(parts, axis=1))
 
 
 @torch.no_grad()
@@ -181,16 +199,20 @@ class _Photographs(Dataset):
     cache: FeatureCache
     always_decoded: int
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Any]:
-        """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (3,)."""
-        photo, side = self.images.photo(index), self.preprocess.crop
-        file_hash = photo.file_hash
-        is_decoded = index == self.always_decoded or not self.cache.has(file_hash)
-        pixels = photo.preprocess(self.preprocess) if is_decoded else np.zeros((side, side, 3), np.uint8)
-        return pixels, np.asarray([file_hash, photo.taken, is_decoded])
+    def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (B, 3)."""
+        side = self.preprocess.crop
+        pixels, facts = np.zeros((len(indices), side, side, 3), np.uint8), []
+        for position, index in enumerate(indices):
+            photo = self.images.photo(index)
+            is_decoded = index == self.always_decoded or not self.cache.has(photo.file_hash)
+            if is_decoded:
+                pixels[position] = photo.preprocess(self.preprocess)
+            facts.append([photo.file_hash, photo.taken, is_decoded])
+        return pixels, np.asarray(facts, np.int64)
 
 
-class Batch(NamedTuple):
+class FeatureBatch(NamedTuple):
     """Images at `indices`: facts (B,), `small` images (B, S, S), own vectors (B, D_0), and maps by tap."""
 
     indices: list[int]
@@ -214,7 +236,7 @@ class CachedNetwork:
         self.cache = FeatureCache(network, recipe)
         self.batch_size = BATCHES[self.device.type]
 
-    def batches(self, images: LabeledImages, indices: list[int]) -> Iterator[Batch]:
+    def batches(self, images: LabeledImages, indices: list[int]) -> Iterator[FeatureBatch]:
         """Yield the outputs for the images at *indices*, in batches on the device of the network."""
         size = self.batch_size
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
@@ -229,7 +251,7 @@ class CachedNetwork:
                 for tap, features in zip(self.network.maps, maps, strict=True)
             }
             own = torch.from_numpy(own_vectors).to(self.device)
-            yield Batch(chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap)
+            yield FeatureBatch(chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap)
 
     def _load(self, images: LabeledImages, batches: list[list[int]]) -> Iterator[tuple[_Loaded, list[Entry]]]:
         """Yield each batch of images, and the entries of all of them; new ones are written to the cache.
@@ -264,12 +286,9 @@ class CachedNetwork:
 
     def _complete(self, waiting: list[_Loaded]) -> Iterator[tuple[_Loaded, list[Entry]]]:
         """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""
-        missing = [
-            (loaded, position)
-            for loaded in waiting
-            for position, entry in enumerate(loaded.entries)
-            if entry is None
-        ]
+        missing: list[tuple[_Loaded, int]] = []
+        for loaded in waiting:
+            missing += [(loaded, position) for position, entry in enumerate(loaded.entries) if entry is None]
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
             computed = self._compute(torch.stack([loaded.pixels[position] for loaded, position in part]))
@@ -288,15 +307,11 @@ class CachedNetwork:
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)  # 0, 1, ... and the last one
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
-        images = [image.numpy() for image in pixels]
-        return [
-            [
-                np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8),
-                shrink(image),
-                *(output[position] for output in outputs),
-            ]
-            for position, image in enumerate(images)
-        ]
+        entries = []
+        for position, image in enumerate(pixels.numpy()):
+            pixel_hash = np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8)
+            entries.append([pixel_hash, shrink(image), *(output[position] for output in outputs)])
+        return entries
 
 
 def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:

@@ -41,7 +41,14 @@ from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
-from sopdeploy.training.few_shot.classifier import Array, Indices, LinearProblem, Scaling, Targets, estimate
+from sopdeploy.training.few_shot.classifier import (
+    Array,
+    Indices,
+    LinearProblem,
+    Scaling,
+    Targets,
+    estimate_score,
+)
 from sopdeploy.training.few_shot.features import (
     CachedNetwork,
     Features,
@@ -186,7 +193,7 @@ class CrossValidation:
             return None
         classes, num_folds = targets.classes[self.judged], int(self.folds.max()) + 1
         logits, groups = self.logits[self.judged], self.groups[self.judged]
-        return estimate(classes, targets.activation, logits, self.recipe.seed, groups, num_folds)
+        return estimate_score(classes, targets.activation, logits, self.recipe.seed, groups, num_folds)
 
 
 def cross_validate(
@@ -220,14 +227,7 @@ def cross_validate(
         pairs = clips.select_pairs(pairs)
     copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
-    typical_N = select_typical(images)
-    largest = _largest_copies(images, copies_N)
-    judged = largest[typical_N[largest]]
-    if not images.is_multi_label:  # no classifier is fitted without all images of a class that is one group
-        one_group = [
-            number for number, groups in enumerate(_groups_of_classes(targets, groups_N)) if len(groups) == 1
-        ]
-        judged = judged[~np.isin(images.targets[judged], one_group)]
+    judged = _choose_judged(images, targets, copies_N, groups_N)
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
     _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
@@ -274,17 +274,24 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
     seeds = [derive_seed(seed, "folds")]
     if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
         seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]
-    return [targets.folds(keys_N, at_most, of_attempt) for of_attempt in seeds]
+    return [targets.folds(keys_N, at_most, fold_seed) for fold_seed in seeds]
 
 
-def _largest_copies(images: LabeledImages, copies_N: Indices) -> Indices:
-    """Return the index of the least cropped image, that with the most pixels, of each group of *copies_N*."""
+def _choose_judged(images: LabeledImages, targets: Targets, copies_N: Indices, groups_N: Indices) -> Indices:
+    """Choose the images that the score counts: of the typical photographs, the copy with the most pixels.
+
+    The images of a class that is one group do not count, because no classifier is fitted to others of it.
+    """
     _, largest_G = np.unique(copies_N, return_index=True)  # the first image of each group, often its only one
     for group in np.flatnonzero(np.bincount(copies_N) > 1):  # only the images of these groups are opened
         members = np.flatnonzero(copies_N == group)
-        num_pixels = [np.prod(images[index][0].size) for index in members.tolist()]
+        num_pixels = [np.prod(images.decode(index).size) for index in members.tolist()]
         largest_G[group] = members[np.argmax(num_pixels)]
-    return largest_G
+    judged = largest_G[select_typical(images)[largest_G]]
+    if images.is_multi_label:
+        return judged
+    is_one_group_K = np.array([len(groups) == 1 for groups in _groups_of_classes(targets, groups_N)])
+    return judged[~is_one_group_K[images.targets[judged].astype(np.int64)]]
 
 
 def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
@@ -293,13 +300,14 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
 
 
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
-    """Select the images (N,) that are like new photographs: not those that a server kept for a label.
+    """Select the images (N,) that are like new photographs, which those that a server has kept are not.
 
-    A server keeps atypical ones, of which fewer are known and fewer are classified correctly. Those of
-    classes without other photographs are selected, too, and all if too few others are there for a threshold.
+    A server keeps photographs of which fewer are known and fewer are classified correctly. A class without
+    others is selected all the same. All images are selected if the others are too few for a threshold.
     """
-    is_kept = [KEPT_NAME.fullmatch(PurePath(images.identity(index)).name) for index in range(len(images))]
-    typical_N = np.asarray([one is None for one in is_kept], np.bool_)
+    names = [PurePath(images.identity(index)).name for index in range(len(images))]
+    is_kept = [KEPT_NAME.fullmatch(name) is not None for name in names]
+    typical_N = ~np.asarray(is_kept, np.bool_)
     if images.is_multi_label or typical_N.all() or typical_N.sum() < MIN_COSINES:
         return np.ones(len(images), np.bool_)
     return typical_N | ~np.isin(images.targets, np.unique(images.targets[typical_N]))
@@ -324,7 +332,7 @@ def _evaluate(
         groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
         expected = Targets.of(held_out)
         metrics = held_out_metrics(start.labels, logits, targets)
-        return estimate(expected.classes, expected.activation, logits, recipe.seed, groups), metrics
+        return estimate_score(expected.classes, expected.activation, logits, recipe.seed, groups), metrics
     score = found.score()
     counted = np.arange(len(images)) if score is None else found.judged  # of copies of a photograph, one
     metrics = held_out_metrics(start.labels, found.shifted_logits[counted], images.targets[counted])
@@ -349,7 +357,8 @@ def _describe(
     diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
     return FewShotResult(
-        **{"map" if isinstance(score, MeanPrecision) else "top1": score},
+        top1=score if isinstance(score, Rate) else None,
+        map=score if isinstance(score, MeanPrecision) else None,
         estimated_on="held-out" if len(start.data.held_out) else "cross-validation",
         class_counts=counts,
         is_uneven=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
@@ -360,7 +369,7 @@ def _describe(
         num_groups=int(found.groups.max()) + 1,
         num_photographs=int(found.copies.max()) + 1,
         one_group=tuple(label for label, number in num_groups.items() if number == 1),
-        two_groups=tuple(label for label, number in num_groups.items() if number == 2 < counts[label]),
+        two_groups=tuple(label for label, number in num_groups.items() if number == 2 and counts[label] > 2),
         contradictions=tuple(contradictions),
         alike=found.alike,
         diffuse=tuple(images.labels[label] for label in diffuse),

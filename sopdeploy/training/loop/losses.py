@@ -6,7 +6,6 @@ DSoP's Table II trains both jointly.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from sopdeploy.evaluation.prediction import classification_loss
 from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import images_format
-from sopdeploy.models.base import Classifier, TrainingOutput
+from sopdeploy.models.base import TrainingOutput
 from sopdeploy.models.registry import create_model
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop_settings import TeacherConfig
@@ -63,7 +62,8 @@ def training_loss(
 class Teacher:
     """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
 
-    Its random weights depend on *seed*. *label_smoothing* applies to its own loss. Raises `ConfigError`.
+    Its random weights depend on *seed*. *label_smoothing* applies to its own loss. Raises `ConfigError`
+    without a teacher, and for one that does not fit the classes, the colors or the joint training.
     """
 
     def __init__(
@@ -77,7 +77,19 @@ class Teacher:
         self.config, self.label_smoothing = config, label_smoothing
         self.learns = config.weights is None
         if config.weights is not None:
-            self.model = _read_teacher(expand_user(config.weights), labels, preprocess)
+            path = expand_user(config.weights)
+            stored = read_checkpoint(path)
+            if stored.labels != labels:
+                raise ConfigError(
+                    f"teacher.weights: {path} has other classes than the data; train the teacher on the same "
+                    "classes"
+                )
+            if (stored.preprocess.mean, stored.preprocess.std) != (preprocess.mean, preprocess.std):
+                raise ConfigError(
+                    f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean "
+                    "and std"
+                )
+            self.model = build_classifier(stored, path).eval().requires_grad_(False)
         elif config.model is not None:
             torch.manual_seed(derive_seed(seed, "teacher weights"))
             self.model = create_model(config.model.name, num_classes=len(labels), **config.model.config)
@@ -115,17 +127,3 @@ class Teacher:
             total = total + teacher_loss
             parts["teacher_loss"] = teacher_loss.detach()
         return Loss(total, parts, loss.component_counts)
-
-
-def _read_teacher(path: Path, labels: tuple[str, ...], preprocess: Preprocess) -> Classifier:
-    """Read a trained teacher; raise `ConfigError` for other classes or another normalization."""
-    stored = read_checkpoint(path)
-    if stored.labels != labels:
-        raise ConfigError(
-            f"teacher.weights: {path} has other classes than the data; train the teacher on the same classes"
-        )
-    if (stored.preprocess.mean, stored.preprocess.std) != (preprocess.mean, preprocess.std):
-        raise ConfigError(
-            f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean and std"
-        )
-    return build_classifier(stored, path).eval().requires_grad_(False)

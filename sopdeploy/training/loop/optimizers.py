@@ -1,6 +1,6 @@
 """The optimizers that a recipe can select, and AdaHessian."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,18 +43,21 @@ class AdaHessian(Optimizer):
         same seed in all processes of a step, the sum of their products is that of the whole batch. The
         network must be twice differentiable. H z is the gradient of the product of the gradient and z.
         """
-        gradients = torch.autograd.grad(loss, self.trainable, create_graph=True, allow_unused=True)
-        pairs = zip(self.trainable, gradients, strict=True)
-        used = {p: g for p, g in pairs if g is not None}  # None: the loss does not depend on p
-        curved = {p: g for p, g in used.items() if g.requires_grad}  # the other gradients are constant
-        signs = [random_signs(seed, number, p) for number, p in enumerate(curved)]
-        parameters, curved_gradients = list(curved), list(curved.values())
-        products = torch.autograd.grad(curved_gradients, parameters, grad_outputs=signs, allow_unused=True)
-        for parameter, gradient in used.items():
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            loss, self.trainable, create_graph=True, allow_unused=True
+        )
+        curved: dict[Tensor, Tensor] = {}  # gradients that depend on parameters; the others are constant
+        for parameter, gradient in zip(self.trainable, gradients, strict=True):
+            if gradient is None:  # the loss does not depend on the parameter
+                continue
             parameter.grad = gradient.detach().clone()
+            if gradient.requires_grad:
+                curved[parameter] = gradient
+        signs = [random_signs(seed, number, parameter) for number, parameter in enumerate(curved)]
+        products = torch.autograd.grad(list(curved.values()), list(curved), signs, allow_unused=True)
         # `step` takes 0 for parameters without a product: no gradient depends on them.
-        found = zip(parameters, products, strict=True)
-        self.curvatures = {parameter: product for parameter, product in found if product is not None}
+        pairs = zip(curved, products, strict=True)
+        self.curvatures = {parameter: product for parameter, product in pairs if product is not None}
 
     def all_reduce(self, add: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
         """Replace gradients and curvatures by their sums over processes; *add* is `sum_by_parameter`."""

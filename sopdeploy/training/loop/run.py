@@ -8,25 +8,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
 from sopdeploy.data.batches import Loader, load_batches, shuffled_batches
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
-from sopdeploy.photos.fitted import FittedPixels
-from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
+from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
-from sopdeploy.training.fits import Fit, Start
+from sopdeploy.training.fits import Fit
 from sopdeploy.training.loop.gradient import train_step
 from sopdeploy.training.loop.state import (
     STEPS_PER_READ,
     LoopRun,
     last_loop_record,
-    restore_loop,
     set_train_mode,
 )
 from sopdeploy.training.recipe import Recipe
@@ -36,14 +34,6 @@ from sopdeploy.training.run_folder import RunFolder
 
 _RESAMPLES = 1000
 Finish = Callable[[LoopRun, PreprocessedDataset, RunFolder, Callback], tuple[Fit, Mapping[str, Any]]]
-
-
-def open_loop(start: Start, last: Checkpoint | None, folder: RunFolder) -> LoopRun:
-    """Prepare the training of *start*; to resume, restore the state of *last*, which *folder* holds."""
-    run = LoopRun(start)
-    if last is not None:
-        restore_loop(run, last, folder.last)
-    return run
 
 
 def fit_loop(
@@ -56,8 +46,8 @@ def fit_loop(
     """
     recipe = run.recipe
     augment = recipe.augment
-    pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0  # of held-out images
     data = run.start.data
+    pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0
     fitted = FittedPixels(data.held_out, recipe.preprocess)
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad, fitted=fitted)
     training = augmented_images(recipe, data.train, run.position.epoch)
@@ -136,7 +126,7 @@ def train_epoch(
         losses = run.read_steps()
         now = time.monotonic()
         position.train_seconds += now - since
-        position.seconds += now - since  # to which `finish_epoch` adds the time of the evaluation
+        position.seconds += now - since  # to which `begin_next_epoch` adds the evaluation
         since = now
         for step, loss in enumerate(losses, first):
             callback.on_step_end(epoch=epoch, epochs=recipe.epochs, step=step, steps=len(batches), loss=loss)
@@ -168,7 +158,7 @@ def evaluate_epoch(
     )
     # Every process computes these for the same few images itself, so its batches are whole ones.
     diagnostics = diagnose(run.exported, held_out, recipe.preprocess, recipe.batch_size, mirror=mirror)
-    run.finish_epoch(metrics, diagnostics, time.monotonic() - since)
+    run.begin_next_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
 def save_derived_files(run: LoopRun, folder: RunFolder) -> None:
@@ -238,23 +228,25 @@ def estimate_best(
     result.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
-    count, score = best.metrics.count, best.metrics.score
-    is_selected = len(history) > 1 and not frozen_backbone
-    selected_by: SelectedBy = "same images" if is_selected else "nothing"
-    top1 = None
-    is_map = best.metrics.score_name == "mAP"
-    if not is_map:
-        # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".
-        texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
-        are_complete = count > 1 and all(len(text) == count for text in texts)
-        if is_selected and are_complete:
+    count, score, is_map = best.metrics.count, best.metrics.score, best.metrics.score_name == "mAP"
+    # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".
+    texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
+    are_complete = not is_map and count > 1 and all(len(text) == count for text in texts)
+    selected_by: SelectedBy = "nothing"
+    if len(history) > 1 and not frozen_backbone:
+        selected_by = "same images"
+        if are_complete:
             score = corrected_score(np.array([list(text) for text in texts]) == "1")
             selected_by = "other images"
-        top1 = Rate.of(round(score * count), count)
     return LoopResult(
-        epoch=best.epoch, num_epochs=len(history), top1=top1, map=score if is_map else None, count=count,
-        selected_by=selected_by, mirrored=mirrored,
-    )  # fmt: skip
+        epoch=best.epoch,
+        num_epochs=len(history),
+        top1=None if is_map else Rate.of(round(score * count), count),
+        map=score if is_map else None,
+        count=count,
+        selected_by=selected_by,
+        mirrored=mirrored,
+    )
 
 
 def corrected_score(right_EN: NDArray[np.bool_]) -> float:

@@ -49,10 +49,11 @@ class FinishedStep:
     finite_count: Tensor
     num_samples: int
 
-    def values(self) -> list[Tensor]:
-        """Return all values: total and parts of the loss, norm, count of processes, counts of components."""
+    def values(self) -> Tensor:
+        """Join all values: total and parts of the loss, norm, count of processes, counts of components."""
         counts = [] if self.loss.component_counts is None else self.loss.component_counts.unbind()
-        return [self.loss.total, *self.loss.parts.values(), self.norm, self.finite_count, *counts]
+        values = [self.loss.total, *self.loss.parts.values(), self.norm, self.finite_count, *counts]
+        return torch.stack([value.detach().double() for value in values])
 
 
 class LoopRun:
@@ -122,34 +123,34 @@ class LoopRun:
         Raises `TrainingError` if a value of a step is not finite.
         """
         steps, position = self.unread, self.position
-        rows = [step.values() for step in steps]
-        flat = (
-            torch.stack([value.detach().double() for row in rows for value in row]).tolist() if rows else []
-        )
+        if not steps:
+            return []
         self.unread = []
-        losses, values = [], iter(flat)
-        for number, step in enumerate(steps, position.step - len(steps) + 1):
-            parts = {name: next(values) for name in ("loss", *step.loss.parts)}
-            norm, finite_count = next(values), next(values)
+        rows = torch.stack([step.values() for step in steps]).tolist()
+        losses = []
+        first_number = position.step - len(steps) + 1
+        for number, (step, row) in enumerate(zip(steps, rows, strict=True), first_number):
+            total, *parts = row[: 1 + len(step.loss.parts)]
+            norm, finite_count, *counts = row[1 + len(parts) :]
+            part_of_name = dict(zip(step.loss.parts, parts, strict=True))
             if finite_count != self.strategy.world:
-                damaged = (name for name in step.loss.parts if not math.isfinite(parts[name]))
+                damaged = (name for name, part in part_of_name.items() if not math.isfinite(part))
                 raise TrainingError(
                     f"epoch {position.epoch + 1}, step {number}: "
                     f"{next(damaged, 'the gradient or a running statistic')} is not finite; lower "
                     "optimizer.lr or set optimizer.clip_norm"
                 )
-            for name, part in parts.items():
+            for name, part in {"loss": total, **part_of_name}.items():
                 position.sums[name] = position.sums.get(name, 0.0) + part * step.num_samples
-            if step.loss.component_counts is not None:
-                counts = [int(next(values)) for _ in range(len(step.loss.component_counts))]
+            if counts:
                 before = position.component_counts or (0,) * len(counts)  # empty before the first step
-                position.component_counts = tuple(map(operator.add, before, counts))
+                position.component_counts = tuple(map(operator.add, before, map(int, counts)))
             position.seen += step.num_samples
             position.gradient += norm * step.num_samples
-            losses.append(parts["loss"])
+            losses.append(total)
         return losses
 
-    def finish_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
+    def begin_next_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
         """Begin the next epoch with a row about this one, whose evaluation took *seconds*, in the history."""
         position = self.position
         row = EpochRow(
@@ -189,12 +190,33 @@ class LoopRun:
             file_hashes=self.start.file_hashes,
         )
 
-    def replace_model(self, model: Classifier) -> None:
-        """Replace the old model by *model*.
+    def _prepare_training(self) -> None:
+        """Set train mode, frozen parameters and `groups` of the epoch; move the teacher to the device."""
+        recipe, start = self.recipe, self.recipe.start_of(self.position.epoch)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trainable)
+        set_train_mode(self.model, start)
+        for name in ("parameters", "float_buffers"):  # of the model before
+            vars(self).pop(name, None)
+        freeze(self.model, start)
+        self.groups = group_parameters(self.model, start)
+        if self.teacher is not None:
+            layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+            self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
+            if self.teacher.learns:
+                self.groups.append({"params": list(self.teacher.model.parameters())})
 
-        A parameter takes over the optimizer state of the old one with its name, and a tensor the average.
-        With averages, *model* must not have tensors that the old model lacks.
+    def start_epoch(self) -> None:
+        """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it.
+
+        Parameters keep their optimizer states, and tensors their averages.
         """
+        epoch, removal, model = self.position.epoch, self.recipe.model.remove_branches_at, self.model
+        if removal is not None and epoch >= removal:
+            model = model.without_branches()
+        is_second_phase = epoch > 0 and epoch == self.recipe.first_phase
+        if model is self.model and not is_second_phase:
+            return
         old_states = {}  # of the optimizer, by the name of the parameter
         if "optimizer" in self.__dict__:  # the cached property has created one
             for key, old_parameter in self.trained().named_parameters():
@@ -211,30 +233,6 @@ class LoopRun:
             averages = self.ema.model.state_dict()
             self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
             self.ema.model.load_state_dict({key: averages[key] for key in self.model.state_dict()})
-
-    def _prepare_training(self) -> None:
-        """Set train mode, frozen parameters and `groups` of the epoch; move the teacher to the device."""
-        recipe, start = self.recipe, self.recipe.start_of(self.position.epoch)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in self.trainable)
-        set_train_mode(self.model, start)
-        for name in ("parameters", "float_buffers"):  # of the model before
-            vars(self).pop(name, None)
-        self.groups = freeze_and_group(self.model, start)
-        if self.teacher is not None:
-            layout = torch.channels_last if recipe.channels_last else torch.preserve_format
-            self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
-            if self.teacher.learns:
-                self.groups.append({"params": list(self.teacher.model.parameters())})
-
-    def start_epoch(self) -> None:
-        """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it."""
-        epoch = self.position.epoch
-        removal, model = self.recipe.model.remove_branches_at, self.model
-        if removal is not None and epoch >= removal:
-            model = model.without_branches()
-        if model is not self.model or 0 < epoch == self.recipe.first_phase:
-            self.replace_model(model)
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
@@ -280,12 +278,8 @@ def first_stages(model: Classifier) -> set[str]:
     return set(names[: max(ends, default=0)])
 
 
-def freeze_and_group(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
-    """Freeze what `start.learn` excludes, and build the optimizer's parameter groups.
-
-    The classifier gets its own group if `head_factor` is not 1. Groups may have frozen parameters; optimizers
-    skip those without gradient. Raises `ConfigError` if there are no branches to train.
-    """
+def freeze(model: Classifier, start: StartConfig | None) -> None:
+    """Freeze the parameters that `start.learn` excludes; raises `ConfigError` without branches to train."""
     learn = "all" if start is None else start.learn
     if learn == "branches" and not model.training_only:
         raise ConfigError('start.learn: this network has no branches; use learn = "all"')
@@ -297,6 +291,13 @@ def freeze_and_group(model: Classifier, start: StartConfig | None) -> list[dict[
         parts = learning_parts(model, learn)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_in(name, *parts))
+
+
+def group_parameters(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
+    """Build the optimizer's parameter groups: the classifier has its own if `head_factor` is not 1.
+
+    Groups may have frozen parameters; optimizers skip those without gradient.
+    """
     if start is None or start.head_factor == 1:
         return [{"params": list(model.parameters())}]
     head = classifier_name(model)

@@ -205,8 +205,8 @@ def test_training_calibration_predict_service_and_client_see_the_same_pixels(
     names = [images.path(index).name for index in range(len(images))]
     evaluation = PreprocessedDataset(images, rules)
     training = AugmentedDataset(images, CenterCrop(kind="center"), rules, 0, 0)
-    expected = {name: evaluation[index][0] for index, name in enumerate(names)}
-    found = {"training": [training[names.index(path.name)][0] for path in paths]}
+    expected = dict(zip(names, evaluation.pixels(range(len(names))), strict=True))
+    found = {"training": list(training.pixels([names.index(path.name) for path in paths]))}
     found["calibration"] = list(calibration_images(folder, rules))
     changed = replace(bundle, manifest=bundle.manifest.model_copy(update={"preprocess": rules}))
     recorder = Recorder()
@@ -254,5 +254,5 @@ def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(
     images = ArrayImages(("a",), np.asarray(GRADIENT)[None], np.zeros(1, np.int64))
     expected = preprocess_image(GRADIENT, rules).astype(int)
     for augmentation in (whole, kept):
-        pixels, _ = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0)[0]
+        (pixels,) = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0).pixels([0])
         assert np.median(np.abs(pixels - expected)) <= 2  # a box is resized twice

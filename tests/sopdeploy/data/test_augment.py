@@ -41,7 +41,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(crop) -> None:
 
     def arrays(seed: int, epoch: int, order=range(12)) -> np.ndarray:
         view = AugmentedDataset(images(), crop, RULES, seed, epoch)
-        return np.stack([view[index][0] for index in order])
+        return view.pixels(order)
 
     first = arrays(1, 2)
     assert (first.dtype, first.shape) == (np.uint8, (12, 16, 16, 3))
@@ -62,14 +62,14 @@ def test_images_of_any_size_and_mode_are_augmented(augmentation, mode, size) -> 
             return Image.new(mode, size)
 
     one = One(("a",), np.zeros((1, 1, 1), np.uint8), np.zeros(1, np.int64))
-    array, _ = AugmentedDataset(one, augmentation, RULES, 0, 0)[0]
-    assert array.shape == (16, 16, 3)
+    pixels = AugmentedDataset(one, augmentation, RULES, 0, 0).pixels([0])
+    assert pixels.shape == (1, 16, 16, 3)
 
 
 def test_a_padded_crop_uses_every_shift_and_black_padding() -> None:
     white = ArrayImages(("a",), np.full((1, 4, 4, 3), 255, np.uint8), np.zeros(1, np.int64))
     view = AugmentedDataset(white, PadCrop(kind="pad-crop", pad=1), Preprocess(resize=4, crop=4), 0, 0)
-    seen = {view[copy][0].tobytes() for copy in range(300)}
+    seen = {array.tobytes() for array in view.pixels(range(300))}
     assert len(seen) == 9
     assert {value for array in seen for value in array} == {0, 255}
 

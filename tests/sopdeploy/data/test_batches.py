@@ -19,7 +19,7 @@ from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos import fitted
+from sopdeploy.photos import photo
 from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.photos.split import hold_out
 from sopdeploy.seeds import derive_seed
@@ -51,13 +51,13 @@ def test_one_fifth_of_the_digits_of_every_class_is_held_out_and_preprocessed() -
     split = open_data(DigitsConfig(kind="digits"))
     assert (len(split.train), len(split.held_out)) == (1438, 359)
     assert split.train.labels == split.held_out.labels == tuple("0123456789")
-    held = np.bincount([split.held_out[i][1] for i in range(359)])
+    held = np.bincount(split.held_out.targets)
     assert 35 <= held.min() <= held.max() <= 37
     for resize, crop in ((16, 16), (32, 32), (9, 8)):
         rules = Preprocess(resize=resize, crop=crop)
         prepared = PreprocessedDataset(split.held_out, rules)
-        array, label = prepared[7]
-        image, expected = split.held_out[7]
+        (array,), (label,) = prepared.batch([7])
+        image, expected = split.held_out.decode(7), split.held_out.targets[7]
         assert (array.dtype, array.shape, label) == (np.uint8, (crop, crop, 3), expected)
         assert np.array_equal(array, preprocess_image(image, rules))
         assert len(prepared) == 359
@@ -148,13 +148,13 @@ PADDED, FITTED = PadCrop(kind="pad-crop", flip=0.5), Preprocess(resize=12, crop=
 
 @pytest.mark.parametrize("limit", [2**29, 0], ids=["in memory", "too many"])
 def test_pixels_in_memory_are_computed_once_and_give_the_same_batches(monkeypatch, limit) -> None:
-    monkeypatch.setattr(fitted, "MAX_IN_MEMORY", limit)
+    monkeypatch.setattr(photo, "MAX_IN_MEMORY", limit)
     images = counted_images(monkeypatch)
-    in_memory = fitted.FittedPixels(images, FITTED)
+    in_memory = photo.FittedPixels(images, FITTED)
     for epoch in range(3):
         plain = AugmentedDataset(images, PADDED, FITTED, 0, epoch)
         kept = replace(plain, fitted=in_memory)
-        expected = [plain[index][0] for index in range(60)]
+        expected = list(plain.pixels(range(60)))
         images.opened.clear()
         assert np.array_equal(kept.batch(range(60))[0], expected)
         assert len(images.opened) == (60 if not limit else 0 if epoch else 30)
@@ -173,7 +173,7 @@ def test_the_processes_of_a_run_load_all_epochs_and_fill_the_memory(monkeypatch)
     )
     monkeypatch.setattr(data_batches, "usable_cores", lambda: 2)
     images, others = counted_images(monkeypatch), counted_images(monkeypatch, 7)
-    training = AugmentedDataset(images, PADDED, FITTED, 0, 0, fitted=fitted.FittedPixels(images, FITTED))
+    training = AugmentedDataset(images, PADDED, FITTED, 0, 0, fitted=photo.FittedPixels(images, FITTED))
     held_out, cpu = PreprocessedDataset(others, FITTED), torch.device("cpu")
     with data_batches.Loader((training, held_out), 2, cpu) as loader:
         for epoch in range(3):
@@ -200,4 +200,4 @@ def test_an_epoch_that_ends_early_leaves_no_batch_for_the_next_one(monkeypatch) 
     with data_batches.Loader((dataset,), 1, cpu) as loader:
         next(load_batches(dataset, [[number] for number in range(30)], loader, cpu))
         ((pixels, _),) = load_batches(dataset, [[29]], loader, cpu)
-    assert np.array_equal(pixels[0], dataset[29][0])
+    assert np.array_equal(pixels[0], dataset.pixels([29])[0])

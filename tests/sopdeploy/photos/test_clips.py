@@ -14,7 +14,7 @@ from sopdeploy.images.metadata import NO_TIME, capture_time
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.clips import Clips, find_clips
 from sopdeploy.photos.photo import Photo
-from sopdeploy.training.few_shot.classifier import estimate
+from sopdeploy.training.few_shot.classifier import estimate_score
 from sopdeploy.training.recipe import read_recipe
 from tests.sopdeploy.photos.test_copies import encoded, scene
 from tests.support.small_data import write_classes
@@ -201,7 +201,7 @@ def test_the_interval_allows_for_what_an_object_more_teaches_if_there_are_few(ob
     groups = np.arange(80) // (20 // objects)
     logits = np.eye(4)[np.where(np.arange(80) % 2, classes, (classes + 1) % 4)]
     one_hot = np.eye(4)[classes]
-    held_out, validated = (estimate(one_hot, "softmax", logits, 0, groups, folds) for folds in (0, 2))
+    held_out, validated = (estimate_score(one_hot, "softmax", logits, 0, groups, folds) for folds in (0, 2))
     assert validated.share == held_out.share == 0.5
     middle = (validated.low + validated.high) / 2
     assert (middle > 0.52) == widened

@@ -36,7 +36,7 @@ def write(folder: Path, text: str) -> Path:
 
 def rows(folder: Path, labels: tuple[str, ...] = ("cat", "dog")) -> dict[str, list[float]]:
     images = open_evaluation_images(folder, labels, multi_label=True)
-    return {str(images.path(i).relative_to(folder)): images.target(i).tolist() for i in range(len(images))}
+    return {str(images.path(i).relative_to(folder)): images.targets[i].tolist() for i in range(len(images))}
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
-from sopdeploy.training.few_shot.classifier import class_means, unit_length
+from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
-from sopdeploy.training.loop.state import first_stages, freeze_and_group, set_train_mode
+from sopdeploy.training.loop.state import first_stages, freeze, set_train_mode
 from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
 from sopdeploy.training.results import Tuning
 from sopdeploy_commands.training.train import train
@@ -187,7 +187,7 @@ def test_class_means_are_those_of_the_network_that_is_kept(
     vectors, targets = predict_logits(
         OwnVectors(network), PreprocessedDataset(images, best.preprocess), best.preprocess
     )
-    expected = class_means(unit_length(vectors), np.eye(10)[targets] * weights_of(images)[:, None])
+    expected = mean_vectors(unit_length(vectors), np.eye(10)[targets] * weights_of(images)[:, None])
     assert np.allclose(network.pooled_head.means.numpy(), expected, atol=1e-5)
 
 
@@ -205,7 +205,7 @@ def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_froz
 ) -> None:
     network = create_model(name, num_classes=3, **config)
     start = StartConfig(learn="last_stages")
-    freeze_and_group(network, start)
+    freeze(network, start)
     set_train_mode(network, start)
     frozen = [key for key, parameter in network.named_parameters() if not parameter.requires_grad]
     learning = [key for key, parameter in network.named_parameters() if parameter.requires_grad]
@@ -223,7 +223,7 @@ def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_froz
 def test_only_the_classifier_learns_if_the_recipe_says_so() -> None:
     network = create_model("resnet8", num_classes=3)
     start = StartConfig(learn="classifier")
-    freeze_and_group(network, start)
+    freeze(network, start)
     set_train_mode(network, start)
     learning = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
     assert learning == {"fc.weight", "fc.bias"}

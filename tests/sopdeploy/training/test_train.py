@@ -191,7 +191,7 @@ def test_epochs_are_evaluated_with_mirror_images_and_decisions_without(plain, tm
     result = train_recipe(recipe, tmp_path)
     best = read_checkpoint(result.best)
     images = PreprocessedDataset(open_data(recipe.data).held_out, best.preprocess)
-    pixels = torch.from_numpy(np.stack([images[index][0] for index in range(len(images))]))
+    pixels = torch.from_numpy(images.pixels(range(len(images))))
     network, normalize = build_classifier(best, tmp_path), Normalize(best.preprocess, torch.contiguous_format)
     with torch.no_grad():
         alone, mirrored = network(normalize(pixels)), network(normalize(pixels.flip(2)))
@@ -257,7 +257,7 @@ def dataset(count: int = 7) -> PreprocessedDataset:
 
 
 def inputs() -> torch.Tensor:
-    return NORMALIZE(torch.from_numpy(np.stack([image for image, _ in (dataset()[i] for i in range(7))])))
+    return NORMALIZE(torch.from_numpy(dataset().pixels(range(7))))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
 from sopdeploy.files import LOCK
 from sopdeploy.photos.photo import hash_images
 from sopdeploy.training import start
-from sopdeploy.training.loop import gradient, run
+from sopdeploy.training.loop import gradient
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import read_recipe
@@ -214,7 +214,9 @@ def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch
             optimizer = runs[0].optimizer
             next(iter(optimizer.state.values()))["momentum_buffer"].view(-1)[0] = float("nan")
 
-    monkeypatch.setattr(run, "LoopRun", lambda start: runs.append(LoopRun(start)) or runs[0])
+    monkeypatch.setattr(
+        "sopdeploy.training.loop.state.LoopRun", lambda start: runs.append(LoopRun(start)) or runs[0]
+    )
     with pytest.raises(TrainingError, match="finite"):
         train_recipe(short_recipe("ema={}"), tmp_path / "run", callback=Damage())
     assert not (tmp_path / "run").exists()

@@ -91,8 +91,8 @@ def learn(
         batches = epoch_batches(recipe, len(augmented), run.position.epoch)
         for samples in batches[: steps - done]:
             loaded = run.strategy.shard(samples)
-            images = np.stack([augmented[sample][0] for sample in loaded])
-            batch = torch.from_numpy(images), torch.from_numpy(data.targets[np.array(loaded) % SAMPLES])
+            images = torch.from_numpy(augmented.pixels(loaded))
+            batch = images, torch.from_numpy(data.targets[np.array(loaded) % SAMPLES])
             run.unread.append(train_step(run, batch, num_samples=len(samples), steps=len(batches)))
             run.position.step += 1
             run.read_steps()

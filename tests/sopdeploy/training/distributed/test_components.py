@@ -132,8 +132,8 @@ class ManyClasses:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int):
-        return self.images[index][0], self.targets[index]
+    def decode(self, index: int):
+        return self.images.decode(index)
 
 
 def evaluate_fixed_network(group) -> dict[str, float]:

@@ -39,7 +39,7 @@ from sopdeploy.training.few_shot.classifier import (
     Scaling,
     Space,
     Targets,
-    estimate,
+    estimate_score,
     unit_length,
 )
 from sopdeploy.training.few_shot.features import CachedNetwork, Features, compute_features
@@ -364,8 +364,8 @@ def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds(
     copied = softmax_targets(np.tile(classes, 3), 3)
     groups, one_hot = np.tile(np.arange(60), 3), np.eye(3)[classes]
     single, several = (
-        estimate(one_hot, "softmax", logits, 0, np.arange(60)),
-        estimate(np.tile(one_hot, (3, 1)), "softmax", np.tile(logits, (3, 1)), 0, groups),
+        estimate_score(one_hot, "softmax", logits, 0, np.arange(60)),
+        estimate_score(np.tile(one_hot, (3, 1)), "softmax", np.tile(logits, (3, 1)), 0, groups),
     )
     assert (several.low, several.high) == pytest.approx((single.low, single.high))
     assert several.count == 180

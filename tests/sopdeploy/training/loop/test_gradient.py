@@ -127,7 +127,7 @@ def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> Non
     for index, pixels in ((0, ARRAY), (2, ARRAY[:, ::-1])):
         padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
         crops = [padded[top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
-        assert any(np.array_equal(dataset[index][0], crop) for crop in crops)
+        assert any(np.array_equal(dataset.pixels([index])[0], crop) for crop in crops)
 
 
 def test_lighting_adds_multiples_of_the_principal_colors() -> None:

@@ -125,7 +125,7 @@ def test_a_run_evaluates_and_exports_the_average(tmp_path) -> None:
 def test_training_crops_can_have_another_size_than_evaluation() -> None:
     recipe = short_recipe('augment={kind="random-side", sides=[12, 16], crop=12}')
     dataset = augmented_images(recipe, open_data(recipe.data).train, 0)
-    assert dataset[0][0].shape == (12, 12, 3)
+    assert dataset.pixels([0]).shape == (1, 12, 12, 3)
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
