@@ -46,21 +46,22 @@ def plain_text(text: str) -> Text:
     Names in right-to-left scripts do not change the order of the text around them.
     """
     line = " ".join(text.split())
-    return Text(_isolate("".join(character if character.isprintable() else "?" for character in line)))
+    printable = "".join(character if character.isprintable() else "?" for character in line)
+    return Text(_isolate_right_to_left(printable))
 
 
-def _isolate(line: str) -> str:
+def _isolate_right_to_left(line: str) -> str:
     """Put every run of right-to-left words in *line*, except those of `_COPIED`, between U+2068 and U+2069.
 
     Without these characters, a terminal that reorders "قبعة 10, hat 9" shows the 10 on the other side of the
     name.
     """
-    directions = map(unicodedata.bidirectional, line.replace("_", "-"))
-    kinds = "".join(_DIRECTIONS.get(direction, "-") for direction in directions)
-    if "R" not in kinds:
+    classes = map(unicodedata.bidirectional, line.replace("_", "-"))
+    directions = "".join(_DIRECTIONS.get(each, "-") for each in classes)  # a letter for each character
+    if "R" not in directions:
         return line
     copied = [match.span() for match in _COPIED.finditer(line)]
-    for run in reversed([*_RIGHT_TO_LEFT.finditer(kinds)]):
+    for run in reversed([*_RIGHT_TO_LEFT.finditer(directions)]):  # from the end: positions before it stay
         start, end = run.span()
         if not any(first < end and start < last for first, last in copied):
             line = f"{line[:start]}\u2068{line[start:end]}\u2069{line[end:]}"
