@@ -225,8 +225,9 @@ def move_link(link: Path, target: str) -> None:
 
 def leads_through(path: Path, link: Path) -> bool:
     """Tell whether *path* leads through *link*, which need not exist, or through too many links."""
-    place = Path(os.path.realpath(link.parent), link.name)
-    names, current = [*reversed(Path.cwd().joinpath(path).parts[1:])], Path("/")
+    real_link = Path(os.path.realpath(link.parent), link.name)
+    current = Path("/")
+    names = list(reversed(Path.cwd().joinpath(path).parts[1:]))  # from *current* on, the next one last
     for _ in range(MAX_PATH_STEPS):
         if not names:
             return False
@@ -235,7 +236,7 @@ def leads_through(path: Path, link: Path) -> bool:
             current = current.parent
             continue
         current /= name
-        if current == place:
+        if current == real_link:
             return True
         if current.is_symlink():
             target = current.readlink()
@@ -285,8 +286,10 @@ def describe_foreign(path: Path) -> str:
     """Say what a file of another program, or a name of code, is, and what to do; empty for other paths."""
     if re.fullmatch(r"[\w.]+(?:\.py)?:[\w.]+", path.name) and not path.exists():
         return "names code, not a file; give the weight file, and name the network as an option"
-    kinds = (text for suffixes, text in _OF_OTHERS.items() if path.suffix.lower() in suffixes)
-    return next(kinds, "")
+    for suffixes, description in _OF_OTHERS.items():
+        if path.suffix.lower() in suffixes:
+            return description
+    return ""
 
 
 def check_is_file(path: Path) -> None:
@@ -337,8 +340,9 @@ def check_is_weights(path: Path) -> WeightPath:
 def _magic_of_importers() -> tuple[bytes, ...]:
     """List the first bytes of the files of importers that packages have registered."""
     IMPORTERS.names()  # imports plug-ins; an importer of the wheel itself is only named
-    items = (item for item, _ in IMPORTERS.registered.values())
-    found = (FIRST_BYTES.get(item) if isinstance(item, str) else item.magic for item in items)
+    found = []
+    for importer, _ in IMPORTERS.registered.values():
+        found.append(FIRST_BYTES.get(importer) if isinstance(importer, str) else importer.magic)
     return tuple(magic for magic in found if magic)
 
 
@@ -366,15 +370,15 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     """Read class names from *file*, one per line or as a JSON list; raises `ConfigError`."""
     try:
         content = read_text(file, MAX_NAMES_BYTES)
-        found = parse_json(content) if file.suffix == ".json" else content.split("\n")
-        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        lines = parse_json(content) if file.suffix == ".json" else content.split("\n")
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
             raise ValueError('no list of names such as ["cat", "dog"]')
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             f"{file} cannot be read ({reason}); give one name per line", setting="labels"
         ) from error
-    names = tuple(name.strip() for name in found if name.strip())
+    names = tuple(line.strip() for line in lines if line.strip())
     if problem := label_problem(names):
         raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
     return names

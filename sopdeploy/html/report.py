@@ -79,10 +79,10 @@ def _template() -> Any:
 
 def isolate(text: str) -> Any:
     """Return *text* as markup whose direction, such as that of Arabic, ends with it."""
-    return around("{}", text)
+    return insert_names("{}", text)
 
 
-def around(template: str, *names: str, tag: str = "bdi") -> Any:
+def insert_names(template: str, *names: str, tag: str = "bdi") -> Any:
     """Insert *names* into *template* at its `{}`, each isolated; the tag `code` is for commands to copy."""
     from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
 

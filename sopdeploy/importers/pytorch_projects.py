@@ -64,12 +64,13 @@ def resnet_depth(file: WeightFile) -> int:
     blocks = {tuple(name.split(".")[:2]) for name in file.tensors if "." in name}  # such as ("layer3", "0")
     stages = [stage for stage, _ in blocks]  # each stage once per block
     counts = tuple(stages.count(stage) for stage in STAGES)
-    kind = "bottlenecks" if "layer1.0.conv3.weight" in file.tensors else "basic blocks"
+    has_bottlenecks = "layer1.0.conv3.weight" in file.tensors
     for depth, expected_counts in BLOCKS.items():
-        expected_kind = "basic blocks" if depth in {18, 34} else "bottlenecks"
-        if (counts, kind) == (expected_counts, expected_kind):
+        if counts == expected_counts and has_bottlenecks == (depth not in {18, 34}):
             return depth
-    problem = f"a ResNet of {counts} {kind} is not in the catalog"
+    problem = (
+        f"a ResNet of {counts} {'bottlenecks' if has_bottlenecks else 'basic blocks'} is not in the catalog"
+    )
     raise WeightsError(f"{file.path}: {problem}; `sopdeploy models` lists the networks")
 
 
@@ -104,27 +105,28 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     depth = resnet_depth(renamed)
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     classes, length = renamed.tensor("fc.weight").shape
-    pooling = detect_pooling(renamed, channels, length)
-    kind = str(pooling["pooling.kind"])
-    detected = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling}
+    detected: FieldValues = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight"))}
+    detected |= detect_pooling(renamed, channels, length)
+    pooling = detected["pooling.kind"]
+    triangles = {"fc.weight": detected["pooling.width"]} if pooling == "isqrt" else {}
+    model = name_network("isqrt-resnet" if pooling == "isqrt" else "resnet", depth, fallback=50)
+    if pooling == "bcnn":
+        model += " --option pooling=bcnn"
+    project, undetermined = "fast-MPN-COV", {}
     # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is `features.0`
-    is_torchvisions = kind == "gap" and "conv1.weight" in file.tensors
-    project = "torchvision" if is_torchvisions else "fast-MPN-COV"
-    undetermined = {}
-    if not is_torchvisions:  # torchvision's networks have the default stride
-        stride = conv5_stride(file, depth)
-        if stride is None:
-            undetermined["conv5_stride"] = STRIDE_UNKNOWN
-        else:
-            detected["conv5_stride"] = stride
+    if pooling == "gap" and "conv1.weight" in file.tensors:
+        project = "torchvision"  # whose networks have the default stride
+    elif stride := conv5_stride(file, depth):
+        detected["conv5_stride"] = stride
+    else:
+        undetermined["conv5_stride"] = STRIDE_UNKNOWN
     preprocess, notes = published_preprocess(f"resnet{depth}", file)
-    option = " --option pooling=bcnn" if kind == "bcnn" else ""
     return ConvertedWeights(
         project=project,
-        description=f"{_TITLES[kind]}ResNet-{depth} of {project}",
-        model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, fallback=50) + option,
+        description=f"{_TITLES[pooling]}ResNet-{depth} of {project}",
+        model=model,
         tensors=renamed.tensors,
-        triangles={"fc.weight": int(pooling["pooling.width"])} if kind == "isqrt" else {},
+        triangles=triangles,
         num_classes=classes,
         preprocess=preprocess,
         detected=detected,
@@ -144,7 +146,7 @@ def conv5_stride(file: WeightFile, depth: int) -> int | None:
     return {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
 
 
-def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str, str | int]:
+def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValues:
     """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers.
 
     *renamed* has our tensor names. Raises `WeightsError` if there is none.
@@ -177,7 +179,7 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     length = classifier.shape[1]
     if length == VGG_FLATTENED:
         project, option = "torchvision", ""
-        pooling: dict[str, str | int] = {"pooling.kind": "flatten"}
+        pooling: FieldValues = {"pooling.kind": "flatten"}
     else:  # the classifier reads the vector of a global pooling
         project, pooling = "fast-MPN-COV", detect_pooling(renamed, VGG_CHANNELS, length)
         option = f" --option pooling={pooling['pooling.kind']}"
@@ -189,7 +191,7 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
         description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
         model=name + option,
         tensors=renamed.tensors,
-        triangles={f"{first}.weight": int(pooling["pooling.width"])} if "pooling.width" in pooling else {},
+        triangles={f"{first}.weight": pooling["pooling.width"]} if "pooling.width" in pooling else {},
         num_classes=len(file.tensor(f"{last}.weight")),
         preprocess=preprocess,
         detected=pooling | {"classifier": "linear" if is_linear else "mlp", "batch_norm": batch_norm},

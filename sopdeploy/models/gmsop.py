@@ -99,7 +99,7 @@ class GatedResNet(LowResolutionResNet, ExportHints):
 
     def __init__(self, config: GMSOPResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.gate = make_gate(config, self.channels)
+        self.gate = build_gate(config, self.channels)
         self.mixture = Components(
             config.component,
             self.channels,
@@ -145,7 +145,7 @@ class GMSOPResNet(Classifier, GatedResNet):
             return super().forward(images)
         if self.config.chosen == 1:
             raise ConfigError("chosen: must be at least 2 to train; with 1 the gate has no gradient")
-        features, weights_BN = self.noisy_gate(images)
+        features, weights_BN = self.features_and_noisy_weights(images)
         # on `meta`, weights have no values that could be compared with 0 to route by them
         mix = self.mixture if features.is_meta else self.mixture.routed_sum
         logits: Tensor = self.head(mix(features, weights_BN))
@@ -153,7 +153,7 @@ class GMSOPResNet(Classifier, GatedResNet):
         counts = (weights_BN > 0).sum(dim=0)
         return TrainingOutput(logits, branches={}, penalties={"balance": balance}, component_counts=counts)
 
-    def noisy_gate(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_noisy_weights(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the last feature map (B, C, H, W) and the gate's weights (B, N) with noise."""
         features, _ = self.feature_maps(images)
         feature_BD = self.gate.feature(features)
@@ -161,7 +161,7 @@ class GMSOPResNet(Classifier, GatedResNet):
         return features, softmax_of_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
 
 
-def make_gate(config: GMSOPResNetConfig, channels: int) -> SparseGate:
+def build_gate(config: GMSOPResNetConfig, channels: int) -> SparseGate:
     """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
     widths = (channels, *(config.component_widths if config.gate_widths is None else config.gate_widths))
     layers: list[nn.Module] = []
@@ -211,19 +211,17 @@ class AveragedResNet(Classifier, LowResolutionResNet):
             self.classifier_parts = ("pooling", "head")
             self.pooling = config.pooling.build(self.channels)
             length = self.pooling.out_features
-            self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
-            return
-        self.mixture = Components(
-            config.component,
-            self.channels,
-            config.component_widths,
-            components=config.components,
-            evaluated=config.components,  # all, because there is no gate
-            root=config.root_config(),
-        )
-        self.head = FusionHead(
-            self.mixture.out_features, num_classes, norm=config.fusion_norm, dropout=config.dropout
-        )
+        else:
+            self.mixture = Components(
+                config.component,
+                self.channels,
+                config.component_widths,
+                components=config.components,
+                evaluated=config.components,  # all, because there is no gate
+                root=config.root_config(),
+            )
+            length = self.mixture.out_features
+        self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from the last feature map (B, C, h, w)."""

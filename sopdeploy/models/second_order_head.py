@@ -245,13 +245,13 @@ def head_entry(_prefix: str, name: str) -> Entry:
     if base.network.training_only and not name.startswith("dsop-"):
         raise ConfigError(f"head:{name}: {name} has training-only parts; use a network without them")
     classes: Any = base.network, base.config  # mypy takes their type for one without a hash
-    network, config = _with_head_classes(*classes)
+    network, config = _derive_head_classes(*classes)
     summary = f"{base.summary}, first-order and second-order head"
     return replace(base, network_source=network, config_source=config, summary=summary)
 
 
 @cache
-def _with_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
+def _derive_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
     """Derive the classes of *network* with a head and of its *config*, once for all lookups.
 
     The inference model of a network with branches is that without them, with the same head.
@@ -262,7 +262,7 @@ def _with_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
     parts = {}
     if network.training_only:
         plain: Any = as_classifier(network.inference_class)
-        parts["inference_class"], _ = _with_head_classes(plain, config)
+        parts["inference_class"], _ = _derive_head_classes(plain, config)
     return type(f"Head{network.__name__}", (SecondOrderHead, network), parts), with_option
 
 
