@@ -33,7 +33,7 @@ def env() -> None:
     sections: dict[str, Mapping[str, object]] = {
         "versions": {"sopdeploy": __version__, "python": python, **installed(_PACKAGES)},
         "machine": {**machine(), "release": platform.release(), "libc": libc},
-        "accelerators": accelerators(),
+        "accelerators": describe_accelerators(),
         "plug-ins": {name: ", ".join(names) for name, names in modules.items()},
     }
     for section, values in sections.items():
@@ -42,7 +42,7 @@ def env() -> None:
             out.print(Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value))))
 
 
-def accelerators() -> dict[str, str]:
+def describe_accelerators() -> dict[str, str]:
     """Describe ONNX Runtime's execution providers, and TensorRT's version and GPU or why there is none."""
     try:
         import onnxruntime

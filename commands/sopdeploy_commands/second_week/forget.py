@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,36 +52,29 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
             a table is of a later version or is being written.
         StorageError: A file cannot be changed.
     """
-    named = [Path(folder) for folder in folders]  # the command line gives text
-    for folder in named:
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
-    wanted = _Wanted.read(photograph)
-    found = {os.path.abspath(path): path for folder in named for path in walk(folder, hidden=True)}  # noqa: PTH100
-    files = list(found.values())
+    roots = [Path(folder) for folder in folders]  # the command line gives text
+    by_absolute_path: dict[str, Path] = {}  # folders may contain one another
+    for root in roots:
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; name folders of photographs or of `classify`")
+        by_absolute_path |= {os.path.abspath(path): path for path in walk(root, hidden=True)}  # noqa: PTH100
+    files = list(by_absolute_path.values())
     tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
     for table in tables:
-        _check_table(table)
-    final_names = {path: _final_name(path) for path in files}
-    images = [
-        path
-        for path, name in final_names.items()
-        if name.suffix.lower() in SUFFIXES
-        and (wanted.has_content(path) if wanted.is_file else wanted.is_named(path.parent / name))
-    ]
-    ids = wanted.ids.union(stem for image in images if ID.fullmatch(stem := final_names[image].stem))
+        _check_format(table)
+    # Find the images, and by their ids all that is kept of the photograph.
+    wanted = _Wanted.read(photograph)
+    images = [path for path in files if wanted.is_shown_by(path)]
+    ids = wanted.ids.union(filter(ID.fullmatch, (_final_path(image).stem for image in images)))
+    of_ids = [path for path in files if _final_path(path).stem in ids and _is_image_or_record(path)]
     rows = _find_rows(wanted._replace(ids=ids), tables)
-    of_ids = [
-        path
-        for path, name in final_names.items()
-        if name.stem in ids and name.suffix.lower() in (*SUFFIXES, *RECORDS)
-    ]
     if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)
     # The records first and the named file last: until then, a repeated command finds all that is left.
     deleted = sorted({*images, *of_ids}, key=lambda path: (wanted.is_named(path), path in images, path))
     if not deleted and not rows:
-        raise DataError(f"{photograph}: not found in {', '.join(map(str, named))}; check the name")
+        raise DataError(f"{photograph}: not found in {', '.join(map(str, roots))}; check the name")
+    # Change nothing unless all can be changed.
     for folder in {path.parent for path in (*deleted, *rows)}:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise StorageError(
@@ -121,6 +115,13 @@ class _Wanted(NamedTuple):
         ids = {digest[:32], path.stem if ID.fullmatch(path.stem) else ""} - {""}
         return cls(path, path.stat().st_size if digest else 0, digest, frozenset(ids))
 
+    def is_shown_by(self, path: Path) -> bool:
+        """Tell whether the image *path* has the content of the given file, or else the given name."""
+        final_path = _final_path(path)
+        if final_path.suffix.lower() not in SUFFIXES:
+            return False
+        return self.has_content(path) if self.is_file else self.is_named(final_path)
+
     def is_named(self, path: Path) -> bool:
         """Tell whether *path* leads to the given file, or ends with the given name if there is no file."""
         if self.is_file:
@@ -157,9 +158,13 @@ class _Row(NamedTuple):
         return self.offset != 0
 
 
-def _final_name(path: Path) -> Path:
-    """Return the name of *path*, for a temporary file that of the file that it would have become."""
-    return Path(_PARTIAL_NAME.sub("", path.name) if path.name.endswith(PARTIAL) else path.name)
+def _final_path(path: Path) -> Path:
+    """Return *path*, for a temporary file that of the file that it would have become."""
+    return path.with_name(_PARTIAL_NAME.sub("", path.name)) if path.name.endswith(PARTIAL) else path
+
+
+def _is_image_or_record(path: Path) -> bool:
+    return _final_path(path).suffix.lower() in (*SUFFIXES, *RECORDS)
 
 
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]]:
@@ -168,12 +173,10 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]
     The list of a run says where the images of its other tables are.
     """
     all_rows = {table: list(_read_rows(table)) for table in tables}
-    listed = {
-        (_output_folder(table), row.path): row
-        for table, rows in all_rows.items()
-        if table.name == LISTING
-        for row in rows
-    }
+    listed: dict[tuple[Path, str], _Row] = {}
+    for table, rows in all_rows.items():
+        if table.name == LISTING:
+            listed |= {(_output_folder(table), row.path): row for row in rows}
 
     def is_wanted(row: _Row) -> bool:
         if Path(row.path).stem in wanted.ids:
@@ -185,13 +188,13 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]
             return wanted.has_content(location, row.offset, row.size)
         return wanted.is_named(location) or wanted.has_content(location)
 
-    found = {}
+    wanted_rows: dict[Path, list[_Row]] = {}
     for table, rows in all_rows.items():
-        output = _output_folder(table)
-        located = [listed.get((output, row.path), row)._replace(number=row.number) for row in rows]
-        if marked := [row for row in located if is_wanted(row)]:
-            found[table] = marked
-    return found
+        for row in rows:
+            located = listed.get((_output_folder(table), row.path), row)._replace(number=row.number)
+            if is_wanted(located):
+                wanted_rows.setdefault(table, []).append(located)
+    return wanted_rows
 
 
 def _read_rows(table: Path) -> Iterator[_Row]:
@@ -229,19 +232,19 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
 
 def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, list[_Row]]) -> None:
     """Raise `DataError` if *name* is that of photographs with different contents."""
-    places = {str(path): path for path in images}
-    for row in (row for found in rows.values() for row in found):
-        places[row.path] = Path(row.path if row.is_in_archive else row.location)
-    different: dict[str, str] = {}
-    for text, path in places.items():
+    paths = {str(path): path for path in images}  # by the text of the message
+    for row in chain.from_iterable(rows.values()):
+        paths[row.path] = Path(row.path if row.is_in_archive else row.location)
+    texts: dict[str, str] = {}  # by the hash of the file, or by its path if it is no readable image
+    for text, path in paths.items():
         is_readable = path.is_file() and path.suffix.lower() in SUFFIXES  # not an archive
-        different.setdefault(sha256(path) if is_readable else os.path.abspath(path), text)  # noqa: PTH100
-    if len(different) > 1:
-        names = shorten(sorted(different.values()))
+        texts.setdefault(sha256(path) if is_readable else os.path.abspath(path), text)  # noqa: PTH100
+    if len(texts) > 1:
+        names = shorten(sorted(texts.values()))
         raise DataError(f"{name}: is the name of different photographs ({names}); name one with its folder")
 
 
-def _check_table(table: Path) -> None:
+def _check_format(table: Path) -> None:
     """Raise `DataError` if *table* is of a later format than this version can rewrite."""
     import pyarrow.parquet as pq  # of an extra
 
@@ -264,13 +267,15 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
     with pq.ParquetFile(table) as file:
         schema = file.schema_arrow
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
-    marked, first = set(numbers), 0  # the number of the first row of a group
+    num_before = 0  # rows of earlier groups
     with atomic_write(table) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for group in groups:
+            emptied = [number - num_before for number in numbers if 0 <= number - num_before < group.num_rows]
             columns = []
             for field in schema:
-                values, empty = group[field.name].to_pylist(), FORGOTTEN.get(field.name)
-                kept = [empty if first + row in marked else value for row, value in enumerate(values)]
-                columns.append(pa.array(kept, field.type))
+                values = group[field.name].to_pylist()
+                for row in emptied:
+                    values[row] = FORGOTTEN.get(field.name)
+                columns.append(pa.array(values, field.type))
             writer.write_table(pa.table(columns, schema=schema))
-            first += group.num_rows
+            num_before += group.num_rows

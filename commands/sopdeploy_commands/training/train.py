@@ -94,9 +94,10 @@ class TrainOptions(Options):
         if any(key == "model.name" or (key == "model" and "name" in value) for key, value in changes):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
         options = {}
-        for name, file in self._weights_by_network().items():
-            change = {"models": None, "within": None, "weights": file}
-            options[name] = self.model_copy(update={**change, "set": (*self.set, f"model.name={name}")})
+        for name, weights in self._weights_by_network().items():
+            assignments = (*self.set, f"model.name={name}")
+            single = {"models": None, "within": None, "weights": weights, "set": assignments}
+            options[name] = self.model_copy(update=single)
         return options
 
     @property
@@ -116,16 +117,14 @@ class TrainOptions(Options):
         if self.weights is None or self.weights in NO_FILES:  # the same for every network
             return dict.fromkeys(names, self.weights)
         if (folder := expand_user(self.weights)).is_dir():
-            stems = {path.stem: str(path) for path in sorted(folder.iterdir())}
-            found: dict[str, str | None] = {
-                name: stems[file_stem(name)] for name in names if file_stem(name) in stems
-            }
-            missing = [name for name in names if name not in found]
-            if missing and (self.models is not None or not found):
+            by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
+            by_network = {name: by_stem.get(file_stem(name)) for name in names}
+            missing = [name for name, file in by_network.items() if file is None]
+            if missing and (self.models is not None or len(missing) == len(names)):
                 advice = f"name files like {file_stem(missing[0])}.safetensors"
                 problem = f"there are no weights of {shorten(missing)}; {advice}"
                 raise WeightsError(f"{folder}: {problem}", setting="weights")
-            return found
+            return {name: file for name, file in by_network.items() if file is not None}
         files = [file.strip() for file in self.weights.split(",")]
         if len(files) != len(names):
             message = f"{len(files)} for {len(names)} networks; give a folder, or one for each with commas"
@@ -240,9 +239,8 @@ def train(
             observer.on_stage(name="report", done=done, total=total)
 
         mistakes = write_run_page(run, folder, on_image, networks)  # the most frequent ones first
-        decision_before = None if previous is None else previous.decision
-        rule = None if run.fit.decision is None else run.fit.decision.rejection
-        rule_before = None if decision_before is None else decision_before.rejection
+        decisions = (run.fit.decision, None if previous is None else previous.decision)
+        rule, rule_before = (None if decision is None else decision.rejection for decision in decisions)
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
     changes = "" if previous is None else _describe_changes(previous, run.start)
@@ -269,9 +267,8 @@ def read_request(
     First raises the error of a path or a text that `train` cannot use, before torch is imported. The data are
     opened if the recipe for photos will use them as they are.
     """
-    # These three raise their errors; only the opened data are used below.
     for assignment in options.set:
-        parse_override(assignment)
+        parse_override(assignment)  # raises its errors, as the next one
     opened = None
     if recipe is not None:
         read_values(recipe)
@@ -279,40 +276,40 @@ def read_request(
         opened = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
-    for images in (data, None if options.unknown is None else Path(options.unknown)):
-        if images is not None:
-            check_takes_output(out or Path("runs"), "out", images)
+    unknown = None if options.unknown is None else Path(options.unknown)
+    for images in filter(None, (data, unknown)):
+        check_takes_output(out or Path("runs"), "out", images)
     if options.from_ is not None and not Path(options.from_).exists():
         message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
         raise ConfigError(message, setting="from")
     options_by_network = options.per_network(settings)
-    files = {}  # of start weights, by network
-    for name, of_network in options_by_network.items():
-        weights = of_network.weights
+    start_files = {}  # by network
+    for name, network_options in options_by_network.items():
+        weights = network_options.weights
         if weights is not None and weights not in NO_FILES:
             try:
-                files[name] = check_is_weights(expand_user(weights))
+                start_files[name] = check_is_weights(expand_user(weights))
             except WeightsError as error:
                 raise WeightsError(f"{error}, or {' or '.join(NO_FILES)}", setting="weights") from error
-    if options.unknown is not None:
-        open_any_images(Path(options.unknown))  # raises its errors
+    if unknown is not None:
+        open_any_images(unknown)  # raises its errors
 
     previous = None
     if options.from_ is not None:
         previous, opened = read_previous(Path(options.from_)), None  # its recipe may select classes
-    networks = {
-        name: configure(data, recipe, of_network, settings, previous, opened, files.get(name))
-        for name, of_network in options_by_network.items()
-    }
+    networks = {}
+    for name, network_options in options_by_network.items():
+        start_file = start_files.get(name)
+        networks[name] = configure(data, recipe, network_options, settings, previous, opened, start_file)
     return Requested(networks, previous)
 
 
 def _milliseconds(text: str) -> float:
     """Convert a time such as "20ms" to a number; raise `ConfigError` for another text."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", text)
+    if match is None:
         raise ConfigError(f"{text!r} is no time; give milliseconds, such as 20ms", setting="within")
-    return float(found[1])
+    return float(match[1])
 
 
 def read_previous(source: Path) -> "Checkpoint":
@@ -392,22 +389,22 @@ def configure(
     changed = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in flatten(dict(changes))]
     weights: WeightSource | None = start_file
-    is_recipe_given = recipe is not None or previous_recipe is not None
-    configured = None if changed.start is None else changed.start.weights
-    if not is_recipe_given and "model.name" not in keys and isinstance(configured, Path):
-        path = expand_user(configured)  # only the weights can determine the network
+    start_weights = None if changed.start is None else changed.start.weights
+    names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
+    if not names_network and isinstance(start_weights, Path):  # then the weights determine the network
+        path = expand_user(start_weights)
         if start_file is None and path.is_file():
             start_file = check_is_weights(path)
         weights = None if start_file is None else open_weights(start_file)
         if isinstance(weights, WeightFile):
             network = network_of_weights(weights, changed.model.name)
-            if network != changed.model.name:  # there is no previous recipe
+            if network != changed.model.name:
                 changed = change_recipe(source, [*changes, ("model.name", network)])
     if changed.project is None:
         folder = getattr(changed.data, "path", None)
-        of_data = "" if folder is None else folder_project(folder)
-        name = of_data or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        changed = changed.model_copy(update={"project": name})
+        project = "" if folder is None else folder_project(folder)
+        project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
+        changed = changed.model_copy(update={"project": project})
     return changed, Given(keys, weights, opened)
 
 
