@@ -87,17 +87,17 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert a network of GM-SOP, with the settings in its layers; None for files of other formats."""
     if not isinstance(file, DagNN):
         return None
-    tensors = _rename(file)
+    tensors = _rename_tensors(file)
     blocks = sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors)
     widen = len(tensors["layer1.0.conv1.weight"]) // WIDTHS[0]
-    config = {**_pooling_config(file), "blocks_per_stage": blocks, "widen": widen, "components": 1}
+    config = {**_read_pooling_options(file), "blocks_per_stage": blocks, "widen": widen, "components": 1}
     config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
-    component, gated = config["component"], "gating_w" in file.tensors
-    if gated:
+    component, is_gated = config["component"], "gating_w" in file.tensors
+    if is_gated:
         weights = _join_components(tensors)  # (N, out, in) of each convolution
         widths = [weight.shape[1] for weight in weights]
         pooled_channels = widths[-1]  # of a component's last convolution
-        config |= {**_gate_config(file, tensors), "component_widths": widths}  # with N as "components"
+        config |= {**_read_gate_options(file, tensors), "component_widths": widths}  # N is "components"
         tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
     else:
         pooled_channels = WIDTHS[-1] * widen  # of the last stage
@@ -105,24 +105,24 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if component == "sop":  # the head and the gate read triangle vectors
         head_names = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
         triangles = dict.fromkeys(head_names, pooled_channels)
-        if gated:
+        if is_gated:
             triangles |= dict.fromkeys(GATE_WEIGHTS.values(), config["gate_widths"][-1])
     return ConvertedWeights(
         project="GM-SOP",
-        description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
-        model=_catalog_name(gated, component, blocks, widen),
+        description=f"{_TITLES[is_gated, component]}, {blocks} blocks per stage, {widen} times as wide",
+        model=_find_catalog_name(is_gated, component, blocks, widen),
         tensors=tensors,
         triangles=triangles,
         by_columns=True,
         num_classes=len(tensors["head.fc.weight"]),
-        preprocess=_preprocess(file),
+        preprocess=_read_preprocess(file),
         detected=config,
         imagenet=False,
         notes=NOTES,
     )
 
 
-def _rename(file: DagNN) -> dict[str, Tensor]:
+def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
     """Give the arrays of *file* our axes and, where `RENAMES` has their layers, our names."""
     tensors: dict[str, Tensor] = {}
     for name, values in file.tensors.items():
@@ -166,10 +166,10 @@ def _join_components(tensors: dict[str, Tensor]) -> list[Tensor]:
     return joined
 
 
-def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str | None:
+def _find_catalog_name(is_gated: bool, component: str, blocks: int, widen: int) -> str | None:
     """Name the network of the catalog with this gate, component, blocks per stage and widening, if any."""
     backbone = {(2, 1): "resnet18", (6, 1): "resnet50", (4, 2): "wrn36-2"}.get((blocks, widen))
-    if gated:
+    if is_gated:
         name = f"gm{component}-16-8-{backbone}"  # 16 components, 8 of them kept
     elif component == "gap":
         name = "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"  # resnet18 is for 224 pixels
@@ -178,8 +178,8 @@ def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str |
     return name if name in CATALOG else None  # no name with a backbone of None is in the catalog
 
 
-def _preprocess(file: DagNN) -> Preprocess:
-    """Build the preprocessing: pixels of 0 to 255 minus a color, or minus the mean color of an image."""
+def _read_preprocess(file: DagNN) -> Preprocess:
+    """Read the preprocessing: pixels of 0 to 255 minus a color, or minus the mean color of an image."""
     average = np.ravel(file.normalization.get("averageImage", ()))  # a color (3,), or an image (H, W, 3)
     if not average.size:
         raise WeightsError(f"{file.path}: has no meta.normalization.averageImage; save the network with meta")
@@ -188,7 +188,7 @@ def _preprocess(file: DagNN) -> Preprocess:
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": std})
 
 
-def _pooling_config(file: DagNN) -> FieldValues:
+def _read_pooling_options(file: DagNN) -> FieldValues:
     """Read the kind of pooling, and iterations and pre-normalization of the matrix square roots.
 
     Raises `WeightsError` if a layer is not supported.
@@ -205,7 +205,7 @@ def _pooling_config(file: DagNN) -> FieldValues:
     return {"component": "sop", "iterations": iterations, "prenorm": norm}
 
 
-def _gate_config(file: DagNN, tensors: dict[str, Tensor]) -> FieldValues:
+def _read_gate_options(file: DagNN, tensors: dict[str, Tensor]) -> FieldValues:
     """Read the options of the gate and of the mixture; norms and noise are the same in all released files."""
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
     gates = sorted(name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name))
@@ -227,21 +227,21 @@ def _check_expansion(path: Path) -> None:
     Weights hardly shrink, but zlib can store a gigabyte of zeros in a megabyte, and scipy expands an element
     at once.
     """
-    left = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)
+    allowed = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)  # bytes that may still follow
     with path.open("rb") as file:
         order = "<" if file.read(HEADER_BYTES).endswith(b"IM") else ">"
-        while len(tag := file.read(TAG.size)) == TAG.size:  # of an element: its type and size
-            kind, size = struct.unpack(f"{order}II", tag)
-            if kind != COMPRESSED:
+        while len(tag := file.read(TAG.size)) == TAG.size:
+            element_type, size = struct.unpack(f"{order}II", tag)
+            if element_type != COMPRESSED:
                 file.seek(size, os.SEEK_CUR)
                 continue
             decompressor = zlib.decompressobj()
             while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
                 size -= len(block)
-                while block and left > 0:
-                    left -= len(decompressor.decompress(block, BLOCK_BYTES))
+                while block and allowed > 0:
+                    allowed -= len(decompressor.decompress(block, BLOCK_BYTES))
                     block = decompressor.unconsumed_tail
-            if left <= 0:
+            if allowed <= 0:
                 raise ValueError("expands to far more than its size")
 
 

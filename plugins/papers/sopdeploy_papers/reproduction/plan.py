@@ -101,17 +101,16 @@ class Reproduction:
     @property
     def note(self) -> str:
         """The note of the table, and for each other form of its networks the options and the counts."""
-        counts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        counts_by_form: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for row in self.rows:
-            for form, counted in row.forms.items():
-                text = f"{row.printed.id} {counted.parameters:,} and {counted.macs / 1e9:.3f} G"
-                counts.setdefault(form, []).append(text)
-        forms = [
-            f"{name}: {shlex.join(_as_settings(changes))} "
-            f"(parameters and multiply-adds in training: {', '.join(found)})"
-            for (name, changes), found in counts.items()
-        ]
-        return "; ".join(filter(None, [self.table.note, *forms]))
+            for form, counts in row.forms.items():
+                text = f"{row.printed.id} {counts.parameters:,} and {counts.macs / 1e9:.3f} G"
+                counts_by_form.setdefault(form, []).append(text)
+        notes = [self.table.note] if self.table.note else []
+        for (name, changes), texts in counts_by_form.items():
+            options = shlex.join(_as_settings(changes))
+            notes.append(f"{name}: {options} (parameters and multiply-adds in training: {', '.join(texts)})")
+        return "; ".join(notes)
 
     @property
     def paper_scale(self) -> str:
@@ -189,8 +188,11 @@ def _as_settings(changes: Iterable[str]) -> list[str]:
 
 def format_hours(hours: float) -> str:
     """Round GPU *hours* to two significant digits and at most three decimals; format without an exponent."""
-    decimals = 0 if hours >= 10 else 1 if hours >= 1 else 3
-    return f"{float(f'{hours:.2g}'):,.{decimals}f} GPU hours"
+    decimals = 3
+    if hours >= 1:
+        decimals = 0 if hours >= 10 else 1
+    rounded = float(f"{hours:.2g}")
+    return f"{rounded:,.{decimals}f} GPU hours"
 
 
 def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = False) -> Reproduction:
