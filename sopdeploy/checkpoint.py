@@ -160,7 +160,11 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     written_by = writer_of(content.get("training"))
     for name in content.keys() - {"weights"}:  # `build_classifier` compares those with the network's
         for value in distinct_values(content[name]):
-            if isinstance(value, Tensor) and not (_is_dense(value) and _stores_all_numbers(value)):
+            if not isinstance(value, Tensor):
+                continue
+            num_bytes = value.numel() * value.element_size()
+            repeats_numbers = num_bytes > value.untyped_storage().nbytes()  # by strides of 0
+            if not _is_dense(value) or repeats_numbers:
                 where = f"{path}: {str(name)[:80]}"
                 raise CheckpointError(f"{where}: has a tensor without values of its own; copy it again")
     version = content.pop("version", None)
@@ -229,11 +233,6 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
 
 
-def _stores_all_numbers(tensor: Tensor) -> bool:
-    """Check whether the dense *tensor* has memory for all its numbers: with strides of 0 it may have less."""
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
 def is_state_dict(weights: Any) -> bool:
     """Check whether *weights* is a non-empty dict of names and tensors."""
     if not isinstance(weights, dict) or not weights:
@@ -262,17 +261,17 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
             raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
     try:
         with torch.serialization.safe_globals(list(PLAIN_TYPES)):
-            return _with_tensors(load_plain(path, raw, WEIGHTS_ADVICE)), digest
+            return _arrays_to_tensors(load_plain(path, raw, WEIGHTS_ADVICE)), digest
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
 
 
-def _with_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
+def _arrays_to_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
     """Replace the arrays of numpy in the outer *levels* of dicts by tensors."""
     if isinstance(content, StoredArray) and content.values is not None:
         return torch.from_numpy(content.values)
     if isinstance(content, dict) and levels:
-        return {key: _with_tensors(value, levels - 1) for key, value in content.items()}
+        return {key: _arrays_to_tensors(value, levels - 1) for key, value in content.items()}
     return content
 
 

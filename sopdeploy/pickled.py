@@ -67,39 +67,31 @@ class StoredArray:
             self.values = kind.read(raw, shape, by_columns=bool(by_columns))
 
 
-def _number(kind: Any, raw: Any = None) -> Any:
+def _read_scalar(kind: Any, raw: Any = None) -> Any:
     """Read a scalar of numpy as a number of Python; None if it is no number."""
     values = kind.read(raw, ()) if isinstance(kind, StoredKind) else None
     return None if values is None else values.item()
-
-
-def _path(*parts: Any) -> str:
-    return "/".join(map(str, parts))
-
-
-def _no_defaults(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-def _factory(*_: Any) -> None:
-    """Stand for the type of the missing values of a `defaultdict`."""
 
 
 # What stands for the plain types that checkpoints contain beside tensors. None of them allocates more than
 # the pickle has, or calls what the pickle names.
 PLAIN_TYPES: list[tuple[Callable[..., Any], str]] = [
     (Namespace, "argparse.Namespace"),
-    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_read_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((StoredArray, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     (StoredArray, "numpy.ndarray"),
     (StoredKind, "numpy.dtype"),
     *(
-        (_path, f"{module}.{name}")
+        (lambda *parts: "/".join(map(str, parts)), f"{module}.{name}")
         for module in ("pathlib", "pathlib._local")
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     ),
-    (_no_defaults, "collections.defaultdict"),
-    *((_factory, f"builtins.{name}") for name in ("list", "dict", "int", "float", "str", "bool", "tuple")),
+    (lambda *_: {}, "collections.defaultdict"),
+    # The type of its missing values, which is not used:
+    *(
+        (lambda *_: None, f"builtins.{name}")
+        for name in ("list", "dict", "int", "float", "str", "bool", "tuple")
+    ),
 ]
 
 
@@ -107,13 +99,13 @@ def check_pickles(file: IO[bytes]) -> None:
     """Raise `ValueError` if one of the pickles at the start of *file* names too many values to read it."""
     cost = 0
     for _ in range(_MAX_PICKLES):
-        cost += _hashed_values(file, cost)
+        cost += _count_hashed_values(file, cost)
         if not file.read(1):  # the end of the file
             return
         file.seek(-1, 1)
 
 
-def _hashed_values(file: IO[bytes], cost: int) -> int:
+def _count_hashed_values(file: IO[bytes], cost: int) -> int:
     """Count the values that reading the next pickle of *file* hashes, without reading it.
 
     It follows the operations with the extent of each value in place of the value. A tuple has that of its

@@ -240,27 +240,8 @@ def is_bundle(path: Path) -> bool:
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the bundle folder *path*; raise `BundleError` if it is missing or invalid."""
     file = path / MANIFEST
-    if not path.is_dir():
-        if path.suffix == ".pt" and path.is_file():
-            hint = f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
-        elif path.suffix == ".tar" and path.is_file():
-            hint = f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
-        elif (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
-            hint = f"{foreign}, and export it"
-        else:
-            hint = f"no bundle here; a bundle is a folder with a {MANIFEST}"
-        raise BundleError(f"{path}: {hint}")
-    if not file.is_file() or file.is_symlink():
-        bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
-        if (best := path / "best.pt").is_file():
-            hint = f"a run, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
-        elif bundles:
-            newest = path / LATEST
-            shown = newest if newest in bundles else bundles[0]
-            hint = f"a folder of bundles; choose one, such as {shown}"
-        else:
-            hint = f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
-        raise BundleError(f"{path}: {hint}")
+    if not path.is_dir() or not file.is_file() or file.is_symlink():
+        raise BundleError(f"{path}: {_describe_no_bundle(path)}")
     with open_regular(file) as opened:
         content = read_at_most(opened, MAX_MANIFEST_BYTES + 1)
     if len(content) > MAX_MANIFEST_BYTES:
@@ -271,6 +252,25 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.from_bytes(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file}: {error}; copy or export the bundle again") from error
+
+
+def _describe_no_bundle(path: Path) -> str:
+    """Say what *path* is, which is no bundle, and what to do."""
+    if not path.is_dir():
+        if path.suffix == ".pt" and path.is_file():
+            return f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
+        if path.suffix == ".tar" and path.is_file():
+            return f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
+        if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
+            return f"{foreign}, and export it"
+        return f"no bundle here; a bundle is a folder with a {MANIFEST}"
+    if (best := path / "best.pt").is_file():
+        return f"a run, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
+    bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
+    if bundles:
+        latest = path / LATEST
+        return f"a folder of bundles; choose one, such as {latest if latest in bundles else bundles[0]}"
+    return f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
 
 
 def open_bundle(path: Path, *, with_graph: bool = True) -> Bundle:

@@ -99,7 +99,7 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
     for node in graph.node:
         parts: list[str | bytes] = [node.domain, node.op_type]
         for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
-            parts += [attribute.name, _attribute_content(attribute, node.op_type)]
+            parts += [attribute.name, _hash_or_serialize(attribute, node.op_type)]
         parts += [hashes[name] if name else "absent" for name in node.input]
         node_hash = hash_parts(*parts)
         for position, name in enumerate(node.output):
@@ -108,8 +108,11 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
     return [hashes[value.name] for value in graph.output]
 
 
-def _attribute_content(attribute: "onnx.AttributeProto", operator: str) -> str | bytes:
-    """Return the hash of the tensor of *attribute*, or the serialized attribute without documentation."""
+def _hash_or_serialize(attribute: "onnx.AttributeProto", operator: str) -> str | bytes:
+    """Return the hash of the tensor of *attribute*, or the serialized attribute without documentation.
+
+    Raises `CertificateError` for a subgraph, and for a tensor beside another value.
+    """
     fields = {field.name for field, _ in attribute.ListFields()}
     if fields & SUBGRAPHS:
         raise CertificateError(f"{operator} contains a subgraph; control flow is not allowed")
@@ -144,7 +147,7 @@ def _hash_constant(tensor: "onnx.TensorProto") -> str:
     return hash_parts(f"constant {tensor.data_type} {shape}", content)
 
 
-def check_roots(bundle: Bundle) -> str | None:
+def check_graph_and_certificate(bundle: Bundle) -> str | None:
     """Compare the graph of *bundle*, its manifest, its certificate and its reports.
 
     Returns the root of `model.onnx`, or None if `onnx` is not installed. All of this must hold:
@@ -205,11 +208,13 @@ def check_certificate(bundle: Bundle) -> None:
     if certified != (manifest.precision, manifest.detached, manifest.contents_sha256):
         problem = "certifies other files, or another precision, preprocessing or other field of the manifest"
         raise BundleError(f"{path}: {problem}; {ADVICE}")
-    names_detached = ("detached" in compared) == bool(detached)
-    explains_removed = bool(detached or not certificate["removed"])
+    if detached:  # then the detached network is one of those compared; otherwise nothing was removed
+        fits_detached = "detached" in compared
+    else:
+        fits_detached = "detached" not in compared and not certificate["removed"]
     own_sha256 = certificate.pop("sha256")  # of all other fields
     is_unchanged = own_sha256 == hashlib.sha256(to_json(certificate)).hexdigest()
-    if not (is_known_proof and names_detached and explains_removed and is_unchanged):
+    if not (is_known_proof and fits_detached and is_unchanged):
         raise BundleError(f"{path}: was changed after the export; {ADVICE}")
 
 

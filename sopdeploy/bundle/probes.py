@@ -38,7 +38,7 @@ class Probes:
         expected = {name: values[indices] for name, values in self.expected.items()}
         return replace(self, images=self.images[indices], expected=expected)
 
-    def resized(self, num_images: int) -> "Probes":
+    def repeat_to(self, num_images: int) -> "Probes":
         """Return the first *num_images* of these probes, which are repeated if there are too few.
 
         Each repetition begins with another one: no part of a batch has the outputs of an earlier part.
@@ -49,7 +49,7 @@ class Probes:
     def in_whole_batches(self, size: int) -> "Probes":
         """Repeat these probes until they fill whole batches of *size*."""
         num_batches = math.ceil(len(self.images) / size)
-        return self.resized(num_batches * size)
+        return self.repeat_to(num_batches * size)
 
 
 class Replay(StrictModel):

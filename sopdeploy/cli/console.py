@@ -78,24 +78,8 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
     without `error:` before it.
     """
     try:
-        try:
-            with missing_extras():
-                yield
-        except OSError as error:
-            if error.errno not in STORAGE_ERRNOS:
-                raise
-            name = "a file or stdout" if error.filename is None else error.filename
-            raise StorageError(
-                f"{name}: cannot be read or written ({os_reason(error)}); free disk space, or choose another "
-                "file or folder"
-            ) from error
-        except Exception as error:  # each library has its own type for missing memory
-            if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
-                raise
-            raise NoMemoryError(
-                f"out of memory ({first_line(error)}); end other programs, choose smaller batches or images, "
-                "or use a machine or GPU with more memory"
-            ) from error
+        with _system_errors_as_user_errors(), missing_extras():
+            yield
     except SopdeployError as error:
         message = error.describe(command_line_option)
         is_stop = error.exit_code != SopdeployError.exit_code  # by a signal
@@ -109,6 +93,28 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
                 with suppress(OSError):  # stdout may be what cannot be written
                     print_json({"error": {"code": error.code, "message": message, **lists}})
         raise typer.Exit(error.exit_code) from error
+
+
+@contextmanager
+def _system_errors_as_user_errors() -> Iterator[None]:
+    """Convert an `OSError` in `STORAGE_ERRNOS` and exhausted memory to `SopdeployError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE_ERRNOS:
+            raise
+        name = "a file or stdout" if error.filename is None else error.filename
+        raise StorageError(
+            f"{name}: cannot be read or written ({os_reason(error)}); free disk space, or choose another "
+            "file or folder"
+        ) from error
+    except Exception as error:  # each library has its own type for missing memory
+        if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
+            raise
+        raise NoMemoryError(
+            f"out of memory ({first_line(error)}); end other programs, choose smaller batches or images, or "
+            "use a machine or GPU with more memory"
+        ) from error
 
 
 def say(*lines: str, style: str | None = None) -> None:

@@ -59,7 +59,7 @@ VGG_CHANNELS, VGG_FLATTENED = 512, 512 * 7 * 7
 SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
 
 
-def resnet_depth(file: WeightFile) -> int:
+def find_resnet_depth(file: WeightFile) -> int:
     """Find the depth of the ResNet in *file*; raises `WeightsError`."""
     blocks = {tuple(name.split(".")[:2]) for name in file.tensors if "." in name}  # such as ("layer3", "0")
     stages = [stage for stage, _ in blocks]  # each stage once per block
@@ -80,7 +80,7 @@ def name_network(family: str, depth: int, *, fallback: int) -> str:
     return name if name in CATALOG else f"{family}{fallback} --option depth={depth}"
 
 
-def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str, ...]]:
+def find_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str, ...]]:
     """Find the preprocessing of the *file* of torchvision's network *name*, with a note on its origin.
 
     torchvision publishes some networks twice, with different preprocessing; its file names end in the first
@@ -102,7 +102,7 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= renamed.tensors.keys():
         return None
-    depth = resnet_depth(renamed)
+    depth = find_resnet_depth(renamed)
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     classes, length = renamed.tensor("fc.weight").shape
     detected: FieldValues = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight"))}
@@ -116,11 +116,11 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is `features.0`
     if pooling == "gap" and "conv1.weight" in file.tensors:
         project = "torchvision"  # whose networks have the default stride
-    elif stride := conv5_stride(file, depth):
+    elif stride := find_conv5_stride(file, depth):
         detected["conv5_stride"] = stride
     else:
         undetermined["conv5_stride"] = STRIDE_UNKNOWN
-    preprocess, notes = published_preprocess(f"resnet{depth}", file)
+    preprocess, notes = find_preprocess(f"resnet{depth}", file)
     return ConvertedWeights(
         project=project,
         description=f"{_TITLES[pooling]}ResNet-{depth} of {project}",
@@ -135,7 +135,7 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     )
 
 
-def conv5_stride(file: WeightFile, depth: int) -> int | None:
+def find_conv5_stride(file: WeightFile, depth: int) -> int | None:
     """Find the stride of conv5_x in a file of fast-MPN-COV; None if neither tensors nor `arch` determine it.
 
     It is 1 with the convolution `layer_reduce`, which training checkpoints call `features.8`. Otherwise an
@@ -185,7 +185,7 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
         option = f" --option pooling={pooling['pooling.kind']}"
     batch_norm = "features.1.running_mean" in file.tensors
     name = "vgg16-bn" if batch_norm else "vgg16"
-    preprocess, notes = published_preprocess(name.replace("-", "_"), file)
+    preprocess, notes = find_preprocess(name.replace("-", "_"), file)
     return ConvertedWeights(
         project=project,
         description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
@@ -225,8 +225,8 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
 
 def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
     """Convert GSoP-Net1, or GSoP-Net2, which has `layer_reduce` and triangle vectors column by column."""
-    depth = resnet_depth(file)
-    detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_block_config(file)}
+    depth = find_resnet_depth(file)
+    detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_detect_block_options(file)}
     attention = detected.get("attention")  # None: the sum or the maximum, which the user must choose
     reduction = file.tensors.get("layer_reduce.weight")
     net = 1 if reduction is None else 2
@@ -250,7 +250,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
     )
 
 
-def _block_config(file: WeightFile) -> FieldValues:
+def _detect_block_options(file: WeightFile) -> FieldValues:
     """Determine the options of the blocks (d, stages, kind, side of the position map) from the tensors.
 
     Without a key `attention`, the kind is the sum or the maximum, which have the same tensors.

@@ -99,7 +99,17 @@ class GatedResNet(LowResolutionResNet, ExportHints):
 
     def __init__(self, config: GMSOPResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.gate = build_gate(config, self.channels)
+        # Of the gate: prediction layers, the components' kind of pooling, Wg, top K.
+        gate_widths = config.component_widths if config.gate_widths is None else config.gate_widths
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((self.channels, *gate_widths)):
+            convolution, norm, relu = dimension_reduction(inputs, outputs)
+            step = (convolution, norm, relu) if config.gate_norm else (convolution, relu)
+            layers.append(nn.Sequential(*step))
+        last_width = gate_widths[-1] if gate_widths else self.channels
+        pool, length = build_pooling(config.component, last_width, config.root_config())
+        self.gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
+        initialize_by_fan_in(self.gate)
         self.mixture = Components(
             config.component,
             self.channels,
@@ -159,20 +169,6 @@ class GMSOPResNet(Classifier, GatedResNet):
         feature_BD = self.gate.feature(features)
         noise: Tensor = self.gate.get_submodule("noise")(feature_BD)
         return features, softmax_of_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
-
-
-def build_gate(config: GMSOPResNetConfig, channels: int) -> SparseGate:
-    """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
-    widths = (channels, *(config.component_widths if config.gate_widths is None else config.gate_widths))
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        convolution, norm, relu = dimension_reduction(inputs, outputs)
-        step = (convolution, norm, relu) if config.gate_norm else (convolution, relu)
-        layers.append(nn.Sequential(*step))
-    pool, length = build_pooling(config.component, widths[-1], config.root_config())
-    gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
-    initialize_by_fan_in(gate)
-    return gate
 
 
 class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):

@@ -181,7 +181,7 @@ def dsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **co
         ConfigError: An unknown tap, a tap without a feature map, an invalid option, or a network that cannot
             run.
     """
-    return _apply(DSoPNetwork, "dsop", network, taps, image_size, config)
+    return _build_from_network(DSoPNetwork, "dsop", network, taps, image_size, config)
 
 
 def isqrt(
@@ -199,10 +199,10 @@ def isqrt(
     Raises:
         ConfigError: No such module or map, an invalid option, or a network that cannot run.
     """
-    return _apply(PooledNetwork, "isqrt", network, (tap,) if tap else (), image_size, config)
+    return _build_from_network(PooledNetwork, "isqrt", network, (tap,) if tap else (), image_size, config)
 
 
-def _apply(
+def _build_from_network(
     trained: type[Trained],
     name: MethodName,
     network: nn.Module,

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import Decision
 from sopdeploy.evaluation.metrics import ClassificationReport, Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.evaluation.prediction import score_images
@@ -23,7 +22,7 @@ from sopdeploy.evaluation.predictions import (
 )
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
-from sopdeploy.html.report import Figure, HtmlReport, Section, Table, insert_names, isolate, percent, render
+from sopdeploy.html.report import Figure, HtmlReport, Section, Table, insert_names, percent, render
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.photo import LabeledImages
@@ -63,7 +62,7 @@ def write_run_page(
     result: Any = fit.result
     texts = describe_for_page(result)
     labels, rules, train = start.labels, start.recipe.preprocess, start.data.train
-    images, description, logits_NC = _predict(start, fit, texts.held_out, on_image)
+    images, description, logits_NC = _predict_shown_images(start, fit, texts.held_out, on_image)
     predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
     is_measured = result.score is not None  # otherwise the predictions say nothing about other photographs
@@ -76,7 +75,7 @@ def write_run_page(
         sections.append(_show_mistakes(predicted, images, rules))
     if isinstance(fit, FewShotFit):
         sections += [_show_wrong_labels(train, fit, rules), _show_copies(train, fit, rules)]
-    sections.append(Section(title="Training", text=[_describe_training(start, fit, texts.procedure)]))
+    sections.append(Section(title="Training", text=[_describe_procedure(start, fit, texts.procedure)]))
     if networks:
         rows = [network.row() for network in networks]
         caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
@@ -84,7 +83,13 @@ def write_run_page(
         sections.append(Section(title="Choice of the network", tables=[table]))
     sections.append(_describe_learning(fit.position.history, result))
     if fit.decision is not None:
-        sections.append(_describe_decision(fit.decision, labels))
+        sentences = [_DECISION]
+        if fit.decision.temperature != 1:
+            sentences.append(_CALIBRATION)
+        if fit.decision.rejection is not None:
+            sentences.append(_REJECTION)
+        table = Table(caption="Fitted values", columns=["", ""], rows=fit.decision.rows(labels))
+        sections.append(Section(title="Decision", text=[" ".join(sentences)], tables=[table]))
     content = HtmlReport(
         title=start.recipe.project or fit.name,
         text=[
@@ -109,20 +114,20 @@ def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_sel
     if score is None:
         return "There are too few different photographs to say how many new ones will be right."
     value = score.value if isinstance(score, Rate) else score
-    of_ten, of_hundred, limit = round(10 * value), math.floor(100 * value), ""
+    of_ten, of_hundred, qualifier = round(10 * value), math.floor(100 * value), ""
     if of_ten < 10:
         share = f"{of_ten} of 10"
     elif of_hundred < 100:
-        share, limit = f"{of_hundred} of 100", "about "  # two digits look more certain than one
+        share, qualifier = f"{of_hundred} of 100", "about "  # two digits look more certain than one
     else:
         share = "nearly all"
     if is_selected:
-        limit = "at most "
-    sentence = f"{limit}{share} new photographs like these will be right."
+        qualifier = "at most "
+    sentence = f"{qualifier}{share} new photographs like these will be right."
     return f"{sentence[0].upper()}{sentence[1:]}"
 
 
-def _predict(
+def _predict_shown_images(
     start: Start, fit: Fit, description: str, on_image: Callable[[int, int], None]
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
     """Return the images that the page evaluates, what they are, and their calibrated logits (N, C).
@@ -140,7 +145,7 @@ def _predict(
     return held_out, description, logits_NC / temperature
 
 
-def _describe_training(start: Start, fit: Fit, procedure: str) -> str:
+def _describe_procedure(start: Start, fit: Fit, procedure: str) -> str:
     """Describe in a sentence what was trained: network, start weights, images and procedure."""
     weights, side = "random weights", start.recipe.preprocess.crop
     if start.weights is not None:
@@ -155,7 +160,7 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
         return Section(title="Learning", text=result.lines())
     last, text = history[-1], list(result.lines())
     score_name = last.metrics.score_name
-    score = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"  # its column in the history
+    score_column = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"
     # The names of training losses and heads in any epoch, each once: the keys of a dict keep their order.
     losses = dict.fromkeys(loss for row in history for loss in row.losses)
     heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
@@ -165,32 +170,22 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
             f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
             f"fixed subset of {last.diagnostics.num_images} with the raw weights."
         )
-    columns_of_scores = {"deployed": score} | {head: f"{head}_{score}" for head in shown_heads}
-    columns_of_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown_heads}
+
+    def plot_columns(label: str, column_by_curve: Mapping[str, str], caption: str) -> Figure:
+        curves = {curve: history_curve(history, column) for curve, column in column_by_curve.items()}
+        return Figure(image=plot(curves, "epoch", label), caption=caption)
+
+    scores = {"deployed": score_column} | {head: f"{head}_{score_column}" for head in shown_heads}
+    held_out_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown_heads}
     overconfident = f"If the loss rises and {score_name} does not fall, the network is overconfident."
-    charts = [  # label of the y axis, columns of the history by the names of their curves, caption
-        ("training loss", {loss: f"train_{loss}" for loss in losses}, _TRAINING_LOSSES),
-        (score_name, columns_of_scores, f"{score_name} on held-out images."),
-        ("loss on held-out images", columns_of_losses, overconfident),
+    figures = [
+        plot_columns("training loss", {loss: f"train_{loss}" for loss in losses}, _TRAINING_LOSSES),
+        plot_columns(score_name, scores, f"{score_name} on held-out images."),
+        plot_columns("loss on held-out images", held_out_losses, overconfident),
     ]
-    figures = []
-    for label, columns, caption in charts:
-        curves = {curve: history_curve(history, column) for curve, column in columns.items()}
-        figures.append(Figure(image=plot(curves, "epoch", label), caption=caption))
     if counts := last.component_counts:
         figures.append(component_chart(counts, "Training images that the gate sent to each component"))
     return Section(title="Learning", text=text, figures=figures)
-
-
-def _describe_decision(decision: Decision, labels: Sequence[str]) -> Section:
-    """Describe how logits become a decision: temperature, rejection and thresholds."""
-    sentences = [_DECISION]
-    if decision.temperature != 1:
-        sentences.append(_CALIBRATION)
-    if decision.rejection is not None:
-        sentences.append(_REJECTION)
-    table = Table(caption="Fitted values", columns=["", ""], rows=decision.rows(labels))
-    return Section(title="Decision", text=[" ".join(sentences)], tables=[table])
 
 
 def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preprocess) -> Section:
@@ -251,10 +246,8 @@ def _show_photographs(
         encoded = io.BytesIO()
         small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
         jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
-        name = isolate(images.identity(index))
-        figures.append(
-            Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=caption + ": " + name, opens=True)
-        )
+        named = caption + ": " + insert_names("{}", images.identity(index))
+        figures.append(Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=named, opens=True))
     return Section(title=title, text=[text] if figures else [], figures=figures)
 
 
