@@ -23,11 +23,11 @@ def env() -> None:
     Example: sopdeploy env
     """
     from sopdeploy.environment import installed, machine
-    from sopdeploy.plugins import distribution, installed_plugins
+    from sopdeploy.plugins import describe_distribution, installed_plugins
 
     modules: dict[str, list[str]] = {}  # of plug-ins, by distribution; not imported
     for point in installed_plugins():
-        modules.setdefault(distribution(point), []).append(point.module)
+        modules.setdefault(describe_distribution(point), []).append(point.module)
     python = f"{platform.python_implementation()} {platform.python_version()}"
     libc = " ".join(platform.libc_ver()).strip()
     sections: dict[str, Mapping[str, object]] = {

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
 from sopdeploy.bundle.folder import is_bundle
-from sopdeploy.environment import import_optional, missing_store
+from sopdeploy.environment import import_optional, missing_store_error
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import SUFFIXES
@@ -52,7 +52,7 @@ def list_sources(sources: Sequence[str]) -> Iterator[ListedImage]:
         except SopdeployError:
             raise
         except ImportError as error:
-            raise missing_store(source, error) from error
+            raise missing_store_error(source, error) from error
         except Exception as error:  # every store raises types of its own
             message = f"cannot be listed ({_reason(error)}); check the name, the file and the credentials"
             raise DataError(f"{source}: {message}") from error
@@ -73,7 +73,7 @@ def read_listed(image: ListedImage, limit: int) -> bytes:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store(image.location, error) from error
+        raise missing_store_error(image.location, error) from error
     except Exception as error:  # every store raises types of its own
         raise ImageError(f"cannot be read ({_reason(error)})", code="unusable_data", status=422) from error
 

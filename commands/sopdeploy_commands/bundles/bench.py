@@ -83,7 +83,7 @@ def bench(
         settings: Settings of the service; by default those of the environment.
         on_step: Called with the name of each step.
     """
-    settings, batches = settings or load_settings(), batch_sizes(batch)  # their range is checked below
+    settings, batches = settings or load_settings(), parse_batch_sizes(batch)  # their range is checked below
     on_step("opening and replaying the probes")
     loaded = load_model(bundle, settings)
     opened, runtime = loaded.bundle, loaded.runtime
@@ -109,7 +109,7 @@ def bench(
     )
 
 
-def batch_sizes(text: str) -> tuple[int, ...]:
+def parse_batch_sizes(text: str) -> tuple[int, ...]:
     """Parse batch sizes such as "1,8", of up to 6 digits, without duplicates; raises `ConfigError`."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) < 7 for word in words):

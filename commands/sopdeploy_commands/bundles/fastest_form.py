@@ -75,13 +75,14 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
             manifest = bundle.manifest.model_copy(update={"precision": "int8"})
             bundles.append(replace(bundle, manifest=manifest, graph=graph))
     forms: dict[BundleForm, Runtime] = {}
-    for each in bundles:
+    for form_bundle in bundles:
+        precision = form_bundle.manifest.precision
         for name, open_runtime in RUNTIMES.items():
-            sums_saturate = each.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni()
+            sums_saturate = precision == "int8" and name == "OpenVINO" and lacks_vnni()
             if sums_saturate:
                 continue
             with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
-                forms[BundleForm(each.manifest.precision, name)] = open_runtime(each, threads=1)
+                forms[BundleForm(precision, name)] = open_runtime(form_bundle, threads=1)
     return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
 
 

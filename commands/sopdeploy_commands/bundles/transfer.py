@@ -130,16 +130,8 @@ def pull(
         with writing(destination):  # without a name, so that nobody exchanges it and nothing can stay
             archive = stack.enter_context(tempfile.TemporaryFile(dir=destination))
         name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # in messages
-        signature: bytes | None = None
         tar.download(source, archive, tar.MAX_ARCHIVE_BYTES, destination)
-        if require_signature is not None:
-            content = io.BytesIO()
-            try:
-                tar.download(source + SIGNATURE_SUFFIX, content, signing.MAX_FILE_BYTES, destination)
-            except BundleError as error:
-                message = f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
-                raise BundleError(message) from error
-            signature = content.getvalue()
+        signature = None if require_signature is None else _download_signature(source, destination)
         archive.seek(0)
         digest = hashlib.file_digest(archive, "sha256").hexdigest()
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
@@ -163,6 +155,17 @@ def pull(
     return Pulled(path=path, sha256=digest, verified=require_signature is not None, is_new=placed.is_new)
 
 
+def _download_signature(source: str, destination: Path) -> bytes:
+    """Download the signature beside *source*; raise `BundleError` if there is none."""
+    content = io.BytesIO()
+    try:
+        tar.download(source + SIGNATURE_SUFFIX, content, signing.MAX_FILE_BYTES, destination)
+    except BundleError as error:
+        message = f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
+        raise BundleError(message) from error
+    return content.getvalue()
+
+
 def _check_project(manifest: Manifest, source: str, project: str | None) -> None:
     """Raise `BundleError` unless *manifest* is of *project*, or, without one, has the name in *source*.
 
@@ -184,15 +187,16 @@ def _check_project(manifest: Manifest, source: str, project: str | None) -> None
 
 def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> None:
     """Raise `BundleError` if *destination* has a bundle of the project that was exported later."""
-    newest, time = manifest, manifest.exported_at
+    newest, time = None, manifest.exported_at
     for listed in read_bundles(destination):
         other = listed.manifest
         if other is None or other.project != manifest.project:
             continue
         if other.id == manifest.id:  # a copy keeps its time: a new one in the archive does not make it newer
             time = other.exported_at
-        newest = max(newest, other, key=lambda each: each.exported_at)
-    if time < newest.exported_at:
+        if newest is None or other.exported_at > newest.exported_at:
+            newest = other
+    if newest is not None and time < newest.exported_at:
         raise BundleError(
             f"{source}: {manifest.name} was exported at {time}, before {newest.name} in {destination} "
             f"({newest.exported_at})",

@@ -294,8 +294,8 @@ def compare_loaded(
     verdict = decide(wins, losses, count, tolerated, attempt)
     rejections: Change | None = None
     if first.rejected is not None and second.rejected is not None:
-        rejections = Change(**_count_changes(first.rejected, second.rejected))
-        rejections = rejections.model_copy(update={"p": mcnemar(rejections.wins, rejections.losses)})
+        counts = _count_changes(first.rejected, second.rejected)
+        rejections = Change(**counts, p=mcnemar(**counts))
         if rejections.is_worse:  # even if it is better on the photographs
             verdict = "worse"
     return BundleComparison(
@@ -396,10 +396,10 @@ def _evaluate(
 ) -> Evaluated:
     """Run a bundle on *images* and, if given, *unknown* ones; score it on those of the mask *common_N*."""
     bundle, labels = loaded.bundle, images.labels
-    logits_NC, known_N = _predict(loaded, images, settings, on_image)
+    logits_NC, known_N = _predict_known(loaded, images, settings, on_image)
     rejected = None  # or a mask (U,)
     if unknown is not None:
-        _, known_U = _predict(loaded, unknown, settings, on_image)
+        _, known_U = _predict_known(loaded, unknown, settings, on_image)
         rejected = ~known_U
     # A class has two numbers: its target, the index in *labels*, and its output, the index in the bundle.
     target_of_output = np.array([labels.index(label) for label in bundle.labels])
@@ -418,7 +418,7 @@ def _evaluate(
     return Evaluated(score, right_N, rejected)
 
 
-def _predict(
+def _predict_known(
     loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return the logits (N, C) of *images* and the mask (N,) of known ones: all without a threshold."""

@@ -18,7 +18,7 @@ from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.photos.files import normalize, walk
 
 ID = re.compile(r"[0-9a-f]{32}")  # of a kept photograph: the first digits of the sha256 of the sent file
-RECORDS = (".json", ".skipped")  # beside a kept photograph
+KEPT_SUFFIXES = (*SUFFIXES, ".json", ".skipped")  # of a kept photograph, and of the records beside it
 _PARTIAL_NAME = re.compile(rf"(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")  # after the name of the file
 LISTING, STATE, ROWS_FOLDER = "_list.parquet", "_run.json", "rows"  # of `classify`
 # Values of columns that cannot be empty.
@@ -52,30 +52,9 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
             a table is of a later version or is being written.
         StorageError: A file cannot be changed.
     """
-    roots = [Path(folder) for folder in folders]  # the command line gives text
-    by_absolute_path: dict[str, Path] = {}  # folders may contain one another
-    for root in roots:
-        if not root.is_dir():
-            raise DataError(f"{root}: no such folder; name folders of photographs or of `classify`")
-        by_absolute_path |= {os.path.abspath(path): path for path in walk(root, hidden=True)}  # noqa: PTH100
-    files = list(by_absolute_path.values())
-    tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
-    for table in tables:
-        _check_format(table)
-    # Find the images, and by their ids all that is kept of the photograph.
-    wanted = _Wanted.read(photograph)
-    images = [path for path in files if wanted.is_shown_by(path)]
-    ids = wanted.ids.union(filter(ID.fullmatch, (_final_path(image).stem for image in images)))
-    of_ids = [path for path in files if _final_path(path).stem in ids and _is_image_or_record(path)]
-    rows = _find_rows(wanted._replace(ids=ids), tables)
-    if not wanted.is_file and not ids:
-        _check_one_photograph(photograph, images, rows)
-    # The records first and the named file last: until then, a repeated command finds all that is left.
-    deleted = sorted({*images, *of_ids}, key=lambda path: (wanted.is_named(path), path in images, path))
-    if not deleted and not rows:
-        raise DataError(f"{photograph}: not found in {', '.join(map(str, roots))}; check the name")
-    # Change nothing unless all can be changed.
-    for folder in {path.parent for path in (*deleted, *rows)}:
+    traces = _find_traces(photograph, [Path(folder) for folder in folders])  # the command line gives text
+    rows = traces.rows
+    for folder in {path.parent for path in (*traces.files, *rows)}:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise StorageError(
                 f"{folder}: its files cannot be changed; check permissions; nothing is deleted"
@@ -86,12 +65,52 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
         for table in sorted(rows, key=lambda table: table.name == LISTING):  # rows are found by the list
             with writing(table):
                 _empty_rows(table, [row.number for row in rows[table]])
-    for path in deleted:
+    for path in traces.files:
         with writing(path):
             path.unlink(missing_ok=True)
-    for folder in {path.parent for path in files if path.name.endswith(PARTIAL)}:
-        remove_leftovers(folder)  # of a process that was killed while it wrote a copy
-    return [*rows, *deleted]
+    for folder in {path.parent for path in traces.unfinished}:
+        remove_leftovers(folder)
+    return [*rows, *traces.files]
+
+
+class _Traces(NamedTuple):
+    """What remains of a photograph: files, in the order in which to delete them, and rows by their table.
+
+    `unfinished` are all temporary files: a process may have been killed while it wrote a copy.
+    """
+
+    files: list[Path]
+    rows: "dict[Path, list[_TableRow]]"
+    unfinished: list[Path]
+
+
+def _find_traces(photograph: str, folders: Sequence[Path]) -> _Traces:
+    """Find what remains of *photograph* in *folders*; raise `DataError` as `forget` does."""
+    by_absolute_path: dict[str, Path] = {}  # folders may contain one another
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
+        by_absolute_path |= {os.path.abspath(path): path for path in walk(folder, hidden=True)}  # noqa: PTH100
+    files = list(by_absolute_path.values())
+    tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
+    for table in tables:
+        _check_format(table)
+    wanted = _Wanted.read(photograph)
+    images = [path for path in files if wanted.is_shown_by(path)]
+    ids = wanted.ids.union(filter(ID.fullmatch, (_final_path(image).stem for image in images)))
+    found = set(images)
+    for path in files:
+        final_path = _final_path(path)
+        if final_path.stem in ids and final_path.suffix.lower() in KEPT_SUFFIXES:
+            found.add(path)
+    rows = _find_rows(wanted._replace(ids=ids), tables)
+    if not wanted.is_file and not ids:
+        _check_one_photograph(photograph, images, rows)
+    if not found and not rows:
+        raise DataError(f"{photograph}: not found in {', '.join(map(str, folders))}; check the name")
+    # The records first and the named file last: until then, a repeated command finds all that is left.
+    ordered = sorted(found, key=lambda path: (wanted.is_named(path), path in images, path))
+    return _Traces(ordered, rows, [path for path in files if path.name.endswith(PARTIAL)])
 
 
 class _Wanted(NamedTuple):
@@ -140,7 +159,7 @@ class _Wanted(NamedTuple):
         return False
 
 
-class _Row(NamedTuple):
+class _TableRow(NamedTuple):
     """The number of a row in its table, and what it says of its image.
 
     A member of an archive has the `location` of the archive, and an `offset` in it, which is never 0.
@@ -163,22 +182,18 @@ def _final_path(path: Path) -> Path:
     return path.with_name(_PARTIAL_NAME.sub("", path.name)) if path.name.endswith(PARTIAL) else path
 
 
-def _is_image_or_record(path: Path) -> bool:
-    return _final_path(path).suffix.lower() in (*SUFFIXES, *RECORDS)
-
-
-def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]]:
+def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_TableRow]]:
     """Find the rows of *wanted* in the *tables* of `classify`.
 
     The list of a run says where the images of its other tables are.
     """
-    all_rows = {table: list(_read_rows(table)) for table in tables}
-    listed: dict[tuple[Path, str], _Row] = {}
+    all_rows = {table: list(_read_table(table)) for table in tables}
+    listed: dict[tuple[Path, str], _TableRow] = {}
     for table, rows in all_rows.items():
         if table.name == LISTING:
             listed |= {(_output_folder(table), row.path): row for row in rows}
 
-    def is_wanted(row: _Row) -> bool:
+    def is_wanted(row: _TableRow) -> bool:
         if Path(row.path).stem in wanted.ids:
             return True
         if not wanted.is_file:
@@ -188,7 +203,7 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]
             return wanted.has_content(location, row.offset, row.size)
         return wanted.is_named(location) or wanted.has_content(location)
 
-    wanted_rows: dict[Path, list[_Row]] = {}
+    wanted_rows: dict[Path, list[_TableRow]] = {}
     for table, rows in all_rows.items():
         for row in rows:
             located = listed.get((_output_folder(table), row.path), row)._replace(number=row.number)
@@ -197,17 +212,17 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]
     return wanted_rows
 
 
-def _read_rows(table: Path) -> Iterator[_Row]:
+def _read_table(table: Path) -> Iterator[_TableRow]:
     """Yield the rows of a table of `classify`; a table of another program has none."""
     import pyarrow.parquet as pq  # of an extra
 
     names = pq.read_schema(table).names
     if "path" not in names:
         return
-    columns = pq.read_table(table, columns=[name for name in _Row._fields if name in names]).to_pylist()
+    columns = pq.read_table(table, columns=[name for name in _TableRow._fields if name in names]).to_pylist()
     for number, values in enumerate(columns):
         if isinstance(values["path"], str) and values["path"] != FORGOTTEN["path"]:
-            yield _Row(number, **{"location": values["path"], **values})
+            yield _TableRow(number, **{"location": values["path"], **values})
 
 
 def _output_folder(table: Path) -> Path:
@@ -230,7 +245,7 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
     locks.callback(os.close, lock.file)
 
 
-def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, list[_Row]]) -> None:
+def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, list[_TableRow]]) -> None:
     """Raise `DataError` if *name* is that of photographs with different contents."""
     paths = {str(path): path for path in images}  # by the text of the message
     for row in chain.from_iterable(rows.values()):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FOLDER_RECIPE = "photos"
 RECIPE_NETWORK = ""  # stands for the name of the only network, that of the recipe, if none is chosen
 NO_FILES = ("imagenet", "none")  # start weights that are no file
+RESUME: dict[str, bool | Literal["auto"]] = {"never": False, "always": True, "auto": "auto"}
 
 
 def _as_text(value: object) -> str | None:
@@ -89,7 +90,7 @@ class TrainOptions(Options):
         if self.resume != "never":
             raise ConfigError("not with resume, which continues the network of a run", setting=setting)
         if self.within is not None:
-            _milliseconds(self.within)  # raises the error of an invalid time
+            _parse_milliseconds(self.within)  # raises the error of an invalid time
         changes = [*map(parse_override, self.set), *settings.items()]
         if any(key == "model.name" or (key == "model" and "name" in value) for key, value in changes):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
@@ -219,7 +220,7 @@ def train(
         if options.compares:
             from sopdeploy_commands.training.network_choice import choose_network
 
-            within = None if options.within is None else _milliseconds(options.within)
+            within = None if options.within is None else _parse_milliseconds(options.within)
             if out is not None:  # raises the error of another run there before minutes of measurements
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
             if skipped := [name for name in options.networks() if name not in networks_to_train]:
@@ -228,9 +229,8 @@ def train(
             chosen = next(network.name for network in networks if network.chosen)
         selected, given = networks_to_train[chosen]
         strategy = Strategy(select_device(selected.device))
-        resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
-        project, resumes = str(selected.project), options.resume != "never"
-        folder = numbered_folder(project, strategy, resume=resumes) if out is None else out
+        resume = RESUME[options.resume]
+        folder = out or numbered_folder(str(selected.project), strategy, resume=bool(resume))
         run = train_run(selected, folder, resume=resume, callback=observer, strategy=strategy, given=given)
         if not is_main_process():
             return summarize_run(run, folder)
@@ -304,7 +304,7 @@ def read_request(
     return Requested(networks, previous)
 
 
-def _milliseconds(text: str) -> float:
+def _parse_milliseconds(text: str) -> float:
     """Convert a time such as "20ms" to a number; raise `ConfigError` for another text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", text)
     if match is None:
