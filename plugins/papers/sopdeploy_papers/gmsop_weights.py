@@ -94,11 +94,17 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
     component, is_gated = config["component"], "gating_w" in file.tensors
     if is_gated:
-        weights = _join_components(tensors)  # (N, out, in) of each convolution
-        widths = [weight.shape[1] for weight in weights]
+        config |= _read_gate_options(file, tensors)
+        widths: list[int] = []
+        for letter in "abcdefgh":  # CM_2_a is the first convolution of component 2, CM_2_b the second one
+            if f"CM_1_{letter}.weight" in tensors:
+                numbers = range(1, config["components"] + 1)
+                kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in numbers]
+                weight = torch.stack(kernels).flatten(start_dim=2)  # (N, out, in), from (N, out, in, 1, 1)
+                tensors[f"mixture.weights.{len(widths)}"] = weight
+                widths.append(weight.shape[1])
+        config["component_widths"] = widths
         pooled_channels = widths[-1]  # of a component's last convolution
-        config |= {**_read_gate_options(file, tensors), "component_widths": widths}  # N is "components"
-        tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
     else:
         pooled_channels = WIDTHS[-1] * widen  # of the last stage
     triangles: dict[str, int] = {}
@@ -128,7 +134,13 @@ def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
     for name, values in file.tensors.items():
         source, _, kind = name.rpartition("_")  # conv2_1a_bn_w: conv2_1a_bn and w
         is_norm = source.endswith("_bn")
-        layer, norm = _our_names(source.removesuffix("_bn"))  # of conv2_1a and of its batch norm
+        layer = source.removesuffix("_bn")
+        norm = f"{layer}_bn"
+        for pattern, our_names in RENAMES.items():
+            if match := re.fullmatch(pattern, layer):
+                numbers = [int(number) - 1 for number in match.groups()]  # conv2_1a is of layer1.0
+                layer, norm = (our_name.format(*numbers) for our_name in our_names)
+                break
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
         elif is_norm and kind == "m":  # (C, 2): the mean and sqrt(variance + eps)
@@ -145,25 +157,6 @@ def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
     tensors["conv1.weight"] = tensors["conv1.weight"] * PIXEL_DEVIATION
     tensors["head.fc.weight"] = tensors["head.fc.weight"].flatten(start_dim=1)
     return tensors
-
-
-def _our_names(source: str) -> tuple[str, str]:
-    """Return our names of the layer *source* of a file and of its batch norm; others keep their names."""
-    for pattern, (layer, norm) in RENAMES.items():
-        if match := re.fullmatch(pattern, source):
-            numbers = [int(number) - 1 for number in match.groups()]  # conv2_1a is of layer1.0
-            return layer.format(*numbers), norm.format(*numbers)
-    return source, f"{source}_bn"
-
-
-def _join_components(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """Move the kernels of the N components out of *tensors*; return (N, out, in) of each convolution."""
-    joined, components = [], len(tensors["gate.weight"])  # the gate has one row per component
-    for letter in "abcdefgh":  # CM_2_a is the first convolution of component 2, CM_2_b the second one
-        if f"CM_1_{letter}.weight" in tensors:
-            kernels = [tensors.pop(f"CM_{n}_{letter}.weight") for n in range(1, components + 1)]
-            joined.append(torch.stack(kernels).flatten(start_dim=2))  # from (N, out, in, 1, 1)
-    return joined
 
 
 def _find_catalog_name(is_gated: bool, component: str, blocks: int, widen: int) -> str | None:
@@ -210,7 +203,7 @@ def _read_gate_options(file: DagNN, tensors: dict[str, Tensor]) -> FieldValues:
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
     gates = sorted(name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name))
     return {
-        "components": len(tensors["gate.weight"]),
+        "components": len(tensors["gate.weight"]),  # which has a row for each
         "chosen": int(layer_number(file, "gating", "topk")),
         "gate_widths": [len(tensors[name]) for name in gates],
         "gate_norm": True,

@@ -44,7 +44,7 @@ class RowFigure(NamedTuple):
 def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
     """Return the printed figures of a row, whose network *recipe* trains, with counts where one is known."""
     figures = _count_network(printed, recipe, table)
-    known = {"epochs": recipe.epochs, **_extra_costs(printed, table, figures)}
+    known = {"epochs": recipe.epochs, **_subtract_baseline(printed, table, figures)}
     figures |= {name: RowFigure(value, known.get(name)) for name, value in printed.facts.items()}
     vector, _ = COUNTS["dim"]  # not compared, because papers print its length in thousands, such as 8K
     compared = {}
@@ -96,7 +96,9 @@ def _find_published(described: Description, column: Column, table: PrintedTable)
     return of_paper
 
 
-def _extra_costs(printed: PrintedRow, table: PrintedTable, counts: dict[str, RowFigure]) -> dict[str, float]:
+def _subtract_baseline(
+    printed: PrintedRow, table: PrintedTable, counts: dict[str, RowFigure]
+) -> dict[str, float]:
     """Subtract the counts of the row's baseline from its own *counts*, by fact; empty without a baseline."""
     baseline = next((row for row in table.rows if row.id == printed.baseline), None)
     if baseline is None or (recipe_and_changes := table.recipe_of(baseline)) is None:

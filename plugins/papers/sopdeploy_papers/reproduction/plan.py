@@ -199,29 +199,26 @@ def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = Fals
     """Plan the selected rows of *table*; raise `ConfigError` for unknown rows, or small ones without data."""
     if options.scale == "small" and options.data is None:
         raise ConfigError("give a folder of classes as --data", setting="scale", value="small")
-    rows = (_plan_row(table, printed, options) for printed in table.select(options.rows))
+    rows = []
+    for printed in table.select(options.rows):
+        figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
+        row, recipe_and_changes = ReproducedRow(printed=printed, figures=figures), table.recipe_of(printed)
+        if table.measures == "nothing":
+            row.reason = "printed, not measured"
+        elif recipe_and_changes is None:
+            row.reason = f"cited: {printed.missing}"
+        else:
+            row.source, row.overrides = recipe_and_changes
+            try:
+                _plan_training(row, table, options)
+            except ConfigError as error:
+                row.reason = f"not available: {error}"
+        rows.append(row)
     return Reproduction(table, options, tuple(rows), dry_run)
 
 
-def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> ReproducedRow:
-    """Plan how the row *printed* of *table* is trained, or set the reason why it is not."""
-    figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
-    row, recipe_and_changes = ReproducedRow(printed=printed, figures=figures), table.recipe_of(printed)
-    if table.measures == "nothing":
-        row.reason = "printed, not measured"
-    elif recipe_and_changes is None:
-        row.reason = f"cited: {printed.missing}"
-    else:
-        row.source, row.overrides = recipe_and_changes
-        try:
-            _plan_training(row, table, options)
-        except ConfigError as error:
-            row.reason = f"not available: {error}"
-    return row
-
-
 def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
-    """Set figures, recipe and times of *row*.
+    """Set figures, other forms, recipe and time of *row*; a row that is only counted gets its reason.
 
     Raises `ConfigError` if its network cannot be built, or no start weights are published for it.
     """
@@ -238,7 +235,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
         row.reason = "counted, not trained"
         return
     if options.scale == "small" and options.data is not None:
-        row.overrides += small_scale(paper_recipe, options.data)
+        row.overrides += scale_down(paper_recipe, options.data)
     elif options.data is not None:
         row.overrides += (f"data.path={format_toml(str(options.data))}",)
     if row.printed.pretrained is not None:
@@ -253,7 +250,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
 
 
-def small_scale(recipe: Recipe, data: Path) -> tuple[str, ...]:
+def scale_down(recipe: Recipe, data: Path) -> tuple[str, ...]:
     """Build the changes that train the network of *recipe* on the classes in *data* in minutes on a CPU."""
     side, batch = min(SMALL_SIDE, recipe.preprocess.crop), SMALL_BATCH
     changes = [

@@ -9,7 +9,7 @@ papers print for networks are in `sopdeploy/models/published.toml`.
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from itertools import chain
@@ -191,9 +191,16 @@ def load_tables() -> dict[str, PrintedTable]:
     for content in contents:
         shared |= content.get("named", {})
     tables: dict[str, PrintedTable] = {}
-    for table in chain.from_iterable(content["tables"] for content in contents):
-        for variant in _expand_variants(_resolve_names(table, shared)):
-            tables[variant["id"]] = PrintedTable.model_validate(variant)
+    for unresolved in chain.from_iterable(content["tables"] for content in contents):
+        table = _resolve_names(unresolved, shared)
+        # A table with variants stands for one with the values of each; `top1` of a row may list theirs.
+        for index, variant in enumerate(table.pop("variants", [{}])):
+            rows = []
+            for row in table["rows"]:
+                has_several = isinstance(row.get("top1"), list)
+                rows.append({**row, "top1": row["top1"][index]} if has_several else row)
+            printed = PrintedTable.model_validate({**table, **variant, "rows": rows})
+            tables[printed.id] = printed
     return tables
 
 
@@ -221,19 +228,6 @@ def _resolve_names(value: Any, shared: Mapping[str, Any]) -> Any:
         names_a_list = isinstance(element, str) and isinstance(inner, list)
         resolved += inner if names_a_list else [inner]
     return resolved
-
-
-def _expand_variants(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield *table*, or a table for each of its `variants`.
-
-    It has the values of the variant. If `top1` of a row is a list, it has the variant's element instead.
-    """
-    for index, variant in enumerate(table.pop("variants", [{}])):
-        rows = []
-        for row in table["rows"]:
-            has_several = isinstance(row.get("top1"), list)
-            rows.append({**row, "top1": row["top1"][index]} if has_several else row)
-        yield {**table, **variant, "rows": rows}
 
 
 def find_table(name: str) -> PrintedTable:
