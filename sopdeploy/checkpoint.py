@@ -160,11 +160,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     written_by = writer_of(content.get("training"))
     for name in content.keys() - {"weights"}:  # `build_classifier` compares those with the network's
         for value in distinct_values(content[name]):
-            if not isinstance(value, Tensor):
-                continue
-            num_bytes = value.numel() * value.element_size()
-            repeats_numbers = num_bytes > value.untyped_storage().nbytes()  # by strides of 0
-            if not _is_dense(value) or repeats_numbers:
+            if isinstance(value, Tensor) and not (_is_dense(value) and _stores_all_numbers(value)):
                 where = f"{path}: {str(name)[:80]}"
                 raise CheckpointError(f"{where}: has a tensor without values of its own; copy it again")
     version = content.pop("version", None)
@@ -231,6 +227,11 @@ def _check_reading_cost(raw: bytes) -> None:
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+
+
+def _stores_all_numbers(tensor: Tensor) -> bool:
+    """Check whether the dense *tensor* has memory for all its numbers: with strides of 0 it may have less."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def is_state_dict(weights: Any) -> bool:

@@ -105,7 +105,7 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
         content = body[position + 2 : end]  # after the length
         if marker == JFIF and content.startswith(b"JFIF\0"):
             # A segment of 16 bytes: its length, 12 bytes of fields, the size 0 x 0 of a thumbnail.
-            parts += [b"\xff\xe0\0\x10", content[:12], b"\0\0"]
+            parts += [b"\xff\xe0\0\x10", body[position + 2 : position + 14], b"\0\0"]
         elif marker in NEEDED and content.startswith(NEEDED[marker]):
             parts.append(body[begin:end])
     if scan_data is not None:  # the file has no end marker
