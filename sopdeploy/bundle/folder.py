@@ -158,7 +158,7 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     return target
 
 
-class Placed(NamedTuple):
+class PlacedBundle(NamedTuple):
     """The manifest of the bundle that has the final name, and whether it was written by this process."""
 
     manifest: Manifest
@@ -167,7 +167,7 @@ class Placed(NamedTuple):
 
 def give_final_name(
     folder: Path, manifest: Manifest, destination: Path, signature: bytes | None = None
-) -> Placed:
+) -> PlacedBundle:
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
     A *signature* of *manifest* is written first, so that the bundle is never there without it. The bundle
@@ -208,7 +208,7 @@ def give_final_name(
                     target.rename(folder)  # the caller deletes it
                 raise
         undo.pop_all()  # keep the signature
-    return Placed(found, is_new)
+    return PlacedBundle(found, is_new)
 
 
 def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
@@ -370,7 +370,7 @@ def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, 
     return labels
 
 
-class Listed(NamedTuple):
+class ListedBundle(NamedTuple):
     """A bundle of a folder of bundles; an unreadable `manifest` is None.
 
     `why_not_served` is empty for the bundle that is served; then it was read, and is `bundle`. `is_replaced`
@@ -402,7 +402,7 @@ class Listed(NamedTuple):
         return self.manifest.exported_at, self.manifest.id, has_own_name, self.path
 
 
-def read_bundles(folder: Path) -> Iterator[Listed]:
+def read_bundles(folder: Path) -> Iterator[ListedBundle]:
     """Yield the bundles directly in *folder*, by name; `why_not_served` says why a manifest cannot be read.
 
     A folder with a manifest or a required file counts; hidden folders, which are incomplete, and links to
@@ -418,15 +418,15 @@ def read_bundles(folder: Path) -> Iterator[Listed]:
             if path.name.startswith(".") or is_link_to_sibling or not path.is_dir():
                 continue
             if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
-                yield Listed(path, read_manifest(path))  # raises without a valid manifest
+                yield ListedBundle(path, read_manifest(path))  # raises without a valid manifest
         except (BundleError, OSError, RuntimeError) as error:  # `RuntimeError`: a link that leads to itself
-            yield Listed(path, None, str(error))
+            yield ListedBundle(path, None, str(error))
 
 
-Read = Callable[[Path, Manifest], Bundle]
+BundleReader = Callable[[Path, Manifest], Bundle]
 
 
-def list_bundles(folder: Path, read: Read | None = None) -> list[Listed]:
+def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedBundle]:
     """List the bundles in *folder*, the last export first; of each project, the first complete one is served.
 
     Reads all manifests, each once, and with *read*, by default without the graph, every file of the bundles
@@ -457,7 +457,7 @@ def list_bundles(folder: Path, read: Read | None = None) -> list[Listed]:
     return listed
 
 
-def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:
+def describe_projects(listed: Iterable[ListedBundle]) -> Iterator[tuple[str, bool]]:
     """Yield a line for each project, and whether one of its bundles is damaged or unreadable.
 
     The line names the bundle that is served, then the others with their reasons.

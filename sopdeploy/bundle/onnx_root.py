@@ -247,10 +247,10 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
         )
 
     graph, manifest = model.graph, bundle.manifest
-    fit = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
+    has_interface = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
     for values, records in ((graph.input, manifest.inputs), (graph.output, manifest.outputs)):
-        fit = fit and len(values) == len(records) and all(map(fits, values, records))
-    if not fit:
+        has_interface = has_interface and len(values) == len(records) and all(map(fits, values, records))
+    if not has_interface:
         raise BundleError(
             f"{bundle.path / GRAPH}: has another opset, other inputs or other outputs than the manifest "
             "says; export the bundle again"

@@ -62,19 +62,19 @@ def command(
 
     def decorate(function: _Function) -> _Function:
         """Set `function.run_command`, which Typer calls with the values of arguments and options."""
+        parameters = _declare_parameters(function, options)
         show_parameters: list[inspect.Parameter] = []
-        json_flag: list[inspect.Parameter] = []
         if show is not None:
             result_name = next(iter(inspect.signature(show).parameters))  # the first is the result
             show_parameters = _declare_parameters(show, options=(), hidden={result_name, "as_json"})
-            json_flag = [_option("as_json", bool, False, "Print JSON for scripts.", "--json")]
-        parameters = [*_declare_parameters(function, options), *show_parameters]
+            parameters += show_parameters
         if settings is not None:
             for name, (value_type, text) in settings.flags.items():
                 parameters.append(_option(name, value_type, None, text))
             text = "Any other setting of the service, NAME=VALUE; repeatable."
             parameters.append(_option("setting", list[str] | None, None, text))
-        parameters += json_flag
+        if show is not None:
+            parameters.append(_option("as_json", bool, False, "Print JSON for scripts.", "--json"))
 
         def run(**values: Any) -> None:
             """Call *function* and show its result; Typer gives the *values* of all `parameters` by name.

@@ -75,7 +75,11 @@ def write_run_page(
         sections.append(_show_mistakes(predicted, images, rules))
     if isinstance(fit, FewShotFit):
         sections += [_show_wrong_labels(train, fit, rules), _show_copies(train, fit, rules)]
-    sections.append(Section(title="Training", text=[_describe_procedure(start, fit, texts.procedure)]))
+    weights, side = "random weights", rules.crop
+    if start.weights is not None:
+        weights = f"the weights of {start.weights.file} ({start.weights.network})"
+    trained = f"{fit.name}, trained from {weights} on {len(train)} images, scaled to {side} x {side} pixels"
+    sections.append(Section(title="Training", text=[f"{trained}, {texts.procedure}."]))
     if networks:
         rows = [network.row() for network in networks]
         caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
@@ -143,15 +147,6 @@ def _predict_shown_images(
     )
     temperature = 1.0 if fit.decision is None else fit.decision.temperature
     return held_out, description, logits_NC / temperature
-
-
-def _describe_procedure(start: Start, fit: Fit, procedure: str) -> str:
-    """Describe in a sentence what was trained: network, start weights, images and procedure."""
-    weights, side = "random weights", start.recipe.preprocess.crop
-    if start.weights is not None:
-        weights = f"the weights of {start.weights.file} ({start.weights.network})"
-    images = f"{len(start.data.train)} images, scaled to {side} x {side} pixels"
-    return f"{fit.name}, trained from {weights} on {images}, {procedure}."
 
 
 def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) -> Section:

@@ -248,7 +248,7 @@ def train(
     return summarize_run(run, folder, networks, **page)
 
 
-class Requested(NamedTuple):
+class TrainRequest(NamedTuple):
     """The recipe of each network to train, with what is known of its run, and the run to start from."""
 
     networks: "dict[str, tuple[Recipe, Given]]"
@@ -261,7 +261,7 @@ def read_request(
     out: Path | None,
     options: TrainOptions,
     settings: Mapping[str, Any],
-) -> Requested:
+) -> TrainRequest:
     """Read the recipe of each network and the run to start from; writes no file.
 
     First raises the error of a path or a text that `train` cannot use, before torch is imported. The data are
@@ -301,7 +301,7 @@ def read_request(
     for name, network_options in options_by_network.items():
         start_file = start_files.get(name)
         networks[name] = configure(data, recipe, network_options, settings, previous, opened, start_file)
-    return Requested(networks, previous)
+    return TrainRequest(networks, previous)
 
 
 def _parse_milliseconds(text: str) -> float:
