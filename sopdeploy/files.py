@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 
 from sopdeploy.config import parse_json
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
-from sopdeploy.file_systems import Lock, lock_file, locked_if_left, rename_file
+from sopdeploy.file_systems import Lock, lock_file, lock_if_abandoned, rename_file
 from sopdeploy.names import label_problem
 from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 
@@ -123,12 +123,12 @@ def remove_leftovers(folder: Path) -> None:
         for entry in list(entries):
             path = Path(entry.path)
             if _LEFT_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                with locked_if_left(path) as is_left:
-                    if is_left:
+                with lock_if_abandoned(path) as is_abandoned:
+                    if is_abandoned:
                         path.unlink(missing_ok=True)
             elif _LEFT_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                with locked_if_left(path / LOCK) as is_left:
-                    if is_left or not os.path.lexists(path / LOCK):
+                with lock_if_abandoned(path / LOCK) as is_abandoned:
+                    if is_abandoned or not os.path.lexists(path / LOCK):
                         shutil.rmtree(path, ignore_errors=True)
 
 

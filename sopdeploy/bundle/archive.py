@@ -114,7 +114,7 @@ def upload(file: Path, destination: str, name: str) -> str:
     """
     if "://" in destination:
         url = f"{destination.rstrip('/')}/{name}"
-        with _filesystem(url) as (store, path):
+        with _open_store(url) as (store, path):
             store.put_file(str(file), path)
         return url
     target = Path(destination) / name
@@ -131,7 +131,7 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
     size = 0
     with ExitStack() as stack:
         if "://" in source:
-            store, path = stack.enter_context(_filesystem(source))
+            store, path = stack.enter_context(_open_store(source))
             content = stack.enter_context(store.open(path, "rb"))
         elif Path(source).is_file():
             content = stack.enter_context(Path(source).open("rb"))
@@ -148,7 +148,7 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
 
 
 @contextmanager
-def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
+def _open_store(url: str) -> Iterator[tuple[Any, str]]:
     """Yield the fsspec file system of *url* and the path in it.
 
     Raises `BundleError` for the errors of its client.

@@ -250,8 +250,8 @@ def _describe_run(start: Start, fit: Fit, record: Mapping[str, Any]) -> list[Sec
     """List the recipe and the environment of the run, in a section each."""
     values = []
     for key, value in flatten(start.recipe.model_dump(mode="json")):
-        is_listed_below = key.startswith(("summary", "model.config."))  # as `network.`
-        if start.recipe.reads(key) and not is_listed_below:
+        is_hidden = key.startswith(("summary", "model.config."))  # as `network.`
+        if start.recipe.reads(key) and not is_hidden:
             values.append((key, value))
     values += flatten(fit.network.config.model_dump(mode="json"), "network.")
     recipe = Table(caption="All values of the run", columns=["key", "value"], rows=values, folded=True)

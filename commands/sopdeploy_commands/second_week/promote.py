@@ -167,7 +167,7 @@ def _record_and_move(
     path = link.with_name(LOG)
     with writing(path):
         lock = lock_file(path, wait=True)
-    lock.warn_if_missing(path, "promote from one place at a time")
+    lock.warn_if_unlocked(path, "promote from one place at a time")
     with writing(path), os.fdopen(lock.file, "r+b") as log:
         if _read_target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")

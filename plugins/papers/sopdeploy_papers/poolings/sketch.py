@@ -132,10 +132,11 @@ class KernelPooling(GlobalPooling):
     def pool(self, features: Tensor) -> Tensor:
         """Compute the vector (B, 1 + C + (order - 1) D): one part per power, each with a learned weight."""
         x_BMC = features.flatten(start_dim=2).transpose(1, 2)
-        powers, first = [torch.ones_like(x_BMC[:, 0, :1]), x_BMC.mean(dim=1)], 0
-        for p in range(2, self.order + 1):
-            powers.append(self.tensor_sketch(x_BMC, range(first, first + p)))
-            first += p
+        powers = [torch.ones_like(x_BMC[:, 0, :1]), x_BMC.mean(dim=1)]  # 0 and 1
+        next_sketch = 0
+        for p in range(2, self.order + 1):  # power p multiplies p sketches of its own
+            powers.append(self.tensor_sketch(x_BMC, range(next_sketch, next_sketch + p)))
+            next_sketch += p
         weights = self.order_weights.unbind()
         vector_BD = torch.cat([weight * power for weight, power in zip(weights, powers, strict=True)], dim=1)
         # x / sqrt(|x| + 1e-8) is continuous; `unit_signed_root` jumps by 2e-4 at 0, which amplifies rounding

@@ -87,13 +87,13 @@ def _find_published(described: Description, column: Column, table: PrintedTable)
     if described.training == described.shipped:
         quantities.add(quantity.replace("training", "shipped"))  # papers print one figure for both
     paper, _, _ = table.source.partition(",")  # "DSoP" of "DSoP, Table I"
-    of_paper = None
-    for figure in described.published:
-        if figure.quantity in quantities and figure.source == table.source:
-            return figure
-        if figure.quantity in quantities and figure.source.startswith(paper):
-            of_paper = of_paper or figure  # the first one
-    return of_paper
+    of_paper = [
+        figure
+        for figure in described.published
+        if figure.quantity in quantities and figure.source.startswith(paper)
+    ]
+    of_table = [figure for figure in of_paper if figure.source == table.source]
+    return next(iter(of_table + of_paper), None)
 
 
 def _subtract_baseline(
