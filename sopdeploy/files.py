@@ -296,13 +296,12 @@ def check_is_file(path: Path) -> None:
     """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
     if path.is_file():
         return
-    advice = "use the best.pt of a training run"
     if ":" in path.name and (foreign := describe_foreign(path)):
         raise CheckpointError(f"{path}: {foreign}")
+    best = path / "best.pt"
+    advice = f"use {best}" if best.is_file() else "use the best.pt of a training run"
     if has_manifest(path):
         problem = "a bundle, which is already exported"
-    elif (path / "best.pt").is_file():
-        problem, advice = "a folder", f"use {path / 'best.pt'}"
     else:
         problem = "a folder" if path.is_dir() else "no such file"
     raise CheckpointError(f"{path}: {problem}; {advice}")

@@ -163,7 +163,7 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
     except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks
-            with writing(url):
+            with writing(url):  # converts it to `StorageError`
                 raise cause from error
         text = " ".join(str(cause).split())
         raise BundleError(

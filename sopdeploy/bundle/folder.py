@@ -105,10 +105,10 @@ def staging(destination: Path) -> Iterator[Path]:
         try:
             yield folder
         except OSError as error:
-            if error.errno not in FULL_ERRNOS:
-                raise
-            with writing(destination):
-                raise
+            if error.errno in FULL_ERRNOS:
+                with writing(destination):  # converts it to `StorageError`
+                    raise
+            raise
 
 
 def seal(

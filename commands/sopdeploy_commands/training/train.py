@@ -267,11 +267,11 @@ def read_request(
     First raises the error of a path or a text that `train` cannot use, before torch is imported. The data are
     opened if the recipe for photos will use them as they are.
     """
-    for assignment in options.set:
-        parse_override(assignment)  # raises its errors, as the next one
     opened = None
+    for assignment in options.set:
+        parse_override(assignment)  # for its errors; the values are read in `configure`, with the recipe
     if recipe is not None:
-        read_values(recipe)
+        read_values(recipe)  # for its errors, too
     elif data is not None and not options.set and not settings:  # changes may need images of another form
         opened = open_folder(data)
     if out is not None and out.is_file():
@@ -296,7 +296,8 @@ def read_request(
 
     previous = None
     if options.from_ is not None:
-        previous, opened = read_previous(Path(options.from_)), None  # its recipe may select classes
+        previous = read_previous(Path(options.from_))
+        opened = None  # its recipe may select classes
     networks = {}
     for name, network_options in options_by_network.items():
         start_file = start_files.get(name)
