@@ -50,9 +50,10 @@ def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: 
             os.close(file)
             raise
         tries += 1
-        if failure or _is_at(file, path) or tries == _MAX_TRIES:  # some file systems change the inode
+        is_deleted = not _is_at(file, path)  # by its last owner, unless the file system changes inodes
+        if failure or not is_deleted or tries == _MAX_TRIES:
             return Lock(file, failure)
-        os.close(file)  # its last owner has deleted it
+        os.close(file)
 
 
 @contextmanager

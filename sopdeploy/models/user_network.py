@@ -203,20 +203,20 @@ def isqrt(
 
 
 def _build_from_network(
-    trained: type[Trained],
+    network_class: type[Trained],
     name: MethodName,
     network: nn.Module,
     taps: Sequence[str],
     image_size: int,
     config: FieldValues,
 ) -> Trained:
-    """Build *trained*, the class of the method *name*, from *network*, with as many logits as *network*."""
+    """Build *network_class*, the class of the method *name*, from *network*, with as many logits as *network*."""
     _, config_class = METHODS[name]
     options = parse_options(name, config_class, config)
     _, num_classes = find_taps(network, taps, image_size)
-    # `trained` calls `build` for its part `network`, which exists already with this number of classes
+    # `network_class` calls `build` for its part `network`, which exists already with this number of classes
     source = Source(build=lambda _num_classes: network, taps=tuple(taps), image_size=image_size)
-    return trained(options, num_classes, source)
+    return network_class(options, num_classes, source)
 
 
 def register_model(

@@ -62,7 +62,8 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
     with ExitStack() as locks:
         for folder in {_output_folder(table) for table in rows}:
             _lock_output(folder, locks)
-        for table in sorted(rows, key=lambda table: table.name == LISTING):  # rows are found by the list
+        # the list comes last, because a repeated command finds the rows of the other tables by it
+        for table in sorted(rows, key=lambda table: table.name == LISTING):
             with writing(table):
                 _empty_rows(table, [row.number for row in rows[table]])
     for path in traces.files:
