@@ -210,7 +210,7 @@ def _build_from_network(
     image_size: int,
     config: FieldValues,
 ) -> Trained:
-    """Build *network_class*, the class of the method *name*, from *network*, with as many logits as *network*."""
+    """Build the *network_class* of the method *name* from *network*, with as many logits as *network*."""
     _, config_class = METHODS[name]
     options = parse_options(name, config_class, config)
     _, num_classes = find_taps(network, taps, image_size)

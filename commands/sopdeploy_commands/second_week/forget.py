@@ -220,10 +220,11 @@ def _read_table(table: Path) -> Iterator[_TableRow]:
     names = pq.read_schema(table).names
     if "path" not in names:
         return
-    columns = pq.read_table(table, columns=[name for name in _TableRow._fields if name in names]).to_pylist()
-    for number, values in enumerate(columns):
+    rows = pq.read_table(table, columns=[name for name in _TableRow._fields if name in names]).to_pylist()
+    for number, values in enumerate(rows):
         if isinstance(values["path"], str) and values["path"] != FORGOTTEN["path"]:
-            yield _TableRow(number, **{"location": values["path"], **values})
+            values.setdefault("location", values["path"])
+            yield _TableRow(number, **values)
 
 
 def _output_folder(table: Path) -> Path:
@@ -248,15 +249,15 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
 
 def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, list[_TableRow]]) -> None:
     """Raise `DataError` if *name* is that of photographs with different contents."""
-    paths = {str(path): path for path in images}  # by the text of the message
+    files = {str(path): path for path in images}  # by the path that the message shows
     for row in chain.from_iterable(rows.values()):
-        paths[row.path] = Path(row.path if row.is_in_archive else row.location)
-    texts: dict[str, str] = {}  # by the hash of the file, or by its path if it is no readable image
-    for text, path in paths.items():
-        is_readable = path.is_file() and path.suffix.lower() in SUFFIXES  # not an archive
-        texts.setdefault(sha256(path) if is_readable else os.path.abspath(path), text)  # noqa: PTH100
-    if len(texts) > 1:
-        names = shorten(sorted(texts.values()))
+        files[row.path] = Path(row.path if row.is_in_archive else row.location)
+    photographs: dict[str, str] = {}  # the path that is shown, by the hash of the file or its absolute path
+    for shown_path, file in files.items():
+        is_readable = file.is_file() and file.suffix.lower() in SUFFIXES  # not an archive
+        photographs.setdefault(sha256(file) if is_readable else os.path.abspath(file), shown_path)  # noqa: PTH100
+    if len(photographs) > 1:
+        names = shorten(sorted(photographs.values()))
         raise DataError(f"{name}: is the name of different photographs ({names}); name one with its folder")
 
 
