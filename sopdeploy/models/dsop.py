@@ -142,13 +142,13 @@ class DSoP(Classifier):
                     f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
                 )
             for tap, count in zip(taps, counts, strict=True):
-                is_used = count > 0
-                if not is_used and not (config.keep_unused_branches and tap == taps[-1]):
+                is_kept_unused = config.keep_unused_branches and tap == taps[-1]
+                if count == 0 and not is_kept_unused:
                     continue
                 width = min(widths[index], self.tap_channels[tap])
                 plan = BranchPlan(
                     tap=tap,
-                    used=is_used,
+                    used=count > 0,
                     blocks=max(count, 1),  # an unused branch has one block
                     stride=strides[index],
                     weight=weights[index],

@@ -187,16 +187,14 @@ def _check_project(manifest: Manifest, source: str, project: str | None) -> None
 
 def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> None:
     """Raise `BundleError` if *destination* has a bundle of the project that was exported later."""
-    newest, time = None, manifest.exported_at
-    for listed in read_bundles(destination):
-        other = listed.manifest
-        if other is None or other.project != manifest.project:
-            continue
+    manifests = [listed.manifest for listed in read_bundles(destination) if listed.manifest is not None]
+    of_project = [other for other in manifests if other.project == manifest.project]
+    newest = max(of_project, key=lambda other: other.exported_at, default=manifest)
+    time = manifest.exported_at
+    for other in of_project:
         if other.id == manifest.id:  # a copy keeps its time: a new one in the archive does not make it newer
             time = other.exported_at
-        if newest is None or other.exported_at > newest.exported_at:
-            newest = other
-    if newest is not None and time < newest.exported_at:
+    if time < newest.exported_at:
         raise BundleError(
             f"{source}: {manifest.name} was exported at {time}, before {newest.name} in {destination} "
             f"({newest.exported_at})",
