@@ -317,11 +317,11 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
                         graph = SealedFile(blocks)
                     else:
                         deque(blocks, maxlen=0)  # hash without keeping
-                if blocks.sha256 != record.sha256:
-                    raise BundleError(
-                        f"{current}: its sha256 is not the one in the manifest; the file was damaged: "
-                        "copy or export the bundle again"
-                    )
+                    if blocks.sha256 != record.sha256:
+                        raise BundleError(
+                            f"{current}: its sha256 is not the one in the manifest; the file was damaged: "
+                            "copy or export the bundle again"
+                        )
     except OSError as error:
         problem = (
             "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({os_reason(error)})"

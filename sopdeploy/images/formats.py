@@ -97,14 +97,10 @@ def open_image(
 def _check_dimensions(size: tuple[int, int], max_pixels: int) -> None:
     """Raise `ImageError` if an image of *size*, width and height, is too large."""
     width, height = size
-    if width * height > max_pixels:
-        limit = f"{max_pixels} pixels"
-    elif max(size) > _MAX_SIDE:
-        limit = f"{_MAX_SIDE} pixels per side"
-    else:
-        return
-    message = f"{width} x {height} is more than {limit}, the limit"
-    raise ImageError(message, code="too_many_pixels", status=413)
+    if width * height > max_pixels or max(size) > _MAX_SIDE:
+        limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{_MAX_SIDE} pixels per side"
+        message = f"{width} x {height} is more than {limit}, the limit"
+        raise ImageError(message, code="too_many_pixels", status=413)
 
 
 def load_pixels(image: Image.Image) -> Image.Image:
