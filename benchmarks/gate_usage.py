@@ -88,7 +88,8 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
         for pixels, _ in load_batches(dataset, batches, 0, torch.device("cpu")):
             with torch.no_grad():
                 if name == "training":
-                    sums[name] += model.noisy_gate(normalize(pixels))[1].sum(dim=0)
+                    _, weights = model.features_and_noisy_weights(normalize(pixels))
+                    sums[name] += weights.sum(dim=0)
                 else:
                     features, _ = model.feature_maps(normalize(pixels))
                     sums[name] += (model.gate(features) > 0).sum(dim=0)

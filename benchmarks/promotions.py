@@ -27,7 +27,7 @@ def is_promoted(rng: np.random.Generator, share: float, difference: float) -> bo
     wins, losses = drawn < (share + difference) / 2, drawn > 1 - (share - difference) / 2
     verdict = decide(int(wins.sum()), int(losses.sum()), PHOTOS, TOLERANCE)
     labels = [str(index) for index in range(CLASSES)]
-    worse = any(change.is_worse for change in compare_classes(labels, targets, [losses, wins]))
+    worse = any(change.is_worse for change in compare_classes(labels, targets, losses, wins))
     return verdict in {"better", "not worse"} and not worse
 
 

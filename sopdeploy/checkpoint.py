@@ -110,7 +110,7 @@ def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
     content = {
         "format": CHECKPOINT_FORMAT,
         "version": _VERSION,
-        **{entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)},  # four are replaced
+        **{field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)},  # four are replaced
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "preprocess": checkpoint.preprocess.model_dump(mode="json"),
         "decision": None if decision is None else decision.model_dump(mode="json"),
@@ -160,13 +160,14 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     written_by = writer_of(content.get("training"))
     for name in content.keys() - {"weights"}:  # `build_classifier` compares those with the network's
         for value in distinct_values(content[name]):
-            if isinstance(value, Tensor) and not (_is_dense(value) and _has_own_values(value)):
+            if isinstance(value, Tensor) and not (_is_dense(value) and _stores_all_numbers(value)):
                 where = f"{path}: {str(name)[:80]}"
                 raise CheckpointError(f"{where}: has a tensor without values of its own; copy it again")
-    known = {entry.name for entry in fields(Checkpoint)}
-    unknown = content.keys() - known - {"version"} if written_by not in {None, __version__} else ()
+    version = content.pop("version", None)
+    unknown = content.keys() - {field.name for field in fields(Checkpoint)}
+    is_of_other_version = written_by not in {None, __version__}
     try:
-        check_format(content.pop("version", None), _VERSION, written_by, map(str, unknown))
+        check_format(version, _VERSION, written_by, map(str, unknown) if is_of_other_version else ())
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
         problem = first_problem(error) + (version_advice(written_by) or "; train or import it again")
@@ -216,19 +217,19 @@ def _check_reading_cost(raw: bytes) -> None:
         check_pickles(io.BytesIO(raw))
         return
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        entries = archive.infolist()
-        if sum(entry.file_size for entry in entries) > len(raw):
+        files = archive.infolist()
+        if sum(file.file_size for file in files) > len(raw):
             raise ValueError("compressed or overlapping entries")
-        for entry in entries:
-            if entry.filename.endswith("data.pkl"):
-                check_pickles(io.BytesIO(archive.read(entry)))
+        for file in files:
+            if file.filename.endswith("data.pkl"):
+                check_pickles(io.BytesIO(archive.read(file)))
 
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
 
 
-def _has_own_values(tensor: Tensor) -> bool:
+def _stores_all_numbers(tensor: Tensor) -> bool:
     """Check whether the dense *tensor* has memory for all its numbers: with strides of 0 it may have less."""
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
@@ -261,30 +262,32 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
             raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
     try:
         with torch.serialization.safe_globals(list(PLAIN_TYPES)):
-            return _with_tensors(load_plain(path, raw, WEIGHTS_ADVICE)), digest
+            return _arrays_to_tensors(load_plain(path, raw, WEIGHTS_ADVICE)), digest
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
 
 
-def _with_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
+def _arrays_to_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
     """Replace the arrays of numpy in the outer *levels* of dicts by tensors."""
     if isinstance(content, StoredArray) and content.values is not None:
         return torch.from_numpy(content.values)
     if isinstance(content, dict) and levels:
-        return {key: _with_tensors(value, levels - 1) for key, value in content.items()}
+        return {key: _arrays_to_tensors(value, levels - 1) for key, value in content.items()}
     return content
 
 
 def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mapping[str, Tensor]]:
-    """Map the keys of the tables of tensors in the outer *levels* of *content* to them; "" is *content*."""
+    """Find the state dicts in the outer *levels* of *content*, by their path of keys with dots.
+
+    If *content* is one itself, its path is "".
+    """
     if is_state_dict(content):
         return {"": content}
     found: dict[str, Mapping[str, Tensor]] = {}
-    if not isinstance(content, dict) or levels == 1:
-        return found
-    for key, value in content.items():
-        inner = find_tables(value, levels - 1)
-        found |= {f"{key}.{name}".strip("."): table for name, table in inner.items()}
+    if isinstance(content, dict) and levels > 1:
+        for key, value in content.items():
+            for path, table in find_tables(value, levels - 1).items():
+                found[f"{key}.{path}".strip(".")] = table
     return found
 
 
@@ -306,13 +309,13 @@ def without_wrappers(
 
 def find_labels(content: Any) -> tuple[str, ...] | None:
     """Read the class names in the order of `class_to_idx`, as torchvision's folders number them, if any."""
-    numbers = content.get("class_to_idx") if isinstance(content, dict) else None
-    if not isinstance(numbers, dict) or not all(isinstance(name, str) for name in numbers):
+    number_by_name = content.get("class_to_idx") if isinstance(content, dict) else None
+    if not isinstance(number_by_name, dict) or not all(isinstance(name, str) for name in number_by_name):
         return None
-    names = {number: name for name, number in numbers.items() if isinstance(number, int)}
-    if sorted(names) != list(range(len(numbers))):
+    name_by_number = {number: name for name, number in number_by_name.items() if isinstance(number, int)}
+    if sorted(name_by_number) != list(range(len(number_by_name))):
         return None
-    return tuple(names[number] for number in range(len(names)))
+    return tuple(name for _, name in sorted(name_by_number.items()))
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -214,7 +214,7 @@ class Client:
         self,
         path: str,
         image: ImageLike | Sequence[ImageLike],
-        kind: type[Result],
+        result_type: type[Result],
         params: Mapping[str, str | float | None],
         timeout: float | None,
     ) -> Result | list[Result]:
@@ -225,13 +225,13 @@ class Client:
         if not bodies:
             return []
         send = partial(self._send, "POST", path, timeout)
-        given = {name: value for name, value in params.items() if value is not None}
+        query = {name: value for name, value in params.items() if value is not None}
         if is_list:
             parts = [("image", ("image", body, CONTENT_TYPE)) for body in bodies]
-            response = send(params=given, files=parts)
+            response = send(params=query, files=parts)
         else:
-            response = send(params=given, content=bodies[0], headers={"Content-Type": CONTENT_TYPE})
-        results = _parse_results(response, kind, len(bodies))
+            response = send(params=query, content=bodies[0], headers={"Content-Type": CONTENT_TYPE})
+        results = _parse_results(response, result_type, len(bodies))
         return results if is_list else results[0]
 
     def _send(self, method: str, path: str, timeout: float | None, **content: Any) -> httpx.Response:
@@ -280,12 +280,14 @@ def encode_image(image: Any) -> bytes:
         except (OSError, ValueError) as error:  # ValueError: not a path, such as one with a null byte
             reason = getattr(error, "strerror", error)
             raise DataError(f"{image}: cannot be read ({reason}); check the path") from error
-    picture, file = image, io.BytesIO()
+    file = io.BytesIO()
     try:
-        if not isinstance(image, Image.Image):
-            if image.dtype != np.uint8:  # raises AttributeError for what is no array
-                raise TypeError(f"an array of {image.dtype}")
+        if isinstance(image, Image.Image):
+            picture = image
+        elif image.dtype == np.uint8:  # raises AttributeError for what is no array
             picture = Image.fromarray(np.ascontiguousarray(image))
+        else:
+            raise TypeError(f"an array of {image.dtype}")
         picture.save(file, "PNG", compress_level=1)  # speed matters more than size
     except (AttributeError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -327,7 +329,7 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
 
 
 def _response_error(response: httpx.Response) -> ServiceError:
-    """Convert an error response to an exception; its body may be anything, such as a proxy's HTML page."""
+    """Build the exception for an error response, whose body may be anything, such as a proxy's HTML page."""
     status = response.status_code
     try:
         problem = Problem.model_validate_json(response.content, extra="ignore")
@@ -340,7 +342,7 @@ def _response_error(response: httpx.Response) -> ServiceError:
 
 
 def _no_response_error(request: httpx.Request, failure: Exception, seconds: float) -> UnreachableError:
-    """Convert the *failure* of a request without a response in *seconds* to an exception."""
+    """Build the exception for the *failure* of a request without a response, which may take *seconds*."""
     if isinstance(failure, httpx.TimeoutException):
         code, message = "timeout", f"{request.url}: no response within {seconds:.3g} s"
     else:
@@ -351,8 +353,8 @@ def _no_response_error(request: httpx.Request, failure: Exception, seconds: floa
     return error
 
 
-def _parse_results(response: httpx.Response, kind: type[Result], count: int) -> list[Result]:
-    """Parse the *count* results in *response*, in the order of the images; raises `ServiceError`."""
+def _parse_results(response: httpx.Response, result_type: type[Result], count: int) -> list[Result]:
+    """Parse the results in *response*, in the order of the images; raises `ServiceError` if not *count*."""
     shared = {
         "model_digest": response.headers.get("X-Model-Digest", ""),
         "timing_ms": dict(DURATION.findall(response.headers.get("Server-Timing", ""))),
@@ -360,7 +362,7 @@ def _parse_results(response: httpx.Response, kind: type[Result], count: int) -> 
     try:
         body = parse_json(response.content)
         rows = body.get("results", [body])
-        results = [kind.model_validate({**row, **shared}, extra="ignore") for row in rows]
+        results = [result_type.model_validate({**row, **shared}, extra="ignore") for row in rows]
     except (AttributeError, TypeError, ValueError) as error:
         raise _foreign_answer_error(response) from error
     are_complete = all(result.model_fields_set & {"classes", "values", "error"} for result in results)

@@ -123,13 +123,13 @@ class StrictModel(pydantic.BaseModel):
         return super().model_copy(update=update, deep=deep)
 
 
-def matching(pattern: str, form: str) -> pydantic.AfterValidator:
-    """Require that a text matches *pattern* as a whole; the error calls what is required *form*."""
+def matching(pattern: str, noun: str) -> pydantic.AfterValidator:
+    """Require that a text matches *pattern* as a whole; the error says that it "is no *noun*"."""
     compiled = re.compile(pattern)
 
     def check(text: str) -> str:
         if compiled.fullmatch(text) is None:
-            raise ValueError(f"is no {form}")
+            raise ValueError(f"is no {noun}")
         return text
 
     return pydantic.AfterValidator(check)
@@ -195,8 +195,8 @@ def check_format(found: Any, expected: int, written_by: Any, unknown: Iterable[s
     if isinstance(written_by, str):
         reader = f"sopdeploy {written_by[:MAX_SHOWN]}"
     if found != expected:
-        given = _SHORTENER.repr(found)[:MAX_SHOWN]
-        raise ValueError(f"version: {given}, but this sopdeploy reads {expected}; read it with {reader}")
+        version = _SHORTENER.repr(found)[:MAX_SHOWN]
+        raise ValueError(f"version: {version}, but this sopdeploy reads {expected}; read it with {reader}")
     if names := sorted(unknown):
         raise ValueError(f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it")
 

@@ -123,7 +123,7 @@ def import_optional(
         raise error(prefix + install_hint(package, source)) from problem
 
 
-def missing_store(address: str, error: ImportError) -> MissingPackageError:
+def missing_store_error(address: str, error: ImportError) -> MissingPackageError:
     """Build the error for an *address* whose client, which fsspec names in *error*, is not installed."""
     scheme = address.partition("://")[0].split("::")[-1]
     client = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(scheme)

@@ -63,9 +63,12 @@ class SopdeployError(Exception):
 
     def describe(self, write: Callable[[str, object], str] = python_argument) -> str:
         """Return the message with its settings; *write* formats a setting and its value."""
-        about = "" if self.setting is None else f"{write(self.setting, self.value)}: "
-        tried = " or ".join(write(name, value) for name, value in self.remedies.items())
-        return f"{about}{self.message}; try {tried}" if tried else f"{about}{self.message}"
+        text = self.message
+        if self.setting is not None:
+            text = f"{write(self.setting, self.value)}: {text}"
+        if self.remedies:
+            text += "; try " + " or ".join(write(name, value) for name, value in self.remedies.items())
+        return text
 
 
 class ConfigError(SopdeployError):
@@ -222,9 +225,11 @@ def shorten(names: Sequence[str], separator: str = ", ") -> str:
 
 def shorten_problems(problems: Sequence[str]) -> str:
     """Join *problems*, texts `PLACE: REASON`, for a message: each reason once, after its first places."""
-    places: dict[str, list[str]] = {}
+    places_by_reason: dict[str, list[str]] = {}
     for problem in problems:
         place, _, reason = problem.partition(": ")
-        places.setdefault(reason, []).append(place)
-    by_reason = [": ".join(filter(None, (shorten(found), reason))) for reason, found in places.items()]
-    return shorten(by_reason, "; ")
+        places_by_reason.setdefault(reason, []).append(place)
+    texts = []
+    for reason, places in places_by_reason.items():
+        texts.append(f"{shorten(places)}: {reason}" if reason else shorten(places))
+    return shorten(texts, "; ")

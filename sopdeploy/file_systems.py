@@ -23,15 +23,15 @@ log = logging.getLogger("sopdeploy.files")
 
 
 class Lock(NamedTuple):
-    """An open lock file; `missing` tells why the file system cannot lock it, empty if it is locked."""
+    """An open lock file; `failure` tells why the file system cannot lock it, empty if it is locked."""
 
     file: int
-    missing: str
+    failure: str
 
-    def warn_if_missing(self, path: Path, advice: str) -> None:
+    def warn_if_unlocked(self, path: Path, advice: str) -> None:
         """Warn in one line that the file system of *path* has no locks, if so, and the *advice*."""
-        if self.missing:
-            log.warning("%s: this file system has no locks (%s); %s", path, self.missing, advice)
+        if self.failure:
+            log.warning("%s: this file system has no locks (%s); %s", path, self.failure, advice)
 
 
 def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: bool = False) -> Lock:
@@ -45,30 +45,31 @@ def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: 
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
-            missing = _try_lock(file, wait=wait, of_process=of_process)
+            failure = _try_lock(file, wait=wait, of_process=of_process)
         except BaseException:  # an interrupt must not leave the file open
             os.close(file)
             raise
         tries += 1
-        if missing or _is_at(file, path) or tries == _MAX_TRIES:  # some file systems change the inode
-            return Lock(file, missing)
-        os.close(file)  # its last owner has deleted it
+        is_deleted = not _is_at(file, path)  # by its last owner, unless the file system changes inodes
+        if failure or not is_deleted or tries == _MAX_TRIES:
+            return Lock(file, failure)
+        os.close(file)
 
 
 @contextmanager
-def locked_if_left(path: Path) -> Iterator[bool]:
+def lock_if_abandoned(path: Path) -> Iterator[bool]:
     """Yield whether the process that locked the file *path* has ended; if so, lock it during the block.
 
     Without locks nobody knows, so it yields false.
     """
     file = None
-    is_left = False
+    is_abandoned = False
     with suppress(OSError):
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        missing = _try_lock(file)  # raises if the process is alive
-        is_left = not missing
+        failure = _try_lock(file)  # raises if the process is alive
+        is_abandoned = not failure
     try:
-        yield is_left
+        yield is_abandoned
     finally:
         if file is not None:
             os.close(file)

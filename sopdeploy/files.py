@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 
 from sopdeploy.config import parse_json
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
-from sopdeploy.file_systems import Lock, lock_file, locked_if_left, rename_file
+from sopdeploy.file_systems import Lock, lock_file, lock_if_abandoned, rename_file
 from sopdeploy.names import label_problem
 from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 
@@ -123,12 +123,12 @@ def remove_leftovers(folder: Path) -> None:
         for entry in list(entries):
             path = Path(entry.path)
             if _LEFT_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                with locked_if_left(path) as is_left:
-                    if is_left:
+                with lock_if_abandoned(path) as is_abandoned:
+                    if is_abandoned:
                         path.unlink(missing_ok=True)
             elif _LEFT_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                with locked_if_left(path / LOCK) as is_left:
-                    if is_left or not os.path.lexists(path / LOCK):
+                with lock_if_abandoned(path / LOCK) as is_abandoned:
+                    if is_abandoned or not os.path.lexists(path / LOCK):
                         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -225,8 +225,9 @@ def move_link(link: Path, target: str) -> None:
 
 def leads_through(path: Path, link: Path) -> bool:
     """Tell whether *path* leads through *link*, which need not exist, or through too many links."""
-    place = Path(os.path.realpath(link.parent), link.name)
-    names, current = [*reversed(Path.cwd().joinpath(path).parts[1:])], Path("/")
+    real_link = Path(os.path.realpath(link.parent), link.name)
+    current = Path("/")
+    names = list(reversed(Path.cwd().joinpath(path).parts[1:]))  # from *current* on, the next one last
     for _ in range(MAX_PATH_STEPS):
         if not names:
             return False
@@ -235,7 +236,7 @@ def leads_through(path: Path, link: Path) -> bool:
             current = current.parent
             continue
         current /= name
-        if current == place:
+        if current == real_link:
             return True
         if current.is_symlink():
             target = current.readlink()
@@ -285,21 +286,22 @@ def describe_foreign(path: Path) -> str:
     """Say what a file of another program, or a name of code, is, and what to do; empty for other paths."""
     if re.fullmatch(r"[\w.]+(?:\.py)?:[\w.]+", path.name) and not path.exists():
         return "names code, not a file; give the weight file, and name the network as an option"
-    kinds = (text for suffixes, text in _OF_OTHERS.items() if path.suffix.lower() in suffixes)
-    return next(kinds, "")
+    for suffixes, description in _OF_OTHERS.items():
+        if path.suffix.lower() in suffixes:
+            return description
+    return ""
 
 
 def check_is_file(path: Path) -> None:
     """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
     if path.is_file():
         return
-    advice = "use the best.pt of a training run"
     if ":" in path.name and (foreign := describe_foreign(path)):
         raise CheckpointError(f"{path}: {foreign}")
+    best = path / "best.pt"
+    advice = f"use {best}" if best.is_file() else "use the best.pt of a training run"
     if has_manifest(path):
         problem = "a bundle, which is already exported"
-    elif (path / "best.pt").is_file():
-        problem, advice = "a folder", f"use {path / 'best.pt'}"
     else:
         problem = "a folder" if path.is_dir() else "no such file"
     raise CheckpointError(f"{path}: {problem}; {advice}")
@@ -337,8 +339,9 @@ def check_is_weights(path: Path) -> WeightPath:
 def _magic_of_importers() -> tuple[bytes, ...]:
     """List the first bytes of the files of importers that packages have registered."""
     IMPORTERS.names()  # imports plug-ins; an importer of the wheel itself is only named
-    items = (item for item, _ in IMPORTERS.registered.values())
-    found = (FIRST_BYTES.get(item) if isinstance(item, str) else item.magic for item in items)
+    found = []
+    for importer, _ in IMPORTERS.registered.values():
+        found.append(FIRST_BYTES.get(importer) if isinstance(importer, str) else importer.magic)
     return tuple(magic for magic in found if magic)
 
 
@@ -366,15 +369,15 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     """Read class names from *file*, one per line or as a JSON list; raises `ConfigError`."""
     try:
         content = read_text(file, MAX_NAMES_BYTES)
-        found = parse_json(content) if file.suffix == ".json" else content.split("\n")
-        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        lines = parse_json(content) if file.suffix == ".json" else content.split("\n")
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
             raise ValueError('no list of names such as ["cat", "dog"]')
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             f"{file} cannot be read ({reason}); give one name per line", setting="labels"
         ) from error
-    names = tuple(name.strip() for name in found if name.strip())
+    names = tuple(line.strip() for line in lines if line.strip())
     if problem := label_problem(names):
         raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
     return names

@@ -67,39 +67,31 @@ class StoredArray:
             self.values = kind.read(raw, shape, by_columns=bool(by_columns))
 
 
-def _number(kind: Any, raw: Any = None) -> Any:
+def _read_scalar(kind: Any, raw: Any = None) -> Any:
     """Read a scalar of numpy as a number of Python; None if it is no number."""
     values = kind.read(raw, ()) if isinstance(kind, StoredKind) else None
     return None if values is None else values.item()
-
-
-def _path(*parts: Any) -> str:
-    return "/".join(map(str, parts))
-
-
-def _no_defaults(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-def _factory(*_: Any) -> None:
-    """Stand for the type of the missing values of a `defaultdict`."""
 
 
 # What stands for the plain types that checkpoints contain beside tensors. None of them allocates more than
 # the pickle has, or calls what the pickle names.
 PLAIN_TYPES: list[tuple[Callable[..., Any], str]] = [
     (Namespace, "argparse.Namespace"),
-    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_read_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((StoredArray, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     (StoredArray, "numpy.ndarray"),
     (StoredKind, "numpy.dtype"),
     *(
-        (_path, f"{module}.{name}")
+        (lambda *parts: "/".join(map(str, parts)), f"{module}.{name}")
         for module in ("pathlib", "pathlib._local")
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     ),
-    (_no_defaults, "collections.defaultdict"),
-    *((_factory, f"builtins.{name}") for name in ("list", "dict", "int", "float", "str", "bool", "tuple")),
+    (lambda *_: {}, "collections.defaultdict"),
+    # The type of its missing values, which is not used:
+    *(
+        (lambda *_: None, f"builtins.{name}")
+        for name in ("list", "dict", "int", "float", "str", "bool", "tuple")
+    ),
 ]
 
 
@@ -107,13 +99,13 @@ def check_pickles(file: IO[bytes]) -> None:
     """Raise `ValueError` if one of the pickles at the start of *file* names too many values to read it."""
     cost = 0
     for _ in range(_MAX_PICKLES):
-        cost += _hashed_values(file, cost)
+        cost += _count_hashed_values(file, cost)
         if not file.read(1):  # the end of the file
             return
         file.seek(-1, 1)
 
 
-def _hashed_values(file: IO[bytes], cost: int) -> int:
+def _count_hashed_values(file: IO[bytes], cost: int) -> int:
     """Count the values that reading the next pickle of *file* hashes, without reading it.
 
     It follows the operations with the extent of each value in place of the value. A tuple has that of its
@@ -136,21 +128,19 @@ def _hashed_values(file: IO[bytes], cost: int) -> int:
         if name == "MARK":
             stack.append(None)
             continue
-        taken: list[_Extent] = []
         before = operation.stack_before
         if pickletools.markobject in before:
-            while (entry := stack.pop()) is not None:
-                taken.append(entry)
-            before = before[: before.index(pickletools.markobject)]
-            del stack[len(stack) - len(before) :]
+            operands = list(iter(stack.pop, None))  # those above the mark
+            for _ in range(before.index(pickletools.markobject)):
+                stack.pop()
         else:
-            taken = [entry for entry in (stack.pop() for _ in before) if entry is not None]
+            operands = [extent for extent in (stack.pop() for _ in before) if extent is not None]
         values, levels = 1, 0
         if name.startswith("TUPLE"):
-            values += sum(extent.values for extent in taken)
-            levels = 1 + max((extent.levels for extent in taken), default=0)
+            values += sum(extent.values for extent in operands)
+            levels = 1 + max((extent.levels for extent in operands), default=0)
         elif name in {"SETITEM", "SETITEMS", "REDUCE"}:
-            hashed += sum(extent.values for extent in taken)
+            hashed += sum(extent.values for extent in operands)
         if values > MAX_VALUES or cost + hashed > MAX_VALUES or levels > MAX_LEVELS:
             raise ValueError("a tuple has too many values or levels")
         stack += [_Extent(values, levels)] * len(operation.stack_after)
@@ -164,30 +154,26 @@ def distinct_values(content: Any) -> list[Any]:
     more than `MAX_LEVELS`, and if *content* contains itself.
     """
     found: list[Any] = []
-    counted: dict[int, _Extent] = {}  # by the identity of an object
-    open_ids: set[int] = set()  # of the objects whose parts are counted now
-    waiting = [(content, False)]  # each with whether its parts are counted
-    while waiting:
-        value, is_counted = waiting.pop()
-        if id(value) in counted:
-            continue
+    extents: dict[int, _Extent] = {}  # by the identity of an object
+
+    def measure(value: Any, outer_levels: int) -> _Extent:
+        if id(value) in extents:
+            return extents[id(value)]
+        if outer_levels > MAX_LEVELS:
+            raise ValueError("it contains itself, or its lists have too many levels")
         content = vars(value) if isinstance(value, Namespace) else value
         parts = [*content.keys(), *content.values()] if isinstance(content, dict) else content
-        if not isinstance(parts, list | tuple | set | frozenset):
-            counted[id(value)] = _Extent(1, 0)
-            found.append(value)
-        elif is_counted:
-            extents = [counted[id(part)] for part in parts]
-            total = 1 + sum(extent.values for extent in extents)
-            levels = 1 + max((extent.levels for extent in extents), default=0)
-            if total > MAX_VALUES or levels > MAX_LEVELS:
+        if isinstance(parts, list | tuple | set | frozenset):
+            inner = [measure(part, outer_levels + 1) for part in parts]
+            num_values = 1 + sum(extent.values for extent in inner)
+            levels = 1 + max((extent.levels for extent in inner), default=0)
+            if num_values > MAX_VALUES or levels > MAX_LEVELS:
                 raise ValueError("its lists name too many values or have too many levels")
-            counted[id(value)] = _Extent(total, levels)
-            open_ids.discard(id(value))
-        elif id(value) in open_ids:
-            raise ValueError("a list contains itself")
         else:
-            open_ids.add(id(value))
-            waiting.append((value, True))  # after its parts
-            waiting += [(part, False) for part in parts]
+            num_values, levels = 1, 0
+            found.append(value)
+        extents[id(value)] = _Extent(num_values, levels)
+        return extents[id(value)]
+
+    measure(content, 0)
     return found

@@ -126,8 +126,8 @@ def import_plugins() -> list[str]:
             point.load()
         except (Exception, SystemExit) as error:  # code of others
             problems.append(
-                f"plug-in {point.name} of {distribution(point)} cannot be imported ({first_line(error)}); "
-                f"correct or uninstall it, or set {VARIABLE}=off"
+                f"plug-in {point.name} of {describe_distribution(point)} cannot be imported "
+                f"({first_line(error)}); correct or uninstall it, or set {VARIABLE}=off"
             )
     return problems
 
@@ -162,7 +162,7 @@ def installed_plugins() -> tuple[EntryPoint, ...]:
     return _plugin_entry_points() if wanted == "on" else ()
 
 
-def distribution(point: EntryPoint) -> str:
+def describe_distribution(point: EntryPoint) -> str:
     """Return name and version of the package that registers *point*."""
     return "a package without metadata" if point.dist is None else f"{point.dist.name} {point.dist.version}"
 

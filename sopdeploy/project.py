@@ -72,11 +72,11 @@ def folder_project(folder: Path) -> str:
 
 def utc_now() -> str:
     """Return SOURCE_DATE_EPOCH, or now if it is not set, as `Time`; raises `ConfigError` if it is invalid."""
-    given = os.environ.get("SOURCE_DATE_EPOCH")
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
     try:
-        time = datetime.now(UTC) if given is None else datetime.fromtimestamp(int(given), UTC)
+        time = datetime.now(UTC) if epoch is None else datetime.fromtimestamp(int(epoch), UTC)
     except (ValueError, OverflowError, OSError) as error:
         raise ConfigError(
-            f"SOURCE_DATE_EPOCH={given}: not a number of seconds since 1970; correct or unset it"
+            f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds since 1970; correct or unset it"
         ) from error
     return f"{time:%Y-%m-%dT%H:%M:%S.%fZ}"

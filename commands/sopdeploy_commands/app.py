@@ -142,7 +142,7 @@ class Program(TyperGroup):
         try:
             code = super().main(*arguments, **{**settings, "standalone_mode": False})
         except UsageError as error:
-            code = _print_user_error(_usage_error(error))
+            code = _print_user_error(_to_config_error(error))
         except ImportError as error:  # of a command
             code = _print_user_error(error)
         sys.exit(code)
@@ -173,20 +173,15 @@ class Program(TyperGroup):
 app = typer.Typer(name="sopdeploy", cls=Program, help=ABOUT, **SETTINGS)
 
 
-def _show_version(requested: bool) -> None:
-    if requested:
-        sys.stdout.write(f"sopdeploy {__version__}\n")
-        raise typer.Exit
-
-
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    """Show the help if no command is given."""
+    """Show the version, or the help if no command is given."""
+    if version:
+        sys.stdout.write(f"sopdeploy {__version__}\n")
+        raise typer.Exit
     if context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
 
@@ -232,8 +227,8 @@ def _run_and_flush() -> Any:
     return code
 
 
-def _usage_error(error: Any) -> Exception:
-    """Describe a command line that Typer does not accept, in one line."""
+def _to_config_error(error: Any) -> Exception:
+    """Build the one-line error for a command line that Typer does not accept."""
     from sopdeploy.errors import ConfigError
 
     command = "sopdeploy" if error.ctx is None else error.ctx.command_path
@@ -245,13 +240,13 @@ def _usage_error(error: Any) -> Exception:
     elif name is not None:  # an option without a value
         (parameter,) = [parameter for parameter in parameters if name in parameter.opts]
         choices = get_args(parameter.type_descriptor.annotation)  # of a `Literal`
-        if choices and all(isinstance(one, str) for one in choices):
+        if choices and all(isinstance(choice, str) for choice in choices):
             message += f", one of {', '.join(choices)}"
     return ConfigError(f"{command}: {message}; see {command} --help")
 
 
 def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
-    """Name the setting that does what the unknown option *name* may mean, or the option that is written so.
+    """Write the end of the message about an unknown option: a similar one, or a setting; empty without one.
 
     *parameters* are those of the command: --setting takes settings of the server, --set those of a recipe.
     """

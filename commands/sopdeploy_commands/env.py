@@ -23,17 +23,17 @@ def env() -> None:
     Example: sopdeploy env
     """
     from sopdeploy.environment import installed, machine
-    from sopdeploy.plugins import distribution, installed_plugins
+    from sopdeploy.plugins import describe_distribution, installed_plugins
 
     modules: dict[str, list[str]] = {}  # of plug-ins, by distribution; not imported
     for point in installed_plugins():
-        modules.setdefault(distribution(point), []).append(point.module)
+        modules.setdefault(describe_distribution(point), []).append(point.module)
     python = f"{platform.python_implementation()} {platform.python_version()}"
     libc = " ".join(platform.libc_ver()).strip()
     sections: dict[str, Mapping[str, object]] = {
         "versions": {"sopdeploy": __version__, "python": python, **installed(_PACKAGES)},
         "machine": {**machine(), "release": platform.release(), "libc": libc},
-        "accelerators": accelerators(),
+        "accelerators": describe_accelerators(),
         "plug-ins": {name: ", ".join(names) for name, names in modules.items()},
     }
     for section, values in sections.items():
@@ -42,7 +42,7 @@ def env() -> None:
             out.print(Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value))))
 
 
-def accelerators() -> dict[str, str]:
+def describe_accelerators() -> dict[str, str]:
     """Describe ONNX Runtime's execution providers, and TensorRT's version and GPU or why there is none."""
     try:
         import onnxruntime

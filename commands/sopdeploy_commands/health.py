@@ -38,9 +38,9 @@ def _find_problem(url: str) -> str | None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("it has no scheme or no host")
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        with closing(kind(parts.hostname, parts.port, timeout=TIMEOUT)) as connection:
+        is_secure = parts.scheme == "https"
+        connect = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        with closing(connect(parts.hostname, parts.port, timeout=TIMEOUT)) as connection:
             connection.request("GET", parts.path.rstrip("/") + "/readyz")
             response = connection.getresponse()
             body = response.read(200).decode(errors="replace")

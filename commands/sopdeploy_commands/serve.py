@@ -25,13 +25,13 @@ COMPARED = 30  # held-out photographs for a first comparison of two networks
 
 def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
     """Describe an option for each of the settings *names*; `Settings` validates its value."""
-    found = {}
+    flags: dict[str, tuple[Any, str]] = {}
     for name in names:
         field = Settings.model_fields[name]
         default = "" if field.default in {None, ()} else f"; default: {field.default}"
         value_type = int if field.annotation is int else str
-        found[name] = (value_type | None, f"{field.description}{default}.")
-    return found
+        flags[name] = (value_type | None, f"{field.description}{default}.")
+    return flags
 
 
 def _parse_and_warn(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.files import atomic_write, writing
-from sopdeploy.html.report import HtmlReport, Section, Table, around, render, sanitize
+from sopdeploy.html.report import HtmlReport, Section, Table, insert_names, render, sanitize
 from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.results import Exported, ExportResults
 
@@ -39,8 +39,8 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
         title=manifest.project,
         text=[
             f"The exported network {equal}: {facts['answers']}; {facts['batch']}.",
-            around(f"{len(labels)} classes: {', '.join(['{}'] * len(kept))}{more}", *kept),
-            around("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
+            insert_names(f"{len(labels)} classes: {', '.join(['{}'] * len(kept))}{more}", *kept),
+            insert_names("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
         ],
         tiles={
             "megabytes": f"{exported.parity.file_bytes / 1e6:.1f}",
@@ -56,9 +56,13 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
             Section(
                 title="Use",
                 text=[
-                    around("Check it on this machine: {}", f"sopdeploy verify {quote(bundle)}", tag="code"),
-                    around("Classify: {}", f"sopdeploy predict {quote(bundle)} photo.jpg", tag="code"),
-                    around("Serve, with a web page: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
+                    insert_names(
+                        "Check it on this machine: {}", f"sopdeploy verify {quote(bundle)}", tag="code"
+                    ),
+                    insert_names("Classify: {}", f"sopdeploy predict {quote(bundle)} photo.jpg", tag="code"),
+                    insert_names(
+                        "Serve, with a web page: {}", f"sopdeploy serve {quote(bundle)}", tag="code"
+                    ),
                 ],
             ),
         ],

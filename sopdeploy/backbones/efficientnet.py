@@ -174,13 +174,6 @@ class LiteBlock(nn.Sequential):
         return out + x if self.keeps_shape else out
 
 
-def scale_channels(channels: int, factor: float) -> int:
-    """Multiply *channels* by *factor*; the result is a multiple of 8 and at least 90 % of the product."""
-    scaled = channels * factor
-    rounded = max(DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5))  # the nearest multiple
-    return rounded + DIVISOR if rounded < 0.9 * scaled else rounded
-
-
 class EfficientNetLite(Backbone):
     """Stem, seven stages, 1x1 convolution to 1280 channels, global pooling, one linear layer."""
 
@@ -198,7 +191,10 @@ class EfficientNetLite(Backbone):
             is_fixed = name in {"blocks.0", "blocks.6"}  # the first stage and the last one
             count = stage.blocks if is_fixed else math.ceil(stage.blocks * config.depth)
             expansion = 1 if name == "blocks.0" else 6
-            out = scale_channels(stage.channels, config.width)
+            scaled = stage.channels * config.width
+            out = max(DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5))  # the nearest multiple
+            if out < 0.9 * scaled:
+                out += DIVISOR
             blocks = []
             for index in range(count):
                 stride = STRIDES[name] if index == 0 else 1

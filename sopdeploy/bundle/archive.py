@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO
 
 from sopdeploy.bundle.folder import GRAPH, MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.environment import import_optional, missing_store
+from sopdeploy.environment import import_optional, missing_store_error
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
 from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, new_folder, writing
 
@@ -38,14 +38,14 @@ def write_archive(bundle: Bundle, file: BinaryIO) -> None:
 
 
 def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
-    """Yield what an archive contains: bytes, never empty, and names of files where their contents follow."""
+    """Yield what an archive contains: bytes, and names of files where their contents follow."""
     raw = manifest.to_bytes()
-    pending = header(MANIFEST, len(raw)) + raw + padding(len(raw))
+    yield header(MANIFEST, len(raw)) + raw + padding(len(raw))
     for name, record in sorted(manifest.files.items()):
-        yield pending + header(name, record.bytes)
+        yield header(name, record.bytes)
         yield name
-        pending = padding(record.bytes)  # can be empty, so it is yielded with the next header
-    yield pending + END
+        yield padding(record.bytes)
+    yield END
 
 
 def read_archived_manifest(archive: IO[bytes], name: str) -> Manifest:
@@ -114,7 +114,7 @@ def upload(file: Path, destination: str, name: str) -> str:
     """
     if "://" in destination:
         url = f"{destination.rstrip('/')}/{name}"
-        with _filesystem(url) as (store, path):
+        with _open_store(url) as (store, path):
             store.put_file(str(file), path)
         return url
     target = Path(destination) / name
@@ -131,7 +131,7 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
     size = 0
     with ExitStack() as stack:
         if "://" in source:
-            store, path = stack.enter_context(_filesystem(source))
+            store, path = stack.enter_context(_open_store(source))
             content = stack.enter_context(store.open(path, "rb"))
         elif Path(source).is_file():
             content = stack.enter_context(Path(source).open("rb"))
@@ -148,7 +148,7 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
 
 
 @contextmanager
-def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
+def _open_store(url: str) -> Iterator[tuple[Any, str]]:
     """Yield the fsspec file system of *url* and the path in it.
 
     Raises `BundleError` for the errors of its client.
@@ -159,11 +159,11 @@ def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store(url, error) from error
+        raise missing_store_error(url, error) from error
     except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks
-            with writing(url):
+            with writing(url):  # converts it to `StorageError`
                 raise cause from error
         text = " ".join(str(cause).split())
         raise BundleError(

@@ -105,10 +105,10 @@ def staging(destination: Path) -> Iterator[Path]:
         try:
             yield folder
         except OSError as error:
-            if error.errno not in FULL_ERRNOS:
-                raise
-            with writing(destination):
-                raise
+            if error.errno in FULL_ERRNOS:
+                with writing(destination):  # converts it to `StorageError`
+                    raise
+            raise
 
 
 def seal(
@@ -158,7 +158,7 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     return target
 
 
-class Placed(NamedTuple):
+class PlacedBundle(NamedTuple):
     """The manifest of the bundle that has the final name, and whether it was written by this process."""
 
     manifest: Manifest
@@ -167,7 +167,7 @@ class Placed(NamedTuple):
 
 def give_final_name(
     folder: Path, manifest: Manifest, destination: Path, signature: bytes | None = None
-) -> Placed:
+) -> PlacedBundle:
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
     A *signature* of *manifest* is written first, so that the bundle is never there without it. The bundle
@@ -176,19 +176,19 @@ def give_final_name(
     stays as it is.
     """
     target = destination / manifest.name
-    beside = target.with_name(target.name + SIGNATURE_SUFFIX)
-    is_signed, had_signature = signature is not None, os.path.lexists(beside)
+    read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)
     is_new = not os.path.lexists(target)
     if not is_new:
         if not target.is_dir():
             raise BundleError(f"{target}: has the name of the bundle, but is no folder; move it away")
-        found = _read_same_bundle(target, manifest, is_signed=is_signed)
+        found = read_same()
     with writing(target), ExitStack() as undo:
         if signature is not None:
-            with atomic_write(beside) as partial_file:
+            signature_file = target.with_name(target.name + SIGNATURE_SUFFIX)
+            if not os.path.lexists(signature_file):
+                undo.callback(signature_file.unlink, missing_ok=True)
+            with atomic_write(signature_file) as partial_file:
                 partial_file.write_bytes(signature)
-            if not had_signature:
-                undo.callback(beside.unlink, missing_ok=True)
         if is_new:
             set_mode(folder, 0o755)
             for path in folder.iterdir():
@@ -202,13 +202,13 @@ def give_final_name(
                     raise
                 is_new = False  # another process was faster
             try:
-                found = _read_same_bundle(target, manifest, is_signed=is_signed)
+                found = read_same()
             except BundleError:
                 if is_new:  # somebody exchanged a file between the check and the new name
                     target.rename(folder)  # the caller deletes it
                 raise
-        undo.pop_all()
-    return Placed(found, is_new)
+        undo.pop_all()  # keep the signature
+    return PlacedBundle(found, is_new)
 
 
 def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
@@ -240,27 +240,8 @@ def is_bundle(path: Path) -> bool:
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the bundle folder *path*; raise `BundleError` if it is missing or invalid."""
     file = path / MANIFEST
-    if not path.is_dir():
-        if path.suffix == ".pt" and path.is_file():
-            hint = f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
-        elif path.suffix == ".tar" and path.is_file():
-            hint = f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
-        elif (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
-            hint = f"{foreign}, and export it"
-        else:
-            hint = f"no bundle here; a bundle is a folder with a {MANIFEST}"
-        raise BundleError(f"{path}: {hint}")
-    if not file.is_file() or file.is_symlink():
-        bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
-        if (best := path / "best.pt").is_file():
-            hint = f"a run, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
-        elif bundles:
-            newest = path / LATEST
-            shown = newest if newest in bundles else bundles[0]
-            hint = f"a folder of bundles; choose one, such as {shown}"
-        else:
-            hint = f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
-        raise BundleError(f"{path}: {hint}")
+    if not path.is_dir() or not file.is_file() or file.is_symlink():
+        raise BundleError(f"{path}: {_describe_no_bundle(path)}")
     with open_regular(file) as opened:
         content = read_at_most(opened, MAX_MANIFEST_BYTES + 1)
     if len(content) > MAX_MANIFEST_BYTES:
@@ -271,6 +252,25 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.from_bytes(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file}: {error}; copy or export the bundle again") from error
+
+
+def _describe_no_bundle(path: Path) -> str:
+    """Say what *path* is, which is no bundle, and what to do."""
+    if not path.is_dir():
+        if path.suffix == ".pt" and path.is_file():
+            return f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
+        if path.suffix == ".tar" and path.is_file():
+            return f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
+        if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
+            return f"{foreign}, and export it"
+        return f"no bundle here; a bundle is a folder with a {MANIFEST}"
+    if (best := path / "best.pt").is_file():
+        return f"a run, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
+    bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
+    if bundles:
+        latest = path / LATEST
+        return f"a folder of bundles; choose one, such as {latest if latest in bundles else bundles[0]}"
+    return f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
 
 
 def open_bundle(path: Path, *, with_graph: bool = True) -> Bundle:
@@ -299,30 +299,29 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
     graph: SealedFile | None = None
     current = path  # for the message of an error
     try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
+        with ExitStack() as stack:
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, folder)
             for name, record in manifest.files.items():
                 current = path / name
-                _check_status(current, os.stat(name, dir_fd=folder, follow_symlinks=False), record)
+                _check_type_and_size(current, os.stat(name, dir_fd=folder, follow_symlinks=False), record)
             for name, record in manifest.files.items():
                 current = path / name
                 flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # it may be a link or a FIFO meanwhile
                 with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
-                    _check_status(current, os.fstat(file.fileno()), record)
+                    _check_type_and_size(current, os.fstat(file.fileno()), record)
                     blocks = HashedBlocks(file, record.bytes)
                     if name != GRAPH:
                         contents[name] = b"".join(blocks)
                     elif with_graph:
                         graph = SealedFile(blocks)
                     else:
-                        deque(blocks, maxlen=0)
+                        deque(blocks, maxlen=0)  # hash without keeping
                     if blocks.sha256 != record.sha256:
                         raise BundleError(
-                            f"{current}: its sha256 is not the one in the manifest; the file was "
-                            "damaged: copy or export the bundle again"
+                            f"{current}: its sha256 is not the one in the manifest; the file was damaged: "
+                            "copy or export the bundle again"
                         )
-        finally:
-            os.close(folder)
     except OSError as error:
         problem = (
             "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({os_reason(error)})"
@@ -332,18 +331,18 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
     return Bundle(path=path, manifest=manifest, labels=labels, contents=contents, graph=graph)
 
 
-def _check_status(file: Path, found: os.stat_result, record: FileRecord) -> None:
-    """Raise `BundleError` if *found* is no plain file of the size in *record*, or JSON that is too large."""
-    if stat.S_ISLNK(found.st_mode):
+def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord) -> None:
+    """Raise `BundleError` if *file* is no plain file of the size in *record*, or JSON that is too large."""
+    if stat.S_ISLNK(status.st_mode):
         raise BundleError(f"{file}: is a link; a bundle contains only plain files")
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{file}: missing; copy or export the bundle again")
-    if found.st_size != record.bytes:
+    if status.st_size != record.bytes:
         raise BundleError(
-            f"{file}: has {found.st_size} bytes, the manifest says {record.bytes}; "
+            f"{file}: has {status.st_size} bytes, the manifest says {record.bytes}; "
             "copy or export the bundle again"
         )
-    if file.suffix == ".json" and found.st_size > MAX_JSON_BYTES:
+    if file.suffix == ".json" and status.st_size > MAX_JSON_BYTES:
         raise BundleError(f"{file}: larger than {MAX_JSON_BYTES} bytes; export the bundle again")
 
 
@@ -371,7 +370,7 @@ def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, 
     return labels
 
 
-class Listed(NamedTuple):
+class ListedBundle(NamedTuple):
     """A bundle of a folder of bundles; an unreadable `manifest` is None.
 
     `why_not_served` is empty for the bundle that is served; then it was read, and is `bundle`. `is_replaced`
@@ -403,53 +402,50 @@ class Listed(NamedTuple):
         return self.manifest.exported_at, self.manifest.id, has_own_name, self.path
 
 
-def read_bundles(folder: Path) -> Iterator[Listed]:
-    """Yield the bundles directly in *folder*, by name.
-
-    `why_not_served` is set for a bundle whose manifest cannot be read.
+def read_bundles(folder: Path) -> Iterator[ListedBundle]:
+    """Yield the bundles directly in *folder*, by name; `why_not_served` says why a manifest cannot be read.
 
     A folder with a manifest or a required file counts; hidden folders, which are incomplete, and links to
     folders in *folder* do not. Raises `BundleError` if *folder* exists but cannot be read.
     """
     try:
-        entries = sorted(folder.iterdir()) if folder.is_dir() else []
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise BundleError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
-    for path in entries:
+    for path in paths:
         try:
-            is_repeated = path.is_symlink() and path.resolve().parent == folder.resolve()
-            if path.name.startswith(".") or is_repeated or not path.is_dir():
+            is_link_to_sibling = path.is_symlink() and path.resolve().parent == folder.resolve()
+            if path.name.startswith(".") or is_link_to_sibling or not path.is_dir():
                 continue
             if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
-                yield Listed(path, read_manifest(path))  # raises without a valid manifest
+                yield ListedBundle(path, read_manifest(path))  # raises without a valid manifest
         except (BundleError, OSError, RuntimeError) as error:  # `RuntimeError`: a link that leads to itself
-            yield Listed(path, None, str(error))
+            yield ListedBundle(path, None, str(error))
 
 
-Read = Callable[[Path, Manifest], Bundle]
+BundleReader = Callable[[Path, Manifest], Bundle]
 
 
-def list_bundles(folder: Path, read: Read | None = None) -> list[Listed]:
-    """List the bundles in *folder*; of each project, the last complete bundle is served.
+def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedBundle]:
+    """List the bundles in *folder*, the last export first; of each project, the first complete one is served.
 
     Reads all manifests, each once, and with *read*, by default without the graph, every file of the bundles
-    that are served. Calls do not depend on earlier ones.
+    that are served.
     """
     read = read or partial(read_files, with_graph=False)
     listed, served_by_project = [], dict[str, Manifest]()
-    last_export_first = sorted(read_bundles(folder), key=lambda entry: entry.rank, reverse=True)
-    for entry in last_export_first:
-        manifest = entry.manifest
+    for found in sorted(read_bundles(folder), key=lambda bundle: bundle.rank, reverse=True):
+        manifest = found.manifest
         if manifest is None:  # `read_bundles` has set `why_not_served`
-            listed.append(entry)
+            listed.append(found)
             continue
         served = served_by_project.get(manifest.project)
         if served is None:  # this bundle is served if its files are complete
             try:
-                listed.append(entry._replace(bundle=read(entry.path, manifest)))
+                listed.append(found._replace(bundle=read(found.path, manifest)))
                 served_by_project[manifest.project] = manifest
             except (BundleError, OSError) as error:
-                listed.append(entry._replace(why_not_served=str(error)))
+                listed.append(found._replace(why_not_served=str(error)))
             continue
         if manifest.id == served.id:
             reason = f"a copy of {served.name}"
@@ -457,24 +453,25 @@ def list_bundles(folder: Path, read: Read | None = None) -> list[Listed]:
             reason = "exported at the same time"
         else:
             reason = f"exported earlier, {manifest.exported_at[:19]}Z"
-        listed.append(entry._replace(why_not_served=reason, is_replaced=True))
+        listed.append(found._replace(why_not_served=reason, is_replaced=True))
     return listed
 
 
-def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:
-    """Describe each project in a line: the bundle that is served, then the others with their reasons.
+def describe_projects(listed: Iterable[ListedBundle]) -> Iterator[tuple[str, bool]]:
+    """Yield a line for each project, and whether one of its bundles is damaged or unreadable.
 
-    Yields the line, and whether a bundle is damaged or unreadable. One that a later one replaces is neither.
+    The line names the bundle that is served, then the others with their reasons.
     """
-    all_texts: dict[str, list[str]] = {}  # by project
-    damaged = set()  # projects with a damaged or unreadable bundle
-    for entry in listed:
-        project = entry.path.name if entry.manifest is None else entry.manifest.project
-        texts = all_texts.setdefault(project, [])
-        if entry.is_served and entry.manifest is not None:
-            texts.insert(0, f"serves {entry.path} (exported {entry.manifest.exported_at[:19]}Z)")
+    texts_by_project: dict[str, list[str]] = {}
+    damaged_projects = set()
+    for bundle in listed:
+        project = bundle.path.name if bundle.manifest is None else bundle.manifest.project
+        texts = texts_by_project.setdefault(project, [])
+        if bundle.is_served and bundle.manifest is not None:
+            texts.insert(0, f"serves {bundle.path} (exported {bundle.manifest.exported_at[:19]}Z)")
         else:
-            texts.append(f"not {entry.path.name}, {entry.why_not_served}")
-        if entry.is_damaged:
-            damaged.add(project)
-    return ((f"{project}: {'; '.join(texts)}", project in damaged) for project, texts in all_texts.items())
+            texts.append(f"not {bundle.path.name}, {bundle.why_not_served}")
+        if bundle.is_damaged:
+            damaged_projects.add(project)
+    for project, texts in texts_by_project.items():
+        yield f"{project}: {'; '.join(texts)}", project in damaged_projects

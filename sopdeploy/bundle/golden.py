@@ -65,7 +65,7 @@ class Golden:
     tolerance: float
 
 
-def golden_jpegs(preprocess: Preprocess) -> list[bytes]:
+def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
     """Draw three JPEGs from a fixed seed: a wide one, a tall one that is enlarged, and a gray one.
 
     The first has the chroma subsampling of cameras (4:2:0), the second none.
@@ -95,7 +95,7 @@ def write_golden(
 ) -> None:
     """Write the examples with *usable* pixels into *folder*; *run* computes logits with the exported file."""
     examples = []
-    for number, body in enumerate(golden_jpegs(preprocess)):
+    for number, body in enumerate(draw_jpegs(preprocess)):
         with Image.open(io.BytesIO(body)) as image:
             pixels = preprocess_image(image, preprocess)
         if not usable(pixels):
@@ -114,24 +114,24 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
 
     Raises `BundleError` if a file is missing, is damaged or does not match the bundle.
     """
-    manifest, opened = bundle.manifest, list[Golden]()
+    manifest, examples = bundle.manifest, list[Golden]()
     is_mixture = any(output.name == GATES for output in manifest.outputs)  # which may have fewer examples
     try:
         index = GoldenIndex.model_validate_json(bundle.contents[GOLDEN])
         for example in index.examples:
-            jpeg, raw = (bundle.contents[name] for name in (example.jpeg, example.pixels))
-            pixels = np.frombuffer(raw, np.uint8).reshape(manifest.image_shape)
+            pixels = np.frombuffer(bundle.contents[example.pixels], np.uint8).reshape(manifest.image_shape)
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
-            opened.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
+            jpeg = bundle.contents[example.jpeg]
+            examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
         logit_tolerance = read_probes(bundle).tolerance[manifest.outputs[0].name]
         is_strict = index.tolerance <= TOLERANCES * logit_tolerance  # otherwise a wrong runtime could pass
-        fits = is_strict and (is_mixture or len(opened) == NUM_EXAMPLES)
+        fits = is_strict and (is_mixture or len(examples) == NUM_EXAMPLES)
     except (KeyError, ValueError):
         fits = False
     if not fits:
         advice = version_advice(manifest.versions.get("sopdeploy")) or "; export the bundle again"
         raise BundleError(f"{bundle.path / GOLDEN}: does not fit the bundle{advice}")
-    return tuple(opened)
+    return tuple(examples)
 
 
 def check_golden(example: Golden, pixels: NDArray[np.uint8], run: RunOne, exporter: str | None) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sopdeploy.bundle.folder import GRAPH, Bundle
-from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, to_json
+from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
 from sopdeploy.errors import BundleError, CertificateError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data",
 CERTIFIED = (  # fields of a certificate that are compared
     "sha256", "contents", "proof", "precision", "compared", "detached", "removed", "mixes_images", "roots",
 )  # fmt: skip
-CERTIFIED_ROOTS = ("any_batch", "shipped", "onnx")
+CERTIFIED_ROOTS = ("any_batch", "shipped", "onnx")  # of the program, of model.onnx, of the float32 graph
 ADVICE = "export the bundle again"
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
@@ -79,11 +79,13 @@ def onnx_root(model: "onnx.ModelProto") -> str:
 
 
 def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
-    """Hash every value of *graph* in topological order; return the hashes of its outputs."""
-    hashes: dict[str, str] = {}
+    """Hash every value of *graph* in topological order; return the hashes of its outputs.
+
+    Raises `CertificateError` for a value with two definitions: runtimes differ in which one they use.
+    """
+    hashes: dict[str, str] = {}  # by the name of the value
 
     def define(name: str, value_hash: str) -> None:
-        """Add the value *name*, which may have no other definition: runtimes differ in which one they use."""
         if name in hashes:
             raise CertificateError(f"{name!r} is defined twice")
         hashes[name] = value_hash
@@ -93,11 +95,11 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
     for position, value in enumerate(graph.input):
         define(value.name, hash_parts(f"input {position}", value.type.SerializeToString(deterministic=True)))
     for tensor in graph.initializer:
-        define(tensor.name, _tensor_hash(tensor))
+        define(tensor.name, _hash_constant(tensor))
     for node in graph.node:
         parts: list[str | bytes] = [node.domain, node.op_type]
         for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
-            parts += [attribute.name, _attribute_content(attribute, node.op_type)]
+            parts += [attribute.name, _hash_or_serialize(attribute, node.op_type)]
         parts += [hashes[name] if name else "absent" for name in node.input]
         node_hash = hash_parts(*parts)
         for position, name in enumerate(node.output):
@@ -106,23 +108,29 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
     return [hashes[value.name] for value in graph.output]
 
 
-def _attribute_content(attribute: "onnx.AttributeProto", operator: str) -> str | bytes:
-    """Return the hash of the tensor of *attribute*, or the serialized attribute without documentation."""
+def _hash_or_serialize(attribute: "onnx.AttributeProto", operator: str) -> str | bytes:
+    """Return the hash of the tensor of *attribute*, or the serialized attribute without documentation.
+
+    Raises `CertificateError` for a subgraph, and for a tensor beside another value.
+    """
     fields = {field.name for field, _ in attribute.ListFields()}
     if fields & SUBGRAPHS:
         raise CertificateError(f"{operator} contains a subgraph; control flow is not allowed")
     if "t" in fields:
         if fields - {"name", "t", "type", "doc_string"} or attribute.type != TENSOR_ATTRIBUTE:
             raise CertificateError(f"an attribute of {operator} has a tensor and another value")
-        return _tensor_hash(attribute.t)
+        return _hash_constant(attribute.t)
     undocumented = type(attribute)()
     undocumented.CopyFrom(attribute)
     undocumented.doc_string = ""
     return undocumented.SerializeToString(deterministic=True)
 
 
-def _tensor_hash(tensor: "onnx.TensorProto") -> str:
-    """Hash dtype, shape and little-endian content of *tensor*, independent of the field that stores it."""
+def _hash_constant(tensor: "onnx.TensorProto") -> str:
+    """Hash dtype, shape and little-endian content of *tensor*, independent of the field that stores it.
+
+    Raises `CertificateError` unless exactly one field of the graph's own file stores its numbers.
+    """
     from onnx import numpy_helper  # noqa: PLC0415 # a server runs without it
 
     if tensor.data_location or tensor.external_data:
@@ -130,16 +138,16 @@ def _tensor_hash(tensor: "onnx.TensorProto") -> str:
     if tensor.string_data:
         raise CertificateError(f"the constant {tensor.name} contains text instead of numbers")
     shape = tuple(tensor.dims)
-    stored = _NUMBERS.intersection(field.name for field, _ in tensor.ListFields())
-    if len(stored) > 1:
+    storing_fields = _NUMBERS.intersection(field.name for field, _ in tensor.ListFields())
+    if len(storing_fields) > 1:
         raise CertificateError(f"the weight {tensor.name} is stored twice")
-    if not stored and 0 not in shape:
+    if not storing_fields and 0 not in shape:
         raise CertificateError(f"the weight {tensor.name} has no values")
     content = numpy_helper.to_array(tensor).tobytes()
     return hash_parts(f"constant {tensor.data_type} {shape}", content)
 
 
-def check_roots(bundle: Bundle) -> str | None:
+def check_graph_and_certificate(bundle: Bundle) -> str | None:
     """Compare the graph of *bundle*, its manifest, its certificate and its reports.
 
     Returns the root of `model.onnx`, or None if `onnx` is not installed. All of this must hold:
@@ -150,8 +158,8 @@ def check_roots(bundle: Bundle) -> str | None:
 
     Raises `BundleError` naming the file that does not fit.
     """
-    manifest, lineage = bundle.manifest, bundle.manifest.lineage
     root: str | None
+    expected_root = bundle.manifest.lineage.onnx_root
     try:
         model, root = read_model(bundle.onnx.read())
         _check_interface(bundle, model)
@@ -159,16 +167,16 @@ def check_roots(bundle: Bundle) -> str | None:
         root = None
     except CertificateError as error:
         raise BundleError(f"{bundle.path / GRAPH}: {error}; {ADVICE}") from error
-    if root is not None and root != lineage.onnx_root:
+    if root is not None and root != expected_root:
         raise BundleError(
             f"{bundle.path / GRAPH}: its graph has the root {root[:16]}, the manifest says "
-            f"{lineage.onnx_root[:16]}; the graph was replaced after the export: {ADVICE}"
+            f"{expected_root[:16]}; the graph was replaced after the export: {ADVICE}"
         )
     check_certificate(bundle)
     for name in ("parity.json", "precision.json"):
         precision = _read_fields(bundle, name).get("precision")
-        if precision != manifest.precision:
-            problem = f"is about the precision {precision}, the manifest says {manifest.precision}"
+        if precision != bundle.manifest.precision:
+            problem = f"is about the precision {precision}, the manifest says {bundle.manifest.precision}"
             raise BundleError(f"{bundle.path / name}: {problem}; {ADVICE}")
     return root
 
@@ -177,37 +185,36 @@ def check_certificate(bundle: Bundle) -> None:
     """Raise `BundleError` unless the certificate of *bundle* is unchanged and certifies this bundle."""
     manifest, path = bundle.manifest, bundle.path / CERTIFICATE
     certificate = _read_fields(bundle, CERTIFICATE)
-    roots_found = certificate.get("roots")
+    roots = certificate.get("roots")
     missing = [name for name in CERTIFIED if name not in certificate]
-    if isinstance(roots_found, dict):
-        missing += [f"roots.{name}" for name in CERTIFIED_ROOTS if name not in roots_found]
+    if isinstance(roots, dict):
+        missing += [f"roots.{name}" for name in CERTIFIED_ROOTS if name not in roots]
     if missing:
         problem = f"has no {', '.join(missing)}, as bundles of earlier versions, which proved less"
         raise BundleError(f"{path}: {problem}; {ADVICE} from its checkpoint")
-    own_sha256 = certificate.pop("sha256")
     try:
-        precision, contents = certificate["precision"], certificate["contents"]
-        program_root, shipped_root = certificate["roots"]["any_batch"], certificate["roots"]["shipped"]
-        float32_root = certificate["roots"]["onnx"]
-        detached, mixes_images = tuple(certificate["detached"]), tuple(certificate["mixes_images"])
+        program_root, shipped_root, float32_root = (certificate["roots"][name] for name in CERTIFIED_ROOTS)
         compared = tuple(certificate["compared"])
+        detached, mixes_images = tuple(certificate["detached"]), tuple(certificate["mixes_images"])
         is_known_proof = compared == PROOFS[certificate["proof"]]
-        lists_detached = len(detached) > 0
-        fits_compared = ("detached" in compared) == lists_detached
-        explains_removed = lists_detached or not certificate["removed"]
     except (KeyError, TypeError) as error:
         raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
-    if (program_root, mixes_images) != (manifest.lineage.program_root, manifest.mixes_images):
+    if program_root != manifest.lineage.program_root or mixes_images != manifest.mixes_images:
         raise BundleError(f"{path}: belongs to another network than the manifest; {ADVICE}")
-    is_other_float32 = precision == "fp32" and float32_root != shipped_root
+    is_other_float32 = certificate["precision"] == "fp32" and float32_root != shipped_root
     if shipped_root != manifest.lineage.onnx_root or is_other_float32:
         raise BundleError(f"{path}: certifies another graph than model.onnx; {ADVICE}")
-    expected = (manifest.precision, manifest.detached, manifest.contents_sha256)
-    if (precision, detached, contents) != expected:
+    certified = certificate["precision"], detached, certificate["contents"]
+    if certified != (manifest.precision, manifest.detached, manifest.contents_sha256):
         problem = "certifies other files, or another precision, preprocessing or other field of the manifest"
         raise BundleError(f"{path}: {problem}; {ADVICE}")
+    if detached:  # then the detached network is one of those compared; otherwise nothing was removed
+        fits_detached = "detached" in compared
+    else:
+        fits_detached = "detached" not in compared and not certificate["removed"]
+    own_sha256 = certificate.pop("sha256")  # of all other fields
     is_unchanged = own_sha256 == hashlib.sha256(to_json(certificate)).hexdigest()
-    if not (is_known_proof and fits_compared and explains_removed and is_unchanged):
+    if not (is_known_proof and fits_detached and is_unchanged):
         raise BundleError(f"{path}: was changed after the export; {ADVICE}")
 
 
@@ -229,17 +236,21 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
     """
     from onnx import helper  # noqa: PLC0415 # a server runs without it
 
-    manifest, graph = bundle.manifest, model.graph
-    values, records = (*graph.input, *graph.output), (*manifest.inputs, *manifest.outputs)
-    fits = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
-    fits = fits and len(graph.input) == len(manifest.inputs) and len(values) == len(records)
-    for value, record in zip(values, records, strict=False):
-        tensor, dtype = value.type.tensor_type, helper.np_dtype_to_tensor_dtype(np.dtype(record.dtype))
+    def fits(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:
+        tensor = value.type.tensor_type
         sizes = [dimension.dim_value for dimension in tensor.shape.dim]  # 0: the graph states none
-        pairs = zip(sizes[1:], record.shape[1:], strict=False)
-        has_shape = len(sizes) == len(record.shape) and all(size in {0, other} for size, other in pairs)
-        fits = fits and value.name == record.name and tensor.elem_type == dtype and has_shape
-    if not fits:
+        return (
+            value.name == record.name
+            and tensor.elem_type == helper.np_dtype_to_tensor_dtype(np.dtype(record.dtype))
+            and len(sizes) == len(record.shape)
+            and all(size in {0, other} for size, other in zip(sizes[1:], record.shape[1:], strict=True))
+        )
+
+    graph, manifest = model.graph, bundle.manifest
+    has_interface = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
+    for values, records in ((graph.input, manifest.inputs), (graph.output, manifest.outputs)):
+        has_interface = has_interface and len(values) == len(records) and all(map(fits, values, records))
+    if not has_interface:
         raise BundleError(
             f"{bundle.path / GRAPH}: has another opset, other inputs or other outputs than the manifest "
             "says; export the bundle again"

@@ -38,7 +38,7 @@ class Probes:
         expected = {name: values[indices] for name, values in self.expected.items()}
         return replace(self, images=self.images[indices], expected=expected)
 
-    def resized(self, num_images: int) -> "Probes":
+    def repeat_to(self, num_images: int) -> "Probes":
         """Return the first *num_images* of these probes, which are repeated if there are too few.
 
         Each repetition begins with another one: no part of a batch has the outputs of an earlier part.
@@ -49,7 +49,7 @@ class Probes:
     def in_whole_batches(self, size: int) -> "Probes":
         """Repeat these probes until they fill whole batches of *size*."""
         num_batches = math.ceil(len(self.images) / size)
-        return self.resized(num_batches * size)
+        return self.repeat_to(num_batches * size)
 
 
 class Replay(StrictModel):
@@ -85,9 +85,9 @@ def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
     Raises `ValueError` for compressed or overlapping arrays, and many types for a damaged file.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        entries = archive.infolist()
-    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if compressed or sum(entry.file_size for entry in entries) > len(content):
+        files = archive.infolist()
+    is_compressed = any(file.compress_type != zipfile.ZIP_STORED for file in files)
+    if is_compressed or sum(file.file_size for file in files) > len(content):
         raise ValueError("compressed or overlapping arrays")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays)
@@ -116,10 +116,10 @@ def read_probes(bundle: Bundle) -> Probes:
     if len({image.tobytes() for image in probes.images}) < len(probes.images):
         raise BundleError(f"{path}: has the same image twice; export the bundle again")
     count = len(probes.images)
-    required = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
-    given = {name: values.shape for name, values in probes.expected.items() if name in required}
+    required_shapes = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
+    shapes = {name: values.shape for name, values in probes.expected.items() if name in required_shapes}
     has_images = count > 0 and probes.images.shape[1:] == manifest.image_shape
-    if not has_images or given != required:
+    if not has_images or shapes != required_shapes:
         raise BundleError(f"{path}: does not probe every output; export the bundle again")
     return probes
 
@@ -138,20 +138,23 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
     So consecutive batches have different sizes, and an engine uses another profile for each of them. Raises
     `ParityError` as `replay` does.
     """
-    parts_by_batch: dict[int, list[Replay]] = {batch: [] for batch in probes_by_batch}
-    num_rounds = max(math.ceil(len(probes.images) / batch) for batch, probes in probes_by_batch.items())
-    for number in range(num_rounds):
-        for batch, probes in probes_by_batch.items():
-            part = probes.select(slice(number * batch, (number + 1) * batch))
-            if len(part.images):
-                parts_by_batch[batch].append(compare_outputs(part, run(part.images), batch))
-    replays = []
-    for batch, parts in parts_by_batch.items():
-        tolerance = probes_by_batch[batch].tolerance
-        worst = {name: max(part.deviation[name] for part in parts) for name in tolerance}
-        num_images = sum(part.num_images for part in parts)
-        replays.append(Replay(batch=batch, num_images=num_images, deviation=worst, tolerance=tolerance))
-    return tuple(replays)
+    sizes = list(probes_by_batch)
+    replays: dict[int, Replay] = {}  # of all batches so far, by their size
+    for number in range(max(math.ceil(len(probes_by_batch[size].images) / size) for size in sizes)):
+        for size in sizes:
+            part = probes_by_batch[size].select(slice(number * size, (number + 1) * size))
+            if not len(part.images):
+                continue
+            compared = compare_outputs(part, run(part.images), size)
+            if size in replays:
+                before = replays[size]
+                worst = {
+                    name: max(compared.deviation[name], before.deviation[name]) for name in part.tolerance
+                }
+                num_images = before.num_images + compared.num_images
+                compared = compared.model_copy(update={"deviation": worst, "num_images": num_images})
+            replays[size] = compared
+    return tuple(replays[size] for size in sizes)
 
 
 def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:

@@ -62,19 +62,19 @@ def command(
 
     def decorate(function: _Function) -> _Function:
         """Set `function.run_command`, which Typer calls with the values of arguments and options."""
+        parameters = _declare_parameters(function, options)
         show_parameters: list[inspect.Parameter] = []
-        json_flag: list[inspect.Parameter] = []
         if show is not None:
             result_name = next(iter(inspect.signature(show).parameters))  # the first is the result
-            show_parameters = _declare(show, options=(), hidden={result_name, "as_json"})
-            json_flag = [_option("as_json", bool, False, "Print JSON for scripts.", "--json")]
-        parameters = [*_declare(function, options), *show_parameters]
+            show_parameters = _declare_parameters(show, options=(), hidden={result_name, "as_json"})
+            parameters += show_parameters
         if settings is not None:
-            flags = settings.flags.items()
-            parameters += [_option(name, kind, None, text) for name, (kind, text) in flags]
+            for name, (value_type, text) in settings.flags.items():
+                parameters.append(_option(name, value_type, None, text))
             text = "Any other setting of the service, NAME=VALUE; repeatable."
             parameters.append(_option("setting", list[str] | None, None, text))
-        parameters += json_flag
+        if show is not None:
+            parameters.append(_option("as_json", bool, False, "Print JSON for scripts.", "--json"))
 
         def run(**values: Any) -> None:
             """Call *function* and show its result; Typer gives the *values* of all `parameters` by name.
@@ -87,15 +87,17 @@ def command(
                 stack.callback(setattr, err, "quiet", err.quiet)  # at the end, *err* is as before
                 err.quiet = err.quiet or as_json  # JSON comes without progress
                 if settings is not None:
-                    given = {flag: values.pop(flag) for flag in settings.flags}
+                    flag_values = {flag: values.pop(flag) for flag in settings.flags}
                     assignments = values.pop("setting") or ()  # None without --setting
-                    values |= settings.parse(assignments, **given)
+                    values |= settings.parse(assignments, **flag_values)
                 if as_json:
                     stack.enter_context(stdout_to_stderr())
                 result = function(**values, **_start_progress(function, as_json, stack))
             if is_main_process():
                 with one_line_errors():  # not as JSON: stdout may already hold the document of the result
-                    _show_result(result, show, summarize, show_values, as_json=as_json)
+                    exit_code = _show_result(result, show, summarize, show_values, as_json=as_json)
+                if exit_code:
+                    raise typer.Exit(exit_code)
 
         # Typer reads the help, without the sections of the docstring, and the options from the signature.
         run.__doc__ = _SECTIONS.split(inspect.getdoc(function) or "")[0]
@@ -115,6 +117,8 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """
     parameters: list[inspect.Parameter] = []
     option_classes: dict[str, type[Options]] = {}  # by parameter
+    option_lines: list[str] = []
+    headings: dict[str, str] = {}  # of groups of options in the help, by option
     for parameter in inspect.signature(function).parameters.values():
         options = parameter.annotation
         if not (isinstance(options, type) and issubclass(options, Options)):
@@ -124,6 +128,9 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
         for name, field in options.model_fields.items():
             option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation)
             parameters.append(option if field.is_required() else option.replace(default=field.default))
+            option_lines.append(f"    {name}: {' '.join((field.description or '').split())}")
+        for heading, names in options.GROUPS.items():
+            headings |= dict.fromkeys(names, heading)
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
 
     @functools.wraps(function)
@@ -131,20 +138,14 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
         """Call *function* with models in place of their fields in *keywords*."""
         for name, options in option_classes.items():
             if not isinstance(keywords.get(name), options):  # the caller may give the model itself
-                given = {field: keywords.pop(field) for field in options.model_fields if field in keywords}
-                keywords[name] = options(**given)
+                fields = {field: keywords.pop(field) for field in options.model_fields if field in keywords}
+                keywords[name] = options(**fields)
         return function(*args, **keywords)
 
-    option_lines = [
-        f"    {name}: {' '.join((field.description or '').split())}"
-        for options in option_classes.values()
-        for name, field in options.model_fields.items()
-    ]
     call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *option_lines])
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    groups = [group for options in option_classes.values() for group in options.GROUPS.items()]
-    vars(call)["groups"] = {name: title for title, names in groups for name in names}
+    vars(call)["headings"] = headings
     return call
 
 
@@ -155,40 +156,33 @@ def _show_result(
     show_values: Mapping[str, Any],
     *,
     as_json: bool,
-) -> None:
-    """Print *result*, unless the function has printed it; return if all is well.
-
-    Raises `typer.Exit` with the code that *show* or the function has returned, if it is not 0.
-    """
-    code = None
+) -> int | None:
+    """Print *result*, unless the function has printed it; return the exit code, None for success."""
     if show is None:  # the function has printed its result, and returned the code; there is no --json
-        code = result
-    elif "as_json" in inspect.signature(show).parameters:  # *show* itself prints text or JSON
-        code = show(result, **show_values, as_json=as_json)
-    elif as_json:
+        exit_code: int | None = result
+        return exit_code
+    if "as_json" in inspect.signature(show).parameters:  # *show* itself prints text or JSON
+        return show(result, **show_values, as_json=as_json)
+    if as_json:
         print_json(as_data(result if summarize is None else summarize(result)))
-    else:
-        code = show(result, **show_values)
-    if code:
-        raise typer.Exit(code)
+        return None
+    return show(result, **show_values)
 
 
 def _start_progress(function: Callable[..., Any], as_json: bool, stack: ExitStack) -> dict[str, Any]:
-    """Start the displays of progress that *function* takes, until *stack* ends; return its arguments.
-
-    `_PROGRESS` names these.
-    """
-    found: dict[str, Any] = {}
-    for name in inspect.signature(function).parameters.keys() & _PROGRESS:
-        if name == "progress":
-            found[name] = not as_json
-        else:
-            context = image_progress() if name == "on_image" else show_steps(function.__name__)
-            found[name] = stack.enter_context(context)
-    return found
+    """Show progress until *stack* ends; return the arguments by which *function* reports it (`_PROGRESS`)."""
+    parameters = inspect.signature(function).parameters
+    arguments: dict[str, Any] = {}
+    if "progress" in parameters:
+        arguments["progress"] = not as_json
+    if "on_image" in parameters:
+        arguments["on_image"] = stack.enter_context(image_progress())
+    if "on_step" in parameters:
+        arguments["on_step"] = stack.enter_context(show_steps(function.__name__))
+    return arguments
 
 
-def _declare(
+def _declare_parameters(
     function: Callable[..., Any], options: Collection[str], hidden: Collection[str] = ()
 ) -> list[inspect.Parameter]:
     """Declare the parameters of *function* that the command line can express, without the *hidden* ones.
@@ -196,21 +190,21 @@ def _declare(
     Keyword parameters and those in *options* become options, the others arguments; all become keyword-only.
     """
     texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))
-    found = []
-    for parameter in inspect.signature(function).parameters.values():
-        value_type, name = _command_line_type(parameter.annotation), parameter.name
+    headings = getattr(function, "headings", {})  # of options in the help, by parameter
+    declared = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        value_type = _command_line_type(parameter.annotation)
         is_hidden = parameter.kind is parameter.VAR_KEYWORD or name in {*hidden, *_PROGRESS}
         if value_type is None or is_hidden:
             continue
         text = " ".join(texts.get(name, "").split())
         if parameter.kind is parameter.KEYWORD_ONLY or name in options:
-            limits = _limits(parameter.annotation)
-            group = getattr(function, "groups", {}).get(name)  # the heading in the help
-            found.append(_option(name, value_type, parameter.default, text, limits=limits, group=group))
+            limits, group = _limits(parameter.annotation), headings.get(name)
+            declared.append(_option(name, value_type, parameter.default, text, limits=limits, group=group))
         else:
             argument: Any = Annotated[value_type, typer.Argument(help=text)]
-            found.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=argument))
-    return found
+            declared.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=argument))
+    return declared
 
 
 def _option(
@@ -233,12 +227,14 @@ def _option(
 
 def _limits(annotation: Any) -> dict[str, float]:
     """Return `min` and `max`, as Typer names them, of an `Annotated[int, Field(ge=1, le=9)]`."""
-    found: dict[str, float] = {}
+    limits: dict[str, float] = {}
     for field in getattr(annotation, "__metadata__", ()):
-        for limit in field.metadata:  # `Ge` or `Le`, each with one bound
-            name, bound = ("min", limit.ge) if hasattr(limit, "ge") else ("max", limit.le)
-            found[name] = bound
-    return found
+        for bound in field.metadata:  # `Ge` or `Le`
+            if hasattr(bound, "ge"):
+                limits["min"] = bound.ge
+            else:
+                limits["max"] = bound.le
+    return limits
 
 
 def _command_line_type(annotation: Any) -> Any:
@@ -249,15 +245,15 @@ def _command_line_type(annotation: Any) -> Any:
     """
     annotation = _without_metadata(annotation)
     is_union = get_origin(annotation) in {Union, UnionType}
-    members = get_args(annotation) if is_union else (annotation,)
-    all_kinds = {_without_metadata(member) for member in members}
-    kinds = all_kinds - {NoneType}
-    if any(get_origin(kind) in _SEQUENCES for kind in kinds):
+    members = {_without_metadata(part) for part in (get_args(annotation) if is_union else (annotation,))}
+    is_optional = NoneType in members
+    members.discard(NoneType)
+    if any(get_origin(member) in _SEQUENCES for member in members):
         return list[str]
-    if not all(kind in _SCALARS or get_origin(kind) is Literal for kind in kinds):
+    if not all(member in _SCALARS or get_origin(member) is Literal for member in members):
         return None
-    kind = Path if Path in kinds else kinds.pop()
-    return Optional[kind] if NoneType in all_kinds else kind  # noqa: UP045 - of a variable
+    value_type = Path if Path in members else members.pop()
+    return Optional[value_type] if is_optional else value_type  # noqa: UP045 - of a variable
 
 
 def _without_metadata(annotation: Any) -> Any:

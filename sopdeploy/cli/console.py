@@ -46,21 +46,22 @@ def plain_text(text: str) -> Text:
     Names in right-to-left scripts do not change the order of the text around them.
     """
     line = " ".join(text.split())
-    return Text(_isolate("".join(character if character.isprintable() else "?" for character in line)))
+    printable = "".join(character if character.isprintable() else "?" for character in line)
+    return Text(_isolate_right_to_left(printable))
 
 
-def _isolate(line: str) -> str:
+def _isolate_right_to_left(line: str) -> str:
     """Put every run of right-to-left words in *line*, except those of `_COPIED`, between U+2068 and U+2069.
 
     Without these characters, a terminal that reorders "قبعة 10, hat 9" shows the 10 on the other side of the
     name.
     """
-    directions = map(unicodedata.bidirectional, line.replace("_", "-"))
-    kinds = "".join(_DIRECTIONS.get(direction, "-") for direction in directions)
-    if "R" not in kinds:
+    classes = map(unicodedata.bidirectional, line.replace("_", "-"))
+    directions = "".join(_DIRECTIONS.get(each, "-") for each in classes)  # a letter for each character
+    if "R" not in directions:
         return line
     copied = [match.span() for match in _COPIED.finditer(line)]
-    for run in reversed([*_RIGHT_TO_LEFT.finditer(kinds)]):
+    for run in reversed([*_RIGHT_TO_LEFT.finditer(directions)]):  # from the end: positions before it stay
         start, end = run.span()
         if not any(first < end and start < last for first, last in copied):
             line = f"{line[:start]}\u2068{line[start:end]}\u2069{line[end:]}"
@@ -77,24 +78,8 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
     without `error:` before it.
     """
     try:
-        try:
-            with missing_extras():
-                yield
-        except OSError as error:
-            if error.errno not in STORAGE_ERRNOS:
-                raise
-            name = "a file or stdout" if error.filename is None else error.filename
-            raise StorageError(
-                f"{name}: cannot be read or written ({os_reason(error)}); free disk space, or choose another "
-                "file or folder"
-            ) from error
-        except Exception as error:  # each library has its own type for missing memory
-            if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
-                raise
-            raise NoMemoryError(
-                f"out of memory ({first_line(error)}); end other programs, choose smaller batches or images, "
-                "or use a machine or GPU with more memory"
-            ) from error
+        with _system_errors_as_user_errors(), missing_extras():
+            yield
     except SopdeployError as error:
         message = error.describe(command_line_option)
         is_stop = error.exit_code != SopdeployError.exit_code  # by a signal
@@ -108,6 +93,28 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
                 with suppress(OSError):  # stdout may be what cannot be written
                     print_json({"error": {"code": error.code, "message": message, **lists}})
         raise typer.Exit(error.exit_code) from error
+
+
+@contextmanager
+def _system_errors_as_user_errors() -> Iterator[None]:
+    """Convert an `OSError` in `STORAGE_ERRNOS` and exhausted memory to `SopdeployError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE_ERRNOS:
+            raise
+        name = "a file or stdout" if error.filename is None else error.filename
+        raise StorageError(
+            f"{name}: cannot be read or written ({os_reason(error)}); free disk space, or choose another "
+            "file or folder"
+        ) from error
+    except Exception as error:  # each library has its own type for missing memory
+        if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
+            raise
+        raise NoMemoryError(
+            f"out of memory ({first_line(error)}); end other programs, choose smaller batches or images, or "
+            "use a machine or GPU with more memory"
+        ) from error
 
 
 def say(*lines: str, style: str | None = None) -> None:

@@ -77,13 +77,11 @@ def _template() -> Any:
     return environment.get_template("report.html")
 
 
-def isolate(text: str) -> Any:
-    """Return *text* as markup whose direction, such as that of Arabic, ends with it."""
-    return around("{}", text)
+def insert_names(template: str, *names: str, tag: str = "bdi") -> Any:
+    """Insert *names* into *template* at its `{}`; the direction of each, such as Arabic, ends with it.
 
-
-def around(template: str, *names: str, tag: str = "bdi") -> Any:
-    """Insert *names* into *template* at its `{}`, each isolated; the tag `code` is for commands to copy."""
+    Returns markup. The tag `code` is for commands to copy.
+    """
     from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
 
     marked = Markup(template.replace("{}", f"<{tag}>{{}}</{tag}>"))  # noqa: S704 # of this package

@@ -70,22 +70,22 @@ def open_image(
     """
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
-    kind = image_format(body, formats)
+    detected = detect_format(body, formats)
     try:
         # Before `Image.open`, which allocates the pixels of a WebP:
         _check_dimensions(webp_size(body), max_pixels)
-        if kind == "HEIF":
+        if detected == "HEIF":
             _register_heif()
-        if kind == "JPEG":
+        if detected == "JPEG":
             for marker, _ in jpeg_segments(body):
                 if marker in ARITHMETIC_FRAMES:  # libjpeg does not tell whether their data are complete
                     reason = "JPEG files with the arithmetic code are not accepted; use the Huffman code"
-                    raise _unsupported(reason)
+                    raise _unsupported_error(reason)
                 if marker in FRAMES or marker == SCAN:
                     break
-        image = Image.open(io.BytesIO(body), formats=(kind,))
+        image = Image.open(io.BytesIO(body), formats=(detected,))
         _check_dimensions(image.size, max_pixels)
-        if kind == "HEIF":  # its decoder allocates all images of the file
+        if detected == "HEIF":  # its decoder allocates all images of the file
             for width, height in ITEM_SIZE.findall(body):
                 _check_dimensions((int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels)
         correct_transparency_info(image)
@@ -139,29 +139,29 @@ def too_large_error(max_bytes: int) -> ImageError:
     return ImageError(f"larger than {max_bytes} bytes, the limit", code="too_large", status=413)
 
 
-def image_format(body: bytes, formats: Collection[str] | None = None) -> str:
+def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
     """Detect the format of *body*, as Pillow names it.
 
     Raises `ImageError` if it is not one of *formats*: by default all, in a server those of its settings.
     """
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
-        kind = "WEBP"
+        detected = "WEBP"
     elif body[4:8] == b"ftyp":
-        kind = BRANDS.get(body[8:12], "")
+        detected = BRANDS.get(body[8:12], "")
     else:  # also a format that is never accepted; "" for an unknown one
         signatures = SIGNATURES | REJECTED_SIGNATURES
-        kind = next((name for signature, name in signatures.items() if body.startswith(signature)), "")
-    names, source = (FORMATS, "") if formats is None else (formats, " (the setting formats)")
-    if any(FORMATS[name] == kind for name in names):
-        return kind
-    accepted = f"use {describe_formats(names)}{source}"
-    if not kind:
-        raise ImageError(f"this is not an image; {accepted}", code="not_an_image", status=415)
-    shown = "HEIC" if kind == "HEIF" else kind  # Pillow's name of the format is not the common one
-    raise _unsupported(f"{shown} files are not accepted; {accepted}")
+        detected = next((name for signature, name in signatures.items() if body.startswith(signature)), "")
+    accepted = FORMATS if formats is None else formats
+    if any(FORMATS[name] == detected for name in accepted):
+        return detected
+    advice = f"use {describe_formats(accepted)}" + ("" if formats is None else " (the setting formats)")
+    if not detected:
+        raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)
+    shown = "HEIC" if detected == "HEIF" else detected  # Pillow's name of the format is not the common one
+    raise _unsupported_error(f"{shown} files are not accepted; {advice}")
 
 
-def _unsupported(message: str) -> ImageError:
+def _unsupported_error(message: str) -> ImageError:
     return ImageError(message, code="unsupported_format", status=415)
 
 
@@ -178,7 +178,7 @@ def _register_heif() -> None:
     try:
         pillow_heif = importlib.import_module("pillow_heif")
     except ImportError as error:
-        raise _unsupported(
+        raise _unsupported_error(
             f'HEIC needs pillow-heif, which is not installed; run: pip install "sopdeploy[heif]" ({CAMERA})'
         ) from error
     pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)

@@ -53,11 +53,10 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         if image.format in {"JPEG", "MPO"}:
             copy = _copy_jpeg(body, exif_orientation(image))
-            copied, original = _hash_pixels(copy), _hash_pixels(body)
-            is_unreadable = original is None  # damaged, or without an end marker, which the copy has
-            if copied is not None and (is_unreadable or copied == original):
-                return copy, ".jpg"
-            if is_unreadable:
+            hash_of_copy, original_hash = _hash_pixels(copy), _hash_pixels(body)
+            if hash_of_copy is not None and original_hash in {None, hash_of_copy}:
+                return copy, ".jpg"  # also of an original without an end marker, which the copy has
+            if original_hash is None:
                 raise ImageError("damaged", code="damaged_image", status=422)
         if image.width * image.height > MAX_COPIED_PIXELS:
             raise ImageError("too large to be written as PNG", code="too_many_pixels", status=413)
@@ -95,12 +94,12 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
         tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)  # one value of type 3, 16 bits
         exif = b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)  # one tag, no second directory
         parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]
-    scan_end: int | None = None  # end of the last segment if it is a scan, whose data follow it
+    scan_data: int | None = None  # where the data of a scan begin, until the next segment
     for marker, position in jpeg_segments(body):  # the position of the length, after the marker
         begin, end = position - MARKER_BYTES, position + int.from_bytes(body[position : position + 2], "big")
-        if scan_end is not None:
-            parts.append(body[scan_end:begin])
-        scan_end = end if marker == SCAN else None
+        if scan_data is not None:
+            parts.append(body[scan_data:begin])
+        scan_data = end if marker == SCAN else None
         if marker == _END:
             break
         content = body[position + 2 : end]  # after the length
@@ -109,6 +108,6 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
             parts += [b"\xff\xe0\0\x10", body[position + 2 : position + 14], b"\0\0"]
         elif marker in NEEDED and content.startswith(NEEDED[marker]):
             parts.append(body[begin:end])
-    if scan_end is not None:  # the file has no end marker
-        parts.append(body[scan_end:])
+    if scan_data is not None:  # the file has no end marker
+        parts.append(body[scan_data:])
     return b"".join((*parts, b"\xff\xd9"))

@@ -67,10 +67,10 @@ def _read_orientation(data: bytes) -> int | None:
     with suppress(struct.error):  # the data are cut
         (start,) = struct.unpack_from(order + "I", data, 4)  # of the directory
         (count,) = struct.unpack_from(order + "H", data, start)
-        for entry in range(count):  # 12 bytes: tag, type, number of values, and the value if it fits
-            tag, kind, _, value_bytes = struct.unpack_from(order + "HHI4s", data, start + 2 + 12 * entry)
+        for number in range(count):  # 12 bytes: tag, type, number of values, and the value if it fits
+            tag, type_code, _, value = struct.unpack_from(order + "HHI4s", data, start + 2 + 12 * number)
             if tag == ORIENTATION:  # the value is in the first 1, 2 or 4 of the bytes
-                return int(struct.unpack_from(order + INTEGERS[kind], value_bytes)[0])
+                return int(struct.unpack_from(order + INTEGERS[type_code], value)[0])
     return None
 
 
@@ -107,20 +107,21 @@ def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     white. An image that is upright and RGB is returned itself, not copied.
     """
     image.load()
-    frame: Image.Image | None = None  # 255 where the first frame of a GIF covers the canvas; None: everywhere
+    frame_alpha: Image.Image | None = None  # of a GIF whose first frame covers a part of the canvas
     if FRAME_BOX in image.info:
-        frame = Image.new("L", image.size)
-        frame.paste(255, image.info[FRAME_BOX])
+        frame_alpha = Image.new("L", image.size)
+        frame_alpha.paste(255, image.info[FRAME_BOX])
     if rules.exif_orientation and (orientation := exif_orientation(image)) != UPRIGHT:
         image = image.transpose(TURNS[orientation])
-        frame = None if frame is None else frame.transpose(TURNS[orientation])
-    if image.mode not in SIXTEEN_BIT and not image.has_transparency_data and frame is None:
+        frame_alpha = None if frame_alpha is None else frame_alpha.transpose(TURNS[orientation])
+    is_opaque = not image.has_transparency_data and frame_alpha is None
+    if is_opaque and image.mode not in SIXTEEN_BIT:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
     for box in tile_boxes(image.size):  # a tile at a time, because the copies in RGBA need much memory
         tile = _to_rgba(image.crop(box))
-        if frame is not None:
-            tile.putalpha(frame.crop(box))
+        if frame_alpha is not None:
+            tile.putalpha(frame_alpha.crop(box))
         canvas = Image.new("RGBA", tile.size, (*rules.background, 255))
         rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
     return rgb

@@ -47,8 +47,7 @@ class Preprocess(StrictModel):
     @pydantic.model_validator(mode="after")
     def _set_resize(self) -> "Preprocess":
         """Set `resize` where only `crop` is given; raise `ValueError` if `crop` is larger."""
-        given = self.model_fields_set
-        if "crop" in given and "resize" not in given:  # it keeps the ratio of the defaults
+        if "crop" in self.model_fields_set and "resize" not in self.model_fields_set:  # in the usual ratio
             vars(self)["resize"] = self.scaled_resize(self.crop, 256, 224)
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")

@@ -117,12 +117,12 @@ def choose_config(
     """
     defaults = entry(model).defaults
     # First, the file must be of the network that the user asks for.
-    asked = make_config(model, _with_values(defaults, settings)).model_dump()
-    if isinstance(pooling := asked.get("pooling"), dict):  # some networks have a name here, or no pooling
-        asked["pooling.kind"] = pooling.get("kind")
+    requested = make_config(model, _with_values(defaults, settings)).model_dump()
+    if isinstance(pooling := requested.get("pooling"), dict):  # some networks have a name here, or no pooling
+        requested["pooling.kind"] = pooling.get("kind")
     for key, detected in converted.detected.items():
-        if key in IDENTITY and asked.get(key) != detected:
-            raise _misfit_error(file, converted, model, f"{key} is {asked.get(key)}, not {detected}")
+        if key in IDENTITY and requested.get(key) != detected:
+            raise _misfit_error(file, converted, model, f"{key} is {requested.get(key)}, not {detected}")
     # Then the settings must contain what cannot be read from the file, and agree with it.
     for key, reason in converted.undetermined.items():
         if key not in settings:

@@ -125,7 +125,7 @@ def import_weights(
         )
     config = choose_config(file, converted, model, settings)
     state = fit_tensors(file, converted, model, config)
-    names, label_origin = _class_names(file, converted, labels)
+    names, label_origin = _find_class_names(file, converted, labels)
     try:
         checkpoint = Checkpoint(
             model=model,
@@ -238,17 +238,17 @@ def _registered_importers() -> Iterator[Importer]:
             yield importer
 
 
-def _class_names(
-    source: WeightFile, converted: ConvertedWeights, file: Path | None
+def _find_class_names(
+    weights: WeightFile, converted: ConvertedWeights, file: Path | None
 ) -> tuple[tuple[str, ...], str]:
-    """Get the class names in output order, and their origin.
+    """Find the class names in output order, and their origin.
 
     *file* has one name per line, or is a `.json` list. Raises `ConfigError` if the number of names is wrong.
     """
     count = converted.num_classes
-    names = source.labels if file is None else read_class_names(file)
+    names = weights.labels if file is None else read_class_names(file)
     if names is not None:
-        origin = f"class_to_idx of {source.path}" if file is None else str(file)
+        origin = f"class_to_idx of {weights.path}" if file is None else str(file)
         if len(names) != count:
             raise ConfigError(
                 f"{origin} has {len(names)} names for {count} classes; give one per class", setting="labels"
@@ -257,7 +257,7 @@ def _class_names(
     if converted.class_names and count == len(converted.class_names):
         return converted.class_names, f"those of {converted.project}"
     if converted.imagenet and count == 1000:
-        weights = importlib.import_module("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
-        return tuple(weights.meta["categories"]), "ImageNet, as torchvision names them"
+        published = importlib.import_module("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
+        return tuple(published.meta["categories"]), "ImageNet, as torchvision names them"
     width = len(str(count - 1))
     return tuple(f"class {index:0{width}}" for index in range(count)), "numbers; give --labels for names"

@@ -90,7 +90,10 @@ def published_network(model: str, config: StrictModel) -> str:
 
 
 def _fetch_url(url: str, download: bool) -> Path:
-    """Download *url* of torchvision to torch.hub's cache unless it is there; check its hash."""
+    """Download *url* of torchvision to torch.hub's cache unless it is there, and check its hash.
+
+    Without *download*, only ask whether a missing file can be fetched; the returned path does not exist then.
+    """
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
@@ -105,7 +108,7 @@ def _fetch_url(url: str, download: bool) -> Path:
 
 
 def _fetch_from_hub(repository: str, download: bool) -> Path:
-    """Fetch the weights of the hub's *repository*, with @REVISION if any; check their hash."""
+    """Fetch the weights of the hub's *repository*, with @REVISION if any, as `_fetch_url` does."""
     hub = importlib.import_module("huggingface_hub")
     name, _, revision = repository.partition("@")
     location = {"repo_id": name, "filename": HUB_FILE, "revision": revision or "main"}

@@ -59,17 +59,18 @@ VGG_CHANNELS, VGG_FLATTENED = 512, 512 * 7 * 7
 SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
 
 
-def resnet_depth(file: WeightFile) -> int:
+def find_resnet_depth(file: WeightFile) -> int:
     """Find the depth of the ResNet in *file*; raises `WeightsError`."""
     blocks = {tuple(name.split(".")[:2]) for name in file.tensors if "." in name}  # such as ("layer3", "0")
     stages = [stage for stage, _ in blocks]  # each stage once per block
     counts = tuple(stages.count(stage) for stage in STAGES)
-    kind = "bottlenecks" if "layer1.0.conv3.weight" in file.tensors else "basic blocks"
+    has_bottlenecks = "layer1.0.conv3.weight" in file.tensors
     for depth, expected_counts in BLOCKS.items():
-        expected_kind = "basic blocks" if depth in {18, 34} else "bottlenecks"
-        if (counts, kind) == (expected_counts, expected_kind):
+        if counts == expected_counts and has_bottlenecks == (depth not in {18, 34}):
             return depth
-    problem = f"a ResNet of {counts} {kind} is not in the catalog"
+    problem = (
+        f"a ResNet of {counts} {'bottlenecks' if has_bottlenecks else 'basic blocks'} is not in the catalog"
+    )
     raise WeightsError(f"{file.path}: {problem}; `sopdeploy models` lists the networks")
 
 
@@ -79,7 +80,7 @@ def name_network(family: str, depth: int, *, fallback: int) -> str:
     return name if name in CATALOG else f"{family}{fallback} --option depth={depth}"
 
 
-def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str, ...]]:
+def find_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str, ...]]:
     """Find the preprocessing of the *file* of torchvision's network *name*, with a note on its origin.
 
     torchvision publishes some networks twice, with different preprocessing; its file names end in the first
@@ -101,30 +102,31 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= renamed.tensors.keys():
         return None
-    depth = resnet_depth(renamed)
+    depth = find_resnet_depth(renamed)
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     classes, length = renamed.tensor("fc.weight").shape
-    pooling = detect_pooling(renamed, channels, length)
-    kind = str(pooling["pooling.kind"])
-    detected = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling}
+    detected: FieldValues = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight"))}
+    detected |= detect_pooling(renamed, channels, length)
+    pooling = detected["pooling.kind"]
+    triangles = {"fc.weight": detected["pooling.width"]} if pooling == "isqrt" else {}
+    model = name_network("isqrt-resnet" if pooling == "isqrt" else "resnet", depth, fallback=50)
+    if pooling == "bcnn":
+        model += " --option pooling=bcnn"
+    project, undetermined = "fast-MPN-COV", {}
     # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is `features.0`
-    is_torchvisions = kind == "gap" and "conv1.weight" in file.tensors
-    project = "torchvision" if is_torchvisions else "fast-MPN-COV"
-    undetermined = {}
-    if not is_torchvisions:  # torchvision's networks have the default stride
-        stride = conv5_stride(file, depth)
-        if stride is None:
-            undetermined["conv5_stride"] = STRIDE_UNKNOWN
-        else:
-            detected["conv5_stride"] = stride
-    preprocess, notes = published_preprocess(f"resnet{depth}", file)
-    option = " --option pooling=bcnn" if kind == "bcnn" else ""
+    if pooling == "gap" and "conv1.weight" in file.tensors:
+        project = "torchvision"  # whose networks have the default stride
+    elif stride := find_conv5_stride(file, depth):
+        detected["conv5_stride"] = stride
+    else:
+        undetermined["conv5_stride"] = STRIDE_UNKNOWN
+    preprocess, notes = find_preprocess(f"resnet{depth}", file)
     return ConvertedWeights(
         project=project,
-        description=f"{_TITLES[kind]}ResNet-{depth} of {project}",
-        model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, fallback=50) + option,
+        description=f"{_TITLES[pooling]}ResNet-{depth} of {project}",
+        model=model,
         tensors=renamed.tensors,
-        triangles={"fc.weight": int(pooling["pooling.width"])} if kind == "isqrt" else {},
+        triangles=triangles,
         num_classes=classes,
         preprocess=preprocess,
         detected=detected,
@@ -133,7 +135,7 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     )
 
 
-def conv5_stride(file: WeightFile, depth: int) -> int | None:
+def find_conv5_stride(file: WeightFile, depth: int) -> int | None:
     """Find the stride of conv5_x in a file of fast-MPN-COV; None if neither tensors nor `arch` determine it.
 
     It is 1 with the convolution `layer_reduce`, which training checkpoints call `features.8`. Otherwise an
@@ -144,7 +146,7 @@ def conv5_stride(file: WeightFile, depth: int) -> int | None:
     return {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
 
 
-def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str, str | int]:
+def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValues:
     """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers.
 
     *renamed* has our tensor names. Raises `WeightsError` if there is none.
@@ -177,19 +179,19 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     length = classifier.shape[1]
     if length == VGG_FLATTENED:
         project, option = "torchvision", ""
-        pooling: dict[str, str | int] = {"pooling.kind": "flatten"}
+        pooling: FieldValues = {"pooling.kind": "flatten"}
     else:  # the classifier reads the vector of a global pooling
         project, pooling = "fast-MPN-COV", detect_pooling(renamed, VGG_CHANNELS, length)
         option = f" --option pooling={pooling['pooling.kind']}"
     batch_norm = "features.1.running_mean" in file.tensors
     name = "vgg16-bn" if batch_norm else "vgg16"
-    preprocess, notes = published_preprocess(name.replace("-", "_"), file)
+    preprocess, notes = find_preprocess(name.replace("-", "_"), file)
     return ConvertedWeights(
         project=project,
         description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
         model=name + option,
         tensors=renamed.tensors,
-        triangles={f"{first}.weight": int(pooling["pooling.width"])} if "pooling.width" in pooling else {},
+        triangles={f"{first}.weight": pooling["pooling.width"]} if "pooling.width" in pooling else {},
         num_classes=len(file.tensor(f"{last}.weight")),
         preprocess=preprocess,
         detected=pooling | {"classifier": "linear" if is_linear else "mlp", "batch_norm": batch_norm},
@@ -223,8 +225,8 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
 
 def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
     """Convert GSoP-Net1, or GSoP-Net2, which has `layer_reduce` and triangle vectors column by column."""
-    depth = resnet_depth(file)
-    detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_block_config(file)}
+    depth = find_resnet_depth(file)
+    detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_detect_block_options(file)}
     attention = detected.get("attention")  # None: the sum or the maximum, which the user must choose
     reduction = file.tensors.get("layer_reduce.weight")
     net = 1 if reduction is None else 2
@@ -248,7 +250,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
     )
 
 
-def _block_config(file: WeightFile) -> FieldValues:
+def _detect_block_options(file: WeightFile) -> FieldValues:
     """Determine the options of the blocks (d, stages, kind, side of the position map) from the tensors.
 
     Without a key `attention`, the kind is the sum or the maximum, which have the same tensors.

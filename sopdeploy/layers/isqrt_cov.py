@@ -79,7 +79,7 @@ class Step(NamedTuple):
         return self.t if self.z is None else self.t @ self.z
 
 
-def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
+def newton_schulz_steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
     """Yield the N steps on A, *a_BCC*, with T_k = (3 I - Z_k Y_k) / 2; the last one gives Y_N or Z_N.
 
     A is prenormalized: symmetric, ||I - A|| < 1. In float32 the iterates are finite up to N = 15, for
@@ -94,7 +94,7 @@ def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
         yield step
 
 
-def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]) -> Tensor:
+def newton_schulz_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]) -> Tensor:
     """Backpropagate through N steps: from the gradient of F_N to that of the input matrix, both (B, C, C).
 
     F is Y or Z. *f_grad_BCC* is symmetric. *ts* are T_0 .. T_(N-1), *fs* are F_0 .. F_(N-1): F_0 is the input
@@ -193,7 +193,8 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
 def covariance_root(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
     """Compute the root (B, d, d) of the covariance of a map by operations that autograd can differentiate."""
     start = prenormalize(features_BdHW, config)
-    last = deque(steps(start.matrix, config.iterations), maxlen=1).pop()  # one step at a time is in memory
+    steps = newton_schulz_steps(start.matrix, config.iterations)
+    last = deque(steps, maxlen=1).pop()  # one step at a time is in memory
     return _root(start, last, config)
 
 
@@ -219,9 +220,9 @@ class ISqrtVector(torch.autograd.Function):
     def forward(ctx: Any, features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig) -> Tensor:
         """Compute the upper triangle (B, d (d + 1) / 2) of the root."""
         start = prenormalize(features_BdHW, config)
-        ts, fs = [], []  # T_k and F_k of `steps_adjoint`, where F is Z on G and Y on A
+        ts, fs = [], []  # T_k and F_k of `newton_schulz_adjoint`, where F is Z on G and Y on A
         last: Step
-        for step in steps(start.matrix, config.iterations):
+        for step in newton_schulz_steps(start.matrix, config.iterations):
             ts.append(step.t)
             fs.append(step.z if start.use_gram else step.y)
             last = step
@@ -266,7 +267,7 @@ class ISqrtVector(torch.autograd.Function):
             power = 0.5 if config.compensate else 0.0
             f_grad_Bnn = root_grad_Bdd * norm_B11.sqrt() if config.compensate else root_grad_Bdd
 
-        matrix_grad_Bnn = steps_adjoint(f_grad_Bnn, ts, fs)
+        matrix_grad_Bnn = newton_schulz_adjoint(f_grad_Bnn, ts, fs)
         norm_term_B11 = power * root_dot_grad_B11  # n times the gradient that n receives from n^p
         product_grad_Bnn = _prenorm_adjoint(matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config)
         product_grad_Bnn *= 2.0 / positions  # the product is V V^T / M on A, V^T V / M on G

@@ -37,7 +37,7 @@ class PaddedShortcut(nn.Module):
         return F.pad(strided, (0, 0, 0, 0, self.before, self.after))
 
 
-def _shortcut(
+def _build_shortcut(
     in_channels: int, out_channels: int, stride: int, kind: Shortcut | Literal["convolution"]
 ) -> nn.Module | None:
     """Build the shortcut of a block; `None`, the identity, if the block keeps the shape."""
@@ -103,7 +103,7 @@ class BasicBlock(ResidualBlock):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = _shortcut(in_channels, out_channels, stride, kind)
+        self.downsample = _build_shortcut(in_channels, out_channels, stride, kind)
 
     def residual(self, x: Tensor) -> Tensor:
         """Compute the output of the second batch norm."""
@@ -139,7 +139,7 @@ class Bottleneck(ResidualBlock):
         self.conv3 = conv1x1(middle, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(in_channels, out_channels, stride, "projection")
+        self.downsample = _build_shortcut(in_channels, out_channels, stride, "projection")
 
     def residual(self, x: Tensor) -> Tensor:
         """Compute the output of the third batch norm."""
@@ -160,7 +160,7 @@ class PreActBasicBlock(ResidualBlock):
         self.conv1 = conv3x3(in_channels, out_channels, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
-        self.downsample = _shortcut(in_channels, out_channels, stride, "convolution")
+        self.downsample = _build_shortcut(in_channels, out_channels, stride, "convolution")
 
     def residual(self, x: Tensor) -> Tensor:
         """Compute the output of the second convolution for an activated input."""
@@ -182,7 +182,7 @@ class PreActBottleneck(ResidualBlock):
         self.conv2 = conv3x3(middle, middle, stride)
         self.bn3 = nn.BatchNorm2d(middle)
         self.conv3 = conv1x1(middle, out_channels)
-        self.downsample = _shortcut(in_channels, out_channels, stride, "convolution")
+        self.downsample = _build_shortcut(in_channels, out_channels, stride, "convolution")
 
     def residual(self, x: Tensor) -> Tensor:
         """Compute the output of the third convolution for an activated input."""

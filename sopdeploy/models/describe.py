@@ -56,17 +56,12 @@ class Tally:
 
     def by_part(self, split: Collection[str]) -> dict[str, Counts]:
         """Sum the counts of each child; children named in *split* are divided into their own children."""
-
-        def sum_by_part(counts: Counter[str]) -> Counter[str]:
-            """Add up *counts* by the first level of their names, or by two levels in *split*."""
-            sums: Counter[str] = Counter()
+        parameters, macs = Counter[str](), Counter[str]()
+        for sums, counts in ((parameters, self.parameters), (macs, self.macs)):
             for name, number in counts.items():
                 path = name.split(".")
                 depth = 2 if path[0] in split else 1
                 sums[".".join(path[:depth])] += number
-            return sums
-
-        parameters, macs = sum_by_part(self.parameters), sum_by_part(self.macs)
         return {part: Counts(parameters=n, macs=macs[part]) for part, n in parameters.items()}
 
 
@@ -102,7 +97,7 @@ def _count_call(
     name: str,
     module: nn.Module,
     inputs: tuple[Tensor, ...],
-    named: dict[str, Any],
+    keywords: dict[str, Any],
     output: Tensor,
 ) -> None:
     """Add to *counts* the operations of *module* for one image, which may be rows of many windows."""
@@ -113,8 +108,8 @@ def _count_call(
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         counts.macs[name] += output.numel() * module.weight[0].numel()
     elif isinstance(module, nn.MultiheadAttention):  # which calls no module for its four projections
-        tokens = [*inputs, *(named[key] for key in ("query", "key", "value") if key in named)]
-        query, keys, values = (vectors.numel() for vectors in tokens[:3])
+        tensors = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **keywords}
+        query, keys, values = (tensors[key].numel() for key in ("query", "key", "value"))
         counts.macs[name] += (2 * query + keys + values) * module.embed_dim
     elif isinstance(module, NORMS):
         counts.norm_outputs += output.numel()
@@ -164,7 +159,7 @@ class Published(StrictModel):
         return f"{self.source}: {self.quantity} {figures}{note}"
 
 
-def _load_rows() -> tuple[PublishedRow, ...]:
+def _read_published_rows() -> tuple[PublishedRow, ...]:
     """Read the rows of `published.toml`; a row has the keys of its table, and options of both."""
     text = files("sopdeploy.models").joinpath("published.toml").read_text(encoding="utf-8")
     rows = []
@@ -176,10 +171,10 @@ def _load_rows() -> tuple[PublishedRow, ...]:
     return tuple(rows)
 
 
-PUBLISHED_ROWS: tuple[PublishedRow, ...] = _load_rows()
+PUBLISHED_ROWS: tuple[PublishedRow, ...] = _read_published_rows()
 
 
-def published(
+def find_published(
     name: str, config: StrictModel, num_classes: int, training: Tally, shipped: Tally, representation: int
 ) -> tuple[Published, ...]:
     """Look up the figures that papers print for exactly this network at its catalog's image size."""
@@ -189,11 +184,11 @@ def published(
             continue
         classes_of_row = entry(name).num_classes if row.num_classes is None else row.num_classes
         if num_classes == classes_of_row:
-            figures += _figures_of(row, training if row.part == "training" else shipped, representation)
+            figures += _compare_with_row(row, training if row.part == "training" else shipped, representation)
     return tuple(figures)
 
 
-def _figures_of(row: PublishedRow, counts: Tally, representation: int) -> list[Published]:
+def _compare_with_row(row: PublishedRow, counts: Tally, representation: int) -> list[Published]:
     """Put the own count, or the length of the *representation*, beside every printed figure of *row*."""
     parameters = sum(n for name, n in counts.parameters.items() if name.startswith(row.module))
     operations = sum(n for name, n in counts.macs.items() if name.startswith(row.module)) + row.extra_ops
@@ -211,20 +206,21 @@ def _figures_of(row: PublishedRow, counts: Tally, representation: int) -> list[P
             (f"{row.part} operations", "G", row.ops, operations / 1e9),
             ("representation", "K", row.dim, representation / 1e3),
         ]
-    note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
-    return [
-        Published(
-            source=row.source,
-            quantity=quantity,
-            unit=unit,
-            printed=printed,
-            ours=round(ours, 4),
-            reached=row.reached,
-            note=note,
-        )
-        for quantity, unit, printed, ours in quantities
-        if printed is not None
-    ]
+    notes = [note for note in (row.note, "cut off, not rounded" if row.cut else "") if note]
+    figures = []
+    for quantity, unit, printed, ours in quantities:
+        if printed is not None:
+            figure = Published(
+                source=row.source,
+                quantity=quantity,
+                unit=unit,
+                printed=printed,
+                ours=round(ours, 4),
+                reached=row.reached,
+                note="; ".join(notes),
+            )
+            figures.append(figure)
+    return figures
 
 
 class Description(StrictModel):
@@ -271,7 +267,7 @@ def describe(
     representation = network.num_features()
     figures: tuple[Published, ...] = ()
     if side == entry(name).image_size:
-        figures = published(name, network.config, network.num_classes, training, shipped, representation)
+        figures = find_published(name, network.config, network.num_classes, training, shipped, representation)
     return Description(
         name=name,
         config=network.config.model_dump(mode="json"),

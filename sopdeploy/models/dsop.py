@@ -134,20 +134,28 @@ class DSoP(Classifier):
                 raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            given = blocks[index]  # one number per tap of the stage, or only that of the last tap
-            counts = (0,) * (len(taps) - 1) + (given,) if isinstance(given, int) else given
+            counts = blocks[index]  # of the blocks after each tap of the stage, or only after the last one
+            if isinstance(counts, int):
+                counts = (*[0] * (len(taps) - 1), counts)
             if len(counts) != len(taps):
                 raise ConfigError(
                     f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
                 )
             for tap, count in zip(taps, counts, strict=True):
-                used = count > 0
-                if used or (config.keep_unused_branches and tap == taps[-1]):
-                    width = min(widths[index], self.tap_channels[tap])
-                    dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
-                    stride, weight = strides[index], weights[index]
-                    length = max(count, 1)  # an unused branch has one block
-                    plans.append(BranchPlan(tap, used, length, stride, weight, width, dropout))
+                is_kept_unused = config.keep_unused_branches and tap == taps[-1]
+                if count == 0 and not is_kept_unused:
+                    continue
+                width = min(widths[index], self.tap_channels[tap])
+                plan = BranchPlan(
+                    tap=tap,
+                    used=count > 0,
+                    blocks=max(count, 1),  # an unused branch has one block
+                    stride=strides[index],
+                    weight=weights[index],
+                    width=width,
+                    dropout=paper.dropout_rate if width >= paper.dropout_from else 0.0,
+                )
+                plans.append(plan)
         return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:

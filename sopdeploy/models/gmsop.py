@@ -99,7 +99,17 @@ class GatedResNet(LowResolutionResNet, ExportHints):
 
     def __init__(self, config: GMSOPResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.gate = make_gate(config, self.channels)
+        # Of the gate: prediction layers, the components' kind of pooling, Wg, top K.
+        gate_widths = config.component_widths if config.gate_widths is None else config.gate_widths
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((self.channels, *gate_widths)):
+            convolution, norm, relu = dimension_reduction(inputs, outputs)
+            step = (convolution, norm, relu) if config.gate_norm else (convolution, relu)
+            layers.append(nn.Sequential(*step))
+        last_width = gate_widths[-1] if gate_widths else self.channels
+        pool, length = build_pooling(config.component, last_width, config.root_config())
+        self.gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
+        initialize_by_fan_in(self.gate)
         self.mixture = Components(
             config.component,
             self.channels,
@@ -145,7 +155,7 @@ class GMSOPResNet(Classifier, GatedResNet):
             return super().forward(images)
         if self.config.chosen == 1:
             raise ConfigError("chosen: must be at least 2 to train; with 1 the gate has no gradient")
-        features, weights_BN = self.noisy_gate(images)
+        features, weights_BN = self.features_and_noisy_weights(images)
         # on `meta`, weights have no values that could be compared with 0 to route by them
         mix = self.mixture if features.is_meta else self.mixture.routed_sum
         logits: Tensor = self.head(mix(features, weights_BN))
@@ -153,26 +163,12 @@ class GMSOPResNet(Classifier, GatedResNet):
         counts = (weights_BN > 0).sum(dim=0)
         return TrainingOutput(logits, branches={}, penalties={"balance": balance}, component_counts=counts)
 
-    def noisy_gate(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_noisy_weights(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the last feature map (B, C, H, W) and the gate's weights (B, N) with noise."""
         features, _ = self.feature_maps(images)
         feature_BD = self.gate.feature(features)
         noise: Tensor = self.gate.get_submodule("noise")(feature_BD)
         return features, softmax_of_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
-
-
-def make_gate(config: GMSOPResNetConfig, channels: int) -> SparseGate:
-    """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
-    widths = (channels, *(config.component_widths if config.gate_widths is None else config.gate_widths))
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        convolution, norm, relu = dimension_reduction(inputs, outputs)
-        step = (convolution, norm, relu) if config.gate_norm else (convolution, relu)
-        layers.append(nn.Sequential(*step))
-    pool, length = build_pooling(config.component, widths[-1], config.root_config())
-    gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
-    initialize_by_fan_in(gate)
-    return gate
 
 
 class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
@@ -211,19 +207,17 @@ class AveragedResNet(Classifier, LowResolutionResNet):
             self.classifier_parts = ("pooling", "head")
             self.pooling = config.pooling.build(self.channels)
             length = self.pooling.out_features
-            self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
-            return
-        self.mixture = Components(
-            config.component,
-            self.channels,
-            config.component_widths,
-            components=config.components,
-            evaluated=config.components,  # all, because there is no gate
-            root=config.root_config(),
-        )
-        self.head = FusionHead(
-            self.mixture.out_features, num_classes, norm=config.fusion_norm, dropout=config.dropout
-        )
+        else:
+            self.mixture = Components(
+                config.component,
+                self.channels,
+                config.component_widths,
+                components=config.components,
+                evaluated=config.components,  # all, because there is no gate
+                root=config.root_config(),
+            )
+            length = self.mixture.out_features
+        self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from the last feature map (B, C, h, w)."""

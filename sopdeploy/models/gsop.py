@@ -64,34 +64,25 @@ class GSoP(Classifier):
 
     def __init__(self, config: GSoPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        for tap in self.attended_taps():
-            self._add_block(tap)
-        if config.final_pooling == "isqrt":
-            self._add_second_order_pooling()
-
-    def _add_block(self, tap: str) -> None:
-        """Add a GSoP block to the residual block *tap*, such as `layer1.2`, and initialize both."""
-        stage, _, index = tap.partition(".")
-        channels = self.tap_channels[tap]
-        if index != "0":  # is built a second time, so that a seed gives the weights of earlier versions
-            self.set_submodule(tap, self.branch_block(channels, channels, 1))
-        block: Any = self.get_submodule(tap)
-        dr_stride = 2 if stage in self.config.strided_dr_stages else 1
-        block.attention = GSoPBlock(self.config, channels, dr_stride)
-        block.attention_after = self.config.block_place == "after"
-        initialize(block)
-
-    def _add_second_order_pooling(self) -> None:
-        """Replace pooling and classifier by those of GSoP-Net2."""
-        config = self.config
-        isqrt = ISqrtPoolingConfig(
-            width=config.final_width, iterations=config.iterations, prenorm=config.prenorm
-        )
-        self.pooling = isqrt.build(self.pooling.out_features)
-        initialize(self.pooling)
-        self.dropout = nn.Dropout(config.dropout)
-        self.fc = nn.Linear(self.pooling.out_features, self.num_classes)
-        self.classifier_parts = ("pooling", "dropout", "fc")
+        for tap in self.attended_taps():  # the names of residual blocks, such as `layer1.2`
+            stage, _, index = tap.partition(".")
+            channels = self.tap_channels[tap]
+            if index != "0":  # is built a second time, so that a seed gives the weights of earlier versions
+                self.set_submodule(tap, self.branch_block(channels, channels, 1))
+            block: Any = self.get_submodule(tap)
+            dr_stride = 2 if stage in config.strided_dr_stages else 1
+            block.attention = GSoPBlock(config, channels, dr_stride)
+            block.attention_after = config.block_place == "after"
+            initialize(block)
+        if config.final_pooling == "isqrt":  # GSoP-Net2 replaces pooling and classifier
+            isqrt = ISqrtPoolingConfig(
+                width=config.final_width, iterations=config.iterations, prenorm=config.prenorm
+            )
+            self.pooling = isqrt.build(self.pooling.out_features)
+            initialize(self.pooling)
+            self.dropout = nn.Dropout(config.dropout)
+            self.fc = nn.Linear(self.pooling.out_features, num_classes)
+            self.classifier_parts = ("pooling", "dropout", "fc")
 
     def attended_taps(self) -> list[str]:
         """List the residual blocks that have a GSoP block; raise `ConfigError` for an unknown stage."""

@@ -39,16 +39,6 @@ class PSDRConfig(ResNetConfig, NewtonSchulzOptions):
     aux_weight: NonNegative = 1.0
 
 
-def intermediate_widths(channels: int, target: int, decay: float) -> list[int]:
-    """Compute the channels after each step except the last (Eq. 4): half, then *decay* times the previous."""
-    widths = []
-    width = channels // 2
-    while width > target:
-        widths.append(width)
-        width = int(decay * width)
-    return widths
-
-
 class ProgressivePooling(GlobalPooling):
     """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of their reduced covariance's root."""
 
@@ -56,7 +46,11 @@ class ProgressivePooling(GlobalPooling):
         super().__init__()
         if config.width >= channels:
             raise ConfigError(f"width: {config.width} is not smaller than {channels} channels; reduce it")
-        self.widths = intermediate_widths(channels, config.width, config.decay)
+        self.widths: list[int] = []  # the channels after each step except the last (Eq. 4)
+        width = channels // 2
+        while width > config.width:
+            self.widths.append(width)
+            width = int(config.decay * width)
         inputs, outputs = [channels, *self.widths], [*self.widths, config.width]
         self.chain = nn.ModuleList(map(dimension_reduction, inputs, outputs))
         self.root = ISqrtCov(config.width, config.root_config())

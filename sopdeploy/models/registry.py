@@ -274,10 +274,9 @@ PREFIXES = {  # functions (prefix, name) that build the entry of PREFIX:NAME
 def entry(name: str) -> Entry:
     """Look up *name* in the catalog and among registered networks.
 
-    Raises `ConfigError` with the nearest names if it is unknown.
-
     `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature maps, and
-    `head:NAME` for every network NAME without training-only parts, and for `dsop-NAME`.
+    `head:NAME` for every network NAME without training-only parts, and for `dsop-NAME`. Raises `ConfigError`
+    with the nearest names if *name* is unknown.
     """
     family, colon, rest = name.partition(":")
     found: Entry | None
@@ -287,8 +286,9 @@ def entry(name: str) -> Entry:
         found = CATALOG.get(name) or MODELS.find(name)
     if found is not None:
         return replace(found, name=name)
-    has_tag = "." in name  # of timm, such as resnet18.a1_in1k
-    similar = [f"timm:{name}"] if has_tag else difflib.get_close_matches(name, CATALOG, n=3)
+    similar = difflib.get_close_matches(name, CATALOG, n=3)
+    if "." in name:  # a tag of timm, such as resnet18.a1_in1k
+        similar = [f"timm:{name}"]
     hint = f"did you mean {', '.join(similar)}?" if similar else "`sopdeploy models` lists them all"
     raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
 

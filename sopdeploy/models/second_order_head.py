@@ -213,8 +213,8 @@ class SecondOrderHead(Classifier):
         if not self.has_training_heads:
             return {"main": self.pooled_head(*self.head_inputs(images))}
         branches: dict[str, str] = vars(self)["taps"]  # of `DSoP`: the name of the branch by its tap
-        # In the order of computation, and then what is no tap of the network but read by a branch.
-        taps = [tap for tap in self.tap_channels | branches if tap in branches or tap in self.maps]
+        taps = [tap for tap in self.tap_channels if tap in branches or tap in self.maps]  # as computed
+        taps += [tap for tap in branches if tap not in self.tap_channels]  # only a branch reads it
         last, tapped = self.feature_maps(images, taps)
         maps = dict(zip(taps, tapped, strict=True))
         logits = {name: self.get_submodule(f"branches.{name}")(maps[tap]) for tap, name in branches.items()}
@@ -245,13 +245,13 @@ def head_entry(_prefix: str, name: str) -> Entry:
     if base.network.training_only and not name.startswith("dsop-"):
         raise ConfigError(f"head:{name}: {name} has training-only parts; use a network without them")
     classes: Any = base.network, base.config  # mypy takes their type for one without a hash
-    network, config = _with_head_classes(*classes)
+    network, config = _derive_head_classes(*classes)
     summary = f"{base.summary}, first-order and second-order head"
     return replace(base, network_source=network, config_source=config, summary=summary)
 
 
 @cache
-def _with_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
+def _derive_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
     """Derive the classes of *network* with a head and of its *config*, once for all lookups.
 
     The inference model of a network with branches is that without them, with the same head.
@@ -262,7 +262,7 @@ def _with_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
     parts = {}
     if network.training_only:
         plain: Any = as_classifier(network.inference_class)
-        parts["inference_class"], _ = _with_head_classes(plain, config)
+        parts["inference_class"], _ = _derive_head_classes(plain, config)
     return type(f"Head{network.__name__}", (SecondOrderHead, network), parts), with_option
 
 
@@ -283,12 +283,12 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead
     except those of its classifier and its training-only parts. The weights of the head are random. Raises
     `ConfigError` if the network cannot have this head.
     """
-    found = entry(head_name(name))
+    with_head_entry = entry(head_name(name))
     # Options that `head:NAME` lacks are left out: they are of the training-only parts, such as DSoP's.
-    fields = found.config.model_fields
+    fields = with_head_entry.config.model_fields
     options = {key: value for key, value in model.config.model_dump().items() if key in fields}
     options["head"] = head.model_dump()
-    network = cast(SecondOrderHead, found.build(model.num_classes, **options))
+    network = cast(SecondOrderHead, with_head_entry.build(model.num_classes, **options))
     state = network.state_dict()
     for tensor_name, tensor in model.state_dict().items():
         if tensor_name in state and not is_in(tensor_name, POOLED_HEAD):

@@ -70,19 +70,15 @@ def import_timm(name: str) -> Any:
     return timm
 
 
-def timm_image_size(name: str) -> int:
-    """Look up the image side in pixels of timm's network *name*; raise `ConfigError` if unknown."""
-    return import_timm(name).get_pretrained_cfg(name).input_size[-1]
-
-
 @cache
-def timm_taps(name: str) -> dict[str, int]:
+def find_timm_taps(name: str) -> dict[str, int]:
     """Find the taps of timm's network *name*, stages of stride 4 or more, and the channels of their maps.
 
     The result is empty if the network does not name its stages, if a stage returns no feature map, or if its
     code depends on the values of pixels.
     """
-    timm, side = import_timm(name), timm_image_size(name)
+    timm = import_timm(name)
+    side = timm.get_pretrained_cfg(name).input_size[-1]
     with torch.device("meta"):
         network = timm.create_model(name).eval()
         stages = list(getattr(network, "feature_info", ()))
@@ -129,7 +125,7 @@ class TimmBackbone(Backbone):
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
         self.wrapped = (network,)  # a tuple, because an attribute that is a module becomes a child
-        self.tap_channels = timm_taps(config.backbone)
+        self.tap_channels = find_timm_taps(config.backbone)
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg
         self.fixed_size: int | None = published["input_size"][-1] if published["fixed_input_size"] else None
@@ -190,7 +186,7 @@ def timm_entry(family: str, name: str) -> Entry:
 
     Raises `ConfigError` if timm has no network *name*.
     """
-    side = timm_image_size(name)
+    side = import_timm(name).get_pretrained_cfg(name).input_size[-1]
     if family == "timm":
         return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)
     network = "sopdeploy.models.dsop_networks:DSoPTimm"

@@ -41,9 +41,9 @@ class UserNetwork(Classifier):
         super().__init__(config, num_classes)
         self.network = source.build(num_classes)
         self.source = source
-        self.find_maps()
+        self.set_taps()
 
-    def find_maps(self) -> None:
+    def set_taps(self) -> None:
         """Set `tap_channels` to the channels of the taps; check the number of logits if there are taps."""
         if self.source.taps:
             self.tap_channels, logits = find_taps(self.network, self.source.taps, self.source.image_size)
@@ -81,8 +81,8 @@ class UserNetwork(Classifier):
         Raises `ConfigError` for an unknown module, one without a feature map, or a network that cannot run.
         """
         side = self.source.image_size
-        chosen = (last_map(self.network, side),) if taps is None else taps
-        channels, _ = find_taps(self.network, chosen, side)
+        modules = (find_last_map(self.network, side),) if taps is None else taps
+        channels, _ = find_taps(self.network, modules, side)
         return channels
 
     def remove_classifier(self) -> int:
@@ -92,8 +92,8 @@ class UserNetwork(Classifier):
             name = next(name for name, module in self.network.named_modules() if module is layer)
             logits, outputs = run_once(self.network, self.source.image_size)
             output: Any = outputs.get(name)  # `None` if the layer does not run in eval mode
-            same_shape = isinstance(output, Tensor) and _shape(logits) == output.shape
-            if not (same_shape and (logits.is_meta or torch.equal(logits, output))):  # `meta` has no values
+            has_same_shape = isinstance(output, Tensor) and _shape(logits) == output.shape
+            if not has_same_shape or not (logits.is_meta or torch.equal(logits, output)):  # meta: no values
                 raise ConfigError(
                     f"head: the network does not return the output of its last linear layer {name}; build it "
                     "so that these are the logits"
@@ -135,8 +135,8 @@ class PooledNetwork(UserNetwork):
         self.add_classifier(config.pooling)
         initialize(self.pooling)
 
-    def find_maps(self) -> None:
-        """Set `tap` and `tap_channels` by the map, and remove what follows it from the network."""
+    def set_taps(self) -> None:
+        """Set `tap` and `tap_channels` to the pooled map, and remove what follows it from the network."""
         taps = self.source.taps
         if len(taps) > 1:
             raise ConfigError(f"taps: this method reads one feature map, not {len(taps)}")
@@ -181,7 +181,7 @@ def dsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **co
         ConfigError: An unknown tap, a tap without a feature map, an invalid option, or a network that cannot
             run.
     """
-    return _apply(DSoPNetwork, "dsop", network, taps, image_size, config)
+    return _build_from_network(DSoPNetwork, "dsop", network, taps, image_size, config)
 
 
 def isqrt(
@@ -199,24 +199,24 @@ def isqrt(
     Raises:
         ConfigError: No such module or map, an invalid option, or a network that cannot run.
     """
-    return _apply(PooledNetwork, "isqrt", network, (tap,) if tap else (), image_size, config)
+    return _build_from_network(PooledNetwork, "isqrt", network, (tap,) if tap else (), image_size, config)
 
 
-def _apply(
-    trained: type[Trained],
+def _build_from_network(
+    network_class: type[Trained],
     name: MethodName,
     network: nn.Module,
     taps: Sequence[str],
     image_size: int,
     config: FieldValues,
 ) -> Trained:
-    """Build *trained*, the class of the method *name*, from *network*, with as many logits as *network*."""
+    """Build the *network_class* of the method *name* from *network*, with as many logits as *network*."""
     _, config_class = METHODS[name]
     options = parse_options(name, config_class, config)
     _, num_classes = find_taps(network, taps, image_size)
-    # `trained` calls `build` for its part `network`, which exists already with this number of classes
+    # `network_class` calls `build` for its part `network`, which exists already with this number of classes
     source = Source(build=lambda _num_classes: network, taps=tuple(taps), image_size=image_size)
-    return trained(options, num_classes, source)
+    return network_class(options, num_classes, source)
 
 
 def register_model(
@@ -247,24 +247,18 @@ def register_model(
     """
     if name in CATALOG:
         raise ConfigError(f"model {name!r}: is a network of the catalog; choose another name")
-    chosen: MethodName = method or ("dsop" if taps else "none")
-    if chosen == "dsop" and not taps:
+    if method is None:
+        method = "dsop" if taps else "none"
+    if method == "dsop" and not taps:
         raise ConfigError("register_model: method 'dsop' needs taps; name modules of the network")
-    method_class, options = METHODS[chosen]
-    source, module = Source(partial(_build, name, build), tuple(taps), image_size), build.__module__
-    # a network with training-only parts is exported as the network without a method
+    method_class, config_class = METHODS[method]
+    source, module = Source(partial(_call_builder, name, build), tuple(taps), image_size), build.__module__
     inference = None
-    if method_class.training_only:
+    if method_class.training_only:  # it is exported as the network without a method
         inference = _with_source(UserNetwork, source, module, inference_class=None)
     network = _with_source(method_class, source, module, inference_class=inference)
-    registered = Entry(
-        network_source=network,
-        config_source=options,
-        defaults={},
-        summary=f"of {module}",
-        image_size=image_size,
-    )
-    MODELS.register(name, registered, module)
+    summary = f"of {module}"
+    MODELS.register(name, Entry(network, config_class, {}, summary, image_size), module)
 
 
 def _with_source(
@@ -280,7 +274,7 @@ def _with_source(
     return type(base.__name__, (base,), members)
 
 
-def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:
+def _call_builder(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:
     """Call *build*; raise its errors as `ConfigError`."""
     try:
         return build(num_classes)
@@ -353,7 +347,7 @@ def _shape(output: Any) -> tuple[int, ...]:
     return tuple(output.shape) if isinstance(output, Tensor) else ()
 
 
-def last_map(network: nn.Module, image_size: int) -> str:
+def find_last_map(network: nn.Module, image_size: int) -> str:
     """Find the module of *network* that computes the last feature map (1, C, side, side), side > 1.
 
     Of modules that return the same tensor, it is the outermost one. Raises `ConfigError` if there is none, or

@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import Decision
 from sopdeploy.evaluation.metrics import ClassificationReport, Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.evaluation.prediction import score_images
@@ -23,7 +22,7 @@ from sopdeploy.evaluation.predictions import (
 )
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
-from sopdeploy.html.report import Figure, HtmlReport, Section, Table, around, isolate, percent, render
+from sopdeploy.html.report import Figure, HtmlReport, Section, Table, insert_names, percent, render
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.photo import LabeledImages
@@ -63,21 +62,24 @@ def write_run_page(
     result: Any = fit.result
     texts = describe_for_page(result)
     labels, rules, train = start.labels, start.recipe.preprocess, start.data.train
-    images, description, logits_NC = _predict(start, fit, texts.held_out, on_image)
+    images, description, logits_NC = _predict_shown_images(start, fit, texts.held_out, on_image)
     predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
     is_measured = result.score is not None  # otherwise the predictions say nothing about other photographs
     shown = labels[:_MAX_LABELS]
     more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
-    classes = around(f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown)
+    classes = insert_names(f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown)
     sections: list[Section] = []
     if is_measured:
         sections.append(describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}."))
-        sections += _show_mistakes(predicted, images, rules)
+        sections.append(_show_mistakes(predicted, images, rules))
     if isinstance(fit, FewShotFit):
-        sections += _show_wrong_labels(train, fit, rules)
-        sections += _show_copies(train, fit, rules)
-    sections.append(Section(title="Training", text=[_describe_training(start, fit, texts.procedure)]))
+        sections += [_show_wrong_labels(train, fit, rules), _show_copies(train, fit, rules)]
+    weights, side = "random weights", rules.crop
+    if start.weights is not None:
+        weights = f"the weights of {start.weights.file} ({start.weights.network})"
+    trained = f"{fit.name}, trained from {weights} on {len(train)} images, scaled to {side} x {side} pixels"
+    sections.append(Section(title="Training", text=[f"{trained}, {texts.procedure}."]))
     if networks:
         rows = [network.row() for network in networks]
         caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
@@ -85,13 +87,21 @@ def write_run_page(
         sections.append(Section(title="Choice of the network", tables=[table]))
     sections.append(_describe_learning(fit.position.history, result))
     if fit.decision is not None:
-        sections.append(_describe_decision(fit.decision, labels))
+        sentences = [_DECISION]
+        if fit.decision.temperature != 1:
+            sentences.append(_CALIBRATION)
+        if fit.decision.rejection is not None:
+            sentences.append(_REJECTION)
+        table = Table(caption="Fitted values", columns=["", ""], rows=fit.decision.rows(labels))
+        sections.append(Section(title="Decision", text=[" ".join(sentences)], tables=[table]))
     content = HtmlReport(
         title=start.recipe.project or fit.name,
         text=[
             describe_in_a_sentence(result.score, is_selected=isinstance(result, LoopResult)),
             classes,
-            around("Next: {}", f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach", tag="code"),
+            insert_names(
+                "Next: {}", f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach", tag="code"
+            ),
         ],
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
         sections=[*sections, *_describe_run(start, fit, run.record)],
@@ -108,14 +118,20 @@ def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_sel
     if score is None:
         return "There are too few different photographs to say how many new ones will be right."
     value = score.value if isinstance(score, Rate) else score
-    of_ten, of_hundred = round(10 * value), math.floor(100 * value)
-    count = f"{of_ten} of 10" if of_ten < 10 else f"{of_hundred} of 100" if of_hundred < 100 else "nearly all"
-    about = "about " if of_ten >= 10 and of_hundred < 100 else ""  # two digits look more certain than one
-    count = f"at most {count}" if is_selected else f"{about}{count}"
-    return f"{count[0].upper()}{count[1:]} new photographs like these will be right."
+    of_ten, of_hundred, qualifier = round(10 * value), math.floor(100 * value), ""
+    if of_ten < 10:
+        share = f"{of_ten} of 10"
+    elif of_hundred < 100:
+        share, qualifier = f"{of_hundred} of 100", "about "  # two digits look more certain than one
+    else:
+        share = "nearly all"
+    if is_selected:
+        qualifier = "at most "
+    sentence = f"{qualifier}{share} new photographs like these will be right."
+    return f"{sentence[0].upper()}{sentence[1:]}"
 
 
-def _predict(
+def _predict_shown_images(
     start: Start, fit: Fit, description: str, on_image: Callable[[int, int], None]
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
     """Return the images that the page evaluates, what they are, and their calibrated logits (N, C).
@@ -133,21 +149,13 @@ def _predict(
     return held_out, description, logits_NC / temperature
 
 
-def _describe_training(start: Start, fit: Fit, procedure: str) -> str:
-    """Describe in a sentence what was trained: network, start weights, images and procedure."""
-    given, side = start.weights, start.recipe.preprocess.crop
-    weights = "random weights" if given is None else f"the weights of {given.file} ({given.network})"
-    images = f"{len(start.data.train)} images, scaled to {side} x {side} pixels"
-    return f"{fit.name}, trained from {weights} on {images}, {procedure}."
-
-
 def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) -> Section:
     """Describe the result; of the training loop, plot losses and scores of all heads over the epochs."""
     if not isinstance(result, LoopResult):
         return Section(title="Learning", text=result.lines())
     last, text = history[-1], list(result.lines())
     score_name = last.metrics.score_name
-    score = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"  # its column in the history
+    score_column = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"
     # The names of training losses and heads in any epoch, each once: the keys of a dict keep their order.
     losses = dict.fromkeys(loss for row in history for loss in row.losses)
     heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
@@ -157,35 +165,25 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
             f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
             f"fixed subset of {last.diagnostics.num_images} with the raw weights."
         )
-    columns_of_scores = {"deployed": score} | {head: f"{head}_{score}" for head in shown_heads}
-    columns_of_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown_heads}
+
+    def plot_columns(label: str, column_by_curve: Mapping[str, str], caption: str) -> Figure:
+        curves = {curve: history_curve(history, column) for curve, column in column_by_curve.items()}
+        return Figure(image=plot(curves, "epoch", label), caption=caption)
+
+    scores = {"deployed": score_column} | {head: f"{head}_{score_column}" for head in shown_heads}
+    held_out_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown_heads}
     overconfident = f"If the loss rises and {score_name} does not fall, the network is overconfident."
-    charts = [  # label of the y axis, columns of the history by the names of their curves, caption
-        ("training loss", {loss: f"train_{loss}" for loss in losses}, _TRAINING_LOSSES),
-        (score_name, columns_of_scores, f"{score_name} on held-out images."),
-        ("loss on held-out images", columns_of_losses, overconfident),
+    figures = [
+        plot_columns("training loss", {loss: f"train_{loss}" for loss in losses}, _TRAINING_LOSSES),
+        plot_columns(score_name, scores, f"{score_name} on held-out images."),
+        plot_columns("loss on held-out images", held_out_losses, overconfident),
     ]
-    figures = []
-    for label, columns, caption in charts:
-        curves = {curve: history_curve(history, column) for curve, column in columns.items()}
-        figures.append(Figure(image=plot(curves, "epoch", label), caption=caption))
     if counts := last.component_counts:
         figures.append(component_chart(counts, "Training images that the gate sent to each component"))
     return Section(title="Learning", text=text, figures=figures)
 
 
-def _describe_decision(decision: Decision, labels: Sequence[str]) -> Section:
-    """List temperature and thresholds."""
-    sentences = [_DECISION]
-    if decision.temperature != 1:
-        sentences.append(_CALIBRATION)
-    if decision.rejection is not None:
-        sentences.append(_REJECTION)
-    table = Table(caption="Fitted values", columns=["", ""], rows=decision.rows(labels))
-    return Section(title="Decision", text=[" ".join(sentences)], tables=[table])
-
-
-def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preprocess) -> Iterator[Section]:
+def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preprocess) -> Section:
     """Show the *images* that are predicted wrongly with the greatest confidence, if each has one class."""
     scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
     wrong = sorted((-score.confidence, index) for index, score in enumerate(scores) if not score.correct)
@@ -193,48 +191,48 @@ def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preproc
     for _, index in wrong[:_MAX_SHOWN]:
         score = scores[index]
         true, answer = images.labels[score.target], images.labels[score.top5[0]]
-        shares = percent(score.likelihood), percent(score.confidence)
-        captions.append((index, around(f"{{}} ({shares[0]}), predicted as {{}} ({shares[1]})", true, answer)))
+        template = f"{{}} ({percent(score.likelihood)}), predicted as {{}} ({percent(score.confidence)})"
+        captions.append((index, insert_names(template, true, answer)))
     text = "Sorted by confidence. Check for wrong labels before you look for a better network."
-    yield from _show("Worst mistakes", text, images, captions, rules)
+    return _show_photographs("Worst mistakes", text, images, captions, rules)
 
 
-def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Iterator[Section]:
+def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Section:
     """Show the training *images* whose label is probably wrong by *fit*."""
-    if fit.label_logits is None:
-        return
+    wrong_labels = [] if fit.label_logits is None else list_wrong_labels(fit.label_logits, images)
     captions = []
-    for index, found in list_wrong_labels(fit.label_logits, images)[:_MAX_SHOWN]:
-        shares = percent(found.probability), percent(found.probability_suggested)
-        template = f"{{}} ({shares[0]}), suggested: {{}} ({shares[1]})"
-        captions.append((index, around(template, found.label, found.suggested)))
-    text = around(
+    for index, wrong in wrong_labels[:_MAX_SHOWN]:
+        template = (
+            f"{{}} ({percent(wrong.probability)}), suggested: {{}} ({percent(wrong.probability_suggested)})"
+        )
+        captions.append((index, insert_names(template, wrong.label, wrong.suggested)))
+    text = insert_names(
         "Training images whose label contradicts the other images most, predicted by classifiers that were "
         "fitted without them and their copies. All: {}",
         "sopdeploy data check DIR --wrong-labels RUN",
         tag="code",
     )
-    yield from _show("Probably wrong labels", text, images, captions, rules)
+    return _show_photographs("Probably wrong labels", text, images, captions, rules)
 
 
-def _show_copies(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Iterator[Section]:
+def _show_copies(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Section:
     """Show the largest groups of copies among training *images*."""
     group_N = fit.copies
     sizes = np.bincount(group_N)
     largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
-    captions = [
-        (index, around(f"group {number}: {{}}", ", ".join(images.class_names(index))))
-        for number, group in enumerate(largest, 1)
-        for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist()
-    ]
+    captions = []
+    for number, group in enumerate(largest, 1):
+        for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist():
+            names = ", ".join(images.class_names(index))
+            captions.append((index, insert_names(f"group {number}: {{}}", names)))
     text = "Training images that show one photograph, the largest groups. A group is never divided."
-    yield from _show("Copies", text, images, captions, rules)
+    return _show_photographs("Copies", text, images, captions, rules)
 
 
-def _show(
+def _show_photographs(
     title: str, text: str, images: LabeledImages, captions: list[tuple[int, Any]], rules: Preprocess
-) -> Iterator[Section]:
-    """Show images as JPEGs; *captions* are (index, caption as markup). No section without captions."""
+) -> Section:
+    """Show the images of *captions*, (index, caption as markup), as JPEGs; an empty section without them."""
     figures = []
     for index, caption in captions:
         small = to_rgb(images.decode(index), rules).copy()
@@ -243,25 +241,22 @@ def _show(
         encoded = io.BytesIO()
         small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
         jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
-        shown = caption + ": " + isolate(images.identity(index))
-        figures.append(Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=shown, opens=True))
-    if figures:
-        yield Section(title=title, text=[text], figures=figures)
+        named = caption + ": " + insert_names("{}", images.identity(index))
+        figures.append(Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=named, opens=True))
+    return Section(title=title, text=[text] if figures else [], figures=figures)
 
 
-def _describe_run(start: Start, fit: Fit, record: Mapping[str, Any]) -> Iterator[Section]:
-    """List the recipe and the environment of the run."""
-    hidden = "summary", "model.config."  # the whole config of the network is listed as `network.`
-    recipe = [
-        (key, value)
-        for key, value in flatten(start.recipe.model_dump(mode="json"))
-        if start.recipe.reads(key) and not key.startswith(hidden)
-    ]
-    values = [*recipe, *flatten(fit.network.config.model_dump(mode="json"), "network.")]
-    settings = Table(caption="All values of the run", columns=["key", "value"], rows=values, folded=True)
-    yield Section(title="Recipe", tables=[settings])
+def _describe_run(start: Start, fit: Fit, record: Mapping[str, Any]) -> list[Section]:
+    """List the recipe and the environment of the run, in a section each."""
+    values = []
+    for key, value in flatten(start.recipe.model_dump(mode="json")):
+        is_hidden = key.startswith(("summary", "model.config."))  # as `network.`
+        if start.recipe.reads(key) and not is_hidden:
+            values.append((key, value))
+    values += flatten(fit.network.config.model_dump(mode="json"), "network.")
+    recipe = Table(caption="All values of the run", columns=["key", "value"], rows=values, folded=True)
     facts = {f"{name} version": version for name, version in record["versions"].items()} | record["machine"]
     if isinstance(fit.result, LoopResult):
         facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
     machine = Table(caption="Versions and machine", columns=["what", "value"], rows=list(facts.items()))
-    yield Section(title="Environment", tables=[machine])
+    return [Section(title="Recipe", tables=[recipe]), Section(title="Environment", tables=[machine])]

@@ -62,17 +62,17 @@ def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> 
     labels = images.targets.astype(np.int64)
     listed_N, suggested_N, probabilities_NC = find_label_doubts(logits_NC, labels)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
-    return [
-        (
-            index,
-            WrongLabel(
-                file=images.describe(index),
-                label=images.labels[labels[index]],
-                suggested=images.labels[suggested_N[index]],
-                probability=float(of_label_N[index]),
-                probability_suggested=float(probabilities_NC[index, suggested_N[index]]),
-            ),
+    found = []
+    for index in np.argsort(of_label_N, kind="stable").tolist():
+        if not listed_N[index]:
+            continue
+        label, suggested = labels[index], suggested_N[index]
+        wrong = WrongLabel(
+            file=images.describe(index),
+            label=images.labels[label],
+            suggested=images.labels[suggested],
+            probability=float(of_label_N[index]),
+            probability_suggested=float(probabilities_NC[index, suggested]),
         )
-        for index in np.argsort(of_label_N, kind="stable").tolist()
-        if listed_N[index]
-    ]
+        found.append((index, wrong))
+    return found

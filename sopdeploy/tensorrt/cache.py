@@ -57,8 +57,8 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
     size is not a number or outside the range that the bundle was verified for.
     """
     try:
-        given = (batch.minimum, batch.optimum, batch.maximum) if text is None else text.split(",")
-        sizes = sorted({int(size) for size in given})
+        unsorted = (batch.minimum, batch.optimum, batch.maximum) if text is None else text.split(",")
+        sizes = sorted(set(map(int, unsorted)))
     except ValueError as error:
         raise ConfigError("write batch sizes such as 1,8,32", setting="profiles", value=text) from error
     if sizes[0] < batch.minimum or sizes[-1] > batch.maximum:
@@ -161,14 +161,15 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
 
     *fields* are those of `key_fields`, or all of a key. Returns the reason if there is none.
     """
-    stored = [(record, _differences(record.key, fields)) for record in read_records(folder)]
-    if not stored:
+    records = read_records(folder)
+    if not records:
         return EMPTY
-    matching = [record for record, differences in stored if not differences]
-    if not matching:
-        nearest = min((differences for _, differences in stored), key=len)
+    all_differences = [_describe_differences(record.key, fields) for record in records]
+    usable = [record for record, differences in zip(records, all_differences, strict=True) if not differences]
+    if not usable:
+        nearest = min(all_differences, key=len)
         return f"the nearest engine here was built for {'; '.join(nearest)}"
-    best = max(matching, key=lambda record: (record.key.largest_batch, record.key.name))
+    best = max(usable, key=lambda record: (record.key.largest_batch, record.key.name))
     path = folder / f"{best.key.name}.plan"
     if not path.is_file():
         return f"{path.name} is missing"
@@ -181,16 +182,17 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
     return StoredEngine(plan, best)
 
 
-def _differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str]:
+def _describe_differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str]:
     """Describe each field of *key* that is not as *wanted*, such as "architecture sm_80, not sm_90"."""
     texts = []
-    for field, value in wanted.items():
-        found, expected = getattr(key, field), value
-        if field == "profiles":  # compared and shown as texts such as 1,2-8
-            found, expected = (",".join(map(str, profiles)) for profiles in (found, expected))
-        if found != expected:
-            end = NAME_LENGTH if field == "bundle_onnx" else None  # only this hash is shown in part
-            texts.append(f"{field.replace('_', ' ')} {str(found)[:end]}, not {str(expected)[:end]}")
+    for field, expected in wanted.items():
+        actual = getattr(key, field)
+        if actual == expected:
+            continue
+        if field == "profiles":  # as 1,2-8
+            actual, expected = (",".join(map(str, profiles)) for profiles in (actual, expected))
+        end = NAME_LENGTH if field == "bundle_onnx" else None  # only this hash is shown in part
+        texts.append(f"{field.replace('_', ' ')} {str(actual)[:end]}, not {str(expected)[:end]}")
     return texts
 
 

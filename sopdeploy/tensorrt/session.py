@@ -144,24 +144,24 @@ class CudaResources:
         self._held.append((release, handle))
         return handle
 
-    def pinned_array(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    def allocate_pinned_array(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Allocate an array in page-locked host memory, for asynchronous copies."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = self._keep("cudaFreeHost", int(self._cuda.call("cudaHostAlloc", size, 0)))
         memory = (ctypes.c_char * size).from_address(address)
         return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
-    def device_memory(self, size: int) -> int:
+    def allocate_device_memory(self, size: int) -> int:
         """Allocate *size* bytes on the GPU; the result is their address."""
         return int(self._keep("cudaFree", int(self._cuda.call("cudaMalloc", size))))
 
-    def stream(self) -> Any:
+    def create_stream(self) -> Any:
         """Create a stream that does not synchronize with the default stream."""
         flags = self._cuda.runtime.cudaStreamNonBlocking
         self._streams.append(self._cuda.call("cudaStreamCreateWithFlags", flags))
         return self._keep("cudaStreamDestroy", self._streams[-1])
 
-    def event(self) -> Any:
+    def create_event(self) -> Any:
         """Create an event for which a thread waits without using CPU time, which the decoders need."""
         flags = self._cuda.runtime.cudaEventBlockingSync | self._cuda.runtime.cudaEventDisableTiming
         return self._keep("cudaEventDestroy", self._cuda.call("cudaEventCreateWithFlags", flags))
@@ -205,9 +205,9 @@ class BatchBuffer:
         for tensor in tensors:
             sizes = [size for size in tensor.shape[1:] if size is not None]  # only the first size is None
             shape = (largest, *sizes)
-            self.host[tensor.name] = resources.pinned_array(shape, np.dtype(tensor.dtype))
-            self.device[tensor.name] = resources.device_memory(self.host[tensor.name].nbytes)
-        self.uploaded, self.done = resources.event(), resources.event()
+            self.host[tensor.name] = resources.allocate_pinned_array(shape, np.dtype(tensor.dtype))
+            self.device[tensor.name] = resources.allocate_device_memory(self.host[tensor.name].nbytes)
+        self.uploaded, self.done = resources.create_event(), resources.create_event()
 
 
 class EngineSession:
@@ -233,7 +233,8 @@ class EngineSession:
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
         try:
-            self._stream, self._upload_stream = self._resources.stream(), self._resources.stream()
+            self._stream = self._resources.create_stream()
+            self._upload_stream = self._resources.create_stream()
             tensors = (*manifest.inputs, *manifest.outputs)
             self._free = [BatchBuffer(self._resources, tensors, self.largest_batch) for _ in range(BUFFERS)]
             self._add_contexts(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -252,7 +253,7 @@ class EngineSession:
         their kernels never run at the same time.
         """
         size = int(self._engine.device_memory_size_v2)
-        shared = self._resources.device_memory(max(1, size))  # 0 bytes would have no address
+        shared = self._resources.allocate_device_memory(max(1, size))  # 0 bytes would have no address
         # The engine and the contexts get no local variables: a traceback keeps these alive.
         for index, profile in enumerate(self._profiles):
             try:

@@ -68,7 +68,7 @@ class RunFolder:
                     except BlockingIOError:
                         is_free = False
                 if self._lock is not None:
-                    self._lock.warn_if_missing(self.path, "train only one network in this folder at a time")
+                    self._lock.warn_if_unlocked(self.path, "train only one network in this folder at a time")
                     self._created = created.pop_all()
         if int(self.strategy.all_reduce(torch.tensor(int(is_free)))) != self.strategy.world:
             raise ConfigError(

@@ -25,7 +25,7 @@ from sopdeploy.bundle import folder, signing
 from sopdeploy.bundle.archive import write_archive
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.golden import read_golden
-from sopdeploy.bundle.onnx_root import check_roots
+from sopdeploy.bundle.onnx_root import check_graph_and_certificate
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
 from sopdeploy.errors import BundleError, RuntimeUnavailableError, SopdeployError
@@ -354,7 +354,7 @@ def test_all_that_is_made_from_a_bundle_needs_no_folder_any_more(world: World) -
     logits = OnnxRuntime(usual, threads=1).run(IMAGES)["logits"]
     shutil.rmtree(world.root)
     assert np.array_equal(OnnxRuntime(usual, threads=1).run(IMAGES)["logits"], logits)
-    assert check_roots(usual) == usual.manifest.lineage.onnx_root
+    assert check_graph_and_certificate(usual) == usual.manifest.lineage.onnx_root
     assert len(read_golden(usual)) == 3
     assert len(read_probes(usual).images) == 3
     write_archive(usual, archive)

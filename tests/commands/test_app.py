@@ -358,7 +358,7 @@ def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     trt.__version__ = "11.4.0"
     monkeypatch.setattr("sopdeploy.tensorrt.session.import_tensorrt", lambda: trt)
     monkeypatch.setattr("sopdeploy.tensorrt.session.open_cuda", Cuda)
-    assert env.accelerators()["tensorrt"] == "11.4.0 on NVIDIA H200"
+    assert env.describe_accelerators()["tensorrt"] == "11.4.0 on NVIDIA H200"
 
 
 def test_a_command_whose_output_is_redirected_prints_a_line_for_each_step(

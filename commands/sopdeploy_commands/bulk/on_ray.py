@@ -42,10 +42,11 @@ class PartActor:
     ) -> None:
         self._folder, self._classifier = OutputFolder(out), BatchClassifier(bundle, settings, options)
         if self._classifier.state != state:
-            states = (self._classifier.state, state)
-            here, other = (f"{one.runtime} with batches of {one.batch}" for one in states)
-            address = ray.util.get_node_ip_address()
-            raise ConfigError(f"{address} has {here}, another machine {other}; use machines of one kind")
+            own = self._classifier.state
+            raise ConfigError(
+                f"{ray.util.get_node_ip_address()} has {own.runtime} with batches of {own.batch}, another "
+                f"machine {state.runtime} with batches of {state.batch}; use machines of one kind"
+            )
 
     def __call__(self, task: dict[str, NDArray[np.int64]]) -> dict[str, list[int]]:
         """Classify parts, unless a lost actor has written them; return their numbers of images."""
@@ -125,6 +126,6 @@ def errors_of_actors() -> Iterator[None]:
         yield
     except Exception as error:  # Ray's own, or made by it from an actor's
         last_line = str(error).strip().rpartition("\n")[2]
-        found = ERROR_OF_ACTOR.findall(str(error))  # class and message of our errors, each after its cause
-        kind, text = found[-1] if found else ("RuntimeUnavailableError", last_line)
-        raise getattr(errors, kind, RuntimeUnavailableError)(f"on the Ray cluster: {text}") from error
+        own_errors = ERROR_OF_ACTOR.findall(str(error))  # class and message, each after its cause
+        class_name, text = own_errors[-1] if own_errors else ("RuntimeUnavailableError", last_line)
+        raise getattr(errors, class_name, RuntimeUnavailableError)(f"on the Ray cluster: {text}") from error

@@ -115,15 +115,15 @@ class OutputFolder:
                 except BlockingIOError as error:
                     message = f"another run is writing to {self.path}; wait for it"
                     raise ConfigError(message, setting="out") from error
-            lock.warn_if_missing(self.path, "start no second run with this folder before this one has ended")
+            lock.warn_if_unlocked(self.path, "start no second run with this folder before this one has ended")
             created.callback(os.close, lock.file)
             created.callback(self._remove_lock_unless_begun)
             # An `OSError` in the caller's block is also one of this folder: reading an image raises others.
             with writing(self.path):
                 created.enter_context(new_folder(self.path / ROWS_FOLDER))
-                self._remove_partial(is_locked=not lock.missing)
+                self._remove_partial(is_locked=not lock.failure)
                 yield
-                self._remove_partial(is_locked=not lock.missing)
+                self._remove_partial(is_locked=not lock.failure)
 
     def _remove_lock_unless_begun(self) -> None:
         if {path.name for path in self.path.iterdir()} <= {LOCK, ROWS_FOLDER}:

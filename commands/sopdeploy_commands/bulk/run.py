@@ -153,26 +153,25 @@ def _classify_to_csv(
         for done, image in enumerate(images, 1):
             try:
                 content = read_listed(image, settings.max_body_bytes + 1)
-                found = predict_one(loaded, content, image.path, settings, explain=False)
+                prediction = predict_one(loaded, content, image.path, settings, explain=False)
             except ImageError as error:
-                found = FilePrediction(
-                    image=image.path, error=describe_error(HttpError.from_image_error(error))
-                )
-            if found.error is not None:
+                failure = describe_error(HttpError.from_image_error(error))
+                prediction = FilePrediction(image=image.path, error=failure)
+            if prediction.error is not None:
                 num_errors += 1
-            rows.writerow(_csv_cells(found, is_multi_label=is_multi_label))
+            rows.writerow(_csv_cells(prediction, is_multi_label=is_multi_label))
             on_image(done, len(images))
     return Classified(rows=out, num_images=len(images), num_errors=num_errors)
 
 
-def _csv_cells(found: "FilePrediction", *, is_multi_label: bool) -> tuple[str, ...]:
-    """Write name, classes, largest probability, known and error of one image; empty where it has none."""
-    ranked = found.classes if is_multi_label else found.classes[:1]
-    labels = "; ".join(entry.label for entry in ranked)
+def _csv_cells(prediction: "FilePrediction", *, is_multi_label: bool) -> tuple[str, ...]:
+    """Format name, classes, largest probability, known and error of one image; empty where it has none."""
+    ranked = prediction.classes if is_multi_label else prediction.classes[:1]
+    labels = "; ".join(each.label for each in ranked)
     probability = f"{ranked[0].probability:.4f}" if ranked else ""
-    known = "" if found.known is None else str(found.known).lower()
-    problem = "" if found.error is None else found.error.detail
-    return found.image, labels, probability, known, problem
+    known = "" if prediction.known is None else str(prediction.known).lower()
+    problem = "" if prediction.error is None else prediction.error.detail
+    return prediction.image, labels, probability, known, problem
 
 
 def _open_classifier(

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
 from sopdeploy.bundle.folder import is_bundle
-from sopdeploy.environment import import_optional, missing_store
+from sopdeploy.environment import import_optional, missing_store_error
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import SUFFIXES
@@ -52,7 +52,7 @@ def list_sources(sources: Sequence[str]) -> Iterator[ListedImage]:
         except SopdeployError:
             raise
         except ImportError as error:
-            raise missing_store(source, error) from error
+            raise missing_store_error(source, error) from error
         except Exception as error:  # every store raises types of its own
             message = f"cannot be listed ({_reason(error)}); check the name, the file and the credentials"
             raise DataError(f"{source}: {message}") from error
@@ -73,13 +73,13 @@ def read_listed(image: ListedImage, limit: int) -> bytes:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store(image.location, error) from error
+        raise missing_store_error(image.location, error) from error
     except Exception as error:  # every store raises types of its own
         raise ImageError(f"cannot be read ({_reason(error)})", code="unusable_data", status=422) from error
 
 
 def _list_source(source: str) -> Iterator[ListedImage]:
-    """Yield the images of a source by its kind."""
+    """Yield the images of *source*: an archive, a list, an address, a folder or a file; else `DataError`."""
     path = Path(source)
     if source.lower().endswith(_TAR):
         yield from _list_tar(source)
@@ -87,24 +87,24 @@ def _list_source(source: str) -> Iterator[ListedImage]:
         yield from _list_lines(source)
     elif _is_address(source):  # the images at or below it, without hidden ones
         store, root = _fsspec().core.url_to_fs(source)
-        for name, facts in sorted(store.find(root, detail=True).items()):
+        for name, metadata in sorted(store.find(root, detail=True).items()):
             if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
                 location = store.unstrip_protocol(name)
-                size = facts.get("size") or UNKNOWN  # some stores report 0 or None if they do not know it
+                size = metadata.get("size") or UNKNOWN  # some stores report 0 or None if they do not know it
                 yield ListedImage(path=location, location=location, size=size)
     elif is_bundle(path):
         raise DataError(f"{source}: a bundle, not images; name one bundle, then folders or files of images")
     elif path.is_dir():
-        yield from (_list_file(str(file)) for file in walk(path) if is_image(file.name))
+        yield from (_describe_file(str(file)) for file in walk(path) if is_image(file.name))
     elif path.exists() and is_image(path.name):
-        yield _list_file(source)
+        yield _describe_file(source)
     else:
         advice = "name a folder, an uncompressed .tar or a list (.txt)"
         raise DataError(f"{source}: not found, or no image; {advice}")
 
 
-def _list_file(path: str) -> ListedImage:
-    """Describe the image file *path*; if it does not exist, `read_listed` raises the error later."""
+def _describe_file(path: str) -> ListedImage:
+    """Look up size and location of the image file *path*; if it is missing, only `read_listed` raises it."""
     size = UNKNOWN
     with suppress(OSError, ValueError):  # the file does not exist, or a line of a list has null bytes
         size = os.stat(path).st_size  # noqa: PTH116 - `Path` would change the text of a line
@@ -148,8 +148,10 @@ def _list_lines(location: str) -> Iterator[ListedImage]:
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
             if name.lower().endswith(_TAR):
                 yield from _list_tar(name)
+            elif _is_address(name):
+                yield ListedImage(name, name)
             else:
-                yield ListedImage(name, name) if _is_address(name) else _list_file(name)
+                yield _describe_file(name)
 
 
 class _BoundedReads:

@@ -16,7 +16,7 @@ from sopdeploy.cli.console import say
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import installed, machine
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings, load_settings
 
 WARMUP_RUNS = 3
@@ -83,7 +83,7 @@ def bench(
         settings: Settings of the service; by default those of the environment.
         on_step: Called with the name of each step.
     """
-    settings, batches = settings or load_settings(), batch_sizes(batch)  # their range is checked below
+    settings, batches = settings or load_settings(), parse_batch_sizes(batch)  # their range is checked below
     on_step("opening and replaying the probes")
     loaded = load_model(bundle, settings)
     opened, runtime = loaded.bundle, loaded.runtime
@@ -95,7 +95,25 @@ def bench(
     latencies = []
     for size in batches:
         on_step(f"timing batches of {size}")
-        latencies.append(_measure_latency(loaded, size))
+        shape = (size, *opened.manifest.image_shape)
+        images = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
+        for _ in range(WARMUP_RUNS):
+            runtime.run(images)
+        seconds: list[float] = []
+        while len(seconds) < MIN_RUNS or (len(seconds) < MAX_RUNS and sum(seconds) < BUDGET_SECONDS):
+            start = time.perf_counter()
+            runtime.run(images)
+            seconds.append(time.perf_counter() - start)
+        median, p95, p99 = (1000 * float(value) for value in np.percentile(seconds, (50, 95, 99)))
+        latency = Latency(
+            batch=size,
+            num_runs=len(seconds),
+            median_ms=median,
+            p95_ms=p95,
+            p99_ms=p99,
+            images_per_s=1000 * size / median,
+        )
+        latencies.append(latency)
     return Benchmark(
         bundle=opened.name,
         id=opened.manifest.id,
@@ -109,27 +127,9 @@ def bench(
     )
 
 
-def batch_sizes(text: str) -> tuple[int, ...]:
+def parse_batch_sizes(text: str) -> tuple[int, ...]:
     """Parse batch sizes such as "1,8", of up to 6 digits, without duplicates; raises `ConfigError`."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) < 7 for word in words):
         raise ConfigError("not a list of batch sizes; write it as 1,8", setting="batch", value=text)
     return tuple(dict.fromkeys(int(word) for word in words))
-
-
-def _measure_latency(loaded: LoadedModel, batch: int) -> Latency:
-    """Time `MIN_RUNS` runs on noise images, and more until the budget is spent, up to `MAX_RUNS`."""
-    shape = (batch, *loaded.bundle.manifest.image_shape)
-    images = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
-    for _ in range(WARMUP_RUNS):
-        loaded.runtime.run(images)
-    seconds: list[float] = []
-    while len(seconds) < MIN_RUNS or (len(seconds) < MAX_RUNS and sum(seconds) < BUDGET_SECONDS):
-        start = time.perf_counter()
-        loaded.runtime.run(images)
-        seconds.append(time.perf_counter() - start)
-    median, p95, p99 = (float(value) * 1e3 for value in np.percentile(seconds, (50, 95, 99)))
-    rate = batch / median * 1e3  # images per second
-    return Latency(
-        batch=batch, num_runs=len(seconds), median_ms=median, p95_ms=p95, p99_ms=p99, images_per_s=rate
-    )

@@ -163,7 +163,7 @@ def _export_weights(
         preprocess=preprocess,
         destination=out,
         name=options.name or attribute,
-        logits_key=_index_or_name(source.logits_key),
+        logits_key=_parse_logits_key(source.logits_key),
         allow_constants=source.allow_constants,
         several_classes=source.several_classes,
         options=options,
@@ -223,13 +223,13 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     from sopdeploy_export.user_network.export_network import unused_modules
 
     network, loaded = _load_network(file, options)
-    logits_key = _index_or_name(options.logits_key)
+    logits_key = _parse_logits_key(options.logits_key)
     unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
-    given = {name: value for name, value in vars(options).items() if value not in (None, ())}
+    export_options = {**vars(options), "training_only": tuple(unused), "labels": CLASS_NAMES_FILE}
     words = ["sopdeploy export", quote(str(file))]
-    for name, value in {**given, "training_only": tuple(unused), "labels": CLASS_NAMES_FILE}.items():
+    for name, value in export_options.items():
         values = value if isinstance(value, tuple) else (value,)
-        words += [command_line_option(name, item) for item in values]
+        words += [command_line_option(name, each) for each in values if each is not None]
     return Inspection(
         network=str(options.network),  # `_load_network` requires it
         num_tensors=len(network.state_dict()),
@@ -261,31 +261,31 @@ def read_preprocess(text: str | None) -> Preprocess:
     """
     if not text:
         raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
-    kind, _, name = text.partition(":")
+    prefix, _, name = text.partition(":")
     try:
-        if kind in CONVENTIONS and (name.isdecimal() or text == kind):
-            return Preprocess.of_convention(kind, int(name or 224))
-        if kind == "timm":
+        if prefix in CONVENTIONS and (name.isdecimal() or text == prefix):
+            return Preprocess.of_convention(prefix, int(name or 224))
+        if prefix == "timm":
             from sopdeploy.models.timm_networks import import_timm
 
             config = import_timm(name).get_pretrained_cfg(name)
             if config is None:
                 raise ValueError("timm publishes no preprocessing for it")
             return Preprocess.from_timm(config.to_dict())
-        if kind == "torchvision":
+        if prefix == "torchvision":
             weights = importlib.import_module("torchvision.models").get_weight(name)
             return Preprocess.from_torchvision(weights.transforms())
         return Preprocess.model_validate_json(read_file(text, MAX_TEXT_BYTES))
     except (AttributeError, KeyError, OSError, ValueError) as error:
-        reason = first_problem(error) if isinstance(error, pydantic.ValidationError) else str(error)
-        if isinstance(error, OSError):
-            reason = str(error.strerror)
+        reason = str(error.strerror) if isinstance(error, OSError) else str(error)
+        if isinstance(error, pydantic.ValidationError):
+            reason = first_problem(error)
         message = f"cannot be read ({reason}); give {EXAMPLE}"
         raise ConfigError(message, setting="preprocess", value=text) from error
 
 
-def _index_or_name(key: str | None) -> str | int | None:
-    """Read the key of the logits: an index of a tuple, or a name of a dict."""
+def _parse_logits_key(key: str | None) -> str | int | None:
+    """Parse the key of the logits in the output of a network: an index of a tuple, or a name of a dict."""
     try:
         return None if key is None else int(key)
     except ValueError:

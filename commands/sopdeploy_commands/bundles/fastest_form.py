@@ -11,7 +11,6 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.sealed import SealedFile
@@ -68,18 +67,22 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
     """
     shape = (bundle.manifest.batch.minimum, *bundle.manifest.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    graphs = [bundle]
+    bundles = [bundle]
     if bundle.manifest.precision == "fp32":
         with suppress(LoweringError):  # no convolution
-            graphs.append(_quantized_bundle(bundle, images[:1]))
+            quantizer = Int8Quantizer(onnx.load_model_from_string(bundle.onnx.read()), images[:1])
+            graph = SealedFile([quantizer.quantize().SerializeToString()])
+            manifest = bundle.manifest.model_copy(update={"precision": "int8"})
+            bundles.append(replace(bundle, manifest=manifest, graph=graph))
     forms: dict[BundleForm, Runtime] = {}
-    for graph in graphs:
+    for form_bundle in bundles:
+        precision = form_bundle.manifest.precision
         for name, open_runtime in RUNTIMES.items():
-            sums_saturate = graph.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni()
+            sums_saturate = precision == "int8" and name == "OpenVINO" and lacks_vnni()
             if sums_saturate:
                 continue
             with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
-                forms[BundleForm(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
+                forms[BundleForm(precision, name)] = open_runtime(form_bundle, threads=1)
     return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
 
 
@@ -93,11 +96,4 @@ def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key,
             began = time.process_time()
             run()
             times[name].append(time.process_time() - began)
-    return {name: taken[1:] for name, taken in times.items()}
-
-
-def _quantized_bundle(bundle: Bundle, images: NDArray[np.uint8]) -> Bundle:
-    """Return *bundle* with its graph in int8."""
-    manifest = bundle.manifest.model_copy(update={"precision": "int8"})
-    quantizer = Int8Quantizer(onnx.load_model_from_string(bundle.onnx.read()), images)
-    return replace(bundle, manifest=manifest, graph=SealedFile([quantizer.quantize().SerializeToString()]))
+    return {name: seconds[1:] for name, seconds in times.items()}

@@ -94,8 +94,8 @@ def read_image(path: Path, max_bytes: int) -> bytes:
 
 
 def _print_prediction(prediction: FilePrediction) -> None:
-    """Print the classes of one image in one line."""
-    ranked = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
+    """Print the classes of one image, and if it is explained the cell on which the first one depends most."""
+    ranked = [f"{each.label} {each.probability:.4f}" for each in prediction.classes]
     classes = ", ".join(ranked) or "no class reaches its threshold"
     warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
     unknown = "looks unlike the training photographs; closest: " if prediction.known is False else ""
@@ -104,9 +104,9 @@ def _print_prediction(prediction: FilePrediction) -> None:
     if prediction.explanation is not None:
         losses = np.array(prediction.explanation)  # of the first class, if a cell of the image is hidden
         row, column = np.unravel_index(losses.argmax(), losses.shape)
-        place = f"row {row + 1}, column {column + 1} of {GRID} x {GRID}"
+        cell = f"row {row + 1}, column {column + 1} of {GRID} x {GRID}"
         label = prediction.classes[0].label  # without a class there is no explanation
-        loss = plain_text(f"{label} depends most on {place}: without it, {losses.max():.4f} less")
+        loss = plain_text(f"{label} depends most on {cell}: without it, {losses.max():.4f} less")
         out.print(Text.assemble("  ", loss))
 
 
@@ -153,47 +153,50 @@ def predict(
         BundleError: The bundle is damaged.
         ConfigError: Unknown or invalid settings.
     """
-    is_one_array = isinstance(images, np.ndarray) and images.ndim < 4
-    is_one = is_one_array or isinstance(images, str | Path | Image.Image)
-    items: Iterable[Any] = [images] if is_one else images  # type: ignore[assignment]
-    checked: list[Path | Image.Image] = []
-    for number, item in enumerate(items):
-        image = _to_path_or_image(item, number)
-        if isinstance(image, Path) and image.is_dir():
-            files = open_any_images(image)
-            checked += [files.path(index) for index in range(len(files))]
+    is_single_array = isinstance(images, np.ndarray) and images.ndim < 4
+    is_single = is_single_array or isinstance(images, str | Path | Image.Image)
+    arguments: Iterable[Any] = [images] if is_single else images  # type: ignore[assignment]
+    sources: list[Path | Image.Image] = []
+    for number, argument in enumerate(arguments):
+        source = _to_path_or_image(argument, number)
+        if isinstance(source, Path) and source.is_dir():
+            files = open_any_images(source)
+            sources += [files.path(index) for index in range(len(files))]
         else:
-            checked.append(image)
-    for image in checked:
-        is_pipe = isinstance(image, Path) and image.exists() and not image.is_file()
-        if isinstance(image, Path) and (not is_pipe or is_image(image.name)):
-            read_image(image, max_bytes=0)  # raises an error before the network is loaded
+            sources.append(source)
+    for source in sources:
+        is_pipe = isinstance(source, Path) and source.exists() and not source.is_file()
+        if isinstance(source, Path) and (not is_pipe or is_image(source.name)):
+            read_image(source, max_bytes=0)  # raises an error before the network is loaded
     loaded_settings = load_settings(top_k=top_k, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
-    for number, image in enumerate(checked):
-        content: bytes | Image.Image
-        if isinstance(image, Path):
-            name, content = str(image), read_image(image, loaded_settings.max_body_bytes)
+    for number, source in enumerate(sources):
+        image: bytes | Image.Image
+        if isinstance(source, Path):
+            name, image = str(source), read_image(source, loaded_settings.max_body_bytes)
         else:  # `Image.open` sets the name of the file
-            name, content = str(getattr(image, "filename", "") or f"image {number}"), image
-        predictions.append(predict_one(loaded, content, name, loaded_settings, explain=explain))
+            name, image = str(getattr(source, "filename", "") or f"image {number}"), source
+        predictions.append(predict_one(loaded, image, name, loaded_settings, explain=explain))
     return tuple(predictions)
 
 
 def _to_path_or_image(image: object, number: int) -> Path | Image.Image:
-    """Convert a text or an array, the image with *number*; raises `DataError`. Opens no file."""
+    """Convert a text to a path and an array to an image; raise `DataError` for what image *number* cannot be.
+
+    Opens no file.
+    """
     if isinstance(image, str | Path):
         return Path(image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise DataError(f"image {number}: a PIL image without pixels {image.size}; give another")
         return image
-    given = type(image).__name__
+    description = type(image).__name__
     if isinstance(image, np.ndarray):
         has_image_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
         if image.dtype == np.uint8 and has_image_shape and 0 not in image.shape:
             return Image.fromarray(image)
-        given = f"{image.dtype} array {image.shape}"
+        description = f"{image.dtype} array {image.shape}"
     expected = "a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4)"
-    raise DataError(f"image {number}: {given}; give {expected}")
+    raise DataError(f"image {number}: {description}; give {expected}")

@@ -3,6 +3,7 @@
 Images run one by one, as in `predict`, so that a prediction does not depend on other images.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,14 +49,10 @@ def scores_of_bundle(
     origin = loaded.bundle.manifest.origin
     if origin is not None and (warning := describe_seen(images, origin.sample)):
         log(f"{data}: {warning}")
-    num_done = 0
-
-    def add_image() -> None:
-        nonlocal num_done
-        num_done += 1
-        on_image(num_done, len(images))
-
-    logits = logits_of_images(loaded, images, settings, add_image, mirror=mirror)
+    done = itertools.count(1)
+    logits = logits_of_images(
+        loaded, images, settings, lambda: on_image(next(done), len(images)), mirror=mirror
+    )
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}
     return sorted_labels, make_predictions(logits, images, labels, decision), facts
 

@@ -130,23 +130,15 @@ def pull(
         with writing(destination):  # without a name, so that nobody exchanges it and nothing can stay
             archive = stack.enter_context(tempfile.TemporaryFile(dir=destination))
         name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # in messages
-        signature: bytes | None = None
         tar.download(source, archive, tar.MAX_ARCHIVE_BYTES, destination)
-        if require_signature is not None:
-            content = io.BytesIO()
-            try:
-                tar.download(source + SIGNATURE_SUFFIX, content, signing.MAX_FILE_BYTES, destination)
-            except BundleError as error:
-                message = f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
-                raise BundleError(message) from error
-            signature = content.getvalue()
+        signature = None if require_signature is None else _download_signature(source, destination)
         archive.seek(0)
         digest = hashlib.file_digest(archive, "sha256").hexdigest()
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
             message = f"that of {source} is {digest}; check both and download it again"
             raise BundleError(message, setting="sha256")  # users see "--sha256: that of ..."
         manifest = tar.read_archived_manifest(archive, name)
-        _check_wanted(manifest, source, project)
+        _check_project(manifest, source, project)
         with writing(destination):
             tar.unpack(archive, name, manifest, folder)
         try:
@@ -156,15 +148,26 @@ def pull(
         except BundleError as error:  # users know the source, not the hidden folder
             raise BundleError(str(error).replace(str(folder), source)) from error
         if not allow_older:
-            _check_age(manifest, source, destination)
+            _check_is_not_older(manifest, source, destination)
         placed = give_final_name(folder, manifest, destination, signature)
         path = destination / manifest.name
         link_latest(path)
     return Pulled(path=path, sha256=digest, verified=require_signature is not None, is_new=placed.is_new)
 
 
-def _check_wanted(manifest: Manifest, source: str, project: str | None) -> None:
-    """Raise `BundleError` unless the bundle with *manifest* is of *project*, or has the name in *source*.
+def _download_signature(source: str, destination: Path) -> bytes:
+    """Download the signature beside *source*; raise `BundleError` if there is none."""
+    content = io.BytesIO()
+    try:
+        tar.download(source + SIGNATURE_SUFFIX, content, signing.MAX_FILE_BYTES, destination)
+    except BundleError as error:
+        message = f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
+        raise BundleError(message) from error
+    return content.getvalue()
+
+
+def _check_project(manifest: Manifest, source: str, project: str | None) -> None:
+    """Raise `BundleError` unless *manifest* is of *project*, or, without one, has the name in *source*.
 
     A signature does not contain the name of an archive: without this check, who can write to a store could
     put one signed bundle in the place of another. The name of a bundle stands for this bundle only, also if
@@ -182,13 +185,15 @@ def _check_wanted(manifest: Manifest, source: str, project: str | None) -> None:
         )
 
 
-def _check_age(manifest: Manifest, source: str, destination: Path) -> None:
+def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> None:
     """Raise `BundleError` if *destination* has a bundle of the project that was exported later."""
-    present = [listed.manifest for listed in read_bundles(destination) if listed.manifest is not None]
-    of_project = [other for other in present if other.project == manifest.project]
-    # A copy that is there keeps its time, so a new time in the archive does not make it newer.
-    time = next((other.exported_at for other in of_project if other.id == manifest.id), manifest.exported_at)
+    manifests = [listed.manifest for listed in read_bundles(destination) if listed.manifest is not None]
+    of_project = [other for other in manifests if other.project == manifest.project]
     newest = max(of_project, key=lambda other: other.exported_at, default=manifest)
+    time = manifest.exported_at
+    for other in of_project:
+        if other.id == manifest.id:  # a copy keeps its time: a new one in the archive does not make it newer
+            time = other.exported_at
     if time < newest.exported_at:
         raise BundleError(
             f"{source}: {manifest.name} was exported at {time}, before {newest.name} in {destination} "

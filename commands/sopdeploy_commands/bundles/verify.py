@@ -104,7 +104,7 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
         device=loaded.runtime.device,
         replays=tuple(loaded.replays.values()),
         golden=len(examples),
-        notes=_notes(loaded.bundle, probes),
+        notes=_list_notes(loaded.bundle, probes),
     )
 
 
@@ -130,7 +130,7 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
         raise BundleError(f"{bundle.path / 'parity.json'}: records no noise floor; {advice}") from error
 
 
-def _notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:
+def _list_notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:
     """List what the *probes* of *bundle* leave open and whether images of a batch may affect each other."""
     notes = []
     if len(probes.images) < FEW_PROBES:

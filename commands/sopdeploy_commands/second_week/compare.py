@@ -132,8 +132,9 @@ class BundleComparison(StrictModel):
     def summary(self) -> str:
         """The verdict in one line."""
         text: str = self.verdict
-        changes: list[BundleComparison | Change] = [self] if self.unknown is None else [self, self.unknown]
-        no_answer_differs = all(one.wins == one.losses == 0 for one in changes)
+        no_answer_differs = self.wins == self.losses == 0
+        if self.unknown is not None:
+            no_answer_differs = no_answer_differs and self.unknown.wins == self.unknown.losses == 0
         if text == "not worse":
             text += f" within {100 * self.tolerance:g} points"
         elif no_answer_differs and self.first.id == self.second.id:
@@ -145,14 +146,14 @@ class BundleComparison(StrictModel):
             text += f", rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
         if no_answer_differs:
             text += ", no answer differs"
-        points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
-        text += f": {points[0]} points ({points[1]} to {points[2]}) on {self.num_images:,} photographs"
+        points, low, high = (f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high))
+        text += f": {points} points ({low} to {high}) on {self.num_images:,} photographs"
         return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"
 
     @property
     def worse_classes(self) -> list[str]:
         """Classes in which the second bundle is worse."""
-        return [one.label for one in self.classes if one.is_worse]
+        return [change.label for change in self.classes if change.is_worse]
 
 
 class Promotion(StrictModel):
@@ -176,19 +177,22 @@ def _show(result: BundleComparison) -> None:
     """Print both bundles, their classes and the verdict."""
     for note in result.notes:
         err.print(plain_text(f"warning: {note}"))
-    columns = ("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected")
-    print_table(columns, map(_score_row, (result.first, result.second)))
-    rows = [
-        (
-            one.label, str(one.num_images),
-            *(percent(right / one.num_images) for right in (one.first, one.second)),
-            f"{one.wins}, {one.losses}", "" if one.p is None else f"{one.p:.2g}",
+    rows = []
+    for score in (result.first, result.second):
+        interval = f"{percent(score.top1.low)} to {percent(score.top1.high)}"
+        shares = (percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected))
+        rows.append((score.bundle, percent(score.top1.share), interval, f"{score.log_loss:.3f}", *shares))
+    print_table(("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected"), rows)
+    rows = []
+    for change in result.classes:
+        shares = (percent(right / change.num_images) for right in (change.first, change.second))
+        p_value = "" if change.p is None else f"{change.p:.2g}"
+        rows.append(
+            (change.label, str(change.num_images), *shares, f"{change.wins}, {change.losses}", p_value)
         )
-        for one in result.classes
-    ]  # fmt: skip
     print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), rows)
-    for one in result.new:
-        say(f"new class {one.label}: {one.second} of {one.num_images} correct, not counted")
+    for change in result.new:
+        say(f"new class {change.label}: {change.second} of {change.num_images} correct, not counted")
     if result.removed:
         say(f"only in the first bundle, not counted: {', '.join(result.removed)}")
     say(
@@ -196,12 +200,6 @@ def _show(result: BundleComparison) -> None:
         f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}",
     )
     say(result.summary, style="bold")
-
-
-def _score_row(score: BundleScore) -> tuple[str, ...]:
-    shares = (percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected))
-    top1 = (percent(score.top1.share), f"{percent(score.top1.low)} to {percent(score.top1.high)}")
-    return score.bundle, *top1, f"{score.log_loss:.3f}", *shares
 
 
 @command(_show, options={"data"})
@@ -259,15 +257,18 @@ def compare_loaded(
     on_image: Callable[[int, int], None],
 ) -> BundleComparison:
     """Compare the two bundles of *pair*, as `compare` does; *num_earlier* comparisons are recorded."""
-    if several := [one.bundle.name for one in pair if one.bundle.manifest.rules.is_multi_label]:
-        raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
+    for model in pair:
+        if model.bundle.manifest.rules.is_multi_label:
+            raise ConfigError(
+                f"{model.bundle.name}: predicts several classes per image; use `sopdeploy eval`"
+            )
     notes: list[str] = []
-    first_labels, second_labels = (set(one.bundle.labels) for one in pair)
-    all_labels, common_labels = tuple(sorted(first_labels | second_labels)), first_labels & second_labels
-    found = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
-    images, left_out = _leave_out_seen(found, pair, notes)
+    first_labels, second_labels = (set(model.bundle.labels) for model in pair)
+    all_labels = tuple(sorted(first_labels | second_labels))
+    all_images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
+    images, left_out = _leave_out_seen(all_images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)  # a target is an index in *labels*
-    is_common_C = np.array([label in common_labels for label in labels])
+    is_common_C = np.array([label in first_labels & second_labels for label in labels])
     common_N = is_common_C[targets]  # the photographs of classes that both bundles have
     if not common_N.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
@@ -279,25 +280,29 @@ def compare_loaded(
     num_unknown = 0 if unknown_images is None else len(unknown_images)
     total = len(pair) * (len(images) + num_unknown)  # predictions
     done = itertools.count(1)
-    evaluated = [
-        _evaluate(one, images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
-        for one in pair
-    ]
-    common_classes = compare_classes(labels, targets[common_N], [one.right[common_N] for one in evaluated])
-    other_classes = compare_classes(labels, targets[~common_N], [one.right[~common_N] for one in evaluated])
-    wins, losses = sum(one.wins for one in common_classes), sum(one.losses for one in common_classes)
-    count, tolerated = int(common_N.sum()), tolerance / 100
+    first, second = (
+        _evaluate(model, images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
+        for model in pair
+    )
+    classes, other_classes = (
+        compare_classes(labels, targets[mask_N], first.right[mask_N], second.right[mask_N])
+        for mask_N in (common_N, ~common_N)
+    )
+    wins, losses = sum(change.wins for change in classes), sum(change.losses for change in classes)
+    count, tolerated, attempt = int(common_N.sum()), tolerance / 100, num_earlier + 1
     low, high = difference_interval(wins, losses, count)
-    attempt = num_earlier + 1
     verdict = decide(wins, losses, count, tolerated, attempt)
-    rejections = _compare_rejections(*(one.rejected for one in evaluated))
-    if rejections is not None and rejections.is_worse:  # even if it is better on the photographs
-        verdict = "worse"
+    rejections: Change | None = None
+    if first.rejected is not None and second.rejected is not None:
+        counts = _count_changes(first.rejected, second.rejected)
+        rejections = Change(**counts, p=mcnemar(**counts))
+        if rejections.is_worse:  # even if it is better on the photographs
+            verdict = "worse"
     return BundleComparison(
-        first=evaluated[0].score, second=evaluated[1].score, num_images=count, **left_out,
+        first=first.score, second=second.score, num_images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
         p=mcnemar(wins, losses), tolerance=tolerated, attempt=attempt, verdict=verdict, unknown=rejections,
-        classes=common_classes, new=[one for one in other_classes if one.label in second_labels],
+        classes=classes, new=[change for change in other_classes if change.label in second_labels],
         removed=sorted(first_labels - second_labels), notes=notes,
         # More images are for another attempt, which needs stronger evidence than this one.
         num_more_images=images_to_decide(wins, losses, count, tolerated, attempt + 1),
@@ -306,15 +311,15 @@ def compare_loaded(
 
 def read_promotions(link: Path) -> list[Promotion]:
     """Read the recorded moves of *link* and the refused ones, the oldest first."""
-    log, found = link.with_name(LOG), list[Promotion]()
+    log, promotions = link.with_name(LOG), list[Promotion]()
     try:
         lines = read_file(log, MAX_NAMES_BYTES).splitlines() if os.path.lexists(log) else []
     except OSError as error:
         raise ConfigError(f"{log}: cannot be read ({error.strerror}); repair or move it away") from error
     for line in lines:
         with suppress(pydantic.ValidationError):  # the machine stopped while the line was written
-            found.append(Promotion.model_validate_json(line))
-    return [one for one in found if one.link == link.name]
+            promotions.append(Promotion.model_validate_json(line))
+    return [promotion for promotion in promotions if promotion.link == link.name]
 
 
 def count_comparisons(link: Path) -> int:
@@ -342,48 +347,35 @@ def _leave_out_seen(
 ) -> tuple[ImageFiles, LeftOut]:
     """Leave out training images of the bundles with their near-duplicates, and copies among the others.
 
-    Also returns what was left out; appends to *notes*.
+    Also returns what was left out; appends to *notes*. A suspect is a bundle that was trained on some of the
+    images, and has a record of the largest size, which may be incomplete: it may have seen more of them.
     """
     grouped = group_photographs(images)
-    group_N, hashes = grouped.groups, grouped.file_hashes  # groups are equal for near-duplicates
-    recorded_N, suspects = _find_recorded(hashes, pair, notes)
+    recorded_N, suspects = np.zeros(len(images), np.bool_), []  # whether a bundle has recorded the file
+    for model in pair:
+        name, origin = model.bundle.name, model.bundle.manifest.origin
+        if origin is None or not origin.sample:
+            notes.append(f"{name}: its training images are not recorded; leave them out yourself")
+            continue
+        of_bundle_N = np.isin(grouped.file_hashes, origin.sample)
+        recorded_N |= of_bundle_N
+        if of_bundle_N.any() and len(origin.sample) == SAMPLED:
+            suspects.append(name)
     if len(images) > MAX_SIGNATURES:
         notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out")
+    group_N = grouped.groups  # equal for near-duplicates
     trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of recorded images
     _, first_G = np.unique(group_N, return_index=True)  # the index of the first image of each of G groups
     is_first_N = np.isin(np.arange(len(images)), first_G)
     kept_N = is_first_N & ~trained_on_N
     if not kept_N.any():
         raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
-    num_copies = int((~is_first_N & ~trained_on_N).sum())
     left_out: LeftOut = {
-        "num_copies": num_copies,
+        "num_copies": int((~is_first_N & ~trained_on_N).sum()),
         "trained_on": int(trained_on_N.sum()),
         "suspects": suspects,
     }
     return images.select(kept_N), left_out
-
-
-def _find_recorded(
-    hashes: NDArray[np.int64], pair: Sequence[LoadedModel], notes: list[str]
-) -> tuple[NDArray[np.bool_], list[str]]:
-    """Return the mask (N,) of files that a bundle has recorded as training images, and the suspects.
-
-    *hashes* are those of the N files. A suspect is the name of a bundle that was trained on some of them. Its
-    record has the largest size, `SAMPLED`, so it may be incomplete: the bundle may have seen more of them.
-    Appends to *notes*.
-    """
-    recorded_N, suspects = np.zeros(len(hashes), np.bool_), []
-    for one in pair:
-        name, origin = one.bundle.name, one.bundle.manifest.origin
-        if origin is None or not origin.sample:
-            notes.append(f"{name}: its training images are not recorded; leave them out yourself")
-            continue
-        found_N = np.isin(hashes, origin.sample)
-        recorded_N |= found_N
-        if found_N.any() and len(origin.sample) == SAMPLED:  # a record of this size may be incomplete
-            suspects.append(name)
-    return recorded_N, suspects
 
 
 class Evaluated(NamedTuple):
@@ -404,10 +396,10 @@ def _evaluate(
 ) -> Evaluated:
     """Run a bundle on *images* and, if given, *unknown* ones; score it on those of the mask *common_N*."""
     bundle, labels = loaded.bundle, images.labels
-    logits_NC, known_N = _predict(loaded, images, settings, on_image)
+    logits_NC, known_N = _predict_known(loaded, images, settings, on_image)
     rejected = None  # or a mask (U,)
     if unknown is not None:
-        _, known_U = _predict(loaded, unknown, settings, on_image)
+        _, known_U = _predict_known(loaded, unknown, settings, on_image)
         rejected = ~known_U
     # A class has two numbers: its target, the index in *labels*, and its output, the index in the bundle.
     target_of_output = np.array([labels.index(label) for label in bundle.labels])
@@ -426,7 +418,7 @@ def _evaluate(
     return Evaluated(score, right_N, rejected)
 
 
-def _predict(
+def _predict_known(
     loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return the logits (N, C) of *images* and the mask (N,) of known ones: all without a threshold."""
@@ -435,30 +427,35 @@ def _predict(
     return logits, np.array([answer.known is not False for answer in answers])
 
 
-def _compare_rejections(first: NDArray[np.bool_] | None, second: NDArray[np.bool_] | None) -> Change | None:
-    """Compare the unknown images (U,) that the *first* and the *second* bundle reject, if there are any."""
-    if first is None or second is None:
-        return None
-    wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
-    return Change(wins=wins, losses=losses, p=mcnemar(wins, losses))
+def _count_changes(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> dict[str, int]:
+    """Count the images that only the *second* bundle answers correctly, `wins`, or only the *first*."""
+    return {"wins": int((second & ~first).sum()), "losses": int((first & ~second).sum())}
 
 
 def compare_classes(
-    labels: Sequence[str], targets: NDArray[np.int64], right: Sequence[NDArray[np.bool_]]
+    labels: Sequence[str],
+    targets_N: NDArray[np.int64],
+    first_N: NDArray[np.bool_],
+    second_N: NDArray[np.bool_],
 ) -> list[ClassChange]:
-    """Compare the two bundles in each class of *targets* (N,), the classes of the photographs.
+    """Compare the two bundles in each class of *targets_N*, the classes of the photographs.
 
-    *right* has a mask (N,) for each bundle: the photographs that it classifies correctly.
+    *first_N* and *second_N* tell which photographs the bundles classify correctly.
     """
     changes = []
-    for target in np.unique(targets).tolist():
-        first, second = (mask[targets == target] for mask in right)
-        masks = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
-        counts = {name: int(mask.sum()) for name, mask in masks.items()}
-        changes.append(ClassChange(label=labels[target], num_images=len(first), **counts))
+    for target in np.unique(targets_N).tolist():
+        first, second = first_N[targets_N == target], second_N[targets_N == target]
+        change = ClassChange(
+            label=labels[target],
+            num_images=len(first),
+            first=int(first.sum()),
+            second=int(second.sum()),
+            **_count_changes(first, second),
+        )
+        changes.append(change)
     # Classes below `TESTABLE` cannot become significant, so they are left out of the correction. Which ones
     # these are depends only on the sum of wins and losses, which says nothing about the better bundle.
-    tested = [one for one in changes if one.wins + one.losses >= TESTABLE]
-    corrected = holm([mcnemar(one.wins, one.losses) for one in tested])
-    p_values = {one.label: p for one, p in zip(tested, corrected, strict=True)}
-    return [one.model_copy(update={"p": p_values.get(one.label)}) for one in changes]
+    tested = [change for change in changes if change.wins + change.losses >= TESTABLE]
+    corrected = holm([mcnemar(change.wins, change.losses) for change in tested])
+    p_values = {change.label: p for change, p in zip(tested, corrected, strict=True)}
+    return [change.model_copy(update={"p": p_values.get(change.label)}) for change in changes]

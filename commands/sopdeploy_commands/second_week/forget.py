@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.photos.files import normalize, walk
 
 ID = re.compile(r"[0-9a-f]{32}")  # of a kept photograph: the first digits of the sha256 of the sent file
-RECORDS = (".json", ".skipped")  # beside a kept photograph
+KEPT_SUFFIXES = (*SUFFIXES, ".json", ".skipped")  # of a kept photograph, and of the records beside it
 _PARTIAL_NAME = re.compile(rf"(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")  # after the name of the file
 LISTING, STATE, ROWS_FOLDER = "_list.parquet", "_run.json", "rows"  # of `classify`
 # Values of columns that cannot be empty.
@@ -51,37 +52,9 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
             a table is of a later version or is being written.
         StorageError: A file cannot be changed.
     """
-    named = [Path(folder) for folder in folders]  # the command line gives text
-    for folder in named:
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
-    wanted = _Wanted.read(photograph)
-    found = {os.path.abspath(path): path for folder in named for path in walk(folder, hidden=True)}  # noqa: PTH100
-    files = list(found.values())
-    tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
-    for table in tables:
-        _check_table(table)
-    final_names = {path: _final_name(path) for path in files}
-    images = [
-        path
-        for path, name in final_names.items()
-        if name.suffix.lower() in SUFFIXES
-        and (wanted.has_content(path) if wanted.is_file else wanted.is_named(path.parent / name))
-    ]
-    ids = wanted.ids.union(stem for image in images if ID.fullmatch(stem := final_names[image].stem))
-    rows = _find_rows(wanted._replace(ids=ids), tables)
-    of_ids = [
-        path
-        for path, name in final_names.items()
-        if name.stem in ids and name.suffix.lower() in (*SUFFIXES, *RECORDS)
-    ]
-    if not wanted.is_file and not ids:
-        _check_one_photograph(photograph, images, rows)
-    # The records first and the named file last: until then, a repeated command finds all that is left.
-    deleted = sorted({*images, *of_ids}, key=lambda path: (wanted.is_named(path), path in images, path))
-    if not deleted and not rows:
-        raise DataError(f"{photograph}: not found in {', '.join(map(str, named))}; check the name")
-    for folder in {path.parent for path in (*deleted, *rows)}:
+    traces = _find_traces(photograph, [Path(folder) for folder in folders])  # the command line gives text
+    rows = traces.rows
+    for folder in {path.parent for path in (*traces.files, *rows)}:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise StorageError(
                 f"{folder}: its files cannot be changed; check permissions; nothing is deleted"
@@ -89,15 +62,56 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
     with ExitStack() as locks:
         for folder in {_output_folder(table) for table in rows}:
             _lock_output(folder, locks)
-        for table in sorted(rows, key=lambda table: table.name == LISTING):  # rows are found by the list
+        # the list comes last, because a repeated command finds the rows of the other tables by it
+        for table in sorted(rows, key=lambda table: table.name == LISTING):
             with writing(table):
                 _empty_rows(table, [row.number for row in rows[table]])
-    for path in deleted:
+    for path in traces.files:
         with writing(path):
             path.unlink(missing_ok=True)
-    for folder in {path.parent for path in files if path.name.endswith(PARTIAL)}:
-        remove_leftovers(folder)  # of a process that was killed while it wrote a copy
-    return [*rows, *deleted]
+    for folder in {path.parent for path in traces.unfinished}:
+        remove_leftovers(folder)
+    return [*rows, *traces.files]
+
+
+class _Traces(NamedTuple):
+    """What remains of a photograph: files, in the order in which to delete them, and rows by their table.
+
+    `unfinished` are all temporary files: a process may have been killed while it wrote a copy.
+    """
+
+    files: list[Path]
+    rows: "dict[Path, list[_TableRow]]"
+    unfinished: list[Path]
+
+
+def _find_traces(photograph: str, folders: Sequence[Path]) -> _Traces:
+    """Find what remains of *photograph* in *folders*; raise `DataError` as `forget` does."""
+    by_absolute_path: dict[str, Path] = {}  # folders may contain one another
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
+        by_absolute_path |= {os.path.abspath(path): path for path in walk(folder, hidden=True)}  # noqa: PTH100
+    files = list(by_absolute_path.values())
+    tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
+    for table in tables:
+        _check_format(table)
+    wanted = _Wanted.read(photograph)
+    images = [path for path in files if wanted.is_shown_by(path)]
+    ids = wanted.ids.union(filter(ID.fullmatch, (_final_path(image).stem for image in images)))
+    found = set(images)
+    for path in files:
+        final_path = _final_path(path)
+        if final_path.stem in ids and final_path.suffix.lower() in KEPT_SUFFIXES:
+            found.add(path)
+    rows = _find_rows(wanted._replace(ids=ids), tables)
+    if not wanted.is_file and not ids:
+        _check_one_photograph(photograph, images, rows)
+    if not found and not rows:
+        raise DataError(f"{photograph}: not found in {', '.join(map(str, folders))}; check the name")
+    # The records first and the named file last: until then, a repeated command finds all that is left.
+    ordered = sorted(found, key=lambda path: (wanted.is_named(path), path in images, path))
+    return _Traces(ordered, rows, [path for path in files if path.name.endswith(PARTIAL)])
 
 
 class _Wanted(NamedTuple):
@@ -121,6 +135,13 @@ class _Wanted(NamedTuple):
         ids = {digest[:32], path.stem if ID.fullmatch(path.stem) else ""} - {""}
         return cls(path, path.stat().st_size if digest else 0, digest, frozenset(ids))
 
+    def is_shown_by(self, path: Path) -> bool:
+        """Tell whether the image *path* has the content of the given file, or else the given name."""
+        final_path = _final_path(path)
+        if final_path.suffix.lower() not in SUFFIXES:
+            return False
+        return self.has_content(path) if self.is_file else self.is_named(final_path)
+
     def is_named(self, path: Path) -> bool:
         """Tell whether *path* leads to the given file, or ends with the given name if there is no file."""
         if self.is_file:
@@ -139,7 +160,7 @@ class _Wanted(NamedTuple):
         return False
 
 
-class _Row(NamedTuple):
+class _TableRow(NamedTuple):
     """The number of a row in its table, and what it says of its image.
 
     A member of an archive has the `location` of the archive, and an `offset` in it, which is never 0.
@@ -157,25 +178,23 @@ class _Row(NamedTuple):
         return self.offset != 0
 
 
-def _final_name(path: Path) -> Path:
-    """Return the name of *path*, for a temporary file that of the file that it would have become."""
-    return Path(_PARTIAL_NAME.sub("", path.name) if path.name.endswith(PARTIAL) else path.name)
+def _final_path(path: Path) -> Path:
+    """Return *path*, for a temporary file that of the file that it would have become."""
+    return path.with_name(_PARTIAL_NAME.sub("", path.name)) if path.name.endswith(PARTIAL) else path
 
 
-def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]]:
+def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_TableRow]]:
     """Find the rows of *wanted* in the *tables* of `classify`.
 
     The list of a run says where the images of its other tables are.
     """
-    all_rows = {table: list(_read_rows(table)) for table in tables}
-    listed = {
-        (_output_folder(table), row.path): row
-        for table, rows in all_rows.items()
-        if table.name == LISTING
-        for row in rows
-    }
+    all_rows = {table: list(_read_table(table)) for table in tables}
+    listed: dict[tuple[Path, str], _TableRow] = {}
+    for table, rows in all_rows.items():
+        if table.name == LISTING:
+            listed |= {(_output_folder(table), row.path): row for row in rows}
 
-    def is_wanted(row: _Row) -> bool:
+    def is_wanted(row: _TableRow) -> bool:
         if Path(row.path).stem in wanted.ids:
             return True
         if not wanted.is_file:
@@ -185,26 +204,27 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Row]
             return wanted.has_content(location, row.offset, row.size)
         return wanted.is_named(location) or wanted.has_content(location)
 
-    found = {}
+    wanted_rows: dict[Path, list[_TableRow]] = {}
     for table, rows in all_rows.items():
-        output = _output_folder(table)
-        located = [listed.get((output, row.path), row)._replace(number=row.number) for row in rows]
-        if marked := [row for row in located if is_wanted(row)]:
-            found[table] = marked
-    return found
+        for row in rows:
+            located = listed.get((_output_folder(table), row.path), row)._replace(number=row.number)
+            if is_wanted(located):
+                wanted_rows.setdefault(table, []).append(located)
+    return wanted_rows
 
 
-def _read_rows(table: Path) -> Iterator[_Row]:
+def _read_table(table: Path) -> Iterator[_TableRow]:
     """Yield the rows of a table of `classify`; a table of another program has none."""
     import pyarrow.parquet as pq  # of an extra
 
     names = pq.read_schema(table).names
     if "path" not in names:
         return
-    columns = pq.read_table(table, columns=[name for name in _Row._fields if name in names]).to_pylist()
-    for number, values in enumerate(columns):
+    rows = pq.read_table(table, columns=[name for name in _TableRow._fields if name in names]).to_pylist()
+    for number, values in enumerate(rows):
         if isinstance(values["path"], str) and values["path"] != FORGOTTEN["path"]:
-            yield _Row(number, **{"location": values["path"], **values})
+            values.setdefault("location", values["path"])
+            yield _TableRow(number, **values)
 
 
 def _output_folder(table: Path) -> Path:
@@ -227,21 +247,21 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
     locks.callback(os.close, lock.file)
 
 
-def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, list[_Row]]) -> None:
+def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, list[_TableRow]]) -> None:
     """Raise `DataError` if *name* is that of photographs with different contents."""
-    places = {str(path): path for path in images}
-    for row in (row for found in rows.values() for row in found):
-        places[row.path] = Path(row.path if row.is_in_archive else row.location)
-    different: dict[str, str] = {}
-    for text, path in places.items():
-        is_readable = path.is_file() and path.suffix.lower() in SUFFIXES  # not an archive
-        different.setdefault(sha256(path) if is_readable else os.path.abspath(path), text)  # noqa: PTH100
-    if len(different) > 1:
-        names = shorten(sorted(different.values()))
+    files = {str(path): path for path in images}  # by the path that the message shows
+    for row in chain.from_iterable(rows.values()):
+        files[row.path] = Path(row.path if row.is_in_archive else row.location)
+    photographs: dict[str, str] = {}  # the path that is shown, by the hash of the file or its absolute path
+    for shown_path, file in files.items():
+        is_readable = file.is_file() and file.suffix.lower() in SUFFIXES  # not an archive
+        photographs.setdefault(sha256(file) if is_readable else os.path.abspath(file), shown_path)  # noqa: PTH100
+    if len(photographs) > 1:
+        names = shorten(sorted(photographs.values()))
         raise DataError(f"{name}: is the name of different photographs ({names}); name one with its folder")
 
 
-def _check_table(table: Path) -> None:
+def _check_format(table: Path) -> None:
     """Raise `DataError` if *table* is of a later format than this version can rewrite."""
     import pyarrow.parquet as pq  # of an extra
 
@@ -264,13 +284,15 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
     with pq.ParquetFile(table) as file:
         schema = file.schema_arrow
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
-    marked, first = set(numbers), 0  # the number of the first row of a group
+    num_before = 0  # rows of earlier groups
     with atomic_write(table) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for group in groups:
+            emptied = [number - num_before for number in numbers if 0 <= number - num_before < group.num_rows]
             columns = []
             for field in schema:
-                values, empty = group[field.name].to_pylist(), FORGOTTEN.get(field.name)
-                kept = [empty if first + row in marked else value for row, value in enumerate(values)]
-                columns.append(pa.array(kept, field.type))
+                values = group[field.name].to_pylist()
+                for row in emptied:
+                    values[row] = FORGOTTEN.get(field.name)
+                columns.append(pa.array(values, field.type))
             writer.write_table(pa.table(columns, schema=schema))
-            first += group.num_rows
+            num_before += group.num_rows

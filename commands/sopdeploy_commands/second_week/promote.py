@@ -75,7 +75,7 @@ def promote(
         ConfigError: *over* or *back* is no link, or arguments that do not fit together.
     """
     if back is not None and all(other is None for other in (new, over, data, unknown, force)):
-        return _promote_back(back)
+        return _move_back(back)
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK alone")
     before, has_live = _read_target(over), over.exists()  # a link may lead to a bundle that was deleted
@@ -105,7 +105,7 @@ def promote(
     return _record_and_move(over, before, after, force or comparison.summary, comparison, manifest)
 
 
-def _promote_back(link: Path) -> Promotion:
+def _move_back(link: Path) -> Promotion:
     """Move *link* back to the bundle before the last promotion of the live one, and record it."""
     live = _read_target(link)
     moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
@@ -119,18 +119,19 @@ def _promote_back(link: Path) -> Promotion:
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
     """List what speaks against the second bundle, such as another name of its project."""
-    found = []
+    objections = []
     if comparison.verdict in {"worse", "undecided"}:
-        found.append(comparison.summary)
+        objections.append(comparison.summary)
     if comparison.worse_classes:
-        found.append(f"worse in {', '.join(comparison.worse_classes)}")
+        objections.append(f"worse in {', '.join(comparison.worse_classes)}")
     if comparison.removed:
-        found.append(f"without the classes {', '.join(comparison.removed)}")
+        objections.append(f"without the classes {', '.join(comparison.removed)}")
     if comparison.suspects:
-        found.append(f"{', '.join(comparison.suspects)} may have been trained on more of the photographs")
+        suspects = ", ".join(comparison.suspects)
+        objections.append(f"{suspects} may have been trained on more of the photographs")
     if old_name != new_name:
-        found.append(f"its name is {new_name}, but clients use {old_name}")
-    return found
+        objections.append(f"its name is {new_name}, but clients use {old_name}")
+    return objections
 
 
 def _read_target(link: Path) -> str | None:
@@ -152,7 +153,7 @@ def _record_and_move(
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
-    A move that fails is not recorded. Raises `ConfigError` if *link* does not lead to *before* any more or
+    The line of a move that fails is removed. Raises `ConfigError` if *link* no longer leads to *before* or
     would lead to itself, and `BundleError` if *after* has no longer the files of *manifest*, which were
     loaded and compared.
     """
@@ -166,7 +167,7 @@ def _record_and_move(
     path = link.with_name(LOG)
     with writing(path):
         lock = lock_file(path, wait=True)
-    lock.warn_if_missing(path, "promote from one place at a time")
+    lock.warn_if_unlocked(path, "promote from one place at a time")
     with writing(path), os.fdopen(lock.file, "r+b") as log:
         if _read_target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")

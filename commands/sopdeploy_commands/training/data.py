@@ -22,14 +22,20 @@ _MAX_GROUPS = 10  # of equal images; --json lists all
 
 def _show(report: "DataReport | list[WrongLabel]", *, as_json: bool) -> None:
     """Print the report, or the images whose labels are probably wrong; then raise the problems."""
-    if isinstance(report, list):
-        _print_labels(report, as_json=as_json)
-        return
     if as_json:
-        print_json(report.model_dump(mode="json"))
+        print_json(as_data(report))
+    elif isinstance(report, list):
+        from sopdeploy.html.report import percent
+
+        rows = []
+        for wrong in report:
+            shares = percent(wrong.probability), percent(wrong.probability_suggested)
+            rows.append((wrong.file, wrong.label, shares[0], wrong.suggested, shares[1]))
+        print_table(("file", "label", "probability", "suggested", "probability"), rows)
     else:
         _print_report(report)
-    report.must_be_usable()
+    if not isinstance(report, list):
+        report.must_be_usable()
 
 
 @command(_show)
@@ -70,31 +76,16 @@ def check(
     return list(find_wrong_labels(wrong_labels, path))
 
 
-def _print_labels(found: "list[WrongLabel]", *, as_json: bool) -> None:
-    """Print the images whose labels are probably wrong."""
-    from sopdeploy.html.report import percent
-
-    if as_json:
-        print_json(as_data(found))
-        return
-    rows = (
-        (one.file, one.label, percent(one.probability), one.suggested, percent(one.probability_suggested))
-        for one in found
-    )
-    print_table(("file", "label", "probability", "suggested", "probability"), rows)
-
-
 def _print_report(report: "DataReport") -> None:
     """Print a table of the parts, and lines about the images."""
     from sopdeploy.photos.folder import describe_skipped
 
     rows, lines = [], []
     for part in report.parts:
-        rarest_first = sorted(part.classes.items(), key=lambda pair: pair[1])
-        counts = part.classes.values()
-        fewest, most = min(counts, default=0), max(counts, default=0)
-        numbers = len(counts), fewest, most
+        counts = sorted(part.classes.values()) or [0]
+        numbers = len(part.classes), counts[0], counts[-1]
         rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *map(str, numbers)))
+        rarest_first = sorted(part.classes.items(), key=lambda pair: pair[1])
         listed = shorten([f"{label} {count}" for label, count in rarest_first])
         lines.append(f"{part.name}, rarest classes first: {listed}")
     print_table(("part", "images", "MB", "classes", "fewest", "most"), rows)

@@ -34,8 +34,8 @@ def _show_catalog(models: list[dict[str, str]]) -> None:
     for heading, entries in families:
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
-        for name, item in entries.items():
-            table.add_row(name, item.summary, f"{item.image_size} px", f"{item.num_classes} classes")
+        for name, network in entries.items():
+            table.add_row(name, network.summary, f"{network.image_size} px", f"{network.num_classes} classes")
         out.print(Text(heading, "bold"))
         out.print(table)
         out.print()
@@ -52,29 +52,24 @@ def _show_description(description: "Description") -> None:
     print_table(("", "parameters", "multiply-adds"), rows)
     say(f"training only: {', '.join(description.training_only) or 'nothing'}")
     if description.config.get("conv5_stride") == 1:
-        _print_usual_stride(description)
+        from sopdeploy.models.describe import describe
+
+        usual = describe(
+            description.name,
+            image_size=description.image_size,
+            num_classes=description.num_classes,
+            **{**description.config, "conv5_stride": 2},
+        )
+        say(
+            f"conv5_x has stride 1: {description.shipped.macs / 1e9:.2f} G multiply-adds deployed, with the "
+            f"usual stride of 2 (--option conv5_stride=2) {usual.shipped.macs / 1e9:.2f} G"
+        )
     options = []
     for key, value in description.config.items():  # a pooling by its kind, text without quotes, else JSON
-        named = value.get("kind", value) if isinstance(value, dict) else value
-        options.append(f"{key}={named if isinstance(named, str) else json.dumps(named)}")
+        short = value.get("kind", value) if isinstance(value, dict) else value
+        options.append(f"{key}={short if isinstance(short, str) else json.dumps(short)}")
     say(f"features: {description.representation}", f"options: {', '.join(options)}")
     say(*(figure.sentence() for figure in description.published))
-
-
-def _print_usual_stride(description: "Description") -> None:
-    """Print the deployed multiply-adds beside those with the usual stride of conv5_x."""
-    from sopdeploy.models.describe import describe
-
-    usual = describe(
-        description.name,
-        image_size=description.image_size,
-        num_classes=description.num_classes,
-        **{**description.config, "conv5_stride": 2},
-    )
-    say(
-        f"conv5_x has stride 1: {description.shipped.macs / 1e9:.2f} G multiply-adds deployed, with the "
-        f"usual stride of 2 (--option conv5_stride=2) {usual.shipped.macs / 1e9:.2f} G"
-    )
 
 
 @command(_show)

@@ -80,32 +80,40 @@ def choose_network(
     strategy = Strategy(select_device(shared.device))
     if shared.threads:
         torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
-    recipes = with_head_procedures(configured, data)
+    recipes = select_procedures(configured, data)
     reachable = fetch_weights(recipes, callback, may_skip=may_skip, download=False)  # before the measurements
     speeds = measure_networks(recipes, len(data.train.labels), callback)
-    fast = select_fast(speeds, within)
-    if not (wanted := {name: recipes[name] for name in fast if name in reachable}):
+    fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
+    if not fast:
+        name, speed = min(speeds.items(), key=lambda pair: pair[1].milliseconds)
+        fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
+        raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
+    candidates = {name: recipes[name] for name in fast if name in reachable}
+    if not candidates:
         raise WeightsError(f"the weights of {shorten(fast)}, which are fast enough, cannot be reached")
-    reached = fetch_weights(wanted, callback, may_skip=may_skip)
-    validated = {
-        name: score_network(recipes[name], data.train, configured[name][1].weights, strategy, callback)
-        for name in reached
-    }
-    chosen = fastest_of_best(speeds, validated)
-    return tuple(
-        NetworkScore(
+    validated = {}
+    for name in fetch_weights(candidates, callback, may_skip=may_skip):
+        weights = configured[name][1].weights
+        validated[name] = score_network(recipes[name], data.train, weights, strategy, callback)
+    # Of the most accurate network and those that are not significantly worse, the fastest.
+    best = max(validated.values(), key=lambda network: network.score.value)
+    as_good = [name for name, network in validated.items() if not is_significantly_better(best, network)]
+    chosen = min(as_good, key=lambda name: speeds[name].milliseconds)
+    scores = []
+    for name, speed in speeds.items():
+        score = NetworkScore(
             name=name,
             **speed._asdict(),
             score=validated[name].score if name in validated else None,
             has_weights=name in validated or name not in fast,
             chosen=name == chosen,
         )
-        for name, speed in speeds.items()
-    )
+        scores.append(score)
+    return tuple(scores)
 
 
-def with_head_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Split) -> dict[str, Recipe]:
-    """Return the recipes with the procedure for *data*; raise `ConfigError` if it fits no head."""
+def select_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Split) -> dict[str, Recipe]:
+    """Return the recipes with the procedure for *data*; raise `ConfigError` if it does not fit a head."""
     count = len(data.train)
     recipes = {name: select_procedure(recipe, count).recipe for name, (recipe, _) in configured.items()}
     for name, recipe in recipes.items():
@@ -119,25 +127,6 @@ def with_head_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: S
     return recipes
 
 
-def select_fast(speeds: Mapping[str, Speed], within: float | None) -> list[str]:
-    """List the networks that need at most *within* milliseconds; raise `ConfigError` if there are none."""
-    fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
-    if not fast:
-        name, speed = min(speeds.items(), key=lambda item: item[1].milliseconds)
-        fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
-        raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
-    return fast
-
-
-def fastest_of_best(speeds: Mapping[str, Speed], validated: Mapping[str, Validated]) -> str:
-    """Return the fastest of the most accurate network and those that are not significantly worse."""
-    best = max(validated, key=lambda name: validated[name].score.value)
-    as_good = [  # with *best* itself
-        name for name in validated if not is_significantly_better(validated[best], validated[name])
-    ]
-    return min(as_good, key=lambda name: speeds[name].milliseconds)
-
-
 def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Callback) -> dict[str, Speed]:
     """Export the network of each of *recipes*, with random weights, and measure it.
 
@@ -148,7 +137,7 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
     images: dict[str, NDArray[np.uint8]] = {}
     for number, (name, recipe) in enumerate(recipes.items()):
         callback.on_stage(name=f"time of {name}", done=number, total=len(recipes))
-        graphs[name], images[name] = _lower_unfitted(recipe, classes)
+        graphs[name], images[name] = _export_unfitted(recipe, classes)
 
     def run_alternately() -> dict[str, list[float]]:
         """Measure all graphs in sessions of one thread."""
@@ -165,19 +154,13 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
     with ThreadPoolExecutor(1) as thread:
         times = thread.submit(run_alternately).result()
     return {
-        name: Speed(
-            milliseconds=1000 * statistics.median(times[name]),
-            megabytes=len(graphs[name]) / 1e6,
-        )
-        for name in recipes
+        name: Speed(1000 * statistics.median(times[name]), megabytes=len(graph) / 1e6)
+        for name, graph in graphs.items()
     }
 
 
-def _lower_unfitted(recipe: Recipe, classes: int) -> tuple[bytes, NDArray[np.uint8]]:
-    """Build the network of *recipe* with random weights, and lower it to a graph.
-
-    Returns the graph and an image of noise.
-    """
+def _export_unfitted(recipe: Recipe, classes: int) -> tuple[bytes, NDArray[np.uint8]]:
+    """Export the network of *recipe* with random weights to ONNX; return the file and an image of noise."""
     procedure: Any = recipe.procedure
     side = entry(recipe.model.name).image_size
     preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
@@ -229,7 +212,7 @@ def score_network(
     """Cross-validate the network of *recipe* on *images*; a cache keeps their features for a later run."""
     check_count(images)
     model, recipe, _ = create_initial_model(recipe, images.labels, strategy, weights)
-    found = cross_validate(
+    validation = cross_validate(
         recipe,
         move_to_device(recipe, model, strategy),
         images,
@@ -237,10 +220,10 @@ def score_network(
     )
     right = None
     if not images.is_multi_label:  # one class per image, so that a prediction is either right or wrong
-        right = found.shifted_logits.argmax(axis=1) == images.targets
-    if (score := found.score()) is None:
+        right = validation.shifted_logits.argmax(axis=1) == images.targets
+    if (score := validation.score()) is None:
         raise DataError("networks cannot be compared: fewer than two classes have two different photographs")
-    return Validated(score, right, found.groups)
+    return Validated(score, right, validation.groups)
 
 
 def is_significantly_better(best: Validated, other: Validated) -> bool:

@@ -32,7 +32,7 @@ class RunRow:
     problem: str = ""
 
 
-def _row_of(origin: Origin | None) -> RunRow:
+def _describe_origin(origin: Origin | None) -> RunRow:
     """Return what *origin* says about a run."""
     if origin is None:
         return RunRow()
@@ -69,7 +69,7 @@ def runs() -> list[RunRow]:
         if manifest is not None:
             run_id = "" if manifest.origin is None else manifest.origin.run_id
             exported.add(run_id)
-            row = row_of_run.get(run_id, _row_of(manifest.origin))  # the run may not be on this machine
+            row = row_of_run.get(run_id, _describe_origin(manifest.origin))  # the run may be elsewhere
             row = replace(row, project=manifest.project, date=manifest.exported_at)
         rows.append(replace(row, bundle=path.name, newest=not why_not_served, problem=why_not_served))
     rows += [row for run_id, row in row_of_run.items() if run_id not in exported]
@@ -94,5 +94,6 @@ def _read_runs() -> dict[str, RunRow]:
             continue
         origin = checkpoint.origin
         run_id = name if origin is None else origin.run_id
-        rows[run_id] = replace(_row_of(origin), run=name, project=checkpoint.project, estimate=str(estimate))
+        row = _describe_origin(origin)
+        rows[run_id] = replace(row, run=name, project=checkpoint.project, estimate=str(estimate))
     return rows

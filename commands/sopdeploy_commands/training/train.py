@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FOLDER_RECIPE = "photos"
 RECIPE_NETWORK = ""  # stands for the name of the only network, that of the recipe, if none is chosen
 NO_FILES = ("imagenet", "none")  # start weights that are no file
+RESUME: dict[str, bool | Literal["auto"]] = {"never": False, "always": True, "auto": "auto"}
 
 
 def _as_text(value: object) -> str | None:
@@ -89,14 +90,15 @@ class TrainOptions(Options):
         if self.resume != "never":
             raise ConfigError("not with resume, which continues the network of a run", setting=setting)
         if self.within is not None:
-            _milliseconds(self.within)  # raises the error of an invalid time
+            _parse_milliseconds(self.within)  # raises the error of an invalid time
         changes = [*map(parse_override, self.set), *settings.items()]
         if any(key == "model.name" or (key == "model" and "name" in value) for key, value in changes):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
         options = {}
-        for name, file in self._weights_by_network().items():
-            change = {"models": None, "within": None, "weights": file}
-            options[name] = self.model_copy(update={**change, "set": (*self.set, f"model.name={name}")})
+        for name, weights in self._weights_by_network().items():
+            assignments = (*self.set, f"model.name={name}")
+            single = {"models": None, "within": None, "weights": weights, "set": assignments}
+            options[name] = self.model_copy(update=single)
         return options
 
     @property
@@ -116,16 +118,14 @@ class TrainOptions(Options):
         if self.weights is None or self.weights in NO_FILES:  # the same for every network
             return dict.fromkeys(names, self.weights)
         if (folder := expand_user(self.weights)).is_dir():
-            stems = {path.stem: str(path) for path in sorted(folder.iterdir())}
-            found: dict[str, str | None] = {
-                name: stems[file_stem(name)] for name in names if file_stem(name) in stems
-            }
-            missing = [name for name in names if name not in found]
-            if missing and (self.models is not None or not found):
+            by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
+            by_network = {name: by_stem.get(file_stem(name)) for name in names}
+            missing = [name for name, file in by_network.items() if file is None]
+            if missing and (self.models is not None or len(missing) == len(names)):
                 advice = f"name files like {file_stem(missing[0])}.safetensors"
                 problem = f"there are no weights of {shorten(missing)}; {advice}"
                 raise WeightsError(f"{folder}: {problem}", setting="weights")
-            return found
+            return {name: file for name, file in by_network.items() if file is not None}
         files = [file.strip() for file in self.weights.split(",")]
         if len(files) != len(names):
             message = f"{len(files)} for {len(names)} networks; give a folder, or one for each with commas"
@@ -220,7 +220,7 @@ def train(
         if options.compares:
             from sopdeploy_commands.training.network_choice import choose_network
 
-            within = None if options.within is None else _milliseconds(options.within)
+            within = None if options.within is None else _parse_milliseconds(options.within)
             if out is not None:  # raises the error of another run there before minutes of measurements
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
             if skipped := [name for name in options.networks() if name not in networks_to_train]:
@@ -229,9 +229,8 @@ def train(
             chosen = next(network.name for network in networks if network.chosen)
         selected, given = networks_to_train[chosen]
         strategy = Strategy(select_device(selected.device))
-        resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
-        project, resumes = str(selected.project), options.resume != "never"
-        folder = numbered_folder(project, strategy, resume=resumes) if out is None else out
+        resume = RESUME[options.resume]
+        folder = out or numbered_folder(str(selected.project), strategy, resume=bool(resume))
         run = train_run(selected, folder, resume=resume, callback=observer, strategy=strategy, given=given)
         if not is_main_process():
             return summarize_run(run, folder)
@@ -240,9 +239,8 @@ def train(
             observer.on_stage(name="report", done=done, total=total)
 
         mistakes = write_run_page(run, folder, on_image, networks)  # the most frequent ones first
-        decision_before = None if previous is None else previous.decision
-        rule = None if run.fit.decision is None else run.fit.decision.rejection
-        rule_before = None if decision_before is None else decision_before.rejection
+        decisions = (run.fit.decision, None if previous is None else previous.decision)
+        rule, rule_before = (None if decision is None else decision.rejection for decision in decisions)
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
     changes = "" if previous is None else _describe_changes(previous, run.start)
@@ -250,7 +248,7 @@ def train(
     return summarize_run(run, folder, networks, **page)
 
 
-class Requested(NamedTuple):
+class TrainRequest(NamedTuple):
     """The recipe of each network to train, with what is known of its run, and the run to start from."""
 
     networks: "dict[str, tuple[Recipe, Given]]"
@@ -263,56 +261,56 @@ def read_request(
     out: Path | None,
     options: TrainOptions,
     settings: Mapping[str, Any],
-) -> Requested:
+) -> TrainRequest:
     """Read the recipe of each network and the run to start from; writes no file.
 
     First raises the error of a path or a text that `train` cannot use, before torch is imported. The data are
     opened if the recipe for photos will use them as they are.
     """
-    # These three raise their errors; only the opened data are used below.
-    for assignment in options.set:
-        parse_override(assignment)
     opened = None
+    for assignment in options.set:
+        parse_override(assignment)  # for its errors; the values are read in `configure`, with the recipe
     if recipe is not None:
-        read_values(recipe)
+        read_values(recipe)  # for its errors, too
     elif data is not None and not options.set and not settings:  # changes may need images of another form
         opened = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
-    for images in (data, None if options.unknown is None else Path(options.unknown)):
-        if images is not None:
-            check_takes_output(out or Path("runs"), "out", images)
+    unknown = None if options.unknown is None else Path(options.unknown)
+    for images in filter(None, (data, unknown)):
+        check_takes_output(out or Path("runs"), "out", images)
     if options.from_ is not None and not Path(options.from_).exists():
         message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
         raise ConfigError(message, setting="from")
     options_by_network = options.per_network(settings)
-    files = {}  # of start weights, by network
-    for name, of_network in options_by_network.items():
-        weights = of_network.weights
+    start_files = {}  # by network
+    for name, network_options in options_by_network.items():
+        weights = network_options.weights
         if weights is not None and weights not in NO_FILES:
             try:
-                files[name] = check_is_weights(expand_user(weights))
+                start_files[name] = check_is_weights(expand_user(weights))
             except WeightsError as error:
                 raise WeightsError(f"{error}, or {' or '.join(NO_FILES)}", setting="weights") from error
-    if options.unknown is not None:
-        open_any_images(Path(options.unknown))  # raises its errors
+    if unknown is not None:
+        open_any_images(unknown)  # raises its errors
 
     previous = None
     if options.from_ is not None:
-        previous, opened = read_previous(Path(options.from_)), None  # its recipe may select classes
-    networks = {
-        name: configure(data, recipe, of_network, settings, previous, opened, files.get(name))
-        for name, of_network in options_by_network.items()
-    }
-    return Requested(networks, previous)
+        previous = read_previous(Path(options.from_))
+        opened = None  # its recipe may select classes
+    networks = {}
+    for name, network_options in options_by_network.items():
+        start_file = start_files.get(name)
+        networks[name] = configure(data, recipe, network_options, settings, previous, opened, start_file)
+    return TrainRequest(networks, previous)
 
 
-def _milliseconds(text: str) -> float:
+def _parse_milliseconds(text: str) -> float:
     """Convert a time such as "20ms" to a number; raise `ConfigError` for another text."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", text)
+    if match is None:
         raise ConfigError(f"{text!r} is no time; give milliseconds, such as 20ms", setting="within")
-    return float(found[1])
+    return float(match[1])
 
 
 def read_previous(source: Path) -> "Checkpoint":
@@ -392,22 +390,22 @@ def configure(
     changed = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in flatten(dict(changes))]
     weights: WeightSource | None = start_file
-    is_recipe_given = recipe is not None or previous_recipe is not None
-    configured = None if changed.start is None else changed.start.weights
-    if not is_recipe_given and "model.name" not in keys and isinstance(configured, Path):
-        path = expand_user(configured)  # only the weights can determine the network
+    start_weights = None if changed.start is None else changed.start.weights
+    names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
+    if not names_network and isinstance(start_weights, Path):  # then the weights determine the network
+        path = expand_user(start_weights)
         if start_file is None and path.is_file():
             start_file = check_is_weights(path)
         weights = None if start_file is None else open_weights(start_file)
         if isinstance(weights, WeightFile):
             network = network_of_weights(weights, changed.model.name)
-            if network != changed.model.name:  # there is no previous recipe
+            if network != changed.model.name:
                 changed = change_recipe(source, [*changes, ("model.name", network)])
     if changed.project is None:
         folder = getattr(changed.data, "path", None)
-        of_data = "" if folder is None else folder_project(folder)
-        name = of_data or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        changed = changed.model_copy(update={"project": name})
+        project = "" if folder is None else folder_project(folder)
+        project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
+        changed = changed.model_copy(update={"project": project})
     return changed, Given(keys, weights, opened)
 
 

@@ -87,48 +87,60 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert a network of GM-SOP, with the settings in its layers; None for files of other formats."""
     if not isinstance(file, DagNN):
         return None
-    tensors = _rename(file)
+    tensors = _rename_tensors(file)
     blocks = sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors)
     widen = len(tensors["layer1.0.conv1.weight"]) // WIDTHS[0]
-    config = {**_pooling_config(file), "blocks_per_stage": blocks, "widen": widen, "components": 1}
+    config = {**_read_pooling_options(file), "blocks_per_stage": blocks, "widen": widen, "components": 1}
     config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
-    component, gated = config["component"], "gating_w" in file.tensors
-    if gated:
-        weights = _join_components(tensors)  # (N, out, in) of each convolution
-        widths = [weight.shape[1] for weight in weights]
+    component, is_gated = config["component"], "gating_w" in file.tensors
+    if is_gated:
+        config |= _read_gate_options(file, tensors)
+        widths: list[int] = []
+        for letter in "abcdefgh":  # CM_2_a is the first convolution of component 2, CM_2_b the second one
+            if f"CM_1_{letter}.weight" in tensors:
+                numbers = range(1, config["components"] + 1)
+                kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in numbers]
+                weight = torch.stack(kernels).flatten(start_dim=2)  # (N, out, in), from (N, out, in, 1, 1)
+                tensors[f"mixture.weights.{len(widths)}"] = weight
+                widths.append(weight.shape[1])
+        config["component_widths"] = widths
         pooled_channels = widths[-1]  # of a component's last convolution
-        config |= {**_gate_config(file, tensors), "component_widths": widths}  # with N as "components"
-        tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
     else:
         pooled_channels = WIDTHS[-1] * widen  # of the last stage
     triangles: dict[str, int] = {}
     if component == "sop":  # the head and the gate read triangle vectors
         head_names = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
         triangles = dict.fromkeys(head_names, pooled_channels)
-        if gated:
+        if is_gated:
             triangles |= dict.fromkeys(GATE_WEIGHTS.values(), config["gate_widths"][-1])
     return ConvertedWeights(
         project="GM-SOP",
-        description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
-        model=_catalog_name(gated, component, blocks, widen),
+        description=f"{_TITLES[is_gated, component]}, {blocks} blocks per stage, {widen} times as wide",
+        model=_find_catalog_name(is_gated, component, blocks, widen),
         tensors=tensors,
         triangles=triangles,
         by_columns=True,
         num_classes=len(tensors["head.fc.weight"]),
-        preprocess=_preprocess(file),
+        preprocess=_read_preprocess(file),
         detected=config,
         imagenet=False,
         notes=NOTES,
     )
 
 
-def _rename(file: DagNN) -> dict[str, Tensor]:
+def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
     """Give the arrays of *file* our axes and, where `RENAMES` has their layers, our names."""
     tensors: dict[str, Tensor] = {}
     for name, values in file.tensors.items():
         source, _, kind = name.rpartition("_")  # conv2_1a_bn_w: conv2_1a_bn and w
         is_norm = source.endswith("_bn")
-        layer, norm = _our_names(source.removesuffix("_bn"))  # of conv2_1a and of its batch norm
+        layer = source.removesuffix("_bn")
+        norm = f"{layer}_bn"
+        for pattern, our_names in RENAMES.items():
+            if match := re.fullmatch(pattern, layer):
+                numbers = [int(number) - 1 for number in match.groups()]  # conv2_1a is of layer1.0
+                layer, norm = (our_name.format(*numbers) for our_name in our_names)
+                break
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
         elif is_norm and kind == "m":  # (C, 2): the mean and sqrt(variance + eps)
@@ -147,29 +159,10 @@ def _rename(file: DagNN) -> dict[str, Tensor]:
     return tensors
 
 
-def _our_names(source: str) -> tuple[str, str]:
-    """Return our names of the layer *source* of a file and of its batch norm; others keep their names."""
-    for pattern, (layer, norm) in RENAMES.items():
-        if match := re.fullmatch(pattern, source):
-            numbers = [int(number) - 1 for number in match.groups()]  # conv2_1a is of layer1.0
-            return layer.format(*numbers), norm.format(*numbers)
-    return source, f"{source}_bn"
-
-
-def _join_components(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """Move the kernels of the N components out of *tensors*; return (N, out, in) of each convolution."""
-    joined, components = [], len(tensors["gate.weight"])  # the gate has one row per component
-    for letter in "abcdefgh":  # CM_2_a is the first convolution of component 2, CM_2_b the second one
-        if f"CM_1_{letter}.weight" in tensors:
-            kernels = [tensors.pop(f"CM_{n}_{letter}.weight") for n in range(1, components + 1)]
-            joined.append(torch.stack(kernels).flatten(start_dim=2))  # from (N, out, in, 1, 1)
-    return joined
-
-
-def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str | None:
+def _find_catalog_name(is_gated: bool, component: str, blocks: int, widen: int) -> str | None:
     """Name the network of the catalog with this gate, component, blocks per stage and widening, if any."""
     backbone = {(2, 1): "resnet18", (6, 1): "resnet50", (4, 2): "wrn36-2"}.get((blocks, widen))
-    if gated:
+    if is_gated:
         name = f"gm{component}-16-8-{backbone}"  # 16 components, 8 of them kept
     elif component == "gap":
         name = "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"  # resnet18 is for 224 pixels
@@ -178,8 +171,8 @@ def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str |
     return name if name in CATALOG else None  # no name with a backbone of None is in the catalog
 
 
-def _preprocess(file: DagNN) -> Preprocess:
-    """Build the preprocessing: pixels of 0 to 255 minus a color, or minus the mean color of an image."""
+def _read_preprocess(file: DagNN) -> Preprocess:
+    """Read the preprocessing: pixels of 0 to 255 minus a color, or minus the mean color of an image."""
     average = np.ravel(file.normalization.get("averageImage", ()))  # a color (3,), or an image (H, W, 3)
     if not average.size:
         raise WeightsError(f"{file.path}: has no meta.normalization.averageImage; save the network with meta")
@@ -188,7 +181,7 @@ def _preprocess(file: DagNN) -> Preprocess:
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": std})
 
 
-def _pooling_config(file: DagNN) -> FieldValues:
+def _read_pooling_options(file: DagNN) -> FieldValues:
     """Read the kind of pooling, and iterations and pre-normalization of the matrix square roots.
 
     Raises `WeightsError` if a layer is not supported.
@@ -205,12 +198,12 @@ def _pooling_config(file: DagNN) -> FieldValues:
     return {"component": "sop", "iterations": iterations, "prenorm": norm}
 
 
-def _gate_config(file: DagNN, tensors: dict[str, Tensor]) -> FieldValues:
+def _read_gate_options(file: DagNN, tensors: dict[str, Tensor]) -> FieldValues:
     """Read the options of the gate and of the mixture; norms and noise are the same in all released files."""
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
     gates = sorted(name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name))
     return {
-        "components": len(tensors["gate.weight"]),
+        "components": len(tensors["gate.weight"]),  # which has a row for each
         "chosen": int(layer_number(file, "gating", "topk")),
         "gate_widths": [len(tensors[name]) for name in gates],
         "gate_norm": True,
@@ -227,21 +220,21 @@ def _check_expansion(path: Path) -> None:
     Weights hardly shrink, but zlib can store a gigabyte of zeros in a megabyte, and scipy expands an element
     at once.
     """
-    left = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)
+    allowed = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)  # bytes that may still follow
     with path.open("rb") as file:
         order = "<" if file.read(HEADER_BYTES).endswith(b"IM") else ">"
-        while len(tag := file.read(TAG.size)) == TAG.size:  # of an element: its type and size
-            kind, size = struct.unpack(f"{order}II", tag)
-            if kind != COMPRESSED:
+        while len(tag := file.read(TAG.size)) == TAG.size:
+            element_type, size = struct.unpack(f"{order}II", tag)
+            if element_type != COMPRESSED:
                 file.seek(size, os.SEEK_CUR)
                 continue
             decompressor = zlib.decompressobj()
             while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
                 size -= len(block)
-                while block and left > 0:
-                    left -= len(decompressor.decompress(block, BLOCK_BYTES))
+                while block and allowed > 0:
+                    allowed -= len(decompressor.decompress(block, BLOCK_BYTES))
                     block = decompressor.unconsumed_tail
-            if left <= 0:
+            if allowed <= 0:
                 raise ValueError("expands to far more than its size")
 
 

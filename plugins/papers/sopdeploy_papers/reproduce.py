@@ -23,7 +23,7 @@ def _show(result: "list[PrintedTable] | Reproduction") -> None:
         _print_results(result)
 
 
-@command(_show, summarize=lambda found: found if isinstance(found, list) else found.summary())
+@command(_show, summarize=lambda result: result if isinstance(result, list) else result.summary())
 @expand_options
 def reproduce(
     table: str, *, options: ReproduceOptions, dry_run: bool = False, progress: bool = False
@@ -61,16 +61,16 @@ def reproduce(
                 err.print(plain_text(f"{row}, seed {seed}"))
 
         try:
-            found = run.reproduce(printed, options, callback=bars, on_run=print_run)
+            results = run.reproduce(printed, options, callback=bars, on_run=print_run)
         except TrainingStoppedError as stopped:
             stopped.message += " with the same command"  # it ends in "can be resumed"
             raise
-    if failed := [row.printed.id for row in found.rows if row.failure]:
+    if failed := [row.printed.id for row in results.rows if row.failure]:
         raise TrainingError(
-            f"{shorten(failed)}: cannot be trained; {found.page} shows why, and the other rows; repeat the "
+            f"{shorten(failed)}: cannot be trained; {results.page} shows why, and the other rows; repeat the "
             "command to try these again"
         )
-    return found
+    return results
 
 
 def _print_tables(tables: list[PrintedTable]) -> None:

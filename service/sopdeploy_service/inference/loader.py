@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
-from sopdeploy.bundle.onnx_root import check_roots
+from sopdeploy.bundle.onnx_root import check_graph_and_certificate
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare_outputs, read_probes, replay
 from sopdeploy.bundle.signing import check_signature, read_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
@@ -134,7 +134,7 @@ def _too_slow(what: object, seconds: float) -> RuntimeUnavailableError:
 def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
     """Load *bundle* as `load_model` does, in this thread and without a limit of time."""
     check_trust(bundle, settings)
-    root = check_roots(bundle) if thorough else None
+    root = check_graph_and_certificate(bundle) if thorough else None
     with ExitStack() as stack:
         runtime = open_runtime(bundle, settings)
         stack.callback(runtime.close)  # unless everything below succeeds
@@ -234,7 +234,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     for size in sizes:
         if size > largest_to_try:  # there was no memory for a smaller one
             continue
-        batch = probes.resized(size)
+        batch = probes.repeat_to(size)
         try:
             started = time.monotonic()
             outputs = runtime.run(batch.images)

@@ -121,7 +121,7 @@ class GapConfig(PoolingConfig):
     kind: Literal["gap"] = "gap"
 
 
-def _only_average(value: Any) -> Any:
+def _require_average(value: Any) -> Any:
     """Return the config of the average; raise `ValueError` for that of another pooling."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", value)
     if kind != "gap":
@@ -129,7 +129,7 @@ def _only_average(value: Any) -> Any:
     return {"kind": kind}
 
 
-FixedAverage = Annotated[GapConfig, pydantic.BeforeValidator(_only_average)]
+FixedAverage = Annotated[GapConfig, pydantic.BeforeValidator(_require_average)]
 
 
 class FlattenedMap(GlobalPooling):

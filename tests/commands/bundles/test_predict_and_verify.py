@@ -27,7 +27,7 @@ from sopdeploy.http_api import ClassProbability
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles import bench as timing
 from sopdeploy_commands.bundles import scores as evaluate
-from sopdeploy_commands.bundles.bench import batch_sizes
+from sopdeploy_commands.bundles.bench import parse_batch_sizes
 from sopdeploy_commands.bundles.predict import FilePrediction, _print_prediction, predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.bundles.verify import verify
@@ -240,7 +240,7 @@ def test_a_bundle_is_timed_at_every_batch_size(bundle_path: Path, monkeypatch: p
 
 
 def test_unsupported_batch_sizes_are_errors(bundle_path: Path) -> None:
-    assert batch_sizes("1, 8,8") == (1, 8)
+    assert parse_batch_sizes("1, 8,8") == (1, 8)
     for text, message in (
         ("", "sizes"),
         ("1;8", "sizes"),

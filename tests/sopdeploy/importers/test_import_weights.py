@@ -85,7 +85,7 @@ def test_torchvision_weights_give_the_same_logits(
 )
 def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str, resize: int) -> None:
     file = WeightFile(path=Path("a.pth"), sha256=digest + "0" * 56, tensors={})
-    found, notes = pytorch_projects.published_preprocess(f"resnet{depth}", file)
+    found, notes = pytorch_projects.find_preprocess(f"resnet{depth}", file)
     assert (found.resize, found.crop, found.interpolation) == (resize, 224, "bilinear")
     assert notes[0].startswith("preprocessing of torchvision's")
 

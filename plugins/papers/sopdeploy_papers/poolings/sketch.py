@@ -52,7 +52,7 @@ class CompactBilinear(GlobalPooling):
     def __init__(self, config: "CompactBilinearConfig", channels: int) -> None:
         super().__init__()
         self.out_features = config.dim
-        entries, signs = sketch_table(config, channels)
+        entries, signs = tabulate_sketch(config, channels)
         self.register_buffer("entries", entries, persistent=False)
         self.register_buffer("signs", signs, persistent=False)
 
@@ -73,7 +73,7 @@ class CompactBilinearConfig(PoolingConfig):
     seed: Seed = 0
 
 
-def sketch_table(config: CompactBilinearConfig, channels: int) -> tuple[Tensor, Tensor]:
+def tabulate_sketch(config: CompactBilinearConfig, channels: int) -> tuple[Tensor, Tensor]:
     """Tabulate which entries of the flattened matrix each element of the sketch sums, with which signs.
 
     Returns indices int64 and signs float32, both (D, E). Elements of fewer than E entries are padded with
@@ -116,7 +116,7 @@ class KernelPooling(GlobalPooling):
         sketches = [draw_sketch(generator, channels, dim) for _ in range(sum(range(2, config.order + 1)))]
         elements_SC1 = torch.tensor([sketch.elements for sketch in sketches]).unsqueeze(2)
         signs_SC1 = torch.tensor([sketch.signs for sketch in sketches]).unsqueeze(2)
-        cosine_DF, sine_DF = waves(dim)
+        cosine_DF, sine_DF = tabulate_waves(dim)
         count_F1 = torch.full((dim // 2 + 1, 1), 2.0 / dim)  # each frequency stands for itself and its mirror
         count_F1[[0, -1]] = 1.0 / dim
         for name, tensor in (
@@ -132,10 +132,11 @@ class KernelPooling(GlobalPooling):
     def pool(self, features: Tensor) -> Tensor:
         """Compute the vector (B, 1 + C + (order - 1) D): one part per power, each with a learned weight."""
         x_BMC = features.flatten(start_dim=2).transpose(1, 2)
-        powers, first = [torch.ones_like(x_BMC[:, 0, :1]), x_BMC.mean(dim=1)], 0
-        for p in range(2, self.order + 1):
-            powers.append(self.tensor_sketch(x_BMC, range(first, first + p)))
-            first += p
+        powers = [torch.ones_like(x_BMC[:, 0, :1]), x_BMC.mean(dim=1)]  # 0 and 1
+        next_sketch = 0
+        for p in range(2, self.order + 1):  # power p multiplies p sketches of its own
+            powers.append(self.tensor_sketch(x_BMC, range(next_sketch, next_sketch + p)))
+            next_sketch += p
         weights = self.order_weights.unbind()
         vector_BD = torch.cat([weight * power for weight, power in zip(weights, powers, strict=True)], dim=1)
         # x / sqrt(|x| + 1e-8) is continuous; `unit_signed_root` jumps by 2e-4 at 0, which amplifies rounding
@@ -153,7 +154,7 @@ class KernelPooling(GlobalPooling):
         return real_BMF.mean(dim=1) @ self.inverse_real + imaginary_BMF.mean(dim=1) @ self.inverse_imaginary
 
 
-def waves(dim: int) -> tuple[Tensor, Tensor]:
+def tabulate_waves(dim: int) -> tuple[Tensor, Tensor]:
     """Tabulate cos and sin of 2 pi f k / D as float32, both (D, F); D must be even."""
     # the product is exact in int64, and the angle stays below 2 pi, where float64 is accurate
     turns_DF = torch.arange(dim).unsqueeze(1) * torch.arange(dim // 2 + 1) % dim

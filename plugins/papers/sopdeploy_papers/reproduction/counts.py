@@ -43,12 +43,15 @@ class RowFigure(NamedTuple):
 
 def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
     """Return the printed figures of a row, whose network *recipe* trains, with counts where one is known."""
-    counted = _count_network(printed, recipe, table)
-    found = {"epochs": recipe.epochs, **_extra_costs(printed, table, counted)}
-    facts = {name: RowFigure(value, found.get(name)) for name, value in printed.facts.items()}
-    figures = {name: figure for name, figure in (counted | facts).items() if figure.printed is not None}
+    figures = _count_network(printed, recipe, table)
+    known = {"epochs": recipe.epochs, **_subtract_baseline(printed, table, figures)}
+    figures |= {name: RowFigure(value, known.get(name)) for name, value in printed.facts.items()}
     vector, _ = COUNTS["dim"]  # not compared, because papers print its length in thousands, such as 8K
-    return {name: figure if name == vector else figure.compare() for name, figure in figures.items()}
+    compared = {}
+    for name, figure in figures.items():
+        if figure.printed is not None:
+            compared[name] = figure if name == vector else figure.compare()
+    return compared
 
 
 def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
@@ -84,13 +87,18 @@ def _find_published(described: Description, column: Column, table: PrintedTable)
     if described.training == described.shipped:
         quantities.add(quantity.replace("training", "shipped"))  # papers print one figure for both
     paper, _, _ = table.source.partition(",")  # "DSoP" of "DSoP, Table I"
-    of_quantity = [figure for figure in described.published if figure.quantity in quantities]
-    of_table = [figure for figure in of_quantity if figure.source == table.source]
-    of_paper = [figure for figure in of_quantity if figure.source.startswith(paper)]
+    of_paper = [
+        figure
+        for figure in described.published
+        if figure.quantity in quantities and figure.source.startswith(paper)
+    ]
+    of_table = [figure for figure in of_paper if figure.source == table.source]
     return next(iter(of_table + of_paper), None)
 
 
-def _extra_costs(printed: PrintedRow, table: PrintedTable, counts: dict[str, RowFigure]) -> dict[str, float]:
+def _subtract_baseline(
+    printed: PrintedRow, table: PrintedTable, counts: dict[str, RowFigure]
+) -> dict[str, float]:
     """Subtract the counts of the row's baseline from its own *counts*, by fact; empty without a baseline."""
     baseline = next((row for row in table.rows if row.id == printed.baseline), None)
     if baseline is None or (recipe_and_changes := table.recipe_of(baseline)) is None:

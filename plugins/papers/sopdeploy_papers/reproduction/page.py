@@ -71,18 +71,15 @@ def notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
 
 def error_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
     """Format the printed and the measured errors or accuracies of *rows* of *table*, in percent."""
-    lines = [
-        (
-            f"{row.printed.name}{' (cited)' if row.printed.cited else ''}",
-            _printed(table, row.printed.top1),
-            _measured(table, mean_error(row.runs, "top1")),
-            _printed(table, row.printed.top5),
-            _measured(table, mean_error(row.runs, "top5")),
-            row.status,
-        )
-        for row in rows
-        if not row.printed.teacher
-    ]
+    lines = []
+    for row in rows:
+        printed = row.printed
+        if printed.teacher:
+            continue
+        name = f"{printed.name} (cited)" if printed.cited else printed.name
+        top1 = _printed(table, printed.top1), _measured(table, mean_error(row.runs, "top1"))
+        top5 = _printed(table, printed.top5), _measured(table, mean_error(row.runs, "top5"))
+        lines.append((name, *top1, *top5, row.status))
     columns = ("row", "top-1 printed", "measured", "top-5 printed", "measured", "status")
     names = "accuracies" if table.accuracy else "errors"
     return Table(caption=f"Printed and measured {names} in percent", columns=columns, rows=lines)

@@ -101,17 +101,16 @@ class Reproduction:
     @property
     def note(self) -> str:
         """The note of the table, and for each other form of its networks the options and the counts."""
-        counts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        counts_by_form: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for row in self.rows:
-            for form, counted in row.forms.items():
-                text = f"{row.printed.id} {counted.parameters:,} and {counted.macs / 1e9:.3f} G"
-                counts.setdefault(form, []).append(text)
-        forms = [
-            f"{name}: {shlex.join(_as_settings(changes))} "
-            f"(parameters and multiply-adds in training: {', '.join(found)})"
-            for (name, changes), found in counts.items()
-        ]
-        return "; ".join(filter(None, [self.table.note, *forms]))
+            for form, counts in row.forms.items():
+                text = f"{row.printed.id} {counts.parameters:,} and {counts.macs / 1e9:.3f} G"
+                counts_by_form.setdefault(form, []).append(text)
+        notes = [self.table.note] if self.table.note else []
+        for (name, changes), texts in counts_by_form.items():
+            options = shlex.join(_as_settings(changes))
+            notes.append(f"{name}: {options} (parameters and multiply-adds in training: {', '.join(texts)})")
+        return "; ".join(notes)
 
     @property
     def paper_scale(self) -> str:
@@ -189,37 +188,37 @@ def _as_settings(changes: Iterable[str]) -> list[str]:
 
 def format_hours(hours: float) -> str:
     """Round GPU *hours* to two significant digits and at most three decimals; format without an exponent."""
-    decimals = 0 if hours >= 10 else 1 if hours >= 1 else 3
-    return f"{float(f'{hours:.2g}'):,.{decimals}f} GPU hours"
+    decimals = 3
+    if hours >= 1:
+        decimals = 0 if hours >= 10 else 1
+    rounded = float(f"{hours:.2g}")
+    return f"{rounded:,.{decimals}f} GPU hours"
 
 
 def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = False) -> Reproduction:
     """Plan the selected rows of *table*; raise `ConfigError` for unknown rows, or small ones without data."""
     if options.scale == "small" and options.data is None:
         raise ConfigError("give a folder of classes as --data", setting="scale", value="small")
-    rows = (_plan_row(table, printed, options) for printed in table.select(options.rows))
+    rows = []
+    for printed in table.select(options.rows):
+        figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
+        row, recipe_and_changes = ReproducedRow(printed=printed, figures=figures), table.recipe_of(printed)
+        if table.measures == "nothing":
+            row.reason = "printed, not measured"
+        elif recipe_and_changes is None:
+            row.reason = f"cited: {printed.missing}"
+        else:
+            row.source, row.overrides = recipe_and_changes
+            try:
+                _plan_training(row, table, options)
+            except ConfigError as error:
+                row.reason = f"not available: {error}"
+        rows.append(row)
     return Reproduction(table, options, tuple(rows), dry_run)
 
 
-def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> ReproducedRow:
-    """Plan how the row *printed* of *table* is trained, or set the reason why it is not."""
-    figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
-    row, recipe_and_changes = ReproducedRow(printed=printed, figures=figures), table.recipe_of(printed)
-    if table.measures == "nothing":
-        row.reason = "printed, not measured"
-    elif recipe_and_changes is None:
-        row.reason = f"cited: {printed.missing}"
-    else:
-        row.source, row.overrides = recipe_and_changes
-        try:
-            _plan_training(row, table, options)
-        except ConfigError as error:
-            row.reason = f"not available: {error}"
-    return row
-
-
 def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
-    """Set figures, recipe and times of *row*.
+    """Set figures, other forms, recipe and time of *row*; a row that is only counted gets its reason.
 
     Raises `ConfigError` if its network cannot be built, or no start weights are published for it.
     """
@@ -236,7 +235,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
         row.reason = "counted, not trained"
         return
     if options.scale == "small" and options.data is not None:
-        row.overrides += small_scale(paper_recipe, options.data)
+        row.overrides += scale_down(paper_recipe, options.data)
     elif options.data is not None:
         row.overrides += (f"data.path={format_toml(str(options.data))}",)
     if row.printed.pretrained is not None:
@@ -251,7 +250,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
 
 
-def small_scale(recipe: Recipe, data: Path) -> tuple[str, ...]:
+def scale_down(recipe: Recipe, data: Path) -> tuple[str, ...]:
     """Build the changes that train the network of *recipe* on the classes in *data* in minutes on a CPU."""
     side, batch = min(SMALL_SIDE, recipe.preprocess.crop), SMALL_BATCH
     changes = [

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import mean
 
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.config import FieldValues, StrictModel
 from sopdeploy.evaluation.metrics import wilson
 from sopdeploy.evaluation.prediction import (
@@ -14,7 +14,6 @@ from sopdeploy.evaluation.prediction import (
     score_images,
 )
 from sopdeploy.evaluation.statistics import student
-from sopdeploy.models.base import Classifier
 from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
 from sopdeploy.training.recipe import Recipe
@@ -55,6 +54,14 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     checkpoint = read_checkpoint(trained.last)
     history = read_resumed(checkpoint, trained.last).position.history
     model = build_classifier(checkpoint, trained.last)
+    heads: dict[str, HeldOutMetrics] = {}
+    if len(model.loss_weights()) > 1:  # all heads are evaluated on all held-out images, of one class each
+        images = open_held_out(recipe, checkpoint)
+        network = AllHeads(model.to(select_device(recipe.device)))
+        evaluated = as_evaluated(network, mirror=recipe.validation.mirror)
+        logits = score_images(evaluated, checkpoint.preprocess, images, workers=recipe.workers)
+        for name, head_logits in network.split(logits).items():
+            heads[name] = held_out_metrics(images.labels, head_logits, images.targets)
     return SeedResult(
         seed=recipe.seed,
         recipe=recipe.model_dump(mode="json"),
@@ -62,21 +69,10 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
         history=history,
         train_count=trained.train_count,
         held_out_count=trained.held_out_count,
-        heads=_measure_heads(model, checkpoint, recipe),
+        heads=heads,
         usage=history[-1].component_counts,
         machine=checkpoint.training.get("machine", {}),
     )
-
-
-def _measure_heads(model: Classifier, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, HeldOutMetrics]:
-    """Evaluate all heads of *model* on all held-out images, of one class each; empty for a single head."""
-    if len(model.loss_weights()) < 2:
-        return {}
-    images = open_held_out(recipe, checkpoint)
-    network = AllHeads(model.to(select_device(recipe.device)))
-    shown = as_evaluated(network, mirror=recipe.validation.mirror)
-    logits = network.split(score_images(shown, checkpoint.preprocess, images, workers=recipe.workers))
-    return {name: held_out_metrics(images.labels, row, images.targets) for name, row in logits.items()}
 
 
 def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:

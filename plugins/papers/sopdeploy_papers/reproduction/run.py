@@ -15,7 +15,7 @@ from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from sopdeploy_papers.reproduction.page import render_page
-from sopdeploy_papers.reproduction.plan import Reproduction, plan
+from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan
 from sopdeploy_papers.reproduction.results import SeedResult, measure_run, measured_facts
 from sopdeploy_papers.reproduction.tables import PrintedTable, ReproduceOptions
 
@@ -46,33 +46,41 @@ def reproduce(
     for row in results.rows:
         if row.recipe is None:
             continue
-        for seed in range(results.seeds):
-            path = results.run_folder(row.printed.id, seed)
-            recipe = read_recipe(row.source, results.overrides(row, seed))
-            stored = _read_result(path / _RESULT, recipe)
-            if stored is None:
-                on_run(row.printed.id, seed)
-                try:
-                    trained = train_recipe(recipe, path, resume="auto", callback=callback)
-                except TrainingStoppedError:
-                    raise
-                except SopdeployError as error:  # another row may be trained
-                    row.failure = f"seed {seed} failed: {error}"
-                    break
-                stored = measure_run(recipe, trained)
-                _write(path / _RESULT, stored.model_dump_json() + "\n")
-            row.runs.append(stored)
-        if not row.runs:
-            _write_page(results)
-            continue
-        # The baseline is above in the table, so it has already run, unless the user left it out.
-        baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
-        for name, value in measured_facts(row.runs, baseline).items():
-            if name in row.figures:
-                row.figures[name] = row.figures[name]._replace(found=value)
+        _train_row(row, results, callback, on_run)
+        if row.runs:
+            # The baseline is above in the table, so it has already run, unless the user left it out.
+            baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
+            for name, value in measured_facts(row.runs, baseline).items():
+                if name in row.figures:
+                    row.figures[name] = row.figures[name]._replace(found=value)
         _write_page(results)
     _write_page(results)  # even if no row is trained
     return results
+
+
+def _train_row(
+    row: ReproducedRow,
+    results: Reproduction,
+    callback: Callback | None,
+    on_run: Callable[[str, int], None],
+) -> None:
+    """Train *row* with each seed that has no result yet; set `runs`, and `failure` if a seed fails."""
+    for seed in range(results.seeds):
+        folder = results.run_folder(row.printed.id, seed)
+        recipe = read_recipe(row.source, results.overrides(row, seed))
+        result = _read_result(folder / _RESULT, recipe)
+        if result is None:
+            on_run(row.printed.id, seed)
+            try:
+                trained = train_recipe(recipe, folder, resume="auto", callback=callback)
+            except TrainingStoppedError:
+                raise
+            except SopdeployError as error:  # another row may be trained
+                row.failure = f"seed {seed} failed: {error}"
+                return
+            result = measure_run(recipe, trained)
+            _write(folder / _RESULT, result.model_dump_json() + "\n")
+        row.runs.append(result)
 
 
 def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:

@@ -9,7 +9,7 @@ papers print for networks are in `sopdeploy/models/published.toml`.
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from itertools import chain
@@ -191,51 +191,43 @@ def load_tables() -> dict[str, PrintedTable]:
     for content in contents:
         shared |= content.get("named", {})
     tables: dict[str, PrintedTable] = {}
-    for table in chain.from_iterable(content["tables"] for content in contents):
-        for variant in _variants(_with_shared(table, shared)):
-            tables[variant["id"]] = PrintedTable.model_validate(variant)
+    for unresolved in chain.from_iterable(content["tables"] for content in contents):
+        table = _resolve_names(unresolved, shared)
+        # A table with variants stands for one with the values of each; `top1` of a row may list theirs.
+        for index, variant in enumerate(table.pop("variants", [{}])):
+            rows = []
+            for row in table["rows"]:
+                has_several = isinstance(row.get("top1"), list)
+                rows.append({**row, "top1": row["top1"][index]} if has_several else row)
+            printed = PrintedTable.model_validate({**table, **variant, "rows": rows})
+            tables[printed.id] = printed
     return tables
 
 
 def as_change(key: str, value: Any) -> str:
     """Format a change to a recipe, as for `sopdeploy train --set`; None is "none"."""
-    text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
-    return f"{key}={text}"
+    if value is None:
+        value = "none"
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-def _with_shared(value: Any, shared: Mapping[str, Any]) -> Any:
+def _resolve_names(value: Any, shared: Mapping[str, Any]) -> Any:
     """Replace each "@NAME" in *value*, at any depth, by the value NAME of *shared*.
 
     Within a list, a NAME that is a list stands for its elements: ["a", "@bc"] becomes ["a", "b", "c"].
     """
     if isinstance(value, str):
-        return _with_shared(shared[value[1:]], shared) if value.startswith("@") else value
+        return _resolve_names(shared[value[1:]], shared) if value.startswith("@") else value
     if isinstance(value, dict):
-        return {key: _with_shared(inner, shared) for key, inner in value.items()}
+        return {key: _resolve_names(inner, shared) for key, inner in value.items()}
     if not isinstance(value, list):
         return value
     resolved: list[Any] = []
-    for item in value:
-        part = _with_shared(item, shared)
-        names_a_list = isinstance(item, str) and isinstance(part, list)
-        resolved += part if names_a_list else [part]
+    for element in value:
+        inner = _resolve_names(element, shared)
+        names_a_list = isinstance(element, str) and isinstance(inner, list)
+        resolved += inner if names_a_list else [inner]
     return resolved
-
-
-def _variants(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield *table*, or a table for each of its `variants`.
-
-    It has the values of the variant. If `top1` of a row is a list, it has the variant's element instead.
-    """
-    if "variants" not in table:
-        yield table
-        return
-    for index, variant in enumerate(table.pop("variants")):
-        rows = [
-            {**row, "top1": row["top1"][index]} if isinstance(row.get("top1"), list) else row
-            for row in table["rows"]
-        ]
-        yield {**table, **variant, "rows": rows}
 
 
 def find_table(name: str) -> PrintedTable:

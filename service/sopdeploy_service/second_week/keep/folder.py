@@ -105,10 +105,10 @@ class KeptFolder:
                     message = f"{path}: another process keeps photographs there; name another folder"
                     raise ConfigError(message) from error
             opened.callback(os.close, lock.file)
-            if lock.missing:  # two servers would delete what the other one writes
+            if lock.failure:  # two servers would delete what the other one writes
                 (path / LOCK).unlink()
                 raise StorageError(
-                    f"{path}: its file system has no locks ({lock.missing}), which keep other servers out; "
+                    f"{path}: its file system has no locks ({lock.failure}), which keep other servers out; "
                     "keep photographs on another file system"
                 )
             with writing(path):
