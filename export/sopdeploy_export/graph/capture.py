@@ -32,7 +32,7 @@ from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph.forms import SymbolicForms, simplify_operators
-from sopdeploy_export.program_hashes import Trace, are_equal_traces, trace_hash
+from sopdeploy_export.program_hashes import Trace, trace_hash
 from sopdeploy_export.state import (
     DEPTH,
     NOT_IN_EVAL,
@@ -257,7 +257,7 @@ def capture(
     traced = [trace_network(network, preprocess, sizes) for sizes in ranges]
     traces = tuple(map(trace_hash, traced))
     for captured in known:
-        if are_equal_traces(captured.traces, traces):
+        if captured.traces == traces and None not in traces:
             return captured
     programs = [make_functional(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
     return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)
