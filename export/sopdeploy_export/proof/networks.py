@@ -34,9 +34,9 @@ from sopdeploy_export.state import modules, tensors
 from sopdeploy_export.stubs import (
     SIZES,
     Recording,
+    make_stubs,
     record_calls,
     removed_modules,
-    stubs_of,
     without_values,
 )
 
@@ -152,7 +152,7 @@ def detach(
             recording = record_calls(copy_module(network), training_only, pixels)
         removed_tensors = [part for part in removed.values() if isinstance(part, Tensor)]
         substitutes = {id(tensor): without_values(tensor) for tensor in removed_tensors}
-        substitutes |= stubs_of(parts, recording)
+        substitutes |= make_stubs(parts, recording)
     detached = copy_module(network, memo=substitutes)
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
