@@ -89,7 +89,8 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
         value.metadata_props.clear()
     for node, scope in scopes.items():
         if scope is not None:
-            node.metadata_props["part"] = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
+            part = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
+            node.metadata_props["part"] = part if part not in ("", "network") else "forward"
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape, output.type = None, None
@@ -180,7 +181,6 @@ def check_graph(proto: onnx.ModelProto) -> None:
         raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed")
     for node in proto.graph.node:
         if node.op_type in REJECTED:
-            part = next((item.value for item in node.metadata_props if item.key == "part"), "")
-            where = part if part not in ("", "network") else "forward"
+            part = next((item.value for item in node.metadata_props if item.key == "part"), "forward")
             reason = DEPENDS_ON_VALUES if node.op_type == "NonZero" else "control flow is not allowed"
-            raise LoweringError(f"the graph contains {node.op_type} in {where}; {reason}")
+            raise LoweringError(f"the graph contains {node.op_type} in {part}; {reason}")
