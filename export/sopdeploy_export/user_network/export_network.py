@@ -22,7 +22,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import program_root, tensor_hash
 from sopdeploy_export.proof import networks
-from sopdeploy_export.proof.tensors import check_removed_memory, find_usage, outermost
+from sopdeploy_export.proof.tensors import check_removed_memory, find_usage, outermost_unused
 from sopdeploy_export.results import Exported
 from sopdeploy_export.state import modules, tensors
 from sopdeploy_export.stubs import ReadError
@@ -190,7 +190,7 @@ def unused_modules(
     copied = networks.with_contiguous_tensors(checks.copy_for_export(network, "given", logits_key))
     checks.create_buffers(copied, preprocess)
     _, unused = find_usage(copied, reached_names(capture(copied, preprocess, BatchRange())))
-    return removable_parts(copied, outermost(copied, unused), preprocess)
+    return removable_parts(copied, outermost_unused(copied, unused), preprocess)
 
 
 def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> tuple[str, ...]:
@@ -262,7 +262,7 @@ def _check_usage(
     if parts:
         detached = networks.detach(network, parts, networks.probe_pixels(network, preprocess))
         checks.check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
-    undeclared = outermost(network, {name for name in unused if not is_in(name, *parts)})
+    undeclared = outermost_unused(network, {name for name in unused if not is_in(name, *parts)})
     undeclared = undeclared if parts else removable_parts(network, undeclared, preprocess)
     if proposes and not parts:
         if not undeclared:
