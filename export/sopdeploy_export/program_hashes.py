@@ -230,10 +230,9 @@ def _hash_placeholders(program: ExportedProgram) -> dict[str, str]:
             raise CertificateError(f"input {num_inputs} is not a tensor")
         shape = []
         for size in value.shape:
-            if isinstance(size, int):
-                shape.append(str(size))
-            else:
-                shape.append(numbered_sizes.setdefault(str(size.node.expr), f"S{len(numbered_sizes)}"))
+            new = f"S{len(numbered_sizes)}"
+            name = str(size) if isinstance(size, int) else numbered_sizes.setdefault(str(size.node.expr), new)
+            shape.append(name)
         hashes[spec.arg.name] = hash_parts("input", str(num_inputs), str(value.dtype), *shape)
         num_inputs += 1
     return hashes
