@@ -93,15 +93,17 @@ class _Sums(fx.Interpreter):
         if not isinstance(n.target, OpOverload) or not n.users:  # an assertion has no users
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.target not in self.adds_elements:
-            is_exempt = torch.Tag.pointwise in n.target.tags or n.target in ADDS_IN_FLOAT32
-            adds = False if is_exempt else adds_elements(n.target, args, kwargs)
+        if torch.Tag.pointwise in n.target.tags or n.target in ADDS_IN_FLOAT32:
+            self.adds_elements[n.target] = False
+        elif n.target not in self.adds_elements:
+            adds = adds_elements(n.target, args, kwargs)
             if adds is not None:
                 self.adds_elements[n.target] = adds
-        result = NotImplemented
         if self.adds_elements.get(n.target):  # in float32 also because CPUs have no float16 form of some
             result = _in_float32(n.target, *args, **kwargs)
-        return super().run_node(n) if result is NotImplemented else result
+            if result is not NotImplemented:
+                return result
+        return super().run_node(n)
 
 
 def adds_elements(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
@@ -135,19 +137,21 @@ def _adds_by_derivatives(
     operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Sequence[Tensor]
 ) -> bool | None:
     """Decide as `adds_elements` does, by the derivatives with respect to *operands* among the arguments."""
-    for operand in tree_leaves((args, kwargs)):
-        if isinstance(operand, Tensor):
-            operand.requires_grad_(any(operand is chosen for chosen in operands))
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            leaf.requires_grad_(any(leaf is operand for operand in operands))
     with torch.enable_grad():
         results = [leaf for leaf in tree_leaves(operator(*args, **kwargs)) if isinstance(leaf, Tensor)]
         if not results or not results[0].requires_grad or not results[0].numel():
             return None
         elements = results[0].flatten()
-        for position in (round(share * (len(elements) - 1)) for share in ELEMENTS):
-            gradients = torch.autograd.grad(
-                elements[position], operands, retain_graph=True, allow_unused=True
+        for share in ELEMENTS:
+            element = elements[round(share * (len(elements) - 1))]
+            gradients = torch.autograd.grad(element, operands, retain_graph=True, allow_unused=True)
+            # So many elements of each operand have an influence on this element of the result.
+            first, *others = (
+                0 if gradient is None else int(gradient.count_nonzero()) for gradient in gradients
             )
-            first, *others = (0 if one is None else int(one.count_nonzero()) for one in gradients)
             if first > 1:
                 return all(count <= 1 for count in others)
     return None
@@ -204,14 +208,16 @@ def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
     A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a low-precision
     child.
     """
-    low, kept = torch.float16, set(float32_parts(network))
-    dtypes: dict[str, torch.dtype] = {"": torch.float32 if "" in kept else low}
+    kept = set(float32_parts(network))
+    dtypes: dict[str, torch.dtype] = {}
     for name, _ in network.named_modules():  # parents come before their children
-        if name:
-            parent, _, child = name.rpartition(".")
-            low_children = export_hints(network.get_submodule(parent)).low_precision_children
-            inherited = low if child in low_children else dtypes[parent]
-            dtypes[name] = torch.float32 if name in kept else inherited
+        parent, _, child = name.rpartition(".")
+        if name in kept:
+            dtypes[name] = torch.float32
+        elif name == "" or child in export_hints(network.get_submodule(parent)).low_precision_children:
+            dtypes[name] = torch.float16
+        else:
+            dtypes[name] = dtypes[parent]
     return dtypes
 
 
@@ -237,7 +243,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
     """Fold the batch norms of *network* into its convolutions, in place; return the number of folds."""
-    signature, folds = program.graph_signature, 0
+    signature, num_folds = program.graph_signature, 0
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:
         if node.target is not BATCH_NORM:
@@ -245,31 +251,28 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
         convolved, norm_weight = node.args[:2]  # the input and the weight of the batch norm
         if convolved.target not in _CONVOLUTIONS or norm_weight is None:
             continue
-        weights = convolved.args[1], norm_weight  # of the convolution and of the batch norm
-        weight_names = [names.get(weight.name) for weight in weights]  # None if computed
-        if None in weight_names or any(len(value.users) != 1 for value in (convolved, *weights)):
+        weight = convolved.args[1]
+        if any(len(value.users) != 1 for value in (convolved, weight, norm_weight)):
             continue  # it runs twice, or something else reads its output or weights
-        part_names = [str(name).removeprefix(NETWORK_PREFIX).rpartition(".")[0] for name in weight_names]
-        convolution, norm = map(network.get_submodule, part_names)
-        activation = without_normalization(norm)  # None: not a class whose normalization can be removed
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and activation is not None:
+        if weight.name not in names or norm_weight.name not in names:
+            continue  # a weight is computed
+        convolution_name, norm_name = (
+            names[value.name].removeprefix(NETWORK_PREFIX).rpartition(".")[0]
+            for value in (weight, norm_weight)
+        )
+        convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
+        if type(norm) is nn.BatchNorm2d:
+            after_norm: nn.Module = nn.Identity()
+        elif isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":  # of timm
+            after_norm = nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
+        else:  # an unknown class can compute anything
+            continue
+        if isinstance(convolution, nn.Conv2d):
             fold_norm(convolution, norm)
-            owner, _, attribute = part_names[1].rpartition(".")
-            setattr(network.get_submodule(owner), attribute, activation)  # in place of the batch norm
-            folds += 1
-    return folds
-
-
-def without_normalization(norm: nn.Module) -> nn.Module | None:
-    """Return what *norm* computes after its normalization; None for unknown classes, which are not folded.
-
-    timm's `BatchNormAct2d` applies dropout and an activation.
-    """
-    if type(norm) is nn.BatchNorm2d:
-        return nn.Identity()
-    if type(norm).__name__ == "BatchNormAct2d":
-        return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
-    return None
+            owner, _, attribute = norm_name.rpartition(".")
+            setattr(network.get_submodule(owner), attribute, after_norm)
+            num_folds += 1
+    return num_folds
 
 
 @torch.no_grad()

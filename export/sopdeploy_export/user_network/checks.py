@@ -343,11 +343,10 @@ def capture_given(
 ) -> Captured:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
 
-    What is captured must stay the same while the removed *parts* have random values.
-
     They can differ because a class can define how it is copied. Both networks run on probe images. Unless
     *given* is on a GPU, their graphs are compared, too: here, or by `certify` if the result is the graph of
-    *given*. Raises `LoweringError` if they differ.
+    *given*. A graph must stay the same while the removed *parts* have random values. Raises `LoweringError`
+    if the networks differ, and `CertificateError` if the graph depends on the *parts*.
     """
     tensors = list(state.tensors(given).values())
     devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
@@ -393,9 +392,9 @@ def check_constants(captured: Captured, network: nn.Module) -> None:
             constant = program.constants.get(spec.target or "")
             if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
                 continue
-            is_registered = constant.untyped_storage().data_ptr() in registered  # or a view of one
-            is_used = bool(users[spec.arg.name])
-            if constant.numel() > MAX_CONSTANT and is_used and not is_registered:
+            if constant.numel() <= MAX_CONSTANT or not users[spec.arg.name]:
+                continue
+            if constant.untyped_storage().data_ptr() not in registered:  # nor is it a view of such a tensor
                 held = state.held_tensors(network).items()
                 equal_paths = (path for path, tensor in held if tensor.equal(constant))
                 name = next(equal_paths, f"a tensor of shape {tuple(constant.shape)}")

@@ -202,11 +202,11 @@ def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Prep
                 compute_outputs(networks.detach(network, parts, pixels), pixels)
         except ReadError as error:
             part = network.get_submodule(error.part)
-            inner = [
+            children = (
                 f"{error.part}.{name}" for name in {**part._modules, **part._parameters, **part._buffers}
-            ]
+            )
             stays = [name for name in parts if name != error.part]
-            parts = (*stays, *(name for name in inner if networks.has_tensors(network, (name,))))
+            parts = (*stays, *(name for name in children if networks.has_tensors(network, (name,))))
         except SopdeployError:  # that another run reports
             return parts
         else:
@@ -248,9 +248,9 @@ def _check_usage(
     *,
     proposes: bool,
 ) -> tuple[str, ...]:
-    """Check that the output does not depend on the training-only *parts*; return warnings.
+    """Check that the output does not depend on the training-only *parts*; return a warning of others, if any.
 
-    Raises `DetachError` with the parts to remove if it *proposes* them.
+    Without *parts*, raises `DetachError` with the parts to remove if it *proposes* them.
     """
     used, unused = find_usage(network, reached_names(captured))
     reached = sorted(name for name in used if is_in(name, *parts))
@@ -259,20 +259,21 @@ def _check_usage(
             f"the output of the trained network depends on {shorten(reached)}; omit what holds them",
             setting="training_only",
         )
+    undeclared = outermost_unused(network, {name for name in unused if not is_in(name, *parts)})
     if parts:
         detached = networks.detach(network, parts, networks.probe_pixels(network, preprocess))
         checks.check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
-    undeclared = outermost_unused(network, {name for name in unused if not is_in(name, *parts)})
-    undeclared = undeclared if parts else removable_parts(network, undeclared, preprocess)
-    if proposes and not parts:
-        if not undeclared:
+    else:
+        undeclared = removable_parts(network, undeclared, preprocess)
+        if proposes and not undeclared:
             raise DetachError("the output depends on every part of the network", setting="detach")
-        remedy = join([word for name in undeclared for word in ("--training-only", name)])
-        raise DetachError(f"the output does not depend on {', '.join(undeclared)}; add {remedy}")
     if not undeclared:
         return ()
-    names = ", ".join(undeclared)
-    return (f"the output does not depend on {names}; name it as training-only to prove its removal",)
+    problem = f"the output does not depend on {', '.join(undeclared)}"
+    if proposes and not parts:
+        remedy = join([word for name in undeclared for word in ("--training-only", name)])
+        raise DetachError(f"{problem}; add {remedy}")
+    return (f"{problem}; name it as training-only to prove its removal",)
 
 
 def _checked_builder(
