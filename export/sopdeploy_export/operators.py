@@ -389,7 +389,7 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
     for single in singles:
         _compare_values(single, extractor)
     # Only now, because a message names a single operator that ONNX Runtime cannot run.
-    count_for = _executed_counter(model)
+    count_for = _make_executed_counter(model)
     executed = {call.description: count_for(call.result_names) for call in captured}
     known = {**_executed_operators, **executed}
     for pair in pairs:
@@ -399,7 +399,7 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
     _executed_operators.update(executed)  # only now, because a call that raised an error is not done
 
 
-def _executed_counter(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter[str]]:
+def _make_executed_counter(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter[str]]:
     """Return a function that counts the operators that ONNX Runtime executes for some results of *model*."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()

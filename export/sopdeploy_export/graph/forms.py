@@ -143,15 +143,15 @@ def _attention(
 
     The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
     """
-    if mask is not None and not _is_masked.get():
+    if mask is not None and not _handles_mask.get():
         added, allowed = mask, mask != -torch.inf
         if mask.dtype == torch.bool:
             added, allowed = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf), mask
-        token = _is_masked.set(True)
+        token = _handles_mask.set(True)
         try:
-            result = ATTENTION(query, key, value, added, *args, **options)
+            result = ATTENTION(query, key, value, added, *args, **options)  # calls this function again
         finally:
-            _is_masked.reset(token)
+            _handles_mask.reset(token)
         filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
         # The strides stay those of attention, so that a view of the result stays possible.
         axes = sorted(range(result.dim()), key=result.stride, reverse=True)
@@ -161,7 +161,9 @@ def _attention(
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
 
-_is_masked: ContextVar[bool] = ContextVar("_is_masked", default=False)  # within the call in `_attention`
+_handles_mask: ContextVar[bool] = ContextVar(
+    "_handles_mask", default=False
+)  # in the inner call of `_attention`
 
 
 def _log1p(values: Tensor) -> Tensor:
@@ -203,7 +205,7 @@ def _index_put(
     """Write x[mask] = number as a choice, because the number of chosen values is no size of a graph."""
     is_mask = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
     if not is_mask or new.numel() != 1 or accumulate:
-        return NotImplemented
+        return NotImplemented  # the operator stays
     mask = cast(Tensor, indices[0])
     return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
 

@@ -72,7 +72,7 @@ def check_backend(where: str, compiled: Any) -> None:
         raise LoweringError(f"{where} is compiled with a backend of its own; export it before it is compiled")
 
 
-def checked_modules(network: nn.Module, role: str) -> nn.Module:
+def unwrap_and_check(network: nn.Module, role: str) -> nn.Module:
     """Return *network*, unwrapped and not copied; raise `LoweringError` for modules that are not accepted."""
     if not isinstance(network, nn.Module):
         raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
@@ -98,7 +98,7 @@ def copy_for_export(
     Raises `LoweringError` for modules and weights that the exporter does not accept, and `CertificateError`
     for hooks. Those of *removed* parts, and values of their tensors, do not matter.
     """
-    network = checked_modules(network, role)
+    network = unwrap_and_check(network, role)
     check_hooks(network, role, removed)
     for name, tensor in state.tensors(network).items():
         if not is_in(name, *removed):
@@ -333,7 +333,7 @@ def prepared_in_place(given: nn.Module, logits: str | int | None, preprocess: Pr
         yield
 
 
-def capture_given(
+def capture_and_compare(
     given: nn.Module,
     copied: nn.Module,
     preprocess: Preprocess,
@@ -420,7 +420,7 @@ def check_ends_in_logits(captured: Captured) -> None:
             )
 
 
-def check_cache(path: str, captured: Captured, filled: Captured) -> None:
+def check_unchanged_by_run(path: str, captured: Captured, filled: Captured) -> None:
     """Check that a network computes the same after its first run, which changed the attribute at *path*.
 
     *filled* are the programs after that run. Raises `LoweringError`.

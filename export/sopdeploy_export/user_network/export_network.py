@@ -95,7 +95,7 @@ def export_network(
     check_takes_output(Path(destination), "destination")
     networks.check_torch_state()
     on_step("checking the network")
-    given = checks.checked_modules(trained, "trained")
+    given = checks.unwrap_and_check(trained, "trained")
     parts = match_parts(given, training_only)
     copied = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
     networks.check_network_state(copied, "trained", parts)
@@ -104,12 +104,12 @@ def export_network(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
         {name: tensor for name, tensor in given_tensors.items() if not is_in(name, *parts)},
     )
-    captured, found_problems = _run_and_capture(
+    captured, own_warnings = _run_and_capture(
         given, copied, preprocess, logits_key, len(labels), options, parts
     )
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
-    found_problems += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
+    own_warnings += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
     checked_builder = None
     if plain is not None:
         checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=())
@@ -133,7 +133,7 @@ def export_network(
         config=description if config is None else config,
         sha256=_hash_tensors(copied) if sha256 is None else sha256,
         decision=Decision(activation="sigmoid", thresholds=(0.5,) * len(labels)) if several_classes else None,
-        warnings=(*warnings, *found_problems),
+        warnings=(*warnings, *own_warnings),
     )
     options = options.model_copy(update={"detach": bool(parts)})
     return export_subject(subject, Path(destination), options, on_step)
@@ -155,17 +155,17 @@ def _run_and_capture(
     """
     created = checks.create_buffers(copied, preprocess)
     trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
-    cache, found_problems = checks.check_outputs(trial, preprocess, classes, "trained")
+    cache, own_warnings = checks.check_outputs(trial, preprocess, classes, "trained")
     with checks.prepared_in_place(given, logits_key, preprocess):
-        captured = checks.capture_given(given, copied, preprocess, classes, options, parts)
+        captured = checks.capture_and_compare(given, copied, preprocess, classes, options, parts)
     if cache is not None:
-        checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
+        checks.check_unchanged_by_run(cache, captured, capture(trial.network, preprocess, options.batch))
     if created:
         unrun = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
         checks.turn_into_attributes(unrun, created)
-        checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
+        checks.check_unchanged_by_run(created[0], capture(unrun, preprocess, options.batch), captured)
     checks.check_ends_in_logits(captured)
-    return captured, found_problems
+    return captured, own_warnings
 
 
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
