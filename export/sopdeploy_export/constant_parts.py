@@ -24,7 +24,7 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
     Also a constant mask becomes the positions that it chooses. Returns *program* itself if it has neither.
     """
     constant = _constant_nodes(program)
-    if not any(map(_has_size_of_values, constant)) and not _constant_masks(program, constant):
+    if not any(map(_has_size_from_values, constant)) and not _constant_masks(program, constant):
         return program
     program = program.run_decompositions({})  # a copy
     constant = _constant_nodes(program)
@@ -40,15 +40,15 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
         function: Any = node.target
         return function(*args, **kwargs)
 
-    sized: set[fx.Node] = set()  # constant nodes behind one whose values decide sizes
+    evaluated: set[fx.Node] = set()  # constant nodes whose values decide sizes, and those behind them
     for node in program.graph.nodes:
-        is_behind = not sized.isdisjoint(node.all_input_nodes)
-        if node in constant and (is_behind or _has_size_of_values(node)):
-            sized.add(node)
+        is_behind = not evaluated.isdisjoint(node.all_input_nodes)
+        if node in constant and (is_behind or _has_size_from_values(node)):
+            evaluated.add(node)
     with torch.no_grad():
         masks = _constant_masks(program, constant)  # before masks that depend on sizes are replaced
         for node in list(program.graph.nodes):
-            if node in sized and node.op == "call_function":
+            if node in evaluated and node.op == "call_function":
                 _replace_by_value(program, node, evaluate(node), constant)
             elif node in masks:
                 x, indices = node.args
@@ -80,7 +80,7 @@ def _constant_nodes(program: ExportedProgram) -> set[fx.Node]:
     return constant
 
 
-def _has_size_of_values(node: fx.Node) -> bool:
+def _has_size_from_values(node: fx.Node) -> bool:
     """Return whether values decide the size of the result of *node*, as those of `nonzero` or of a mask."""
     if node.target == INDEX:
         indices: Any = node.args[1]

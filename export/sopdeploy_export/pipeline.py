@@ -247,9 +247,9 @@ def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
 
 
 def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.Module:
-    """Fold the temperature of *subject*, if it has one, into the last layer.
+    """Return the network of *subject*, or a copy with its temperature, if any, folded into the last layer.
 
-    Returns the network, in which *images* are run to find this layer.
+    *images* run in it to find this layer.
     """
     decision, preprocess, classes = subject.decision, subject.preprocess, len(subject.labels)
     if decision is None or decision.temperature == 1:
@@ -274,10 +274,7 @@ def common_onnx_root(
 
 
 def find_accepted_mixing(model: onnx.ModelProto, options: ExportOptions) -> tuple[str, ...]:
-    """Name the operators through which *model* mixes images.
-
-    Raises `LoweringError` if there are any, unless the user accepts this.
-    """
+    """Name the operators through which *model* mixes images; raise `LoweringError` unless allowed."""
     mixing = find_mixing(model)
     if not mixing or options.allow_batch_dependence:
         return mixing

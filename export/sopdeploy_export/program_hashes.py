@@ -175,10 +175,10 @@ _stored_hashes: ContextVar[WeakIdKeyDictionary | None] = ContextVar("_stored_has
 
 @contextmanager
 def hashing_once() -> Iterator[None]:
-    """Compute the hash of each tensor object in programs, and of `stored_hash`, once while the block runs.
+    """Let `stored_hash` compute the hash of each tensor once while the block runs, unless its version changes.
 
-    A write that hides from the version of the tensor has no effect then: compare `tensor_hash` at the end. An
-    inner block uses the hashes of the outer one.
+    A write that hides from the version goes unnoticed: compare `tensor_hash` at the end. An inner block uses
+    the hashes of the outer one.
     """
     outer = _stored_hashes.get()
     token = _stored_hashes.set(WeakIdKeyDictionary() if outer is None else outer)
@@ -353,7 +353,7 @@ class _ValueHasher:
         target: Any = node.target
         value = node.meta.get("val")
         if node.op == "placeholder" and self.specs[node.name].kind == InputKind.USER_INPUT:
-            self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._shape(node))
+            self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._format_shape(node))
         elif node.op == "placeholder":
             self.constants[node] = _stored_value(self.program, self.specs[node.name])
         elif node.op == "get_attr":
@@ -373,8 +373,10 @@ class _ValueHasher:
             with torch.no_grad():
                 self.constants[node] = target(*args, **kwargs)
         elif self._keeps_values(node):  # of a chain of them, the first value and the last shape count
-            operand, shape = node.all_input_nodes[0], self._shape(node)
-            source, source_shape = self.unshaped.get(operand, (self._hash(operand), self._shape(operand)))
+            operand, shape = node.all_input_nodes[0], self._format_shape(node)
+            source, source_shape = self.unshaped.get(
+                operand, (self._hash(operand), self._format_shape(operand))
+            )
             self.unshaped[node] = source, source_shape
             self.hashes[node] = source if shape == source_shape else hash_parts("reshape", source, shape)
         else:
@@ -385,7 +387,7 @@ class _ValueHasher:
     def _keeps_values(self, node: fx.Node) -> bool:
         """Return whether *node* has the values of its operand in the same order, in any layout or shape."""
         if operator_name(node) == "aten.expand":  # repeats values, unless the shape stays the same
-            return self._shape(node) == self._shape(node.all_input_nodes[0])
+            return self._format_shape(node) == self._format_shape(node.all_input_nodes[0])
         reads_bytes = str(node.target) == "aten.view.dtype"  # an overload of `view` for another type
         return operator_name(node) in VALUE_LAYOUT and not reads_bytes
 
@@ -393,13 +395,13 @@ class _ValueHasher:
         """List the arguments of *node*; those of `expand` and `slice` that mean the same get one form."""
         arguments = _all_arguments(node)
         if operator_name(node) == "aten.expand":
-            return [arguments[0], self._shape(node)]
+            return [arguments[0], self._format_shape(node)]
         if operator_name(node) == "aten.slice":
             start, end = arguments[2:4]  # None means from the first, to the last
             arguments[2:4] = [start or 0, sys.maxsize if end is None else end]
         return arguments
 
-    def _shape(self, node: fx.Node) -> str:
+    def _format_shape(self, node: fx.Node) -> str:
         """Format the shape of the value of *node*; a symbolic batch size is replaced as in `sizes`."""
         if node in self.constants and isinstance(self.constants[node], Tensor):
             return str(list(self.constants[node].shape))

@@ -257,8 +257,8 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
     used_modules = {tensor.name.rpartition(".")[0] for tensor in certificate.kept}
     integers = [tensor for tensor in certificate.unreached if not tensor.dtype.startswith("float")]
     # Counters of modules that are used, such as `num_batches_tracked`, are not worth a mention.
-    counters = [tensor for tensor in integers if tensor.name.rpartition(".")[0] in used_modules]
-    unused = [tensor for tensor in certificate.unreached if tensor not in counters]
+    counters = {tensor.name for tensor in integers if tensor.name.rpartition(".")[0] in used_modules}
+    unused = [tensor for tensor in certificate.unreached if tensor.name not in counters]
     if certificate.detached:
         tensors = f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
         removed = f"{', '.join(certificate.detached)} ({tensors})"

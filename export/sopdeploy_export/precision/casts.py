@@ -89,7 +89,7 @@ class _Sums(fx.Interpreter):
         self.adds_elements: dict[OpOverload, bool] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node; look at its derivatives unless they decided what its operator does."""
+        """Run one node, in float32 if its operator adds elements, which is decided if it is not known."""
         if not isinstance(n.target, OpOverload) or not n.users:  # an assertion has no users
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
