@@ -175,7 +175,7 @@ _stored_hashes: ContextVar[WeakIdKeyDictionary | None] = ContextVar("_stored_has
 
 @contextmanager
 def hashing_once() -> Iterator[None]:
-    """Let `stored_hash` compute the hash of each tensor once while the block runs, unless its version changes.
+    """Let `stored_hash` compute the hash of a tensor once in the block, unless its version changes.
 
     A write that hides from the version goes unnoticed: compare `tensor_hash` at the end. An inner block uses
     the hashes of the outer one.

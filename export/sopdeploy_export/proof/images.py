@@ -197,9 +197,8 @@ def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
     _mixes_unless(layout.axis in (None, 0))
     _mixes_unless(common_layout_of(call.inputs[operands:]) == NO_BATCH)
     _mixes_unless(call.num_outputs == 1)  # the second output of MaxPool numbers elements of the whole batch
-    _mixes_unless(
-        not call.attributes.get("training_mode")
-    )  # in which batch norm subtracts the mean of all images
+    # In training mode, batch norm subtracts the mean of all images.
+    _mixes_unless(not call.attributes.get("training_mode"))
     # Resize can change the number of rows, or cut a region first, so that a row comes from other rows of `x`.
     _mixes_unless([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
     _mixes_unless(call.attributes.get("coordinate_transformation_mode") != b"tf_crop_and_resize")
@@ -540,7 +539,7 @@ def infer_results(
         return results
     runs: list[Any] = [ReferenceEvaluator(node).run(None, operands) for operands in operands_by_batch]
     computed = []
-    for result, *contents in zip(results, *runs, strict=True):
+    for result, *contents in zip(results, *runs, strict=True):  # its contents for each batch size
         computed.append(replace(result, contents=[np.asarray(content) for content in contents]))
     if any(value.is_size for value in named.values()):  # `is_linear` says why three batch sizes are enough
         _mixes_unless(node.op_type in _SIZE_OPERATORS and all(map(is_linear, computed)))
