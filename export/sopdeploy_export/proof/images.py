@@ -221,10 +221,9 @@ def layout_after_reshape(call: OperatorCall) -> BatchLayout:
     elements_of_run = run_length * math.prod(shape[axis + 1 :])
     elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 1 for a value without elements
     new_run_length, rest = divmod(elements_of_run, elements_of_row)
-    _mixes_unless(rest == 0 and new_run_length > 0)  # the neighboring elements of an image fill whole rows
-    _mixes_unless(
-        new_shape[new_axis] // batch % new_run_length == 0
-    )  # and whole batches of these fill the axis
+    # The neighboring elements of an image fill whole rows, and whole batches of these fill the axis.
+    _mixes_unless(rest == 0 and new_run_length > 0)
+    _mixes_unless(new_shape[new_axis] // batch % new_run_length == 0)
     return BatchLayout(axis=new_axis, run_length=new_run_length)
 
 
