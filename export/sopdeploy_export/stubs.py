@@ -290,11 +290,9 @@ class Stub(nn.Module):
         return super().__getattr__(name)
 
     def __bool__(self) -> bool:
-        """Return True, because the part was there."""
-        return True
+        return True  # because the part was there
 
     def __len__(self) -> int:
-        """Raise `ReadError`."""
         raise ReadError("the length of", self.part)
 
     def __iter__(self) -> Iterator[Any]:

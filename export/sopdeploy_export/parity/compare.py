@@ -78,7 +78,6 @@ class ReportsFloat32(TorchFunctionMode):
     """Returns float32 as the `dtype` of tensors in float64."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call *function*."""
         del types
         result = function(*args, **(kwargs or {}))
         return torch.float32 if result is torch.float64 and function == GET_DTYPE else result

@@ -40,7 +40,7 @@ BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Part:
-    """Copy *network*, which is in eval mode, and convert the copy to float16.
+    """Copy *network*, which is in eval mode, with folded batch norms, weights in float16 and casts as hooks.
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.
     Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
@@ -59,9 +59,21 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
             f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
             "value in float64; nothing was written; choose precision fp32"
         )
-    folded = copy_module(network)
-    fold_batch_norms(folded, program)
-    return place_casts(folded)
+    cast = copy_module(network)
+    fold_batch_norms(cast, program)
+    dtypes = weight_dtypes(cast)
+    for name, part in cast.named_modules():
+        for parameter in part.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtypes[name])
+        for buffer_name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, buffer_name, _cast(buffer, dtypes[name]))
+        dtype = _input_dtype(part, dtypes[name])
+        if dtype is not None:
+            part.register_forward_pre_hook(partial(_cast_first_input, dtype))
+        # These parts compute in float32, and the layers that follow them in float16.
+        if export_hints(part).output_in_network_dtype or isinstance(part, nn.LocalResponseNorm):
+            part.register_forward_hook(lambda _part, _inputs, output: _cast(output, torch.float16))
+    return cast.eval()
 
 
 def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
@@ -166,23 +178,6 @@ def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     wide, named = tree_map_only(Tensor, lambda x: _cast(x, torch.float32), (args, kwargs))
     return tree_map_only(Tensor, lambda x: _cast(x, torch.float16), operator(*wide, **named))
-
-
-def place_casts(network: _Part) -> _Part:
-    """Convert the weights of *network* in place and register hooks that cast activations."""
-    dtypes = weight_dtypes(network)
-    for name, part in network.named_modules():
-        for parameter in part.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtypes[name])
-        for buffer_name, buffer in list(part.named_buffers(recurse=False)):
-            setattr(part, buffer_name, _cast(buffer, dtypes[name]))
-        dtype = _input_dtype(part, dtypes[name])
-        if dtype is not None:
-            part.register_forward_pre_hook(partial(_cast_first_input, dtype))
-        # These parts compute in float32, and the layers that follow them in float16.
-        if export_hints(part).output_in_network_dtype or isinstance(part, nn.LocalResponseNorm):
-            part.register_forward_hook(lambda _part, _inputs, output: _cast(output, torch.float16))
-    return network.eval()
 
 
 def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | None:
