@@ -15,7 +15,7 @@ import math
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -380,17 +380,17 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
     with capturing():
         program = torch.export.export(_Calls([*calls.values()]), tuple(operands))  # one graph for all
         program = program.run_decompositions({})
-    inputs = list(chain.from_iterable(call.operand_names for call in captured))
-    outputs = list(chain.from_iterable(call.result_names for call in captured))
+    inputs = [name for each in captured for name in each.operand_names]
+    outputs = [name for each in captured for name in each.result_names]
     model = ir.to_proto(convert(program, inputs, outputs))
     extractor = Extractor(model)
-    singles = [call for call in captured if len(call.call.operators) == 1]
-    pairs = [call for call in captured if len(call.call.operators) == 2]
+    singles = [single for single in captured if len(single.call.operators) == 1]
+    pairs = [pair for pair in captured if len(pair.call.operators) == 2]
     for single in singles:
         _compare_values(single, extractor)
     # Only now, because a message names a single operator that ONNX Runtime cannot run.
-    count_for = _make_executed_counter(model)
-    executed = {call.description: count_for(call.result_names) for call in captured}
+    producers = _executed_producers(model)
+    executed = {each.description: _count_operators(producers, each.result_names) for each in captured}
     known = {**_executed_operators, **executed}
     for pair in pairs:
         first, second = (_Call((operator,)).cropped().describe() for operator in pair.call.operators)
@@ -399,32 +399,31 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
     _executed_operators.update(executed)  # only now, because a call that raised an error is not done
 
 
-def _make_executed_counter(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter[str]]:
-    """Return a function that counts the operators that ONNX Runtime executes for some results of *model*."""
+def _executed_producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Map each value to the operator that ONNX Runtime, which optimizes *model*, computes it with."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
-        executed = onnx.load(options.optimized_model_filepath)
-    producers = {name: node for node in executed.graph.node for name in node.output}
+        optimized = onnx.load(options.optimized_model_filepath)
+    return {name: node for node in optimized.graph.node for name in node.output}
 
-    def count_for(results: Sequence[str]) -> Counter[str]:
-        """Count the operators that *results* depend on, by type; a copy (`Identity`) does not count."""
-        operators: Counter[str] = Counter()
-        unread, seen = list(results), set[str]()
-        while unread:
-            name = unread.pop()
-            if name in seen or name not in producers:  # inputs and constants have no producer
-                continue
-            node = producers[name]
-            seen.update(node.output)
-            unread += node.input
-            if node.op_type != "Identity":
-                operators[node.op_type] += 1
-        return operators
 
-    return count_for
+def _count_operators(producers: Mapping[str, onnx.NodeProto], results: Sequence[str]) -> Counter[str]:
+    """Count the operators that *results* depend on, by type; a copy (`Identity`) does not count."""
+    operators: Counter[str] = Counter()
+    unread, seen = list(results), set[str]()
+    while unread:
+        name = unread.pop()
+        if name in seen or name not in producers:  # inputs and constants have no producer
+            continue
+        node = producers[name]
+        seen.update(node.output)
+        unread += node.input
+        if node.op_type != "Identity":
+            operators[node.op_type] += 1
+    return operators
 
 
 def _compare_values(captured: _CapturedCall, extractor: Extractor) -> None:
