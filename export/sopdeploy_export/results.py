@@ -288,7 +288,8 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
 
 def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
     """Describe the measured accuracy loss and the quantization."""
-    facts, accuracy, int8 = {}, precision.accuracy, precision.quantisation
+    facts: dict[str, str] = {}
+    accuracy, int8 = precision.accuracy, precision.quantisation
     if accuracy is not None:
         top1, images = "", accuracy.num_images
         if accuracy.before is not None and accuracy.after is not None:

@@ -171,7 +171,8 @@ def convert_precision(
         check_float16(source.model, certified.network)
     for node in source.model.graph.node:
         del node.metadata_props[:]  # the part of every node, which is needed for messages only
-    model, quantization = source.model, None
+    model = source.model
+    quantization: Quantization | None = None
     if options.precision == "int8" and accuracy_check is not None:  # int8 requires images, so it is not None
         from sopdeploy_export.precision.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
 
