@@ -253,9 +253,8 @@ def _find_fits(
     named = without_wrappers(path, tensors, {part for part in WRAPPERS if part not in parts})
     required = [name for name in expected if not name.endswith(COUNTER)] or [""]  # "" is in no file
     first_parts = {f"{name.partition('.')[0]}." for name in expected}
-    num_found: dict[
-        tuple[str, str], int
-    ] = {}  # of the required names, by prefix and part that the file lacks
+    # How many of the required names the file has, by prefix and by first part that it lacks.
+    num_found: dict[tuple[str, str], int] = {}
     for added in ("", *first_parts) if len(first_parts) == 1 else ("",):
         suffixes = [name.removeprefix(added) for name in required]
         first = suffixes[0]
