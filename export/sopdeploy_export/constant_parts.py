@@ -5,6 +5,7 @@ constant mask. ONNX has no fixed size for them. Only the program that is convert
 the certificate is about.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,39 +19,37 @@ PREFIX = "constant"  # of the names of evaluated tensors
 
 
 def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
-    """Return *program* with such parts evaluated; *program* itself, unchanged, if it has none.
+    """Copy *program* with constants in place of what no image reaches, where its values decide sizes.
 
-    Its results are the same for all images, because the values that are evaluated depend on none.
+    Also a constant mask becomes the positions that it chooses. Returns *program* itself if it has neither.
     """
     constant = _constant_nodes(program)
-    if not any(map(_has_size_of_values, constant)) and not _constant_masks(program, constant):
+    if not any(map(_has_size_from_values, constant)) and not _constant_masks(program, constant):
         return program
     program = program.run_decompositions({})  # a copy
-    constant, values = _constant_nodes(program), dict[fx.Node, Any]()
+    constant = _constant_nodes(program)
     stored = {**program.state_dict, **program.constants}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
+    @cache
     def evaluate(node: fx.Node) -> Any:
-        """Compute the value of a constant node; its operands come before it."""
-        if node not in values:
-            if node.op == "placeholder":
-                values[node] = stored[str(specs[node.name].target)]
-            else:
-                args, kwargs = tree_map_only(fx.Node, evaluate, (node.args, node.kwargs))
-                function: Any = node.target
-                values[node] = function(*args, **kwargs)
-        return values[node]
+        """Compute the value of a constant node from those of its operands."""
+        if node.op == "placeholder":
+            return stored[str(specs[node.name].target)]
+        args, kwargs = tree_map_only(fx.Node, evaluate, (node.args, node.kwargs))
+        function: Any = node.target
+        return function(*args, **kwargs)
 
-    sized: set[fx.Node] = set()  # constant nodes behind one whose values decide sizes
+    evaluated: set[fx.Node] = set()  # constant nodes whose values decide sizes, and those behind them
     for node in program.graph.nodes:
-        is_behind = not sized.isdisjoint(node.all_input_nodes)
-        if node in constant and (is_behind or _has_size_of_values(node)):
-            sized.add(node)
+        is_behind = not evaluated.isdisjoint(node.all_input_nodes)
+        if node in constant and (is_behind or _has_size_from_values(node)):
+            evaluated.add(node)
     with torch.no_grad():
         masks = _constant_masks(program, constant)  # before masks that depend on sizes are replaced
         for node in list(program.graph.nodes):
-            if node in sized and node.op == "call_function":
-                _replace(program, node, evaluate(node), constant)
+            if node in evaluated and node.op == "call_function":
+                _replace_by_value(program, node, evaluate(node), constant)
             elif node in masks:
                 x, indices = node.args
                 chosen: list[Any] = []
@@ -81,12 +80,13 @@ def _constant_nodes(program: ExportedProgram) -> set[fx.Node]:
     return constant
 
 
-def _has_size_of_values(node: fx.Node) -> bool:
+def _has_size_from_values(node: fx.Node) -> bool:
     """Return whether values decide the size of the result of *node*, as those of `nonzero` or of a mask."""
-    by_values = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
-    by_values |= node.target == torch.ops.aten.nonzero_numpy.default  # which has no such tag
-    indices: Any = node.args[1] if node.target == INDEX else ()
-    return by_values and (node.target != INDEX or any(map(_is_mask, indices)))
+    if node.target == INDEX:
+        indices: Any = node.args[1]
+        return any(map(_is_mask, indices))
+    lacks_tag = node.target == torch.ops.aten.nonzero_numpy.default
+    return lacks_tag or torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
 
 def _is_mask(index: fx.Node | None) -> bool:
@@ -95,16 +95,16 @@ def _is_mask(index: fx.Node | None) -> bool:
 
 
 def _constant_masks(program: ExportedProgram, constant: set[fx.Node]) -> dict[fx.Node, list[fx.Node | None]]:
-    """Return the nodes that choose elements by *constant* masks: these, and None for their other indices."""
-    masks = {
-        node: [index if _is_mask(index) and index in constant else None for index in node.args[1]]
-        for node in program.graph.find_nodes(op="call_function", target=INDEX)
-        if node not in constant
-    }
-    return {node: of_node for node, of_node in masks.items() if any(of_node)}
+    """Map the nodes that choose elements by *constant* masks to these, with None for other indices."""
+    masks = {}
+    for node in program.graph.find_nodes(op="call_function", target=INDEX):
+        masks_of_node = [index if _is_mask(index) and index in constant else None for index in node.args[1]]
+        if node not in constant and any(masks_of_node):
+            masks[node] = masks_of_node
+    return masks
 
 
-def _replace(program: ExportedProgram, node: fx.Node, value: Any, constant: set[fx.Node]) -> None:
+def _replace_by_value(program: ExportedProgram, node: fx.Node, value: Any, constant: set[fx.Node]) -> None:
     """Give the users of *node* that are not *constant* its *value*; erase *node* if it is a check."""
     users = [user for user in node.users if user not in constant]
     if users and isinstance(value, Tensor):

@@ -14,8 +14,8 @@ successive operators for which others are executed than for each of them are com
 import math
 import sys
 import tempfile
-from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -141,15 +141,12 @@ class _Call(NamedTuple):
     @property
     def inputs(self) -> list[tuple[Tensor, _Range]]:
         """The operands that are not the first operator's result, each with its range."""
-        from_outside = []
-        for operator in self.operators:
-            for position, operand_with_range in enumerate(
-                zip(operator.operands, operator.ranges, strict=True)
-            ):
-                is_first_result = operator is not self.operators[0] and position in self.reads_first_at
-                if not is_first_result:
-                    from_outside.append(operand_with_range)
-        return from_outside
+        first, *second = self.operators
+        inputs = [*zip(first.operands, first.ranges, strict=True)]
+        for operator in second:  # if there is one
+            pairs = zip(operator.operands, operator.ranges, strict=True)
+            inputs += [pair for i, pair in enumerate(pairs) if i not in self.reads_first_at]
+        return inputs
 
     @property
     def operands(self) -> list[Tensor]:
@@ -181,15 +178,13 @@ class _Call(NamedTuple):
 
     def cropped(self) -> "_Call":
         """Return the call with a part of large operands, if the operators compute parts of their results."""
-        if not all(operator.is_elementwise or operator.name in PRODUCTS for operator in self.operators):
-            return self
-
-        def crop(x: Tensor) -> Tensor:
-            return x[tuple(slice(ENOUGH) for _ in x.shape)]
-
-        arguments = (tree_map_only(Tensor, crop, operator.arguments) for operator in self.operators)
-        pairs = zip(self.operators, arguments, strict=True)
-        return self._replace(operators=tuple(operator._replace(arguments=new) for operator, new in pairs))
+        operators = []
+        for operator in self.operators:
+            if not operator.is_elementwise and operator.name not in PRODUCTS:
+                return self
+            arguments = tree_map_only(Tensor, lambda x: x[(slice(ENOUGH),) * x.dim()], operator.arguments)
+            operators.append(operator._replace(arguments=arguments))
+        return self._replace(operators=tuple(operators))
 
     def run(self, operands: Sequence[Tensor]) -> list[list[Tensor]]:
         """Compute the used results of each operator for other *operands*, in the order of `operands`."""
@@ -232,7 +227,7 @@ class _Bounds(fx.Interpreter):
         self.unbounded: set[str] = set()  # names of nodes, as the next one
         self.undefined: set[str] = set()
         self._values = torch.tensor(values)
-        self._depends_on_images: set[fx.Node] = set()
+        self._after_images = _nodes_after_images(self.graph)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and replace its result if it is that of a layer with weights.
@@ -240,8 +235,6 @@ class _Bounds(fx.Interpreter):
         The node is noted in `unbounded` if its result is infinite or NaN, in `undefined` if it is NaN.
         """
         result = super().run_node(n)
-        if n.op == "placeholder" or not self._depends_on_images.isdisjoint(n.all_input_nodes):
-            self._depends_on_images.add(n)
         leaves = [
             leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()
         ]
@@ -251,30 +244,24 @@ class _Bounds(fx.Interpreter):
             self.undefined.add(n.name)
         operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
         # It reads the images, and a tensor that does not depend on them.
-        has_weights = n in self._depends_on_images and not self._depends_on_images.issuperset(operands)
-        return tree_map_only(Tensor, self._replace, result) if has_weights else result
+        has_weights = n in self._after_images and not self._after_images.issuperset(operands)
+        return tree_map_only(Tensor, self._filled_like, result) if has_weights else result
 
-    def _replace(self, result: Tensor) -> Tensor:
-        """Fill a copy of a floating-point *result* with the values in turn."""
+    def _filled_like(self, result: Tensor) -> Tensor:
+        """Return a copy of a floating-point *result* with the values in turn; another one as it is."""
         if not result.is_floating_point():
             return result
         content = self._values[torch.arange(result.numel()) % len(self._values)].reshape(result.shape)
         return torch.empty_like(result).copy_(content)
 
 
-def _find_unbounded(program: ExportedProgram, images: Tensor) -> tuple[set[str], set[str]]:
-    """Name the nodes of *program* whose values can be infinite or NaN although layers give ordinary ones.
-
-    The second set has those that can be NaN.
-    """
-    unbounded, undefined = set[str](), set[str]()
-    for values in (ORDINARY, (0.0,), (1.0,)):
-        bounds = _Bounds(program, values)
-        with suppress(Exception):  # of code that cannot use them all, for example as positions in a table
-            bounds.run(images)
-        unbounded |= bounds.unbounded
-        undefined |= bounds.undefined
-    return unbounded, undefined
+def _nodes_after_images(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes of *graph* that depend on the images, its only placeholders."""
+    after_images: set[fx.Node] = set()
+    for node in graph.nodes:  # in topological order
+        if node.op == "placeholder" or not after_images.isdisjoint(node.all_input_nodes):
+            after_images.add(node)
+    return after_images
 
 
 class _Recorder(fx.Interpreter):
@@ -288,32 +275,29 @@ class _Recorder(fx.Interpreter):
         self._unbounded, self._undefined = unbounded, undefined
         self.calls: dict[str, _Call] = {}
         self._by_node: dict[fx.Node, _Operator] = {}
-        self._depends_on_images: set[fx.Node] = set()
+        self._after_images = _nodes_after_images(self.graph)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node; record its operator if it has not been compared."""
+        """Run one node; record its operator, and its pairs with the operators of its operands."""
         arguments: Any = self.fetch_args_kwargs_from_env(n)
         results = super().run_node(n)
-        if n.op == "placeholder" or not self._depends_on_images.isdisjoint(n.all_input_nodes):
-            self._depends_on_images.add(n)
         nodes = [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, fx.Node)]
         operands = [node for node in nodes if isinstance(self.env.get(node), Tensor)]
-        ranges = tuple(
-            _Range(True, node.name in self._unbounded, node.name in self._undefined)
-            if node in self._depends_on_images
-            else _Range(False, False, False)
-            for node in operands
-        )
-        operator = _as_operator(n, arguments, results, ranges)
+        ranges = []
+        for node in operands:
+            is_varying = node in self._after_images
+            can_be_unbounded = is_varying and node.name in self._unbounded
+            ranges.append(_Range(is_varying, can_be_unbounded, is_varying and node.name in self._undefined))
+        operator = _as_operator(n, arguments, results, tuple(ranges))
         if operator is None:
             return results
         self._record(_Call((operator,)))
         if isinstance(results, Tensor):
             self._by_node[n] = operator
         for node in dict.fromkeys(operands):
-            if (first := self._by_node.get(node)) is not None:
+            if node in self._by_node:
                 positions = frozenset(i for i, operand in enumerate(operands) if operand is node)
-                self._record(_Call((first, operator), positions))
+                self._record(_Call((self._by_node[node], operator), positions))
         return results
 
     def _record(self, call: _Call) -> None:
@@ -351,26 +335,35 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     the operator, the part of the network and the values if they differ.
     """
     pixels = torch.from_numpy(images)
-    recorder = _Recorder(program, *_find_unbounded(program, pixels))
+    # Find the nodes whose values can be infinite or NaN although layers give ordinary ones.
+    unbounded, undefined = set[str](), set[str]()
+    for values in (ORDINARY, (0.0,), (1.0,)):
+        bounds = _Bounds(program, values)
+        with suppress(Exception):  # of code that cannot use them all, for example as positions in a table
+            bounds.run(pixels)
+        unbounded |= bounds.unbounded
+        undefined |= bounds.undefined
+    recorder = _Recorder(program, unbounded, undefined)
     recorder.run(pixels)
-    for group in _group_calls(recorder.calls):
+    # Compare groups, because the time of a capture grows with the square of its number of operands.
+    group, num_operands = dict[str, _Call](), 0
+    for description, call in recorder.calls.items():  # a pair comes after its operators
+        group[description] = call
+        num_operands += len(call.operands)
+        if num_operands >= OPERANDS:
+            _compare_group(group)
+            group, num_operands = {}, 0
+    if group:
         _compare_group(group)
 
 
-def _group_calls(calls: Mapping[str, _Call]) -> Iterator[dict[str, _Call]]:
-    """Divide *calls* into groups with about `OPERANDS` operands each; a pair comes after its operators.
+class _CapturedCall(NamedTuple):
+    """A call in the graph of a group, and the names that its operands and results have there."""
 
-    torch captures a group in a time that grows with the square of its number of operands.
-    """
-    group, count = dict[str, _Call](), 0
-    for description, call in calls.items():
-        group[description] = call
-        count += len(call.operands)
-        if count >= OPERANDS:
-            yield group
-            group, count = {}, 0
-    if group:
-        yield group
+    description: str
+    call: _Call
+    operand_names: list[str]
+    result_names: list[str]
 
 
 def _compare_group(calls: Mapping[str, _Call]) -> None:
@@ -378,71 +371,71 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
 
     A pair is compared only if ONNX Runtime executes other operators for it than for its two operators.
     """
-    # One graph contains all calls. In it, call i reads "operand i j" and returns "result i j".
-    operands = [_fill(call, ORDINARY, 0) for call in calls.values()]
-    inputs = [[f"operand {i} {j}" for j in range(len(filled))] for i, filled in enumerate(operands)]
-    outputs = [[f"result {i} {j}" for j in call.last.used] for i, call in enumerate(calls.values())]
+    captured = []
+    for i, (description, call) in enumerate(calls.items()):
+        operand_names = [f"operand {i} {j}" for j in range(len(call.operands))]
+        result_names = [f"result {i} {j}" for j in call.last.used]
+        captured.append(_CapturedCall(description, call, operand_names, result_names))
+    operands = chain.from_iterable(_fill(call, ORDINARY, 0) for call in calls.values())
     with capturing():
-        program = torch.export.export(_Calls([*calls.values()]), tuple(chain(*operands)))
+        program = torch.export.export(_Calls([*calls.values()]), tuple(operands))  # one graph for all
         program = program.run_decompositions({})
-    model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs))))
-    extractor, constants = Extractor(model), {tensor.name for tensor in model.graph.initializer}
-    calls_with_names = list(zip(calls.items(), inputs, outputs, strict=True))
-
-    def run_and_check(call: _Call, input_names: list[str], output_names: list[str]) -> None:
-        if constants.isdisjoint(output_names):  # otherwise it depends on shapes only, as `zeros_like` does
-            graph = extractor.extract_model(input_names, output_names).SerializeToString()
-            _compare_values(call, graph, input_names, output_names)
-
-    for (_, call), input_names, output_names in calls_with_names:
-        if len(call.operators) == 1:
-            run_and_check(call, input_names, output_names)
+    inputs = [name for each in captured for name in each.operand_names]
+    outputs = [name for each in captured for name in each.result_names]
+    model = ir.to_proto(convert(program, inputs, outputs))
+    extractor = Extractor(model)
+    singles = [single for single in captured if len(single.call.operators) == 1]
+    pairs = [pair for pair in captured if len(pair.call.operators) == 2]
+    for single in singles:
+        _compare_values(single, extractor)
     # Only now, because a message names a single operator that ONNX Runtime cannot run.
-    count_for = _executed_counter(model)
-    executed = {
-        description: count_for(output_names) for (description, _), _, output_names in calls_with_names
-    }
-    known = ChainMap(executed, _executed_operators)
-    for (description, call), input_names, output_names in calls_with_names:
-        if len(call.operators) > 1:
-            first, second = (known[_Call((one,)).cropped().describe()] for one in call.operators)
-            if executed[description] != first + second:
-                run_and_check(call, input_names, output_names)
-    _executed_operators.update(executed)
+    producers = _executed_producers(model)
+    executed = {each.description: _count_operators(producers, each.result_names) for each in captured}
+    known = {**_executed_operators, **executed}
+    for pair in pairs:
+        first, second = (_Call((operator,)).cropped().describe() for operator in pair.call.operators)
+        if known[pair.description] != known[first] + known[second]:
+            _compare_values(pair, extractor)
+    _executed_operators.update(executed)  # only now, because a call that raised an error is not done
 
 
-def _executed_counter(model: onnx.ModelProto) -> Callable[[Sequence[str]], Counter[str]]:
-    """Return a function that counts the operators that ONNX Runtime executes for some results of *model*."""
+def _executed_producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Map each value to the operator that ONNX Runtime, which optimizes *model*, computes it with."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
-        executed = onnx.load(options.optimized_model_filepath)
-    producers = {name: node for node in executed.graph.node for name in node.output}
-
-    def count_for(results: Sequence[str]) -> Counter[str]:
-        """Count the operators that *results* depend on, by type; a copy (`Identity`) does not count."""
-        operators: Counter[str] = Counter()
-        unread, seen = list(results), set[str]()
-        while unread:
-            name = unread.pop()
-            if name in seen or name not in producers:  # inputs and constants have no producer
-                continue
-            node = producers[name]
-            seen.update(node.output)
-            unread += node.input
-            if node.op_type != "Identity":
-                operators[node.op_type] += 1
-        return operators
-
-    return count_for
+        optimized = onnx.load(options.optimized_model_filepath)
+    return {name: node for node in optimized.graph.node for name in node.output}
 
 
-def _compare_values(
-    call: _Call, graph: bytes, input_names: Sequence[str], output_names: Sequence[str]
-) -> None:
-    """Compare *call* with its ONNX *graph*; raise `LoweringError` if it differs or cannot run."""
+def _count_operators(producers: Mapping[str, onnx.NodeProto], results: Sequence[str]) -> Counter[str]:
+    """Count the operators that *results* depend on, by type; a copy (`Identity`) does not count."""
+    operators: Counter[str] = Counter()
+    unread, seen = list(results), set[str]()
+    while unread:
+        name = unread.pop()
+        if name in seen or name not in producers:  # inputs and constants have no producer
+            continue
+        node = producers[name]
+        seen.update(node.output)
+        unread += node.input
+        if node.op_type != "Identity":
+            operators[node.op_type] += 1
+    return operators
+
+
+def _compare_values(captured: _CapturedCall, extractor: Extractor) -> None:
+    """Run a call and its ONNX form, a part of the graph of *extractor*, on many values.
+
+    Raises `LoweringError` if the form cannot run or gives other results.
+    """
+    call = captured.call
+    constants = {tensor.name for tensor in extractor.graph.initializer}
+    if not constants.isdisjoint(captured.result_names):  # it depends on shapes only, as `zeros_like` does
+        return
+    graph = extractor.extract_model(captured.operand_names, captured.result_names).SerializeToString()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # prints fatal errors only; the others are raised
     try:
@@ -451,11 +444,11 @@ def _compare_values(
         problem = f"ONNX Runtime cannot run its ONNX form: {first_line(error)}"
         raise LoweringError(f"{call.last.target}: {problem}") from error
     needed_names = {value.name for value in session.get_inputs()}  # the ONNX form can need fewer operands
-    for operands in _rounds(call):
-        named = zip(input_names, operands, strict=True)
+    for operands in _fill_in_rounds(call):
+        named = zip(captured.operand_names, operands, strict=True)
         feed = {name: operand.numpy() for name, operand in named if name in needed_names}
         *_, compared = call.run(operands)  # the results of the last operator
-        for result, expected in zip(session.run(output_names, feed), compared, strict=True):
+        for result, expected in zip(session.run(captured.result_names, feed), compared, strict=True):
             _check_result(call, operands, torch.from_numpy(result), expected)
 
 
@@ -487,28 +480,20 @@ def _with_content(operand: Tensor, content: Tensor) -> Tensor:
     return torch.empty_like(operand, dtype=dtype).copy_(content.reshape(operand.shape))  # with its strides
 
 
-def _rounds(call: _Call) -> Iterator[list[Tensor]]:
+def _fill_in_rounds(call: _Call) -> Iterator[list[Tensor]]:
     """Yield operands of *call* with ordinary, negative, and extreme values or values without differences."""
     ordinary = _fill(call, ORDINARY, 0)
     yield ordinary
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
-    if call.is_elementwise:
-        yield from _extreme_rounds(call, ordinary)
+    if not call.is_elementwise:
+        yield from _fill_uniformly(call, ordinary)
+        # The order of additions decides whether a sum overflows; one of products of these roots does not.
+        low, high = TINY**0.25, LARGEST**0.25
+        yield _fill(call, (*ORDINARY, low, -low, high, -high), 0)
         return
-    yield from _uniform_rounds(call, ordinary)
-    # The order of additions decides whether a sum overflows; one of products of these roots does not.
-    low, high = TINY**0.25, LARGEST**0.25
-    yield _fill(call, (*ORDINARY, low, -low, high, -high), 0)
-
-
-def _extreme_rounds(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield operands of an elementwise *call* with all pairs of extreme values.
-
-    An integer cannot hold infinities and NaN, and what their conversion gives is not defined: if a result of
-    the *ordinary* operands is not float32, the only extreme values are those beyond int32 for an int64.
-    """
     dtypes = [results[0].dtype for results in call.run(ordinary)]  # of the first result of each operator
     if any(dtype not in (torch.float32, torch.bool) for dtype in dtypes):
+        # An integer cannot hold infinities and NaN, and what their conversion gives is not defined.
         if dtypes[0] == torch.int64:
             yield _fill(call, (*ORDINARY, *BEYOND_INT32), 0)
         return
@@ -518,21 +503,27 @@ def _extreme_rounds(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Te
         yield _fill(call, values, start=number * call.size)
 
 
-def _uniform_rounds(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _fill_uniformly(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the *ordinary* operands with one that depends on the images, or all, filled as `UNIFORM` says.
 
     One that can be infinite is also filled as `INFINITE` says, one that can be NaN as `UNDEFINED` says.
     """
     ranges = [can_be for _, can_be in call.inputs]
     varying = [i for i, can_be in enumerate(ranges) if can_be.is_varying]
-    for chosen in [[i] for i in varying] + ([varying] if len(varying) > 1 else []):
-        infinite = INFINITE if all(ranges[i].is_unbounded for i in chosen) else ()
-        undefined = UNDEFINED if all(ranges[i].is_undefined for i in chosen) else ()
-        for one, others in (*UNIFORM, *infinite, *undefined):
+    choices = [[i] for i in varying]
+    if len(varying) > 1:
+        choices.append(varying)
+    for chosen in choices:
+        fillings: list[tuple[float, float]] = [*UNIFORM]
+        if all(ranges[i].is_unbounded for i in chosen):
+            fillings += INFINITE
+        if all(ranges[i].is_undefined for i in chosen):
+            fillings += UNDEFINED
+        for every_third, others in fillings:
             filled = list(ordinary)
             for i in chosen:
                 is_third = torch.arange(ordinary[i].numel()) % 3 == 1
-                filled[i] = _with_content(ordinary[i], torch.where(is_third, one, others))
+                filled[i] = _with_content(ordinary[i], torch.where(is_third, every_third, others))
             yield filled
 
 

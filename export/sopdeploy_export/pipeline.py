@@ -81,7 +81,7 @@ def export_checkpoint(
     checkpoint = read_checkpoint(path)
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
     if options.name is None:  # a name that the user gave may be that of a bundle, in order to replace it
-        check_same_images(destination, subject.project, checkpoint)
+        refuse_other_images(destination, subject.project, checkpoint)
     return export_subject(subject, destination, options, on_step)
 
 
@@ -128,7 +128,7 @@ def _as_subject(checkpoint: Checkpoint, network: Classifier, name: str | None = 
     )
 
 
-def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
+def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` if *destination* has bundles of *project*, but none with images of *checkpoint*.
 
     A server would replace one network by the other. The caller omits this check if the user named the
@@ -137,8 +137,8 @@ def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -
     images = set(checkpoint.image_hashes.tolist())
     manifests = [found.manifest for found in read_bundles(destination) if found.manifest is not None]
     origins = [manifest.origin for manifest in manifests if manifest.project == project and manifest.origin]
-    have_other_images = all(origin.sample and images.isdisjoint(origin.sample) for origin in origins)
-    if images and origins and have_other_images:
+    all_have_others = all(origin.sample and images.isdisjoint(origin.sample) for origin in origins)
+    if images and origins and all_have_others:
         raise ConfigError(
             f"{destination}: has a network named {project} that was trained on other images; give another "
             "name or, to replace it on servers, this one",
@@ -176,8 +176,8 @@ def export_subject(
         on_step("converting to ONNX")
         program, outputs = captured["detached"].any_batch, output_names(detached)
         certified = CapturedGraph(detached, program, lower(program, outputs))
-        root = check_onnx(captured, certified.model, outputs)  # Statement 6: ONNX
-        mixes_images = check_images(certified.model, options)  # Statement 7: images
+        root = common_onnx_root(captured, certified.model, outputs)  # Statement 6: ONNX
+        mixes_images = find_accepted_mixing(certified.model, options)  # Statement 7: images
         check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
@@ -186,8 +186,8 @@ def export_subject(
         (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
         shipped_root = root if options.precision == "fp32" else onnx_root(model)
         roots = FileRoots(**dict(proof.roots), onnx=root, shipped=shipped_root)
-        proved = {**dict(proof), "roots": roots, "mixes_images": mixes_images}
-        certificate = Certificate(**proved, precision=options.precision)
+        proved = {**dict(proof), "roots": roots}
+        certificate = Certificate(**proved, mixes_images=mixes_images, precision=options.precision)
         session = compare.open_session(folder / ONNX_FILE)
         if accuracy_check is not None:
             measured = accuracy_check.measure(certified.model, session)
@@ -247,9 +247,9 @@ def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
 
 
 def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.Module:
-    """Fold the temperature of *subject*, if it has one, into the last layer.
+    """Return the network of *subject*, or a copy with its temperature, if any, folded into the last layer.
 
-    Returns the network, in which *images* are run to find this layer.
+    *images* run in it to find this layer.
     """
     decision, preprocess, classes = subject.decision, subject.preprocess, len(subject.labels)
     if decision is None or decision.temperature == 1:
@@ -257,31 +257,31 @@ def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.M
     return fold_temperature(subject.network, decision.temperature, preprocess, images, classes)
 
 
-def check_onnx(captured: Mapping[str, Captured], model: onnx.ModelProto, outputs: tuple[str, ...]) -> str:
-    """Return the root of *model*, the graph of the detached network; all *captured* ones must have it.
+def common_onnx_root(
+    captured: Mapping[str, Captured], model: onnx.ModelProto, outputs: tuple[str, ...]
+) -> str:
+    """Return the root of *model*, the graph of the detached network, which all *captured* ones must have.
 
     Raises `CertificateError` if another compared network gives another graph.
     """
     root = onnx_root(model)
     for role, programs in captured.items():
-        is_converted = programs is captured["detached"]  # to *model*
-        if not is_converted and onnx_root(lower(programs.any_batch, outputs)) != root:
+        if programs is captured["detached"]:  # which was converted to *model*
+            continue
+        if onnx_root(lower(programs.any_batch, outputs)) != root:
             raise CertificateError(f"the ONNX graph of the {role} network is not that of the detached one")
     return root
 
 
-def check_images(model: onnx.ModelProto, options: ExportOptions) -> tuple[str, ...]:
-    """Name the operators through which *model* mixes images.
-
-    Raises `LoweringError` if there are any, unless the user accepts this.
-    """
+def find_accepted_mixing(model: onnx.ModelProto, options: ExportOptions) -> tuple[str, ...]:
+    """Name the operators through which *model* mixes images; raise `LoweringError` unless allowed."""
     mixing = find_mixing(model)
-    if mixing and not options.allow_batch_dependence:
-        problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
-        if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
-            problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
-        raise LoweringError(problem, remedies={"allow_batch_dependence": True})
-    return mixing
+    if not mixing or options.allow_batch_dependence:
+        return mixing
+    problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
+    if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
+        problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
+    raise LoweringError(problem, remedies={"allow_batch_dependence": True})
 
 
 def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
@@ -336,7 +336,7 @@ def write_golden_examples(
         return logits
 
     def has_decided_gate(pixels: NDArray[np.uint8]) -> bool:
-        """Return whether rounding cannot change the choice; also without a gate."""
+        """Return whether rounding cannot change the choice; True without a gate."""
         if gate is None or parity.routing is None:
             return True
         logits, chosen = gate(torch.tensor(pixels[None])), compare.find_gate(subject.network).chosen

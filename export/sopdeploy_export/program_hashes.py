@@ -9,10 +9,10 @@ the plain network if and only if its output is computed the same way.
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -57,27 +57,25 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
             raise CertificateError(
                 f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
             )
-    outputs = next(node for node in program.graph.nodes if node.op == "output")
+    outputs = program.graph.output_node()
     reached = nodes_before(program.graph, outputs.all_input_nodes)
     side_effects = []  # such as an assertion
     for node in program.graph.nodes:
+        has_no_reader = node.op == "call_function" and not node.users
         # An assertion on the type of a value that no output depends on can never fail.
         is_idle = node.target is CHECK_OF_TYPE and not reached.issuperset(node.all_input_nodes)
-        if node.op == "call_function" and not node.users and node.is_impure() and not is_idle:
+        if has_no_reader and node.is_impure() and not is_idle:
             side_effects.append(node)
     reached |= nodes_before(program.graph, side_effects)
-    hashes, operations = _hash_nodes(
-        program.graph, _leaf_hashes(program), reached
-    )  # raises `CertificateError`
-    lines = [_encode(value, hashes.__getitem__) for value in (outputs.args[0], *side_effects)]
+    hashes, operations = _hash_nodes(program, reached)
+    encoded = [_encode(value, hashes.__getitem__) for value in (outputs.args[0], *side_effects)]
     signature = program.graph_signature
     state_names = signature.inputs_to_parameters | signature.inputs_to_buffers  # by placeholder
-    paths = (path for node in hashes for path, _ in (node.meta.get("nn_module_stack") or {}).values())
     return ProgramRoot(
-        sha256=hash_parts(*lines),
+        sha256=hash_parts(*encoded),
         nodes=operations,
         state=frozenset(state_names[node.name] for node in hashes if node.name in state_names),
-        modules=frozenset(_module_name(str(path)) for path in paths),
+        modules=frozenset(name for node in hashes for name in _module_names(node)),
     )
 
 
@@ -112,30 +110,19 @@ def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str
 class Trace:
     """The hash of every operation of a program in order, and the hashes of the tensors that they use.
 
-    Two programs with equal hashes differ in names only, and in tensors that nothing uses, so torch's passes
+    Two programs with equal traces differ in names only, and in tensors that nothing uses, so torch's passes
     give both the same result.
     """
 
     operations: str
     tensors: tuple[str, ...]
-    names: tuple[str, ...]  # of the tensors, in the network
+    names: tuple[str, ...] = field(compare=False)  # of the tensors, in the network
 
     def without(self, names: Iterable[str]) -> "Trace":
-        """Leave out the content of the tensors *names*."""
+        """Copy the trace with "" in place of the hashes of the tensors *names*."""
         hidden = set(names)
         pairs = zip(self.names, self.tensors, strict=True)
         return replace(self, tensors=tuple("" if name in hidden else sha256 for name, sha256 in pairs))
-
-
-def are_equal_traces(first: Sequence[Trace | None], second: Sequence[Trace | None]) -> bool:
-    """Return whether all traces exist and are equal up to the names of tensors."""
-    pairs = zip(first, second, strict=True)
-    return all(
-        one is not None
-        and other is not None
-        and (one.operations, one.tensors) == (other.operations, other.tensors)
-        for one, other in pairs
-    )
 
 
 def trace_hash(program: ExportedProgram) -> Trace | None:
@@ -145,26 +132,26 @@ def trace_hash(program: ExportedProgram) -> Trace | None:
     argument, a subgraph or an operation that cannot be hashed.
     """
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    used = [spec for spec in program.graph_signature.input_specs if placeholders[spec.arg.name].users]
-    nodes = [placeholders[spec.arg.name] for spec in used]
-    nodes += [node for node in program.graph.nodes if node.op != "placeholder"]
-    positions = {node: str(position) for position, node in enumerate(nodes)}
-    lines, hashes, names = [str(program.range_constraints)], [], []
+    used_specs = [spec for spec in program.graph_signature.input_specs if placeholders[spec.arg.name].users]
+    used_placeholders = [placeholders[spec.arg.name] for spec in used_specs]
+    others = [node for node in program.graph.nodes if node.op != "placeholder"]
+    positions = {node: str(position) for position, node in enumerate([*used_placeholders, *others])}
+    described, hashes = [str(program.range_constraints)], []
     try:
-        leaves = _leaf_hashes(program)
-        for spec in used:
+        hashes_by_placeholder = _hash_placeholders(program)
+        for spec in used_specs:
             stored = _stored_value(program, spec)
             strides = stored.stride() if isinstance(stored, Tensor) else ""
-            lines.append(f"{spec.kind} {spec.persistent} {strides}")
-            hashes.append(leaves[spec.arg.name])
-            names.append(spec.target or "")
-        for node in nodes[len(used) :]:
+            described.append(f"{spec.kind} {spec.persistent} {strides}")
+            hashes.append(hashes_by_placeholder[spec.arg.name])
+        for node in others:
             if node.op != "output":
-                lines.append(_operation(node))  # raises an error unless the node is a call
-            lines.append(_encode([node.args, node.kwargs], positions.__getitem__))
+                described.append(_name_operation(node))  # raises an error unless the node is a call
+            described.append(_encode([node.args, node.kwargs], positions.__getitem__))
     except CertificateError:
         return None
-    return Trace(hash_parts(*lines), tuple(hashes), tuple(names))
+    names = tuple(spec.target or "" for spec in used_specs)
+    return Trace(hash_parts(*described), tuple(hashes), names)
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -188,10 +175,10 @@ _stored_hashes: ContextVar[WeakIdKeyDictionary | None] = ContextVar("_stored_has
 
 @contextmanager
 def hashing_once() -> Iterator[None]:
-    """Compute the hash of each tensor object in programs, and of `stored_hash`, once while the block runs.
+    """Let `stored_hash` compute the hash of a tensor once in the block, unless its version changes.
 
-    A write that hides from the version of the tensor has no effect then: compare `tensor_hash` at the end. An
-    inner block uses the hashes of the outer one.
+    A write that hides from the version goes unnoticed: compare `tensor_hash` at the end. An inner block uses
+    the hashes of the outer one.
     """
     outer = _stored_hashes.get()
     token = _stored_hashes.set(WeakIdKeyDictionary() if outer is None else outer)
@@ -222,29 +209,33 @@ def copy_hashed(source: Tensor, target: Tensor) -> None:
         stored[target] = (target._version, target.data_ptr()), stored_hash(source)
 
 
-def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
-    """Hash every placeholder: weights by content, inputs by position, dtype and shape."""
-    symbols: dict[str, str] = {}
-    leaves: dict[str, str] = {}
+def _hash_placeholders(program: ExportedProgram) -> dict[str, str]:
+    """Map each placeholder to a hash: of a weight's content, or of an input's position, dtype and shape.
+
+    Raises `CertificateError` for one that is not a tensor.
+    """
+    numbered_sizes: dict[str, str] = {}  # symbolic sizes are numbered by their first appearance
+    hashes: dict[str, str] = {}
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    specs = program.graph_signature.input_specs
-    for position, spec in enumerate(spec for spec in specs if spec.kind == InputKind.USER_INPUT):
-        value = values[spec.arg.name]
-        if not isinstance(value, Tensor):
-            raise CertificateError(f"input {position} is not a tensor")
-        shape = []
-        for size in value.shape:
-            new_symbol = f"S{len(symbols)}"  # symbolic sizes are numbered by their first appearance
-            name = str(size) if isinstance(size, int) else symbols.setdefault(str(size.node.expr), new_symbol)
-            shape.append(name)
-        leaves[spec.arg.name] = hash_parts("input", str(position), str(value.dtype), *shape)
-    for spec in specs:
+    num_inputs = 0
+    for spec in program.graph_signature.input_specs:
         if spec.kind != InputKind.USER_INPUT:
             tensor = _stored_value(program, spec)
             if not isinstance(tensor, Tensor):
                 raise CertificateError(f"{spec.target}: the graph depends on an object that is not a tensor")
-            leaves[spec.arg.name] = stored_hash(tensor)
-    return leaves
+            hashes[spec.arg.name] = stored_hash(tensor)
+            continue
+        value = values[spec.arg.name]
+        if not isinstance(value, Tensor):
+            raise CertificateError(f"input {num_inputs} is not a tensor")
+        shape = []
+        for size in value.shape:
+            new = f"S{len(numbered_sizes)}"
+            name = str(size) if isinstance(size, int) else numbered_sizes.setdefault(str(size.node.expr), new)
+            shape.append(name)
+        hashes[spec.arg.name] = hash_parts("input", str(num_inputs), str(value.dtype), *shape)
+        num_inputs += 1
+    return hashes
 
 
 def _stored_value(program: ExportedProgram, spec: InputSpec) -> Any:
@@ -270,34 +261,33 @@ def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
     raise CertificateError(f"an operation has a {type(value).__name__} argument, which cannot be hashed")
 
 
-def _hash_nodes(
-    graph: fx.Graph, leaves: dict[str, str], needed: set[fx.Node]
-) -> tuple[dict[fx.Node, str], dict[str, str]]:
-    """Hash the *needed* nodes, with all operands; return their hashes, and a description of each hash.
+def _hash_nodes(program: ExportedProgram, needed: set[fx.Node]) -> tuple[dict[fx.Node, str], dict[str, str]]:
+    """Hash the *needed* nodes, among them all of their operands; map each hash to operation and module.
 
-    *leaves* are the hashes of the placeholders by name. A description names operation and module.
+    Raises `CertificateError` for an operation that no proof covers.
     """
+    hashes_by_placeholder = _hash_placeholders(program)
     hashes: dict[fx.Node, str] = {}
     operations: dict[str, str] = {}
-    for node in graph.nodes:  # in topological order
+    for node in program.graph.nodes:  # in topological order
         if node not in needed:
             continue
         if node.op == "placeholder":
-            hashes[node] = leaves[node.name]
+            hashes[node] = hashes_by_placeholder[node.name]
         elif node.op == "get_attr":
-            hashes[node] = stored_hash(_constant(node))
+            hashes[node] = stored_hash(_get_constant(node))
         elif node.target is torch.ops.aten.clone.default and module_of(node) == "normalise":
             # `Normalize` copies the images to the layout of the network.
             hashes[node] = hashes[node.all_input_nodes[0]]
         else:
-            operation = _operation(node)
-            arguments = (_encode(value, hashes.__getitem__) for value in _arguments(node))
+            operation = _name_operation(node)
+            arguments = (_encode(value, hashes.__getitem__) for value in _all_arguments(node))
             hashes[node] = hash_parts(operation, *arguments)
             operations.setdefault(hashes[node], f"{operation} in {module_of(node)}")
     return hashes, operations
 
 
-def _operation(node: fx.Node) -> str:
+def _name_operation(node: fx.Node) -> str:
     """Return the name of the operation of *node*; raises `CertificateError` for one that no proof covers."""
     target: Any = node.target
     if node.op != "call_function":
@@ -356,25 +346,21 @@ class _ValueHasher:
         self.sizes = {} if isinstance(batch_size, int) else {batch_size.node.expr: replacement}
 
     def visit(self, node: fx.Node) -> None:
-        """Compute the hash or the value of *node*, whose operands were visited before."""
-        if node.op == "placeholder":
-            spec = self.specs[node.name]
-            if spec.kind == InputKind.USER_INPUT:
-                self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._shape(node))
-            else:
-                self.constants[node] = _stored_value(self.program, spec)
-        elif node.op == "get_attr":
-            self.constants[node] = _constant(node)
-        elif node.op == "output":
-            self.root = _encode(node.args[0], self._hash)
-        else:
-            self._visit_call(node)
+        """Compute the value of *node* if it does not depend on the images, or else its hash.
 
-    def _visit_call(self, node: fx.Node) -> None:
-        """Compute the value of a call that does not depend on the images, or else its hash."""
+        Its operands were visited before; the output gives the root.
+        """
         target: Any = node.target
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):  # computed from sizes only
+        if node.op == "placeholder" and self.specs[node.name].kind == InputKind.USER_INPUT:
+            self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._format_shape(node))
+        elif node.op == "placeholder":
+            self.constants[node] = _stored_value(self.program, self.specs[node.name])
+        elif node.op == "get_attr":
+            self.constants[node] = _get_constant(node)
+        elif node.op == "output":
+            self.root = _encode(node.args[0], self._hash)
+        elif isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):  # computed from sizes only
             number = value.node.expr.subs(self.sizes)
             if number.is_Integer:
                 self.constants[node] = int(number)
@@ -387,8 +373,10 @@ class _ValueHasher:
             with torch.no_grad():
                 self.constants[node] = target(*args, **kwargs)
         elif self._keeps_values(node):  # of a chain of them, the first value and the last shape count
-            operand, shape = node.all_input_nodes[0], self._shape(node)
-            source, source_shape = self.unshaped.get(operand, (self._hash(operand), self._shape(operand)))
+            operand, shape = node.all_input_nodes[0], self._format_shape(node)
+            source, source_shape = self.unshaped.get(
+                operand, (self._hash(operand), self._format_shape(operand))
+            )
             self.unshaped[node] = source, source_shape
             self.hashes[node] = source if shape == source_shape else hash_parts("reshape", source, shape)
         else:
@@ -399,21 +387,21 @@ class _ValueHasher:
     def _keeps_values(self, node: fx.Node) -> bool:
         """Return whether *node* has the values of its operand in the same order, in any layout or shape."""
         if operator_name(node) == "aten.expand":  # repeats values, unless the shape stays the same
-            return self._shape(node) == self._shape(node.all_input_nodes[0])
+            return self._format_shape(node) == self._format_shape(node.all_input_nodes[0])
         reads_bytes = str(node.target) == "aten.view.dtype"  # an overload of `view` for another type
         return operator_name(node) in VALUE_LAYOUT and not reads_bytes
 
     def _unified_arguments(self, node: fx.Node) -> list[Any]:
         """List the arguments of *node*; those of `expand` and `slice` that mean the same get one form."""
-        arguments = _arguments(node)
+        arguments = _all_arguments(node)
         if operator_name(node) == "aten.expand":
-            return [arguments[0], self._shape(node)]
+            return [arguments[0], self._format_shape(node)]
         if operator_name(node) == "aten.slice":
             start, end = arguments[2:4]  # None means from the first, to the last
             arguments[2:4] = [start or 0, sys.maxsize if end is None else end]
         return arguments
 
-    def _shape(self, node: fx.Node) -> str:
+    def _format_shape(self, node: fx.Node) -> str:
         """Format the shape of the value of *node*; a symbolic batch size is replaced as in `sizes`."""
         if node in self.constants and isinstance(self.constants[node], Tensor):
             return str(list(self.constants[node].shape))
@@ -433,15 +421,17 @@ def operator_name(node: fx.Node) -> str:
 
 def module_of(node: fx.Node) -> str:
     """Name the innermost module that *node* was captured in; "forward" is the whole network."""
-    paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    name = _module_name(paths[-1]) if paths else ""
-    return "forward" if name == "" else name
+    names = _module_names(node)
+    return names[-1] if names and names[-1] else "forward"
 
 
-def _module_name(path: str) -> str:
-    """Return the name of a module in the network from its *path* in what was captured; "" for the whole."""
-    name = path.removeprefix("L['self'].").removeprefix("network.")
-    return "" if name == "network" else name
+def _module_names(node: fx.Node) -> list[str]:
+    """List the modules that *node* was captured in, the outermost first; "" is the whole network."""
+    names = []
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        name = str(path).removeprefix("L['self'].").removeprefix("network.")
+        names.append("" if name == "network" else name)
+    return names
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -450,13 +440,13 @@ def _is_random(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
     names = [argument.name for argument in target._schema.arguments]
-    arguments = dict(zip(names, _arguments(node), strict=True))
+    arguments = dict(zip(names, _all_arguments(node), strict=True))
     is_off = any(arguments.get(name) == 0 for name in ("p", "dropout_p"))  # `dropout_p` of attention
     is_eval = any(arguments.get(name) is False for name in ("train", "training"))
     return not is_off and not is_eval
 
 
-def _constant(node: fx.Node) -> Tensor:
+def _get_constant(node: fx.Node) -> Tensor:
     """Return the constant that *node* refers to; raises `CertificateError` for a subgraph of control flow."""
     value: Any = node.graph.owning_module
     for part in str(node.target).split("."):
@@ -466,7 +456,7 @@ def _constant(node: fx.Node) -> Tensor:
     return value
 
 
-def _arguments(node: fx.Node) -> list[Any]:
+def _all_arguments(node: fx.Node) -> list[Any]:
     """List every argument of *node* in schema order, with defaults filled in."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):

@@ -183,7 +183,7 @@ class ExportResults:
 
     def facts(self) -> dict[str, str]:
         """Describe the results, one line for each."""
-        certificate, parity = self.certificate, self.parity
+        parity = self.parity
         parts_by_type = sorted(Counter(self.precision.parts.values()).items())
         types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
         drift = (
@@ -192,11 +192,17 @@ class ExportResults:
         )
         if not parity.passed:
             drift += "; THE COMPARISON DID NOT PASS, which was allowed"
+        answers = f"top class equal on {parity.num_agreeing} of {parity.num_images} probe images"
+        if parity.num_agreeing < parity.num_images:
+            flips = parity.flips
+            answers += f"; flips: {flips['noise']} noise, {flips['routing']} routing, {flips['error']} wrong"
+        if parity.routing is not None:
+            answers += f"; the gate is undecided on {parity.routing.num_undecided}"
         return {
-            **_proof_facts(certificate),
+            **_proof_facts(self.certificate),
             "types": f"{self.precision.precision}: {types}",
             "drift": drift,
-            "answers": _agreement(parity),
+            "answers": answers,
             **_precision_facts(self.precision),
             **dict(() if self.decision is None else self.decision.rows()),
             "costs": f"{self.shipped.parameters:,} of {self.trained.parameters:,} parameters, "
@@ -248,31 +254,29 @@ class Exported(ExportResults):
 
 def _proof_facts(certificate: Certificate) -> dict[str, str]:
     """Describe what was removed, kept and proved."""
-    used_modules = {entry.name.rpartition(".")[0] for entry in certificate.kept}
-    # Without counters of modules that are used, such as `num_batches_tracked`.
-    dead = [
-        entry
-        for entry in certificate.unreached
-        if entry.dtype.startswith("float") or entry.name.rpartition(".")[0] not in used_modules
-    ]
+    used_modules = {tensor.name.rpartition(".")[0] for tensor in certificate.kept}
+    integers = [tensor for tensor in certificate.unreached if not tensor.dtype.startswith("float")]
+    # Counters of modules that are used, such as `num_batches_tracked`, are not worth a mention.
+    counters = {tensor.name for tensor in integers if tensor.name.rpartition(".")[0] in used_modules}
+    unused = [tensor for tensor in certificate.unreached if tensor.name not in counters]
     if certificate.detached:
         tensors = f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
         removed = f"{', '.join(certificate.detached)} ({tensors})"
-    elif dead:
-        names, size = shorten([entry.name for entry in dead]), sum(entry.bytes for entry in dead)
+    elif unused:
+        names, size = shorten([tensor.name for tensor in unused]), sum(tensor.bytes for tensor in unused)
         removed = (
             f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
         )
     else:
         removed = "nothing: the network has no training-only parts"
-    weaker = {}
+    proof = {}
     if certificate.proof in WEAKER_PROOFS:
-        weaker["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
+        proof["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
     return {
         "removed": removed,
         "kept": f"{len(certificate.kept) + len(certificate.unreached)} tensors, sha256 equal before and "
         f"after; the outputs depend on {len(certificate.kept)}",
-        **weaker,
+        **proof,
         "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
         f"({certificate.roots.num_operations} operations; also at batch 1, also as ONNX)",
         "logits": f"bitwise equal on {certificate.num_images} probe images",
@@ -282,32 +286,23 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
     }
 
 
-def _agreement(parity: ParityReport) -> str:
-    """Describe how often the top class equals that of the network, and the reasons for differences."""
-    line = f"top class equal on {parity.num_agreeing} of {parity.num_images} probe images"
-    if parity.num_agreeing < parity.num_images:
-        flips = parity.flips
-        line += f"; flips: {flips['noise']} noise, {flips['routing']} routing, {flips['error']} wrong"
-    if (routing := parity.routing) is not None:
-        line += f"; the gate is undecided on {routing.num_undecided}"
-    return line
-
-
 def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
     """Describe the measured accuracy loss and the quantization."""
-    rows = {}
-    if (accuracy := precision.accuracy) is not None:
+    facts: dict[str, str] = {}
+    accuracy, int8 = precision.accuracy, precision.quantisation
+    if accuracy is not None:
         top1, images = "", accuracy.num_images
         if accuracy.before is not None and accuracy.after is not None:
             before, after = (_share(round(top * images), images) for top in (accuracy.before, accuracy.after))
             top1 = f"top-1 {before} before, {after} after; "
-        rows["images"] = f"{top1}same class as float32 on {_share(accuracy.num_agreeing, images)}"
-        rows["images"] += f"; logits differ by {accuracy.deviation:.2g} standard deviations"
+        facts["images"] = f"{top1}same class as float32 on {_share(accuracy.num_agreeing, images)}"
+        facts["images"] += f"; logits differ by {accuracy.deviation:.2g} standard deviations"
         if images < SHOWS_ONE_POINT:
-            rows["images"] += f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
-    if (int8 := precision.quantisation) is not None:
-        rows["int8"] = f"{int8.num_layers} layers {TARGETS[int8.runtime]}, ranges of {int8.num_images} images"
-    return rows
+            facts["images"] += f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
+    if int8 is not None:
+        layers = f"{int8.num_layers} layers {TARGETS[int8.runtime]}"
+        facts["int8"] = f"{layers}, ranges of {int8.num_images} images"
+    return facts
 
 
 def _share(count: int, images: int) -> str:

@@ -52,8 +52,8 @@ def is_library(package: str) -> bool:
     if package in sys.stdlib_module_names or package in ("sopdeploy", "torch"):
         return True
     module = sys.modules.get(package)
-    places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
-    folders = {Path(place).parent for place in places if isinstance(place, str)}
+    paths = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
+    folders = {Path(path).parent for path in paths if isinstance(path, str)}
     return any(folder.name == "dist-packages" or next(folder.glob("*.dist-info"), None) for folder in folders)
 
 
@@ -117,19 +117,19 @@ def read_state(network: nn.Module) -> dict[str, Any]:
             if attribute.startswith("_flat_weight") and isinstance(module, nn.RNNBase):
                 continue  # torch updates these lists of parameters itself
             if attribute in ("_parameters", "_buffers", "_modules"):
-                state |= {f"{prefix}{key}": _identify(item) for key, item in value.items()}
+                state |= {f"{prefix}{key}": identify(item) for key, item in value.items()}
             else:
                 unread.append((f"{prefix}{attribute}", value))
         unread += [(kind.__name__, kind) for kind in type(module).__mro__]  # with class attributes
     while unread:
         path, value = unread.pop()
-        content = _content(value)
-        state[path] = _identify(value) if content is None else content
+        content = _comparable_content(value)
+        state[path] = identify(value) if content is None else content
         # A value with content, such as a float, holds nothing else; a user's subclass can have attributes.
         can_hold_more = content is None or not _is_of_library(type(value))
         if can_hold_more and id(value) not in seen:
             seen.add(id(value))
-            unread += [(path + inside, item) for inside, item in _children(value)]
+            unread += [(path + suffix, held) for suffix, held in _held_by(value)]
         if len(state) > MOST_OBJECTS:
             raise LoweringError(
                 f"{path}: the network holds more than {MOST_OBJECTS:,} objects, as of a data set; remove them"
@@ -137,8 +137,8 @@ def read_state(network: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _content(value: Any) -> Any:
-    """Return the comparable content of a value, array, random generator or empty container.
+def _comparable_content(value: Any) -> Any:
+    """Return the content of a value, array, random generator or empty container.
 
     Returns None for other objects, whose identity is compared.
     """
@@ -154,13 +154,17 @@ def _content(value: Any) -> Any:
     return type(value) if is_empty else None
 
 
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
+def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what *value* holds, with the suffix of each path; of libraries, only modules and containers."""
     if isinstance(value, (Tensor, ModuleType, *FIXED)):
         return  # a tensor has a version; of a module, only the variables that functions use are read
     if isinstance(value, type | FunctionType):
-        if not _is_of_library(value):  # those of libraries hold no state of the network
-            yield from _held_by_definition(value)
+        if _is_of_library(value):  # then it holds no state of the network
+            return
+        if isinstance(value, FunctionType):
+            yield from _held_by_function(value)
+        else:
+            yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
         return
     kind = type(value)
     package = str(kind.__module__).partition(".")[0]
@@ -170,21 +174,13 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
         held = object.__getattribute__(value, "__dict__")
     yield from ((f".{name}", item) for name, item in held.items())
-    # `_items` can list the dict of attributes as one more item.
-    yield from ((end, item) for end, item in _items(value) if item is not held)
+    # The dict of attributes can be among the referents.
+    yield from ((suffix, item) for suffix, item in _items_and_referents(value) if item is not held)
     yield f" ({kind.__name__})", kind  # a class of a user has attributes, too
 
 
-def _held_by_definition(definition: type | FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield what a function uses or a class has, with the suffix of each path."""
-    if isinstance(definition, FunctionType):
-        yield from _used_by(definition)
-    else:
-        yield from ((f".{name}", item) for name, item in vars(definition).items() if name != "__weakref__")
-
-
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """List the items of a container; of other objects than modules, also their state and what they refer to.
+def _items_and_referents(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the items of a container; of other objects than modules, also their state and what they refer to.
 
     Plain containers have nothing but items. The state is for example the position of an iterator.
     """
@@ -215,8 +211,8 @@ def _describe_state(value: Any) -> str:
         return object.__repr__(value)
 
 
-def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """List attributes and defaults of *function*, and the enclosing, global and module variables it uses."""
+def _held_by_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield attributes and defaults of *function*, and the enclosing, global and module variables it uses."""
     names: set[str] = set()  # of global variables and attributes
     codes = [function.__code__]
     while codes:
@@ -236,7 +232,7 @@ def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
     yield " (defaults)", function.__defaults__
 
 
-def _identify(value: object) -> ObjectId:
+def identify(value: object) -> ObjectId:
     """Identify *value*; writes change the version and the memory of a tensor, and the length of a set."""
     # Sparse tensors, and those of torch.export's tracing, whose types are others, have no address of memory.
     if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
@@ -301,15 +297,14 @@ class PythonNumbers:
         """
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         are_known = [operand in self._values for operand in operands]
-        if operands and not any(are_known):
-            return None
-        numbers = tree_leaves(args[:1])  # without an array, whose memory the tensor can share
-        are_numbers = bool(numbers) and all(isinstance(number, int | float) for number in numbers)
-        makes = function in self.MAKERS and are_numbers
-        is_reader = getattr(function, "__name__", "") in self.FUNCTIONS
-        reads = is_reader and bool(operands) and all(are_known)
-        if not makes and not reads:
-            if operands:
+        if operands:
+            computes = all(are_known) and getattr(function, "__name__", "") in self.FUNCTIONS
+        else:
+            numbers = tree_leaves(args[:1])  # without an array, whose memory the tensor can share
+            are_numbers = bool(numbers) and all(isinstance(number, int | float) for number in numbers)
+            computes = function in self.MAKERS and are_numbers
+        if not computes:
+            if any(are_known):
                 self._values = WeakIdKeyDictionary()
             return None
         args, kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
@@ -392,9 +387,9 @@ def _calling_module() -> str:
 @contextmanager
 def preserved(network: nn.Module) -> Iterator[None]:
     """Restore the attributes of all modules of *network*, and the containers in them, at the end."""
-    tables = [vars(module) for _, module in modules(network)]
-    inside = [container for table in tables for container in _containers(table, DEPTH)]
-    saved: list[tuple[Any, Any]] = [(container, container.copy()) for container in (*tables, *inside)]
+    attributes = [vars(module) for _, module in modules(network)]
+    nested = [container for table in attributes for container in _nested_containers(table, DEPTH)]
+    saved: list[tuple[Any, Any]] = [(container, container.copy()) for container in (*attributes, *nested)]
     try:
         yield
     finally:
@@ -404,9 +399,9 @@ def preserved(network: nn.Module) -> Iterator[None]:
             fill(content)
 
 
-def _containers(value: Any, depth: int) -> Iterator[Any]:
-    """Yield the dicts, lists and sets in the container *value*, down to *depth* levels."""
-    for item in value.values() if isinstance(value, dict) else value:
+def _nested_containers(container: Any, depth: int) -> Iterator[Any]:
+    """Yield the dicts, lists and sets in *container*, down to *depth* levels."""
+    for item in container.values() if isinstance(container, dict) else container:
         if depth and isinstance(item, dict | list | set):
             yield item
-            yield from _containers(item, depth - 1)
+            yield from _nested_containers(item, depth - 1)

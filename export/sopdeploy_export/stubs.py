@@ -31,7 +31,7 @@ SIZES = (2, 3)
 
 
 @dataclass(frozen=True, slots=True)
-class TensorForm:
+class TensorSpec:
     """The type and the sizes of a tensor."""
 
     dtype: torch.dtype
@@ -39,37 +39,36 @@ class TensorForm:
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectForm:
-    """An object of a class that holds its values as attributes, which are forms here."""
+class ObjectSpec:
+    """An object of a class that holds its values as attributes, which are specs here."""
 
     kind: type
     attributes: Any
 
 
-def without_content(returned: Any, part: str) -> Any:
-    """Replace the tensors and objects in what *part* returned by their forms.
+def to_specs(returned: Any, part: str) -> Any:
+    """Replace the tensors and objects in what *part* returned by their specs; values stay.
 
     Raises `LoweringError` for an object that a stub cannot make.
     """
 
-    def form_of(leaf: Any) -> Any:
-        """Return the form of a tensor or an object; a value is its own form."""
+    def to_spec(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return TensorForm(leaf.dtype, tuple(leaf.shape))
+            return TensorSpec(leaf.dtype, tuple(leaf.shape))
         if isinstance(leaf, (*VALUES, Enum)):
             return leaf
         if callable(leaf) or not hasattr(leaf, "__dict__"):
             kind = type(leaf).__name__
             raise LoweringError(f"{part} returns a {kind}, so it cannot be removed; return tensors")
-        return ObjectForm(type(leaf), without_content(vars(leaf), part))
+        return ObjectSpec(type(leaf), to_specs(vars(leaf), part))
 
-    return tree_map(form_of, returned)
+    return tree_map(to_spec, returned)
 
 
 class PartCall(NamedTuple):
     """A call of a removed part by code outside of all removed parts.
 
-    `first` and `second` are what it returned for `SIZES`, with forms in place of tensors and objects.
+    `first` and `second` are what it returned for `SIZES`, with specs in place of tensors and objects.
     """
 
     part: str
@@ -96,27 +95,31 @@ class PartCall(NamedTuple):
         made = [self._make_leaf(*pair, pixels) for pair in zip(leaves, others, strict=True)]
         return tree_unflatten(made, structure)
 
-    def _make_leaf(self, one: Any, other: Any, pixels: Tensor) -> Any:
-        """Make a leaf of the answer that had the forms, or values, *one* and *other* for `SIZES`."""
-        if isinstance(one, TensorForm) and isinstance(other, TensorForm):
-            if (one.dtype, len(one.sizes)) == (other.dtype, len(other.sizes)):
-                pairs = zip(one.sizes, other.sizes, strict=True)
-                sizes = [_number_for(pixels.shape[0], *pair) for pair in pairs]
-                dtype = pixels.dtype if one.dtype == torch.float32 else one.dtype
+    def _make_leaf(self, first: Any, second: Any, pixels: Tensor) -> Any:
+        """Make a leaf of the answer for *pixels*; it had the specs, or values, *first* and *second*."""
+        batch = pixels.shape[0]
+        if isinstance(first, TensorSpec) and isinstance(second, TensorSpec):
+            if (first.dtype, len(first.sizes)) == (second.dtype, len(second.sizes)):
+                pairs = zip(first.sizes, second.sizes, strict=True)
+                sizes = [_extrapolate(batch, *pair) for pair in pairs]
+                dtype = pixels.dtype if first.dtype == torch.float32 else first.dtype
                 return pixels.new_full(sizes, _filler(dtype), dtype=dtype)
-        elif isinstance(one, ObjectForm) and isinstance(other, ObjectForm) and one.kind is other.kind:
-            made: Any = object.__new__(one.kind)
-            vars(made).update(PartCall(self.part, "", one.attributes, other.attributes).make_answer(pixels))
+        elif isinstance(first, ObjectSpec) and isinstance(second, ObjectSpec) and first.kind is second.kind:
+            made: Any = object.__new__(first.kind)
+            of_attributes = PartCall(self.part, "", first.attributes, second.attributes)
+            vars(made).update(of_attributes.make_answer(pixels))
             return made
-        elif repr(one) == repr(other):  # NaN equals itself here
-            return one
-        elif all(isinstance(leaf, int) and not isinstance(leaf, bool | Enum) for leaf in (one, other)):
-            return _number_for(pixels.shape[0], one, other)
-        raise LoweringError(f"{self.part} returns {one!r} for {SIZES[0]} images and {other!r} for {SIZES[1]}")
+        elif repr(first) == repr(second):  # NaN equals itself here
+            return first
+        elif all(isinstance(leaf, int) and not isinstance(leaf, bool | Enum) for leaf in (first, second)):
+            return _extrapolate(batch, first, second)
+        raise LoweringError(
+            f"{self.part} returns {first!r} for {SIZES[0]} images and {second!r} for {SIZES[1]}"
+        )
 
 
-def _number_for(batch: Any, first: int, second: int) -> Any:
-    """Return the number for *batch* images, which torch.export gives as a symbol, from those for `SIZES`."""
+def _extrapolate(batch: Any, first: int, second: int) -> Any:
+    """Compute the number for *batch* images, a symbol in torch.export, linearly from those for `SIZES`."""
     per_image = (second - first) // (SIZES[1] - SIZES[0])
     constant = first - per_image * SIZES[0]
     if per_image == 0:
@@ -142,8 +145,8 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
     calls: list[PartCall] = []
     depth = 0  # of calls of removed parts; only the outermost are calls from outside
 
-    def recorded(part: str, method: str, function: Any) -> Any:
-        """Wrap *function*, the *method* of *part*, so that its calls from outside are recorded."""
+    def with_recording(part: str, method: str, function: Any) -> Any:
+        """Wrap *function*, the *method* of *part*, so that its calls from outside are added to `calls`."""
 
         @wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
@@ -154,28 +157,28 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
             finally:
                 depth -= 1
             if depth == 0:
-                form = without_content(returned, part)
-                calls.append(PartCall(part, method, form, form))
+                specs = to_specs(returned, part)
+                calls.append(PartCall(part, method, first=specs, second=specs))
             return returned
 
         return call
 
     for name, module in removed_modules(network, parts).items():
-        for method in ("forward", *_own_methods(type(module))):
-            vars(module)[method] = recorded(name, method, getattr(module, method))
-    runs: list[tuple[PartCall, ...]] = []
+        for method in ("forward", *_methods_of_user(type(module))):
+            vars(module)[method] = with_recording(name, method, getattr(module, method))
+    calls_by_size: dict[int, tuple[PartCall, ...]] = {}
     for size in (*SIZES, 1):
         calls.clear()
         network(pixels[:size].clone())  # which the network may write to
-        runs.append(tuple(calls))
-    first, second, one = runs
-    if [call.callee for call in first] != [call.callee for call in second]:
+        calls_by_size[size] = tuple(calls)
+    for_first, for_second = (calls_by_size[size] for size in SIZES)
+    if [call.callee for call in for_first] != [call.callee for call in for_second]:
         raise LoweringError(f"the network calls its parts in another way for {SIZES[1]} images")
-    pairs = zip(first, second, strict=True)
+    pairs = zip(for_first, for_second, strict=True)
     several = tuple(call._replace(second=other.second) for call, other in pairs)
     for call in several:
         call.make_answer(pixels)  # raises the error of a call that depends on the size in another way
-    return Recording(several, one)
+    return Recording(several, one=calls_by_size[1])
 
 
 def removed_modules(network: nn.Module, parts: Sequence[str]) -> dict[str, nn.Module]:
@@ -185,7 +188,7 @@ def removed_modules(network: nn.Module, parts: Sequence[str]) -> dict[str, nn.Mo
     return {name: module for name, module in named.items() if id(module) not in stays}
 
 
-def _own_methods(kind: type) -> list[str]:
+def _methods_of_user(kind: type) -> list[str]:
     """List the methods that classes of users add to those of `nn.Module` and torch's modules."""
     classes = [cls for cls in kind.__mro__ if not f"{cls.__module__}.".startswith(("torch.", "builtins."))]
     names = {name for cls in classes for name, value in vars(cls).items() if callable(value)}
@@ -287,23 +290,21 @@ class Stub(nn.Module):
         return super().__getattr__(name)
 
     def __bool__(self) -> bool:
-        """Return True, because the part was there."""
-        return True
+        return True  # because the part was there
 
     def __len__(self) -> int:
-        """Raise `ReadError`."""
         raise ReadError("the length of", self.part)
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the parts."""
-        return iter(self._content().values())
+        return iter(self._parts().values())
 
     def __getitem__(self, index: Any) -> Any:
         """Return the part at a position or with a name, or the parts of a slice."""
-        content = self._content()
-        return content[index] if isinstance(index, str) else list(content.values())[index]
+        parts = self._parts()
+        return parts[index] if isinstance(index, str) else list(parts.values())[index]
 
-    def _content(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Any]:
         """Map the names of the parts and tensors to them, as they follow each other in a list."""
         return {**self._modules, **vars(self)["held"]}
 
@@ -313,23 +314,23 @@ class StubDict(Stub):
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the parts."""
-        return iter(self._content())
+        return iter(self._parts())
 
     def __contains__(self, name: object) -> bool:
         """Return whether there is a part with this *name*."""
-        return name in self._content()
+        return name in self._parts()
 
     def keys(self) -> Any:
         """Return the names of the parts."""
-        return self._content().keys()
+        return self._parts().keys()
 
     def values(self) -> Any:
         """Return the parts."""
-        return self._content().values()
+        return self._parts().values()
 
     def items(self) -> Any:
         """Return the parts with their names."""
-        return self._content().items()
+        return self._parts().items()
 
 
 def without_values(tensor: Tensor) -> Tensor:
@@ -342,8 +343,8 @@ def _filler(dtype: torch.dtype) -> float:
     return torch.nan if dtype.is_floating_point or dtype.is_complex else 0
 
 
-def stubs_of(removed: Mapping[str, nn.Module], recording: Recording) -> dict[int, Any]:
-    """Map the ids of *removed* modules and of their tensors to what takes their place."""
+def make_stubs(removed: Mapping[str, nn.Module], recording: Recording) -> dict[int, Any]:
+    """Map the ids of *removed* modules to stubs, and those of their tensors to tensors of NaN."""
     substitutes: dict[int, Any] = {}
     for name, module in reversed([*removed.items()]):  # parts before what holds them
         kind = StubDict if isinstance(module, nn.ModuleDict | nn.ParameterDict) else Stub

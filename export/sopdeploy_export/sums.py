@@ -29,10 +29,10 @@ def norm(
     axes = sorted(axis % values.dim() for axis in (dim or range(values.dim())))
     sizes = [values.shape[axis] for axis in axes]
     if order != 2 or dtype is not None or not all(isinstance(size, int) for size in sizes):
-        return NotImplemented
+        return NotImplemented  # the operator stays
     count = math.prod(sizes)
     if count <= BLOCK:
-        return NotImplemented
+        return NotImplemented  # the operator stays
     kept = [axis for axis in range(values.dim()) if axis not in axes]
     squares = (values * values).permute(*kept, *axes).flatten(len(kept))
     blocks = F.pad(squares, (0, -count % BLOCK)).reshape(*squares.shape[:-1], -1, BLOCK)
@@ -47,7 +47,7 @@ def squeeze(values: Tensor, dim: int | Sequence[int]) -> Any:
     axes = [dim] if isinstance(dim, int) else list(dim)
     sizes = {axis: values.shape[axis] for axis in axes}
     if not all(isinstance(size, int) for size in sizes.values()) or all(size == 1 for size in sizes.values()):
-        return NotImplemented
+        return NotImplemented  # the operator stays
     single = [axis for axis, size in sizes.items() if size == 1]
     return torch.squeeze(values, tuple(single)) if single else values.clone()
 
@@ -55,7 +55,7 @@ def squeeze(values: Tensor, dim: int | Sequence[int]) -> Any:
 def transform_real(values: Tensor, *, dim: Sequence[int], onesided: bool) -> Any:
     """Write the Fourier transform of real *values* as products with constant matrices."""
     if not _have_fixed_sizes(values, dim):
-        return NotImplemented
+        return NotImplemented  # the operator stays
     real, imaginary = _transform_axis(values, None, dim[-1], inverse=False)
     if onesided:
         half = values.shape[dim[-1]] // 2 + 1
@@ -68,7 +68,7 @@ def transform_real(values: Tensor, *, dim: Sequence[int], onesided: bool) -> Any
 def transform_complex(values: Tensor, *, dim: Sequence[int], forward: bool) -> Any:
     """Write the Fourier transform of complex *values* as products with constant matrices."""
     if not _have_fixed_sizes(values, dim):
-        return NotImplemented
+        return NotImplemented  # the operator stays
     real, imaginary = torch.view_as_real(values).unbind(-1)
     for axis in dim:
         real, imaginary = _transform_axis(real, imaginary, axis, inverse=not forward)
@@ -82,7 +82,7 @@ def transform_to_real(values: Tensor, *, dim: Sequence[int], last_dim_size: int)
     """
     size = last_dim_size
     if not _have_fixed_sizes(values, dim) or not isinstance(size, int):
-        return NotImplemented
+        return NotImplemented  # the operator stays
     real, imaginary = torch.view_as_real(values).unbind(-1)
     for axis in dim[:-1]:
         real, imaginary = _transform_axis(real, imaginary, axis, inverse=True)

@@ -105,9 +105,9 @@ def _model_config(bundle: Bundle) -> str:
     """Write Triton's ModelConfig message for *bundle* in the protobuf text format."""
     manifest, image = bundle.manifest, bundle.manifest.inputs[0]
     batch = manifest.batch
-    tensors = [_tensor("input", record) for record in manifest.inputs]
+    tensors = [_tensor_config("input", record) for record in manifest.inputs]
     tensors += [
-        _tensor("output", record, f' label_filename: "{_LABELS}"' if position == 0 else "")
+        _tensor_config("output", record, f' label_filename: "{_LABELS}"' if position == 0 else "")
         for position, record in enumerate(manifest.outputs)
     ]
     text = CONFIG.format(
@@ -125,7 +125,7 @@ def _model_config(bundle: Bundle) -> str:
     return text
 
 
-def _tensor(field: str, record: TensorRecord, more: str = "") -> str:
+def _tensor_config(field: str, record: TensorRecord, more: str = "") -> str:
     """Write the *field* `input` or `output` for the tensor of *record*, with *more* fields of its message."""
     name, kind = json.dumps(record.name), TYPES[record.dtype]
     return f"{field} {{ name: {name} data_type: {kind} dims: {_dims(record)}{more} }}"

@@ -33,13 +33,13 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
     name = copied.graph.input[0].name
     if copied.graph.input[0].type.tensor_type.elem_type != TensorProto.UINT8:
         return copied
-    unsigned, readers = {name}, set()  # the names of uint8 values, and the operators that read them
+    uint8_values, readers = {name}, set()  # names of values, and the operators that read them
     for node in copied.graph.node:  # in topological order
-        if unsigned.isdisjoint(node.input):
+        if uint8_values.isdisjoint(node.input):
             continue
         readers.add(node.op_type)
         if node.op_type in MOVES:
-            unsigned.update(node.output)  # moved values are uint8, too
+            uint8_values.update(node.output)
         elif node.op_type not in ("Cast", "Shape"):  # whose results are not uint8
             raise LoweringError(f"{name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast")
     if readers <= {"Cast"}:  # the graph casts the images first
@@ -63,37 +63,19 @@ def parse_and_build(
     logger = make_logger(trt)
     builder = create(trt, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse_graph(trt, network, graph, logger)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph):
+        reason = last_error(logger)
+        if parser.num_errors:
+            error = parser.get_error(0)
+            node = f"node {error.node()} ({error.node_operator()} {error.node_name()})"
+            reason = f"{node}: {' '.join(error.desc().split())}"
+        raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {reason}")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default
-    _add_profiles(builder, config, network, profiles)
-    with interrupts_recorded() as interrupt:
-        monitor = make_monitor(trt, report, interrupt)
-        config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
-    return bytes(plan)
-
-
-def _parse_graph(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
-    """Fill *network* from *graph*; raises `EngineError` with the first error of the parser."""
-    parser = trt.OnnxParser(network, logger)
-    if parser.parse(graph):
-        return
-    reason = last_error(logger)
-    if parser.num_errors:
-        error = parser.get_error(0)
-        node = f"node {error.node()} ({error.node_operator()} {error.node_name()})"
-        reason = f"{node}: {' '.join(error.desc().split())}"
-    raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {reason}")
-
-
-def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Profile]) -> None:
-    """Add *profiles* to *config*; raises `EngineError` if TensorRT rejects one."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    for batches in profiles:  # whose ranges of batch sizes become TensorRT's own profiles
+    for batches in profiles:
         profile = builder.create_optimization_profile()
         for tensor in inputs:
             rest = tuple(tensor.shape)[1:]
@@ -101,6 +83,13 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
             profile.set_shape(tensor.name, *((size, *rest) for size in sizes))
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(f"TensorRT rejects the optimization profile for batches of {batches}")
+    with interrupts_recorded() as interrupt:
+        monitor = make_monitor(trt, report, interrupt)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
+    return bytes(plan)
 
 
 @contextmanager

@@ -32,11 +32,12 @@ from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph.forms import SymbolicForms, simplify_operators
-from sopdeploy_export.program_hashes import Trace, are_equal_traces, trace_hash
+from sopdeploy_export.program_hashes import Trace, trace_hash
 from sopdeploy_export.state import (
     DEPTH,
     NOT_IN_EVAL,
     STATELESS,
+    identify,
     modules,
     preserved,
     recording_calls,
@@ -65,32 +66,17 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
-        before = {name: (tensor, _storage(tensor)) for name, tensor in tensors(self.network).items()}
+        before = {name: identify(tensor) for name, tensor in tensors(self.network).items()}
         outputs = compute_outputs(self.network, self.normalise(images))
-        _check_unwritten(self.network, before)
+        after = tensors(self.network)
+        for name, identity in before.items():
+            if name not in after or identify(after[name]) != identity:
+                owner = dict(modules(self.network)).get(name.rpartition(".")[0])
+                remedy = NOT_IN_EVAL
+                if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
+                    remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
+                raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
         return tuple(at_least_float32(value) for value in outputs)
-
-
-def _storage(tensor: Tensor) -> tuple[int, int]:
-    """Return the version of *tensor*, which a write to it changes, and the address; zeros if it has none."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
-        return 0, 0  # tensors of torch.export's tracing have no address, inference tensors no version
-    return tensor._version, tensor.data_ptr()
-
-
-def _check_unwritten(network: nn.Module, before: Mapping[str, tuple[Tensor, tuple[int, int]]]) -> None:
-    """Raise `LoweringError` if a tensor of *network* was written to or replaced since *before* was read.
-
-    *before* maps its name to the tensor and its `_storage`.
-    """
-    after = tensors(network)
-    for name, (tensor, storage) in before.items():
-        if after.get(name) is not tensor or _storage(tensor) != storage:
-            owner = dict(modules(network)).get(name.rpartition(".")[0])
-            remedy = NOT_IN_EVAL
-            if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
-                remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
-            raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
@@ -141,28 +127,28 @@ def choose_output(output: Any, key: str | int) -> Any:
     Raises `LoweringError` if *output* has none.
     """
     chosen = output
-    steps = [key] if isinstance(key, int) or _has(output, key) else key.split(".")
+    steps = [key] if isinstance(key, int) or _has_key(output, key) else key.split(".")
     for step in steps:
-        if not _has(chosen, step):
+        if not _has_key(chosen, step):
             paths = ", ".join(path for path, _ in list_tensor_keys(output))
             problem = (
                 f"the network returns {_describe_output(output)}, without logits {key!r}; it has {paths}"
             )
             raise LoweringError(problem, setting="logits_key", value=key)
-        chosen = _item(chosen, step)
+        chosen = _look_up(chosen, step)
     return chosen
 
 
-def _has(output: Any, key: str | int) -> bool:
+def _has_key(output: Any, key: str | int) -> bool:
     """Return whether *output*, what a network returned, has an attribute, key or index *key*."""
     try:
-        _item(output, key)
+        _look_up(output, key)
     except (AttributeError, LookupError, TypeError, ValueError):
         return False
     return True
 
 
-def _item(output: Any, key: str | int) -> Any:
+def _look_up(output: Any, key: str | int) -> Any:
     """Return the attribute, key or index *key* of *output*; raises various errors if it has none."""
     if isinstance(output, Mapping):
         return output[key] if key in output else output[int(key)]
@@ -174,26 +160,27 @@ def _item(output: Any, key: str | int) -> Any:
 def list_tensor_keys(output: Any, path: str = "") -> list[tuple[str, str]]:
     """List (key, shape) of the tensors in *output*, what a network returned.
 
-    A key chooses the tensor, as in `choose_output`. *path* is the key of *output* itself. Containers whose
-    path has more than `DEPTH` dots are left out, because outputs can refer to themselves. A
-    listed tensor is thus in at most `DEPTH` + 2 containers.
+    A key chooses the tensor, as in `choose_output`; *path* is the key of *output* itself. The deepest listed
+    tensor is in `DEPTH` + 2 containers.
     """
     if isinstance(output, Tensor):
         sizes = [str(size) if isinstance(size, int) else "B" for size in output.shape]
         return [(path, f"({', '.join(sizes)})")]
-    if path.count(".") > DEPTH:
+    if path.count(".") > DEPTH:  # outputs can refer to themselves
         return []
-    fields = getattr(output, "_fields", None)
+    fields = getattr(output, "_fields", None)  # of a named tuple
     if isinstance(output, Mapping):
-        items = [(str(key), value) for key, value in output.items()]
-    elif fields is not None or not isinstance(output, list | tuple):
+        children = [(str(key), value) for key, value in output.items()]
+    elif isinstance(output, list | tuple) and fields is None:
+        children = [(str(index), value) for index, value in enumerate(output)]
+    else:
         # A function or a module holds no outputs; some objects have no dict.
         attributes = {} if callable(output) else getattr(output, "__dict__", {})
-        items = [(name, getattr(output, name)) for name in fields or attributes]
-    else:
-        items = [(str(index), value) for index, value in enumerate(output)]
-    inner = f"{path}." if path else ""
-    return [pair for key, value in items for pair in list_tensor_keys(value, inner + key)]
+        children = [(name, getattr(output, name)) for name in fields or attributes]
+    listed = []
+    for key, value in children:
+        listed += list_tensor_keys(value, f"{path}.{key}" if path else key)
+    return listed
 
 
 def _describe_output(output: Any) -> str:
@@ -270,7 +257,7 @@ def capture(
     traced = [trace_network(network, preprocess, sizes) for sizes in ranges]
     traces = tuple(map(trace_hash, traced))
     for captured in known:
-        if are_equal_traces(captured.traces, traces):
+        if captured.traces == traces and None not in traces:
             return captured
     programs = [make_functional(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
     return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)

@@ -46,27 +46,30 @@ EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in I
 _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
 
 
-def check_bfloat16(program: ExportedProgram) -> None:
-    """Raise `LoweringError` if code of the network computes in bfloat16, for which CPUs have no kernels."""
-    for node in program.graph.nodes:
-        values = (value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor))
-        if node.op == "call_function" and any(value.dtype == torch.bfloat16 for value in values):
-            raise LoweringError(
-                f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
-                "from forward"
-            )
-
-
 def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
 
-    The metadata `part` of a node names the part of the network that computes it; `convert_precision` removes
-    it. Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
+    Weights have their names in the network. The metadata `part` of a node names the part of the network that
+    computes it; `convert_precision` removes it. Raises `LoweringError` if an operator has no ONNX form or the
+    weights exceed 2 GB.
     """
-    check_bfloat16(program)
+    for node in program.graph.nodes:
+        values = (value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor))
+        if node.op == "call_function" and any(value.dtype == torch.bfloat16 for value in values):
+            raise LoweringError(  # CPUs have no kernels for it
+                f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
+                "from forward"
+            )
     model = convert(evaluate_constant_parts(program), [INPUT], outputs)
-    _keep_only_parts(model)
-    _name_weights(model)
+    _clear_metadata_and_inner_shapes(model)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape[0] = ir.SymbolicDim("batch")
+    for name, value in list(model.graph.initializers.items()):  # a list, because a new name changes the dict
+        name_in_network = name.removeprefix(NETWORK_PREFIX)
+        if name_in_network not in model.graph.initializers:  # as `normalise.scale` of this package may be
+            value.name = name_in_network
+    common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if size > _MAX_BYTES:
@@ -76,34 +79,21 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     return proto
 
 
-def _keep_only_parts(model: ir.Model) -> None:
-    """Remove all metadata of *model* but the part of each node, and the shapes of inner values.
-
-    Metadata are for example source lines. The batch axis of inputs and outputs gets the name "batch".
-    """
+def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
+    """Remove shapes of inner values, and metadata, such as source lines; keep the part of each node."""
+    # The modules of a node from the outermost to the innermost, then its operation, as the text of a list.
     scopes = {node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
-    common.ClearMetadataAndDocStringPass()(model)  # of nodes and the graph; that of values is cleared below
+    common.ClearMetadataAndDocStringPass()(model)  # of nodes and the graph
+    model.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
     for node, scope in scopes.items():
-        if scope is not None:  # the modules from the outermost to the innermost, then the operation
-            node.metadata_props["part"] = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
+        if scope is not None:
+            part = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
+            node.metadata_props["part"] = part if part not in ("", "network") else "forward"
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape, output.type = None, None
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.shape is not None and not isinstance(value.shape[0], int):
-            value.shape[0] = ir.SymbolicDim("batch")
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.metadata_props.clear()
-
-
-def _name_weights(model: ir.Model) -> None:
-    """Give the weights and buffers of *model* their names in the network, unless one is taken."""
-    for name, value in list(model.graph.initializers.items()):  # a list, because a new name changes the dict
-        name_in_network = name.removeprefix(NETWORK_PREFIX)
-        if name_in_network not in model.graph.initializers:  # as `normalise.scale` of this package may be
-            value.name = name_in_network
-    common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
 
 
 def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
@@ -126,15 +116,14 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
             model: ir.Model = converted.model
             _simplify(model)
         except Exception as error:  # the converter does not limit what its passes raise
-            raise LoweringError(f"no ONNX form: {_conversion_problem(error, program)}") from error
+            raise LoweringError(f"no ONNX form: {_describe_failure(error, program)}") from error
     return model
 
 
-def _conversion_problem(error: BaseException, program: ExportedProgram) -> str:
-    """Describe why the converter could not translate *program*.
+def _describe_failure(error: BaseException, program: ExportedProgram) -> str:
+    """Name the operator of *program* that the converter cannot translate, or else describe the first cause.
 
-    Names the operator that it cannot translate; else describes the first cause, or tells that the code
-    depends on values of the image. *error* is the last one of a chain, in which each names its cause.
+    *error* is the last one of a chain, in which each names its cause.
     """
     causes = [error]
     while (cause := causes[-1].__cause__) is not None:
@@ -154,7 +143,7 @@ def _simplify(model: ir.Model) -> None:
     common.InlinePass()(model)
     for _ in range(PASSES):
         fold_constants(model, onnx_shape_inference=True)
-        _remove_choices(model)
+        _bypass_constant_choices(model)
         rewrite(model, EXACT_RULES)  # removes what nothing reads, too
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)
@@ -163,16 +152,18 @@ def _simplify(model: ir.Model) -> None:
     common.NameFixPass()(model)
 
 
-def _remove_choices(model: ir.Model) -> None:
-    """Remove each `Where` of *model* that never chooses its first value, as behind a constant mask."""
+def _bypass_constant_choices(model: ir.Model) -> None:
+    """Replace the result of each `Where` of *model* with an all-false constant mask by its last operand."""
     for node in model.graph:
-        if node.op_type != "Where" or node.inputs[0] is None or node.inputs[0].const_value is None:
+        if node.op_type != "Where":
             continue
-        chosen, result = node.inputs[2], node.outputs[0]
-        if chosen is None or chosen.shape is None or chosen.shape != result.shape:
+        (mask, _, otherwise), result = node.inputs, node.outputs[0]
+        if mask is None or mask.const_value is None or mask.const_value.numpy().any():
             continue
-        if not node.inputs[0].const_value.numpy().any() and not result.is_graph_output():
-            ir.convenience.replace_all_uses_with(result, chosen)
+        if otherwise is None or otherwise.shape is None or otherwise.shape != result.shape:
+            continue
+        if not result.is_graph_output():
+            ir.convenience.replace_all_uses_with(result, otherwise)
 
 
 def check_graph(proto: onnx.ModelProto) -> None:
@@ -190,7 +181,6 @@ def check_graph(proto: onnx.ModelProto) -> None:
         raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed")
     for node in proto.graph.node:
         if node.op_type in REJECTED:
-            part = next((item.value for item in node.metadata_props if item.key == "part"), "")
-            where = part if part not in ("", "network") else "forward"
+            part = next((item.value for item in node.metadata_props if item.key == "part"), "forward")
             reason = DEPENDS_ON_VALUES if node.op_type == "NonZero" else "control flow is not allowed"
-            raise LoweringError(f"the graph contains {node.op_type} in {where}; {reason}")
+            raise LoweringError(f"the graph contains {node.op_type} in {part}; {reason}")

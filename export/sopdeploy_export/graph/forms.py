@@ -19,18 +19,11 @@ ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def simplify_operators(program: ExportedProgram) -> None:
-    """Replace some forms of pooling, and the ellipsis of `einsum`, in *program*, in place."""
-    _simplify_average_pooling(program)
-    _simplify_max_pooling(program)
-    _name_all_axes(program)
-    program.graph_module.recompile()
+    """Simplify average pooling, `ceil_mode` without effect, and ellipses in `einsum`, in place.
 
-
-def _simplify_average_pooling(program: ExportedProgram) -> None:
-    """Replace average pooling to one position, in place, by the mean that ATen computes for it.
-
-    After the mean, ATen restores the strides of a map in channels-last layout with `as_strided`
-    (AdaptiveAveragePooling.cpp), which torch-tensorrt cannot convert, and ONNX needs five operators for it.
+    Average pooling to one position becomes the mean that ATen computes for it. ATen then restores the strides
+    of a map in channels-last layout with `as_strided` (AdaptiveAveragePooling.cpp), which torch-tensorrt
+    cannot convert, and ONNX needs five operators for it.
     """
     aten = torch.ops.aten
     poolings = (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d)
@@ -39,14 +32,7 @@ def _simplify_average_pooling(program: ExportedProgram) -> None:
             x, output_size = node.args
             if output_size == [1] * num_axes:
                 node.target, node.args = aten.mean.dim, (x, [*range(-1, -1 - num_axes, -1)], True)
-
-
-def _simplify_max_pooling(program: ExportedProgram) -> None:
-    """Turn `ceil_mode` off, in place, where the result (B, C, H, W) has the same size without it.
-
-    With it, ONNX counts windows that begin behind the map, ATen does not.
-    """
-    aten = torch.ops.aten
+    # With `ceil_mode`, ONNX counts windows that begin behind the map, ATen does not.
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
         if len(node.args) == 6 and node.args[5]:  # the last argument is `ceil_mode`, by default False
             x, kernel, stride, padding, dilation, _ = node.args
@@ -54,15 +40,13 @@ def _simplify_max_pooling(program: ExportedProgram) -> None:
             floored = aten.max_pool2d(image, kernel, stride, padding, dilation)
             if floored.shape[-2:] == node.meta["val"].shape[-2:]:
                 node.args = (x, kernel, stride, padding, dilation)
-
-
-def _name_all_axes(program: ExportedProgram) -> None:
-    """Replace the ellipsis in `einsum` by labels, in place; ONNX Runtime does not accept every form of it."""
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default):
+    # ONNX Runtime does not accept every form of an ellipsis.
+    for node in program.graph.find_nodes(op="call_function", target=aten.einsum.default):
         equation, operands = node.args
         if "..." in equation.partition("->")[0]:
             ranks = [operand.meta["val"].ndim for operand in operands]
             node.args = (_label_hidden_axes(equation, ranks), operands)
+    program.graph_module.recompile()
 
 
 def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
@@ -71,14 +55,14 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
     if not arrow:  # then the result has the labels that occur once, in alphabetical order
         result = "..." + "".join(sorted(x for x in set(terms) - set(",.") if terms.count(x) == 1))
     unused = [letter for letter in ascii_letters if letter not in terms]
-    new_terms, longest = [], ""
+    labeled_terms, longest = [], ""
     for term, rank in zip(terms.split(","), ranks, strict=True):
         num_hidden = rank - len(term.replace("...", ""))
         # Reversed, so that the last hidden axis, at which operands are aligned, is always unused[0].
         labels = "".join(reversed(unused[:num_hidden]))
-        new_terms.append(term.replace("...", labels))
+        labeled_terms.append(term.replace("...", labels))
         longest = max(longest, labels, key=len)  # the result has all hidden axes
-    return f"{','.join(new_terms)}->{result.replace('...', longest)}"
+    return f"{','.join(labeled_terms)}->{result.replace('...', longest)}"
 
 
 class SymbolicForms(TorchFunctionMode):
@@ -159,15 +143,15 @@ def _attention(
 
     The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
     """
-    if mask is not None and not _is_masked.get():
+    if mask is not None and not _handles_mask.get():
         added, allowed = mask, mask != -torch.inf
         if mask.dtype == torch.bool:
             added, allowed = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf), mask
-        token = _is_masked.set(True)
+        token = _handles_mask.set(True)
         try:
-            result = ATTENTION(query, key, value, added, *args, **options)
+            result = ATTENTION(query, key, value, added, *args, **options)  # calls this function again
         finally:
-            _is_masked.reset(token)
+            _handles_mask.reset(token)
         filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
         # The strides stay those of attention, so that a view of the result stays possible.
         axes = sorted(range(result.dim()), key=result.stride, reverse=True)
@@ -177,7 +161,9 @@ def _attention(
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
 
-_is_masked: ContextVar[bool] = ContextVar("_is_masked", default=False)  # within the call in `_attention`
+_handles_mask: ContextVar[bool] = ContextVar(
+    "_handles_mask", default=False
+)  # in the inner call of `_attention`
 
 
 def _log1p(values: Tensor) -> Tensor:
@@ -219,7 +205,7 @@ def _index_put(
     """Write x[mask] = number as a choice, because the number of chosen values is no size of a graph."""
     is_mask = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
     if not is_mask or new.numel() != 1 or accumulate:
-        return NotImplemented
+        return NotImplemented  # the operator stays
     mask = cast(Tensor, indices[0])
     return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
 

@@ -78,7 +78,6 @@ class ReportsFloat32(TorchFunctionMode):
     """Returns float32 as the `dtype` of tensors in float64."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call *function*."""
         del types
         result = function(*args, **(kwargs or {}))
         return torch.float32 if result is torch.float64 and function == GET_DTYPE else result
@@ -157,20 +156,18 @@ def compare_routes(
     """
     noise = max(FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max()))
     decided = mark_decided(exact, chosen, floors * noise)
-    is_same_route = (_chosen_components(exact, chosen) == _chosen_components(rounded, chosen)).all(axis=1)
-    compared = decided if decided.any() else is_same_route  # rather than no image
+    compared = decided
+    if not decided.any():  # then, rather than no image, those with the same route
+        # A stable sort resolves ties in favor of the lower index, as the gate does.
+        rankings = (np.argsort(-logits, axis=1, kind="stable") for logits in (exact, rounded))
+        route, rounded_route = (np.sort(ranking[:, :chosen], axis=1) for ranking in rankings)
+        compared = (route == rounded_route).all(axis=1)
     return results.RoutingParity(
         noise_floor=noise,
         tolerance=floors * noise,
         num_undecided=int((~decided).sum()),
         left_out=tuple(np.flatnonzero(~compared).tolist()),
     )
-
-
-def _chosen_components(logits: NDArray[Any], chosen: int) -> NDArray[np.int64]:
-    """Return the components (P, chosen) with the largest *logits* (P, N), in the order of their indices."""
-    # A stable sort resolves ties in favor of the lower index, as the gate does.
-    return np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :chosen], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,11 +219,10 @@ def compute_reference(
     for name, values in exact.items():
         rounded_values = [outputs[name] for outputs in runs]  # of all images, and of the first ones
         _require_finite(name, values, rounded_values, precision)
-        errors = []
+        noise_floor[name] = FOUR_ROUNDINGS * float(np.abs(values).max())
         for rounded in rounded_values:
-            differences = np.abs(rounded - values[: len(rounded)])
-            errors.append(differences[compared[: len(rounded)]].max(initial=0.0))
-        noise_floor[name] = float(max(FOUR_ROUNDINGS * np.abs(values).max(), *errors))
+            errors = np.abs(rounded - values[: len(rounded)])[compared[: len(rounded)]]
+            noise_floor[name] = max(noise_floor[name], float(errors.max(initial=0.0)))
     return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
 
 
@@ -276,7 +272,6 @@ def compare_file(
     """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
 
     *model* is the content of the file; its operators and its size are reported.
-
     Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class changed despite a
     clear margin. With *allow_drift*, the report records these errors instead; values that are not finite
     always raise.
@@ -287,14 +282,23 @@ def compare_file(
     by_size = {size: file_outputs(session, images, size) for size in sizes}
     routing = expected.routing
     compared = compared_images(routing, len(images))
-    outputs = {name: _compare_output(name, by_size, expected, compared) for name in expected.outputs}
+    floors_allowed = results.FLOORS_BY_PRECISION[expected.precision]
+    outputs = {}
+    for name, exact in expected.outputs.items():
+        single = by_size[1][name]
+        outputs[name] = results.OutputParity(
+            noise_floor=expected.noise_floor[name],
+            tolerance=floors_allowed * expected.noise_floor[name],
+            drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
+            batch_difference=max(max_drift(name, file[name], single, compared) for file in by_size.values()),
+        )
     logits = expected.outputs[results.LOGITS]
     report = results.ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
         provider=results.PROVIDER,
         num_images=len(images),
-        floors_allowed=results.FLOORS_BY_PRECISION[expected.precision],
+        floors_allowed=floors_allowed,
         outputs=outputs,
         spread=logit_spread(logits[compared]),
         flips=count_flips(
@@ -333,19 +337,6 @@ def count_flips(
     }
     flipped = top_of_network != top_of_file
     return {cause: int((mask & flipped).sum()) for cause, mask in by_cause.items()}
-
-
-def _compare_output(
-    name: str, by_size: dict[int, Arrays], expected: ParityReference, compared: NDArray[np.bool_]
-) -> results.OutputParity:
-    """Compare the output *name* of the file at every batch size with float64 and with single images."""
-    exact, single = expected.outputs[name], by_size[1][name]
-    return results.OutputParity(
-        noise_floor=expected.noise_floor[name],
-        tolerance=results.FLOORS_BY_PRECISION[expected.precision] * expected.noise_floor[name],
-        drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
-        batch_difference=max(max_drift(name, file[name], single, compared) for file in by_size.values()),
-    )
 
 
 def logit_spread(logits: NDArray[Any]) -> float:

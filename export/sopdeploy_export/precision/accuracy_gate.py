@@ -69,7 +69,7 @@ class AccuracyCheck:
             self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
     def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
-        """Run both graphs on the images; the logits of *float32* are computed once and kept."""
+        """Compare the graphs on the images; the logits of *float32* are computed once and kept."""
         if self._float32_logits is None:
             self._float32_logits = self._logits(open_session(float32))
         before, after = self._float32_logits, self._logits(exported)

@@ -40,7 +40,7 @@ BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Part:
-    """Copy *network*, which is in eval mode, and convert the copy to float16.
+    """Copy *network*, which is in eval mode, with folded batch norms, weights in float16 and casts as hooks.
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.
     Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
@@ -59,9 +59,21 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
             f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
             "value in float64; nothing was written; choose precision fp32"
         )
-    folded = copy_module(network)
-    fold_batch_norms(folded, program)
-    return place_casts(folded)
+    cast = copy_module(network)
+    fold_batch_norms(cast, program)
+    dtypes = weight_dtypes(cast)
+    for name, part in cast.named_modules():
+        for parameter in part.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtypes[name])
+        for buffer_name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, buffer_name, _cast(buffer, dtypes[name]))
+        dtype = _input_dtype(part, dtypes[name])
+        if dtype is not None:
+            part.register_forward_pre_hook(partial(_cast_first_input, dtype))
+        # These parts compute in float32, and the layers that follow them in float16.
+        if export_hints(part).output_in_network_dtype or isinstance(part, nn.LocalResponseNorm):
+            part.register_forward_hook(lambda _part, _inputs, output: _cast(output, torch.float16))
+    return cast.eval()
 
 
 def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
@@ -89,19 +101,21 @@ class _Sums(fx.Interpreter):
         self.adds_elements: dict[OpOverload, bool] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node; look at its derivatives unless they decided what its operator does."""
+        """Run one node, in float32 if its operator adds elements, which is decided if it is not known."""
         if not isinstance(n.target, OpOverload) or not n.users:  # an assertion has no users
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.target not in self.adds_elements:
-            is_exempt = torch.Tag.pointwise in n.target.tags or n.target in ADDS_IN_FLOAT32
-            adds = False if is_exempt else adds_elements(n.target, args, kwargs)
+        if torch.Tag.pointwise in n.target.tags or n.target in ADDS_IN_FLOAT32:
+            self.adds_elements[n.target] = False
+        elif n.target not in self.adds_elements:
+            adds = adds_elements(n.target, args, kwargs)
             if adds is not None:
                 self.adds_elements[n.target] = adds
-        result = NotImplemented
         if self.adds_elements.get(n.target):  # in float32 also because CPUs have no float16 form of some
             result = _in_float32(n.target, *args, **kwargs)
-        return super().run_node(n) if result is NotImplemented else result
+            if result is not NotImplemented:
+                return result
+        return super().run_node(n)
 
 
 def adds_elements(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
@@ -135,19 +149,21 @@ def _adds_by_derivatives(
     operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Sequence[Tensor]
 ) -> bool | None:
     """Decide as `adds_elements` does, by the derivatives with respect to *operands* among the arguments."""
-    for operand in tree_leaves((args, kwargs)):
-        if isinstance(operand, Tensor):
-            operand.requires_grad_(any(operand is chosen for chosen in operands))
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            leaf.requires_grad_(any(leaf is operand for operand in operands))
     with torch.enable_grad():
         results = [leaf for leaf in tree_leaves(operator(*args, **kwargs)) if isinstance(leaf, Tensor)]
         if not results or not results[0].requires_grad or not results[0].numel():
             return None
         elements = results[0].flatten()
-        for position in (round(share * (len(elements) - 1)) for share in ELEMENTS):
-            gradients = torch.autograd.grad(
-                elements[position], operands, retain_graph=True, allow_unused=True
+        for share in ELEMENTS:
+            element = elements[round(share * (len(elements) - 1))]
+            gradients = torch.autograd.grad(element, operands, retain_graph=True, allow_unused=True)
+            # So many elements of each operand have an influence on this element of the result.
+            first, *others = (
+                0 if gradient is None else int(gradient.count_nonzero()) for gradient in gradients
             )
-            first, *others = (0 if one is None else int(one.count_nonzero()) for one in gradients)
             if first > 1:
                 return all(count <= 1 for count in others)
     return None
@@ -162,23 +178,6 @@ def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     wide, named = tree_map_only(Tensor, lambda x: _cast(x, torch.float32), (args, kwargs))
     return tree_map_only(Tensor, lambda x: _cast(x, torch.float16), operator(*wide, **named))
-
-
-def place_casts(network: _Part) -> _Part:
-    """Convert the weights of *network* in place and register hooks that cast activations."""
-    dtypes = weight_dtypes(network)
-    for name, part in network.named_modules():
-        for parameter in part.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtypes[name])
-        for buffer_name, buffer in list(part.named_buffers(recurse=False)):
-            setattr(part, buffer_name, _cast(buffer, dtypes[name]))
-        dtype = _input_dtype(part, dtypes[name])
-        if dtype is not None:
-            part.register_forward_pre_hook(partial(_cast_first_input, dtype))
-        # These parts compute in float32, and the layers that follow them in float16.
-        if export_hints(part).output_in_network_dtype or isinstance(part, nn.LocalResponseNorm):
-            part.register_forward_hook(lambda _part, _inputs, output: _cast(output, torch.float16))
-    return network.eval()
 
 
 def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | None:
@@ -204,14 +203,16 @@ def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
     A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a low-precision
     child.
     """
-    low, kept = torch.float16, set(float32_parts(network))
-    dtypes: dict[str, torch.dtype] = {"": torch.float32 if "" in kept else low}
+    kept = set(float32_parts(network))
+    dtypes: dict[str, torch.dtype] = {}
     for name, _ in network.named_modules():  # parents come before their children
-        if name:
-            parent, _, child = name.rpartition(".")
-            low_children = export_hints(network.get_submodule(parent)).low_precision_children
-            inherited = low if child in low_children else dtypes[parent]
-            dtypes[name] = torch.float32 if name in kept else inherited
+        parent, _, child = name.rpartition(".")
+        if name in kept:
+            dtypes[name] = torch.float32
+        elif name == "" or child in export_hints(network.get_submodule(parent)).low_precision_children:
+            dtypes[name] = torch.float16
+        else:
+            dtypes[name] = dtypes[parent]
     return dtypes
 
 
@@ -237,7 +238,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
     """Fold the batch norms of *network* into its convolutions, in place; return the number of folds."""
-    signature, folds = program.graph_signature, 0
+    signature, num_folds = program.graph_signature, 0
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:
         if node.target is not BATCH_NORM:
@@ -245,31 +246,28 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
         convolved, norm_weight = node.args[:2]  # the input and the weight of the batch norm
         if convolved.target not in _CONVOLUTIONS or norm_weight is None:
             continue
-        weights = convolved.args[1], norm_weight  # of the convolution and of the batch norm
-        weight_names = [names.get(weight.name) for weight in weights]  # None if computed
-        if None in weight_names or any(len(value.users) != 1 for value in (convolved, *weights)):
+        weight = convolved.args[1]
+        if any(len(value.users) != 1 for value in (convolved, weight, norm_weight)):
             continue  # it runs twice, or something else reads its output or weights
-        part_names = [str(name).removeprefix(NETWORK_PREFIX).rpartition(".")[0] for name in weight_names]
-        convolution, norm = map(network.get_submodule, part_names)
-        activation = without_normalization(norm)  # None: not a class whose normalization can be removed
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and activation is not None:
+        if weight.name not in names or norm_weight.name not in names:
+            continue  # a weight is computed
+        convolution_name, norm_name = (
+            names[value.name].removeprefix(NETWORK_PREFIX).rpartition(".")[0]
+            for value in (weight, norm_weight)
+        )
+        convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
+        if type(norm) is nn.BatchNorm2d:
+            after_norm: nn.Module = nn.Identity()
+        elif isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":  # of timm
+            after_norm = nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
+        else:  # an unknown class can compute anything
+            continue
+        if isinstance(convolution, nn.Conv2d):
             fold_norm(convolution, norm)
-            owner, _, attribute = part_names[1].rpartition(".")
-            setattr(network.get_submodule(owner), attribute, activation)  # in place of the batch norm
-            folds += 1
-    return folds
-
-
-def without_normalization(norm: nn.Module) -> nn.Module | None:
-    """Return what *norm* computes after its normalization; None for unknown classes, which are not folded.
-
-    timm's `BatchNormAct2d` applies dropout and an activation.
-    """
-    if type(norm) is nn.BatchNorm2d:
-        return nn.Identity()
-    if type(norm).__name__ == "BatchNormAct2d":
-        return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
-    return None
+            owner, _, attribute = norm_name.rpartition(".")
+            setattr(network.get_submodule(owner), attribute, after_norm)
+            num_folds += 1
+    return num_folds
 
 
 @torch.no_grad()

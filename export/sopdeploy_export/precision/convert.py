@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
@@ -69,10 +68,12 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
 
     *network* is the certified network, without casts, so that a missing cast is detected.
     """
-    in_graph = weight_types(model)
-    dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in weight_dtypes(network).items()}
-    kinds = nn.Conv2d | nn.Linear | nn.ParameterList
-    expected = {part: dtypes[part] for part, module in network.named_modules() if isinstance(module, kinds)}
+    in_graph, dtypes = weight_types(model), weight_dtypes(network)
+    expected = {
+        part: str(dtypes[part]).removeprefix("torch.")
+        for part, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.ParameterList)
+    }
     # Folding can remove the weights of a part from the graph.
     if wrong := [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]:
         raise LoweringError(
@@ -170,32 +171,27 @@ def convert_precision(
         check_float16(source.model, certified.network)
     for node in source.model.graph.node:
         del node.metadata_props[:]  # the part of every node, which is needed for messages only
+    model = source.model
+    quantization: Quantization | None = None
     if options.precision == "int8" and accuracy_check is not None:  # int8 requires images, so it is not None
-        model, quantization = _quantize(source, accuracy_check.calibration, options.int8_for)
+        from sopdeploy_export.precision.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
+
+        images, runtime = accuracy_check.calibration, options.int8_for
+        quantizer = Int8Quantizer(source.model, images, float32_parts(source.network), runtime)
+        num_layers = len(quantizer.chosen)
+        quantization = Quantization(runtime=runtime, num_images=len(images), num_layers=num_layers)
+        try:
+            model = quantizer.quantize()
+        except Exception as error:  # ONNX Runtime's quantizer does not limit what it raises
+            problem = f"ONNX Runtime cannot quantize the graph: {first_line(error)}"
+            raise LoweringError(f"{problem}; choose precision fp32 or fp16") from error
         run, gate = unfused_runner(model), _gate_runner(model, source.network)  # no module computes in int8
     else:
-        model, quantization = source.model, None
         run = deployed = Deployed(source.network, preprocess).eval()
         gate = partial(compare.gate_logits, deployed)
     parts = weight_types(model)
     report = PrecisionReport(precision=options.precision, parts=parts, quantisation=quantization)
     return ConvertedGraph(model=model, run=run, gate=gate, precision=report)
-
-
-def _quantize(
-    source: CapturedGraph, images: NDArray[np.uint8], runtime: Int8For
-) -> tuple[onnx.ModelProto, Quantization]:
-    """Quantize the graph of *source* for *runtime*, with the ranges of *images* (P, H, W, 3)."""
-    from sopdeploy_export.precision.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
-
-    quantizer = Int8Quantizer(source.model, images, float32_parts(source.network), runtime)
-    num_layers = len(quantizer.chosen)
-    quantization = Quantization(runtime=runtime, num_images=len(images), num_layers=num_layers)
-    try:
-        return quantizer.quantize(), quantization
-    except Exception as error:  # ONNX Runtime's quantizer does not limit what it raises
-        problem = f"ONNX Runtime cannot quantize the graph: {first_line(error)}"
-        raise LoweringError(f"{problem}; choose precision fp32 or fp16") from error
 
 
 def unfused_runner(model: onnx.ModelProto) -> compare.BatchRun:
@@ -218,8 +214,9 @@ def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> compare.GateRun 
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
     if len(readers) != 1:
         raise LoweringError(f"{len(readers)} nodes of the graph read the weights of {name}, expected one")
-    with_gate = onnx.ModelProto()  # a copy whose first output is the gate's logits
+    logits = readers[0].output[0]
+    with_gate = onnx.ModelProto()
     with_gate.CopyFrom(model)
-    with_gate.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))
+    with_gate.graph.output.insert(0, onnx.ValueInfoProto(name=logits))
     run = unfused_runner(with_gate)
     return lambda pixels: run(pixels)[0].numpy()

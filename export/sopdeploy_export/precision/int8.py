@@ -210,19 +210,24 @@ class Int8Quantizer:
         """Add the mean of (W - Q) x over the images to each bias of *quantized*, in place.
 
         W are the weights of a convolution, Q the quantized ones and x its inputs in float32, so that rounded
-        weights change no mean output (Nagel et al., "Data-Free Quantization", 2019, section 4.2).
+        weights change no mean output (Nagel et al., "Data-Free Quantization", 2019, section 4.2). A bias that
+        the graph computes stays.
         """
+        originals = {tensor.name: tensor for tensor in self.model.graph.initializer}
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
         # A dequantized tensor is codes * scale. Map its name to the names of both.
         dequantizers = [node for node in quantized.graph.node if node.op_type == "DequantizeLinear"]
         codes_and_scale = {node.output[0]: node.input[:2] for node in dequantizers}
         inputs = {node.name: node.input for node in quantized.graph.node if node.name in self.chosen}
         errors = {}  # of the weights (C, ...) for C output channels, by the name of the convolution
-        for convolution, weight in self._correctable_weights().items():
-            _, weight_name, _ = inputs[convolution]
+        for node in self.model.graph.node:
+            if node.name not in self.chosen or node.input[2] not in originals:
+                continue
+            weight = numpy_helper.to_array(originals[node.input[1]])
+            _, weight_name, _ = inputs[node.name]
             codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
             scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # (C, 1, ...); zero points are 0
-            errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)  # W - Q
+            errors[node.name] = (weight - codes * scale_by_channel).astype(np.float32)  # W - Q
         for convolution, missing in self._mean_outputs(errors).items():  # (C,)
             _, _, bias = inputs[convolution]
             if bias in codes_and_scale:  # int32 codes (C,), in the form for CPUs
@@ -234,17 +239,6 @@ class Int8Quantizer:
                 stored = tensors[bias]
                 corrected = (numpy_helper.to_array(stored) + missing).astype(np.float32)
             stored.CopyFrom(numpy_helper.from_array(corrected, stored.name))
-
-    def _correctable_weights(self) -> dict[str, NDArray[np.float32]]:
-        """Return the float32 weights of the chosen convolutions whose bias can be corrected, by name."""
-        constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        weights = {}
-        for node in self.model.graph.node:
-            if node.name in self.chosen:
-                _, weight, bias = node.input  # since `_separate_constants`, all of them have a bias
-                if bias in constants:  # not computed by the graph
-                    weights[node.name] = numpy_helper.to_array(constants[weight])
-        return weights
 
     def _mean_outputs(self, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:
         """Compute the mean output (C,) per channel of the convolutions with these *weights*, without biases.

@@ -110,27 +110,28 @@ def certify(
     with hashing_once():  # at the end, `check_unchanged` computes all hashes again
         check_torch_state()
         # Without a detached network, also the training-only parts, which have no tensors, must be in order.
-        networks = {"trained": Prepared.of("trained", trained, training_only if is_detached else ())}
+        prepared_trained = Prepared.of("trained", trained, training_only if is_detached else ())
+        prepared = {"trained": prepared_trained}
         if is_detached:
-            networks["detached"] = Prepared.of("detached", detached)
-        shipped = networks["detached" if is_detached else "trained"]
+            prepared["detached"] = Prepared.of("detached", detached)
+        shipped = prepared["detached" if is_detached else "trained"]
         # 1. Tensors
-        removed, kept = build_inventory(networks["trained"], shipped, training_only)
+        removed, kept = build_inventory(prepared_trained, shipped, training_only)
         if detachment.plain is not None:  # it comes first, because the others are compared with the first
-            networks = {detachment.reference: load_plain_network(detachment, shipped), **networks}
+            prepared = {detachment.reference: load_plain_network(detachment, shipped), **prepared}
         # 2. Graphs
-        modules = {role: prepared.network for role, prepared in networks.items()}
-        captured = capture_networks(modules, preprocess, batch or BatchRange(), detachment.captured)
+        networks = {role: of_role.network for role, of_role in prepared.items()}
+        captured = capture_networks(networks, preprocess, batch or BatchRange(), detachment.captured)
         roots, reached = assert_equal_graphs(captured, trained, training_only)
         # 3. Batch sizes
         check_batch_sizes(next(iter(captured.values())))
     # 4. Outputs
-    deployed = {role: Deployed(network, preprocess) for role, network in modules.items()}
+    deployed = {role: Deployed(network, preprocess) for role, network in networks.items()}
     sizes = assert_equal_outputs(deployed, probes)
     # 5. Repetition
     check_repetition(shipped.network, preprocess, probes)
-    for prepared in networks.values():
-        prepared.check_unchanged({entry.name for entry in removed})
+    for of_role in prepared.values():
+        of_role.check_unchanged({entry.name for entry in removed})
     used, _ = find_usage(shipped.network, reached)
     kind = next(kind for kind, roles in PROOFS.items() if set(roles) == networks.keys())
     proof = NetworkProof(

@@ -59,9 +59,8 @@ def assert_equal_graphs(
     removed = removed_modules(trained, training_only).keys()
     reached: set[str] = set()
     for role, programs in captured.items():
-        roots = expected
-        if programs is not first:
-            roots = compute_roots(programs.any_batch, programs.batch_of_one)
+        is_first = programs is first  # also if networks share programs
+        roots = expected if is_first else compute_roots(programs.any_batch, programs.batch_of_one)
         for size, root in roots.items():
             weights = {name.removeprefix(NETWORK_PREFIX) for name in root.state}
             if leaking := sorted(name for name in weights if is_in(name, *training_only)):

@@ -34,9 +34,9 @@ from sopdeploy_export.state import modules, tensors
 from sopdeploy_export.stubs import (
     SIZES,
     Recording,
+    make_stubs,
     record_calls,
     removed_modules,
-    stubs_of,
     without_values,
 )
 
@@ -138,29 +138,29 @@ def detach(
     is_of_catalog = isinstance(network, Classifier)
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
-    owners = {name: _find_owner(network, name) for name in training_only}  # raises for an unknown name
+    owners = [_find_owner(network, name) for name in training_only]  # raises for an unknown name
     if not training_only or (is_of_catalog and not has_tensors(network, training_only)):
         return network
-    removed = {name: getattr(owner, attribute) for name, (owner, attribute) in owners.items()}
+    removed = [getattr(owner, attribute) for owner, attribute in owners]
     substitutes: dict[int, Any] = {}  # what `copy.deepcopy` puts in place of the object with an id
     if is_of_catalog:
-        substitutes = dict.fromkeys(map(id, removed.values()))
+        substitutes = dict.fromkeys(map(id, removed))
     else:
         parts = removed_modules(network, training_only)
         recording = Recording((), ())
         if parts and pixels is not None:
             recording = record_calls(copy_module(network), training_only, pixels)
-        removed_tensors = [part for part in removed.values() if isinstance(part, Tensor)]
-        substitutes = {id(tensor): without_values(tensor) for tensor in removed_tensors}
-        substitutes |= stubs_of(parts, recording)
+        substitutes = {id(part): without_values(part) for part in removed if isinstance(part, Tensor)}
+        substitutes |= make_stubs(parts, recording)
     detached = copy_module(network, memo=substitutes)
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
+        substitute = getattr(owner, attribute)
         if is_of_catalog:
             delattr(owner, attribute)
-        elif isinstance(value := getattr(owner, attribute), Tensor):
+        elif isinstance(substitute, Tensor):
             delattr(owner, attribute)
-            vars(owner)[attribute] = value  # no parameter or buffer any more
+            vars(owner)[attribute] = substitute  # no parameter or buffer any more
     detached.eval()
     return detached
 
@@ -298,33 +298,34 @@ class Prepared:
 
     Attributes:
         role: `trained`, `detached`, `plain` or `rebuilt`.
-        given: The network as it was given.
-        network: *given*, or a copy with contiguous tensors if any is not.
+        original: The network of the caller.
+        network: *original*, or a copy with contiguous tensors if any is not.
         tensors: The tensors of *network* by name.
         hashes: The sha256 of each, before anything ran.
     """
 
     role: str
-    given: nn.Module
+    original: nn.Module
     network: nn.Module
     tensors: Mapping[str, Tensor]
     hashes: Mapping[str, str]
 
     @classmethod
-    def of(cls, role: str, given: nn.Module, removed: tuple[str, ...] = ()) -> "Prepared":
-        """Prepare *given*; raises `CertificateError` for a wrong state of other than its *removed* parts."""
-        check_network_state(given, role, removed)
-        network = with_contiguous_tensors(given)
+    def of(cls, role: str, original: nn.Module, removed: tuple[str, ...] = ()) -> "Prepared":
+        """Prepare *original*; raises `CertificateError` for a wrong state outside of its *removed* parts."""
+        check_network_state(original, role, removed)
+        network = with_contiguous_tensors(original)
         named = tensors(network)
         hashes = {name: stored_hash(tensor) for name, tensor in named.items()}
-        return cls(role=role, given=given, network=network, tensors=named, hashes=hashes)
+        return cls(role=role, original=original, network=network, tensors=named, hashes=hashes)
 
     def check_unchanged(self, removed: Set[str]) -> None:
-        """Raise `CertificateError` if a tensor that is not *removed* changed, also in the given network.
+        """Raise `CertificateError` if a tensor that is not *removed* changed, also in the original network.
 
         Code outside of the graph may have written to it in a way that its version does not show.
         """
-        for network in (self.given,) if self.network is self.given else (self.given, self.network):
+        networks = [self.original] if self.network is self.original else [self.original, self.network]
+        for network in networks:
             current = tensors(network)
             for name in self.hashes.keys() - removed:
                 if name not in current or tensor_hash(current[name]) != self.hashes[name]:
@@ -339,15 +340,16 @@ def rename_with_prefix(
 
     Returns *rename* itself if the names are already equal, or differ by more than a prefix.
     """
-    expected, renamed = set(tensors(plain)), {rename(name) for name in tensors(detached)}
-    if expected == renamed or not expected or not renamed:
+    names, renamed = set(tensors(plain)), {rename(name) for name in tensors(detached)}
+    if names == renamed or not names or not renamed:
         return rename
-    # The shortest names are those of the same tensor.
-    own, other = (min(names, key=lambda name: (len(name), name)) for names in (renamed, expected))
-    surplus, missing = own.removesuffix(other), other.removesuffix(own)
-    if {name.removeprefix(surplus) for name in renamed} == expected:
+    # The shortest name of each network, of equal ones the first, is that of the same tensor.
+    shortest, shortest_renamed = (min(sorted(group), key=len) for group in (names, renamed))
+    surplus = shortest_renamed.removesuffix(shortest)
+    missing = shortest.removesuffix(shortest_renamed)
+    if {name.removeprefix(surplus) for name in renamed} == names:
         return lambda name: rename(name).removeprefix(surplus)
-    if {missing + name for name in renamed} == expected:
+    if {missing + name for name in renamed} == names:
         return lambda name: missing + rename(name)
     return rename
 

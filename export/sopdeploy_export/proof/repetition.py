@@ -36,12 +36,8 @@ class _ReplayedCalls(TorchDispatchMode):
     def __init__(self, image: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._computed: list[tuple[Any, Any]] = []  # the operations on the image, and their results
-        self._position = 0
+        self.position = 0  # among the operations on the image in this call
         self._from_image = WeakIdKeyDictionary({image: True})
-
-    def restart(self) -> None:
-        """Begin another call."""
-        self._position = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the result of one operation on the image again; run any other one."""
@@ -50,15 +46,15 @@ class _ReplayedCalls(TorchDispatchMode):
         writes_elsewhere = func._schema.is_mutable and not all(on_image[:1])  # such as a counter
         if not any(on_image) or writes_elsewhere:
             return func(*args, **(kwargs or {}))
-        position = self._position  # among the operations on the image in this call
-        self._position += 1
+        position = self.position
+        self.position += 1
         is_known = position < len(self._computed) and self._computed[position][0] is func
         is_view = any(returned.alias_info is not None for returned in func._schema.returns)
         if is_known and not is_view:
             return self._computed[position][1]
         if is_known and func._schema.is_mutable:
             return args[0]  # has its values from the first call
-        # torch does not allow that a view is returned twice; to make it takes no time.
+        # A new operation, or a view, which torch does not allow to return twice; to make it takes no time.
         result = func(*args, **(kwargs or {}))
         if is_known:
             self._computed[position] = func, result
@@ -92,7 +88,7 @@ def check_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor)
     try:
         with _ReplayedCalls(other) as replay:
             for call in range(CALLS):
-                replay.restart()
+                replay.position = 0
                 compute_outputs(copied, other)
                 if call == 0:
                     held = read_state(copied)  # with the caches for both numbers of images

@@ -72,7 +72,7 @@ def check_backend(where: str, compiled: Any) -> None:
         raise LoweringError(f"{where} is compiled with a backend of its own; export it before it is compiled")
 
 
-def checked_modules(network: nn.Module, role: str) -> nn.Module:
+def unwrap_and_check(network: nn.Module, role: str) -> nn.Module:
     """Return *network*, unwrapped and not copied; raise `LoweringError` for modules that are not accepted."""
     if not isinstance(network, nn.Module):
         raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
@@ -98,7 +98,7 @@ def copy_for_export(
     Raises `LoweringError` for modules and weights that the exporter does not accept, and `CertificateError`
     for hooks. Those of *removed* parts, and values of their tensors, do not matter.
     """
-    network = checked_modules(network, role)
+    network = unwrap_and_check(network, role)
     check_hooks(network, role, removed)
     for name, tensor in state.tensors(network).items():
         if not is_in(name, *removed):
@@ -333,7 +333,7 @@ def prepared_in_place(given: nn.Module, logits: str | int | None, preprocess: Pr
         yield
 
 
-def capture_given(
+def capture_and_compare(
     given: nn.Module,
     copied: nn.Module,
     preprocess: Preprocess,
@@ -343,11 +343,10 @@ def capture_given(
 ) -> Captured:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
 
-    What is captured must stay the same while the removed *parts* have random values.
-
     They can differ because a class can define how it is copied. Both networks run on probe images. Unless
     *given* is on a GPU, their graphs are compared, too: here, or by `certify` if the result is the graph of
-    *given*. Raises `LoweringError` if they differ.
+    *given*. A graph must stay the same while the removed *parts* have random values. Raises `LoweringError`
+    if the networks differ, and `CertificateError` if the graph depends on the *parts*.
     """
     tensors = list(state.tensors(given).values())
     devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
@@ -367,20 +366,19 @@ def capture_given(
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    certify_compares = is_exact and not options.with_features  # which change the programs that it compares
-    if certify_compares:
+    if is_exact and not options.with_features:  # `certify` compares its programs, unless features change them
         captured = capture(given, preprocess, options.batch)
         if parts:
             check_graph_ignores(given, parts, preprocess, options.batch, captured)
         return captured
     captured = capture(copied, preprocess, options.batch)
-    if parts and not on_cpu:
-        check_graph_ignores(copied, parts, preprocess, options.batch, captured)
-    if on_cpu:  # a graph for a GPU names the GPU, so it would differ; roots of values ignore the layout
+    if on_cpu:
         with randomized(given, parts):
             program = capture_any_batch(given, preprocess, options.batch)
-        if value_root(program).sha256 != value_root(captured.any_batch).sha256:
+        if value_root(program).sha256 != value_root(captured.any_batch).sha256:  # these ignore the layout
             raise LoweringError(OTHER_COPY)
+    elif parts:  # the graph of *given* names the GPU, so it cannot be compared
+        check_graph_ignores(copied, parts, preprocess, options.batch, captured)
     return captured
 
 
@@ -393,9 +391,9 @@ def check_constants(captured: Captured, network: nn.Module) -> None:
             constant = program.constants.get(spec.target or "")
             if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
                 continue
-            is_registered = constant.untyped_storage().data_ptr() in registered  # or a view of one
-            is_used = bool(users[spec.arg.name])
-            if constant.numel() > MAX_CONSTANT and is_used and not is_registered:
+            if constant.numel() <= MAX_CONSTANT or not users[spec.arg.name]:
+                continue
+            if constant.untyped_storage().data_ptr() not in registered:  # nor is it a view of such a tensor
                 held = state.held_tensors(network).items()
                 equal_paths = (path for path, tensor in held if tensor.equal(constant))
                 name = next(equal_paths, f"a tensor of shape {tuple(constant.shape)}")
@@ -421,7 +419,7 @@ def check_ends_in_logits(captured: Captured) -> None:
             )
 
 
-def check_cache(path: str, captured: Captured, filled: Captured) -> None:
+def check_unchanged_by_run(path: str, captured: Captured, filled: Captured) -> None:
     """Check that a network computes the same after its first run, which changed the attribute at *path*.
 
     *filled* are the programs after that run. Raises `LoweringError`.

@@ -22,7 +22,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import program_root, tensor_hash
 from sopdeploy_export.proof import networks
-from sopdeploy_export.proof.tensors import check_removed_memory, find_usage, outermost
+from sopdeploy_export.proof.tensors import check_removed_memory, find_usage, outermost_unused
 from sopdeploy_export.results import Exported
 from sopdeploy_export.state import modules, tensors
 from sopdeploy_export.stubs import ReadError
@@ -95,7 +95,7 @@ def export_network(
     check_takes_output(Path(destination), "destination")
     networks.check_torch_state()
     on_step("checking the network")
-    given = checks.checked_modules(trained, "trained")
+    given = checks.unwrap_and_check(trained, "trained")
     parts = match_parts(given, training_only)
     copied = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
     networks.check_network_state(copied, "trained", parts)
@@ -104,12 +104,12 @@ def export_network(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
         {name: tensor for name, tensor in given_tensors.items() if not is_in(name, *parts)},
     )
-    captured, found_problems = _run_and_capture(
+    captured, own_warnings = _run_and_capture(
         given, copied, preprocess, logits_key, len(labels), options, parts
     )
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
-    found_problems += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
+    own_warnings += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
     checked_builder = None
     if plain is not None:
         checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=())
@@ -133,7 +133,7 @@ def export_network(
         config=description if config is None else config,
         sha256=_hash_tensors(copied) if sha256 is None else sha256,
         decision=Decision(activation="sigmoid", thresholds=(0.5,) * len(labels)) if several_classes else None,
-        warnings=(*warnings, *found_problems),
+        warnings=(*warnings, *own_warnings),
     )
     options = options.model_copy(update={"detach": bool(parts)})
     return export_subject(subject, Path(destination), options, on_step)
@@ -155,17 +155,17 @@ def _run_and_capture(
     """
     created = checks.create_buffers(copied, preprocess)
     trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
-    cache, found_problems = checks.check_outputs(trial, preprocess, classes, "trained")
+    cache, own_warnings = checks.check_outputs(trial, preprocess, classes, "trained")
     with checks.prepared_in_place(given, logits_key, preprocess):
-        captured = checks.capture_given(given, copied, preprocess, classes, options, parts)
+        captured = checks.capture_and_compare(given, copied, preprocess, classes, options, parts)
     if cache is not None:
-        checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
+        checks.check_unchanged_by_run(cache, captured, capture(trial.network, preprocess, options.batch))
     if created:
         unrun = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
         checks.turn_into_attributes(unrun, created)
-        checks.check_cache(created[0], capture(unrun, preprocess, options.batch), captured)
+        checks.check_unchanged_by_run(created[0], capture(unrun, preprocess, options.batch), captured)
     checks.check_ends_in_logits(captured)
-    return captured, found_problems
+    return captured, own_warnings
 
 
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
@@ -190,7 +190,7 @@ def unused_modules(
     copied = networks.with_contiguous_tensors(checks.copy_for_export(network, "given", logits_key))
     checks.create_buffers(copied, preprocess)
     _, unused = find_usage(copied, reached_names(capture(copied, preprocess, BatchRange())))
-    return removable_parts(copied, outermost(copied, unused), preprocess)
+    return removable_parts(copied, outermost_unused(copied, unused), preprocess)
 
 
 def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> tuple[str, ...]:
@@ -202,11 +202,11 @@ def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Prep
                 compute_outputs(networks.detach(network, parts, pixels), pixels)
         except ReadError as error:
             part = network.get_submodule(error.part)
-            inner = [
+            children = (
                 f"{error.part}.{name}" for name in {**part._modules, **part._parameters, **part._buffers}
-            ]
+            )
             stays = [name for name in parts if name != error.part]
-            parts = (*stays, *(name for name in inner if networks.has_tensors(network, (name,))))
+            parts = (*stays, *(name for name in children if networks.has_tensors(network, (name,))))
         except SopdeployError:  # that another run reports
             return parts
         else:
@@ -248,9 +248,9 @@ def _check_usage(
     *,
     proposes: bool,
 ) -> tuple[str, ...]:
-    """Check that the output does not depend on the training-only *parts*; return warnings.
+    """Check that the output does not depend on the training-only *parts*; return a warning of others, if any.
 
-    Raises `DetachError` with the parts to remove if it *proposes* them.
+    Without *parts*, raises `DetachError` with the parts to remove if it *proposes* them.
     """
     used, unused = find_usage(network, reached_names(captured))
     reached = sorted(name for name in used if is_in(name, *parts))
@@ -259,20 +259,21 @@ def _check_usage(
             f"the output of the trained network depends on {shorten(reached)}; omit what holds them",
             setting="training_only",
         )
+    undeclared = outermost_unused(network, {name for name in unused if not is_in(name, *parts)})
     if parts:
         detached = networks.detach(network, parts, networks.probe_pixels(network, preprocess))
         checks.check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
-    undeclared = outermost(network, {name for name in unused if not is_in(name, *parts)})
-    undeclared = undeclared if parts else removable_parts(network, undeclared, preprocess)
-    if proposes and not parts:
-        if not undeclared:
+    else:
+        undeclared = removable_parts(network, undeclared, preprocess)
+        if proposes and not undeclared:
             raise DetachError("the output depends on every part of the network", setting="detach")
-        remedy = join([word for name in undeclared for word in ("--training-only", name)])
-        raise DetachError(f"the output does not depend on {', '.join(undeclared)}; add {remedy}")
     if not undeclared:
         return ()
-    names = ", ".join(undeclared)
-    return (f"the output does not depend on {names}; name it as training-only to prove its removal",)
+    problem = f"the output does not depend on {', '.join(undeclared)}"
+    if proposes and not parts:
+        remedy = join([word for name in undeclared for word in ("--training-only", name)])
+        raise DetachError(f"{problem}; add {remedy}")
+    return (f"{problem}; name it as training-only to prove its removal",)
 
 
 def _checked_builder(

@@ -98,13 +98,13 @@ def _check_option_values(builder: Callable[..., Any], options: Mapping[str, Any]
     except (TypeError, ValueError):  # as of some functions that are written in C
         return
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    named = {item.name: item for item in parameters if item.kind in kinds}
-    takes_any = any(item.kind is item.VAR_KEYWORD for item in parameters)
+    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.kind in kinds}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for name, value in options.items():
-        if name not in named and not takes_any:
-            known = f"it has {', '.join(named)}" if named else "it has none"
+        if name not in defaults and not takes_any:
+            known = f"it has {', '.join(defaults)}" if defaults else "it has none"
             raise ConfigError(f"{import_path} has no option {name}; {known}")
-        default = named[name].default if name in named else None
+        default = defaults.get(name)
         if isinstance(value, str) and isinstance(default, bool | int | float):
             raise ConfigError(
                 f"{name}={value!r} is text, but its default is {default!r}; write a value of this type"
@@ -197,17 +197,19 @@ def _choose_fit(path: Path, fits: Sequence[_TableFit], expected: Mapping[str, Te
 
     Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if more than one is left.
     """
-    complete = [fit for fit in fits if not fit.missing]
+    choices = [fit for fit in fits if not fit.missing]
     with_shapes = [
-        fit for fit in complete if all(x.shape == expected[name].shape for name, x in fit.tensors.items())
+        fit for fit in choices if all(x.shape == expected[name].shape for name, x in fit.tensors.items())
     ]
-    choices = with_shapes or complete
+    choices = with_shapes or choices
+    if len(choices) == 1:
+        return choices[0]
     has_several_tables = len({fit.table for fit in fits}) > 1
-    if len(choices) > 1 or (not choices and has_several_tables):
-        problem = "several tables of tensors" if has_several_tables else "the network under several names"
-        names = ", ".join(dict.fromkeys(fit.key or "no prefix" for fit in choices or fits))
-        raise WeightsError(f"{path}: holds {problem} ({names})", remedies={"weights_key": None})
-    return choices[0] if choices else max(fits, key=lambda fit: len(fit.tensors))
+    if not choices and not has_several_tables:
+        return max(fits, key=lambda fit: len(fit.tensors))
+    problem = "several tables of tensors" if has_several_tables else "the network under several names"
+    names = ", ".join(dict.fromkeys(fit.key or "no prefix" for fit in choices or fits))
+    raise WeightsError(f"{path}: holds {problem} ({names})", remedies={"weights_key": None})
 
 
 def _own_tensors(network: nn.Module, path: Path) -> dict[str, Tensor]:
@@ -243,25 +245,25 @@ def _find_fits(
 ) -> list[_TableFit]:
     """List the ways in which *tensors* have all *expected* names; if there is none, the closest one.
 
-    A network that wraps another one may have a first name that the file, of the other one, lacks.
+    The names in the file may have a prefix. Those of a network that wraps another one may have a first part
+    that the file, of the other one, lacks.
     """
     parts = {part for name in expected for part in name.split(".")}
     # The network itself may have a part with such a name.
     named = without_wrappers(path, tensors, {part for part in WRAPPERS if part not in parts})
     required = [name for name in expected if not name.endswith(COUNTER)] or [""]  # "" is in no file
-    owners = {f"{name.partition('.')[0]}." for name in expected}
-    complete, closest, most_found = list[tuple[str, str]](), ("", ""), -1
-    for added in ("", *(owners if len(owners) == 1 else ())):
-        first = required[0].removeprefix(added)
+    first_parts = {f"{name.partition('.')[0]}." for name in expected}
+    # How many of the required names the file has, by prefix and by first part that it lacks.
+    num_found: dict[tuple[str, str], int] = {}
+    for added in ("", *first_parts) if len(first_parts) == 1 else ("",):
+        suffixes = [name.removeprefix(added) for name in required]
+        first = suffixes[0]
         prefixes = (name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}"))
         for prefix in ("", *islice(filter(None, dict.fromkeys(prefixes)), _MAX_PREFIXES)):
-            num_found = sum(prefix + name.removeprefix(added) in named for name in required)
-            if num_found == len(required):
-                complete.append((prefix, added))
-            elif num_found > most_found:
-                closest, most_found = (prefix, added), num_found
-    ways = complete or [closest]
-    return [_describe_fit(table, prefix, added, named, expected) for prefix, added in ways]
+            num_found[prefix, added] = sum(prefix + suffix in named for suffix in suffixes)
+    complete = [way for way, count in num_found.items() if count == len(required)]
+    closest = max(num_found, key=num_found.__getitem__)
+    return [_describe_fit(table, prefix, added, named, expected) for prefix, added in complete or [closest]]
 
 
 def _describe_fit(
