@@ -24,6 +24,7 @@ from sopdeploy.checkpoint import read_checkpoint
 
 LIMIT = 2.5  # processor time of the second training, relative to the import of torch
 
+
 def train(photographs: Path, weights: Path, place: Path, cache: Path) -> tuple[float, float]:
     """Train in a process and write the run to *place*; return its processor seconds and its wall seconds."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
