@@ -14,7 +14,7 @@ the largest cosine with images of other classes; its upper tail is not used if i
 because classes that look alike and copies with other labels make it heavy. If most pairs of a class are
 copies, as in a clip, those that chains of copies connect do not count (`_find_threshold`).
 
-Where classes look alike, few copies reach the threshold. The most similar images of each image are then
+Where classes look alike, the threshold is above what copies reach. The images most similar to each are then
 `candidates`, which `crops.find_crops` compares by their pixels. Copies that are turned or mirrored are found
 by small gray images in eight orientations (`find_turned`).
 
@@ -52,7 +52,7 @@ MAX_SIGNATURES = 20_000  # among more images, only equal files are found
 NO_PAIRS, NO_VECTORS = np.zeros((2, 0), np.intp), np.zeros((0, 0), np.float32)
 SMALL = 64  # pixels of a side of the gray images that are kept of photographs
 TURNED_SIDE, TURNED = 16, 0.96  # pixels of a side, and cosine of equal images
-FOUND, CANDIDATES = 0.5, 8  # share of the copies, below which so many images are candidates of each image
+CANDIDATES = 8  # images that may be crops of an image, where classes look alike
 PLAIN = 2.0  # standard deviation of the gray levels of an image that shows nothing
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
 DECIMALS = 4  # of a signature; float32 differs between processors from the seventh decimal on
@@ -167,7 +167,7 @@ def find_pairs(
     # identical images above the threshold, those of different images that determine it below.
     rounding = float(np.finfo(np.float32).eps) * whole_ND.shape[1]
     threshold = min(found.cosine + rounding, 1 - rounding)
-    misses_copies = np.mean(cosine_of_copy_M >= threshold) < FOUND
+    misses_copies = threshold > reached_by_copies
     pairs, are_certain, candidates = [], [], [NO_PAIRS]
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory

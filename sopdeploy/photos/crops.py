@@ -13,10 +13,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-# Crops to half of the photograph reach 0.98 (median of coins) and 0.998 (hand signs); coins of two kinds in
-# equal positions reach 0.957, hand signs 0.83 (docs/benchmarks/copied_photos.md).
+# 93 to 98 % of the crops to half of coins, hand signs and chess pieces reach it; of the pairs of coins of
+# different kinds that are most alike, the first reaches 0.954 (docs/benchmarks/copied_photos.md).
 CORRELATION = 0.97
-SIDE, BLUR = 32, 2.0  # pixels of a side that are compared, and standard deviation of the removed frequencies
+SIDE, BLUR = 32, 1.25  # pixels of a side that are compared, and standard deviation of the removed frequencies
 SIZES = np.arange(0.6, 1.01, 0.05)  # shares of a side of the image that a crop may show
 MIN_FOUND, ALIGNED = 0.5, 4  # correlation of a place, and how many images with it are aligned with an image
 MOSTLY = 0.8  # share of `ALIGNED` that the crops of a class reach if its background hides the differences
