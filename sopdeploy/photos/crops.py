@@ -90,13 +90,13 @@ def _align(scenes: NDArray[np.uint8], crops: NDArray[np.uint8], boxes: NDArray[n
     # are expected where the box does not fit (Baker and Matthews, "Lucas-Kanade 20 Years On", 2004).
     directions = np.asarray([[1, 0, 0, 0], [0, 1, 0, 0], [-0.5, 0, 1, 0], [0, -0.5, 0, 1]], np.float64)
     moved = [_normalize(_resample(crops, whole + SHIFT * one, SIDE)) for one in directions]
-    slopes = np.stack([((one - expected) / SHIFT).reshape(count, -1) for one in moved], axis=1)
+    slopes = np.stack([(one - expected) / SHIFT for one in moved], axis=1).reshape(count, 4, SIDE * SIDE)
     curvatures = slopes @ slopes.transpose(0, 2, 1) + 1e-4 * np.eye(4, dtype=np.float32)
     best = np.full(count, -1.0, np.float32)
     for _ in range(STEPS):
         shown = _normalize(_resample(scenes, boxes, SIDE))
         best = np.maximum(best, (shown * expected).sum(axis=(1, 2)))
-        errors = (shown - expected).reshape(count, -1, 1)
+        errors = (shown - expected).reshape(count, SIDE * SIDE, 1)
         moves = np.linalg.solve(curvatures, slopes @ errors)[:, :, 0].clip(-MAX_STEP, MAX_STEP)
         boxes = boxes - moves @ directions * (boxes[:, [2, 3, 2, 3]] / side)
         boxes[:, 2:] = boxes[:, 2:].clip(side / 2, side)

@@ -42,6 +42,11 @@ def test_photographs_that_look_alike_are_no_crops_of_each_other():
     assert not find_crops(small, pairs_of(NUM_SCENES), CLASSES).size
 
 
+def test_images_that_correlate_nowhere_are_no_crops_of_each_other():
+    noise = np.random.default_rng(0).integers(0, 256, (NUM_SCENES, 64, 64), np.uint8)
+    assert find_crops(noise, pairs_of(NUM_SCENES), CLASSES).shape == (2, 0)
+
+
 def test_small_objects_before_one_background_are_no_crops_of_each_other():
     images = [scene(0) for _ in range(NUM_SCENES)]
     for number, image in enumerate(images):
