@@ -14,7 +14,9 @@ the largest cosine with images of other classes; its upper tail is not used if i
 because classes that look alike and copies with other labels make it heavy. If most pairs of a class are
 copies, as in a clip, those that chains of copies connect do not count (`_find_threshold`).
 
-Copies that are turned or mirrored are found by small gray images in eight orientations (`find_turned`).
+Where classes look alike, the threshold is above what copies reach. The images most similar to each are then
+`candidates`, which `crops.find_crops` compares by their pixels. Copies that are turned or mirrored are found
+by small gray images in eight orientations (`find_turned`).
 
 Letters: N images, M copies, V views, D components of a vector.
 """
@@ -48,7 +50,9 @@ _BLOCK = 1024  # images whose similarities are computed at once
 _COSINES = 2**25  # similarities that are computed at once: 128 MiB
 MAX_SIGNATURES = 20_000  # among more images, only equal files are found
 NO_PAIRS, NO_VECTORS = np.zeros((2, 0), np.intp), np.zeros((0, 0), np.float32)
-SMALL, TURNED = 16, 0.96  # pixels of a side, and cosine of equal images
+SMALL = 64  # pixels of a side of the gray images that are kept of photographs
+TURNED_SIDE, TURNED = 16, 0.96  # pixels of a side, and cosine of equal images
+CANDIDATES = 8  # images that may be crops of an image, where classes look alike
 PLAIN = 2.0  # standard deviation of the gray levels of an image that shows nothing
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
 DECIMALS = 4  # of a signature; float32 differs between processors from the seventh decimal on
@@ -105,6 +109,8 @@ class Copies(LabeledImages):
 class NearDuplicates(NamedTuple):
     """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
+    `candidates` (2, Q) are pairs of an image and another one that may be a crop of it, if cosines miss them.
+
     `certain` (2, Q) are those of them that reach what half of the copies reach, and that would be copies
     within a class, too.
 
@@ -117,6 +123,7 @@ class NearDuplicates(NamedTuple):
     alike: NDArray[np.bool_]
     vectors: NDArray[np.float32] = NO_VECTORS
     certain: NDArray[np.intp] = NO_PAIRS
+    candidates: NDArray[np.intp] = NO_PAIRS
 
 
 def find_pairs(
@@ -160,7 +167,8 @@ def find_pairs(
     # identical images above the threshold, those of different images that determine it below.
     rounding = float(np.finfo(np.float32).eps) * whole_ND.shape[1]
     threshold = min(found.cosine + rounding, 1 - rounding)
-    pairs, are_certain = [], []
+    misses_copies = threshold > reached_by_copies
+    pairs, are_certain, candidates = [], [], [NO_PAIRS]
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory
         block = np.arange(start, min(start + size, count))
@@ -168,9 +176,15 @@ def find_pairs(
         row, second = np.nonzero(cosines >= threshold)
         pairs.append(np.stack([block[row], second]))
         are_certain.append(cosines[row, second] >= max(found.in_class, of_half))
+        if misses_copies and count > 1:
+            cosines[np.arange(len(block)), block] = -np.inf  # not the image itself
+            num_candidates = min(CANDIDATES, count - 1)
+            nearest = np.argpartition(-cosines, num_candidates - 1, axis=1)[:, :num_candidates]
+            candidates.append(np.stack([np.repeat(block, num_candidates), nearest.ravel()]))
     all_pairs = np.concatenate(pairs, axis=1)
     certain = all_pairs[:, np.concatenate(are_certain)]
-    return NearDuplicates(all_pairs, np.isin(class_N, found.alike), whole_ND, certain)
+    is_alike_N = np.isin(class_N, found.alike)
+    return NearDuplicates(all_pairs, is_alike_N, whole_ND, certain, np.concatenate(candidates, axis=1))
 
 
 def number_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
@@ -357,7 +371,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     They are compared after whitening, as other vectors are. Copies that are turned, smaller and re-encoded
     reach 0.97, different photographs up to 0.94, also of classes that look alike.
     """
-    count = len(small)
+    count, width = len(small), SMALL // TURNED_SIDE
+    small = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width).mean(axis=(2, 4), dtype=np.float32)
     sides = [small, small[:, :, ::-1]]  # also mirrored
     turned = [np.rot90(side, turns, axes=(1, 2)) for side in sides for turns in range(4)]
     rows = np.stack(turned, axis=1).reshape(count, 8, -1).astype(np.float32)

@@ -26,7 +26,7 @@ from sopdeploy.training.recipe import Recipe
 Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
 CHECKSUM_BYTES = 4
-ENTRY = "hash of the pixels, small image, own vector, maps"  # what an entry contains
+ENTRY = "hash of the pixels, image of 64 x 64 pixels, own vector, maps"  # what an entry contains
 _PACKAGES = ("sopdeploy", "torch", "pillow", "timm")
 
 

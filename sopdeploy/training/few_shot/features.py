@@ -24,8 +24,10 @@ from sopdeploy.photos.copies import (
     NearDuplicates,
     find_pairs,
     find_turned,
+    number_classes,
     shrink,
 )
+from sopdeploy.photos.crops import find_crops
 from sopdeploy.photos.photo import Dataset, LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
@@ -145,7 +147,7 @@ class _Projection:
 def find_near_duplicates(
     outputs: "CachedNetwork", features: Features, images: LabeledImages
 ) -> NearDuplicates:
-    """Find the near-duplicates among *images* by the averages of the feature maps, and by turned images."""
+    """Find the near-duplicates among *images* by the averages of the feature maps, and by pixels."""
     copies = Copies.choose(images, features.hashes)  # made here, to measure how similar near-duplicates are
     batches = outputs.batches(copies, list(range(len(copies))))
     views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
@@ -154,10 +156,11 @@ def find_near_duplicates(
     found = find_pairs(features.views, whole, copies.originals, images.targets, features.hashes)
     if len(images) > MAX_SIGNATURES:
         return found
-    turned = find_turned(features.small)
+    crops = find_crops(features.small, found.candidates, number_classes(images.targets))
+    by_pixels = [find_turned(features.small), crops]
     return found._replace(
-        pairs=np.concatenate([found.pairs, turned], axis=1),
-        certain=np.concatenate([found.certain, turned], axis=1),
+        pairs=np.concatenate([found.pairs, *by_pixels], axis=1),
+        certain=np.concatenate([found.certain, *by_pixels], axis=1),
     )
 
 
