@@ -303,7 +303,7 @@ class Stub(nn.Module):
         content = self._content()
         return content[index] if isinstance(index, str) else list(content.values())[index]
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self) -> "dict[str, Stub | Tensor]":
         """Map the names of the parts and tensors to them, as they follow each other in a list."""
         return {**self._modules, **vars(self)["held"]}
 

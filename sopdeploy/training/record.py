@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pydantic
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.checkpoint import Checkpoint, is_state_dict
-from sopdeploy.config import first_problem, version_advice, writer_of
+from sopdeploy.config import FieldValues, first_problem, version_advice, writer_of
 from sopdeploy.decision import Decision
 from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, ConfigError, TrainingError
@@ -34,13 +34,25 @@ from sopdeploy.training.results import AnyProcedureResult, read_result
 from sopdeploy.training.start_weights import StartReport
 from sopdeploy.version import __version__
 
-RESUME_KEYS = {  # of `resume_of`, and of `loop.state`
-    "average", "frozen", "held_out", "optimizer", "position", "procedure", "teacher",
-    "train_count", "weights",
-}  # fmt: skip
+
+class ResumeState(TypedDict, total=False):
+    """What `last.pt` contains to resume a run, in the types of PyTorch's files.
+
+    The last four are of a loop: `frozen` is the content of a checkpoint.
+    """
+
+    position: FieldValues
+    train_count: int
+    held_out: Tensor
+    weights: dict[str, Tensor]
+    procedure: dict[str, Tensor]
+    optimizer: FieldValues
+    average: FieldValues | None
+    teacher: dict[str, Tensor]
+    frozen: FieldValues
 
 
-def run_record(start: Start, fit: Fit, resume: dict[str, Any] | None = None) -> Checkpoint:
+def run_record(start: Start, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
     """Build the content of `best.pt`, or with *resume* that of `last.pt`.
 
     *resume* is what `last.pt` contains in addition. Raises `TrainingError` if a weight is a NaN or infinity.
@@ -113,7 +125,7 @@ def with_result(best: Checkpoint, result: AnyProcedureResult, decision: Decision
     return replace(best, training=training, decision=decision)
 
 
-def resume_of(start: Start, position: Position, weights: dict[str, Tensor]) -> dict[str, Any]:
+def resume_of(start: Start, position: Position, weights: dict[str, Tensor]) -> ResumeState:
     """Return what `last.pt` contains of every run to resume it."""
     return {
         "position": position.model_dump(mode="json"),
@@ -195,9 +207,9 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
     state = last.resume
     if state is None:
         raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
-    advice, unknown = version_advice(writer_of(last.training)), sorted(map(str, state.keys() - RESUME_KEYS))
-    if advice and unknown:
-        raise CheckpointError(f"{source}: resume.{unknown[0]}: unknown key{advice}")
+    advice = version_advice(writer_of(last.training))
+    if advice and (unknown := state.keys() - ResumeState.__annotations__.keys()):
+        raise CheckpointError(f"{source}: resume.{min(unknown)}: unknown key{advice}")
     with state_errors(last, source):
         if not is_state_dict(state.get("weights")):  # the raw ones; those of the checkpoint may be averages
             raise ValueError  # which becomes a `CheckpointError`

@@ -558,7 +558,7 @@ def _infer_shapes(
 
 def _operands_by_batch(
     node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes
-) -> list[dict[str, Any]]:
+) -> list[dict[str, NDArray[Any]]]:
     """Return the operands of *node* for each batch size; none if its results, of *shapes*, stay unknown."""
     if node.op_type == "Shape":  # reads no contents, so the operand can be an array that takes no memory
         return [{node.input[0]: np.broadcast_to(False, shape)} for shape in named[node.input[0]].shapes]
