@@ -2,9 +2,10 @@
 
     python deploy/rolling_upgrade.py OLD/bin/sopdeploy NEW/bin/sopdeploy
 
-Each version exports a bundle, which the other serves. Every step runs under load: a promotion or its undoing
-by either version, and the exchange of a server for one of the other version. Exits with 1 if a request
-fails, if the versions answer differently, or if a server does not follow.
+Each version exports and signs a bundle, which the other pulls and serves. Every step runs under load: a
+promotion or its undoing by either version, and the exchange of a server for one of the other version. Exits
+with 1 if a request fails, if the versions answer differently, or if a server does not follow. The
+environments of both need `sopdeploy[cpu,train,sign]`.
 """
 
 import itertools
@@ -25,6 +26,11 @@ from container_test import check, free_port
 from commands import run
 
 TRAIN = ("train", "--recipe", "digits-dsop", "--set", "epochs=1", "--set", "model.config.base_width=4")
+NEW_KEY = (  # as in docs/transfer.md
+    "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out release.key",
+    "openssl pkey -in release.key -pubout -out release.key.pub",
+)
+SIGNED = ("--require-signature", "release.key.pub")
 WAIT_SECONDS = 60
 
 
@@ -35,7 +41,7 @@ class Server:
         """Start the server; it is killed at the end of *stack*, if it still runs."""
         port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", folder / f"{port}.log"
-        command = [program, "serve", "bundles/live", "--setting=follow=true", f"--port={port}"]
+        command = [program, "serve", "bundles/live", "--setting=follow=true", f"--port={port}", *SIGNED]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         stack.callback(self.process.kill)
@@ -127,14 +133,19 @@ def upgrade(programs: dict[str, Path], folder: Path) -> None:
     def sopdeploy(which: str, *arguments: str) -> None:
         run(programs[which], *arguments, cwd=folder)
 
+    for command in NEW_KEY:
+        run(*command.split(), cwd=folder)
     names = {}
     for seed, which in enumerate(programs):
         sopdeploy(which, *TRAIN, "--set", f"seed={seed}", "--out", which)
         sopdeploy(which, "export", f"{which}/best.pt", "--detach", "--max-batch", "1", "--out", "bundles")
         names[which] = (folder / "bundles" / "latest").resolve().name
+        sopdeploy(which, "sign", f"bundles/{names[which]}", "--key", "release.key")
+        sopdeploy(which, "push", f"bundles/{names[which]}", "store")
     for which, name in itertools.product(programs, names.values()):
-        sopdeploy(which, "verify", f"bundles/{name}")
-        check(f"{which} verifies {name}", holds=True)
+        sopdeploy(which, "pull", f"store/{name}.tar", f"pulled-{which}", *SIGNED)
+        sopdeploy(which, "verify", f"pulled-{which}/{name}")
+        check(f"{which} pulls {name}, and verifies it and its signature", holds=True)
     sopdeploy("old", "promote", f"bundles/{names['old']}", "--over", "bundles/live", "--force", "first")
     photo = (folder / "bundles" / names["old"] / "golden-0.jpg").read_bytes()
     with ExitStack() as stack:

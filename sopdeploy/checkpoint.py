@@ -82,7 +82,7 @@ class Checkpoint:
     labels: Labels
     preprocess: Preprocess
     training: dict[str, Any]
-    resume: dict[str, Any] | None = None
+    resume: Mapping[str, Any] | None = None
     decision: Decision | None = None
     project: ProjectName | Literal[""] = ""
     origin: Origin | None = None

@@ -304,7 +304,7 @@ class Stub(nn.Module):
         parts = self._parts()
         return parts[index] if isinstance(index, str) else list(parts.values())[index]
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> "dict[str, Stub | Tensor]":
         """Map the names of the parts and tensors to them, as they follow each other in a list."""
         return {**self._modules, **vars(self)["held"]}
 

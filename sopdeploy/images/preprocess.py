@@ -128,7 +128,7 @@ class Preprocess(StrictModel):
         return cls._from_published(name, **{"resize": side * 8 // 7, "crop": side, **rules(side)})
 
 
-CONVENTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+CONVENTIONS: dict[str, Callable[[int], Mapping[str, int | str | tuple[float, ...]]]] = {
     "imagenet": lambda _: {},
     "timm": lambda _: {"interpolation": "bicubic"},
     "clip": lambda side: {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pydantic
@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.checkpoint import Checkpoint, is_state_dict
-from sopdeploy.config import first_problem
+from sopdeploy.config import FieldValues, first_problem, version_advice, writer_of
 from sopdeploy.decision import Decision
 from sopdeploy.environment import machine
-from sopdeploy.errors import CheckpointError, TrainingError
+from sopdeploy.errors import CheckpointError, ConfigError, TrainingError
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.plugins import plugin_versions
@@ -35,7 +35,24 @@ from sopdeploy.training.start_weights import StartReport
 from sopdeploy.version import __version__
 
 
-def run_record(start: Start, fit: Fit, resume: dict[str, Any] | None = None) -> Checkpoint:
+class ResumeState(TypedDict, total=False):
+    """What `last.pt` contains to resume a run, in the types of PyTorch's files.
+
+    The last four are of a loop: `frozen` is the content of a checkpoint.
+    """
+
+    position: FieldValues
+    train_count: int
+    held_out: Tensor
+    weights: dict[str, Tensor]
+    procedure: dict[str, Tensor]
+    optimizer: FieldValues
+    average: FieldValues | None
+    teacher: dict[str, Tensor]
+    frozen: FieldValues
+
+
+def run_record(start: Start, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
     """Build the content of `best.pt`, or with *resume* that of `last.pt`.
 
     *resume* is what `last.pt` contains in addition. Raises `TrainingError` if a weight is a NaN or infinity.
@@ -108,7 +125,7 @@ def with_result(best: Checkpoint, result: AnyProcedureResult, decision: Decision
     return replace(best, training=training, decision=decision)
 
 
-def resume_of(start: Start, position: Position, weights: dict[str, Tensor]) -> dict[str, Any]:
+def resume_of(start: Start, position: Position, weights: dict[str, Tensor]) -> ResumeState:
     """Return what `last.pt` contains of every run to resume it."""
     return {
         "position": position.model_dump(mode="json"),
@@ -142,7 +159,7 @@ def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFi
 
     Raises `CheckpointError` if the record is missing or damaged.
     """
-    with state_errors(source):
+    with state_errors(last, source):
         state: Any = last.resume  # None raises a TypeError
         arrays = state["procedure"]
         label_logits, left_out = arrays.get("label_logits"), arrays.get("left_out")
@@ -164,7 +181,10 @@ def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFi
 
 def read_recorded_recipe(last: Checkpoint, source: Path) -> Recipe:
     """Read the recipe of the run of *last*; raises `ConfigError`."""
-    return validate_recipe(last.training.get("recipe", {}), str(source))
+    try:
+        return validate_recipe(last.training.get("recipe", {}), str(source))
+    except ConfigError as error:
+        raise ConfigError(f"{error}{version_advice(writer_of(last.training))}") from error
 
 
 def read_held_out(last: Checkpoint) -> NDArray[np.int64] | None:
@@ -187,7 +207,10 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
     state = last.resume
     if state is None:
         raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
-    with state_errors(source):
+    advice = version_advice(writer_of(last.training))
+    if advice and (unknown := state.keys() - ResumeState.__annotations__.keys()):
+        raise CheckpointError(f"{source}: resume.{min(unknown)}: unknown key{advice}")
+    with state_errors(last, source):
         if not is_state_dict(state.get("weights")):  # the raw ones; those of the checkpoint may be averages
             raise ValueError  # which becomes a `CheckpointError`
         report = last.training.get("start")
@@ -197,14 +220,15 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
 
 
 @contextmanager
-def state_errors(source: Path) -> Iterator[None]:
-    """Convert the errors of a damaged state in *source* to `CheckpointError`."""
+def state_errors(last: Checkpoint, source: Path) -> Iterator[None]:
+    """Convert the errors of a damaged state of *last*, read from *source*, to `CheckpointError`."""
+    advice = version_advice(writer_of(last.training)) or "; start a new run"
     try:
         yield
     except pydantic.ValidationError as error:
-        raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
+        raise CheckpointError(f"{source}: {first_problem(error)}{advice}") from error
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{source}: its state to resume from is damaged; start a new run") from error
+        raise CheckpointError(f"{source}: its state to resume from is damaged{advice}") from error
 
 
 class LabelCheck(NamedTuple):

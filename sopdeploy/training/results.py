@@ -7,7 +7,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from sopdeploy.config import Count, Fraction, Positive, StrictModel
+from sopdeploy.config import Count, Fraction, Positive, StrictModel, version_advice, writer_of
 from sopdeploy.decision import Estimate
 from sopdeploy.errors import CheckpointError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate
@@ -380,5 +380,6 @@ def read_result(training: Mapping[str, Any]) -> AnyProcedureResult | None:
         return _ADAPTER.validate_python(training["procedure"])
     except pydantic.ValidationError as error:
         raise CheckpointError(
-            "the checkpoint has no valid result of a training procedure; train again with this version"
+            "the checkpoint has no valid result of a training procedure"
+            + (version_advice(writer_of(training)) or "; train again with this version")
         ) from error

@@ -22,8 +22,9 @@ from sopdeploy.bundle.manifest import ID_LENGTH, Manifest, to_json
 from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint
 from sopdeploy.errors import ConfigError, DataError, SopdeployError
 from sopdeploy.files import MANIFEST
+from sopdeploy.training.loop import run as loop_run
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.train import train_recipe
+from sopdeploy.training.train import train_recipe, train_run
 from sopdeploy_commands.bulk import classifier, output
 from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_commands.bulk.run import Classified, classify
@@ -236,6 +237,26 @@ def test_a_checkpoint_of_a_later_version_names_who_reads_it(files: Path) -> None
     fields["training"]["versions"]["sopdeploy"] = LATER
     described = {place for place, _ in changed_at_every_depth({"training": fields["training"]})}
     check_refusals(fields, read, ignored=described - {"version", "top"})
+
+
+def test_a_stopped_run_of_a_later_version_names_who_resumes_it(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_run, "fit_loop", lambda *_: (None, {}))  # what is not refused is not trained
+    path = files / "stopped" / "last.pt"
+    fields = load_plain(path, path.read_bytes())
+    training, resume = fields["training"], fields["resume"]
+    training["versions"]["sopdeploy"] = LATER
+    tensors = {name: resume.pop(name) for name in ("weights", "optimizer", "held_out")}
+
+    def read(changed: Any) -> None:
+        recipe, state = changed.pop("recipe"), {**changed.pop("resume"), **tensors}
+        torch.save({**fields, **changed, "training": {**training, "recipe": recipe}, "resume": state}, path)
+        train_run(STOPPED, files / "stopped", resume=True)
+
+    described = {"recipe": training["recipe"], "resume": resume}
+    with quick_torch.one_thread():
+        check_refusals(described, read, ignored={"resume.procedure"})  # arrays of a finished fit
 
 
 def test_a_run_of_classify_of_a_later_version_names_who_reads_it(

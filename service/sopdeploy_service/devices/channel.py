@@ -19,7 +19,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,19 @@ class ChannelError(Exception):
     """A front end has sent what no front end sends."""
 
 
+class ModelFields(TypedDict):
+    """The values of `ModelFacts` in JSON."""
+
+    name: str
+    path: str
+    manifest: str
+    labels: Sequence[str]
+    contents: dict[str, str]
+    runtime: tuple[str, str, int]
+    timings: Sequence[tuple[int, float]]
+    is_loaded: bool
+
+
 class ModelFacts(NamedTuple):
     """A model of an engine, as a front end knows it."""
 
@@ -62,7 +75,7 @@ class ModelFacts(NamedTuple):
         """Describe *model*."""
         return cls(model.name, model.bundle, model.runtime, model.latency.measured(), model.is_loaded)
 
-    def to_fields(self) -> dict[str, Any]:
+    def to_fields(self) -> ModelFields:
         """Convert the facts to values of JSON."""
         bundle = self.bundle
         return {
@@ -77,7 +90,7 @@ class ModelFacts(NamedTuple):
         }
 
     @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> "ModelFacts":
+    def from_fields(cls, fields: ModelFields) -> "ModelFacts":
         """Convert what `to_fields` returned, after JSON."""
         manifest = Manifest.from_bytes(fields["manifest"].encode())
         contents = {name: text.encode("latin-1") for name, text in fields["contents"].items()}

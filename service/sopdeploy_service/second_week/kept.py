@@ -1,4 +1,4 @@
-"""Photographs that a server or `classify` keeps because a label for them would help.
+"""Photographs that a server keeps because a label for them would help.
 
 In a folder of kept photographs, `ID.jpg` or `ID.png` is a photograph without metadata except its orientation,
 and `ID.json` its `KeptRecord`. The photograph is written first, so a record always has its photograph; a

@@ -324,14 +324,14 @@ def last_loop_record(run: LoopRun) -> Checkpoint:
 
 def read_frozen(last: Checkpoint, source: Path) -> Checkpoint:
     """Read the fit of the frozen network from which the loop of *last* started; `CheckpointError` if none."""
-    with state_errors(source):
+    with state_errors(last, source):
         state: Any = last.resume  # None raises a TypeError
         return parse_checkpoint(source, dict(state["frozen"]), "")
 
 
 def restore_loop(run: LoopRun, last: Checkpoint, source: Path) -> None:
     """Restore the average, the teacher and the optimizer of *run*; raises `CheckpointError`."""
-    with state_errors(source):
+    with state_errors(last, source):
         state: Any = last.resume
         if run.ema is not None:
             run.ema.load_state_dict(state["average"])

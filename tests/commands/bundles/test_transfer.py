@@ -25,8 +25,10 @@ from sopdeploy.errors import BundleError, ConfigError, MissingPackageError, Stor
 from sopdeploy.files import writing
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull, push
+from tests.support.children import START_SECONDS, serving, spawn
 from tests.support.forged import FIELDS, forge, write_hollow
 from tests.support.keys import write_key
+from tests.support.service import write_bundle
 from tests.support.small_data import jpeg
 
 EARLIER, LATER = "2025-12-31T23:59:59.000000Z", "2026-02-03T04:05:06.000000Z"
@@ -317,6 +319,23 @@ def test_the_commands_print_what_they_did(bundle: Path, key: Path, tmp_path: Pat
     options = ("--require-signature", f"{key}.pub", "--sha256", pushed["sha256"])
     pulled = cli("pull", pushed["url"], tmp_path / "here", *options)
     assert "(signature and hashes checked)" in pulled.stdout
+
+
+def test_a_pulled_bundle_is_served_with_the_key_that_signed_it_and_with_no_other(
+    key: Path, tmp_path: Path
+) -> None:
+    bundle, other = write_bundle(tmp_path / "bundles"), write_key(tmp_path / "other.key")
+    assert cli("sign", bundle, "--key", key).exit_code == 0
+    url = json.loads(cli("push", bundle, tmp_path / "store", "--json").stdout)["url"]
+    required, received = ("--require-signature", f"{key}.pub"), str(tmp_path / "received")
+    assert cli("pull", url, received, *required).exit_code == 0
+    with serving(received, *required) as client:
+        assert client.post("/v1/classify", content=jpeg(0)).json()["classes"]
+    with spawn(received, "--require-signature", str(other)) as refused:
+        out, error = refused.communicate(timeout=START_SECONDS)
+    assert (refused.returncode, out, error.count("\n")) == (2, "", 1)
+    assert f"received/{bundle.name}: its signature is not valid" in error
+    assert "Key mismatch" in error
 
 
 def test_what_a_killed_pull_left_is_deleted_by_the_next_one_and_what_is_in_use_stays(

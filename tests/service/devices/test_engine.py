@@ -8,6 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, TensorRecord
 from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.engine import Engine
-from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
+from sopdeploy_service.devices.remote import EngineChannel, RemoteModel, RemoteRegistry
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.inference.model import Registry
@@ -151,8 +152,8 @@ def test_a_slot_is_free_when_the_engine_does_not_read_it_any_more(bundle) -> Non
     runtime = Held(largest_batch=1)
 
     async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
-        model = registry.find()
-        (front_end,) = engine.engine.front_ends
+        model = cast(RemoteModel, registry.find())
+        (front_end,), ((own_end, _),) = engine.engine.front_ends, model.routes
         in_batch = asyncio.ensure_future(model.run(PIXELS[0], FOREVER))
         await until(runtime.entered.is_set)
         queued = [asyncio.ensure_future(model.run(one, FOREVER)) for one in PIXELS[1:]]
@@ -161,11 +162,11 @@ def test_a_slot_is_free_when_the_engine_does_not_read_it_any_more(bundle) -> Non
             await model.run(PIXELS[0], FOREVER)
         for each in (in_batch, *queued):
             each.cancel()
-        await until(lambda: len(front_end.cancel_by_slot) == 1)  # that of the batch
+        await until(lambda: len(front_end.cancel_by_slot) == own_end.queue_length == 1)  # that of the batch
         with pytest.raises(RejectedError, match="deadline"):
             await model.run(PIXELS[0], 0.0)
         runtime.gate.set()
-        await until(lambda: not front_end.cancel_by_slot)
+        await until(lambda: not front_end.cancel_by_slot and not own_end.queue_length)
         await asyncio.gather(*(model.run(one, FOREVER) for one in PIXELS))
 
     run_with(runtime, bundle, scenario)
