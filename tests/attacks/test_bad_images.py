@@ -138,7 +138,10 @@ def fails(call: Callable[[], object], error: type[Exception] = DataError) -> str
 def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     root, listed = special.parents[1], f"{special}: "
     split = open_folder(root)
-    assert f"{listed}cannot be read" in fails(lambda: [[*part] for part in (split.train, split.held_out)])
+    parts = split.train, split.held_out
+    assert f"{listed}cannot be read" in fails(
+        lambda: [part.decode(index) for part in parts for index in range(len(part))]
+    )
     assert [error.startswith(listed) for error in check_data(root).unreadable] == [True]
     assert fails(lambda: calibration_images(root, SMALL_RULES)).startswith(f"{listed}cannot be read")
     assert fails(lambda: read_image(special, 1000)).startswith(f"{listed}cannot be read (not a regular file)")
