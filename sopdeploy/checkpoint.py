@@ -158,7 +158,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
             "`sopdeploy import` for published weights, and `export --network` for those of your own network"
         )
     written_by = writer_of(content.get("training"))
-    for name in content.keys() - {"weights"}:  # `build_classifier` compares those with the network's
+    for name in content.keys() - {"weights"}:  # `build_classifier` checks the weights
         for value in distinct_values(content[name]):
             if isinstance(value, Tensor) and not (_is_dense(value) and _stores_all_numbers(value)):
                 where = f"{path}: {str(name)[:80]}"
@@ -187,7 +187,7 @@ def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that
     try:
         _check_reading_cost(raw)
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        distinct_values(content)
+        distinct_values(content)  # raises if it has too many values or levels
         return content
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -343,8 +343,9 @@ def _describe_storage(tensor: Tensor) -> str:
 def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
     """Build the network of *checkpoint* with its weights, in eval mode.
 
-    Raises `CheckpointError` naming *path* and the first tensor that is missing, unknown or not finite, or
-    has another shape, dtype or layout.
+    Its attribute `images_format` is the layout of the images that it was trained with. Raises
+    `CheckpointError` naming *path* and the first tensor that is missing, unknown or not finite, or has
+    another shape, dtype or layout.
     """
     try:
         make_config(checkpoint.model, checkpoint.config)  # rejects keys such as num_classes

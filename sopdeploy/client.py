@@ -118,7 +118,8 @@ class Client:
     ) -> None:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("the API key has characters that no header may have; copy the key again")
-        headers = {"Accept-Encoding": "identity"}  # what servers may compress anyway is limited, too
+        # Few compressed bytes could fill the memory; `_receive` limits what a server compresses anyway.
+        headers = {"Accept-Encoding": "identity"}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
         try:
@@ -310,7 +311,10 @@ def retry_after(response: httpx.Response) -> float:
 
 
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
-    """Send *request* and read the response; raises `ServiceError` if it is too large."""
+    """Send *request*, read the response and decode its content.
+
+    Raises `ServiceError` if it is too large, or if its encoding is not in `ENCODINGS`.
+    """
     response = client.send(request, stream=True)
     try:
         if response.headers.get("Content-Encoding", "").lower() not in ENCODINGS:

@@ -219,7 +219,8 @@ class Decision(StrictModel):
         if self.rejection is None:
             return Answer(ranked, explanation=explanation)
         score = float(log_sum_exp(logits))
-        return Answer(ranked, score >= self.rejection.threshold, score, explanation)
+        is_known = score >= self.rejection.threshold
+        return Answer(ranked, is_known, score, explanation)
 
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.
@@ -242,7 +243,7 @@ class Decision(StrictModel):
             rows.append(("unknown images", f"score below {rule.threshold:.4g}; {accepted}"))
             if rule.recognized is not None:
                 rows.append(("photographs of other things", "{} of {} rejected".format(*rule.recognized)))
-            elif rule.new_class is not None:  # no images that are made of the user's own predict it
+            elif rule.new_class is not None:  # images that are made from the user's own do not predict it
                 rows.append(("photographs of other things", "not measured; give --unknown FOLDER"))
             if rule.new_class is not None:
                 rejected, count = rule.new_class

@@ -38,8 +38,9 @@ def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: 
     """Create the file *path* if needed, open it for reading and writing, and lock it.
 
     The system releases the lock when the file is closed, also when the process ends in any way. With *wait*,
-    it waits for another process. With *of_process*, child processes do not inherit the lock. Raises
-    `BlockingIOError` if another process holds the lock, and `OSError` if the file cannot be opened.
+    it waits for another process. With *of_process*, child processes do not inherit the lock. If the file
+    system has no locks, `failure` of the result says so. Raises `BlockingIOError` if another process holds
+    the lock, and `OSError` if the file cannot be opened.
     """
     tries = 0
     while True:
@@ -93,7 +94,7 @@ def flush_folder(path: Path) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        if error.errno in LOST:
+        if error.errno in LOST:  # with any other error, the file system cannot flush folders
             raise
 
 

@@ -74,13 +74,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
-    """Create the folder *path* and those above it; at the end, remove those of them that are empty."""
-    created = [folder for folder in (path, *path.parents) if not folder.exists()]  # the innermost first
+    """Create *path* and the missing folders above it; at the end, remove those of them that are empty."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]  # the innermost first
     try:
         path.mkdir(mode, parents=True, exist_ok=True)
         yield
     finally:
-        for folder in created:
+        for folder in missing:
             with suppress(OSError):  # it holds a file, was not created, or another process uses it
                 folder.rmdir()
 
@@ -94,7 +94,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     remove_leftovers(parent)
     outer, lock = _create_locked_folder(parent)
     try:
-        (outer / "content").mkdir()
+        (outer / "content").mkdir()  # the caller may rename it without the lock file beside it
         yield outer / "content"
     finally:
         shutil.rmtree(outer, ignore_errors=True)
@@ -102,7 +102,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def _create_locked_folder(parent: Path) -> tuple[Path, Lock]:
-    """Create a hidden folder in *parent* with a lock file, beside which its content is renamed alone."""
+    """Create a hidden folder in *parent* that contains a lock file, and lock this file."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=".new-", suffix=PARTIAL, dir=parent))
         try:
@@ -128,6 +128,7 @@ def remove_leftovers(folder: Path) -> None:
                         path.unlink(missing_ok=True)
             elif _LEFT_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 with lock_if_abandoned(path / LOCK) as is_abandoned:
+                    # Without a lock file, its process has ended or will create another folder.
                     if is_abandoned or not os.path.lexists(path / LOCK):
                         shutil.rmtree(path, ignore_errors=True)
 
@@ -315,9 +316,9 @@ class WeightPath(NamedTuple):
 
 
 def check_is_weights(path: Path) -> WeightPath:
-    """Read the first bytes of *path*; raise `WeightsError` unless weight files begin so.
+    """Return *path* with its first bytes; raise `WeightsError` unless weight files begin so.
 
-    They are zip archives, pickles, safetensors, and files of the importers that packages register.
+    These are zip archives, pickles, safetensors, and files of the importers that packages register.
     """
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"

@@ -116,22 +116,24 @@ def seal(
 ) -> Manifest:
     """Hash every file in *folder*, write the manifest and return it.
 
-    The *certificate*, if it is given, is written with `contents`, the hash of the manifest and of all other
-    files, and with the `sha256` of all its fields. So `verify` detects if one of them is changed alone.
+    The *certificate*, if it is given, is written before the manifest, which also lists it. Its `contents` is
+    the hash of a manifest of all other files, and its `sha256` that of all its fields. So `verify` detects if
+    one of them is changed alone.
     """
-    files = {
-        path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
-        for path in sorted(folder.iterdir())
-    }
-    manifest = Manifest(**manifest_without_files, files=files).with_written_defaults()
+
+    def record(path: Path) -> FileRecord:
+        return FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
+
+    def manifest_of(files: Mapping[str, FileRecord]) -> Manifest:
+        return Manifest(**manifest_without_files, files=dict(sorted(files.items()))).with_written_defaults()
+
+    files = {path.name: record(path) for path in folder.iterdir()}
+    manifest = manifest_of(files)
     if certificate is not None:
-        fields = {**certificate, "contents": manifest.contents_sha256}
+        fields = {**certificate, "contents": manifest.contents_sha256}  # without the certificate
         path = folder / CERTIFICATE
         path.write_bytes(to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields}))
-        files[path.name] = FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
-        manifest = Manifest(
-            **manifest_without_files, files=dict(sorted(files.items()))
-        ).with_written_defaults()
+        manifest = manifest_of({**files, CERTIFICATE: record(path)})
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
 
@@ -170,10 +172,10 @@ def give_final_name(
 ) -> PlacedBundle:
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
-    A *signature* of *manifest* is written first, so that the bundle is never there without it. The bundle
-    that has the name at the end is read again. Its manifest is *manifest*, or, without a *signature*, one
-    that differs by its time only. Raises `BundleError` if a different or damaged bundle has the name; it
-    stays as it is.
+    A *signature* of *manifest* is written first, so that the bundle is never there without it. The result
+    has the manifest that is read from the bundle with the name, at the end: it is *manifest*, or without a
+    *signature* one that may have another time. Raises `BundleError` if a different or damaged bundle has the
+    name; it stays as it is.
     """
     target = destination / manifest.name
     read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)
@@ -190,17 +192,7 @@ def give_final_name(
             with atomic_write(signature_file) as partial_file:
                 partial_file.write_bytes(signature)
         if is_new:
-            set_mode(folder, 0o755)
-            for path in folder.iterdir():
-                set_mode(path, 0o644)
-                with path.open("rb") as file:
-                    flush(file.fileno())
-            try:
-                folder.rename(target)
-            except OSError as error:
-                if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
-                    raise
-                is_new = False  # another process was faster
+            is_new = _rename_sealed(folder, target)  # false if another process was faster
             try:
                 found = read_same()
             except BundleError:
@@ -209,6 +201,22 @@ def give_final_name(
                 raise
         undo.pop_all()  # keep the signature
     return PlacedBundle(found, is_new)
+
+
+def _rename_sealed(folder: Path, target: Path) -> bool:
+    """Let everybody read *folder*, flush its files and rename it; return false if *target* exists."""
+    set_mode(folder, 0o755)
+    for path in folder.iterdir():
+        set_mode(path, 0o644)
+        with path.open("rb") as file:
+            flush(file.fileno())
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+            raise
+        return False
+    return True
 
 
 def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
@@ -429,8 +437,8 @@ BundleReader = Callable[[Path, Manifest], Bundle]
 def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedBundle]:
     """List the bundles in *folder*, the last export first; of each project, the first complete one is served.
 
-    Reads all manifests, each once, and with *read*, by default without the graph, every file of the bundles
-    that are served.
+    Every manifest is read once. *read* reads all files of the bundles that are served, by default
+    `read_files` without the graph.
     """
     read = read or partial(read_files, with_graph=False)
     listed, served_by_project = [], dict[str, Manifest]()

@@ -150,7 +150,8 @@ def _hash_constant(tensor: "onnx.TensorProto") -> str:
 def check_graph_and_certificate(bundle: Bundle) -> str | None:
     """Compare the graph of *bundle*, its manifest, its certificate and its reports.
 
-    Returns the root of `model.onnx`, or None if `onnx` is not installed. All of this must hold:
+    Returns the root of `model.onnx`. If `onnx` is not installed, the result is None, and the first of these
+    points is not checked. All of this must hold:
 
     - `model.onnx` has the root, the opset, the inputs and the outputs in the manifest;
     - the certificate is as it was written, and names this graph, this manifest and all other files;
@@ -195,7 +196,7 @@ def check_certificate(bundle: Bundle) -> None:
     try:
         program_root, shipped_root, float32_root = (certificate["roots"][name] for name in CERTIFIED_ROOTS)
         compared = tuple(certificate["compared"])
-        detached, mixes_images = tuple(certificate["detached"]), tuple(certificate["mixes_images"])
+        detached_parts, mixes_images = tuple(certificate["detached"]), tuple(certificate["mixes_images"])
         is_known_proof = compared == PROOFS[certificate["proof"]]
     except (KeyError, TypeError) as error:
         raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
@@ -204,11 +205,11 @@ def check_certificate(bundle: Bundle) -> None:
     is_other_float32 = certificate["precision"] == "fp32" and float32_root != shipped_root
     if shipped_root != manifest.lineage.onnx_root or is_other_float32:
         raise BundleError(f"{path}: certifies another graph than model.onnx; {ADVICE}")
-    certified = certificate["precision"], detached, certificate["contents"]
+    certified = certificate["precision"], detached_parts, certificate["contents"]
     if certified != (manifest.precision, manifest.detached, manifest.contents_sha256):
         problem = "certifies other files, or another precision, preprocessing or other field of the manifest"
         raise BundleError(f"{path}: {problem}; {ADVICE}")
-    if detached:  # then the detached network is one of those compared; otherwise nothing was removed
+    if detached_parts:  # then a network without them is compared; otherwise nothing was removed
         fits_detached = "detached" in compared
     else:
         fits_detached = "detached" not in compared and not certificate["removed"]
@@ -219,7 +220,7 @@ def check_certificate(bundle: Bundle) -> None:
 
 
 def _read_fields(bundle: Bundle, name: str) -> dict[str, Any]:
-    """Read the JSON object in the file *name* of *bundle*."""
+    """Read the JSON object in the file *name* of *bundle*; raise `BundleError` if it contains none."""
     try:
         fields = json.loads(bundle.contents[name])
         if isinstance(fields, dict):

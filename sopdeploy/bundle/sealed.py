@@ -23,7 +23,7 @@ class SealedFile:
     """
 
     def __init__(self, blocks: Iterable[bytes]) -> None:
-        descriptor: int | None = None  # in memory
+        descriptor: int | None = None  # of the file in memory; stays None for a file in a folder
         try:
             descriptor = os.memfd_create("sealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except (AttributeError, OSError):  # not Linux, or forbidden

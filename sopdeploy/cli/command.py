@@ -56,8 +56,8 @@ def command(
     Parameters that no option can express, such as callbacks, are for Python only.
     *show* prints the result, or with `--json` the command prints it as JSON; *summarize* selects what. The
     other parameters of *show* are options, too; if one is `as_json`, *show* itself prints text or JSON.
-    The number that *show*, or without it the function, returns is the exit code. A user error is one line and
-    exit code 2.
+    *settings* become options, too, and keyword arguments of the function. The number that *show*, or without
+    it the function, returns is the exit code. A user error is one line and exit code 2.
     """
 
     def decorate(function: _Function) -> _Function:

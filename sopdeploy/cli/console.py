@@ -225,7 +225,7 @@ class ProgressBars:
         self.console.print(Text.assemble(("warning:", "yellow"), " ", plain_text(warning)))
 
     def on_stage(self, *, name: str, done: int, total: int) -> None:
-        """Advance the bar of a procedure without epochs; print the name of a step when it begins."""
+        """Advance the bar of a procedure without epochs; print the name of a stage when it begins."""
         if name != self.stage:
             self.stage = name
             self.console.print(name)

@@ -155,7 +155,7 @@ class AugmentedDataset(FittedDataset):
     def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Compute the augmented pixels (B, crop, crop, 3) of the images or copies at *indices*."""
         augmentation = self.augmentation
-        samples = [index % len(self.images) for index in indices]
+        samples = [index % len(self.images) for index in indices]  # an index is sample + copy * len(images)
         randoms = [Random(derive_seed(self.seed, "augment", self.epoch, index)) for index in indices]  # noqa: S311
         if isinstance(augmentation, BoxCrop):
             crops = [

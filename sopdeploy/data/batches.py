@@ -60,7 +60,7 @@ def load_batches(
 
 
 class Loader:
-    """Up to *workers* processes that load batches of *datasets*, from the first batch on until `close`.
+    """Up to *workers* processes that load batches of *datasets*, from the first one to the end of `with`.
 
     Each process gets the images once, and then the other fields of a data set with the indices of a batch.
     """
@@ -69,7 +69,7 @@ class Loader:
         self.datasets = datasets
         count = min(workers, usable_cores()) if workers else 0
         self.sampler = _RequestSampler([])
-        self.processes: DataLoader[Any] | None = DataLoader(
+        self.data_loader: DataLoader[Any] | None = DataLoader(
             _BatchDataset(datasets),  # type: ignore[arg-type]  # not torch's Dataset
             batch_sampler=self.sampler,  # type: ignore[arg-type]  # not lists of indices
             collate_fn=tuple,  # no change: `__getitems__` has stacked the samples
@@ -83,15 +83,18 @@ class Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.processes = None  # torch ends them when nothing refers to them any more
+        self.data_loader = None  # torch ends them when nothing refers to them any more
 
     def load(self, dataset: Dataset, batches: list[list[int]]) -> Iterator[Batch | tuple[str]]:
-        """Load *batches* of *dataset*, which has the images of one of `datasets`, one after the other."""
+        """Yield the *batches*, lists of indices of *dataset*; after a `DataError`, its message in a tuple.
+
+        The images of *dataset* must be those of one of `datasets`. After the end of `with`, yields nothing.
+        """
         number = [loaded.images is dataset.images for loaded in self.datasets].index(True)
         names = [field.name for field in fields(dataset) if field.name not in SHARED]
         own = {name: getattr(dataset, name) for name in names}
         self.sampler.requests = [_BatchRequest(number, own, indices) for indices in batches]
-        yield from self.processes or ()
+        yield from self.data_loader or ()
 
 
 class _BatchRequest(NamedTuple):

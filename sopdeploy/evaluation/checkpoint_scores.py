@@ -43,10 +43,11 @@ def score_checkpoint(
 ) -> CheckpointScores:
     """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
 
-    With *accepts*, a decision that accepts this fraction of known images is fitted, too. With *mirror*, the
-    logits are means over an image and its mirror image. *on_image* receives the numbers of images done and in
-    total, *log* lines about the folder, also about images that the network was trained on. Raises `DataError`
-    for too few images to fit to.
+    With *accepts*, a decision that accepts this fraction of known images is fitted, too; with several classes
+    per image, thresholds are fitted instead, for any fraction. With *mirror*, the logits are means over an
+    image and its mirror image. *on_image* receives the numbers of images done and in total, *log* lines about
+    the folder, also about images that the network was trained on. Raises `DataError` for too few images to
+    fit to.
     """
     checkpoint = read_checkpoint(path)
     is_multi_label = checkpoint.decision is not None and checkpoint.decision.is_multi_label
@@ -65,10 +66,11 @@ def score_checkpoint(
     logits_NC = score_images(network, checkpoint.preprocess, images, workers=workers, on_image=on_image)
     decision = Decision() if checkpoint.decision is None else checkpoint.decision
     predictions = make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision)
-    fitted = None
-    if accepts is not None and is_multi_label:
+    if accepts is None:
+        fitted = None
+    elif is_multi_label:  # without rejection: the fraction is not used
         fitted = Decision(activation="sigmoid", thresholds=fit_thresholds(images.targets, sigmoid(logits_NC)))
-    elif accepts is not None:
+    else:
         output_of_class = np.array([checkpoint.labels.index(label) for label in images.labels])
         fitted = fit_decision(
             logits_NC,

@@ -27,9 +27,9 @@ class LabelDoubts(NamedTuple):
 def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64]) -> LabelDoubts:
     """Find which *labels* (N,) of images their out-of-fold *logits_NC* contradict.
 
-    A label is listed if a class has more than `LISTED_RATIO` times the relative probability of the label:
-    relative to the average one that images of the class have for it, because similar classes are never
-    certain ("confident learning", Northcutt et al., JAIR 2021).
+    Each class has an average probability for the images with its label, which is low for similar classes. A
+    label is listed if, divided by these averages, the probability of another class is more than
+    `LISTED_RATIO` times its own ("confident learning", Northcutt et al., JAIR 2021).
     """
     probabilities_NC = softmax(logits_NC)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]

@@ -100,9 +100,10 @@ def evaluate_network(
 def held_out_metrics(
     labels: tuple[str, ...], logits: NDArray[np.float64], targets: NDArray[np.int64] | NDArray[np.float32]
 ) -> HeldOutMetrics:
-    """Compute the metrics of *logits* (N, C) for *targets*, (N,) or (N, C); F1 is at a threshold of 0.5.
+    """Compute the metrics of *logits* (N, C) for *targets*, (N,) or (N, C).
 
-    Raises `TrainingError` if the loss is not finite, `DataError` if no image shows any class of (N, C).
+    With (N, C), F1 is at a threshold of 0.5, and `thresholds` are fitted to *targets*. Raises `TrainingError`
+    if the loss is not finite, `DataError` if no image shows any class of (N, C).
     """
     activation: Activation = "sigmoid" if targets.ndim == 2 else "softmax"
     logits_NC, true = torch.from_numpy(logits), torch.from_numpy(targets)

@@ -78,9 +78,10 @@ def _template() -> Any:
 
 
 def insert_names(template: str, *names: str, tag: str = "bdi") -> Any:
-    """Insert *names* into *template* at its `{}`; the direction of each, such as Arabic, ends with it.
+    """Insert *names* into *template* at its `{}`, as markup, and escape them.
 
-    Returns markup. The tag `code` is for commands to copy.
+    A name from right to left, such as an Arabic one, does not reorder the text around it. The tag `code` is
+    for commands to copy.
     """
     from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
 
