@@ -43,16 +43,16 @@ class HostPattern(NamedTuple):
         if host.is_for_subdomains or not is_named or not has_scheme:
             return False
         port = self.port or DEFAULT_PORTS.get(self.scheme or "")  # None: any
-        # `Host: a.example` has the default port of the scheme, which only the proxy knows.
-        default = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
-        return port is None or (host.port or default) == port
+        # `Host: a.example` has a default port that only the proxy knows, so it matches whatever port is here.
+        default_of_host = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
+        return port is None or (host.port or default_of_host) == port
 
 
 @functools.lru_cache(maxsize=256)
 def parse_host(text: str) -> HostPattern:
     """Parse a host or origin, such as `example.com:8000`, or a pattern such as `https://*.example.com`.
 
-    Raises `ValueError` if *text* is none.
+    Raises `ValueError` if *text* is neither.
     """
     match = _PATTERN.fullmatch(text) if len(text) <= MAX_TEXT else None
     if match is None:

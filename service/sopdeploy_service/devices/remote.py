@@ -43,7 +43,7 @@ class EngineChannel(asyncio.Protocol):
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free_slots = list(range(self._slots.count))
-        # Of each model, those of the outputs of an image.
+        # For each model: the shapes of the outputs of an image, by name.
         self._shapes = [channel.output_shapes(model.bundle) for model in self.models]
         self._shapes_without_features = [
             channel.output_shapes(model.bundle, features=False) for model in self.models
@@ -252,16 +252,16 @@ class RemoteRegistry(Registry):
     def _update_models(self) -> None:
         """Serve the models of the channels, each in the version of the newest channel that has it."""
         models: dict[str, RemoteModel] = {}
-        for newest in reversed(self._channels.values()):
-            for facts in newest.models:
+        for channel_of_version in reversed(self._channels.values()):  # the newest first
+            for facts in channel_of_version.models:
                 if facts.name in models:
                     continue
                 routes: list[tuple[EngineChannel, int]] = []
-                for engine in self._channels.values():
-                    for number, other in enumerate(engine.models):
+                for to_engine in self._channels.values():
+                    for number, other in enumerate(to_engine.models):
                         is_same_version = other.bundle.manifest.id == facts.bundle.manifest.id
                         if other.name == facts.name and is_same_version:
-                            routes.append((engine, number))
+                            routes.append((to_engine, number))
                 models[facts.name] = RemoteModel(facts, routes, self._settings)
                 models[facts.name].is_loaded = facts.is_loaded
         self._by_name = models

@@ -112,7 +112,7 @@ class Supervisor:
         return self._code
 
     def _stop(self) -> None:
-        """Let the processes drain: those that serve HTTP, and then the engines; a second call ends this."""
+        """Let the processes that serve HTTP drain; a second call ends this. Engines end after them."""
         number = signal.SIGINT if self._stopping.is_set() else signal.SIGTERM
         self._stopping.set()
         for process in self._servers:
@@ -121,11 +121,11 @@ class Supervisor:
         self._end_unused_engines()
 
     def _end_unused_engines(self) -> None:
-        """If no process serves HTTP any more, end the engines, and the devices that are still loading."""
+        """End the engines, and the devices that are loading, unless a process still serves HTTP."""
         if any(server.is_running for server in self._servers):
             return
         for process in self._devices:
-            self._close_control(process)  # an engine ends, and has no other end
+            self._close_control(process)  # this ends an engine, which ignores SIGTERM
             if not process.is_ready and process.child is not None:
                 process.child.terminate()
 
@@ -212,7 +212,7 @@ class Supervisor:
             self._group.create_task(self._supervise(process))
 
     def _close_control(self, process: Process) -> None:
-        """Send nothing more to *process*, which then ends."""
+        """Send nothing more to *process*; this ends an engine."""
         if process.control is not None:
             self._loop.remove_reader(process.control)
             process.control.close()

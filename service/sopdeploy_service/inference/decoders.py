@@ -118,9 +118,9 @@ class SharedChildren:
     def put(self, request: Request, group: tuple[str, bool] | None) -> None:
         """Let an idle child run *request* of *group*, or let it wait.
 
-        If `MAX_WAITING_LARGE` requests wait, the last one of the largest group is refused; this is *request*
-        unless another group would still be larger than its own. Those of the group None are never refused.
-        After `close`, every request is refused.
+        If `MAX_WAITING_LARGE` requests wait, the last one of the largest group is refused. *request* counts
+        as one of its own group, and is that one if no other group is larger. Those of the group None are
+        refused only after `close`, as every request is then.
         """
         if self._is_closed:
             request.settle(results.DRAINING)
@@ -258,9 +258,10 @@ class Decoders:
     async def _run_with_retries(
         self, image: bytes, rules: bytes, kind: int, sizes: range, deadline: float, client: str | None
     ) -> Reply:
-        """Run a request in a light child; for a large body, or if that fails, in one for large images.
+        """Run a request in a light child or, if *image* is large or that child ends, in one for large images.
 
-        The child for large images gets it once more if it ends without the fault of the image.
+        It runs again if a child ends without the fault of the image, but not after a second one, of either
+        kind. Raises as `decode` does.
         """
         is_light, is_slow = len(image) <= LIGHT_BODY, False
         num_crashes = 0  # of children, without the fault of the image
@@ -287,7 +288,7 @@ class Decoders:
                 if not is_light and num_crashes > 1:
                     is_kill = reply.reason in {signal.SIGKILL.name, pool.UNKNOWN}  # by the system or a user
                     raise RejectedError(results.DECODER_KILLED if is_kill else results.DECODER_CRASHED)
-                is_slow = is_light and is_fault_of_image
+                is_slow = is_light and is_fault_of_image  # then waits among slow images of its client
             elif reply.kind == kind:
                 return reply
             elif reply.kind != child.LARGER:  # which only light children answer

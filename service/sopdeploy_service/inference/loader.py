@@ -272,26 +272,26 @@ def _replay_all(
 
 
 def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: int) -> None:
-    """Replay *probes* twice beside another batch in flight, which begins before theirs and then after it.
+    """Replay *probes* beside another batch in flight that began before them, then beside a later one.
 
     This detects, before the first request, batches that overwrite each other's memory. Raises `ParityError`.
     """
 
     # The other batch has inverted images, so that the outputs differ.
-    def run_second(images: NDArray[np.uint8]) -> Outputs:
+    def run_after_other(images: NDArray[np.uint8]) -> Outputs:
         wait_for_other, wait = runtime.begin(list(~images)), runtime.begin(list(images))
         wait_for_other()
         return wait()
 
-    def run_first(images: NDArray[np.uint8]) -> Outputs:
+    def run_before_other(images: NDArray[np.uint8]) -> Outputs:
         # The other batch has a single image, so that an engine uses its other profile, too.
         wait, wait_for_other = runtime.begin(list(images)), runtime.begin(list(~images[:1]))
         outputs = wait()
         wait_for_other()
         return outputs
 
-    replay(probes, run_second, batch=max_batch)
-    replay(probes, run_first, batch=max_batch)
+    replay(probes, run_after_other, batch=max_batch)
+    replay(probes, run_before_other, batch=max_batch)
 
 
 def largest_batch(runtime: Runtime, settings: Settings) -> int:

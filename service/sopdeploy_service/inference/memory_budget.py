@@ -92,12 +92,12 @@ class BudgetedRegistry(ModelRegistry):
     def use(self, model: Model) -> Iterator[None]:
         """Mark *model* as used last, and do not release it, loaded or not, during the block."""
         self._lazy_models.move_to_end(model.name)
-        # Of the placeholder, which is the same object before and after a load; `_make_room` looks at it.
+        # The placeholder counts the users, because it stays the same before and after a load.
         with super().use(self._lazy_models[model.name].placeholder):
             yield
 
     async def wait_until_loaded(self, model: Model) -> Model:
-        """Return *model*, which is in use, when it is loaded; raises `RejectedError` if it cannot be."""
+        """Wait for a load of *model*, which is in use; return the loaded one, or raise `RejectedError`."""
         lazy = self._lazy_models[model.name]
         if lazy.loading is None:
             lazy.loading = asyncio.create_task(self._load(lazy))

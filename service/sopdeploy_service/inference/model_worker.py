@@ -106,7 +106,7 @@ class RequestQueue:
         """Wait for *max_size* images, or until the oldest has waited for `max_delay`; return them.
 
         The result is empty if the queue is closed. With *only_full*, never wait: take exactly *max_size*
-        images, or none if fewer are queued.
+        images, or none if fewer are queued. Images that are over or late are removed, and never returned.
         """
         with self._changed:
             while True:
@@ -132,7 +132,7 @@ class RequestQueue:
         return images
 
     def close(self, reason: HttpError) -> list[QueuedImage]:
-        """Give *reason* to every image from now on; return those that are still queued."""
+        """Give *reason* to every image from now on; remove and return those that are queued, unsettled."""
         with self._changed:
             self.closed_with = reason
             remaining = list(self._images)
@@ -216,7 +216,7 @@ class LocalModel(Model):
     def close(self, reason: HttpError) -> None:
         """Accept no more images and give *reason* to every image without an outcome."""
         if self.queue.closed_with is None:
-            # First: the thread then begins no other batch. `settle` ignores its outcomes of those in flight.
+            # The queue first: the thread begins no other batch. Outcomes of those in flight come too late.
             images = self.queue.close(reason)
             for batch in tuple(self._in_flight):
                 images += batch.images

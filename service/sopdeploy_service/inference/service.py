@@ -98,7 +98,7 @@ class ModelRegistry(Registry):
         """Read the bundles of *sources* again and serve them, or log why this is not possible."""
         try:
             async with self.changing:
-                # Also of bundles that are served: a folder may have other files under the same manifest.
+                # Reads those that are served, too: a folder may have other files under the same manifest.
                 finding = daemon_threads.start(partial(find_bundles, sources, self._read))
                 bundles = await finish_in_time(finding, "the bundles", self._settings)
                 await self.replace(bundles)
@@ -187,7 +187,7 @@ class Service:
         self._cells[self._position] = count
 
     def share_admitted(self, cells: "memoryview[int]", position: int) -> None:
-        """Count in *cells*, one for each process of the server, the one at *position* from zero."""
+        """Count in *cells*, one per process of the server; that of this one, at *position*, is set to 0."""
         self._cells, self._position = cells, position
         self.admitted = 0
 

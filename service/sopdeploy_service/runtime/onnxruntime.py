@@ -131,7 +131,7 @@ class CudaOnnxRuntime(OnnxRuntime):
         super().close()
 
     def _session_for(self, size: int) -> Any:
-        """Return the session for batches of *size*; open it before the first one if there is memory."""
+        """Return the session for batches of *size*, opened at first use; without memory, the first one."""
         if size > self.largest_batch or not self._needs_session_per_size:
             return self._session
         if size not in self._sessions:

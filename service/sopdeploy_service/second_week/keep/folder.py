@@ -268,7 +268,7 @@ class KeptFolder:
     def _replace_record(self, previous: _StoredPhoto, record: KeptRecord, content: bytes) -> KeptResult:
         """Write *content*, the *record*, for the photograph of *previous*, which stays if this fails.
 
-        It is then the newest one. Without room for both records, the previous record stays.
+        It is then the newest one. Without room for both records, the previous one stays: a near-duplicate.
         """
         record_size = _size_on_disk(len(content))
         size = _size_on_disk(previous.path.stat().st_size) + record_size

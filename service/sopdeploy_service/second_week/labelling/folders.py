@@ -106,7 +106,7 @@ class LabelFolders:
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
         self.steps: list[LabelStep] = []
         self.suggestions = Suggestions(embed)
-        self._skipped: set[str] = set()  # of a heap, in this session
+        self._skipped_of_heap: set[str] = set()  # in this session; kept ones have a file `ID.skipped`
         self._sampled: set[int] = set()  # near hashes of the uniform sample, which `label` compares
         self.read()
         others = [name for name in list_subfolders(self.kept) if not (self.kept / name / LOCK).exists()]
@@ -119,13 +119,14 @@ class LabelFolders:
     def read(self) -> None:
         """Read and order what waits for a label again, and start to compute suggestions; raises `OSError`.
 
-        The near hashes of the uniform sample are remembered, also after their photographs are labelled.
+        Kept photographs come first, then those of the heap, the images that no server has kept. The near
+        hashes of the uniform sample are remembered, also after their photographs are labelled.
         """
-        skipped = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
+        skipped_of_kept = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
         samples: list[Kept] = []
         others: list[Kept] = []
         for photo in read_kept(self.kept):
-            if photo.path.stem in skipped:
+            if photo.path.stem in skipped_of_kept:
                 continue
             if "sample" in photo.record.reasons:
                 samples.append(photo)
@@ -135,7 +136,7 @@ class LabelFolders:
         queue = order_records(others)
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
-        heap = [path for path in list_heap(self.kept) if heap_id(path) not in self._skipped]
+        heap = [path for path in list_heap(self.kept) if heap_id(path) not in self._skipped_of_heap]
         waiting = [Waiting(path, record) for path, record in queue] + [Waiting(path, None) for path in heap]
         self.waiting = {photo.identity: photo for photo in waiting}
         self.suggestions.learn(_class_folders(self.photos))
@@ -212,13 +213,16 @@ class LabelFolders:
             self._order_heap()
 
     def skip(self, identity: str) -> None:
-        """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
+        """Let the photograph *identity* wait no more; raises `GoneError` and `OSError`.
+
+        A file marks a kept one for later sessions, too; one of a heap is skipped in this session only.
+        """
         photo = self._find(identity)
         if not photo.path.exists():
             del self.waiting[identity]
             raise GoneError(GONE)
         if photo.is_of_heap:
-            self._skipped.add(identity)
+            self._skipped_of_heap.add(identity)
         else:
             photo.path.with_suffix(SKIPPED).touch()
         del self.waiting[identity]
@@ -236,7 +240,7 @@ class LabelFolders:
         if target is not None:
             self._move_back(photo, target, made_folder=made_folder)
         elif photo.is_of_heap:
-            self._skipped.discard(photo.identity)
+            self._skipped_of_heap.discard(photo.identity)
         else:
             photo.path.with_suffix(SKIPPED).unlink(missing_ok=True)
         self.steps.pop()
