@@ -131,7 +131,10 @@ def keep_better(
 def _keep_frozen(
     run: LoopRun, frozen: FewShotFit, tuning: Tuning, folder: RunFolder
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Write `best.pt` with the frozen network; its result says how the comparison ended."""
+    """Write `best.pt` with the frozen network, and the history of the run.
+
+    The result of the network says how the comparison ended.
+    """
     result: Any = frozen.result
     seconds = frozen.position.seconds + run.position.seconds
     position = frozen.position.model_copy(update={"seconds": seconds})
@@ -145,7 +148,7 @@ def _keep_frozen(
 def _predict(
     network: nn.Module, images: PreprocessedDataset, run: LoopRun
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Compute logits (N, K), or the outputs of *network*, and the targets (N,) of *images*."""
+    """Compute outputs of *network*, such as logits (N, K), and targets of *images*."""
     recipe = run.recipe
     return predict_logits(
         network, images, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
@@ -180,7 +183,7 @@ def _apply_temperature(
 ) -> NDArray[np.float64]:
     """Fit a temperature to *logits_NK*, divide the classifier of *network* by it, and return its new logits.
 
-    The energies of the logits, the cosines, remain.
+    Nothing changes if it does not lower the loss. The energies of the logits, the cosines, stay the same.
     """
     if not temperature_lowers_loss(logits_NK, targets):
         return logits_NK
