@@ -44,7 +44,10 @@ class StoredKind:
             self.order = state[1]
 
     def read(self, raw: Any, shape: Any, *, by_columns: bool = False) -> NDArray[Any] | None:
-        """Read an array from its bytes *raw*, of which it needs all; None if it does not contain numbers."""
+        """Read an array from its bytes *raw*; None if it does not contain numbers.
+
+        Raises `ValueError` if it needs more or fewer bytes.
+        """
         if not isinstance(raw, bytes) or not isinstance(self.text, str) or not _NUMBERS.fullmatch(self.text):
             return None
         dtype = np.dtype(self.order + self.text)
@@ -96,7 +99,7 @@ PLAIN_TYPES: list[tuple[Callable[..., Any], str]] = [
 
 
 def check_pickles(file: IO[bytes]) -> None:
-    """Raise `ValueError` if one of the pickles at the start of *file* names too many values to read it."""
+    """Raise `ValueError` if reading a pickle at the start of *file* may cost too much."""
     cost = 0
     for _ in range(_MAX_PICKLES):
         cost += _count_hashed_values(file, cost)
@@ -110,7 +113,8 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
 
     It reads no value, but follows the operations with the extent of each value in its place. A tuple has that
     of its values, every other value has the extent 1, because only tuples are hashed by content. Raises
-    `ValueError` for too many values, together with *cost*, those of the pickles before.
+    `ValueError` for a costly function, and for too many values together with *cost*, those of the pickles
+    before.
     """
     stack: list[_Extent | None] = []  # None is a mark
     memo: dict[Any, _Extent | None] = {}

@@ -80,9 +80,10 @@ def create(trt: Any, kind: Literal["Builder", "Runtime"], logger: Any) -> Any:
 
 
 def deserialize(trt: Any, plan: bytes, logger: Any) -> list[Any]:
-    """Deserialize *plan*; return the TensorRT runtime and its engine, to be released from the end.
+    """Deserialize *plan*; return [TensorRT runtime, engine], to be released from the end.
 
-    The caller must have verified *plan*. Host code in plans stays disabled.
+    The caller must have verified *plan*. Host code in plans stays disabled. Raises `RuntimeUnavailableError`
+    if TensorRT cannot start or cannot load *plan*.
     """
     runtime = create(trt, "Runtime", logger)
     engine = runtime.deserialize_cuda_engine(plan)
@@ -325,7 +326,7 @@ class EngineSession:
     def _wait_for_outputs(
         self, buffer: BatchBuffer, count: int, names: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
-        """Wait for a batch and copy its outputs."""
+        """Wait for a batch, copy its outputs, and free its buffer also if that fails."""
         try:
             self._cuda.call("cudaEventSynchronize", buffer.done)
             return {name: buffer.host[name][:count].copy() for name in names}

@@ -49,10 +49,11 @@ from sopdeploy.training.start import move_to_device
 def fit_fine_tune(
     start: Start, last: Checkpoint | None, folder: RunFolder, callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Fine-tune the network of *start* and keep the better one of two; *last* resumes a run.
+    """Fit a head to the network of *start*, fine-tune both, and keep the better network.
 
-    Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal,
-    `TrainingError` if a loss is not finite, and `DataError` for images that cannot be used.
+    *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned. Returns the fit and
+    the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, `TrainingError` if a
+    loss is not finite, and `DataError` for images that cannot be used.
     """
     if last is None:
         frozen = fit_new(start, callback)
