@@ -44,7 +44,10 @@ class StoredKind:
             self.order = state[1]
 
     def read(self, raw: Any, shape: Any, *, by_columns: bool = False) -> NDArray[Any] | None:
-        """Read an array from its bytes *raw*, of which it needs all; None if it does not contain numbers."""
+        """Read an array from its bytes *raw*; None if it does not contain numbers.
+
+        Raises `ValueError` if it needs more or fewer bytes.
+        """
         if not isinstance(raw, bytes) or not isinstance(self.text, str) or not _NUMBERS.fullmatch(self.text):
             return None
         dtype = np.dtype(self.order + self.text)
@@ -96,7 +99,7 @@ PLAIN_TYPES: list[tuple[Callable[..., Any], str]] = [
 
 
 def check_pickles(file: IO[bytes]) -> None:
-    """Raise `ValueError` if one of the pickles at the start of *file* names too many values to read it."""
+    """Raise `ValueError` if reading a pickle at the start of *file* may cost too much."""
     cost = 0
     for _ in range(_MAX_PICKLES):
         cost += _count_hashed_values(file, cost)
@@ -106,11 +109,12 @@ def check_pickles(file: IO[bytes]) -> None:
 
 
 def _count_hashed_values(file: IO[bytes], cost: int) -> int:
-    """Count the values that reading the next pickle of *file* hashes, without reading it.
+    """Count the values that Python would hash to read the next pickle of *file*.
 
-    It follows the operations with the extent of each value in place of the value. A tuple has that of its
-    values, every other value has the extent 1, because only tuples are hashed by content. Raises `ValueError`
-    for too many values, together with *cost*, those of the pickles before.
+    It reads no value, but follows the operations with the extent of each value in its place. A tuple has that
+    of its values, every other value has the extent 1, because only tuples are hashed by content. Raises
+    `ValueError` for a costly function, and for too many values together with *cost*, those of the pickles
+    before.
     """
     stack: list[_Extent | None] = []  # None is a mark
     memo: dict[Any, _Extent | None] = {}
@@ -135,11 +139,11 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
                 stack.pop()
         else:
             operands = [extent for extent in (stack.pop() for _ in before) if extent is not None]
-        values, levels = 1, 0
+        values, levels = 1, 0  # of what the operation puts on the stack
         if name.startswith("TUPLE"):
             values += sum(extent.values for extent in operands)
             levels = 1 + max((extent.levels for extent in operands), default=0)
-        elif name in {"SETITEM", "SETITEMS", "REDUCE"}:
+        elif name in {"SETITEM", "SETITEMS", "REDUCE"}:  # these may hash what they take
             hashed += sum(extent.values for extent in operands)
         if values > MAX_VALUES or cost + hashed > MAX_VALUES or levels > MAX_LEVELS:
             raise ValueError("a tuple has too many values or levels")
@@ -148,10 +152,11 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
 
 
 def distinct_values(content: Any) -> list[Any]:
-    """List each object in *content*, of dicts, lists, tuples and sets, once, without these.
+    """List each object in *content* once, without the containers.
 
-    Takes linear time. Raises `ValueError` for more than `MAX_VALUES`, counted wherever they are named, for
-    more than `MAX_LEVELS`, and if *content* contains itself.
+    These are dicts, lists, tuples, sets and namespaces. Takes linear time. Raises `ValueError` for more than
+    `MAX_VALUES`, counted wherever they are named, for more than `MAX_LEVELS`, and if *content* contains
+    itself.
     """
     found: list[Any] = []
     extents: dict[int, _Extent] = {}  # by the identity of an object
@@ -161,8 +166,9 @@ def distinct_values(content: Any) -> list[Any]:
             return extents[id(value)]
         if outer_levels > MAX_LEVELS:
             raise ValueError("it contains itself, or its lists have too many levels")
-        content = vars(value) if isinstance(value, Namespace) else value
-        parts = [*content.keys(), *content.values()] if isinstance(content, dict) else content
+        parts = vars(value) if isinstance(value, Namespace) else value
+        if isinstance(parts, dict):
+            parts = [*parts.keys(), *parts.values()]
         if isinstance(parts, list | tuple | set | frozenset):
             inner = [measure(part, outer_levels + 1) for part in parts]
             num_values = 1 + sum(extent.values for extent in inner)

@@ -296,8 +296,8 @@ def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --da
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes.
 
     Returns "" if there is none. For `archive/images/rose/1.jpg`, it is `archive/images`: of the folders with
-    several subfolders, the one with the most images. A class folder that holds images itself is a class. If
-    the subfolders of several class folders share no name, they are the objects of each class.
+    several subfolders, the one with the most images. There is none if a class folder holds images itself, or
+    if the subfolders of several class folders share no name: they are then the objects of each class.
     """
     counts = defaultdict[str, Counter[str]](Counter)  # images of each subfolder, by the path of its parent
     for path in images.paths.tolist():
@@ -309,7 +309,8 @@ def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --da
     names = counts.pop(best)
     other_names = set[str]().union(*counts.values())
     is_only_class = len(set(images.targets.tolist())) == 1
-    if len(names) < 2 or not (is_only_class or names.keys() & other_names):
+    may_be_classes = len(names) > 1 and (is_only_class or names.keys() & other_names)
+    if not may_be_classes:
         return ""
     while part_kind(best.rpartition("/")[2]):  # a part of the data set
         best = best.rpartition("/")[0]
@@ -459,8 +460,8 @@ class UnknownImages(NamedTuple):
 def open_unknown(root: Path) -> UnknownImages:
     """Open the images of no class below *root*, without those that a server kept because of their scores.
 
-    The live network rejected most of these: its share would seem higher than it is, that of a later network,
-    too. Those of the uniform sample count.
+    The live network rejected most of these, so that the share that it or a later network rejects would seem
+    higher than it is. Those of the uniform sample remain. The line says how many are left out, if any are.
     """
     images = open_any_images(root)
     paths = [images.path(index) for index in range(len(images))]

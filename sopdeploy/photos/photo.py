@@ -54,7 +54,7 @@ class Photo:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The image of the file, whose pixels are decoded only if they are used."""
+        """The image, decoded when it is used; raises `DataError` if it is none."""
         with image_errors(self.name):
             return open_image(self.content)
 
@@ -65,7 +65,7 @@ class Photo:
 
     @cached_property
     def pixels(self) -> Image.Image:
-        """The upright RGB pixels."""
+        """The upright RGB pixels; raises `DataError` if they cannot be decoded."""
         with image_errors(self.name):
             return to_rgb(load_pixels(self.image), _RULES)
 
@@ -289,9 +289,9 @@ class FittedPixels:
         return type(self), (self.images, self.rules)
 
     def read(self, samples: Sequence[int]) -> Pixels:
-        """Return the pixels (B, crop, crop, 3) of *samples*.
+        """Return the pixels (B, crop, crop, 3) of the images at the indices *samples*.
 
-        They are computed and kept at their first use. Raises `DataError` for a damaged image.
+        If pixels are kept, they are computed at their first use only. Raises `DataError` for a damaged image.
         """
         if not self.is_kept:
             return np.stack([preprocess_image(self.images.decode(sample), self.rules) for sample in samples])
@@ -335,7 +335,10 @@ class FittedDataset(Dataset):
         return self.pixels(indices), targets if self.images.is_multi_label else targets.astype(np.int64)
 
     def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
-        """Fit the images at *indices*, all below N, to the network by *rules*: (B, crop, crop, 3)."""
+        """Return images at *indices* fitted to the network, (B, crop, crop, 3).
+
+        The indices are not those of copies. `fitted` has its own rules; *rules* are used without it.
+        """
         if self.fitted is not None:
             return self.fitted.read(indices)
         return np.stack([preprocess_image(self.images.decode(index), rules) for index in indices])
@@ -357,7 +360,7 @@ class PreprocessedDataset(FittedDataset):
     pad: int = 0
 
     def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Compute the pixels (B, crop, crop, 3) of the images at *indices*."""
+        """Compute the pixels (B, crop, crop, 3) at *indices*, shifted by `pad` at most."""
         arrays, pad = self.fit(indices, self.preprocess), self.pad
         if not pad:
             return arrays

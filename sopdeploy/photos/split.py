@@ -24,13 +24,14 @@ Record = NDArray[np.int64]  # (M, 2): hash of the file and group of each held-ou
 def hold_out(
     keys: Sequence[str], targets: NDArray[np.int64] | NDArray[np.float32], fraction: float, seed: int
 ) -> NDArray[np.bool_]:
-    """Select about *fraction* of every class for the held-out set, at least one image and never all.
+    """Select about *fraction* of every class for the held-out set, as a mask (N,).
 
-    Returns a mask (N,). The selection depends on *seed* and the images' *keys* only. It is the same on every
-    machine and in every version, so that an image used for training is never used for evaluation later.
-    *targets* are class indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes
-    are processed from the rarest to the most frequent one, then the images without a class, as in the
-    iterative stratification of Sechidis et al. (ECML 2011), section 4.
+    This is at least one of two or more images, and never all, except for images that other classes hold out.
+    The selection depends on *seed* and the images' *keys* only. It is the same on every machine and in every
+    version, so that an image used for training is never used for evaluation later. *targets* are class
+    indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes are processed from
+    the rarest to the most frequent one, then the images without a class, as in the iterative stratification
+    of Sechidis et al. (ECML 2011), section 4.
     """
     ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
     shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # image indices

@@ -72,8 +72,8 @@ class OpenedParts(NamedTuple):
 def has_label_table(root: Path) -> bool:
     """Check whether the classes of the images in *root* are those of its `labels.csv`, not its class folders.
 
-    Without this file, no table is ignored: raises `DataError` for one of another name or format, such as
-    `Labels.CSV`, `labels.xlsx`, `labels.txt` or `labels.json`; also if `labels.csv` cannot be read.
+    Raises `DataError` if `labels.csv` cannot be read. Without it, a table of another name or format, such as
+    `Labels.CSV`, `labels.xlsx`, `labels.txt` or `labels.json`, is an error, too, instead of being ignored.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
@@ -128,8 +128,9 @@ def read_label_table(
 
     The parts are `train` and `val`, or `UNSPLIT` if the table has no column `split`. Their targets are (N, C)
     float32, 1 for the classes of an image, or class indices (N,). With *multi_label*, images may have any
-    number of classes. By default, they may if an image of the table does not have exactly one. Raises
-    `DataError` naming the line of the first invalid row, or the files that do not exist.
+    number of classes. By default, they may if an image of the table does not have exactly one. The notes are
+    about confusable classes and images that are not listed. Raises `DataError` naming the line of the first
+    invalid row, or the files that do not exist.
     """
     table = root / LABELS_FILE
     image_paths, _other_files = list_images(root)
@@ -161,7 +162,7 @@ def read_label_table(
 
 
 def check_has_classes(name: str, images: ImageFiles) -> None:
-    """Raise `DataError` if no image of the part *name* of a table has a class."""
+    """Raise `DataError` if no image of *name*, a part of a divided table, has a class."""
     if name != UNSPLIT and not images.class_counts().any():
         table = images.root / LABELS_FILE
         raise DataError(f"{table}: no image of split {name} has a class; add some")

@@ -56,7 +56,8 @@ def write_run_page(
     predictions of the training images. *on_image* receives the numbers of images evaluated and in total.
     *networks* are those that were compared before.
 
-    Returns the mistakes: true class, predicted class and number of images, the most frequent one first.
+    Returns the mistakes: true class, predicted class and number of images, the most frequent one first; none
+    if images have several classes, or if there is no score.
     """
     start, fit, page = run.start, run.fit, folder / PAGE
     result: Any = fit.result
@@ -139,7 +140,7 @@ def _predict_shown_images(
     *description* is that of held-out images.
     """
     held_out, recipe = start.data.held_out, start.recipe
-    if isinstance(fit, FewShotFit) and not len(held_out):  # the head of this procedure has its temperature
+    if isinstance(fit, FewShotFit) and not len(held_out):  # `logits` of this fit are calibrated
         description = "the training images, each predicted by a network that was fitted without it"
         return start.data.train, description, fit.logits
     logits_NC = score_images(
@@ -250,7 +251,7 @@ def _describe_run(start: Start, fit: Fit, record: Mapping[str, Any]) -> list[Sec
     """List the recipe and the environment of the run, in a section each."""
     values = []
     for key, value in flatten(start.recipe.model_dump(mode="json")):
-        is_hidden = key.startswith(("summary", "model.config."))  # as `network.`
+        is_hidden = key.startswith(("summary", "model.config."))  # the latter are shown as `network.`
         if start.recipe.reads(key) and not is_hidden:
             values.append((key, value))
     values += flatten(fit.network.config.model_dump(mode="json"), "network.")

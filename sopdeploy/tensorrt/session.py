@@ -34,8 +34,8 @@ def import_tensorrt() -> Any:
     return trt
 
 
-def make_logger(trt: Any) -> Any:
-    """Return the logger of this process, with empty `errors`; it collects TensorRT's errors there.
+def reset_logger(trt: Any) -> Any:
+    """Empty and return the logger of this process, which collects TensorRT's errors.
 
     TensorRT registers the logger of the first builder or runtime and ignores others while that one exists.
     """
@@ -80,9 +80,10 @@ def create(trt: Any, kind: Literal["Builder", "Runtime"], logger: Any) -> Any:
 
 
 def deserialize(trt: Any, plan: bytes, logger: Any) -> list[Any]:
-    """Deserialize *plan*; return the TensorRT runtime and its engine, to be released from the end.
+    """Deserialize *plan*; return [TensorRT runtime, engine], to be released from the end.
 
-    The caller must have verified *plan*. Host code in plans stays disabled.
+    The caller must have verified *plan*. Host code in plans stays disabled. Raises `RuntimeUnavailableError`
+    if TensorRT cannot start or cannot load *plan*.
     """
     runtime = create(trt, "Runtime", logger)
     engine = runtime.deserialize_cuda_engine(plan)
@@ -223,7 +224,7 @@ class EngineSession:
         Raises `RuntimeUnavailableError` if TensorRT cannot load it or if the GPU has too little memory. On
         error, nothing stays allocated.
         """
-        self._cuda, self._profiles, self._logger = cuda, key.profiles, make_logger(trt)
+        self._cuda, self._profiles, self._logger = cuda, key.profiles, reset_logger(trt)
         self._loaded = deserialize(trt, plan, self._logger)  # runtime and engine
         self._contexts: list[Any] = []  # one per profile
         self._resources = CudaResources(cuda)
@@ -283,7 +284,8 @@ class EngineSession:
 
         That function returns the outputs *names* by name, by default all, (n, ...) float32. Others are not
         copied from the GPU. The images are copied before `begin` returns. Raises `RuntimeError` if two
-        batches are in flight, `ConfigError` if no profile accepts that many images.
+        batches are in flight or TensorRT rejects the batch, `ConfigError` if no profile accepts that many
+        images. Both functions raise `RuntimeUnavailableError` if CUDA fails.
         """
         if not self._free:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")
@@ -324,7 +326,7 @@ class EngineSession:
     def _wait_for_outputs(
         self, buffer: BatchBuffer, count: int, names: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
-        """Wait for a batch and copy its outputs."""
+        """Wait for a batch, copy its outputs, and free its buffer also if that fails."""
         try:
             self._cuda.call("cudaEventSynchronize", buffer.done)
             return {name: buffer.host[name][:count].copy() for name in names}

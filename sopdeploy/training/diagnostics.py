@@ -143,8 +143,8 @@ def diagnose(
     )
     logits = network.split(joined)  # by head
     labels = held_out.images.labels
-    right = ""
-    if targets.ndim == 1:  # one class per image
+    right = ""  # a character per image, if each has one class
+    if targets.ndim == 1:
         are_right = logits["main"].argmax(axis=1) == targets
         right = "".join("1" if is_right else "0" for is_right in are_right)
     return Diagnostics(

@@ -49,10 +49,11 @@ from sopdeploy.training.start import move_to_device
 def fit_fine_tune(
     start: Start, last: Checkpoint | None, folder: RunFolder, callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Fine-tune the network of *start* and keep the better one of two; *last* resumes a run.
+    """Fit a head to the network of *start*, fine-tune both, and keep the better network.
 
-    Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal,
-    `TrainingError` if a loss is not finite, and `DataError` for images that cannot be used.
+    *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned. Returns the fit and
+    the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, `TrainingError` if a
+    loss is not finite, and `DataError` for images that cannot be used.
     """
     if last is None:
         frozen = fit_new(start, callback)
@@ -131,7 +132,10 @@ def keep_better(
 def _keep_frozen(
     run: LoopRun, frozen: FewShotFit, tuning: Tuning, folder: RunFolder
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Write `best.pt` with the frozen network; its result says how the comparison ended."""
+    """Write `best.pt` with the frozen network, and the history of the run.
+
+    The result of the network says how the comparison ended.
+    """
     result: Any = frozen.result
     seconds = frozen.position.seconds + run.position.seconds
     position = frozen.position.model_copy(update={"seconds": seconds})
@@ -145,7 +149,7 @@ def _keep_frozen(
 def _predict(
     network: nn.Module, images: PreprocessedDataset, run: LoopRun
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Compute logits (N, K), or the outputs of *network*, and the targets (N,) of *images*."""
+    """Compute outputs of *network*, such as logits (N, K), and targets of *images*."""
     recipe = run.recipe
     return predict_logits(
         network, images, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
@@ -180,7 +184,7 @@ def _apply_temperature(
 ) -> NDArray[np.float64]:
     """Fit a temperature to *logits_NK*, divide the classifier of *network* by it, and return its new logits.
 
-    The energies of the logits, the cosines, remain.
+    Nothing changes if it does not lower the loss. The energies of the logits, the cosines, stay the same.
     """
     if not temperature_lowers_loss(logits_NK, targets):
         return logits_NK

@@ -90,21 +90,24 @@ class Start:
         return isinstance(self.recipe.procedure, FewShotConfig)
 
     def random_frozen_parts(self) -> str:
-        """Name the parts with random weights of a network that a head reads and that stays frozen, if any."""
+        """Name the random parts of the frozen network to which a head is fitted, or "".
+
+        There are none in the training loop, which fits no head to a frozen network.
+        """
         if not isinstance(self.recipe.procedure, HeadOptions):
             return ""
         if self.weights is None:
             return "all weights"
-        replaced = (*self.model.training_only, classifier_name(self.model))
+        replaced = (*self.model.training_only, classifier_name(self.model))  # not below the head
         remaining = []
-        for part in self.weights.new:
+        for part in self.weights.new:  # the random ones
             is_replaced = any(is_in(name, part) or is_in(part, name) for name in replaced)
             if not is_replaced:
                 remaining.append(part)
         return shorten(remaining)
 
     def describe(self, *, is_new: bool) -> Iterator[str]:
-        """Describe weights, procedure and images in a line each."""
+        """Describe weights, procedure and images of a new or a resumed run, by line."""
         if is_new and self.weights is not None:
             yield self.weights.describe()
         if self.reason:

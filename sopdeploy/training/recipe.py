@@ -252,7 +252,10 @@ class Recipe(LoopSettings):
         return self.start.model_copy(update={"learn": "classifier"})
 
     def learning_rate(self, time: float, factor: float = 1.0) -> float:
-        """Compute the learning rate after *time* epochs, with the *factor* of a group of parameters."""
+        """Compute the learning rate after *time* epochs of a group with this *factor*.
+
+        In the first phase, in which only the classifier learns, it is that of the classifier for all groups.
+        """
         if self.start is not None and time < self.first_phase:
             rate = self.start.classifier_lr
             return self.optimizer.lr * self.start.head_factor if rate is None else rate
@@ -305,9 +308,9 @@ def change_recipe(
 
     A recipe may name another packaged one as its `base`, whose values apply where it has none itself.
     *source* also names the recorded values in messages. *changes* are dotted keys with their values. If they
-    select another network, data source or procedure, the options of the one before that the selected one does
-    not have are dropped. Selecting `fine_tune` adds its `SETTINGS`, which other *changes* override. Raises
-    `ConfigError` that names the file or key, and the closest key.
+    select another network, data source or procedure, options that the selected one does not have are dropped.
+    Selecting `fine_tune` adds its `SETTINGS`, which other *changes* override. Raises `ConfigError` that names
+    the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     changed = dict(changes)
@@ -331,7 +334,7 @@ def change_recipe(
 
 
 def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) -> None:
-    """Scale `preprocess.resize` if *changed* keys have `crop` alone, and both had values *before*."""
+    """Scale `resize` if `crop` is *changed* without it, and both had values *before*."""
     if "preprocess.crop" not in changed or "preprocess.resize" in changed or not isinstance(before, dict):
         return
     table: Any = values.get("preprocess")
@@ -457,7 +460,10 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested tables with dotted keys."""
+    """Yield the values of nested tables, such as those of a recipe, with dotted keys.
+
+    An empty table is a value if the recipe may omit it.
+    """
     for key, value in table.items():
         field = None if prefix else Recipe.model_fields.get(key)  # tables in tables are never optional
         is_optional = field is not None and field.default is None

@@ -58,7 +58,7 @@ def run_record(start: Start, fit: Fit, resume: ResumeState | None = None) -> Che
     *resume* is what `last.pt` contains in addition. Raises `TrainingError` if a weight is a NaN or infinity.
     """
     weights = fit.network.state_dict()
-    learning = {} if fit.learning is None else fit.learning.state_dict()
+    learning = {} if fit.learning is None else fit.learning.state_dict()  # raw, if *weights* are averages
     checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
     if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
         raise TrainingError(

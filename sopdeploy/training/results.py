@@ -40,9 +40,10 @@ class NetworkScore(StrictModel):
 
     def row(self) -> tuple[str, ...]:
         """Return the cells of a table."""
-        score = "too slow" if self.has_weights else "no weights"
         if self.score is not None:
             score = f"{100 * self.score.value:.1f} % ({_interval(self.score)})"
+        else:
+            score = "too slow" if self.has_weights else "no weights"
         mark = "chosen" if self.chosen else ""
         return (self.name, score, f"{self.milliseconds:.1f}", f"{self.megabytes:.1f}", mark)
 

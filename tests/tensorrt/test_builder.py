@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from sopdeploy.errors import EngineError, LoweringError
 from sopdeploy.tensorrt.cache import Profile
-from sopdeploy.tensorrt.session import create, make_logger
+from sopdeploy.tensorrt.session import create, reset_logger
 from sopdeploy_export.engine_builder.build import cast_images_first, parse_and_build
 from tests.support.gpu_graphs import ABSENT, WORKSPACE, RealTensorRT, real_tensorrt
 from tests.tensorrt.networks import CHANNELS, network, outputs_of, some_images
@@ -51,7 +51,7 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
 
 
 def test_a_parser_error_names_the_operator_also_beside_another_builder(trt: RealTensorRT) -> None:
-    other = create(trt, "Builder", make_logger(trt))  # TensorRT ignores the logger of the second builder
+    other = create(trt, "Builder", reset_logger(trt))  # TensorRT ignores the logger of the second builder
     safe = cast_images_first(network())
     safe.graph.node.append(helper.make_node("Det", ["covariance"], ["unused"], name="determinant"))
     with pytest.raises(EngineError, match=r"cannot read the graph: node 13 \(Det determinant\)"):

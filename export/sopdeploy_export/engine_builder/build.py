@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from sopdeploy.errors import EngineError, LoweringError
 from sopdeploy.tensorrt.cache import Profile
-from sopdeploy.tensorrt.session import create, last_error, make_logger
+from sopdeploy.tensorrt.session import create, last_error, reset_logger
 
 Report = Callable[[str], None]
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
@@ -60,7 +60,7 @@ def parse_and_build(
     Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
     `KeyboardInterrupt` after Ctrl-C.
     """
-    logger = make_logger(trt)
+    logger = reset_logger(trt)
     builder = create(trt, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)

@@ -41,7 +41,7 @@ class FeatureCache:
         self.folder = root / "sopdeploy" / "features"
         self.limit = limit
         self.used: set[str] = set()  # names of the entries of this run
-        # Whether entries are not read, as those of a network whose code has no version.
+        # Modules of other packages have no version in `identity`: entries are neither read nor written.
         classes = {base for module in network.modules() for base in type(module).__mro__[:-1]}
         packages = {base.__module__.split(".")[0] for base in classes}
         self.is_stale = not packages <= {*_PACKAGES, "torchvision", "abc"}
@@ -68,7 +68,7 @@ class FeatureCache:
         return path
 
     def read(self, path: Path) -> Entry | None:
-        """Read an entry; None if there is none, or if it is damaged or stale."""
+        """Read an entry; None if it is missing or damaged, or the cache is stale."""
         if self.is_stale:
             return None
         try:

@@ -76,11 +76,11 @@ class Targets:
         return logs_K - logs_K.mean()
 
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
-        """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.
+        """Assign each image to a fold (N,); the folds have equal shares of each class.
 
-        Images with equal *keys* are a group and share a fold. There are at most as many folds as groups, in
-        all and in each class of `MIN_FOLDS` or more groups: with more, some heads would lack images of the
-        class and be biased against it. Raises `DataError` if all keys are equal.
+        Images with equal *keys* are a group and share a fold. There are *at_most* folds, and no more than
+        groups, or than groups of any class that has at least `MIN_FOLDS`: with more, some heads would lack
+        images of the class and be biased against it. Raises `DataError` if all keys are equal.
         """
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
@@ -331,7 +331,7 @@ class LinearProblem:
         """Find the classes whose images resemble each other far less than those of the other classes.
 
         Their mean cosine of two images is below `DIFFUSE` of the median class: a class of anything else has
-        0.3 to 0.47 of it, others have 0.6 or more.
+        0.3 to 0.47 of it, others have 0.6 or more. None is found among fewer than three large enough ones.
         """
         classes_NK = self.targets.classes
         counts_K = classes_NK.sum(axis=0)
@@ -394,8 +394,9 @@ def estimate_score(
 
     *folds* is the number of folds of a cross-validation, or 0 for held-out images. The heads of a
     cross-validation share most of their training images, so the interval of top-1 is widened: Nadeau and
-    Bengio, "Inference for the Generalization Error" (2003), section 3. If classes have fewer groups than
-    `MIN_FOLDS`, each head lacks one of few, and the network errs less: the upper end allows for this.
+    Bengio, "Inference for the Generalization Error" (2003), section 3. Of a class with fewer groups than
+    `MIN_FOLDS`, each head lacks one of few; the network, fitted to all, errs less than these heads. The upper
+    end allows for this.
     """
     if activation == "sigmoid":
         return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)

@@ -129,10 +129,10 @@ class _Projection:
         self.waiting: list[tuple[list[int], NDArray[np.float32]]] = []
 
     def add(self, indices: list[int], vectors: NDArray[np.float32]) -> None:
-        """Add the *vectors* (B, D) of the images at *indices*."""
+        """Add *vectors* (B, D) of the images *indices*; enough of them build the space."""
         self.num_added += len(indices)
         self.waiting.append((indices, vectors))
-        if self.num_added < min(self.count, MAX_RANK):
+        if self.num_added < min(self.count, MAX_RANK):  # the vectors wait for the space
             return
         waiting_indices = np.concatenate([indices for indices, _ in self.waiting])
         parts = [np.concatenate([vectors[:, part] for _, vectors in self.waiting]) for part in self.columns]
@@ -335,7 +335,10 @@ def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArr
 
 
 def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
-    """Give *model* a head on all statistics of its last taps, or without taps a head on its own vector."""
+    """Give *model* a head on all statistics of its last taps.
+
+    Without taps, the head reads the network's own vector. It is random: *recipe* seeds torch.
+    """
     torch.manual_seed(derive_seed(recipe.seed, "head"))
     head = HeadConfig(kind="gap")
     if model.tap_channels:

@@ -67,10 +67,10 @@ from sopdeploy.training.start import LOOP_INSTEAD, move_to_device
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.
 FEW_GROUPS = 200
-# Weight in the class means of photographs that a server selected. With 1, these atypical ones and their wrong
+# Weight in the class means of photographs that a server kept. With 1, these atypical ones and their wrong
 # labels move the means: of one set, 83 instead of 93 % of the foreign photographs were rejected, with 1/8
 # 93 % (docs/benchmarks/copied_photos.md).
-SELECTED = 0.125
+KEPT_WEIGHT = 0.125
 UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result says how it is corrected
 
 
@@ -220,7 +220,8 @@ def cross_validate(
         near = find_near_duplicates(outputs, features, images)
     else:
         near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
-    clips, pairs = Clips(connect(count, NO_PAIRS, features.hashes, images.groups)), near.pairs
+    clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
+    pairs = near.pairs
     if len(near.vectors) and not recipe.groups_by_name:
         names = [images.identity(index) for index in range(count)]
         clips = find_clips(names, features.times, number_classes(images.targets), near.vectors, clips.groups)
@@ -238,8 +239,8 @@ def cross_validate(
     problem = LinearProblem(features.space, features.reduced, features.own, targets, weights_N)
     scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
     scaling = Scaling.fit(scores_VNK, targets)
-    logits_NK, left_out_N = problem.scale_scores(scores_VNK[0], scaling), None
-    shifted_NK = logits_NK
+    logits_NK = problem.scale_scores(scores_VNK[0], scaling)
+    shifted_NK, left_out_N = logits_NK, None
     if targets.activation == "softmax":
         cosines_N = np.mean([problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0)
         shifted_NK = log_softmax(logits_NK, axis=1) + cosines_N[:, None]
@@ -280,7 +281,8 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
 def _choose_judged(images: LabeledImages, targets: Targets, copies_N: Indices, groups_N: Indices) -> Indices:
     """Choose the images that the score counts: of the typical photographs, the copy with the most pixels.
 
-    The images of a class that is one group do not count, because no classifier is fitted to others of it.
+    With one class per image, those of a class that is one group do not count, because no classifier is fitted
+    to others of it.
     """
     _, largest_G = np.unique(copies_N, return_index=True)  # the first image of each group, often its only one
     for group in np.flatnonzero(np.bincount(copies_N) > 1):  # only the images of these groups are opened
@@ -300,22 +302,23 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
 
 
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
-    """Select the images (N,) that are like new photographs, which those that a server has kept are not.
+    """Select images (N,) that are like new photographs: those that no server kept.
 
-    A server keeps photographs of which fewer are known and fewer are classified correctly. A class without
-    others is selected all the same. All images are selected if the others are too few for a threshold.
+    Of the kept ones, fewer are known and fewer are classified correctly. Those of a class without other
+    images are selected all the same. All images are selected if fewer than `MIN_COSINES` are not kept, too
+    few for a threshold, or if images have several classes.
     """
     names = [PurePath(images.identity(index)).name for index in range(len(images))]
-    is_kept = [KEPT_NAME.fullmatch(name) is not None for name in names]
-    typical_N = ~np.asarray(is_kept, np.bool_)
-    if images.is_multi_label or typical_N.all() or typical_N.sum() < MIN_COSINES:
+    is_kept_N = np.asarray([KEPT_NAME.fullmatch(name) is not None for name in names], np.bool_)
+    if images.is_multi_label or not is_kept_N.any() or (~is_kept_N).sum() < MIN_COSINES:
         return np.ones(len(images), np.bool_)
-    return typical_N | ~np.isin(images.targets, np.unique(images.targets[typical_N]))
+    classes_with_others = np.unique(images.targets[~is_kept_N])
+    return ~is_kept_N | ~np.isin(images.targets, classes_with_others)
 
 
 def weights_in_means(images: LabeledImages) -> NDArray[np.float64]:
-    """Return the weights (N,) of the images in the means of their classes."""
-    return np.where(select_typical(images), 1.0, SELECTED)
+    """Return the weights (N,) in the class means; those of typical images are 1."""
+    return np.where(select_typical(images), 1.0, KEPT_WEIGHT)
 
 
 def _evaluate(
@@ -363,7 +366,7 @@ def _describe(
         class_counts=counts,
         is_uneven=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
-        num_selected=int((~select_typical(images)).sum()),
+        num_selected=int((~select_typical(images)).sum()),  # by a server
         num_doubted=num_doubted,
         num_duplicates=len(images) - len(set(found.features.hashes)),
         num_groups=int(found.groups.max()) + 1,

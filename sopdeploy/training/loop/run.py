@@ -41,8 +41,9 @@ def fit_loop(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Train all weights of *run*, which may be a resumed one, by gradient descent.
 
-    Writes `best.pt` of the best epoch, `last.pt` and the history. Returns the fit and the entry
-    `training` of `best.pt`, which is empty in other processes: what *finish* returns, by default `fit_best`.
+    Writes `best.pt` of the best epoch, `last.pt` and the history. Returns what *finish* does, by default
+    `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all but the first process.
+    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
     """
     recipe = run.recipe
     augment = recipe.augment
