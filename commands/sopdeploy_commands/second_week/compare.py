@@ -256,20 +256,20 @@ def compare_loaded(
     tolerance: float,
     on_image: Callable[[int, int], None],
 ) -> BundleComparison:
-    """Compare the two bundles of *pair*, as `compare` does; *num_earlier* comparisons are recorded."""
+    """Compare the two bundles of *pair* as `compare` does, after *num_earlier* comparisons."""
     for model in pair:
         if model.bundle.manifest.rules.is_multi_label:
             raise ConfigError(
                 f"{model.bundle.name}: predicts several classes per image; use `sopdeploy eval`"
             )
     notes: list[str] = []
-    first_labels, second_labels = (set(model.bundle.labels) for model in pair)
+    first_labels, second_labels = set(pair[0].bundle.labels), set(pair[1].bundle.labels)
     all_labels = tuple(sorted(first_labels | second_labels))
     all_images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
     images, left_out = _leave_out_seen(all_images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)  # a target is an index in *labels*
     is_common_C = np.array([label in first_labels & second_labels for label in labels])
-    common_N = is_common_C[targets]  # the photographs of classes that both bundles have
+    common_N = is_common_C[targets]  # the photographs that decide; the others are only reported
     if not common_N.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
     unknown_images: ImageFiles | None = None
@@ -280,15 +280,14 @@ def compare_loaded(
     num_unknown = 0 if unknown_images is None else len(unknown_images)
     total = len(pair) * (len(images) + num_unknown)  # predictions
     done = itertools.count(1)
-    first, second = (
-        _evaluate(model, images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
-        for model in pair
-    )
-    classes, other_classes = (
-        compare_classes(labels, targets[mask_N], first.right[mask_N], second.right[mask_N])
-        for mask_N in (common_N, ~common_N)
-    )
-    wins, losses = sum(change.wins for change in classes), sum(change.losses for change in classes)
+    shared = (images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
+    first, second = _evaluate(pair[0], *shared), _evaluate(pair[1], *shared)
+
+    classes = compare_classes(labels, targets[common_N], first.right[common_N], second.right[common_N])
+    other_N = ~common_N
+    other_classes = compare_classes(labels, targets[other_N], first.right[other_N], second.right[other_N])
+    wins = sum(change.wins for change in classes)
+    losses = sum(change.losses for change in classes)
     count, tolerated, attempt = int(common_N.sum()), tolerance / 100, num_earlier + 1
     low, high = difference_interval(wins, losses, count)
     verdict = decide(wins, losses, count, tolerated, attempt)
