@@ -183,14 +183,14 @@ def _show(result: BundleComparison) -> None:
         shares = (percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected))
         rows.append((score.bundle, percent(score.top1.share), interval, f"{score.log_loss:.3f}", *shares))
     print_table(("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected"), rows)
-    rows = []
+    class_rows = []
     for change in result.classes:
         shares = (percent(right / change.num_images) for right in (change.first, change.second))
         p_value = "" if change.p is None else f"{change.p:.2g}"
-        rows.append(
+        class_rows.append(
             (change.label, str(change.num_images), *shares, f"{change.wins}, {change.losses}", p_value)
         )
-    print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), rows)
+    print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), class_rows)
     for change in result.new:
         say(f"new class {change.label}: {change.second} of {change.num_images} correct, not counted")
     if result.removed:
@@ -268,7 +268,8 @@ def compare_loaded(
     all_images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
     images, left_out = _leave_out_seen(all_images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)  # a target is an index in *labels*
-    is_common_C = np.array([label in first_labels & second_labels for label in labels])
+    common_labels = first_labels & second_labels
+    is_common_C = np.array([label in common_labels for label in labels])
     common_N = is_common_C[targets]  # the photographs that decide; the others are only reported
     if not common_N.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
@@ -350,7 +351,8 @@ def _leave_out_seen(
     images, and has a record of the largest size, which may be incomplete: it may have seen more of them.
     """
     grouped = group_photographs(images)
-    recorded_N, suspects = np.zeros(len(images), np.bool_), []  # whether a bundle has recorded the file
+    recorded_N = np.zeros(len(images), np.bool_)  # whether the record of a bundle has the file
+    suspects = []
     for model in pair:
         name, origin = model.bundle.name, model.bundle.manifest.origin
         if origin is None or not origin.sample:

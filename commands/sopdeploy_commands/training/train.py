@@ -199,7 +199,8 @@ def train(
         TrainingError: A loss or gradient is not finite. `TrainingStoppedError`, a subclass, after Ctrl-C or
             SIGTERM; the run is saved before.
     """
-    data, out = (None if path is None else Path(path) for path in (data, out))
+    data = None if data is None else Path(data)
+    out = None if out is None else Path(out)
     networks_to_train, previous = read_request(data, recipe, out, options, settings)
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
