@@ -246,7 +246,7 @@ def _to_config_error(error: Any) -> Exception:
 
 
 def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
-    """Write the end of the message about an unknown option: a similar one, or a setting; empty without one.
+    """Write the hint at the end of the message about an unknown option; may be empty.
 
     *parameters* are those of the command: --setting takes settings of the server, --set those of a recipe.
     """

@@ -148,7 +148,7 @@ class BatchClassifier:
                 asyncio.run_coroutine_threadsafe(decoders.stop(), loop).result()
 
     def _decode(self, image: ListedImage, decoders: Decoders) -> DecodedImage:
-        """Read, hash and decode *image* as a server does."""
+        """Read, hash and decode *image* as a server does; one with an error becomes black."""
         rules, max_bytes = self._bundle.manifest.preprocess, self._settings.max_body_bytes
         row: ImageRow = {"path": image.path, "warnings": ()}
         try:

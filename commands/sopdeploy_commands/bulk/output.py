@@ -84,9 +84,9 @@ class RunState(RowsState):
     images: str
 
     def difference(self, other: "RunState | None") -> str:
-        """Name the first field that would change the rows of *other*; empty if none does.
+        """Describe the first field but `written_by` that differs in *other*; empty if none does.
 
-        Rows without a readable state are those of an unknown run.
+        In None, which is the state of an unknown run, all fields differ.
         """
         here = self.model_dump(mode="json", exclude={"written_by"})
         there = {} if other is None else other.model_dump(mode="json")

@@ -104,7 +104,7 @@ def _list_source(source: str) -> Iterator[ListedImage]:
 
 
 def _describe_file(path: str) -> ListedImage:
-    """Look up size and location of the image file *path*; if it is missing, only `read_listed` raises it."""
+    """Look up size and location of the image file *path*; a missing one is no error yet."""
     size = UNKNOWN
     with suppress(OSError, ValueError):  # the file does not exist, or a line of a list has null bytes
         size = os.stat(path).st_size  # noqa: PTH116 - `Path` would change the text of a line

@@ -50,7 +50,10 @@ class FilePrediction(Classes):
 def predict_one(
     loaded: LoadedModel, image: bytes | Image.Image, name: str, settings: Settings, *, explain: bool
 ) -> FilePrediction:
-    """Run an image in batches of one, so that its prediction does not depend on the other images."""
+    """Predict the classes of *image*; one that cannot be used gets an `error`.
+
+    It runs in batches of one, so that the prediction does not depend on other images.
+    """
     manifest = loaded.bundle.manifest
     try:
         decoded = _decode(image, loaded, settings)
@@ -165,9 +168,10 @@ def predict(
         else:
             sources.append(source)
     for source in sources:
-        is_pipe = isinstance(source, Path) and source.exists() and not source.is_file()
-        if isinstance(source, Path) and (not is_pipe or is_image(source.name)):
-            read_image(source, max_bytes=0)  # raises an error before the network is loaded
+        if isinstance(source, Path):
+            is_pipe = source.exists() and not source.is_file()  # what is read from it is gone
+            if not is_pipe or is_image(source.name):
+                read_image(source, max_bytes=0)  # raises an error before the network is loaded
     loaded_settings = load_settings(top_k=top_k, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
@@ -182,9 +186,9 @@ def predict(
 
 
 def _to_path_or_image(image: object, number: int) -> Path | Image.Image:
-    """Convert a text to a path and an array to an image; raise `DataError` for what image *number* cannot be.
+    """Convert a text to a path and an array to an image; opens no file.
 
-    Opens no file.
+    Raises `DataError` for anything else, which it calls image *number*.
     """
     if isinstance(image, str | Path):
         return Path(image)

@@ -170,14 +170,16 @@ def _check_project(manifest: Manifest, source: str, project: str | None) -> None
     """Raise `BundleError` unless *manifest* is of *project*, or, without one, has the name in *source*.
 
     A signature does not contain the name of an archive: without this check, who can write to a store could
-    put one signed bundle in the place of another. The name of a bundle stands for this bundle only, also if
-    it is that of a project.
+    put one signed bundle in the place of another. A project can have a name that looks like that of a bundle;
+    such a name in *source* allows only this bundle.
     """
     name = source.rpartition("/")[2].removesuffix(tar.ARCHIVE_SUFFIX)
     if project is not None:
         is_wanted = manifest.project == project
+    elif is_bundle_name(name):
+        is_wanted = name == manifest.name
     else:
-        is_wanted = name == manifest.name or (name == manifest.project and not is_bundle_name(name))
+        is_wanted = name in {manifest.name, manifest.project}
     if not is_wanted:
         raise BundleError(
             f"{source}: contains {manifest.name}, not {project or name}; check the address",
@@ -192,7 +194,7 @@ def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> N
     newest = max(of_project, key=lambda other: other.exported_at, default=manifest)
     time = manifest.exported_at
     for other in of_project:
-        if other.id == manifest.id:  # a copy keeps its time: a new one in the archive does not make it newer
+        if other.id == manifest.id:  # the same bundle: a later time in the archive does not make it newer
             time = other.exported_at
     if time < newest.exported_at:
         raise BundleError(

@@ -183,14 +183,14 @@ def _show(result: BundleComparison) -> None:
         shares = (percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected))
         rows.append((score.bundle, percent(score.top1.share), interval, f"{score.log_loss:.3f}", *shares))
     print_table(("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected"), rows)
-    rows = []
+    class_rows = []
     for change in result.classes:
         shares = (percent(right / change.num_images) for right in (change.first, change.second))
         p_value = "" if change.p is None else f"{change.p:.2g}"
-        rows.append(
+        class_rows.append(
             (change.label, str(change.num_images), *shares, f"{change.wins}, {change.losses}", p_value)
         )
-    print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), rows)
+    print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), class_rows)
     for change in result.new:
         say(f"new class {change.label}: {change.second} of {change.num_images} correct, not counted")
     if result.removed:
@@ -256,20 +256,21 @@ def compare_loaded(
     tolerance: float,
     on_image: Callable[[int, int], None],
 ) -> BundleComparison:
-    """Compare the two bundles of *pair*, as `compare` does; *num_earlier* comparisons are recorded."""
+    """Compare the two bundles of *pair* as `compare` does, after *num_earlier* comparisons."""
     for model in pair:
         if model.bundle.manifest.rules.is_multi_label:
             raise ConfigError(
                 f"{model.bundle.name}: predicts several classes per image; use `sopdeploy eval`"
             )
     notes: list[str] = []
-    first_labels, second_labels = (set(model.bundle.labels) for model in pair)
+    first_labels, second_labels = set(pair[0].bundle.labels), set(pair[1].bundle.labels)
     all_labels = tuple(sorted(first_labels | second_labels))
     all_images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
     images, left_out = _leave_out_seen(all_images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)  # a target is an index in *labels*
-    is_common_C = np.array([label in first_labels & second_labels for label in labels])
-    common_N = is_common_C[targets]  # the photographs of classes that both bundles have
+    common_labels = first_labels & second_labels
+    is_common_C = np.array([label in common_labels for label in labels])
+    common_N = is_common_C[targets]  # the photographs that decide; the others are only reported
     if not common_N.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
     unknown_images: ImageFiles | None = None
@@ -280,15 +281,14 @@ def compare_loaded(
     num_unknown = 0 if unknown_images is None else len(unknown_images)
     total = len(pair) * (len(images) + num_unknown)  # predictions
     done = itertools.count(1)
-    first, second = (
-        _evaluate(model, images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
-        for model in pair
-    )
-    classes, other_classes = (
-        compare_classes(labels, targets[mask_N], first.right[mask_N], second.right[mask_N])
-        for mask_N in (common_N, ~common_N)
-    )
-    wins, losses = sum(change.wins for change in classes), sum(change.losses for change in classes)
+    shared = (images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
+    first, second = _evaluate(pair[0], *shared), _evaluate(pair[1], *shared)
+
+    classes = compare_classes(labels, targets[common_N], first.right[common_N], second.right[common_N])
+    other_N = ~common_N
+    other_classes = compare_classes(labels, targets[other_N], first.right[other_N], second.right[other_N])
+    wins = sum(change.wins for change in classes)
+    losses = sum(change.losses for change in classes)
     count, tolerated, attempt = int(common_N.sum()), tolerance / 100, num_earlier + 1
     low, high = difference_interval(wins, losses, count)
     verdict = decide(wins, losses, count, tolerated, attempt)
@@ -351,7 +351,8 @@ def _leave_out_seen(
     images, and has a record of the largest size, which may be incomplete: it may have seen more of them.
     """
     grouped = group_photographs(images)
-    recorded_N, suspects = np.zeros(len(images), np.bool_), []  # whether a bundle has recorded the file
+    recorded_N = np.zeros(len(images), np.bool_)  # whether the record of a bundle has the file
+    suspects = []
     for model in pair:
         name, origin = model.bundle.name, model.bundle.manifest.origin
         if origin is None or not origin.sample:

@@ -98,6 +98,7 @@ def _find_traces(photograph: str, folders: Sequence[Path]) -> _Traces:
         _check_format(table)
     wanted = _Wanted.read(photograph)
     images = [path for path in files if wanted.is_shown_by(path)]
+    # A kept photograph is named by its id, and so are the records beside it.
     ids = wanted.ids.union(filter(ID.fullmatch, (_final_path(image).stem for image in images)))
     found = set(images)
     for path in files:
@@ -111,7 +112,8 @@ def _find_traces(photograph: str, folders: Sequence[Path]) -> _Traces:
         raise DataError(f"{photograph}: not found in {', '.join(map(str, folders))}; check the name")
     # The records first and the named file last: until then, a repeated command finds all that is left.
     ordered = sorted(found, key=lambda path: (wanted.is_named(path), path in images, path))
-    return _Traces(ordered, rows, [path for path in files if path.name.endswith(PARTIAL)])
+    unfinished = [path for path in files if path.name.endswith(PARTIAL)]
+    return _Traces(ordered, rows, unfinished)
 
 
 class _Wanted(NamedTuple):
@@ -136,7 +138,7 @@ class _Wanted(NamedTuple):
         return cls(path, path.stat().st_size if digest else 0, digest, frozenset(ids))
 
     def is_shown_by(self, path: Path) -> bool:
-        """Tell whether the image *path* has the content of the given file, or else the given name."""
+        """Tell whether *path* is an image with the content of the given file, or the given name."""
         final_path = _final_path(path)
         if final_path.suffix.lower() not in SUFFIXES:
             return False
@@ -214,7 +216,7 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
 
 
 def _read_table(table: Path) -> Iterator[_TableRow]:
-    """Yield the rows of a table of `classify`; a table of another program has none."""
+    """Yield the rows of *table* that are not forgotten; one of another program has none."""
     import pyarrow.parquet as pq  # of an extra
 
     names = pq.read_schema(table).names
@@ -252,10 +254,11 @@ def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, li
     files = {str(path): path for path in images}  # by the path that the message shows
     for row in chain.from_iterable(rows.values()):
         files[row.path] = Path(row.path if row.is_in_archive else row.location)
-    photographs: dict[str, str] = {}  # the path that is shown, by the hash of the file or its absolute path
+    photographs: dict[str, str] = {}  # the first path of each, by hash or, if not readable, absolute path
     for shown_path, file in files.items():
         is_readable = file.is_file() and file.suffix.lower() in SUFFIXES  # not an archive
-        photographs.setdefault(sha256(file) if is_readable else os.path.abspath(file), shown_path)  # noqa: PTH100
+        identity = sha256(file) if is_readable else os.path.abspath(file)  # noqa: PTH100
+        photographs.setdefault(identity, shown_path)
     if len(photographs) > 1:
         names = shorten(sorted(photographs.values()))
         raise DataError(f"{name}: is the name of different photographs ({names}); name one with its folder")

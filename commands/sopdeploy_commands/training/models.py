@@ -26,7 +26,7 @@ def _show(result: "list[dict[str, str]] | Description") -> None:
 
 
 def _show_catalog(models: list[dict[str, str]]) -> None:
-    """Print a table per family, with image size and number of classes."""
+    """Print the catalog by family, then those of *models* that are not in it."""
     from sopdeploy.models.registry import CATALOG, FAMILIES, entry
 
     registered = {model["name"]: entry(model["name"]) for model in models if model["name"] not in CATALOG}

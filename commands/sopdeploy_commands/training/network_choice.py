@@ -68,10 +68,11 @@ def choose_network(
     *,
     may_skip: bool = False,
 ) -> tuple[NetworkScore, ...]:
-    """Compare networks by name; one of them is `chosen`. *within* is the largest time in milliseconds.
+    """Measure and cross-validate networks; `chosen` is the fastest of the best.
 
-    It sets the threads of torch, and downloads the weights of the fast networks. *configured* are the recipes
-    with what is known of each run. With *may_skip*, networks whose weights cannot be reached are skipped.
+    It sets the threads of torch, and downloads the weights of the networks that need at most *within*
+    milliseconds; only these are cross-validated. *configured* are the recipes by name, with what is known of
+    each run. With *may_skip*, networks whose weights cannot be reached are skipped.
     Raises `ConfigError` if all networks take longer, or if one would not be trained by the few-shot
     procedure, and the errors of `fetch_weights`.
     """

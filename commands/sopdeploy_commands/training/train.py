@@ -78,11 +78,11 @@ class TrainOptions(Options):
     def per_network(self, settings: Mapping[str, Any] = {}) -> "dict[str, TrainOptions]":
         """Return the options that train each of the networks `models` alone, by the name of the network.
 
-        *settings* are further values of the recipe, which may not name a network either. Without `models` and
-        `within`, returns these options, by the name `RECIPE_NETWORK`. Networks of the list without a file in
-        the folder `weights` are missing. Raises `ConfigError` if there are not as many `weights` as networks,
-        and for options that do not fit together, and `WeightsError` for a network without a file in the
-        folder, or, of the list, if all are without.
+        *settings*, further values of the recipe, are only checked: they may not name a network. Without
+        `models` and `within`, returns these options, by the name `RECIPE_NETWORK`. Networks of the list
+        without a file in the folder `weights` are missing. Raises `ConfigError` if there are not as many
+        `weights` as networks, and for options that do not fit together, and `WeightsError` for a network
+        without a file in the folder, or, of the list, if all are without.
         """
         if not self.compares:
             return {RECIPE_NETWORK: self}
@@ -113,7 +113,7 @@ class TrainOptions(Options):
         return [choice.name for choice in read_choices().networks]
 
     def _weights_by_network(self) -> dict[str, str | None]:
-        """Return the start weights of each network that has some; raises the errors of `per_network`."""
+        """Divide `weights` among the networks; leaves out and raises as `per_network`."""
         names = self.networks()
         if self.weights is None or self.weights in NO_FILES:  # the same for every network
             return dict.fromkeys(names, self.weights)
@@ -199,7 +199,8 @@ def train(
         TrainingError: A loss or gradient is not finite. `TrainingStoppedError`, a subclass, after Ctrl-C or
             SIGTERM; the run is saved before.
     """
-    data, out = (None if path is None else Path(path) for path in (data, out))
+    data = None if data is None else Path(data)
+    out = None if out is None else Path(out)
     networks_to_train, previous = read_request(data, recipe, out, options, settings)
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
@@ -297,7 +298,7 @@ def read_request(
     previous = None
     if options.from_ is not None:
         previous = read_previous(Path(options.from_))
-        opened = None  # its recipe may select classes
+        opened = None  # what is opened above was only checked: this recipe may select classes
     networks = {}
     for name, network_options in options_by_network.items():
         start_file = start_files.get(name)
@@ -389,9 +390,9 @@ def configure(
     changes += [(key, value) for key, value in option_values.items() if value is not None]
     changed = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in flatten(dict(changes))]
-    weights: WeightSource | None = start_file
     start_weights = None if changed.start is None else changed.start.weights
     names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
+    weights: WeightSource | None = start_file
     if not names_network and isinstance(start_weights, Path):  # then the weights determine the network
         path = expand_user(start_weights)
         if start_file is None and path.is_file():

@@ -122,10 +122,11 @@ class Connections:
     def _find_slowest(
         self, among: "Iterable[LimitedHttpProtocol]", before: float
     ) -> "LimitedHttpProtocol | None":
-        """Find the first connection to close *among* those in their state since a time *before* this one.
+        """Find the first connection to close *among* these, or None.
 
         The order is: the one that is longest in its headers; the longest idle one; of the address with most
-        connections, one that does not read; of this address, the one with the slowest body.
+        connections, one that does not read; of this address, the one with the slowest body. Those that are
+        not idle are in this state since a time *before* or earlier.
         """
         candidates = set(among)
         longest_in_headers = next((one for one in self.waiting if one in candidates), None)
@@ -234,7 +235,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         return True
 
     def _probe(self) -> None:
-        """Send an interim response; after one that is refused, the next one ends the connection."""
+        """Send interim responses from now on until the response begins, none to HTTP/1.0.
+
+        After one that is refused, the next one ends the connection.
+        """
         if self.transport.is_closing() or self.cycle.response_started or self.cycle.response_complete:
             return
         if self.cycle.scope["http_version"] == "1.1":
@@ -263,7 +267,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self._parse(data[start : start + PIECE_BYTES])
 
     def _parse(self, data: bytes) -> None:
-        """Parse *data* and reject the request if it exceeds a limit."""
+        """Parse *data*; reject a bad request, else note what is due: headers or a body."""
         self._overhead_bytes += len(data)  # the callbacks of the parser subtract the content of the body
         try:
             self._feed_without_upgrade(data)
