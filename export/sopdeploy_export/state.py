@@ -138,7 +138,7 @@ def read_state(network: nn.Module) -> dict[str, Any]:
 
 
 def _comparable_content(value: Any) -> Any:
-    """Return the content of a value, array, random generator or empty container.
+    """Return the content of a plain value, array, random generator or empty container.
 
     Returns None for other objects, whose identity is compared.
     """
@@ -291,9 +291,10 @@ class PythonNumbers:
         self._values = WeakIdKeyDictionary()  # also of tensors that torch.export gives no values
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Call *function* on the values of such tensors, or make one of Python numbers; None for other calls.
+        """Compute a call on known tensors, or one that makes a tensor of Python numbers.
 
-        Another call that has such a tensor among its operands makes all of them unknown.
+        Returns the value, which the caller passes to `remember`, so that the result of the call is a known
+        tensor; None for any other call, which makes all tensors unknown if it has a known one as operand.
         """
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         are_known = [operand in self._values for operand in operands]

@@ -242,7 +242,10 @@ class Stub(nn.Module):
     """
 
     def __init__(self, part: str, removed: nn.Module, recording: Recording) -> None:
-        """Take the place of the module *removed*, the *part*, in the *recording*; its tensors become NaN."""
+        """Take the place of the module *removed*: answer the calls of *part* in *recording*.
+
+        The stub holds tensors of NaN in place of those of *removed*.
+        """
         super().__init__()
         calls = (*recording.several, *recording.one)
         held = {**removed._parameters, **removed._buffers}

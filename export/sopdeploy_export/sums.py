@@ -22,9 +22,10 @@ def norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Write a 2-norm of many values as sums of sums; ONNX Runtime adds all squares one after the other.
+    """Write a 2-norm of many values as sums of sums; NotImplemented for others.
 
-    The error of one sum grows with its length (Higham, "Accuracy and Stability", section 4.2).
+    ONNX Runtime adds all squares one after the other, and the error of one sum grows with its length (Higham,
+    "Accuracy and Stability", section 4.2).
     """
     axes = sorted(axis % values.dim() for axis in (dim or range(values.dim())))
     sizes = [values.shape[axis] for axis in axes]
@@ -43,7 +44,10 @@ def norm(
 
 
 def squeeze(values: Tensor, dim: int | Sequence[int]) -> Any:
-    """Leave out axes that have another size than 1: torch does not remove them."""
+    """Remove those of the axes *dim* that have size 1, as torch does.
+
+    ONNX fails for other axes. Returns NotImplemented if all have size 1, or if a size is not fixed.
+    """
     axes = [dim] if isinstance(dim, int) else list(dim)
     sizes = {axis: values.shape[axis] for axis in axes}
     if not all(isinstance(size, int) for size in sizes.values()) or all(size == 1 for size in sizes.values()):

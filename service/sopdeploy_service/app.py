@@ -43,8 +43,8 @@ def create_app(
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *limits* is the memory of the keys' rate limits, if processes share it. If one process keeps the
-    photographs of several, *photos* is the end of their socket of the one that *is_keeper*, or of the others.
+    *limits* is the memory of the keys' rate limits, if processes share it. If one process, which *is_keeper*,
+    keeps the photographs of several, *photos* is its end of their socket, or in the others the other end.
     `app.state.service` is the `Service`. Raises `ConfigError` if the key file or the folder `keep` of
     *settings* cannot be used.
     """

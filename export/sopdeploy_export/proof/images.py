@@ -290,7 +290,7 @@ def layout_after_element_access(call: OperatorCall) -> BatchLayout:
 
 
 def layout_after_slice(call: OperatorCall) -> BatchLayout:
-    """Rule of a slice of other axes than the batch at constant positions, of this one at whole batches."""
+    """Rule of a slice at constant positions; along the batch axis, of whole batches."""
     # The inputs are data, starts, ends, axes and steps; the shape of the result shows where a slice ends.
     starts_by_batch = [start.reshape(-1).tolist() for start in call[1].contents]
     axes = call.axes_operand(3, default=range(len(starts_by_batch[0])))
@@ -328,9 +328,8 @@ def layout_after_repeat(call: OperatorCall, *, tile: bool = False) -> BatchLayou
     axis = batch_axis_of(call.shapes)
     if axis is None or call.x.batch_axis is not None:  # the result has the batch axis of `x`, or none
         return layout_after_broadcast(call)
-    return BatchLayout(
-        axis=axis, run_length=call.shapes[0][axis] // _BATCHES[0] if tile else None
-    )  # None: equal rows
+    run_length = call.shapes[0][axis] // _BATCHES[0] if tile else None  # None: equal rows
+    return BatchLayout(axis=axis, run_length=run_length)
 
 
 def layout_of_range(call: OperatorCall) -> BatchLayout:
@@ -381,9 +380,8 @@ def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
 def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
     """Rule of writing updates (*others, *kept) to data (*selected, *kept) at indices (*others, n)."""
     data, indices, updates = call.x, call[1], call[2]
-    if (
-        indices.batch_axis is not None
-    ):  # data (batch, 7), pairs of image and column (batch, 2), updates (batch,)
+    if indices.batch_axis is not None:
+        # Data (batch, 7), indices (batch, 2) with pairs of image and column, updates (batch,).
         _mixes_unless(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
         return common_layout(data.layout, indices.layout_at(0), updates.layout_at(0))  # also of run lengths
     # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3, batch).
@@ -522,7 +520,11 @@ def _trace_node(node: onnx.NodeProto, values: dict[str, TracedValue], opsets: li
 def infer_results(
     node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]
 ) -> list[TracedValue]:
-    """Infer the shapes of the results of *node*, and the contents of small ones that depend on sizes only."""
+    """Infer the shapes of the results of *node*, and the contents of small ones.
+
+    Contents are known if they depend on sizes and constants only. Raises `MixesError` if they depend on the
+    batch size in another way than linearly.
+    """
     named = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
     results = _infer_shapes(node, named, opsets)
     shapes = results[0].shapes
@@ -593,7 +595,11 @@ def is_linear(value: TracedValue) -> bool:
 def locate_batch_axes(
     node: onnx.NodeProto, inputs: Sequence[TracedValue | None], results: Sequence[TracedValue]
 ) -> list[TracedValue]:
-    """Find the batch axes of *results*; raise `MixesError` if no rule shows that images are independent."""
+    """Find the batch axes of *results*, those of *node*.
+
+    Raises `MixesError` if the rule of the operator does not show that images are independent, and `KeyError`
+    if the operator has no rule.
+    """
     sizes = _SIZES.get(node.op_type, ())
     data = [value for i, value in enumerate(inputs) if value and i not in sizes]
     _mixes_unless(not any(value.is_size for value in data))  # no data is computed from the batch size
@@ -625,7 +631,10 @@ def has_whole_images(value: TracedValue) -> bool:
 
 
 def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "first"]:
-    """Return which elements of an operator's result are the number of their image in the batch."""
+    """Return which elements of a result are the number of their image in the batch.
+
+    They are none, all, or the first of the last axis, as `TracedValue.image_numbers` says.
+    """
     if kind == "Range":  # 0, ..., batch - 1, as `layout_of_range` requires, or a range of constant length
         is_batch = batch_axis_of(call.shapes) is not None and call.x.type == TensorProto.INT64
         return "all" if is_batch else ""

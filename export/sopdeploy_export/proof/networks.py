@@ -129,10 +129,11 @@ def detach(
 ) -> _Network:
     """Return a copy of *network*, in eval mode, without its *training_only* parts.
 
-    It is *network* itself if there are none, and for a network of the catalog also if they have no tensors,
-    as an empty list of branches. *training_only* defaults to the parts that a network of the catalog
-    declares. In a network outside of the catalog, stubs take the place of removed parts; *pixels*, normalized
-    images (3, 3, H, W), show what the parts return.
+    *training_only* defaults to the parts that a network of the catalog declares. Returns *network* itself,
+    in its mode, if there are none, and for a network of the catalog also if they have no tensors, as an empty
+    list of branches. In a network outside of the catalog, stubs take the place of removed parts; *pixels*,
+    normalized images (3, 3, H, W), show what the parts return.
+
     Raises `DetachError` if a name does not exist, and `LoweringError` if a part cannot have a stub.
     """
     is_of_catalog = isinstance(network, Classifier)

@@ -49,8 +49,9 @@ class _ReplayedCalls(TorchDispatchMode):
         position = self.position
         self.position += 1
         is_known = position < len(self._computed) and self._computed[position][0] is func
-        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
-        if is_known and not is_view:
+        # An alias is a view of an operand, or an operand that was written to.
+        returns_alias = any(returned.alias_info is not None for returned in func._schema.returns)
+        if is_known and not returns_alias:
             return self._computed[position][1]
         if is_known and func._schema.is_mutable:
             return args[0]  # has its values from the first call

@@ -36,8 +36,9 @@ class TensorEntry(StrictModel):
 def find_usage(network: nn.Module, reached: Set[str]) -> tuple[set[str], set[str]]:
     """Return the names of the tensors of *network* that its outputs depend on, and those of the others.
 
-    *reached* are the names in its programs, which have one name of a tensor; it is used under all names that
-    the network has for it. Counters of used modules, such as `num_batches_tracked`, are in neither set.
+    *reached* are the names of tensors in its programs. A tensor that has several names in the network has one
+    of them there, and is used under all. Counters of used modules, such as `num_batches_tracked`, are in
+    neither set.
     """
     named = tensors(network)
     reached_ids = {id(tensor) for name, tensor in named.items() if name in reached}

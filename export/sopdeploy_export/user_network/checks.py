@@ -58,11 +58,16 @@ OTHER_COPY = (
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """Return the network inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
+    """Return the network inside `WRAPPERS`, such as DataParallel, and torch.compile.
+
+    Raises `LoweringError` if torch.compile has another backend than inductor.
+    """
     while isinstance(network, (OptimizedModule, *WRAPPERS)):
         if isinstance(network, OptimizedModule):
             check_backend("the network", network)
-        network = network._orig_mod if isinstance(network, OptimizedModule) else network.module
+            network = network._orig_mod
+        else:
+            network = network.module
     return network
 
 
@@ -189,8 +194,9 @@ def check_outputs(
     """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
 
     Returns the path of the first attribute that the first two runs change, such as a cache, or None if they
-    change none; and warnings. Raises `LoweringError` if the network fails, returns no (B, classes) logits, or
-    if the last two runs change its state or return other logits.
+    change none; and warnings. Raises `LoweringError` if the network fails, returns no finite (B, classes)
+    logits, returns probabilities or reads tensors in Python code, or if the last two runs change its state or
+    return other logits.
     """
     images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     before = state.read_state(network)
@@ -366,7 +372,8 @@ def capture_and_compare(
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    if is_exact and not options.with_features:  # `certify` compares its programs, unless features change them
+    # `certify` compares the programs of *given* as those of "trained", unless features change the network.
+    if is_exact and not options.with_features:
         captured = capture(given, preprocess, options.batch)
         if parts:
             check_graph_ignores(given, parts, preprocess, options.batch, captured)

@@ -194,7 +194,10 @@ def unused_modules(
 
 
 def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> tuple[str, ...]:
-    """Return *parts* of *network*; in place of a part whose length or other values code reads, its parts."""
+    """Return *parts* of *network*, but of one that is read, its own parts.
+
+    Code may read the length of a part, for example, or another attribute.
+    """
     pixels = networks.probe_pixels(network, preprocess)
     while parts:
         try:
@@ -248,9 +251,10 @@ def _check_usage(
     *,
     proposes: bool,
 ) -> tuple[str, ...]:
-    """Check that the output does not depend on the training-only *parts*; return a warning of others, if any.
+    """Check that no output depends on *parts*; return a warning of others, if any.
 
-    Without *parts*, raises `DetachError` with the parts to remove if it *proposes* them.
+    Raises `CertificateError` if one does. With *proposes* and without *parts*, always raises `DetachError`,
+    which names the parts to remove or says that there are none.
     """
     used, unused = find_usage(network, reached_names(captured))
     reached = sorted(name for name in used if is_in(name, *parts))

@@ -74,8 +74,8 @@ def network_builder(setting: str, import_path: str, option_texts: Sequence[str])
 def parse_option(text: str) -> tuple[str, Any]:
     """Split `key=value` into the key and the value, a Python literal such as False, None, 3 or (8, 16).
 
-    `true` and `false` are accepted, too; any other value is text. Raises `ConfigError` for a text that is
-    meant as a literal of another language.
+    `true` and `false` are accepted, too; any other value is text. Raises `ConfigError` for another form, or
+    for a value that is meant as a literal of another language.
     """
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not key.isidentifier():
@@ -195,7 +195,8 @@ def load_weights(network: nn.Module, path: Path, key: str | None = None) -> Load
 def _choose_fit(path: Path, fits: Sequence[_TableFit], expected: Mapping[str, Tensor]) -> _TableFit:
     """Choose the fit without missing tensors, or if there is none, the closest one of the only table.
 
-    Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if more than one is left.
+    Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if more than one is left,
+    or if all miss tensors and there are several tables.
     """
     choices = [fit for fit in fits if not fit.missing]
     with_shapes = [
@@ -245,8 +246,8 @@ def _find_fits(
 ) -> list[_TableFit]:
     """List the ways in which *tensors* have all *expected* names; if there is none, the closest one.
 
-    The names in the file may have a prefix. Those of a network that wraps another one may have a first part
-    that the file, of the other one, lacks.
+    The file may have a prefix in front of the names of the network. Or the network wraps another one, whose
+    file it is: then its names may have a first part that those in the file lack.
     """
     parts = {part for name in expected for part in name.split(".")}
     # The network itself may have a part with such a name.

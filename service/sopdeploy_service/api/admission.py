@@ -88,7 +88,10 @@ class AdmittedRequest:
 
     @asynccontextmanager
     async def preparing(self) -> AsyncIterator[None]:
-        """Count a request as an image while its model loads or its body is parsed; raises `RejectedError`."""
+        """Count a request as an image while its model loads or its body is parsed.
+
+        Raises `RejectedError` if the queue is full, or if the deadline passes.
+        """
         self.service.check_queue(self.model, 1)
         self.service.admitted += 1
         try:
@@ -148,8 +151,9 @@ async def admit(
     """Admit *request* to the model with *name* and *version*.
 
     With a memory budget, the request may wait until the model is loaded. Raises `RejectedError` if the
-    model does not exist, the deadline cannot be met, or the queue or the rate limit is full. A request that
-    is refused by its own fault costs its key as much as an image, and as another one per `SMALL_BODY` bytes.
+    model does not exist, the deadline cannot be met, or the queue or the rate limit is full. After the model
+    is found, a refusal here or in the block costs the key one token, and another per `SMALL_BODY` bytes read,
+    unless the client should send the request again or the tokens of its images are spent already.
     """
     started = time.monotonic()
     service = service_of(request)

@@ -114,9 +114,9 @@ def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes
     parts = []
     while count:
         part = end.recv(count, socket.MSG_WAITALL)
-        # The timeout of the socket limits each wait; *deadline* limits a sender of one byte at a time.
         if not part:
             raise BrokenPipeError
+        # The timeout of the socket limits each wait; *deadline* limits a sender of one byte at a time.
         if time.monotonic() > deadline:
             raise TimeoutError
         parts.append(part)
@@ -150,9 +150,8 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
         while True:
             number, rules_size, size = REQUEST.unpack(receive(end, REQUEST.size))
             rules, image = receive(end, rules_size), receive(end, size)
-            signal.setitimer(
-                signal.ITIMER_PROF, options.cpu_seconds
-            )  # SIGPROF ends this process; 0: no timer
+            # SIGPROF ends this process; with 0 seconds there is no timer.
+            signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)
             reply = answer(number, rules, image, options)
             signal.setitimer(signal.ITIMER_PROF, 0)
             del image  # frees it before the reply is sent

@@ -327,7 +327,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
     async def _replace_child(self, *, sends: bool) -> None:
         """Start another child, which gets the request if *sends* is true; otherwise the request fails."""
-        reason = UNKNOWN  # of a child that was not replaced the last time
+        reason = UNKNOWN  # stays if there is no child: the last call could not start one
         try:
             if self.process:
                 code = await asyncio.to_thread(self._template.kill, self.process)

@@ -135,7 +135,7 @@ class Slots:
 
     def write_error(self, slot: int, error: HttpError) -> None:
         """Write *error* where outputs would be."""
-        # The other half is for the other fields and for what JSON adds.
+        # Half of the bytes, because the other fields and what JSON adds need some, too.
         message = error.message.encode()[: MAX_ERROR_BYTES // 2].decode(errors="ignore")
         data = json.dumps({**asdict(error), "message": message}, ensure_ascii=False).encode()
         data = ERROR_SIZE.pack(len(data)) + data
@@ -161,9 +161,10 @@ def output_shapes(bundle: Bundle, *, features: bool = True) -> dict[str, tuple[i
 def open_channel(
     connection: socket.socket, models: Sequence[ModelFacts], num_slots: int
 ) -> tuple[Slots, bytes]:
-    """Create *num_slots* slots, which suffice for *models*; send their memory on the new *connection*.
+    """Create *num_slots* slots, and send their memory on the new *connection*.
 
-    Returns the slots, and the description of *models*, which the caller sends next.
+    Each slot is large enough for an image of any of *models*. Returns the slots, and the description of
+    *models*, which the caller sends next.
     """
     output_bytes, pixel_bytes = MAX_ERROR_BYTES + ERROR_SIZE.size, 0  # a slot has outputs or an error
     for model in models:

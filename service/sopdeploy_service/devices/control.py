@@ -76,8 +76,8 @@ async def send_metrics(file: int, page: bytes) -> None:
 def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     """Merge the metrics *pages* of processes by name; add the label `process` and `sopdeploy_worker_up`.
 
-    A page is empty if its process is down. *ids* has the id of each process, by name, from which this process
-    collects the `process_*` metrics; the supervisor has an id but no page.
+    A page is empty if its process is down. The `process_*` metrics are collected here, of the processes with
+    *ids*, by name; the supervisor has an id but no page.
     """
     up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
     merged: dict[str, Metric] = {}  # by name of the metric, with the samples of all processes

@@ -128,9 +128,10 @@ def main() -> int:
             registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
             return serve_http(config, registry, supervisor, {})
     except SopdeployError as problem:
-        where = "" if config.device == ANY_DEVICE else f"device {config.name}: "
         if config.device is None:
             where = f"front end {config.name}: "
+        else:
+            where = "" if config.device == ANY_DEVICE else f"device {config.name}: "
         sys.stderr.write(f"error: {where}{problem} [{problem.code}]\n")
         return USER_ERROR
 
@@ -170,7 +171,10 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
 
 
 def wait_for_message(supervisor: socket.socket, prefix: bytes) -> tuple[str, list[int]]:
-    """Return the rest and the files of the next message with *prefix*; exit if the supervisor ends."""
+    """Wait for a message with *prefix*, ignoring others; return its rest and files.
+
+    Exits if the supervisor ends.
+    """
     supervisor.setblocking(True)
     while True:
         message, files = control.receive_message(supervisor)

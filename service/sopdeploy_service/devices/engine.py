@@ -92,7 +92,7 @@ class FrontEndChannel(asyncio.Protocol):
             log.error("front end %s: %s; it is replaced", self.name, error)
             self._engine.cut_off(self)
 
-    def _handle(self, kind: int, flags: int, number: int, slot: int, deadline: float) -> None:
+    def _handle(self, kind: int, flags: int, model_number: int, slot: int, deadline: float) -> None:
         """Run or cancel the image in *slot*; raises `ChannelError` for a record that no front end sends."""
         cancel = self.cancel_by_slot.get(slot)
         if kind == channel.CANCEL:
@@ -103,12 +103,12 @@ class FrontEndChannel(asyncio.Protocol):
         is_slot_in_use = cancel is not None
         if kind != channel.RUN or slot >= self._slots.count or is_slot_in_use:
             raise ChannelError(f"the record {kind} for slot {slot} is invalid")
-        if number >= len(self._models) or not math.isfinite(deadline):
-            raise ChannelError(f"model {number} with deadline {deadline} is invalid")
+        if model_number >= len(self._models) or not math.isfinite(deadline):
+            raise ChannelError(f"model {model_number} with deadline {deadline} is invalid")
         if self.transport is None or self.transport.get_write_buffer_size() > channel.MAX_UNSENT_BYTES:
             raise ChannelError("the results are not read")
-        model, features = self._models[number], bool(flags & channel.FEATURES)
-        names = (self._names if features else self._names_without_features)[number]
+        model, features = self._models[model_number], bool(flags & channel.FEATURES)
+        names = (self._names if features else self._names_without_features)[model_number]
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
         for_drift = bool(flags & channel.FOR_DRIFT)
         image = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features, for_drift)

@@ -204,10 +204,8 @@ def _read_pixels(tensor: InputTensor, binary: memoryview, shape: tuple[int, ...]
         values = np.frombuffer(binary, dtype)
     else:
         numbers = _elements(tensor, shape)
-        if not set(map(type, numbers)) <= {
-            int,
-            float,
-        }:  # NumPy would give the length of a text to all of them
+        # NumPy would convert texts and truth values, too.
+        if not set(map(type, numbers)) <= {int, float}:
             raise _invalid("wrong_data", tensor, PIXELS_ONLY)
         values = np.array(numbers, np.float64)
     with np.errstate(invalid="ignore"):  # NaN and numbers above 255, which the comparison finds
@@ -221,7 +219,8 @@ def _elements(tensor: InputTensor, shape: tuple[int, ...]) -> list[Any]:
     """Return the elements of the data of *tensor*, a list that is flat or nested like *shape*."""
     data, elements = tensor.data, [tensor.data]
     is_flat = isinstance(data, list) and len(data) > 0 and not isinstance(data[0], list)
-    for length in (prod(shape),) if is_flat else shape:  # of the lists at each level, from the outermost one
+    lengths = (prod(shape),) if is_flat else shape  # of the lists at each level, from the outermost one
+    for length in lengths:
         if set(map(type, elements)) != {list} or set(map(len, elements)) != {length}:
             message = (
                 f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
