@@ -5,8 +5,9 @@ constant mask. ONNX has no fixed size for them. Only the program that is convert
 the certificate is about.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -51,15 +52,8 @@ def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
             if node in evaluated and node.op == "call_function":
                 _replace_by_value(program, node, evaluate(node), constant)
             elif node in masks:
-                x, indices = node.args
-                chosen: list[Any] = []
-                for index, mask in zip(indices, masks[node], strict=True):
-                    if mask is not None:
-                        positions_by_axis = evaluate(mask).nonzero(as_tuple=True)
-                        chosen += [_add_constant(program, positions) for positions in positions_by_axis]
-                    else:
-                        chosen.append(index)
-                node.args = (x, chosen)
+                values = [None if mask is None else evaluate(mask) for mask in masks[node]]
+                _replace_masks(program, node, values)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program.run_decompositions({})  # computes all sizes again
@@ -118,6 +112,18 @@ def _replace_by_value(program: ExportedProgram, node: fx.Node, value: Any, const
             )
     elif node.is_impure():
         program.graph.erase_node(node)
+
+
+def _replace_masks(program: ExportedProgram, node: fx.Node, masks: Sequence[Tensor | None]) -> None:
+    """Replace the indices of *node* that have a mask in *masks* by the positions that it chooses."""
+    x, indices = cast(tuple[Any, Any], node.args)
+    chosen: list[Any] = []
+    for index, mask in zip(indices, masks, strict=True):
+        if mask is None:
+            chosen.append(index)
+        else:  # one index per axis of the mask
+            chosen += [_add_constant(program, positions) for positions in mask.nonzero(as_tuple=True)]
+    node.args = (x, chosen)
 
 
 def _add_constant(program: ExportedProgram, value: Tensor) -> fx.Node:

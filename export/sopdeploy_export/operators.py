@@ -64,9 +64,8 @@ CASTS = ("aten::_to_copy",)  # elementwise, but without torch's tag
 OPERANDS = 400  # of the calls that are captured at once; a capture also takes a constant time
 FAR = 1e18  # products of such values can overflow
 
-_executed_operators: dict[
-    str, Counter[str]
-] = {}  # ONNX operators of what this process has compared, by description
+# The ONNX operators of what this process has compared, by description.
+_executed_operators: dict[str, Counter[str]] = {}
 
 
 class _Range(NamedTuple):
@@ -105,13 +104,13 @@ class _Operator(NamedTuple):
         return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
 
     def describe(self) -> str:
-        """Describe the operator with attributes, types and sizes; equal ones are compared once."""
+        """Describe the operator; those with equal descriptions are compared once."""
         # All sizes above the limit count as the limit.
         limit = LARGE if self.is_elementwise or self.name in SIZELESS else sys.maxsize
         described = tree_map_only(
             Tensor, lambda x: (x.dtype, [min(size, limit) for size in x.shape]), self.arguments
         )
-        if self.name in SIZELESS:  # all integers are sizes, such as a padding; the 5 of `x + 5` is a value
+        if self.name in SIZELESS:  # their integers are sizes, such as a padding, and no values
             described = tree_map_only(int, lambda number: min(number, limit), described)
         return f"{self.target} {described} {self.used} {[tuple(can_be) for can_be in self.ranges]}"
 
@@ -177,7 +176,7 @@ class _Call(NamedTuple):
         return f" -> {sorted(self.reads_first_at)} ".join(operator.describe() for operator in self.operators)
 
     def cropped(self) -> "_Call":
-        """Return the call with a part of large operands, if the operators compute parts of their results."""
+        """Return the call with a part of large operands, unless an operator needs whole operands."""
         operators = []
         for operator in self.operators:
             if not operator.is_elementwise and operator.name not in PRODUCTS:
@@ -206,7 +205,7 @@ class _Calls(nn.Module):
         self.calls = calls
 
     def forward(self, *operands: Tensor) -> list[Tensor]:
-        """Compute the results of all calls."""
+        """Compute the results of the last operator of each call."""
         remaining = iter(operands)
         results = []
         for call in self.calls:
@@ -367,9 +366,10 @@ class _CapturedCall(NamedTuple):
 
 
 def _compare_group(calls: Mapping[str, _Call]) -> None:
-    """Compare *calls*; raise `LoweringError` for the first that ONNX Runtime cannot run or that differs.
+    """Compare *calls*, and note in `_executed_operators` that this is done.
 
-    A pair is compared only if ONNX Runtime executes other operators for it than for its two operators.
+    Raises `LoweringError` for the first call that ONNX Runtime cannot run or that differs. A pair is compared
+    only if ONNX Runtime executes other operators for it than for its two operators.
     """
     captured = []
     for i, (description, call) in enumerate(calls.items()):
@@ -386,17 +386,16 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
     extractor = Extractor(model)
     singles = [single for single in captured if len(single.call.operators) == 1]
     pairs = [pair for pair in captured if len(pair.call.operators) == 2]
-    for single in singles:
+    for single in singles:  # before the whole graph: an error names the operator that cannot run
         _compare_values(single, extractor)
-    # Only now, because a message names a single operator that ONNX Runtime cannot run.
     producers = _executed_producers(model)
     executed = {each.description: _count_operators(producers, each.result_names) for each in captured}
-    known = {**_executed_operators, **executed}
+    known = {**_executed_operators, **executed}  # an operator of a pair can be in an earlier group
     for pair in pairs:
         first, second = (_Call((operator,)).cropped().describe() for operator in pair.call.operators)
         if known[pair.description] != known[first] + known[second]:
             _compare_values(pair, extractor)
-    _executed_operators.update(executed)  # only now, because a call that raised an error is not done
+    _executed_operators.update(executed)  # not before a comparison, which can raise an error
 
 
 def _executed_producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -481,7 +480,11 @@ def _with_content(operand: Tensor, content: Tensor) -> Tensor:
 
 
 def _fill_in_rounds(call: _Call) -> Iterator[list[Tensor]]:
-    """Yield operands of *call* with ordinary, negative, and extreme values or values without differences."""
+    """Yield operands of *call* with ordinary values, with negative ones, and with difficult ones.
+
+    Difficult for an elementwise call are all pairs of extreme values or, if it gives integers, numbers beyond
+    int32; for another one, equal values, and large and small ones.
+    """
     ordinary = _fill(call, ORDINARY, 0)
     yield ordinary
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
@@ -504,9 +507,9 @@ def _fill_in_rounds(call: _Call) -> Iterator[list[Tensor]]:
 
 
 def _fill_uniformly(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the *ordinary* operands with one that depends on the images, or all, filled as `UNIFORM` says.
+    """Yield the *ordinary* operands with those that depend on the images uniform: each alone, then all.
 
-    One that can be infinite is also filled as `INFINITE` says, one that can be NaN as `UNDEFINED` says.
+    `UNIFORM` has the values, `INFINITE` and `UNDEFINED` those of operands that can be infinite or NaN.
     """
     ranges = [can_be for _, can_be in call.inputs]
     varying = [i for i, can_be in enumerate(ranges) if can_be.is_varying]
@@ -545,7 +548,10 @@ def _check_result(call: _Call, operands: Sequence[Tensor], found: Tensor, expect
 
 
 def _mark_wrong(call: _Call, operands: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:
-    """Mark the elements of *found* that differ from *expected*; all of them if the shapes differ."""
+    """Mark the elements of *found* that differ from *expected*; all of them if the shapes differ.
+
+    What does not occur in the network, such as NaN of bounded operands, and overflowing sums do not count.
+    """
     if found.shape != expected.shape:
         return torch.tensor(True)
     if not expected.is_floating_point():
@@ -554,9 +560,9 @@ def _mark_wrong(call: _Call, operands: Sequence[Tensor], found: Tensor, expected
     bounded = expected.clamp(limits.min, limits.max)  # ATen's `gelu` of the largest number is infinite
     magnitudes = [operand.nan_to_num(0, 0, 0).abs() for operand in operands if operand.is_floating_point()]
     compared = torch.ones_like(expected, dtype=torch.bool)
-    if call.is_elementwise and not call.can_be_unbounded:  # NaN does not occur
-        compared = ~found.isnan() if call.is_one_of(NOT_NAN) else ~expected.isnan()
     if call.is_elementwise:
+        if not call.can_be_unbounded:  # NaN does not occur
+            compared = ~found.isnan() if call.is_one_of(NOT_NAN) else ~expected.isnan()
         # Allowed: the rounding of the operands and of the 1 in exp(x) - 1, plus a share of the result.
         scale = sum(magnitudes, torch.zeros_like(expected))
         if call.is_one_of(NOT_NEAR_ZERO):

@@ -186,8 +186,8 @@ def export_subject(
         (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
         shipped_root = root if options.precision == "fp32" else onnx_root(model)
         roots = FileRoots(**dict(proof.roots), onnx=root, shipped=shipped_root)
-        proved = {**dict(proof), "roots": roots}
-        certificate = Certificate(**proved, mixes_images=mixes_images, precision=options.precision)
+        about_networks = {**dict(proof), "roots": roots}
+        certificate = Certificate(**about_networks, mixes_images=mixes_images, precision=options.precision)
         session = compare.open_session(folder / ONNX_FILE)
         if accuracy_check is not None:
             measured = accuracy_check.measure(certified.model, session)

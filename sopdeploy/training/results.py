@@ -258,7 +258,7 @@ class FewShotResult(StrictModel):
         return ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
 
     def describe_score(self) -> str:
-        """Describe the score; if it may be no better, add the accuracy of always naming the largest class."""
+        """Describe the score; if always naming the largest class may be as good, add its accuracy."""
         score = self.score
         if score is None:
             return "no estimate of the accuracy, which needs two different photographs of two classes or more"
@@ -275,7 +275,7 @@ class FewShotResult(StrictModel):
         )
 
     def describe_groups(self) -> Iterator[str]:
-        """Describe the copies among the training images, and what they make impossible."""
+        """Yield notes on related, doubtful and unusual training images, if there are any."""
         photographs = self.num_photographs or self.num_groups  # 0 in older runs
         if self.num_groups < self.num_images:
             related, judged = [], ""
@@ -350,7 +350,7 @@ class PageTexts(NamedTuple):
 
 
 def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
-    """Build the texts of the page; they say by what its scores of held-out images are too high."""
+    """Build the texts of the page; for a training loop, they say why scores are too high."""
     score, shown = result.score, "no estimate"
     if isinstance(score, float):
         shown = percent(score)

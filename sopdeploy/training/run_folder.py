@@ -87,7 +87,8 @@ class RunFolder:
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
         """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new` and return None.
 
-        A new run calls `lock` itself. Raises `ConfigError` if there is no run to resume, or an unwanted one.
+        The caller locks the folder of a new run before it writes. Raises `ConfigError` if there is no run to
+        resume, or an unwanted one.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:
@@ -105,7 +106,10 @@ class RunFolder:
         return None
 
     def check_new(self) -> None:
-        """Raise `ConfigError` unless the folder is empty or none, `StorageError` if it cannot be created."""
+        """Check that a new run can begin in the folder, which may be empty or not exist.
+
+        Raises `ConfigError` if it has files or is none, `StorageError` if nothing can be written there.
+        """
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         # A run that was killed before its first checkpoint may have left the lock file and partial files.
         others = {name for name in names - {LOCK} if not name.endswith(PARTIAL)}
@@ -136,7 +140,7 @@ class RunFolder:
             write_checkpoint(path, checkpoint)
 
     def save_history(self, history: Sequence[EpochRow]) -> None:
-        """Write the history and the link `latest`, after `best.pt`."""
+        """Write the history and, in `runs/`, the link `latest`; call it after `save_best`."""
         if self.strategy.rank != 0:
             return
         with writing(self.history), atomic_write(self.history) as partial:

@@ -216,7 +216,8 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
     """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
 
     A new run chooses them; the run of *last* has recorded its choice. The first process decides for all and
-    alone reads the files, each once; the few-shot procedure hashes them when it computes their features.
+    alone reads the files, each once, unless there are more than `MAX_HASHED`: then a resumed run repeats its
+    choice. The few-shot procedure hashes the files when it computes their features.
     """
     images, config = opened.train, recipe.data
     hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)  # of no file

@@ -162,9 +162,9 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     other classes. Raises `WeightsError` for the first tensor of the backbone that is missing, has another
     shape or does not exist in *model*, or any tensor to load that is not finite.
     """
-    # Only linear layers of these names are classifiers; others have an output per class by chance.
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
+    # Of these, only the ones with a usual name are classifiers; others have an output per class by chance.
     classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
     branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
     has_other_classes = weights.labels is not None and weights.labels != labels
@@ -203,7 +203,7 @@ def _match_tensors(
     contains_backbone = is_in(next(iter(own)), container)  # the first tensor belongs to the backbone
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
-    for name, tensor in own.items():  # each one is loaded, in a new part, or an error
+    for name, tensor in own.items():  # each one is loaded, in a new part, a counter, or an error
         stored = None if is_in(name, *not_loaded) else weights.tensors.get(name)
         if stored is not None and stored.shape == tensor.shape:
             if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
@@ -213,7 +213,7 @@ def _match_tensors(
         elif part := _added_part(name, may_be_new):
             new.add(part)
         elif stored is None:
-            if not name.endswith(COUNTER):
+            if not name.endswith(COUNTER):  # a file may lack counters of batches
                 raise _misfit_error(weights, f"{name} is missing")
         elif is_in(name, container) and not contains_backbone:
             new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length

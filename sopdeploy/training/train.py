@@ -131,7 +131,7 @@ def train_run(
 def summarize_run(
     run: FinishedRun, out_dir: Path, networks: Sequence[NetworkScore] = (), **page: Any
 ) -> TrainingResult:
-    """Describe a finished run; *page* are the fields `report`, `previous` and `mistakes`, if there is one."""
+    """Describe a finished run; *page* has `report`, `previous` and `mistakes` if a page was written."""
     start, fit = run.start, run.fit
     epoch = fit.result.epoch if isinstance(fit.result, LoopResult) else 1
     best = fit.position.history[epoch - 1]

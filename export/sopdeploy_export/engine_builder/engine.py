@@ -43,9 +43,9 @@ def get_engine(
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
     A build may use a quarter of the GPU's memory. *report* receives the progress; *build_via_torch* builds
-    the plan if *options* name torch-tensorrt. Raises `RuntimeUnavailableError` without TensorRT or a GPU,
-    `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its outputs deviate from
-    the probes.
+    the plan, and is given only if *options* name torch-tensorrt. Raises `RuntimeUnavailableError` without
+    TensorRT or a GPU, `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its
+    outputs deviate from the probes.
     """
     if bundle.manifest.int8_for == "cpu":  # TensorRT reads its uint8 as int8, and rejects zero points
         raise LoweringError(

@@ -65,7 +65,10 @@ class Deployed(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
+        """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64.
+
+        Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs` does.
+        """
         before = {name: identify(tensor) for name, tensor in tensors(self.network).items()}
         outputs = compute_outputs(self.network, self.normalise(images))
         after = tensors(self.network)
@@ -320,7 +323,8 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
                 file, line = caller.f_code.co_filename, caller.f_lineno
                 places.append(f"{Path(file).name}:{line} ({linecache.getline(file, line).strip()})")
                 return
-            # Operators compare sizes, too, in ways that fit every size.
+            # A comparison in a network comes through these modules alone. Those of torch's operators, which
+            # come through others, fit every size.
             if frame.f_code is compares and module not in ("torch", SymNode.__module__):
                 return
             caller = caller.f_back

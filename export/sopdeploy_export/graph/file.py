@@ -153,7 +153,7 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _bypass_constant_choices(model: ir.Model) -> None:
-    """Replace the result of each `Where` of *model* with an all-false constant mask by its last operand."""
+    """Bypass each `Where` with an all-false constant mask, if this keeps the shape."""
     for node in model.graph:
         if node.op_type != "Where":
             continue
@@ -169,7 +169,8 @@ def _bypass_constant_choices(model: ir.Model) -> None:
 def check_graph(proto: onnx.ModelProto) -> None:
     """Check that every runtime can execute *proto*; raises `LoweringError`.
 
-    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow.
+    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow and no
+    `NonZero`.
     """
     try:
         onnx.checker.check_model(proto, full_check=True)

@@ -139,31 +139,37 @@ OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given b
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Any:
-    """Write attention on other than four dimensions as matrix products, and a mask as what is added.
-
-    The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
-    """
+    """Write a mask as numbers, and attention on other than four axes as matrix products."""
     if mask is not None and not _handles_mask.get():
-        added, allowed = mask, mask != -torch.inf
-        if mask.dtype == torch.bool:
-            added, allowed = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf), mask
-        token = _handles_mask.set(True)
-        try:
-            result = ATTENTION(query, key, value, added, *args, **options)  # calls this function again
-        finally:
-            _handles_mask.reset(token)
-        filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-        # The strides stay those of attention, so that a view of the result stays possible.
-        axes = sorted(range(result.dim()), key=result.stride, reverse=True)
-        return filled.permute(axes).contiguous().permute([axes.index(axis) for axis in range(len(axes))])
+        return _masked_attention(query, key, value, mask, *args, **options)
     if query.dim() == 4:
         return NotImplemented  # the operator stays
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
 
-_handles_mask: ContextVar[bool] = ContextVar(
-    "_handles_mask", default=False
-)  # in the inner call of `_attention`
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **options: Any
+) -> Any:
+    """Write *mask* as numbers that attention adds, 0 or -inf if it is boolean.
+
+    The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
+    """
+    added, allowed = mask, mask != -torch.inf
+    if mask.dtype == torch.bool:
+        added, allowed = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf), mask
+    token = _handles_mask.set(True)
+    try:
+        result = ATTENTION(query, key, value, added, *args, **options)  # calls `_attention` again
+    finally:
+        _handles_mask.reset(token)
+    filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    # The strides stay those of attention, so that a view of the result stays possible.
+    axes = sorted(range(result.dim()), key=result.stride, reverse=True)
+    return filled.permute(axes).contiguous().permute([axes.index(axis) for axis in range(len(axes))])
+
+
+# Whether `_attention` is called by `_masked_attention`.
+_handles_mask: ContextVar[bool] = ContextVar("_handles_mask", default=False)
 
 
 def _log1p(values: Tensor) -> Tensor:

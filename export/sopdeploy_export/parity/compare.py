@@ -129,7 +129,7 @@ def find_gate(network: nn.Module) -> Any:
 
 
 def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
-    """Compute the gate logits (P, N) for *pixels*, in the dtype that *deployed* uses for them."""
+    """Compute the logits (P, N) of the gate, which exists, in the dtype that *deployed* uses for *pixels*."""
     gate = find_gate(deployed.network)
     computed: list[Tensor] = []
     hook = gate.feature.register_forward_hook(lambda _, _args, feature: computed.append(gate.logits(feature)))
@@ -152,7 +152,7 @@ def compare_routes(
     """Find the images whose route to *chosen* components can be compared.
 
     *exact* and *rounded* are the gate logits (P, N) in float64 and in the exported precision; the tolerance
-    is *floors* times their difference.
+    is *floors* times their largest difference, or four roundings of the largest logit if these are more.
     """
     noise = max(FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max()))
     decided = mark_decided(exact, chosen, floors * noise)

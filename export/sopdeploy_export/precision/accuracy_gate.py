@@ -167,7 +167,7 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
 
 
 def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Mark which of *images*, uint8 (P, H, W, 3), measure the agreement: a mask (P,).
+    """Mark a quarter (P,) of *images*, uint8 (P, H, W, 3), which measure the agreement.
 
     Images whose thumbnails are alike count as one distinct image: all of them measure, or none. Raises
     `DataError` for fewer than 32 distinct images.

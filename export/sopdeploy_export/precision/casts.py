@@ -128,17 +128,15 @@ def adds_elements(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str
     """
     if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float16:
         return None
-    random, operands = torch.Generator().manual_seed(0), list[Tensor]()
+    random = torch.Generator().manual_seed(0)
 
     def positive(x: Tensor) -> Tensor:
         """Return values in [0.5, 1.5) in place of a floating-point operand; integers stay."""
-        if not x.is_floating_point():
-            return x
-        operand = torch.rand(x.shape, generator=random) + 0.5
-        operands.append(operand)
-        return operand
+        return torch.rand(x.shape, generator=random) + 0.5 if x.is_floating_point() else x
 
     wide, named = tree_map_only(Tensor, positive, (tuple(args), dict(kwargs)))
+    leaves = [leaf for leaf in tree_leaves((wide, named)) if isinstance(leaf, Tensor)]
+    operands = [leaf for leaf in leaves if leaf.is_floating_point()]
     try:
         return _adds_by_derivatives(operator, wide, named, operands)
     except RuntimeError:  # some operators have no derivatives of all operands, such as running statistics

@@ -160,8 +160,9 @@ def convert_precision(
 ) -> ConvertedGraph:
     """Convert the *certified* graph to the precision in *options*.
 
-    int8 needs *accuracy_check* with calibration images. Raises `LoweringError` if the types in the graph are
-    not the requested ones, or as `check_headroom` does.
+    int8 needs *accuracy_check* with calibration images. Nodes of the result lose their metadata; in fp32 and
+    int8, so do those of *certified*. Raises `LoweringError` if the types in the graph are not the requested
+    ones, or as `check_headroom` does.
     """
     source = certified  # fp32 exports its graph as it is, int8 quantizes this graph
     if options.precision == "fp16":

@@ -135,9 +135,7 @@ class OperatorCall:
 
 def common_layout(*layouts: BatchLayout) -> BatchLayout:
     """Return the layout of a result whose rows are computed from the same row of every operand."""
-    axes = {layout.axis for layout in layouts} - {
-        None
-    }  # an operand without the images (None) fits all others
+    axes = {layout.axis for layout in layouts} - {None}  # an operand without images fits all others
     lengths = {layout.run_length for layout in layouts} - {None}  # equal rows (None) fit any run length
     _mixes_unless(len(axes) <= 1 and len(lengths) <= 1)
     return BatchLayout(axis=next(iter(axes), None), run_length=next(iter(lengths), None))
