@@ -305,7 +305,7 @@ def _threshold_between_chains(
     Only pairs of a class that no chain of pairs above the threshold connects count as different images. From
     *reached_by_others*, the bound increases until these reach no more.
     """
-    reached_in_clips = max(reached_by_frames, np.median(most_similar_K2[:, -1]))
+    reached_in_clips: Any = max(reached_by_frames, np.median(most_similar_K2[:, -1]))
     bound, higher = -1.0, reached_by_others
     while higher > bound:  # a higher threshold connects fewer images, so that more pairs count
         bound = higher
