@@ -19,7 +19,7 @@ from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy.images.pixels import ORIENTATION, UPRIGHT, exif_orientation, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
-MAX_COPIED_PIXELS = 12_000_000  # of a file that is not a JPEG
+MAX_COPIED_PIXELS = 12_000_000  # of a file that is written as PNG
 HASHED_ROWS = 256
 NO_TIME = -1
 _EXIF_IFD, _TIME_TAKEN = 0x8769, 0x9003
@@ -47,17 +47,18 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
     """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
 
     An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError` for a file
-    that `open_image` rejects, also because it has more than *max_pixels*, that is damaged, or that is not a
-    JPEG and has more than `MAX_COPIED_PIXELS`.
+    that `open_image` rejects, also because it has more than *max_pixels*, that is damaged, or that would be
+    a PNG of more than `MAX_COPIED_PIXELS`.
     """
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         if image.format in {"JPEG", "MPO"}:
             copy = _copy_jpeg(body, exif_orientation(image))
-            hash_of_copy, original_hash = _hash_pixels(copy), _hash_pixels(body)
-            if hash_of_copy is not None and original_hash in {None, hash_of_copy}:
-                return copy, ".jpg"  # also of an original without an end marker, which the copy has
-            if original_hash is None:
+            copy_hash, original_hash = _hash_pixels(copy), _hash_pixels(body)
+            if copy_hash is None and original_hash is None:
                 raise ImageError("damaged", code="damaged_image", status=422)
+            if original_hash in {None, copy_hash}:  # None: it lacks the end marker, which the copy has
+                return copy, ".jpg"
+            # `_copy_jpeg` does not read this kind of JPEG, so it becomes a PNG, as other formats do.
         if image.width * image.height > MAX_COPIED_PIXELS:
             raise ImageError("too large to be written as PNG", code="too_many_pixels", status=413)
         file = io.BytesIO()
@@ -87,19 +88,19 @@ def _hash_pixels(body: bytes) -> bytes | None:
 
 
 def _copy_jpeg(body: bytes, orientation: int) -> bytes:
-    """Copy the segments of the first image in the JPEG *body* that its pixels depend on."""
+    """Copy what the first image in the JPEG *body* needs to show its pixels, and its *orientation*."""
     parts = [b"\xff\xd8"]
     if orientation != UPRIGHT:
         tiff_header = b"MM" + struct.pack(">HI", 42, 8)  # big-endian, with the directory of tags at byte 8
         tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)  # one value of type 3, 16 bits
         exif = b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)  # one tag, no second directory
         parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]
-    scan_data: int | None = None  # where the data of a scan begin, until the next segment
+    data_begin: int | None = None  # of the data that follow a scan; None after another segment
     for marker, position in jpeg_segments(body):  # the position of the length, after the marker
         begin, end = position - MARKER_BYTES, position + int.from_bytes(body[position : position + 2], "big")
-        if scan_data is not None:
-            parts.append(body[scan_data:begin])
-        scan_data = end if marker == SCAN else None
+        if data_begin is not None:  # they end where this segment begins
+            parts.append(body[data_begin:begin])
+        data_begin = end if marker == SCAN else None
         if marker == _END:
             break
         content = body[position + 2 : end]  # after the length
@@ -108,6 +109,6 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
             parts += [b"\xff\xe0\0\x10", body[position + 2 : position + 14], b"\0\0"]
         elif marker in NEEDED and content.startswith(NEEDED[marker]):
             parts.append(body[begin:end])
-    if scan_data is not None:  # the file has no end marker
-        parts.append(body[scan_data:])
+    if data_begin is not None:  # the file has no end marker
+        parts.append(body[data_begin:])
     return b"".join((*parts, b"\xff\xd9"))

@@ -180,10 +180,11 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
 
 
 def convert_weights(file: WeightFile, model: str, triangle: Triangle | None = None) -> ConvertedWeights:
-    """Convert *file* for catalog *model*; triangles, in the order *triangle* or that of the project, by rows.
+    """Convert *file* for catalog *model*; its covariance vectors become triangles row by row.
 
-    Raises `WeightsError` if no importer recognizes the file; the message names a network of timm that fits.
-    Raises `ConfigError` for a *triangle* where the network has none.
+    *triangle* is their order in the file, by default that of its project. Raises `WeightsError` if no
+    importer recognizes the file; the message names a network of timm that fits. Raises `ConfigError` for a
+    *triangle* where the network has none.
     """
     if converted := _convert_by_importer(file, model):
         if triangle is not None and not converted.triangles:

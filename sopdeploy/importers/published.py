@@ -97,7 +97,7 @@ def _fetch_url(url: str, download: bool) -> Path:
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
-        with _downloading(name, f"get {url} and put it at {path}"):
+        with _download_error(name, f"get {url} and put it at {path}"):
             if not download:
                 importlib.import_module("torch.hub").urlopen(url, timeout=UNREACHABLE_SECONDS).close()
                 return path
@@ -115,7 +115,9 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
     cached = hub.try_to_load_from_cache(**location)
     if not isinstance(cached, str):  # None, or a mark that the hub had no such file
         url = hub.hf_hub_url(**location)
-        with _downloading(f"{name}/{HUB_FILE}", f"get {url} on another machine and copy it here", **OWN_FILE):
+        with _download_error(
+            f"{name}/{HUB_FILE}", f"get {url} on another machine and copy it here", **OWN_FILE
+        ):
             hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)  # the download would retry for longer
             if not download:
                 return Path(HUB_FILE)
@@ -128,8 +130,11 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
 
 
 @contextmanager
-def _downloading(name: str, advice: str, **remedies: str) -> Iterator[None]:
-    """Convert errors to a `WeightsError` with the *name* of a file, *advice* and options, *remedies*."""
+def _download_error(name: str, advice: str, **remedies: str) -> Iterator[None]:
+    """Convert any error of the block to a `WeightsError`: the file *name* cannot be downloaded.
+
+    Its message ends in *advice*; *remedies* are the options that help.
+    """
     try:
         yield
     except Exception as error:  # the errors of torch, of the hub and of its client have no common class

@@ -112,14 +112,15 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     model = name_network("isqrt-resnet" if pooling == "isqrt" else "resnet", depth, fallback=50)
     if pooling == "bcnn":
         model += " --option pooling=bcnn"
-    project, undetermined = "fast-MPN-COV", {}
     # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is `features.0`
-    if pooling == "gap" and "conv1.weight" in file.tensors:
-        project = "torchvision"  # whose networks have the default stride
-    elif stride := find_conv5_stride(file, depth):
-        detected["conv5_stride"] = stride
-    else:
-        undetermined["conv5_stride"] = STRIDE_UNKNOWN
+    is_torchvision = pooling == "gap" and "conv1.weight" in file.tensors
+    project = "torchvision" if is_torchvision else "fast-MPN-COV"
+    undetermined = {}
+    if not is_torchvision:  # torchvision's networks have the default stride
+        if stride := find_conv5_stride(file, depth):
+            detected["conv5_stride"] = stride
+        else:
+            undetermined["conv5_stride"] = STRIDE_UNKNOWN
     preprocess, notes = find_preprocess(f"resnet{depth}", file)
     return ConvertedWeights(
         project=project,

@@ -134,7 +134,7 @@ class DSoP(Classifier):
                 raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            counts = blocks[index]  # of the blocks after each tap of the stage, or only after the last one
+            counts = blocks[index]  # of blocks in the branch of each tap, or in that of the last tap
             if isinstance(counts, int):
                 counts = (*[0] * (len(taps) - 1), counts)
             if len(counts) != len(taps):

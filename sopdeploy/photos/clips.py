@@ -77,10 +77,11 @@ class _Name(NamedTuple):
     def of(cls, identity: str) -> "_Name":
         """Divide the path *identity*; the folders are a part of the first text, and their digits are text."""
         folder, slash, file = identity.rpartition("/")
-        parts = re.split(r"(\d+)", file.rpartition(".")[0] or file)
-        texts = (folder + slash + parts[0], *parts[2::2])
-        template = re.sub(r"[^\W\d_]+", "a", "#".join((parts[0], *parts[2::2])))
-        return cls(texts, tuple(map(int, parts[1::2])), template)
+        stem = file.rpartition(".")[0] or file
+        parts = re.split(r"(\d+)", stem)  # texts and numbers in turn; the first and the last are texts
+        texts, numbers = parts[::2], tuple(map(int, parts[1::2]))
+        template = re.sub(r"[^\W\d_]+", "a", "#".join(texts))  # `a` for letters, `#` for a number
+        return cls((folder + slash + texts[0], *texts[1:]), numbers, template)
 
 
 class _Relation(NamedTuple):
@@ -161,16 +162,21 @@ def find_clips(
         if clips_share.get(relation.template, relation.shared) != relation.shared:
             continue  # the other numbers are those of frames and views
         measured = measure(relation, groups)
-        if measured is not None and measured.is_clear:
-            found = measured.pair if found is None else found
-            clips_share[relation.template] = relation.shared
-            if relation.shared != SEQUENCE:
-                groups = connect(len(names), NO_PAIRS, groups, relation.runs)
-                continue
-        for quantile in LINK_QUANTILES:  # of a clear sequence; a lower one divides less
-            if measured is not None and measured.is_clear:
-                groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
-                measured = measure(relation, groups)  # what the groups do not explain yet
+        if measured is None:
+            continue
+        if not measured.is_clear:
+            unclear.append(measured)
+            continue
+        found = measured.pair if found is None else found
+        clips_share[relation.template] = relation.shared
+        if relation.shared != SEQUENCE:
+            groups = connect(len(names), NO_PAIRS, groups, relation.runs)
+            continue
+        for quantile in LINK_QUANTILES:  # a lower one divides the sequence less
+            groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
+            measured = measure(relation, groups)  # what the groups do not explain yet
+            if measured is None or not measured.is_clear:
+                break
         if measured is not None:
             unclear.append(measured)
     doubtful = []
@@ -197,9 +203,9 @@ def _list_relations(
             break
         members = [index for index, name in enumerate(parsed) if name.template == template]
         class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
-        # Names with equal texts and the same first or last numbers.
+        # Names with equal texts whose first or last numbers are equal: none, one or more, but not all.
         length = len(parsed[members[0]].numbers)
-        digits = [r"\D+".join([r"\d+"] * num_shared) for num_shared in range(length)]
+        digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]  # patterns of 0, 1, .. numbers
         starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
         ends = [(END, slice(-num, None), rf"{digits[num]}\D*$") for num in range(length - 1, 0, -1)]
         for shared, which, pattern in starts + ends:
@@ -265,7 +271,7 @@ def _measure(
     nearest_NK: NDArray[np.intp],
     cosines_NK: NDArray[np.float32],
 ) -> _Measured | None:
-    """Measure *relation*; None if there are too few images, or none is related more often than by chance."""
+    """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few."""
     runs, ranks = relation.runs, relation.ranks
     # The most similar image of the class outside of the group, and whether it is related: a hit.
     is_outside_NK = (groups[nearest_NK] != groups[:, None]) & (cosines_NK > -1)
@@ -273,21 +279,12 @@ def _measure(
     index_N = np.arange(len(runs))
     near_N, cosine_N = nearest_NK[index_N, first_N], cosines_NK[index_N, first_N]
     is_hit_N = runs[near_N] == runs
-    # How many images of the class are outside of the group, and how many of them are related.
-    outside_class_N = _count_equal(classes) - _count_equal(classes, groups)
-    if ranks is None:
-        related_N = _count_equal(runs) - _count_equal(runs, groups)
-    else:
+    if ranks is not None:
         is_hit_N &= np.abs(ranks[near_N] - ranks) <= WINDOW
-        related_N = np.zeros(len(runs), np.int64)
-        order = np.lexsort((ranks, runs))
-        for step in range(1, WINDOW + 1):
-            earlier, later = order[:-step], order[step:]
-            counts = (runs[earlier] == runs[later]) & (groups[earlier] != groups[later])
-            related_N[earlier] += counts
-            related_N[later] += counts
-    # Hits beyond those of images that are drawn by chance.
-    chance_N = related_N / np.maximum(outside_class_N, 1)
+    # The share of related ones among the images of the class outside of the group: a hit by chance.
+    outside_class_N = _count_equal(classes) - _count_equal(classes, groups)
+    chance_N = _count_related(relation, groups) / np.maximum(outside_class_N, 1)
+    # Hits beyond those by chance, over the images that can be a hit or none.
     counted_N = is_outside_NK.any(axis=1) & (chance_N > 0) & (chance_N < 1)
     chance, hits = chance_N[counted_N], is_hit_N[counted_N]
     evidence, beyond = float((1 - chance).sum()), float(hits.sum() - chance.sum())
@@ -302,6 +299,21 @@ def _measure(
     return _Measured(beyond / evidence, similar, (first, second), relation)
 
 
+def _count_related(relation: _Relation, groups: Groups) -> NDArray[np.int64]:
+    """Count for each image (N,) the images outside of its group that *relation* relates to it."""
+    runs, ranks = relation.runs, relation.ranks
+    if ranks is None:
+        return _count_equal(runs) - _count_equal(runs, groups)
+    related_N = np.zeros(len(runs), np.int64)
+    order = np.lexsort((ranks, runs))
+    for step in range(1, WINDOW + 1):
+        earlier, later = order[:-step], order[step:]
+        are_related = (runs[earlier] == runs[later]) & (groups[earlier] != groups[later])
+        related_N[earlier] += are_related
+        related_N[later] += are_related
+    return related_N
+
+
 def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """Count the images (N,) with the same values in all *keys* (N,)."""
     _, number_N, counts = np.unique(np.stack(keys), axis=1, return_inverse=True, return_counts=True)
@@ -310,10 +322,10 @@ def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _link_sequence(relation: _Relation, vectors: NDArray[np.float32], quantile: float) -> NDArray[np.intp]:
-    """Return the pairs (2, P) of next images of a sequence that belong together.
+    """Return the pairs (2, P) of neighbors in the sequences of *relation* that belong together.
 
-    The largest cosine over the gap between them, of images at most two apart, exceeds this *quantile* of
-    those of images that are half of their sequence apart.
+    Two neighbors do if a cosine across the gap between them, of images at most two apart, exceeds this
+    *quantile* of the cosines of images half a sequence apart. No pairs if all sequences are short.
     """
     runs = relation.runs
     ranks = np.zeros(len(runs), np.int64) if relation.ranks is None else relation.ranks
@@ -325,10 +337,10 @@ def _link_sequence(relation: _Relation, vectors: NDArray[np.float32], quantile: 
         rows, count = vectors[members], len(members)
         if count < 2:
             continue
-        strength = (rows[:-1] * rows[1:]).sum(axis=1)  # of each image with the next one
-        over_one = (rows[:-2] * rows[2:]).sum(axis=1)
-        strength[:-1] = np.maximum(strength[:-1], over_one)
-        strength[1:] = np.maximum(strength[1:], over_one)
+        strength = (rows[:-1] * rows[1:]).sum(axis=1)  # of each gap: the cosine of its two neighbors
+        over_one = (rows[:-2] * rows[2:]).sum(axis=1)  # of images two apart, across two gaps
+        strength[:-1] = np.maximum(strength[:-1], over_one)  # the first of the two gaps
+        strength[1:] = np.maximum(strength[1:], over_one)  # and the second
         links.append(np.stack([members[:-1], members[1:]]))
         strengths.append(strength)
         if (half := count // 2) > WINDOW:

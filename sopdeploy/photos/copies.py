@@ -12,7 +12,7 @@ clips and reach more, four fifths of the frames with the most similar one (`_rea
 images reach four standard deviations above the median cosine of the images of a class, or above the median of
 the largest cosine with images of other classes; its upper tail is not used if it reaches what copies do,
 because classes that look alike and copies with other labels make it heavy. If most pairs of a class are
-copies, as in a clip, those that chains of copies connect do not count (`_find_threshold`).
+copies, as in a clip, those that chains of copies connect do not count (`_threshold_between_chains`).
 
 Where classes look alike, the threshold is above what copies reach. The images most similar to each are then
 `candidates`, which `crops.find_crops` compares by their pixels. Copies that are turned or mirrored are found
@@ -109,10 +109,9 @@ class Copies(LabeledImages):
 class NearDuplicates(NamedTuple):
     """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
-    `candidates` (2, Q) are pairs of an image and another one that may be a crop of it, if cosines miss them.
-
-    `certain` (2, Q) are those of them that reach what half of the copies reach, and that would be copies
-    within a class, too.
+    `certain` (2, Q) are those of the pairs that reach what half of the copies reach, and that would be copies
+    within a class, too. `candidates` (2, R) are pairs of an image and another one that may be a crop of it,
+    if cosines miss them.
 
     Alike are the images of classes whose images nearly all resemble each other as copies do: frames of one
     clip, or images of one kind, such as parts before one camera. The vectors do not tell which; they are
@@ -159,14 +158,15 @@ def find_pairs(
     step = -(-count // MAX_COMPARED)  # rounded up
     compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
     cosines = largest_cosines(compared, whole_ND)
-    # Each copy with its original.
-    cosine_of_copy_M = np.diagonal(largest_cosines(originals, apply_whitening(copies)))
-    reached_by_copies, of_half = np.quantile(cosine_of_copy_M, [MISSED, 0.5]).tolist()
+    with_original_M = np.diagonal(largest_cosines(originals, apply_whitening(copies)))  # of each copy
+    # The cosines that most copies, and half of them, have with their originals.
+    reached_by_copies, reached_by_half = np.quantile(with_original_M, [MISSED, 0.5]).tolist()
     found = _find_threshold(cosines, compared, class_N, photograph_N, reached_by_copies)
     # The largest rounding error of a cosine. Cosines that are equal but for it are on one side: those of
     # identical images above the threshold, those of different images that determine it below.
     rounding = float(np.finfo(np.float32).eps) * whole_ND.shape[1]
     threshold = min(found.cosine + rounding, 1 - rounding)
+    certain_threshold = max(found.cosine_in_class, reached_by_half)
     misses_copies = threshold > reached_by_copies
     pairs, are_certain, candidates = [], [], [NO_PAIRS]
     size = max(1, min(_BLOCK, _COSINES // count))
@@ -175,15 +175,12 @@ def find_pairs(
         cosines = largest_cosines(block, whole_ND)
         row, second = np.nonzero(cosines >= threshold)
         pairs.append(np.stack([block[row], second]))
-        are_certain.append(cosines[row, second] >= max(found.in_class, of_half))
+        are_certain.append(cosines[row, second] >= certain_threshold)
         if misses_copies and count > 1:
-            cosines[np.arange(len(block)), block] = -np.inf  # not the image itself
-            num_candidates = min(CANDIDATES, count - 1)
-            nearest = np.argpartition(-cosines, num_candidates - 1, axis=1)[:, :num_candidates]
-            candidates.append(np.stack([np.repeat(block, num_candidates), nearest.ravel()]))
+            candidates.append(_pair_with_nearest(block, cosines))
     all_pairs = np.concatenate(pairs, axis=1)
     certain = all_pairs[:, np.concatenate(are_certain)]
-    is_alike_N = np.isin(class_N, found.alike)
+    is_alike_N = np.isin(class_N, found.alike_classes)
     return NearDuplicates(all_pairs, is_alike_N, whole_ND, certain, np.concatenate(candidates, axis=1))
 
 
@@ -192,15 +189,27 @@ def number_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
     return np.unique(targets, axis=0, return_inverse=True)[1].reshape(len(targets)).astype(np.int64)
 
 
-class _Threshold(NamedTuple):
-    """The `cosine` that copies reach and different images do not, and the classes that are `alike`.
+def _pair_with_nearest(block: NDArray[np.intp], cosines: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Pair each image of *block* (K,) with the `CANDIDATES` others of largest *cosines* (K, N).
 
-    `in_class` is this cosine by the images of each class alone.
+    Overwrites the cosines of the images with themselves.
+    """
+    cosines[np.arange(len(block)), block] = -np.inf  # not the image itself
+    num_candidates = min(CANDIDATES, cosines.shape[1] - 1)
+    nearest = np.argpartition(-cosines, num_candidates - 1, axis=1)[:, :num_candidates]
+    return np.stack([np.repeat(block, num_candidates), nearest.ravel()])
+
+
+class _Threshold(NamedTuple):
+    """The `cosine` that copies reach and different images do not, and the numbers of `alike_classes`.
+
+    Nearly all images of these resemble each other as copies do. `cosine_in_class` is the threshold by images
+    of one class alone, without those of other classes.
     """
 
     cosine: float
-    alike: list[int]
-    in_class: float
+    alike_classes: list[int]
+    cosine_in_class: float
 
 
 def _find_threshold(
@@ -217,67 +226,106 @@ def _find_threshold(
     image with other classes, give a bound of what different images reach. The threshold is halfway between
     the higher one and what copies reach, or the bound if copies do not reach it.
 
-    If the pairs of a class reach more than copies, they may be mostly copies themselves. Only pairs of a
-    class that no chain of copies connects count then.
+    If the pairs of a class reach more than copies, they may be mostly copies themselves
+    (`_threshold_between_chains`).
     """
     different_KN = photograph_N[compared, None] != photograph_N
     same_class_KN = (class_N[compared, None] == class_N) & different_KN
-    # What images of one class reach, and images with those of other classes.
     other_class_KN = (class_N[compared, None] != class_N) & different_KN
     in_class = cosines[same_class_KN]  # one-dimensional
-    largest_with_others_K = np.where(other_class_KN, cosines, -1.0).max(axis=1)
     reached_in_class = _upper_bound(in_class)
-    tells_copies = reached_in_class < reached_by_copies  # else other classes do not show what copies reach
-    if tells_copies and np.quantile(largest_with_others_K, 0.75) >= reached_by_copies:
-        # Many images have copies with other labels, or classes look alike: then even the fourth image does.
-        fourth = max(0, len(class_N) - 1 - MAX_OTHER_LABELS)  # its position in ascending order
-        cosines_with_others = np.where(other_class_KN, cosines, -1.0)
-        largest_with_others_K = np.partition(cosines_with_others, fourth, axis=1)[:, fourth]
-    reached_by_others = _upper_bound(largest_with_others_K)
-    if tells_copies and reached_by_others >= reached_by_copies:
-        reached_by_others = _upper_bound(largest_with_others_K, has_heavy_tail=True)
-    in_class_alone = max(reached_in_class, (reached_in_class + reached_by_copies) / 2)
+    reached_by_others, with_others_K = _reached_by_others(
+        cosines, other_class_KN, reached_by_copies, may_be_copies=reached_in_class < reached_by_copies
+    )
     bound = max(reached_by_others, reached_in_class)
+    cosine_in_class = _halfway(reached_in_class, reached_by_copies)
     second = max(0, len(class_N) - 2)
     # The second largest and the largest cosine of each image in its class; the copy frees the others.
     most_similar_K2 = np.partition(np.where(same_class_KN, cosines, -1.0), second, axis=1)[:, second:].copy()
     if bound < reached_by_copies or not len(in_class):  # different images reach less than copies
         reached_by_frames = _reached_by_frames(most_similar_K2, bound, reached_by_copies)
-        return _Threshold(max(bound, (bound + reached_by_frames) / 2), [], in_class_alone)
+        return _Threshold(_halfway(bound, reached_by_frames), [], cosine_in_class)
     # Nearly all images of a class resemble each other as copies do.
     if np.quantile(in_class, SHARE_UNLIKE) >= reached_by_copies:
-        alike = [
+        alike_classes = [
             number
             for number in np.unique(class_N[compared]).tolist()
             if len(of_class := cosines[same_class_KN & (class_N == number)])
             and np.quantile(of_class, SHARE_UNLIKE) >= reached_by_copies
         ]
-        return _Threshold(bound, alike, in_class_alone)
+        return _Threshold(bound, alike_classes, cosine_in_class)
     reached_by_frames = _reached_by_frames(most_similar_K2, reached_by_others, reached_by_copies)
-    if reached_by_copies <= np.median(largest_with_others_K) and reached_by_frames <= reached_by_others:
-        return _Threshold(bound, [], in_class_alone)
-    # The pairs of a class may be copies: only those that no chain of copies connects count.
+    if reached_by_copies <= np.median(with_others_K) and reached_by_frames <= reached_by_others:
+        return _Threshold(bound, [], cosine_in_class)
     cosines_KK, same_class_KK = cosines[:, compared], same_class_KN[:, compared]
-    bound, higher = -1.0, reached_by_others
-    while higher > bound:  # a higher threshold connects fewer images, so that more pairs count
-        bound = higher
-        threshold = max(bound, (bound + reached_by_frames) / 2)
-        chain_K = connect(len(compared), np.stack(np.nonzero(cosines_KK >= threshold)))
-        in_other_chain_KK = chain_K[:, None] != chain_K
-        higher = max(bound, _upper_bound(cosines_KK[same_class_KK & in_other_chain_KK]))
-        if higher > max(reached_by_frames, np.median(most_similar_K2[:, -1])):
-            break  # pairs of frames count, because the chains divide clips
+    threshold = _threshold_between_chains(
+        cosines_KK, same_class_KK, most_similar_K2, reached_by_others, reached_by_frames
+    )
     return _Threshold(threshold, [], threshold)
 
 
-def _reached_by_frames(most_similar_K2: NDArray[np.float32], bound: float, reached_by_copies: float) -> float:
-    """Return the cosine that frames of clips reach if most images are frames, else *reached_by_copies*.
+def _halfway(bound: float, reached: float) -> float:
+    """Return the cosine halfway between *bound* and *reached*, or *bound* if that is higher."""
+    return max(bound, (bound + reached) / 2)
 
-    *most_similar_K2* are the second largest and the largest cosine of each image in its class. Both cosines
-    of a frame are above the threshold for *bound* and *reached_by_copies*. This threshold is too low for
+
+def _reached_by_others(
+    cosines: NDArray[np.float32],
+    other_class_KN: NDArray[np.bool_],
+    reached_by_copies: float,
+    *,
+    may_be_copies: bool,
+) -> tuple[float, NDArray[np.float32]]:
+    """Return what images reach with those of other classes, and the cosine of each (K,) that tells it.
+
+    That is its largest one. If these pairs *may_be_copies* with other labels, and many reach what copies do,
+    it is the fourth largest.
+    """
+    cosines_with_others_KN = np.where(other_class_KN, cosines, -1.0)
+    cosine_K = cosines_with_others_KN.max(axis=1)
+    if may_be_copies and np.quantile(cosine_K, 0.75) >= reached_by_copies:
+        # Many images have copies with other labels, or classes look alike: then even the fourth image does.
+        fourth = max(0, cosines.shape[1] - 1 - MAX_OTHER_LABELS)  # its position in ascending order
+        cosine_K = np.partition(cosines_with_others_KN, fourth, axis=1)[:, fourth]
+    reached = _upper_bound(cosine_K)
+    if may_be_copies and reached >= reached_by_copies:
+        reached = _upper_bound(cosine_K, has_heavy_tail=True)
+    return reached, cosine_K
+
+
+def _threshold_between_chains(
+    cosines_KK: NDArray[np.float32],
+    same_class_KK: NDArray[np.bool_],
+    most_similar_K2: NDArray[np.float32],
+    reached_by_others: float,
+    reached_by_frames: float,
+) -> float:
+    """Find the threshold if most pairs of a class may be copies.
+
+    Only pairs of a class that no chain of pairs above the threshold connects count as different images. From
+    *reached_by_others*, the bound increases until these reach no more.
+    """
+    reached_in_clips: Any = max(reached_by_frames, np.median(most_similar_K2[:, -1]))
+    bound, higher = -1.0, reached_by_others
+    while higher > bound:  # a higher threshold connects fewer images, so that more pairs count
+        bound = higher
+        threshold = _halfway(bound, reached_by_frames)
+        chain_K = connect(len(cosines_KK), np.stack(np.nonzero(cosines_KK >= threshold)))
+        in_other_chain_KK = chain_K[:, None] != chain_K
+        higher = max(bound, _upper_bound(cosines_KK[same_class_KK & in_other_chain_KK]))
+        if higher > reached_in_clips:
+            break  # pairs of frames count, because the chains divide clips
+    return threshold
+
+
+def _reached_by_frames(most_similar_K2: NDArray[np.float32], bound: float, reached_by_copies: float) -> float:
+    """Return what frames of clips reach, or *reached_by_copies* if that is more or few images are frames.
+
+    *most_similar_K2* are the second largest and the largest cosine of each image in its class. An image is a
+    frame if both are above the threshold for *bound* and *reached_by_copies*. This threshold is too low for
     clips: of the many pairs of frames of two clips, one reaches more than photographs of different objects.
     """
-    are_frames_K = most_similar_K2[:, 0] >= max(bound, (bound + reached_by_copies) / 2)
+    are_frames_K = most_similar_K2[:, 0] >= _halfway(bound, reached_by_copies)
     if are_frames_K.mean() < MOST:
         return reached_by_copies
     return max(reached_by_copies, float(np.quantile(most_similar_K2[are_frames_K, -1], MISSED)))

@@ -39,14 +39,16 @@ def find_crops(
     for start in range(0, pairs.shape[1], _BLOCK):
         block = pairs[:, start : start + _BLOCK]
         correlations, boxes = _search(small, block)
-        # Each second image is aligned with those that correlate most with it.
-        order = np.lexsort((-correlations, block[1]))
-        rank = np.arange(len(order)) - np.searchsorted(block[1][order], block[1][order])
+        # Each second image is aligned with the `ALIGNED` images whose places correlate most with it.
+        order = np.lexsort((-correlations, block[1]))  # by second image, the largest correlation first
+        second = block[1][order]
+        rank = np.arange(len(order)) - np.searchsorted(second, second)  # among the pairs of this image
         best = order[(rank < ALIGNED) & (correlations[order] >= MIN_FOUND)]
         is_crop = _align(small[block[0, best]], small[block[1, best]], boxes[best]) >= CORRELATION
         found.append(block[:, best[is_crop]])
     crops = np.concatenate(found, axis=1)
     num_found = np.bincount(classes[crops[1]], minlength=classes.max() + 1)
+    # Of a class before one background, nearly all images are found in all `ALIGNED` first images.
     has_background = num_found > MOSTLY * ALIGNED * np.bincount(classes)
     return crops[:, ~has_background[classes[crops]].any(axis=0)]
 
@@ -62,12 +64,13 @@ def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images,
     whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
     scenes = _remove_low(_resample(small[images], whole, SIDE))
     best, boxes = np.full(num_pairs, -1.0, np.float32), np.tile(whole[0], (num_pairs, 1))
-    starts = np.flatnonzero(np.diff(first, prepend=-1))
+    starts = np.flatnonzero(np.diff(first, prepend=-1))  # where the pairs of each first image begin
     for size in (SIDE * SIZES).round().astype(int).tolist():
         crops = _normalize(_resample(small[images], whole, size)).reshape(len(images), -1)
         num_places = SIDE - size + 1  # per side
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), num_pairs], strict=True):
-            windows = sliding_window_view(scenes[first[start]], (size, size)).reshape(-1, size * size)
+            scene = scenes[first[start]]  # the first image of these pairs, compared at all places at once
+            windows = sliding_window_view(scene, (size, size)).reshape(-1, size * size)
             windows = windows - windows.mean(axis=1, keepdims=True)
             lengths = np.maximum(np.linalg.norm(windows, axis=1), 1e-3)
             correlations = (windows @ crops[second[start:stop]].T) / lengths[:, None]
@@ -82,7 +85,7 @@ def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images,
 
 
 def _align(scenes: NDArray[np.uint8], crops: NDArray[np.uint8], boxes: NDArray[np.float64]) -> _Images:
-    """Move the *boxes* (P, 4) in *scenes* (P, S, S) until they show the *crops*; return the correlations."""
+    """Fit *boxes* (P, 4) in *scenes* (P, S, S) to the *crops*; return the best correlations (P,)."""
     count, side = len(crops), crops.shape[1]
     whole = np.tile([0.0, 0.0, side, side], (count, 1))
     expected = _normalize(_resample(crops, whole, SIDE))

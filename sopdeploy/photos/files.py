@@ -170,7 +170,8 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
     nor, without *hidden*, bundles and runs, some of which hold images; those that are listed are added to it.
     The time is linear in the number of entries. Raises `DataError` for a folder that cannot be listed.
     """
-    visited, root = set() if visited is None else visited, folder.resolve()
+    visited = set() if visited is None else visited
+    root = folder.resolve()
     visited.update(folder_identity(parent) for parent in (folder, *root.parents))
     waiting = [(folder, iter(list_folder(folder, hidden=hidden)))]  # the innermost folder last
     while waiting:
@@ -185,9 +186,10 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
             continue
         if entry.is_symlink():
             real = path.resolve()
-            inside = real.relative_to(root).parts if real.is_relative_to(root) else None
-            if inside is not None and (hidden or not any(map(is_hidden, inside))):
-                continue  # the folder is listed under its own path
+            if real.is_relative_to(root):
+                has_own_path = hidden or not any(map(is_hidden, real.relative_to(root).parts))
+                if has_own_path:  # the folder is listed under it
+                    continue
         if (hidden or not holds_output(path)) and (identity := folder_identity(path)) not in visited:
             visited.add(identity)
             waiting.append((path, iter(list_folder(path, hidden=hidden))))
@@ -203,18 +205,22 @@ def folder_identity(folder: Path) -> FolderIdentity:
 
 
 def list_folder(folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]:
-    """List the content of *folder*, sorted by name; what is hidden only with *hidden*. Raises `DataError`."""
+    """List the content of *folder*, sorted by name; what is hidden only with *hidden*.
+
+    Raises `DataError` if it cannot be listed or, without *hidden*, if a name is not UTF-8.
+    """
     try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if hidden or not is_hidden(entry.name)]
+        with os.scandir(folder) as scanned:
+            entries = [entry for entry in scanned if hidden or not is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
-    for entry in [] if hidden else visible:  # names to show; with hidden ones, they are only compared
-        try:
-            os.fsencode(entry.name).decode("utf-8")
-        except UnicodeDecodeError:
-            raise DataError(f"{folder}: the name {entry.name!r} is not UTF-8; rename it") from None
-    return sorted(visible, key=lambda entry: os.fsencode(entry.name))
+    if not hidden:  # the names will be shown; with hidden ones, they are only compared
+        for entry in entries:
+            try:
+                os.fsencode(entry.name).decode("utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{folder}: the name {entry.name!r} is not UTF-8; rename it") from None
+    return sorted(entries, key=lambda entry: os.fsencode(entry.name))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
