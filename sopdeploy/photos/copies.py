@@ -21,6 +21,7 @@ by small gray images in eight orientations (`find_turned`).
 Letters: N images, M copies, V views, D components of a vector.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -306,7 +307,7 @@ def _threshold_between_chains(
     *reached_by_others*, the bound increases until these reach no more.
     """
     reached_in_clips: Any = max(reached_by_frames, np.median(most_similar_K2[:, -1]))
-    bound, higher = -1.0, reached_by_others
+    bound, higher = -math.inf, reached_by_others
     while higher > bound:  # a higher threshold connects fewer images, so that more pairs count
         bound = higher
         threshold = _halfway(bound, reached_by_frames)

@@ -147,6 +147,18 @@ def test_a_few_copies_under_other_labels_do_not_raise_the_threshold():
     assert sorted(first for first, second in pairs.T.tolist() if second == first + 1) == [0, 8, 16]
 
 
+@pytest.mark.parametrize(("scenes", "times"), [(3, 3), (3, 4), (2, 4), (12, 2)])
+def test_copies_are_found_in_a_folder_with_one_class(scenes: int, times: int):
+    random, count = np.random.default_rng(0), scenes * times
+    vectors = np.repeat(random.normal(size=(scenes, 64)), times, axis=0)
+    vectors += 0.05 * random.normal(size=vectors.shape)
+    originals = np.arange(0, count, max(1, count // 8))
+    copies = vectors[originals] + 0.3 * random.normal(size=(len(originals), 64))
+    one_class = np.zeros(count, np.int64)
+    pairs = find_pairs([vectors[:, None]], [copies], originals, one_class, range(count)).pairs
+    assert connect(count, pairs).tolist() == [number // times for number in range(count)]
+
+
 def test_identical_images_of_two_classes_do_not_raise_the_threshold():
     random, classes = np.random.default_rng(0), np.arange(60) % 2
     vectors = np.repeat(random.normal(size=(30, 64)), 2, axis=0)  # every image is in both classes
