@@ -64,7 +64,7 @@ class StoredArray:
         self.values: NDArray[Any] | None = None
 
     def __setstate__(self, state: Any) -> None:
-        """Read the version, shape, kind, order of axes and bytes."""
+        """Set `values` from version, shape, kind, order of axes and bytes, if the kind is one of numbers."""
         _, shape, kind, by_columns, raw = state
         if isinstance(kind, StoredKind):
             self.values = kind.read(raw, shape, by_columns=bool(by_columns))
@@ -162,6 +162,7 @@ def distinct_values(content: Any) -> list[Any]:
     extents: dict[int, _Extent] = {}  # by the identity of an object
 
     def measure(value: Any, outer_levels: int) -> _Extent:
+        """Measure *value*, once for each object; add it to *found* if it is no container."""
         if id(value) in extents:
             return extents[id(value)]
         if outer_levels > MAX_LEVELS:

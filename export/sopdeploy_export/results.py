@@ -103,7 +103,8 @@ class ParityReport(StrictModel):
     @property
     def passed(self) -> bool:
         """Whether all outputs are within their limits."""
-        return not self.drift_allowed  # which is set only if a limit was exceeded
+        # Drift is allowed only where a limit was exceeded; without the permission, the export has failed.
+        return not self.drift_allowed
 
     @property
     def num_agreeing(self) -> int:

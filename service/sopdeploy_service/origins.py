@@ -165,5 +165,5 @@ def is_within(address: str, networks: tuple[Network, ...]) -> bool:
 
 
 def parse_network(text: str) -> Network:
-    """Parse an address or network, such as `10.0.0.0/8`; raises `ValueError` if *text* is none."""
-    return ip_network(text.strip(), strict=False)
+    """Parse an address or network, such as `10.0.0.0/8`; raises `ValueError` if *text* is neither."""
+    return ip_network(text.strip(), strict=False)  # the network of an address such as `10.1.2.3/8`

@@ -22,7 +22,7 @@ MAX_FILE_BYTES = 1_000_000  # of a signature
 
 
 def signature_path(bundle: Path) -> Path:
-    """Return the path of the signature file beside *bundle*."""
+    """Return the absolute path of the signature file beside *bundle*, or beside what it links to."""
     resolved = bundle.resolve()
     return resolved.with_name(resolved.name + SIGNATURE_SUFFIX)
 

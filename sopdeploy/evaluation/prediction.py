@@ -44,7 +44,7 @@ class ProcessGroup:
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum *values* over the processes; the sum is on the device of *values*."""
-        return values
+        return values  # of the single process
 
 
 class EvalMetrics(StrictModel):

@@ -196,7 +196,7 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
     """List the conversions of the loaded *image* by `to_rgb` that users should know of, as warning codes."""
-    has_transparent_pixels = FRAME_BOX in image.info
+    has_transparent_pixels = FRAME_BOX in image.info  # a frame that leaves out a part of the image
     if image.has_transparency_data:
         alphas = (_to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))
         has_transparent_pixels = any(alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas)

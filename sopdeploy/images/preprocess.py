@@ -124,8 +124,8 @@ class Preprocess(StrictModel):
         8/7 of *side*, bilinear or bicubic. "clip" is that of OpenAI's CLIP: the shorter side becomes *side*.
         "none" is "imagenet" with pixel values in [0, 1]. Raises `KeyError` for another name.
         """
-        rules = CONVENTIONS[name]
-        return cls._from_published(name, **{"resize": side * 8 // 7, "crop": side, **rules(side)})
+        fields = CONVENTIONS[name](side)  # can have another size
+        return cls._from_published(name, **{"resize": side * 8 // 7, "crop": side, **fields})
 
 
 CONVENTIONS: dict[str, Callable[[int], Mapping[str, int | str | tuple[float, ...]]]] = {

@@ -186,7 +186,7 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     dropout: FractionBelowOne = 0.0
 
     @pydantic.model_validator(mode="after")
-    def _components_differ(self) -> "AveragedResNetConfig":
+    def _check_components(self) -> "AveragedResNetConfig":
         if self.components > 1 and not self.component_widths:
             raise ValueError("components > 1 needs component_widths; without them all components are equal")
         has_components = self.component != "gap" or self.components > 1 or self.component_widths

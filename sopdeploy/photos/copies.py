@@ -320,11 +320,11 @@ def _threshold_between_chains(
 
 
 def _reached_by_frames(most_similar_K2: NDArray[np.float32], bound: float, reached_by_copies: float) -> float:
-    """Return what frames of clips reach, or *reached_by_copies* if that is more or few images are frames.
+    """Return the cosine that frames of a clip reach; *reached_by_copies* if that is more or they are few.
 
     *most_similar_K2* are the second largest and the largest cosine of each image in its class. An image is a
-    frame if both are above the threshold for *bound* and *reached_by_copies*. This threshold is too low for
-    clips: of the many pairs of frames of two clips, one reaches more than photographs of different objects.
+    frame if both exceed the threshold between *bound* and *reached_by_copies*. All but a share `MISSED` of
+    the frames have a neighbor with the returned cosine.
     """
     are_frames_K = most_similar_K2[:, 0] >= _halfway(bound, reached_by_copies)
     if are_frames_K.mean() < MOST:

@@ -337,7 +337,7 @@ class FittedDataset(Dataset):
     def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
         """Return images at *indices* fitted to the network, (B, crop, crop, 3).
 
-        The indices are not those of copies. `fitted` has its own rules; *rules* are used without it.
+        These are indices of original images. *rules* are ignored if there are `fitted` images.
         """
         if self.fitted is not None:
             return self.fitted.read(indices)

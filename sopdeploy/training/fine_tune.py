@@ -62,6 +62,7 @@ def fit_fine_tune(
         name = tuned_name(start.recipe.model.name)
         network = create_model(name, num_classes=len(start.labels), **options)
         tensors = start.model.state_dict()
+        # The branches of DSoP, if there are any, start with the weights of *start*.
         branches = {key: tensor for key, tensor in tensors.items() if key.startswith("branches.")}
         network.load_state_dict({**branches, **frozen.network.state_dict()})
         network = move_to_device(start.recipe, network, start.strategy)
@@ -70,6 +71,7 @@ def fit_fine_tune(
     else:
         record = read_frozen(last, folder.last)
         network = move_to_device(start.recipe, build_classifier(record, folder.last), start.strategy)
+        # The frozen network is that of the record; `start.model` is the network that is fine-tuned.
         of_frozen = replace(start, model=network, position=read_resumed(record, folder.last).position)
         frozen = with_decision(start, read_few_shot_fit(of_frozen, record, folder.last))
         run = LoopRun(start, frozen)
@@ -86,7 +88,7 @@ def keep_better(
     """Compare the trained network of *run* with the frozen one; write `best.pt` with the better one.
 
     Without enough *held_out* images to decide, this is the frozen one. The means and the temperature of the
-    trained network are fitted in place.
+    trained network are fitted in place. Returns the fit and the record of the better network's training.
     """
     frozen, tuned, recipe = run.frozen, run.exported, run.recipe
     if frozen is None or not isinstance(tuned, SecondOrderHead):

@@ -105,7 +105,10 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
 
 
 def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
-    """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
+    """Read the file of `start.weights`, a checkpoint or a file that an importer can read.
+
+    *source* is this file, if it was opened before.
+    """
     model = recipe.model.name.removeprefix("head:")  # `head:resnet50` reads the file of `resnet50`
     weights = recipe.start.weights if recipe.start is not None else None
     if isinstance(weights, Path):

@@ -109,7 +109,7 @@ class OutputFolder:
         """
         with ExitStack() as created:
             with writing(self.path):
-                created.enter_context(new_folder(self.path))
+                created.enter_context(new_folder(self.path))  # removes what this run created and left empty
                 try:
                     lock = lock_file(self.path / LOCK)
                 except BlockingIOError as error:

@@ -139,11 +139,14 @@ OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given b
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Any:
-    """Write a mask as numbers, and attention on other than four axes as matrix products."""
+    """Write a mask as numbers, unless `_masked_attention` does, and other than four axes as matrix products.
+
+    `NotImplemented` leaves the operator as it is.
+    """
     if mask is not None and not _handles_mask.get():
         return _masked_attention(query, key, value, mask, *args, **options)
     if query.dim() == 4:
-        return NotImplemented  # the operator stays
+        return NotImplemented
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
 

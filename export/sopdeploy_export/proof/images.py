@@ -82,8 +82,8 @@ class TracedValue:
         return len(self.shapes[0])
 
     @property
-    def is_size(self) -> bool:
-        """Whether the contents depend on the batch size."""
+    def depends_on_batch_size(self) -> bool:
+        """Whether the contents, known for each of `_BATCHES`, differ between these batch sizes."""
         return any(not np.array_equal(content, self.contents[0]) for content in self.contents)
 
     def layout_at(self, axis: int) -> BatchLayout:
@@ -96,7 +96,7 @@ class TracedValue:
 
     def numbers(self) -> list[int]:
         """List the integers of a constant; raise `MixesError` if they depend on images or the batch size."""
-        _mixes_unless(len(self.contents) > 0 and not self.is_size)
+        _mixes_unless(len(self.contents) > 0 and not self.depends_on_batch_size)
         return [int(number) for number in self.contents[0].reshape(-1)]  # equal for every batch size
 
 
@@ -540,7 +540,7 @@ def infer_results(
     computed = []
     for result, *contents in zip(results, *runs, strict=True):  # its contents for each batch size
         computed.append(replace(result, contents=[np.asarray(content) for content in contents]))
-    if any(value.is_size for value in named.values()):  # `is_linear` says why three batch sizes are enough
+    if any(value.depends_on_batch_size for value in named.values()):  # `is_linear` says why three are enough
         _mixes_unless(node.op_type in _SIZE_OPERATORS and all(map(is_linear, computed)))
     return computed
 
@@ -600,7 +600,7 @@ def locate_batch_axes(
     """
     sizes = _SIZES.get(node.op_type, ())
     data = [value for i, value in enumerate(inputs) if value and i not in sizes]
-    _mixes_unless(not any(value.is_size for value in data))  # no data is computed from the batch size
+    _mixes_unless(not any(value.depends_on_batch_size for value in data))  # only sizes may
     call = OperatorCall(node, inputs, results[0].shapes)
     layouts = _RULES[node.op_type](call)
     if isinstance(layouts, BatchLayout):  # one for all results

@@ -97,7 +97,7 @@ class BudgetedRegistry(ModelRegistry):
             yield
 
     async def wait_until_loaded(self, model: Model) -> Model:
-        """Wait for a load of *model*, which is in use; return the loaded one, or raise `RejectedError`."""
+        """Start a load of *model*, or join a running one; return the loaded one or raise `RejectedError`."""
         lazy = self._lazy_models[model.name]
         if lazy.loading is None:
             lazy.loading = asyncio.create_task(self._load(lazy))

@@ -184,7 +184,7 @@ class DriftWindow:
         self.publish()
 
     def add(self, logits: Sequence[NDArray[np.float32]]) -> None:
-        """Count the predictions of images with *logits* (C,)."""
+        """Count the predictions of images with *logits* (C,); test a full window, begin another, publish."""
         if not logits:
             return
         self._counts.add_logits(np.stack(logits))

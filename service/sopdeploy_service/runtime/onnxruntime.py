@@ -131,7 +131,10 @@ class CudaOnnxRuntime(OnnxRuntime):
         super().close()
 
     def _session_for(self, size: int) -> Any:
-        """Return the session for batches of *size*, opened at first use; without memory, the first one."""
+        """Return the session for batches of *size*, opened at first use.
+
+        This is the first session if memory is short, and for sizes beyond `largest_batch`.
+        """
         if size > self.largest_batch or not self._needs_session_per_size:
             return self._session
         if size not in self._sessions:

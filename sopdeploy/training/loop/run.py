@@ -109,12 +109,13 @@ def train_epoch(
 ) -> None:
     """Run the remaining steps of the current epoch on the images of *training*.
 
-    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time.
+    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time. Raises
+    `TrainingStoppedError` then if a process was stopped.
     """
     recipe, epoch, position = run.recipe, run.position.epoch, run.position
     batches = epoch_batches(recipe, len(training), epoch)
     set_train_mode(run.model, recipe.start_of(epoch))
-    shards = [run.strategy.shard(samples) for samples in batches[run.position.step :]]
+    shards = [run.strategy.shard(samples) for samples in batches[position.step :]]
     since = time.monotonic()
     for batch in load_batches(replace(training, epoch=epoch), shards, loader, run.strategy.device):
         size = len(batches[position.step])  # samples of all processes

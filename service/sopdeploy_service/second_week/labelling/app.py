@@ -124,7 +124,7 @@ def label_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> FastAPI:
-    """Create the app that labels the photographs of *folders*; it refuses what `intercept` does."""
+    """Create the app that labels the photographs of *folders*, for requests that `intercept` lets pass."""
     names = {"localhost", settings.host, socket.gethostname()}
     origins = OwnOrigins(names, settings.allowed_hosts, settings.trusted_proxies)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)

@@ -108,7 +108,10 @@ class Suggestions:
         return dict(zip(means.names, probabilities.tolist(), strict=True))
 
     def _class_means(self) -> _Means:
-        """Return the means of the classes, computed again if vectors or classes have changed."""
+        """Return the means of the classes, of length 1, computed again if vectors or classes have changed.
+
+        There are none for a single class, or if a class has fewer than `MIN_PHOTOGRAPHS`.
+        """
         state = len(self._vectors), self._num_changes
         if self._means.state == state:
             return self._means
