@@ -76,13 +76,14 @@ class TrainOptions(Options):
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 
     def per_network(self, settings: Mapping[str, Any] = {}) -> "dict[str, TrainOptions]":
-        """Return the options that train each of the networks `models` alone, by the name of the network.
+        """Return the options that train each network alone, by its name.
 
-        *settings*, further values of the recipe, are only checked: they may not name a network. Without
-        `models` and `within`, returns these options, by the name `RECIPE_NETWORK`. Networks of the list
-        without a file in the folder `weights` are missing. Raises `ConfigError` if there are not as many
-        `weights` as networks, and for options that do not fit together, and `WeightsError` for a network
-        without a file in the folder, or, of the list, if all are without.
+        The networks are those of `models`, or with `within` alone those of the built-in list; without both,
+        these options have the name `RECIPE_NETWORK`. *settings*, further values of the recipe, are only
+        checked: they may not name a network. If `weights` is a folder, networks of the built-in list without
+        a file in it are left out. Raises `ConfigError` for another number of `weights` than of networks, and
+        for options that do not fit together, and `WeightsError` if a network of `models`, or each of the
+        built-in list, has no file in the folder.
         """
         if not self.compares:
             return {RECIPE_NETWORK: self}
