@@ -117,7 +117,8 @@ def label_all(open_page, url: str) -> None:  # noqa: F811
                 page.keyboard.press("n")
                 page.keyboard.type(name)
                 page.keyboard.press("Enter")
-            page.locator("#progress", has_text=f", {state['left'] - 1} left").wait_for()
+            # Not how many are left: the server may keep others meanwhile, which the last answer shows.
+            page.locator("#progress", has_text=f"{state['done'] + 1} done ").wait_for()
             page.locator("#main[aria-busy=false]").wait_for()
 
 
