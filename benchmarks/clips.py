@@ -34,8 +34,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from copied_photos import count_errors, draws_parser, keep_draw, parse_draws, test_logits, train_on
-from measure import Result, one_line_errors, report
+from copied_photos import count_errors, draws_parser, parse_draws, test_logits, train_on
+from measure import Result, keep_draw, one_line_errors, report
 from PIL import Image, ImageEnhance, ImageOps
 
 from sopdeploy.errors import DataError

@@ -36,14 +36,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from few_photos import head_inputs
-from measure import Result, make_parser, one_line_errors, report
+from measure import Result, keep_draw, make_parser, one_line_errors, report
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
-from sopdeploy.files import atomic_write
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.training.fits import FewShotFit
 from sopdeploy.training.recipe import read_recipe
@@ -110,13 +109,6 @@ def count_errors(folder: Path, groups: np.ndarray) -> tuple[float, float]:
     wrong = [any(group in mixed for group in groups[true == name]) for name in originals]
     divided = [len(set(groups[true == name])) > 1 for name in originals]
     return float(np.mean(wrong)), float(np.mean(divided))
-
-
-def keep_draw(path: Path, measured: object) -> None:
-    """Write what was measured on a draw to *path*, so that it is not measured again, and print it."""
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(measured))
-    print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from measure import Result, make_parser, one_line_errors, report
+from measure import Result, keep_draw, make_parser, one_line_errors, report
 from sklearn import kernel_ridge
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
@@ -242,8 +242,7 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
         others = model.pooled_head(inputs["own"], inputs["maps"])
         shares = [(log_sum_exp(rows.numpy()) >= rule["threshold"]).mean() for rows in (logits, others)]
         measured |= {"accepted": 100 * float(shares[0]), "rejected": 100 * float(1 - shares[1])}
-    path.write_text(json.dumps(measured))
-    print(f"{case.name}, {size} per class, draw {seed}: {measured}", file=sys.stderr, flush=True)
+    keep_draw(path, measured)
     shutil.rmtree(out)
     return measured
 

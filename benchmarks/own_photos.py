@@ -35,7 +35,7 @@ from random import Random
 from typing import Any
 
 from gain.paired import paired
-from measure import Result, existing, make_parser, markdown, one_line_errors, report
+from measure import Result, existing, keep_draw, make_parser, markdown, one_line_errors, report
 from scipy.stats import t
 
 from sopdeploy.errors import DataError, SopdeployError
@@ -203,8 +203,7 @@ def measure(given: argparse.Namespace) -> None:
                     result = run_ours(given, per_class, seed)
                 else:
                     result = run_peer(tool, given, per_class, seed)
-                stored.write_text(json.dumps(result), encoding="utf-8")
-                print(f"{stored.stem}: {result}", file=sys.stderr, flush=True)
+                keep_draw(stored, result)
 
 
 def read_results(cache: Path) -> dict[tuple[str, int], dict[int, tuple[float, float]]]:

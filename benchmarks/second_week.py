@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from copied_photos import draws_parser, keep_draw, parse_draws, test_logits, train_on
-from measure import Result, one_line_errors, report
+from copied_photos import draws_parser, parse_draws, test_logits, train_on
+from measure import Result, keep_draw, one_line_errors, report
 
 from sopdeploy.decision import log_sum_exp, softmax
 from sopdeploy.errors import DataError

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from cleanlab.filter import find_label_issues
-from copied_photos import draws_parser, keep_draw, parse_draws, train_on
-from measure import Result, one_line_errors, report
+from copied_photos import draws_parser, parse_draws, train_on
+from measure import Result, keep_draw, one_line_errors, report
 
 from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
