@@ -173,15 +173,20 @@ class Program(TyperGroup):
 app = typer.Typer(name="sopdeploy", cls=Program, help=ABOUT, **SETTINGS)
 
 
+def _show_version(requested: bool) -> None:
+    if requested:
+        sys.stdout.write(f"sopdeploy {__version__}\n")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
-    """Show the version, or the help if no command is given."""
-    if version:
-        sys.stdout.write(f"sopdeploy {__version__}\n")
-        raise typer.Exit
+    """Show the help if no command is given."""
     if context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
 
