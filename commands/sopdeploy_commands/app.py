@@ -251,9 +251,10 @@ def _to_config_error(error: Any) -> Exception:
 
 
 def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
-    """Write the hint at the end of the message about an unknown option; may be empty.
+    """Write the end of the message about the unknown option *name*: what may be meant; may be empty.
 
-    *parameters* are those of the command: --setting takes settings of the server, --set those of a recipe.
+    This is one of the *parameters* of the command, or a setting that they take: of the server by --setting,
+    of a recipe by --set.
     """
     options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
     key = name.lstrip("-").replace("-", "_")
