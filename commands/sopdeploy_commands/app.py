@@ -173,15 +173,20 @@ class Program(TyperGroup):
 app = typer.Typer(name="sopdeploy", cls=Program, help=ABOUT, **SETTINGS)
 
 
+def _show_version(requested: bool) -> None:
+    if requested:
+        sys.stdout.write(f"sopdeploy {__version__}\n")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
-    """Show the version, or the help if no command is given."""
-    if version:
-        sys.stdout.write(f"sopdeploy {__version__}\n")
-        raise typer.Exit
+    """Show the help if no command is given."""
     if context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
 
@@ -246,9 +251,10 @@ def _to_config_error(error: Any) -> Exception:
 
 
 def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
-    """Write the hint at the end of the message about an unknown option; may be empty.
+    """Write the end of the message about the unknown option *name*: what may be meant; may be empty.
 
-    *parameters* are those of the command: --setting takes settings of the server, --set those of a recipe.
+    This is one of the *parameters* of the command, or a setting that they take: of the server by --setting,
+    of a recipe by --set.
     """
     options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
     key = name.lstrip("-").replace("-", "_")

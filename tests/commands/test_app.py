@@ -110,7 +110,8 @@ def test_shell_completion_suggests_commands(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_module_prints_the_package_version() -> None:
-    assert in_process("--version").stdout == f"sopdeploy {sopdeploy.__version__}\n"
+    for arguments in (("--version",), ("--version", "exprt"), ("--version", "--help")):
+        assert in_process(*arguments).stdout == f"sopdeploy {sopdeploy.__version__}\n"
 
 
 def test_models_lists_the_catalog_by_family() -> None:

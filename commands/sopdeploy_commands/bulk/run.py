@@ -177,10 +177,9 @@ def _csv_cells(prediction: "FilePrediction", *, is_multi_label: bool) -> tuple[s
 def _open_classifier(
     bundle: Path, settings: Settings, options: ClassifyOptions
 ) -> "BatchClassifier | RayClassifier":
-    """Load *bundle* in this process, or connect to a cluster whose machines load it.
+    """Load *bundle* in this process or, if *options* name a Ray cluster, on its machines.
 
-    This is the Ray cluster of *options*; `local` starts one here. Sets environment variables of Ray that are
-    not set.
+    Connects to the cluster; `local` starts one here. Sets environment variables of Ray that are not set.
     """
     from sopdeploy_commands.bulk.classifier import BatchClassifier
 

@@ -97,7 +97,7 @@ def read_image(path: Path, max_bytes: int) -> bytes:
 
 
 def _print_prediction(prediction: FilePrediction) -> None:
-    """Print the classes of one image, and if it is explained the cell on which the first one depends most."""
+    """Print the classes of an image and, if they are explained, the cell on which the first depends most."""
     ranked = [f"{each.label} {each.probability:.4f}" for each in prediction.classes]
     classes = ", ".join(ranked) or "no class reaches its threshold"
     warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""

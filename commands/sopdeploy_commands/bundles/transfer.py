@@ -170,8 +170,8 @@ def _check_project(manifest: Manifest, source: str, project: str | None) -> None
     """Raise `BundleError` unless *manifest* is of *project*, or, without one, has the name in *source*.
 
     A signature does not contain the name of an archive: without this check, who can write to a store could
-    put one signed bundle in the place of another. A project can have a name that looks like that of a bundle;
-    such a name in *source* allows only this bundle.
+    put one signed bundle in the place of another. A project may be called like a bundle, `<project>-<id>`;
+    such a name in *source* is taken for that of a bundle.
     """
     name = source.rpartition("/")[2].removesuffix(tar.ARCHIVE_SUFFIX)
     if project is not None:

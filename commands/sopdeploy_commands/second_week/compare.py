@@ -429,7 +429,7 @@ def _predict_known(
 
 
 def _count_changes(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> dict[str, int]:
-    """Count the images that only the *second* bundle answers correctly, `wins`, or only the *first*."""
+    """Count the images that only the *second* bundle answers correctly, `wins`, or the *first*, `losses`."""
     return {"wins": int((second & ~first).sum()), "losses": int((first & ~second).sum())}
 
 

@@ -19,7 +19,8 @@ from sopdeploy.photos.files import normalize, walk
 
 ID = re.compile(r"[0-9a-f]{32}")  # of a kept photograph: the first digits of the sha256 of the sent file
 KEPT_SUFFIXES = (*SUFFIXES, ".json", ".skipped")  # of a kept photograph, and of the records beside it
-_PARTIAL_NAME = re.compile(rf"(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")  # after the name of the file
+# What a temporary file has after the name of the other file; a file called `.partial` names no other one.
+_PARTIAL_NAME = re.compile(rf"(?<=.)(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
 LISTING, STATE, ROWS_FOLDER = "_list.parquet", "_run.json", "rows"  # of `classify`
 # Values of columns that cannot be empty.
 FORGOTTEN = {"path": "forgotten", "location": "forgotten", "offset": 0, "size": 0}
@@ -87,16 +88,16 @@ class _Traces(NamedTuple):
 
 def _find_traces(photograph: str, folders: Sequence[Path]) -> _Traces:
     """Find what remains of *photograph* in *folders*; raise `DataError` as `forget` does."""
-    by_absolute_path: dict[str, Path] = {}  # folders may contain one another
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
-        by_absolute_path |= {os.path.abspath(path): path for path in walk(folder, hidden=True)}  # noqa: PTH100
-    files = list(by_absolute_path.values())
+    wanted = _Wanted.read(photograph)
+    found_paths = chain.from_iterable(walk(folder, hidden=True) for folder in folders)
+    by_absolute_path = {os.path.abspath(path): path for path in found_paths}  # noqa: PTH100
+    files = list(by_absolute_path.values())  # each once: folders may contain one another
     tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
     for table in tables:
         _check_format(table)
-    wanted = _Wanted.read(photograph)
     images = [path for path in files if wanted.is_shown_by(path)]
     # A kept photograph is named by its id, and so are the records beside it.
     ids = wanted.ids.union(filter(ID.fullmatch, (_final_path(image).stem for image in images)))
@@ -194,7 +195,8 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
     listed: dict[tuple[Path, str], _TableRow] = {}
     for table, rows in all_rows.items():
         if table.name == LISTING:
-            listed |= {(_output_folder(table), row.path): row for row in rows}
+            output = _output_folder(table)
+            listed |= {(output, row.path): row for row in rows}
 
     def is_wanted(row: _TableRow) -> bool:
         if Path(row.path).stem in wanted.ids:
@@ -208,8 +210,9 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
 
     wanted_rows: dict[Path, list[_TableRow]] = {}
     for table, rows in all_rows.items():
+        output = _output_folder(table)
         for row in rows:
-            located = listed.get((_output_folder(table), row.path), row)._replace(number=row.number)
+            located = listed.get((output, row.path), row)._replace(number=row.number)
             if is_wanted(located):
                 wanted_rows.setdefault(table, []).append(located)
     return wanted_rows

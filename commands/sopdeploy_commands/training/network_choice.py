@@ -129,9 +129,9 @@ def select_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Spli
 
 
 def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Callback) -> dict[str, Speed]:
-    """Export the network of each of *recipes*, with random weights, and measure it.
+    """Export the network of each of *recipes* with random weights, and measure its size and its time.
 
-    Measured are the time of an image of noise, and the size of the graph.
+    The time is that of one image of noise.
     """
     onnxruntime = import_onnxruntime()
     graphs: dict[str, bytes] = {}

@@ -28,6 +28,7 @@ FILES = {  # a kept copy has other bytes than the file that was sent
     f"kept/0/{ID}.png": b"copy", f"photos/hat/{ID}.jpg": b"copy",
     "photos/hat/mine.jpg": BODY, "photos/shoes/sent.JPG": OTHER,
     f"kept/{OTHER_ID}.jpg": b"other", f"kept/{OTHER_ID}.json": b"{}", "photos/notes.json": b"{}",
+    "photos/.partial": b"",  # no temporary file of another one
 }  # fmt: skip
 OF_BODY = {name for name in FILES if ID in name or name == "photos/hat/mine.jpg"}
 

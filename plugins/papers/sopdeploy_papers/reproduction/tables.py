@@ -194,10 +194,10 @@ def load_tables() -> dict[str, PrintedTable]:
     for unresolved in chain.from_iterable(content["tables"] for content in contents):
         table = _resolve_names(unresolved, shared)
         # A table with variants stands for one with the values of each; `top1` of a row may list theirs.
-        for index, variant in enumerate(table.pop("variants", [{}])):
+        for index, variant in enumerate(table.pop("variants", [{}])):  # {}: it has none
             rows = []
             for row in table["rows"]:
-                has_several = isinstance(row.get("top1"), list)
+                has_several = variant and isinstance(row.get("top1"), list)
                 rows.append({**row, "top1": row["top1"][index]} if has_several else row)
             printed = PrintedTable.model_validate({**table, **variant, "rows": rows})
             tables[printed.id] = printed
