@@ -297,7 +297,7 @@ def check_is_file(path: Path) -> None:
     """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
     if path.is_file():
         return
-    if ":" in path.name and (foreign := describe_foreign(path)):  # `timm:NAME` and the like
+    if ":" in path.name and (foreign := describe_foreign(path)):  # such as `net.py:Net`
         raise CheckpointError(f"{path}: {foreign}")
     best = path / "best.pt"
     advice = f"use {best}" if best.is_file() else "use the best.pt of a training run"

@@ -159,18 +159,22 @@ def distinct_values(content: Any) -> list[Any]:
     itself.
     """
     found: list[Any] = []
-    extents: dict[int, _Extent] = {}  # by the identity of an object
+    extents: dict[int, _Extent | None] = {}  # by the identity of an object; None while it is measured
 
     def measure(value: Any, outer_levels: int) -> _Extent:
         """Measure *value*, once for each object; add it to *found* if it is no container."""
         if id(value) in extents:
-            return extents[id(value)]
-        if outer_levels > MAX_LEVELS:
-            raise ValueError("it contains itself, or its lists have too many levels")
+            known = extents[id(value)]
+            if known is None:
+                raise ValueError("a list contains itself")
+            return known
+        if outer_levels > MAX_LEVELS:  # before Python's limit of recursion
+            raise ValueError("its lists have too many levels")
         parts = vars(value) if isinstance(value, Namespace) else value
         if isinstance(parts, dict):
             parts = [*parts.keys(), *parts.values()]
         if isinstance(parts, list | tuple | set | frozenset):
+            extents[id(value)] = None
             inner = [measure(part, outer_levels + 1) for part in parts]
             num_values = 1 + sum(extent.values for extent in inner)
             levels = 1 + max((extent.levels for extent in inner), default=0)
@@ -179,8 +183,8 @@ def distinct_values(content: Any) -> list[Any]:
         else:
             num_values, levels = 1, 0
             found.append(value)
-        extents[id(value)] = _Extent(num_values, levels)
-        return extents[id(value)]
+        measured = extents[id(value)] = _Extent(num_values, levels)
+        return measured
 
     measure(content, 0)
     return found

@@ -159,7 +159,7 @@ class LiteBlock(nn.Sequential):
         expand, project = convolution(channels, wide), convolution(wide, out)
         if expansion > 1:  # timm's names, in the order in which the layers run
             layers = {"conv_pw": expand, "conv_dw": depthwise, "conv_pwl": project}
-        else:  # not `project`: a seed gives the weights of earlier versions, which drew two unused layers
+        else:  # `expand` and `project` stay unused, so that a seed gives the weights of earlier versions
             layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
         for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)

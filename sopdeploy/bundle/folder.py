@@ -117,8 +117,8 @@ def seal(
     """Hash every file in *folder*, write the manifest and return it.
 
     The *certificate*, if it is given, is written before the manifest, which also lists it. Its `contents` is
-    the hash of a manifest of all other files, and its `sha256` that of all its fields. So `verify` detects if
-    one of them is changed alone.
+    the hash of a manifest of all other files, and its `sha256` that of its other fields. So `verify` detects
+    if one of them is changed alone.
     """
 
     def record(path: Path) -> FileRecord:
@@ -173,9 +173,9 @@ def give_final_name(
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
     A *signature* of *manifest* is written first, so that the bundle is never there without it. The result
-    has the manifest that is read from the bundle with the name, at the end: it is *manifest*, or without a
-    *signature* one that may have another time. Raises `BundleError` if a different or damaged bundle has the
-    name; it stays as it is.
+    has the manifest of the bundle that has the name at the end, which is read again: it equals *manifest*,
+    or without a *signature* may differ from it by its time. Raises `BundleError` if a different or damaged
+    bundle has the name; it stays as it is.
     """
     target = destination / manifest.name
     read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)

@@ -129,7 +129,8 @@ def _hash_or_serialize(attribute: "onnx.AttributeProto", operator: str) -> str |
 def _hash_constant(tensor: "onnx.TensorProto") -> str:
     """Hash dtype, shape and little-endian content of *tensor*, independent of the field that stores it.
 
-    Raises `CertificateError` unless exactly one field of the graph's own file stores its numbers.
+    Raises `CertificateError` unless one field alone, of the graph's own file, stores its numbers. A tensor
+    without numbers may have no such field.
     """
     from onnx import numpy_helper  # noqa: PLC0415 # a server runs without it
 

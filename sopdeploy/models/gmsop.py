@@ -99,7 +99,7 @@ class GatedResNet(LowResolutionResNet, ExportHints):
 
     def __init__(self, config: GMSOPResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        # Of the gate: prediction layers, the components' kind of pooling, Wg, top K.
+        # The gate has prediction layers, a pooling of the components' kind, Wg and the top K.
         gate_widths = config.component_widths if config.gate_widths is None else config.gate_widths
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise((self.channels, *gate_widths)):

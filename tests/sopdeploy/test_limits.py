@@ -6,7 +6,7 @@ import json
 import os
 import tracemalloc
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -367,6 +367,21 @@ def test_all_values_of_a_content_are_found_once() -> None:
     assert sorted(map(id, found)) == sorted(map(id, ["a", "b", one, two]))
     with pytest.raises(ValueError, match="contains itself"):
         distinct_values(own_list())
+
+
+def test_a_list_that_contains_itself_is_read_once() -> None:
+    class CountedList(list[Any]):
+        reads = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.reads += 1
+            return super().__iter__()
+
+    own = CountedList([1, 2])
+    own.append([own])
+    with pytest.raises(ValueError, match="contains itself"):
+        distinct_values(own)
+    assert own.reads == 1
 
 
 def read_bytes_calls(file: Path) -> list[str]:
