@@ -43,10 +43,10 @@ def create_app(
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *limits* is the memory of the keys' rate limits, if processes share it. If one process, which *is_keeper*,
-    keeps the photographs of several, *photos* is its end of their socket, or in the others the other end.
-    `app.state.service` is the `Service`. Raises `ConfigError` if the key file or the folder `keep` of
-    *settings* cannot be used.
+    *limits* is the memory of the keys' rate limits, if processes share it. If one process keeps the
+    photographs of several, *is_keeper* says whether it is this one, and *photos* is this one's end of the
+    socket between them. `app.state.service` is the `Service`. Raises `ConfigError` if the key file, the
+    folder `keep` or `root_path` of *settings* cannot be used.
     """
     keys = None if settings.keys is None else read_keys(settings.keys)
     if keys is not None and not keys:

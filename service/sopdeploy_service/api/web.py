@@ -161,15 +161,10 @@ _SWAGGER = get_swagger_ui_html(
     swagger_css_url="docs/swagger-ui.css",
     swagger_favicon_url=_ICON,
 )
-DOCS = Page(
-    bytes(_SWAGGER.body)
-    .decode()
-    .replace("<body>", f"<body>{_read('docs.html')}"),  # with the field for the key
-    ["dom.js", "key.js", "docs.js"],
-    assets=(
-        "'self'",
-    ),  # no `TRUSTED_TYPES`: Swagger UI turns descriptions into markup without scripts itself
-)
+# With the field for the key.
+_SWAGGER_HTML = bytes(_SWAGGER.body).decode().replace("<body>", f"<body>{_read('docs.html')}")
+# Without `TRUSTED_TYPES`: Swagger UI turns descriptions into markup itself, after it has removed scripts.
+DOCS = Page(_SWAGGER_HTML, ["dom.js", "key.js", "docs.js"], assets=("'self'",))
 _ERRORS = Page(_read("errors.html"), [], policy=TRUSTED_TYPES)
 
 for path, page in {"/": INDEX, "/docs": DOCS, "/errors": _ERRORS}.items():

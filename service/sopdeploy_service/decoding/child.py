@@ -212,7 +212,7 @@ def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> int
 
 
 def _kill(children: set[int], process: int) -> int:
-    """Kill *process*, one of *children*, or let it end; forget it and return its exit code."""
+    """Kill *process*, one of *children*, if it has not ended; forget it and return its exit code."""
     os.kill(process, signal.SIGKILL)
     children.discard(process)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -41,7 +41,7 @@ ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
 MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # else a front end could shrink the file
-LINE = 64  # bytes of a cache line, at whose begin outputs and pixels start
+LINE = 64  # bytes of a cache line; outputs and pixels begin where one does
 
 
 class ChannelError(Exception):

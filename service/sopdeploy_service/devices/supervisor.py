@@ -253,15 +253,15 @@ class Supervisor:
                 self._connect(engine, front_end)
 
     def _handle_status(self, process: Process, status: bytes) -> None:
-        """Record the *status* of *process*; when all are ready, open and print the port; go on to accept."""
+        """Record the *status* of *process*; open and print the port once all are ready; resume `_accept`."""
         is_first_report = not process.is_ready
         process.record_status(status)
         if is_first_report:
             log.info("%s: ready", process.title)
             if not process.is_front_end:
                 self._connect_front_ends(process)
-        are_all_ready = all(other.is_ready for other in (*self._devices, *self._front_ends))
-        if not self._announced and self._servers and are_all_ready:
+        expected = (*self._devices, *self._front_ends)
+        if not self._announced and self._servers and all(other.is_ready for other in expected):
             self._announced = True
             self._listener.listen(MAX_PENDING)
             with contextlib.suppress(OSError):  # nobody reads it

@@ -118,8 +118,8 @@ class SharedChildren:
     def put(self, request: Request, group: tuple[str, bool] | None) -> None:
         """Let an idle child run *request* of *group*, or let it wait.
 
-        If `MAX_WAITING_LARGE` requests wait, the last one of the largest group is refused. *request* counts
-        as one of its own group, and is that one if no other group is larger. Those of the group None are
+        If `MAX_WAITING_LARGE` requests wait, the last one of the largest group is refused. This is *request*
+        unless another group is larger than its own, in which it is counted. Those of the group None are
         refused only after `close`, as every request is then.
         """
         if self._is_closed:
@@ -260,8 +260,8 @@ class Decoders:
     ) -> Reply:
         """Run a request in a light child or, if *image* is large or that child ends, in one for large images.
 
-        It runs again if a child ends without the fault of the image, but not after a second one, of either
-        kind. Raises as `decode` does.
+        If a child for large images ends without the fault of the image, the request runs again, unless a
+        child of either kind has ended so before. Raises as `decode` does.
         """
         is_light, is_slow = len(image) <= LIGHT_BODY, False
         num_crashes = 0  # of children, without the fault of the image

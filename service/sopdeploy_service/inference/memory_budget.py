@@ -97,7 +97,10 @@ class BudgetedRegistry(ModelRegistry):
             yield
 
     async def wait_until_loaded(self, model: Model) -> Model:
-        """Start a load of *model*, or join a running one; return the loaded one or raise `RejectedError`."""
+        """Load *model*, which must be in use, or wait for a load that has begun; return the loaded model.
+
+        Raises `RejectedError` if it cannot be loaded or no other model can be released for it.
+        """
         lazy = self._lazy_models[model.name]
         if lazy.loading is None:
             lazy.loading = asyncio.create_task(self._load(lazy))

@@ -125,8 +125,8 @@ class Connections:
         """Find the first connection to close *among* these, or None.
 
         The order is: the one that is longest in its headers; the longest idle one; of the address with most
-        connections, one that does not read; of this address, the one with the slowest body. Those that are
-        not idle are in this state since a time *before* or earlier.
+        connections, one that does not read; of this address, the one with the slowest body. One that is not
+        idle counts only if its state began at the time *before*, or earlier.
         """
         candidates = set(among)
         longest_in_headers = next((one for one in self.waiting if one in candidates), None)

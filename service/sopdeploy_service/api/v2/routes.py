@@ -139,7 +139,7 @@ def format_response(
 ) -> tuple[bytes, dict[str, str]]:
     """Build body and headers from *head* and the *values* (n, ...) of the outputs in *is_binary*.
 
-    The JSON has the values of an output as a flat list or, if it *is_binary*, their size; these follow it.
+    The JSON has the values of an output as a flat list, or the size of its binary values, which follow it.
     """
     binary_parts: list[bytes] = []
     outputs = []
