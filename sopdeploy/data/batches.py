@@ -83,7 +83,7 @@ class Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.data_loader = None  # torch ends them when nothing refers to them any more
+        self.data_loader = None  # torch ends its processes when nothing refers to it any more
 
     def load(self, dataset: Dataset, batches: list[list[int]]) -> Iterator[Batch | tuple[str]]:
         """Yield the *batches*, lists of indices of *dataset*; after a `DataError`, its message in a tuple.

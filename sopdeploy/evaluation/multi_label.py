@@ -181,7 +181,10 @@ def resampled_precision(
 
 
 def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
-    """Compute the average precision of *scores* (N,) for the class of the images in the mask *true*."""
+    """Compute the average precision of *scores* (N,) for a class; None if no image shows it.
+
+    *true* (N,) marks the images that do.
+    """
     if not true.any():
         return None
     each_image_once = np.ones((1, len(true)), np.int64)  # as the only resample

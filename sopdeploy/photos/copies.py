@@ -132,12 +132,14 @@ def find_pairs(
     originals: NDArray[np.intp],
     targets: NDArray[Any],
     hashes: Sequence[str],
+    num_candidates: int = CANDIDATES,
 ) -> NearDuplicates:
     """Find the near-duplicates among N images with *targets*, (N,) or (N, C): pairs in any order.
 
     An image may pair with itself. *views* has an array (N, V, D) for each part of the vectors: V views of an
     image, the whole one first. *copies* has (M, D) for each part, of copies of the images *originals* (M,).
-    Images with equal *hashes* (N,) are exact copies, which `connect` groups by the hashes.
+    Images with equal *hashes* (N,) are exact copies, which `connect` groups by the hashes. Where cosines miss
+    copies, each image has *num_candidates*.
     """
     count, num_views = len(targets), views[0].shape[1]
     class_N = number_classes(targets)
@@ -169,6 +171,7 @@ def find_pairs(
     threshold = min(found.cosine + rounding, 1 - rounding)
     certain_threshold = max(found.cosine_in_class, reached_by_half)
     misses_copies = threshold > reached_by_copies
+    num_candidates = min(num_candidates, count - 1) if misses_copies else 0
     pairs, are_certain, candidates = [], [], [NO_PAIRS]
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory
@@ -177,8 +180,8 @@ def find_pairs(
         row, second = np.nonzero(cosines >= threshold)
         pairs.append(np.stack([block[row], second]))
         are_certain.append(cosines[row, second] >= certain_threshold)
-        if misses_copies and count > 1:
-            candidates.append(_pair_with_nearest(block, cosines))
+        if num_candidates > 0:
+            candidates.append(_pair_with_nearest(block, cosines, num_candidates))
     all_pairs = np.concatenate(pairs, axis=1)
     certain = all_pairs[:, np.concatenate(are_certain)]
     is_alike_N = np.isin(class_N, found.alike_classes)
@@ -190,15 +193,16 @@ def number_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
     return np.unique(targets, axis=0, return_inverse=True)[1].reshape(len(targets)).astype(np.int64)
 
 
-def _pair_with_nearest(block: NDArray[np.intp], cosines: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Pair each image of *block* (K,) with the `CANDIDATES` others of largest *cosines* (K, N).
+def _pair_with_nearest(
+    block: NDArray[np.intp], cosines: NDArray[np.float32], num_others: int
+) -> NDArray[np.intp]:
+    """Pair each image of *block* (K,) with the *num_others* of largest *cosines* (K, N).
 
     Overwrites the cosines of the images with themselves.
     """
     cosines[np.arange(len(block)), block] = -np.inf  # not the image itself
-    num_candidates = min(CANDIDATES, cosines.shape[1] - 1)
-    nearest = np.argpartition(-cosines, num_candidates - 1, axis=1)[:, :num_candidates]
-    return np.stack([np.repeat(block, num_candidates), nearest.ravel()])
+    nearest = np.argpartition(cosines, -num_others, axis=1)[:, -num_others:]
+    return np.stack([np.repeat(block, num_others), nearest.ravel()])
 
 
 class _Threshold(NamedTuple):
@@ -424,7 +428,7 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     small = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width).mean(axis=(2, 4), dtype=np.float32)
     sides = [small, small[:, :, ::-1]]  # also mirrored
     turned = [np.rot90(side, turns, axes=(1, 2)) for side in sides for turns in range(4)]
-    rows = np.stack(turned, axis=1).reshape(count, 8, -1).astype(np.float32)
+    rows = np.stack(turned, axis=1).reshape(count, 8, -1)
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
     is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5  # which all plain images would equal
@@ -474,7 +478,8 @@ def group_by_edges(
     copies = Copies.choose(images, identities, crops=(0.95,))  # signatures miss most smaller crops
     of_copies = np.stack([signature(copies.photo(index).pixels) for index in range(len(copies))])  # (M, 512)
     views = np.stack(signatures)[:, None]  # (N, 1, 512): the whole image is the only view
-    found = find_pairs([views], [of_copies], copies.originals, images.targets, hashes)  # one part per vector
+    # One part per vector; the images of candidates are not kept, so that their pixels are not compared.
+    found = find_pairs([views], [of_copies], copies.originals, images.targets, hashes, 0)
     return connect(len(images), found.pairs, hashes, images.groups), found.vectors
 
 

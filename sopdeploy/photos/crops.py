@@ -13,13 +13,14 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-# 93 to 98 % of the crops to half of coins, hand signs and chess pieces reach it; of the pairs of coins of
-# different kinds that are most alike, the first reaches 0.954 (docs/benchmarks/copied_photos.md).
+# Of the photographs of docs/benchmarks/copied_photos.md, 93 to 98 % of the crops to half of coins, hand signs
+# and chess pieces reach it; of the pairs of coins of different kinds, the most similar one reaches 0.954.
 CORRELATION = 0.97
 SIDE, BLUR = 32, 1.25  # pixels of a side that are compared, and standard deviation of the removed frequencies
 SIZES = np.arange(0.6, 1.01, 0.05)  # shares of a side of the image that a crop may show
-MIN_FOUND, ALIGNED = 0.5, 4  # correlation of a place, and how many images with it are aligned with an image
-MOSTLY = 0.8  # share of `ALIGNED` that the crops of a class reach if its background hides the differences
+MIN_FOUND = 0.5  # correlation below which a place is not aligned
+ALIGNED = 4  # images with which an image is aligned, as it may be a crop of each
+MOSTLY = 0.8  # share of these that seem to contain the images of a class whose background hides differences
 STEPS, SHIFT, MAX_STEP = 6, 0.5, 2.0  # Gauss-Newton steps; pixels of differences, and of a step at most
 _BLOCK = 2048  # pairs that are compared at once
 
@@ -35,18 +36,22 @@ def find_crops(
     objects before one background, and none of them is selected.
     """
     pairs = pairs[:, np.argsort(pairs[0], kind="stable")]
-    found = [pairs[:, :0]]
-    for start in range(0, pairs.shape[1], _BLOCK):
-        block = pairs[:, start : start + _BLOCK]
-        correlations, boxes = _search(small, block)
-        # Each second image is aligned with the `ALIGNED` images whose places correlate most with it.
-        order = np.lexsort((-correlations, block[1]))  # by second image, the largest correlation first
-        second = block[1][order]
-        rank = np.arange(len(order)) - np.searchsorted(second, second)  # among the pairs of this image
-        best = order[(rank < ALIGNED) & (correlations[order] >= MIN_FOUND)]
-        is_crop = _align(small[block[0, best]], small[block[1, best]], boxes[best]) >= CORRELATION
-        found.append(block[:, best[is_crop]])
-    crops = np.concatenate(found, axis=1)
+    num_pairs = pairs.shape[1]
+    correlations, boxes = np.empty(num_pairs, np.float32), np.empty((num_pairs, 4))
+    for start in range(0, num_pairs, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        correlations[block], boxes[block] = _search(small, pairs[:, block])
+    # Each second image is aligned with the `ALIGNED` images whose places correlate most with it.
+    order = np.lexsort((-correlations, pairs[1]))  # by second image, the largest correlation first
+    second = pairs[1][order]
+    rank = np.arange(num_pairs) - np.searchsorted(second, second)  # among the pairs of this image
+    best = order[(rank < ALIGNED) & (correlations[order] >= MIN_FOUND)]
+    is_crop = np.zeros(len(best), np.bool_)
+    for start in range(0, len(best), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        first, second = pairs[:, best[block]]
+        is_crop[block] = _align(small[first], small[second], boxes[best[block]]) >= CORRELATION
+    crops = pairs[:, best[is_crop]]
     num_found = np.bincount(classes[crops[1]], minlength=classes.max() + 1)
     # Of a class before one background, nearly all images are found in all `ALIGNED` first images.
     has_background = num_found > MOSTLY * ALIGNED * np.bincount(classes)

@@ -65,7 +65,7 @@ def lookalike_key(name: str) -> str:
 
 
 def hint_at_spelling(unknown: Collection[str], known: Collection[str]) -> str:
-    """Name the sets of *unknown* and *known* classes that are easily confused; "" if nothing is unknown."""
+    """Describe confusable classes, *unknown* and *known*; "" without any, or if none is *unknown*."""
     lines = describe_confusable([*unknown, *known]) if unknown else []
     return f" ({'; '.join(lines)})" if lines else ""
 

@@ -146,7 +146,7 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
 
 
 def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> dict[str, Path]:
-    """Find the folders of training and of the first *max_held_out* held-out images, by name; None: all.
+    """Find the folder of training images and the first *max_held_out* of held-out ones, by name; None: all.
 
     Without a folder of training images, *root* holds the classes. Raises `DataError` if there are only
     held-out images, if the training folder may be a class, or if a part has a `labels.csv`.

@@ -386,9 +386,9 @@ def crop_padded(arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]) 
     padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
     padded[:, pad : pad + height, pad : pad + width] = arrays
     cropped = np.empty_like(arrays)
-    for index, (top, left, is_mirrored) in enumerate(windows):
-        window = padded[index, top : top + height, left : left + width]
-        cropped[index] = window[:, ::-1] if is_mirrored else window
+    for array, result, (top, left, is_mirrored) in zip(padded, cropped, windows, strict=True):
+        window = array[top : top + height, left : left + width]
+        result[:] = window[:, ::-1] if is_mirrored else window
     return cropped
 
 

@@ -21,12 +21,13 @@ from safetensors.numpy import load, save
 from sopdeploy.environment import installed
 from sopdeploy.files import atomic_write, expand_user, read_file
 from sopdeploy.models.second_order_head import POOLED_HEAD, SecondOrderHead
+from sopdeploy.photos.copies import SMALL
 from sopdeploy.training.recipe import Recipe
 
 Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
 CHECKSUM_BYTES = 4
-ENTRY = "hash of the pixels, image of 64 x 64 pixels, own vector, maps"  # what an entry contains
+ENTRY = f"hash of the pixels, image of {SMALL} x {SMALL} pixels, own vector, maps"  # what an entry contains
 _PACKAGES = ("sopdeploy", "torch", "pillow", "timm")
 
 

@@ -18,6 +18,7 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.photos.copies import (
+    CANDIDATES,
     MAX_SIGNATURES,
     SMALL,
     Copies,
@@ -153,8 +154,12 @@ def find_near_duplicates(
     views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
     views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
     whole = [views[:, 0] for views in views_of_maps]  # the first view, not those of the corners
-    found = find_pairs(features.views, whole, copies.originals, images.targets, features.hashes)
-    if len(images) > MAX_SIGNATURES:
+    compares_pixels = len(images) <= MAX_SIGNATURES
+    num_candidates = CANDIDATES if compares_pixels else 0
+    found = find_pairs(
+        features.views, whole, copies.originals, images.targets, features.hashes, num_candidates
+    )
+    if not compares_pixels:
         return found
     crops = find_crops(features.small, found.candidates, number_classes(images.targets))
     by_pixels = [find_turned(features.small), crops]

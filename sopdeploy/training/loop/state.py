@@ -126,7 +126,9 @@ class LoopRun:
         if not steps:
             return []
         self.unread = []
-        rows = torch.stack([step.values() for step in steps]).tolist()
+        values = [step.values() for step in steps]  # a network may have penalties in some steps only
+        joined = torch.cat(values).cpu()
+        rows = [row.tolist() for row in torch.split(joined, [len(of_step) for of_step in values])]
         losses = []
         first_number = position.step - len(steps) + 1
         for number, (step, row) in enumerate(zip(steps, rows, strict=True), first_number):

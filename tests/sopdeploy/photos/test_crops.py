@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from sopdeploy.photos.copies import CANDIDATES, find_pairs, shrink
-from sopdeploy.photos.crops import find_crops
+from sopdeploy.photos.crops import ALIGNED, find_crops
 from tests.sopdeploy.photos.test_copies import scene
 
 NUM_SCENES = 12
@@ -35,6 +35,16 @@ def test_a_part_of_a_photograph_is_found_among_photographs_that_look_alike(box: 
     crop = ImageEnhance.Brightness(scenes[3].crop(box).resize((70, 52))).enhance(0.85)
     small, classes = small_images([*scenes, crop]), np.asarray([*CLASSES, 1])
     assert find_crops(small, pairs_of(NUM_SCENES + 1), classes).T.tolist() == [[3, NUM_SCENES]]
+
+
+def test_the_number_of_pairs_that_are_compared_at_once_changes_no_pair(monkeypatch: pytest.MonkeyPatch):
+    crops = [alike(0).crop((number, 0, 160, 120)) for number in range(6)]  # of one photograph
+    small, pairs = small_images([*crops, *(alike(seed) for seed in range(1, 7))]), pairs_of(NUM_SCENES)
+    found = find_crops(small, pairs, CLASSES)
+    assert found.size
+    assert np.bincount(found[1]).max() <= ALIGNED
+    monkeypatch.setattr("sopdeploy.photos.crops._BLOCK", 7)
+    assert sorted(find_crops(small, pairs, CLASSES).T.tolist()) == sorted(found.T.tolist())
 
 
 def test_photographs_that_look_alike_are_no_crops_of_each_other():

@@ -20,7 +20,9 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.training import run_folder
 from sopdeploy.training.callback import Callback
+from sopdeploy.training.fits import Position
 from sopdeploy.training.loop import state
+from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import (
     RecordingCallback,
@@ -259,6 +261,17 @@ def test_sigkills_do_not_change_the_result(tmp_path, case, kills, seed) -> None:
             assert found.config == expected.config
     if case == REMOVED_BRANCHES:
         check_removed_branches(whole)
+
+
+def test_steps_with_different_penalties_are_read_together() -> None:
+    run = object.__new__(state.LoopRun)
+    total, part = torch.tensor(3.0), torch.tensor(1.0)
+    losses = [Loss(total, {"main": total}), Loss(total, {"main": part, "late": part}, torch.tensor([2, 5]))]
+    steps = [state.FinishedStep(loss, torch.tensor(0.5), torch.tensor(1), 4) for loss in losses]
+    vars(run).update(strategy=SimpleNamespace(world=1), position=Position(step=2), unread=steps)
+    assert run.read_steps() == [3, 3]
+    assert run.position.sums == {"loss": 24, "main": 16, "late": 4}
+    assert (run.position.seen, run.position.gradient, run.position.component_counts) == (8, 4, (2, 5))
 
 
 def check_removed_branches(out: Path) -> None:
