@@ -376,9 +376,9 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
         operand_names = [f"operand {i} {j}" for j in range(len(call.operands))]
         result_names = [f"result {i} {j}" for j in call.last.used]
         captured.append(_CapturedCall(description, call, operand_names, result_names))
-    operands = chain.from_iterable(_fill(call, ORDINARY, 0) for call in calls.values())
+    operands = tuple(chain.from_iterable(_fill(call, ORDINARY, 0) for call in calls.values()))
     with capturing():
-        program = torch.export.export(_Calls([*calls.values()]), tuple(operands))  # one graph for all
+        program = torch.export.export(_Calls([*calls.values()]), operands)  # one graph for all
         program = program.run_decompositions({})
     inputs = [name for each in captured for name in each.operand_names]
     outputs = [name for each in captured for name in each.result_names]
