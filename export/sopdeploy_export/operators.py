@@ -507,9 +507,10 @@ def _fill_in_rounds(call: _Call) -> Iterator[list[Tensor]]:
 
 
 def _fill_uniformly(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the *ordinary* operands with those that depend on the images uniform: each alone, then all.
+    """Yield the *ordinary* operands again and again, each time with uniform values in other ones.
 
-    `UNIFORM` has the values, `INFINITE` and `UNDEFINED` those of operands that can be infinite or NaN.
+    First in each operand alone that depends on the images, then in all of these. `UNIFORM` has the values,
+    `INFINITE` and `UNDEFINED` further ones for operands that can be infinite or NaN.
     """
     ranges = [can_be for _, can_be in call.inputs]
     varying = [i for i, can_be in enumerate(ranges) if can_be.is_varying]
