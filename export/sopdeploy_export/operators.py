@@ -376,9 +376,9 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
         operand_names = [f"operand {i} {j}" for j in range(len(call.operands))]
         result_names = [f"result {i} {j}" for j in call.last.used]
         captured.append(_CapturedCall(description, call, operand_names, result_names))
-    operands = chain.from_iterable(_fill(call, ORDINARY, 0) for call in calls.values())
+    operands = tuple(chain.from_iterable(_fill(call, ORDINARY, 0) for call in calls.values()))
     with capturing():
-        program = torch.export.export(_Calls([*calls.values()]), tuple(operands))  # one graph for all
+        program = torch.export.export(_Calls([*calls.values()]), operands)  # one graph for all
         program = program.run_decompositions({})
     inputs = [name for each in captured for name in each.operand_names]
     outputs = [name for each in captured for name in each.result_names]
@@ -507,9 +507,10 @@ def _fill_in_rounds(call: _Call) -> Iterator[list[Tensor]]:
 
 
 def _fill_uniformly(call: _Call, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the *ordinary* operands with those that depend on the images uniform: each alone, then all.
+    """Yield the *ordinary* operands again and again, each time with uniform values in other ones.
 
-    `UNIFORM` has the values, `INFINITE` and `UNDEFINED` those of operands that can be infinite or NaN.
+    First in each operand alone that depends on the images, then in all of these. `UNIFORM` has the values,
+    `INFINITE` and `UNDEFINED` further ones for operands that can be infinite or NaN.
     """
     ranges = [can_be for _, can_be in call.inputs]
     varying = [i for i, can_be in enumerate(ranges) if can_be.is_varying]

@@ -262,9 +262,10 @@ def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
 
 
 def _hash_nodes(program: ExportedProgram, needed: set[fx.Node]) -> tuple[dict[fx.Node, str], dict[str, str]]:
-    """Hash the *needed* nodes, among them all of their operands; map each hash to operation and module.
+    """Return the hashes of the *needed* nodes, and for each hash a text with its operation and module.
 
-    Raises `CertificateError` for an operation that no proof covers.
+    The operands of a needed node are needed, too. Raises `CertificateError` for an operation that no proof
+    covers.
     """
     hashes_by_placeholder = _hash_placeholders(program)
     hashes: dict[fx.Node, str] = {}

@@ -103,7 +103,7 @@ class ParityReport(StrictModel):
     @property
     def passed(self) -> bool:
         """Whether all outputs are within their limits."""
-        # Drift is allowed only where a limit was exceeded; without the permission, the export has failed.
+        # It is set only if a limit was exceeded; where the user did not allow this, the export has failed.
         return not self.drift_allowed
 
     @property

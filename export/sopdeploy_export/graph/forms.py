@@ -139,9 +139,9 @@ OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given b
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Any:
-    """Write a mask as numbers, unless `_masked_attention` does, and other than four axes as matrix products.
+    """Write attention with a mask by `_masked_attention`, and other than four axes as matrix products.
 
-    `NotImplemented` leaves the operator as it is.
+    `_masked_attention` calls it again, with a mask of numbers. `NotImplemented` leaves the operator as it is.
     """
     if mask is not None and not _handles_mask.get():
         return _masked_attention(query, key, value, mask, *args, **options)

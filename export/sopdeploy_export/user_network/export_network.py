@@ -194,9 +194,9 @@ def unused_modules(
 
 
 def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> tuple[str, ...]:
-    """Return *parts* of *network*, but of one that is read, its own parts.
+    """Return *parts* of *network*; in place of a part that code reads, the parts inside it.
 
-    Code may read the length of a part, for example, or another attribute.
+    Code reads a part if it asks for its length, for example, or for another attribute.
     """
     pixels = networks.probe_pixels(network, preprocess)
     while parts:

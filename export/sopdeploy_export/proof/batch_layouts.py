@@ -1,0 +1,446 @@
+"""Where the batch axis is in the results of an ONNX operator: one rule for each operator.
+
+A rule raises `MixesError` unless it shows that the operator keeps images apart. `images.py` follows the data
+flow of a graph with these rules.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+BATCHES = (2, 999_999, 1_000_000)  # the limits of `--max-batch` above 1, and the last size but one
+Shapes = Sequence[tuple[int, ...]]  # one for each batch size
+
+
+class BatchLayout(NamedTuple):
+    """The batch axis of a value, and how many neighboring rows along it belong to one image.
+
+    For example, (batch * 3, 4) has `axis` 0 and `run_length` 3: rows 0 to 2 belong to the first image. Both
+    are None for a value without the images; only `run_length` is None if all rows are equal and thus fit any
+    image.
+    """
+
+    axis: int | None = None
+    run_length: int | None = None
+
+
+NO_BATCH = BatchLayout()
+
+
+class MixesError(Exception):
+    """An operator may combine several images; every rule raises it unless the operator keeps them apart."""
+
+
+def mixes_unless(fact: bool) -> None:
+    """Raise `MixesError` unless *fact*, which a rule needs, holds."""
+    if not fact:
+        raise MixesError
+
+
+@dataclass(frozen=True, slots=True)
+class TracedValue:
+    """What is known of a value; `shapes` and `contents` have one item for each size in `BATCHES`."""
+
+    type: int = 0  # in the numbering of ONNX
+    shapes: Shapes = ()  # empty if they are unknown
+    contents: Sequence[NDArray[Any]] = ()  # empty unless it is small and no image changes it
+    layout: BatchLayout = NO_BATCH
+    # Which elements are the number of their image in the batch: none, all, or the first of the last axis.
+    image_numbers: Literal["", "all", "first"] = ""
+    mixed: tuple[str, ...] = ()  # the operators through which the value depends on other images
+
+    @property
+    def batch_axis(self) -> int | None:
+        """The batch axis."""
+        return self.layout.axis
+
+    @property
+    def has_row_per_image(self) -> bool:
+        """Whether the first axis is that of the batch, with one row for each image."""
+        return self.batch_axis == 0 and self.shapes[0][0] == BATCHES[0]
+
+    @property
+    def rank(self) -> int:
+        """The number of axes."""
+        return len(self.shapes[0])
+
+    @property
+    def depends_on_batch_size(self) -> bool:
+        """Whether the contents, known for each of `BATCHES`, differ between these batch sizes."""
+        return any(not np.array_equal(content, self.contents[0]) for content in self.contents)
+
+    def layout_at(self, axis: int) -> BatchLayout:
+        """Return the layout with the batch axis, if any, moved to *axis*."""
+        return NO_BATCH if self.batch_axis is None else self.layout._replace(axis=axis)
+
+    def layout_shifted(self, axes: int) -> BatchLayout:
+        """Return the layout with the batch axis, if any, moved by *axes* to the right."""
+        return NO_BATCH if self.batch_axis is None else self.layout._replace(axis=self.batch_axis + axes)
+
+    def numbers(self) -> list[int]:
+        """List the integers of a constant; raise `MixesError` if they depend on images or the batch size."""
+        mixes_unless(len(self.contents) > 0 and not self.depends_on_batch_size)
+        return [int(number) for number in self.contents[0].reshape(-1)]  # equal for every batch size
+
+
+class OperatorCall:
+    """What a rule reads of an operator.
+
+    `x` is its first input, `shapes` and `rank` are those of its first result, `present` are its inputs
+    without the optional ones that are absent.
+    """
+
+    def __init__(self, node: onnx.NodeProto, inputs: Sequence[TracedValue | None], shapes: Shapes) -> None:
+        self.attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        self.inputs, self.shapes, self.rank = inputs, shapes, len(shapes[0])
+        self.present = [value for value in inputs if value is not None]
+        self.num_outputs = len([name for name in node.output if name])  # "" is one that nothing reads
+        self.x = self[0]
+
+    def __getitem__(self, index: int) -> TracedValue:
+        """Return input *index*, which the rule needs; without it, images count as mixed."""
+        value = self.inputs[index] if index < len(self.inputs) else None
+        if value is None:
+            raise MixesError
+        return value
+
+    def axis_attribute(self, default: int, rank: int | None = None) -> int:
+        """Return the attribute `axis` of a value of *rank*, by default that of `x`, counted from 0."""
+        rank = self.x.rank if rank is None else rank
+        return int(self.attributes.get("axis", default)) % max(rank, 1)  # a scalar has axis 0, as in torch
+
+    def axes_operand(self, index: int, default: Sequence[int]) -> list[int]:
+        """List the axes of `x` that input *index* or the attribute names, counted from 0."""
+        operand = self.inputs[index] if index < len(self.inputs) else None
+        listed = self.attributes.get("axes", default) if operand is None else operand.numbers()
+        return [int(axis) % max(self.x.rank, 1) for axis in listed]
+
+
+def common_layout(*layouts: BatchLayout) -> BatchLayout:
+    """Return the layout of a result whose rows are computed from the same row of every operand."""
+    axes = {layout.axis for layout in layouts} - {None}  # an operand without images fits all others
+    lengths = {layout.run_length for layout in layouts} - {None}  # equal rows (None) fit any run length
+    mixes_unless(len(axes) <= 1 and len(lengths) <= 1)
+    return BatchLayout(axis=next(iter(axes), None), run_length=next(iter(lengths), None))
+
+
+def common_layout_of(values: Sequence[TracedValue | None]) -> BatchLayout:
+    """Return the layout on which all *values* agree that are not None; raise `MixesError` if they do not.
+
+    Axes are counted from the first one, unlike in `layout_after_broadcast`, which aligns the last ones.
+    """
+    return common_layout(*(value.layout for value in values if value is not None))
+
+
+def batch_axis_of(shapes: Shapes) -> int | None:
+    """Return the axis whose size is a multiple of the batch, if any; all others must be constant."""
+    axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
+    if not axes:
+        return None
+    mixes_unless(len(axes) == 1)
+    sizes = [shape[axes[0]] for shape in shapes]
+    rows_of_image = sizes[0] // BATCHES[0]
+    mixes_unless(sizes == [rows_of_image * batch for batch in BATCHES])
+    return axes[0]
+
+
+def layout_after_broadcast(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator that aligns its operands at their last axes, as broadcasting does."""
+    return common_layout(*(value.layout_shifted(call.rank - value.rank) for value in call.present))
+
+
+def layout_after_combining(call: OperatorCall, axes: Sequence[int], *, keeps: bool = True) -> BatchLayout:
+    """Rule of an operator that combines elements of `x` along *axes*, which must not be that of the batch.
+
+    The result lacks these axes unless the operator *keeps* them. Further inputs are weights.
+    """
+    batch_axis = call.x.batch_axis
+    mixes_unless(batch_axis not in axes)
+    mixes_unless(common_layout_of(call.inputs[1:]) == NO_BATCH)
+    if keeps or batch_axis is None:
+        return call.x.layout
+    removed_before = {axis for axis in axes if axis < batch_axis}  # each moves the batch axis to the left
+    return call.x.layout_shifted(-len(removed_before))
+
+
+def layout_after_reduction(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator that reduces the listed axes, by default all."""
+    axes = call.axes_operand(1, [] if call.attributes.get("noop_with_empty_axes") else range(call.x.rank))
+    return layout_after_combining(call, axes, keeps=call.attributes.get("keepdims", 1))
+
+
+def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
+    """Rule of an operator that computes each row, along the first axis, from this row of its operands.
+
+    These are the first *operands* of its inputs; the others are weights.
+    """
+    layout = common_layout_of(call.inputs[:operands])
+    mixes_unless(layout.axis in (None, 0))
+    mixes_unless(common_layout_of(call.inputs[operands:]) == NO_BATCH)
+    mixes_unless(call.num_outputs == 1)  # the second output of MaxPool numbers elements of the whole batch
+    # In training mode, batch norm subtracts the mean of all images.
+    mixes_unless(not call.attributes.get("training_mode"))
+    # Resize can change the number of rows, or cut a region first, so that a row comes from other rows of `x`.
+    mixes_unless([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
+    mixes_unless(call.attributes.get("coordinate_transformation_mode") != b"tf_crop_and_resize")
+    return layout
+
+
+def layout_after_reshape(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator that keeps the order of all elements: those of an image become rows of the result.
+
+    For example, (batch, 3, 8) becomes (batch * 6, 4): the 24 elements of an image fill 6 rows of 4.
+    """
+    axis, run_length = call.x.layout
+    new_axis = batch_axis_of(call.shapes)
+    if axis is None or new_axis is None:
+        mixes_unless(axis == new_axis)  # neither has the batch
+        return NO_BATCH
+    shape, new_shape, batch = call.x.shapes[0], call.shapes[0], BATCHES[0]  # all for the smallest batch
+    if run_length is None:  # of equal rows, any number is right
+        run_length = shape[axis] // batch
+    elements_of_run = run_length * math.prod(shape[axis + 1 :])
+    elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 1 for a value without elements
+    new_run_length, rest = divmod(elements_of_run, elements_of_row)
+    # The neighboring elements of an image fill whole rows, and whole batches of these fill the axis.
+    mixes_unless(rest == 0 and new_run_length > 0)
+    mixes_unless(new_shape[new_axis] // batch % new_run_length == 0)
+    return BatchLayout(axis=new_axis, run_length=new_run_length)
+
+
+def layout_after_transpose(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator that permutes the axes."""
+    if call.x.batch_axis is None:
+        return NO_BATCH
+    order = list(call.attributes.get("perm", reversed(range(call.x.rank))))
+    return call.x.layout_at(order.index(call.x.batch_axis))
+
+
+def layout_after_product(call: OperatorCall) -> BatchLayout:
+    """Rule of the product of *a* (..., m, k) and *b* (..., k, n) or (k,); the batch may be any axis but k."""
+    a, b = call.x, call[1]
+    mixes_unless(a.batch_axis != a.rank - 1)  # so a vector *a* has no batch axis
+    if a.rank == 1 or b.rank == 1:
+        mixes_unless(b.batch_axis is None)
+        return a.layout  # the result (..., m) has the axes of *a* before k
+    mixes_unless(b.batch_axis != b.rank - 2)
+    return layout_after_broadcast(call)  # the axes before the last two are broadcast, m and n stay in place
+
+
+def layout_after_gemm(call: OperatorCall) -> BatchLayout:
+    """Rule of *a* (m, k) @ *b* (k, n) + *added*, which is broadcast to (m, n); the batch is m or n.
+
+    The attributes transA and transB say that *a* is stored as (k, m), and *b* as (n, k).
+    """
+    a, b = call.x, call[1]
+    axis_of_m = 1 if call.attributes.get("transA") else 0
+    axis_of_n = 0 if call.attributes.get("transB") else 1
+    mixes_unless(a.batch_axis in (None, axis_of_m) and b.batch_axis in (None, axis_of_n))
+    layouts_of_added = (added.layout_shifted(2 - added.rank) for added in call.present[2:])
+    return common_layout(a.layout_at(0), b.layout_at(1), *layouts_of_added)
+
+
+def layout_after_einsum(call: OperatorCall) -> BatchLayout:
+    """Rule of `einsum`: each term has the label of the batch axis once, and the result keeps it."""
+    terms, _, result = call.attributes["equation"].decode().replace(" ", "").partition("->")
+    layouts = []
+    for i, term in enumerate(terms.split(",")):
+        axis = call[i].batch_axis
+        if axis is not None:
+            mixes_unless(term.isalpha() and result.isalpha())  # an ellipsis hides labels
+            mixes_unless(term.count(term[axis]) == 1 and term[axis] in result)
+            layouts.append(call[i].layout_at(result.index(term[axis])))
+    return common_layout(*layouts)
+
+
+def layout_after_concat(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator that joins values; along the batch axis, their rows keep their images."""
+    layout = common_layout_of(call.inputs)
+    if layout.axis == call.axis_attribute(0):  # rows of a constant would belong to no image
+        mixes_unless(all(value.batch_axis == layout.axis for value in call.present))
+    return layout
+
+
+def layout_after_element_access(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator that reads or writes single elements along another axis than that of the batch."""
+    all_or_none_have_batch = len({value.batch_axis for value in call.present}) == 1
+    mixes_unless(all_or_none_have_batch)
+    layout = common_layout_of(call.inputs)
+    mixes_unless(layout.axis != call.axis_attribute(0))
+    return layout
+
+
+def layout_after_slice(call: OperatorCall) -> BatchLayout:
+    """Rule of a slice at constant positions; along the batch axis, of whole batches."""
+    # The inputs are data, starts, ends, axes and steps; the shape of the result shows where a slice ends.
+    starts_by_batch = [start.reshape(-1).tolist() for start in call[1].contents]
+    axes = call.axes_operand(3, default=range(len(starts_by_batch[0])))
+    steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(axes)
+    for i, axis in enumerate(axes):
+        starts = [starts_of_batch[i] for starts_of_batch in starts_by_batch]  # a number for each batch size
+        if axis != call.x.batch_axis:
+            mixes_unless(len(set(starts)) == 1)
+            continue
+        mixes_unless(steps[i] == 1)
+        slices_in_batches = set()
+        for batch, start, shape, result in zip(BATCHES, starts, call.x.shapes, call.shapes, strict=True):
+            rows_of_batch = batch * (call.x.layout.run_length or 1)  # equal rows (None) can be cut anywhere
+            first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
+            mixes_unless(first % rows_of_batch == 0 and result[axis] % rows_of_batch == 0)
+            slices_in_batches.add((first // rows_of_batch, result[axis] // rows_of_batch))
+        mixes_unless(len(slices_in_batches) == 1)  # the same, such as the second batch, for each size
+    return call.x.layout
+
+
+def layout_after_pad(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator that pads other axes than the batch."""
+    axes, sizes = call.axes_operand(3, range(call.x.rank)), call[1].numbers()
+    pairs = zip(sizes[: len(axes)], sizes[len(axes) :], strict=True)  # in front of an axis, and behind it
+    padded = [axis for axis, (before, after) in zip(axes, pairs, strict=True) if before or after]
+    return layout_after_combining(call, padded)
+
+
+def layout_after_repeat(call: OperatorCall, *, tile: bool = False) -> BatchLayout:
+    """Rule of an operator that repeats `x`; a constant can get a batch axis.
+
+    Expanded from (1, 4) to (batch, 4), it has equal rows, which fit any image. With *tile*, (3, 4) becomes
+    (batch * 3, 4), where each image has a copy.
+    """
+    axis = batch_axis_of(call.shapes)
+    if axis is None or call.x.batch_axis is not None:  # the result has the batch axis of `x`, or none
+        return layout_after_broadcast(call)
+    run_length = call.shapes[0][axis] // BATCHES[0] if tile else None  # None: equal rows
+    return BatchLayout(axis=axis, run_length=run_length)
+
+
+def layout_of_range(call: OperatorCall) -> BatchLayout:
+    """Rule of a range of constant length, or of 0, ..., batch - 1: the number of each image in the batch."""
+    if batch_axis_of(call.shapes) is None:
+        return NO_BATCH
+    start, step = call[0].numbers(), call[2].numbers()  # input 1 is the limit
+    mixes_unless(start == [0] and step == [1] and call.shapes[0] == (BATCHES[0],))
+    return BatchLayout(axis=0, run_length=1)
+
+
+def layout_after_gather(call: OperatorCall) -> BatchLayout:
+    """Rule of a selection along another axis than the batch, from a constant table, or of the own row."""
+    data, indices, axis = call.x, call[1], call.axis_attribute(0)
+    if data.batch_axis == axis:  # data (batch, 7), indices (batch,): image i must take row i
+        mixes_unless(indices.image_numbers == "all" and data.shapes[0][axis] == BATCHES[0])
+        return indices.layout_shifted(axis)
+    mixes_unless(not indices.image_numbers)  # they would select a row by the position in the batch
+    if data.layout == NO_BATCH:  # data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7)
+        return indices.layout_shifted(axis)
+    mixes_unless(indices.layout == NO_BATCH)  # data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
+    is_behind = data.batch_axis is not None and data.batch_axis > axis
+    return data.layout_shifted(indices.rank - 1 if is_behind else 0)
+
+
+def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
+    """Rule of a selection by positions in several axes.
+
+    The inputs are data (*shared, *selected, *kept) and indices (*shared, *others, n); the result is
+    (*shared, *others, *kept). The n numbers of a position are for the n selected axes.
+    """
+    data, indices, num_shared = call.x, call[1], call.attributes.get("batch_dims", 0)
+    mixes_unless(indices.batch_axis is None or indices.batch_axis < indices.rank - 1)  # n is no batch axis
+    if selects_own_rows(data, indices, num_shared):  # data (batch, 7), pairs of image and column (batch, 2)
+        return indices.layout
+    mixes_unless(not indices.image_numbers)
+    if data.batch_axis is None:  # all images select from the same data (5, 7), indices (batch, 2)
+        return indices.layout
+    if data.batch_axis < num_shared:  # data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
+        mixes_unless(data.batch_axis == indices.batch_axis)
+        return common_layout_of([data, indices])
+    # The batch axis must be a kept one: data (7, batch), indices (3, 1), result (3, batch).
+    first_kept, first_kept_of_result = num_shared + indices.shapes[0][-1], indices.rank - 1
+    mixes_unless(indices.batch_axis is None and data.batch_axis >= first_kept)
+    return data.layout_shifted(first_kept_of_result - first_kept)
+
+
+def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
+    """Rule of writing updates (*others, *kept) to data (*selected, *kept) at indices (*others, n)."""
+    data, indices, updates = call.x, call[1], call[2]
+    if indices.batch_axis is not None:
+        # Data (batch, 7), indices (batch, 2) with pairs of image and column, updates (batch,).
+        mixes_unless(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
+        # Raises `MixesError` if the run lengths differ.
+        return common_layout(data.layout, indices.layout_at(0), updates.layout_at(0))
+    # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3, batch).
+    first_kept, first_kept_of_updates = indices.shapes[0][-1], indices.rank - 1
+    layout_of_updates = updates.layout_shifted(first_kept - first_kept_of_updates)  # in the axes of the data
+    mixes_unless(data.batch_axis is None or data.batch_axis >= first_kept)
+    mixes_unless(data.batch_axis == layout_of_updates.axis)
+    return common_layout(data.layout, layout_of_updates)
+
+
+def layout_after_one_hot(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator that inserts an axis of classes, which moves a batch axis there or behind it."""
+    is_moved = call.x.batch_axis is not None and call.axis_attribute(-1, rank=call.rank) <= call.x.batch_axis
+    return call.x.layout_shifted(1 if is_moved else 0)
+
+
+def selects_own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -> bool:
+    """Return whether each position in *indices* begins with the number of its image, a row of *data*."""
+    numbers_of_position = indices.shapes[0][-1]
+    begin_with_image = indices.image_numbers == ("first" if numbers_of_position > 1 else "all")
+    return data.has_row_per_image and num_shared == 0 and begin_with_image
+
+
+def layouts_after_recurrence(call: OperatorCall) -> list[BatchLayout]:
+    """Rule of a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
+    first_states = call.inputs[5:7]  # `initial_h` and `initial_c`
+    shared = [*call.inputs[1:5], *call.inputs[7:]]  # `W`, `R`, `B`, `sequence_lens` and `P`
+    layout = common_layout_of([call.x, *first_states])
+    mixes_unless(layout.axis in (None, 1) and common_layout_of(shared) == NO_BATCH)
+    mixes_unless(not call.attributes.get("layout"))  # another layout has the batch first
+    # The outputs are all results (length, directions, batch, features), and the last states.
+    layout_in_results = layout if layout.axis is None else layout._replace(axis=2)
+    return [layout_in_results, layout, layout]
+
+
+_TABLE: dict[str, Callable[[OperatorCall], BatchLayout | list[BatchLayout]]] = {
+    "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast "
+    "CastLike Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid "
+    "HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or "
+    "PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Tan "
+    "Tanh ThresholdedRelu Where Xor": layout_after_broadcast,
+    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
+    "ReduceSumSquare": layout_after_reduction,
+    "AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool GlobalMaxPool "
+    "Col2Im GroupNormalization InstanceNormalization LRN LpPool MaxPool Resize "
+    "SpaceToDepth": layout_after_rowwise,
+    "GridSample": partial(layout_after_rowwise, operands=2),
+    "Flatten Reshape Squeeze Unsqueeze": layout_after_reshape,
+    "LogSoftmax Softmax Hardmax LpNormalization TopK": lambda call: layout_after_combining(
+        call, [call.axis_attribute(-1)]
+    ),
+    "ArgMax ArgMin": lambda call: layout_after_combining(
+        call, [call.axis_attribute(0)], keeps=call.attributes.get("keepdims", 1)
+    ),
+    "LayerNormalization": lambda call: layout_after_combining(
+        call, range(call.axis_attribute(-1), call.x.rank)
+    ),
+    "CumSum": lambda call: layout_after_combining(call, [call[1].numbers()[0] % call.x.rank]),
+    "Trilu": lambda call: layout_after_combining(call, range(call.x.rank)[-2:]),
+    "Det": lambda call: layout_after_combining(call, range(call.x.rank)[-2:], keeps=False),
+    "DFT": lambda call: layout_after_combining(call, [call.axis_attribute(1)]),
+    "OneHot": layout_after_one_hot,
+    "Split": lambda call: layout_after_combining(call, []),  # `images.has_whole_images` checks every part
+    "Expand ConstantOfShape": layout_after_repeat, "Tile": partial(layout_after_repeat, tile=True),
+    "Concat": layout_after_concat, "EyeLike": lambda _: NO_BATCH,
+    "GatherElements ScatterElements": layout_after_element_access,
+    "GatherND": layout_after_gather_nd, "ScatterND": layout_after_scatter_nd,
+    "Gather": layout_after_gather, "Slice": layout_after_slice, "Range": layout_of_range,
+    "Pad": layout_after_pad, "Transpose": layout_after_transpose,
+    "MatMul": layout_after_product, "Gemm": layout_after_gemm, "Einsum": layout_after_einsum,
+    "LSTM GRU RNN": layouts_after_recurrence,
+}  # fmt: skip
+RULES = {name: rule for names, rule in _TABLE.items() for name in names.split()}
