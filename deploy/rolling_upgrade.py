@@ -5,7 +5,7 @@
 Each version exports and signs a bundle, which the other pulls and serves. Every step runs under load: a
 promotion or its undoing by either version, and the exchange of a server for one of the other version. Exits
 with 1 if a request fails, if the versions answer differently, or if a server does not follow. The
-environments of both need `sopdeploy[cpu,train,sign]`.
+environments of both need `sopdeploy[cpu,train,sign]`; `openssl` generates the key.
 """
 
 import itertools

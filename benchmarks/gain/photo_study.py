@@ -28,6 +28,7 @@ PAIRS = (
     (DSOP, LONGER),
     (DSOP, FROZEN_HEAD),
 )
+LONG_TRAINING = 16  # epochs; from here on, 1e-4 is the best rate of no arm
 
 
 def photo_study(name: str, task: PhotosConfig, given: argparse.Namespace, epochs: int) -> Study:
@@ -45,7 +46,6 @@ def photo_study(name: str, task: PhotosConfig, given: argparse.Namespace, epochs
     }
     if given.heads_only:
         trained = {HEAD: trained[HEAD]}
-    rates = (1e-4, 3e-4, 1e-3)
     return Study(
         name=f"{name}, {epochs} epochs",
         images=name,
@@ -59,12 +59,12 @@ def photo_study(name: str, task: PhotosConfig, given: argparse.Namespace, epochs
             "optimizer": "adamw",
             "weight_decay": 0.01,
             "label_smoothing": 0.1,
-            "learning_rate": rates[0],
+            "learning_rate": 1e-4,
         },
         arms={**frozen, **trained},
         reference=FROZEN if given.heads_only else PLAIN,
         pairs=PAIRS[:2] if given.heads_only else PAIRS,
-        rates=rates,
+        rates=(1e-4, 3e-4, 1e-3) if epochs < LONG_TRAINING else (3e-4, 1e-3, 3e-3),
         search=tuple(trained),
     )
 

@@ -26,7 +26,8 @@ def hold_out(
 ) -> NDArray[np.bool_]:
     """Select about *fraction* of every class for the held-out set, as a mask (N,).
 
-    This is at least one of two or more images, and never all, except for images that other classes hold out.
+    This is at least one of two or more images, and never all. Of images with several classes, rarer classes
+    may leave none to hold out.
     The selection depends on *seed* and the images' *keys* only. It is the same on every machine and in every
     version, so that an image used for training is never used for evaluation later. *targets* are class
     indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes are processed from
@@ -35,12 +36,16 @@ def hold_out(
     """
     ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
     shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # image indices
+    classes_of_N: Sequence[NDArray[np.int64]]
     if targets.ndim == 1:
+        classes_of_N, in_training_C = targets[:, None], np.bincount(targets)
         sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
         starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
         class_members = np.split(sorted_by_class, starts)
     else:
-        rarest_first = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
+        classes_of_N = [np.flatnonzero(row) for row in targets]
+        in_training_C = np.count_nonzero(targets, axis=0)
+        rarest_first = np.argsort(in_training_C, kind="stable")
         class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
         class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])  # the images without a class
     held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
@@ -48,9 +53,14 @@ def hold_out(
     for members in class_members:  # image indices in random order
         at_most = max(0, len(members) - 1)  # one image remains for training; a class may have no images here
         quota = min(max(1, round(fraction * len(members))), at_most)
-        missing = max(0, quota - held_out[members].sum())  # some may be held out already
-        undecided = members[~decided[members]]
-        held_out[undecided[:missing]] = True  # the others are training images
+        missing = quota - int(held_out[members].sum())  # some may be held out already
+        for image in members[~decided[members]]:
+            if missing <= 0:
+                break
+            if (in_training_C[classes_of_N[image]] > 1).all():
+                held_out[image] = True  # the others are training images
+                in_training_C[classes_of_N[image]] -= 1
+                missing -= 1
         decided[members] = True
     return held_out
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from sopdeploy.data import batches as data_batches
 from sopdeploy.data.augment import AugmentedDataset, ColorConfig, PadCrop
@@ -38,6 +39,25 @@ def test_every_class_of_two_or_more_is_in_both_parts_of_a_split(targets, fractio
         if count > 1:
             assert 1 <= out < count
             assert abs(out - fraction * count) <= 1
+
+
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 6)), elements=st.sampled_from([0.0, 1.0]))
+)
+def test_images_of_several_classes_leave_a_training_image_of_every_class(targets) -> None:
+    held = hold_out([str(i) for i in range(len(targets))], targets, 0.5, 0)
+    assert np.array_equal(targets[~held].any(axis=0), targets.any(axis=0))
+    assert not held.all()
+
+
+def test_a_frequent_class_is_not_held_out_by_rare_ones() -> None:
+    frequent_and_rare = np.hstack([np.ones((4, 1)), np.eye(4)])  # each image has another rare class,
+    other = np.hstack([np.zeros((4, 1)), np.eye(4)])  # of which one more image exists
+    targets = np.vstack([frequent_and_rare, other]).astype(np.float32)
+    for seed in range(50):
+        held = hold_out(list("abcdefgh"), targets, 0.5, seed)
+        assert targets[~held, 0].any()
+        assert held.sum() == 4
 
 
 def test_a_seed_is_the_same_on_every_machine_and_in_every_version() -> None:
