@@ -16,6 +16,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
 
 SEARCH_SEEDS = range(100, 105)  # of no draw that is evaluated
+HOPELESS = 20.0  # points; a rate so far behind after some draws of the search is not tried on the others
 Planned = tuple[str, str, Run]  # images, arm, run
 Results = dict[str, dict[str, list["Line"]]]  # by study and arm, in the order of the seeds
 
@@ -82,36 +83,44 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) 
     whose best rate is on its edge becomes wider; only with `--report`, it stays as it is.
     """
 
-    def planned(arm: str, rates: Sequence[float]) -> list[Planned]:
+    def planned(arm: str, rate: float, seed: int) -> Planned:
         own = study.template["epochs"]
         length = study.arms[arm].get("epochs", own) * epochs // own
-        runs = [study.run(arm, seed, learning_rate=rate, epochs=length) for seed in seeds for rate in rates]
-        return [(study.images, arm, run) for run in runs]
+        return study.images, arm, study.run(arm, seed, learning_rate=rate, epochs=length)
 
-    everything = [one for arm in study.search for one in planned(arm, study.rates)]
-    lines.run(sorted(everything, key=lambda one: one[2].seed))
+    def best_rate(arm: str, rates: Sequence[float]) -> float:
+        found: dict[float, list[Line]] = {rate: [] for rate in rates}
+        for seed in seeds:
+            runs = lines.run([planned(arm, rate, seed) for rate in found])
+            found = {rate: [*before, line] for (rate, before), line in zip(found.items(), runs, strict=True)}
+            behind = max(map(mean_accuracy, found.values())) - HOPELESS
+            found = {rate: before for rate, before in found.items() if mean_accuracy(before) >= behind}
+        return min(found, key=lambda rate: (-mean_accuracy(found[rate]), mean_log_loss(found[rate]), rate))
+
     chosen = {}
     for arm in study.search:
         rates = sorted(study.rates)
         while True:
-            found = [(rate, lines.run(planned(arm, [rate]))) for rate in rates]
-            best = min(
-                (
-                    -fmean(one.accuracy for one in runs),
-                    fmean(math.inf if one.log_loss is None else one.log_loss for one in runs),
-                    rate,
-                )
-                for rate, runs in found
-            )[2]
+            best = best_rate(arm, rates)
             wider = {rates[0]: neighbor(rates[0], below=True), rates[-1]: neighbor(rates[-1], below=False)}
             if best not in wider:
                 break
-            if not lines.may_run and any(lines.find(one) is None for one in planned(arm, [wider[best]])):
+            if not lines.may_run and lines.find(planned(arm, wider[best], seeds[0])) is None:
                 print(f"{study.name}: {arm}: the best rate is on the edge of the grid", file=sys.stderr)
                 break
             rates = sorted([*rates, wider[best]])
         chosen[arm] = best
     return chosen
+
+
+def mean_accuracy(runs: Sequence[Line]) -> float:
+    """Return the mean accuracy of *runs* in percent."""
+    return fmean(one.accuracy for one in runs)
+
+
+def mean_log_loss(runs: Sequence[Line]) -> float:
+    """Return the mean log loss of *runs*; infinity if that of one is unknown."""
+    return fmean(math.inf if one.log_loss is None else one.log_loss for one in runs)
 
 
 def neighbor(rate: float, *, below: bool) -> float:
