@@ -1,7 +1,7 @@
 """Accuracy gain of second-order pooling on textures, digits, CIFAR-10 and photographs.
 
     python benchmarks/second_order_gain.py [--cifar FOLDER --cache DIR] [--study NAME] [--lines FILE] [--json]
-        [--epochs 10 40] [--draws N] [--search-epochs 10] [--search-draws 5] [--report]
+        [--images 5000] [--epochs 10 40] [--draws N] [--search-epochs 10] [--search-draws 5] [--report]
     python benchmarks/second_order_gain.py --photos NAME=FOLDER ... --weights FILE --cache DIR --lines FILE
         [--epochs 4 16] [--draws 20] [--heads-only] [--per-class 10] [--limit 60]
 
@@ -39,7 +39,7 @@ from gain.photos import MAX_PER_CLASS
 from gain.report import checks, run_and_report
 from gain.small_image_studies import cifar_branches, digits, textures
 from gain.study import Study
-from gain.task import write_arrays
+from gain.task import CifarConfig, write_arrays
 from measure import existing, make_parser, one_line_errors
 
 NAMES = ("textures", "digits", "CIFAR-10 branches")
@@ -56,6 +56,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--cifar", type=existing, help="folder with CIFAR-10's images; needs --cache")
     parser.add_argument("--cache", type=Path, help="folder for decoded images and outputs of frozen stages")
+    parser.add_argument("--images", type=int, default=5000, help="of CIFAR-10, for training (5000)")
     parser.add_argument("--study", action="append", choices=NAMES, help="run only this one; repeatable")
     parser.add_argument("--photos", type=named_folder, action="append", help="NAME=FOLDER; repeatable")
     parser.add_argument("--weights", type=existing, help="EfficientNet-Lite0's weights")
@@ -84,7 +85,8 @@ def studies(given: argparse.Namespace) -> list[Study]:
         arrays = given.cache.resolve() / "cifar10.npz"
         if not arrays.exists():
             write_arrays(given.cifar, arrays)
-        found += [cifar_branches(arrays, given.draws or 10, epochs) for epochs in given.epochs or [10]]
+        task = CifarConfig(arrays=arrays, train=given.images)
+        found += [cifar_branches(task, given.draws or 10, epochs) for epochs in given.epochs or [10]]
     return [one for one in found if one.name.partition(", ")[0] in (given.study or NAMES)]
 
 

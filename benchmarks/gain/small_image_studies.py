@@ -1,12 +1,12 @@
-"""The studies: networks, tasks and controls. No value was chosen with test images.
+"""The studies: networks, tasks and controls.
 
-Learning rates and epochs were chosen with seed 100 and more, which no evaluated draw has. The number of
-epochs of an equal-time control gives it at least the CPU time of the DSoP training.
+Learning rates and epochs were chosen with seed 100 and more, which no evaluated draw has; on CIFAR-10, these
+draws have the same test images. The number of epochs of an equal-time control gives it at least the CPU time
+of the DSoP training.
 """
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gain.study import Study
@@ -63,15 +63,15 @@ def digits(seeds: int) -> Study:
     )
 
 
-def cifar_branches(arrays: Path, seeds: int, epochs: int) -> Study:
-    """Compare DSoP with its controls on 5000 images of CIFAR-10 after a training of *epochs*."""
+def cifar_branches(task: CifarConfig, seeds: int, epochs: int) -> Study:
+    """Compare DSoP with its controls on images of CIFAR-10 after a training of *epochs*."""
     return Study(
-        name=f"CIFAR-10 branches, {epochs} epochs",
+        name=f"CIFAR-10 branches, {epochs} epochs, {task.train} images",
         images="CIFAR-10",
-        title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 000 test images",
+        title="ResNet-8 of width 16, feature maps 16, 8, 4, 10 000 test images",
         seeds=tuple(range(seeds)),
         template={
-            "task": CifarConfig(arrays=arrays),
+            "task": task,
             "network": "resnet",
             "config": {"depth": 8},
             "strides": (2, 2),

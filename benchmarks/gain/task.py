@@ -13,7 +13,7 @@ from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.seeds import derive_seed
 
-UNUSED = 5000  # of CIFAR's training images
+CHOICES = 5000  # of CIFAR's training images, for choices; no subset has them
 
 
 class Task(NamedTuple):
@@ -57,13 +57,13 @@ def digits(config: DigitsConfig, seed: int) -> Task:
 
 
 def cifar(config: CifarConfig, seed: int) -> Task:
-    """Load a training subset of CIFAR by *seed*; 5000 images are in no subset."""
+    """Load all training images of CIFAR, or a subset by *seed* without those for choices."""
     with np.load(config.arrays) as stored:
         train, labels, test, test_labels = (
             torch.from_numpy(stored[name]) for name in ("train", "labels", "test", "test_labels")
         )
     fixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(0, "held out")))
-    rest = fixed[UNUSED:]
+    rest = fixed if config.train == len(labels) else fixed[CHOICES:]
     shuffled = torch.randperm(len(rest), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
     chosen = rest[shuffled[: config.train]]
     return Task(normalize(train[chosen]), labels[chosen], normalize(test), test_labels, pool=len(test))
