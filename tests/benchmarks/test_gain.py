@@ -61,6 +61,8 @@ def test_rates_are_one_and_three_times_powers_of_ten() -> None:
     assert [neighbor(rate, below=True) for rate in (0.03, 0.1, 1e-3)] == [0.01, 0.03, 3e-4]
 
 
-@pytest.mark.parametrize("name", ["cifar_branches", "fine_tuned_heads", "photo_branches"])
-def test_the_lines_of_the_pages_are_read(name) -> None:
-    assert Lines(ROOT / "docs" / "benchmarks" / f"{name}.jsonl", may_run=False).by_run
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "benchmarks").glob("*.jsonl")), ids=lambda path: path.stem
+)
+def test_the_lines_of_the_pages_are_read(path) -> None:
+    assert Lines(path, may_run=False).by_run
