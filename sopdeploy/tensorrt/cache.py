@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
@@ -123,18 +123,7 @@ class StoredEngine(NamedTuple):
     record: EngineRecord
 
 
-class KeyFields(TypedDict):
-    """The fields of a key that a bundle and the machine decide."""
-
-    bundle: str
-    bundle_onnx: str
-    tensorrt: str
-    gpu: str
-    architecture: str
-    precision: str
-
-
-def key_fields(bundle: Bundle, tensorrt: str, gpu: Gpu) -> KeyFields:
+def key_fields(bundle: Bundle, tensorrt: str, gpu: Gpu) -> dict[str, str]:
     """Return the fields of a key that *bundle* and the machine decide."""
     return {
         "bundle": bundle.name,

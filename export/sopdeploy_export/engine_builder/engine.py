@@ -58,7 +58,7 @@ def get_engine(
     trt, cuda = import_tensorrt(), open_cuda()
     gpu = cuda.gpu()
     fields = cache.key_fields(bundle, str(trt.__version__), gpu)
-    key = EngineKey(**fields, profiles=profiles, via=options.via)
+    key = EngineKey.model_validate({**fields, "profiles": profiles, "via": options.via})
     folder = cache.cache_folder(bundle, options.cache)
     reason = "--rebuild was given"
     if not options.rebuild:

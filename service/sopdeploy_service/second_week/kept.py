@@ -9,6 +9,7 @@ were kept because the network was not sure of them. Figures about new photograph
 """
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -84,26 +85,23 @@ def read_kept(folder: Path) -> list[Kept]:
     Records that are damaged or of a later version, or whose photograph is missing, are skipped; warnings tell
     how many, and which version reads them. Raises `OSError` if *folder* cannot be read.
     """
-    kept, others, num_damaged = list[Kept](), list[str](), 0
+    kept, others = list[Kept](), list[str]()
     device_folders = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
     files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
     for path in files:
-        try:
-            record = validate_format(KeptRecord, parse_json(read_file(path, MAX_TEXT_BYTES)))
+        with suppress(OSError, ValueError):
+            fields = parse_json(read_file(path, MAX_TEXT_BYTES))
+            try:
+                record = validate_format(KeptRecord, fields)
+            except OtherVersionError as error:
+                others.append(f"{path.name}: {error}")
+                continue
             image = path.with_name(record.image)
             # A copy of a record would repeat its photograph, and a link may lead to any file.
-            is_complete = image.stem == path.stem and image.is_file() and not image.is_symlink()
-        except OtherVersionError as error:
-            others.append(f"{path.name}: {error}")
-            continue
-        except (OSError, ValueError):
-            is_complete = False
-        if is_complete:
-            kept.append(Kept(image, record))
-        else:
-            num_damaged += 1
-    if num_damaged:
-        log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, num_damaged)
+            if image.stem == path.stem and image.is_file() and not image.is_symlink():
+                kept.append(Kept(image, record))
+    if damaged := len(files) - len(kept) - len(others):
+        log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, damaged)
     if others:
         log.warning("%s: %d records are skipped, such as %s", folder, len(others), others[0])
     return sorted(kept, key=lambda kept_photo: kept_photo.record.time)
