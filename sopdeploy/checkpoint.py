@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Container, Mapping
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import pydantic
 import torch
@@ -52,6 +52,29 @@ COUNTER = "num_batches_tracked"  # of a batch norm; old files lack it, and infer
 MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight": ..}}}
 
 
+class TrainingRecord(TypedDict, total=False):
+    """How weights were trained or where they come from, in the types of PyTorch's files.
+
+    `recipe`, `start` and `procedure` are models of `sopdeploy.training`; `procedure` is the result.
+    """
+
+    recipe: FieldValues
+    images_format: str
+    start: FieldValues
+    seed: int
+    epoch: int
+    step: int
+    weights: Literal["raw", "average"]
+    metrics: FieldValues | None
+    procedure: FieldValues
+    versions: dict[str, str]
+    plugins: dict[str, str]
+    machine: FieldValues
+    imported_from: str
+    imported_sha256: str
+    imported_project: str
+
+
 @dataclass(
     frozen=True,
     kw_only=True,
@@ -67,7 +90,7 @@ class Checkpoint:
         weights: state dict of the training network; the averaged weights if EMA was enabled.
         labels: class names in output order.
         preprocess: image preprocessing.
-        training: recipe, seed, epoch and its metrics, result, versions and machine.
+        training: a `TrainingRecord`; a file can contain anything.
         resume: what `training.record` adds to `last.pt`; `None` if training cannot be resumed from the file.
         image_hashes: sorted hashes (N,) int64 of the files of the training images; empty if unknown.
         decision: how logits become a decision; `None` is softmax without calibration or rejection.
@@ -81,7 +104,7 @@ class Checkpoint:
     weights: Annotated[dict[Text, Tensor], pydantic.Field(max_length=MAX_TENSORS)]
     labels: Labels
     preprocess: Preprocess
-    training: dict[str, Any]
+    training: Mapping[str, Any]
     resume: Mapping[str, Any] | None = None
     decision: Decision | None = None
     project: ProjectName | Literal[""] = ""
@@ -163,11 +186,13 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
             if isinstance(value, Tensor) and not (_is_dense(value) and _stores_all_numbers(value)):
                 where = f"{path}: {str(name)[:80]}"
                 raise CheckpointError(f"{where}: has a tensor without values of its own; copy it again")
-    version = content.pop("version", None)
-    unknown = content.keys() - {field.name for field in fields(Checkpoint)}
-    is_of_other_version = written_by not in {None, __version__}
+    version, training = content.pop("version", None), content.get("training")
+    unknown = [str(name) for name in content.keys() - {field.name for field in fields(Checkpoint)}]
+    if isinstance(training, dict):
+        unknown += [f"training.{name}" for name in training.keys() - TrainingRecord.__annotations__.keys()]
+    is_of_other_version = isinstance(written_by, str) and written_by != __version__
     try:
-        check_format(version, _VERSION, written_by, map(str, unknown) if is_of_other_version else ())
+        check_format(version, _VERSION, written_by, unknown if is_of_other_version else ())
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
         problem = first_problem(error) + (version_advice(written_by) or "; train or import it again")

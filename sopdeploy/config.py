@@ -5,7 +5,7 @@ import reprlib
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
-from typing import Annotated, Any, ClassVar, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
 
 import pydantic
 import pydantic_core
@@ -30,6 +30,7 @@ MAX_LEVELS = 100  # of tables
 MAX_JSON_PARTS = 5_000_000  # of a document
 MAX_UNKNOWN_KEYS = 1_000  # of an object; more are refused without an error for each
 MAX_TEXT = 10_000_000  # characters
+ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 _NO_SCHEMAS = {"default", "metadata", "serialization"}  # parts of a core schema
 MAX_SHOWN = 80  # characters of a value in a message
 
@@ -184,7 +185,7 @@ class Options(StrictModel):
 
 
 def check_format(found: Any, expected: int, written_by: Any, unknown: Iterable[str] = ()) -> None:
-    """Raise `ValueError` if this version of sopdeploy cannot read a file.
+    """Raise `OtherVersionError` if this version of sopdeploy cannot read a file.
 
     The format version *found* in the file must be *expected*, and the file must have no *unknown* fields.
     A format keeps its version when it gets optional fields: files without them get their defaults.
@@ -196,15 +197,44 @@ def check_format(found: Any, expected: int, written_by: Any, unknown: Iterable[s
         reader = f"sopdeploy {written_by[:MAX_SHOWN]}"
     if found != expected:
         version = _SHORTENER.repr(found)[:MAX_SHOWN]
-        raise ValueError(f"version: {version}, but this sopdeploy reads {expected}; read it with {reader}")
+        raise OtherVersionError(
+            f"version: {version}, but this sopdeploy reads {expected}; read it with {reader}"
+        )
     if names := sorted(unknown):
-        raise ValueError(f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it")
+        raise OtherVersionError(
+            f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it"
+        )
 
 
 def writer_of(fields: Any) -> Any:
-    """Return the version of sopdeploy in the entry `versions` of *fields* of a file; None without it."""
-    versions = fields.get("versions") if isinstance(fields, Mapping) else None
-    return versions.get("sopdeploy") if isinstance(versions, Mapping) else None
+    """Return the version of sopdeploy that wrote *fields* of a file; None if they do not say it."""
+    if not isinstance(fields, Mapping):
+        return None
+    versions = fields.get("versions")
+    return versions.get("sopdeploy") if isinstance(versions, Mapping) else fields.get("written_by")
+
+
+class OtherVersionError(ValueError):
+    """A file that this version of sopdeploy cannot read, and that another one wrote."""
+
+
+def validate_format(model: type[ModelT], fields: Any) -> ModelT:
+    """Validate the *fields* of a file, a table of format 1, as *model*.
+
+    Raises `OtherVersionError` for another format, and for fields that do not fit and that another version of
+    sopdeploy wrote; `ValueError` for others that do not fit. Both messages have one line.
+    """
+    if not isinstance(fields, Mapping):
+        raise ValueError("not a table")
+    written_by = writer_of(fields)
+    unknown = fields.keys() - model.model_fields.keys() if written_by != __version__ else ()
+    check_format(fields.get("version", 1), 1, written_by, unknown)
+    try:
+        return model.model_validate(fields)
+    except pydantic.ValidationError as error:
+        advice = version_advice(written_by)
+        problem = OtherVersionError if advice else ValueError
+        raise problem(first_problem(error) + advice) from error
 
 
 def version_advice(written_by: Any) -> str:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sopdeploy.bundle.manifest import Int8For, Manifest, Precision
 from sopdeploy.config import StrictModel
@@ -232,7 +232,7 @@ class Exported(ExportResults):
         bundle = f"{self.path} ({self.seconds:.0f} s; README.md describes it)"
         return {"removed": facts["removed"], "proof": proof, "drift": drift, "bundle": bundle}
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Build the output of `export --json`, with a decision if there is one."""
         return {
             "bundle": str(self.path),

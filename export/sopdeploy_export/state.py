@@ -94,7 +94,7 @@ class ObjectId:
     changed_by_writes: tuple[int, ...] = ()
 
 
-def read_state(network: nn.Module) -> dict[str, Any]:
+def read_state(network: nn.Module) -> dict[str, object]:
     """Map the path of every tensor, number and object in the modules of *network* to a comparable form.
 
     Everything that is reachable from the modules is read: attributes, slots and containers, the classes and
@@ -104,7 +104,7 @@ def read_state(network: nn.Module) -> dict[str, Any]:
     too many objects.
     """
     numpy_state = tree_leaves(np.random.get_state(legacy=False))  # noqa: NPY002
-    state: dict[str, Any] = {
+    state: dict[str, object] = {
         "random": hash(random.getstate()),
         "numpy.random": [leaf.tobytes() if isinstance(leaf, np.ndarray) else leaf for leaf in numpy_state],
     }

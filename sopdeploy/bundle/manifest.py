@@ -6,22 +6,11 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import (
-    FieldValues,
-    StrictModel,
-    Text,
-    check_format,
-    first_problem,
-    matching,
-    parse_json,
-    version_advice,
-    writer_of,
-)
+from sopdeploy.config import FieldValues, StrictModel, Text, matching, parse_json, validate_format
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.names import ProjectName
 from sopdeploy.project import Origin, Time
-from sopdeploy.version import __version__
 
 FORMAT_VERSION: Literal[1] = 1
 ID_LENGTH = 12
@@ -165,13 +154,7 @@ class Manifest(StrictModel):
             raise ValueError("not a JSON object")
         for name in ("id", "sha256"):  # computed by `to_bytes`, and compared with all other bytes below
             fields.pop(name, None)
-        written_by = writer_of(fields)
-        unknown = fields.keys() - cls.model_fields.keys() if written_by != __version__ else ()
-        check_format(fields.get("version", FORMAT_VERSION), FORMAT_VERSION, written_by, unknown)
-        try:
-            manifest = cls.model_validate(fields)
-        except pydantic.ValidationError as problem:
-            raise ValueError(first_problem(problem) + version_advice(written_by)) from problem
+        manifest = validate_format(cls, fields)
         if manifest.to_bytes() != raw:
             raise ValueError("was edited or damaged after the export")
         return manifest

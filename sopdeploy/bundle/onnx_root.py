@@ -15,6 +15,7 @@ import numpy as np
 
 from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
+from sopdeploy.config import shown, version_advice
 from sopdeploy.errors import BundleError, CertificateError
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def check_certificate(bundle: Bundle) -> None:
         program_root, shipped_root, float32_root = (certificate["roots"][name] for name in CERTIFIED_ROOTS)
         compared = tuple(certificate["compared"])
         detached_parts, mixes_images = tuple(certificate["detached"]), tuple(certificate["mixes_images"])
-        is_known_proof = compared == PROOFS[certificate["proof"]]
+        is_known_proof = compared == PROOFS.get(certificate["proof"])
     except (KeyError, TypeError) as error:
         raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
     if program_root != manifest.lineage.program_root or mixes_images != manifest.mixes_images:
@@ -216,6 +217,9 @@ def check_certificate(bundle: Bundle) -> None:
         fits_detached = "detached" not in compared and not certificate["removed"]
     own_sha256 = certificate.pop("sha256")  # of all other fields
     is_unchanged = own_sha256 == hashlib.sha256(to_json(certificate)).hexdigest()
+    advice = version_advice(manifest.versions.get("sopdeploy"))
+    if is_unchanged and advice and certificate["proof"] not in PROOFS:
+        raise BundleError(f"{path}: proof: {shown(certificate['proof'])} is unknown here{advice}")
     if not (is_known_proof and fits_detached and is_unchanged):
         raise BundleError(f"{path}: was changed after the export; {ADVICE}")
 

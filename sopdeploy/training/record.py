@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sopdeploy.checkpoint import Checkpoint, is_state_dict
+from sopdeploy.checkpoint import Checkpoint, TrainingRecord, is_state_dict
 from sopdeploy.config import FieldValues, first_problem, version_advice, writer_of
 from sopdeploy.decision import Decision
 from sopdeploy.environment import machine
@@ -91,7 +91,7 @@ def run_record(start: Start, fit: Fit, resume: ResumeState | None = None) -> Che
     )
 
 
-def _describe_training(start: Start, fit: Fit) -> dict[str, Any]:
+def _describe_training(start: Start, fit: Fit) -> TrainingRecord:
     """Describe how the weights were trained."""
     history, device = fit.position.history, start.strategy.device
     plugins = plugin_versions([*fit.network.modules(), start.recipe.data])

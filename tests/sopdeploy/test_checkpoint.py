@@ -68,6 +68,10 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "no format": (lambda c: c.pop("format"), "not a sopdeploy checkpoint"),
     "a newer version": (lambda c: c.update(version=2), "version: "),
     "an extra key": (lambda c: c.update(extra=1), "extra: unknown key"),
+    "an extra key, and a list as its version": (
+        lambda c: c.update(extra=1, training={"versions": {"sopdeploy": []}}),
+        "extra: unknown key",
+    ),
     "duplicate labels": (lambda c: c.update(labels=["a", "b", "a"]), "labels: .*its name occurs twice"),
     "too few thresholds": (
         lambda c: c.update(decision={"activation": "sigmoid", "thresholds": [0.5]}),

@@ -21,9 +21,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pydantic
 
-from sopdeploy.config import StrictModel, check_format, first_problem, parse_json, version_advice
+from sopdeploy.config import OtherVersionError, StrictModel, parse_json, validate_format
 from sopdeploy.errors import ConfigError
 from sopdeploy.file_systems import lock_file
 from sopdeploy.files import (
@@ -158,20 +157,10 @@ class OutputFolder:
         """Read `_run.json`; None if it is missing or damaged; raises `ConfigError` for a later format."""
         path = self.path / STATE
         try:
-            fields = dict(parse_json(read_file(path, MAX_TEXT_BYTES)))
-        except (OSError, ValueError, TypeError):
-            return None
-        writer = fields.get("written_by")
-        unknown = fields.keys() - RunState.model_fields.keys() if writer != __version__ else ()
-        try:
-            check_format(fields.get("version", VERSION), VERSION, writer, unknown)
-        except ValueError as error:
+            return validate_format(RunState, parse_json(read_file(path, MAX_TEXT_BYTES)))
+        except OtherVersionError as error:
             raise ConfigError(f"{path}: {error}", setting="out") from error
-        try:
-            return RunState.model_validate(fields)
-        except pydantic.ValidationError as error:
-            if advice := version_advice(writer):
-                raise ConfigError(f"{path}: {first_problem(error)}{advice}", setting="out") from error
+        except (OSError, ValueError):
             return None
 
     def sizes(self) -> list[int]:

@@ -11,7 +11,6 @@ not independent; only the first of a group counts. Letters: N photographs, C cla
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
 
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
-from sopdeploy.config import StrictModel, Text
+from sopdeploy.config import OtherVersionError, StrictModel, Text, parse_json, validate_format
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
@@ -310,16 +309,28 @@ def compare_loaded(
 
 
 def read_promotions(link: Path) -> list[Promotion]:
-    """Read the recorded moves of *link* and the refused ones, the oldest first."""
+    """Read the recorded moves of *link* and the refused ones, the oldest first.
+
+    A line that is not JSON is skipped: the machine stopped while it was written. Raises `ConfigError` for any
+    other line that cannot be read, as one of a later version: each attempt and each move counts.
+    """
     log, promotions = link.with_name(LOG), list[Promotion]()
     try:
         lines = read_file(log, MAX_NAMES_BYTES).splitlines() if os.path.lexists(log) else []
     except OSError as error:
         raise ConfigError(f"{log}: cannot be read ({error.strerror}); repair or move it away") from error
-    for line in lines:
-        with suppress(pydantic.ValidationError):  # the machine stopped while the line was written
-            promotions.append(Promotion.model_validate_json(line))
-    return [promotion for promotion in promotions if promotion.link == link.name]
+    for number, line in enumerate(lines, 1):
+        try:
+            fields = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(fields, dict) and fields.get("link") == link.name:
+            try:
+                promotions.append(validate_format(Promotion, fields))
+            except ValueError as error:
+                advice = "" if isinstance(error, OtherVersionError) else "; repair or remove this line"
+                raise ConfigError(f"{log}: line {number}: {error}{advice}") from error
+    return promotions
 
 
 def count_comparisons(link: Path) -> int:

@@ -67,7 +67,7 @@ class Evaluation:
     mirror: bool = False
     notes: tuple[str, ...] = ()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Return the output of `sopdeploy eval --json`."""
         return {
             "source": self.source,

@@ -57,8 +57,8 @@ def get_engine(
         profiles = (cache.Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
     trt, cuda = import_tensorrt(), open_cuda()
     gpu = cuda.gpu()
-    fields: dict[str, Any] = {**cache.key_fields(bundle, str(trt.__version__), gpu)}
-    key = EngineKey(**fields, profiles=profiles, via=options.via)
+    fields = cache.key_fields(bundle, str(trt.__version__), gpu)
+    key = EngineKey.model_validate({**fields, "profiles": profiles, "via": options.via})
     folder = cache.cache_folder(bundle, options.cache)
     reason = "--rebuild was given"
     if not options.rebuild:

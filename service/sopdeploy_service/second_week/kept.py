@@ -18,7 +18,7 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import StrictModel, Text, matching
+from sopdeploy.config import OtherVersionError, StrictModel, Text, matching, parse_json, validate_format
 from sopdeploy.files import LOCK, MAX_TEXT_BYTES, read_file
 from sopdeploy.names import DISTINCT_NAMES
 from sopdeploy.photos.files import KEPT_NAME
@@ -35,6 +35,7 @@ class KeptRecord(StrictModel):
 
     Attributes:
         version: Of the format; a record of another one is skipped, and its photograph stays.
+        written_by: Version of sopdeploy that wrote the record; None before 0.1.0.
         image: Name of the file beside the record.
         bundle: ID of the bundle that predicted.
         model: Name under which the bundle was served.
@@ -50,6 +51,7 @@ class KeptRecord(StrictModel):
     """
 
     version: Literal[1] = 1
+    written_by: Text | None = None
     image: Annotated[str, matching(KEPT_NAME.pattern, "name of a kept photograph")]
     bundle: Text
     model: Text
@@ -80,24 +82,28 @@ class Kept(NamedTuple):
 def read_kept(folder: Path) -> list[Kept]:
     """Read the kept photographs in *folder* and its subfolders of devices, the oldest first.
 
-    Records that are damaged, or whose photograph is missing, are skipped; a warning tells how many. Raises
-    `OSError` if *folder* cannot be read.
+    Records that are damaged or of a later version, or whose photograph is missing, are skipped; warnings tell
+    how many, and which version reads them. Raises `OSError` if *folder* cannot be read.
     """
-    kept = []
+    kept, others = list[Kept](), list[str]()
     device_folders = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
     files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
     for path in files:
-        with suppress(OSError, pydantic.ValidationError):
-            record = KeptRecord.model_validate_json(read_file(path, MAX_TEXT_BYTES))
+        with suppress(OSError, ValueError):
+            fields = parse_json(read_file(path, MAX_TEXT_BYTES))
+            try:
+                record = validate_format(KeptRecord, fields)
+            except OtherVersionError as error:
+                others.append(f"{path.name}: {error}")
+                continue
             image = path.with_name(record.image)
             # A copy of a record would repeat its photograph, and a link may lead to any file.
             if image.stem == path.stem and image.is_file() and not image.is_symlink():
                 kept.append(Kept(image, record))
-    if skipped := len(files) - len(kept):
-        log.warning(
-            "%s: %d records are damaged, of a later version or have no photograph; they are skipped",
-            folder, skipped,
-        )  # fmt: skip
+    if damaged := len(files) - len(kept) - len(others):
+        log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, damaged)
+    if others:
+        log.warning("%s: %d records are skipped, such as %s", folder, len(others), others[0])
     return sorted(kept, key=lambda kept_photo: kept_photo.record.time)
 
 

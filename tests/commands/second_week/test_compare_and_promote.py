@@ -353,13 +353,33 @@ def test_a_link_is_not_moved_back_to_itself(bundles, shelf, before: str) -> None
     assert len(log_of(shelf)) == 1
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "a\x00b", "x" * 5000])
-def test_a_line_of_the_log_with_a_name_that_is_no_path_is_skipped(bundles, shelf, name: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"before": ""}, "before: .*; repair or remove this line"),
+        ({"before": "a\nb"}, "before: .*; repair or remove this line"),
+        ({"before": "a\x00b"}, "before: .*; repair or remove this line"),
+        ({"before": "x" * 5000}, "before: .*; repair or remove this line"),
+        ({"votes": 3}, "votes: unknown here; read it with a later version of sopdeploy, which wrote it"),
+        (
+            {"votes": 3, "written_by": "9.8"},
+            "votes: unknown here; read it with sopdeploy 9.8, which wrote it",
+        ),
+        ({"reason": {"text": "x"}, "written_by": "9.8"}, "written_by: .*; read it with sopdeploy 9.8"),
+        ({"version": 2, "written_by": "9.8"}, "version: 2, .*; read it with sopdeploy 9.8"),
+        ({"comparison": {"votes": 3}}, "comparison.*; repair or remove this line"),
+    ],
+)
+def test_a_line_of_the_log_that_cannot_be_read_is_refused_and_another_links_is_skipped(
+    bundles, shelf, changes: dict[str, object], message: str
+) -> None:
     promote(shelf / bundles[1].name, shelf / "live", None, force="x")
-    *_, line = log_of(shelf)
-    (shelf / LOG).write_text(json.dumps({**line, "before": name}) + "\n")
-    with pytest.raises(PromotionError, match="names no bundle before"):
+    first, line = log_of(shelf)
+    (shelf / LOG).write_text(f"{json.dumps(first)}\n{json.dumps({**line, **changes})}\n")
+    with pytest.raises(ConfigError, match=rf"{LOG}: line 2: {message}"):
         promote(back=shelf / "live")
+    (shelf / LOG).write_text(f"{json.dumps({**line, **changes, 'link': 'other'})}\n{json.dumps(line)}\n")
+    assert promote(back=shelf / "live").after == bundles[0].name
 
 
 def test_a_torn_line_of_the_log_is_skipped(bundles, shelf) -> None:

@@ -1,4 +1,4 @@
-"""A bundle of an earlier version, whose certificate proves less: what is missing, and what to do."""
+"""A bundle of another version, whose certificate proves less or differently: what to do."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, to_json
 from sopdeploy.bundle.onnx_root import check_certificate
 from sopdeploy.errors import BundleError
+from sopdeploy.version import __version__
 from tests.support.forged import forge
 from tests.support.service import write_bundle
 
@@ -39,3 +40,18 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
         BundleError, match=r"has no .*roots\.shipped.*; export the bundle again from its checkpoint"
     ):
         check_certificate(open_bundle(forge(bundle, bound=False)))
+
+
+@pytest.mark.parametrize(
+    ("versions", "advice"),
+    [({"sopdeploy": "9.8"}, "proof: 'four-way' is unknown here; read it with sopdeploy 9.8, which wrote it"),
+     ({"sopdeploy": __version__}, "was changed after the export; export the bundle again")],
+)  # fmt: skip
+def test_a_proof_of_a_later_version_names_who_reads_it(
+    versions: dict[str, str], advice: str, tmp_path: Path
+) -> None:
+    bundle = write_bundle(tmp_path)
+    fields = json.loads((bundle / CERTIFICATE).read_bytes())
+    (bundle / CERTIFICATE).write_bytes(to_json({**fields, "proof": "four-way"}))
+    with pytest.raises(BundleError, match=advice):
+        check_certificate(open_bundle(forge(bundle, versions=versions)))

@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
@@ -149,7 +148,7 @@ class Reproduction:
             lines.append(shlex.join(["sopdeploy", "train", "--recipe", row.source, *settings, "--out", out]))
         return lines
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Return the results without the epochs of the runs and their recipes, for `--json`."""
         hidden = {"recipe", "network", "history", "machine"}
         rows = []

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
+from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
@@ -285,6 +286,7 @@ def _describe(photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], i
         indexes = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
     answer = manifest.rules.answer(photo.logits, top_k=1)
     return KeptRecord(
+        written_by=__version__,
         image=image,
         bundle=manifest.id,
         model=photo.model,
