@@ -36,9 +36,9 @@ def hold_out(
     """
     ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
     shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # image indices
-    classes_of_N: Sequence[NDArray[np.int64]]
+    classes_of_N: NDArray[np.int64] | list[NDArray[np.int64]]
     if targets.ndim == 1:
-        classes_of_N, in_training_C = targets[:, None], np.bincount(targets)
+        classes_of_N, in_training_C = targets[:, None].astype(np.int64), np.bincount(targets)
         sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
         starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
         class_members = np.split(sorted_by_class, starts)
