@@ -161,7 +161,7 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     rounds = math.ceil(len(queue) / given.at_once)
     minutes = (seconds + rounds * START_SECONDS + EXPORT_SECONDS) / 60
     loader_ms = measured_ms()["loader processes"] * given.batch_size / batch_size
-    planned = {
+    planned: dict[str, Any] = {
         "copied": copied,
         "copied_bytes": sum(copied.values()),
         "trainings": len(queue),
@@ -319,6 +319,13 @@ def main(given: argparse.Namespace) -> int:
     return 0 if is_complete and "error" not in found.get("export", {"error": ""}) else 1
 
 
+def positive(text: str) -> int:
+    """Convert an argument to a number of at least 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: not a whole number of at least 1")
+    return int(text)
+
+
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
@@ -326,10 +333,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/paper-row"))
     parser.add_argument("--dry-run", action="store_true", help="print what is copied and the plan of minutes")
     for name, default in (("seeds", 3), ("epochs", 160), ("batch-size", 256)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=positive, default=default)
     parser.add_argument(
         "--at-once",
-        type=int,
+        type=positive,
         default=6,
         help="trainings side by side (6: by the measured times of Python, with 16 cores, a GPU that needs "
         "4 ms for a step is then busy for at least 80 %% of the time)",
