@@ -156,22 +156,27 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **installed(PACKAGES)}
 
 
-def commit() -> str:
-    """Describe the measured commit; `-dirty` marks uncommitted changes. "unknown" without git."""
+def commit(checkout: Path = Path(__file__).parent) -> str:
+    """Describe the commit of *checkout*; `-dirty` marks uncommitted changes. "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:
-        described = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
+        described = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
     return described.stdout.strip() or "unknown"
 
 
+def provenance() -> dict[str, Any]:
+    """Return what belongs to every measured value: the date (UTC), commit, machine and versions."""
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    return {"date": date, "commit": commit(), "machine": machine(), "versions": versions()}
+
+
 def document(results: Sequence[Result], **facts: object) -> dict[str, Any]:
     """Build the JSON document of every benchmark; *facts* are added to the description of the machine."""
     rows = [{**asdict(result), "ratio": result.ratio} for result in results]
-    return {"machine": machine() | facts, "versions": versions(), "results": rows}
+    origin = provenance()
+    return {**origin, "machine": origin["machine"] | facts, "results": rows}
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

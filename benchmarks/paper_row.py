@@ -1,15 +1,17 @@
 """A row of a paper at its scale: ResNet-20 on CIFAR-10 with and without DSoP branches (DSoP, Table IX).
 
     python benchmarks/paper_row.py --data FOLDER [--dry-run] [--seeds 3] [--epochs 160] [--precision bf16]
-        [--out FOLDER] [--at-once 4] [--minutes 30] [--step-ms 4] [--json]
+        [--out FOLDER] [--at-once 6] [--minutes 30] [--step-ms 4] [--python-ms PLAIN DSOP] [--json]
 
 --data holds train.tar.xz and test.tar.xz, or the folders train and test with one folder of images per class.
 The recipe is `cifar10-dsop-resnet20`. --at-once trainings run side by side, those of a seed next to each
-other. Each writes its epochs to --out at once. After --minutes, all are stopped and saved; the same command
-goes on. At the end come the test errors, their paired difference over the seeds with its interval, and the
-first network with branches, which is detached, proved equal and exported.
+other. Each writes its epochs to --out at once. After --minutes or Ctrl-C, all are stopped and saved; the same
+command goes on. At the end come the test errors, their paired difference over the seeds with its interval,
+and the first network with branches, which is detached, proved equal and exported: results.json in --out.
 
---dry-run prints what a machine with a GPU would get, and how long it takes if a step of 256 takes --step-ms.
+--dry-run prints what a machine with a GPU would get, how long it takes, how busy the GPU and how many cores
+are, and whether that fits into --minutes. One training needs --step-ms of the GPU for a step of 256 or
+--python-ms of a core for any step, whichever is longer; trainings side by side share the GPU.
 Exit status 1: more than 60 MiB to copy, a failed training or export, or an unfinished one.
 """
 
@@ -26,14 +28,16 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gain.paired import paired
-from measure import commit, existing, machine, make_parser, versions
+from measure import existing, make_parser, provenance
 
 from sopdeploy.training.recipe import read_recipe
 
+SOPDEPLOY = [sys.executable, "-m", "sopdeploy"]
 RECIPE = "cifar10-dsop-resnet20"
 ARMS = {"plain": "resnet20", "dsop": "dsop-resnet20"}
 PRINTED = 7.92  # error of the network without branches in Table IX, in percent
@@ -41,6 +45,8 @@ PARTS = ("train", "test")
 MAX_COPIED = 60 * 2**20  # bytes
 IMAGES = {"train": 50_000, "test": 10_000}
 START_SECONDS, EXPORT_SECONDS = 20, 60  # of a training, and of the export of one network
+FIGURES = Path(__file__).parent.parent / "docs" / "benchmarks" / "training_loop.json"
+SHARES = "gpu_busy.txt"  # in --out: the share of each second for which the GPU was busy, in percent
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +75,7 @@ class Run:
             "save.every_minutes": 2,
         }
         words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        train = [sys.executable, "-m", "sopdeploy", "train", "--recipe", RECIPE, *words]
+        train = [*SOPDEPLOY, "train", "--recipe", RECIPE, *words]
         return [*train, "--out", str(self.folder), "--resume", "auto"]
 
     def history(self) -> list[dict[str, float]]:
@@ -109,26 +115,68 @@ def code_files() -> list[Path]:
     return [root / name for name in listed.stdout.split("\0") if name and (root / name).is_file()]
 
 
+def measured_ms() -> dict[str, float]:
+    """Read what a step of 256 costs without a GPU, in ms of a core, by the name of the measurement."""
+    return {row["case"]: row["ours"] for row in json.loads(FIGURES.read_text(encoding="utf-8"))["results"]}
+
+
+def python_ms() -> list[float]:
+    """Return what Python was measured to need for a step of each arm, in ms.
+
+    An arm that was not measured gets the time of the network with branches, which has more operators.
+    """
+    found = measured_ms()
+    of_dsop = found[f"launching {ARMS['dsop']}"]
+    return [found["main thread"] + found.get(f"launching {network}", of_dsop) for network in ARMS.values()]
+
+
+def elapsed(trainings: Sequence[tuple[float, float]], at_once: int) -> float:
+    """Return the time until all *trainings* have ended, of which *at_once* run side by side.
+
+    Each needs a time when alone, and a share of the GPU in it. All slow down when the shares exceed one.
+    """
+    waiting, active, time_so_far = list(trainings), [], 0.0
+    while waiting or active:
+        count = at_once - len(active)
+        active, waiting = active + waiting[:count], waiting[count:]
+        first = min(alone for alone, _ in active)
+        time_so_far += first * max(1.0, sum(share for _, share in active))
+        active = [(alone - first, share) for alone, share in active if alone > first]
+    return time_so_far
+
+
 def plan(given: argparse.Namespace) -> dict[str, Any]:
     """Say what is copied and how many minutes all trainings take; starts nothing."""
-    recipe = read_recipe(RECIPE)
+    batch_size = read_recipe(RECIPE).batch_size
     copied = {str(path): num_bytes(path) for path in sources(given.data)}
     copied["the files of the checkout"] = sum(path.stat().st_size for path in code_files())
     steps = given.epochs * math.ceil(IMAGES["train"] / given.batch_size)
-    scale = given.batch_size / recipe.batch_size  # --step-ms is the time of a step of the recipe's size
-    forward = given.epochs * IMAGES["test"] / recipe.batch_size / 3  # a third of the operations of a step
-    training = START_SECONDS + (steps * scale + forward) * given.step_ms / 1e3
-    rounds = math.ceil(len(ARMS) * given.seeds / given.at_once)
-    # Trainings side by side share the GPU, which is taken to be busy with each.
-    seconds = len(ARMS) * given.seeds * (training - START_SECONDS) + rounds * START_SECONDS + EXPORT_SECONDS
-    return {
+    # An evaluation has a third of the operations of steps.
+    with_evaluations = steps + given.epochs * math.ceil(IMAGES["test"] / given.batch_size) / 3
+    gpu_ms = given.step_ms * given.batch_size / batch_size
+    step_ms = {arm: max(gpu_ms, python) for arm, python in zip(ARMS, given.python_ms, strict=True)}
+    alone = {arm: with_evaluations * step / 1e3 for arm, step in step_ms.items()}
+    queue = list(ARMS) * given.seeds
+    seconds = elapsed([(alone[arm], gpu_ms / step_ms[arm]) for arm in queue], given.at_once)
+    rounds = math.ceil(len(queue) / given.at_once)
+    minutes = (seconds + rounds * START_SECONDS + EXPORT_SECONDS) / 60
+    loader_ms = measured_ms()["loader processes"] * given.batch_size / batch_size
+    planned: dict[str, Any] = {
         "copied": copied,
         "copied_bytes": sum(copied.values()),
-        "trainings": len(ARMS) * given.seeds,
+        "trainings": len(queue),
         "steps_per_training": steps,
-        "minutes_per_training": round(training / 60, 1),
-        "minutes": round(seconds / 60, 1),
+        "ms_per_step_alone": step_ms,
+        "minutes_per_training_alone": {arm: round(value / 60, 1) for arm, value in alone.items()},
+        "at_once": given.at_once,
+        "gpu_busy_percent": round(100 * len(queue) * with_evaluations * gpu_ms / 1e3 / seconds),
+        # The thread that starts operators waits for the GPU without giving up its core.
+        "cores": round(sum(1 + loader_ms / step_ms[arm] for arm in queue[: given.at_once]), 1),
+        "minutes": round(minutes, 1),
     }
+    if math.isfinite(given.minutes):
+        planned |= {"minutes_given": given.minutes, "fits": minutes <= given.minutes}
+    return planned
 
 
 def unpack(data: Path, out: Path) -> Path:
@@ -160,44 +208,45 @@ def gpu_share() -> float | None:
         return None
 
 
-def train_all(runs: Sequence[Run], given: argparse.Namespace, data: Path) -> tuple[bool, list[float]]:
-    """Run the trainings, --at-once side by side; return whether all are finished, and shares of the GPU."""
+def train_all(runs: Sequence[Run], given: argparse.Namespace, data: Path) -> bool:
+    """Run the trainings, --at-once side by side; return whether all are finished."""
     deadline = time.monotonic() + 60 * given.minutes
     waiting = [run for run in runs if len(run.history()) < given.epochs]
     active: dict[Run, subprocess.Popen[bytes]] = {}
-    shares: list[float] = []
     seen = {run: len(run.history()) for run in runs}
     failed = False
-    while (waiting or active) and time.monotonic() < deadline:
-        while waiting and len(active) < given.at_once:
-            run = waiting.pop(0)
-            run.folder.parent.mkdir(parents=True, exist_ok=True)
-            log = run.folder.with_suffix(".log").open("ab")
-            active[run] = subprocess.Popen(run.command(given, data), stdout=log, stderr=log)
-        time.sleep(1)
-        shares += [share for share in (gpu_share(),) if share is not None]
-        for run in list(active):
-            for row in run.history()[seen[run] :]:
-                seen[run] += 1
-                error = 100 * (1 - row["top1"])
-                print(
-                    f"{run.arm} seed {run.seed} epoch {row['epoch']:.0f}: error {error:.2f}", file=sys.stderr
-                )
-            if (code := active[run].poll()) is not None:
-                del active[run]
-                if code:
-                    failed = True
-                    print(f"{run.folder.with_suffix('.log')}: exit code {code}", file=sys.stderr)
+    with suppress(KeyboardInterrupt), (given.out / SHARES).open("a", encoding="utf-8", buffering=1) as shares:
+        while (waiting or active) and time.monotonic() < deadline:
+            while waiting and len(active) < given.at_once:
+                run = waiting.pop(0)
+                run.folder.parent.mkdir(parents=True, exist_ok=True)
+                with run.folder.with_suffix(".log").open("ab") as log:
+                    active[run] = subprocess.Popen(run.command(given, data), stdout=log, stderr=log)
+            time.sleep(1)
+            if (share := gpu_share()) is not None:
+                print(share, file=shares)
+            for run in list(active):
+                code = active[run].poll()
+                for row in run.history()[seen[run] :]:
+                    seen[run] += 1
+                    error = 100 * (1 - row["top1"])
+                    line = f"{run.arm} seed {run.seed} epoch {row['epoch']:.0f}: error {error:.2f}"
+                    print(line, file=sys.stderr)
+                if code is not None:
+                    del active[run]
+                    if code:
+                        failed = True
+                        print(f"{run.folder.with_suffix('.log')}: exit code {code}", file=sys.stderr)
     for process in active.values():
         process.send_signal(signal.SIGTERM)  # saves the training
     for process in active.values():
         process.wait()
-    return not failed and not active and not waiting, shares
+    return not failed and not active and not waiting
 
 
 def export(run: Run, out: Path) -> dict[str, Any]:
     """Detach, prove and export the network of *run*; return what the command reports."""
-    command = [sys.executable, "-m", "sopdeploy", "export", str(run.folder / "last.pt"), "--detach"]
+    command = [*SOPDEPLOY, "export", str(run.folder / "last.pt"), "--detach"]
     done = subprocess.run(
         [*command, "--out", str(out / "bundles"), "--json"], capture_output=True, text=True, check=False
     )
@@ -207,8 +256,11 @@ def export(run: Run, out: Path) -> dict[str, Any]:
     return found
 
 
-def results(runs: Sequence[Run], given: argparse.Namespace, shares: Sequence[float]) -> dict[str, Any]:
-    """Collect the test errors after the last epoch, in percent, and the speed."""
+def results(runs: Sequence[Run], given: argparse.Namespace) -> dict[str, Any]:
+    """Collect the test errors after the last epoch, in percent, and the speed.
+
+    A single seed has no interval: the values of `dsop_minus_plain` that are not finite are None.
+    """
     rows = [run.history() for run in runs]
     finished = {
         (run.arm, run.seed): 100 * (1 - row[-1]["top1"])
@@ -217,7 +269,8 @@ def results(runs: Sequence[Run], given: argparse.Namespace, shares: Sequence[flo
     }
     seeds = [seed for seed in range(given.seeds) if all((arm, seed) in finished for arm in ARMS)]
     errors = {arm: [finished[arm, seed] for seed in seeds] for arm in ARMS}
-    difference = dataclasses.asdict(paired(errors["dsop"], errors["plain"])) if seeds else None
+    difference = dataclasses.asdict(paired(errors["dsop"], errors["plain"])) if seeds else {}
+    shares = [float(line) for line in (given.out / SHARES).read_text(encoding="utf-8").splitlines()]
     speeds = [row["images_per_second"] for history in rows for row in history if "images_per_second" in row]
     return {
         "printed_error_without_branches": PRINTED,
@@ -226,7 +279,9 @@ def results(runs: Sequence[Run], given: argparse.Namespace, shares: Sequence[flo
         "batch_size": given.batch_size,
         "seeds": seeds,
         "errors": errors,
-        "dsop_minus_plain": difference,
+        "dsop_minus_plain": {
+            key: value if math.isfinite(value) else None for key, value in difference.items()
+        },
         "images_per_second_of_one": statistics.median(speeds) if speeds else None,
         "at_once": given.at_once,
         "gpu_busy_percent": statistics.fmean(shares) if shares else None,
@@ -253,14 +308,22 @@ def main(given: argparse.Namespace) -> int:
     data = unpack(given.data, given.out / "data")
     folders = [(arm, seed, given.out / arm / f"seed-{seed}") for seed in range(given.seeds) for arm in ARMS]
     runs = [Run(*values) for values in folders]
-    is_complete, shares = train_all(runs, given, data)
-    found = {**results(runs, given, shares), "machine": machine(), "versions": versions(), "commit": commit()}
+    is_complete = train_all(runs, given, data)
+    found = {**results(runs, given), **provenance()}
     first = next(run for run in runs if run.arm == "dsop")
     if len(first.history()) == given.epochs:
         found["export"] = export(first, given.out)
-    (given.out / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=2) if given.json else "\n".join(describe(found)))
+    text = json.dumps(found, indent=2, allow_nan=False)
+    (given.out / "results.json").write_text(f"{text}\n", encoding="utf-8")
+    print(text if given.json else "\n".join(describe(found)))
     return 0 if is_complete and "error" not in found.get("export", {"error": ""}) else 1
+
+
+def positive(text: str) -> int:
+    """Convert an argument to a number of at least 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: not a whole number of at least 1")
+    return int(text)
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -269,12 +332,28 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=existing, required=True, help="folder of the images")
     parser.add_argument("--out", type=Path, default=Path("runs/paper-row"))
     parser.add_argument("--dry-run", action="store_true", help="print what is copied and the plan of minutes")
-    for name, default in (("seeds", 3), ("epochs", 160), ("at-once", 2), ("workers", 8), ("batch-size", 256)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("seeds", 3), ("epochs", 160), ("batch-size", 256)):
+        parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument(
+        "--at-once",
+        type=positive,
+        default=6,
+        help="trainings side by side (6: by the measured times of Python, with 16 cores, a GPU that needs "
+        "4 ms for a step is then busy for at least 80 %% of the time)",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="loader processes of each training (2)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after this time")
-    parser.add_argument("--step-ms", type=float, default=4.0, help="time of a step of 256 on the GPU")
+    parser.add_argument("--step-ms", type=float, default=4.0, help="time of a step of 256 on the GPU (4)")
+    parser.add_argument(
+        "--python-ms",
+        type=float,
+        nargs=2,
+        metavar=("PLAIN", "DSOP"),
+        default=python_ms(),
+        help="time of Python for a step of each network (as measured in docs/benchmarks/training_loop.json)",
+    )
     return parser.parse_args(words)
 
 

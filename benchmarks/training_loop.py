@@ -1,14 +1,19 @@
 """What the training loop costs beside the network: processor time by stage, and waits for the device.
 
     python benchmarks/training_loop.py [--against CHECKOUT] [--workers 2] [--rounds 3] [--data FOLDER]
+        [--json]
 
 The network, ResNet-20 with DSoP branches, is replaced by constant logits; its parameters get gradients of
 zero, so that the optimizer does its whole work. --data is a folder of classes, by default 3,000 generated
 JPEGs of 32 x 32 pixels. Values are read as often as on a GPU. With --against, the sources of another checkout
 run alternately with these, each in a process of its own. Processor time of a thread, so that other load
-changes little; medians of the rounds. `busy` is the share of the time for which a GPU works that needs
---gpu-ms for a step of 256, with eight loader processes. What starting the operators of the network costs is
-measured with two images of 8 x 8 pixels, for which they have little to compute.
+changes little; medians of the rounds, in ms of a step of 256 images. `busy` is the share of the time for
+which a GPU works that needs --gpu-ms for a step, with eight loader processes. What starting the operators of
+a network costs ("launching") is measured with two images of 8 x 8 pixels, for which they have little to
+compute.
+
+`docs/benchmarks/training_loop.json` is the document of --json, from which `make docs` writes the tables of
+the page, and paper_row.py plans. Write it elsewhere first: a changed checkout has no commit.
 """
 
 import argparse
@@ -31,7 +36,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from measure import Result, existing, make_parser, report
+from measure import Result, commit, existing, make_parser, report
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +53,9 @@ from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_run
 
 BATCH, GPU_WORKERS = 256, 8
+NETWORKS = ("resnet20", "dsop-resnet20")
+UNITS = {"loader processes started": "count", "images": "images/s", "busy": "%", "operators": "count"}
+UNITS |= {"waits": "count"}  # of the cases that begin so; cpu-ms of all others
 FEW, MANY = 2, 6  # epochs of two runs, whose difference has neither start nor first decoding
 
 
@@ -150,7 +158,7 @@ def train(recipe: Recipe, stages: Stages, *, counted: bool = False) -> None:
         (loop, "LoopRun", lambda *arguments: without_network(build(*arguments))),
         (loop, "load_batches", stages.batches(loop.load_batches)),
         (loop, "train_epoch", counted_epoch if counted else stages.timed("epochs", epoch)),
-        (loop, "fit_best", lambda loop_run, *_: (loop_run.synchronized_fit(), {})),
+        (loop, "fit_best", lambda loop_run, *_: (new_or_old(loop_run, "synchronized_fit", "fit")(), {})),
         (gradient, "compute_gradient", stages.timed("constant network", gradient.compute_gradient)),
         (torch.optim.SGD, "step", stages.timed("optimizer", torch.optim.SGD.step)),
         (Normalize, "forward", stages.timed("normalize", Normalize.forward)),
@@ -163,9 +171,14 @@ def train(recipe: Recipe, stages: Stages, *, counted: bool = False) -> None:
         train_run(recipe, Path(folder) / "run", strategy=Strategy(torch.device("cpu")))
 
 
-def launching_ms() -> float:
-    """Measure forward and backward pass of the network on two small images, in ms of this thread."""
-    network = create_model("dsop-resnet20", num_classes=10).train()
+def new_or_old(owner: Any, new: str, old: str) -> Any:
+    """Return the method *new* of *owner*, which older checkouts call *old*."""
+    return getattr(owner, new, None) or getattr(owner, old)
+
+
+def launching_ms(name: str) -> float:
+    """Measure forward and backward pass of the network *name* on two small images, in ms of this thread."""
+    network = create_model(name, num_classes=10).train()
     images, labels = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
     taken = []
     for _ in range(20):
@@ -205,8 +218,10 @@ def measure(data: Path, workers: int) -> dict[str, float]:
     rest = seconds["epochs"] - sum(seconds[stage] for stage in stages_of_epochs)
     source = AugmentedDataset(images, *augmentation(recipe(1, 0)))
     chosen = list(range(0, len(images), max(1, len(images) // BATCH)))[:BATCH]
-    decode = timed_ms(lambda: [images.decode(index) for index in chosen], len(chosen))
-    whole = timed_ms(lambda: [source.pixels([index]) for index in chosen], len(chosen))
+    decode_one = new_or_old(images, "decode", "__getitem__")
+    decode = timed_ms(lambda: [decode_one(index) for index in chosen], len(chosen))
+    batch = getattr(source, "pixels", lambda indices: [source[index] for index in indices])  # older
+    whole = timed_ms(lambda: [batch([index]) for index in chosen], len(chosen))
     main = (rest + seconds["optimizer"] + seconds["batches"]) * step
     return {
         "read and decode, without memory": decode,
@@ -221,7 +236,7 @@ def measure(data: Path, workers: int) -> dict[str, float]:
         / num_epochs,
         "operators of a step": counted.counts["operators"] / steps_per_epoch,
         "waits for the device of a step": counted.counts["waits"] / steps_per_epoch,
-        "launching the network": launching_ms(),
+        **{f"launching {name}": launching_ms(name) for name in NETWORKS},
     }
 
 
@@ -262,9 +277,9 @@ def measure_checkout(checkout: Path, data: Path, workers: int) -> dict[str, floa
     return found
 
 
-def busy(found: dict[str, float], gpu_ms: float, *, launching: bool = False) -> float:
+def busy(found: dict[str, float], gpu_ms: float, launching: float = 0.0) -> float:
     """Return the share of the time in which the GPU works, in percent."""
-    main = found["main thread"] + (found["launching the network"] if launching else 0.0)
+    main = found["main thread"] + launching
     return 100 * gpu_ms / max(gpu_ms, main, found["loader processes"] / GPU_WORKERS)
 
 
@@ -286,17 +301,14 @@ def main(arguments: argparse.Namespace) -> None:
             1e3 * BATCH / (row["main thread"] + row["loader processes"])
         )
         row["busy"] = busy(row, arguments.gpu_ms)
-        row["busy, with the launches of the network"] = busy(row, arguments.gpu_ms, launching=True)
-    units = {"images": "images/s", "busy": "%", "operators": "count", "waits": "count"}
+        for name in NETWORKS:
+            launching = row[f"launching {name}"]
+            row[f"busy, with launching {name}"] = busy(row, arguments.gpu_ms, launching)
+    against = commit(arguments.against) if arguments.against else ""
     results = []
     for name, value in medians[0].items():
-        unit = (
-            "count"
-            if "started" in name
-            else next((u for key, u in units.items() if name.startswith(key)), "cpu-ms")
-        )
-        other = medians[1][name] if len(medians) > 1 else None
-        against = arguments.against.name if other is not None else ""
+        unit = next((unit for start, unit in UNITS.items() if name.startswith(start)), "cpu-ms")
+        other = medians[1][name] if against else None
         results.append(
             Result(case=name, against=against, ours=value, other=other, unit=unit, runs=arguments.rounds)
         )

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
-from measure import Result, commit, machine, markdown, report, versions
+from measure import Result, markdown, provenance, report
 
 from gain.execution import Line, Results, run_studies
 from gain.paired import Paired, crossed, paired
@@ -104,9 +104,9 @@ def run_and_report(studies: Sequence[Study], given: argparse.Namespace) -> tuple
     chosen, results = run_studies(studies, given)
     if given.json:
         rows = [result for study in chosen for result in results_of(study, results[study.name])]
-        report(rows, as_json=True, commit=commit())
+        report(rows, as_json=True)
         return chosen, results
-    print(json.dumps({"machine": machine(), "versions": versions(), "commit": commit()}))
+    print(json.dumps(provenance()))
     for study in chosen:
         arms = results[study.name]
         draws = len(next(iter(arms.values()), ()))
