@@ -61,7 +61,7 @@ _PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER
 class GivenLabel(StrictModel):
     """What the user says about the photograph `id`; `name` is the class of the kind "class"."""
 
-    id: Annotated[str, matching(r"[0-9a-f]{32}", "id of a photograph")]
+    id: Annotated[str, pydantic.Field(max_length=32), matching(r"[0-9a-f]{32}", "id of a photograph")]
     kind: Literal["class", "unknown", "skip"]
     name: Annotated[str, pydantic.Field(max_length=1000)] = ""
 
