@@ -78,8 +78,8 @@ WHAT_TO_DO = {
     "CertificateError": "Do not deploy this network. The message names the training-only weights that the "
     "output depends on; change the model's code.",
     "LoweringError": "Change the part of the network or the option that the message names.",
-    "ParityError": "The message names the first deviating module and an option to try. `--allow-drift` "
-    "writes the bundle anyway and records the drift.",
+    "ParityError": "The message says what exceeds which limit. After drift, `--allow-drift` "
+    "writes the bundle anyway and records it.",
     "BundleError": "Copy or export the bundle again. Never edit files of a bundle.",
     "PromotionError": "Give more labelled photographs, or `--force REASON`, which is recorded.",
     "EngineError": "Correct what the message names; after an update of TensorRT use `--rebuild`.",

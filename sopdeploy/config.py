@@ -20,7 +20,8 @@ PositiveRate = Annotated[float, pydantic.Field(gt=0, le=1e6)]  # float32 can rep
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
-Text = Annotated[str, pydantic.Field(max_length=10_000)]  # a name, a version or a line
+MAX_LINE = 10_000  # characters
+Text = Annotated[str, pydantic.Field(max_length=MAX_LINE)]  # a name, a version or a line
 # The fields of a network's config or of a recipe by name, as in JSON and TOML. The model that reads them
 # validates them; plug-ins add fields.
 FieldValues: TypeAlias = dict[str, Any]

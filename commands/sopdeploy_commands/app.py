@@ -242,9 +242,9 @@ def _to_config_error(error: Any) -> Exception:
     name = getattr(error, "option_name", None)
     if hasattr(error, "possibilities") and name is not None:  # an option that the command does not have
         message = f"No such option: {name}{_suggest_option(name, parameters)}"
-    elif name is not None:  # an option without a value
-        (parameter,) = [parameter for parameter in parameters if name in parameter.opts]
-        choices = get_args(parameter.type_descriptor.annotation)  # of a `Literal`
+    elif name is not None:  # an option without a value, or one that takes none
+        named = [parameter for parameter in parameters if name in parameter.opts]  # not `--help`
+        choices = get_args(named[0].type_descriptor.annotation) if named else ()  # of a `Literal`
         if choices and all(isinstance(choice, str) for choice in choices):
             message += f", one of {', '.join(choices)}"
     return ConfigError(f"{command}: {message}; see {command} --help")

@@ -62,6 +62,9 @@ class ExportOptions(Options):
             problem = "int8 needs images to measure ranges on"
             remedies = {"calibrate": None}  # without a value to try: only the user knows the folder
             raise ConfigError(problem, setting="precision", remedies=remedies)
+        is_measured = self.calibrate is not None or self.evaluate is not None
+        if self.max_drop != type(self).model_fields["max_drop"].default and not is_measured:
+            raise ConfigError("needs images to measure on", setting="max_drop", remedies={"evaluate": None})
         return self
 
 

@@ -237,6 +237,7 @@ class Stub(nn.Module):
         part: Dotted name of the removed part.
         names_of_removed: The names of the attributes and methods of the removed part.
         methods: The names of its methods that the recording has.
+        is_sequential: Whether it was an `nn.Sequential`, whose slices can be called.
         held: Its tensors, full of NaN.
         recording: The calls that all stubs of the network answer.
     """
@@ -253,6 +254,7 @@ class Stub(nn.Module):
             part=part,
             names_of_removed={*dir(type(removed)), *vars(removed)} - set(dir(nn.Module)),
             methods={call.method for call in calls if call.part == part},
+            is_sequential=isinstance(removed, nn.Sequential),
             held={name: without_values(tensor) for name, tensor in held.items() if tensor is not None},
             recording=recording,
         )
@@ -305,7 +307,9 @@ class Stub(nn.Module):
     def __getitem__(self, index: Any) -> Any:
         """Return the part at a position or with a name, or the parts of a slice."""
         parts = self._parts()
-        return parts[index] if isinstance(index, str) else list(parts.values())[index]
+        chosen = parts[index] if isinstance(index, str) else list(parts.values())[index]
+        can_be_called = isinstance(index, slice) and self.is_sequential
+        return nn.Sequential(*chosen) if can_be_called else chosen
 
     def _parts(self) -> "dict[str, Stub | Tensor]":
         """Map the names of the parts and tensors to them, as they follow each other in a list."""

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from sopdeploy.bundle.folder import GRAPH, Bundle, staging
-from sopdeploy.bundle.manifest import TensorRecord
+from sopdeploy.bundle.manifest import BatchRange, TensorRecord
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import BundleError
 from sopdeploy.files import sha256
@@ -63,7 +63,7 @@ def _file_hashes(folder: Path) -> dict[str, str]:
 CONFIG = """\
 name: {name}
 backend: "onnxruntime"
-max_batch_size: {batch.maximum}
+max_batch_size: {max_batch}
 {tensors}
 # On every GPU, or on the CPU; fp32 in the graph stays fp32.
 instance_group {{ count: 1 kind: KIND_AUTO }}
@@ -105,32 +105,35 @@ def _model_config(bundle: Bundle) -> str:
     """Write Triton's ModelConfig message for *bundle* in the protobuf text format."""
     manifest, image = bundle.manifest, bundle.manifest.inputs[0]
     batch = manifest.batch
-    tensors = [_tensor_config("input", record) for record in manifest.inputs]
+    tensors = [_tensor_config("input", record, batch) for record in manifest.inputs]
     tensors += [
-        _tensor_config("output", record, f' label_filename: "{_LABELS}"' if position == 0 else "")
+        _tensor_config("output", record, batch, f' label_filename: "{_LABELS}"' if position == 0 else "")
         for position, record in enumerate(manifest.outputs)
     ]
     text = CONFIG.format(
         name=json.dumps(bundle.name),  # JSON strings are valid in the text format
-        batch=batch,
+        max_batch=batch.maximum if batch.maximum > 1 else 0,
         tensors="\n".join(tensors),
         precision=manifest.precision,
         onnx_sha256=manifest.files[GRAPH].sha256,
     )
     for size in sorted({1, batch.optimum, batch.maximum}):  # Triton repeats one probe image to this size
         name, kind = json.dumps(image.name), TYPES[image.dtype]
-        text += WARMUP_CONFIG.format(size=size, name=name, kind=kind, dims=_dims(image), file=WARMUP)
+        text += WARMUP_CONFIG.format(size=size, name=name, kind=kind, dims=_dims(image, batch), file=WARMUP)
     if batch.maximum > 1:
         text += BATCHING.format(preferred=sorted({batch.optimum, batch.maximum} - {1}))
     return text
 
 
-def _tensor_config(field: str, record: TensorRecord, more: str = "") -> str:
+def _tensor_config(field: str, record: TensorRecord, batch: BatchRange, more: str = "") -> str:
     """Write the *field* `input` or `output` for the tensor of *record*, with *more* fields of its message."""
     name, kind = json.dumps(record.name), TYPES[record.dtype]
-    return f"{field} {{ name: {name} data_type: {kind} dims: {_dims(record)}{more} }}"
+    return f"{field} {{ name: {name} data_type: {kind} dims: {_dims(record, batch)}{more} }}"
 
 
-def _dims(record: TensorRecord) -> list[int]:
-    """List the sizes of *record* behind the batch; -1 for one that varies."""
-    return [int(size or -1) for size in record.shape[1:]]  # Triton adds the batch axis itself
+def _dims(record: TensorRecord, batch: BatchRange) -> list[int]:
+    """List the sizes of *record* behind the batch; -1 for one that varies.
+
+    Triton adds the batch axis itself unless the maximum is 0, which a graph for one image needs.
+    """
+    return [1] * (batch.maximum == 1) + [int(size or -1) for size in record.shape[1:]]

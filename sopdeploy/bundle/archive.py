@@ -110,17 +110,18 @@ def padding(size: int) -> bytes:
 def upload(file: Path, destination: str, name: str) -> str:
     """Copy *file* to *destination*, a folder or its URL, under *name*; return the new location.
 
-    Readers never see an incomplete file under *name*. A failure leaves no new folder.
+    In folders and object stores, readers never see an incomplete file under *name*. A failure leaves no new
+    folder.
     """
-    if "://" in destination:
-        url = f"{destination.rstrip('/')}/{name}"
+    folder, url = destination.removeprefix("file://"), f"{destination.rstrip('/')}/{name}"
+    if "://" in folder:
         with _open_store(url) as (store, path):
             store.put_file(str(file), path)
         return url
-    target = Path(destination) / name
+    target = Path(folder) / name
     with writing(target), new_folder(target.parent), atomic_write(target) as partial:
         shutil.copyfile(file, partial)
-    return str(target)
+    return str(target) if folder == destination else url
 
 
 def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:

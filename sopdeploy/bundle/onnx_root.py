@@ -8,14 +8,13 @@ the graph defines each name once. `verify` recomputes the root where `onnx` is i
 """
 
 import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
-from sopdeploy.config import shown, version_advice
+from sopdeploy.config import parse_json, shown, version_advice
 from sopdeploy.errors import BundleError, CertificateError
 
 if TYPE_CHECKING:
@@ -227,10 +226,10 @@ def check_certificate(bundle: Bundle) -> None:
 def _read_fields(bundle: Bundle, name: str) -> dict[str, Any]:
     """Read the JSON object in the file *name* of *bundle*; raise `BundleError` if it contains none."""
     try:
-        fields = json.loads(bundle.contents[name])
+        fields = parse_json(bundle.contents[name])
         if isinstance(fields, dict):
             return fields
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     raise BundleError(f"{bundle.path / name}: contains no JSON object; {ADVICE}")
 

@@ -314,6 +314,16 @@ def test_each_report_is_about_the_precision_in_the_manifest(bundle: Path) -> Non
     rejection(forge(bundle), "precision.json: is about the precision int8, the manifest says fp32")
 
 
+def test_numbers_and_texts_that_python_alone_reads_are_rejected(bundle: Path) -> None:
+    parity, certificate = bundle / "parity.json", bundle / "certificate.json"
+    before = parity.read_bytes()
+    changed_json(bundle, "parity.json", floors_allowed=10**400)
+    rejection(forge(bundle), "parity.json: records no noise floor")
+    parity.write_bytes(before)
+    certificate.write_bytes(certificate.read_bytes().replace(b"{", b'{"note": "\\ud800", ', 1))
+    rejection(forge(bundle, bound=False), "certificate.json: contains no JSON object")
+
+
 NAMES = ["[red]x", "[/]", "a\nb", "\x1b[31mred", "../outside", "", ":warning:"]
 
 

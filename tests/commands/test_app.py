@@ -384,6 +384,8 @@ def test_a_row_of_a_table_is_one_line_in_a_pipe_and_not_cut(
 USAGE = {
     "train --resume": "sopdeploy train: Option '--resume' requires an argument, one of never, always, auto",
     "serve --port": "sopdeploy serve: Option '--port' requires an argument; see sopdeploy serve --help",
+    "--help=1": "sopdeploy: Option '--help' does not take a value; see sopdeploy --help",
+    "--version=1": "sopdeploy: Option '--version' does not take a value; see sopdeploy --help",
     "runs .": "sopdeploy runs: Unexpected argument '.';",
     "runs ...": "sopdeploy runs: Unexpected argument '...';",
     "serve b --gpu": "No such option: --gpu; use --setting runtime=onnxruntime-cuda;",

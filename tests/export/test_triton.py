@@ -79,6 +79,10 @@ def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path
     config = config_of(write(tmp_path / "single", batch=single), tmp_path / "models")
     assert not config.HasField("dynamic_batching")
     assert [warm.batch_size for warm in config.model_warmup] == [1]
+    image = [1, SIDE, SIDE, 3]  # Triton adds no batch axis, which a graph for one image does not have
+    shapes = [list(tensor.dims) for tensor in (*config.input, *config.output)]
+    assert (config.max_batch_size, shapes) == (0, [image, [1, CLASSES]])
+    assert list(config.model_warmup[0].inputs["images"].dims) == image
 
 
 def test_a_bundle_that_triton_cannot_serve_is_rejected(bundle: Bundle, tmp_path: Path) -> None:

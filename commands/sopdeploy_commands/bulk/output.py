@@ -132,7 +132,8 @@ class OutputFolder:
         """Remove what killed processes left: those of an earlier run, and lost machines of a Ray cluster."""
         for folder in (self.path, self.path / ROWS_FOLDER):
             remove_leftovers(folder)
-            for partial in folder.glob(f"*{PARTIAL}") if is_locked else ():
+        for name in (LISTING, STATE, f"{ROWS_FOLDER}/part-*.parquet") if is_locked else ():
+            for partial in self.path.glob(f"{name}.*{PARTIAL}"):
                 partial.unlink(missing_ok=True)
 
     def begin(self, images: Iterable[ListedImage], part_images: int, state: RowsState) -> None:

@@ -163,7 +163,7 @@ def _export_weights(
         preprocess=preprocess,
         destination=out,
         name=options.name or attribute,
-        logits_key=_parse_logits_key(source.logits_key),
+        logits_key=source.logits_key,
         allow_constants=source.allow_constants,
         several_classes=source.several_classes,
         options=options,
@@ -223,8 +223,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     from sopdeploy_export.user_network.export_network import unused_modules
 
     network, loaded = _load_network(file, options)
-    logits_key = _parse_logits_key(options.logits_key)
-    unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
+    unused = unused_modules(network, read_preprocess(options.preprocess), options.logits_key)
     export_options = {**vars(options), "training_only": tuple(unused), "labels": CLASS_NAMES_FILE}
     words = ["sopdeploy export", quote(str(file))]
     for name, value in export_options.items():
@@ -282,14 +281,6 @@ def read_preprocess(text: str | None) -> Preprocess:
             reason = first_problem(error)
         message = f"cannot be read ({reason}); give {EXAMPLE}"
         raise ConfigError(message, setting="preprocess", value=text) from error
-
-
-def _parse_logits_key(key: str | None) -> str | int | None:
-    """Parse the key of the logits in the output of a network: an index of a tuple, or a name of a dict."""
-    try:
-        return None if key is None else int(key)
-    except ValueError:
-        return key
 
 
 def _show_engine(engine: "EngineFile") -> None:

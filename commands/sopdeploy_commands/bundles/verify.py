@@ -1,6 +1,5 @@
 """`sopdeploy verify`: check a bundle's files and its outputs on this machine."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from sopdeploy.bundle.golden import check_golden, read_golden
 from sopdeploy.bundle.probes import Probes, Replay, read_probes
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, parse_json
 from sopdeploy.errors import BundleError
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import load_model
@@ -116,7 +115,7 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
     """
     advice = "export the bundle again"
     try:
-        parity = json.loads(bundle.contents["parity.json"])
+        parity = parse_json(bundle.contents["parity.json"])
         outputs = parity["outputs"]
         allowed_drifts = ALLOWED_DRIFTS if parity["drift_allowed"] else 0
         for name, tolerance in probes.tolerance.items():
@@ -126,7 +125,7 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
             if not tolerance <= largest:  # it is larger, or one of them is NaN
                 problem = f"parity.json does not explain the tolerance {tolerance:.2g} of {name}"
                 raise BundleError(f"{bundle.path / PROBES}: {problem}; {advice}")
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(f"{bundle.path / 'parity.json'}: records no noise floor; {advice}") from error
 
 

@@ -222,10 +222,13 @@ def _read_table(table: Path) -> Iterator[_TableRow]:
     """Yield the rows of *table* that are not forgotten; one of another program has none."""
     import pyarrow.parquet as pq  # of an extra
 
-    names = pq.read_schema(table).names
-    if "path" not in names:
+    from sopdeploy_commands.tables import VERSION_KEY
+
+    schema = pq.read_schema(table)
+    if VERSION_KEY not in (schema.metadata or {}):
         return
-    rows = pq.read_table(table, columns=[name for name in _TableRow._fields if name in names]).to_pylist()
+    columns = [name for name in schema.names if name in {"path", "location", "offset", "size"}]
+    rows = pq.read_table(table, columns=columns).to_pylist()
     for number, values in enumerate(rows):
         if isinstance(values["path"], str) and values["path"] != FORGOTTEN["path"]:
             values.setdefault("location", values["path"])

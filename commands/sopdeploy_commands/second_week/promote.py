@@ -9,11 +9,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pydantic
+
 from sopdeploy.bundle.folder import read_files
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
-from sopdeploy.errors import ConfigError, PromotionError, StorageError
+from sopdeploy.config import MAX_LINE, first_problem
+from sopdeploy.errors import ConfigError, PromotionError, StorageError, shorten
 from sopdeploy.evaluation.statistics import TOLERANCE
 from sopdeploy.file_systems import flush, lock_file
 from sopdeploy.files import MAX_NAMES_BYTES, leads_through, move_link, os_reason, read_at_most, writing
@@ -78,6 +81,8 @@ def promote(
         return _move_back(back)
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK alone")
+    if force is not None and len(force) > MAX_LINE:
+        raise ConfigError(f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force")
     before, has_live = _read_target(over), over.exists()  # a link may lead to a bundle that was deleted
     if has_live:
         if over.resolve() == new.resolve():
@@ -123,12 +128,11 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
     if comparison.verdict in {"worse", "undecided"}:
         objections.append(comparison.summary)
     if comparison.worse_classes:
-        objections.append(f"worse in {', '.join(comparison.worse_classes)}")
+        objections.append(f"worse in {shorten(comparison.worse_classes)}")
     if comparison.removed:
-        objections.append(f"without the classes {', '.join(comparison.removed)}")
+        objections.append(f"without the classes {shorten(comparison.removed)}")
     if comparison.suspects:
-        suspects = ", ".join(comparison.suspects)
-        objections.append(f"{suspects} may have been trained on more of the photographs")
+        objections.append(f"{shorten(comparison.suspects)} may have been trained on more of the photographs")
     if old_name != new_name:
         objections.append(f"its name is {new_name}, but clients use {old_name}")
     return objections
@@ -160,10 +164,13 @@ def _record_and_move(
     if leads_through(link.parent / after, link):
         raise ConfigError(f"{link}: {after[:80]!r} leads to this link itself; name the bundle to promote")
     user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for the user
-    move = Promotion(
-        time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
-        refused=refused, comparison=comparison,
-    )  # fmt: skip
+    try:
+        move = Promotion(
+            time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason[:MAX_LINE],
+            refused=refused, comparison=comparison,
+        )  # fmt: skip
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{link}: this move cannot be recorded, {first_problem(error)}") from error
     path = link.with_name(LOG)
     with writing(path):
         lock = lock_file(path, wait=True)

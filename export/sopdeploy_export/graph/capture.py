@@ -197,7 +197,10 @@ def _describe_output(output: Any) -> str:
 
 
 def generated_images(side: int) -> NDArray[np.uint8]:
-    """Generate the images on which the file is compared, uint8 (12, side, side, 3), always the same ones."""
+    """Generate the images on which the file is compared, uint8 (12, side, side, 3), always the same ones.
+
+    There are fewer if *side* is at most 4, because some are equal then.
+    """
     random = np.random.default_rng(_SEED)
     horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
     square = np.arange(side) // 4  # number of the square, 4 pixels wide, that a row or column belongs to
@@ -213,7 +216,8 @@ def generated_images(side: int) -> NDArray[np.uint8]:
         size = min(side, 2 + 6 * i)
         noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
         images.append(np.asarray(Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)))
-    return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])
+    pixels = [np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images]
+    return np.stack([*{image.tobytes(): image for image in pixels}.values()])
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.int64]:

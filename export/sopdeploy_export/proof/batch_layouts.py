@@ -263,16 +263,28 @@ def layout_after_einsum(call: OperatorCall) -> BatchLayout:
 def layout_after_concat(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that joins values; along the batch axis, their rows keep their images."""
     layout = common_layout_of(call.inputs)
-    if layout.axis == call.axis_attribute(0):  # rows of a constant would belong to no image
-        mixes_unless(all(value.batch_axis == layout.axis for value in call.present))
-    return layout
+    return layout_after_parts(call) if layout.axis == call.axis_attribute(0) else layout
+
+
+def layout_after_parts(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator that takes the rows of its result, along the batch axis, from several operands.
+
+    The equal rows (None) of one operand differ from those of another, so the result has a run length, and
+    each operand has whole batches of such runs.
+    """
+    layout = common_layout_of(call.inputs)
+    if layout.axis is None:
+        return layout
+    run_length = layout.run_length or 1
+    for value in call.present:
+        mixes_unless(value.batch_axis == layout.axis)  # rows of a constant would belong to no image
+        mixes_unless(value.shapes[0][layout.axis] % (BATCHES[0] * run_length) == 0)
+    return layout._replace(run_length=run_length)
 
 
 def layout_after_element_access(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that reads or writes single elements along another axis than that of the batch."""
-    all_or_none_have_batch = len({value.batch_axis for value in call.present}) == 1
-    mixes_unless(all_or_none_have_batch)
-    layout = common_layout_of(call.inputs)
+    layout = layout_after_parts(call)  # indices can have fewer rows than data: only the first are accessed
     mixes_unless(layout.axis != call.axis_attribute(0))
     return layout
 
@@ -326,6 +338,7 @@ def layout_of_range(call: OperatorCall) -> BatchLayout:
         return NO_BATCH
     start, step = call[0].numbers(), call[2].numbers()  # input 1 is the limit
     mixes_unless(start == [0] and step == [1] and call.shapes[0] == (BATCHES[0],))
+    mixes_unless(call.x.type == onnx.TensorProto.INT64)  # other types are data, or indices that wrap
     return BatchLayout(axis=0, run_length=1)
 
 

@@ -214,8 +214,7 @@ def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "fir
     They are none, all, or the first of the last axis, as `TracedValue.image_numbers` says.
     """
     if kind == "Range":  # 0, ..., batch - 1, as `layout_of_range` requires, or a range of constant length
-        is_batch = batch_axis_of(call.shapes) is not None and call.x.type == TensorProto.INT64
-        return "all" if is_batch else ""
+        return "" if batch_axis_of(call.shapes) is None else "all"
     if call.x.image_numbers != "all":
         return ""
     if kind in SAME_NUMBERS:

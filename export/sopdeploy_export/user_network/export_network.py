@@ -12,7 +12,7 @@ from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.decision import Decision
-from sopdeploy.errors import CertificateError, ConfigError, DetachError, SopdeployError, shorten
+from sopdeploy.errors import CertificateError, ConfigError, DetachError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.photos.files import check_takes_output
@@ -210,7 +210,7 @@ def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Prep
             )
             stays = [name for name in parts if name != error.part]
             parts = (*stays, *(name for name in children if networks.has_tensors(network, (name,))))
-        except SopdeployError:  # that another run reports
+        except Exception:  # the user's code may need more than a stub; the run of an export reports it
             return parts
         else:
             return parts

@@ -1,7 +1,6 @@
 """Health, metrics and model information."""
 
 import asyncio
-import json
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -9,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from sopdeploy.bundle.folder import CARD, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, parse_json
 from sopdeploy.files import has_manifest
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
@@ -138,7 +137,7 @@ async def card(request: Request, query: Annotated[CardQuery, Query()]) -> Respon
 def read_card(bundle: Bundle) -> Card:
     """Read the model card and summarize the certificate of *bundle*."""
     try:
-        certificate = json.loads(bundle.contents[CERTIFICATE])
+        certificate = parse_json(bundle.contents[CERTIFICATE])
         roots = certificate["roots"]
         copied = ("proof", "compared", "detached", "num_images", "largest_difference")
         summary = CertificateSummary(

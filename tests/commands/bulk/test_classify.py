@@ -64,6 +64,9 @@ def test_an_interrupted_run_continues_with_the_same_bytes(complete, bundle_path,
         with pytest.raises(StopError):
             classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, stop_at(done))
     shown: list[tuple[int, int]] = []
+    of_others = [tmp_path / "movie.download.partial", tmp_path / "rows" / "movie.partial"]
+    for path in of_others:
+        path.touch()
 
     def lose_a_machine(*numbers: int) -> None:
         shown.append(numbers)
@@ -71,6 +74,8 @@ def test_an_interrupted_run_continues_with_the_same_bytes(complete, bundle_path,
 
     lose_a_machine(0, 0)  # incomplete files of killed processes are removed before and after the rows
     found = classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, lose_a_machine)
+    assert all(path.exists() for path in of_others)
+    of_others[1].unlink()
     assert part_bytes(tmp_path) == part_bytes(complete)
     assert (shown[1], shown[-1]) == ((96, COUNT), (COUNT, COUNT))
     assert (found.num_images, found.num_errors) == (COUNT, len(BAD))

@@ -8,6 +8,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.sealed import SealedFile
+from sopdeploy.errors import ParityError
 from sopdeploy_commands.bundles import fastest_form
 from sopdeploy_commands.bundles.fastest_form import BundleForm, describe_fastest_form, measure_forms
 from tests.support.forged import graph
@@ -57,6 +58,17 @@ convolutions (uint8[n, 32, 32, 3] images) => (float[n, 7] logits)
     logits = Flatten (pooled)
 }
 """
+
+
+def test_a_graph_that_cannot_be_quantized_is_measured_in_float32(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise ParityError("the quantizer can raise anything")
+
+    monkeypatch.setattr(fastest_form, "Int8Quantizer", fail)
+    monkeypatch.setattr(fastest_form, "measure_alternately", lambda runs: runs)
+    assert {form.precision for form in measure_forms(bundle)} == {"fp32"}
 
 
 @pytest.mark.parametrize("lacks_vnni", [True, False])

@@ -57,6 +57,23 @@ def cli_error(*arguments: str | Path) -> str:
     return result.stderr
 
 
+def test_a_full_disk_leaves_no_part_of_an_archive(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy_half(source: Path | str, target: Path | str, **_options: Any) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:1000])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "shelf").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", copy_half)
+        with pytest.raises(StorageError, match="No space left"):
+            push(bundle, f"file://{tmp_path}/shelf")
+    assert not list((tmp_path / "shelf").iterdir())
+    assert cli("push", bundle, f"file://{tmp_path}/shelf").exit_code == 0
+    assert len(list((tmp_path / "shelf").iterdir())) == 1
+
+
 def check(bundle: Path, signature: Path, key: Path) -> None:
     check_signature(open_bundle(bundle), read_signature(signature, bundle), key)
 

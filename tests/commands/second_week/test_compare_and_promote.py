@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from sopdeploy.photos.photo import hash_images
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
-from sopdeploy_commands.second_week.compare import LOG, compare
+from sopdeploy_commands.second_week.compare import LOG, BundleComparison, compare, compare_loaded
 from sopdeploy_commands.second_week.promote import promote
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
@@ -259,6 +260,26 @@ def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, 
     promote(shelf / first, shelf / "live", None, force="once more")
     assert [line["reason"] for line in log_of(shelf)[3:]] == ["rollback of the camera", "once more"]
     assert log_of(shelf)[3]["comparison"]["verdict"] == "worse"
+
+
+def test_a_refusal_with_many_long_names_is_recorded_and_a_long_reason_is_not_taken(
+    bundles, labelled, shelf, monkeypatch
+) -> None:
+    names = tuple(f"{number:04} {'class ' * 150}" for number in range(900))
+
+    def compare_without(*arguments: Any, **options: Any) -> BundleComparison:
+        return compare_loaded(*arguments, **options).model_copy(update={"removed": names, "suspects": names})
+
+    monkeypatch.setattr("sopdeploy_commands.second_week.promote.compare_loaded", compare_without)
+    second, live, photos = shelf / bundles[1].name, shelf / "live", labelled(bundles[1], count=3)
+    with pytest.raises(PromotionError, match="and 890 more"):
+        promote(second, live, photos)
+    assert log_of(shelf)[-1]["refused"]
+    assert log_of(shelf)[-1]["comparison"]["removed"] == [*names]
+    with pytest.raises(ConfigError, match=r"^force: has 10,001 characters; give at most 10,000$"):
+        promote(second, live, photos, force="x" * 10_001)
+    with pytest.raises(ConfigError, match=r"live: this move cannot be recorded, reason: "):
+        promote(second, live, None, force="\udcff")
 
 
 def test_each_further_attempt_needs_more_evidence(bundles, labelled, shelf) -> None:

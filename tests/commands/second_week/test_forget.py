@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -61,6 +62,14 @@ def test_every_copy_and_record_is_deleted_and_no_other_file(case: str, folders: 
     assert {str(path) for path in forget(photograph, folders)} == deleted
     assert remaining() == FILES.keys() - deleted
     assert Path("sent.jpg").exists()
+
+
+def test_tables_of_other_programs_stay_as_they_are(folders: list[Path]) -> None:
+    table = Path("photos/annotations.parquet")
+    pq.write_table(pa.table({"path": ["photos/hat/mine.jpg"], "number": [7], "label": ["hat"]}), table)
+    before = table.read_bytes()
+    assert table not in forget("mine.jpg", folders)
+    assert table.read_bytes() == before
 
 
 def test_rows_of_classify_are_emptied_and_the_table_keeps_its_parts(

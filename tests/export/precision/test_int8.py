@@ -192,6 +192,15 @@ def test_a_part_in_float32_directly_behind_a_quantized_convolution_is_not_quanti
     assert types["conv.weight_quantized"] == onnx.TensorProto.INT8
 
 
+def test_a_convolution_whose_bias_is_computed_is_quantized() -> None:
+    model = convolution(np.full((6, 6, 3, 3), 0.01, np.float32))
+    (conv,) = (node for node in model.graph.node if node.op_type == "Conv")
+    conv.input[2] = "bias"
+    model.graph.node.insert(0, helper.make_node("Neg", ["conv.bias"], ["bias"]))
+    quantized = Int8Quantizer(model, generated_images(16)).quantize()
+    assert "conv.weight_quantized" in {tensor.name for tensor in quantized.graph.initializer}
+
+
 @pytest.mark.parametrize("kind", ["Clip", "Relu"])
 def test_a_convolution_and_its_activation_have_one_range(kind: str) -> None:
     weight = np.zeros((2, 6, 3, 3), np.float32)

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -12,7 +13,7 @@ from torch.export import ExportedProgram
 from sopdeploy.backbones import resnet
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.errors import LoweringError
+from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
@@ -20,8 +21,10 @@ from sopdeploy_export.graph.capture import NETWORK_PREFIX, capture_any_batch, ge
 from sopdeploy_export.graph.file import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.precision import casts, convert
+from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import in_float16
 from sopdeploy_export.precision.convert import CapturedGraph
+from sopdeploy_export.results import Accuracy, PrecisionReport
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.precision.test_int8 import painted
@@ -276,16 +279,29 @@ def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: 
     assert found.manifest.lineage.onnx_root != found.certificate.roots.onnx
 
 
+@pytest.mark.parametrize(("drop", "deviation"), [(1.5, 0.1), (0.5, 0.6)])
+def test_allowed_drift_of_numbers_does_not_allow_a_loss_of_accuracy(
+    preprocess: Preprocess, drop: float, deviation: float
+) -> None:
+    subject: Any = SimpleNamespace(preprocess=preprocess, decision=None)
+    check = AccuracyCheck(subject, ExportOptions(precision="fp16", allow_drift=True))
+    measured = Accuracy(
+        num_images=200, before=None, after=None, num_agreeing=199, drop=drop, deviation=deviation
+    )
+    with pytest.raises(ParityError, match=r"fp16 (loses 1\.50 points|changes the logits by 0\.60)"):
+        check.check_drop(PrecisionReport(precision="fp16", parts={}, accuracy=measured))
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
     tmp_path: Path, precision: str, preprocess: Preprocess
 ) -> None:
     name = "gmsop-16-8-resnet18"
-    options: dict[str, Any] = {"precision": precision, "max_batch": 4, "max_drop": 100.0}
+    options: dict[str, Any] = {"precision": precision, "max_batch": 4}
     if precision == "int8":
         folder = tmp_path / "images"
         folder.mkdir()
-        options |= {"calibrate": painted(folder, 32), "int8_for": "tensorrt"}
+        options |= {"calibrate": painted(folder, 32), "int8_for": "tensorrt", "max_drop": 100.0}
     network = trained(name, **GMSOP)
     nn.init.normal_(network.get_parameter("gate.weight"), std=0.1)
     found = export_once(network, name, tmp_path, **options)

@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import parser
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
@@ -196,13 +198,20 @@ g (float[batch, 4, 2, 2] f) => (float[batch, n] logits)
  float[4, 4] W = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}, float[1, 1, 4] token = {1, 2, 3, 4},
  int64[2] ones = {1, 1}, int64[2] pairs = {-1, 2}, int64[3] joined = {2, -1, 4},
  int64[3] pairs_of_rows = {-1, 2, 4}, int64 many = {300},
- int64[1, 4] columns = {0, 1, 2, 3}>
+ int64[1, 4] columns = {0, 1, 2, 3}, int64[1] three = {3}, int64[2] fours = {-1, 4},
+ float[1, 4] row = {1, 2, 3, 4}, float[1, 4] other = {5, 6, 7, 8}, float none = {0}, float step = {1}>
 { v = ReduceMean<keepdims = 0>(f, space)
   t = Reshape(f, tokens)
   size = Shape<start = 0, end = 1>(f)
   count = Squeeze(size)
   number = Range(first, count, next)
 """
+
+# Equal rows `y` and `z` (batch, 4), `zz` (batch * 2, 4), and three rows `x` of each image (batch * 3, 4).
+EQUAL_ROWS = """s = Concat<axis = 0>(size, four)  y = Expand(row, s)  z = Expand(other, s)
+    twice = Add(size, size)  s2 = Concat<axis = 0>(twice, four)  zz = Expand(other, s2)
+    s3 = Concat<axis = 0>(size, three, four)  u = Unsqueeze(v, one)  x3 = Expand(u, s3)
+    x = Reshape(x3, fours)  regrouped = Concat<axis = 0>(size, all)  n = Shape<start = 0, end = 1>(x)"""
 
 INDEPENDENT = {
     "a linear layer": "logits = Gemm<transB = 1>(v, W)",
@@ -235,6 +244,12 @@ INDEPENDENT = {
         logits = Mul(v, r)""",
     "einsum of an image": 'logits = Einsum<equation = "bi,ij->bj">(v, W)',
     "a shift within an image": "logits = Slice(v, back, start, one, back)",
+    "halves of equal rows that were joined": f"""{EQUAL_ROWS} a = Concat<axis = 0>(y, z)
+        b, c = Split<num_outputs = 2>(a)  d = Sub(c, b)  logits = Mul(v, d)""",
+    "two tables for each image": f"""{EQUAL_ROWS} a = Concat<axis = 0>(y, z)  b = Reshape(a, joined)
+        c = Transpose<perm = [1, 0, 2]>(b)  logits = Reshape(c, regrouped)""",
+    "numbers written to all of the equal rows": f"""{EQUAL_ROWS} i = Expand(columns, s)
+        a = ScatterElements<axis = 1>(y, i, z)  logits = Mul(v, a)""",
 }
 
 MIXING = {
@@ -353,13 +368,60 @@ MIXING = {
 }
 
 
+# The rows of an image depend on how many images the batch has.
+REGROUPED = {
+    "equal rows that were joined": (
+        f"{EQUAL_ROWS} a = Concat<axis = 0>(y, z)  logits = Reshape(a, regrouped)",
+        "Reshape",
+    ),
+    "equal rows of another number than those of an image": (
+        f"""{EQUAL_ROWS} a = Concat<axis = 0>(x, y, zz)
+        b = Slice(a, n, end, zero)  logits = Reshape(b, regrouped)""",
+        "Concat",
+    ),
+    "numbers written to some of the equal rows": (
+        f"""{EQUAL_ROWS} i = Expand(columns, s)  a = ScatterElements<axis = 1>(zz, i, y)
+        logits = Reshape(a, regrouped)""",
+        "Reshape",
+    ),
+    "numbers written to some rows of an image": (
+        f"""{EQUAL_ROWS} a = Concat<axis = 0>(x, x)  i = Expand(columns, s)
+        b = ScatterElements<axis = 1>(a, i, y)  c = Slice(b, zero, n, zero)
+        logits = Reshape(c, regrouped)""",
+        "ScatterElements",
+    ),
+    "the number of the image in a type for data": (
+        "n = Cast<to = 1>(count)  r = Range(none, n, step)  u = Unsqueeze(r, one)  logits = Add(v, u)",
+        "Range",
+    ),
+}
+MIXING |= REGROUPED
+
+
 def graph(body: str) -> onnx.ModelProto:
     return parser.parse_model(HEAD.replace("turned =", "turned4 = {-1, 2}, int64[2] turned =") + body + " }")
 
 
+def gives_each_image_its_own(model: onnx.ModelProto) -> bool:
+    """Whether each image of a batch of two gets what it gets alone, as computed."""
+    images = np.random.default_rng(0).random((2, 4, 2, 2), np.float32)
+    alone, beside = (
+        [ReferenceEvaluator(model).run(None, {"f": batch})[0] for batch in batches]
+        for batches in (images[:, None], images[None])
+    )
+    return np.concatenate(alone).shape == beside[0].shape and np.allclose(np.concatenate(alone), beside[0])
+
+
 @pytest.mark.parametrize("name", INDEPENDENT)
 def test_images_are_independent(name: str) -> None:
-    assert find_mixing(graph(INDEPENDENT[name])) == ()
+    model = graph(INDEPENDENT[name])
+    assert find_mixing(model) == ()
+    assert gives_each_image_its_own(model)
+
+
+@pytest.mark.parametrize("name", REGROUPED)
+def test_rows_of_other_images_change_the_numbers(name: str) -> None:
+    assert not gives_each_image_its_own(graph(REGROUPED[name][0]))
 
 
 @pytest.mark.parametrize("name", MIXING)

@@ -319,6 +319,19 @@ def test_logits_of_several_classes_get_a_sigmoid_in_the_service(tmp_path: Path) 
     assert (decision.activation, decision.thresholds) == ("sigmoid", (0.5,) * n.CLASSES)
 
 
+READS: dict[str, Callable[[nn.Module], object]] = {
+    "a slice that it calls": lambda aux: aux[:-1](torch.ones(1, 8)),
+    "the type of its weights": lambda aux: next(aux.parameters()).dtype,  # a stub has none
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_part_of_which_code_reads_something_is_unused(read: str) -> None:
+    network = n.variant(lambda self, images: (READS[read](self.aux), self.fc(self.features(images)))[1])
+    network.aux = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n.CLASSES))
+    assert unused_modules(network.eval(), n.PREPROCESS) == ("aux",)
+
+
 def test_an_unused_part_is_a_warning(tmp_path: Path) -> None:
     network = n.trained(n.Small())
     assert unused_modules(network, n.PREPROCESS) == ("aux",)

@@ -18,6 +18,7 @@ from sopdeploy.files import read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
+from sopdeploy_export.graph.capture import choose_output
 from sopdeploy_export.user_network.loading import load_weights, network_builder
 from tests.export.user_network.networks import Exits, Sketch, Small, export_small, trained
 
@@ -365,6 +366,20 @@ def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(tmp
     assert exported.exit_code == 0, exported.output
     assert "trained = detached = plain" in exported.stdout
     assert (tmp_path / "out" / "latest").readlink().name.startswith("Small-")
+
+
+def test_the_key_of_the_logits_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(STATE, tmp_path / "w.pth")
+    outputs, chosen = {"0": torch.zeros(1), "1": torch.ones(1)}, []
+
+    def choose(_network: object, _preprocess: object, key: str) -> tuple[str, ...]:
+        chosen.append(choose_output(outputs, key))
+        return ()
+
+    monkeypatch.setattr("sopdeploy_export.user_network.export_network.unused_modules", choose)
+    given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:Small", "--preprocess", "imagenet")
+    assert run("inspect", *given, "--logits-key", "1").startswith("0 ")
+    assert chosen == [outputs["1"]]
 
 
 def run(*arguments: str) -> str:
