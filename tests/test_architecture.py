@@ -233,6 +233,7 @@ WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing t
     ): HEAVY,
     ("sopdeploy_commands.app",): ("importlib.metadata", "rich", "pydantic", "numpy", "fastapi"),
     ("sopdeploy.models.registry", "sopdeploy.training.recipe"): ("torch", "timm"),
+    ("sopdeploy_service.devices.supervisor",): ("numpy", "fastapi"),
 }
 
 

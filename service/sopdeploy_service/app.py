@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
@@ -12,7 +12,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
-from sopdeploy_service.http.api_keys import read_keys
+from sopdeploy_service.http.api_keys import Key, read_keys
 from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
@@ -37,18 +37,22 @@ def create_app(
     models: Mapping[str, LoadedModel] | Registry,
     settings: Settings,
     *,
+    keys: Sequence[Key] | None = None,
     limits: "memoryview[float] | None" = None,
     photos: socket.socket | None = None,
     is_keeper: bool = True,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *limits* is the memory of the keys' rate limits, if processes share it. If one process keeps the
-    photographs of several, *is_keeper* says whether it is this one, and *photos* is this one's end of the
-    socket between them. `app.state.service` is the `Service`. Raises `ConfigError` if the key file, the
-    folder `keep` or `root_path` of *settings* cannot be used.
+    *keys* are those of the key file, if it was read before, and *limits* is the memory of their rate limits,
+    if processes share it. If one process keeps the photographs of several, *is_keeper* says whether it is
+    this one, and *photos* is this one's end of the socket between them. `app.state.service` is the `Service`.
+    Raises `ConfigError` if the key file, the folder `keep` or `root_path` of *settings* cannot be used.
     """
-    keys = None if settings.keys is None else read_keys(settings.keys)
+    if settings.keys is None:
+        keys = None
+    elif keys is None:
+        keys = read_keys(settings.keys)
     if keys is not None and not keys:
         reason = "has no key, so no request would be accepted; see `sopdeploy key`"
         raise ConfigError(f"{settings.keys}: {reason}")

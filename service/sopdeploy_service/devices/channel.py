@@ -33,7 +33,7 @@ REQUEST = struct.Struct("=BBHId")  # kind, flags, number of the model, slot, dea
 RUN, CANCEL = 1, 2  # kinds; the others are numbers of a slot in use
 FEATURES, FOR_DRIFT = 1, 2  # flags
 FRAME = struct.Struct("=BI")  # of the engine: kind and bytes of what follows
-RESULTS, LOADED = 1, 2  # kinds: `RESULT` structures; the names of the loaded models, as JSON
+RESULTS, LOADED = 1, 2  # kinds: `RESULT` structures; the runtime and timings of each model by name, as JSON
 RESULT = struct.Struct("=IHddd")  # slot; images in the batch, or `FAILED`; seconds of queue, batch, load
 FAILED = 0  # in place of the images in the batch: the slot has the error
 OPENING = struct.Struct("=IIII")  # slots, bytes of the outputs and of the pixels in each, bytes of the models
@@ -58,7 +58,6 @@ class ModelFields(TypedDict):
     contents: dict[str, str]
     runtime: tuple[str, str, int]
     timings: Sequence[tuple[int, float]]
-    is_loaded: bool
 
 
 class ModelFacts(NamedTuple):
@@ -67,13 +66,12 @@ class ModelFacts(NamedTuple):
     name: str
     bundle: Bundle
     runtime: RuntimeFacts
-    timings: tuple[tuple[int, float], ...]
-    is_loaded: bool
+    timings: Sequence[tuple[int, float]]
 
     @classmethod
     def describe(cls, model: Model) -> "ModelFacts":
         """Describe *model*."""
-        return cls(model.name, model.bundle, model.runtime, model.latency.measured(), model.is_loaded)
+        return cls(model.name, model.bundle, model.runtime, model.latency.measured())
 
     def to_fields(self) -> ModelFields:
         """Convert the facts to values of JSON."""
@@ -86,7 +84,6 @@ class ModelFacts(NamedTuple):
             "contents": {name: data.decode("latin-1") for name, data in bundle.contents.items()},
             "runtime": self.runtime,
             "timings": self.timings,
-            "is_loaded": self.is_loaded,
         }
 
     @classmethod
@@ -96,8 +93,7 @@ class ModelFacts(NamedTuple):
         contents = {name: text.encode("latin-1") for name, text in fields["contents"].items()}
         path, labels = Path(fields["path"]), tuple(fields["labels"])
         bundle = Bundle(path=path, manifest=manifest, labels=labels, contents=contents)
-        timings = tuple((images, seconds) for images, seconds in fields["timings"])
-        return cls(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), timings, fields["is_loaded"])
+        return cls(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), fields["timings"])
 
 
 class Slots:

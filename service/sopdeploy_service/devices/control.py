@@ -27,8 +27,8 @@ SPEED = b"speed "  # seconds that the loaded models of a device need for an imag
 FRONT_ENDS = b"front ends "  # the answer: their number; with 0, the device serves HTTP itself
 NEW_MODELS, BAD_FRONT_END = b"models", b"bad "  # of an engine: after a reload; with the name of a front end
 STATUS = struct.Struct("=QI")  # connections received and open ones, or images; then names of bundles
-LIMIT_BYTES, ADMITTED_BYTES = 16 * 4096, 4096  # of the rate limits of so many keys; of so many processes
-_METRICS_SECONDS = 2.0  # a process that takes longer counts as down
+ADMITTED_BYTES, LIMIT_BYTES = 4096, 16  # of the shared memory: for all processes, then for each key
+METRICS_SECONDS = 1.0  # a process that takes longer counts as down; the supervisor has twice the time
 
 
 def receive_message(control: socket.socket) -> tuple[bytes, list[int]]:
@@ -49,8 +49,8 @@ def send_message(control: socket.socket, message: bytes, *files: int) -> bool:
     return True
 
 
-async def request_metrics(control: socket.socket | None) -> bytes:
-    """Return the metrics of the process or supervisor at the other end; empty if it does not answer."""
+async def request_metrics(control: socket.socket | None, seconds: float) -> bytes:
+    """Return the metrics of the process or supervisor at the other end; empty after *seconds*."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         if control is None or not send_message(control, SEND_METRICS, theirs.fileno()):
@@ -58,7 +58,7 @@ async def request_metrics(control: socket.socket | None) -> bytes:
         theirs.close()  # the page ends when the other process closes its copy
         ours.setblocking(False)
         with contextlib.suppress(OSError):  # also a TimeoutError
-            async with asyncio.timeout(_METRICS_SECONDS):
+            async with asyncio.timeout(seconds):
                 page = b""
                 while piece := await asyncio.get_running_loop().sock_recv(ours, 1 << 16):
                     page += piece

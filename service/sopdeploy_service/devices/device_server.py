@@ -28,6 +28,7 @@ from sopdeploy_service.devices import control
 from sopdeploy_service.devices.engine import Engine
 from sopdeploy_service.devices.processes import ANY_DEVICE, CONFIG_VARIABLE, LaunchConfig
 from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
+from sopdeploy_service.http.api_keys import KeyFile
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
@@ -147,7 +148,7 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
         raise ConfigError(f"devices: {config.device}: {reason}")
     num_front_ends = config.front_ends
     if num_front_ends is None:  # the supervisor knows it when all devices have told their speed
-        seconds = math.inf  # on a CPU, which has no core to spare
+        seconds = math.inf  # on a CPU, which has no core to spare, and before a model is loaded
         if not runs_on_cpu(registry, settings):
             seconds = min(model.latency.seconds_per_image() for model in registry.models())
         control.send_message(supervisor, control.SPEED + repr(seconds).encode())
@@ -196,13 +197,14 @@ def serve_http(
     app = create_app(
         registry,
         settings,
-        limits=shared[: control.LIMIT_BYTES].cast("d"),
+        keys=KeyFile.model_validate_json(os.pread(config.keys, os.fstat(config.keys).st_size, 0)).key,
+        limits=shared[control.ADMITTED_BYTES :].cast("d"),
         photos=socket.socket(fileno=config.photos),
         is_keeper=config.position == 0,
     )
     service: Service = app.state.service
-    service.metrics_of_all = partial(control.request_metrics, supervisor)
-    service.share_admitted(shared[control.LIMIT_BYTES :].cast("q")[:count], config.position)
+    service.metrics_of_all = partial(control.request_metrics, supervisor, 2 * control.METRICS_SECONDS)
+    service.share_admitted(shared[: control.ADMITTED_BYTES].cast("q")[:count], config.position)
     service.num_front_ends = config.front_ends or 0
     service.max_upload_bytes = upload_budget(settings, count)
     # The supervisor, the other processes as far as they run, and processes like this one.

@@ -9,6 +9,7 @@ the front end closes it.
 """
 
 import asyncio
+import json
 import logging
 import math
 import signal
@@ -21,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import orjson
 from prometheus_client import generate_latest
 
 from sopdeploy_service.devices import channel, control
@@ -245,8 +245,9 @@ class Engine:
         loaded = [model.name for model in models if model.is_loaded]
         if loaded != self._loaded:
             self._loaded = loaded
+            facts = {model.name: (model.runtime, model.latency.measured()) for model in models}
             for front_end in self.front_ends:
-                front_end.send(channel.LOADED, orjson.dumps(loaded))
+                front_end.send(channel.LOADED, json.dumps(facts).encode())
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it, or the server, ends."""

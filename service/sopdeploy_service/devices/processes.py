@@ -25,9 +25,10 @@ VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 class LaunchConfig(pydantic.BaseModel):
     """What each process of a server gets: its *name*, *sources* of bundles, *settings*, file descriptors.
 
-    These are its end of the socket *control*, the file *shared* of rate limits and admitted images, and
-    *lifeline*, a pipe: the process ends when the supervisor closes the other end. The first of those that
-    serve HTTP keeps the photographs of all, which come from or go to the socket *photos*.
+    These are its end of the socket *control*, the file *shared* of admitted images and rate limits, the API
+    *keys* as the supervisor has read them, and *lifeline*, a pipe: the process ends when the supervisor
+    closes the other end. The first of those that serve HTTP keeps the photographs of all, which come from or
+    go to the socket *photos*.
 
     A front end has no *device*. *front_ends* is their number, None while nobody knows it. *position* counts
     the processes of a kind; *num_servers* of them serve HTTP. *others* are the ids of the other processes.
@@ -40,6 +41,7 @@ class LaunchConfig(pydantic.BaseModel):
     lifeline: int
     control: int
     shared: int
+    keys: int
     photos: int
     front_ends: int | None
     position: int

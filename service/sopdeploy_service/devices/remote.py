@@ -8,7 +8,7 @@ the shortest queue.
 import asyncio
 import logging
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sopdeploy_service.devices import channel
 from sopdeploy_service.devices.channel import ModelFacts
 from sopdeploy_service.inference import results
-from sopdeploy_service.inference.model import ImageResult, Model, Registry, State, settle
+from sopdeploy_service.inference.model import ImageResult, Model, Registry, RuntimeFacts, State, settle
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.lifetime import start_task
@@ -39,7 +39,7 @@ class EngineChannel(asyncio.Protocol):
         """Wait for the description of the models; raises `ConnectionError` if the engine ends."""
         self.engine, self._connection = engine, connection
         self.models, self._slots = channel.receive_opening(connection)
-        self.loaded = {model.name for model in self.models if model.is_loaded}
+        self.on_loaded: Callable[[], None] = lambda: None  # *models* have changed
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free_slots = list(range(self._slots.count))
@@ -141,7 +141,12 @@ class EngineChannel(asyncio.Protocol):
                         settle(future, ImageResult(outputs, stages, batch_size))
                     self._free_slots.append(slot)
             else:  # `LOADED`
-                self.loaded = set(orjson.loads(body))
+                known = orjson.loads(body)
+                for number, facts in enumerate(self.models):
+                    if facts.name in known:
+                        runtime, timings = known[facts.name]
+                        self.models[number] = facts._replace(runtime=RuntimeFacts(*runtime), timings=timings)
+                self.on_loaded()
         self._rest = data[begin:]
 
 
@@ -173,7 +178,6 @@ class RemoteModel(Model):
         if batch != self._last_batch:
             self._last_batch = batch
             self.latency.record(*batch)
-        self.is_loaded = self.name in engine.loaded
         return ran
 
 
@@ -250,18 +254,23 @@ class RemoteRegistry(Registry):
         old.close(results.DRAINING)
 
     def _update_models(self) -> None:
-        """Serve the models of the channels, each in the version of the newest channel that has it."""
+        """Serve the models of the channels, each in the version of the newest channel that has it.
+
+        What is known of its runtime is from the newest channel on which the model is loaded.
+        """
         models: dict[str, RemoteModel] = {}
+        for to_engine in self._channels.values():
+            to_engine.on_loaded = self._update_models
         for channel_of_version in reversed(self._channels.values()):  # the newest first
             for facts in channel_of_version.models:
                 if facts.name in models:
                     continue
-                routes: list[tuple[EngineChannel, int]] = []
+                shown, routes = facts, list[tuple[EngineChannel, int]]()
                 for to_engine in self._channels.values():
                     for number, other in enumerate(to_engine.models):
                         is_same_version = other.bundle.manifest.id == facts.bundle.manifest.id
                         if other.name == facts.name and is_same_version:
                             routes.append((to_engine, number))
-                models[facts.name] = RemoteModel(facts, routes, self._settings)
-                models[facts.name].is_loaded = facts.is_loaded
+                            shown = other if other.runtime.is_loaded else shown
+                models[facts.name] = RemoteModel(shown, routes, self._settings)
         self._by_name = models

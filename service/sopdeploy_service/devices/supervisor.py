@@ -31,7 +31,7 @@ from sopdeploy_service.devices.processes import (
     list_devices,
     list_front_ends,
 )
-from sopdeploy_service.inference.daemon_threads import DaemonThreads
+from sopdeploy_service.http.api_keys import KeyFile, read_keys
 from sopdeploy_service.observability import logs
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, STDERR, USER_ERROR, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
@@ -85,15 +85,18 @@ class Supervisor:
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit code."""
         self._loop = asyncio.get_running_loop()
-        self._loop.set_default_executor(DaemonThreads())  # has a thread for each child
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        keys = () if self._settings.keys is None else read_keys(self._settings.keys)
         with ExitStack() as stack:
             self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
             self._shared = os.memfd_create("sopdeploy-shared", os.MFD_CLOEXEC)
-            os.ftruncate(self._shared, control.LIMIT_BYTES + control.ADMITTED_BYTES)
-            for file in (self._lifeline, writing, self._shared):
+            os.ftruncate(self._shared, control.ADMITTED_BYTES + control.LIMIT_BYTES * len(keys))
+            # The same for every child, whenever it starts: the file may change.
+            self._keys = os.memfd_create("sopdeploy-keys", os.MFD_CLOEXEC)
+            os.write(self._keys, KeyFile(key=keys).model_dump_json().encode())
+            for file in (self._lifeline, writing, self._shared, self._keys):
                 stack.callback(os.close, file)
             # The process that keeps photographs reads from the first end, all others write to the second one.
             self._photos_in, self._photos_out = socket.socketpair(
@@ -102,7 +105,7 @@ class Supervisor:
             stack.enter_context(self._photos_in)
             stack.enter_context(self._photos_out)
             memory = memoryview(mmap.mmap(self._shared, 0))
-            self._admitted = memory[control.LIMIT_BYTES :].cast("q")
+            self._admitted = memory[: control.ADMITTED_BYTES].cast("q")
             start_task(self._tasks, self._kill_hanging())
             async with asyncio.TaskGroup() as self._group:
                 for process in self._devices:
@@ -142,8 +145,14 @@ class Supervisor:
         early_deaths = 0
         while not self._stopping.is_set():
             started = time.monotonic()
-            process.child = self._start(process)
-            code = await asyncio.to_thread(process.child.wait)
+            code = None
+            try:
+                self._start(process)
+                while process.child is not None and (code := process.child.poll()) is None:
+                    await asyncio.sleep(BEAT_SECONDS)
+                end = f"exited with code {code}"
+            except OSError as error:  # too many processes or files, or too little memory
+                end = f"cannot start ({error.strerror})"
             self._close_control(process)
             if process in self._servers:  # what it had admitted makes room
                 self._admitted[process.position] = 0
@@ -155,17 +164,18 @@ class Supervisor:
                 break
             early_deaths = early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
             delay = min(MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1)  # 0, 0, 1, 3, 7 ...
-            log.error("%s: exited with code %d; restart in %.0f s", process.title, code, delay)
+            log.error("%s: %s; restart in %.0f s", process.title, end, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
         self._end_unused_engines()
 
-    def _start(self, process: Process) -> subprocess.Popen[str]:
-        """Start and return a child for *process*; connect a front end with the engines."""
+    def _start(self, process: Process) -> None:
+        """Start a child of *process*, or raise `OSError`; connect a front end with the engines."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         others = [other for other in (*self._devices, *self._front_ends) if other is not process]
         ids_of_others = [other.child.pid for other in others if other.child is not None]
-        with theirs:
+        with theirs, ExitStack() as unless_started:
+            unless_started.enter_context(ours)
             config = LaunchConfig(
                 name=process.name,
                 device=process.device,
@@ -174,6 +184,7 @@ class Supervisor:
                 lifeline=self._lifeline,
                 control=theirs.fileno(),
                 shared=self._shared,
+                keys=self._keys,
                 photos=(self._photos_in if process.position == 0 else self._photos_out).fileno(),
                 front_ends=self._num_front_ends,
                 position=process.position,
@@ -181,25 +192,31 @@ class Supervisor:
                 others=tuple(ids_of_others),
             )
             variables = {**process.variables, CONFIG_VARIABLE: config.model_dump_json()}
-            child = subprocess.Popen(
+            process.child = subprocess.Popen(
                 [sys.executable, "-m", MODULE],
                 text=True,
                 stdout=STDERR,  # stdout has the `ready` line only
                 start_new_session=True,  # Ctrl-C reaches the supervisor only, which forwards it
-                pass_fds=(config.lifeline, config.control, config.shared, config.photos),
+                pass_fds=(config.lifeline, config.control, config.shared, config.keys, config.photos),
                 env={**os.environ, **variables},
             )
+            unless_started.pop_all()
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
         if process.is_front_end:
             for engine in self._devices:
                 if engine.is_ready:
                     self._connect(engine, process)
-        return child
 
     def _connect(self, engine: Process, front_end: Process) -> None:
-        """Create a channel between *engine* and *front_end*."""
-        for_engine, for_front_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        """Create a channel between *engine* and *front_end*, or let `_supervise` replace the front end."""
+        try:
+            for_engine, for_front_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:  # too many files
+            log.error("%s: has no channel (%s); it is killed", front_end.title, error.strerror)
+            if front_end.child is not None:
+                front_end.child.kill()
+            return
         with for_engine, for_front_end:
             engine.send(control.CHANNEL + front_end.name.encode(), for_engine.fileno())
             front_end.send(control.CHANNEL + engine.name.encode(), for_front_end.fileno())
@@ -317,7 +334,11 @@ class Supervisor:
     async def _send_metrics(self, file: int) -> None:
         """Send the metrics of all processes to the socket *file*."""
         processes = [*self._devices, *self._front_ends]
-        replies = await asyncio.gather(*(control.request_metrics(process.control) for process in processes))
+        # One that loads its models would not answer.
+        sockets = [process.control if process.is_ready else None for process in processes]
+        replies = await asyncio.gather(
+            *(control.request_metrics(one, control.METRICS_SECONDS) for one in sockets)
+        )
         pages = {process.name: page for process, page in zip(processes, replies, strict=True)}
         ids = {process.name: process.child.pid for process in processes if process.child is not None}
         ids["supervisor"] = os.getpid()

@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import signal
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
@@ -113,7 +113,8 @@ class SharedChildren:
         self._metrics = metrics
         self.idle: list[DecoderProcess] = []
         self._is_closed = False
-        self._groups: OrderedDict[tuple[str, bool] | None, deque[Request]] = OrderedDict()
+        # By group: the requests that wait, in order.
+        self._groups: OrderedDict[tuple[str, bool] | None, dict[Request, None]] = OrderedDict()
 
     def put(self, request: Request, group: tuple[str, bool] | None) -> None:
         """Let an idle child run *request* of *group*, or let it wait.
@@ -137,15 +138,24 @@ class SharedChildren:
             if sizes[group] == size:
                 request.settle(results.DECODERS_BUSY)
                 return
-            self._groups[largest].pop().settle(results.DECODERS_BUSY)
-        self._groups.setdefault(group, deque()).append(request)
+            self._groups[largest].popitem()[0].settle(results.DECODERS_BUSY)
+        self._groups.setdefault(group, {})[request] = None
+        request.result.add_done_callback(lambda _: self._remove(request, group))
+
+    def _remove(self, request: Request, group: tuple[str, bool] | None) -> None:
+        """Forget *request* of *group*, for which nobody waits any more, and its image."""
+        waiting = self._groups.get(group, {})
+        waiting.pop(request, None)
+        if not waiting:
+            self._groups.pop(group, None)
 
     def give_work(self, child: DecoderProcess, seconds: float = 0.0) -> None:
         """Let *child*, which was busy for *seconds*, run the next group's first request, or keep it idle."""
         self._metrics.decode_seconds.inc(seconds)
         while self._groups:
             group, waiting = self._groups.popitem(last=False)
-            request = waiting.popleft()
+            request = next(iter(waiting))
+            del waiting[request]
             if waiting:
                 self._groups[group] = waiting  # after all others
             if not request.result.done():  # somebody still waits for it

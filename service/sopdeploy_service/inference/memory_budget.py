@@ -8,10 +8,11 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from sopdeploy.bundle.folder import GRAPH, Bundle, read_files
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.loader import LoadedModel, check_trust, finish_in_time, load_in_background
-from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model import NOT_LOADED, Model
 from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
@@ -41,7 +42,7 @@ log = logging.getLogger("sopdeploy.models")
 class NoRuntime:
     """The runtime of a model that is not loaded; runs nothing."""
 
-    name, device, largest_batch = "not loaded", "none", 1
+    name, device, largest_batch = NOT_LOADED, "none", 1
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Raise `NotImplementedError`: requests wait until the model is loaded."""
@@ -84,9 +85,12 @@ class BudgetedRegistry(ModelRegistry):
             # Requests find the model under its name, not loaded.
             not_loaded = LoadedModel(bundle=bundle.reduced(), runtime=NoRuntime(), replays={})
             placeholder = self._by_name[name] = LocalModel(name, not_loaded, settings, self.metrics)
-            placeholder.is_loaded = False
             self.metrics.model_memory.labels(name).set(0)
             self._lazy_models[name] = LazyModel(placeholder, size)
+
+    async def reload(self, sources: Iterable[str | Path]) -> None:  # noqa: ARG002
+        """Log that this is impossible: `LazyModel` has the bundles of the start."""
+        log.error("not reloaded: impossible with memory_budget")
 
     @contextmanager
     def use(self, model: Model) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Models as requests see them, whichever process runs them: their names, their facts, and `run`."""
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from sopdeploy_service.settings import Settings
 
 State: TypeAlias = Literal["ok", "draining", "decoders_stopped", "engine_starting", "runtime_dead"]
 
+NOT_LOADED = "not loaded"  # name of the runtime of a model that a memory budget has not loaded
 SMOOTHING = 0.2  # weight of the newest batch in the moving average
 
 
@@ -27,6 +29,11 @@ class RuntimeFacts(NamedTuple):
     name: str
     device: str
     largest_batch: int
+
+    @property
+    def is_loaded(self) -> bool:
+        """False only with a memory budget."""
+        return self.name != NOT_LOADED
 
 
 class ImageResult(NamedTuple):
@@ -77,8 +84,8 @@ class LatencyTable:
         return tuple(self._seconds.items())
 
     def seconds_per_image(self) -> float:
-        """Estimate the seconds of an image in batches of the best size; 0 before the first measurement."""
-        return min((seconds / size for size, seconds in self._seconds.items()), default=0.0)
+        """Estimate the seconds of an image in batches of the best size; infinite before a measurement."""
+        return min((seconds / size for size, seconds in self._seconds.items()), default=math.inf)
 
     def total_seconds(self, num_images: int, max_batch: int) -> float:
         """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
@@ -88,8 +95,6 @@ class LatencyTable:
 
 class Model(ABC):
     """A bundle that is served under *name*. Every method is called on the event loop."""
-
-    is_loaded = True  # False only with a memory budget
 
     def __init__(
         self,
@@ -105,7 +110,7 @@ class Model(ABC):
         self.decision = manifest.rules
         self.top_k = settings.classes_per_image(multi_label=self.decision.is_multi_label)
         self.version, self.logits_name = manifest.id, manifest.outputs[0].name
-        self.largest_batch = runtime.largest_batch
+        self.is_loaded, self.largest_batch = runtime.is_loaded, runtime.largest_batch
         self.latency = LatencyTable(timings)
         self.users = 0  # requests
         self.unused = asyncio.Event()

@@ -6,12 +6,13 @@ again after `retry_after` seconds, 504 missed the deadline, 500 is an error of t
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from sopdeploy.errors import ImageError
+
+if TYPE_CHECKING:  # a supervisor does not import it
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Prediction(NamedTuple):
@@ -22,11 +23,11 @@ class Prediction(NamedTuple):
     its copies with a gray part, if an explanation was requested.
     """
 
-    outputs: Mapping[str, NDArray[np.float32]]
+    outputs: "Mapping[str, NDArray[np.float32]]"
     stage_seconds: Mapping[str, float]
-    pixels: NDArray[np.uint8]
+    pixels: "NDArray[np.uint8]"
     warnings: tuple[str, ...] = ()
-    occluded: NDArray[np.float32] | None = None
+    occluded: "NDArray[np.float32] | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,10 +149,8 @@ class DrainingServer(uvicorn.Server):
             self.reload()
 
     def reload(self) -> None:
-        """Begin to serve bundles that have changed, unless the server drains or has a memory budget."""
-        if self._service.settings.memory_budget is not None:
-            log.error("not reloaded: impossible with memory_budget")
-        elif self._drain_until is None:
+        """Begin to serve bundles that have changed, unless the server drains."""
+        if self._drain_until is None:
             start_task(self._reloads, self._service.registry.reload(self._sources))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002

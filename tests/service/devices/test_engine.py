@@ -107,7 +107,7 @@ def test_the_outputs_of_an_image_are_those_of_the_runtime_whatever_slot_it_has(b
             assert all((one.outputs["logits"] == row).all() for one, row in zip(found, expected, strict=True))
             assert {name for one in found for name in one.stage_seconds} == {"queue", "infer"}
             assert {type(one.batch_size) for one in found} == {int}
-        assert model.latency.seconds_per_image() > 0
+        assert 0 < model.latency.seconds_per_image() < math.inf
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
 
@@ -318,23 +318,31 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
 
 def test_an_engine_loads_a_model_at_its_first_image(bundle, monkeypatch) -> None:
     async def load(*_given: object) -> LoadedModel:
-        return LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
+        runtime = FakeRuntime(num_classes=7, largest_batch=32)
+        return LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.02), (32, 0.1)))
 
     monkeypatch.setattr("sopdeploy_service.inference.memory_budget.load_in_background", load)
     settings = Settings(memory_budget=70_000_000, drain_seconds=0.1, queue_size=8, max_images=8)
 
     async def run() -> None:
         engine = EngineUnderTest(BudgetedRegistry({"a": bundle, "b": bundle}, settings), settings)
-        registry = RemoteRegistry([await engine.open()], settings)
+        registry, other = [RemoteRegistry([await engine.open()], settings) for _ in range(2)]
         await registry.start()
+        await other.start()
         loads: list[Sequence[bool]] = []
         for name in "ab":
             found = await asyncio.gather(*(registry.find(name).run(one, FOREVER) for one in PIXELS[:4]))
             assert all("load" in one.stage_seconds for one in found)
             assert "load" not in (await registry.find(name).run(PIXELS[0], FOREVER)).stage_seconds
             loads.append([model.is_loaded for model in engine.engine.registry.models()])
+            for each in (registry, other):  # which has run no image
+                await until(lambda each=each: [model.is_loaded for model in each.models()] == loads[-1])
+                assert each.find(name).runtime == ("fake", "fake", 32)
+                assert each.find(name).latency.total_seconds(60, each.find(name).largest_batch) == 0.2
         assert loads == [[True, False], [False, True]]
+        assert {other.find("a").runtime.name, registry.find("a").runtime.name} == {"not loaded"}
         await registry.stop()
+        await other.stop()
         assert await engine.end() == 0
 
     asyncio.run(run())

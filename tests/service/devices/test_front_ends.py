@@ -4,13 +4,17 @@ import json
 import os
 import re
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from sopdeploy_service.devices import control, device_server
 from sopdeploy_service.devices.processes import choose_front_ends
+from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.settings import Settings
 from tests.service.devices import gated_device
 from tests.support.children import (
@@ -181,6 +185,20 @@ def test_the_number_of_front_ends_follows_the_cores_unless_one_process_suffices(
     monkeypatch.setattr("sopdeploy_service.devices.processes.usable_cores", lambda: cores)
     assert choose_front_ends(Settings(), seconds) == expected
     assert choose_front_ends(Settings(front_ends=3), seconds) == 3
+
+
+def test_models_that_are_loaded_at_their_first_use_tell_no_speed(bundle, monkeypatch) -> None:
+    settings = Settings(memory_budget=70_000_000)
+    registry = BudgetedRegistry({"a": bundle}, settings)
+    monkeypatch.setattr(device_server, "load_registry", lambda *_: registry)
+    monkeypatch.setattr(device_server, "has_cuda", lambda: True)
+    monkeypatch.setattr(device_server, "serve_http", lambda *_: 0)
+    config = SimpleNamespace(settings=settings, sources=(), device="0", front_ends=None)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.send(control.FRONT_ENDS + b"0")
+        assert device_server.run_device(config, theirs) == 0
+        assert choose_front_ends(Settings(), float(ours.recv(100).removeprefix(control.SPEED))) == 0
 
 
 @pytest.mark.parametrize("options", [(), ("--front-ends", "2")])

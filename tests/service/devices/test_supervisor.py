@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import itertools
 import os
@@ -18,10 +19,11 @@ import pytest
 
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.devices import supervisor
+from sopdeploy_service.devices import control, supervisor
 from sopdeploy_service.devices.processes import Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.second_week.kept import read_kept
+from sopdeploy_service.server.lifetime import start_task
 from sopdeploy_service.settings import load_settings
 from tests.service.devices import gated_device
 from tests.service.second_week.keep.test_keeper import photos, results
@@ -107,14 +109,106 @@ def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> N
         process = Process("cpu", {}, settings, "cpu", 0)
         server = supervisor.Supervisor([], settings, [process], listener)
 
-        def start(_: Process) -> SimpleNamespace:
+        def start(_: Process) -> None:
             if next(starts) == 1100:
                 server._stopping.set()
-            return SimpleNamespace(wait=lambda: 1, terminate=lambda: None)
+            process.child = SimpleNamespace(poll=lambda: 1, terminate=lambda: None)
 
         monkeypatch.setattr(server, "_start", start)
         assert asyncio.run(server.run()) == 0
     assert next(starts) == 1101
+
+
+def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_open(
+    monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_SECONDS", 0.0)
+    num_open: list[int] = []
+    with socket.socket() as listener:
+        settings = load_settings()
+        server = supervisor.Supervisor([], settings, [Process("cpu", {}, settings, "cpu", 0)], listener)
+
+        def refuse(*_: object, **__: object) -> None:
+            num_open.append(len(list(Path("/proc/self/fd").iterdir())))
+            if len(num_open) == 5:
+                server._stopping.set()
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(supervisor.subprocess, "Popen", refuse)
+        assert asyncio.run(server.run()) == 0
+    assert len(num_open) == 5
+    assert len(set(num_open)) == 1
+    assert caplog.text.count("device cpu: cannot start (Resource temporarily unavailable); restart in") == 4
+
+
+def test_a_front_end_for_which_no_channel_can_be_made_is_replaced(monkeypatch, caplog) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    settings, killed = load_settings(), []
+    engine, front_end = (Process(name, {}, settings, device, 0) for name, device in (("0", "0"), ("f", None)))
+    front_end.child = SimpleNamespace(kill=lambda: killed.append(front_end))
+    with socket.socket() as listener:
+        server = supervisor.Supervisor([], settings, [engine], listener)
+        monkeypatch.setattr(supervisor.socket, "socketpair", refuse)
+        server._connect(engine, front_end)
+    assert (killed, "f: has no channel (Too many open files)" in caplog.text) == ([front_end], True)
+
+
+class TimelessLoop(asyncio.SelectorEventLoop):
+    """An event loop whose timers are due as soon as nothing else happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now, select = 0.0, self._selector.select
+
+        def select_at_once(timeout: float | None) -> list[object]:
+            events = select(0 if timeout else timeout)
+            self._now += 0.0 if events or timeout is None else timeout
+            return events
+
+        self._selector.select = select_at_once
+
+    def time(self) -> float:
+        return self._now
+
+
+def test_a_process_that_hangs_or_loads_is_down_in_the_metrics_of_the_others() -> None:
+    async def scenario() -> tuple[bytes, bytes]:
+        settings, loop = load_settings(), asyncio.get_running_loop()
+        names = ("answers", "hangs", "loads")
+        processes = [Process(name, {}, settings, name, number) for number, name in enumerate(names)]
+        with socket.socket() as listener, ExitStack() as stack:
+            server = supervisor.Supervisor([], settings, processes, listener)
+            theirs: list[socket.socket] = []
+            for process in processes:
+                pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+                ours, their_end = map(stack.enter_context, pair)
+                process.reset(ours)
+                theirs.append(their_end)
+            for process in processes[:2]:
+                process.record_status(control.STATUS.pack(0, 0))
+            answers, _, loads = theirs
+
+            def answer() -> None:
+                _, (file,) = control.receive_message(answers)
+                start_task(server._tasks, control.send_metrics(file, b"# TYPE a gauge\na 1.0\n"))
+
+            loop.add_reader(answers, answer)
+            loop.add_reader(processes[0].control, server._receive, processes[0])
+            page = await control.request_metrics(answers, 2 * control.METRICS_SECONDS)
+            loop.remove_reader(answers)
+            loop.remove_reader(processes[0].control)
+            with contextlib.suppress(BlockingIOError):
+                return page, loads.recv(100)
+            return page, b""
+
+    with asyncio.Runner(loop_factory=TimelessLoop) as runner:
+        page, asked = runner.run(scenario())
+    assert b'a{process="answers"} 1.0\n' in page
+    up = dict(re.findall(rb'^sopdeploy_worker_up{process="(.*?)"} (\S+)$', page, re.M))
+    assert up == {b"answers": b"1.0", b"hangs": b"0.0", b"loads": b"0.0"}
+    assert asked == b""
 
 
 def test_a_drain_completes_the_requests_of_both_processes(bundle_path, tmp_path, jpeg, monkeypatch) -> None:
@@ -179,7 +273,8 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(tmp_p
     kept = tmp_path / "kept"
     file = tmp_path / "keys.toml"
     free, limited = new_key(file, "free"), new_key(file, "limited", 1e-6)
-    file.write_text(file.read_text().replace("burst = 64", "burst = 5"))
+    others = (f'[[key]]\nname = "{number}"\nsha256 = "{number:064}"\nrate = 1.0\n' for number in range(4100))
+    file.write_text("".join(others) + file.read_text().replace("burst = 64", "burst = 5"))
     options = [f"--setting={setting}" for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")]
     with serving(str(bundle), "--keys", str(file), *options, *WAYS[way]) as client:
         with ExitStack() as stack:
@@ -195,3 +290,9 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(tmp_p
         assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
         remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
         assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
+        file.write_text("")
+        before = set(children_of(client.child.pid))
+        for process in before:
+            os.kill(process, signal.SIGKILL)
+        wait_for(lambda: len(set(children_of(client.child.pid)) - before) == len(before))
+        assert client.post("/v1/classify", content=jpeg).status_code == 429  # by one that starts later

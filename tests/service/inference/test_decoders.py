@@ -9,9 +9,11 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -296,6 +298,30 @@ def test_clients_share_the_places_of_large_images_and_take_turns(arrivals, refus
         children.give_work(child)
     assert ran == [int(number) for number in (order.split() if " " in order else order)]
     loop.close()
+
+
+@pytest.mark.parametrize("clients", ["aaaaaaaa", "bcdefghi"])
+def test_images_for_which_nobody_waits_free_their_places_and_their_memory(clients) -> None:
+    async def scenario() -> None:
+        children, loop = decoders.SharedChildren(Metrics()), asyncio.get_running_loop()
+
+        def put(client: str) -> pool.Request:
+            request = pool.Request(BytesIO(), b"", 0, range(0), loop.create_future())
+            children.put(request, (client, False))
+            return request
+
+        requests = [put(client) for client in clients]
+        images = [weakref.ref(request.image) for request in requests]
+        for request in requests[::2]:
+            request.result.cancel()  # the client has left
+        for request in requests[1::2]:
+            request.settle(DRAINING)  # its deadline has passed
+        del request, requests
+        await asyncio.sleep(0)
+        assert [image() for image in images] == [None] * 8
+        assert not put("a").result.done()
+
+    asyncio.run(scenario())
 
 
 def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serve_with) -> None:

@@ -78,6 +78,16 @@ async def request(registry: BudgetedRegistry, name: str) -> bool:
         return model.is_loaded
 
 
+def test_bundles_under_a_budget_are_not_reloaded(bundle_path, monkeypatch, caplog) -> None:
+    async def scenario(registry: BudgetedRegistry) -> None:
+        before = registry.models()
+        await registry.reload([bundle_path])  # with one model, under another name
+        assert registry.models() == before
+
+    run_with_registry({"a": bundle_path, "b": bundle_path}, Device(SIZE, monkeypatch), scenario)
+    assert "not reloaded: impossible with memory_budget" in caplog.text
+
+
 def test_a_hundred_models_share_the_memory_of_ten_like_an_ideal_cache(bundle_path, monkeypatch) -> None:
     device = Device(10 * SIZE, monkeypatch)
     names = [f"model{number}" for number in range(100)]
