@@ -49,6 +49,11 @@ def can_be_typed(character: str) -> bool:
     return is_visible(character) or category in {"Zs", "Mn", "Mc", "Me"} or character in _JOINERS
 
 
+def as_utf8(text: object) -> str:
+    """Return *text*, such as a path, for a document in UTF-8; bytes that are not UTF-8 become `?`."""
+    return str(text).encode("utf-8", "replace").decode()
+
+
 def class_problem(name: str) -> str | None:
     """Say why *name* cannot be that of a class; None if it can."""
     if len(name) > MAX_CLASS_NAME:

@@ -11,7 +11,7 @@ import pydantic
 from sopdeploy.config import StrictModel, Text, matching
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import expand_user
-from sopdeploy.names import is_bundle_name, project_problem, without_bundle_end
+from sopdeploy.names import as_utf8, is_bundle_name, project_problem, without_bundle_end
 
 # UTC; the order of the texts is that of the times.
 Time = Annotated[
@@ -53,7 +53,7 @@ class Origin(StrictModel):
 def folder_name(folder: str | Path) -> str:
     """Return the name of *folder*, also for `.` and `..`; bytes that are not UTF-8 become `?`."""
     path = os.path.abspath(expand_user(folder))  # noqa: PTH100 - a link keeps its name
-    return os.path.basename(path).encode("utf-8", "replace").decode()  # noqa: PTH119
+    return as_utf8(os.path.basename(path))  # noqa: PTH119
 
 
 def folder_project(folder: Path) -> str:

@@ -98,6 +98,7 @@ def create_app(
     )
     app.state.service = service
     app.state.examples = web.list_examples(settings.examples)
+    app.state.bundle_check = None  # the last one of `/readyz`
     for router in ROUTERS:
         app.include_router(router)
     problems.handle_errors(app, PATHS)

@@ -8,7 +8,7 @@ name. Behind a proxy, `Host` is the name that the proxy chooses, and `X-Forwarde
 
 import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import NamedTuple, TypeAlias
@@ -67,6 +67,19 @@ def parse_host(text: str) -> HostPattern:
         raise ValueError(f"{text!r} has no host, or one of more than {MAX_NAME} characters")
     scheme = match[1].removesuffix("://").lower() or None
     return HostPattern(scheme, name, parts.port, is_for_subdomains=match[2] is not None)
+
+
+def join_headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Return the headers in *lines*, whose names are in lower case; repeated ones are joined by `, `.
+
+    That is what they mean if they are lists (RFC 9110, section 5.3). Others become invalid: a proxy in front
+    could use another line than this server.
+    """
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in lines:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
 
 
 def client_address(headers: Mapping[str, str], peer: str, proxies: tuple[Network, ...]) -> str:

@@ -1,6 +1,8 @@
 """Health, metrics and model information."""
 
 import asyncio
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,6 +13,7 @@ from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
 from sopdeploy.config import StrictModel, parse_json
 from sopdeploy.files import has_manifest
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
+from sopdeploy.names import as_utf8
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import describe_statuses
 from sopdeploy_service.inference.model import State
@@ -42,6 +45,8 @@ class CertificateSummary(StrictModel):
 
 
 MAX_SHOWN_LABELS = 100
+DISK_SECONDS = 0.5  # for `/readyz`; probes wait longer
+DISK_HANGS = "the disk of the bundles does not respond; they are served until this process ends"
 
 
 class Card(StrictModel):
@@ -69,14 +74,28 @@ async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, and 503 if it is draining, has no model or is dead.
 
     The probes of every bundle are replayed before the server starts to listen. `reason` names a bundle whose
-    folder was deleted: a restarted process cannot load it.
+    folder was deleted or cannot be read: a restarted process cannot load it.
     """
-    service = service_of(request)
-    paths = [model.bundle.path for model in service.registry.models()]
-    gone = await asyncio.to_thread(lambda: [path for path in paths if not has_manifest(path)])
-    reason = f"{gone[0]}: the bundle was deleted; it is served until this process ends" if gone else None
+    service, state = service_of(request), request.app.state
+    if state.bundle_check is None or state.bundle_check.done():  # one at a time, if the disk hangs
+        paths = [model.bundle.path for model in service.registry.models()]
+        state.bundle_check = asyncio.ensure_future(asyncio.to_thread(find_lost, paths))
+    await asyncio.wait([state.bundle_check], timeout=DISK_SECONDS)
+    reason = state.bundle_check.result() if state.bundle_check.done() else DISK_HANGS
     health = Health(status=service.state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
+
+
+def find_lost(paths: Sequence[Path]) -> str | None:
+    """Name the first of the bundles at *paths* that was deleted or cannot be read; None if there is none."""
+    for path in paths:
+        try:
+            problem = "" if has_manifest(path) else "was deleted"
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+        if problem:
+            return as_utf8(f"{path}: the bundle {problem}; it is served until this process ends")
+    return None
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)

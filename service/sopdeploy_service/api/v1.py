@@ -77,14 +77,14 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
         top_k = query.top_k or model.top_k
         outcomes = await admitted.infer(upload.images, may_keep=True, explain=query.explain)
 
-    def format_classes(prediction: Prediction) -> Fields:
-        logits = prediction.outputs[model.logits_name]
-        answer = model.decision.answer(logits, top_k, query.threshold, prediction.occluded)
-        if answer.known is False:  # None: the bundle does not tell
-            service.metrics.unknown_images.labels(model.name).inc()
-        return {**answer.fields(model.labels), "warnings": prediction.warnings}
+        def format_classes(prediction: Prediction) -> Fields:
+            logits = prediction.outputs[model.logits_name]
+            answer = model.decision.answer(logits, top_k, query.threshold, prediction.occluded)
+            if answer.known is False:  # None: the bundle does not tell
+                service.metrics.unknown_images.labels(model.name).inc()
+            return {**answer.fields(model.labels), "warnings": prediction.warnings}
 
-    return _respond(admitted, upload, outcomes, format_classes)
+        return _respond(admitted, upload, outcomes, format_classes)
 
 
 @router.post(
@@ -106,14 +106,14 @@ async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Resp
         upload = await read_upload(admitted)
         outcomes = await admitted.infer(upload.images, features=True)
 
-    def format_embedding(prediction: Prediction) -> Fields:
-        vector = prediction.outputs[EMBEDDING]
-        if query.encoding_format == "float":
-            return {"embedding": vector.tolist(), "warnings": prediction.warnings}
-        encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        return {"embedding": encoded, "warnings": prediction.warnings}
+        def format_embedding(prediction: Prediction) -> Fields:
+            vector = prediction.outputs[EMBEDDING]
+            if query.encoding_format == "float":
+                return {"embedding": vector.tolist(), "warnings": prediction.warnings}
+            encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+            return {"embedding": encoded, "warnings": prediction.warnings}
 
-    return _respond(admitted, upload, outcomes, format_embedding)
+        return _respond(admitted, upload, outcomes, format_embedding)
 
 
 def _respond(

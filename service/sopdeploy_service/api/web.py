@@ -32,6 +32,7 @@ _SHARED = files("sopdeploy.html")  # the style sheet that reports have, too
 _LOGO = (_FOLDER / "mark.svg").read_text("utf-8")
 _ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
 MAX_EXAMPLES = 8
+EXAMPLE_SECONDS = 10.0  # for reading one; the disk may hang
 _INERT = {  # a file of the owner never runs in this origin
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "X-Content-Type-Options": "nosniff",
@@ -142,8 +143,9 @@ async def example(request: Request, number: int) -> Response:
     if not 0 <= number < len(paths):
         raise HTTPException(404, "no such example")
     try:
-        content = await asyncio.to_thread(read_file, paths[number], MAX_BYTES)
-    except OSError as error:
+        async with asyncio.timeout(EXAMPLE_SECONDS):
+            content = await asyncio.to_thread(read_file, paths[number], MAX_BYTES)
+    except OSError as error:  # or `TimeoutError`, which is one
         raise HTTPException(404, "no such example") from error
     media_type = mimetypes.guess_type(paths[number].name)[0] or "application/octet-stream"
     return Response(content, media_type=media_type, headers=_INERT)

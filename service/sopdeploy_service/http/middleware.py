@@ -17,11 +17,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
-from sopdeploy_service.http.api_keys import RATE_HEADERS, Key, TokenBucket, find_key
+from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key
 from sopdeploy_service.http.problems import INTERNAL, respond_with_error
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.origins import FOREIGN_PAGES, OwnOrigins, is_among, parse_host, without_prefix
+from sopdeploy_service.origins import (
+    FOREIGN_PAGES,
+    OwnOrigins,
+    is_among,
+    join_headers,
+    parse_host,
+    without_prefix,
+)
 from sopdeploy_service.settings import Settings
 
 PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
@@ -50,7 +57,7 @@ access_log = logging.getLogger("sopdeploy.access")
 class RequestContext:
     """The state of one request: `scope["state"]["context"]`, written to metrics and access log at its end.
 
-    `headers` are by name in lower case, `path` is below `root_path`, `peer` is the address of the client or
+    `headers` are those of `join_headers`, `path` is below `root_path`, `peer` is the address of the client or
     of the proxy. `stage_seconds` maps each stage to the time of the slowest image.
     """
 
@@ -131,8 +138,10 @@ class RequestContextMiddleware:
 
     def _add_context(self, scope: Scope) -> RequestContext:
         """Add the context of a request to *scope*, and `root_path` to its path; return the context."""
-        pairs = reversed(scope["headers"])  # of several with one name, the first one counts
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
+        headers = join_headers(scope["headers"])
+        if len(headers) < len(scope["headers"]):  # so that the routes read the same
+            pairs = headers.items()
+            scope["headers"] = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
         root = self.service.settings.root_path
         path = without_prefix(scope["path"], root)
         scope["root_path"], scope["path"] = root, root + path  # also if a proxy has removed it
@@ -210,7 +219,7 @@ class OriginGuard:
 
 
 class AllowedOrigins(CORSMiddleware):
-    """Lets pages of *origins*, patterns of `parse_host` or `*` for all, read responses and send keys.
+    """Lets pages of *origins*, patterns of `parse_host` or `*` for all, read responses and send all headers.
 
     It answers the requests by which browsers ask before (`OPTIONS`), before any guard, because they carry no
     key. Responses vary with `Origin`, also errors.
@@ -221,11 +230,8 @@ class AllowedOrigins(CORSMiddleware):
             app,
             allow_origins=["*"] if "*" in origins else [],
             allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["Authorization", "X-API-Key", "X-Request-ID", "Inference-Header-Content-Length"],
-            expose_headers=[
-                *["X-Request-ID", "X-Model-Digest", "Retry-After", "Server-Timing"],
-                *RATE_HEADERS,
-            ],
+            allow_headers=["*"],
+            expose_headers=["*"],  # means all of them, because no response allows credentials
         )
         self._patterns = [parse_host(origin) for origin in origins if origin != "*"]
 

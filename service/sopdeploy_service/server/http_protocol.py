@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import httptools
 import uvicorn
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -22,7 +21,7 @@ from sopdeploy_service.http.middleware import request_id
 from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.origins import is_within, without_prefix
+from sopdeploy_service.origins import is_within, join_headers, without_prefix
 from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
 
@@ -513,7 +512,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _write_error(self, reason: HttpError) -> None:
         """Send the response of *reason* as the last one, without the app."""
-        identifier = request_id(Headers(raw=self.headers or []))
+        identifier = request_id(join_headers(self.headers or []))
         root, url = self._limits.root_path, self.url.partition(b"?")[0].decode("latin-1")
         headers = {"Connection": "close", "X-Request-ID": identifier}
         response = problem_response(reason, headers, without_prefix(url, root), root)

@@ -53,6 +53,18 @@ def test_pages_of_allowed_origins_may_send_images_with_keys_and_read_answers(
             assert sent.status_code == (200 if keys else 403)
 
 
+def test_pages_of_allowed_origins_may_send_and_read_every_header(serve_with) -> None:
+    client = serve_with(FakeRuntime(num_classes=7), allowed_origins=SHOP)
+    names = "inference-header-content-length,traceparent,x-request-id,x-request-timeout-ms"
+    asked = client.options("/v2", headers={"origin": SHOP, **ASKED, "access-control-request-headers": names})
+    assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, names)
+    sent = client.get("/v2/none", headers={"origin": SHOP})
+    assert "x-error-code" in sent.headers
+    # With this value, and for responses that allow no credentials, browsers let a page read all headers.
+    assert sent.headers["access-control-expose-headers"] == "*"
+    assert "access-control-allow-credentials" not in sent.headers
+
+
 def test_a_refused_page_is_told_the_setting_that_allows_it(serve_with, jpeg) -> None:
     client = serve_with(FakeRuntime(num_classes=7))
     for method in ("POST", "OPTIONS"):

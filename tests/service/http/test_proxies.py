@@ -140,11 +140,46 @@ PAGE_BEHIND_TLS = {**FORWARDED, "origin": "https://localhost:8443"}
         (TRUSTED, {**PAGE_BEHIND_TLS, "x-forwarded-proto": "https,"}, 200),
         (TRUSTED, {**PAGE_BEHIND_TLS, "x-forwarded-host": "localhost:8443,"}, 200),
         (TRUSTED, {"x-forwarded-host": "", "origin": "null"}, 403),
+        (TRUSTED, [("x-forwarded-host", "localhost"), ("x-forwarded-host", "evil.example")], 403),
+        (TRUSTED, [("x-forwarded-proto", "http"), *PAGE_BEHIND_TLS.items()], 200),
     ],
 )
 def test_forwarded_headers_count_only_from_trusted_proxies(serve_with, settings, headers, status) -> None:
     client = serve_with(FakeRuntime(num_classes=7), **settings)
     assert client.get("/info", headers=headers).status_code == status
+
+
+REPEATED = {  # header, and two values of which the first one alone is accepted: code
+    ("x-request-timeout-ms", "9000", "9001"): "invalid_timeout",
+    ("inference-header-content-length", "14", "14"): "bad_header_length",
+    ("content-encoding", "identity", "gzip"): "unsupported_encoding",
+    ("content-length", "14", "14"): "malformed_request",
+    ("transfer-encoding", "chunked", "chunked"): "malformed_request",
+    ("x-api-key", "KEY", "KEY"): "unauthenticated",
+    ("authorization", "Bearer KEY", "Bearer KEY"): "unauthenticated",
+    ("origin", "http://localhost", "http://evil.example"): "foreign_request",
+    ("sec-fetch-site", "same-origin", "cross-site"): "foreign_request",
+}
+
+
+@pytest.mark.parametrize("header", REPEATED, ids=lambda header: header[0])
+def test_a_header_that_is_no_list_is_refused_if_it_is_repeated(serve_with, tmp_path, header) -> None:
+    name, *values = header
+    secret = new_key(tmp_path / "keys.toml", "me")
+    keys = tmp_path / "keys.toml" if "KEY" in values[0] else None
+    client = serve_with(FakeRuntime(num_classes=7), keys=keys)
+    is_chunked = name == "transfer-encoding"
+    body = b'e\r\n{"inputs": []}\r\n0\r\n\r\n' if is_chunked else b'{"inputs": []}'
+    codes = []
+    for sent in (values[:1], values):
+        lines = [f"{name}: {value.replace('KEY', secret)}" for value in sent]
+        if not is_chunked and name != "content-length":
+            lines.append("Content-Length: 14")
+        head = "\r\n".join(["POST /v2/models/tiny/infer HTTP/1.1", "Host: localhost", *lines])
+        with connect(client) as wire:
+            wire.sendall(f"{head}\r\n\r\n".encode() + body)
+            codes.append(read(wire, to_the_end=False).headers["x-error-code"])
+    assert codes == ["wrong_inputs", REPEATED[header]]
 
 
 def check_prefix(client: httpx.Client, jpeg: bytes, headers: dict[str, str], root: str = "/ml") -> None:

@@ -116,11 +116,11 @@ async def model_infer(
         if parsed.timeout_seconds is not None:
             admitted.deadline = min(admitted.deadline, admitted.started + parsed.timeout_seconds)
         outcomes = await admitted.infer(parsed.images, features=EMBEDDING in parsed.is_binary, may_keep=True)
-    head = {"model_name": model.name, "model_version": model.version}
-    if parsed.id is not None:
-        head = {"id": parsed.id, **head}
-    content, headers = format_response(head, stack_outputs(outcomes), parsed.is_binary)
-    return Response(content, headers={**headers, "Server-Timing": admitted.context.server_timing()})
+        head = {"model_name": model.name, "model_version": model.version}
+        if parsed.id is not None:
+            head = {"id": parsed.id, **head}
+        content, headers = format_response(head, stack_outputs(outcomes), parsed.is_binary)
+        return Response(content, headers={**headers, "Server-Timing": admitted.context.server_timing()})
 
 
 def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:

@@ -189,9 +189,11 @@ class KeptFolder:
 
     def clean_up(self) -> None:
         """Delete photographs that are too old, and forget those that others have deleted or labelled."""
-        for photo in list(self._photos.values()):
-            self._forget_if_gone(photo)
-        self.expire()
+        try:
+            for photo in list(self._photos.values()):
+                self._forget_if_gone(photo)
+        finally:  # also if a file cannot be looked up
+            self.expire()
 
     def has_duplicate(self, name: str, reasons: Sequence[Reason], near_hash: str) -> bool:
         """Tell whether the file *name*, without suffix, is kept for *reasons*, or a near-duplicate of it.
@@ -219,26 +221,41 @@ class KeptFolder:
         return is_gone
 
     def expire(self) -> None:
-        """Delete photographs that are too old, and write the counted time to `AGES` if much has passed."""
+        """Delete photographs that are too old, then write the counted time to `AGES` if much has passed.
+
+        Neither depends on the other: a full disk keeps no photograph. Raises `OSError` after both.
+        """
         now = time.monotonic()
         step = min(max(0.0, now - self._ticked), MAX_STEP * self.clean_up_seconds)
         self._ticked = now
         self._counted += step
-        if self._counted - self._saved >= min(SAVE_SECONDS, self._age / 10):
-            kept_at = {name: photo.kept_at for name, photo in self._photos.items()}
-            content = Ages(counted=self._counted, kept_at=kept_at).model_dump_json().encode()
-            _write(self.path / AGES, content)
-            self._saved = self._counted
         old = [photo for photo in self._photos.values() if self._counted - photo.kept_at > self._age]
-        self._delete_for("expired", old)
+        try:
+            self._delete_for("expired", old)
+        finally:
+            if self._counted - self._saved >= min(SAVE_SECONDS, self._age / 10):
+                kept_at = {name: photo.kept_at for name, photo in self._photos.items()}
+                content = Ages(counted=self._counted, kept_at=kept_at).model_dump_json().encode()
+                _write(self.path / AGES, content)
+                self._saved = self._counted
 
     def _delete_for(self, reason: Deletion, photos: list[_StoredPhoto]) -> None:
-        """Delete *photos*, report each to `on_delete`, and log how many they are."""
+        """Delete *photos*, report each to `on_delete`, and log how many they are.
+
+        One that cannot be deleted raises `OSError` after the others are deleted.
+        """
+        errors: list[OSError] = []
         for photo in photos:
-            self._delete(photo)
-            self._on_delete(reason)
-        if photos:
-            log.info("deleted photographs", extra={"reason": reason, "photographs": len(photos)})
+            try:
+                self._delete(photo)
+            except OSError as error:
+                errors.append(error)
+            else:
+                self._on_delete(reason)
+        if num_deleted := len(photos) - len(errors):
+            log.info("deleted photographs", extra={"reason": reason, "photographs": num_deleted})
+        if errors:
+            raise errors[0]
 
     def _store(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* as `add` does, and make room for it first; raises `OSError`."""

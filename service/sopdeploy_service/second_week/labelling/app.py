@@ -28,11 +28,12 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from sopdeploy.config import StrictModel, matching
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import MAX_IMAGE_BYTES, read_file
+from sopdeploy.names import as_utf8
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.http.strict_json import parse_json
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.origins import OwnOrigins, without_prefix
+from sopdeploy_service.origins import OwnOrigins, join_headers, without_prefix
 from sopdeploy_service.second_week.labelling.folders import GoneError, LabelFolders
 from sopdeploy_service.second_week.labelling.heap import Embed
 from sopdeploy_service.server.http_protocol import Connections, limited_config
@@ -78,7 +79,8 @@ def intercept(request: Request, origins: OwnOrigins, root_path: str, key: str) -
     for the page with the key in its address gets a cookie with the key, and a redirect to the address
     without it.
     """
-    headers, peer = request.headers, request.client.host if request.client else ""
+    headers = join_headers(request.scope["headers"])
+    peer = request.client.host if request.client else ""
     navigates = request.method == "GET" and request.scope["path"] == "/"
     if origins.why_foreign(headers, peer, is_link=navigates):
         return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
@@ -171,7 +173,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
 
     @app.exception_handler(SopdeployError)
     def refuse(_request: Request, error: SopdeployError) -> Response:
-        return JSONResponse({"detail": str(error)}, 409 if isinstance(error, GoneError) else 422)
+        return JSONResponse({"detail": as_utf8(error)}, 409 if isinstance(error, GoneError) else 422)
 
     @app.exception_handler(RejectedError)
     def refuse_body(_request: Request, error: RejectedError) -> Response:
@@ -180,7 +182,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     @app.exception_handler(OSError)
     def fail(_request: Request, error: OSError) -> Response:
         detail = f"{error.filename}: cannot be read or written ({error.strerror}); nothing was changed"
-        return JSONResponse({"detail": detail}, 507)
+        return JSONResponse({"detail": as_utf8(detail)}, 507)
 
     app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, origins, settings.root_path, key))
     return app
@@ -236,7 +238,7 @@ def describe_next(folders: LabelFolders) -> LabelState:
         classes=tuple(ShownClass(name=name, probability=probabilities.get(name)) for name in names),
         done=len(folders.steps),
         left=len(folders.waiting),
-        command=training_command(folders),
+        command=as_utf8(training_command(folders)),
     )
 
 

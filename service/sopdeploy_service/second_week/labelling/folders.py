@@ -209,7 +209,7 @@ class LabelFolders:
         if not photo.is_of_heap:
             photo.path.with_suffix(".json").unlink(missing_ok=True)  # its record
         elif name is not None:
-            self.suggestions.add(name, photo.path)
+            self.suggestions.add(name, photo.path, target)
             self._order_heap()
 
     def skip(self, identity: str) -> None:
@@ -255,7 +255,7 @@ class LabelFolders:
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
         elif os.path.lexists(photo.path):
             raise GoneError(f"{photo.path}: another photograph has its name now; move {target} yourself")
-        self.suggestions.remove(photo.path)
+        self.suggestions.remove(target)
         _move(target, photo.path)
         if made_folder:
             with suppress(OSError):  # stays if other photographs are in it

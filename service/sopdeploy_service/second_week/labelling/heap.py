@@ -58,7 +58,8 @@ class Suggestions:
     def __init__(self, embed: Embed | None) -> None:
         self._embed = embed
         self._vectors: dict[Path, Vector] = {}
-        self._classes: dict[Path, str] = {}
+        # The class of each sorted photograph, and the path under which it may have a vector already.
+        self._classes: dict[Path, tuple[str, Path]] = {}
         self._asked: set[Path] = set()
         self._num_changes = 0  # of the classes
         self._means = _Means((0, 0), [], _NONE)
@@ -70,14 +71,15 @@ class Suggestions:
             return
         for name, folder in folders.items():
             for path in list_heap(folder)[:MAX_LEARNED]:
-                self._classes.setdefault(path, name)
+                self._classes.setdefault(path, (name, path))
         self._num_changes += 1
 
     def compute(self, heap: Sequence[Path]) -> None:
         """Start a thread for the missing vectors of *heap* and the sorted photographs, unless one runs."""
         if self._embed is None or not heap or (self.thread is not None and self.thread.is_alive()):
             return
-        missing = [path for path in (*self._classes, *heap) if path not in self._asked]
+        sorted_paths = [path for path, (_, old) in self._classes.items() if old not in self._vectors]
+        missing = [path for path in (*sorted_paths, *heap) if path not in self._asked]
         self._asked.update(missing)
         self.thread = threading.Thread(target=self._run, args=(self._embed, missing), daemon=True)
         self.thread.start()
@@ -89,14 +91,14 @@ class Suggestions:
         except Exception as error:  # the page works without suggestions
             log.warning("no suggestions: %s", error)
 
-    def add(self, name: str, path: Path) -> None:
-        """Add the photograph that was at *path* to the class *name*."""
-        self._classes[path] = name
+    def add(self, name: str, path: Path, target: Path) -> None:
+        """Add the photograph that was moved from *path* to *target* to the class *name*."""
+        self._classes[target] = name, path
         self._num_changes += 1
 
-    def remove(self, path: Path) -> None:
-        """Remove the photograph at *path*, whose label was undone, from its class."""
-        self._classes.pop(path, None)
+    def remove(self, target: Path) -> None:
+        """Remove the photograph at *target*, whose label was undone, from its class."""
+        self._classes.pop(target, None)
         self._num_changes += 1
 
     def suggest(self, path: Path) -> dict[str, float]:
@@ -115,9 +117,9 @@ class Suggestions:
         state = len(self._vectors), self._num_changes
         if self._means.state == state:
             return self._means
-        members: dict[str, list[Vector]] = {name: [] for name in self._classes.values()}
-        for path, name in self._classes.items():
-            if (vector := self._vectors.get(path)) is not None:
+        members: dict[str, list[Vector]] = {name: [] for name, _ in self._classes.values()}
+        for path, (name, old) in self._classes.items():
+            if (vector := self._vectors.get(old, self._vectors.get(path))) is not None:
                 members[name].append(vector)
         if len(members) > 1 and min(map(len, members.values())) >= MIN_PHOTOGRAPHS:
             means = np.stack([np.mean(vectors, axis=0) for vectors in members.values()])

@@ -13,6 +13,7 @@ import signal
 import stat
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import partial, partialmethod
 from pathlib import Path
@@ -353,11 +354,12 @@ class RunningTime:
         monkeypatch.setattr(kept_folder, "time", SimpleNamespace(monotonic=lambda: self.seconds))
 
     def run(self, kept: KeptFolder, days: float) -> None:
-        """Let *days* pass in the intervals in which a keeper checks the ages."""
+        """Let *days* pass in the intervals in which a keeper checks the ages; it goes on after an error."""
         step = kept_folder.MAX_STEP * kept.clean_up_seconds
         for _ in range(round(days * DAY / step)):
             self.seconds += step
-            kept.clean_up()
+            with suppress(OSError):
+                kept.clean_up()
 
 
 @pytest.fixture
@@ -392,6 +394,27 @@ def test_photographs_expire_after_the_days_in_which_a_keeper_has_run(
     del kept
     reopened(tmp_path, days=15)  # a shorter time holds for those that are there
     assert numbers(tmp_path) == [2]
+
+
+@pytest.mark.parametrize(
+    ("step", "name", "remaining"),
+    [("write_bytes", ".ages", []), ("unlink", f"{0:032x}", [0]), ("exists", f"{0:032x}", [])],
+)
+def test_a_file_that_cannot_be_written_deleted_or_found_keeps_no_other_photograph(
+    tmp_path: Path, running_time: RunningTime, monkeypatch, step: str, name: str, remaining: list[int]
+) -> None:
+    def refuse(original: Callable[..., object], path: Path, *values: object, **options: object) -> object:
+        if path.name.startswith(name):
+            raise OSError(errno.EIO, "no")
+        return original(path, *values, **options)
+
+    kept = reopened(tmp_path, days=1)
+    for number in range(3):
+        kept.add(PHOTO, photo(number))
+    monkeypatch.setattr(Path, step, partialmethod(partial(refuse, getattr(Path, step))))
+    running_time.run(kept, 2)
+    assert numbers(tmp_path) == remaining
+    assert (tmp_path / ".ages").exists() == (name != ".ages")
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, **ahead: float) -> None:

@@ -1,7 +1,9 @@
 """Requests that the server of the label page answers, and those that it refuses."""
 
 import itertools
+import os
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from sopdeploy_service.second_week.labelling.folders import LabelFolders
 from sopdeploy_service.settings import Settings
 from tests.service.second_week.labelling.conftest import KEY, files_below, identity, label_server
 from tests.support.raw import connect
+from tests.support.service import picture_bytes
 
 ONE = identity(1)
 
@@ -81,6 +84,30 @@ def test_the_page_answers_to_each_name_of_this_machine_and_to_its_own_origin(cli
     for name in ("localhost:1", "127.0.0.1:1", "[::1]:1", "LOCALHOST:1"):
         reply = client.get("/state", headers={"host": name, "origin": f"http://{name}"})
         assert reply.status_code == 200, name
+
+
+def test_each_name_that_a_trusted_proxy_forwards_is_checked(keep, open_folders):
+    keep(1)
+    own, other = (("x-forwarded-host", name) for name in ("localhost", "evil.example"))
+    with label_server(open_folders(), trusted_proxies="127.0.0.1") as client:
+        assert [client.get("/state", headers=sent).status_code for sent in ([own], [own, other])] == [
+            200,
+            403,
+        ]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+def test_a_page_of_folders_whose_names_are_not_utf8_works(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(picture_bytes())
+    folders = LabelFolders(folder, folder / "photos")
+    with label_server(folders) as client:
+        state = client.get("/state").json()
+        assert state["command"] == f"sopdeploy train --data '{tmp_path}/caf?/photos'"
+        (folder / "photos").write_bytes(b"no folder")
+        reply = client.post("/label", json={**answer(), "id": state["photograph"]["id"]})
+        assert (reply.status_code, "caf?/photos" in reply.json()["detail"]) == (507, True)
 
 
 def test_a_form_or_a_large_body_cannot_send_a_label(client, tmp_path):

@@ -83,6 +83,28 @@ def test_classes_are_suggested_as_soon_as_each_has_two(heap):
     assert folders.probabilities(ids["a3"]) == {}
 
 
+def test_an_undone_label_is_forgotten_also_if_the_page_was_reloaded(heap):
+    folders = heap("a1.jpg", "a2.jpg", "b1.jpg", "b2.jpg", "b3.jpg", embed=embed)
+    sort(folders, "a1.jpg", "ant")
+    sort(folders, "b1.jpg", "bee")
+
+    def reload() -> dict[str, float]:
+        folders.read()
+        folders.suggestions.thread.join()
+        return folders.probabilities(heap_id(Path("b3.jpg")))
+
+    assert reload() == {}  # each class has one photograph
+    for name, label in (("a2.jpg", "ant"), ("b2.jpg", "bee")):
+        sort(folders, name, label)
+    assert reload()["bee"] > 0.99
+    for _ in range(4):
+        folders.undo()
+        assert reload() == {}
+    for name, label in (("a1.jpg", "bee"), ("a2.jpg", "bee"), ("b1.jpg", "ant"), ("b2.jpg", "ant")):
+        sort(folders, name, label)
+    assert reload()["ant"] > 0.99
+
+
 def test_photographs_that_were_sorted_before_count(heap, tmp_path):
     for label, names in {"ant": ("a1.jpg", "a2.jpg"), "bee": ("b1.jpg", "b2.jpg")}.items():
         (tmp_path / "photos" / label).mkdir(parents=True)
