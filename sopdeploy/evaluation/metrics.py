@@ -58,7 +58,8 @@ class ImageScore:
 
     `top5` are the five most probable classes, best first. `confidence` is the probability of the first one,
     `likelihood` the probability of the true class `target`. `known` is whether the image is accepted as one
-    of the classes; `None` without a threshold.
+    of the classes; `None` without a threshold. Images of one `group` are not independent; `None` is a group
+    of one image.
     """
 
     target: int
@@ -66,6 +67,7 @@ class ImageScore:
     confidence: float
     likelihood: float
     known: bool | None = None
+    group: int | None = None
 
     @property
     def correct(self) -> bool:
@@ -140,37 +142,42 @@ class ClassificationReport(StrictModel):
 
 
 def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -> ClassificationReport:
-    """Compute all metrics of *scores* over the classes *labels*; raises `DataError` without scores."""
+    """Compute all metrics of *scores* over the classes *labels*; raises `DataError` without scores.
+
+    The intervals are those of independent groups (`effective_count`).
+    """
     count = len(scores)
     if not count:
         raise DataError(NO_IMAGES)
     targets = np.array([score.target for score in scores])
     predicted = np.array([score.top5[0] for score in scores])
+    groups = np.array([-1 - index if one.group is None else one.group for index, one in enumerate(scores)])
+    units = effective_count(groups)
     shown = np.union1d(targets, predicted)  # sorted
     confusion = np.zeros((len(shown), len(shown)), np.int64)  # a row per target, a column per prediction
     np.add.at(confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1)
     classes = []
     for row, class_index in enumerate(shown.tolist()):
         hits, images = int(confusion[row, row]), int(confusion[row].sum())
-        predictions = int(confusion[:, row].sum())
+        predictions, of_class = int(confusion[:, row].sum()), groups[targets == class_index]
         classes.append(
             ClassMetrics(
                 label=labels[class_index],
                 count=images,
                 answered=predictions,
                 precision=hits / predictions if predictions else None,
-                recall=Rate.of(hits, images) if images else None,
+                recall=Rate.of(hits, images, effective_count(of_class)) if images else None,
             )
         )
     known = [score.known for score in scores if score.known is not None]
     return ClassificationReport(
         count=count,
-        top1=Rate.of(sum(score.correct for score in scores), count),
-        top5=Rate.of(sum(score.target in score.top5 for score in scores), count),
+        top1=Rate.of(sum(score.correct for score in scores), count, units),
+        top5=Rate.of(sum(score.target in score.top5 for score in scores), count, units),
         log_loss=math.fsum(-math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores) / count,
         classes=tuple(classes),
         confusion=tuple(map(tuple, confusion.tolist())),
-        accepted=Rate.of(sum(known), count) if len(known) == count else None,
+        accepted=Rate.of(sum(known), count, units) if len(known) == count else None,
     )
 
 

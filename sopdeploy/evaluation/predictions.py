@@ -43,13 +43,17 @@ def make_predictions(
             thresholds=cast(Sequence[float], decision.thresholds),  # never None with several classes
         )
     class_of_output = [images.labels.index(label) for label in labels]
+    groups: Sequence[int | None] = [None] * len(images)
+    if images.groups is not None:
+        groups = np.unique(images.groups, return_inverse=True)[1].tolist()
     scores = []
-    for target, row in zip(images.targets.tolist(), logits, strict=True):
+    for target, group, row in zip(images.targets.tolist(), groups, logits, strict=True):
         answer = decision.answer(row)
         ranked = [class_of_output[output] for output, _ in answer.ranked]  # all classes
         probabilities = [probability for _, probability in answer.ranked]
         likelihood = probabilities[ranked.index(target)]
-        scores.append(ImageScore(target, tuple(ranked[:TOP_K]), probabilities[0], likelihood, answer.known))
+        top5, confidence = tuple(ranked[:TOP_K]), probabilities[0]
+        scores.append(ImageScore(target, top5, confidence, likelihood, answer.known, group))
     return scores
 
 

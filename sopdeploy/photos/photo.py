@@ -61,7 +61,8 @@ class Photo:
     @cached_property
     def taken(self) -> int:
         """When the photograph was taken, in seconds of the camera's clock, or `NO_TIME`."""
-        return capture_time(self.image)
+        with image_errors(self.name):  # not `image`: once decoded, it also has EXIF behind the pixels
+            return capture_time(open_image(self.content))
 
     @cached_property
     def pixels(self) -> Image.Image:

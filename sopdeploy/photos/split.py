@@ -68,15 +68,20 @@ def hold_out(
 def choose_held_out(images: LabeledImages, groups: Groups, fraction: float, seed: int) -> Choice:
     """Hold out about *fraction* of the groups of every class, at least one, never all.
 
-    A class that is one group has no held-out image. A group of *groups* (N,) counts for the classes of its
-    first image, and all its images are on one side. Returns (N,): the number of the group of each held-out
-    image, in which groups are numbered from 0, and `NONE` for training images. *seed* and the identities of
-    the first images determine which groups are held out.
+    A class that is one group has no held-out image. A group of *groups* (N,) counts for all classes of its
+    images, which are on one side. Returns (N,): the number of the group of each held-out image, in which
+    groups are numbered from 0, and `NONE` for training images. *seed* and the identities of the first images
+    determine which groups are held out.
     """
     # Of G groups, the first image stands for the others.
     _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)
     keys_G = [images.identity(index) for index in first_G.tolist()]
-    is_held_out_G = hold_out(keys_G, images.targets[first_G], fraction, seed)
+    targets_G = images.targets[first_G]
+    if (targets_G[group_N] != images.targets).any():  # images of a group have different classes
+        classes = np.nonzero(images.targets) if images.is_multi_label else (slice(None), images.targets)
+        targets_G = np.zeros((len(first_G), len(images.labels)), np.int64)
+        targets_G[group_N[classes[0]], classes[1]] = 1
+    is_held_out_G = hold_out(keys_G, targets_G, fraction, seed)
     return np.where(is_held_out_G[group_N], group_N, NONE)
 
 

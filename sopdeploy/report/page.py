@@ -142,7 +142,7 @@ def _predict_shown_images(
     held_out, recipe = start.data.held_out, start.recipe
     if isinstance(fit, FewShotFit) and not len(held_out):  # `logits` of this fit are calibrated
         description = "the training images, each predicted by a network that was fitted without it"
-        return start.data.train, description, fit.logits
+        return start.data.train.replaced(groups=fit.groups), description, fit.logits
     logits_NC = score_images(
         fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image
     )

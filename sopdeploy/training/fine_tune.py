@@ -10,6 +10,7 @@ Until the comparison, `best.pt` has the frozen network. `last.pt` has both. Lett
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from sopdeploy.evaluation.statistics import TESTABLE
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
-from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.copies import Groups, group_photographs
 from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
@@ -76,30 +77,34 @@ def fit_fine_tune(
         frozen = with_decision(start, read_few_shot_fit(of_frozen, record, folder.last))
         run = LoopRun(start, frozen)
         restore_loop(run, last, folder.last)
-    if len(start.data.held_out) < TESTABLE:
+    held_out = start.data.held_out
+    groups = np.arange(len(held_out))  # near-duplicates are not independent, but few images need no search
+    if len(held_out) >= TESTABLE:
+        groups = group_photographs(held_out).groups
+    if len(np.unique(groups)) < TESTABLE:
         run.position.epoch = start.recipe.epochs  # no comparison can decide, so there is nothing to train
     folder.save_best(run_record(start, frozen))
-    return fit_loop(run, folder, callback, keep_better)
+    return fit_loop(run, folder, callback, partial(keep_better, groups))
 
 
 def keep_better(
-    run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, _callback: Callback
+    groups: Groups, run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, _callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Compare the trained network of *run* with the frozen one; write `best.pt` with the better one.
 
-    Without enough *held_out* images to decide, this is the frozen one. The means and the temperature of the
-    trained network are fitted in place. Returns the fit and the record of the better network's training.
+    Without enough *groups* (N,) of the *held_out* images to decide, this is the frozen one. The means and the
+    temperature of the trained network are fitted in place. Returns the fit and the record of the better
+    network's training.
     """
     frozen, tuned, recipe = run.frozen, run.exported, run.recipe
     if frozen is None or not isinstance(tuned, SecondOrderHead):
         raise TypeError("the loop did not start from a fitted head")
-    if len(held_out) < TESTABLE:
-        return _keep_frozen(run, frozen, Tuning(count=len(held_out)), folder)
+    first_of_group = np.unique(groups, return_index=True)[1]
+    if len(first_of_group) < TESTABLE:
+        return _keep_frozen(run, frozen, Tuning(count=len(first_of_group)), folder)
     frozen_logits_NK, targets = _predict(frozen.network, held_out, run)
     _set_class_means(tuned, PreprocessedDataset(run.start.data.train, recipe.preprocess), run)
     logits_NK, _ = _predict(tuned, held_out, run)
-    groups = group_photographs(held_out.images).groups
-    first_of_group = np.unique(groups, return_index=True)[1]  # near-duplicates are not independent
     frozen_is_right_N = frozen_logits_NK.argmax(axis=1) == targets
     tuned_is_right_N = logits_NK.argmax(axis=1) == targets
     tuning = Tuning.of(frozen_is_right_N[first_of_group], tuned_is_right_N[first_of_group])
@@ -125,7 +130,9 @@ def keep_better(
         tuning=tuning,
     )
     fitted_decision = None if decision == Decision() else decision
-    fit = replace(run.synchronized_fit(), result=result, decision=fitted_decision)
+    seconds = frozen.position.seconds + run.position.seconds
+    position = run.position.model_copy(update={"seconds": seconds})
+    fit = replace(run.synchronized_fit(), result=result, decision=fitted_decision, position=position)
     best = run_record(run.start, fit)
     folder.save_best(best)
     return fit, best.training

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.errors import ConfigError, DataError, first_line, is_memory_exhausted, shorten
+from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
@@ -48,8 +49,8 @@ from sopdeploy.training.start_weights import (
 )
 
 ONE_GROUP = (
-    "all images are one group (copies of one photograph, or one folder), so the accuracy of the class cannot "
-    "be measured; add different photographs"
+    "all images are one group (copies of one photograph, or one folder), or share groups with other classes, "
+    "so the accuracy of the class cannot be measured; add different photographs"
 )
 MAX_HASHED = 50_000  # training images; reading more delays the start by more than a minute
 FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
@@ -265,9 +266,10 @@ def _check_data(
 ) -> None:
     """Check the images before the training.
 
-    Warns of the classes of which no image could be held out, if *division* has images held out of *opened*,
-    and of equal files with different labels. Raises `ConfigError` or `DataError` if `rejection.unknown`, or
-    another one of the *keys* that the user has set, could not be used after the training.
+    Warns of the classes of which *division* could hold out no image of *opened*, and of equal files with
+    different labels. Raises `DataError` if the loop has no held-out image, and `ConfigError` or `DataError`
+    if `rejection.unknown`, or another one of the *keys* that the user has set, could not be used after the
+    training.
     """
     data, file_hashes, unknown = division.data, division.file_hashes, recipe.rejection.unknown
     if data.train.is_multi_label:
@@ -283,12 +285,14 @@ def _check_data(
             raise ConfigError(f"{names}: without effect where images have several classes; remove it")
     if len(file_hashes) and (warning := describe_contradictions(data.train, file_hashes)):
         callback.on_warning(warning)
-    were_held_out_here = len(data.held_out) > 0 and len(opened.held_out) == 0
-    if were_held_out_here:
+    if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
         counts = data.held_out.class_counts().tolist()
         missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
+        problem = f"{shorten(missing)}: {ONE_GROUP}" if isinstance(recipe.data, HoldOut) else NO_IMAGES
+        if not len(data.held_out) and isinstance(recipe.procedure, LoopConfig):
+            raise DataError(problem)
         if missing:
-            callback.on_warning(f"{shorten(missing)}: {ONE_GROUP}")
+            callback.on_warning(problem)
     if unknown is not None and (note := open_unknown(unknown).note):
         callback.on_warning(note)
 

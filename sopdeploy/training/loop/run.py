@@ -13,7 +13,7 @@ from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
 from sopdeploy.data.batches import Loader, load_batches, shuffled_batches
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
-from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
 from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.training.callback import Callback, ExpectedTime
@@ -187,7 +187,10 @@ def fit_best(
     """
     recipe = run.recipe
     result = estimate_best(
-        run.position.history, frozen_backbone=recipe.frozen_backbone, mirrored=recipe.validation.mirror
+        run.position.history,
+        held_out.images.groups,
+        frozen_backbone=recipe.frozen_backbone,
+        mirrored=recipe.validation.mirror,
     )
     fit = replace(run.synchronized_fit(), result=result)
     if run.strategy.rank != 0:
@@ -219,31 +222,36 @@ def fit_best(
 
 
 def estimate_best(
-    history: Sequence[EpochRow], *, frozen_backbone: bool = False, mirrored: bool = False
+    history: Sequence[EpochRow],
+    groups: NDArray[Any] | None = None,
+    *,
+    frozen_backbone: bool = False,
+    mirrored: bool = False,
 ) -> LoopResult:
     """Estimate the score of the best epoch of *history*, which is too high on the images that select it.
 
-    An accuracy is corrected by resamples of the images: each selects an epoch, which the images outside of it
-    measure (bootstrap bias corrected cross-validation: Tsamardinos et al., Machine Learning 107, 2018). This
-    needs the predictions of all epochs for all images, at most the `MAX_IMAGES` of `diagnose`. With
-    *frozen_backbone*, all epochs export the same network: nothing to select. *mirrored* becomes part of the
-    result.
+    An accuracy is corrected by resamples of the *groups* (N,), by default images: each selects an epoch,
+    which the images outside of it measure (bootstrap bias corrected cross-validation: Tsamardinos et al.,
+    Machine Learning 107, 2018). This needs two groups, and the predictions of all epochs for all images, at
+    most the `MAX_IMAGES` of `diagnose`. With *frozen_backbone*, all epochs export the same network: nothing
+    to select. *mirrored* becomes part of the result.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
     count, score, is_map = best.metrics.count, best.metrics.score, best.metrics.score_name == "mAP"
+    group_N = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
     # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".
     texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
-    are_complete = not is_map and count > 1 and all(len(text) == count for text in texts)
+    are_complete = not is_map and all(len(text) == count == len(group_N) for text in texts)
     selected_by: SelectedBy = "nothing"
     if len(history) > 1 and not frozen_backbone:
         selected_by = "same images"
-        if are_complete:
-            score = corrected_score(np.array([list(text) for text in texts]) == "1")
+        if are_complete and group_N.any():
+            score = corrected_score(np.array([list(text) for text in texts]) == "1", group_N)
             selected_by = "other images"
     return LoopResult(
         epoch=best.epoch,
         num_epochs=len(history),
-        top1=None if is_map else Rate.of(round(score * count), count),
+        top1=None if is_map else Rate.of(round(score * count), count, effective_count(group_N)),
         map=score if is_map else None,
         count=count,
         selected_by=selected_by,
@@ -251,14 +259,15 @@ def estimate_best(
     )
 
 
-def corrected_score(right_EN: NDArray[np.bool_]) -> float:
-    """Estimate the accuracy of the best of E epochs by B resamples of N images.
+def corrected_score(right_EN: NDArray[np.bool_], group_N: NDArray[np.intp]) -> float:
+    """Estimate the accuracy of the best of E epochs by B resamples of G groups of N images.
 
-    *right_EN* tells which images each epoch classifies correctly. Each resample selects the best epoch, whose
-    accuracy is measured on the images outside of the resample.
+    *right_EN* tells which images each epoch classifies correctly, *group_N* the groups, numbered from 0. Each
+    resample selects the best epoch, whose accuracy is measured on the images outside of the resample.
     """
-    count = right_EN.shape[1]
-    resamples_BN = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)
+    count = int(group_N.max()) + 1
+    resamples_BG = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)
+    resamples_BN = resamples_BG[:, group_N]  # how often each one contains each image
     selected_B = (resamples_BN @ right_EN.T).argmax(axis=1)  # of equally good epochs the first
     outside_BN = resamples_BN == 0
     num_outside_B = outside_BN.sum(axis=1)

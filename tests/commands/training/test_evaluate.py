@@ -20,7 +20,7 @@ from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_thresholds
-from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
+from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, Rate, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision
 from sopdeploy.evaluation.prediction import classification_loss, evaluate_network
 from sopdeploy.evaluation.predictions import describe_predictions
@@ -125,6 +125,17 @@ def test_classes_are_matched_by_name(stored, tmp_path) -> None:
     assert [(one.label, one.count) for one in figures.classes] == [("a", 3), ("b", 4)]
     assert figures == measured(stored, tmp_path / "val", workers=2)
     assert figures.log_loss == pytest.approx(np.mean(losses), abs=1e-6)
+
+
+def test_intervals_are_those_of_independent_groups(stored, tmp_path) -> None:
+    make(tmp_path / "val", a__one=3, a__two=3, b=4)  # the folders in a class show one object each
+    figures = measured(stored, tmp_path / "val")
+    assert figures.top1 == Rate.of(figures.top1.right, 10, 100 / 22)
+    assert figures.top5.low == Rate.of(10, 10, 100 / 22).low
+    assert [one.recall for one in figures.classes] == [
+        Rate.of(figures.classes[0].recall.right, 6, 2),
+        Rate.of(figures.classes[1].recall.right, 4, 4),
+    ]
 
 
 def test_mirrored_scores_are_those_of_the_mean_logits_of_both_images(stored, tmp_path) -> None:

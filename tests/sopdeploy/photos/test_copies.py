@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from typer.testing import CliRunner
 
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.metrics import effective_count
+from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.check import EDGES_MISS, check_data
 from sopdeploy.photos.copies import (
@@ -30,12 +30,13 @@ from sopdeploy.photos.copies import (
 )
 from sopdeploy.photos.folder import list_classes, open_folder
 from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
-from sopdeploy.photos.split import NONE, choose_held_out, divide, record_choice, recorded_choice
+from sopdeploy.photos.split import NONE, choose_held_out, divide, hold_out, record_choice, recorded_choice
 from sopdeploy.photos.table import UNSPLIT, read_label_table
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.start import divide_images
+from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import divide_images, start_run
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app
 from tests.support.small_data import jpeg, write_classes, write_photos
@@ -298,23 +299,67 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
         read_label_table(tmp_path)
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_group_of_several_classes_counts_for_each_of_them(multi_label: bool):
+    """Ten patients have benign images, the last two of them also a melanoma."""
+    targets, patients = np.repeat([0, 1], [10, 2]), np.asarray([*range(10), 8, 9])
+    images = ArrayImages(
+        ("benign", "melanoma"),
+        np.zeros((12, 4, 4, 3), np.uint8),
+        np.eye(2, dtype=np.float32)[targets] if multi_label else targets,
+    )
+    for seed in range(40):
+        is_held_out = choose_held_out(images, patients, 0.2, seed) != NONE
+        for side in (is_held_out, ~is_held_out):
+            assert set(targets[side].tolist()) == {0, 1}
+        assert not set(patients[is_held_out].tolist()) & set(patients[~is_held_out].tolist())
+        benign = images.select(targets == 0)
+        keys = [benign.identity(index) for index in range(10)]
+        chosen = choose_held_out(benign, patients[:10], 0.2, seed) != NONE
+        assert chosen.tolist() == hold_out(keys, benign.targets, 0.2, seed).tolist()
+
+
+def write_groups(root: Path, **groups: str) -> Path:
+    """Write four scenes of each class, and `labels.csv` with a letter for the group of each of them."""
+    write_scenes(root, each=4)
+    rows = [f"{label}/{number}.png,{label},{label} {group}"
+            for label, letters in groups.items() for number, group in enumerate(letters)]  # fmt: skip
+    (root / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
+    return root
+
+
+class Warnings(Callback):
+    """Records the warnings of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def on_warning(self, message: str) -> None:
+        self.lines.append(message)
+
+
 def test_a_class_of_one_group_is_named_and_not_held_out(tmp_path: Path):
-    write_scenes(tmp_path, each=4)
-    rows = [f"{label}/{number}.png,{label},{'one' if label == 'cat' else ''}"
-            for label in ("cat", "dog") for number in range(4)]  # fmt: skip
-    (tmp_path / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
-    warnings: list[str] = []
-
-    class Warnings(Callback):
-        def on_warning(self, message: str) -> None:
-            warnings.append(message)
-
-    settings = [f"data.path={tmp_path}", *TINY]
-    recipe = read_recipe("photos-dsop", settings)
+    root, warnings = write_groups(tmp_path / "photos", cat="aaaa", dog="aabb"), Warnings()
+    recipe = read_recipe("photos-dsop", [f"data.path={root}", *TINY])
     split = divide_images(recipe, open_folder(recipe.data.path), None, Strategy(CPU)).data
-    assert split.held_out.class_counts().tolist() == [0, 1]
-    train_recipe(recipe, tmp_path / "run", callback=Warnings())
-    assert any(line.startswith("cat: all images are one group") for line in warnings)
+    assert split.held_out.class_counts().tolist() == [0, 2]
+    found = train_recipe(recipe, tmp_path / "run", callback=warnings).procedure.top1
+    assert any(line.startswith("cat: all images are one group") for line in warnings.lines)
+    assert found == Rate.of(found.right, 2, 1)  # both images are one group
+
+
+@pytest.mark.parametrize("kind", ["loop", "fine_tune"])
+def test_the_loop_does_not_start_if_every_class_is_one_group(tmp_path: Path, kind: str):
+    root, warnings = write_groups(tmp_path / "photos", cat="aaaa", dog="aaaa"), Warnings()
+    recipe = read_recipe("photos-dsop", [f"data.path={root}", *TINY, f"procedure.kind={kind}"])
+    problem = "cat, dog: all images are one group"
+    if kind == "loop":
+        with pytest.raises(DataError, match=problem):
+            start_run(recipe, RunFolder(tmp_path / "run", Strategy(CPU)), None, warnings)
+        assert not (tmp_path / "run").exists()
+    else:  # it keeps the network of the few-shot procedure
+        start_run(recipe, RunFolder(tmp_path / "run", Strategy(CPU)), None, warnings)
+        assert any(line.startswith(problem) for line in warnings.lines)
 
 
 def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):

@@ -19,11 +19,13 @@ from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
-from sopdeploy.training.loop.state import first_stages, freeze, set_train_mode
+from sopdeploy.training.loop.state import first_stages, freeze, read_frozen, set_train_mode
 from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
+from sopdeploy.training.record import read_resumed
 from sopdeploy.training.results import Tuning
 from sopdeploy_commands.training.train import train
 from tests.sopdeploy.training.runs import (
+    COLORS,
     RecordingCallback,
     few_digits,
     interrupt,
@@ -76,6 +78,10 @@ def test_the_fine_tuned_network_is_kept_only_if_it_is_better(
     assert found.lines()[-1].startswith("fine-tuning: ")
     assert found.lines()[-1].endswith(end)
     assert found.lines()[-1] in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    last = read_checkpoint(result.last)
+    frozen = read_resumed(read_frozen(last, result.last), result.last).position
+    assert frozen.seconds > 0
+    assert result.seconds == frozen.seconds + read_resumed(last, result.last).position.seconds
     kept = read_checkpoint(result.best)
     right = _right(kept, result.best, every)
     assert right == (found.tuning.second if verdict == "better" else found.tuning.first)
@@ -130,10 +136,18 @@ def test_a_line_says_what_the_held_out_photographs_decide(counts: dict[str, int]
     assert Tuning(**counts).describe() == f"fine-tuning: {text}"
 
 
-def test_with_too_few_held_out_photographs_nothing_is_trained(tmp_path: Path) -> None:
-    callback = RecordingCallback()
+@pytest.mark.parametrize("frames", [1, 3], ids=["images", "clips"])
+def test_with_too_few_held_out_photographs_nothing_is_trained(tmp_path: Path, frames: int) -> None:
+    callback, root = RecordingCallback(), paint(tmp_path / "photos", each=4 * frames)
+    rows = [
+        f"{color}/{number}.png,{color},{color} {number // frames}"
+        for color in COLORS
+        for number in range(4 * frames)
+    ]
+    (root / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
     settings = [*FINE_TUNE[:3], *FINE_TUNE[4:], *PLAIN]
-    result = train(paint(tmp_path / "photos", each=4), out=tmp_path / "run", set=settings, callback=callback)
+    result = train(root, out=tmp_path / "run", set=settings, callback=callback)
+    assert result.held_out_count == 3 * frames
     assert result.procedure.lines()[-1] == Tuning(count=3).describe()
     assert not [name for name, _ in callback.events if name == "step"]
     assert (tmp_path / "run" / "history.csv").exists()

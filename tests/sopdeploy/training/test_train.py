@@ -15,6 +15,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.evaluation.decision_fit import fit_decision
+from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
@@ -327,6 +328,19 @@ def test_an_epoch_that_is_better_on_all_images_has_its_own_score() -> None:
         "top-1 75.0 % (95 % interval 53 to 89 %) of 20 held-out images, corrected for their choice of the "
         "epoch"
     )
+
+
+def test_frames_of_a_clip_are_no_independent_images() -> None:
+    clips = np.repeat(["one", "two"], 20)
+    right = np.ones((1, 40), np.bool_)
+    found = estimate_best(history(right), clips).top1
+    assert found is not None
+    assert (found.right, found.count, round(found.low, 2), found.high) == (40, 40, 0.34, 1)
+    of_one_clip = np.stack([clips == "one", clips == "two"])  # each epoch is right on the other clip only
+    found = estimate_best(history(of_one_clip), clips)
+    assert found.top1 == Rate.of(0, 40, 2)  # on the clip that did not select the epoch
+    assert found.selected_by == "other images"
+    assert estimate_best(history(of_one_clip), np.zeros(40, np.int64)).selected_by == "same images"
 
 
 FAIR = "top-1 50.0 % (95 % interval 22 to 78 %) of 8 held-out images"

@@ -26,7 +26,9 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
+from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
+from sopdeploy.html.report import percent
 from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
 from sopdeploy.photos.photo import ArrayImages, ImageFiles
@@ -388,8 +390,15 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
     first = each * np.arange(len(COLORS))
     found = NearDuplicates(np.stack([first, first + each - 1]), np.arange(each * len(COLORS)) < each)
     monkeypatch.setattr("sopdeploy.training.few_shot.run.find_near_duplicates", lambda *_: found)
-    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
-    judged = read_checkpoint(result.last).resume["procedure"]["judged"].tolist()
+    result = train_with_page(
+        read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run"
+    )
+    recorded = read_checkpoint(result.last).resume["procedure"]
+    judged = recorded["judged"].tolist()
+    right = int((recorded["out_of_fold"].argmax(1).numpy() == np.arange(21) // each).sum())
+    of_all = Rate.of(right, 21, 21**2 / (3 * 2**2 + 15))  # three pairs, and 15 other photographs
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"Top-1 {percent(of_all.share)} ({percent(of_all.low)} to {percent(of_all.high)})" in page
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
     assert result.procedure.top1.count == len(judged)
     assert result.procedure.alike == (sorted(COLORS)[0],)
