@@ -239,8 +239,14 @@ def test_branches_read_the_maps_that_the_head_reads() -> None:
     )
 
 
-def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those_that_are_given() -> None:
+def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those_that_are_given(
+    tmp_path: Path,
+) -> None:
     selected = recipe("data.path=.", "procedure.kind=fine_tune", "epochs=3", "optimizer.lr=1e-4")
+    assert selected == recipe("data.path=.", "procedure={kind='fine_tune'}", "epochs=3", "optimizer.lr=1e-4")
+    given = "epochs=3\ndata.path='.'\noptimizer.lr=1e-4"
+    (tmp_path / "mine.toml").write_text(f"base='photos'\nprocedure.kind='fine_tune'\n{given}")
+    assert selected == read_recipe(tmp_path / "mine.toml")
     assert isinstance(selected.procedure, FineTuneConfig)
     assert (selected.epochs, selected.optimizer.lr, selected.optimizer.kind) == (3, 1e-4, "adamw")
     assert (selected.start.learn, selected.start.head_factor) == ("last_stages", 1.0)
