@@ -1,5 +1,6 @@
 """The procedure `fine_tune`: what learns, which network is kept, resumed runs, and exports."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
+from sopdeploy.training.distributed import TrainingStoppedError
+from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
 from sopdeploy.training.loop.state import first_stages, freeze, set_train_mode
 from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
 from sopdeploy.training.results import Tuning
+from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.training.train import train
 from tests.sopdeploy.training.runs import (
     RecordingCallback,
+    deliver,
     few_digits,
     interrupt,
     paint,
@@ -156,6 +161,21 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[st
         assert first.decision == second.decision
     assert parts.procedure.tuning == whole.procedure.tuning == again.procedure.tuning
     assert parts.num_epochs == whole.num_epochs == again.num_epochs
+
+
+@pytest.mark.parametrize("kind", ["few_shot", "fine_tune"])
+def test_a_signal_after_the_cross_validation_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def evaluate(*given: Any) -> Any:
+        deliver(signal.SIGINT)
+        return original(*given)
+
+    original = few_shot._evaluate
+    monkeypatch.setattr(few_shot, "_evaluate", evaluate)
+    with few_digits(7), pytest.raises(TrainingStoppedError, match="stopped before the first checkpoint"):
+        train_recipe(recipe(*UNDECIDED, f"procedure.kind={kind}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_branches_of_the_network_train_it_and_are_detached_with_proof(
