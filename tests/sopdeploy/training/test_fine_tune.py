@@ -18,6 +18,7 @@ from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
+from sopdeploy.report.wrong_labels import find_wrong_labels
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
@@ -141,6 +142,7 @@ def test_with_too_few_held_out_photographs_nothing_is_trained(tmp_path: Path) ->
     result = train(paint(tmp_path / "photos", each=4), out=tmp_path / "run", set=settings, callback=callback)
     assert result.procedure.lines()[-1] == Tuning(count=3).describe()
     assert not [name for name, _ in callback.events if name == "step"]
+    assert len(find_wrong_labels(tmp_path / "run")) == result.procedure.num_doubted
     assert (tmp_path / "run" / "history.csv").exists()
 
 
@@ -159,6 +161,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[st
         first, second = (read_checkpoint(tmp_path / run / path) for run in ("whole", "parts"))
         assert same_bits(first.weights, second.weights)
         assert first.decision == second.decision
+        arrays = [(checkpoint.resume or {}).get("procedure") for checkpoint in (first, second)]
+        assert same_bits(*arrays)
     assert parts.procedure.tuning == whole.procedure.tuning == again.procedure.tuning
     assert parts.num_epochs == whole.num_epochs == again.num_epochs
 

@@ -19,7 +19,7 @@ from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import open_held_out
+from sopdeploy.training.start import open_division
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.photos.test_folder import make
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
@@ -143,6 +143,13 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
         train_recipe(recipe, stopped / "run", resume=True)
     for number in range(3):
         (moved / "a" / "more" / f"{number:03}.jpg").unlink()
+    training = open_division(recipe, read_checkpoint(stopped / "run" / "last.pt")).data.train
+    replaced = training.path(0)
+    content = replaced.read_bytes()
+    replaced.write_bytes(content + b"another photograph")
+    with pytest.raises(DataError, match="training images, their order or labels have changed since"):
+        train_recipe(recipe, stopped / "run", resume=True)
+    replaced.write_bytes(content)
     assert train_recipe(recipe, stopped / "run", resume=True).num_epochs == 1
 
 
@@ -150,7 +157,6 @@ RESUME = """
 import sys
 from pathlib import Path
 from tests.sopdeploy.training.runs import short_recipe
-from sopdeploy.training.start import open_held_out
 from sopdeploy.training.train import train_recipe
 train_recipe(short_recipe(*sys.argv[2:]), Path(sys.argv[1]), resume=True)
 """
@@ -180,8 +186,9 @@ def test_the_record_decides_what_is_held_out(stopped, monkeypatch) -> None:
     train_recipe(recipe, stopped / "run", resume=True)
     last = read_checkpoint(stopped / "run" / "last.pt")
     assert last.resume["held_out"][:, 0].tolist() == record
-    assert len(record) == len(open_held_out(recipe, last)) == 2
-    assert set(hash_images(open_held_out(recipe, last)).tolist()) == set(record)
+    held_out = open_division(recipe, last).data.held_out
+    assert len(record) == len(held_out) == 2
+    assert set(hash_images(held_out).tolist()) == set(record)
 
 
 def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) -> None:
