@@ -7,11 +7,11 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.label_doubts import find_label_doubts
 from sopdeploy.photos.photo import LabeledImages, hash_images
-from sopdeploy.training.record import read_label_check, read_recorded_recipe
+from sopdeploy.training.record import has_same_images, read_label_logits, read_recorded_recipe
+from sopdeploy.training.start import open_division
 
 
 class WrongLabel(StrictModel):
@@ -40,18 +40,19 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     recipe = read_recorded_recipe(last, path)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
-    check = read_label_check(last)
-    if check is None:
+    logits = read_label_logits(last)
+    if logits is None:
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
         )
-    images = open_data(recipe.data).train  # the few-shot procedure holds none of them out
-    has_same_files = np.array_equal(hash_images(images), check.file_hashes)  # in the same order
-    has_same_labels = np.array_equal(images.targets, check.targets) and images.labels == last.labels
-    if not (has_same_files and has_same_labels):
+    division = open_division(recipe, last)
+    images, hashes = division.data.train, division.file_hashes
+    if not len(hashes):  # `MAX_HASHED`
+        hashes = hash_images(images)
+    if images.labels != last.labels or not has_same_images(last, path, images, hashes):
         raise DataError(f"{run}: the images have changed since the run; train again")
-    return tuple(wrong for _, wrong in list_wrong_labels(check.logits, images))
+    return tuple(wrong for _, wrong in list_wrong_labels(logits, images))
 
 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:

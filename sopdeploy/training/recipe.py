@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
@@ -21,7 +21,7 @@ from sopdeploy.models.registry import CatalogModel, entry
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
 from sopdeploy.training.loop_settings import LoopSettings
-from sopdeploy.training.recipe_files import parse_override, read_values
+from sopdeploy.training.recipe_files import add_fine_tune_settings, parse_override, read_values, set_value
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -78,26 +78,9 @@ class FewShotConfig(HeadOptions):
 class FineTuneConfig(HeadOptions):
     """Training of the last stages from the fitted classifier, if that is better on held-out images.
 
-    `SETTINGS` replace those of the recipe in which a user selects this procedure: short training by small
-    steps, because the start is good. A rate of 1e-3 lost 27 points of signs and 73 of packages on one draw,
-    with heads on averages (docs/benchmarks/photo_branches.jsonl).
+    `FINE_TUNE_SETTINGS` replace those of the recipe in which a user selects this procedure.
     """
 
-    SETTINGS: ClassVar[Mapping[str, Any]] = {
-        "epochs": 6,
-        "batch_size": 8,
-        "augment": {"kind": "random-resized-crop", "scale": (0.5, 1.0), "flip": 0.5},
-        "optimizer": {"kind": "adamw", "lr": 3e-4},
-        "schedule": {"kind": "cosine", "warmup_epochs": 0.5},
-        "loss": {"label_smoothing": 0.1},
-        "ema": None,
-        "teacher": None,
-        "validation": {"mirror": False},  # the comparison is that of deployed networks
-        "start.classifier_epochs": 0,  # the classifier is fitted
-        "start.classifier_lr": None,
-        "start.learn": "last_stages",
-        "start.head_factor": 1.0,
-    }
     kind: Literal["fine_tune"] = "fine_tune"
 
 
@@ -313,23 +296,13 @@ def change_recipe(
     the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
-    changed = dict(changes)
+    changed = {key: value for change in changes for key, value in flatten(dict([change]))}
     _drop_foreign_options(values, changed)
-    before = deepcopy(values)
-    procedure = before.get("procedure")
-    settings: dict[str, Any] = {}
-    was_fine_tune = isinstance(procedure, dict) and procedure.get("kind") == "fine_tune"
-    if changed.get("procedure.kind") == "fine_tune" and not was_fine_tune:
-        settings = deepcopy(dict(FineTuneConfig.SETTINGS))
-    for key, value in [*settings.items(), *changes]:
-        *tables, last = key.split(".")
-        table = values
-        for name in tables:
-            table = table.setdefault(name, {})
-            if not isinstance(table, dict):
-                raise ConfigError(f"{key}: {name} is a value, not a table with keys")
-        table[last] = value
-    _scale_resize(values, before.get("preprocess"), changed)
+    preprocess = deepcopy(values.get("preprocess"))
+    add_fine_tune_settings(values, changed.get("procedure.kind"))
+    for key, value in changes:
+        set_value(values, key, value)
+    _scale_resize(values, preprocess, dict(changes))
     return validate_recipe(values, str(source))
 
 

@@ -26,6 +26,7 @@ from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, ConfigError, TrainingError
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.layers.normalize import images_format
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.fits import FewShotFit, Fit, Position, Start
@@ -143,12 +144,13 @@ def last_few_shot_record(start: Start, fit: FewShotFit) -> Checkpoint:
         "groups": fit.groups,
         "judged": fit.judged,
         "copies": fit.copies,
+        "targets": start.data.train.targets,
+        "file_hashes": fit.file_hashes,
     }
     if fit.left_out is not None:
         arrays["left_out"] = fit.left_out
     if fit.label_logits is not None:
-        targets = start.data.train.targets
-        arrays |= {"label_logits": fit.label_logits, "targets": targets, "file_hashes": fit.file_hashes}
+        arrays["label_logits"] = fit.label_logits
     resume = resume_of(start, fit.position, fit.network.state_dict())
     resume["procedure"] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return run_record(start, fit, resume)
@@ -167,7 +169,7 @@ def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFi
             name=last.model,
             network=start.model,
             position=start.position,
-            file_hashes=last.image_hashes.numpy(),
+            file_hashes=arrays.get("file_hashes", last.image_hashes).numpy(),  # older runs may lack the order
             result=read_result(last.training),
             decision=last.decision,
             logits=arrays["out_of_fold"].double().numpy(),
@@ -175,7 +177,7 @@ def read_few_shot_fit(start: Start, last: Checkpoint, source: Path) -> FewShotFi
             copies=arrays.get("copies", arrays["groups"]).numpy(),  # older runs have one array for both
             judged=arrays["judged"].numpy(),
             label_logits=None if label_logits is None else label_logits.double().numpy(),
-            left_out=None if left_out is None else left_out.double().numpy(),
+            left_out=None if left_out is None else left_out.numpy(),
         )
 
 
@@ -231,19 +233,26 @@ def state_errors(last: Checkpoint, source: Path) -> Iterator[None]:
         raise CheckpointError(f"{source}: its state to resume from is damaged{advice}") from error
 
 
-class LabelCheck(NamedTuple):
-    """The logits (N, K) of a few-shot run that contradict wrong labels, with the files and their targets."""
+def has_same_images(
+    last: Checkpoint, source: Path, images: LabeledImages, file_hashes: NDArray[np.int64]
+) -> bool:
+    """Check that *images*, whose files have the *file_hashes* (N,), are the training images of *last*.
 
-    logits: NDArray[np.float64]
-    targets: NDArray[Any]
-    file_hashes: NDArray[np.int64]
+    A run with out-of-fold predictions has recorded order and labels, others only which files they are. What
+    is unknown is not compared: hashes that are empty, and what older runs do not record. Raises
+    `CheckpointError` if the record is damaged.
+    """
+    with state_errors(last, source):
+        arrays = (last.resume or {}).get("procedure", {})
+        targets, recorded = arrays.get("targets"), arrays.get("file_hashes", last.image_hashes).numpy()
+        if targets is not None and not np.array_equal(targets.numpy(), images.targets):
+            return False
+        if np.array_equal(recorded, np.unique(recorded)):  # sorted, as resumed runs of older versions are
+            file_hashes = np.unique(file_hashes)
+        return not len(recorded) or not len(file_hashes) or np.array_equal(recorded, file_hashes)
 
 
-def read_label_check(last: Checkpoint) -> LabelCheck | None:
-    """Read what a few-shot run found about its labels; None if the run of *last* judged none."""
-    state = last.resume or {}
-    arrays = state.get("procedure", {})
-    if "label_logits" not in arrays:
-        return None
-    logits = arrays["label_logits"].double().numpy()
-    return LabelCheck(logits, arrays["targets"].numpy(), arrays["file_hashes"].numpy())
+def read_label_logits(last: Checkpoint) -> NDArray[np.float64] | None:
+    """Read the logits (N, K) of a few-shot run that contradict wrong labels; None if *last* has none."""
+    logits = (last.resume or {}).get("procedure", {}).get("label_logits")
+    return None if logits is None else logits.double().numpy()

@@ -52,11 +52,12 @@ class RunFolder:
         self._lock: Lock | None = None
         self._created = ExitStack()  # removes the folders that `lock` created, if they are empty
 
-    def lock(self) -> None:
+    def lock(self, *, is_resumed: bool = False) -> None:
         """Create the folder and lock it until `unlock`; raise `ConfigError` if another process trains there.
 
-        The first process holds the lock; the system releases it when this process ends in any way. Loader
-        processes, which may live a few seconds longer, do not inherit it.
+        For a new run, this repeats `check_new`: by now, another process may have trained there. The first
+        process holds the lock; the system releases it when this process ends in any way. Loader processes,
+        which may live a few seconds longer, do not inherit it.
         """
         path, is_free = self.path / LOCK, True
         if self.strategy.rank == 0:
@@ -70,6 +71,8 @@ class RunFolder:
                 if self._lock is not None:
                     self._lock.warn_if_unlocked(self.path, "train only one network in this folder at a time")
                     self._created = created.pop_all()
+                    if not is_resumed:
+                        self.check_new()
         if int(self.strategy.all_reduce(torch.tensor(int(is_free)))) != self.strategy.world:
             raise ConfigError(
                 f"{self.path}: another process trains in this folder; wait for its end or choose another",
@@ -88,20 +91,14 @@ class RunFolder:
         """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new` and return None.
 
         The caller locks the folder of a new run before it writes. Raises `ConfigError` if there is no run to
-        resume, or an unwanted one.
+        resume.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:
             raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
         if resume and has_run:
-            self.lock()
+            self.lock(is_resumed=True)
             return read_checkpoint(self.last)
-        if has_run:
-            raise ConfigError(
-                f"{self.path} holds a run; continue it or choose another folder",
-                setting="out",
-                remedies={"resume": "always"},
-            )
         self.check_new()
         return None
 
@@ -110,6 +107,12 @@ class RunFolder:
 
         Raises `ConfigError` if it has files or is none, `StorageError` if nothing can be written there.
         """
+        if self.last.exists():
+            raise ConfigError(
+                f"{self.path} holds a run; continue it or choose another folder",
+                setting="out",
+                remedies={"resume": "always"},
+            )
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         # A run that was killed before its first checkpoint may have left the lock file and partial files.
         others = {name for name in names - {LOCK} if not name.endswith(PARTIAL)}

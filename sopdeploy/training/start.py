@@ -37,6 +37,7 @@ from sopdeploy.training.recipe import (
     check_same_recipe,
 )
 from sopdeploy.training.record import (
+    has_same_images,
     read_held_out,
     read_recorded_recipe,
     read_resumed,
@@ -151,6 +152,11 @@ def _resume_start(
             f"{source}: the run started with {state.train_count} training images, now there are "
             f"{len(images)}; give the same data or start a new run"
         )
+    if not has_same_images(last, source, images, division.file_hashes):
+        raise DataError(
+            f"{source}: training images, their order or labels have changed since the run started; give the "
+            "same data or start a new run"
+        )
     check_count(images)
     model = move_to_device(
         recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy
@@ -218,12 +224,12 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
 
     A new run chooses them; the run of *last* has recorded its choice. The first process decides for all and
     alone reads the files, each once, unless there are more than `MAX_HASHED`: then a resumed run repeats its
-    choice. The few-shot procedure hashes the files when it computes their features.
+    choice. A new run of the few-shot procedure hashes the files when it computes their features.
     """
     images, config = opened.train, recipe.data
     hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)  # of no file
     if isinstance(recipe.procedure, FewShotConfig):
-        return Division(opened, hashes, record)
+        return Division(opened, hashes if last is None else hash_images(images), record)
     reads_files = strategy.rank == 0 and len(images) <= MAX_HASHED
     if not isinstance(config, HoldOut) or len(opened.held_out):
         return Division(opened, hash_images(images) if reads_files else hashes, record)
@@ -254,11 +260,11 @@ def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDAr
     return clips.groups, found.file_hashes
 
 
-def open_held_out(recipe: Recipe, last: Checkpoint) -> LabeledImages:
-    """Open the images that the run of *recipe*, whose `last.pt` is *last*, held out."""
+def open_division(recipe: Recipe, last: Checkpoint) -> Division:
+    """Open the images of the run of *recipe*, whose `last.pt` is *last*, as it divided them."""
     opened = open_data(recipe.data)
     selected, _ = select_procedure(recipe, len(opened.train))
-    return divide_images(selected, opened, last, Strategy(torch.device("cpu"))).data.held_out
+    return divide_images(selected, opened, last, Strategy(torch.device("cpu")))
 
 
 def _check_data(

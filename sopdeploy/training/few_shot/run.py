@@ -125,6 +125,7 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
                 label_logits = problem.logits_without_doubted(found.logits, found.folds, found.scaling)
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 num_doubted = int(doubts.listed.sum())
+            signals.exchange()  # since the last progress
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise

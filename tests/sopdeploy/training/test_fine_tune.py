@@ -1,5 +1,6 @@
 """The procedure `fine_tune`: what learns, which network is kept, resumed runs, and exports."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
+from sopdeploy.report.wrong_labels import find_wrong_labels
+from sopdeploy.training.distributed import TrainingStoppedError
+from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
 from sopdeploy.training.loop.state import first_stages, freeze, read_frozen, set_train_mode
 from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
 from sopdeploy.training.record import read_resumed
 from sopdeploy.training.results import Tuning
+from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.training.train import train
 from tests.sopdeploy.training.runs import (
     COLORS,
     RecordingCallback,
+    deliver,
     few_digits,
     interrupt,
     paint,
@@ -150,6 +156,7 @@ def test_with_too_few_held_out_photographs_nothing_is_trained(tmp_path: Path, fr
     assert result.held_out_count == 3 * frames
     assert result.procedure.lines()[-1] == Tuning(count=3).describe()
     assert not [name for name, _ in callback.events if name == "step"]
+    assert len(find_wrong_labels(tmp_path / "run")) == result.procedure.num_doubted
     assert (tmp_path / "run" / "history.csv").exists()
 
 
@@ -168,8 +175,25 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[st
         first, second = (read_checkpoint(tmp_path / run / path) for run in ("whole", "parts"))
         assert same_bits(first.weights, second.weights)
         assert first.decision == second.decision
+        arrays = [(checkpoint.resume or {}).get("procedure") for checkpoint in (first, second)]
+        assert same_bits(*arrays)
     assert parts.procedure.tuning == whole.procedure.tuning == again.procedure.tuning
     assert parts.num_epochs == whole.num_epochs == again.num_epochs
+
+
+@pytest.mark.parametrize("kind", ["few_shot", "fine_tune"])
+def test_a_signal_after_the_cross_validation_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def evaluate(*given: Any) -> Any:
+        deliver(signal.SIGINT)
+        return original(*given)
+
+    original = few_shot._evaluate
+    monkeypatch.setattr(few_shot, "_evaluate", evaluate)
+    with few_digits(7), pytest.raises(TrainingStoppedError, match="stopped before the first checkpoint"):
+        train_recipe(recipe(*UNDECIDED, f"procedure.kind={kind}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_branches_of_the_network_train_it_and_are_detached_with_proof(
@@ -253,8 +277,14 @@ def test_branches_read_the_maps_that_the_head_reads() -> None:
     )
 
 
-def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those_that_are_given() -> None:
+def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those_that_are_given(
+    tmp_path: Path,
+) -> None:
     selected = recipe("data.path=.", "procedure.kind=fine_tune", "epochs=3", "optimizer.lr=1e-4")
+    assert selected == recipe("data.path=.", "procedure={kind='fine_tune'}", "epochs=3", "optimizer.lr=1e-4")
+    given = "epochs=3\ndata.path='.'\noptimizer.lr=1e-4"
+    (tmp_path / "mine.toml").write_text(f"base='photos'\nprocedure.kind='fine_tune'\n{given}")
+    assert selected == read_recipe(tmp_path / "mine.toml")
     assert isinstance(selected.procedure, FineTuneConfig)
     assert (selected.epochs, selected.optimizer.lr, selected.optimizer.kind) == (3, 1e-4, "adamw")
     assert (selected.start.learn, selected.start.head_factor) == ("last_stages", 1.0)

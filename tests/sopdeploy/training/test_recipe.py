@@ -9,7 +9,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import make_config
-from sopdeploy.training.recipe import Recipe, change_recipe, read_recipe
+from sopdeploy.training.recipe import Recipe, change_recipe, flatten, read_recipe
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
 
 
@@ -57,6 +57,7 @@ OVERRIDES = [
     (["epochs=3", "epochs=4"], "epochs", 4),
     (['schedule={kind = "milestones"}'], "schedule.kind", "milestones"),
     (["data={kind='folder'}", "data.path=my photos/2024"], "data.path", Path("my photos/2024")),
+    (["procedure.kind=fine_tune", "ema.decay=0.5"], "ema.decay", 0.5),
 ]
 
 
@@ -132,6 +133,14 @@ def test_a_base_gives_the_values_that_a_recipe_lacks_but_none_of_another_kind(tm
     assert found.optimizer.model_dump(exclude_defaults=True) == {"kind": "radam", "lr": 0.01}
     unchanged = {"model": base.model, "optimizer": base.optimizer}
     assert found.model_copy(update=unchanged) == base.model_copy(update=expected)
+
+
+def test_a_value_is_set_in_a_table_that_a_run_records_as_absent() -> None:
+    recorded = read_recipe("digits-dsop").model_dump(mode="json")
+    changes = [("ema.decay", 0.5), ("start.weights", "none")]
+    assert (
+        dict(changes).items() <= dict(flatten(change_recipe("run", changes, recorded).model_dump())).items()
+    )
 
 
 def settings_in_comments() -> list[tuple[str, list[str]]]:

@@ -13,11 +13,13 @@ from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
 from sopdeploy.files import LOCK
 from sopdeploy.photos.photo import hash_images
 from sopdeploy.training import start
+from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop import gradient
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.start import open_held_out
+from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import open_division
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.photos.test_folder import make
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
@@ -72,6 +74,18 @@ def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
         train_recipe(recipe, out, resume=True)
     assert train_recipe(recipe, out, resume=True).num_epochs == 1
     assert not (out / LOCK).exists()
+
+
+def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(tmp_path) -> None:
+    ours, other = (RunFolder(tmp_path / "run", Strategy(torch.device("cpu"))) for _ in range(2))
+    assert ours.open(resume="auto") is other.open(resume="auto") is None
+    other.lock()
+    other.last.write_bytes(b"run")
+    other.unlock()
+    with pytest.raises(ConfigError, match="holds a run; continue it or choose another"):
+        ours.lock()
+    ours.unlock()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["last.pt"]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +143,13 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
         train_recipe(recipe, stopped / "run", resume=True)
     for number in range(3):
         (moved / "a" / "more" / f"{number:03}.jpg").unlink()
+    training = open_division(recipe, read_checkpoint(stopped / "run" / "last.pt")).data.train
+    replaced = training.path(0)
+    content = replaced.read_bytes()
+    replaced.write_bytes(content + b"another photograph")
+    with pytest.raises(DataError, match="training images, their order or labels have changed since"):
+        train_recipe(recipe, stopped / "run", resume=True)
+    replaced.write_bytes(content)
     assert train_recipe(recipe, stopped / "run", resume=True).num_epochs == 1
 
 
@@ -136,7 +157,6 @@ RESUME = """
 import sys
 from pathlib import Path
 from tests.sopdeploy.training.runs import short_recipe
-from sopdeploy.training.start import open_held_out
 from sopdeploy.training.train import train_recipe
 train_recipe(short_recipe(*sys.argv[2:]), Path(sys.argv[1]), resume=True)
 """
@@ -166,8 +186,9 @@ def test_the_record_decides_what_is_held_out(stopped, monkeypatch) -> None:
     train_recipe(recipe, stopped / "run", resume=True)
     last = read_checkpoint(stopped / "run" / "last.pt")
     assert last.resume["held_out"][:, 0].tolist() == record
-    assert len(record) == len(open_held_out(recipe, last)) == 2
-    assert set(hash_images(open_held_out(recipe, last)).tolist()) == set(record)
+    held_out = open_division(recipe, last).data.held_out
+    assert len(record) == len(held_out) == 2
+    assert set(hash_images(held_out).tolist()) == set(record)
 
 
 def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) -> None:

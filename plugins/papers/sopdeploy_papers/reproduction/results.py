@@ -18,7 +18,7 @@ from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import read_resumed
-from sopdeploy.training.start import open_held_out
+from sopdeploy.training.start import open_division
 from sopdeploy.training.train import TrainingResult
 
 
@@ -56,7 +56,7 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     model = build_classifier(checkpoint, trained.last)
     heads: dict[str, HeldOutMetrics] = {}
     if len(model.loss_weights()) > 1:  # all heads are evaluated on all held-out images, of one class each
-        images = open_held_out(recipe, checkpoint)
+        images = open_division(recipe, checkpoint).data.held_out
         network = AllHeads(model.to(select_device(recipe.device)))
         evaluated = as_evaluated(network, mirror=recipe.validation.mirror)
         logits = score_images(evaluated, checkpoint.preprocess, images, workers=recipe.workers)

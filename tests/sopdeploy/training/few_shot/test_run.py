@@ -20,7 +20,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
-from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
@@ -356,6 +356,8 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     changed = CliRunner().invoke(app, command)
     assert (changed.exit_code, changed.stdout) == (2, "")
     assert "the images have changed since the run" in changed.stderr
+    with pytest.raises(DataError, match="training images, their order or labels have changed since"):
+        train_recipe(recipe, tmp_path / "run", resume=True)
     assert (after.training, after.decision) == (checkpoint.training, checkpoint.decision)
     assert all(torch.equal(after.weights[name], checkpoint.weights[name]) for name in checkpoint.weights)
 
@@ -616,7 +618,17 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f"<td><bdi>{result.decision.thresholds[0]:.3f}</bdi></td>" in page
     assert "counts as unknown" not in page  # this decision has no such rule
-    assert train_recipe(recipe, tmp_path / "run", resume=True).decision == result.decision
+    last = read_checkpoint(result.last)
+    state = last.resume["procedure"]
+    lacking, resumed = {"targets": None, "file_hashes": None}, {"file_hashes": state["file_hashes"].unique()}
+    for older in ({}, lacking, resumed):  # the records of older versions
+        arrays = {name: value for name, value in {**state, **older}.items() if value is not None}
+        write_checkpoint(result.last, replace(last, resume={**last.resume, "procedure": arrays}))
+        assert train_recipe(recipe, tmp_path / "run", resume=True).decision == result.decision
+    write_checkpoint(result.last, last)
+    (tmp_path / "photos" / "labels.csv").write_text("\n".join([lines[0], *lines[:0:-1]]), encoding="utf-8")
+    with pytest.raises(DataError, match="training images, their order or labels have changed since"):
+        train_recipe(recipe, tmp_path / "run", resume=True)
 
 
 def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
