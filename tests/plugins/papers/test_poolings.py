@@ -75,11 +75,6 @@ def _with_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def stripes(_with_plugins: None) -> None:
-    sopdeploy.register_data_source(StripesConfig)
-
-
-@pytest.fixture
 def reference(_with_plugins: None) -> None:
     sopdeploy.register_runtime("onnx-reference", ReferenceRuntime)
 
@@ -280,24 +275,26 @@ def train(out: Path, *assignments: str) -> Checkpoint:
     return read_checkpoint(out / "best.pt")
 
 
-STRIPES = (
-    'data={kind="stripes", count=8}',
-    "epochs=1",
-    "batch_size=8",
-    "preprocess.resize=16",
-    "preprocess.crop=16",
-)
+TRAINED = {  # changes to the recipe of the digits, by kind of pooling or name of the network
+    kind: [
+        "model.config.base_width=8",
+        *(f"model.config.pooling.{key}={value}" for key, value in {"kind": kind, **options}.items()),
+    ]
+    for kind, options in SMALL.items()
+}
+TRAINED["lrbp-vgg16"] = ['model={name="lrbp-vgg16"}', "preprocess.resize=32", "preprocess.crop=32"]
+TRAINED["lrbp-vgg16"].append("optimizer.lr=0.01")  # it diverges with the rate of the recipe, 0.1
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "dropcov" else pytest.param(kind, marks=pytest.mark.slow) for kind in SMALL]
+    "name", [name if name == "dropcov" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
 )
-def test_each_pooling_learns_and_is_exported_with_proof_and_served(kind: str, tmp_path: Path) -> None:
-    options = [f"model.config.pooling.{key}={value}" for key, value in {"kind": kind, **SMALL[kind]}.items()]
+def test_each_pooling_learns_and_is_exported_with_proof_and_served(name: str, tmp_path: Path) -> None:
     with few_digits(every=6):
-        found = train(tmp_path / "run", "epochs=4", "batch_size=16", "model.config.base_width=8", *options)
+        found = train(tmp_path / "run", "epochs=4", "batch_size=16", *TRAINED[name])
     assert found.training["metrics"]["top1"] > 0.3  # of ten digits
-    assert found.config["pooling"].items() >= {"kind": kind, **SMALL[kind]}.items()
+    if name in SMALL:
+        assert found.config["pooling"].items() >= {"kind": name, **SMALL[name]}.items()
     assert "plugins" not in found.training  # it is of the same wheel
     output = run("export", tmp_path / "run/best.pt", "--max-batch", 4, "--out", tmp_path / "bundles").stdout
     assert "trained = plain" in output
@@ -311,7 +308,7 @@ def check_served(checkpoint: Path, bundle: Path) -> None:
     side = content.preprocess.crop
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     with TestClient(
-        create_app({"stripes": load_model(bundle, settings)}, settings), "http://localhost"
+        create_app({"digits": load_model(bundle, settings)}, settings), "http://localhost"
     ) as client:
         answer = client.post("/v1/classify", content=encoded(image)).json()
     pixels = torch.tensor(preprocess_image(image, content.preprocess)[None])
@@ -324,15 +321,10 @@ def check_served(checkpoint: Path, bundle: Path) -> None:
     assert served == pytest.approx({label: expected[label] for label in served}, abs=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("stripes")
-def test_low_rank_bilinear_pooling_is_trained_exported_verified_and_served(tmp_path: Path) -> None:
-    sizes = ("preprocess.resize=32", "preprocess.crop=32")
-    found = train(tmp_path / "run", *STRIPES, *sizes, 'model={name="lrbp-vgg16"}')
-    assert "plugins" not in found.training  # it is of the same wheel
-    run("export", tmp_path / "run/best.pt", "--max-batch", 2, "--out", tmp_path / "bundles")
-    run("verify", tmp_path / "bundles/latest")
-    check_served(tmp_path / "run/best.pt", tmp_path / "bundles/latest")
+def test_a_network_is_trained_on_the_images_of_a_plug_in(tmp_path: Path) -> None:
+    sopdeploy.register_data_source(StripesConfig)
+    found = train(tmp_path, 'data={kind="stripes", count=8}', "epochs=1", "batch_size=8")
+    assert found.labels == ("horizontal", "vertical")
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +382,18 @@ def test_contributing_shows_the_code_of_the_example() -> None:
     parts = [part for block in shown for part in block.strip().split("\n\n\n")]
     assert len(parts) == 4
     assert [part for part in parts if part not in code] == []
+
+
+PRINTED = {"cbp": "cbp", "kernel": "kp", "netvlad": "netvlad", "netfv": "netfv", "lrbp-vgg16": "lrbp"}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_page_has_the_printed_accuracies_of_a_pooling(name: str) -> None:
+    tables = [load_tables()[f"slides-{data}"] for data in ("birds", "aircraft", "cars")]
+    rows = [(table, row) for table in tables for row in table.select(f"{PRINTED[name]}-vgg16")]
+    printed = ", ".join(str(table.shown(row.top1)) for table, row in rows if row.top1 is not None)
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert f"| `{name}` | {printed} |" in page
 
 
 def test_the_core_does_not_name_it() -> None:

@@ -30,6 +30,7 @@ SMALL_SCALE = (
     f"the classes of --data, images of at most {SMALL_SIDE} pixels, {SMALL_EPOCHS} epochs, batches of "
     f"{SMALL_BATCH} with as much smaller a rate, one cycle, gradients up to 5, random start weights"
 )
+HOSTED = "figures of other papers, trained here on the recipe of the command, not on that of their paper"
 ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
     "images and evaluation are not counted"
@@ -99,13 +100,15 @@ class Reproduction:
 
     @property
     def note(self) -> str:
-        """The note of the table, and for each other form of its networks the options and the counts."""
+        """The table's note, which cited rows train on ours, and options and counts of other forms."""
         counts_by_form: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for row in self.rows:
             for form, counts in row.forms.items():
                 text = f"{row.printed.id} {counts.parameters:,} and {counts.macs / 1e9:.3f} G"
                 counts_by_form.setdefault(form, []).append(text)
         notes = [self.table.note] if self.table.note else []
+        if hosted := [row.printed.id for row in self.rows if row.recipe is not None and row.printed.hosted]:
+            notes.append(f"{HOSTED}: {', '.join(hosted)}")
         for (name, changes), texts in counts_by_form.items():
             options = shlex.join(_as_settings(changes))
             notes.append(f"{name}: {options} (parameters and multiply-adds in training: {', '.join(texts)})")

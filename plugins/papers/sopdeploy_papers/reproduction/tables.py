@@ -60,6 +60,8 @@ class PrintedRow(StrictModel):
     `best.pt` gives the start weights if it exists. A `cited` row was not trained by the paper; it can be
     trained unless `missing` says why no network is that of the row. A `teacher` is not printed, but other
     rows need it.
+
+    A cited row that takes its own `recipe` without changes trains as in its paper; others are `hosted`.
     """
 
     id: Annotated[str, matching(r"[a-z0-9][a-z0-9.-]*", "id of a row: small letters, digits, dots and `-`")]
@@ -78,6 +80,11 @@ class PrintedRow(StrictModel):
     counts: dict[Column, Positive] = pydantic.Field(default_factory=dict)
     facts: dict[str, float] = pydantic.Field(default_factory=dict)
     note: str = ""
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the row is cited, and its recipe that of other rows."""
+        return self.cited and not (self.recipe and not self.set)
 
 
 class OtherForm(StrictModel):

@@ -20,7 +20,7 @@ from sopdeploy.training.recipe import read_recipe
 from sopdeploy_commands.app import app
 from sopdeploy_papers.reproduction.counts import RowFigure
 from sopdeploy_papers.reproduction.page import render_page
-from sopdeploy_papers.reproduction.plan import Reproduction, plan
+from sopdeploy_papers.reproduction.plan import HOSTED, Reproduction, plan
 from sopdeploy_papers.reproduction.tables import (
     DATA_SETS,
     OtherForm,
@@ -244,6 +244,21 @@ def test_the_catalog_builds_the_maps_blocks_and_branches_that_a_table_prints(nam
             network = create_model(recipe.model.name, **recipe.model.config)
         found = architecture(network, recipe.preprocess.crop)
         assert {fact: found[fact] for fact in row.facts} == row.facts, row.id
+
+
+TRAINED_AS_IN_THEIR_PAPER = {("dsop-2", "isqrt"), ("gsop-5", "isqrt")}  # by the recipe of its released code
+
+
+def test_a_note_names_the_cited_rows_that_train_on_a_recipe_that_is_not_that_of_their_paper() -> None:
+    cited = {(name, row.id): row for name, table in TABLES.items() for row in table.rows if row.cited}
+    assert {where for where, row in cited.items() if not row.hosted} == TRAINED_AS_IN_THEIR_PAPER
+    for name, rows, hosted in (
+        ("gsop-6", None, "resnet164"),  # the other cited rows have no network
+        ("gsop-5", "mpncov,isqrt,senet", "mpncov, senet"),
+        ("dsop-9a", "sgd", ""),
+    ):
+        note = plan(TABLES[name], ReproduceOptions(rows=rows)).note
+        assert (f"{HOSTED}: {hosted}; " in f"{note}; ") == (HOSTED in note) == bool(hosted)
 
 
 def test_fine_tuning_starts_from_the_second_order_network_of_another_table_once_that_is_trained(
