@@ -135,7 +135,8 @@ def elapsed(trainings: Sequence[tuple[float, float]], at_once: int) -> float:
 
     Each needs a time when alone, and a share of the GPU in it. All slow down when the shares exceed one.
     """
-    waiting, active, time_so_far = list(trainings), [], 0.0
+    waiting, time_so_far = list(trainings), 0.0
+    active: list[tuple[float, float]] = []
     while waiting or active:
         count = at_once - len(active)
         active, waiting = active + waiting[:count], waiting[count:]

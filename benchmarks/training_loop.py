@@ -216,7 +216,7 @@ def measure(data: Path, workers: int) -> dict[str, float]:
     seconds = {stage: many.seconds[stage] - few.seconds[stage] for stage in many.seconds}
     stages_of_epochs = ("constant network", "optimizer", "batches", "normalize")
     rest = seconds["epochs"] - sum(seconds[stage] for stage in stages_of_epochs)
-    source = AugmentedDataset(images, *augmentation(recipe(1, 0)))
+    source: Any = AugmentedDataset(images, *augmentation(recipe(1, 0)))
     chosen = list(range(0, len(images), max(1, len(images) // BATCH)))[:BATCH]
     decode_one = new_or_old(images, "decode", "__getitem__")
     decode = timed_ms(lambda: [decode_one(index) for index in chosen], len(chosen))
