@@ -153,9 +153,14 @@ def train(recipe: Recipe, stages: Stages, *, counted: bool = False) -> None:
         with patch.object(Tensor, "tolist", count_list), CountOperators(stages.counts):
             epoch(*arguments)
 
-    build = loop.LoopRun
+    loop_of = state.LoopRun
+
+    def build(*arguments: Any) -> Any:
+        stages.counts["networks replaced"] += 1
+        return without_network(loop_of(*arguments))
+
     replaced: list[tuple[Any, str, Any]] = [
-        (loop, "LoopRun", lambda *arguments: without_network(build(*arguments))),
+        *((module, "LoopRun", build) for module in (state, loop)),  # older sources import it at the start
         (loop, "load_batches", stages.batches(loop.load_batches)),
         (loop, "train_epoch", counted_epoch if counted else stages.timed("epochs", epoch)),
         (loop, "fit_best", lambda loop_run, *_: (new_or_old(loop_run, "synchronized_fit", "fit")(), {})),
@@ -169,6 +174,8 @@ def train(recipe: Recipe, stages: Stages, *, counted: bool = False) -> None:
             stack.enter_context(patch.object(place, name, value))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         train_run(recipe, Path(folder) / "run", strategy=Strategy(torch.device("cpu")))
+    if stages.counts["networks replaced"] != 1:
+        sys.exit("the network was not replaced: these sources build their loop elsewhere")
 
 
 def new_or_old(owner: Any, new: str, old: str) -> Any:

@@ -1,6 +1,7 @@
 """The run of the training loop: what learns, its optimizer, average and teacher, and their `last.pt`."""
 
 import copy
+import itertools
 import math
 import operator
 from dataclasses import dataclass
@@ -127,8 +128,8 @@ class LoopRun:
             return []
         self.unread = []
         values = [step.values() for step in steps]  # a network may have penalties in some steps only
-        joined = torch.cat(values).cpu()
-        rows = [row.tolist() for row in torch.split(joined, [len(of_step) for of_step in values])]
+        numbers = iter(torch.cat(values).tolist())
+        rows = [list(itertools.islice(numbers, len(of_step))) for of_step in values]
         losses = []
         first_number = position.step - len(steps) + 1
         for number, (step, row) in enumerate(zip(steps, rows, strict=True), first_number):
