@@ -167,7 +167,7 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
         "copied_bytes": sum(copied.values()),
         "trainings": len(queue),
         "steps_per_training": steps,
-        "ms_per_step_alone": step_ms,
+        "ms_per_step_alone": {arm: round(ms, 1) for arm, ms in step_ms.items()},
         "minutes_per_training_alone": {arm: round(value / 60, 1) for arm, value in alone.items()},
         "at_once": given.at_once,
         "gpu_busy_percent": round(100 * len(queue) * with_evaluations * gpu_ms / 1e3 / seconds),

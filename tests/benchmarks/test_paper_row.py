@@ -116,7 +116,7 @@ def test_with_defaults_a_gpu_is_busy_for_most_of_the_time_and_16_cores_suffice(a
     planned = plan("--data", archives)
     measured = paper_row.measured_ms()
     dsop = measured["main thread"] + measured["launching dsop-resnet20"]
-    assert planned["ms_per_step_alone"]["dsop"] == dsop > planned["ms_per_step_alone"]["plain"] - 1e-9
+    assert planned["ms_per_step_alone"]["dsop"] == round(dsop, 1) >= planned["ms_per_step_alone"]["plain"]
     assert planned["cores"] <= 16
     for plain in (4, dsop / 2, dsop):
         assert plan("--data", archives, "--python-ms", plain, dsop)["gpu_busy_percent"] >= 80
