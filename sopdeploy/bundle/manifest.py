@@ -59,7 +59,7 @@ class TensorRecord(StrictModel):
 
 
 class BatchRange(StrictModel):
-    """Batch sizes that the graph accepts; the export compared its outputs for some, up to 13."""
+    """Batch sizes that the graph accepts; the export compared its outputs for some of them."""
 
     minimum: Annotated[int, pydantic.Field(ge=1)] = 1
     optimum: Annotated[int, pydantic.Field(ge=1)] = 8

@@ -22,12 +22,15 @@ Record = NDArray[np.int64]  # (M, 2): hash of the file and group of each held-ou
 
 
 def hold_out(
-    keys: Sequence[str], targets: NDArray[np.int64] | NDArray[np.float32], fraction: float, seed: int
+    keys: Sequence[str],
+    targets: NDArray[np.int64] | NDArray[np.float32] | NDArray[np.bool_],
+    fraction: float,
+    seed: int,
 ) -> NDArray[np.bool_]:
     """Select about *fraction* of every class for the held-out set, as a mask (N,).
 
-    This is at least one of two or more images, and never all. Of images with several classes, rarer classes
-    may leave none to hold out.
+    This is at least one of two or more images, and never all. If images have several classes, it may be none,
+    because an image is held out only if each of its classes keeps another one for training.
     The selection depends on *seed* and the images' *keys* only. It is the same on every machine and in every
     version, so that an image used for training is never used for evaluation later. *targets* are class
     indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes are processed from
@@ -79,8 +82,8 @@ def choose_held_out(images: LabeledImages, groups: Groups, fraction: float, seed
     targets_G = images.targets[first_G]
     if (targets_G[group_N] != images.targets).any():  # images of a group have different classes
         classes = np.nonzero(images.targets) if images.is_multi_label else (slice(None), images.targets)
-        targets_G = np.zeros((len(first_G), len(images.labels)), np.int64)
-        targets_G[group_N[classes[0]], classes[1]] = 1
+        targets_G = np.zeros((len(first_G), len(images.labels)), np.bool_)
+        targets_G[group_N[classes[0]], classes[1]] = True
     is_held_out_G = hold_out(keys_G, targets_G, fraction, seed)
     return np.where(is_held_out_G[group_N], group_N, NONE)
 

@@ -48,7 +48,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
         )
     division = open_division(recipe, last)
     images, hashes = division.data.train, division.file_hashes
-    if not len(hashes):  # `MAX_HASHED`
+    if not len(hashes):  # fine-tuning of more than `MAX_HASHED` images
         hashes = hash_images(images)
     if images.labels != last.labels or not has_same_images(last, path, images, hashes):
         raise DataError(f"{run}: the images have changed since the run; train again")

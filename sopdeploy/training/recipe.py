@@ -292,8 +292,8 @@ def change_recipe(
     A recipe may name another packaged one as its `base`, whose values apply where it has none itself.
     *source* also names the recorded values in messages. *changes* are dotted keys with their values. If they
     select another network, data source or procedure, options that the selected one does not have are dropped.
-    Selecting `fine_tune` adds its `SETTINGS`, which other *changes* override. Raises `ConfigError` that names
-    the file or key, and the closest key.
+    Selecting `fine_tune` adds `FINE_TUNE_SETTINGS`, which other *changes* override. Raises `ConfigError` that
+    names the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     changed = {key: value for change in changes for key, value in flatten(dict([change]))}

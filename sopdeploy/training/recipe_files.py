@@ -77,12 +77,12 @@ def read_values(source: str | Path) -> FieldValues:
         values = parse_toml(recipe_text(source))
     except ValueError as error:
         raise ConfigError(f"{source}: {error}; correct the file") from error
-    merged: FieldValues = {}
-    if "base" in values:
-        base = values.pop("base")
-        if base not in list_recipes():
-            raise ConfigError(f"{source}: base: no packaged recipe {base!r}; `sopdeploy recipes` lists them")
-        merged = read_values(base)
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if base not in list_recipes():
+        raise ConfigError(f"{source}: base: no packaged recipe {base!r}; `sopdeploy recipes` lists them")
+    merged = read_values(base)
     procedure = values.get("procedure")
     add_fine_tune_settings(merged, procedure.get("kind") if isinstance(procedure, dict) else None)
     for key, value in values.items():

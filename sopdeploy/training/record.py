@@ -247,7 +247,7 @@ def has_same_images(
         targets, recorded = arrays.get("targets"), arrays.get("file_hashes", last.image_hashes).numpy()
         if targets is not None and not np.array_equal(targets.numpy(), images.targets):
             return False
-        if np.array_equal(recorded, np.unique(recorded)):  # sorted, as resumed runs of older versions are
+        if np.array_equal(recorded, np.unique(recorded)):  # of a loop, or resumed by an older version
             file_hashes = np.unique(file_hashes)
         return not len(recorded) or not len(file_hashes) or np.array_equal(recorded, file_hashes)
 

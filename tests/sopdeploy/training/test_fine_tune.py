@@ -25,6 +25,7 @@ from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
 from sopdeploy.training.loop.state import first_stages, freeze, read_frozen, set_train_mode
 from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
+from sopdeploy.training.recipe_files import recipe_text
 from sopdeploy.training.record import read_resumed
 from sopdeploy.training.results import Tuning
 from sopdeploy.training.train import train_recipe
@@ -285,6 +286,10 @@ def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those
     given = "epochs=3\ndata.path='.'\noptimizer.lr=1e-4"
     (tmp_path / "mine.toml").write_text(f"base='photos'\nprocedure.kind='fine_tune'\n{given}")
     assert selected == read_recipe(tmp_path / "mine.toml")
+    whole = f"procedure.kind='fine_tune'\n{recipe_text('digits-dsop')}"  # without a base, it says all itself
+    (tmp_path / "whole.toml").write_text(whole, encoding="utf-8")
+    unchanged = read_recipe("digits-dsop").model_copy(update={"procedure": FineTuneConfig()})
+    assert read_recipe(tmp_path / "whole.toml") == unchanged
     assert isinstance(selected.procedure, FineTuneConfig)
     assert (selected.epochs, selected.optimizer.lr, selected.optimizer.kind) == (3, 1e-4, "adamw")
     assert (selected.start.learn, selected.start.head_factor) == ("last_stages", 1.0)

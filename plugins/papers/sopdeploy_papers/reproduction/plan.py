@@ -100,7 +100,7 @@ class Reproduction:
 
     @property
     def note(self) -> str:
-        """The table's note, which cited rows train on ours, and options and counts of other forms."""
+        """The note of the table, the rows that are `hosted`, and options and counts of the other forms."""
         counts_by_form: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for row in self.rows:
             for form, counts in row.forms.items():

@@ -61,7 +61,7 @@ class PrintedRow(StrictModel):
     trained unless `missing` says why no network is that of the row. A `teacher` is not printed, but other
     rows need it.
 
-    A cited row that takes its own `recipe` without changes trains as in its paper; others are `hosted`.
+    A cited row with a `recipe` of its own and no `set` trains as in its paper; other cited rows are `hosted`.
     """
 
     id: Annotated[str, matching(r"[a-z0-9][a-z0-9.-]*", "id of a row: small letters, digits, dots and `-`")]
@@ -83,7 +83,7 @@ class PrintedRow(StrictModel):
 
     @property
     def hosted(self) -> bool:
-        """Whether the row is cited, and its recipe that of other rows."""
+        """Whether the row is cited, and trains on the recipe of other rows or a changed one of its own."""
         return self.cited and not (self.recipe and not self.set)
 
 
