@@ -77,11 +77,12 @@ async def readyz(request: Request) -> Response:
     folder was deleted or cannot be read: a restarted process cannot load it.
     """
     service, state = service_of(request), request.app.state
-    if state.bundle_check is None or state.bundle_check.done():  # one at a time, if the disk hangs
+    check = state.bundle_check  # another request may replace it during the wait
+    if check is None or check.done():  # one at a time, if the disk hangs
         paths = [model.bundle.path for model in service.registry.models()]
-        state.bundle_check = asyncio.ensure_future(asyncio.to_thread(find_lost, paths))
-    await asyncio.wait([state.bundle_check], timeout=DISK_SECONDS)
-    reason = state.bundle_check.result() if state.bundle_check.done() else DISK_HANGS
+        check = state.bundle_check = asyncio.ensure_future(asyncio.to_thread(find_lost, paths))
+    await asyncio.wait([check], timeout=DISK_SECONDS)
+    reason = check.result() if check.done() else DISK_HANGS
     health = Health(status=service.state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
 

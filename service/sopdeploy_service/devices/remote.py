@@ -153,12 +153,22 @@ class EngineChannel(asyncio.Protocol):
 class RemoteModel(Model):
     """A model that engines run; *routes* are channels to them, each with the number of the model there."""
 
-    def __init__(
-        self, facts: ModelFacts, routes: Sequence[tuple[EngineChannel, int]], settings: Settings
-    ) -> None:
-        super().__init__(facts.name, facts.bundle, facts.runtime, facts.timings, settings)
+    def __init__(self, routes: Sequence[tuple[EngineChannel, int]], settings: Settings) -> None:
+        """Describe the model of *routes*, of which there is at least one; the newest channel is the last."""
         self.routes = routes
+        facts = self._find_facts()
+        super().__init__(facts.name, facts.bundle, facts.runtime, facts.timings, settings)
         self._last_batch = (0, 0.0)  # its size and seconds, of which each of its images tells
+
+    def _find_facts(self) -> ModelFacts:
+        """Return what the newest channel knows on which the model is loaded; without one, the newest."""
+        known = [to_engine.models[number] for to_engine, number in reversed(self.routes)]
+        return next((facts for facts in known if facts.runtime.is_loaded), known[0])
+
+    def update_runtime(self) -> None:
+        """Describe the runtime again, after the model was loaded or released."""
+        facts = self._find_facts()
+        self.set_runtime(facts.runtime, facts.timings)
 
     @property
     def is_down(self) -> bool:
@@ -254,23 +264,16 @@ class RemoteRegistry(Registry):
         old.close(results.DRAINING)
 
     def _update_models(self) -> None:
-        """Serve the models of the channels, each in the version of the newest channel that has it.
-
-        What is known of its runtime is from the newest channel on which the model is loaded.
-        """
-        models: dict[str, RemoteModel] = {}
+        """Serve the models of the channels, each in the version of the newest channel that has it."""
+        routes: dict[tuple[str, str], list[tuple[EngineChannel, int]]] = {}  # by name and version
+        versions: dict[str, str] = {}  # by name
         for to_engine in self._channels.values():
-            to_engine.on_loaded = self._update_models
-        for channel_of_version in reversed(self._channels.values()):  # the newest first
-            for facts in channel_of_version.models:
-                if facts.name in models:
-                    continue
-                shown, routes = facts, list[tuple[EngineChannel, int]]()
-                for to_engine in self._channels.values():
-                    for number, other in enumerate(to_engine.models):
-                        is_same_version = other.bundle.manifest.id == facts.bundle.manifest.id
-                        if other.name == facts.name and is_same_version:
-                            routes.append((to_engine, number))
-                            shown = other if other.runtime.is_loaded else shown
-                models[facts.name] = RemoteModel(shown, routes, self._settings)
-        self._by_name = models
+            to_engine.on_loaded = self._update_runtimes
+            for number, facts in enumerate(to_engine.models):
+                version = versions[facts.name] = facts.bundle.manifest.id
+                routes.setdefault((facts.name, version), []).append((to_engine, number))
+        self._by_name = {name: RemoteModel(routes[name, versions[name]], self._settings) for name in versions}
+
+    def _update_runtimes(self) -> None:
+        for model in self._by_name.values():
+            model.update_runtime()

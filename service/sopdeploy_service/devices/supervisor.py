@@ -48,7 +48,8 @@ log = logging.getLogger("sopdeploy.supervisor")
 def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* with a process for each of the devices of *settings*, and front ends.
 
-    Returns 0 after a drain, 2 if a process cannot start; raises `ConfigError` for a device it cannot use.
+    Returns 0 after a drain, 2 if a process cannot start. Raises `ConfigError` for a device or a key file that
+    it cannot use.
     """
     with logs.configured(settings), bind(settings.host, settings.port) as listener:
         devices = list_devices(settings)

@@ -114,7 +114,7 @@ class SharedChildren:
         self.idle: list[DecoderProcess] = []
         self._is_closed = False
         # By group: the requests that wait, in order.
-        self._groups: OrderedDict[tuple[str, bool] | None, dict[Request, None]] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, bool] | None, OrderedDict[Request, None]] = OrderedDict()
 
     def put(self, request: Request, group: tuple[str, bool] | None) -> None:
         """Let an idle child run *request* of *group*, or let it wait.
@@ -139,23 +139,22 @@ class SharedChildren:
                 request.settle(results.DECODERS_BUSY)
                 return
             self._groups[largest].popitem()[0].settle(results.DECODERS_BUSY)
-        self._groups.setdefault(group, {})[request] = None
+        self._groups.setdefault(group, OrderedDict())[request] = None
         request.result.add_done_callback(lambda _: self._remove(request, group))
 
     def _remove(self, request: Request, group: tuple[str, bool] | None) -> None:
         """Forget *request* of *group*, for which nobody waits any more, and its image."""
-        waiting = self._groups.get(group, {})
-        waiting.pop(request, None)
-        if not waiting:
-            self._groups.pop(group, None)
+        if (waiting := self._groups.get(group)) is not None:
+            waiting.pop(request, None)
+            if not waiting:
+                del self._groups[group]
 
     def give_work(self, child: DecoderProcess, seconds: float = 0.0) -> None:
         """Let *child*, which was busy for *seconds*, run the next group's first request, or keep it idle."""
         self._metrics.decode_seconds.inc(seconds)
         while self._groups:
             group, waiting = self._groups.popitem(last=False)
-            request = next(iter(waiting))
-            del waiting[request]
+            request, _ = waiting.popitem(last=False)
             if waiting:
                 self._groups[group] = waiting  # after all others
             if not request.result.done():  # somebody still waits for it

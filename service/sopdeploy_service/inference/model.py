@@ -105,16 +105,20 @@ class Model(ABC):
         settings: Settings,
     ) -> None:
         """Describe *bundle* on *runtime*; *timings* has (images, seconds) of batches that have run."""
-        self.name, self.bundle, self.labels, self.runtime = name, bundle, bundle.labels, runtime
+        self.name, self.bundle, self.labels = name, bundle, bundle.labels
         manifest = bundle.manifest
         self.decision = manifest.rules
         self.top_k = settings.classes_per_image(multi_label=self.decision.is_multi_label)
         self.version, self.logits_name = manifest.id, manifest.outputs[0].name
-        self.is_loaded, self.largest_batch = runtime.is_loaded, runtime.largest_batch
-        self.latency = LatencyTable(timings)
+        self.set_runtime(runtime, timings)
         self.users = 0  # requests
         self.unused = asyncio.Event()
         self.unused.set()
+
+    def set_runtime(self, runtime: RuntimeFacts, timings: Iterable[tuple[int, float]]) -> None:
+        """Describe the *runtime* from now on, with *timings* as the constructor takes them."""
+        self.runtime, self.is_loaded, self.largest_batch = runtime, runtime.is_loaded, runtime.largest_batch
+        self.latency = LatencyTable(timings)
 
     @property
     @abstractmethod

@@ -9,7 +9,6 @@ were kept because the network was not sure of them. Figures about new photograph
 """
 
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -89,17 +88,16 @@ def read_kept(folder: Path) -> list[Kept]:
     device_folders = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
     files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
     for path in files:
-        with suppress(OSError, ValueError):
-            fields = parse_json(read_file(path, MAX_TEXT_BYTES))
-            try:
-                record = validate_format(KeptRecord, fields)
-            except OtherVersionError as error:
-                others.append(f"{path.name}: {error}")
-                continue
+        try:
+            record = validate_format(KeptRecord, parse_json(read_file(path, MAX_TEXT_BYTES)))
             image = path.with_name(record.image)
             # A copy of a record would repeat its photograph, and a link may lead to any file.
             if image.stem == path.stem and image.is_file() and not image.is_symlink():
                 kept.append(Kept(image, record))
+        except OtherVersionError as error:
+            others.append(f"{path.name}: {error}")
+        except (OSError, ValueError):
+            continue  # it is damaged
     if damaged := len(files) - len(kept) - len(others):
         log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, damaged)
     if others:

@@ -1,5 +1,6 @@
 """`/v1/classify` and the status endpoints: responses, warnings, the card and metrics."""
 
+import asyncio
 import base64
 import errno
 import hashlib
@@ -9,6 +10,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -147,6 +149,22 @@ def test_a_disk_that_hangs_delays_no_probe_and_holds_one_thread_and_no_request(
     wait_for(lambda: client.app.state.service.active_requests == 0)
     released.set()
     wait_for(lambda: client.get("/readyz").json() == {"status": "ok"})
+
+
+def test_probes_of_each_turn_of_the_loop_see_the_same_check(bundle):
+    service = SimpleNamespace(
+        state="ok", registry=SimpleNamespace(models=lambda: [SimpleNamespace(bundle=bundle)])
+    )
+    request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(service=service, bundle_check=None)))
+
+    async def scenario():
+        probes = []
+        while len(probes) < 2000:
+            probes.append(asyncio.create_task(status.readyz(request)))
+            await asyncio.sleep(0)
+        return {reply.body for reply in await asyncio.gather(*probes)}
+
+    assert asyncio.run(scenario()) == {b'{"status":"ok"}'}
 
 
 def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):

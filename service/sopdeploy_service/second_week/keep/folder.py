@@ -223,7 +223,7 @@ class KeptFolder:
     def expire(self) -> None:
         """Delete photographs that are too old, then write the counted time to `AGES` if much has passed.
 
-        Neither depends on the other: a full disk keeps no photograph. Raises `OSError` after both.
+        Each is tried even if the other fails, so a full disk prevents no deletion. `OSError` is raised last.
         """
         now = time.monotonic()
         step = min(max(0.0, now - self._ticked), MAX_STEP * self.clean_up_seconds)
