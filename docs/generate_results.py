@@ -121,9 +121,8 @@ def training_loop() -> Measured:
         if row["unit"] in ("cpu-ms", "images/s"):
             of_step = row["unit"] == "cpu-ms"
             times = [1e3 * side / machine["step"] if of_step else 1e6 / side for side in sides]
-            stages.append(
-                [label, *(number(time, 1) for time in times), *(number(1e6 / time, 0) for time in times)]
-            )
+            speeds = [time and 1e6 / time for time in times]  # "fit and augment" may be 0
+            stages.append([label, *(number(time, 1) for time in times), *(number(one, 0) for one in speeds)])
         else:
             label = f"{gpu} is {label}, %" if row["unit"] == "%" else label
             counts.append([label, *(number(side, 1) for side in sides)])
