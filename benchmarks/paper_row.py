@@ -5,9 +5,10 @@
 
 --data holds train.tar.xz and test.tar.xz, or the folders train and test with one folder of images per class.
 The recipe is `cifar10-dsop-resnet20`. --at-once trainings run side by side, those of a seed next to each
-other. Each writes its epochs to --out at once. After --minutes or Ctrl-C, all are stopped and saved; the same
-command goes on. At the end come the test errors, their paired difference over the seeds with its interval,
-and the first network with branches, which is detached, proved equal and exported: results.json in --out.
+other. Each writes its epochs to --out at once. After --minutes, Ctrl-C or SIGTERM, all are stopped and saved;
+the same command goes on. At the end come the test errors, their paired difference over the seeds with its
+interval, and the first network with branches, which is detached, proved equal and exported: results.json in
+--out.
 
 --dry-run prints what a machine with a GPU would get, how long it takes, how busy the GPU and how many cores
 are, and whether that fits into --minutes. One training needs --step-ms of the GPU for a step of 256 or
@@ -121,13 +122,9 @@ def measured_ms() -> dict[str, float]:
 
 
 def python_ms() -> list[float]:
-    """Return what Python was measured to need for a step of each arm, in ms.
-
-    An arm that was not measured gets the time of the network with branches, which has more operators.
-    """
+    """Return what Python was measured to need for a step of each arm, in ms."""
     found = measured_ms()
-    of_dsop = found[f"launching {ARMS['dsop']}"]
-    return [found["main thread"] + found.get(f"launching {network}", of_dsop) for network in ARMS.values()]
+    return [found["main thread"] + found[f"launching {network}"] for network in ARMS.values()]
 
 
 def elapsed(trainings: Sequence[tuple[float, float]], at_once: int) -> float:
@@ -222,7 +219,9 @@ def train_all(runs: Sequence[Run], given: argparse.Namespace, data: Path) -> boo
                 run = waiting.pop(0)
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
                 with run.folder.with_suffix(".log").open("ab") as log:
-                    active[run] = subprocess.Popen(run.command(given, data), stdout=log, stderr=log)
+                    # Ctrl-C reaches a process group; with a second signal, a training ends unsaved.
+                    command = run.command(given, data)
+                    active[run] = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
             time.sleep(1)
             if (share := gpu_share()) is not None:
                 print(share, file=shares)
@@ -359,4 +358,5 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the trainings, as Ctrl-C
     sys.exit(main(parse_arguments()))

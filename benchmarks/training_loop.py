@@ -12,8 +12,8 @@ which a GPU works that needs --gpu-ms for a step, with eight loader processes. W
 a network costs ("launching") is measured with two images of 8 x 8 pixels, for which they have little to
 compute.
 
-`docs/benchmarks/training_loop.json` is the document of --json, from which `make docs` writes the tables of
-the page, and paper_row.py plans. Write it elsewhere first: a changed checkout has no commit.
+`docs/benchmarks/training_loop.json` is the document of --against and --json, from which `make docs` writes
+the tables of the page, and paper_row.py plans. Write it elsewhere first: a changed checkout has no commit.
 """
 
 import argparse
@@ -54,8 +54,13 @@ from sopdeploy.training.train import train_run
 
 BATCH, GPU_WORKERS = 256, 8
 NETWORKS = ("resnet20", "dsop-resnet20")
-UNITS = {"loader processes started": "count", "images": "images/s", "busy": "%", "operators": "count"}
-UNITS |= {"waits": "count"}  # of the cases that begin so; cpu-ms of all others
+UNITS = {  # of the cases that begin so; cpu-ms of all others
+    "loader processes started": "count",
+    "images": "images/s",
+    "busy": "%",
+    "operators": "count",
+    "waits": "count",
+}
 FEW, MANY = 2, 6  # epochs of two runs, whose difference has neither start nor first decoding
 
 

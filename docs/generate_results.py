@@ -111,37 +111,39 @@ def training_loop() -> Measured:
     """Build the tables of the training loop from the document that its benchmark printed."""
     document = json.loads((FOLDER / "training_loop.json").read_text(encoding="utf-8"))
     machine, rows = document["machine"], document["results"]
-    step, gpu = machine["step"], f"a GPU that needs {machine['gpu_ms']:g} ms for a step of {machine['step']}"
+    gpu = f"a GPU that needs {machine['gpu_ms']:g} ms for a step of {machine['step']}"
     where = f"{machine['cores']} cores of {machine['processor']}, {machine['system']}"
-    facts = [
-        "| date | machine | rounds | commit before | commit after |",
-        "|---|---|---|---|---|",
-        f"| {document['date']} | {where}, Python {document['versions']['python']}, no GPU "
-        f"| {rows[0]['runs']} | {rows[0]['against']} | {document['commit']} |",
-    ]
-    stages = ["| stage | µs per image, before | after | images/s, before | after |", "|---|---|---|---|---|"]
-    counts = ["| count | before | after |", "|---|---|---|"]
+    where += f", Python {document['versions']['python']}, no GPU"
+    facts = [document["date"], where, str(rows[0]["runs"]), rows[0]["against"], document["commit"]]
+    stages, counts = [], []
     for row in rows:
         label, sides = LABELS.get(row["case"], row["case"]), (row["other"], row["ours"])
         if row["unit"] in ("cpu-ms", "images/s"):
-            per_step = row["unit"] == "cpu-ms"
-            times = [side and (1e3 * side / step if per_step else 1e6 / side) for side in sides]
-            speeds = [time and 1e6 / time for time in times]
-            cells = [*(number(time, 1) for time in times), *(number(speed, 0) for speed in speeds)]
-            stages.append(f"| {' | '.join((label, *cells))} |".replace("  ", " "))
+            of_step = row["unit"] == "cpu-ms"
+            times = [1e3 * side / machine["step"] if of_step else 1e6 / side for side in sides]
+            speeds = [time and 1e6 / time for time in times]  # "fit and augment" may be 0
+            stages.append([label, *(number(time, 1) for time in times), *(number(one, 0) for one in speeds)])
         else:
             label = f"{gpu} is {label}, %" if row["unit"] == "%" else label
-            counts.append(
-                f"| {' | '.join((label, *(number(side, 1) for side in sides)))} |".replace("  ", " ")
-            )
+            counts.append([label, *(number(side, 1) for side in sides)])
     command = "python benchmarks/training_loop.py --against FOLDER --json"
-    tables = ["\n".join([*lines, ""]) for lines in (facts, stages, counts)]
+    tables = [
+        table(["date", "machine", "rounds", "commit before", "commit after"], [facts]),
+        table(["stage", "µs per image, before", "after", "images/s, before", "after"], stages),
+        table(["count", "before", "after"], counts),
+    ]
     return Measured(command, document["date"], document["commit"], "training-loop.md", {}, [], tables)
 
 
-def number(value: float | None, digits: int) -> str:
-    """Format a measured value, "" without one; 0.0 and 1,380.0 have no decimals."""
-    return "" if value is None else f"{value:,.{digits}f}".removesuffix(".0")
+def number(value: float, digits: int) -> str:
+    """Format a measured value; 0.0 and 1,380.0 have no decimals."""
+    return f"{value:,.{digits}f}".removesuffix(".0")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Format a table as `measured.toml` has it."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([first, f"|{'---|' * len(head)}", *others, ""])
 
 
 def results_page() -> str:

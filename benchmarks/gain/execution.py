@@ -80,7 +80,7 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) 
     """Choose the learning rate of each arm that *study* searches, on *seeds*, with *epochs* in its template.
 
     The largest mean accuracy decides, of equal ones the smallest log loss, then the smallest rate. A grid
-    whose best rate is on its edge becomes wider; only with `--report`, it stays as it is.
+    whose best rate is on its edge becomes wider; with `--report`, only if those draws are finished.
     """
 
     def planned(arm: str, rate: float, seed: int) -> Planned:
@@ -92,23 +92,25 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) 
         found: dict[float, list[Line]] = {rate: [] for rate in rates}
         for seed in seeds:
             runs = lines.run([planned(arm, rate, seed) for rate in found])
-            found = {rate: [*before, line] for (rate, before), line in zip(found.items(), runs, strict=True)}
-            behind = max(map(mean_accuracy, found.values())) - HOPELESS
-            found = {rate: before for rate, before in found.items() if mean_accuracy(before) >= behind}
+            for before, line in zip(found.values(), runs, strict=True):
+                before.append(line)
+            least = max(map(mean_accuracy, found.values())) - HOPELESS
+            found = {rate: before for rate, before in found.items() if mean_accuracy(before) >= least}
         return min(found, key=lambda rate: (-mean_accuracy(found[rate]), mean_log_loss(found[rate]), rate))
 
     chosen = {}
     for arm in study.search:
         rates = sorted(study.rates)
-        while True:
-            best = best_rate(arm, rates)
-            wider = {rates[0]: neighbor(rates[0], below=True), rates[-1]: neighbor(rates[-1], below=False)}
-            if best not in wider:
-                break
-            if not lines.may_run and lines.find(planned(arm, wider[best], seeds[0])) is None:
+        best = best_rate(arm, rates)
+        while best in (rates[0], rates[-1]):
+            rates = sorted([*rates, neighbor(best, below=best != rates[-1])])
+            try:
+                best = best_rate(arm, rates)
+            except ConfigError:  # with --report: not all draws of the wider grid are finished
+                if lines.may_run:
+                    raise
                 print(f"{study.name}: {arm}: the best rate is on the edge of the grid", file=sys.stderr)
                 break
-            rates = sorted([*rates, wider[best]])
         chosen[arm] = best
     return chosen
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from sopdeploy.config import StrictModel
+from sopdeploy.errors import ConfigError
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.seeds import derive_seed
 
-CHOICES = 5000  # of CIFAR's training images, for choices; no subset has them
+UNUSED = 5000  # of CIFAR's training images; only the whole set has them, no subset
 
 
 class Task(NamedTuple):
@@ -57,13 +58,15 @@ def digits(config: DigitsConfig, seed: int) -> Task:
 
 
 def cifar(config: CifarConfig, seed: int) -> Task:
-    """Load all training images of CIFAR, or a subset by *seed* without those for choices."""
+    """Load all training images of CIFAR, or a subset by *seed* of those that are not `UNUSED`."""
     with np.load(config.arrays) as stored:
         train, labels, test, test_labels = (
             torch.from_numpy(stored[name]) for name in ("train", "labels", "test", "test_labels")
         )
     fixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(0, "held out")))
-    rest = fixed if config.train == len(labels) else fixed[CHOICES:]
+    rest = fixed if config.train == len(labels) else fixed[UNUSED:]
+    if config.train > len(rest):
+        raise ConfigError(f"a subset of CIFAR has at most {len(rest)} images, not {config.train}")
     shuffled = torch.randperm(len(rest), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
     chosen = rest[shuffled[: config.train]]
     return Task(normalize(train[chosen]), labels[chosen], normalize(test), test_labels, pool=len(test))

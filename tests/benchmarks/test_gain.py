@@ -9,6 +9,7 @@ from gain.paired import crossed, paired
 from gain.study import Study
 from gain.task import DigitsConfig
 
+from sopdeploy.errors import ConfigError
 from tests.docs.reading import ROOT
 
 
@@ -32,28 +33,56 @@ def test_images_that_all_draws_answer_alike_widen_the_interval() -> None:
     assert crossed(tested, other).mean == pytest.approx(100 * shared[:50].mean())
 
 
-@pytest.mark.parametrize(
-    ("best", "given", "expected"),
-    [(0.1, (0.03, 0.1, 0.3), 0.1), (3.0, (0.03, 0.1, 0.3), 3.0), (0.003, (0.03, 0.1), 0.003)],
-)
-def test_a_grid_grows_until_the_best_rate_is_not_on_its_edge(best, given, expected) -> None:
-    study = Study(
+def study_of(rates: tuple[float, ...]) -> Study:
+    return Study(
         name="s",
         images="i",
         title="",
         seeds=(),
         template={"task": DigitsConfig(), "network": "resnet", "epochs": 1},
         arms={"a": {}},
-        rates=given,
+        rates=rates,
         search=("a",),
     )
 
+
+@pytest.mark.parametrize(
+    ("best", "given", "expected"),
+    [(0.1, (0.03, 0.1, 0.3), 0.1), (3.0, (0.03, 0.1, 0.3), 3.0), (0.003, (0.03, 0.1), 0.003)],
+)
+def test_a_grid_grows_until_the_best_rate_is_not_on_its_edge(best, given, expected) -> None:
     def run(planned):
         rates = [one.learning_rate for _, _, one in planned]
         return [SimpleNamespace(accuracy=-abs(np.log(rate / best)), log_loss=rate) for rate in rates]
 
     lines = SimpleNamespace(run=run, may_run=True)
-    assert choose_rates(study, lines, (100, 101), 1) == {"a": expected}
+    assert choose_rates(study_of(given), lines, (100, 101), 1) == {"a": expected}
+
+
+def test_a_report_keeps_a_grid_whose_widening_was_interrupted(capsys) -> None:
+    def run(planned):
+        runs = [one for _, _, one in planned]
+        if any(one.learning_rate > 0.1 and one.seed > 100 for one in runs):
+            raise ConfigError("has no draw 101")
+        return [SimpleNamespace(accuracy=one.learning_rate, log_loss=0.0) for one in runs]
+
+    lines = SimpleNamespace(run=run, may_run=False)
+    assert choose_rates(study_of((0.03, 0.1)), lines, (100, 101), 1) == {"a": 0.1}
+    assert capsys.readouterr().err == "s: a: the best rate is on the edge of the grid\n"
+
+
+def test_a_rate_that_is_far_behind_is_not_tried_on_the_other_draws() -> None:
+    tried = []
+
+    def run(planned):
+        runs = [one for _, _, one in planned]
+        tried.extend((one.learning_rate, one.seed) for one in runs)
+        accuracies = {0.01: 70.0, 0.03: 90.0, 0.1: 9.0}
+        return [SimpleNamespace(accuracy=accuracies[one.learning_rate], log_loss=0.0) for one in runs]
+
+    lines = SimpleNamespace(run=run, may_run=True)
+    assert choose_rates(study_of((0.01, 0.03, 0.1)), lines, (100, 101), 1) == {"a": 0.03}
+    assert tried == [(0.01, 100), (0.03, 100), (0.1, 100), (0.01, 101), (0.03, 101)]
 
 
 def test_rates_are_one_and_three_times_powers_of_ten() -> None:
