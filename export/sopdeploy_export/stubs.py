@@ -237,7 +237,6 @@ class Stub(nn.Module):
         part: Dotted name of the removed part.
         names_of_removed: The names of the attributes and methods of the removed part.
         methods: The names of its methods that the recording has.
-        is_sequential: Whether it was an `nn.Sequential`, whose slices can be called.
         held: Its tensors, full of NaN.
         recording: The calls that all stubs of the network answer.
     """
@@ -254,7 +253,6 @@ class Stub(nn.Module):
             part=part,
             names_of_removed={*dir(type(removed)), *vars(removed)} - set(dir(nn.Module)),
             methods={call.method for call in calls if call.part == part},
-            is_sequential=isinstance(removed, nn.Sequential),
             held={name: without_values(tensor) for name, tensor in held.items() if tensor is not None},
             recording=recording,
         )
@@ -307,13 +305,23 @@ class Stub(nn.Module):
     def __getitem__(self, index: Any) -> Any:
         """Return the part at a position or with a name, or the parts of a slice."""
         parts = self._parts()
-        chosen = parts[index] if isinstance(index, str) else list(parts.values())[index]
-        can_be_called = isinstance(index, slice) and self.is_sequential
-        return nn.Sequential(*chosen) if can_be_called else chosen
+        return parts[index] if isinstance(index, str) else list(parts.values())[index]
 
     def _parts(self) -> "dict[str, Stub | Tensor]":
         """Map the names of the parts and tensors to them, as they follow each other in a list."""
         return {**self._modules, **vars(self)["held"]}
+
+
+class StubSequential(Stub):
+    """What remains of a removed `Sequential`: only modules have positions, and a slice can be called."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the part at a position, or the parts of a slice as a module."""
+        chosen = super().__getitem__(index)
+        return nn.Sequential(*chosen) if isinstance(index, slice) else chosen
+
+    def _parts(self) -> "dict[str, Stub | Tensor]":
+        return vars(self)["_modules"]
 
 
 class StubDict(Stub):
@@ -355,6 +363,8 @@ def make_stubs(removed: Mapping[str, nn.Module], recording: Recording) -> dict[i
     substitutes: dict[int, Any] = {}
     for name, module in reversed([*removed.items()]):  # parts before what holds them
         kind = StubDict if isinstance(module, nn.ModuleDict | nn.ParameterDict) else Stub
+        if isinstance(module, nn.Sequential):
+            kind = StubSequential
         stub = kind(name, module, recording)
         for child, inner in module._modules.items():
             stub._modules[child] = None if inner is None else substitutes.get(id(inner))

@@ -219,15 +219,15 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
 
 
 def _read_table(table: Path) -> Iterator[_TableRow]:
-    """Yield the rows of *table* that are not forgotten; one of another program has none."""
+    """Yield the rows of *table* that are not forgotten; one of another program or without paths has none."""
     import pyarrow.parquet as pq  # of an extra
 
     from sopdeploy_commands.tables import VERSION_KEY
 
     schema = pq.read_schema(table)
-    if VERSION_KEY not in (schema.metadata or {}):
+    columns = [name for name in _TableRow._fields[1:] if name in schema.names]  # without `number`
+    if VERSION_KEY not in (schema.metadata or {}) or "path" not in columns:  # selected columns keep the key
         return
-    columns = [name for name in schema.names if name in {"path", "location", "offset", "size"}]
     rows = pq.read_table(table, columns=columns).to_pylist()
     for number, values in enumerate(rows):
         if isinstance(values["path"], str) and values["path"] != FORGOTTEN["path"]:

@@ -263,14 +263,14 @@ def layout_after_einsum(call: OperatorCall) -> BatchLayout:
 def layout_after_concat(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that joins values; along the batch axis, their rows keep their images."""
     layout = common_layout_of(call.inputs)
-    return layout_after_parts(call) if layout.axis == call.axis_attribute(0) else layout
+    return layout_of_whole_batches(call) if layout.axis == call.axis_attribute(0) else layout
 
 
-def layout_after_parts(call: OperatorCall) -> BatchLayout:
-    """Rule of an operator that takes the rows of its result, along the batch axis, from several operands.
+def layout_of_whole_batches(call: OperatorCall) -> BatchLayout:
+    """Rule of an operator whose operands can have different numbers of rows along the batch axis.
 
-    The equal rows (None) of one operand differ from those of another, so the result has a run length, and
-    each operand has whole batches of such runs.
+    Each must have whole batches of runs. The equal rows (None) of one operand can differ from those of
+    another, so a result with the batch axis has a run length.
     """
     layout = common_layout_of(call.inputs)
     if layout.axis is None:
@@ -284,7 +284,7 @@ def layout_after_parts(call: OperatorCall) -> BatchLayout:
 
 def layout_after_element_access(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that reads or writes single elements along another axis than that of the batch."""
-    layout = layout_after_parts(call)  # indices can have fewer rows than data: only the first are accessed
+    layout = layout_of_whole_batches(call)  # of data with more rows than indices, the first are accessed
     mixes_unless(layout.axis != call.axis_attribute(0))
     return layout
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from sopdeploy.errors import DataError, StorageError
 from sopdeploy.file_systems import lock_file
 from sopdeploy_commands.app import app
-from sopdeploy_commands.bulk.output import OutputFolder
+from sopdeploy_commands.bulk.output import LIST_SCHEMA, OutputFolder
 from sopdeploy_commands.second_week.forget import forget
 from tests.commands.bulk.conftest import OPTIONS, SETTINGS, classify
 from tests.support.service import picture_bytes
@@ -70,6 +70,11 @@ def test_tables_of_other_programs_stay_as_they_are(folders: list[Path]) -> None:
     before = table.read_bytes()
     assert table not in forget("mine.jpg", folders)
     assert table.read_bytes() == before
+
+
+def test_a_table_that_was_made_of_rows_of_classify_needs_no_paths(folders: list[Path]) -> None:
+    pq.write_table(pa.table({"known": [True]}, metadata=LIST_SCHEMA.metadata), "photos/known.parquet")
+    assert forget("mine.jpg", folders) == [Path("photos/hat/mine.jpg")]
 
 
 def test_rows_of_classify_are_emptied_and_the_table_keeps_its_parts(

@@ -332,6 +332,28 @@ def test_a_part_of_which_code_reads_something_is_unused(read: str) -> None:
     assert unused_modules(network.eval(), n.PREPROCESS) == ("aux",)
 
 
+class Scaled(nn.Sequential):
+    """A sequence that also has a tensor, which has no position in it."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        self.register_buffer("scale", torch.ones(1))
+
+
+def test_a_sequence_without_its_values_has_its_modules_only(tmp_path: Path) -> None:
+    def forward(self: nn.Module, images: Tensor) -> Tensor:
+        features = self.features(images)
+        assert all(isinstance(part, nn.Module) for part in self.aux[1:])
+        self.aux[-1](features)
+        logits: Tensor = self.fc(features)
+        return logits
+
+    network = n.variant(forward)
+    network.aux = Scaled(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n.CLASSES))
+    exported = n.export_small(n.trained(network), tmp_path, training_only=("aux",), options=QUICK)
+    assert "aux.scale" in {entry.name for entry in exported.certificate.removed}
+
+
 def test_an_unused_part_is_a_warning(tmp_path: Path) -> None:
     network = n.trained(n.Small())
     assert unused_modules(network, n.PREPROCESS) == ("aux",)
