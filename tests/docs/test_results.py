@@ -13,6 +13,7 @@ from sopdeploy.bundle import archive, folder
 from sopdeploy.evaluation import decision_fit, statistics
 from sopdeploy.images import limits, occlusion
 from sopdeploy.models.second_order_head import HeadConfig
+from sopdeploy.project import SAMPLED
 from sopdeploy.training.few_shot import cache as feature_cache
 from sopdeploy.training.few_shot import features
 from sopdeploy.training.few_shot import run as few_shot
@@ -51,6 +52,8 @@ ACCEPTS = RejectionConfig().accepts
 LEVEL_ERROR = PERCENT * (ACCEPTS * (1 - ACCEPTS)) ** 0.5  # of the accepted share, of one image
 LEVEL, ALPHA = PERCENT * statistics.LEVEL, PERCENT * statistics.ALPHA
 FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with their values in the code
+    ("records {:,} of its training images", SAMPLED),
+    ("hashes of up to {:,} training images", SAMPLED),
     ("{:.0f} % interval", LEVEL),
     ("{:.0f} % Wilson interval", LEVEL),
     ("Wilson's of {:.0f} %", LEVEL),
