@@ -389,11 +389,15 @@ def test_a_shown_command_of_compose_sets_the_variables_that_it_requires() -> Non
 
 def test_the_page_of_kubernetes_sets_values_of_the_chart_and_names_its_files() -> None:
     page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    chart_values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
     keys = re.findall(r"--set(?:-\w+)? '?([\w.]+)=", page)
     for key in keys:
-        values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+        values = chart_values
         for name in key.split("."):
             values = values[name]
+    tables = {name: value for name, value in chart_values.items() if isinstance(value, dict)}
+    switches = [f"{name}.enabled" for name, table in tables.items() if "enabled" in table]
+    assert [switch for switch in switches if f"`{switch}`" not in page] == []
     # Without labels of namespaces, the policy keeps the ingress controller and Prometheus out.
     assert "networkPolicy.enabled" not in keys
     template = (CHART / "templates" / "deployment.yaml").read_text(encoding="utf-8")
