@@ -74,7 +74,8 @@ WHAT_TO_DO = {
     "the file where the message says, or pass `--weights FILE` or `--weights none`.",
     "TrainingError": "The message names the step and what was not finite. Lower `optimizer.lr` or set "
     "`optimizer.clip_norm`, then continue with `--resume auto`.",
-    "DetachError": "Add `--detach`; it may also stand where there is nothing to detach.",
+    "DetachError": "Add `--detach`; it may also stand where a checkpoint has nothing to detach. With a "
+    "network of your own, name the parts that the message lists, or omit it.",
     "CertificateError": "Do not deploy this network. The message names the training-only weights that the "
     "output depends on; change the model's code.",
     "LoweringError": "Change the part of the network or the option that the message names.",
@@ -219,7 +220,11 @@ def inserted(part: ast.expr, names: dict[str, ast.expr]) -> str:
 
 def errors_page() -> str:
     """Build `docs/errors.md`."""
-    of_client = [f"| `{code}` | `ServiceError` | {advice} |" for code, advice in OF_THE_CLIENT.items()]
+    classes = {"timeout": "UnreachableError"}  # those of other codes have a response
+    of_client = [
+        f"| `{code}` | `{classes.get(code, 'ServiceError')}` | {advice} |"
+        for code, advice in OF_THE_CLIENT.items()
+    ]
     return "\n".join([HEAD, *class_rows(), *of_client, "", EXIT_CODES])
 
 

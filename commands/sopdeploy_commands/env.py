@@ -12,7 +12,7 @@ from sopdeploy.version import __version__
 
 _PACKAGES = (
     "numpy", "pillow", "pydantic", "fastapi", "uvicorn", "torch", "torchvision", "timm", "onnx", "onnxscript",
-    "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "cuda-python",
+    "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu13", "cuda-python",
 )  # fmt: skip
 
 

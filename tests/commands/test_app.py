@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -346,6 +347,7 @@ def test_all_sections_are_printed() -> None:
     assert values["sopdeploy"] == sopdeploy.__version__
     assert {"python", "numpy", "pydantic", "processor", "cores", "system", "release"} <= set(values)
     assert {"onnxruntime", "tensorrt"} <= set(values)
+    assert ("openvino" in values) == (find_spec("openvino") is not None)
 
 
 def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings, load_settings
-from tests.docs.reading import module_at
+from tests.docs.reading import PAGES, module_at
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -376,6 +376,40 @@ def test_compose_mounts_existing_files() -> None:
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
     assert [mount for mount in mounts if mount.startswith("./") and not (ROOT / mount).is_file()] == []
+
+
+def test_a_shown_command_of_compose_sets_the_variables_that_it_requires() -> None:
+    required = set(re.findall(r"\$\{(\w+):\?", (ROOT / "compose.yaml").read_text()))
+    files = [ROOT / "compose.yaml", *(DEPLOY / "compose").glob("*.yaml"), *PAGES]
+    text = "\n".join(file.read_text(encoding="utf-8").replace("\n# ", " ") for file in files)
+    commands = re.findall(r"`([^`\n]*docker compose[^`]*)`", text)
+    assert (len(required), len(commands)) == (1, 4)
+    assert [command for command in commands if not all(f"{name}=" in command for name in required)] == []
+
+
+def test_the_page_of_kubernetes_sets_values_of_the_chart_and_names_its_files() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    chart_values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    keys = re.findall(r"--set(?:-\w+)? '?([\w.]+)=", page)
+    for key in keys:
+        values = chart_values
+        for name in key.split("."):
+            values = values[name]
+    tables = {name: value for name, value in chart_values.items() if isinstance(value, dict)}
+    switches = [f"{name}.enabled" for name, table in tables.items() if "enabled" in table]
+    assert [switch for switch in switches if f"`{switch}`" not in page] == []
+    # Without labels of namespaces, the policy keeps the ingress controller and Prometheus out.
+    assert "networkPolicy.enabled" not in keys
+    template = (CHART / "templates" / "deployment.yaml").read_text(encoding="utf-8")
+    files = set(re.findall(r"/etc/sopdeploy/\w+/([\w.]+)", template))
+    assert files == {"release.pub", "keys.toml"}
+    assert [file for file in files if not re.search(rf"--from-file={file}=|file `{file}`", page)] == []
+
+
+@pytest.mark.parametrize("file", ["kubernetes/sopdeploy.yaml", "helm/sopdeploy/values.yaml"])
+def test_the_page_that_a_manifest_names_has_the_rule_of_the_adapter(file: str) -> None:
+    (page,) = re.findall(r"adapter .*(docs/\w+\.md)", (DEPLOY / file).read_text(encoding="utf-8"))
+    assert "seriesQuery: 'sopdeploy_queue_depth" in (ROOT / page).read_text(encoding="utf-8")
 
 
 LOCKS = {"cpu": ("cpu", "openvino", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}

@@ -1,7 +1,9 @@
 """Run the commands of every documentation page in order, except those listed in `NOT_RUN`."""
 
+import os
 import re
 import shutil
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -59,6 +61,23 @@ def run_page(page: Path, workspace: Workspace) -> int:
             else:
                 workspace.run(step)
     return len(todo)
+
+
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="needs pkill")
+def test_the_command_of_a_reload_finds_a_script_as_pip_writes_it(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^.*kill .*$", RUNNABLE["docs/operations.md"].read_text(), re.MULTILINE)
+    script = tmp_path / f"sop-{os.getpid()}"  # a name that no other process has
+    lines = ("#!/bin/sh", "trap 'kill $!; echo reloaded; exit' HUP", "sleep 60 &", "echo ready", "wait")
+    script.write_text("\n".join(lines))
+    script.chmod(0o755)
+    with subprocess.Popen([script], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        assert server.stdout.readline() == "ready\n"
+        subprocess.run(["/bin/sh", "-c", command.replace("sopdeploy", script.name)], check=False)
+        try:
+            assert server.communicate(timeout=20)[0] == "reloaded\n"
+        finally:
+            server.kill()
 
 
 WITH_STEPS = [page for page, path in RUNNABLE.items() if any(map(is_run, steps(path)))]

@@ -13,6 +13,7 @@ from sopdeploy.bundle import archive, folder
 from sopdeploy.evaluation import decision_fit, statistics
 from sopdeploy.images import limits, occlusion
 from sopdeploy.models.second_order_head import HeadConfig
+from sopdeploy.project import SAMPLED
 from sopdeploy.training.few_shot import cache as feature_cache
 from sopdeploy.training.few_shot import features
 from sopdeploy.training.few_shot import run as few_shot
@@ -24,7 +25,7 @@ from sopdeploy_service.api import admission
 from sopdeploy_service.devices import processes, supervisor
 from sopdeploy_service.inference import decoders, memory_budget
 from sopdeploy_service.second_week.keep import keeper
-from sopdeploy_service.server import http_protocol
+from sopdeploy_service.server import http_protocol, sockets
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import PAGES, ROOT, module_at, name
 
@@ -51,6 +52,8 @@ ACCEPTS = RejectionConfig().accepts
 LEVEL_ERROR = PERCENT * (ACCEPTS * (1 - ACCEPTS)) ** 0.5  # of the accepted share, of one image
 LEVEL, ALPHA = PERCENT * statistics.LEVEL, PERCENT * statistics.ALPHA
 FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with their values in the code
+    ("records {:,} of its training images", SAMPLED),
+    ("hashes of up to {:,} training images", SAMPLED),
     ("{:.0f} % interval", LEVEL),
     ("{:.0f} % Wilson interval", LEVEL),
     ("Wilson's of {:.0f} %", LEVEL),
@@ -82,6 +85,7 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("takes {} times as long", occlusion.IMAGES_PER_MAP),
     ("`max_json_bytes` ({:.0f} MB)", SETTINGS.max_json_bytes / MEGA),
     ("`url_too_long` | {} bytes", http_protocol.MAX_URL_BYTES),
+    ("at least `max_connections` + {}", sockets.SPARE + sockets.OTHER_FILES),
     ("{} headers, {:,} bytes", http_protocol.MAX_HEADERS, http_protocol.MAX_HEADER_BYTES),
     ("`max_body_bytes` {:.0f} MB", SETTINGS.max_body_bytes / MEGA),
     ("`min_body_rate` {:.0f} kB/s", SETTINGS.min_body_rate / 1000),

@@ -22,7 +22,7 @@ from sopdeploy_service.settings import Settings, load_settings
 WARMUP_RUNS = 3
 MIN_RUNS, MAX_RUNS = 10, 1000
 BUDGET_SECONDS = 2.0  # of timed runs of one bundle at one batch size
-_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "sopdeploy", "tensorrt")
+_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "sopdeploy", "tensorrt")
 _SEED = 0
 
 

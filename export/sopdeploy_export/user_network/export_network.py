@@ -270,7 +270,7 @@ def _check_usage(
     else:
         undeclared = removable_parts(network, undeclared, preprocess)
         if proposes and not undeclared:
-            raise DetachError("the output depends on every part of the network", setting="detach")
+            raise DetachError("the output depends on every part of the network; omit it", setting="detach")
     if not undeclared:
         return ()
     problem = f"the output does not depend on {', '.join(undeclared)}"

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.processes import (
     CONFIG_VARIABLE,
@@ -49,8 +50,10 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* with a process for each of the devices of *settings*, and front ends.
 
     Returns 0 after a drain, 2 if a process cannot start. Raises `ConfigError` for a device or a key file that
-    it cannot use.
+    it cannot use, and on other systems than Linux.
     """
+    if not hasattr(os, "memfd_create"):
+        raise ConfigError("devices and front_ends: need Linux; remove these settings")
     with logs.configured(settings), bind(settings.host, settings.port) as listener:
         devices = list_devices(settings)
         listener.setblocking(False)

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,7 @@ def test_a_bundle_is_timed_at_every_batch_size(bundle_path: Path, monkeypatch: p
     assert (found.precision, found.threads) == ("fp32", 1)
     assert {"processor", "cores"} <= found.machine.keys()
     assert "onnxruntime" in found.versions
+    assert ("openvino" in found.versions) == (find_spec("openvino") is not None)
 
 
 def test_unsupported_batch_sizes_are_errors(bundle_path: Path) -> None:

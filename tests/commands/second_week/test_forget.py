@@ -95,6 +95,12 @@ def test_rows_of_classify_are_emptied_and_the_table_keeps_its_parts(
     )
 
 
+def test_the_page_names_files_with_the_photograph_that_remain() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "keep.md").read_text(encoding="utf-8")
+    remains = page.partition("What remains: ")[2]
+    assert [file for file in ("CSV files", "pictures in their reports") if file not in remains] == []
+
+
 def test_what_is_not_there_is_one_line(folders: list[Path]) -> None:
     with pytest.raises(DataError, match=r"nobody\.jpg: not found in kept, photos; check the name"):
         forget("nobody.jpg", folders)

@@ -228,6 +228,11 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {"training_only": ["head*"]},
         r"no such part; the network has stem",
     ),
+    "nothing to detach, although asked for": (
+        plain,
+        {"options": ExportOptions(detach=True, max_batch=1)},
+        r"^detach: the output depends on every part of the network; omit it$",
+    ),
     "an operator without ONNX form": (n.DeformableConvolution, {}, r"no ONNX form in opset 18: .*DeformConv"),
     "a branch that is not listed": (n.HiddenBranch, {"training_only": ["aux"]}, r"output .* depends on aux"),
     "a row of a table for each position in the batch": (

@@ -101,6 +101,12 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
         wait_for(lambda: not any(is_alive(process) for process in orphans))
 
 
+def test_several_processes_are_refused_where_the_system_lacks_what_they_share(monkeypatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")  # as on macOS
+    with pytest.raises(ConfigError, match="devices and front_ends: need Linux; remove"):
+        supervisor.run_supervisor(["bundles"], load_settings(devices="cpu,cpu", port=0))
+
+
 def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> None:
     monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_SECONDS", 0.0)
     starts = itertools.count(1)

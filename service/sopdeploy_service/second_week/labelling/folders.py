@@ -32,6 +32,7 @@ from sopdeploy.photos.files import (
     normalize,
     part_kind,
 )
+from sopdeploy.photos.table import LABELS_FILE
 from sopdeploy_service.second_week.kept import NEAR_BITS, Kept, KeptRecord, read_kept
 from sopdeploy_service.second_week.labelling.heap import Embed, Suggestions, heap_id, list_heap
 
@@ -94,7 +95,7 @@ class LabelFolders:
 
         *embed* computes what the suggestions for a heap compare.
         Raises `DataError` if *kept* is no folder or holds only folders, or if *photos* has its classes in a
-        folder `train/`.
+        folder `train/` or in `labels.csv`.
         """
         # Absolute, but through the links that the user named: the siblings have the names that commands get.
         self.kept, self.photos = expand_user(kept), Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
@@ -102,6 +103,11 @@ class LabelFolders:
             raise DataError(f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`")
         if self.photos.is_dir() and (train := find_parts(self.photos).train):
             raise DataError(f"{photos}: has its classes in the folder {train}; give {photos / train}")
+        if (self.photos / LABELS_FILE).is_file():
+            raise DataError(
+                f"{photos}: `train` reads its classes from {LABELS_FILE}, not from class folders; give "
+                "another folder, or list the photographs there"
+            )
         self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
         self.steps: list[LabelStep] = []

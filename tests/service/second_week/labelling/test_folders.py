@@ -224,6 +224,10 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "photos" / "train" / "hat").mkdir(parents=True)
     with pytest.raises(DataError, match=r"in the folder train; give .*photos/train"):
         LabelFolders(tmp_path / "kept", tmp_path / "photos")
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "labels.csv").write_text("file,classes\n")  # `train` would read no class folder
+    with pytest.raises(DataError, match=r"reads its classes from labels.csv.*; give another folder"):
+        LabelFolders(tmp_path / "kept", tmp_path / "scenes")
 
 
 def test_links_and_foreign_files_in_the_kept_folder_are_not_shown(tmp_path, keep, open_folders):
