@@ -86,6 +86,9 @@ def test_rmsprop_adds_eps_after_the_root_and_as_tensorflow_inside_of_it(settings
 
 def test_recipes_have_the_forms_of_the_optimizers_that_their_sources_have() -> None:
     assert read_recipe("imagenet-dsop-efficientnet-b0").optimizer.tensorflow
+    for name, decay in (("cifar10-dsop-resnet20", 5e-4), ("imagenet-dsop-resnet18", 1e-4)):
+        adahessian = read_recipe(f"{name}-adahessian").optimizer
+        assert adahessian.lr * adahessian.weight_decay == pytest.approx(decay, rel=1e-4)
 
 
 @pytest.fixture
