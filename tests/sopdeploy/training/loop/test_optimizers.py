@@ -13,10 +13,10 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.sources import open_data
 from sopdeploy.training.loop.ema import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy.training.loop.optimizers import AdaHessian, random_signs
+from sopdeploy.training.loop.optimizers import OPTIMIZERS, AdaHessian, random_signs
 from sopdeploy.training.loop.run import augmented_images
 from sopdeploy.training.loop_settings import Cosine, EmaConfig, Milestones, OneCycle
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import same_bits, short_recipe
 
@@ -66,6 +66,29 @@ def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> 
     optimizer.step()
     curvature = optimizer.state[kernel]["curvature"]
     assert torch.equal(curvature, curvature[:, :, :1, :1].expand_as(curvature))
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ("alpha=0", 0.5),  # 1e-3 / (1e-3 + 1e-3)
+        ("alpha=0, tensorflow=true", 1e-3 / (1e-6 + 1e-3) ** 0.5),
+        ("alpha=0.9, tensorflow=true", 1e-3 / (0.9 + 1e-7 + 1e-3) ** 0.5),
+    ],
+)
+def test_rmsprop_adds_eps_after_the_root_and_as_tensorflow_inside_of_it(settings, step) -> None:
+    config = short_recipe(f"optimizer={{kind='rmsprop', lr=1.0, eps=1e-3, {settings}}}").optimizer
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    weight.grad = torch.full_like(weight, 1e-3)
+    OPTIMIZERS[config.kind]([weight], **config.model_dump(exclude={"kind", "clip_norm"})).step()
+    assert -float(weight.detach()) == pytest.approx(step)
+
+
+def test_recipes_have_the_forms_of_the_optimizers_that_their_sources_have() -> None:
+    assert read_recipe("imagenet-dsop-efficientnet-b0").optimizer.tensorflow
+    for name, decay in (("cifar10-dsop-resnet20", 5e-4), ("imagenet-dsop-resnet18", 1e-4)):
+        adahessian = read_recipe(f"{name}-adahessian").optimizer
+        assert adahessian.lr * adahessian.weight_decay == pytest.approx(decay, rel=1e-4)
 
 
 @pytest.fixture
