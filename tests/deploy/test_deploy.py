@@ -15,13 +15,16 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
+from sopdeploy.errors import BundleError
 from sopdeploy.evaluation.drift import SIGNIFICANCE
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.second_week.keep.keeper import open_keeper
 from sopdeploy_service.settings import Settings, load_settings
 from tests.docs.reading import module_at
 
@@ -247,6 +250,17 @@ def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
     (rules,) = yaml.safe_load((CHART / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
     (drift,) = [rule["expr"] for rule in rules["rules"] if rule["alert"] == "SopdeployDrift"]
     assert float(drift.rpartition("<")[2]) == SIGNIFICANCE
+
+
+def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(tmp_path: Path) -> None:
+    """Prometheus sees no increase in a series that begins at 1."""
+    metrics, series = Metrics(), r"increase\((\w+)(?:\{(.+?)\})?\[\w+\]\)+ > 0"
+    open_keeper(Settings(keep=tmp_path / "kept"), metrics, lambda image: (image, ""), None, is_keeper=True)
+    page = generate_latest(metrics.registry).decode()
+    found = re.findall(series, (CHART / "alerts.yaml").read_text(encoding="utf-8"))
+    assert {name for name, _ in found} >= {"sopdeploy_load_failures_total", "sopdeploy_kept_deleted_total"}
+    for name, labels in found:
+        assert re.search(rf"^{name}\{{.*{labels or BundleError.code}.*\}} 0\.0$", page, re.MULTILINE), name
 
 
 def test_the_alert_rules_are_valid_and_fire_when_they_should() -> None:
