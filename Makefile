@@ -152,7 +152,7 @@ gpu-bundles: $(STAMP)  ## export what gpu-check needs to CARRY=FOLDER, by defaul
 	$(BIN)/python benchmarks/gpu_bundles.py $(CARRY)
 
 gpu-wheels:  ## download to WHEELS=FOLDER what gpu-check needs beside the packages of $(PYTHON)
-	$(PYTHON) deploy/gpu_wheels.py $(WHEELS)
+	$(PYTHON) deploy/gpu_wheels.py $(or $(WHEELS),$(error gpu-wheels: add WHEELS=FOLDER))
 
 # What gpu_bundles.py writes last is `load.py`.
 gpu-check: $(GPU_VENV)/.installed  ## check and measure this machine's GPU, then run tests/gpu; see docs/howto/gpu-check.md
@@ -213,7 +213,7 @@ sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sb
 	done
 
 release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]: commit and tag; docs/releasing.md
-	$(BIN)/uv tool run bump-my-version bump --new-version $(VERSION) $(OPTIONS)
+	$(BIN)/uv tool run bump-my-version bump --new-version $(or $(VERSION),$(error release: add VERSION=1.2.3)) $(OPTIONS)
 
 # `make lock OPTIONS='--constraint FILE'` keeps versions.
 lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions, for images with the hashes of their files

@@ -33,6 +33,7 @@ def checkout(tmp_path: Path) -> Path:
 def make(folder: Path, *arguments: str) -> list[str]:
     """Run make in *folder*; return the recorded calls."""
     outer = {name: value for name, value in os.environ.items() if not OUTER.match(name)}
+    outer = {name: value for name, value in outer.items() if name not in {"VERSION", "WHEELS", "OPTIONS"}}
     command = ["make", "--silent", *arguments]
     subprocess.run(command, cwd=folder, env=outer, capture_output=True, text=True, check=True)
     calls = folder / "calls"
@@ -67,3 +68,16 @@ def test_clean_removes_every_environment_that_a_target_creates(checkout: Path) -
         (checkout / f".venv-{name}").mkdir()
     make(checkout, "clean")
     assert list(checkout.glob(".venv*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [(("release", "OPTIONS=--dry-run"), "release: add VERSION"), (("gpu-wheels",), "gpu-wheels: add WHEELS")],
+)
+def test_a_target_names_the_variable_that_it_needs(
+    arguments: tuple[str, ...], missing: str, checkout: Path
+) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        make(checkout, *arguments)
+    assert missing in failed.value.stderr
+    assert not (checkout / "calls").exists()
