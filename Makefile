@@ -152,18 +152,22 @@ gpu-bundles: $(STAMP)  ## export what gpu-check needs to CARRY=FOLDER, by defaul
 	$(BIN)/python benchmarks/gpu_bundles.py $(CARRY)
 
 gpu-wheels:  ## download to WHEELS=FOLDER what gpu-check needs beside the packages of $(PYTHON)
-	$(PYTHON) deploy/gpu_wheels.py $(WHEELS)
+	$(PYTHON) deploy/gpu_wheels.py $(or $(WHEELS),$(error gpu-wheels: add WHEELS=FOLDER))
 
+# What gpu_bundles.py writes last is `load.py`.
 gpu-check: $(GPU_VENV)/.installed  ## check and measure this machine's GPU, then run tests/gpu; see docs/howto/gpu-check.md
-	test -d $(CARRY) || $(GPU_VENV)/bin/python benchmarks/gpu_bundles.py $(CARRY)
+	test -f $(CARRY)/load.py || $(GPU_VENV)/bin/python benchmarks/gpu_bundles.py $(CARRY)
 	$(GPU_VENV)/bin/python benchmarks/first_contact.py $(CARRY) --resume $(OPTIONS); parts=$$?; \
 		$(GPU_VENV)/bin/python -m pytest -q tests/gpu && exit $$parts
 
 soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting clients and model swaps; fails on a leak or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)
 
-dist: $(STAMP)  ## sdist and wheel in dist/, reproducible for the same commit
-	$(BUILD) --out-dir dist
+# From an archive: an sdist of the checkout would have its photographs and keys, too.
+dist: $(STAMP)  ## sdist and wheel of the commit in dist/, reproducible
+	rm -rf build/source && mkdir -p build/source
+	git archive --output build/source.tar HEAD && tar -xf build/source.tar -C build/source
+	$(BUILD) --out-dir dist build/source
 
 # One environment with changing extras: torch is installed and compiled once. Two lack a runtime, two lack torch.
 wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train with [train], run every command with each
@@ -209,7 +213,7 @@ sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sb
 	done
 
 release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]: commit and tag; docs/releasing.md
-	$(BIN)/uv tool run bump-my-version bump --new-version $(VERSION) $(OPTIONS)
+	$(BIN)/uv tool run bump-my-version bump --new-version $(or $(VERSION),$(error release: add VERSION=1.2.3)) $(OPTIONS)
 
 # `make lock OPTIONS='--constraint FILE'` keeps versions.
 lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions, for images with the hashes of their files
@@ -227,4 +231,4 @@ $(STAMP): pyproject.toml $(LOCK)
 	touch $@
 
 clean:  ## remove everything that the targets above create
-	rm -rf .venv .venv-newest .venv-lowest $(GPU_VENV) .container demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-newest .venv-lowest .venv-3.* $(GPU_VENV) .container demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

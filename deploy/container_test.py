@@ -73,7 +73,7 @@ def sopdeploy(*arguments: str) -> str:
 def make_bundle() -> Path:
     """Train on digits for one epoch and export, unless done before; return the bundle's folder."""
     bundles = WORK / "bundles"
-    if not bundles.is_dir():
+    if not (bundles / "latest").is_dir():  # an interrupted export leaves the folder
         folder = WORK / "training"
         shutil.rmtree(folder, ignore_errors=True)  # left over from an interrupted run
         sopdeploy("train", "--recipe", "digits-dsop", "--set", "epochs=1", "--out", str(folder))

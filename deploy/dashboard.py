@@ -137,7 +137,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "ops",
         [
             (f"sum by (model) (rate(sopdeploy_model_loads_total{RATE}))", "{{model}}"),
-            (f"sum by (code) (rate(sopdeploy_load_failures_total{RATE}))", "failed {{code}}"),
+            (f"sum by (code) (rate(sopdeploy_load_failures_total{RATE})) > 0", "failed {{code}}"),
         ],
     ),
     (

@@ -434,9 +434,15 @@ def page(rows: Sequence[Sequence[str]], before: str) -> str:
     machine = f"{processor()}, {usable_cores()} cores, Python {platform.python_version()}"
     now = [f"{datetime.now(UTC):%Y-%m-%d}", commit, machine]
     kept = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")][1:]
-    by_name = {row[0]: row for row in kept} | {row[0]: [*row, *now] for row in rows}
+    new = {row[0]: [*row, *now] for row in rows}
+    # Rows of all surroundings together are those of failures; they go when their journey succeeds.
+    ended = {
+        f"together ({name})" for name, those in JOURNEYS.items() if any(one.name in new for one in those)
+    }
+    by_name = {row[0]: row for row in kept if row[0] not in ended} | new
     order = [one.name for surroundings in JOURNEYS.values() for one in surroundings]
-    names = [*(name for name in order if name in by_name), *(row[0] for row in rows if row[0] not in order)]
+    order += [f"together ({name})" for name in JOURNEYS]
+    names = [name for name in order if name in by_name]
     lines = [
         "# Tests in other surroundings",
         "",

@@ -68,7 +68,7 @@ class Server:
 
 
 class Balancer:
-    """Sends requests to the *servers* in turn; one that cannot be reached is left out for this request."""
+    """Sends requests to the *servers* in turn; one whose port is closed is left out for this request."""
 
     def __init__(self, servers: list[Server], photo: bytes) -> None:
         self.servers, self._photo = servers, photo
@@ -84,11 +84,11 @@ class Balancer:
         for server in (*servers[turn:], *servers[:turn]):
             try:
                 response = self.classify(server)
-            except httpx.TimeoutException:
-                self.results["failed: no answer in time"] += 1
-                return
-            except httpx.TransportError:
+            except httpx.ConnectError:  # its port is closed, so it has not got the request
                 continue
+            except httpx.TransportError as error:  # it may have; a balancer must not send it again
+                self.results[f"failed: {type(error).__name__}"] += 1
+                return
             is_unavailable = response.status_code == httpx.codes.SERVICE_UNAVAILABLE
             if is_unavailable and '"draining"' in response.text:  # stopping: its port is still open
                 continue

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import container_test
 import pytest
 from builders import HARDENING, Buildah
 from container_test import documented_run, values
@@ -57,6 +58,24 @@ def test_the_main_process_of_a_container_is_stopped(
     with pytest.raises(SystemExit, match="no server is running; its output: pid"):
         builder.stop()
     builder.clean()
+
+
+def test_the_bundle_of_an_interrupted_export_is_exported_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bundles").mkdir()
+    commands: list[str] = []
+
+    def sopdeploy(*arguments: str) -> str:
+        commands.append(arguments[0])
+        (tmp_path / "bundles" / "latest").mkdir(exist_ok=True)
+        return ""
+
+    monkeypatch.setattr(container_test, "WORK", tmp_path)
+    monkeypatch.setattr(container_test, "sopdeploy", sopdeploy)
+    for _ in range(2):
+        assert container_test.make_bundle() == tmp_path / "bundles"
+    assert commands == ["train", "export"]
 
 
 def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> None:

@@ -15,13 +15,16 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
+from sopdeploy.errors import BundleError
 from sopdeploy.evaluation.drift import SIGNIFICANCE
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.second_week.keep.keeper import open_keeper
 from sopdeploy_service.settings import Settings, load_settings
 from tests.docs.reading import PAGES, module_at
 
@@ -172,12 +175,16 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     assert len(policy["egress"]) == 2
     assert [end["port"] for end in monitor["endpoints"]] == ["http"]
     (spread,) = pod["spec"]["topologySpreadConstraints"]
-    for selector, labels in (
-        (policy["podSelector"], pod["metadata"]["labels"]),
-        (spread["labelSelector"], pod["metadata"]["labels"]),
-        (monitor["selector"], found["Service"]["metadata"]["labels"]),
+    labels = pod["metadata"]["labels"]
+    assert {"app.kubernetes.io/name", "app.kubernetes.io/instance"} <= labels.keys()
+    for selected in (  # by both labels: a chart around this one has other pods of the same instance
+        policy["podSelector"]["matchLabels"],
+        spread["labelSelector"]["matchLabels"],
+        found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        found["Service"]["spec"]["selector"],
     ):
-        assert selector["matchLabels"].items() <= labels.items()
+        assert selected == labels
+    assert monitor["selector"]["matchLabels"].items() <= found["Service"]["metadata"]["labels"].items()
 
 
 @needs_helm
@@ -237,6 +244,9 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
         {"settings": {"SOPDEPLOY_MAX_BATCH": 8}},
         {"keep": {"claim": "kept"}},
         {"replicas": 1, "keep": {"claim": "kept"}, "autoscaling": {"enabled": True}},
+        {"settings": {"SOPDEPLOY_PORT": "9000"}},
+        {"autoscaling": {"enabled": True, "minReplicas": 0}},
+        {"autoscaling": {"enabled": True, "minReplicas": 0, "keda": KEDA}},
     ]
     reports, rendered = run_helm(wrong)
     assert [bool(report["errors"]) for report in reports] == [True] * len(wrong)
@@ -247,6 +257,17 @@ def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
     (rules,) = yaml.safe_load((CHART / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
     (drift,) = [rule["expr"] for rule in rules["rules"] if rule["alert"] == "SopdeployDrift"]
     assert float(drift.rpartition("<")[2]) == SIGNIFICANCE
+
+
+def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(tmp_path: Path) -> None:
+    """Prometheus sees no increase in a series that begins at 1."""
+    metrics, series = Metrics(), r"increase\((\w+)(?:\{(.+?)\})?\[\w+\]\)+ > 0"
+    open_keeper(Settings(keep=tmp_path / "kept"), metrics, lambda image: (image, ""), None, is_keeper=True)
+    page = generate_latest(metrics.registry).decode()
+    found = re.findall(series, (CHART / "alerts.yaml").read_text(encoding="utf-8"))
+    assert {name for name, _ in found} >= {"sopdeploy_load_failures_total", "sopdeploy_kept_deleted_total"}
+    for name, labels in found:
+        assert re.search(rf"^{name}\{{.*{labels or BundleError.code}.*\}} 0\.0$", page, re.MULTILINE), name
 
 
 def test_the_alert_rules_are_valid_and_fire_when_they_should() -> None:
@@ -328,12 +349,12 @@ def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanl
 
 
 @needs_helm
-def test_pods_with_a_gpu_have_its_runtime_class_and_a_core_for_each_decoder() -> None:
+def test_pods_with_a_gpu_have_its_runtime_class_and_processes_for_their_own_cores() -> None:
     pod = PODS["the chart on GPUs"]
     (server,) = pod["containers"]
     assert (pod["runtimeClassName"], server["resources"]["limits"]["nvidia.com/gpu"]) == ("nvidia", 1)
-    env = {variable["name"]: variable["value"] for variable in server["env"]}
-    assert int(env["SOPDEPLOY_DECODERS"]) + 1 == int(server["resources"]["requests"]["cpu"])
+    # Without a limit, the decoders and front ends of each pod would be those of all cores of the node.
+    assert server["resources"]["limits"]["cpu"] == server["resources"]["requests"]["cpu"]
     assert "runtimeClassName" not in PODS["the chart with defaults"]
 
 
@@ -439,6 +460,18 @@ def test_the_image_is_built_with_locked_tools() -> None:
     first, *later = re.findall(r"tools/bin/pip .*", DOCKERFILE)
     assert "--require-hashes --requirement lock/build.txt" in first
     assert all("--no-index" in command for command in later)
+
+
+@pytest.mark.parametrize("file", ["kubernetes/sopdeploy.yaml", "helm/sopdeploy/values.yaml"])
+def test_the_page_that_is_named_for_the_adapter_has_its_rule(file: str) -> None:
+    (page,) = re.findall(r"^# .*\badapter\b.*(docs/[\w/]+\.md)", (DEPLOY / file).read_text(), re.MULTILINE)
+    assert "metricsQuery" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_public_key_of_the_documentation_gets_the_name_that_the_chart_reads() -> None:
+    (name, key) = re.findall(r"--from-file=(\S+)=(\S+)", (CHART / "values.yaml").read_text())[0]
+    assert f"/etc/sopdeploy/verify/{name}" in (CHART / "templates" / "deployment.yaml").read_text()
+    assert f"--require-signature {key}" in (ROOT / "docs" / "transfer.md").read_text(encoding="utf-8")
 
 
 @needs_helm

@@ -71,3 +71,16 @@ def test_a_run_without_a_report_and_files_alone_are_rows(suite: Path) -> None:
 def test_all_surroundings_have_names_of_their_own() -> None:
     names = [one.name for surroundings in JOURNEYS.values() for one in surroundings]
     assert len(set(names)) == len(names)
+
+
+def test_a_failure_stays_in_the_table_until_its_journey_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elsewhere, "git", lambda *_: "")
+    small, offline = ([[one.name, "passed", ""] for one in JOURNEYS[name]] for name in ("small", "offline"))
+    failed = ["together (small)", "1 failed: test", ""]
+    steps = ([*small, failed], offline, small)
+    found, text = [], ""
+    for rows in steps:
+        text = elsewhere.page(rows, text)
+        found.append("| together (small) | 1 failed: test |" in text)
+    assert found == [True, True, False]
+    assert all(f"| {name} |" in text for name, *_ in (*small, *offline))

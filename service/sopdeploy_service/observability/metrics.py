@@ -82,6 +82,9 @@ class Metrics:
             "Reloads, and loads with a memory budget, that failed: code of the error",
             ("code",),
         )
+        codes = ["internal", SopdeployError.code, *(kind.code for kind in SopdeployError.__subclasses__())]
+        for code in codes:  # from 0 on: Prometheus sees no increase in a series that begins at 1
+            self.load_failures.labels(code)
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self.runtime_seconds = counter("runtime_seconds", "Busy time of the runtime", ("model",))
         self.connections = gauge("connections", "Open connections")

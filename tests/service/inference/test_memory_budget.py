@@ -1,6 +1,7 @@
 """More models than memory: loaded at first use, released by last use, never above the budget."""
 
 import asyncio
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from prometheus_client import generate_latest
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError
@@ -21,6 +24,7 @@ from sopdeploy_service.settings import Settings, load_settings
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.service import running, wait_for
 
+ALERTS = Path(__file__).parents[3] / "deploy" / "helm" / "sopdeploy" / "alerts.yaml"
 MB = 1_000_000
 SIZE = 65 * MB  # more than a model with a tiny file is assumed to need
 
@@ -76,6 +80,17 @@ async def request(registry: BudgetedRegistry, name: str) -> bool:
     with registry.use(model):
         assert (await registry.wait_until_loaded(model) if not model.is_loaded else model).is_loaded
         return model.is_loaded
+
+
+def test_the_alert_on_missing_servers_knows_one_that_has_loaded_nothing(bundle_path, monkeypatch) -> None:
+    async def scenario(registry: BudgetedRegistry) -> None:
+        page = generate_latest(registry.metrics.registry).decode()
+        series = re.findall(r"sopdeploy_\w+", rule["expr"])
+        assert [name for name in series if f"\n{name}{{" in page] != []
+
+    alerts = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"][0]["rules"]
+    (rule,) = [alert for alert in alerts if alert["alert"] == "SopdeployNotServing"]
+    run_with_registry({"a": bundle_path}, Device(SIZE, monkeypatch), scenario)
 
 
 def test_bundles_under_a_budget_are_not_reloaded(bundle_path, monkeypatch, caplog) -> None:

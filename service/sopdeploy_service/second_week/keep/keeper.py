@@ -32,7 +32,7 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.second_week.keep import forwarding
-from sopdeploy_service.second_week.keep.folder import KeptFolder, KeptResult
+from sopdeploy_service.second_week.keep.folder import Deletion, KeptFolder, KeptResult
 from sopdeploy_service.second_week.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.settings import Settings
 
@@ -98,6 +98,8 @@ def open_keeper(
         return None
     folder = None
     if is_keeper:
+        for reason in get_args(Deletion):  # from 0 on, as `Metrics.load_failures`
+            metrics.kept_deleted.labels(reason)
         folder = KeptFolder(
             settings.keep,
             settings.keep_bytes,
