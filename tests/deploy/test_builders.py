@@ -80,7 +80,10 @@ def test_the_bundle_of_an_interrupted_export_is_exported_again(
 
 def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> None:
     words = documented_run()
-    assert [word for word in words if not word.startswith(("--publish=", "--volume=", "--env="))] == HARDENING
+    of_docker = ("--publish=", "--volume=", "--env=", "--stop-timeout=")
+    assert [word for word in words if not word.startswith(of_docker)] == HARDENING
+    (seconds,) = values(words, "stop-timeout")
+    assert int(seconds) > Settings().drain_seconds
     targets = {volume.split(":")[1] for volume in values(words, "volume")}
     settings = dict(word.split("=", 1) for word in values(words, "env"))
     assert targets == {"/models", *settings.values()}

@@ -181,6 +181,7 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
         policy["podSelector"]["matchLabels"],
         spread["labelSelector"]["matchLabels"],
         found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        found["Deployment"]["spec"]["selector"]["matchLabels"],
         found["Service"]["spec"]["selector"],
     ):
         assert selected == labels
