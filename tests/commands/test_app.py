@@ -50,7 +50,9 @@ def in_process(
 ) -> subprocess.CompletedProcess[str]:
     """Run `sopdeploy` in a new process with buffered stdout; *options* are those of `subprocess.run`."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    variables["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
+    variables["PYTHONPATH"] = os.pathsep.join(
+        str(ROOT / part) for part in (".", "export", "service", "commands")
+    )
     options = {"stdout": subprocess.PIPE, "env": variables, **options}
     return subprocess.run(
         [sys.executable, *program, *arguments], stderr=subprocess.PIPE, text=True, check=False, **options
@@ -206,6 +208,16 @@ def test_output_to_a_closed_stdout_is_discarded(command: str, expected: tuple[in
     assert (done.returncode, done.stderr.count("\n")) == expected
 
 
+@pytest.mark.parametrize("closed", [(0,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(closed: tuple[int, ...]) -> None:
+    program = (
+        "import os\nfrom sopdeploy_commands import app\n"
+        "app._run_and_flush = lambda: os.open('x', os.O_CREAT)\napp.main()"  # the number is the exit code
+    )
+    done = in_process(program=("-c", program), preexec_fn=lambda: [os.close(number) for number in closed])
+    assert done.returncode > 2
+
+
 # A command and the function that Ctrl-C interrupts.
 INTERRUPTED = {
     "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_run"),
@@ -249,6 +261,14 @@ def test_errors_print_their_code_and_return_it_as_json() -> None:
     assert error["code"] == "unusable_bundle"
     assert error["message"] in result.stderr
     assert sopdeploy_cli("verify", "nowhere").stdout == ""
+
+
+@pytest.mark.parametrize("words", ["verify", "models --jsn", "compare a b --data c --tolerance 99"])
+def test_a_wrong_command_line_is_json_too(words: str) -> None:
+    result = sopdeploy_cli(*words.split(), "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["code"]) == (2, "wrong_value")
+    assert f"error: {error['message']} [wrong_value]\n" == result.stderr
 
 
 @pytest.mark.parametrize(
