@@ -1,5 +1,6 @@
 """The command line: help, completion, JSON output, one-line errors, and `sopdeploy env`."""
 
+import errno
 import json
 import os
 import re
@@ -269,6 +270,26 @@ def test_a_wrong_command_line_is_json_too(words: str) -> None:
     error = json.loads(result.stdout)["error"]
     assert (result.exit_code, error["code"]) == (2, "wrong_value")
     assert f"error: {error['message']} [wrong_value]\n" == result.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.ESTALE, errno.ENOTCONN])
+@pytest.mark.parametrize("command", ["eval b --data d", "verify b", "bench b", "predict b x.jpg"])
+def test_a_bundle_that_the_system_cannot_read_is_one_line(
+    command: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_status = Path.stat
+
+    def fail(path: Path, **options: Any) -> os.stat_result:
+        if path.name == "manifest.json":
+            raise OSError(number, os.strerror(number), str(path))
+        return read_status(path, **options)
+
+    Path("b").mkdir()
+    Path("x.jpg").write_bytes(b"")
+    monkeypatch.setattr(Path, "stat", fail)
+    result = sopdeploy_cli(*command.split())
+    assert result.exit_code == 2, repr(result.exception)
+    assert result.stderr.splitlines()[-1].startswith("error: b")  # after the steps
 
 
 @pytest.mark.parametrize(
