@@ -117,6 +117,14 @@ def test_the_module_prints_the_package_version() -> None:
         assert in_process(*arguments).stdout == f"sopdeploy {sopdeploy.__version__}\n"
 
 
+def test_the_program_restarts_once_in_utf_8_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for options in ((), ("-X", "utf8=0")):  # the option has priority over the variable
+        done = in_process("--version", program=(*options, "-m", "sopdeploy"), timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_models_lists_the_catalog_by_family() -> None:
     result = as_json("models")
     assert [row["name"] for row in result] == [*CATALOG, "lrbp-vgg16"]  # of the papers' package
