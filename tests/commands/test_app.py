@@ -168,6 +168,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "an empty argument": (("label", ""), "the first argument: an empty value"),
     "a recipe as an argument": (("train", "a.toml"), "did you mean --recipe a.toml?"),
     "a mistyped setting": (("serve", "bundle", "--setting", "prot=1"), "prot: .*did you mean port?"),
+    "a link in no folder": (("promote", "x", "--over", "a/live", "--force", "y"), "a/live: a is no folder"),
     "no source to classify": (
         ("classify", "bundle", "x", "--out", "x"),
         "--out x: is a source; choose another",
@@ -346,6 +347,24 @@ ISOLATED = {  # text: how it is printed; < and > stand for U+2068 and U+2069
 @pytest.mark.parametrize("text", ISOLATED)
 def test_a_right_to_left_name_is_isolated_unless_it_may_be_copied(text: str) -> None:
     assert plain_text(text).plain.translate({0x2068: "<", 0x2069: ">"}) == ISOLATED[text]
+
+
+LOOPS = {  # command with a link that leads to itself: its error
+    "promote loop --over live --force reason": "loop: no bundle here",
+    "classify loop photos --out loop": "loop: no bundle here",
+    "train --data one --out loop": "one: holds only one class (a)",
+    "train --data one --unknown loop --set epochs=2": "loop: no such folder",
+}
+
+
+@pytest.mark.parametrize("command", LOOPS)
+def test_a_link_that_leads_to_itself_is_one_line(command: str) -> None:
+    Path("loop").symlink_to("loop")
+    Path("one/a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("one/a/0.png")
+    result = sopdeploy_cli(*command.split())
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), repr(result.exception)
+    assert LOOPS[command] in result.stderr
 
 
 EARLY_MISTAKES = {  # command: its error
