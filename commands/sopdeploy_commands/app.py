@@ -138,13 +138,15 @@ class Program(TyperGroup):
         self.commands: Any = Commands()
 
     def main(self, *arguments: Any, **settings: Any) -> None:
-        """Run a command; a wrong command line is one error line."""
+        """Run a command; a wrong command line is one error line, and with `--json` also JSON."""
+        given = arguments[0] if arguments else settings.get("args")
+        as_json = "--json" in (sys.argv[1:] if given is None else given)
         try:
             code = super().main(*arguments, **{**settings, "standalone_mode": False})
         except UsageError as error:
-            code = _print_user_error(_to_config_error(error))
+            code = _print_user_error(_to_config_error(error), as_json)
         except ImportError as error:  # of a command
-            code = _print_user_error(error)
+            code = _print_user_error(error, as_json)
         sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:
@@ -197,9 +199,10 @@ def main() -> None:
     Any other failure to write to stdout, such as a full disk, is a user error. If stdout or stderr was closed
     before the start (`>&-`), its output is discarded.
     """
-    for name in ("stdout", "stderr"):
+    # Also stdin: stdout would get its number, and the next file that of stdout, to which libraries write.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
     # On shared cores, spinning OpenMP threads slow each other down. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The search for plugins of pydantic reads the metadata of every installed package, which takes 50 ms.
@@ -278,12 +281,12 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
     return ""
 
 
-def _print_user_error(error: Exception) -> int:
+def _print_user_error(error: Exception, as_json: bool = False) -> int:
     """Print *error* as a command does, and return the exit code; raises it again if it is no user error."""
     from sopdeploy.cli.console import one_line_errors
 
     try:
-        with one_line_errors():
+        with one_line_errors(as_json):
             raise error
     except typer.Exit as stop:
         return stop.exit_code

@@ -28,7 +28,7 @@ from sopdeploy.errors import (
     first_line,
     is_memory_exhausted,
 )
-from sopdeploy.files import STORAGE_ERRNOS, os_reason
+from sopdeploy.files import FULL_ERRNOS, STORAGE_ERRNOS, os_reason
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -73,9 +73,9 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 2.
 
     With *as_json*, also print its code, message and complete lists as JSON on stdout. Errors of the operating
-    system in `STORAGE_ERRNOS`, exhausted memory and missing packages of an extra are user errors. If a signal
-    has stopped a run, the exit code is another one, and only the first process of the run prints the line,
-    without `error:` before it.
+    system that name a file or are in `STORAGE_ERRNOS`, exhausted memory and missing packages of an extra are
+    user errors. If a signal has stopped a run, the exit code is another one, and only the first process of
+    the run prints the line, without `error:` before it.
     """
     try:
         with _system_errors_as_user_errors(), missing_extras():
@@ -97,17 +97,17 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _system_errors_as_user_errors() -> Iterator[None]:
-    """Convert an `OSError` in `STORAGE_ERRNOS` and exhausted memory to `SopdeployError`."""
+    """Convert an `OSError` that names a file or is in `STORAGE_ERRNOS`, and exhausted memory."""
     try:
         yield
     except OSError as error:
-        if error.errno not in STORAGE_ERRNOS:
+        if error.filename is None and error.errno not in STORAGE_ERRNOS:
             raise
         name = "a file or stdout" if error.filename is None else error.filename
-        raise StorageError(
-            f"{name}: cannot be read or written ({os_reason(error)}); free disk space, or choose another "
-            "file or folder"
-        ) from error
+        advice = "check it, its disk and its permissions"
+        if error.errno in FULL_ERRNOS:
+            advice = "free disk space, or choose another file or folder"
+        raise StorageError(f"{name}: cannot be read or written ({os_reason(error)}); {advice}") from error
     except Exception as error:  # each library has its own type for missing memory
         if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
             raise

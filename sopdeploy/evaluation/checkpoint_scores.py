@@ -46,8 +46,8 @@ def score_checkpoint(
     With *accepts*, a decision that accepts this fraction of known images is fitted, too; with several classes
     per image, thresholds are fitted instead, for any fraction. With *mirror*, the logits are means over an
     image and its mirror image. *on_image* receives the numbers of images done and in total, *log* lines about
-    the folder, also about images that the network was trained on. Raises `DataError` for too few images to
-    fit to.
+    the folder, also about images that the network was trained on. Of a group of images, which show one
+    object, the decision is fitted to the first. Raises `DataError` for too few images to fit to.
     """
     checkpoint = read_checkpoint(path)
     is_multi_label = checkpoint.decision is not None and checkpoint.decision.is_multi_label
@@ -55,10 +55,11 @@ def score_checkpoint(
     # they are indices of the sorted classes, to which `make_predictions` converts the outputs.
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
-    if accepts is not None and not is_multi_label and len(images) < MIN_IMAGES:
-        raise DataError(
-            f"only {amount(len(images), 'image')}; give at least {MIN_IMAGES}", setting="fit_decision"
-        )
+    count, noun = len(images), "image"
+    if images.groups is not None:  # one image of each counts, as in a run
+        count, noun = len(np.unique(images.groups)), "different image"
+    if accepts is not None and not is_multi_label and count < MIN_IMAGES:
+        raise DataError(f"only {amount(count, noun)}; give at least {MIN_IMAGES}", setting="fit_decision")
     if warning := describe_seen(images, checkpoint.image_hashes.numpy()):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,5 +79,6 @@ def score_checkpoint(
             estimated_on="held-out",
             accepts=accepts,
             scalable=model.has_scalable_logits(),
+            groups=images.groups,
         )
     return CheckpointScores(checkpoint, images.labels, predictions, fitted)

@@ -132,7 +132,8 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
     of images. *setting* names *folder* unless it is an argument. A folder need not exist.
     """
     advice = "choose a folder outside of them"
-    if images is not None and folder.resolve().is_relative_to(expand_user(images).resolve()):
+    real_folder = Path(os.path.realpath(folder))  # `resolve` raises an error for a link that leads to itself
+    if images is not None and real_folder.is_relative_to(os.path.realpath(expand_user(images))):
         raise ConfigError(f"{folder} is in the photographs of {images}; {advice}", setting=setting)
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
     while waiting:

@@ -1,5 +1,6 @@
 """The command line: help, completion, JSON output, one-line errors, and `sopdeploy env`."""
 
+import errno
 import json
 import os
 import re
@@ -51,7 +52,9 @@ def in_process(
 ) -> subprocess.CompletedProcess[str]:
     """Run `sopdeploy` in a new process with buffered stdout; *options* are those of `subprocess.run`."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    variables["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
+    variables["PYTHONPATH"] = os.pathsep.join(
+        str(ROOT / part) for part in (".", "export", "service", "commands")
+    )
     options = {"stdout": subprocess.PIPE, "env": variables, **options}
     return subprocess.run(
         [sys.executable, *program, *arguments], stderr=subprocess.PIPE, text=True, check=False, **options
@@ -115,6 +118,14 @@ def test_the_module_prints_the_package_version() -> None:
         assert in_process(*arguments).stdout == f"sopdeploy {sopdeploy.__version__}\n"
 
 
+def test_the_program_restarts_once_in_utf_8_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for options in ((), ("-X", "utf8=0")):  # the option has priority over the variable
+        done = in_process("--version", program=(*options, "-m", "sopdeploy"), timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_models_lists_the_catalog_by_family() -> None:
     result = as_json("models")
     assert [row["name"] for row in result] == [*CATALOG, "lrbp-vgg16"]  # of the papers' package
@@ -158,6 +169,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "an empty argument": (("label", ""), "the first argument: an empty value"),
     "a recipe as an argument": (("train", "a.toml"), "did you mean --recipe a.toml?"),
     "a mistyped setting": (("serve", "bundle", "--setting", "prot=1"), "prot: .*did you mean port?"),
+    "a link in no folder": (("promote", "x", "--over", "a/live", "--force", "y"), "a/live: a is no folder"),
     "no source to classify": (
         ("classify", "bundle", "x", "--out", "x"),
         "--out x: is a source; choose another",
@@ -207,6 +219,16 @@ def test_output_to_a_closed_stdout_is_discarded(command: str, expected: tuple[in
     assert (done.returncode, done.stderr.count("\n")) == expected
 
 
+@pytest.mark.parametrize("closed", [(0,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(closed: tuple[int, ...]) -> None:
+    program = (
+        "import os\nfrom sopdeploy_commands import app\n"
+        "app._run_and_flush = lambda: os.open('x', os.O_CREAT)\napp.main()"  # the number is the exit code
+    )
+    done = in_process(program=("-c", program), preexec_fn=lambda: [os.close(number) for number in closed])
+    assert done.returncode > 2
+
+
 # A command and the function that Ctrl-C interrupts.
 INTERRUPTED = {
     "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_run"),
@@ -250,6 +272,34 @@ def test_errors_print_their_code_and_return_it_as_json() -> None:
     assert error["code"] == "unusable_bundle"
     assert error["message"] in result.stderr
     assert sopdeploy_cli("verify", "nowhere").stdout == ""
+
+
+@pytest.mark.parametrize("words", ["verify", "models --jsn", "compare a b --data c --tolerance 99"])
+def test_a_wrong_command_line_is_json_too(words: str) -> None:
+    result = sopdeploy_cli(*words.split(), "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["code"]) == (2, "wrong_value")
+    assert f"error: {error['message']} [wrong_value]\n" == result.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.ESTALE, errno.ENOTCONN])
+@pytest.mark.parametrize("command", ["eval b --data d", "verify b", "bench b", "predict b x.jpg"])
+def test_a_bundle_that_the_system_cannot_read_is_one_line(
+    command: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_status = Path.stat
+
+    def fail(path: Path, **options: Any) -> os.stat_result:
+        if path.name == "manifest.json":
+            raise OSError(number, os.strerror(number), str(path))
+        return read_status(path, **options)
+
+    Path("b").mkdir()
+    Path("x.jpg").write_bytes(b"")
+    monkeypatch.setattr(Path, "stat", fail)
+    result = sopdeploy_cli(*command.split())
+    assert result.exit_code == 2, repr(result.exception)
+    assert result.stderr.splitlines()[-1].startswith("error: b")  # after the steps
 
 
 @pytest.mark.parametrize(
@@ -298,6 +348,24 @@ ISOLATED = {  # text: how it is printed; < and > stand for U+2068 and U+2069
 @pytest.mark.parametrize("text", ISOLATED)
 def test_a_right_to_left_name_is_isolated_unless_it_may_be_copied(text: str) -> None:
     assert plain_text(text).plain.translate({0x2068: "<", 0x2069: ">"}) == ISOLATED[text]
+
+
+LOOPS = {  # command with a link that leads to itself: its error
+    "promote loop --over live --force reason": "loop: no bundle here",
+    "classify loop photos --out loop": "loop: no bundle here",
+    "train --data one --out loop": "one: holds only one class (a)",
+    "train --data one --unknown loop --set epochs=2": "loop: no such folder",
+}
+
+
+@pytest.mark.parametrize("command", LOOPS)
+def test_a_link_that_leads_to_itself_is_one_line(command: str) -> None:
+    Path("loop").symlink_to("loop")
+    Path("one/a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("one/a/0.png")
+    result = sopdeploy_cli(*command.split())
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), repr(result.exception)
+    assert LOOPS[command] in result.stderr
 
 
 EARLY_MISTAKES = {  # command: its error

@@ -92,7 +92,7 @@ def classify(
     from sopdeploy_commands.bulk.output import ROWS_FOLDER, OutputFolder
     from sopdeploy_commands.bulk.sources import list_sources
 
-    if any("://" not in name and Path(name).resolve() == Path(out).resolve() for name in names):
+    if any("://" not in name and os.path.realpath(name) == os.path.realpath(out) for name in names):
         raise ConfigError("is a source; choose another folder", setting="out", value=out)
     folder, done = OutputFolder(Path(out)), 0
     with closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier, folder.locked():

@@ -17,6 +17,7 @@ from sopdeploy.photos.folder import open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles, describe_seen
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import Settings, load_settings
 
 
@@ -80,7 +81,8 @@ def logits_of_images(
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
         views = [pixels, np.ascontiguousarray(pixels[:, ::-1])] if mirror else [pixels]
-        logits = [loaded.runtime.run(view[None])[manifest.outputs[0].name][0] for view in views]
+        with translating_errors(loaded.runtime):
+            logits = [loaded.runtime.run(view[None])[manifest.outputs[0].name][0] for view in views]
         rows.append(np.mean(logits, axis=0, dtype=np.float32))
         if not np.isfinite(rows[-1]).all():
             raise DataError(f"{path}: the network's output is not finite; verify the bundle")

@@ -85,11 +85,11 @@ def promote(
         raise ConfigError(f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force")
     before, has_live = _read_target(over), over.exists()  # a link may lead to a bundle that was deleted
     if has_live:
-        if over.resolve() == new.resolve():
+        if os.path.realpath(over) == os.path.realpath(new):
             raise ConfigError(f"{over}: leads to this bundle already; name another one")
         if data is None and force is None:
             raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
-    after = os.path.relpath(new.resolve(), over.parent.resolve())
+    after = os.path.relpath(os.path.realpath(new), os.path.realpath(over.parent))
     settings = load_settings()
     loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
     manifest = loaded.bundle.manifest
@@ -139,7 +139,12 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
 
 
 def _read_target(link: Path) -> str | None:
-    """Read where *link* leads; None if it does not exist. Raises `ConfigError` for a file or folder."""
+    """Read where *link* leads; None if it does not exist.
+
+    Raises `ConfigError` for a file or folder, and if there is no folder for the link.
+    """
+    if not link.parent.is_dir():
+        raise ConfigError(f"{link}: {link.parent} is no folder; create it")
     if link.exists() and not link.is_symlink():
         raise ConfigError(f"{link}: not a link; name one, such as bundles/live, which need not exist yet")
     return str(link.readlink()) if link.is_symlink() else None

@@ -93,7 +93,8 @@ class TrainOptions(Options):
         if self.within is not None:
             _parse_milliseconds(self.within)  # raises the error of an invalid time
         changes = [*map(parse_override, self.set), *settings.items()]
-        if any(key == "model.name" or (key == "model" and "name" in value) for key, value in changes):
+        tables = [value for key, value in changes if key == "model" and isinstance(value, Mapping)]
+        if any(key == "model.name" for key, _ in changes) or any("name" in table for table in tables):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
         options = {}
         for name, weights in self._weights_by_network().items():

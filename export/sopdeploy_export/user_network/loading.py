@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sopdeploy.checkpoint import (
     COUNTER,
@@ -66,6 +67,8 @@ def network_builder(setting: str, import_path: str, option_texts: Sequence[str])
             raise invalid(f"cannot be built ({first_line(error)}); check its options") from error
         if not isinstance(network, nn.Module):
             raise invalid(f"returned a {type(network).__name__}, not a torch.nn.Module")
+        if any(map(is_lazy, chain(network.parameters(), network.buffers()))):
+            raise invalid("returned lazy layers without weights; run them once on an image in the function")
         return network
 
     return build

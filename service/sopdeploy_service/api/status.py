@@ -122,8 +122,8 @@ async def info(request: Request) -> Response:
         models.append(
             ModelInfo(
                 name=model.name,
-                bundle=model.bundle.name,
-                id=manifest.id,
+                bundle=model.bundle_name,
+                id=model.version,
                 model=manifest.model,
                 num_labels=len(model.labels),
                 precision=manifest.precision,

@@ -240,7 +240,7 @@ class Engine:
         """Show the supervisor that the event loop runs, and front ends which models are loaded."""
         models = self.registry.models()
         num_images = sum(len(front_end.cancel_by_slot) for front_end in self.front_ends)
-        bundles = " ".join(model.bundle.name for model in models)
+        bundles = " ".join(model.bundle_name for model in models)
         control.send_message(self._supervisor, control.STATUS.pack(0, num_images) + bundles.encode())
         loaded = [model.name for model in models if model.is_loaded]
         if loaded != self._loaded:

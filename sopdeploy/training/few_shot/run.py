@@ -114,7 +114,8 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
 
         try:
             found = cross_validate(recipe, start.model, images, on_progress)
-            if warning := describe_contradictions(images, found.features.file_hashes):
+            file_hashes = found.features.file_hashes  # of files that `start_run` has read, it has warned
+            if not len(start.file_hashes) and (warning := describe_contradictions(images, file_hashes)):
                 callback.on_warning(warning)
             problem, head = found.problem, found.features.head
             fitted = build_fitted(found.network, head, problem, problem.fit_all(found.scaling))

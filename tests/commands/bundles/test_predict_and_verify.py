@@ -39,6 +39,7 @@ from sopdeploy_service.settings import Settings, load_settings
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.forged import forge
 from tests.support.keys import write_key
+from tests.support.runtimes import Failing
 from tests.support.service import picture_bytes, write_bundle
 
 ONE_THREAD = Settings(threads=1, runtime="onnxruntime-cpu")
@@ -239,6 +240,18 @@ def test_a_bundle_is_timed_at_every_batch_size(bundle_path: Path, monkeypatch: p
     assert {"processor", "cores"} <= found.machine.keys()
     assert "onnxruntime" in found.versions
     assert ("openvino" in found.versions) == (find_spec("openvino") is not None)
+
+
+@pytest.mark.parametrize("module", [evaluate, timing], ids=["eval", "bench"])
+def test_a_runtime_that_fails_is_one_line(bundle_path, folder, monkeypatch, module) -> None:
+    loaded = replace(load_model(bundle_path, ONE_THREAD), runtime=Failing({1: "oom"}))
+    monkeypatch.setattr(module, "load_model", lambda *_: loaded)
+    words = (
+        ["bench", str(bundle_path)] if module is timing else ["eval", str(bundle_path), "--data", str(folder)]
+    )
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error: fake cannot run a batch on fake: OutOfMemoryError: no memory" in result.stderr
 
 
 def test_unsupported_batch_sizes_are_errors(bundle_path: Path) -> None:

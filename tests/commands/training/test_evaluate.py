@@ -138,6 +138,17 @@ def test_intervals_are_those_of_independent_groups(stored, tmp_path) -> None:
     ]
 
 
+def test_a_decision_is_fitted_to_one_image_of_each_group(stored, tmp_path) -> None:
+    make(tmp_path / "few", a__one=25, a__two=25, b=10)
+    with pytest.raises(DataError, match="fit_decision: only 12 different images; give at least 50"):
+        score_checkpoint(stored, tmp_path / "few", accepts=0.9)
+    make(tmp_path / "enough", a__one=5, a__two=5, b=48)
+    decision = score_checkpoint(stored, tmp_path / "enough", accepts=0.9).decision
+    assert decision is not None
+    assert decision.calibration is not None
+    assert decision.calibration.num_images == 50
+
+
 def test_mirrored_scores_are_those_of_the_mean_logits_of_both_images(stored, tmp_path) -> None:
     make(tmp_path / "val", a=3, b=4)
     model = build_classifier(read_checkpoint(stored), stored)

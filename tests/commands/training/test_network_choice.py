@@ -166,6 +166,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"models": "resnet8,resnet20", "model.name": "resnet18"},
         "models: not with model.name, the name of one network",
     ),
+    "several networks and no table": (
+        {"models": "resnet8,resnet20", "set": ("model=3",)},
+        "model.name: model is a value, not a table with keys",
+    ),
     "several networks and a table that is set": (
         {"models": "resnet8,resnet20", "set": ('model={name="resnet18"}',)},
         "models: not with model.name, the name of one network",

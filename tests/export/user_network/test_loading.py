@@ -246,6 +246,7 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
         (f"{MODULE}:Small", ("aux=sharp",), r"aux='sharp' is text, but its default is True"),
         (f"{MODULE}:Keeps", ("x=null",), r"write True, False or None"),
         ("builtins:dict", (), r"returned a dict, not a torch\.nn\.Module"),
+        ("torch.nn:LazyLinear", ("out_features=3",), r"returned lazy layers without weights; run them once"),
         (f"{MODULE}:Small", ("aux",), r"^aux: write key=value"),
     ],
 )

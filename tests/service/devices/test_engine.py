@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import EMBEDDING, TensorRecord
+from sopdeploy.bundle.manifest import EMBEDDING, Manifest, TensorRecord
 from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.engine import Engine
 from sopdeploy_service.devices.remote import EngineChannel, RemoteModel, RemoteRegistry
@@ -314,6 +314,18 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
         await engines[1].end()
 
     asyncio.run(run())
+
+
+def test_a_report_of_an_engine_hashes_no_manifest(bundle, monkeypatch) -> None:
+    name = bundle.name
+
+    async def scenario(engine: EngineUnderTest, _registry: RemoteRegistry) -> None:
+        engine.messages()
+        monkeypatch.setattr(Manifest, "id", "computed again")
+        engine.engine._report()
+        assert [message[control.STATUS.size :] for message in engine.messages()] == [name.encode()]
+
+    run_with(FakeRuntime(num_classes=7), bundle, scenario)
 
 
 def test_an_engine_loads_a_model_at_its_first_image(bundle, monkeypatch) -> None:

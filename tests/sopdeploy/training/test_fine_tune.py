@@ -161,6 +161,19 @@ def test_with_too_few_held_out_photographs_nothing_is_trained(tmp_path: Path, fr
     assert (tmp_path / "run" / "history.csv").exists()
 
 
+@pytest.mark.parametrize("kind", ["few_shot", "fine_tune"])
+def test_equal_files_with_different_labels_are_one_warning(tmp_path: Path, kind: str) -> None:
+    root = paint(tmp_path / "photos" / "train", each=4)
+    paint(tmp_path / "photos" / "val", each=1)
+    file, copy = (root / color / f"{name}.png" for color, name in zip(COLORS, ("0", "copy"), strict=False))
+    copy.write_bytes(file.read_bytes())
+    settings = [*FINE_TUNE[1:3], *FINE_TUNE[4:7], *PLAIN, f"procedure.kind={kind}"]
+    callback = RecordingCallback()
+    train(root.parent, out=tmp_path / "run", set=settings, callback=callback)
+    warnings = [values["warning"] for name, values in callback.events if name == "warning"]
+    assert len([warning for warning in warnings if "different labels" in warning]) == 1
+
+
 @pytest.mark.parametrize("network", [PLAIN, BRANCHES], ids=["plain", "branches"])
 @pytest.mark.parametrize("event", [("step", 0, 3), ("epoch", 0, 0)], ids=str)
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[str], event: Any) -> None:

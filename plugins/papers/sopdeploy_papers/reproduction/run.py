@@ -33,8 +33,8 @@ def reproduce(
 
     The runs are in `<out>/<table>/<row>/seed-0`; the page is written after every row. *on_run* receives the
     row and seed of each run that starts. A row that fails has a `failure`, and the next one runs. Raises
-    `ConfigError` for selected rows that cannot be run and for results of another recipe in the folder, and
-    `TrainingStoppedError`.
+    `ConfigError` for selected rows that cannot be run, if `options.set` leaves none to run, and for results
+    of another recipe in the folder, and `TrainingStoppedError`.
     """
     results = plan(table, options)
     must_run = options.rows is not None and table.measures == "errors"  # other tables are not trained
@@ -42,6 +42,9 @@ def reproduce(
         if row.recipe is None and must_run:
             message = f"cannot be run ({row.reason}); leave it out"
             raise ConfigError(message, setting="rows", value=row.printed.id)
+    reasons = [row.reason for row in results.rows if row.source]  # empty for a row that can be trained
+    if options.set and table.measures == "errors" and reasons and all(reasons):
+        raise ConfigError(f"no row can be run; {reasons[0]}", setting="set")
     by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
         if row.recipe is None:

@@ -136,6 +136,9 @@ def test_a_row_runs_on_the_images_that_are_given(tmp_path) -> None:
 def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:
     with pytest.raises(ConfigError, match="rows='other': cannot be run"):
         reproduce(TINY, ReproduceOptions(out=tmp_path / "out", rows="other"))
+    with pytest.raises(ConfigError, match=r"set: no row can be run; .*did you mean epochs"):
+        reproduce(TINY, ReproduceOptions(out=tmp_path / "out", set=("epoch=3",)))
+    assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out").exists()
 
 
