@@ -58,6 +58,21 @@ def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: 
 
 
 @contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Wait for other processes that use this for the folder *path*; no effect where it cannot be locked."""
+    folder = None
+    with suppress(OSError):  # no such folder, or no permission to read it
+        folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if folder is not None:
+            _try_lock(folder, wait=True)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+@contextmanager
 def lock_if_abandoned(path: Path) -> Iterator[bool]:
     """Yield whether the process that locked the file *path* has ended; if so, lock it during the block.
 

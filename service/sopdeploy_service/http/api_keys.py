@@ -20,7 +20,7 @@ import pydantic
 
 from sopdeploy.config import StrictModel, first_problem, matching, parse_toml
 from sopdeploy.errors import ConfigError
-from sopdeploy.file_systems import set_mode
+from sopdeploy.file_systems import locked_folder, set_mode
 from sopdeploy.files import atomic_write, read_text, writing
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
@@ -83,10 +83,10 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 def new_key(path: Path, name: str, rate: float | None = None) -> str:
     """Create a key called *name*, add its hash to the file at *path* (mode 0600) and return the secret.
 
-    The write is atomic; the owner of the file stays. Raises `ConfigError` for an invalid or used name, and
-    `StorageError` if the file cannot be written.
+    The write is atomic and waits for other processes that add a key; the owner of the file stays. Raises
+    `ConfigError` for an invalid or used name, and `StorageError` if the file cannot be written.
     """
-    with writing(path):
+    with writing(path), locked_folder(path.parent):
         if path.exists() and any(key.name == name for key in read_keys(path)):
             raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
         secret = _PREFIX + secrets.token_urlsafe(BITS // 8)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import stat
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,6 +54,23 @@ def test_the_file_has_only_the_hash_of_a_new_key_and_keeps_what_it_had(tmp_path:
     assert (ops.name, ops.sha256, ops.rate) == ("ops", digests[1], None)
     sent = (first.encode(), second.encode(), first.encode() + b" ", b"")
     assert [find_key((phone, ops), key) for key in sent] == [phone, ops, None, None]
+
+
+def test_keys_that_are_created_at_the_same_time_are_all_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = threading.Thread(target=new_key, args=(tmp_path / "keys.toml", "other"))
+
+    def meanwhile(*_given: object) -> None:  # between reading and writing
+        monkeypatch.undo()
+        other.start()
+        other.join(0.5)  # it waits for this thread, or would be done
+
+    new_key(tmp_path / "keys.toml", "first")
+    monkeypatch.setattr(os, "chown", meanwhile)
+    new_key(tmp_path / "keys.toml", "second")
+    other.join()
+    assert {key.name for key in read_keys(tmp_path / "keys.toml")} == {"first", "second", "other"}
 
 
 @pytest.mark.parametrize(
