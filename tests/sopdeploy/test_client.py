@@ -117,6 +117,18 @@ def test_error_pages_of_proxies_are_errors(content):
     assert (caught.value.status, caught.value.code) == (502, "http_error")
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [problem(422, "no"), problem(503, "busy"), *map(httpx.Response, (200, 502)), httpx.ReadTimeout("slow")],
+)
+def test_an_error_names_the_address_without_its_password(delays, reply):
+    transport = httpx.MockTransport(Script(reply))
+    client = Client("http://bob:secret@server:81", transport=transport, retries=0)
+    with client, pytest.raises(ServiceError, match="http://server:81/v1/classify: ") as caught:
+        client.classify(b"x")
+    assert "secret" not in str(caught.value)
+
+
 def test_a_key_that_is_no_header_and_options_that_do_not_exist_are_rejected():
     with pytest.raises(ConfigError, match="API key"):
         Client("http://server", api_key="a\r\nX: y")
