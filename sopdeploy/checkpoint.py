@@ -241,13 +241,16 @@ def _check_reading_cost(raw: bytes) -> None:
     if not raw.startswith(b"PK"):
         check_pickles(io.BytesIO(raw))
         return
-    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        files = archive.infolist()
-        if sum(file.file_size for file in files) > len(raw):
-            raise ValueError("compressed or overlapping entries")
-        for file in files:
-            if file.filename.endswith("data.pkl"):
-                check_pickles(io.BytesIO(archive.read(file)))
+    # The reader of `torch.load`: others may find other entries, in another case or in a second list.
+    reader = torch._C.PyTorchFileReader(io.BytesIO(raw))
+    if hasattr(reader, "get_record_size"):
+        size = sum(map(reader.get_record_size, reader.get_all_records()))
+    else:  # torch 2.11
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            size = sum(file.file_size for file in archive.infolist())
+    if size > len(raw):
+        raise ValueError("compressed or overlapping entries")
+    check_pickles(io.BytesIO(reader.get_record("data.pkl")))
 
 
 def _is_dense(tensor: Tensor) -> bool:
