@@ -22,7 +22,7 @@ from sopdeploy.bundle.golden import GoldenIndex
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.checkpoint import Checkpoint, load_plain, read_checkpoint, read_pytorch, write_checkpoint
 from sopdeploy.client import encode_image
-from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, shown
+from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.files import check_is_checkpoint, check_is_weights, read_class_names
 from sopdeploy.images.preprocess import Preprocess
@@ -268,6 +268,17 @@ def test_every_wrong_toml_file_is_refused_in_one_short_line(
         read(path)
     assert len(str(caught.value)) <= MESSAGE
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["a", " a\t", '"a"', "'a.='", '"\\"."'])
+def test_a_key_of_many_parts_takes_no_memory(part: str) -> None:
+    def refused() -> None:
+        for text in (".".join([part] * 2_000) + " = 1", "[" + ".".join([part] * 2_000) + "]"):
+            with pytest.raises(ValueError, match="more than 100 levels"):
+                parse_toml(text)
+
+    assert peak_bytes(refused) < 1_000_000
+    assert parse_toml(".".join([part] * 100) + " = 1")
 
 
 def test_an_override_with_many_levels_is_a_text() -> None:
