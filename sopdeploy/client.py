@@ -31,7 +31,7 @@ Result = TypeVar("Result", bound="ImageResult")
 CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wrong type causes a warning
 FIRST_DELAY = 0.2
 MAX_DELAY = 5.0
-DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
+DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")  # linear, whatever a server sends
 MAX_RESPONSE_BYTES = 64_000_000  # after decompression
 ENCODINGS = {"", "identity", "gzip", "deflate"}  # 64 KiB of these, which httpx expands at once, are 64 MB
 RETRY_STATUSES = {429, 503}  # the server did not process the request
