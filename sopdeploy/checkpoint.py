@@ -9,7 +9,8 @@ import hashlib
 import io
 import pickle  # for the exception type of torch.load
 import zipfile
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -18,11 +19,12 @@ import pydantic
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sopdeploy.config import FieldValues, Text, check_format, first_problem, version_advice, writer_of
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
+from sopdeploy.errors import CheckpointError, ConfigError, WeightsError, first_line
 from sopdeploy.file_systems import flush, flush_folder
 from sopdeploy.files import (
     MAX_WEIGHTS_BYTES,
@@ -49,6 +51,7 @@ _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one
 MAX_TENSORS = 1_000_000
 WRAPPERS = ("module", "_orig_mod")  # parts of the names of tensors, of DataParallel and torch.compile
 COUNTER = "num_batches_tracked"  # of a batch norm; old files lack it, and inference does not use it
+_MORE_NUMBERS, _MORE_PARAMETERS = 1 << 28, 20_000  # of a network while it is built
 MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight": ..}}}
 
 
@@ -241,13 +244,16 @@ def _check_reading_cost(raw: bytes) -> None:
     if not raw.startswith(b"PK"):
         check_pickles(io.BytesIO(raw))
         return
-    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        files = archive.infolist()
-        if sum(file.file_size for file in files) > len(raw):
-            raise ValueError("compressed or overlapping entries")
-        for file in files:
-            if file.filename.endswith("data.pkl"):
-                check_pickles(io.BytesIO(archive.read(file)))
+    # The reader of `torch.load`: others may find other entries, in another case or in a second list.
+    reader = torch._C.PyTorchFileReader(io.BytesIO(raw))
+    if hasattr(reader, "get_record_size"):
+        size = sum(map(reader.get_record_size, reader.get_all_records()))
+    else:  # torch 2.11
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            size = sum(file.file_size for file in archive.infolist())
+    if size > len(raw):
+        raise ValueError("compressed or overlapping entries")
+    check_pickles(io.BytesIO(reader.get_record("data.pkl")))
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -365,6 +371,32 @@ def _describe_storage(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
 
 
+@contextmanager
+def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Raise `ValueError` if the block creates many more parameters than *weights* can fill.
+
+    A few bytes of a config can ask for any width or number of blocks. Parameters are counted before they get
+    values, so they take no memory yet. Networks may replace some of them while they are built.
+    """
+    stored = [tensor.untyped_storage() for tensor in weights.values() if _is_dense(tensor)]
+    bytes_by_address = {storage.data_ptr(): storage.nbytes() for storage in stored}  # tensors may share one
+    left_numbers = _MORE_NUMBERS + 2 * sum(bytes_by_address.values())
+    left_parameters = _MORE_PARAMETERS + 10 * len(weights)
+
+    def count(_module: object, _name: str, parameter: Tensor) -> None:
+        nonlocal left_numbers, left_parameters
+        left_numbers -= parameter.numel()
+        left_parameters -= 1
+        if left_numbers < 0 or left_parameters < 0:
+            raise ValueError("it has many more weights than the file")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
     """Build the network of *checkpoint* with its weights, in eval mode.
 
@@ -374,9 +406,13 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
     """
     try:
         make_config(checkpoint.model, checkpoint.config)  # rejects keys such as num_classes
-        network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
+        with _limit_parameters(checkpoint.weights):
+            network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}{version_advice(writer_of(checkpoint.training))}") from error
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:  # torch's, for sizes
+        reason = f"{checkpoint.model} cannot be built with its config ({first_line(error)})"
+        raise CheckpointError(f"{path}: {reason}; train or import it again") from error
     weights = {network.current_name(name): tensor for name, tensor in checkpoint.weights.items()}
     problem = first_difference(network.state_dict(), weights)
     if problem:

@@ -31,7 +31,7 @@ Result = TypeVar("Result", bound="ImageResult")
 CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wrong type causes a warning
 FIRST_DELAY = 0.2
 MAX_DELAY = 5.0
-DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
+DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")  # linear, whatever a server sends
 MAX_RESPONSE_BYTES = 64_000_000  # after decompression
 ENCODINGS = {"", "identity", "gzip", "deflate"}  # 64 KiB of these, which httpx expands at once, are 64 MB
 RETRY_STATUSES = {429, 503}  # the server did not process the request
@@ -339,7 +339,7 @@ def _response_error(response: httpx.Response) -> ServiceError:
         problem = Problem.model_validate_json(response.content, extra="ignore")
     except pydantic.ValidationError:
         problem = Problem(code="http_error", status=status, detail=response.reason_phrase or "no explanation")
-    message = f"{response.request.url}: {status} {problem.code}: {problem.detail}"
+    message = f"{_address(response.request)}: {status} {problem.code}: {problem.detail}"
     if status in RETRY_STATUSES:
         return OverloadedError(message, code=problem.code, status=status, retry_after=retry_after(response))
     return ServiceError(message, code=problem.code, status=status)
@@ -348,10 +348,13 @@ def _response_error(response: httpx.Response) -> ServiceError:
 def _no_response_error(request: httpx.Request, failure: Exception, seconds: float) -> UnreachableError:
     """Build the exception for the *failure* of a request without a response, which may take *seconds*."""
     if isinstance(failure, httpx.TimeoutException):
-        code, message = "timeout", f"{request.url}: no response within {seconds:.3g} s"
+        code, message = "timeout", f"{_address(request)}: no response within {seconds:.3g} s"
     else:
         reason = str(failure) or type(failure).__name__
-        code, message = "unreachable", f"{request.url}: no response ({reason}); is a server running there?"
+        code, message = (
+            "unreachable",
+            f"{_address(request)}: no response ({reason}); is a server running there?",
+        )
     error = UnreachableError(message, code=code, status=0)
     error.__cause__ = failure
     return error
@@ -375,7 +378,12 @@ def _parse_results(response: httpx.Response, result_type: type[Result], count: i
     return results
 
 
+def _address(request: httpx.Request) -> httpx.URL:
+    """Return the URL of *request* for a message, which may end in a log: without user and password."""
+    return request.url.copy_with(userinfo=b"")
+
+
 def _foreign_answer_error(response: httpx.Response) -> ServiceError:
     status = response.status_code
-    message = f"{response.request.url}: status {status}, but not a sopdeploy response; check the URL"
+    message = f"{_address(response.request)}: status {status}, but not a sopdeploy response; check the URL"
     return ServiceError(message, code="foreign_answer", status=status)

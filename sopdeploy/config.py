@@ -1,5 +1,6 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
+import json
 import re
 import reprlib
 import tomllib
@@ -34,6 +35,10 @@ MAX_TEXT = 10_000_000  # characters
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 _NO_SCHEMAS = {"default", "metadata", "serialization"}  # parts of a core schema
 MAX_SHOWN = 80  # characters of a value in a message
+_MAY_BE_INFINITE = re.compile(rb"\d[eE]\+?\d{3}|(?<!\d)\d{200}")  # 1e999, or hundreds of digits and .0
+# A key of TOML with more than `MAX_LEVELS` parts, for which tomllib takes quadratic time and memory.
+_KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
+_LONG_KEY = re.compile(rf"(?<![\w.-])(?:{_KEY_PART}[ \t]*+\.[ \t]*+){{{MAX_LEVELS}}}")
 
 
 def parse_json(raw: bytes | str) -> Any:
@@ -46,13 +51,18 @@ def parse_json(raw: bytes | str) -> Any:
     if num_parts > MAX_JSON_PARTS:
         raise ValueError("not JSON: has too many lists, objects and values")
     try:
-        return pydantic_core.from_json(document, allow_inf_nan=False, cache_strings="keys")
+        values = pydantic_core.from_json(document, allow_inf_nan=False, cache_strings="keys")
+        if _MAY_BE_INFINITE.search(document):
+            json.dumps(values, allow_nan=False)  # raises if a number was too large for a float
+        return values
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
 
 
 def parse_toml(text: str) -> dict[str, Any]:
     """Parse a TOML document with at most `MAX_LEVELS` levels; raises `ValueError`."""
+    if _LONG_KEY.search(text):
+        raise ValueError(f"not TOML: a key has more than {MAX_LEVELS} levels")
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a ValueError that is no TOMLDecodeError: a long number

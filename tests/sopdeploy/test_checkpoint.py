@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sopdeploy import checkpoint as module
 from sopdeploy.checkpoint import Checkpoint, build_classifier, load_plain, read_checkpoint, write_checkpoint
 from sopdeploy.errors import CheckpointError
 from sopdeploy.files import atomic_write, expand_user
@@ -93,6 +94,26 @@ def test_invalid_content_is_rejected(tmp_path: Path, checkpoint: Checkpoint, cas
         read_checkpoint(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+OVERSIZED = {
+    "any width": ("dsop-resnet8", {"base_width": 100}, "more weights than the file"),
+    "any number of blocks": ("srsop-resnet18", {"blocks_per_stage": 3000}, "more weights than the file"),
+    "a width without a size in bytes": ("dsop-resnet8", {"base_width": 10**18}, "Storage size"),
+}
+
+
+@pytest.mark.parametrize(("model", "config", "message"), OVERSIZED.values(), ids=OVERSIZED)
+def test_a_network_that_its_file_cannot_fill_is_not_built(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, model: str, config: dict[str, int], message: str
+) -> None:
+    monkeypatch.setattr(module, "_MORE_NUMBERS", 10_000)
+    monkeypatch.setattr(module, "_MORE_PARAMETERS", 10)
+    assert build_classifier(checkpoint, WHERE)
+    with pytest.raises(
+        CheckpointError, match=f"{WHERE}: {model} cannot be built with its config .*{message}"
+    ):
+        build_classifier(replace(checkpoint, model=model, config=config), WHERE)
 
 
 def with_weight(name: str, value: Tensor) -> Change:

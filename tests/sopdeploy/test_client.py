@@ -68,6 +68,12 @@ def test_the_result_contains_the_whole_response():
     assert (result.model_digest, result.timing_ms) == ("3f6c01d2a4b7", {"decode": 3.1, "infer": 5.0})
 
 
+def test_a_long_header_takes_no_quadratic_time():
+    headers = {"Server-Timing": "a" * 300_000 + "1;dur=2, infer;dur=3.5"}
+    server = Script(httpx.Response(200, headers=headers, content=SUCCESS.content))
+    assert server.call("classify", b"x").timing_ms == {"infer": 3.5}
+
+
 def test_one_image_is_sent_as_the_body_with_its_options():
     server = Script(SUCCESS)
     server.call("classify", b"bytes", top_k=3, model="a b", api_key="secret")
@@ -115,6 +121,18 @@ def test_error_pages_of_proxies_are_errors(content):
     with pytest.raises(ServiceError, match="502") as caught:
         Script(httpx.Response(502, content=content)).call("classify", b"x")
     assert (caught.value.status, caught.value.code) == (502, "http_error")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [problem(422, "no"), problem(503, "busy"), *map(httpx.Response, (200, 502)), httpx.ReadTimeout("slow")],
+)
+def test_an_error_names_the_address_without_its_password(delays, reply):
+    transport = httpx.MockTransport(Script(reply))
+    client = Client("http://bob:secret@server:81", transport=transport, retries=0)
+    with client, pytest.raises(ServiceError, match="http://server:81/v1/classify: ") as caught:
+        client.classify(b"x")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_key_that_is_no_header_and_options_that_do_not_exist_are_rejected():

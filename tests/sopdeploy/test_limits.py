@@ -2,9 +2,12 @@
 
 import ast
 import codecs
+import io
 import json
 import os
+import struct
 import tracemalloc
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,7 +22,7 @@ from sopdeploy.bundle.golden import GoldenIndex
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.checkpoint import Checkpoint, load_plain, read_checkpoint, read_pytorch, write_checkpoint
 from sopdeploy.client import encode_image
-from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, shown
+from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.files import check_is_checkpoint, check_is_weights, read_class_names
 from sopdeploy.images.preprocess import Preprocess
@@ -267,6 +270,17 @@ def test_every_wrong_toml_file_is_refused_in_one_short_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["a", " a\t", '"a"', "'a.='", '"\\"."'])
+def test_a_key_of_many_parts_takes_no_memory(part: str) -> None:
+    def refused() -> None:
+        for text in (".".join([part] * 2_000) + " = 1", "[" + ".".join([part] * 2_000) + "]"):
+            with pytest.raises(ValueError, match="more than 100 levels"):
+                parse_toml(text)
+
+    assert peak_bytes(refused) < 1_000_000
+    assert parse_toml(".".join([part] * 100) + " = 1")
+
+
 def test_an_override_with_many_levels_is_a_text() -> None:
     assert parse_override("x=" + "[" * 100_000) == ("x", "[" * 100_000)
 
@@ -353,6 +367,48 @@ def test_a_wrong_checkpoint_is_refused_in_one_short_line(
         read_checkpoint(path)
     assert len(str(caught.value)) <= MESSAGE
     assert "\n" not in str(caught.value)
+
+
+def with_another_list(raw: bytes) -> bytes:
+    """Add a list of the entries of the archive *raw* for readers that take the one before its end.
+
+    Others take the one to which the end points. In the new list, the tensor has no bytes.
+    """
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        first, names = archive.start_dir, archive.namelist()
+    end = raw.rindex(b"PK\5\6")
+    entries, position = bytearray(raw[first:end]), 0
+    for name in names:
+        (begin,) = struct.unpack_from("<I", entries, position + 42)  # relative to what precedes the archive
+        struct.pack_into("<I", entries, position + 42, max(0, begin - (end - first)))
+        if name.endswith("data/0"):
+            struct.pack_into("<I", entries, position + 24, 0)
+        position += 46 + len(name)
+    return raw[:end] + bytes(entries) + raw[end:]
+
+
+def deflated() -> bytes:
+    file = io.BytesIO()
+    torch.save({"a": torch.zeros(1 << 20)}, file)
+    with zipfile.ZipFile(file) as archive:
+        contents = {name: archive.read(name) for name in sorted(archive.namelist(), reverse=True)}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def test_what_only_the_reader_of_torch_finds_in_an_archive_is_counted(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    torch.save({"a": Called(bytearray, 10)}, file)
+    archives = [file.getvalue().replace(b"data.pkl", b"DATA.PKL")]
+    if hasattr(torch._C.PyTorchFileReader, "get_record_size"):  # not in torch 2.11
+        archives.append(with_another_list(deflated()))
+    for raw in archives:
+        assert torch.load(io.BytesIO(raw), weights_only=True)  # noqa: TID251
+        with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+            load_plain(tmp_path / "best.pt", raw)
 
 
 def test_a_list_that_is_named_twice_is_read(tmp_path: Path, content: dict[str, Any]) -> None:

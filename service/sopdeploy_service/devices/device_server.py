@@ -78,6 +78,8 @@ class DeviceServer(DrainingServer):
             self._supervisor_left.set()
         if message == control.RELOAD:
             self.reload()
+        if message == control.CLIENT:  # it comes without a file if this process can open no more
+            self._received += 1
         for file in files:
             if message == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
@@ -86,7 +88,6 @@ class DeviceServer(DrainingServer):
                 engine = message.removeprefix(control.CHANNEL).decode()
                 start_task(self._attaching, registry.attach(engine, socket.socket(fileno=file)))
             else:  # `CLIENT`
-                self._received += 1
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
         self._report()
 

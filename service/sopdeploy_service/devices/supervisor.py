@@ -313,7 +313,10 @@ class Supervisor:
             return
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # the client has gone
+        except (BlockingIOError, ConnectionError):  # the client has gone
+            return
+        except OSError:  # no free file: the connection still waits, so pause until the next report
+            self._loop.remove_reader(self._listener)
             return
         with connection:
             # Among processes with as many open connections, in turn: the one with the fewest so far.

@@ -20,6 +20,7 @@ import pytest
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control, supervisor
+from sopdeploy_service.devices.device_server import DeviceServer
 from sopdeploy_service.devices.processes import Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.second_week.kept import read_kept
@@ -159,6 +160,36 @@ def test_a_front_end_for_which_no_channel_can_be_made_is_replaced(monkeypatch, c
         monkeypatch.setattr(supervisor.socket, "socketpair", refuse)
         server._connect(engine, front_end)
     assert (killed, "f: has no channel (Too many open files)" in caplog.text) == ([front_end], True)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ECONNABORTED]
+)
+def test_without_a_free_file_the_port_waits_for_the_next_report(number: int) -> None:
+    def refuse() -> None:
+        raise OSError(number, os.strerror(number))
+
+    listener, paused = SimpleNamespace(accept=refuse), []
+    process = Process("cpu", {}, load_settings(), "cpu", 0)
+    server = supervisor.Supervisor([], load_settings(front_ends=0), [process], listener)
+    server._loop = SimpleNamespace(remove_reader=paused.append)
+    process.reset(SimpleNamespace())
+    process.record_status(control.STATUS.pack(0, 0))
+    server._accept()
+    is_of_client = number in {errno.EAGAIN, errno.ECONNABORTED}
+    assert paused == ([] if is_of_client else [listener])
+
+
+def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    with ours, theirs:
+        server = DeviceServer.__new__(DeviceServer)
+        server._service = SimpleNamespace(registry=None)
+        server._supervisor, server._received, server.bundles = theirs, 0, ""
+        server.server_state, server._tasks = SimpleNamespace(connections=()), set()
+        assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
+        server._receive()
+        assert control.STATUS.unpack_from(ours.recv(100)) == (1, 0)
 
 
 class TimelessLoop(asyncio.SelectorEventLoop):

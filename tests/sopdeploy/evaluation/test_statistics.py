@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sopdeploy.decision import PredictionCounts
+from sopdeploy.decision import PredictionCounts, Reference
 from sopdeploy.evaluation.drift import SIGNIFICANCE, compare_counts, find_drift
 from sopdeploy.evaluation.metrics import Z_95, wilson
 from sopdeploy.evaluation.statistics import (
@@ -203,3 +203,14 @@ def test_logits_are_counted_by_their_best_class_and_its_probability():
     near.add_logits(np.eye(3)[[1] * 60] * 9)
     assert find_drift(far, near.reference()).tests["classes"].distance == 1.0
     assert find_drift(far, near.reference()).tests["classes"].p_value < SIGNIFICANCE
+
+
+def test_a_reference_counts_as_many_images_as_a_float_can() -> None:
+    counts = PredictionCounts(2)
+    counts.add_logits(np.eye(2))
+    fields = counts.reference().model_dump()
+    largest = Reference.model_validate({**fields, "classes": (2**53, 0)})
+    assert find_drift(counts, largest).tests["classes"].distance == 0.5
+    for name, values in fields.items():
+        with pytest.raises(ValueError, match=f"{name}.0"):
+            Reference.model_validate({**fields, name: (10**400, *values[1:])})
