@@ -351,10 +351,8 @@ def _no_response_error(request: httpx.Request, failure: Exception, seconds: floa
         code, message = "timeout", f"{_address(request)}: no response within {seconds:.3g} s"
     else:
         reason = str(failure) or type(failure).__name__
-        code, message = (
-            "unreachable",
-            f"{_address(request)}: no response ({reason}); is a server running there?",
-        )
+        code = "unreachable"
+        message = f"{_address(request)}: no response ({reason}); is a server running there?"
     error = UnreachableError(message, code=code, status=0)
     error.__cause__ = failure
     return error

@@ -121,9 +121,7 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
     ):
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep all members in memory
-            if (
-                archive.offset <= member.offset
-            ):  # of the next entry: tarfile would read the same ones for ever
+            if archive.offset <= member.offset:  # the next entry: tarfile would read the same ones for ever
                 raise ValueError(f"an entry of {member.size} bytes")
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
             if not parts or any(map(is_hidden, parts)) or not is_image(parts[-1]):
