@@ -20,16 +20,9 @@ from sopdeploy_service.decoding import child
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import module_at
+from tests.support.rooms import PACKAGES, PYTHONPATH, ROOT
 from tests.support.service import picture_bytes, running, write_bundle
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = {
-    "sopdeploy": ROOT / "sopdeploy",
-    "sopdeploy_export": ROOT / "export" / "sopdeploy_export",
-    "sopdeploy_service": ROOT / "service" / "sopdeploy_service",
-    "sopdeploy_commands": ROOT / "commands" / "sopdeploy_commands",
-    "sopdeploy_papers": ROOT / "plugins" / "papers" / "sopdeploy_papers",
-}
 TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".html", ".css", ".js", ".json", ".cfg", ""}
 
 
@@ -173,6 +166,13 @@ def test_the_ground_imports_no_other_room() -> None:
     others = PACKAGES.keys() - {"sopdeploy"}
     found = {name(path): imports_of(path) & others for path in sorted(PACKAGES["sopdeploy"].rglob("*.py"))}
     assert {path: rooms for path, rooms in found.items() if rooms} == {}
+
+
+def test_a_child_process_of_a_test_imports_the_packages_of_this_checkout(tmp_path: Path) -> None:
+    find = f"print(*[importlib.util.find_spec(name).origin for name in {list(PACKAGES)}], sep='\\n')"
+    command, paths = [sys.executable, "-c", f"import importlib.util; {find}"], {"PYTHONPATH": PYTHONPATH}
+    found = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == [str(folder / "__init__.py") for folder in PACKAGES.values()]
 
 
 def test_the_stub_of_the_package_has_the_lazy_names_at_their_places() -> None:

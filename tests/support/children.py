@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 
-ROOT = Path(__file__).parents[2]
-PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
+from tests.support.rooms import PYTHONPATH
+
 START_SECONDS = 90.0  # far more than a start takes on a busy machine
 SERVE = ("-m", "sopdeploy", "serve")
 
