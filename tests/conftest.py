@@ -47,10 +47,6 @@ def no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def no_container() -> str | None:
-    return None if shutil.which("buildah") or shutil.which("podman") else "no container builder"
-
-
 def no_browser() -> str | None:
     if importlib.util.find_spec("playwright") is None:
         return "playwright is not installed"
@@ -64,7 +60,6 @@ def no_module(name: str) -> str | None:
 MISSING = {
     "gpu": no_cuda,
     "tensorrt": lambda: no_module("tensorrt"),
-    "container": no_container,
     "browser": no_browser,
 }
 
