@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.rooms import PYTHONPATH
+
 # The default run is reproducible: fixed examples, no example database, no limit of time. `make fuzz` draws
 # new examples.
 UNTIMED: dict[str, Any] = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -28,6 +30,9 @@ settings.load_profile("reproducible")
 
 # Tests run on the CPU, also on a machine with a GPU. Tests of `auto` ask for it.
 os.environ.setdefault("SOPDEPLOY_RUNTIME", "onnxruntime-cpu")
+
+# Child processes import the packages of this checkout, whichever one is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (PYTHONPATH, os.environ.get("PYTHONPATH"))))
 
 # The plug-ins of the machine must not change a test. Those of plug-ins switch them on.
 os.environ["SOPDEPLOY_PLUGINS"] = "off"
@@ -47,10 +52,6 @@ def no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def no_container() -> str | None:
-    return None if shutil.which("buildah") or shutil.which("podman") else "no container builder"
-
-
 def no_browser() -> str | None:
     if importlib.util.find_spec("playwright") is None:
         return "playwright is not installed"
@@ -64,7 +65,6 @@ def no_module(name: str) -> str | None:
 MISSING = {
     "gpu": no_cuda,
     "tensorrt": lambda: no_module("tensorrt"),
-    "container": no_container,
     "browser": no_browser,
 }
 

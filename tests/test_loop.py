@@ -24,8 +24,9 @@ from PIL import Image
 
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
 from tests.sopdeploy.training.runs import save_random
-from tests.support.children import PYTHONPATH, announcing
+from tests.support.children import announcing
 from tests.support.pictures import encoded
+from tests.support.rooms import PYTHONPATH
 from tests.support.service import wait_for
 
 COLOURS = {  # by the name of the class

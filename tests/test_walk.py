@@ -23,7 +23,8 @@ from sopdeploy_commands import demo
 from sopdeploy_commands.app import app
 from tests.export.once import proving_once
 from tests.support import quick_torch
-from tests.support.children import PYTHONPATH, serving
+from tests.support.children import serving
+from tests.support.rooms import PYTHONPATH
 from tests.support.service import write_bundle
 
 ROOT = Path(__file__).parents[1]

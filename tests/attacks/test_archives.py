@@ -87,29 +87,43 @@ def replaced_header(archive: bytes, entry: tarfile.TarInfo) -> bytes:
     return first + entry.tobuf(tarfile.USTAR_FORMAT) + rest[BLOCK:]
 
 
-TARS: dict[str, Callable[[bytes], bytes]] = {
-    "a file above": lambda a: replaced_header(a, entry("../pwned")),
-    "a link out": lambda a: replaced_header(a, entry("certificate.json", tarfile.SYMTYPE, "/etc/passwd")),
-    "one more file": lambda a: a[: -len(END)] + header("more", 0) + END,
-    "one file twice": lambda a: parts(a)[0] * 2 + parts(a)[1],
-    "something behind the end": lambda a: a + b"more",
-    "no end": lambda a: a[: -len(END)],
-    "something in the padding": lambda a: parts(a)[0][:-1] + b"x" + parts(a)[1],
-    "a compressed one": lambda a: gzip.compress(a),
-    "a plain tar of other files": lambda _: tar((entry("../pwned"), b"x")),
-    "a manifest that is none": lambda _: header("manifest.json", 2) + b"{}" + padding(2) + END,
-    "a manifest of gigabytes": lambda _: header("manifest.json", 8_000_000_000) + END,
-    "a size that is no number": lambda a: a[:124] + b"\x80" + bytes(10) + b"\x05" + a[136:],
-    "deep JSON": lambda _: header("manifest.json", 200_000) + b"[" * 200_000 + padding(200_000) + END,
+OTHERS, NONE = "is not packed as `sopdeploy push` packs it", "not an archive of `sopdeploy push`"
+TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "a file above": (lambda a: replaced_header(a, entry("../pwned")), OTHERS),
+    "a link out": (
+        lambda a: replaced_header(a, entry("certificate.json", tarfile.SYMTYPE, "/etc/passwd")),
+        OTHERS,
+    ),
+    "one more file": (lambda a: a[: -len(END)] + header("more", 0) + END, OTHERS),
+    "one file twice": (lambda a: parts(a)[0] * 2 + parts(a)[1], OTHERS),
+    "something behind the end": (lambda a: a + b"more", OTHERS),
+    "no end": (lambda a: a[: -len(END)], OTHERS),
+    "something in the padding": (lambda a: parts(a)[0][:-1] + b"x" + parts(a)[1], OTHERS),
+    "a compressed one": (gzip.compress, NONE),
+    "a plain tar of other files": (
+        lambda _: tar((entry("../pwned"), b"x")),
+        "does not begin with a manifest",
+    ),
+    "a manifest that is none": (lambda _: manifest_of(2, b"{}"), ": missing"),
+    "a manifest of gigabytes": (lambda _: manifest_of(8_000_000_000), "does not begin with a manifest"),
+    "a size that is no number": (lambda a: a[:124] + b"\x80" + bytes(10) + b"\x05" + a[136:], NONE),
+    "deep JSON": (lambda _: manifest_of(200_000, b"[" * 200_000), "not JSON"),
 }
+
+
+def manifest_of(size: int, content: bytes = b"") -> bytes:
+    return header("manifest.json", size) + content + padding(len(content)) + END
 
 
 @pytest.mark.parametrize("attack", TARS)
 def test_malicious_archives_are_rejected(archive: bytes, attack: str) -> None:
-    assert ARCHIVE in rejection(TARS[attack](archive))
+    change, message = TARS[attack]
+    line = rejection(change(archive))
+    assert ARCHIVE in line
+    assert message in line
 
 
-NAMES = ["../pwned", str(PWNED), "..", "", "a\\b", "Manifest.JSON", "x" * 150]
+NAMES = ["../pwned", str(PWNED), "..", "", "a\\b", "Manifest.JSON", "x" * 256]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,7 +136,7 @@ def test_a_manifest_with_an_unsafe_file_name_is_rejected(bundle: Path, tmp_path:
     files[name] = {"bytes": 0, "sha256": "0" * 64}
     raw = (forge(forged, files=files) / "manifest.json").read_bytes()
     body = header("manifest.json", len(raw)) + raw + padding(len(raw)) + bytes(BLOCK * 100)
-    rejection(body)
+    assert f"the manifest names {name!r}, which is not a plain file name" in rejection(body)
 
 
 @settings(max_examples=30)

@@ -205,6 +205,7 @@ GRAPHS: dict[str, Callable[[], bytes]] = {
     "another output": lambda: colors(output="other"),
     "an image of no type": lambda: colors().replace(b"\x08\x02\x12", b"\x08\x00\x12", 1),
     "weights in a file elsewhere": lambda: with_outside_weights("/etc/passwd"),
+    "weights in a file above": lambda: with_outside_weights("../outside"),
 }
 
 

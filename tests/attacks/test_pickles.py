@@ -20,7 +20,7 @@ from sopdeploy.checkpoint import load_plain, read_checkpoint, read_pytorch
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import open_weights
-from tests.test_architecture import PACKAGES, ROOT
+from tests.support.rooms import PACKAGES, ROOT
 
 MARKER = "pwned"
 # Functions of this kind may read a pickle, so that a new one is either harmless or gets a case below.

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import onnx
 
-ROOT = Path(__file__).parents[2]
+from tests.support.rooms import PYTHONPATH
+
 FOLDER = Path(sys.prefix) / "cuda"
 ABSENT = "the CUDA provider is not installed (`make cuda-stand-in`: Linux on x86-64 with gcc)"
 
@@ -23,11 +24,10 @@ def installed() -> bool:
 
 def start(*command: str) -> subprocess.Popen[str]:
     """Start Python with *command*, so that it finds the provider and the stand-in."""
-    paths = [FOLDER, ROOT, ROOT / "export", ROOT / "service"]
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": str(FOLDER / "driver"),
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPATH": f"{FOLDER}{os.pathsep}{PYTHONPATH}",
         "PYTHONWARNINGS": "ignore",
         "SOPDEPLOY_RUNTIME": "auto",
     }

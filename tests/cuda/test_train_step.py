@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda.stand_in import ABSENT, FOLDER, ROOT, installed
+from tests.cuda.stand_in import ABSENT, FOLDER, installed
+from tests.support.rooms import ROOT
 from tests.sweep.smallest import ALL
 
 QUICK = ("resnet8", "gmsop-16-8-resnet18", "gsop-net1-resnet26", "dsop-resnet8", "netvlad-64-resnet18")

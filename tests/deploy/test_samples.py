@@ -22,9 +22,9 @@ from sopdeploy_service.settings import Settings
 from tests.docs.reading import blocks
 from tests.support.children import line_of
 from tests.support.forged import forge
+from tests.support.rooms import PYTHONPATH, ROOT
 from tests.support.service import LABELS, picture_bytes, write_bundle
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "deploy" / "samples"
 NODE_MODULES = SAMPLES / "javascript" / "node_modules"
 HEADERS = ("cstdio", "jpeglib.h", "nlohmann/json.hpp", "onnxruntime_cxx_api.h")
@@ -171,7 +171,7 @@ def test_a_shown_program_classifies(
     folder, url = serving
     file = folder / PROGRAMS[language]
     file.write_text(program.replace("http://127.0.0.1:8000", url), encoding="utf-8")
-    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [RUN[language], file], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

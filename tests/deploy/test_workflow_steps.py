@@ -178,7 +178,9 @@ def test_the_test_command_ends_with_the_first_failure(fails: str, calls: list[st
 
 
 def make(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    command = ["make", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout + done.stderr
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.docs.reading import ROOT, blocks
 from tests.support.children import free_port, line_of
+from tests.support.rooms import PYTHONPATH
 
 DRAW = blocks(ROOT / "docs" / "quickstart.md", "python")[0]
 CODE = re.compile(r"^( *)```(sh|bash|python)\n(.*?)^\1```|^ {4}(\S[^\n]*)$", re.MULTILINE | re.DOTALL)
@@ -74,11 +75,10 @@ class Workspace:
 
     def environment(self) -> dict[str, str]:
         programs = (str(self.folder / "programs"), str(Path(sys.executable).parent), os.environ["PATH"])
-        packages = os.pathsep.join(str(ROOT / folder) for folder in (".", "export", "service"))
         return {
             **os.environ,
             "PATH": os.pathsep.join(programs),
-            "PYTHONPATH": packages,
+            "PYTHONPATH": PYTHONPATH,
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             "NO_PROXY": "127.0.0.1",

@@ -92,7 +92,7 @@ class Minimal(nn.Module):
 def test_network_that_restricts_the_batch_size_is_rejected(
     function: Callable[[Tensor], Tensor], preprocess: Preprocess
 ) -> None:
-    with pytest.raises(LoweringError):
+    with pytest.raises(LoweringError, match="treats some batch sizes differently, or fixes the size"):
         capture(Minimal(function).eval(), preprocess, BATCH)
 
 

@@ -9,15 +9,16 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-ROOT = Path(__file__).parents[2]
-PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
+from tests.support.rooms import PYTHONPATH
+
 START_SECONDS = 90.0  # far more than a start takes on a busy machine
 SERVE = ("-m", "sopdeploy", "serve")
 
@@ -61,6 +62,23 @@ def serving(*arguments: str, **options: Any) -> Iterator[ServerClient]:
                 yield client
         finally:
             child.kill()
+
+
+def kills_itself(run: Callable[[], object]) -> bool:
+    """Do *run* in a fork of this process; return whether it was killed. Any other error fails."""
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            run()
+            status = 0
+        except BaseException:  # it must not go on as a second pytest
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    _, ended = os.waitpid(process, 0)
+    assert ended in {0, signal.SIGKILL}, os.waitstatus_to_exitcode(ended)
+    return ended != 0
 
 
 def line_of(child: subprocess.Popen[str]) -> str:

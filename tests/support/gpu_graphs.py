@@ -14,9 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import onnx
+import pytest
 
 from tests.cuda.stand_in import ABSENT as NOT_HERE
-from tests.cuda.stand_in import opened
+from tests.cuda.stand_in import installed, opened
 
 WORKSPACE = 1 << 32  # bytes
 ABSENT = "tensorrt-rtx-cu13 is not installed (it exists for Linux on x86-64)"
@@ -46,11 +47,15 @@ class RealTensorRT(ModuleType):
         return getattr(self._rtx, name)
 
 
+PACKAGES = ("tensorrt_rtx", "sopdeploy_export.engine_builder")
+BUILDS = all(map(importlib.util.find_spec, PACKAGES))
+with_a_runtime = pytest.mark.skipif(not BUILDS and not installed(), reason=f"{ABSENT}; {NOT_HERE}")
+
+
 @functools.cache
 def real_tensorrt() -> RealTensorRT | None:
     """Return the real builder; None where its package does not exist."""
-    packages = ("tensorrt_rtx", "sopdeploy_export.engine_builder")
-    return RealTensorRT() if all(map(importlib.util.find_spec, packages)) else None
+    return RealTensorRT() if BUILDS else None
 
 
 def accepted(model: onnx.ModelProto, precision: str) -> None:

@@ -22,10 +22,11 @@ def test_counts_and_outputs_match_the_golden(family: str, pytestconfig: pytest.C
     expected = json.loads(path_of(family).read_text(encoding="utf-8"))
     assert found.keys() == expected.keys()
     for model, figures in found.items():
-        outputs = figures.pop("outputs")
-        for output, values in expected[model].pop("outputs").items():
-            for row, printed in zip(outputs[output], values, strict=True):
-                assert row == pytest.approx(printed, rel=TOLERANCE, abs=TOLERANCE), (model, output)
+        outputs, printed = figures.pop("outputs"), expected[model].pop("outputs")
+        assert outputs.keys() == printed.keys(), model
+        for output, values in printed.items():
+            for row, row_printed in zip(outputs[output], values, strict=True):
+                assert row == pytest.approx(row_printed, rel=TOLERANCE, abs=TOLERANCE), (model, output)
         assert figures == expected[model]
 
 

@@ -8,7 +8,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
@@ -44,18 +44,11 @@ def list_sources(sources: Sequence[str]) -> Iterator[ListedImage]:
         raise DataError("no source, or an empty one; name a folder, or . for this one")
     for source in sources:
         empty = True
-        try:
+        with _naming(source):
             for image in _list_source(source):
                 empty = False
                 image.location.encode()  # raises an error for bytes that are not UTF-8
                 yield image
-        except SopdeployError:
-            raise
-        except ImportError as error:
-            raise missing_store_error(source, error) from error
-        except Exception as error:  # every store raises types of its own
-            message = f"cannot be listed ({_reason(error)}); check the name, the file and the credentials"
-            raise DataError(f"{source}: {message}") from error
         if empty:
             raise DataError(f"{source}: has no images ({', '.join(SUFFIXES)}); name archives in it, if any")
 
@@ -76,6 +69,20 @@ def read_listed(image: ListedImage, limit: int) -> bytes:
         raise missing_store_error(image.location, error) from error
     except Exception as error:  # every store raises types of its own
         raise ImageError(f"cannot be read ({_reason(error)})", code="unusable_data", status=422) from error
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Raise errors of other packages as a `DataError` or `MissingPackageError` that names *source*."""
+    try:
+        yield
+    except SopdeployError:
+        raise
+    except ImportError as error:
+        raise missing_store_error(source, error) from error
+    except Exception as error:  # every store raises types of its own
+        message = f"cannot be listed ({_reason(error)}); check the name, the file and the credentials"
+        raise DataError(f"{source}: {message}") from error
 
 
 def _list_source(source: str) -> Iterator[ListedImage]:
@@ -149,7 +156,8 @@ def _list_lines(location: str) -> Iterator[ListedImage]:
                 continue
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
             if name.lower().endswith(_TAR):
-                yield from _list_tar(name)
+                with _naming(name):  # the archive, not the list
+                    yield from _list_tar(name)
             elif _is_address(name):
                 yield ListedImage(name, name)
             else:

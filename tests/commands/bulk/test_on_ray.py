@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from tests.commands.bulk.conftest import (
 )
 from tests.support.children import below, listening
 
-on_ray = pytest.importorskip("sopdeploy_commands.bulk.on_ray")
+pytest.importorskip("ray")
+on_ray = import_module("sopdeploy_commands.bulk.on_ray")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 MANY = 400

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import MANIFEST, REQUIRED
-from sopdeploy.errors import DataError, ImageError, SopdeployError
+from sopdeploy.errors import DataError, ImageError
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bulk import classifier
 from sopdeploy_commands.bulk.sources import ListedImage, list_sources, read_listed
@@ -250,27 +250,32 @@ def one_good(folder: Path) -> str:
     return str(folder / "1.jpg")
 
 
-WRONG: dict[str, Callable[[Path], list[str]]] = {
-    "a missing folder": lambda folder: [str(folder / "missing")],
-    "a missing folder after images": lambda folder: [one_good(folder), str(folder / "missing")],
-    "an empty folder": lambda folder: [no_image(folder)],
-    "no archive": lambda folder: [no_archive(folder)],
-    "a list of a missing archive": lambda folder: [no_member(folder)],
-    "an empty name": lambda folder: [""],
-    "no source": lambda folder: [],
-    "an unknown store": lambda folder: ["nowhere://x"],
+WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "a missing folder": (lambda folder: [str(folder / "missing")], "missing: not found"),
+    "a missing folder after images": (
+        lambda folder: [one_good(folder), str(folder / "missing")],
+        "missing: not found",
+    ),
+    "an empty folder": (lambda folder: [no_image(folder)], "empty: has no images"),
+    "no archive": (lambda folder: [no_archive(folder)], r"a\.tar: cannot be listed"),
+    "a list of a missing archive": (lambda folder: [no_member(folder)], r"missing\.tar: cannot be listed"),
+    "an empty name": (lambda folder: [""], "no source, or an empty one"),
+    "no source": (lambda folder: [], "no source, or an empty one"),
+    "an unknown store": (lambda folder: ["nowhere://x"], "nowhere://x: cannot be listed"),
 }
 
 
-@pytest.mark.parametrize("sources", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("sources", "message"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("new", ["out", "new/deep/out"])
-def test_a_run_that_cannot_begin_leaves_no_folder(bundle_path: Path, tmp_path: Path, sources, new) -> None:
+def test_a_run_that_cannot_begin_leaves_no_folder(
+    bundle_path: Path, tmp_path: Path, sources: Callable[[Path], list[str]], message: str, new: str
+) -> None:
     given = sources(tmp_path)
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(SopdeployError):
+    with pytest.raises(DataError, match=message):
         classify(bundle_path, given, tmp_path / new)
     assert set(tmp_path.rglob("*")) == before
     (tmp_path / "mine").mkdir()
-    with pytest.raises(SopdeployError):
+    with pytest.raises(DataError, match=message):
         classify(bundle_path, given, tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []

@@ -105,10 +105,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def test_what_expands_is_refused_before_it_does(tmp_path: Path) -> None:
-    for write in (deflated, deflated_matlab):
+    for write, message in (ATTACKS["a deflated checkpoint"], ATTACKS["a deflated MATLAB file"]):
         write(tmp_path / "weights.bin")
         tracemalloc.start()
-        with pytest.raises(SopdeployError):
+        with pytest.raises(SopdeployError, match=message):
             open_weights(check_is_weights(tmp_path / "weights.bin"))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()

@@ -36,8 +36,8 @@ from sopdeploy_export.pipeline import export_checkpoint, rebuild_program
 from sopdeploy_export.results import Exported
 from tests.export.conftest import LABELS, PREPROCESS, export_once, save, trained
 from tests.export.user_network.networks import Small, export_small
-from tests.support.children import PYTHONPATH
 from tests.support.forged import write_hollow
+from tests.support.rooms import PYTHONPATH
 
 FOLDER = Path(sys.prefix) / "cuda" / "torch-tensorrt"
 PROFILE = Profile(minimum=1, maximum=4)

@@ -32,7 +32,7 @@ from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.results import Exported
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, graph_of
-from tests.support.gpu_graphs import accepted
+from tests.support.gpu_graphs import accepted, with_a_runtime
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +304,7 @@ def test_only_convolutions_and_operators_between_them_read_quantized_values(
         assert {z.data_type for z in zeros if not z.dims} == {onnx.TensorProto.UINT8}
 
 
+@with_a_runtime
 def test_gpu_runtimes_accept_the_form_for_tensorrt(
     graphs: Graph, preprocess: Preprocess, request: pytest.FixtureRequest
 ) -> None:

@@ -22,7 +22,7 @@ from tests.sopdeploy.layers.numerics.all_poolings import (
     relu_features,
     textbook_root,
 )
-from tests.support.gpu_graphs import accepted
+from tests.support.gpu_graphs import accepted, with_a_runtime
 from tests.sweep.smallest import POOLINGS
 
 
@@ -88,6 +88,7 @@ def test_the_exported_file_gives_the_numbers_of_the_layers(exported: Path, batch
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4), key
 
 
+@with_a_runtime
 def test_gpu_runtimes_accept_the_exported_file(exported: Path) -> None:
     accepted(onnx.load(exported), "fp32")
 

@@ -16,7 +16,7 @@ import torch
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.training.distributed import join_processes
 from tests.sopdeploy.training.runs import few_digits, forkserver
-from tests.support.children import PYTHONPATH, ROOT
+from tests.support.rooms import PYTHONPATH, ROOT
 
 TIMEOUT_S = 240
 

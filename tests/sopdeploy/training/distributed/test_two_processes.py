@@ -14,6 +14,7 @@ from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.photos.test_folder import make
 from tests.sopdeploy.training.distributed.processes import held_port, run_in_processes, start_module, wait_for
 from tests.sopdeploy.training.runs import short_recipe
+from tests.support.children import children_of
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -114,10 +115,9 @@ def test_torchrun_restarts_a_killed_process_and_one_process_prints(tmp_path) -> 
             while not last.exists():
                 assert time.monotonic() < deadline, f"{last} was not written"
                 time.sleep(0.05)
-            parent = processes[0].pid
-            for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-                if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
-                    os.kill(int(child), signal.SIGKILL)
+            paths = {child: Path(f"/proc/{child}/environ") for child in children_of(processes[0].pid)}
+            (second,) = (child for child, path in paths.items() if b"\0RANK=1\0" in path.read_bytes())
+            os.kill(second, signal.SIGKILL)
             ((code, out, error),) = wait_for(processes)
     assert code == 0, error
     assert out.count('"best_epoch"') == 1
