@@ -24,7 +24,7 @@ git ls-files -z | cpio --null --quiet -pd "$root/checkout"
 
 cat >"$root/init" <<END
 #!/usr/bin/busybox sh
-export HOME=/root PATH=/usr/bin:/usr/sbin PYTHONPATH=/checkout:/checkout/export:/checkout/service
+export HOME=/root PATH=/usr/bin:/usr/sbin PYTHONPATH=/checkout:/checkout/export:/checkout/service:/checkout/commands:/checkout/plugins/papers
 /usr/bin/busybox --install -s /usr/bin
 mkdir -p /proc /sys /dev /tmp
 mount -t proc proc /proc
