@@ -217,7 +217,9 @@ class LoopRun:
         epoch, removal, model = self.position.epoch, self.recipe.model.remove_branches_at, self.model
         if removal is not None and epoch >= removal:
             model = model.without_branches()
-        is_second_phase = epoch > 0 and epoch == self.recipe.first_phase
+        # A run that resumes after a step of the epoch has begun it with the rate of its last step.
+        begins = self.position.step == 0
+        is_second_phase = begins and epoch > 0 and epoch == self.recipe.first_phase
         if model is self.model and not is_second_phase:
             return
         old_states = {}  # of the optimizer, by the name of the parameter

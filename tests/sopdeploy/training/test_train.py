@@ -134,6 +134,7 @@ IN_TWO_PHASES: dict[str, tuple[list[str], tuple[str, int, int]]] = {
     "in the first phase": ([], ("step", 1, 2)),
     "at the end of the first phase": ([], ("epoch", 1, 0)),
     "in the second phase": ([], ("step", 2, 3)),
+    "in an evaluation, after all steps of an epoch": ([], ("evaluation", 2, 36)),
     "an average, in the first phase": (["ema={decay=0.5}"], ("step", 0, 3)),
     "an average, at the end of the first phase": (["ema={decay=0.5}"], ("step", 1, 5)),
     "curvatures, in the first phase": ([ADAHESSIAN], ("step", 1, 2)),
