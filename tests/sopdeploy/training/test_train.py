@@ -232,6 +232,10 @@ def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(plain, 
     [
         (["start.head_factor=2"], r"start\.weights: not set; give the checkpoint to start from"),
         (["start.weights={plain}", "start.learn=branches", *PLAIN[:2]], "this network has no branches"),
+        (
+            ["start={weights='none', learn='branches'}", "model.config.aux_blocks=[0, 0, 0]"],
+            "this network has no branches",
+        ),
     ],
 )
 def test_unsuitable_weights_are_refused_with_one_line(plain, tmp_path, settings, message) -> None:
