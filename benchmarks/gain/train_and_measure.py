@@ -8,6 +8,7 @@ accuracy after the last epoch counts.
 import base64
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -53,6 +54,7 @@ from sopdeploy.training.loop_settings import Cosine, OneCycle, Schedule
 from sopdeploy_export.proof.networks import detach
 
 CLASSES = 10
+DIVERGED = 1e9  # stands for a loss that is not finite: JSON has no such numbers
 MOMENTS, SAMPLE = 4, 2000
 # Options of the part that all networks of a family share.
 TRUNK = {"filters", "hidden", "depth", "base_width", "shortcut", "backbone"}
@@ -100,7 +102,8 @@ class Run(StrictModel):
 class Moment(StrictModel):
     """State after *epoch*: its mean main loss, and the accuracy of the network and of each branch in percent.
 
-    At most `SAMPLE` test images, evenly spaced, decide; after the last epoch, all.
+    At most `SAMPLE` test images, evenly spaced, decide; after the last epoch, all. The loss is at most
+    `DIVERGED`.
     """
 
     epoch: int
@@ -113,7 +116,7 @@ class Outcome(StrictModel):
     """Accuracy of the exported network in percent, CPU seconds of the training, main loss of the last epoch.
 
     `right` has a bit for each image that draws share (base64): the exported network is right. `tested` has
-    those of the tested images, or nothing if all are.
+    those of the tested images, or nothing if all are. `log_loss` is None if it is not finite.
     """
 
     accuracy: float
@@ -135,6 +138,7 @@ def train_and_measure(run: Run) -> Outcome:
     history, seconds = train(network, task, run)
     logits = logits_of(exported_network(network, run), task.test)
     right = (logits.argmax(dim=1) == task.test_labels).numpy()
+    log_loss = float(cross_entropy(logits, task.test_labels))
     of_pool, tested = np.zeros((2, task.pool), np.bool_)
     if task.pool:
         members = np.arange(task.pool) if task.tested is None else task.tested.numpy()
@@ -143,7 +147,7 @@ def train_and_measure(run: Run) -> Outcome:
         accuracy=100.0 * float(right.mean()),
         seconds=round(seconds, 4),
         loss=history[-1].loss if history else 0.0,
-        log_loss=round(float(cross_entropy(logits, task.test_labels)), 5),
+        log_loss=round(log_loss, 5) if math.isfinite(log_loss) else None,
         history=history,
         right=encode_bits(of_pool),
         tested="" if task.tested is None and task.pool % 8 == 0 else encode_bits(tested),  # 8: no padding
@@ -264,7 +268,8 @@ def train(network: Classifier, task: Task, run: Run) -> tuple[list[Moment], floa
             every = 1 if epoch + 1 == run.epochs else -(-len(task.test_labels) // SAMPLE)
             branches = accuracies_of_heads(network, task.test[::every], task.test_labels[::every])
             main = branches.pop("main")
-            history.append(Moment(epoch=epoch + 1, loss=round(total, 4), accuracy=main, branches=branches))
+            loss_of_epoch = round(total, 4) if total < DIVERGED else DIVERGED  # also for NaN
+            history.append(Moment(epoch=epoch + 1, loss=loss_of_epoch, accuracy=main, branches=branches))
     return history, seconds
 
 

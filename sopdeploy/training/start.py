@@ -1,6 +1,6 @@
 """The start of a run: what it was given, after all checks, before a file is written."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from secrets import token_hex
 from typing import NamedTuple
@@ -344,21 +344,24 @@ def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Cla
     """
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
-    vars(placed)[IMAGES_FORMAT] = find_images_format(recipe, placed, strategy.device)
+    sides, what = {recipe.preprocess.crop, recipe.training_crop}, f"preprocess.crop: {recipe.model.name}"
+    vars(placed)[IMAGES_FORMAT] = find_images_format(sides, placed, strategy.device, what)
     return placed
 
 
 @torch.no_grad()
-def find_images_format(recipe: Recipe, model: Classifier, device: torch.device) -> torch.memory_format:
-    """Put *model* into eval mode and run it on zeros of each image size; return the layout of its images.
+def find_images_format(
+    sides: Collection[int], model: Classifier, device: torch.device, what: str
+) -> torch.memory_format:
+    """Put *model* into eval mode and run it on zeros of all *sides*; return the layout of its images.
 
     This is channels-last, the faster one, unless *model* needs contiguous images, as `view` behind a
-    convolution does. Raises `ConfigError` if it cannot compute an image size in either layout.
+    convolution does. Raises `ConfigError` about *what* if no layout fits all sides.
     """
     model.eval()
     for layout in (torch.channels_last, torch.contiguous_format):
         try:
-            for side in {recipe.preprocess.crop, recipe.training_crop}:
+            for side in sides:
                 model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
         except RuntimeError as error:
             if is_memory_exhausted(error):
@@ -367,6 +370,5 @@ def find_images_format(recipe: Recipe, model: Classifier, device: torch.device) 
         else:
             return layout
     raise ConfigError(
-        f"preprocess.crop: {recipe.model.name} cannot compute images of {failed_side} pixels "
-        f"({first_line(failure)}); choose another size"
+        f"{what} cannot compute images of {failed_side} pixels ({first_line(failure)}); choose another size"
     ) from failure

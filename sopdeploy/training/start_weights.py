@@ -254,9 +254,15 @@ def create_initial_model(
 
 
 def classifier_name(model: Classifier) -> str:
-    """Return the name of the last linear layer of the deployed network; there must be one."""
-    linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linear if not is_in(name, *model.training_only)][-1]
+    """Return the name of the last linear layer of the deployed network.
+
+    Without one, this is the last layer with parameters: some networks classify by a convolution.
+    """
+    exported = [
+        (name, module) for name, module in model.named_modules() if not is_in(name, *model.training_only)
+    ]
+    linear: list[str] = [name for name, module in exported if isinstance(module, nn.Linear)]
+    return (linear or [name for name, module in exported if module._parameters])[-1]
 
 
 def _added_part(name: str, parts: tuple[str, ...]) -> str | None:

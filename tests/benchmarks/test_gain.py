@@ -8,6 +8,7 @@ from gain.execution import Lines, choose_rates, neighbor
 from gain.paired import crossed, paired
 from gain.study import Study
 from gain.task import DigitsConfig
+from gain.train_and_measure import DIVERGED, Run
 
 from sopdeploy.errors import ConfigError
 from tests.docs.reading import ROOT
@@ -83,6 +84,17 @@ def test_a_rate_that_is_far_behind_is_not_tried_on_the_other_draws() -> None:
     lines = SimpleNamespace(run=run, may_run=True)
     assert choose_rates(study_of((0.01, 0.03, 0.1)), lines, (100, 101), 1) == {"a": 0.03}
     assert tried == [(0.01, 100), (0.03, 100), (0.1, 100), (0.01, 101), (0.03, 101)]
+
+
+def test_a_rate_with_which_training_diverges_has_a_line_that_can_be_read(tmp_path) -> None:
+    config = {"depth": 8, "base_width": 2}
+    task = DigitsConfig(train=20)
+    run = Run(task=task, network="resnet", config=config, epochs=1, batch=5, learning_rate=1e30, seed=0)
+    planned = [("i", "a", run)]
+    lines = Lines(tmp_path / "lines")
+    (line,) = lines.run(planned)
+    assert (line.loss, line.log_loss) == (DIVERGED, None)
+    assert Lines(tmp_path / "lines", may_run=False).run(planned) == [line]
 
 
 def test_rates_are_one_and_three_times_powers_of_ten() -> None:

@@ -28,7 +28,7 @@ from sopdeploy.training.loop.losses import Loss, Teacher
 from sopdeploy.training.loop.optimizers import OPTIMIZERS
 from sopdeploy.training.recipe import Recipe, StartConfig
 from sopdeploy.training.record import last_few_shot_record, resume_of, run_record, state_errors
-from sopdeploy.training.start import move_to_device
+from sopdeploy.training.start import find_images_format, move_to_device
 from sopdeploy.training.start_weights import classifier_name
 
 # Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain it.
@@ -58,7 +58,7 @@ class FinishedStep:
 
 
 class LoopRun:
-    """A training loop in progress; raises `ConfigError` for a teacher if images have several classes.
+    """A training loop in progress; raises `ConfigError` for a teacher that does not fit the images.
 
     Attributes:
         start: What the run was given.
@@ -89,6 +89,10 @@ class LoopRun:
             smoothing = recipe.loss.label_smoothing
             self.teacher = Teacher(recipe.teacher, start.labels, recipe.preprocess, smoothing, recipe.seed)
         self._prepare_training()
+        if self.teacher is not None:  # it sees training images only
+            teacher, sides = self.teacher.model, {recipe.training_crop}
+            find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
+            teacher.train(self.teacher.learns)
         self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
 
     @cached_property
@@ -217,7 +221,9 @@ class LoopRun:
         epoch, removal, model = self.position.epoch, self.recipe.model.remove_branches_at, self.model
         if removal is not None and epoch >= removal:
             model = model.without_branches()
-        is_second_phase = epoch > 0 and epoch == self.recipe.first_phase
+        # A run that resumes after a step of the epoch has begun it with the rate of its last step.
+        begins = self.position.step == 0
+        is_second_phase = begins and epoch > 0 and epoch == self.recipe.first_phase
         if model is self.model and not is_second_phase:
             return
         old_states = {}  # of the optimizer, by the name of the parameter
@@ -284,7 +290,7 @@ def first_stages(model: Classifier) -> set[str]:
 def freeze(model: Classifier, start: StartConfig | None) -> None:
     """Freeze the parameters that `start.learn` excludes; raises `ConfigError` without branches to train."""
     learn = "all" if start is None else start.learn
-    if learn == "branches" and not model.training_only:
+    if learn == "branches" and not any(is_in(name, *model.training_only) for name in model.state_dict()):
         raise ConfigError('start.learn: this network has no branches; use learn = "all"')
     if learn == "last_stages":
         frozen = first_stages(model)

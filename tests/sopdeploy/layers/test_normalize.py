@@ -1,6 +1,5 @@
 """Images have the layout that a network is trained with."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,11 +25,6 @@ class Views(nn.Module):
         return self.conv(images).permute(*self.axes).view(len(images), -1)
 
 
-def of_size(crop: int) -> Any:
-    model = SimpleNamespace(name="views")
-    return SimpleNamespace(preprocess=RULES, training_crop=crop, model=model)
-
-
 @pytest.mark.parametrize(
     ("axes", "expected"),
     [((0, 1, 2, 3), torch.contiguous_format), ((0, 2, 3, 1), torch.channels_last)],
@@ -38,13 +32,13 @@ def of_size(crop: int) -> Any:
 )
 def test_a_run_trains_with_the_layout_that_the_network_can_view(axes: Any, expected: Any) -> None:
     network: Any = Views(*axes)
-    assert find_images_format(of_size(12), network, torch.device("cpu")) == expected
+    assert find_images_format({12}, network, torch.device("cpu"), "views") == expected
 
 
 def test_a_network_without_a_layout_is_refused_with_the_size() -> None:
     network: Any = Views(0, 2, 1, 3)
     with pytest.raises(ConfigError, match=r"views cannot compute images of \d+ pixels"):
-        find_images_format(of_size(12), network, torch.device("cpu"))
+        find_images_format({12}, network, torch.device("cpu"), "views")
 
 
 def test_the_layout_is_that_of_the_record_or_else_of_the_weights() -> None:

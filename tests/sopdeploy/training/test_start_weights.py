@@ -274,6 +274,14 @@ def test_weights_that_are_published_without_a_classifier_start_a_run(tmp_path, n
         import_weights(check_is_weights(tmp_path / "vit.pth"), "timm:test_vit", tmp_path / "ckpt.pt")
 
 
+def test_weights_of_a_network_that_classifies_by_a_convolution_start_a_run(tmp_path) -> None:
+    name = "timm:resnetv2_18"
+    torch.save(dict(create_model(name, num_classes=2).state_dict()), tmp_path / "w.pth")
+    initial = start(f"model.name={name}", "model.config={}", f"start.weights={tmp_path / 'w.pth'}")
+    assert initial.start is not None
+    assert initial.start.new == ("head.fc",)
+
+
 def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
     recipe = short_recipe("epochs=1")
     best = train_recipe(recipe, tmp_path / "run").best

@@ -134,6 +134,7 @@ IN_TWO_PHASES: dict[str, tuple[list[str], tuple[str, int, int]]] = {
     "in the first phase": ([], ("step", 1, 2)),
     "at the end of the first phase": ([], ("epoch", 1, 0)),
     "in the second phase": ([], ("step", 2, 3)),
+    "in an evaluation, after all steps of an epoch": ([], ("evaluation", 2, 36)),
     "an average, in the first phase": (["ema={decay=0.5}"], ("step", 0, 3)),
     "an average, at the end of the first phase": (["ema={decay=0.5}"], ("step", 1, 5)),
     "curvatures, in the first phase": ([ADAHESSIAN], ("step", 1, 2)),
@@ -231,6 +232,10 @@ def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(plain, 
     [
         (["start.head_factor=2"], r"start\.weights: not set; give the checkpoint to start from"),
         (["start.weights={plain}", "start.learn=branches", *PLAIN[:2]], "this network has no branches"),
+        (
+            ["start={weights='none', learn='branches'}", "model.config.aux_blocks=[0, 0, 0]"],
+            "this network has no branches",
+        ),
     ],
 )
 def test_unsuitable_weights_are_refused_with_one_line(plain, tmp_path, settings, message) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pydantic
 
 from sopdeploy.config import first_problem
-from sopdeploy.environment import is_main_process
-from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy.environment import is_distributed, is_main_process
+from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
 from sopdeploy.files import MAX_NAMES_BYTES, atomic_write, read_file, writing
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import TrainingStoppedError
@@ -34,7 +34,8 @@ def reproduce(
     The runs are in `<out>/<table>/<row>/seed-0`; the page is written after every row. *on_run* receives the
     row and seed of each run that starts. A row that fails has a `failure`, and the next one runs. Raises
     `ConfigError` for selected rows that cannot be run, if `options.set` leaves none to run, and for results
-    of another recipe in the folder, and `TrainingStoppedError`.
+    of another recipe in the folder, `TrainingStoppedError`, and with several processes all errors of a row
+    that one of them may have alone: those that are no `TrainingError`.
     """
     results = plan(table, options)
     must_run = options.rows is not None and table.measures == "errors"  # other tables are not trained
@@ -79,6 +80,9 @@ def _train_row(
             except TrainingStoppedError:
                 raise
             except SopdeployError as error:  # another row may be trained
+                # One of several processes would add the values of its next row to sums of the others' row.
+                if is_distributed() and not isinstance(error, TrainingError):
+                    raise
                 row.failure = f"seed {seed} failed: {error}"
                 return
             result = measure_run(recipe, trained)

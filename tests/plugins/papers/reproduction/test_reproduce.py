@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy_commands.app import app
 from sopdeploy_papers import reproduce as reproduce_command
+from sopdeploy_papers.reproduction import run as run_module
 from sopdeploy_papers.reproduction.page import error_table
 from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan
 from sopdeploy_papers.reproduction.results import mean_error
@@ -187,6 +188,23 @@ def test_a_row_that_fails_is_recorded_and_the_next_one_runs(tmp_path) -> None:
     assert status[2:] == ["measured", "cited: no network"]
     assert "seed 0 failed: " in found.page.read_text(encoding="utf-8")
     assert [row["status"] for row in found.summary()["rows"]] == status
+
+
+@pytest.mark.parametrize("error", [DataError("a.jpg: not an image"), StorageError("last.pt: no space")])
+def test_of_several_processes_none_begins_another_row_after_an_error_of_its_own(
+    tmp_path, monkeypatch, error
+) -> None:
+    trained = []
+
+    def fail(_recipe: Any, folder: Any, **_options: Any) -> None:
+        trained.append(folder)
+        raise error if len(trained) > 1 else TrainingError("a loss is not finite")  # in all processes
+
+    monkeypatch.setattr(run_module, "is_distributed", lambda: True)
+    monkeypatch.setattr(run_module, "train_recipe", fail)
+    with pytest.raises(type(error)):
+        reproduce(TINY.model_copy(update={"rows": TINY.rows[:1] * 3}), ReproduceOptions(out=tmp_path))
+    assert len(trained) == 2
 
 
 def test_a_command_with_a_failed_row_ends_with_2_and_one_line(tmp_path, monkeypatch) -> None:
