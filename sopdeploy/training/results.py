@@ -359,10 +359,10 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     tiles = {result.score_name: shown}
     if isinstance(result, FewShotResult):
         return PageTexts("by the few-shot procedure", "the held-out images", tiles)
-    selected = "the epoch" if result.tuning is None else "fine-tuning"
-    held_out = (
-        f"the held-out images, which also selected {selected}, so all scores of this section are too high"
-    )
+    held_out = "the held-out images"
+    if result.selected_by != "nothing":
+        selected = "the epoch" if result.tuning is None else "fine-tuning"
+        held_out += f", which also selected {selected}, so all scores of this section are too high"
     if result.mirrored:
         held_out += "; without their mirror images, as a server computes them"
     tiles = {"epoch": f"{result.epoch} of {result.num_epochs}", **tiles}
