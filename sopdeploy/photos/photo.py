@@ -440,9 +440,17 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
 
 
+def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> int:
+    """Count the *images* whose files have one of the *hashes*, those of training images."""
+    if not len(hashes):
+        return 0
+    hashes_N = hash_images(images)
+    return int((np.isin(hashes_N, hashes) & (hashes_N != UNREADABLE)).sum())
+
+
 def describe_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> str:
     """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none."""
-    seen = int(np.isin(hash_images(images), hashes).sum()) if len(hashes) else 0
+    seen = count_seen(images, hashes)
     if not seen:
         return ""
     return (
