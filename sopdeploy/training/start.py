@@ -273,9 +273,9 @@ def _check_data(
     """Check the images before the training.
 
     Warns of the classes of which *division* could hold out no image of *opened*, and of equal files with
-    different labels. Raises `DataError` if the loop has no held-out image, and `ConfigError` or `DataError`
-    if `rejection.unknown`, or another one of the *keys* that the user has set, could not be used after the
-    training.
+    different labels or in both parts. Raises `DataError` if no held-out image of the loop has a class, and
+    `ConfigError` or `DataError` if `rejection.unknown`, or another one of the *keys* that the user has set,
+    could not be used after the training.
     """
     data, file_hashes, unknown = division.data, division.file_hashes, recipe.rejection.unknown
     if data.train.is_multi_label:
@@ -295,7 +295,7 @@ def _check_data(
         counts = data.held_out.class_counts().tolist()
         missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
         problem = f"{shorten(missing)}: {ONE_GROUP}" if isinstance(recipe.data, HoldOut) else NO_IMAGES
-        if not len(data.held_out) and isinstance(recipe.procedure, LoopConfig):
+        if not any(counts) and isinstance(recipe.procedure, LoopConfig):
             raise DataError(problem)
         if missing:
             callback.on_warning(problem)
