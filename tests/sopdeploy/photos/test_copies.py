@@ -438,6 +438,16 @@ def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
     assert len(json.loads(listed.stdout)["near"]) == len(found.near)
 
 
+def test_copies_in_two_held_out_parts_are_not_in_the_training_data(tmp_path: Path):
+    for part in ("train", "val", "test"):
+        for number, label in enumerate(("cat", "dog")):
+            (tmp_path / part / label).mkdir(parents=True)
+            shade = (60 if part == "train" else 0) + 20 * number
+            Image.new("L", (9, 9), shade).save(tmp_path / part / label / "1.png")
+    found = check_data(tmp_path).duplicates
+    assert [(len(group.files), group.across) for group in found] == [(2, False)] * 2
+
+
 def near_by_command(root: Path) -> tuple[list[set[str]], list[str]]:
     """Run `data check --near` on *root*; return the names of the files of each group, and the notes."""
     shown = CliRunner().invoke(app, ["data", "check", str(root), "--near", "--json"])
