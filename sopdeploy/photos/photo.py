@@ -448,14 +448,19 @@ def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64])
     return int((np.isin(hashes_N, hashes) & (hashes_N != UNREADABLE)).sum())
 
 
-def describe_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> str:
-    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none."""
+def describe_seen(
+    images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64], *, is_sample: bool = False
+) -> str:
+    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none.
+
+    With *is_sample*, it may have more training files than *hashes*.
+    """
     seen = count_seen(images, hashes)
     if not seen:
         return ""
     return (
-        f"{seen} of {len(images)} images are training images of this network, so that these figures are too "
-        "high for new images"
+        f"{'at least ' if is_sample else ''}{seen} of {len(images)} images are training images of this "
+        "network, so that these figures are too high for new images"
     )
 
 
