@@ -38,7 +38,7 @@ class PartReport(StrictModel):
 
 
 class Duplicates(StrictModel):
-    """Files with identical pixels, or near-duplicates; `across`: in several parts, a train/test leakage."""
+    """Files with identical pixels, or near-duplicates; `across`: in the training part and a held-out one."""
 
     files: tuple[str, ...]
     across: bool
@@ -143,8 +143,8 @@ def check_data(
         classes=tuple(opened.problems),
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=too_few,
-        duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
-        near=tuple(_find_near(readable, group_by_features)) if near else None,
+        duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable], parts[0].name)),
+        near=tuple(_find_near(readable, group_by_features, parts[0].name)) if near else None,
         passed_over=dict(opened.ignored),
         notes=tuple(notes),
     )
@@ -190,9 +190,12 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
 
 
 def _find_near(
-    infos: Sequence[_FileInfo], group_by_features: Callable[[ImageFiles], Groups] | None
+    infos: Sequence[_FileInfo], group_by_features: Callable[[ImageFiles], Groups] | None, train: str
 ) -> Iterator[Duplicates]:
-    """Yield the groups of near-duplicates whose files do not all have the same pixels."""
+    """Yield the groups of near-duplicates whose files do not all have the same pixels.
+
+    *train* is the name of the training part.
+    """
     if len(infos) < 2:
         return
     _, label_N = np.unique([info.label for info in infos], return_inverse=True)
@@ -204,20 +207,21 @@ def _find_near(
         signatures = [info.signature for info in infos if info.signature is not None]  # all have one then
         groups, _ = group_by_edges(images, [info.pixel_hash for info in infos], signatures)
     hashes = {info.file: info.pixel_hash for info in infos}
-    for group in _describe_groups(infos, groups.tolist()):
+    for group in _describe_groups(infos, groups.tolist(), train):
         if len({hashes[file] for file in group.files}) > 1:  # the others are exact duplicates
             yield group
 
 
-def _describe_groups(infos: Sequence[_FileInfo], keys: Sequence[object]) -> Iterator[Duplicates]:
-    """Yield the groups of several files with equal *keys*."""
+def _describe_groups(infos: Sequence[_FileInfo], keys: Sequence[object], train: str) -> Iterator[Duplicates]:
+    """Yield the groups of several files with equal *keys*; *train* is the name of the training part."""
     groups = defaultdict[object, list[_FileInfo]](list)
     for info, key in zip(infos, keys, strict=True):
         groups[key].append(info)
     for group in groups.values():
         if len(group) > 1:
+            parts = {info.part for info in group}
             yield Duplicates(
                 files=tuple(info.file for info in group),
-                across=len({info.part for info in group}) > 1,
+                across=train in parts and len(parts) > 1,
                 labels_differ=len({info.label for info in group}) > 1,
             )

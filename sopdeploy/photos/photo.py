@@ -440,14 +440,27 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
 
 
-def describe_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> str:
-    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none."""
-    seen = int(np.isin(hash_images(images), hashes).sum()) if len(hashes) else 0
+def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> int:
+    """Count the *images* whose files have one of the *hashes*, those of training images."""
+    if not len(hashes):
+        return 0
+    hashes_N = hash_images(images)
+    return int((np.isin(hashes_N, hashes) & (hashes_N != UNREADABLE)).sum())
+
+
+def describe_seen(
+    images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64], *, is_sample: bool = False
+) -> str:
+    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none.
+
+    With *is_sample*, it may have more training files than *hashes*.
+    """
+    seen = count_seen(images, hashes)
     if not seen:
         return ""
     return (
-        f"{seen} of {len(images)} images are training images of this network, so that these figures are too "
-        "high for new images"
+        f"{'at least ' if is_sample else ''}{seen} of {len(images)} images are training images of this "
+        "network, so that these figures are too high for new images"
     )
 
 

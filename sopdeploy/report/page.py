@@ -98,7 +98,10 @@ def write_run_page(
     content = HtmlReport(
         title=start.recipe.project or fit.name,
         text=[
-            describe_in_a_sentence(result.score, is_selected=isinstance(result, LoopResult)),
+            describe_in_a_sentence(
+                result.score,
+                is_selected=isinstance(result, LoopResult) and result.selected_by == "same images",
+            ),
             classes,
             insert_names(
                 "Next: {}", f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach", tag="code"
@@ -113,21 +116,25 @@ def write_run_page(
 
 
 def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_selected: bool = False) -> str:
-    """Say what *score* means for new photographs, without terms; if *is_selected*, it is too high."""
-    if isinstance(score, MeanPrecision):
-        return f"On new photographs like these, the mean average precision will be {percent(score.value, 0)}."
+    """Say what *score* means for new photographs, without terms if it is a rate.
+
+    A number is an mAP. If *is_selected*, the score is too high.
+    """
+    qualifier = "at most " if is_selected else ""
     if score is None:
         return "There are too few different photographs to say how many new ones will be right."
-    value = score.value if isinstance(score, Rate) else score
-    of_ten, of_hundred, qualifier = round(10 * value), math.floor(100 * value), ""
+    if not isinstance(score, Rate):
+        precision = percent(score if isinstance(score, float) else score.value, 0)
+        return f"On new photographs like these, the mean average precision will be {qualifier}{precision}."
+    value = score.value
+    of_ten, of_hundred = round(10 * value), math.floor(100 * value)
     if of_ten < 10:
         share = f"{of_ten} of 10"
     elif of_hundred < 100:
-        share, qualifier = f"{of_hundred} of 100", "about "  # two digits look more certain than one
+        share = f"{of_hundred} of 100"
+        qualifier = qualifier or "about "  # two digits look more certain than one
     else:
         share = "nearly all"
-    if is_selected:
-        qualifier = "at most "
     sentence = f"{qualifier}{share} new photographs like these will be right."
     return f"{sentence[0].upper()}{sentence[1:]}"
 

@@ -29,7 +29,7 @@ HELD_OUT_METRICS = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")  # th
 
 
 class Diagnostics(StrictModel):
-    """Diagnostics on `num_images` images.
+    """Diagnostics on `num_images` images; without heads if no image shows a class.
 
     `right` has a character per image: 1 if the main head's top class is right, else 0; empty if multi-label.
     """
@@ -143,6 +143,8 @@ def diagnose(
     )
     logits = network.split(joined)  # by head
     labels = held_out.images.labels
+    if targets.ndim == 2 and not targets.any():  # no metric of these images, while all images have one
+        logits = {}
     right = ""  # a character per image, if each has one class
     if targets.ndim == 1:
         are_right = logits["main"].argmax(axis=1) == targets

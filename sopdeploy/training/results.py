@@ -175,6 +175,7 @@ class FewShotResult(StrictModel):
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
+        judged_counts: Images of each class that the score counts; empty in older runs.
         is_uneven: Whether the classes differ in size, so that the result says how this is corrected.
             Checkpoints and JSON call it `balanced`.
         num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
@@ -207,6 +208,7 @@ class FewShotResult(StrictModel):
     map: MeanPrecision | None = None
     estimated_on: Estimate
     class_counts: dict[str, int]
+    judged_counts: dict[str, int] = pydantic.Field(default_factory=dict)
     is_uneven: bool = pydantic.Field(alias="balanced")
     num_duplicates: int
     num_groups: int
@@ -263,7 +265,7 @@ class FewShotResult(StrictModel):
         if score is None:
             return "no estimate of the accuracy, which needs two different photographs of two classes or more"
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
-        counts = self.class_counts
+        counts = self.judged_counts or self.class_counts
         label = max(counts, key=lambda label: counts[label])
         majority = counts[label] / max(1, sum(counts.values()))  # multi-label images may show none
         comparison = ""
@@ -359,10 +361,10 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     tiles = {result.score_name: shown}
     if isinstance(result, FewShotResult):
         return PageTexts("by the few-shot procedure", "the held-out images", tiles)
-    selected = "the epoch" if result.tuning is None else "fine-tuning"
-    held_out = (
-        f"the held-out images, which also selected {selected}, so all scores of this section are too high"
-    )
+    held_out = "the held-out images"
+    if result.selected_by != "nothing":
+        selected = "the epoch" if result.tuning is None else "fine-tuning"
+        held_out += f", which also selected {selected}, so all scores of this section are too high"
     if result.mirrored:
         held_out += "; without their mirror images, as a server computes them"
     tiles = {"epoch": f"{result.epoch} of {result.num_epochs}", **tiles}

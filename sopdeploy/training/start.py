@@ -20,7 +20,7 @@ from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import find_clips
 from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs, number_classes
 from sopdeploy.photos.folder import open_unknown
-from sopdeploy.photos.photo import LabeledImages, Split, describe_contradictions, hash_images
+from sopdeploy.photos.photo import LabeledImages, Split, count_seen, describe_contradictions, hash_images
 from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
@@ -273,9 +273,9 @@ def _check_data(
     """Check the images before the training.
 
     Warns of the classes of which *division* could hold out no image of *opened*, and of equal files with
-    different labels. Raises `DataError` if the loop has no held-out image, and `ConfigError` or `DataError`
-    if `rejection.unknown`, or another one of the *keys* that the user has set, could not be used after the
-    training.
+    different labels or in both parts. Raises `DataError` if no held-out image of the loop has a class, and
+    `ConfigError` or `DataError` if `rejection.unknown`, or another one of the *keys* that the user has set,
+    could not be used after the training.
     """
     data, file_hashes, unknown = division.data, division.file_hashes, recipe.rejection.unknown
     if data.train.is_multi_label:
@@ -289,18 +289,31 @@ def _check_data(
         if ignored:
             names = ", ".join(sorted(ignored))
             raise ConfigError(f"{names}: without effect where images have several classes; remove it")
-    if len(file_hashes) and (warning := describe_contradictions(data.train, file_hashes)):
-        callback.on_warning(warning)
+    if len(file_hashes):  # otherwise, the few-shot procedure warns; the copies of chosen images are with them
+        warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
     if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
         counts = data.held_out.class_counts().tolist()
         missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
         problem = f"{shorten(missing)}: {ONE_GROUP}" if isinstance(recipe.data, HoldOut) else NO_IMAGES
-        if not len(data.held_out) and isinstance(recipe.procedure, LoopConfig):
+        if not any(counts) and isinstance(recipe.procedure, LoopConfig):
             raise DataError(problem)
         if missing:
             callback.on_warning(problem)
     if unknown is not None and (note := open_unknown(unknown).note):
         callback.on_warning(note)
+
+
+def warn_of_equal_files(
+    train: LabeledImages, held_out: LabeledImages, hashes: NDArray[np.int64], callback: Callback
+) -> None:
+    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too."""
+    if warning := describe_contradictions(train, hashes):
+        callback.on_warning(warning)
+    if shared := count_seen(held_out, hashes):
+        callback.on_warning(
+            f"{shared} of {len(held_out)} held-out images are training images, too, so that the score is too "
+            "high for new images; `sopdeploy data check` lists them"
+        )
 
 
 def check_count(images: LabeledImages) -> None:

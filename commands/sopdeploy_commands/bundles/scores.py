@@ -15,6 +15,7 @@ from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles, describe_seen
+from sopdeploy.project import SAMPLED
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import translating_errors
@@ -48,8 +49,10 @@ def scores_of_bundle(
     target_labels = labels if multi_label else sorted_labels
     images = open_evaluation_images(data, target_labels, multi_label=multi_label, log=log)
     origin = loaded.bundle.manifest.origin
-    if origin is not None and (warning := describe_seen(images, origin.sample)):
-        log(f"{data}: {warning}")
+    if origin is not None:
+        is_sample = len(origin.sample) == SAMPLED
+        if warning := describe_seen(images, origin.sample, is_sample=is_sample):
+            log(f"{data}: {warning}")
     done = itertools.count(1)
     logits = logits_of_images(
         loaded, images, settings, lambda: on_image(next(done), len(images)), mirror=mirror

@@ -8,6 +8,7 @@ cache off.
 import hashlib
 import os
 from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -28,7 +29,7 @@ Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
 CHECKSUM_BYTES = 4
 ENTRY = f"hash of the pixels, image of {SMALL} x {SMALL} pixels, own vector, maps"  # what an entry contains
-_PACKAGES = ("sopdeploy", "torch", "pillow", "timm")
+_PACKAGES = ("sopdeploy", "torch", "pillow", "pillow-heif", "timm")
 
 
 class FeatureCache:
@@ -125,6 +126,7 @@ class FeatureCache:
 def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
     """Hash all that determines the features of a photograph: network, preprocessing, versions, processor.
 
+    The code that decodes images is hashed, too: a change may concern some files only, and not the first one.
     The head is left out, because the features do not depend on it.
     """
     device = next(network.parameters()).device
@@ -136,6 +138,9 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
     facts = [ENTRY, recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor]
     facts += [*installed(_PACKAGES).values(), *network.maps]  # versions, and names of the taps
     digest = hashlib.sha256(repr(facts).encode())
+    for file in sorted(files("sopdeploy.images").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".py"):
+            digest.update(file.read_bytes())
     for name, module in network.named_modules():
         if name.split(".")[0] != POOLED_HEAD:
             digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())

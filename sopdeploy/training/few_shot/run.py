@@ -34,7 +34,6 @@ from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.photo import (
     LabeledImages,
     PreprocessedDataset,
-    describe_contradictions,
     unreadable_images_error,
 )
 from sopdeploy.seeds import derive_seed
@@ -62,7 +61,7 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import last_few_shot_record, read_few_shot_fit, run_record
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import LOOP_INSTEAD, move_to_device
+from sopdeploy.training.start import LOOP_INSTEAD, move_to_device, warn_of_equal_files
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.
@@ -71,6 +70,7 @@ FEW_GROUPS = 200
 # labels move the means: of one set, 83 instead of 93 % of the foreign photographs were rejected, with 1/8
 # 93 % (docs/benchmarks/copied_photos.md).
 KEPT_WEIGHT = 0.125
+MAX_COPIES = 10  # of a photograph with different labels, all of which are named
 UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result says how it is corrected
 
 
@@ -115,8 +115,8 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
         try:
             found = cross_validate(recipe, start.model, images, on_progress)
             file_hashes = found.features.file_hashes  # of files that `start_run` has read, it has warned
-            if not len(start.file_hashes) and (warning := describe_contradictions(images, file_hashes)):
-                callback.on_warning(warning)
+            if not len(start.file_hashes):
+                warn_of_equal_files(images, start.data.held_out, file_hashes, callback)
             problem, head = found.problem, found.features.head
             fitted = build_fitted(found.network, head, problem, problem.fit_all(found.scaling))
             network = move_to_device(recipe, fitted, start.strategy)
@@ -289,7 +289,7 @@ def _choose_judged(images: LabeledImages, targets: Targets, copies_N: Indices, g
     _, largest_G = np.unique(copies_N, return_index=True)  # the first image of each group, often its only one
     for group in np.flatnonzero(np.bincount(copies_N) > 1):  # only the images of these groups are opened
         members = np.flatnonzero(copies_N == group)
-        num_pixels = [np.prod(images.decode(index).size) for index in members.tolist()]
+        num_pixels = [np.prod(images.open(index).size) for index in members.tolist()]
         largest_G[group] = members[np.argmax(num_pixels)]
     judged = largest_G[select_typical(images)[largest_G]]
     if images.is_multi_label:
@@ -351,12 +351,18 @@ def _describe(
     images, targets = start.data.train, found.problem.targets
     head, classes_NK = found.features.head, targets.classes
     counts = dict(zip(images.labels, classes_NK.sum(axis=0).astype(int).tolist(), strict=True))
+    judged = start.data.held_out
+    if not len(judged):
+        judged = images.select(np.isin(np.arange(len(images)), found.judged))
     groups = _groups_of_classes(targets, found.groups)
     num_groups = {label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)}
-    contradictions = []
+    contradictions, labels_N = [], number_classes(images.targets)
     for photograph in np.flatnonzero(np.bincount(found.certain_copies) > 1):
         indices = np.flatnonzero(found.certain_copies == photograph)
-        if (classes_NK[indices] != classes_NK[indices[0]]).any():
+        first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
+        if len(first_of_labels) > 1:
+            if len(indices) > MAX_COPIES:  # such as the frames of a clip: one image of each class
+                indices = indices[np.sort(first_of_labels)]
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
     has_one_class = targets.activation == "softmax"
     diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
@@ -366,6 +372,7 @@ def _describe(
         map=score if isinstance(score, MeanPrecision) else None,
         estimated_on="held-out" if len(start.data.held_out) else "cross-validation",
         class_counts=counts,
+        judged_counts=dict(zip(judged.labels, judged.class_counts().tolist(), strict=True)),
         is_uneven=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
         num_selected=int((~select_typical(images)).sum()),  # by a server

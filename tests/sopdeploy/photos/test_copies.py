@@ -29,7 +29,7 @@ from sopdeploy.photos.copies import (
     shrink,
 )
 from sopdeploy.photos.folder import list_classes, open_folder
-from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
+from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split, describe_seen, hash_images
 from sopdeploy.photos.split import NONE, choose_held_out, divide, hold_out, record_choice, recorded_choice
 from sopdeploy.photos.table import UNSPLIT, read_label_table
 from sopdeploy.training.callback import Callback
@@ -436,6 +436,23 @@ def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
     assert "copies of one photograph" in shown.stdout
     listed = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--near", "--json"])
     assert len(json.loads(listed.stdout)["near"]) == len(found.near)
+
+
+@pytest.mark.parametrize(("is_sample", "count"), [(False, "2 of 3"), (True, "at least 2 of 3")])
+def test_images_of_a_bundle_that_records_a_sample_are_at_least_so_many(is_sample: bool, count: str):
+    images = ArrayImages(("a",), np.arange(12, dtype=np.uint8).reshape(3, 2, 2), np.zeros(3, np.int64))
+    found = describe_seen(images, hash_images(images)[:2], is_sample=is_sample)
+    assert found.startswith(f"{count} images are training images of this network")
+
+
+def test_copies_in_two_held_out_parts_are_not_in_the_training_data(tmp_path: Path):
+    for part in ("train", "val", "test"):
+        for number, label in enumerate(("cat", "dog")):
+            (tmp_path / part / label).mkdir(parents=True)
+            shade = (60 if part == "train" else 0) + 20 * number
+            Image.new("L", (9, 9), shade).save(tmp_path / part / label / "1.png")
+    found = check_data(tmp_path).duplicates
+    assert [(len(group.files), group.across) for group in found] == [(2, False)] * 2
 
 
 def near_by_command(root: Path) -> tuple[list[set[str]], list[str]]:

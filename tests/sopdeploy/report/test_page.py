@@ -15,6 +15,7 @@ from sopdeploy.evaluation.metrics import Rate, classification_report
 from sopdeploy.html.plots import plot
 from sopdeploy.report.page import describe_in_a_sentence
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.results import LoopResult, describe_for_page
 from tests.sopdeploy.training.runs import short_recipe, train_with_page
 from tests.support.pages import ALLOWED, Reader, charts
 
@@ -113,7 +114,10 @@ SENTENCES = {
     "most": (Rate.of(83, 100), "8 of 10 new photographs like these will be right."),
     "nearly all": (Rate.of(987, 1000), "About 98 of 100 new photographs like these will be right."),
     "all that were seen": (Rate.of(40, 40), "Nearly all new photographs like these will be right."),
-    "an epoch": (0.25, "2 of 10 new photographs like these will be right."),
+    "the mAP of an epoch": (
+        0.25,
+        "On new photographs like these, the mean average precision will be 25\N{NO-BREAK SPACE}%.",
+    ),
     "no estimate": (None, "There are too few different photographs to say how many new ones will be right."),
 }
 
@@ -122,6 +126,17 @@ SENTENCES = {
 def test_the_first_sentence_says_what_the_score_means(case: str) -> None:
     score, text = SENTENCES[case]
     assert describe_in_a_sentence(score) == text
+    if score is not None:
+        selected = describe_in_a_sentence(score, is_selected=True).lower()
+        assert selected.replace("at most ", "") == text.lower().replace("about ", "")
+
+
+@pytest.mark.parametrize(
+    ("selected_by", "is_too_high"), [("nothing", False), ("other images", True), ("same images", True)]
+)
+def test_the_page_calls_scores_too_high_only_if_their_images_selected_the_epoch(selected_by, is_too_high):
+    result = LoopResult(epoch=1, num_epochs=1, top1=Rate.of(7, 9), count=9, selected_by=selected_by)
+    assert ("too high" in describe_for_page(result).held_out) == is_too_high
 
 
 def test_the_page_begins_with_a_sentence_the_classes_and_the_next_command_and_colors_confusions(
@@ -129,7 +144,7 @@ def test_the_page_begins_with_a_sentence_the_classes_and_the_next_command_and_co
 ) -> None:
     header = page[page.index("<header>") : page.index("</header>")]
     sentences = re.findall("<p>(.*)</p>", header)
-    assert "of 10 new photographs like these will be right." in sentences[0]
+    assert re.fullmatch(r"\d of 10 new photographs like these will be right\.", sentences[0])  # corrected
     assert sentences[-1] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"
     matrix = page[page.index("Confusion matrix") :].partition("</table>")[0]
     cells = re.findall("<tr>(<th scope=.row.>.*)</tr>", matrix)

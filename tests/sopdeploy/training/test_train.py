@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,17 @@ def test_every_head_is_evaluated_and_the_model_is_unchanged(branched) -> None:
     loss = float(torch.nn.functional.cross_entropy(logits, labels))
     assert found.heads["main"].loss == pytest.approx(loss, rel=1e-5)
     assert found.num_images == 7
+
+
+def test_a_subset_of_the_held_out_images_may_show_no_class(branched, monkeypatch) -> None:
+    """The metrics of all held-out images, which show some, do not stop at it."""
+    monkeypatch.setattr("sopdeploy.training.diagnostics.MAX_IMAGES", 2)
+    data = dataset()
+    targets = np.eye(3, dtype=np.float32)[data.images.targets]
+    targets[[0, 3]] = 0  # the two images of the subset
+    data = replace(data, images=data.images.replaced(targets=targets))
+    found = diagnose(branched, data, PREPROCESS, 2)
+    assert (found.num_images, found.heads, found.right) == (2, {}, "")
 
 
 def history(right_EN: NDArray[np.bool_], *, recorded: bool = True) -> list[EpochRow]:

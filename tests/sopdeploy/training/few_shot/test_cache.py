@@ -1,6 +1,7 @@
 """The cache of photographs' features: what is found again, what is computed anew, and its limit."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from sopdeploy import images as decoding
 from sopdeploy.data.sources import open_data
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.few_shot import features
@@ -100,12 +102,19 @@ def replace_content(folder: Folder) -> None:
     folder.entries()[0].write_bytes(crc32(content).to_bytes(4) + content)
 
 
+def change_decoding(folder: Folder) -> None:
+    code = Path(shutil.copytree(Path(decoding.__file__).parent, folder.photos.parent / "code"))
+    (code / "pixels.py").write_bytes((code / "pixels.py").read_bytes() + b"\n")
+    folder.patch.setattr("sopdeploy.training.few_shot.cache.files", lambda _package: code)
+
+
 CHANGES: dict[str, tuple[Callable[[Folder], Any], int]] = {
     "nothing": (lambda folder: None, 0),
     "added photographs": (add_photographs, CLASSES),
     "an added class": (add_class, CLASSES),
     "a replaced photograph": (replace_photograph, 1),
     "another preprocessing": (lambda folder: folder.settings.append("preprocess.fit=pad"), EACH * CLASSES),
+    "other code that decodes images": (change_decoding, EACH * CLASSES),
     "other weights": (lambda folder: setattr(folder, "seed", 1), EACH * CLASSES),
     "a truncated entry": (truncate_entry, 1),
     "an entry with a flipped bit": (flip_bit, 1),

@@ -501,6 +501,39 @@ def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_pat
     assert any("unknown images: not recognized" in line for line in found.lines())
 
 
+def test_the_largest_class_is_that_of_the_judged_images_and_copies_in_val_are_warned_of(tmp_path: Path):
+    photos, callback = tmp_path / "photos", RecordingCallback()
+    paint(photos / "train", 4)
+    paint(photos / "val", 2, seed=1)
+    shutil.copy(photos / "train" / "red" / "0.png", photos / "val" / "red" / "0.png")
+    for number in range(8):  # the largest class of the training images only
+        shutil.copy(photos / "train" / "blue" / "0.png", photos / "train" / "blue" / f"copy{number}.png")
+    settings = [*PLAIN, f"data.path={photos}", "procedure.group_copies=false"]
+    result = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=callback).procedure
+    assert (result.class_counts["blue"], result.judged_counts) == (12, dict.fromkeys(COLORS, 2))
+    unsure = result.model_copy(update={"top1": Rate.of(2, 6)})
+    assert 'always answering "blue" gives 33 %' in unsure.describe_score()
+    loop, folder = RecordingCallback(), RunFolder(tmp_path / "loop", Strategy(torch.device("cpu")))
+    settings = [*SMALL, f"data.path={photos}", "procedure.kind=loop"]
+    start_run(read_recipe("photos", settings), folder, None, loop)
+    for events in (callback.events, loop.events):
+        (warning,) = [values["warning"] for name, values in events if name == "warning"]
+        assert warning.startswith("1 of 6 held-out images are training images, too")
+
+
+def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image_per_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    photos = paint(tmp_path / "photos", 4)
+    for number in range(12):
+        shutil.copy(photos / "red" / "0.png", photos / "red" / f"copy{number}.png")
+    shutil.copy(photos / "red" / "0.png", photos / "blue" / "copy.png")
+    monkeypatch.setattr(ImageFiles, "decode", None)  # the features need no image of any size
+    settings = [*PLAIN, f"data.path={photos}", "procedure.group_copies=false"]
+    result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
+    assert result.contradictions == ("blue/copy.png = red/0.png",)
+
+
 def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
