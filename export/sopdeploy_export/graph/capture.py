@@ -28,7 +28,6 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
 from sopdeploy.errors import LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph.forms import SymbolicForms, simplify_operators
@@ -65,7 +64,7 @@ class Deployed(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64.
+        """Compute the outputs of (B, H, W, 3) uint8 *images* in float32, or within `InFloat64` in float64.
 
         Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs` does.
         """
@@ -79,7 +78,7 @@ class Deployed(nn.Module):
                 if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
                     remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
                 raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
-        return tuple(at_least_float32(value) for value in outputs)
+        return tuple(value if value.dtype == torch.float32 else value.float() for value in outputs)
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:

@@ -67,6 +67,11 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         "trained-plain",
     ),
     "a dict": (lambda: n.variant(n.as_dict, aux=False), {"logits_key": "out"}, "trained-only"),
+    "logits in float64": (
+        lambda: n.variant(lambda net, x: net.fc(net.features(x)).double(), aux=False),
+        {},
+        "trained-only",
+    ),
     "one tensor, not its attribute T": (plain, {"logits_key": "T"}, "trained-only"),
     "data parallel and compiled": (lambda: nn.DataParallel(torch.compile(n.Small())), AUX, "three-way"),
     "branches of DSoP": (
