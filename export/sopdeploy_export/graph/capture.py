@@ -45,8 +45,8 @@ from sopdeploy_export.state import (
 from sopdeploy_export.stubs import answering
 
 INPUT = "images"
-EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
-EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
+EXPORT_LOGITS = "_sopdeploy_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
+EXPORT_EMBEDDING = "_sopdeploy_embedding"  # attribute of any network, see `compute_outputs`
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 _SEED = 20_240_117
 GENERATED = 12
@@ -90,7 +90,7 @@ def output_names(network: nn.Module) -> tuple[str, ...]:
 def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
 
-    If *network* has an attribute `export_embedding`, the name of a linear layer, the input (B, D) of this
+    If *network* has an attribute `EXPORT_EMBEDDING`, the name of a linear layer, the input (B, D) of this
     layer is the last output. Raises the errors of `_network_outputs`.
     """
     embedding_layer = vars(network).get(EXPORT_EMBEDDING)
@@ -107,7 +107,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
 def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the outputs of *network*, without an embedding, for normalized *pixels* (B, 3, H, W).
 
-    If a network outside of the catalog returns a container, its attribute `export_logits` says which of the
+    If a network outside of the catalog returns a container, its attribute `EXPORT_LOGITS` says which of the
     tensors in it are the logits, as `choose_output` does. Raises `LoweringError` if there are no logits.
     """
     if isinstance(network, Backbone):
