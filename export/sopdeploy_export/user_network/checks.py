@@ -272,7 +272,7 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
     images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     device = next((tensor.device for tensor in state.tensors(network).values()), images.device)
     pixels = Normalize(preprocess, images_format(network))(images).to(device)
-    before = _unstored_buffers(network)
+    before = state.unstored_buffers(network)
     if not _changed_buffers(network, pixels, before):
         return ()
     # Only now, because a run without values can leave such tensors in objects that are not restored.
@@ -295,20 +295,11 @@ def _changed_buffers(
     with state.preserved(network), torch.no_grad():
         with suppress(Exception):  # of the user's code; a later run gives the message
             compute_outputs(network, pixels)
-        after = _unstored_buffers(network)
+        after = state.unstored_buffers(network)
     return {
         name: tensor
         for name, tensor in after.items()
         if type(tensor) is Tensor and tensor is not before.get(name)
-    }
-
-
-def _unstored_buffers(network: nn.Module) -> dict[str, Tensor | None]:
-    """Map the names of the buffers of *network* that the state dict does not store to their tensors."""
-    return {
-        f"{owner}.{name}" if owner else name: module._buffers.get(name)
-        for owner, module in state.modules(network)
-        for name in module._non_persistent_buffers_set
     }
 
 

@@ -206,6 +206,16 @@ class Chooses(Small):
         return self.fc(self.features(images[:, :, 1:]))
 
 
+class SavesHead(Small):
+    """Its state dict has the trained layer only, as of fine-tuning."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+
+    def state_dict(self, **options: Any) -> Any:
+        return {name: value for name, value in super().state_dict(**options).items() if "fc" in name}
+
+
 class AlwaysDrops(nn.Dropout):
     def train(self, mode: bool = True) -> "AlwaysDrops":
         return super().train(True)
@@ -430,6 +440,12 @@ EXPORTED: dict[str, Case] = {
         ONLY,
     ),
     "forward is another method": (Chooses, {}, ONLY),
+    "a state dict of its own": (SavesHead, {"plain": SavesHead}, PLAIN),
+    "an attribute named as one of the exporter": (
+        with_parts(logits, export_embedding=lambda: False, export_logits=lambda: True),
+        {},
+        ONLY,
+    ),
     "a lazy registry": (with_parts(logits, registry=Lazy), {}, ONLY),
     "paths of the training images": (
         with_parts(logits, samples=lambda: [(f"{i}.jpg", i % 4) for i in range(1000)]),
