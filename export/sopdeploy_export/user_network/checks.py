@@ -231,8 +231,14 @@ def check_outputs(
 
 
 def check_finite(logits: Tensor, role: str) -> None:
-    """Raise `LoweringError` if *logits* of probe images are not finite."""
+    """Raise an error if *logits* of probe images are not finite; those of the trained network were."""
     if not bool(torch.isfinite(logits).all()):
+        if role == "detached":  # stubs return NaN
+            raise CertificateError(
+                "the output depends on a removed part: without its values, the logits are NaN or infinite; "
+                "keep this part",
+                setting="training_only",
+            )
         raise LoweringError(
             f"the {role} network returns NaN or infinite logits for a probe image; the probes include "
             "images of one color, so add a small constant wherever it divides, such as by a norm"

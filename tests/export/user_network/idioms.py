@@ -70,6 +70,11 @@ class ModelOutput(collections.OrderedDict[str, Tensor]):
         return self[name]
 
 
+class Head(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return ModelOutput(logits=super().forward(x))
+
+
 @dataclass
 class Output:
     logits: Tensor
@@ -574,6 +579,13 @@ REFUSED: dict[str, Case] = {
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),
         {},
         r"Python code of the trained network reads tensors \(item in ",
+    ),
+    "a removed part that returns a dict of its own class": (
+        with_parts(
+            lambda net, x: (net.head(net.features(x)), logits(net, x))[1], head=lambda: Head(8, CLASSES)
+        ),
+        {"training_only": ["head"]},
+        r"^head returns a ModelOutput, so it cannot be removed; return tensors$",
     ),
     "a metric that runs": (
         with_parts(
