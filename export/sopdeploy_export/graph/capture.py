@@ -232,6 +232,8 @@ SIZE_REMEDY = (
     "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), a // b for int(a / b), and "
     "compute all images of a batch at once instead of in a loop"
 )
+HASHED_SIZE = re.compile(r"unhashable type.*SymInt")
+SIZE_IS_KEY = "its code uses the batch size as a key, as in cache[x.shape]: use the other sizes only"
 DATA_DEPENDENT = re.compile(r"data-dependent expression")
 DEPENDS_ON_VALUES = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
 
@@ -379,6 +381,8 @@ def capturing() -> Iterator[None]:
         text = "\n".join(str(cause) for cause in causes if cause is not None)
         if BATCH_GUARD.search(text):
             problem = f"{BY_SIZE}; {SIZE_REMEDY}"
+        elif HASHED_SIZE.search(text):
+            problem = SIZE_IS_KEY
         elif DATA_DEPENDENT.search(text):
             problem = DEPENDS_ON_VALUES
         else:

@@ -178,9 +178,15 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     has_fractions = tensor.is_floating_point() or tensor.is_complex()
     if not dense or (has_fractions and tensor.dtype != torch.float32):
         kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
+        advice = "convert it, for example with .float(), and choose the precision of the export"
+        if tensor.is_meta:
+            advice = "load its values"
+        elif tensor.layout != torch.strided:
+            advice = "replace it by its .to_dense()"
+        elif tensor.is_complex():  # of which .float() would keep the real part only
+            advice = "keep its torch.view_as_real, and call torch.view_as_complex in forward"
         raise LoweringError(
-            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: convert it, "
-            "for example with .float(), and choose the precision of the export"
+            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: {advice}"
         )
     learns = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
     is_broken = ~torch.isfinite(tensor) if learns else torch.isnan(tensor)

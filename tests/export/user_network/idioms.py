@@ -341,6 +341,13 @@ def stacked(_net: Any, f: Tensor) -> Tensor:
     return torch.dstack([halves, torch.vstack([means, largest])[: f.shape[0]]]).sum(2)
 
 
+def kept_by_shape(net: Any, x: Tensor) -> Tensor:
+    features = net.features(x)
+    if features.shape not in net.tables:
+        net.tables[features.shape] = torch.ones(features.shape[1])
+    return net.fc(features * net.tables[features.shape])
+
+
 def keeps_features(net: Any, x: Tensor) -> Tensor:
     net.last = net.features(x)
     return net.fc(net.last)
@@ -504,6 +511,11 @@ REFUSED: dict[str, Case] = {
         pooled(lambda _, f: f.mean((2, 3), keepdim=True).squeeze()),
         {},
         r"returns \(4,\) for 1 images, .* one row per image",
+    ),
+    "a table for each shape": (
+        with_parts(kept_by_shape, tables=dict),
+        {},
+        r"^cannot be captured as one graph: its code uses the batch size as a key, as in cache\[x\.shape\]",
     ),
     "old weight norm": (
         changed(lambda n: weight_norm(n.fc)),
