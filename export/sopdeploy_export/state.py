@@ -85,6 +85,15 @@ def tensors(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def unstored_buffers(network: nn.Module) -> dict[str, Tensor | None]:
+    """Map the names of the buffers of *network* that state dicts of torch do not store to their tensors."""
+    return {
+        f"{owner}.{name}" if owner else name: module._buffers.get(name)
+        for owner, module in modules(network)
+        for name in module._non_persistent_buffers_set
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectId:
     """An object, compared by its address, with numbers that a write to it changes, such as a version."""

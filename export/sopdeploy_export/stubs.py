@@ -2,9 +2,9 @@
 
 Code of users calls branches in eval mode, too, as deep supervision, self-distillation and early exits do. So
 a `Stub` takes the place of a removed part. It answers each call as the part did when the trained network
-ran: in the same structure, with tensors full of NaN. The outputs of the network with stubs are finite only
-if nothing removed is needed. This is the second evidence; the first one is the graph, because code can hide
-a NaN (`torch.where`, `nan_to_num`).
+ran: in the same structure, with tensors full of NaN, and with NaN for a float. The outputs of the network
+with stubs are finite only if nothing removed is needed. This is the second evidence; the first one is the
+graph, because code can hide a NaN (`torch.where`, `nan_to_num`).
 
 A stub has neither code nor tensors of its part. What it cannot answer is an error, such as a number that the
 part holds, or the length of a list.
@@ -57,7 +57,12 @@ def to_specs(returned: Any, part: str) -> Any:
             return TensorSpec(leaf.dtype, tuple(leaf.shape))
         if isinstance(leaf, (*VALUES, Enum)):
             return leaf
-        if callable(leaf) or not hasattr(leaf, "__dict__"):
+        try:
+            object.__new__(type(leaf))  # a `TypeError` for subclasses of dict and others
+            has_attributes_only = hasattr(leaf, "__dict__") and not callable(leaf)
+        except TypeError:
+            has_attributes_only = False
+        if not has_attributes_only:
             kind = type(leaf).__name__
             raise LoweringError(f"{part} returns a {kind}, so it cannot be removed; return tensors")
         return ObjectSpec(type(leaf), to_specs(vars(leaf), part))
@@ -109,7 +114,9 @@ class PartCall(NamedTuple):
             of_attributes = PartCall(self.part, "", first.attributes, second.attributes)
             vars(made).update(of_attributes.make_answer(pixels))
             return made
-        elif repr(first) == repr(second):  # NaN equals itself here
+        elif isinstance(first, float) and isinstance(second, float):
+            return torch.nan  # as the values of tensors; an integer can be a size
+        elif repr(first) == repr(second):
             return first
         elif all(isinstance(leaf, int) and not isinstance(leaf, bool | Enum) for leaf in (first, second)):
             return _extrapolate(batch, first, second)

@@ -12,11 +12,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
+from itertools import chain
 from typing import Any, Literal
 
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sopdeploy.config import FieldValues, StrictModel
 from sopdeploy.errors import ConfigError, first_line
@@ -78,9 +80,9 @@ def tally(network: nn.Module, image_size: int) -> Tally:
         part for part in network.modules() if isinstance(part, NORMS) and "forward" not in vars(part)
     ]
     for norm in norms:
-        # A new tensor, because hooks of callers identify modules by their output.
-        norm.forward = lambda values: values.view_as(values)
-    device = next((parameter.device for parameter in network.parameters()), torch.device("meta"))
+        norm.forward = _view_first_input
+    tensors = chain(network.parameters(), network.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("meta"))
     try:
         with torch.no_grad():
             network(torch.zeros(1, 3, image_size, image_size, device=device))
@@ -92,15 +94,27 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     return counts
 
 
+def _view_first_input(*inputs: Any, **keywords: Any) -> Any:
+    """Return a new tensor, because hooks of callers identify modules by their output."""
+    values, *_ = *inputs, *keywords.values()  # a subclass of a batch norm can have more inputs
+    return values.view_as(values)
+
+
 def _count_call(
     counts: Tally,
     name: str,
     module: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Any, ...],
     keywords: dict[str, Any],
-    output: Tensor,
+    returned: Any,
 ) -> None:
-    """Add to *counts* the operations of *module* for one image, which may be rows of many windows."""
+    """Add to *counts* the operations of *module* for one image, which may be rows of many windows.
+
+    A subclass of a layer can have other inputs, and can return its output with more values.
+    """
+    output = next((leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)), None)
+    if output is None:
+        return
     if isinstance(module, Components):
         counts.macs[name] += module.macs(inputs[0].shape)
     elif isinstance(module, nn.Linear):
@@ -109,6 +123,8 @@ def _count_call(
         counts.macs[name] += output.numel() * module.weight[0].numel()
     elif isinstance(module, nn.MultiheadAttention):  # which calls no module for its four projections
         tensors = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **keywords}
+        if type(module).forward is not nn.MultiheadAttention.forward:  # then probably self-attention
+            tensors = dict.fromkeys(("query", "key", "value"), output)
         query, keys, values = (tensors[key].numel() for key in ("query", "key", "value"))
         counts.macs[name] += (2 * query + keys + values) * module.embed_dim
     elif isinstance(module, NORMS):

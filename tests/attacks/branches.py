@@ -149,6 +149,11 @@ VALUES: dict[str, Case] = {  # the output depends on a tensor of the branch, and
     "a tensor that is no part": case(
         lambda n, f, y: y + 0 * n.gate.sum(), NEEDED, puts(gate=lambda: nn.Parameter(torch.ones(3))), "gate"
     ),
+    "a number that it returns": case(
+        lambda n, f, y: y * n.aux(f)[1],
+        r"depends on a removed part: .* NaN or infinite; keep",
+        branch(lambda _part, _x, y: (y, 0.5)),
+    ),
     "what it returns unchanged": case(
         lambda n, f, y: n.fc(n.aux(f)), OTHER + "|not finite|NaN", branch(lambda _part, x, _y: x)
     ),

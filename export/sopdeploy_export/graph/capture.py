@@ -28,7 +28,6 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
 from sopdeploy.errors import LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.graph.forms import SymbolicForms, simplify_operators
@@ -46,8 +45,8 @@ from sopdeploy_export.state import (
 from sopdeploy_export.stubs import answering
 
 INPUT = "images"
-EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
-EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
+EXPORT_LOGITS = "_sopdeploy_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
+EXPORT_EMBEDDING = "_sopdeploy_embedding"  # attribute of any network, see `compute_outputs`
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 _SEED = 20_240_117
 GENERATED = 12
@@ -65,7 +64,7 @@ class Deployed(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64.
+        """Compute the outputs of (B, H, W, 3) uint8 *images* in float32, or within `InFloat64` in float64.
 
         Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs` does.
         """
@@ -79,7 +78,7 @@ class Deployed(nn.Module):
                 if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
                     remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
                 raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
-        return tuple(at_least_float32(value) for value in outputs)
+        return tuple(value if value.dtype == torch.float32 else value.float() for value in outputs)
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
@@ -91,7 +90,7 @@ def output_names(network: nn.Module) -> tuple[str, ...]:
 def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
 
-    If *network* has an attribute `export_embedding`, the name of a linear layer, the input (B, D) of this
+    If *network* has an attribute `EXPORT_EMBEDDING`, the name of a linear layer, the input (B, D) of this
     layer is the last output. Raises the errors of `_network_outputs`.
     """
     embedding_layer = vars(network).get(EXPORT_EMBEDDING)
@@ -108,7 +107,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
 def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the outputs of *network*, without an embedding, for normalized *pixels* (B, 3, H, W).
 
-    If a network outside of the catalog returns a container, its attribute `export_logits` says which of the
+    If a network outside of the catalog returns a container, its attribute `EXPORT_LOGITS` says which of the
     tensors in it are the logits, as `choose_output` does. Raises `LoweringError` if there are no logits.
     """
     if isinstance(network, Backbone):
@@ -233,6 +232,8 @@ SIZE_REMEDY = (
     "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), a // b for int(a / b), and "
     "compute all images of a batch at once instead of in a loop"
 )
+HASHED_SIZE = re.compile(r"unhashable type.*SymInt")
+SIZE_IS_KEY = "its code uses the batch size as a key, as in cache[x.shape]: use the other sizes only"
 DATA_DEPENDENT = re.compile(r"data-dependent expression")
 DEPENDS_ON_VALUES = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
 
@@ -380,6 +381,8 @@ def capturing() -> Iterator[None]:
         text = "\n".join(str(cause) for cause in causes if cause is not None)
         if BATCH_GUARD.search(text):
             problem = f"{BY_SIZE}; {SIZE_REMEDY}"
+        elif HASHED_SIZE.search(text):
+            problem = SIZE_IS_KEY
         elif DATA_DEPENDENT.search(text):
             problem = DEPENDS_ON_VALUES
         else:

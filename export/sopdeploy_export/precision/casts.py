@@ -16,6 +16,7 @@ nothing else reads the output of the convolution, and that both run once.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -69,7 +70,7 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
             setattr(part, buffer_name, _cast(buffer, dtypes[name]))
         dtype = _input_dtype(part, dtypes[name])
         if dtype is not None:
-            part.register_forward_pre_hook(partial(_cast_first_input, dtype))
+            part.register_forward_pre_hook(partial(_cast_first_input, dtype), with_kwargs=True)
         # These parts compute in float32, and the layers that follow them in float16.
         if export_hints(part).output_in_network_dtype or isinstance(part, nn.LocalResponseNorm):
             part.register_forward_hook(lambda _part, _inputs, output: _cast(output, torch.float16))
@@ -222,9 +223,14 @@ def float32_parts(network: nn.Module) -> list[str]:
     return [name for name, part in parts if isinstance(part, types) or export_hints(part).keep_float32]
 
 
-def _cast_first_input(dtype: torch.dtype, _part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return *inputs* of a part, as a hook in front of it, with the first one cast to *dtype*."""
-    return _cast(inputs[0], dtype), *inputs[1:]
+def _cast_first_input(
+    dtype: torch.dtype, _part: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return *inputs* and *keywords* of a part, as a hook in front of it, with the first cast to *dtype*."""
+    if inputs:
+        return (_cast(inputs[0], dtype), *inputs[1:]), keywords
+    first = dict(islice(keywords.items(), 1))
+    return inputs, {**keywords, **{name: _cast(value, dtype) for name, value in first.items()}}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -30,7 +30,7 @@ from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import Origin
 from sopdeploy_export.graph.capture import EXPORT_EMBEDDING, Captured, generated_images
 from sopdeploy_export.program_hashes import are_equal, copy_hashed, stored_hash, tensor_hash
-from sopdeploy_export.state import modules, tensors
+from sopdeploy_export.state import modules, tensors, unstored_buffers
 from sopdeploy_export.stubs import (
     SIZES,
     Recording,
@@ -378,13 +378,13 @@ def load_plain_network(detachment: Detachment, source: Prepared) -> Prepared:
         raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
     if extra := sorted(renamed.keys() - plain_tensors.keys()):
         raise CertificateError(f"the detached network still has {extra[0]}, which the plain one lacks")
-    stored_names = plain.state_dict().keys()  # without the buffers that checkpoints do not store
+    unstored = unstored_buffers(plain)
     with torch.no_grad():
         for name, tensor in plain_tensors.items():
             weight = renamed[name]
             if weight.shape != tensor.shape or weight.dtype != tensor.dtype:
                 raise CertificateError(f"{name} has a different shape or dtype in the plain network")
-            if name in stored_names:
+            if name not in unstored:
                 copy_hashed(weight, tensor)
             elif not are_equal(tensor, weight):
                 raise CertificateError(

@@ -178,9 +178,15 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     has_fractions = tensor.is_floating_point() or tensor.is_complex()
     if not dense or (has_fractions and tensor.dtype != torch.float32):
         kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
+        advice = "convert it, for example with .float(), and choose the precision of the export"
+        if tensor.is_meta:
+            advice = "load its values"
+        elif tensor.layout != torch.strided:
+            advice = "replace it by its .to_dense()"
+        elif tensor.is_complex():  # of which .float() would keep the real part only
+            advice = "keep its torch.view_as_real, and call torch.view_as_complex in forward"
         raise LoweringError(
-            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: convert it, "
-            "for example with .float(), and choose the precision of the export"
+            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: {advice}"
         )
     learns = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
     is_broken = ~torch.isfinite(tensor) if learns else torch.isnan(tensor)
@@ -231,8 +237,14 @@ def check_outputs(
 
 
 def check_finite(logits: Tensor, role: str) -> None:
-    """Raise `LoweringError` if *logits* of probe images are not finite."""
+    """Raise an error if *logits* of probe images are not finite; those of the trained network were."""
     if not bool(torch.isfinite(logits).all()):
+        if role == "detached":  # stubs return NaN
+            raise CertificateError(
+                "the output depends on a removed part: without its values, the logits are NaN or infinite; "
+                "keep this part",
+                setting="training_only",
+            )
         raise LoweringError(
             f"the {role} network returns NaN or infinite logits for a probe image; the probes include "
             "images of one color, so add a small constant wherever it divides, such as by a norm"
@@ -272,7 +284,7 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
     images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     device = next((tensor.device for tensor in state.tensors(network).values()), images.device)
     pixels = Normalize(preprocess, images_format(network))(images).to(device)
-    before = _unstored_buffers(network)
+    before = state.unstored_buffers(network)
     if not _changed_buffers(network, pixels, before):
         return ()
     # Only now, because a run without values can leave such tensors in objects that are not restored.
@@ -295,20 +307,11 @@ def _changed_buffers(
     with state.preserved(network), torch.no_grad():
         with suppress(Exception):  # of the user's code; a later run gives the message
             compute_outputs(network, pixels)
-        after = _unstored_buffers(network)
+        after = state.unstored_buffers(network)
     return {
         name: tensor
         for name, tensor in after.items()
         if type(tensor) is Tensor and tensor is not before.get(name)
-    }
-
-
-def _unstored_buffers(network: nn.Module) -> dict[str, Tensor | None]:
-    """Map the names of the buffers of *network* that the state dict does not store to their tensors."""
-    return {
-        f"{owner}.{name}" if owner else name: module._buffers.get(name)
-        for owner, module in state.modules(network)
-        for name in module._non_persistent_buffers_set
     }
 
 

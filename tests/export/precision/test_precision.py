@@ -144,6 +144,34 @@ class Sums(nn.Module):
         return self.fc(pooled + torch.linalg.vector_norm(x, dim=(2, 3)) / 16)
 
 
+class Named(nn.Module):
+    """Gives its layers their inputs by name, and one none."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.ones(1, 8))
+
+        def forward(self) -> torch.Tensor:
+            return self.rows
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.table, self.fc = nn.Conv2d(3, 8, 1), self.Table(), nn.Linear(8, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(input=self.stem(input=images).mean((2, 3)) + self.table())
+
+
+def test_a_layer_may_get_its_input_by_name_or_have_none(preprocess: Preprocess) -> None:
+    network, pixels = Named().eval(), torch.rand(2, 3, 4, 4)
+    program = capture_any_batch(network, preprocess, ALONE)
+    cast = in_float16(network, program, torch.rand(2, 3, preprocess.crop, preprocess.crop))
+    logits = cast(pixels)
+    assert logits.dtype == torch.float16
+    torch.testing.assert_close(logits.float(), network(pixels), rtol=1e-2, atol=1e-2)
+
+
 def test_sums_of_a_users_network_are_computed_in_float32(preprocess: Preprocess) -> None:
     network = Sums().eval()
     program = capture_any_batch(network, preprocess, ALONE)

@@ -70,6 +70,11 @@ class ModelOutput(collections.OrderedDict[str, Tensor]):
         return self[name]
 
 
+class Head(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return ModelOutput(logits=super().forward(x))
+
+
 @dataclass
 class Output:
     logits: Tensor
@@ -206,6 +211,16 @@ class Chooses(Small):
         return self.fc(self.features(images[:, :, 1:]))
 
 
+class SavesHead(Small):
+    """Its state dict has the trained layer only, as of fine-tuning."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+
+    def state_dict(self, **options: Any) -> Any:
+        return {name: value for name, value in super().state_dict(**options).items() if "fc" in name}
+
+
 class AlwaysDrops(nn.Dropout):
     def train(self, mode: bool = True) -> "AlwaysDrops":
         return super().train(True)
@@ -326,6 +341,13 @@ def stacked(_net: Any, f: Tensor) -> Tensor:
     return torch.dstack([halves, torch.vstack([means, largest])[: f.shape[0]]]).sum(2)
 
 
+def kept_by_shape(net: Any, x: Tensor) -> Tensor:
+    features = net.features(x)
+    if features.shape not in net.tables:
+        net.tables[features.shape] = torch.ones(features.shape[1])
+    return net.fc(features * net.tables[features.shape])
+
+
 def keeps_features(net: Any, x: Tensor) -> Tensor:
     net.last = net.features(x)
     return net.fc(net.last)
@@ -430,6 +452,12 @@ EXPORTED: dict[str, Case] = {
         ONLY,
     ),
     "forward is another method": (Chooses, {}, ONLY),
+    "a state dict of its own": (SavesHead, {"plain": SavesHead}, PLAIN),
+    "an attribute named as one of the exporter": (
+        with_parts(logits, export_embedding=lambda: False, export_logits=lambda: True),
+        {},
+        ONLY,
+    ),
     "a lazy registry": (with_parts(logits, registry=Lazy), {}, ONLY),
     "paths of the training images": (
         with_parts(logits, samples=lambda: [(f"{i}.jpg", i % 4) for i in range(1000)]),
@@ -483,6 +511,11 @@ REFUSED: dict[str, Case] = {
         pooled(lambda _, f: f.mean((2, 3), keepdim=True).squeeze()),
         {},
         r"returns \(4,\) for 1 images, .* one row per image",
+    ),
+    "a table for each shape": (
+        with_parts(kept_by_shape, tables=dict),
+        {},
+        r"^cannot be captured as one graph: its code uses the batch size as a key, as in cache\[x\.shape\]",
     ),
     "old weight norm": (
         changed(lambda n: weight_norm(n.fc)),
@@ -558,6 +591,13 @@ REFUSED: dict[str, Case] = {
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),
         {},
         r"Python code of the trained network reads tensors \(item in ",
+    ),
+    "a removed part that returns a dict of its own class": (
+        with_parts(
+            lambda net, x: (net.head(net.features(x)), logits(net, x))[1], head=lambda: Head(8, CLASSES)
+        ),
+        {"training_only": ["head"]},
+        r"^head returns a ModelOutput, so it cannot be removed; return tensors$",
     ),
     "a metric that runs": (
         with_parts(

@@ -24,6 +24,7 @@ from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.user_network.checks import check_tensor
 from sopdeploy_export.user_network.export_network import unused_modules
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import load_model
@@ -67,6 +68,11 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         "trained-plain",
     ),
     "a dict": (lambda: n.variant(n.as_dict, aux=False), {"logits_key": "out"}, "trained-only"),
+    "logits in float64": (
+        lambda: n.variant(lambda net, x: net.fc(net.features(x)).double(), aux=False),
+        {},
+        "trained-only",
+    ),
     "one tensor, not its attribute T": (plain, {"logits_key": "T"}, "trained-only"),
     "data parallel and compiled": (lambda: nn.DataParallel(torch.compile(n.Small())), AUX, "three-way"),
     "branches of DSoP": (
@@ -292,6 +298,23 @@ def test_it_is_rejected_with_the_cause_and_nothing_is_written(case: str, tmp_pat
         n.export_small(network, tmp_path, **{"options": QUICK} | options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # sparse tensors are a beta of torch
+@pytest.mark.parametrize(
+    ("tensor", "advice"),
+    [
+        (torch.ones(2, 2, dtype=torch.complex64), r"keep its torch\.view_as_real, and call torch\.view_as_c"),
+        (torch.eye(2).to_sparse(), r"replace it by its \.to_dense\(\)$"),
+        (torch.ones(2, device="meta"), "load its values$"),
+        (torch.ones(2, dtype=torch.bfloat16), r"with \.float\(\), and choose the precision"),
+    ],
+)
+def test_a_tensor_that_is_not_accepted_is_refused_with_what_keeps_its_values(
+    tensor: Tensor, advice: str
+) -> None:
+    with pytest.raises(LoweringError, match=rf"^fc\.weight is a Tensor of .* or integers: .*{advice}"):
+        check_tensor("fc.weight", tensor)
 
 
 def test_a_network_is_no_unused_part_of_itself() -> None:

@@ -97,6 +97,54 @@ def test_macs_are_those_that_torch_counts_for_convolutions_and_linear_layers(bui
     assert tally(network, side).total().macs == of_layers // 2
 
 
+class ScaledNorm(nn.BatchNorm2d):
+    def forward(self, images: torch.Tensor, scale: float) -> torch.Tensor:
+        return super().forward(images) * scale
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens, tokens, tokens, need_weights=False)[0]
+
+
+class LinearWithBias(nn.Linear):
+    def forward(self, features: torch.Tensor) -> Any:
+        return super().forward(features), self.bias
+
+
+class Subclasses(nn.Module):
+    """Layers of a user that have other inputs and outputs than those of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = ScaledNorm(3), SelfAttention(3, 1, batch_first=True)
+        self.fc = LinearWithBias(3, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(images, scale=2.0).flatten(2).transpose(1, 2)
+        return self.fc(self.attention(tokens).mean(1))[0]
+
+
+class Frozen(nn.Module):
+    """Its weights are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(5, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) @ self.weight.T
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters", "macs"),
+    [(Subclasses, 6 + 9 * 3 + 9 + 3 * 3 + 3 + 20, 4 * 16 * 3 * 3 + 15), (Frozen, 0, 0)],
+)
+def test_layers_of_users_are_counted(build: Any, parameters: int, macs: int) -> None:
+    counted = tally(build(), 4).total()
+    assert (counted.parameters, counted.macs) == (parameters, macs)
+
+
 @pytest.mark.parametrize(("components", "chosen"), [(4, 2), (128, 32)])
 def test_macs_count_k_of_n_components(components: int, chosen: int) -> None:
     counted = describe("gmgap-16-8-resnet18", components=components, chosen=chosen, **RELEASED_GATE)
