@@ -244,7 +244,7 @@ class Supervisor:
         if process.control is None:
             return
         message, files = control.receive_message(process.control)
-        if files:  # sockets for the metrics
+        if message == control.SEND_METRICS:  # without its socket if this process can open no more files
             for file in files:
                 start_task(self._tasks, self._send_metrics(file))
         elif not message:  # the process drains or has ended
@@ -340,13 +340,17 @@ class Supervisor:
 
     async def _send_metrics(self, file: int) -> None:
         """Send the metrics of all processes to the socket *file*."""
-        processes = [*self._devices, *self._front_ends]
-        # One that loads its models would not answer.
-        sockets = [process.control if process.is_ready else None for process in processes]
-        replies = await asyncio.gather(
-            *(control.request_metrics(one, control.METRICS_SECONDS) for one in sockets)
-        )
-        pages = {process.name: page for process, page in zip(processes, replies, strict=True)}
-        ids = {process.name: process.child.pid for process in processes if process.child is not None}
-        ids["supervisor"] = os.getpid()
-        await control.send_metrics(file, control.merge_metrics(pages, ids))
+        with ExitStack() as unless_merged:
+            unless_merged.callback(os.close, file)
+            processes = [*self._devices, *self._front_ends]
+            # One that loads its models would not answer.
+            sockets = [process.control if process.is_ready else None for process in processes]
+            replies = await asyncio.gather(
+                *(control.request_metrics(one, control.METRICS_SECONDS) for one in sockets)
+            )
+            pages = {process.name: page for process, page in zip(processes, replies, strict=True)}
+            ids = {process.name: process.child.pid for process in processes if process.child is not None}
+            ids["supervisor"] = os.getpid()
+            page = control.merge_metrics(pages, ids)
+            unless_merged.pop_all()
+        await control.send_metrics(file, page)

@@ -192,6 +192,35 @@ def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> No
         assert control.STATUS.unpack_from(ours.recv(100)) == (1, 0)
 
 
+def num_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("function", ["socketpair", "merge_metrics"])
+def test_metrics_that_cannot_be_collected_leave_no_file_open(monkeypatch, function) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def scenario() -> bool:
+        settings = load_settings()
+        process = Process("cpu", {}, settings, "cpu", 0)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        asked, asking = socket.socketpair()
+        with ours, theirs, asked, asking, socket.socket() as listener:
+            server = supervisor.Supervisor([], settings, [process], listener)
+            process.reset(ours)
+            assert control.send_message(theirs, control.SEND_METRICS)  # the kernel drops the file
+            server._receive(process)
+            assert control.send_message(theirs, control.SEND_METRICS, asked.fileno())
+            before = num_open_files()
+            monkeypatch.setattr(control.socket if function == "socketpair" else control, function, refuse)
+            server._receive(process)
+            await asyncio.wait(server._tasks)
+            return num_open_files() == before
+
+    assert asyncio.run(scenario())
+
+
 class TimelessLoop(asyncio.SelectorEventLoop):
     """An event loop whose timers are due as soon as nothing else happens."""
 
