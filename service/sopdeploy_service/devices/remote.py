@@ -219,8 +219,9 @@ class RemoteRegistry(Registry):
         """Do nothing: engines reload their bundles, and then send new channels."""
 
     def close(self, reason: HttpError) -> None:
-        """Give *reason* to every image without an outcome."""
-        for to_engine in self._channels.values():
+        """Give *reason* to every image without an outcome, also in channels that were replaced."""
+        used = {to_engine for model in self._in_use for to_engine, _ in model.routes}
+        for to_engine in used.union(self._channels.values()):
             to_engine.close(reason)
 
     async def stop(self) -> None:

@@ -21,7 +21,7 @@ from sopdeploy_service.devices.remote import EngineChannel, RemoteModel, RemoteR
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.inference.model import Registry
-from sopdeploy_service.inference.results import RejectedError
+from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import Settings
@@ -314,6 +314,29 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
         await engines[1].end()
 
     asyncio.run(run())
+
+
+def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(bundle) -> None:
+    runtime = Held(largest_batch=1)
+
+    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+        model = registry.find()
+
+        async def request() -> None:
+            with registry.use(model):
+                await model.run(PIXELS[0], FOREVER)
+
+        waiting = asyncio.ensure_future(request())
+        await until(runtime.entered.is_set)
+        await registry.attach(engine.name, await engine.connect())
+        assert registry.find() is not model
+        registry.close(DRAINING)
+        await until(waiting.done)
+        with pytest.raises(RejectedError, match="shutting down"):
+            await waiting
+        runtime.gate.set()
+
+    run_with(runtime, bundle, scenario)
 
 
 def test_a_report_of_an_engine_hashes_no_manifest(bundle, monkeypatch) -> None:
