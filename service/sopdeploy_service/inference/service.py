@@ -175,7 +175,7 @@ class Service:
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
-        self._draining = True  # until `start`
+        self._draining, self._was_drained = True, False  # draining until `start`, unless `drain` was called
 
     @property
     def admitted(self) -> int:
@@ -213,11 +213,11 @@ class Service:
         """Start the threads and accept requests."""
         await self.registry.start()
         await self.decoders.start()
-        self._draining = False
+        self._draining = self._was_drained  # perhaps by a signal during the start
 
     def drain(self, *, abort: bool = False) -> None:
         """Reject new requests; finish those already admitted or, with *abort*, reject them, too."""
-        self._draining = True
+        self._draining = self._was_drained = True
         if abort:
             self.registry.close(results.DRAINING)
 
