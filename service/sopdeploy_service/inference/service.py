@@ -57,7 +57,8 @@ class ModelRegistry(Registry):
         self._retiring: dict[LocalModel, asyncio.Task[None]] = {}
         self._by_name: dict[str, LocalModel] = {}
         for name, model in loaded.items():
-            self._by_name[name] = self._make_model(name, model)
+            self._by_name[name] = LocalModel(name, model, settings, self.metrics)
+            self.metrics.count_bundle(name, model.bundle, model.runtime.name, 1)
 
     async def start(self) -> None:
         """Start the worker threads of the models that are loaded."""
@@ -88,11 +89,12 @@ class ModelRegistry(Registry):
         for name in set(self._by_name) - set(bundles):
             self._retire(self._by_name.pop(name))
         for name, new in loaded.items():
-            model = self._make_model(name, new)
-            model.start()
+            model = self._start_model(name, new)
             if name in self._by_name:
                 self._retire(self._by_name[name])
             self._by_name[name] = model
+            if model.drift is not None:
+                model.drift.publish()  # again: the replaced one has removed it
 
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Read the bundles of *sources* again and serve them, or log why this is not possible."""
@@ -130,13 +132,24 @@ class ModelRegistry(Registry):
         models = (*self._by_name.values(), *self._retiring)
         await asyncio.gather(*(model.stop() for model in models))
 
-    def _make_model(self, name: str, loaded: LoadedModel) -> LocalModel:
-        """Create the model *name*, not yet started, and count its bundle as loaded."""
+    def _start_model(self, name: str, loaded: LoadedModel) -> LocalModel:
+        """Start the model *name*, and count its bundle as loaded; without a thread, release its memory."""
+        with ExitStack() as unless_started:
+            unless_started.callback(loaded.runtime.close)
+            model = LocalModel(name, loaded, self._settings, self.metrics)
+            model.start()
+            unless_started.pop_all()
         self.metrics.count_bundle(name, loaded.bundle, loaded.runtime.name, 1)
-        return LocalModel(name, loaded, self._settings, self.metrics)
+        return model
 
     def _retire(self, model: LocalModel) -> None:
-        """Stop *model*, which is not served any more, in the background when no request uses it."""
+        """Stop *model*, which is not served any more, in the background when no request uses it.
+
+        Its last images do not count for the drift: an alarm about it would never end.
+        """
+        if model.drift is not None:
+            model.drift.remove()
+            model.drift = None
         self._retiring[model] = asyncio.create_task(self._stop_when_unused(model))
 
     async def _stop_when_unused(self, model: LocalModel) -> None:
