@@ -11,8 +11,8 @@ from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
 from sopdeploy_service.inference.loader import replay_overlapping, warm_up
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected
-from sopdeploy_service.inference.results import INFERENCE_FAILED
-from sopdeploy_service.runtime.base import DeviceLostError
+from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
+from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from tests.support.fake_runtime import FakeOverlappingRuntime, FakeRuntime
 from tests.support.raw import connect, count, post_of
 from tests.support.runtimes import Held
@@ -71,6 +71,22 @@ def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: li
     good = [index for index in range(size) if index not in bad]
     assert [found[index]["logits"][0] for index in good] == [values[index] for index in good]
     assert (runs == [size]) == (size == 1 or not bad)
+
+
+ERRORS = [
+    (OutOfMemoryError(), OUT_OF_MEMORY),
+    (MemoryError("Unable to allocate 4.00 GiB for an array with shape (64, 4096)"), OUT_OF_MEMORY),
+    (MemoryError(), OUT_OF_MEMORY),
+    (RuntimeError("a bad image"), INFERENCE_FAILED),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), ERRORS)
+def test_an_image_for_which_memory_is_missing_may_be_sent_again(error: Exception, reason: HttpError) -> None:
+    def network(_images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        raise error
+
+    assert run_bisected(network, images(1, 2), ["logits"]) == [reason, reason]
 
 
 MAX_BATCH = 2
