@@ -175,6 +175,11 @@ class RemoteModel(Model):
         """Whether no engine runs that has the model."""
         return not any(engine.is_open for engine, _ in self.routes)
 
+    @property
+    def num_engines(self) -> int:
+        """How many engines run that have the model; 1 while none does."""
+        return max(1, sum(engine.is_open for engine, _ in self.routes))
+
     async def run(
         self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
     ) -> ImageResult:

@@ -250,18 +250,23 @@ class Service:
         self.check_queue(model, 1)
         # A request that is alone is always admitted. Otherwise, an estimate that is too high would reject
         # every request, and no batch would correct it.
-        if num_admitted := sum(self._cells):
-            seconds = model.latency.total_seconds(num_admitted + 1, model.largest_batch)
+        if num_earlier := self._count_earlier(model):
+            seconds = model.latency.total_seconds(num_earlier + 1, model.largest_batch)
             if time.monotonic() + seconds > deadline:
                 raise RejectedError(results.TOO_LATE)
 
     def check_queue(self, model: Model, num_images: int) -> None:
         """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
-        num_admitted = sum(self._cells)
-        if num_admitted + num_images > self.settings.queue_size:
-            seconds = math.ceil(model.latency.total_seconds(num_admitted, model.largest_batch))
+        if sum(self._cells) + num_images > self.settings.queue_size:
+            seconds = math.ceil(model.latency.total_seconds(self._count_earlier(model), model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
             raise RejectedError(HttpError("queue_full", 429, "the queue is full; retry later", retry_after))
+
+    def _count_earlier(self, model: Model) -> int:
+        """Estimate how many admitted images run before the next one of *model*, on the same device."""
+        if self.num_front_ends:  # engines share the images of all front ends
+            return sum(self._cells) // model.num_engines
+        return self.admitted  # each process has a device of its own
 
     async def infer(
         self,

@@ -300,7 +300,7 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
         for pixels in PIXELS[:6]:
             images.append(asyncio.ensure_future(model.run(pixels, FOREVER)))
             await asyncio.sleep(0)
-        assert [one.queue_length for one in channels] == [3, 3]
+        assert ([one.queue_length for one in channels], model.num_engines) == ([3, 3], 2)
         runtimes[0].gate.set()
         await until(lambda: channels[0].queue_length == 0)
         images += [asyncio.ensure_future(model.run(pixels, FOREVER)) for pixels in PIXELS[6:8]]
@@ -309,6 +309,7 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
         await asyncio.gather(*images)
         assert await engines[0].end() == 0  # though a front end is left
         await until(lambda: not channels[0].is_open)
+        assert model.num_engines == 1
         await model.run(PIXELS[0], FOREVER)  # by the other one
         await registry.stop()
         await engines[1].end()
