@@ -1,6 +1,7 @@
 """The channel between front ends and an engine, in one process: answers, cancellation, and nonsense."""
 
 import asyncio
+import errno
 import fcntl
 import math
 import os
@@ -338,6 +339,23 @@ def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(b
         runtime.gate.set()
 
     run_with(runtime, bundle, scenario)
+
+
+@pytest.mark.parametrize(("number", "is_replaced"), [(errno.ENOMEM, True), (errno.EPIPE, False)])
+def test_a_front_end_for_whose_slots_there_is_no_memory_is_replaced(
+    bundle, monkeypatch, caplog, number, is_replaced
+) -> None:
+    def refuse(*_given: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    async def scenario(engine: EngineUnderTest, _registry: RemoteRegistry) -> None:
+        monkeypatch.setattr(channel, "open_channel", refuse)
+        with await engine.connect() as ours:
+            assert ours.recv(1) == b""
+        assert (control.BAD_FRONT_END + b"front-0" in engine.messages()) == is_replaced
+        assert ("front-0: has no channel (Cannot allocate memory)" in caplog.text) == is_replaced
+
+    run_with(FakeRuntime(num_classes=7), bundle, scenario)
 
 
 def test_a_report_of_an_engine_hashes_no_manifest(bundle, monkeypatch) -> None:
