@@ -294,7 +294,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
             return
         number, kind, bits, size = child.REPLY.unpack(self._header)
         if self._data is None:  # the header is complete
-            is_known = kind in {request.expected_kind, child.LARGER} or kind in ERROR_KINDS
+            is_known = kind == request.expected_kind or kind in ERROR_KINDS
+            is_known |= kind == child.LARGER and self._options.is_light  # from others, it would never end
             sizes = request.sizes if kind == request.expected_kind else range(child.MAX_MESSAGE + 1)
             if number != self._number or not is_known or size not in sizes:
                 self._end_child(WRONG_REPLY)

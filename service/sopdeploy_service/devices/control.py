@@ -51,18 +51,17 @@ def send_message(control: socket.socket, message: bytes, *files: int) -> bool:
 
 async def request_metrics(control: socket.socket | None, seconds: float) -> bytes:
     """Return the metrics of the process or supervisor at the other end; empty after *seconds*."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # no free file, or a TimeoutError
+        ours, theirs = map(stack.enter_context, socket.socketpair())
         if control is None or not send_message(control, SEND_METRICS, theirs.fileno()):
             return b""
         theirs.close()  # the page ends when the other process closes its copy
         ours.setblocking(False)
-        with contextlib.suppress(OSError):  # also a TimeoutError
-            async with asyncio.timeout(seconds):
-                page = b""
-                while piece := await asyncio.get_running_loop().sock_recv(ours, 1 << 16):
-                    page += piece
-                return page
+        async with asyncio.timeout(seconds):
+            page = b""
+            while piece := await asyncio.get_running_loop().sock_recv(ours, 1 << 16):
+                page += piece
+            return page
     return b""  # no answer in time, or an error
 
 

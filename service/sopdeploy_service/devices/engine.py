@@ -271,9 +271,11 @@ class Engine:
         facts = [ModelFacts.describe(model) for model in models]
         try:
             slots, described = channel.open_channel(connection, facts, 2 * self._settings.queue_size)
-        except OSError:
-            log.debug("front end %s has ended", name)
+        except OSError as error:
             connection.close()
+            if not isinstance(error, ConnectionError):  # else the front end has ended
+                log.error("front end %s: has no channel (%s); it is replaced", name, error.strerror)
+                control.send_message(self._supervisor, control.BAD_FRONT_END + name.encode())
             return
         front_end = FrontEndChannel(name, self, models, slots, described)
         self.front_ends.add(front_end)

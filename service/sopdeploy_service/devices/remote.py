@@ -175,6 +175,11 @@ class RemoteModel(Model):
         """Whether no engine runs that has the model."""
         return not any(engine.is_open for engine, _ in self.routes)
 
+    @property
+    def num_engines(self) -> int:
+        """How many engines run that have the model; 1 while none does."""
+        return max(1, sum(engine.is_open for engine, _ in self.routes))
+
     async def run(
         self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
     ) -> ImageResult:
@@ -219,8 +224,9 @@ class RemoteRegistry(Registry):
         """Do nothing: engines reload their bundles, and then send new channels."""
 
     def close(self, reason: HttpError) -> None:
-        """Give *reason* to every image without an outcome."""
-        for to_engine in self._channels.values():
+        """Give *reason* to every image without an outcome, also in channels that were replaced."""
+        used = {to_engine for model in self._in_use for to_engine, _ in model.routes}
+        for to_engine in used.union(self._channels.values()):
             to_engine.close(reason)
 
     async def stop(self) -> None:

@@ -77,7 +77,7 @@ class Supervisor:
         self._num_front_ends = None if settings.front_ends == "auto" else settings.front_ends
         self._seconds: dict[Process, float] = {}  # that a device needs for an image
         self._stopping = asyncio.Event()
-        self._announced = False
+        self._announced = self._must_reload = False
         self._code = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -141,6 +141,7 @@ class Supervisor:
         if terminal_is_closed():
             self._stop()
             return
+        self._must_reload = self._num_front_ends is None
         for process in self._devices:
             process.send(control.RELOAD)
 
@@ -225,6 +226,16 @@ class Supervisor:
             engine.send(control.CHANNEL + front_end.name.encode(), for_engine.fileno())
             front_end.send(control.CHANNEL + engine.name.encode(), for_front_end.fileno())
 
+    def _decide_front_ends(self, seconds_per_image: float) -> None:
+        """Tell all devices, which wait for it, how many front ends there will be, and start these."""
+        count = self._num_front_ends = choose_front_ends(self._settings, seconds_per_image)
+        for device in self._devices:
+            device.send(control.FRONT_ENDS + str(count).encode())
+            if self._must_reload:  # the device has ignored this message while it waited
+                device.send(control.RELOAD)
+        if count:
+            self._start_front_ends(count)
+
     def _start_front_ends(self, count: int) -> None:
         """Start *count* front ends, each of which is restarted when it ends."""
         self._front_ends = list_front_ends(self._settings, count)
@@ -244,7 +255,7 @@ class Supervisor:
         if process.control is None:
             return
         message, files = control.receive_message(process.control)
-        if files:  # sockets for the metrics
+        if message == control.SEND_METRICS:  # without its socket if this process can open no more files
             for file in files:
                 start_task(self._tasks, self._send_metrics(file))
         elif not message:  # the process drains or has ended
@@ -252,11 +263,7 @@ class Supervisor:
         elif message.startswith(control.SPEED):
             self._seconds[process] = float(message.removeprefix(control.SPEED))
             if self._num_front_ends is None and len(self._seconds) == len(self._devices):
-                count = self._num_front_ends = choose_front_ends(self._settings, max(self._seconds.values()))
-                for device in self._devices:
-                    device.send(control.FRONT_ENDS + str(count).encode())
-                if count:
-                    self._start_front_ends(count)
+                self._decide_front_ends(max(self._seconds.values()))
         elif message == control.NEW_MODELS:
             self._connect_front_ends(process)
         elif message.startswith(control.BAD_FRONT_END):
@@ -340,13 +347,17 @@ class Supervisor:
 
     async def _send_metrics(self, file: int) -> None:
         """Send the metrics of all processes to the socket *file*."""
-        processes = [*self._devices, *self._front_ends]
-        # One that loads its models would not answer.
-        sockets = [process.control if process.is_ready else None for process in processes]
-        replies = await asyncio.gather(
-            *(control.request_metrics(one, control.METRICS_SECONDS) for one in sockets)
-        )
-        pages = {process.name: page for process, page in zip(processes, replies, strict=True)}
-        ids = {process.name: process.child.pid for process in processes if process.child is not None}
-        ids["supervisor"] = os.getpid()
-        await control.send_metrics(file, control.merge_metrics(pages, ids))
+        with ExitStack() as unless_merged:
+            unless_merged.callback(os.close, file)
+            processes = [*self._devices, *self._front_ends]
+            # One that loads its models would not answer.
+            sockets = [process.control if process.is_ready else None for process in processes]
+            replies = await asyncio.gather(
+                *(control.request_metrics(one, control.METRICS_SECONDS) for one in sockets)
+            )
+            pages = {process.name: page for process, page in zip(processes, replies, strict=True)}
+            ids = {process.name: process.child.pid for process in processes if process.child is not None}
+            ids["supervisor"] = os.getpid()
+            page = control.merge_metrics(pages, ids)
+            unless_merged.pop_all()
+        await control.send_metrics(file, page)

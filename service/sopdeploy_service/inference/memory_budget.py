@@ -137,9 +137,8 @@ class BudgetedRegistry(ModelRegistry):
                 reading = daemon_threads.start(partial(read_files, reduced.path, reduced.manifest))
                 bundle = await finish_in_time(reading, reduced.path, self._settings)
                 loaded = await load_in_background(bundle, self._settings)
-                model = self._by_name[name] = self._make_model(name, loaded)
+                model = self._by_name[name] = self._start_model(name, loaded)
                 model.drift = lazy.placeholder.drift  # it has counted since the start of the server
-                model.start()
                 self.metrics.model_memory.labels(name).set(lazy.bytes)
                 self.metrics.model_loads.labels(name).inc()
                 log.info("%s: loaded", name)

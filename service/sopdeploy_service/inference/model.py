@@ -126,6 +126,11 @@ class Model(ABC):
     def is_down(self) -> bool:
         """Whether no image can run now; a model whose runtime is in this process never recovers."""
 
+    @property
+    def num_engines(self) -> int:
+        """How many devices share the images; at least 1."""
+        return 1
+
     @abstractmethod
     async def run(
         self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True

@@ -42,6 +42,7 @@ MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
 _JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
 WATCH_SECONDS = 1.0  # longest time between two checks of the thread
+PAUSE_SECONDS = 1.0  # a check that is later than this comes after a pause of the process, as by Ctrl-Z
 
 _Pixels: TypeAlias = Sequence[NDArray[np.uint8]]
 ImageOutputs: TypeAlias = dict[str, NDArray[np.float32]] | HttpError
@@ -243,18 +244,22 @@ class LocalModel(Model):
 
     async def _watch(self) -> None:
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
+        resumed = 0.0  # time of the end of the last pause; the seconds before do not count
         while not self._is_dead:
             # The thread sets the start of a batch before the batch becomes the oldest. So the batch is read
             # first: the start that is read next is not that of an earlier batch, which would seem to hang.
             batches = tuple(self._in_flight)
             started = self._batch_started
             num_images = len(batches[0].images) if batches else 0  # without a batch, `check_device` may run
-            seconds = 0.0 if started is None else time.monotonic() - started
+            seconds = 0.0 if started is None else time.monotonic() - max(started, resumed)
             limit = self.hang_seconds(num_images)
             if seconds > limit:
                 self._declare_dead(f"a batch has been running for more than {limit:.1f} s")
             until_hung = max(limit - seconds, limit / 20)  # not 0, which would be a busy loop
-            await asyncio.sleep(min(WATCH_SECONDS, until_hung))
+            due = time.monotonic() + min(WATCH_SECONDS, until_hung)
+            await asyncio.sleep(due - time.monotonic())
+            if time.monotonic() > due + PAUSE_SECONDS:
+                resumed = time.monotonic()
 
     def _declare_dead(self, reason: str) -> None:
         """Log *reason* and reject every image from now on, unless the model was closed."""

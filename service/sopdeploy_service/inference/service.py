@@ -57,7 +57,8 @@ class ModelRegistry(Registry):
         self._retiring: dict[LocalModel, asyncio.Task[None]] = {}
         self._by_name: dict[str, LocalModel] = {}
         for name, model in loaded.items():
-            self._by_name[name] = self._make_model(name, model)
+            self._by_name[name] = LocalModel(name, model, settings, self.metrics)
+            self.metrics.count_bundle(name, model.bundle, model.runtime.name, 1)
 
     async def start(self) -> None:
         """Start the worker threads of the models that are loaded."""
@@ -88,11 +89,12 @@ class ModelRegistry(Registry):
         for name in set(self._by_name) - set(bundles):
             self._retire(self._by_name.pop(name))
         for name, new in loaded.items():
-            model = self._make_model(name, new)
-            model.start()
+            model = self._start_model(name, new)
             if name in self._by_name:
                 self._retire(self._by_name[name])
             self._by_name[name] = model
+            if model.drift is not None:
+                model.drift.publish()  # again: the replaced one has removed it
 
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Read the bundles of *sources* again and serve them, or log why this is not possible."""
@@ -130,13 +132,24 @@ class ModelRegistry(Registry):
         models = (*self._by_name.values(), *self._retiring)
         await asyncio.gather(*(model.stop() for model in models))
 
-    def _make_model(self, name: str, loaded: LoadedModel) -> LocalModel:
-        """Create the model *name*, not yet started, and count its bundle as loaded."""
+    def _start_model(self, name: str, loaded: LoadedModel) -> LocalModel:
+        """Start the model *name*, and count its bundle as loaded; without a thread, release its memory."""
+        with ExitStack() as unless_started:
+            unless_started.callback(loaded.runtime.close)
+            model = LocalModel(name, loaded, self._settings, self.metrics)
+            model.start()
+            unless_started.pop_all()
         self.metrics.count_bundle(name, loaded.bundle, loaded.runtime.name, 1)
-        return LocalModel(name, loaded, self._settings, self.metrics)
+        return model
 
     def _retire(self, model: LocalModel) -> None:
-        """Stop *model*, which is not served any more, in the background when no request uses it."""
+        """Stop *model*, which is not served any more, in the background when no request uses it.
+
+        Its last images do not count for the drift: an alarm about it would never end.
+        """
+        if model.drift is not None:
+            model.drift.remove()
+            model.drift = None
         self._retiring[model] = asyncio.create_task(self._stop_when_unused(model))
 
     async def _stop_when_unused(self, model: LocalModel) -> None:
@@ -175,7 +188,7 @@ class Service:
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
-        self._draining = True  # until `start`
+        self._draining, self._was_drained = True, False  # draining until `start`, unless `drain` was called
 
     @property
     def admitted(self) -> int:
@@ -213,11 +226,11 @@ class Service:
         """Start the threads and accept requests."""
         await self.registry.start()
         await self.decoders.start()
-        self._draining = False
+        self._draining = self._was_drained  # perhaps by a signal during the start
 
     def drain(self, *, abort: bool = False) -> None:
         """Reject new requests; finish those already admitted or, with *abort*, reject them, too."""
-        self._draining = True
+        self._draining = self._was_drained = True
         if abort:
             self.registry.close(results.DRAINING)
 
@@ -237,18 +250,23 @@ class Service:
         self.check_queue(model, 1)
         # A request that is alone is always admitted. Otherwise, an estimate that is too high would reject
         # every request, and no batch would correct it.
-        if num_admitted := sum(self._cells):
-            seconds = model.latency.total_seconds(num_admitted + 1, model.largest_batch)
+        if num_earlier := self._count_earlier(model):
+            seconds = model.latency.total_seconds(num_earlier + 1, model.largest_batch)
             if time.monotonic() + seconds > deadline:
                 raise RejectedError(results.TOO_LATE)
 
     def check_queue(self, model: Model, num_images: int) -> None:
         """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
-        num_admitted = sum(self._cells)
-        if num_admitted + num_images > self.settings.queue_size:
-            seconds = math.ceil(model.latency.total_seconds(num_admitted, model.largest_batch))
+        if sum(self._cells) + num_images > self.settings.queue_size:
+            seconds = math.ceil(model.latency.total_seconds(self._count_earlier(model), model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
             raise RejectedError(HttpError("queue_full", 429, "the queue is full; retry later", retry_after))
+
+    def _count_earlier(self, model: Model) -> int:
+        """Estimate how many admitted images run before the next one of *model*, on the same device."""
+        if self.num_front_ends:  # engines share the images of all front ends
+            return sum(self._cells) // model.num_engines
+        return self.admitted  # each process has a device of its own
 
     async def infer(
         self,

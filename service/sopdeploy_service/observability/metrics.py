@@ -208,3 +208,9 @@ class DriftWindow:
                 distance, p_value = self._latest.tests[test]
                 metrics.drift_distance.labels(name, test).set(distance)
                 metrics.drift_p_value.labels(name, test).set(p_value)
+
+    def remove(self) -> None:
+        """Remove the metrics of the model, which is not served any more."""
+        self._latest = None
+        self.publish()
+        self._metrics.drift_images.remove(self._model_name)

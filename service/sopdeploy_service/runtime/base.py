@@ -118,6 +118,6 @@ def readable_reason(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether *error*, of any library, says that the device has no memory for the batch."""
+    """Tell whether *error*, of any library, says that the device or process has no memory for the batch."""
     text = str(error).lower()
-    return isinstance(error, OutOfMemoryError) or any(words in text for words in MEMORY_TEXTS)
+    return isinstance(error, OutOfMemoryError | MemoryError) or any(words in text for words in MEMORY_TEXTS)

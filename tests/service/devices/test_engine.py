@@ -1,6 +1,7 @@
 """The channel between front ends and an engine, in one process: answers, cancellation, and nonsense."""
 
 import asyncio
+import errno
 import fcntl
 import math
 import os
@@ -21,7 +22,7 @@ from sopdeploy_service.devices.remote import EngineChannel, RemoteModel, RemoteR
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.inference.model import Registry
-from sopdeploy_service.inference.results import RejectedError
+from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import Settings
@@ -300,7 +301,7 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
         for pixels in PIXELS[:6]:
             images.append(asyncio.ensure_future(model.run(pixels, FOREVER)))
             await asyncio.sleep(0)
-        assert [one.queue_length for one in channels] == [3, 3]
+        assert ([one.queue_length for one in channels], model.num_engines) == ([3, 3], 2)
         runtimes[0].gate.set()
         await until(lambda: channels[0].queue_length == 0)
         images += [asyncio.ensure_future(model.run(pixels, FOREVER)) for pixels in PIXELS[6:8]]
@@ -309,11 +310,52 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
         await asyncio.gather(*images)
         assert await engines[0].end() == 0  # though a front end is left
         await until(lambda: not channels[0].is_open)
+        assert model.num_engines == 1
         await model.run(PIXELS[0], FOREVER)  # by the other one
         await registry.stop()
         await engines[1].end()
 
     asyncio.run(run())
+
+
+def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(bundle) -> None:
+    runtime = Held(largest_batch=1)
+
+    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+        model = registry.find()
+
+        async def request() -> None:
+            with registry.use(model):
+                await model.run(PIXELS[0], FOREVER)
+
+        waiting = asyncio.ensure_future(request())
+        await until(runtime.entered.is_set)
+        await registry.attach(engine.name, await engine.connect())
+        assert registry.find() is not model
+        registry.close(DRAINING)
+        await until(waiting.done)
+        with pytest.raises(RejectedError, match="shutting down"):
+            await waiting
+        runtime.gate.set()
+
+    run_with(runtime, bundle, scenario)
+
+
+@pytest.mark.parametrize(("number", "is_replaced"), [(errno.ENOMEM, True), (errno.EPIPE, False)])
+def test_a_front_end_for_whose_slots_there_is_no_memory_is_replaced(
+    bundle, monkeypatch, caplog, number, is_replaced
+) -> None:
+    def refuse(*_given: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    async def scenario(engine: EngineUnderTest, _registry: RemoteRegistry) -> None:
+        monkeypatch.setattr(channel, "open_channel", refuse)
+        with await engine.connect() as ours:
+            assert ours.recv(1) == b""
+        assert (control.BAD_FRONT_END + b"front-0" in engine.messages()) == is_replaced
+        assert ("front-0: has no channel (Cannot allocate memory)" in caplog.text) == is_replaced
+
+    run_with(FakeRuntime(num_classes=7), bundle, scenario)
 
 
 def test_a_report_of_an_engine_hashes_no_manifest(bundle, monkeypatch) -> None:

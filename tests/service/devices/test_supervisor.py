@@ -20,7 +20,7 @@ import pytest
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control, supervisor
-from sopdeploy_service.devices.device_server import DeviceServer
+from sopdeploy_service.devices.device_server import DeviceServer, wait_for_message
 from sopdeploy_service.devices.processes import Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.second_week.kept import read_kept
@@ -190,6 +190,56 @@ def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> No
         assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
         server._receive()
         assert control.STATUS.unpack_from(ours.recv(100)) == (1, 0)
+
+
+@pytest.mark.parametrize("number_is_known", [False, True])
+def test_a_reload_reaches_devices_that_wait_for_the_number_of_front_ends(number_is_known) -> None:
+    settings = load_settings(front_ends=0 if number_is_known else "auto")
+    processes = [Process(name, {}, settings, "cpu", number) for number, name in enumerate(("fast", "slow"))]
+    with socket.socket() as listener, ExitStack() as stack:
+        server = supervisor.Supervisor([], settings, processes, listener)
+        children = []
+        for process in processes:
+            pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            ours, theirs = map(stack.enter_context, pair)
+            process.reset(ours)
+            children.append(theirs)
+        server._on_hangup()
+        if not number_is_known:
+            for process, child in zip(processes, children, strict=True):
+                assert control.send_message(child, control.SPEED + b"inf")
+                server._receive(process)
+            assert [wait_for_message(child, control.FRONT_ENDS) for child in children] == [("0", [])] * 2
+        assert [control.receive_message(child) for child in children] == [(control.RELOAD, [])] * 2
+
+
+def num_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("function", ["socketpair", "merge_metrics"])
+def test_metrics_that_cannot_be_collected_leave_no_file_open(monkeypatch, function) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def scenario() -> bool:
+        settings = load_settings()
+        process = Process("cpu", {}, settings, "cpu", 0)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        asked, asking = socket.socketpair()
+        with ours, theirs, asked, asking, socket.socket() as listener:
+            server = supervisor.Supervisor([], settings, [process], listener)
+            process.reset(ours)
+            assert control.send_message(theirs, control.SEND_METRICS)  # the kernel drops the file
+            server._receive(process)
+            assert control.send_message(theirs, control.SEND_METRICS, asked.fileno())
+            before = num_open_files()
+            monkeypatch.setattr(control.socket if function == "socketpair" else control, function, refuse)
+            server._receive(process)
+            await asyncio.wait(server._tasks)
+            return num_open_files() == before
+
+    assert asyncio.run(scenario())
 
 
 class TimelessLoop(asyncio.SelectorEventLoop):

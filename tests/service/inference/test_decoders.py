@@ -107,7 +107,7 @@ def template(monkeypatch) -> Iterator[pool.Template]:
 @pytest.mark.usefixtures("template")
 def test_images_that_misuse_their_children_fail_alone(serve_with, jpeg) -> None:
     client = serve_with(FakeRuntime(num_classes=7), decode_seconds=4, request_timeout=120)
-    misused = (b"hang", b"nonsense", b"too little", b"long message")
+    misused = (b"hang", b"nonsense", b"too little", b"larger", b"long message")
     expected = dict.fromkeys(misused, (422, "damaged_image"))
     expected |= {b"bug": (500, "decoder_failed"), b"die": (422, "decoder_crashed")}
     with ThreadPoolExecutor(8) as threads:

@@ -2,6 +2,7 @@
 
 import base64
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -20,6 +21,7 @@ from sopdeploy_service.api import admission
 from sopdeploy_service.api.v2 import routes
 from sopdeploy_service.inference import model_worker, service
 from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.settings import Settings
@@ -50,6 +52,37 @@ def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
     assert [reply.result().status_code for reply in replies] == [200] * 3
     assert client.post("/v1/classify", files=files).status_code == 200
     assert 'rejected_total{reason="queue_full"} 2.0' in client.get("/metrics").text
+
+
+SHARES = {  # admitted images of each process, this one first; front ends, engines; is another one in time?
+    "few images": ((2,), 0, 1, True),
+    "many images": ((20,), 0, 1, False),
+    "many images of another device": ((2, 20), 0, 1, True),
+    "many images of this device": ((20, 2), 0, 1, False),
+    "two front ends of an engine": ((10, 10), 2, 1, False),
+    "two front ends of four engines": ((10, 10), 2, 4, True),
+}
+
+
+@pytest.mark.parametrize(("admitted", "front_ends", "engines", "is_in_time"), SHARES.values(), ids=SHARES)
+def test_only_images_on_the_same_device_delay_an_image(
+    bundle, monkeypatch, admitted, front_ends, engines, is_in_time
+):
+    monkeypatch.setattr(model_worker.LocalModel, "num_engines", engines)
+    runtime = FakeRuntime(num_classes=7, largest_batch=1)
+    loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 1.0),))
+    registry = service.ModelRegistry({"tiny": loaded}, Settings())
+    served = service.Service(registry, Settings())
+    served._draining, served.num_front_ends = False, front_ends
+    served.share_admitted(memoryview(bytearray(8 * len(admitted))).cast("q"), 0)
+    for position, count_of_process in enumerate(admitted):
+        served._cells[position] = count_of_process
+    is_refused = False
+    try:
+        served.check_admission(registry.find(), time.monotonic() + 10)
+    except RejectedError as error:
+        is_refused = error.reason.code == "deadline_unreachable"
+    assert is_refused == (not is_in_time)
 
 
 def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, pool, jpeg):

@@ -1,18 +1,23 @@
 """The delay of the request queue, isolation of images that make a batch fail, and two batches on a device."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
-from sopdeploy_service.inference.loader import replay_overlapping, warm_up
-from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected
-from sopdeploy_service.inference.results import INFERENCE_FAILED
-from sopdeploy_service.runtime.base import DeviceLostError
+from sopdeploy_service.inference import model_worker
+from sopdeploy_service.inference.loader import LoadedModel, replay_overlapping, warm_up
+from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage, RequestQueue, run_bisected
+from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
+from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeOverlappingRuntime, FakeRuntime
 from tests.support.raw import connect, count, post_of
 from tests.support.runtimes import Held
@@ -71,6 +76,38 @@ def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: li
     good = [index for index in range(size) if index not in bad]
     assert [found[index]["logits"][0] for index in good] == [values[index] for index in good]
     assert (runs == [size]) == (size == 1 or not bad)
+
+
+ERRORS = [
+    (OutOfMemoryError(), OUT_OF_MEMORY),
+    (MemoryError("Unable to allocate 4.00 GiB for an array with shape (64, 4096)"), OUT_OF_MEMORY),
+    (MemoryError(), OUT_OF_MEMORY),
+    (RuntimeError("a bad image"), INFERENCE_FAILED),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), ERRORS)
+def test_an_image_for_which_memory_is_missing_may_be_sent_again(error: Exception, reason: HttpError) -> None:
+    def network(_images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        raise error
+
+    assert run_bisected(network, images(1, 2), ["logits"]) == [reason, reason]
+
+
+@pytest.mark.parametrize("pause", [0.0, 1000.0])
+def test_a_batch_counts_as_hung_by_the_time_in_which_the_process_ran(bundle, monkeypatch, pause) -> None:
+    loaded = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
+    model, now, pauses = LocalModel("tiny", loaded, Settings(), Metrics()), [100.0], [0.0, pause]
+
+    async def sleep(seconds: float) -> None:
+        now[0] += seconds + (pauses.pop() if pauses else 0.0)
+
+    monkeypatch.setattr(model_worker, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(model_worker.asyncio, "sleep", sleep)
+    model._in_flight, model._batch_started = [model_worker._Batch([])], now[0]
+    asyncio.run(model._watch())
+    assert model.is_down
+    assert 4 < now[0] - 100 - pause < 6
 
 
 MAX_BATCH = 2

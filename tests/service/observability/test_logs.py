@@ -153,6 +153,31 @@ def test_a_full_window_that_differs_from_the_held_out_images_shows_drift(
     assert all(value < 1e-6 for value in values(page, "drift_p_value").values())
 
 
+RELOADS = {  # name and held-out predictions of the next bundle: images since the last test of drift
+    "a bundle with other ones": ("tiny", reference(7), ["0.0"]),
+    "a bundle without them": ("tiny", None, []),
+    "a bundle with another name": ("other", None, []),
+}
+
+
+@pytest.mark.parametrize("case", RELOADS)
+def test_an_alarm_about_a_bundle_ends_when_it_is_not_served_any_more(
+    bundle, onnx_runtime, jpeg, monkeypatch, tmp_path, case
+):
+    monkeypatch.setattr(metrics, "WINDOW_IMAGES", 20)
+    name, held_out, num_images = RELOADS[case]
+    following = write_bundle(tmp_path, probes=4, decision=Decision(reference=held_out))
+    with running(onnx_runtime, deciding(bundle, Decision(reference=reference(7))), Settings()) as client:
+        client.post("/v1/classify", files=[("image", ("x.jpg", jpeg))] * 20)
+        assert "sopdeploy_drift_p_value{" in client.get("/metrics").text
+        replaced = client.app.state.service.registry.find()
+        client.reload(f"{name}={following}")
+        page = client.get("/metrics").text
+    assert "sopdeploy_drift_p_value{" not in page
+    assert re.findall(r"sopdeploy_drift_images{.*} (.*)", page) == num_images
+    assert replaced.drift is None  # images that it still runs change nothing
+
+
 def test_a_bundle_without_held_out_predictions_counts_none_and_one_of_other_classes_is_rejected(
     client, tmp_path
 ):

@@ -321,6 +321,20 @@ def test_an_error_of_the_start_is_one_line_with_exit_code_2(bundle_path, error, 
     assert line in err
 
 
+@pytest.mark.parametrize(("is_stopped", "state"), [(False, "ok"), (True, "draining")])
+def test_a_signal_during_the_start_begins_a_drain_that_stays(monkeypatch, is_stopped, state) -> None:
+    app = create_app({}, Settings())
+    server, service = draining_server.DrainingServer(app, Settings()), app.state.service
+
+    async def start() -> None:
+        if is_stopped:
+            server.handle_exit(signal.SIGTERM, None)
+
+    monkeypatch.setattr(service.decoders, "start", start)
+    asyncio.run(service.start())
+    assert service.state == state
+
+
 def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr(draining_server, "time", SimpleNamespace(monotonic=lambda: now[0]))
