@@ -158,7 +158,7 @@ class BundleComparison(StrictModel):
 class Promotion(StrictModel):
     """One move of the link named `link`, or a refused one: who, when, why, and the figures.
 
-    `before` and `after` are what the link contains: paths relative to its folder. `before` is None for the
+    `before` and `after` are bundles, as paths relative to the folder of the link. `before` is None for the
     first bundle; `comparison` is None if nothing was compared.
     """
 
@@ -333,11 +333,24 @@ def read_promotions(link: Path) -> list[Promotion]:
     return promotions
 
 
+def read_link(link: Path) -> str | None:
+    """Read the path of the bundle to which *link* leads, relative to its folder; None if it is no link.
+
+    If that is a link, too, such as `latest`, it is followed: later it leads to another bundle.
+    """
+    if not link.is_symlink():
+        return None
+    target = str(link.readlink())
+    if not (link.parent / target).is_symlink():
+        return target
+    return os.path.relpath(os.path.realpath(link), os.path.realpath(link.parent))
+
+
 def count_comparisons(link: Path) -> int:
     """Count the recorded comparisons with the bundle that *link* leads to; equal ones count once."""
-    if not link.is_symlink():
+    different, live = set(), read_link(link)
+    if live is None:
         return 0
-    different, live = set(), str(link.readlink())
     for promotion in read_promotions(link):
         compared = promotion.comparison
         if promotion.before == live and compared is not None:

@@ -361,6 +361,24 @@ def test_what_is_no_link_a_move_in_between_and_a_disk_without_links_change_nothi
     assert live.readlink().name == "elsewhere"
 
 
+def test_a_live_link_to_a_link_that_moves_is_moved_back_to_the_bundle_that_was_live(
+    bundles, labelled, shelf
+) -> None:
+    """`latest` leads to the newer bundle when somebody rolls back."""
+    first, second = (bundle.name for bundle in bundles)
+    live, latest = shelf / "live", shelf / "latest"
+    latest.symlink_to(first)
+    live.unlink()
+    live.symlink_to("latest")
+    with pytest.raises(PromotionError, match="undecided"):
+        promote(shelf / second, live, labelled(bundles[1], count=3))
+    assert promote(shelf / second, live, labelled(bundles[1])).comparison.attempt == 2
+    latest.unlink()
+    latest.symlink_to(second)
+    assert promote(back=live).after == first
+    assert live.resolve().name == first
+
+
 @pytest.mark.parametrize("before", ["live", "./live", "live/../live", "../shelf/live", "other"])
 def test_a_link_is_not_moved_back_to_itself(bundles, shelf, before: str) -> None:
     promote(shelf / bundles[1].name, shelf / "live", None, force="x")
