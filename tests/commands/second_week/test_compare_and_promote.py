@@ -214,6 +214,13 @@ def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(bundles, labelled, 
     assert ", rejects 12 fewer unknown images: " in found.summary
     assert not compare(loose, strict, photos, unknown=unknown).unknown.is_worse
     assert compare(strict, loose, photos).unknown is None
+    (one, *others) = sorted(unknown.rglob("*.png"))
+    for number, path in enumerate(others):  # copies of one image are no evidence
+        Image.open(one).save(path.with_name(f"copy {number}.png"))
+        path.unlink()
+    found = compare(strict, loose, photos, unknown=unknown)
+    assert (found.unknown.losses, found.unknown.is_worse, found.num_copies) == (1, False, 11)
+    assert found.second.rejected.count == 1
 
 
 @pytest.fixture
