@@ -146,7 +146,11 @@ def label_page(loop, tmp_path_factory) -> Site:
     (folder / "kept").mkdir()
     settings = Settings(trusted_proxies="127.0.0.1", allowed_hosts="*.shop.example")
     app = create_label_app(LabelFolders(folder / "kept", folder / "photos"), settings, KEY)
-    own = {"host": b"localhost", "cookie": f"{COOKIE}={KEY}".encode(), "content-type": b"application/json"}
+    own = {
+        "host": b"localhost",
+        "cookie": f"{COOKIE.format(settings.port)}={KEY}".encode(),
+        "content-type": b"application/json",
+    }
     return Site(app, loop, own)
 
 

@@ -98,11 +98,11 @@ class BundleComparison(StrictModel):
     """The second bundle compared with the first on `num_images` photographs of `classes`.
 
     Accuracies and differences are fractions. `new` and `removed` are classes of the second or the first
-    bundle only. `num_copies` near-duplicates and `trained_on` training images were left out. `suspects` are
-    bundles some of whose training images were found, but whose record of them is incomplete. `attempt` counts
-    the comparisons of `promote` with this first bundle, and includes this one. `num_more_images` would decide
-    what is undecided, in the next attempt. `unknown` is None without unknown images; a second bundle that
-    rejects fewer of them is worse.
+    bundle only. `num_copies` near-duplicates, those of unknown images included, and `trained_on` training
+    images were left out. `suspects` are bundles some of whose training images were found, but whose record of
+    them is incomplete. `attempt` counts the comparisons of `promote` with this first bundle, and includes
+    this one. `num_more_images` would decide what is undecided, in the next attempt. `unknown` is None without
+    unknown images; a second bundle that rejects fewer of them is worse.
     """
 
     first: BundleScore
@@ -158,7 +158,7 @@ class BundleComparison(StrictModel):
 class Promotion(StrictModel):
     """One move of the link named `link`, or a refused one: who, when, why, and the figures.
 
-    `before` and `after` are what the link contains: paths relative to its folder. `before` is None for the
+    `before` and `after` are bundles, as paths relative to the folder of the link. `before` is None for the
     first bundle; `comparison` is None if nothing was compared.
     """
 
@@ -277,6 +277,10 @@ def compare_loaded(
         unknown_images, note = open_unknown(unknown)
         if note:
             notes.append(note)
+    if unknown_images is not None:
+        are_first = _are_first(group_photographs(unknown_images).groups)
+        left_out["num_copies"] += int((~are_first).sum())
+        unknown_images = unknown_images.select(are_first)
     num_unknown = 0 if unknown_images is None else len(unknown_images)
     total = len(pair) * (len(images) + num_unknown)  # predictions
     done = itertools.count(1)
@@ -333,11 +337,24 @@ def read_promotions(link: Path) -> list[Promotion]:
     return promotions
 
 
+def read_link(link: Path) -> str | None:
+    """Read the path of the bundle to which *link* leads, relative to its folder; None if it is no link.
+
+    If that is a link, too, such as `latest`, it is followed: later it leads to another bundle.
+    """
+    if not link.is_symlink():
+        return None
+    target = str(link.readlink())
+    if not (link.parent / target).is_symlink():
+        return target
+    return os.path.relpath(os.path.realpath(link), os.path.realpath(link.parent))
+
+
 def count_comparisons(link: Path) -> int:
     """Count the recorded comparisons with the bundle that *link* leads to; equal ones count once."""
-    if not link.is_symlink():
+    different, live = set(), read_link(link)
+    if live is None:
         return 0
-    different, live = set(), str(link.readlink())
     for promotion in read_promotions(link):
         compared = promotion.comparison
         if promotion.before == live and compared is not None:
@@ -377,8 +394,7 @@ def _leave_out_seen(
         notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out")
     group_N = grouped.groups  # equal for near-duplicates
     trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of recorded images
-    _, first_G = np.unique(group_N, return_index=True)  # the index of the first image of each of G groups
-    is_first_N = np.isin(np.arange(len(images)), first_G)
+    is_first_N = _are_first(group_N)
     kept_N = is_first_N & ~trained_on_N
     if not kept_N.any():
         raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
@@ -388,6 +404,12 @@ def _leave_out_seen(
         "suspects": suspects,
     }
     return images.select(kept_N), left_out
+
+
+def _are_first(group_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return the mask (N,) of the images that are the first of their group."""
+    _, first_G = np.unique(group_N, return_index=True)  # the index of the first image of each of G groups
+    return np.isin(np.arange(len(group_N)), first_G)
 
 
 class Evaluated(NamedTuple):

@@ -53,7 +53,19 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
             a table is of a later version or is being written.
         StorageError: A file cannot be changed.
     """
-    traces = _find_traces(photograph, [Path(folder) for folder in folders])  # the command line gives text
+    searched = [Path(folder) for folder in folders]  # the command line gives text
+    wanted = _Wanted.read(photograph)
+    deleted: list[Path] = []
+    # Searches again until nothing is left: `label` may have moved the photograph in the meantime.
+    while (traces := _find_traces(photograph, wanted, searched)).rows or traces.files:
+        deleted += _delete(traces)
+    if not deleted:
+        raise DataError(f"{photograph}: not found in {', '.join(map(str, searched))}; check the name")
+    return deleted
+
+
+def _delete(traces: "_Traces") -> list[Path]:
+    """Delete the files of *traces* and empty its rows; return what was changed."""
     rows = traces.rows
     for folder in {path.parent for path in (*traces.files, *rows)}:
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -86,12 +98,11 @@ class _Traces(NamedTuple):
     unfinished: list[Path]
 
 
-def _find_traces(photograph: str, folders: Sequence[Path]) -> _Traces:
+def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) -> _Traces:
     """Find what remains of *photograph* in *folders*; raise `DataError` as `forget` does."""
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
-    wanted = _Wanted.read(photograph)
     found_paths = chain.from_iterable(walk(folder, hidden=True) for folder in folders)
     by_absolute_path = {os.path.abspath(path): path for path in found_paths}  # noqa: PTH100
     files = list(by_absolute_path.values())  # each once: folders may contain one another
@@ -109,8 +120,6 @@ def _find_traces(photograph: str, folders: Sequence[Path]) -> _Traces:
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)
-    if not found and not rows:
-        raise DataError(f"{photograph}: not found in {', '.join(map(str, folders))}; check the name")
     # The records first and the named file last: until then, a repeated command finds all that is left.
     ordered = sorted(found, key=lambda path: (wanted.is_named(path), path in images, path))
     unfinished = [path for path in files if path.name.endswith(PARTIAL)]

@@ -28,6 +28,7 @@ from sopdeploy_commands.second_week.compare import (
     Tolerance,
     compare_loaded,
     count_comparisons,
+    read_link,
     read_promotions,
 )
 from sopdeploy_service.inference.loader import load_model
@@ -147,7 +148,7 @@ def _read_target(link: Path) -> str | None:
         raise ConfigError(f"{link}: {link.parent} is no folder; create it")
     if link.exists() and not link.is_symlink():
         raise ConfigError(f"{link}: not a link; name one, such as bundles/live, which need not exist yet")
-    return str(link.readlink()) if link.is_symlink() else None
+    return read_link(link)
 
 
 def _record_and_move(

@@ -9,6 +9,7 @@ were kept because the network was not sure of them. Figures about new photograph
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -85,7 +86,8 @@ def read_kept(folder: Path) -> list[Kept]:
     how many, and which version reads them. Raises `OSError` if *folder* cannot be read.
     """
     kept, others = list[Kept](), list[str]()
-    device_folders = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
+    # One that cannot be read, such as `lost+found`, is none: `Path.is_file` raises an error there.
+    device_folders = [path for path in sorted(folder.iterdir()) if os.path.isfile(path / LOCK)]  # noqa: PTH113
     files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
     for path in files:
         try:

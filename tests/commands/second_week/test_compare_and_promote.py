@@ -214,6 +214,13 @@ def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(bundles, labelled, 
     assert ", rejects 12 fewer unknown images: " in found.summary
     assert not compare(loose, strict, photos, unknown=unknown).unknown.is_worse
     assert compare(strict, loose, photos).unknown is None
+    (one, *others) = sorted(unknown.rglob("*.png"))
+    for number, path in enumerate(others):  # copies of one image are no evidence
+        Image.open(one).save(path.with_name(f"copy {number}.png"))
+        path.unlink()
+    found = compare(strict, loose, photos, unknown=unknown)
+    assert (found.unknown.losses, found.unknown.is_worse, found.num_copies) == (1, False, 11)
+    assert found.second.rejected.count == 1
 
 
 @pytest.fixture
@@ -359,6 +366,24 @@ def test_what_is_no_link_a_move_in_between_and_a_disk_without_links_change_nothi
                 promote(new, over, None, force="x")
         assert len(log_of(shelf)) == 1
     assert live.readlink().name == "elsewhere"
+
+
+def test_a_live_link_to_a_link_that_moves_is_moved_back_to_the_bundle_that_was_live(
+    bundles, labelled, shelf
+) -> None:
+    """`latest` leads to the newer bundle when somebody rolls back."""
+    first, second = (bundle.name for bundle in bundles)
+    live, latest = shelf / "live", shelf / "latest"
+    latest.symlink_to(first)
+    live.unlink()
+    live.symlink_to("latest")
+    with pytest.raises(PromotionError, match="undecided"):
+        promote(shelf / second, live, labelled(bundles[1], count=3))
+    assert promote(shelf / second, live, labelled(bundles[1])).comparison.attempt == 2
+    latest.unlink()
+    latest.symlink_to(second)
+    assert promote(back=live).after == first
+    assert live.resolve().name == first
 
 
 @pytest.mark.parametrize("before", ["live", "./live", "live/../live", "../shelf/live", "other"])

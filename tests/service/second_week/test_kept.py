@@ -1,8 +1,10 @@
 """Records of kept photographs: what a reader accepts, and hashes that find copies."""
 
+import errno
 import io
 import json
 import logging
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -89,6 +91,21 @@ def test_photographs_that_an_earlier_version_kept_for_each_device_are_read(tmp_p
         if device != "other":  # which no server has locked
             (tmp_path / device / LOCK).touch()
     assert [image.parent.name for image, _ in read_kept(tmp_path)] == ["0", "1"]
+
+
+def test_a_folder_beside_the_photographs_that_cannot_be_read_hides_none(tmp_path: Path, monkeypatch) -> None:
+    """As `lost+found` of a disk, which only the administrator can read."""
+    write(tmp_path, record_of())
+    (tmp_path / "lost+found").mkdir()
+    status = os.stat
+
+    def refuse(path: str | Path, **options: bool) -> os.stat_result:
+        if Path(path).parent.name == "lost+found":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return status(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert [image.name for image, _ in read_kept(tmp_path)] == [f"{NAME}.jpg"]
 
 
 def test_what_is_not_a_complete_photograph_is_skipped_and_counted(tmp_path: Path, caplog) -> None:

@@ -222,6 +222,8 @@ async function choose(name) {
     if (byId("models").value !== name) return; // another model was chosen in the meantime
     state.card = card;
   } catch (problem) {
+    if (byId("models").value !== name) return;
+    if (state.info) byId("models").value = state.info.name; // which answers from now on, too
     showError(problem.message);
     return;
   }

@@ -88,7 +88,8 @@ class KeptFolder:
         """Reserve *path* for this process, and create it if needed; only its owner can read the files.
 
         *on_delete* is called for each photograph that was deleted. Raises `StorageError` if the folder cannot
-        be written or locked, and `ConfigError` if another process keeps photographs there.
+        be written or locked, and `ConfigError` if another process keeps photographs there, or if no process
+        has and it holds labelled ones.
         """
         self.path, self._max_bytes, self._age = path, max_bytes, days * 86_400
         self._photos: dict[str, _StoredPhoto] = {}  # by name, the oldest first
@@ -99,6 +100,7 @@ class KeptFolder:
         with ExitStack() as opened:
             with writing(path):
                 opened.enter_context(new_folder(path, 0o700))
+                is_new = not (path / LOCK).exists()
                 try:
                     lock = lock_file(path / LOCK, 0o600)
                 except BlockingIOError as error:
@@ -113,7 +115,7 @@ class KeptFolder:
                 )
             with writing(path):
                 self._load()
-                self._delete_incomplete()
+                self._delete_incomplete(is_new=is_new)
                 self.expire()
                 self._make_room(0)
             opened.pop_all()
@@ -146,11 +148,13 @@ class KeptFolder:
             size = sum(_size_on_disk(file.stat().st_size) for file in files)
             self._insert(path, record, size, kept_at[path.name])
 
-    def _delete_incomplete(self) -> None:
+    def _delete_incomplete(self, *, is_new: bool) -> None:
         """Delete photographs without a record, records without a photograph, and partial files.
 
-        Files that no `KeptFolder` wrote stay, and damaged records with their photographs.
+        Files that no `KeptFolder` wrote stay, and damaged records with their photographs. In a folder that
+        *is_new* to servers, photographs without a record are labelled ones: it raises `ConfigError`.
         """
+        incomplete: list[Path] = []
         remove_leftovers(self.path)
         images = {photo.path for photo in self._photos.values()}
         complete = images | {path.with_suffix(".json") for path in images}
@@ -160,9 +164,17 @@ class KeptFolder:
             partners = _SUFFIXES if file.suffix == ".json" else (".json",)
             has_partner = any(file.with_suffix(suffix).exists() for suffix in partners)
             if file.suffix == PARTIAL or not has_partner:
-                file.unlink()
-                log.warning("deleted %s, which is incomplete", file)
-                self._on_delete("incomplete")
+                incomplete.append(file)
+        if is_new and any(file.suffix in _SUFFIXES for file in incomplete):
+            (self.path / LOCK).unlink()
+            raise ConfigError(
+                f"{self.path}: holds photographs without records, such as labelled ones, which a server "
+                "would delete; name another folder"
+            )
+        for file in incomplete:
+            file.unlink()
+            log.warning("deleted %s, which is incomplete", file)
+            self._on_delete("incomplete")
 
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* unless it is a near-duplicate or too large; return what was done.

@@ -40,7 +40,7 @@ from sopdeploy_service.server.http_protocol import Connections, limited_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
-COOKIE = "sopdeploy-label"
+COOKIE = "sopdeploy-label-{}"  # with the port: a browser sends the cookies of a host to all its ports
 MAX_BODY_BYTES, BODY_SECONDS = 10_000, 10.0
 MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
@@ -72,7 +72,7 @@ async def read_label(request: Request) -> GivenLabel:
     return parse_json(GivenLabel, await request.body(), MAX_BODY_BYTES)
 
 
-def intercept(request: Request, origins: OwnOrigins, root_path: str, key: str) -> Response | None:
+def intercept(request: Request, origins: OwnOrigins, settings: Settings, key: str) -> Response | None:
     """Return the response to a request that no route may handle; None if one may.
 
     These are requests that *origins* refuse, without the *key*, too large, and POSTs without JSON. A request
@@ -90,24 +90,25 @@ def intercept(request: Request, origins: OwnOrigins, root_path: str, key: str) -
         length = headers.get("content-length")
         if length is None or int(length) > MAX_BODY_BYTES:
             return PlainTextResponse(f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413)
-    if secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), key.encode()):
+    cookie = COOKIE.format(settings.port)
+    if secrets.compare_digest(request.cookies.get(cookie, "").encode(), key.encode()):
         return None
     key_in_address = parse_qs(request.url.query).get("key", [""])[0]
     if navigates and secrets.compare_digest(key_in_address.encode(), key.encode()):
         # So that the key is not in the history of the browser.
-        response = RedirectResponse(f"{root_path or '.'}/", 303)
-        response.set_cookie(COOKIE, key, httponly=True, samesite="lax")
+        response = RedirectResponse(f"{settings.root_path or '.'}/", 303)
+        response.set_cookie(cookie, key, httponly=True, samesite="lax")
         return response
     return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
 
 
 async def guard(
-    origins: OwnOrigins, root_path: str, key: str, request: Request, call_next: RequestResponseEndpoint
+    origins: OwnOrigins, settings: Settings, key: str, request: Request, call_next: RequestResponseEndpoint
 ) -> Response:
-    """Handle a request, whose path loses the prefix *root_path*, or refuse it, also if its body is slow."""
-    full_path = request.scope["path"]
+    """Handle a request, whose path loses the prefix `root_path`, or refuse it, also if its body is slow."""
+    full_path, root_path = request.scope["path"], settings.root_path
     request.scope["path"] = without_prefix(full_path, root_path)
-    if (response := intercept(request, origins, root_path, key)) is not None:
+    if (response := intercept(request, origins, settings, key)) is not None:
         return response
     if full_path == root_path != "":
         return RedirectResponse(f"{root_path}/")  # the links of the page are relative to it
@@ -184,7 +185,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
         detail = f"{error.filename}: cannot be read or written ({error.strerror}); nothing was changed"
         return JSONResponse({"detail": as_utf8(detail)}, 507)
 
-    app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, origins, settings.root_path, key))
+    app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, origins, settings, key))
     return app
 
 
@@ -268,7 +269,8 @@ def run_label_server(
     with bind(settings.host, settings.port) as listener:
         listener.listen()  # requests from now on wait for the server
         key = secrets.token_urlsafe(16)
-        app = create_label_app(folders, settings, key)
+        bound = settings.model_copy(update={"port": listener.getsockname()[1]})  # the given one may be 0
+        app = create_label_app(folders, bound, key)
         address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")  # for other machines
         on_ready(f"{address}/?key={key}", len(folders.waiting))
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end

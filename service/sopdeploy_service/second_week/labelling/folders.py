@@ -11,6 +11,7 @@ deleted after that; `read_kept` skips a record that remains. A file `ID.skipped`
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
+from sopdeploy.file_systems import set_mode
 from sopdeploy.files import LOCK, atomic_write, expand_user
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
@@ -115,7 +117,7 @@ class LabelFolders:
         self._skipped_of_heap: set[str] = set()  # in this session; kept ones have a file `ID.skipped`
         self._sampled: set[int] = set()  # near hashes of the uniform sample, which `label` compares
         self.read()
-        others = [name for name in list_subfolders(self.kept) if not (self.kept / name / LOCK).exists()]
+        others = [name for name in list_subfolders(self.kept) if not os.path.exists(self.kept / name / LOCK)]  # noqa: PTH110
         if not self.waiting and others:  # subfolders that are not those of a server's devices
             raise DataError(
                 f"{self.kept}: holds no kept photographs, but folders ({shorten(others)}); give the folder "
@@ -258,6 +260,7 @@ class LabelFolders:
         # in between, the photograph is still labelled, and `read_kept` skips the record.
         if photo.record is not None:
             with atomic_write(photo.path.with_suffix(".json")) as partial:
+                set_mode(partial, 0o600)  # as that of the server
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
         elif os.path.lexists(photo.path):
             raise GoneError(f"{photo.path}: another photograph has its name now; move {target} yourself")
@@ -363,5 +366,7 @@ def _move(source: Path, target: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         with atomic_write(target) as partial:
+            # As a rename does, so that only the owner can read a kept one; it must be written, too.
+            set_mode(partial, stat.S_IMODE(source.stat().st_mode) | stat.S_IWUSR)
             shutil.copyfile(source, partial)
         source.unlink()

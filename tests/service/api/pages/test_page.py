@@ -183,6 +183,10 @@ def test_of_several_models_one_is_chosen_and_asked(open_page, onnx_runtime, bund
         done(page)
         assert shown(page) == expected(client, jpeg, "?model=second")
         assert "model=second" in page.locator("#code-curl code").text_content()
+        page.route("**/v1/card**", lambda route: route.fulfill(status=404, json={"detail": "not there"}))
+        page.get_by_label("Model", exact=True).select_option("first")
+        page.get_by_text("Not there.").wait_for()
+        assert page.get_by_label("Model", exact=True).input_value() == "second"  # which answers
 
 
 @pytest.fixture(scope="module")

@@ -559,6 +559,15 @@ def test_a_start_counts_what_exists_and_deletes_only_what_is_incomplete(tmp_path
     assert numbers(tmp_path) == [2, 3, 4]
 
 
+def test_a_server_does_not_keep_photographs_among_labelled_ones_which_it_would_delete(tmp_path: Path) -> None:
+    """Such as in `photos-unknown`: a labelled photograph keeps its name, and has no record."""
+    labelled = tmp_path / f"{1:032x}.jpg"
+    labelled.write_bytes(PHOTO)
+    with pytest.raises(ConfigError, match=r"holds photographs without records, .*; name another folder"):
+        KeptFolder(tmp_path, 100 * PAIR, 30)
+    assert list(tmp_path.iterdir()) == [labelled]
+
+
 def test_a_folder_has_one_writer_and_one_reader_and_other_files_stay(tmp_path: Path) -> None:
     folder, mask = tmp_path / "new" / "kept", os.umask(0)
     try:

@@ -57,7 +57,7 @@ def label_server(
     """A client of a label server, with the cookie of the key unless other *cookies* are given."""
     settings = Settings(host="Desk", **values)
     app = create_label_app(folders, settings, KEY)
-    cookies = {COOKIE: KEY} if cookies is None else cookies
+    cookies = {COOKIE.format(settings.port): KEY} if cookies is None else cookies
     with (
         in_a_thread(label_config(app, settings)) as (_, address),
         httpx.Client(base_url=address, timeout=60, cookies=cookies) as client,

@@ -186,7 +186,7 @@ def test_every_request_needs_the_key_which_becomes_a_cookie_that_scripts_cannot_
         for (path, method), query, cookie in itertools.product(
             PATHS.items(),
             ("", "?key=", "?key=wrong"),
-            ("", "sopdeploy-label=wrong", "sopdeploy-label=", ";=\u00e9;"),
+            ("", "sopdeploy-label-8000=wrong", "sopdeploy-label-8000=", ";=\u00e9;"),
         ):
             headers = {"cookie": cookie.encode()} if cookie else {}
             body = answer() if method == "POST" else None
@@ -198,10 +198,20 @@ def test_every_request_needs_the_key_which_becomes_a_cookie_that_scripts_cannot_
         assert {"HttpOnly", "SameSite=lax"} <= set(cookie.split("; "))
         assert client.get("/state").json()["left"] == 1  # with the cookie
         names = {"192.168.1.5:8001": 200, "desk:8001": 200, "attacker.example": 403}
-        headers = {"cookie": f"sopdeploy-label={KEY}"}
+        headers = {"cookie": f"sopdeploy-label-8000={KEY}"}
         assert {
             name: client.get("/state", headers={**headers, "host": name}).status_code for name in names
         } == names
+
+
+def test_the_pages_of_two_servers_stay_open_in_one_browser(keep, open_folders):
+    """A browser sends the cookies of a host to all its ports, so those of two pages need two names."""
+    names = []
+    for port in (8001, 8002):
+        with label_server(open_folders(), cookies={}, port=port) as client:
+            names += client.get(f"/?key={KEY}").cookies
+            assert client.get("/state").status_code == 200
+    assert names == ["sopdeploy-label-8001", "sopdeploy-label-8002"]
 
 
 BEHIND = {"allowed_hosts": ("*.example.com",), "trusted_proxies": ("127.0.0.1",), "root_path": "/ml"}
@@ -215,7 +225,7 @@ def test_the_page_is_served_behind_a_proxy_as_the_service_is(keep, open_folders,
     with label_server(open_folders(), cookies={}, **allowed) as client:
         reply = client.get(f"{prefix}/?key={KEY}", headers=PROXIED)
         assert (reply.status_code, reply.headers["location"]) == (303, "/ml/")
-        client.cookies.set("sopdeploy-label", KEY)
+        client.cookies.set("sopdeploy-label-8000", KEY)
         posted = {**PROXIED, "origin": "https://shop.example.com"}
         assert client.get(f"{prefix}/", headers=PROXIED).status_code == 200
         assert client.get(f"{prefix}/images/{ONE}", headers=PROXIED).status_code == 200
@@ -255,10 +265,8 @@ def test_every_address_has_a_random_key(keep, tmp_path, host, monkeypatch):
     assert [count for _, count in ready] == [1, 1]
 
 
-HEAD = (
-    b"POST /label HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nCookie: sopdeploy-label="
-)
-HEAD += KEY.encode() + b"\r\n"
+HEAD = b"POST /label HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD += b"Cookie: sopdeploy-label-8000=" + KEY.encode() + b"\r\n"
 ENDLESS = {
     "a header": (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 1_000_000, 431),
     "headers": (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: a\r\n" * 10_000, 431),

@@ -1,6 +1,7 @@
 """Labels as moves between folders, and the order in which photographs are shown."""
 
 import errno
+import stat
 from functools import partial
 from pathlib import Path
 
@@ -111,12 +112,15 @@ def other_file_system(monkeypatch) -> None:
 
 def test_labels_and_undo_work_between_file_systems(tmp_path, keep, open_folders, monkeypatch):
     one = keep(1)
+    (tmp_path / "kept" / f"{one}.jpg").chmod(0o600)
     other_file_system(monkeypatch)
     folders = open_folders()
     folders.label(one, "hat")
     assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
+    assert stat.S_IMODE((tmp_path / "photos" / "hat" / f"{one}.jpg").stat().st_mode) == 0o600
     folders.undo()
     assert files_below(tmp_path) == {f"kept/{one}.jpg", f"kept/{one}.json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "kept").iterdir()} == {0o600}
 
 
 def test_an_undo_on_a_full_disk_changes_nothing_and_can_follow(tmp_path, keep, open_folders, monkeypatch):

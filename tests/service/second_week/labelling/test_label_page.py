@@ -2,6 +2,7 @@
 
 import pytest
 
+from sopdeploy_service.second_week.labelling import app
 from tests.service.second_week.labelling.conftest import KEY, LABELS, files_below, identity, label_server
 
 pytestmark = pytest.mark.browser
@@ -145,6 +146,25 @@ def test_of_several_labels_one_that_another_tab_took_leaves_the_others_selected(
     press(page, "2", 1)
     assert len(files_below(tmp_path / "photos")) == 3
     assert f"{LABELS[0]}/{taken}.jpg" in files_below(tmp_path / "photos")
+
+
+def test_a_thumbnail_is_selected_by_what_it_shows_while_the_next_photograph_arrives(
+    keep, open_label_page, monkeypatch
+):
+    monkeypatch.setattr(app, "MAX_THUMBNAILS", 1)
+    held = []
+    for number in range(2):
+        keep(number)
+    page = open_label_page()
+    page.route("**/images/*", lambda route: held.append(route))
+    with page.expect_request("**/images/*"):
+        page.keyboard.press("1")
+    page.locator("#next button").click()  # of the photograph that has a label now
+    while not held:
+        page.wait_for_timeout(10)
+    held[0].continue_()
+    wait_until(page, 1)
+    assert pressed(page) == [False]
 
 
 def test_the_sample_is_marked_and_held_out_and_names_with_markup_are_text(keep, open_label_page, tmp_path):

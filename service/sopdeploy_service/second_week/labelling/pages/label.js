@@ -68,8 +68,9 @@ function toggle(place, range) {
 /** Show the photograph, classes and progress of `next`, a response of the server. */
 async function show(next) {
   const { photograph, classes, done, left } = next;
+  const url = photograph ? await load(photograph.id) : ""; // until then, thumbnails are those of the old `state`
   Object.assign(state, { photograph, classes, next: next.next, from: 0 });
-  byId("photo").src = photograph ? await load(photograph.id) : "";
+  byId("photo").src = url;
   byId("next").replaceChildren(...state.next.map(thumbnail));
   select([...state.selected].filter((id) => state.next.includes(id)));
   for (const id of [...urls.keys()].filter((one) => !state.next.includes(one))) {
