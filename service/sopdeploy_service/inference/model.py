@@ -110,7 +110,7 @@ class Model(ABC):
         self.decision = manifest.rules
         self.top_k = settings.classes_per_image(multi_label=self.decision.is_multi_label)
         self.version, self.logits_name = manifest.id, manifest.outputs[0].name
-        self.bundle_name = f"{manifest.project}-{self.version}"  # `bundle.name` would hash the manifest
+        self.bundle_name = bundle.name  # kept, as the version: each look-up hashes the manifest
         self.set_runtime(runtime, timings)
         self.users = 0  # requests
         self.unused = asyncio.Event()

@@ -88,8 +88,8 @@ class KeptFolder:
         """Reserve *path* for this process, and create it if needed; only its owner can read the files.
 
         *on_delete* is called for each photograph that was deleted. Raises `StorageError` if the folder cannot
-        be written or locked, and `ConfigError` if another process keeps photographs there, or if no process
-        has and it holds labelled ones.
+        be written or locked, and `ConfigError` if another process keeps photographs there, or if none ever
+        has and there are labelled ones.
         """
         self.path, self._max_bytes, self._age = path, max_bytes, days * 86_400
         self._photos: dict[str, _StoredPhoto] = {}  # by name, the oldest first
@@ -100,7 +100,13 @@ class KeptFolder:
         with ExitStack() as opened:
             with writing(path):
                 opened.enter_context(new_folder(path, 0o700))
+                # Checked before the lock file exists: a process that is killed now leaves none.
                 is_new = not (path / LOCK).exists()
+                if is_new and any(file.suffix in _SUFFIXES for file in _find_incomplete(path)):
+                    raise ConfigError(
+                        f"{path}: holds photographs without records, such as labelled ones, which a server "
+                        "would delete; name another folder"
+                    )
                 try:
                     lock = lock_file(path / LOCK, 0o600)
                 except BlockingIOError as error:
@@ -115,7 +121,7 @@ class KeptFolder:
                 )
             with writing(path):
                 self._load()
-                self._delete_incomplete(is_new=is_new)
+                self._delete_incomplete()
                 self.expire()
                 self._make_room(0)
             opened.pop_all()
@@ -148,30 +154,10 @@ class KeptFolder:
             size = sum(_size_on_disk(file.stat().st_size) for file in files)
             self._insert(path, record, size, kept_at[path.name])
 
-    def _delete_incomplete(self, *, is_new: bool) -> None:
-        """Delete photographs without a record, records without a photograph, and partial files.
-
-        Files that no `KeptFolder` wrote stay, and damaged records with their photographs. In a folder that
-        *is_new* to servers, photographs without a record are labelled ones: it raises `ConfigError`.
-        """
-        incomplete: list[Path] = []
+    def _delete_incomplete(self) -> None:
+        """Delete what `_find_incomplete` finds, and the temporary files of processes that have ended."""
         remove_leftovers(self.path)
-        images = {photo.path for photo in self._photos.values()}
-        complete = images | {path.with_suffix(".json") for path in images}
-        for file in set(self.path.iterdir()) - complete:
-            if _OWN.fullmatch(file.name) is None:
-                continue
-            partners = _SUFFIXES if file.suffix == ".json" else (".json",)
-            has_partner = any(file.with_suffix(suffix).exists() for suffix in partners)
-            if file.suffix == PARTIAL or not has_partner:
-                incomplete.append(file)
-        if is_new and any(file.suffix in _SUFFIXES for file in incomplete):
-            (self.path / LOCK).unlink()
-            raise ConfigError(
-                f"{self.path}: holds photographs without records, such as labelled ones, which a server "
-                "would delete; name another folder"
-            )
-        for file in incomplete:
+        for file in _find_incomplete(self.path):
             file.unlink()
             log.warning("deleted %s, which is incomplete", file)
             self._on_delete("incomplete")
@@ -338,6 +324,20 @@ class KeptFolder:
         for file in (photo.path.with_suffix(".json"), photo.path):
             file.unlink(missing_ok=True)
         del self._photos[photo.path.name]
+
+
+def _find_incomplete(folder: Path) -> list[Path]:
+    """List photographs without a record, records without a photograph, and partial files in *folder*.
+
+    Files that no `KeptFolder` wrote are not listed, nor damaged records with their photographs.
+    """
+    own = {file for file in folder.iterdir() if _OWN.fullmatch(file.name)}
+
+    def has_partner(file: Path) -> bool:
+        suffixes = _SUFFIXES if file.suffix == ".json" else (".json",)
+        return any(file.with_suffix(suffix) in own for suffix in suffixes)
+
+    return [file for file in own if file.suffix == PARTIAL or not has_partner(file)]
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -559,8 +559,11 @@ def test_a_start_counts_what_exists_and_deletes_only_what_is_incomplete(tmp_path
     assert numbers(tmp_path) == [2, 3, 4]
 
 
-def test_a_server_does_not_keep_photographs_among_labelled_ones_which_it_would_delete(tmp_path: Path) -> None:
+def test_a_server_does_not_keep_photographs_among_labelled_ones_which_it_would_delete(
+    tmp_path: Path, monkeypatch
+) -> None:
     """Such as in `photos-unknown`: a labelled photograph keeps its name, and has no record."""
+    monkeypatch.delattr(kept_folder, "lock_file")  # a lock file would let the next start delete them
     labelled = tmp_path / f"{1:032x}.jpg"
     labelled.write_bytes(PHOTO)
     with pytest.raises(ConfigError, match=r"holds photographs without records, .*; name another folder"):

@@ -232,6 +232,9 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "scenes" / "labels.csv").write_text("file,classes\n")  # `train` would read no class folder
     with pytest.raises(DataError, match=r"reads its classes from labels.csv.*; give another folder"):
         LabelFolders(tmp_path / "kept", tmp_path / "scenes")
+    (tmp_path / "scenes" / "labels.csv").rename(tmp_path / "scenes" / "labels.txt")
+    with pytest.raises(DataError, match=r"labels.txt: not read; save it as labels.csv"):  # as `train` does
+        LabelFolders(tmp_path / "kept", tmp_path / "scenes")
 
 
 def test_links_and_foreign_files_in_the_kept_folder_are_not_shown(tmp_path, keep, open_folders):
