@@ -122,6 +122,13 @@ def set_mode(path: Path, mode: int) -> None:
             raise
 
 
+def set_owner(path: Path, like: Path) -> None:
+    """Give *path* the owner and group of *like*, where there are owners; only root gives files away."""
+    with suppress(OSError):
+        status = like.stat()
+        os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
+
+
 def rename_file(file: int, source: Path, target: Path) -> None:
     """Give *source*, which is open as *file*, the name *target*, and replace what has it; raises `OSError`.
 

@@ -12,7 +12,6 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import MutableSequence, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -20,7 +19,7 @@ import pydantic
 
 from sopdeploy.config import StrictModel, first_problem, matching, parse_toml
 from sopdeploy.errors import ConfigError
-from sopdeploy.file_systems import locked_folder, set_mode
+from sopdeploy.file_systems import locked_folder, set_mode, set_owner
 from sopdeploy.files import atomic_write, read_text, writing
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
@@ -101,8 +100,7 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
             set_mode(partial, 0o600)
             if path.exists():
                 table = read_text(path) + table
-                with suppress(OSError):  # only root gives files away, on file systems that have owners
-                    os.chown(partial, path.stat().st_uid, path.stat().st_gid)
+                set_owner(partial, path)
             partial.write_text(table, "utf-8")
         return secret
 

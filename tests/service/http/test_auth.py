@@ -61,7 +61,7 @@ def test_keys_that_are_created_at_the_same_time_are_all_kept(
 ) -> None:
     other = threading.Thread(target=new_key, args=(tmp_path / "keys.toml", "other"))
 
-    def meanwhile(*_given: object) -> None:  # between reading and writing
+    def meanwhile(*_given: object, **_options: object) -> None:  # between reading and writing
         monkeypatch.undo()
         other.start()
         other.join(0.5)  # it waits for this thread, or would be done
@@ -358,7 +358,7 @@ def test_a_file_that_belongs_to_the_user_of_the_container_stays_that_users(
     new_key(path, "phone")
     owner = os.stat_result((*stat_of(path)[:4], 10001, 10001, *stat_of(path)[6:]))
     monkeypatch.setattr(Path, "stat", lambda _self, **_: owner)
-    monkeypatch.setattr(os, "chown", lambda file, *ids: given.append((Path(file).name, *ids)))
+    monkeypatch.setattr(os, "chown", lambda file, *ids, **_options: given.append((Path(file).name, *ids)))
     new_key(path, "tablet")
     monkeypatch.undo()
     ((name, *ids),) = given

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.file_systems import set_mode
+from sopdeploy.file_systems import set_mode, set_owner
 from sopdeploy.files import LOCK, atomic_write, expand_user
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
@@ -260,7 +260,8 @@ class LabelFolders:
         # in between, the photograph is still labelled, and `read_kept` skips the record.
         if photo.record is not None:
             with atomic_write(photo.path.with_suffix(".json")) as partial:
-                set_mode(partial, 0o600)  # as that of the server
+                set_mode(partial, 0o600)  # as that of the server, which must read it
+                set_owner(partial, photo.path.parent)
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
         elif os.path.lexists(photo.path):
             raise GoneError(f"{photo.path}: another photograph has its name now; move {target} yourself")
@@ -367,6 +368,7 @@ def _move(source: Path, target: Path) -> None:
             raise
         with atomic_write(target) as partial:
             # As a rename does, so that only the owner can read a kept one; it must be written, too.
+            set_owner(partial, source)
             set_mode(partial, stat.S_IMODE(source.stat().st_mode) | stat.S_IWUSR)
             shutil.copyfile(source, partial)
         source.unlink()
