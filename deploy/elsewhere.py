@@ -435,9 +435,10 @@ def page(rows: Sequence[Sequence[str]], before: str) -> str:
     now = [f"{datetime.now(UTC):%Y-%m-%d}", commit, machine]
     kept = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")][1:]
     new = {row[0]: [*row, *now] for row in rows}
-    # Rows of all surroundings together are those of failures; they go when their journey succeeds.
+    # Rows of all surroundings together are those of failures; they go when their journey runs without one.
+    ran = {row[0] for row in rows if not row[1].startswith("not run")}
     ended = {
-        f"together ({name})" for name, those in JOURNEYS.items() if any(one.name in new for one in those)
+        f"together ({name})" for name, those in JOURNEYS.items() if any(one.name in ran for one in those)
     }
     by_name = {row[0]: row for row in kept if row[0] not in ended} | new
     order = [one.name for surroundings in JOURNEYS.values() for one in surroundings]

@@ -26,7 +26,6 @@ from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  
 from tests.sopdeploy.training.runs import save_random
 from tests.support.children import announcing
 from tests.support.pictures import encoded
-from tests.support.rooms import PYTHONPATH
 from tests.support.service import wait_for
 
 COLOURS = {  # by the name of the class
@@ -87,7 +86,6 @@ def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     for name, value in LOCALES[request.param].items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 

@@ -24,7 +24,6 @@ from sopdeploy_commands.app import app
 from tests.export.once import proving_once
 from tests.support import quick_torch
 from tests.support.children import serving
-from tests.support.rooms import PYTHONPATH
 from tests.support.service import write_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +171,6 @@ def test_running_a_network_writes_nothing_to_the_home_folder(module: str, tmp_pa
     home.mkdir()
     # With CI or without a home folder, onnxruntime keeps no telemetry anyway.
     kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
-    environment = kept | {"HOME": str(home), "PYTHONPATH": PYTHONPATH, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = kept | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", code, str(bundle)], env=environment, check=True)
     assert list(home.rglob("*")) == []

@@ -33,7 +33,6 @@ from sopdeploy.models.registry import CATALOG, FAMILIES
 from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy_commands import env
 from sopdeploy_commands.app import QUICK_START, app
-from tests.support.rooms import PYTHONPATH
 
 ROOT = Path(sopdeploy.__file__).parents[1]
 COMMANDS: Any = get_command(app)
@@ -53,7 +52,6 @@ def in_process(
 ) -> subprocess.CompletedProcess[str]:
     """Run `sopdeploy` in a new process with buffered stdout; *options* are those of `subprocess.run`."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    variables["PYTHONPATH"] = PYTHONPATH
     options = {"stdout": subprocess.PIPE, "env": variables, **options}
     return subprocess.run(
         [sys.executable, *program, *arguments], stderr=subprocess.PIPE, text=True, check=False, **options

@@ -409,7 +409,7 @@ def test_a_shown_command_of_compose_sets_the_variables_that_it_requires() -> Non
     assert [command for command in commands if not all(f"{name}=" in command for name in required)] == []
 
 
-def test_the_page_of_kubernetes_sets_values_of_the_chart_and_names_its_files() -> None:
+def test_the_page_of_kubernetes_sets_values_of_the_chart() -> None:
     page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
     chart_values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
     keys = re.findall(r"--set(?:-\w+)? '?([\w.]+)=", page)
@@ -422,16 +422,28 @@ def test_the_page_of_kubernetes_sets_values_of_the_chart_and_names_its_files() -
     assert [switch for switch in switches if f"`{switch}`" not in page] == []
     # Without labels of namespaces, the policy keeps the ingress controller and Prometheus out.
     assert "networkPolicy.enabled" not in keys
+
+
+def test_keys_get_the_names_that_the_chart_reads() -> None:
     template = (CHART / "templates" / "deployment.yaml").read_text(encoding="utf-8")
-    files = set(re.findall(r"/etc/sopdeploy/\w+/([\w.]+)", template))
-    assert files == {"release.pub", "keys.toml"}
-    assert [file for file in files if not re.search(rf"--from-file={file}=|file `{file}`", page)] == []
+    files = set(re.findall(r"/etc/sopdeploy/(\w+/[\w.]+)", template))
+    assert files == {"verify/release.pub", "keys/keys.toml"}
+    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    assert "file `keys.toml`" in page
+    transfer = (ROOT / "docs" / "transfer.md").read_text(encoding="utf-8")
+    for text in (page, (CHART / "values.yaml").read_text(encoding="utf-8")):
+        ((name, key),) = re.findall(r"--from-file=(\S+)=(\S+)", text)
+        assert name == "release.pub"
+        assert f"--require-signature {key}" in transfer
 
 
 @pytest.mark.parametrize("file", ["kubernetes/sopdeploy.yaml", "helm/sopdeploy/values.yaml"])
 def test_the_page_that_a_manifest_names_has_the_rule_of_the_adapter(file: str) -> None:
-    (page,) = re.findall(r"adapter .*(docs/\w+\.md)", (DEPLOY / file).read_text(encoding="utf-8"))
-    assert "seriesQuery: 'sopdeploy_queue_depth" in (ROOT / page).read_text(encoding="utf-8")
+    text = (DEPLOY / file).read_text(encoding="utf-8")
+    (page,) = re.findall(r"^# .*\badapter\b.*(docs/[\w/]+\.md)", text, re.MULTILINE)
+    rule = (ROOT / page).read_text(encoding="utf-8")
+    assert "seriesQuery: 'sopdeploy_queue_depth" in rule
+    assert "metricsQuery" in rule
 
 
 LOCKS = {"cpu": ("cpu", "openvino", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}
@@ -461,18 +473,6 @@ def test_the_image_is_built_with_locked_tools() -> None:
     first, *later = re.findall(r"tools/bin/pip .*", DOCKERFILE)
     assert "--require-hashes --requirement lock/build.txt" in first
     assert all("--no-index" in command for command in later)
-
-
-@pytest.mark.parametrize("file", ["kubernetes/sopdeploy.yaml", "helm/sopdeploy/values.yaml"])
-def test_the_page_that_is_named_for_the_adapter_has_its_rule(file: str) -> None:
-    (page,) = re.findall(r"^# .*\badapter\b.*(docs/[\w/]+\.md)", (DEPLOY / file).read_text(), re.MULTILINE)
-    assert "metricsQuery" in (ROOT / page).read_text(encoding="utf-8")
-
-
-def test_the_public_key_of_the_documentation_gets_the_name_that_the_chart_reads() -> None:
-    (name, key) = re.findall(r"--from-file=(\S+)=(\S+)", (CHART / "values.yaml").read_text())[0]
-    assert f"/etc/sopdeploy/verify/{name}" in (CHART / "templates" / "deployment.yaml").read_text()
-    assert f"--require-signature {key}" in (ROOT / "docs" / "transfer.md").read_text(encoding="utf-8")
 
 
 @needs_helm

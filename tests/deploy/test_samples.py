@@ -22,7 +22,7 @@ from sopdeploy_service.settings import Settings
 from tests.docs.reading import blocks
 from tests.support.children import line_of
 from tests.support.forged import forge
-from tests.support.rooms import PYTHONPATH, ROOT
+from tests.support.rooms import ROOT
 from tests.support.service import LABELS, picture_bytes, write_bundle
 
 SAMPLES = ROOT / "deploy" / "samples"
@@ -171,7 +171,7 @@ def test_a_shown_program_classifies(
     folder, url = serving
     file = folder / PROGRAMS[language]
     file.write_text(program.replace("http://127.0.0.1:8000", url), encoding="utf-8")
-    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "PYTHONPATH": PYTHONPATH}
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(
         [RUN[language], file], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -14,7 +14,6 @@ from PIL import Image
 
 from tests.docs.reading import ROOT, blocks
 from tests.support.children import free_port, line_of
-from tests.support.rooms import PYTHONPATH
 
 DRAW = blocks(ROOT / "docs" / "quickstart.md", "python")[0]
 CODE = re.compile(r"^( *)```(sh|bash|python)\n(.*?)^\1```|^ {4}(\S[^\n]*)$", re.MULTILINE | re.DOTALL)
@@ -78,7 +77,6 @@ class Workspace:
         return {
             **os.environ,
             "PATH": os.pathsep.join(programs),
-            "PYTHONPATH": PYTHONPATH,
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             "NO_PROXY": "127.0.0.1",

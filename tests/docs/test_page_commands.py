@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -63,7 +64,10 @@ def run_page(page: Path, workspace: Workspace) -> int:
     return len(todo)
 
 
-@pytest.mark.skipif(shutil.which("pkill") is None, reason="needs pkill")
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("pkill") is None,
+    reason="needs pkill, and Linux, which names the process of a script after its file",
+)
 def test_the_command_of_a_reload_finds_a_script_as_pip_writes_it(tmp_path: Path) -> None:
     (command,) = re.findall(r"^.*kill .*$", RUNNABLE["docs/operations.md"].read_text(), re.MULTILINE)
     script = tmp_path / f"sop-{os.getpid()}"  # a name that no other process has

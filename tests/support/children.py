@@ -17,8 +17,6 @@ from typing import Any
 
 import httpx
 
-from tests.support.rooms import PYTHONPATH
-
 START_SECONDS = 90.0  # far more than a start takes on a busy machine
 SERVE = ("-m", "sopdeploy", "serve")
 
@@ -36,8 +34,7 @@ def spawn(
 ) -> subprocess.Popen[str]:
     """Start a server, or another *program* with its arguments, on any free port."""
     command = [sys.executable, *program, "--port", "0", *arguments]
-    variables = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=variables)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 class ServerClient(httpx.Client):

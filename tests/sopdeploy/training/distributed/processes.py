@@ -16,7 +16,7 @@ import torch
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.training.distributed import join_processes
 from tests.sopdeploy.training.runs import few_digits, forkserver
-from tests.support.rooms import PYTHONPATH, ROOT
+from tests.support.rooms import ROOT
 
 TIMEOUT_S = 240
 
@@ -32,7 +32,6 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": PYTHONPATH,
     }
 
 
