@@ -5,10 +5,10 @@
 
 --data holds train.tar.xz and test.tar.xz, or the folders train and test with one folder of images per class.
 The recipe is `cifar10-dsop-resnet20`. --at-once trainings run side by side, those of a seed next to each
-other. Each writes its epochs to --out at once. After --minutes, Ctrl-C or SIGTERM, all are stopped and saved;
-the same command goes on. At the end come the test errors, their paired difference over the seeds with its
-interval, and the first network with branches, which is detached, proved equal and exported: results.json in
---out.
+other. Each writes its epochs to --out at once. After --minutes, Ctrl-C, SIGTERM or the end of the terminal,
+all are stopped and saved; the same command goes on. At the end come the test errors, their paired difference
+over the seeds with its interval, and the first network with branches, which is detached, proved equal and
+exported: results.json in --out.
 
 --dry-run prints what a machine with a GPU would get, how long it takes, how busy the GPU and how many cores
 are, and whether that fits into --minutes. One training needs --step-ms of the GPU for a step of 256 or
@@ -358,5 +358,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the trainings, as Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # stop the trainings, as Ctrl-C
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main(parse_arguments()))

@@ -53,7 +53,7 @@ ONE_GROUP = (
     "all images are one group (copies of one photograph, or one folder), or share groups with other classes, "
     "so the accuracy of the class cannot be measured; add different photographs"
 )
-MAX_HASHED = 50_000  # training images; reading more delays the start by more than a minute
+MAX_HASHED = 50_000  # images of a part; reading more delays the start by more than a minute
 FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
 LOOP_INSTEAD = "procedure.kind=loop trains all weights"
 FEW_SHOT_INSTEAD = "procedure.kind=few_shot fits a head to the frozen network"
@@ -289,7 +289,9 @@ def _check_data(
         if ignored:
             names = ", ".join(sorted(ignored))
             raise ConfigError(f"{names}: without effect where images have several classes; remove it")
-    if len(file_hashes):  # otherwise, the few-shot procedure warns; the copies of chosen images are with them
+    # Without hashes, `fit_new` warns as soon as it has read the files; a loop does not read them before. An
+    # image that the run itself holds out has its copies on its side.
+    if len(file_hashes):
         warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
     if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
         counts = data.held_out.class_counts().tolist()
@@ -306,10 +308,13 @@ def _check_data(
 def warn_of_equal_files(
     train: LabeledImages, held_out: LabeledImages, hashes: NDArray[np.int64], callback: Callback
 ) -> None:
-    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too."""
+    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too.
+
+    More than `MAX_HASHED` held-out files are not read.
+    """
     if warning := describe_contradictions(train, hashes):
         callback.on_warning(warning)
-    if shared := count_seen(held_out, hashes):
+    if len(held_out) <= MAX_HASHED and (shared := count_seen(held_out, hashes)):
         callback.on_warning(
             f"{shared} of {len(held_out)} held-out images are training images, too, so that the score is too "
             "high for new images; `sopdeploy data check` lists them"

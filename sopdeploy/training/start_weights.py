@@ -256,13 +256,20 @@ def create_initial_model(
 def classifier_name(model: Classifier) -> str:
     """Return the name of the last linear layer of the deployed network.
 
-    Without one, this is the last layer with parameters: some networks classify by a convolution.
+    Without one, this is the last layer with a matrix or kernel, because some networks classify by a
+    convolution; norms have vectors only.
     """
     exported = [
         (name, module) for name, module in model.named_modules() if not is_in(name, *model.training_only)
     ]
     linear: list[str] = [name for name, module in exported if isinstance(module, nn.Linear)]
-    return (linear or [name for name, module in exported if module._parameters])[-1]
+    if linear:
+        return linear[-1]
+    return [
+        name
+        for name, module in exported
+        if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    ][-1]
 
 
 def _added_part(name: str, parts: tuple[str, ...]) -> str | None:

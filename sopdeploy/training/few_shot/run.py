@@ -114,9 +114,8 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
 
         try:
             found = cross_validate(recipe, start.model, images, on_progress)
-            file_hashes = found.features.file_hashes  # of files that `start_run` has read, it has warned
-            if not len(start.file_hashes):
-                warn_of_equal_files(images, start.data.held_out, file_hashes, callback)
+            if not len(start.file_hashes):  # otherwise, `start_run` has read the files and warned
+                warn_of_equal_files(images, start.data.held_out, found.features.file_hashes, callback)
             problem, head = found.problem, found.features.head
             fitted = build_fitted(found.network, head, problem, problem.fit_all(found.scaling))
             network = move_to_device(recipe, fitted, start.strategy)
@@ -351,9 +350,9 @@ def _describe(
     images, targets = start.data.train, found.problem.targets
     head, classes_NK = found.features.head, targets.classes
     counts = dict(zip(images.labels, classes_NK.sum(axis=0).astype(int).tolist(), strict=True))
-    judged = start.data.held_out
-    if not len(judged):
-        judged = images.select(np.isin(np.arange(len(images)), found.judged))
+    judged_K = classes_NK[found.judged].sum(axis=0).astype(int)
+    if len(start.data.held_out):
+        judged_K = start.data.held_out.class_counts()
     groups = _groups_of_classes(targets, found.groups)
     num_groups = {label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)}
     contradictions, labels_N = [], number_classes(images.targets)
@@ -372,7 +371,7 @@ def _describe(
         map=score if isinstance(score, MeanPrecision) else None,
         estimated_on="held-out" if len(start.data.held_out) else "cross-validation",
         class_counts=counts,
-        judged_counts=dict(zip(judged.labels, judged.class_counts().tolist(), strict=True)),
+        judged_counts=dict(zip(images.labels, judged_K.tolist(), strict=True)),
         is_uneven=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
         num_selected=int((~select_typical(images)).sum()),  # by a server

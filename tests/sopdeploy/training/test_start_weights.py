@@ -17,6 +17,7 @@ import timm
 import torch
 import torchvision
 from huggingface_hub import close_session, constants
+from torch import nn
 
 from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.data.sources import open_data
@@ -31,6 +32,7 @@ from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import (
     InitialModel,
     StartWeights,
+    classifier_name,
     complete_preprocess,
     create_initial_model,
     load_start_weights,
@@ -280,6 +282,13 @@ def test_weights_of_a_network_that_classifies_by_a_convolution_start_a_run(tmp_p
     initial = start(f"model.name={name}", "model.config={}", f"start.weights={tmp_path / 'w.pth'}")
     assert initial.start is not None
     assert initial.start.new == ("head.fc",)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_norm_behind_the_last_convolution_is_no_classifier(affine: bool) -> None:
+    network: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2, affine=affine))
+    network.training_only = ()
+    assert classifier_name(network) == "1"
 
 
 def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:

@@ -501,7 +501,9 @@ def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_pat
     assert any("unknown images: not recognized" in line for line in found.lines())
 
 
-def test_the_largest_class_is_that_of_the_judged_images_and_copies_in_val_are_warned_of(tmp_path: Path):
+def test_the_largest_class_is_that_of_the_judged_images_and_copies_in_val_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     photos, callback = tmp_path / "photos", RecordingCallback()
     paint(photos / "train", 4)
     paint(photos / "val", 2, seed=1)
@@ -519,6 +521,10 @@ def test_the_largest_class_is_that_of_the_judged_images_and_copies_in_val_are_wa
     for events in (callback.events, loop.events):
         (warning,) = [values["warning"] for name, values in events if name == "warning"]
         assert warning.startswith("1 of 6 held-out images are training images, too")
+    monkeypatch.setattr("sopdeploy.training.start.MAX_HASHED", 5)  # of 6 held-out images
+    silent = RecordingCallback()
+    start_run(read_recipe("photos", settings), folder, None, silent)
+    assert [name for name, _ in silent.events if name == "warning"] == []
 
 
 def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image_per_class(
