@@ -36,9 +36,10 @@ ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 _NO_SCHEMAS = {"default", "metadata", "serialization"}  # parts of a core schema
 MAX_SHOWN = 80  # characters of a value in a message
 _MAY_BE_INFINITE = re.compile(rb"\d[eE]\+?\d{3}|(?<!\d)\d{200}")  # 1e999, or hundreds of digits and .0
-# A key of TOML with more than `MAX_LEVELS` parts, for which tomllib takes quadratic time and memory.
+# A key of TOML with more than `MAX_LEVELS` parts, for which tomllib takes quadratic time and memory. No key
+# begins at an escaped quote; a search from each of them would itself take quadratic time.
 _KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
-_LONG_KEY = re.compile(rf"(?<![\w.-])(?:{_KEY_PART}[ \t]*+\.[ \t]*+){{{MAX_LEVELS}}}")
+_LONG_KEY = re.compile(rf"(?<![\w.\\-])(?:{_KEY_PART}[ \t]*+\.[ \t]*+){{{MAX_LEVELS}}}")
 
 
 def parse_json(raw: bytes | str) -> Any:

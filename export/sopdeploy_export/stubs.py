@@ -114,7 +114,7 @@ class PartCall(NamedTuple):
             of_attributes = PartCall(self.part, "", first.attributes, second.attributes)
             vars(made).update(of_attributes.make_answer(pixels))
             return made
-        elif isinstance(first, float) and isinstance(second, float):
+        elif all(isinstance(leaf, float) and not isinstance(leaf, Enum) for leaf in (first, second)):
             return torch.nan  # as the values of tensors; an integer can be a size
         elif repr(first) == repr(second):
             return first

@@ -279,6 +279,10 @@ def test_a_key_of_many_parts_takes_no_memory(part: str) -> None:
     assert parse_toml(".".join([part] * 100) + " = 1")
 
 
+def test_a_text_of_escaped_quotes_takes_no_quadratic_time() -> None:
+    assert parse_toml('x = "' + '\\"' * 200_000 + '"') == {"x": '"' * 200_000}
+
+
 def test_an_override_with_many_levels_is_a_text() -> None:
     assert parse_override("x=" + "[" * 100_000) == ("x", "[" * 100_000)
 

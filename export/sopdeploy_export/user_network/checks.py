@@ -200,9 +200,9 @@ def check_outputs(
     """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
 
     Returns the path of the first attribute that the first two runs change, such as a cache, or None if they
-    change none; and warnings. Raises `LoweringError` if the network fails, returns no finite (B, classes)
-    logits, returns probabilities or reads tensors in Python code, or if the last two runs change its state or
-    return other logits.
+    change none; and warnings. Raises the errors of `check_finite`, and `LoweringError` if the network fails,
+    returns no (B, classes) logits, returns probabilities or reads tensors in Python code, or if the last two
+    runs change its state or return other logits.
     """
     images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     before = state.read_state(network)
@@ -237,9 +237,9 @@ def check_outputs(
 
 
 def check_finite(logits: Tensor, role: str) -> None:
-    """Raise an error if *logits* of probe images are not finite; those of the trained network were."""
+    """Raise `LoweringError`, or `CertificateError` for the detached network, unless *logits* are finite."""
     if not bool(torch.isfinite(logits).all()):
-        if role == "detached":  # stubs return NaN
+        if role == "detached":  # those of the trained network were finite, so a stub's NaN is in these
             raise CertificateError(
                 "the output depends on a removed part: without its values, the logits are NaN or infinite; "
                 "keep this part",

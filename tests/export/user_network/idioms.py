@@ -4,6 +4,7 @@ import collections
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,15 @@ class ModelOutput(collections.OrderedDict[str, Tensor]):
 class Head(nn.Linear):
     def forward(self, x: Tensor) -> Any:
         return ModelOutput(logits=super().forward(x))
+
+
+class Confidence(float, Enum):
+    LOW = 0.5
+
+
+class Judge(nn.Linear):
+    def forward(self, _: Tensor) -> Any:
+        return Confidence.LOW
 
 
 @dataclass
@@ -399,6 +409,14 @@ EXPORTED: dict[str, Case] = {
     "a criterion with weights of the classes": (
         with_parts(logits, criterion=lambda: nn.CrossEntropyLoss(torch.ones(CLASSES))),
         {"training_only": ["criterion"]},
+        DETACHED,
+    ),
+    "a removed part that returns a member of an enumeration": (
+        with_parts(
+            lambda net, x: logits(net, x) if net.head(x) is Confidence.LOW else None,
+            head=lambda: Judge(8, CLASSES),
+        ),
+        {"training_only": ["head"]},
         DETACHED,
     ),
     "an adapter that is not merged": (changed(lambda n: setattr(n, "fc", Adapter(n.fc))), {}, ONLY),
