@@ -1,6 +1,6 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
-import json
+import math
 import re
 import reprlib
 import tomllib
@@ -35,7 +35,6 @@ MAX_TEXT = 10_000_000  # characters
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 _NO_SCHEMAS = {"default", "metadata", "serialization"}  # parts of a core schema
 MAX_SHOWN = 80  # characters of a value in a message
-_MAY_BE_INFINITE = re.compile(rb"\d[eE]\+?\d{3}|(?<!\d)\d{200}")  # 1e999, or hundreds of digits and .0
 # A key of TOML with more than `MAX_LEVELS` parts, for which tomllib takes quadratic time and memory. No key
 # begins at an escaped quote; a search from each of them would itself take quadratic time.
 _KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
@@ -53,11 +52,16 @@ def parse_json(raw: bytes | str) -> Any:
         raise ValueError("not JSON: has too many lists, objects and values")
     try:
         values = pydantic_core.from_json(document, allow_inf_nan=False, cache_strings="keys")
-        if _MAY_BE_INFINITE.search(document):
-            json.dumps(values, allow_nan=False)  # raises if a number was too large for a float
-        return values
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
+    parts = [values]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, float) and math.isinf(part):  # of 1e999, or of hundreds of digits and .0
+            raise ValueError("not JSON: has a number that is too large")
+        if isinstance(part, list | dict):
+            parts.extend(part.values() if isinstance(part, dict) else part)
+    return values
 
 
 def parse_toml(text: str) -> dict[str, Any]:
