@@ -12,13 +12,6 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Iterable, Mapping
-from functools import partial
-from types import SimpleNamespace
-from typing import cast
-
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
 # Messages with a file; the name of the engine or front end at the other end of a channel follows
 CLIENT, SEND_METRICS, CHANNEL = b"client", b"metrics", b"channel "
@@ -29,6 +22,7 @@ NEW_MODELS, BAD_FRONT_END = b"models", b"bad "  # of an engine: after a reload; 
 STATUS = struct.Struct("=QI")  # connections received and open ones, or images; then names of bundles
 ADMITTED_BYTES, LIMIT_BYTES = 4096, 16  # of the shared memory: for all processes, then for each key
 METRICS_SECONDS = 1.0  # a process that takes longer counts as down; the supervisor has twice the time
+MAX_METRICS_BYTES = 16_000_000  # of a page
 
 
 def receive_message(control: socket.socket) -> tuple[bytes, list[int]]:
@@ -61,6 +55,8 @@ async def request_metrics(control: socket.socket | None, seconds: float) -> byte
             page = b""
             while piece := await asyncio.get_running_loop().sock_recv(ours, 1 << 16):
                 page += piece
+                if len(page) > MAX_METRICS_BYTES:
+                    return b""
             return page
     return b""  # no answer in time, or an error
 
@@ -70,28 +66,3 @@ async def send_metrics(file: int, page: bytes) -> None:
     with contextlib.suppress(OSError), socket.socket(fileno=file) as connection:
         connection.setblocking(False)
         await asyncio.get_running_loop().sock_sendall(connection, page)
-
-
-def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
-    """Merge the metrics *pages* of processes by name; add the label `process` and `sopdeploy_worker_up`.
-
-    A page is empty if its process is down. The `process_*` metrics are collected here, of the processes with
-    *ids*, by name; the supervisor has an id but no page.
-    """
-    up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
-    merged: dict[str, Metric] = {}  # by name of the metric, with the samples of all processes
-
-    def add_samples(process: str, metrics: Iterable[Metric]) -> None:
-        for metric in metrics:
-            empty = Metric(metric.name, metric.documentation, metric.type)
-            samples = merged.setdefault(metric.name, empty).samples
-            for sample in metric.samples:
-                samples.append(sample._replace(labels={**sample.labels, "process": process}))
-
-    for process, page in pages.items():
-        up.add_sample(up.name, {"process": process}, 1.0 if page else 0.0)
-        add_samples(process, text_string_to_metric_families(page.decode()))
-    for process, pid in ids.items():  # the collector calls its *pid* to get the id
-        add_samples(process, ProcessCollector(pid=partial(str, pid), registry=None).collect())
-    collector = SimpleNamespace(collect=lambda: [up, *merged.values()])
-    return generate_latest(cast(CollectorRegistry, collector))  # uses no other method than `collect`

@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -32,6 +31,7 @@ from sopdeploy_service.http.api_keys import KeyFile
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.runtime.onnxruntime import has_cuda
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
@@ -204,7 +204,12 @@ def serve_http(
         is_keeper=config.position == 0,
     )
     service: Service = app.state.service
-    service.metrics_of_all = partial(control.request_metrics, supervisor, 2 * control.METRICS_SECONDS)
+
+    async def metrics_of_all() -> bytes:
+        page = await control.request_metrics(supervisor, 2 * control.METRICS_SECONDS)
+        return page or await service.make_metrics()
+
+    service.metrics_page = Shared(metrics_of_all)
     service.share_admitted(shared[: control.ADMITTED_BYTES].cast("q")[:count], config.position)
     service.num_front_ends = config.front_ends or 0
     service.max_upload_bytes = upload_budget(settings, count)

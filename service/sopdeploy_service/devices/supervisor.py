@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.processes import (
@@ -34,6 +36,7 @@ from sopdeploy_service.devices.processes import (
 )
 from sopdeploy_service.http.api_keys import KeyFile, read_keys
 from sopdeploy_service.observability import logs
+from sopdeploy_service.observability.pages import Shared, merge_metrics
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, STDERR, USER_ERROR, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
@@ -80,6 +83,9 @@ class Supervisor:
         self._announced = self._must_reload = False
         self._code = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics = CollectorRegistry()  # of this process
+        ProcessCollector(registry=self._metrics)
+        self._metrics_page = Shared(self._collect_metrics)
 
     @property
     def _servers(self) -> Sequence[Process]:
@@ -349,15 +355,17 @@ class Supervisor:
         """Send the metrics of all processes to the socket *file*."""
         with ExitStack() as unless_merged:
             unless_merged.callback(os.close, file)
-            processes = [*self._devices, *self._front_ends]
-            # One that loads its models would not answer.
-            sockets = [process.control if process.is_ready else None for process in processes]
-            replies = await asyncio.gather(
-                *(control.request_metrics(one, control.METRICS_SECONDS) for one in sockets)
-            )
-            pages = {process.name: page for process, page in zip(processes, replies, strict=True)}
-            ids = {process.name: process.child.pid for process in processes if process.child is not None}
-            ids["supervisor"] = os.getpid()
-            page = control.merge_metrics(pages, ids)
+            page = await self._metrics_page.get()
             unless_merged.pop_all()
         await control.send_metrics(file, page)
+
+    async def _collect_metrics(self) -> bytes:
+        """Return a page with the metrics of all processes, which a thread makes."""
+        processes = [*self._devices, *self._front_ends]
+        # One that loads its models would not answer.
+        sockets = [process.control if process.is_ready else None for process in processes]
+        replies = await asyncio.gather(
+            *(control.request_metrics(one, control.METRICS_SECONDS) for one in sockets)
+        )
+        pages = {process.name: page for process, page in zip(processes, replies, strict=True)}
+        return await asyncio.to_thread(lambda: merge_metrics(pages, generate_latest(self._metrics)))
