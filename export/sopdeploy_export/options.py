@@ -100,7 +100,7 @@ class NetworkExportOptions(NetworkOptions):
     training_only: tuple[str, ...] = ()
     """Part to remove, or a pattern such as 'aux*'; repeatable."""
     labels: Path | None = None
-    """File with one class name per line; by default class_to_idx of the weight file."""
+    """File with one class name per line, or in JSON; by default class_to_idx of the weight file."""
     allow_constants: bool = False
     """Accept large tensors that are neither weights nor buffers, without --plain."""
 
