@@ -31,6 +31,8 @@ from sopdeploy.names import label_problem
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.constant_parts import evaluate_constant_parts
+from sopdeploy_export.detach.detach import detach, has_tensors
+from sopdeploy_export.detach.stubs import answering
 from sopdeploy_export.graph.capture import (
     INPUT,
     Captured,
@@ -38,10 +40,12 @@ from sopdeploy_export.graph.capture import (
     capture_any_batch,
     generated_images,
     output_names,
+    probe_pixels,
 )
 from sopdeploy_export.graph.file import lower
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.model_card import render_model_card, write_page
+from sopdeploy_export.network import copy_module
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import compare
@@ -49,16 +53,8 @@ from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof.certificate import Certificate, FileRoots, certify
 from sopdeploy_export.proof.images import NO_RULE, find_mixing
-from sopdeploy_export.proof.networks import (
-    Detachment,
-    ExportSubject,
-    copy_module,
-    detach,
-    has_tensors,
-    probe_pixels,
-)
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
-from sopdeploy_export.stubs import answering
+from sopdeploy_export.subject import Detachment, ExportSubject
 
 ONNX_FILE = "model.onnx"
 OPERATOR_IMAGES = 2  # of the run that records the operators of a program

@@ -26,13 +26,13 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
+from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.graph.capture import Captured, capture, generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof import certificate, graphs
 from sopdeploy_export.proof.certificate import certify
-from sopdeploy_export.proof.networks import detach
 from tests.export.conftest import GMSOP, save, trained
 from tests.export.once import digest, proving_once
 from tests.support import quick_torch

@@ -30,19 +30,11 @@ from sopdeploy.errors import LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy_export.detach.stubs import SIZES, answering
 from sopdeploy_export.graph.forms import SymbolicForms, simplify_operators
+from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.program_hashes import Trace, trace_hash
-from sopdeploy_export.state import (
-    DEPTH,
-    NOT_IN_EVAL,
-    STATELESS,
-    identify,
-    modules,
-    preserved,
-    recording_calls,
-    tensors,
-)
-from sopdeploy_export.stubs import answering
+from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, STATELESS, identify, preserved, recording_calls
 
 INPUT = "images"
 EXPORT_LOGITS = "_sopdeploy_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
@@ -391,3 +383,9 @@ def capturing() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def probe_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
+    """Normalize the last of the generated images, in the layout of *network*: (3, 3, H, W)."""
+    images = torch.from_numpy(generated_images(preprocess.crop)[-max(SIZES) :])
+    return Normalize(preprocess, images_format(network))(images)

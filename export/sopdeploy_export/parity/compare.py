@@ -33,7 +33,7 @@ from sopdeploy.errors import ParityError
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export import results
 from sopdeploy_export.graph.capture import INPUT, Deployed, output_names
-from sopdeploy_export.proof.networks import copy_module
+from sopdeploy_export.network import copy_module
 
 Arrays = dict[str, NDArray[Any]]
 BatchRun = Callable[[Tensor], tuple[Tensor, ...]]

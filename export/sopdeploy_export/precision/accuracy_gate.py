@@ -22,8 +22,8 @@ from sopdeploy.photos.photo import ImageFiles
 from sopdeploy_export.graph.capture import INPUT, evenly_spread
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import open_session
-from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.results import LOGITS, Accuracy, PrecisionReport
+from sopdeploy_export.subject import ExportSubject
 
 _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`

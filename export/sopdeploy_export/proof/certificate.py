@@ -18,14 +18,16 @@ from sopdeploy.bundle.manifest import PROOFS, BatchRange, Precision, ProofKind
 from sopdeploy.config import StrictModel
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
+from sopdeploy_export.admit.state import check_torch_state
 from sopdeploy_export.graph.capture import Captured, Deployed
 from sopdeploy_export.program_hashes import hashing_once
 from sopdeploy_export.proof.batch_sizes import check_batch_sizes
 from sopdeploy_export.proof.graphs import Roots, assert_equal_graphs, capture_networks
-from sopdeploy_export.proof.networks import Detachment, Prepared, check_torch_state, load_plain_network
+from sopdeploy_export.proof.networks import Prepared, load_plain_network
 from sopdeploy_export.proof.outputs import assert_equal_outputs
 from sopdeploy_export.proof.repetition import check_repetition
 from sopdeploy_export.proof.tensors import TensorEntry, build_inventory, find_usage
+from sopdeploy_export.subject import Detachment
 
 STATEMENTS = {
     "Tensors": "Each tensor is removed, needed or neither; all but the removed ones have the same sha256 "
