@@ -48,12 +48,19 @@ from sopdeploy_export.model_card import render_model_card, write_page
 from sopdeploy_export.network import copy_module
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity import compare
-from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
+from sopdeploy_export.parity.compare import (
+    ParityReference,
+    ParityReport,
+    compare_file,
+    compared_images,
+    compute_reference,
+)
+from sopdeploy_export.precision.convert import NO_IMAGES, CapturedGraph, convert_precision
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof.certificate import Certificate, FileRoots, certify
 from sopdeploy_export.proof.images import NO_RULE, find_mixing
-from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
+from sopdeploy_export.results import Exported, ExportResults
+from sopdeploy_export.runs import LOGITS, GateRun, file_outputs, find_gate, mark_decided, open_session
 from sopdeploy_export.subject import Detachment, ExportSubject
 
 ONNX_FILE = "model.onnx"
@@ -177,24 +184,23 @@ def export_subject(
         check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
-        converted = convert_precision(certified, preprocess, options, accuracy_check)
+        measuring = NO_IMAGES if accuracy_check is None else accuracy_check.images()
+        converted = convert_precision(certified, preprocess, options, measuring)
         model, precision = converted.model, converted.precision
         (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
         shipped_root = root if options.precision == "fp32" else onnx_root(model)
         roots = FileRoots(**dict(proof.roots), onnx=root, shipped=shipped_root)
         about_networks = {**dict(proof), "roots": roots}
         certificate = Certificate(**about_networks, mixes_images=mixes_images, precision=options.precision)
-        session = compare.open_session(folder / ONNX_FILE)
+        session = open_session(folder / ONNX_FILE)
         if accuracy_check is not None:
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
         on_step("comparing the file with the network")  # Statement 8: file
         deployed = Deployed(certified.network, preprocess).eval()
-        exact = compare.compute_reference(deployed, images, converted.run, options.precision, converted.gate)
-        parity = compare.compare_file(
-            session, model, exact, images, options.batch, allow_drift=options.allow_drift
-        )
+        exact = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
+        parity = compare_file(session, model, exact, images, options.batch, allow_drift=options.allow_drift)
         trained_costs, shipped_costs = count_costs(subject.network, certified.network, preprocess.crop)
         results = ExportResults(
             certificate=certificate,
@@ -296,13 +302,13 @@ def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Coun
         return trained.total(), tally(shipped, side).total()
 
 
-def as_probes(images: NDArray[np.uint8], expected: compare.ParityReference, parity: ParityReport) -> Probes:
+def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: ParityReport) -> Probes:
     """Create the bundle's probes from those of *images* (P, H, W, 3) whose outputs *parity* compared.
 
     If drift was allowed, the tolerance of an output is at least twice the difference that was measured from
     float64 and between batch sizes.
     """
-    compared = compare.compared_images(parity.routing, len(images))
+    compared = compared_images(parity.routing, len(images))
     factor = 2 if parity.drift_allowed else 0  # otherwise the drift is within the tolerance
     return Probes(
         images=images[compared],
@@ -318,7 +324,7 @@ def write_golden_examples(
     subject: ExportSubject,
     folder: Path,
     session: onnxruntime.InferenceSession,
-    gate: compare.GateRun | None,
+    gate: GateRun | None,
     parity: ParityReport,
     tolerance: float,
 ) -> None:
@@ -328,15 +334,15 @@ def write_golden_examples(
     """
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = compare.file_outputs(session, pixels[None], 1)[LOGITS][0]
+        logits: NDArray[np.float32] = file_outputs(session, pixels[None], 1)[LOGITS][0]
         return logits
 
     def has_decided_gate(pixels: NDArray[np.uint8]) -> bool:
         """Return whether rounding cannot change the choice; True without a gate."""
         if gate is None or parity.routing is None:
             return True
-        logits, chosen = gate(torch.tensor(pixels[None])), compare.find_gate(subject.network).chosen
-        return bool(compare.mark_decided(logits, chosen, parity.routing.tolerance).all())
+        logits, chosen = gate(torch.tensor(pixels[None])), find_gate(subject.network).chosen
+        return bool(mark_decided(logits, chosen, parity.routing.tolerance).all())
 
     write_golden(folder, subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
 

@@ -20,13 +20,14 @@ from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.graph.capture import Deployed, capture_any_batch, generated_images
 from sopdeploy_export.graph.file import lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, open_session
+from sopdeploy_export.parity.compare import ParityReference, ParityReport, compare_file, compute_reference
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.proof.networks import Prepared, load_plain_network
 from sopdeploy_export.proof.outputs import assert_equal_outputs
 from sopdeploy_export.proof.tensors import build_inventory
-from sopdeploy_export.results import Exported, ParityReport
+from sopdeploy_export.results import Exported
+from sopdeploy_export.runs import open_session
 from sopdeploy_export.subject import Detachment
 from tests.export.conftest import save
 

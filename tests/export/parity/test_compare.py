@@ -17,17 +17,18 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph.capture import Deployed, generated_images
 from sopdeploy_export.parity.compare import (
+    FLOORS,
     ParityReference,
+    ParityReport,
+    RoutingParity,
     compare_file,
     compare_routes,
     compute_reference,
     count_flips,
     logit_spread,
-    mark_decided,
-    open_session,
 )
 from sopdeploy_export.pipeline import as_probes
-from sopdeploy_export.results import FLOORS, ParityReport, RoutingParity
+from sopdeploy_export.runs import mark_decided, open_session
 from tests.export.conftest import GMGAP, PREPROCESS, save, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.sweep.steps import measured

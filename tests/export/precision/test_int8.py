@@ -18,7 +18,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph.capture import capture_any_batch, generated_images
 from sopdeploy_export.graph.file import lower
-from sopdeploy_export.parity.compare import file_outputs, open_session
 from sopdeploy_export.precision.accuracy_gate import (
     AccuracyCheck,
     calibration_images,
@@ -30,6 +29,7 @@ from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.results import Exported
+from sopdeploy_export.runs import file_outputs, open_session
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, graph_of
 from tests.support.gpu_graphs import accepted, with_a_runtime

@@ -23,8 +23,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import in_float16
-from sopdeploy_export.precision.convert import CapturedGraph
-from sopdeploy_export.results import Accuracy, PrecisionReport
+from sopdeploy_export.precision.convert import Accuracy, CapturedGraph, PrecisionReport
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.precision.test_int8 import painted
