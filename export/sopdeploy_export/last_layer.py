@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, last_linear
-from sopdeploy_export.graph.capture import EXPORT_EMBEDDING, Deployed
+from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
 from sopdeploy_export.network import copy_module
 
 

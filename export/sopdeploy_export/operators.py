@@ -34,8 +34,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError, first_line
-from sopdeploy_export.graph.capture import capturing
-from sopdeploy_export.graph.file import convert
+from sopdeploy_export.capture.program import capturing
+from sopdeploy_export.lower.to_onnx import convert
 from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.runs import PROVIDER
 

@@ -30,20 +30,13 @@ from sopdeploy.models.describe import Counts, tally
 from sopdeploy.names import label_problem
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
+from sopdeploy_export.capture.deployed import INPUT, Deployed, generated_images, output_names, probe_pixels
+from sopdeploy_export.capture.program import Captured, capture_any_batch
 from sopdeploy_export.constant_parts import evaluate_constant_parts
 from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.detach.stubs import answering
-from sopdeploy_export.graph.capture import (
-    INPUT,
-    Captured,
-    Deployed,
-    capture_any_batch,
-    generated_images,
-    output_names,
-    probe_pixels,
-)
-from sopdeploy_export.graph.file import lower
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.model_card import render_model_card, write_page
 from sopdeploy_export.network import copy_module
 from sopdeploy_export.operators import check_operators

@@ -18,7 +18,7 @@ from sopdeploy.bundle.manifest import GATES
 from sopdeploy.environment import EXACT_INT8, lacks_vnni
 from sopdeploy.errors import ParityError
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.graph.capture import INPUT, Deployed
+from sopdeploy_export.capture.deployed import INPUT, Deployed
 
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"

@@ -12,7 +12,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import Origin
-from sopdeploy_export.graph.capture import Captured
+from sopdeploy_export.capture.program import Captured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,8 +26,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.capture.program import Captured, capture
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.graph.capture import Captured, capture, generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.program_hashes import program_root

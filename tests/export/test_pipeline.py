@@ -27,7 +27,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_export import program_hashes, runs
-from sopdeploy_export.graph.capture import Deployed, generated_images
+from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint

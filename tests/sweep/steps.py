@@ -16,9 +16,10 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
+from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.graph.capture import Deployed, capture_any_batch, generated_images
-from sopdeploy_export.graph.file import lower
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import ParityReference, ParityReport, compare_file, compute_reference
 from sopdeploy_export.pipeline import export_checkpoint

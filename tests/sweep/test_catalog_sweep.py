@@ -14,8 +14,8 @@ import torch
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.registry import CATALOG, entry
+from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.graph.capture import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.precision.casts import float32_parts

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError
-from sopdeploy_export.graph.capture import Deployed, output_names
+from sopdeploy_export.capture.deployed import Deployed, output_names
 from sopdeploy_export.network import copy_module
 from sopdeploy_export.runs import (
     LOGITS,

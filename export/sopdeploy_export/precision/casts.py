@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, compute_outputs
+from sopdeploy_export.capture.deployed import compute_outputs
+from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.network import copy_module
 from sopdeploy_export.runs import InFloat64, ReportsFloat32
 

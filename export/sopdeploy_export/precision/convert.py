@@ -24,8 +24,9 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.graph.capture import Deployed, capture_any_batch, generated_images, output_names
-from sopdeploy_export.graph.file import lower
+from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names
+from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.precision.casts import float32_parts, in_float16, sum_in_float32, weight_dtypes
 from sopdeploy_export.program_hashes import module_of

@@ -4,7 +4,7 @@ torch.export itself checks that all batch sizes of at least 2 have one graph.
 """
 
 from sopdeploy.errors import CertificateError
-from sopdeploy_export.graph.capture import Captured
+from sopdeploy_export.capture.program import Captured
 from sopdeploy_export.program_hashes import describe_difference, value_root
 
 

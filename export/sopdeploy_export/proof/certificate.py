@@ -19,7 +19,8 @@ from sopdeploy.config import StrictModel
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.admit.state import check_torch_state
-from sopdeploy_export.graph.capture import Captured, Deployed
+from sopdeploy_export.capture.deployed import Deployed
+from sopdeploy_export.capture.program import Captured
 from sopdeploy_export.program_hashes import hashing_once
 from sopdeploy_export.proof.batch_sizes import check_batch_sizes
 from sopdeploy_export.proof.graphs import Roots, assert_equal_graphs, capture_networks

@@ -9,8 +9,8 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
+from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, capture
 from sopdeploy_export.detach.stubs import removed_modules
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, capture
 from sopdeploy_export.program_hashes import compute_roots, describe_difference
 
 

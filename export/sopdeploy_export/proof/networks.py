@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import CertificateError
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy_export.admit.state import check_network_state
-from sopdeploy_export.graph.capture import EXPORT_EMBEDDING
+from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING
 from sopdeploy_export.network import tensors, unstored_buffers, with_contiguous_tensors
 from sopdeploy_export.program_hashes import are_equal, copy_hashed, stored_hash, tensor_hash
 from sopdeploy_export.subject import Detachment

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sopdeploy.errors import CertificateError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.graph.capture import compute_outputs
+from sopdeploy_export.capture.deployed import compute_outputs
 from sopdeploy_export.network import copy_module
 from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.state import NOT_IN_EVAL, STATELESS, first_change, read_state

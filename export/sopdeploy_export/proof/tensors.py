@@ -15,7 +15,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, make_functional, trace_network
+from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, make_functional, trace_network
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.program_hashes import describe_difference, program_root, trace_hash
 from sopdeploy_export.proof.networks import Prepared

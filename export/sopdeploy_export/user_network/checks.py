@@ -25,15 +25,8 @@ from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import is_in
 from sopdeploy_export import state
 from sopdeploy_export.admit.state import check_hooks
-from sopdeploy_export.graph.capture import (
-    EXPORT_LOGITS,
-    Captured,
-    Deployed,
-    capture,
-    capture_any_batch,
-    compute_outputs,
-    generated_images,
-)
+from sopdeploy_export.capture.deployed import EXPORT_LOGITS, Deployed, compute_outputs, generated_images
+from sopdeploy_export.capture.program import Captured, capture, capture_any_batch
 from sopdeploy_export.network import copy_module, modules, tensors, unstored_buffers
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import VALUE_LAYOUT, operator_name, value_root

@@ -18,16 +18,10 @@ from sopdeploy.models.base import is_in
 from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
 from sopdeploy_export.admit.state import check_network_state, check_torch_state
+from sopdeploy_export.capture.deployed import Deployed, compute_outputs, probe_pixels
+from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, capture
 from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.detach.stubs import ReadError
-from sopdeploy_export.graph.capture import (
-    NETWORK_PREFIX,
-    Captured,
-    Deployed,
-    capture,
-    compute_outputs,
-    probe_pixels,
-)
 from sopdeploy_export.network import copy_module, modules, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_subject

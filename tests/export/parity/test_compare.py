@@ -15,7 +15,7 @@ from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.capture import Deployed, generated_images
+from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.parity.compare import (
     FLOORS,
     ParityReference,

@@ -16,8 +16,9 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph.capture import capture_any_batch, generated_images
-from sopdeploy_export.graph.file import lower
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.precision.accuracy_gate import (
     AccuracyCheck,
     calibration_images,

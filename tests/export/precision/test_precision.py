@@ -17,8 +17,9 @@ from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, capture_any_batch, generated_images
-from sopdeploy_export.graph.file import lower
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.capture.program import NETWORK_PREFIX, capture_any_batch
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
