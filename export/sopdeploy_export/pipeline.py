@@ -32,14 +32,15 @@ from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.capture.deployed import INPUT, Deployed, generated_images, output_names, probe_pixels
 from sopdeploy_export.capture.program import Captured, capture_any_batch
-from sopdeploy_export.constant_parts import evaluate_constant_parts
 from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.detach.stubs import answering
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
+from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
+from sopdeploy_export.lower.operators import check_operators
+from sopdeploy_export.lower.precision import NO_IMAGES, CapturedGraph, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.model_card import render_model_card, write_page
 from sopdeploy_export.network import copy_module
-from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import (
     ParityReference,
@@ -48,7 +49,6 @@ from sopdeploy_export.parity.compare import (
     compared_images,
     compute_reference,
 )
-from sopdeploy_export.precision.convert import NO_IMAGES, CapturedGraph, convert_precision
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof.certificate import Certificate, FileRoots, certify
 from sopdeploy_export.proof.images import NO_RULE, find_mixing
@@ -151,7 +151,7 @@ def export_subject(
         raise ConfigError(f"{problem}; rename the class and train again")
     accuracy_check = None
     if options.calibrate is not None or options.evaluate is not None:
-        from sopdeploy_export.precision.accuracy_gate import AccuracyCheck  # noqa: PLC0415 # rarely needed
+        from sopdeploy_export.lower.accuracy import AccuracyCheck  # noqa: PLC0415 # rarely needed
 
         accuracy_check = AccuracyCheck(subject, options)
     preprocess, started = subject.preprocess, time.monotonic()

@@ -9,8 +9,8 @@ from sopdeploy.bundle.manifest import Int8For, Manifest
 from sopdeploy.decision import Decision
 from sopdeploy.errors import shorten
 from sopdeploy.models.describe import Counts
+from sopdeploy_export.lower.precision import PrecisionReport
 from sopdeploy_export.parity.compare import ParityReport
-from sopdeploy_export.precision.convert import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 
 SHOWS_ONE_POINT = 381  # images: if all agree, the 95 % interval of the agreement begins at 99 %

@@ -20,8 +20,8 @@ from sopdeploy.models.base import is_in
 from sopdeploy_export import pipeline
 from sopdeploy_export.capture.deployed import output_names
 from sopdeploy_export.capture.program import Captured, capture, capture_any_batch
+from sopdeploy_export.lower.precision import CapturedGraph
 from sopdeploy_export.lower.to_onnx import lower
-from sopdeploy_export.precision.convert import CapturedGraph
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof import graphs
 

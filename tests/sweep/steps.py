@@ -19,11 +19,11 @@ from sopdeploy.training.loop.losses import training_loss
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.detach.detach import detach
+from sopdeploy_export.lower.precision import CapturedGraph, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import ParityReference, ParityReport, compare_file, compute_reference
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.proof.networks import Prepared, load_plain_network
 from sopdeploy_export.proof.outputs import assert_equal_outputs
 from sopdeploy_export.proof.tensors import build_inventory

@@ -18,17 +18,17 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.capture.program import capture_any_batch
-from sopdeploy_export.lower.to_onnx import lower
-from sopdeploy_export.precision.accuracy_gate import (
+from sopdeploy_export.lower.accuracy import (
     AccuracyCheck,
     calibration_images,
     choose_measured,
     compare_top_classes,
     logit_deviation,
 )
-from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.precision.convert import weight_types
-from sopdeploy_export.precision.int8 import Int8Quantizer
+from sopdeploy_export.lower.float16 import float32_parts
+from sopdeploy_export.lower.int8 import Int8Quantizer
+from sopdeploy_export.lower.precision import weight_types
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.results import Exported
 from sopdeploy_export.runs import file_outputs, open_session
 from tests.export.conftest import GMSOP, export_once, trained

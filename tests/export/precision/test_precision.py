@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from sopdeploy_export.lower import float16
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -19,12 +20,11 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.capture.program import NETWORK_PREFIX, capture_any_batch
-from sopdeploy_export.lower.to_onnx import lower
+from sopdeploy_export.lower.accuracy import AccuracyCheck
+from sopdeploy_export.lower.float16 import in_float16
+from sopdeploy_export.lower.precision import Accuracy, CapturedGraph, PrecisionReport
+from sopdeploy_export.lower.to_onnx import convert, lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.precision import casts, convert
-from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
-from sopdeploy_export.precision.casts import in_float16
-from sopdeploy_export.precision.convert import Accuracy, CapturedGraph, PrecisionReport
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.precision.test_int8 import painted
@@ -115,7 +115,7 @@ def test_second_order_parts_keep_float32_in_a_copy(
 def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
     preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = casts.fold_norm
+    honest = float16.fold_norm
 
     def twice(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         honest(convolution, norm)
@@ -229,7 +229,7 @@ ADDING: dict[str, tuple[Any, tuple[Any, ...], bool | None]] = {
 @pytest.mark.parametrize("name", ADDING)
 def test_operators_that_add_are_known_by_their_derivatives(name: str) -> None:
     operator, arguments, expected = ADDING[name]
-    assert casts.adds_elements(operator, arguments, {}) == expected
+    assert float16.adds_elements(operator, arguments, {}) == expected
 
 
 class RunsTwice(nn.Module):
@@ -260,7 +260,7 @@ def test_layers_that_run_twice_are_not_folded(convolutions: int, norms: int, pre
         torch.from_numpy(generated_images(preprocess.crop)[:2])
     )
     in_float16(network, program, pixels)
-    assert casts.fold_batch_norms(network, program) == 1
+    assert float16.fold_batch_norms(network, program) == 1
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -282,7 +282,7 @@ def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(prep
         torch.from_numpy(generated_images(preprocess.crop)[:2])
     )
     expected = network(pixels)
-    assert casts.fold_batch_norms(network, program) == 1
+    assert float16.fold_batch_norms(network, program) == 1
     torch.testing.assert_close(network(pixels), expected)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
 

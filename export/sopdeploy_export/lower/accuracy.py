@@ -20,8 +20,8 @@ from sopdeploy.photos.copies import connect
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
+from sopdeploy_export.lower.precision import Accuracy, MeasuringImages, PrecisionReport
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.precision.convert import Accuracy, MeasuringImages, PrecisionReport
 from sopdeploy_export.runs import LOGITS, open_session
 from sopdeploy_export.subject import ExportSubject
 

@@ -26,9 +26,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names
 from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.lower.float16 import float32_parts, in_float16, sum_in_float32, weight_dtypes
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.precision.casts import float32_parts, in_float16, sum_in_float32, weight_dtypes
 from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.runs import BatchRun, GateRun, file_outputs, find_gate, gate_logits, open_session
 
@@ -221,7 +221,7 @@ def convert_precision(
     model = source.model
     quantization: Quantization | None = None
     if options.precision == "int8":
-        from sopdeploy_export.precision.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
+        from sopdeploy_export.lower.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
 
         calibration, runtime = images.calibration, options.int8_for
         quantizer = Int8Quantizer(source.model, calibration, float32_parts(source.network), runtime)
