@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from sopdeploy.names import label_problem
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.capture.deployed import INPUT, Deployed, generated_images, output_names, probe_pixels
-from sopdeploy_export.capture.program import Captured, capture_any_batch
+from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.detach.stubs import answering
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
@@ -42,16 +42,17 @@ from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.model_card import render_model_card, write_page
 from sopdeploy_export.network import copy_module
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import (
+from sopdeploy_export.program_hashes import program_root
+from sopdeploy_export.prove.certificate import Certificate, FileRoots, certify
+from sopdeploy_export.prove.file import (
     ParityReference,
     ParityReport,
-    compare_file,
     compared_images,
     compute_reference,
+    prove_file,
 )
-from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.proof.certificate import Certificate, FileRoots, certify
-from sopdeploy_export.proof.images import NO_RULE, find_mixing
+from sopdeploy_export.prove.images import prove_images
+from sopdeploy_export.prove.onnx_graphs import prove_onnx
 from sopdeploy_export.results import Exported, ExportResults
 from sopdeploy_export.runs import LOGITS, GateRun, file_outputs, find_gate, mark_decided, open_session
 from sopdeploy_export.subject import Detachment, ExportSubject
@@ -172,8 +173,11 @@ def export_subject(
         on_step("converting to ONNX")
         program, outputs = captured["detached"].any_batch, output_names(detached)
         certified = CapturedGraph(detached, program, lower(program, outputs))
-        root = common_onnx_root(captured, certified.model, outputs)  # Statement 6: ONNX
-        mixes_images = find_accepted_mixing(certified.model, options)  # Statement 7: images
+        # Statement 6: ONNX. Networks may share programs, which then have one graph.
+        others = [(role, each) for role, each in captured.items() if each.any_batch is not program]
+        root = prove_onnx(certified.model, ((role, lower(each.any_batch, outputs)) for role, each in others))
+        # Statement 7: images
+        mixes_images = prove_images(certified.model, allowed=options.allow_batch_dependence)
         check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
@@ -193,7 +197,7 @@ def export_subject(
         on_step("comparing the file with the network")  # Statement 8: file
         deployed = Deployed(certified.network, preprocess).eval()
         exact = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
-        parity = compare_file(session, model, exact, images, options.batch, allow_drift=options.allow_drift)
+        parity = prove_file(session, model, exact, images, options.batch, allow_drift=options.allow_drift)
         trained_costs, shipped_costs = count_costs(subject.network, certified.network, preprocess.crop)
         results = ExportResults(
             certificate=certificate,
@@ -250,33 +254,6 @@ def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.M
     if decision is None or decision.temperature == 1:
         return subject.network
     return fold_temperature(subject.network, decision.temperature, preprocess, images, classes)
-
-
-def common_onnx_root(
-    captured: Mapping[str, Captured], model: onnx.ModelProto, outputs: tuple[str, ...]
-) -> str:
-    """Return the root of *model*, the graph of the detached network, which all *captured* ones must have.
-
-    Raises `CertificateError` if another compared network gives another graph.
-    """
-    root = onnx_root(model)
-    for role, programs in captured.items():
-        if programs is captured["detached"]:  # which was converted to *model*
-            continue
-        if onnx_root(lower(programs.any_batch, outputs)) != root:
-            raise CertificateError(f"the ONNX graph of the {role} network is not that of the detached one")
-    return root
-
-
-def find_accepted_mixing(model: onnx.ModelProto, options: ExportOptions) -> tuple[str, ...]:
-    """Name the operators through which *model* mixes images; raise `LoweringError` unless allowed."""
-    mixing = find_mixing(model)
-    if not mixing or options.allow_batch_dependence:
-        return mixing
-    problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
-    if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
-        problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
-    raise LoweringError(problem, remedies={"allow_batch_dependence": True})
 
 
 def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:

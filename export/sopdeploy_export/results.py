@@ -10,8 +10,8 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import shorten
 from sopdeploy.models.describe import Counts
 from sopdeploy_export.lower.precision import PrecisionReport
-from sopdeploy_export.parity.compare import ParityReport
-from sopdeploy_export.proof.certificate import Certificate
+from sopdeploy_export.prove.certificate import Certificate
+from sopdeploy_export.prove.file import ParityReport
 
 SHOWS_ONE_POINT = 381  # images: if all agree, the 95 % interval of the agreement begins at 99 %
 WEAKER_PROOFS = {

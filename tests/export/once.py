@@ -23,7 +23,7 @@ from sopdeploy_export.capture.program import Captured, capture, capture_any_batc
 from sopdeploy_export.lower.precision import CapturedGraph
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.proof import graphs
+from sopdeploy_export.prove import graphs
 
 CAPTURED: dict[str, Captured] = {}
 GRAPHS: dict[str, CapturedGraph] = {}

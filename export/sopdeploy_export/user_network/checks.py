@@ -30,7 +30,7 @@ from sopdeploy_export.capture.program import Captured, capture, capture_any_batc
 from sopdeploy_export.network import copy_module, modules, tensors, unstored_buffers
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import VALUE_LAYOUT, operator_name, value_root
-from sopdeploy_export.proof.tensors import check_graph_ignores, randomized
+from sopdeploy_export.prove.tensors import check_graph_ignores, randomized
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _IMAGES = 4  # probes that are computed eagerly

@@ -17,7 +17,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.network import copy_module
 from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, trace_hash
-from sopdeploy_export.proof.images import find_mixing
+from sopdeploy_export.prove.images import find_mixing
 
 Make = Callable[..., Classifier]
 

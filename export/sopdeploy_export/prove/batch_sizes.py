@@ -7,8 +7,10 @@ from sopdeploy.errors import CertificateError
 from sopdeploy_export.capture.program import Captured
 from sopdeploy_export.program_hashes import describe_difference, value_root
 
+STATEMENT = "The graph for any batch size, with one image, computes what the graph for one image computes."
 
-def check_batch_sizes(captured: Captured) -> None:
+
+def prove_batch_sizes(captured: Captured) -> None:
     """Raise `CertificateError` if the program for any batch size, with one image, is another one."""
     if captured.batch_of_one is captured.any_batch:
         return

@@ -13,6 +13,11 @@ from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, capture
 from sopdeploy_export.detach.stubs import removed_modules
 from sopdeploy_export.program_hashes import compute_roots, describe_difference
 
+STATEMENT = (
+    "The trained network's output, the detached network and a plain network built independently have one "
+    "Merkle root."
+)
+
 
 class Roots(StrictModel):
     """The Merkle roots of the programs that the networks share; `any_batch` covers `num_operations`."""
@@ -45,7 +50,7 @@ def capture_networks(
     return {role: captured[role] for role in networks}
 
 
-def assert_equal_graphs(
+def prove_graphs(
     captured: Mapping[str, Captured], trained: nn.Module, training_only: tuple[str, ...]
 ) -> tuple[Roots, Set[str]]:
     """Check that all networks have the Merkle roots of the first one, for any batch size and for one image.
