@@ -30,9 +30,9 @@ from sopdeploy_export import program_hashes, runs
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.prove import networks
-from sopdeploy_export.results import Exported
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import ROOT
 from tests.export.conftest import GMGAP, LABELS, save, trained

@@ -22,12 +22,12 @@ from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.lower.precision import CapturedGraph, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.prove.file import ParityReference, ParityReport, compute_reference, prove_file
 from sopdeploy_export.prove.networks import Prepared, load_plain_network
 from sopdeploy_export.prove.outputs import prove_outputs
 from sopdeploy_export.prove.tensors import prove_tensors
-from sopdeploy_export.results import Exported
 from sopdeploy_export.runs import open_session
 from sopdeploy_export.subject import Detachment
 from tests.export.conftest import save

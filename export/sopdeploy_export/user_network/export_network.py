@@ -24,10 +24,10 @@ from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.detach.stubs import ReadError
 from sopdeploy_export.network import copy_module, modules, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import program_root, tensor_hash
 from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
-from sopdeploy_export.results import Exported
 from sopdeploy_export.subject import Detachment, ExportSubject
 from sopdeploy_export.user_network import checks
 

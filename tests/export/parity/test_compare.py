@@ -16,7 +16,7 @@ from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.pipeline import as_probes
+from sopdeploy_export.pack.bundle import as_probes
 from sopdeploy_export.prove.file import (
     FLOORS,
     ParityReference,

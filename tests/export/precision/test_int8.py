@@ -29,7 +29,7 @@ from sopdeploy_export.lower.float16 import float32_parts
 from sopdeploy_export.lower.int8 import Int8Quantizer
 from sopdeploy_export.lower.precision import weight_types
 from sopdeploy_export.lower.to_onnx import lower
-from sopdeploy_export.results import Exported
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.runs import file_outputs, open_session
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, graph_of
