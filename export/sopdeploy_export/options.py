@@ -78,7 +78,7 @@ class NetworkOptions(Options):
     preprocess: str | None = None
     """imagenet, timm, clip or none, each also as NAME:SIDE; timm:NAME, torchvision:WEIGHTS or FILE.json."""
     weights_key: str | None = None
-    """Key or prefix of the tensors to use, if the file has several networks, such as model_ema."""
+    """Key or prefix of the tensors to use, if the file has several networks, such as model_ema; `.`: none."""
     logits_key: str | None = None
     """Attribute, key or index of the logits in the output."""
 
