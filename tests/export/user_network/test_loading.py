@@ -20,7 +20,7 @@ from sopdeploy.files import read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
-from sopdeploy_export.graph.capture import choose_output
+from sopdeploy_export.capture.deployed import choose_output
 from sopdeploy_export.user_network.loading import load_weights, network_builder
 from tests.export.user_network.networks import Exits, Sketch, Small, export_small, trained
 
