@@ -6,6 +6,7 @@ are names as they are.
 """
 
 import ast
+import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,8 +42,7 @@ def parse_class_names(text: str, suffix: str = "") -> tuple[str, ...]:
     Raises `ValueError` that says why they are not certain.
     """
     if suffix in (".yaml", ".yml"):
-        import yaml  # only here, because servers read no such files
-
+        yaml = importlib.import_module("yaml")  # only here, because servers read no such files
         return _find_names(_parse_literal(text, yaml.safe_load, yaml.YAMLError))
     if suffix == ".json" or text.lstrip()[:1] in ("[", "{"):
         try:
