@@ -41,7 +41,7 @@ class EngineChannel(asyncio.Protocol):
         self.engine, self._connection = engine, connection
         try:
             self.models, self._slots = channel.receive_opening(connection)
-        except Exception as error:
+        except Exception as error:  # whatever an engine sends, which is not trusted
             connection.close()
             raise ChannelError(f"{engine}: {first_line(error)}") from error
         self.on_loaded: Callable[[], None] = lambda: None  # *models* have changed
